@@ -1,0 +1,1 @@
+"""What outlives the process: crash-safe checkpoints, and the finished model as a Hugging Face folder."""

@@ -1,0 +1,169 @@
+"""The finished model as a Hugging Face folder that transformers, vLLM and lm-eval open, with a card that says how it
+was made."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from truestep.checkpoint.store import NO_SPACE, OutOfSpace, replace_folder, require_space, restore_aside
+from truestep.rundir import fsync_folder
+from truestep.settings import SettingsError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_MARK = "truestep_export.json"  # only a folder that holds it may be replaced: nobody's own model is overwritten
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+
+def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
+    """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
+
+    Replaces an older export. Raises SettingsError where the folder holds anything else, OutOfSpace where the disk is
+    too full.
+    """
+    folder = Path(os.path.abspath(folder))
+    temporary = folder.with_name(f"{folder.name}.tmp-write")
+    aside = folder.with_name(f"{folder.name}.aside")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if aside.exists():
+        restore_aside(aside)
+    if folder.exists() and not (folder / _MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{folder} is there and is no export of truestep: name a folder that does not exist yet")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    require_space(folder.parent, sum(p.nbytes for p in model.parameters()))
+    temporary.mkdir()
+    try:
+        _write(temporary, model, tokenizer, card)
+        replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in NO_SPACE or "(os error 28)" in str(error) or "(os error 27)" in str(error):  # as safetensors says it
+            raise OutOfSpace(f"{folder}: no space for the exported model: free disk space and export again") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    own = getattr(model, "generation_config", None)
+    model.generation_config = stopping_config(model, tokenizer)
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = own
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / _MARK).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
+    for path in folder.rglob("*"):
+        fsync_folder(path)  # a file is synced by the same call
+    fsync_folder(folder)
+
+
+def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's generation config, with every token that ends a turn (its own and the tokenizer's) as a stop.
+
+    A model that stops training turns at ``<|im_end|>`` but whose config names only ``<|endoftext|>`` would talk on.
+    """
+    from transformers import GenerationConfig
+
+    config = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None}) or None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if any(getattr(config, name, None) is not None for name in _SAMPLING):
+        config.do_sample = True  # sampling values without it are refused when saved; some published models have that
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------- the model card
+
+
+def model_card(
+    name: str,
+    base_model: str,
+    stages: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+) -> str:
+    """The README.md of an export: Markdown with YAML front matter.
+
+    Of a stage it shows name, kind, method, data, seed, steps and flops; of a score data, metric, value, low, high,
+    num_problems and num_samples; "–" where one is absent. ``provenance`` is what ``rundir.provenance`` returns.
+    """
+    seed = provenance.get("seed")
+    rows = [{"seed": seed, **stage} for stage in stages]
+    training = [(*_row(s, "name", "kind", "method", "data", "seed", "steps"), _flops(s.get("flops"))) for s in rows]
+    tested = [
+        (*_row(s, "data", "metric"), _number(s.get("value")), _interval(s), *_row(s, "num_problems", "num_samples"))
+        for s in scores
+    ]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base_model):  # the hub knows nothing else by this key
+        front.append(f"base_model: {json.dumps(base_model)}")
+    tags = ["truestep", "reasoning", *dict.fromkeys(str(s["kind"]) for s in stages if s.get("kind"))]
+    front += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", ""]
+    body = [f"# {_cell(name)}", "", f"Trained with truestep from {_cell(base_model)}.", "", "## Training", ""]
+    body += _table(("stage", "kind", "method", "data", "seed", "steps", "FLOPs"), training)
+    body += ["", "## Evaluation", ""]
+    if tested:
+        body += _table(("data", "metric", "value", "95 % interval", "problems", "samples"), tested)
+    else:
+        body.append("Not evaluated.")
+    return "\n".join([*front, *body, "", "## Provenance", "", *_provenance_lines(provenance), ""])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _row(record: Mapping[str, Any], *keys: str) -> list[str]:
+    return [_cell(record.get(key)) for key in keys]
+
+
+def _cell(value: Any) -> str:
+    """Text that is shown as it is: no markup of HTML or Markdown, no cell or line break."""
+    if value is None or value == "":
+        return "–"
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", text)
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _interval(score: Mapping[str, Any]) -> str:
+    low, high = score.get("low"), score.get("high")
+    return "–" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+
+
+def _flops(value: Any) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _provenance_lines(provenance: Mapping[str, Any]) -> list[str]:
+    commit = str(provenance.get("commit") or "") + (", changed" if provenance.get("uncommitted_changes") else "")
+    versions = ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items())
+    hardware = ", ".join(f"{k} {v}" for k, v in (provenance.get("hardware") or {}).items())
+    shown = {
+        "Commit": commit,
+        "Seed": provenance.get("seed"),
+        "Command": " ".join(provenance.get("command") or []),
+        "Python": provenance.get("python"),
+        "Versions": versions,
+        "Hardware": hardware,
+    }
+    return [f"- {key}: {_cell(value)}" for key, value in shown.items()]

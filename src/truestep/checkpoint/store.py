@@ -1,0 +1,433 @@
+"""Crash-safe checkpoints: safetensors and JSON only, committed by one rename.
+
+    step_00000012/              committed: every file is named in manifest.json with its size and SHA-256
+        GROUP.rank00000-of-00002.safetensors   manifest.json
+    step_00000012.tmp-write/    being written: never read, removed by the next save or load
+    step_00000012.tmp-discard/  being deleted: the same
+    step_00000012.aside/        the old version while the same step is replaced: read if nothing newer is there
+    latest                      the newest one's name, for people; loading does not trust it
+
+Ranks share one file system. Every rank reaches every barrier whatever happens to it, so that the disk of one rank
+being full cannot hang the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from safetensors import SafetensorError
+from torch import Tensor
+
+from truestep.rundir import fsync_folder, write_atomic
+from truestep.settings import SettingsError
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SHARD = re.compile(rf"({_GROUP.pattern})\.rank(\d{{5}})-of-(\d{{5}})\.safetensors")
+_STEP = re.compile(r"step_(\d{8,15})(\.aside)?")
+_LEFTOVER = re.compile(_STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
+FORMAT = 1  # of manifest.json
+_MANIFEST_LIMIT = 64 << 20  # bytes: a bound on what a damaged file can make us allocate
+_PATIENCE = 30.0  # seconds: a reader may hold the lock for a moment while it tidies up
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class OutOfSpace(RuntimeError):
+    """The disk cannot hold what was to be written: exit code 5. What was there before is untouched."""
+
+
+class _Corrupt(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The whole state of a stage between two optimizer steps: named groups of tensors, and what JSON can hold."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    bytes: int = Field(ge=0)
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    # A name that matches has no slash and starts with a letter or digit: it cannot lead out of its folder.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    format: int
+    step: int = Field(ge=0)
+    world_size: int = Field(ge=1)
+    files: dict[Annotated[str, StringConstraints(pattern=f"^{_SHARD.pattern}$")], _File]
+    state: dict[str, Any]
+
+
+# ----------------------------------------------------------------------------------------------------------------- save
+
+
+def save_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    keep: int,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write and commit a checkpoint, then delete older ones beyond ``keep`` (this one counts).
+
+    Every rank calls it with its own local tensors and the same step, state and group names; state is taken from rank 0.
+
+    Raises: OutOfSpace; SettingsError where another process is saving into the folder; RuntimeError on the ranks that
+    did their part where another rank did not; ValueError for what cannot be stored.
+    """
+    state = _checked(checkpoint, keep, rank, world_size)
+    final = folder / f"step_{checkpoint.step:08d}"
+    temporary = final.with_name(f"{final.name}.tmp-write")
+    part: dict[str, dict[str, Any]] = {}
+
+    def prepare() -> None:
+        if rank == 0:
+            stack.enter_context(_exclusive(folder, _PATIENCE))
+            remove_leftovers(folder)
+            _settle(folder)
+            temporary.mkdir()
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # after a failure: give the space back
+
+    def write() -> None:
+        require_space(
+            folder, world_size * sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
+        )
+        for group, tensors in checkpoint.tensors.items():
+            name = f"{group}.rank{rank:05d}-of-{world_size:05d}.safetensors"
+            part[name] = _write_file(temporary / name, _safetensors(tensors))
+        _write_file(temporary / f"part{rank}.json", [json.dumps(part).encode()])
+
+    def commit() -> None:
+        if rank == 0:
+            files = _gather_parts(temporary, world_size)
+            body = {"format": FORMAT, "step": checkpoint.step, "world_size": world_size, "files": files, "state": state}
+            document = json.dumps({"sha256": _digest(body), **body}, indent=1)
+            _write_file(temporary / "manifest.json", [document.encode()])
+            fsync_folder(temporary)
+            replace_folder(temporary, final)
+            write_atomic(folder / "latest", final.name + "\n")
+            _delete_older(folder, checkpoint.step, keep)
+
+    failure: Exception | None = None
+    with contextlib.ExitStack() as stack:  # rank 0 keeps the lock until the last barrier is passed
+        for phase in (prepare, write, commit):
+            try:
+                if failure is None:
+                    phase()
+            except (OSError, RuntimeError, SettingsError) as error:
+                failure = error
+            barrier()
+        if failure is None and not _holds(final, part):
+            failure = RuntimeError(f"{final} was not saved: another rank failed to write its part")
+    if isinstance(failure, OSError) and failure.errno in NO_SPACE:
+        raise OutOfSpace(f"{folder}: no space for a checkpoint of step {checkpoint.step} ({failure.strerror}); the "
+                         "previous one is intact: free disk space and resume") from failure  # fmt: skip
+    if failure is not None:
+        raise failure
+    return final
+
+
+def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> dict[str, Any]:
+    """The state as JSON will give it back; ValueError for what cannot be stored, before anything is touched."""
+    if checkpoint.step < 0 or keep < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"step {checkpoint.step}, keep {keep}, rank {rank} of {world_size}: out of range")
+    for group, tensors in checkpoint.tensors.items():
+        if not _GROUP.fullmatch(group):
+            raise ValueError(f"{group!r} cannot name a group of tensors: letters, digits, '.', '_' and '-' only")
+        for name, tensor in tensors.items():
+            if (
+                tensor.dtype not in _DTYPES
+                or tensor.layout != torch.strided
+                or tensor.is_meta
+                or name == "__metadata__"
+            ):
+                raise ValueError(
+                    f"{group}: {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be stored"
+                )
+    text = json.dumps(dict(checkpoint.state), indent=1, allow_nan=False)
+    if len(text) > _MANIFEST_LIMIT // 4:
+        raise ValueError(f"state of {len(text)} characters: what is large belongs into a tensor group")
+    return json.loads(text)
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file piece by piece: no second copy of the model in memory, tied and strided tensors welcome."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # widest first keeps all aligned
+    header, stop = {}, 0
+    for name in order:
+        start, stop = stop, stop + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write and fsync a new file; its size and SHA-256 are those of what was meant, not of what the disk gives back."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for piece in pieces:
+            view = memoryview(piece)
+            digest.update(view)
+            size += len(view)
+            while view:
+                view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _gather_parts(temporary: Path, world_size: int) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    for rank in range(world_size):
+        part = temporary / f"part{rank}.json"
+        if not part.exists():
+            raise RuntimeError(f"{temporary}: rank {rank} failed to write its part, so nothing was committed")
+        files |= json.loads(part.read_bytes())
+        os.unlink(part)
+    return files
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the committed checkpoint is the one that this rank wrote its part of."""
+    try:
+        files = _read_manifest(final).files
+    except (_Corrupt, OSError):
+        return False
+    return all(name in files and files[name].model_dump() == entry for name, entry in part.items())
+
+
+def _delete_older(folder: Path, step: int, keep: int) -> None:
+    """Later steps stay: they are what a load had to pass over, and count for nothing here."""
+    older = [path for path in list_checkpoints(folder) if _step_of(path) < step]
+    for path in older[: len(older) - (keep - 1)]:
+        discard_folder(path)
+
+
+# ---------------------------------------------------------------------------------------------- folders and their names
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All committed checkpoints by their names, oldest step first."""
+    found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: (_step_of(p), not p.suffix))
+
+
+def _step_of(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put a finished folder in place of another, durably; a kill in between leaves the old one as NAME.aside."""
+    aside = final.with_name(f"{final.name}.aside")
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(temporary, final)
+    fsync_folder(final.parent)
+    if aside.exists():
+        discard_folder(aside)
+
+
+def discard_folder(path: Path) -> None:
+    """Delete a folder so that at no moment half of it stands under its valid name."""
+    trash = path.with_name(f"{path.name}.tmp-discard")
+    if trash.exists():
+        shutil.rmtree(trash)
+    os.rename(path, trash)
+    fsync_folder(path.parent)
+    shutil.rmtree(trash)
+
+
+def restore_aside(aside: Path) -> None:
+    """Finish or undo a replacement that was cut short."""
+    final = aside.with_name(aside.name.removesuffix(".aside"))
+    if final.exists():
+        discard_folder(aside)
+    else:
+        os.rename(aside, final)
+
+
+def _settle(folder: Path) -> None:
+    for path in list_checkpoints(folder):
+        if path.suffix == ".aside":
+            restore_aside(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers have left. Only for who holds the folder's lock: a live writer's look the same."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raises OutOfSpace unless twice that many bytes are free: others write to the disk as well."""
+    free = shutil.disk_usage(folder).free
+    if free < 2 * num_bytes:
+        sizes = f"{free / 2**30:.2f} GiB are free, {2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
+        raise OutOfSpace(f"{folder}: {sizes}: free disk space and resume")
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path, patience: float) -> Iterator[bool]:
+    """Hold the folder's lock, which the kernel drops when its holder dies. Yields False where the file system of some
+    clusters knows no locks. Raises SettingsError where another process still holds it after ``patience`` seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(descriptor, folder, time.monotonic() + patience)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                remedy = "stop it, or give this run a folder of its own"
+                raise SettingsError(f"{folder}: another process is saving checkpoints here: {remedy}") from None
+        except OSError:
+            return False
+        time.sleep(0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------- load
+
+
+def load_latest(folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose every file is what was written, on the CPU; None where there is none at all.
+
+    Every rank verifies the files of all ranks, so that all of them choose the same one without talking. One saved by a
+    single process is read whole by any rank.
+
+    Raises: SettingsError where checkpoints exist and none is intact, or for another world size or format.
+    """
+    if rank == 0 and folder.is_dir():
+        # A writer at work, or a read-only disk, is no matter.
+        with contextlib.suppress(SettingsError, OSError), _exclusive(folder, patience=0) as locked:
+            if locked:
+                remove_leftovers(folder)
+    candidates = list_checkpoints(folder)
+    for path in reversed(candidates):
+        try:
+            return _load(path, rank, world_size)
+        except (_Corrupt, OSError) as error:
+            warn(f"{path} is damaged and was passed over: {error}")
+    if candidates:
+        remedy = "restore one from a backup, or delete the folder to begin the stage again"
+        raise SettingsError(f"{folder}: none of its {len(candidates)} checkpoints is intact: {remedy}")
+    return None
+
+
+def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
+    manifest = _read_manifest(path)
+    if (saved := manifest.world_size) not in (1, world_size):
+        remedy = f"launch {saved} processes, or export the model and start from it"
+        raise SettingsError(f"{path} was saved by {saved} processes and cannot be cut anew for {world_size}: {remedy}")
+    for name, entry in manifest.files.items():
+        _verify(path / name, entry)
+    tensors = {}
+    for name in manifest.files:
+        match = _SHARD.fullmatch(name)
+        assert match, name
+        if int(match[3]) != saved or int(match[2]) >= saved:
+            raise _Corrupt(f"{name} does not belong to a world of {saved}")
+        if int(match[2]) == (rank if saved > 1 else 0):
+            try:
+                loaded = safetensors.torch.load_file(path / name)
+            except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+                raise _Corrupt(f"{name} is no valid safetensors file: {error}") from None
+            # Copies, because what is loaded is the file itself, mapped: it would die with the file.
+            tensors[match[1]] = {key: tensor.clone() for key, tensor in loaded.items()}
+    return Checkpoint(step=manifest.step, tensors=tensors, state=manifest.state)
+
+
+@contextlib.contextmanager
+def _regular_file(path: Path) -> Iterator[Any]:
+    """Open for reading what is a file and nothing else: no link is followed, no pipe waited for."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise _Corrupt(f"{path.name} cannot be opened: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _Corrupt(f"{path.name} is not a regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
+def _verify(path: Path, entry: _File) -> None:
+    with _regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise _Corrupt(f"{path.name} has {size} bytes where {entry.bytes} were written")
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            raise _Corrupt(f"{path.name} is not what was written (SHA-256 differs)")
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    with _regular_file(path / "manifest.json") as file:
+        raw = file.read(_MANIFEST_LIMIT + 1)
+    try:
+        body = json.loads(raw) if len(raw) <= _MANIFEST_LIMIT else None
+        if not isinstance(body, dict) or body.pop("sha256", "") != _digest(body):
+            raise _Corrupt("manifest.json is not what was written (SHA-256 differs)")
+        if body.get("format") != FORMAT:
+            raise SettingsError(
+                f"{path} was written by another version of truestep (format {body.get('format')!r}): use it"
+            )
+        manifest = _Manifest.model_validate(body)
+    except SettingsError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _Corrupt(f"manifest.json cannot be read: {str(error).splitlines()[0]}") from None
+    if manifest.step != _step_of(path):
+        raise _Corrupt(f"manifest.json is that of step {manifest.step}")
+    return manifest

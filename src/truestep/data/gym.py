@@ -1,0 +1,81 @@
+"""Questions of the optional package reasoning-gym. Only tasks whose answer our own arithmetic can confirm are taken."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from typing import Any
+
+from truestep.data.procedural import check_split, split_of, unknown_name
+from truestep.records import Message, Problem
+from truestep.seeding import Purpose, integer
+from truestep.settings import SettingsError
+
+_EXPRESSION = re.compile(r"-?\d+(?: [-+*] -?\d+)+")
+_LIST = re.compile(r"(?<=: )\d+(?:, \d+)+")
+_TRIES_PER_PROBLEM = 200
+
+
+def _chain(question: str) -> int:
+    """The value of "4 - 1 + 7" or "3 * 5 * 2"; with both kinds of signs, products first."""
+    words = _EXPRESSION.findall(question)[0].split(" ")
+    terms = [int(words[0])]
+    for sign, word in zip(words[1::2], words[2::2], strict=True):
+        if sign == "*":
+            terms[-1] *= int(word)
+        else:
+            terms.append(int(word) if sign == "+" else -int(word))
+    return sum(terms)
+
+
+def _numbers(question: str) -> list[int]:
+    return [int(word) for word in _LIST.findall(question)[0].split(", ")]
+
+
+# task → our own answer to its question
+TASKS: dict[str, Callable[[str], int]] = {
+    "chain_sum": _chain,
+    "products": _chain,
+    "gcd": lambda question: math.gcd(*_numbers(question)),
+    "lcm": lambda question: math.lcm(*_numbers(question)),
+}
+
+
+def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
+    """``num`` different questions of a split; the question's text decides which split it is in, whatever the seed.
+
+    Raises SettingsError for an unknown task or option, where the package is missing, or where its answer is not ours.
+    """
+    if task not in TASKS:
+        raise SettingsError(unknown_name("reasoning_gym task", task, TASKS))
+    check_split(split)
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError:
+        raise SettingsError('needs the package reasoning-gym: pip install "truestep[reasoning-gym]"') from None
+    tries = _TRIES_PER_PROBLEM * num
+    rng = integer(seed, Purpose.PROCEDURAL, item=f"reasoning_gym/{task}") % 2**31
+    try:
+        questions = reasoning_gym.create_dataset(task, seed=rng, size=tries, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise SettingsError(f"reasoning_gym:{task} options: {str(error).splitlines()[0]}") from None
+    found: dict[str, Problem] = {}
+    for i in range(tries):
+        entry = questions[i]
+        text, gold = str(entry["question"]), str(entry["answer"])
+        if split_of(text) != split or text in found:
+            continue
+        if str(TASKS[task](text)) != gold:
+            raise SettingsError(f"reasoning_gym:{task}: its answer to {text!r} is {gold}, ours is {TASKS[task](text)}")
+        where = f"reasoning_gym:{task}[{split}]:{len(found) + 1}"
+        turn = Message(role="user", content=text)
+        name = f"{task}-{sha256(text.encode()).hexdigest()[:12]}"
+        found[text] = Problem(id=name, messages=(turn,), answer=gold, checker="integer", row=where)
+        if len(found) == num:
+            return list(found.values())
+    raise SettingsError(
+        f"reasoning_gym:{task} has about {len(found)} different {split} problems, {num} are asked for: lower limit "
+        "(or skip), or choose options with larger numbers"
+    )

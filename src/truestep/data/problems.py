@@ -1,0 +1,180 @@
+"""Where problems come from: files, folders, the hub, or a program. All rows are validated before any is returned."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from truestep.data import gym, procedural
+from truestep.data.row_schema import problem_of
+from truestep.data.rows import SUFFIXES, Row, RowError, read_rows
+from truestep.records import Problem
+from truestep.settings import DataSettings, SettingsError
+
+SCHEMES = ("procedural", "reasoning_gym", "hub")
+# Names that a file of a split goes by; a folder that has such files is asked for one of them.
+SPLIT_NAMES = ("train", "test", "dev", "val", "valid", "validation", "eval", "evaluation")
+
+
+def load_problems(
+    name: str, settings: DataSettings, *, seed: int, base_dir: Path, needs: Collection[str] = ("answer",)
+) -> list[Problem]:
+    """The problems of ``[data.NAME]``: ``skip`` left out, at most ``limit``.
+
+    ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), both, or, if empty, either.
+
+    Raises SettingsError with one line that names the file, the row (1-based) and the field, or the setting.
+    """
+    scheme, _, rest = settings.source.partition(":")
+    if scheme in ("procedural", "reasoning_gym"):
+        return _generated(name, scheme, rest, settings, seed, needs)
+    if scheme == "hub":
+        label = f"hub:{rest}[{settings.split}]"
+        problems = _validated([(label, _hub_rows(name, rest, settings))], rest.split("/")[-1], settings, needs)
+    else:
+        if settings.options:
+            raise SettingsError(f"data.{name}.options: a file has none, got {', '.join(settings.options)}: remove them")
+        path = _found(name, settings.source, base_dir)
+        files = _files(name, path, settings.split)
+        problems = _validated([(str(file), read_rows(file)) for file in files], "", settings, needs)
+        label = str(path)
+    return _cut(name, label, problems, settings)
+
+
+def _generated(
+    name: str, scheme: str, task: str, settings: DataSettings, seed: int, needs: Collection[str]
+) -> list[Problem]:
+    """Problems that a program writes; it has no end, so their number must be given."""
+    where = f"data.{name}"
+    if settings.limit == "all":
+        raise SettingsError(f"{where}.limit: {scheme} has no last problem: write limit = N, e.g. limit = 1000")
+    if settings.checker != "auto":
+        raise SettingsError(f'{where}.checker: {scheme} tasks bring their own: write checker = "auto" or leave it out')
+    if scheme == "reasoning_gym" and "solution" in needs:
+        raise SettingsError(
+            f"{where}.source: reasoning_gym has no worked solutions, which this use needs: use procedural"
+        )
+    make = procedural.make_problems if scheme == "procedural" else gym.make_problems
+    stop = settings.skip + settings.limit
+    try:
+        return make(task, settings.split, stop, settings.options, seed)[settings.skip :]
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from None
+
+
+def _validated(
+    sources: Iterable[tuple[str, Iterable[tuple[int, Row | RowError]]]],
+    stem: str,
+    settings: DataSettings,
+    needs: Collection[str],
+) -> list[Problem]:
+    """Every row of every (label, rows) as a problem, or one error: the first bad row, and how many others."""
+    problems: list[Problem] = []
+    used: dict[str, str] = {}
+    first, num_bad = "", 0
+    for label, rows in sources:
+        prefix = stem or Path(label).stem
+        for number, row in rows:
+            where = f"{label}:{number}"
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                problem = problem_of(row, id=f"{prefix}-{number}", where=where, checker=settings.checker, needs=needs)
+                if problem.id in used:
+                    raise RowError("id", f'expected one of its own, got "{problem.id}", which {used[problem.id]} has')
+            except RowError as error:
+                first = first or f"{where}: {error}"
+                num_bad += 1
+            else:
+                used[problem.id] = where
+                problems.append(problem)
+    if num_bad:
+        more = f" (and {num_bad - 1} more bad row{'s' if num_bad > 2 else ''})" if num_bad > 1 else ""
+        raise SettingsError(first + more)
+    return problems
+
+
+def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings) -> list[Problem]:
+    if not problems:
+        raise SettingsError(f"{label}: expected at least one row, got none")
+    available = len(problems) - settings.skip
+    if available <= 0:
+        raise SettingsError(f"data.{name}.skip = {settings.skip} leaves nothing of the {len(problems)} rows of {label}")
+    if settings.limit != "all" and settings.limit > available:
+        after = f" after skip = {settings.skip}" if settings.skip else ""
+        raise SettingsError(
+            f"data.{name}.limit = {settings.limit} is more than the {available} rows that {label} has{after}: "
+            f'write limit = {available} or limit = "all"'
+        )
+    return problems[settings.skip :][: None if settings.limit == "all" else settings.limit]
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def _found(name: str, source: str, base_dir: Path) -> Path:
+    """The file or folder: relative to the recipe's folder, else to the current one."""
+    wanted = Path(source).expanduser()
+    candidates = [wanted] if wanted.is_absolute() else [base_dir / wanted, wanted]
+    for path in candidates:
+        if path.exists():
+            return path
+    scheme, colon, _ = source.partition(":")
+    close = difflib.get_close_matches(scheme, SCHEMES, n=1) if colon else []
+    if close:
+        raise SettingsError(f'data.{name}.source = "{source}": no such kind of source; did you mean "{close[0]}:..."?')
+    siblings = [
+        str(p) for c in candidates if c.parent.is_dir() for p in c.parent.iterdir() if p.is_dir() or _readable(p)
+    ]
+    near = [m for c in candidates for m in difflib.get_close_matches(str(c), siblings, n=1, cutoff=0.6)]
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise SettingsError(f"{candidates[0]}: no such file or folder (data.{name}.source){hint}")
+
+
+def _readable(path: Path) -> bool:
+    return path.suffix in SUFFIXES
+
+
+def _files(name: str, path: Path, split: str) -> list[Path]:
+    """The files of a source. A folder whose files are named after splits gives the files of ``split`` alone."""
+    if not path.is_dir():
+        if not _readable(path):
+            raise SettingsError(
+                f"{path}: expected a .jsonl or .parquet file, got {path.suffix or 'no extension'}: convert it"
+            )
+        return [path]
+    files = sorted(p for p in path.iterdir() if _readable(p) and p.is_file())
+    if not files:
+        raise SettingsError(f"{path}: expected .jsonl or .parquet files in this folder (data.{name}.source), got none")
+    named = {file: file.stem.split("-")[0] for file in files}
+    chosen = [file for file in files if split in (named[file], file.stem)]
+    present = sorted({s for s in named.values() if s in SPLIT_NAMES})
+    if not chosen and present:
+        raise SettingsError(
+            f'{path}: no file of split "{split}" (data.{name}.split); this folder has {", ".join(present)}'
+        )
+    return chosen or files
+
+
+# ---------------------------------------------------------------------------------------------------------------- hub
+
+
+def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tuple[int, Row]]:
+    """Rows of a data set of the Hugging Face hub; offline (HF_HUB_OFFLINE=1) from the local cache."""
+    where = f'data.{name}.source = "hub:{repository}"'
+    unknown = [key for key in settings.options if key != "config"]
+    if unknown:
+        raise SettingsError(f"data.{name}.options.{unknown[0]}: a hub source knows only config (the data set's subset)")
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise SettingsError(f'{where} needs the package datasets: pip install "truestep[hub]"') from None
+    try:
+        table: Any = datasets.load_dataset(repository, settings.options.get("config"), split=settings.split)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"{where}: cannot be loaded: {reason}") from None
+    for number, row in enumerate(table, start=1):
+        yield number, dict(row)

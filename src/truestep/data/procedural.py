@@ -1,0 +1,109 @@
+"""Problems that a program writes, with a worked trace each: endless, local, and checked by their own arithmetic.
+
+Train, dev and test are disjoint by construction: the hash of a problem's content decides which of them it is in. It
+does not depend on the seed, so the test problems of any run are never the training problems of any other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from truestep.data.procedural_tasks import TASKS, Task
+from truestep.records import Message, Problem
+from truestep.seeding import Purpose, generator
+from truestep.settings import SettingsError
+
+# A problem is in the split that its hash modulo 10 belongs to.
+SPLITS = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}
+_MAX_DRAWS = 2000  # for one problem of the wanted split
+_MAX_REPEATS = 1000  # problems in a row that the set already has, before its space counts as used up
+
+
+def character_set() -> str:
+    """Every character that a problem, a trace or an answer of any embedded task may hold, sorted."""
+    return "".join(sorted("0123456789+-*/=?(), >#wcb\n"))
+
+
+def split_of(canonical: str) -> str:
+    """The split that a problem with this content is in."""
+    bucket = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big") % 10
+    return next(split for split, buckets in SPLITS.items() if bucket in buckets)
+
+
+def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], seed: int) -> Problem:
+    """Problem number ``index`` of a split: a pure function of its arguments.
+
+    Raises SettingsError for an unknown task, split or option, and where the split has hardly any such problem.
+    """
+    check_split(split)
+    chosen = _task(task)
+    values = _option_values(task, chosen, options)
+    rng = generator(seed, Purpose.PROCEDURAL, index, f"{task}/{split}")
+    for _ in range(_MAX_DRAWS):
+        drawn = chosen.draw(rng, values)
+        if split_of(drawn.canonical) == split:
+            return Problem(
+                id=f"{task}-{drawn.canonical}",
+                messages=(Message(role="user", content=drawn.text),),
+                answer=drawn.answer,
+                checker=chosen.checker,
+                solution="\n".join((*drawn.steps, f"#### {drawn.answer}")),
+                row=f"procedural:{task}[{split}]:{index + 1}",
+                meta={"task": task, **drawn.meta},
+            )
+    raise SettingsError(f"procedural:{task} has no {split} problem with options {values}: choose larger ones")
+
+
+def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
+    """The first ``num`` different problems of a split.
+
+    Raises SettingsError as ``make_problem``, and where there are not so many different ones.
+    """
+    found: dict[str, Problem] = {}
+    index = repeats = 0
+    while len(found) < num:
+        problem = make_problem(task, split, index, options, seed)
+        index += 1
+        repeats = repeats + 1 if problem.id in found else 0
+        found.setdefault(problem.id, problem)
+        if repeats == _MAX_REPEATS:
+            raise SettingsError(
+                f"procedural:{task} has about {len(found)} different {split} problems with options "
+                f"{_option_values(task, _task(task), options)}, {num} are asked for: lower limit (or skip), or choose "
+                "larger options"
+            )
+    return list(found.values())
+
+
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise SettingsError("split: " + unknown_name("split", split, SPLITS))
+
+
+def unknown_name(kind: str, word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    hint = f'; did you mean "{close[0]}"?' if close else ""
+    return f'no {kind} is called "{word}"; there are {", ".join(names) or "none"}{hint}'
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise SettingsError(unknown_name("procedural task", name, TASKS))
+    return TASKS[name]
+
+
+def _option_values(name: str, task: Task, options: Mapping[str, Any]) -> dict[str, int]:
+    """The task's options with their defaults, each within its range."""
+    values = {key: default for key, (default, _, _) in task.options.items()}
+    for key, value in options.items():
+        if key not in task.options:
+            raise SettingsError(f"options.{key}: " + unknown_name(f"option of procedural:{name}", key, task.options))
+        _, low, high = task.options[key]
+        if type(value) is not int or not low <= value <= high:
+            raise SettingsError(f"options.{key}: expected a whole number from {low} to {high}, got {value!r}")
+        values[key] = value
+    return values

@@ -1,0 +1,203 @@
+"""The embedded tasks: how a problem is drawn, solved and written down. Short ASCII, one regular line a step, so that a
+character-level model of a million parameters can learn it.
+
+Each ``draw_*`` takes a generator and the task's options, and returns one ``Drawn``. ``wN`` writes a digit, ``cN``
+carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.random import Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A problem before it has a split. ``canonical`` is the same for problems that are one and the same exercise
+    (12+34 and 34+12): its hash decides the split."""
+
+    canonical: str
+    text: str
+    answer: str
+    steps: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One embedded task. ``options`` maps each option to (default, smallest, largest)."""
+
+    description: str
+    options: Mapping[str, tuple[int, int, int]]
+    checker: str
+    draw: Callable[[Generator, Mapping[str, int]], Drawn]
+
+
+def _operand(rng: Generator, digits: int) -> int:
+    """A number of exactly ``digits`` digits (one digit: 0 to 9)."""
+    return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
+
+
+def _digits(number: int, width: int) -> list[int]:
+    """Decimal digits from the right, padded with zeros."""
+    return [number // 10**i % 10 for i in range(width)]
+
+
+def addition_steps(a: int, b: int) -> list[str]:
+    """One line per column from the right: digit + digit (+ carry) = sum, the digit written, the new carry."""
+    width, carry, lines = max(len(str(a)), len(str(b))), 0, []
+    for i, (x, y) in enumerate(zip(_digits(a, width), _digits(b, width), strict=True)):
+        total = x + y + carry
+        terms = f"{x}+{y}+{carry}" if i else f"{x}+{y}"
+        carry = total // 10
+        lines.append(f"{terms}={total} w{total % 10} c{carry}")
+    return lines
+
+
+def subtraction_steps(a: int, b: int) -> list[str]:
+    """As addition, with a borrow; a is at least b."""
+    width, borrow, lines = len(str(a)), 0, []
+    for i, (x, y) in enumerate(zip(_digits(a, width), _digits(b, width), strict=True)):
+        total = x - y - borrow
+        terms = f"{x}-{y}-{borrow}" if i else f"{x}-{y}"
+        borrow = int(total < 0)
+        lines.append(f"{terms}={total} w{total % 10} b{borrow}")
+    return lines
+
+
+def multiplication_steps(a: int, b: int) -> list[str]:
+    """Each digit of b from the right times a, column by column; then the shifted products are added up one by one."""
+    lines: list[str] = []
+    total = 0
+    for shift, y in enumerate(_digits(b, len(str(b)))):
+        carry = 0
+        for i, x in enumerate(_digits(a, len(str(a)))):
+            product = x * y + carry
+            terms = f"{x}*{y}+{carry}" if i else f"{x}*{y}"
+            carry = product // 10
+            lines.append(f"{terms}={product} w{product % 10} c{carry}")
+        partial = a * y * 10**shift
+        if shift:
+            lines.append(f"{total}+{partial}")
+            lines += addition_steps(total, partial)
+        total += partial
+    return lines
+
+
+def draw_addition(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    a, b = _operand(rng, options["digits"]), _operand(rng, options["digits"])
+    low, high = sorted((a, b))
+    return Drawn(canonical=f"{low}+{high}", text=f"{a}+{b}=?", answer=str(a + b), steps=tuple(addition_steps(a, b)))
+
+
+def draw_subtraction(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    b, a = sorted((_operand(rng, options["digits"]), _operand(rng, options["digits"])))
+    return Drawn(canonical=f"{a}-{b}", text=f"{a}-{b}=?", answer=str(a - b), steps=tuple(subtraction_steps(a, b)))
+
+
+def draw_multiplication(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    a, b = _operand(rng, options["digits_a"]), _operand(rng, options["digits_b"])
+    low, high = sorted((a, b))
+    return Drawn(
+        canonical=f"{low}*{high}", text=f"{a}*{b}=?", answer=str(a * b), steps=tuple(multiplication_steps(a, b))
+    )
+
+
+def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    """Terms joined by + - *; no product has more than two factors, so that a table of the small numbers is enough."""
+    numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["terms"])]
+    signs: list[str] = []
+    for _ in numbers[1:]:
+        allowed = "+-" if signs and signs[-1] == "*" else "+-*"
+        signs.append(allowed[rng.integers(len(allowed))])
+    text = str(numbers[0]) + "".join(f"{s}{n}" for s, n in zip(signs, numbers[1:], strict=True))
+    values, kept, steps = numbers[:1], [], []
+    for sign, number in zip(signs, numbers[1:], strict=True):  # products first
+        if sign == "*":
+            steps.append(f"{values[-1]}*{number}={values[-1] * number}")
+            values[-1] *= number
+        else:
+            values.append(number)
+            kept.append(sign)
+    total = values[0]
+    for sign, number in zip(kept, values[1:], strict=True):  # then from the left
+        result = total + number if sign == "+" else total - number
+        steps.append(f"{total}{sign}{number}={result}")
+        total = result
+    return Drawn(canonical=text, text=f"{text}=?", answer=str(total), steps=tuple(steps))
+
+
+def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    """Numbers and a target that all of them together can reach: two values at a time are joined until one is left."""
+    while True:
+        numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["numbers"])]
+        values = [(n, str(n), "") for n in numbers]  # value, expression, its outermost operation
+        steps: list[str] = []
+        while len(values) > 1:
+            first, second = (int(i) for i in rng.permutation(len(values))[:2])
+            x, y = values[first], values[second]
+            sign = _possible(x[0], y[0])[rng.integers(len(_possible(x[0], y[0])))]
+            joined = _joined(x, sign, y)
+            steps.append(f"{x[0]}{sign}{y[0]}={joined[0]}")
+            values = [v for i, v in enumerate(values) if i not in (first, second)] + [joined]
+        target, expression, _ = values[0]
+        if target <= options["max_target"] and target not in numbers:
+            break
+    return Drawn(
+        canonical=f"{','.join(str(n) for n in sorted(numbers))}->{target}",
+        text=f"{','.join(str(n) for n in numbers)}->{target}",
+        answer=expression,
+        steps=tuple(steps),
+        meta={"numbers": numbers, "target": target},
+    )
+
+
+def _possible(x: int, y: int) -> str:
+    """The operations that give a positive whole number, and change something."""
+    return "+" + ("-" if x > y else "") + ("*" if x > 1 and y > 1 else "") + ("/" if y > 1 and x % y == 0 else "")
+
+
+def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tuple[int, str, str]:
+    """The joined value and its expression, with brackets only where the order of operations needs them."""
+    value = {"+": x[0] + y[0], "-": x[0] - y[0], "*": x[0] * y[0], "/": x[0] // y[0]}[sign]
+    left = f"({x[1]})" if sign in "*/" and x[2] in ("+", "-") else x[1]
+    tight = {"+": (), "-": ("+", "-"), "*": ("+", "-"), "/": ("+", "-", "*", "/")}[sign]
+    right = f"({y[1]})" if y[2] in tight else y[1]
+    return value, f"{left}{sign}{right}", sign
+
+
+TASKS: dict[str, Task] = {
+    "addition": Task(
+        description="a+b, column by column from the right with carries",
+        options={"digits": (3, 1, 12)},
+        checker="integer",
+        draw=draw_addition,
+    ),
+    "subtraction": Task(
+        description="a-b with a >= b, column by column from the right with borrows",
+        options={"digits": (3, 1, 12)},
+        checker="integer",
+        draw=draw_subtraction,
+    ),
+    "multiplication": Task(
+        description="a*b, digit by digit with carries, shifted products added up",
+        options={"digits_a": (2, 1, 6), "digits_b": (1, 1, 6)},
+        checker="integer",
+        draw=draw_multiplication,
+    ),
+    "chain": Task(
+        description="several small numbers joined by + - *, products first",
+        options={"terms": (4, 3, 12), "max_number": (9, 2, 99)},
+        checker="integer",
+        draw=draw_chain,
+    ),
+    "countdown": Task(
+        description="reach a target with every given number exactly once and + - * /",
+        options={"numbers": (3, 2, 6), "max_number": (9, 3, 99), "max_target": (99, 9, 999)},
+        checker="countdown",
+        draw=draw_countdown,
+    ),
+}

@@ -1,0 +1,200 @@
+"""One row → one Problem: which columns there may be, and what each may hold."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable
+from decimal import Decimal
+from typing import Any
+
+from truestep.data.rows import Row, RowError, shown
+from truestep.records import Message, Problem
+
+PROMPT_COLUMNS = ("problem", "prompt", "messages")
+COLUMNS = (*PROMPT_COLUMNS, "answer", "reward_model", "solution", "target", "id", "checker", "numbers")
+CHECKERS = ("math", "exact", "integer", "countdown")
+ROLES = ("system", "user", "assistant")
+# What others call our columns, for "did you mean"; never read.
+ALIASES = {
+    "question": "problem", "query": "problem", "input": "problem", "instruction": "prompt",
+    "conversations": "messages", "conversation": "messages", "from": "role", "value": "content", "text": "content",
+    "label": "answer", "gold": "answer",
+    "ground_truth": "answer", "final_answer": "answer", "response": "solution", "output": "solution",
+    "completion": "solution", "rationale": "solution",
+}  # fmt: skip
+
+
+def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
+    """The problem that a row holds. ``needs`` names what must be there: "answer", "solution", both or (empty) either.
+
+    Raises RowError with the first thing that is wrong.
+    """
+    messages, solution, given = _turns(row)
+    answer = _answer(row)
+    solution = _solution(row, solution)
+    for field, value in (("answer", answer), ("solution", solution)):
+        if field in needs and not value:
+            raise RowError(
+                field, f"expected {'one' if field == 'answer' else 'a worked one'}, got none" + _near(row, field)
+            )
+    if not answer and not solution:
+        raise RowError("answer", "expected an answer or a solution, got neither" + _near(row, "answer", "solution"))
+    checker = _checker(row) if checker == "auto" else checker
+    meta: dict[str, Any] = {"turns_given": True} if given else {}
+    if checker == "countdown":
+        meta |= _countdown(row)
+    number = row.get("id")
+    if number is not None:
+        if isinstance(number, bool) or not isinstance(number, str | int):
+            raise RowError("id", f"expected text or a whole number, got {shown(number)}")
+        id = _text(str(number), "id")
+    return Problem(id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta)
+
+
+def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
+    """The prompt's turns, the solution where the turns end with one, and whether the row gave turns or bare text."""
+    present = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
+    if not present:
+        raise RowError(
+            "problem", "expected one of problem, prompt and messages, got none" + _near(row, *PROMPT_COLUMNS)
+        )
+    if len(present) > 1:
+        raise RowError(
+            present[1], f"expected one of problem, prompt and messages, got {' and '.join(present)}: keep one"
+        )
+    column, value = present[0], row[present[0]]
+    if column == "problem" or (column == "prompt" and isinstance(value, str)):
+        return (Message(role="user", content=_text(value, column)),), "", False
+    messages = _messages(value, column)
+    solution = ""
+    if column == "messages" and messages[-1].role == "assistant":
+        *messages, last = messages
+        solution = last.content
+    if not messages or messages[-1].role != "user":
+        found = f"the {messages[-1].role}'s" if messages else "none"
+        where = "before the assistant's solution" if solution else 'at the end (a worked answer goes into "solution")'
+        raise RowError(column, f"expected the user's turn {where}, got {found}")
+    return tuple(messages), solution, True
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise RowError(column, f'expected a list of {{"role": ..., "content": ...}}, got {shown(value)}')
+    if not value:
+        raise RowError(column, "expected at least one turn, got an empty list")
+    messages = []
+    for i, turn in enumerate(value):
+        field = f"{column}[{i}]"
+        if not isinstance(turn, dict):
+            raise RowError(field, f'expected {{"role": ..., "content": ...}}, got {shown(turn)}')
+        for key in ("role", "content"):
+            if turn.get(key) is None:
+                raise RowError(f"{field}.{key}", "expected text, got nothing" + _near(turn, key))
+        if turn["role"] not in ROLES:
+            hint = _did_you_mean(str(turn["role"]), ROLES)
+            raise RowError(f"{field}.role", f"expected system, user or assistant, got {shown(turn['role'])}{hint}")
+        if turn["role"] == "system" and i:
+            raise RowError(f"{field}.role", "expected the system's turn first, got it later: move or remove it")
+        messages.append(Message(role=turn["role"], content=_text(turn["content"], f"{field}.content")))
+    return messages
+
+
+def _solution(row: Row, from_turns: str) -> str:
+    """The demonstration: ``solution``, the last assistant turn of ``messages``, or ``target`` as a list of turns."""
+    found = {"messages": from_turns} if from_turns else {}
+    if row.get("solution") is not None:
+        found["solution"] = _text(row["solution"], "solution")
+    target = row.get("target")
+    if isinstance(target, list) and target and isinstance(target[0], dict):  # elsewhere, target is a number
+        turns = _messages(target, "target")
+        if len(turns) != 1 or turns[0].role != "assistant":
+            raise RowError("target", f"expected one assistant turn, got {', '.join(t.role for t in turns)}")
+        found["target"] = turns[0].content
+    if len(set(found.values())) > 1:
+        raise RowError("solution", f"expected one, got different ones in {' and '.join(found)}: keep one")
+    return next(iter(found.values()), "")
+
+
+def _answer(row: Row) -> str:
+    """The gold answer as text, from ``answer`` or from verl's ``reward_model``; "" where there is none."""
+    answer = "" if row.get("answer") is None else _scalar(row["answer"], "answer")
+    reward = row.get("reward_model")
+    if reward is None:
+        return answer
+    if not isinstance(reward, dict):
+        raise RowError("reward_model", f'expected {{"ground_truth": ..., "style": "rule"}}, got {shown(reward)}')
+    style = reward.get("style")
+    if style is not None and not str(style).startswith("rule"):
+        raise RowError("reward_model.style", f'expected "rule" (a program checks the answer), got {shown(style)}')
+    if reward.get("ground_truth") is None:
+        if answer:
+            return answer
+        raise RowError("reward_model.ground_truth", "expected an answer, got nothing" + _near(reward, "ground_truth"))
+    truth = _scalar(reward["ground_truth"], "reward_model.ground_truth")
+    if answer and answer != truth:
+        raise RowError("answer", f"expected reward_model's {shown(truth)}, got {shown(answer)}: keep one")
+    return truth
+
+
+def _scalar(value: Any, field: str) -> str:
+    """Text, or a number as plain decimal text (1e-05 → 0.00001, 3.0 → 3)."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        raise RowError(field, f"expected text or a number, got {shown(value)}")
+    if isinstance(value, str):
+        return _text(value, field)
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        raise RowError(field, f"expected a finite number, got {value}")
+    return str(int(value)) if value == int(value) else format(Decimal(str(value)), "f")
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(field, f"expected text, got {shown(value)}")
+    if not value.strip():
+        raise RowError(field, "expected text, got an empty string")
+    if "\0" in value:
+        raise RowError(field, f"expected text, got a NUL character at character {value.index(chr(0)) + 1}: remove it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(value[error.start]):04X}"
+        raise RowError(field, f"expected text, got the lone surrogate {code} at character {error.start + 1}") from None
+    return value
+
+
+def _checker(row: Row) -> str:
+    value = row.get("checker")
+    if value is None:
+        return "math"
+    if value not in CHECKERS:
+        hint = _did_you_mean(str(value), CHECKERS)
+        raise RowError("checker", f"expected one of {', '.join(CHECKERS)}, got {shown(value)}{hint}")
+    return str(value)
+
+
+def _countdown(row: Row) -> dict[str, Any]:
+    """What the countdown checker needs besides an answer: the numbers to use and the target to reach."""
+    numbers, target = row.get("numbers"), row.get("target")
+    if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
+        raise RowError("numbers", f"expected a list of whole numbers (checker countdown), got {shown(numbers)}")
+    if type(target) is not int:
+        raise RowError("target", f"expected a whole number (checker countdown), got {shown(target)}")
+    return {"numbers": numbers, "target": target}
+
+
+def _near(row: Iterable[str], *wanted: str) -> str:
+    """A hint for a column that looks like, or elsewhere stands for, one of those that are missing."""
+    for key in row:
+        for name in wanted:
+            like = difflib.get_close_matches(key.lower(), [name], n=1, cutoff=0.7)
+            if key != name and (like or ALIASES.get(key.lower()) == name):
+                return f'; the row has {shown(key)}, did you mean "{name}"?'
+    return ""
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""

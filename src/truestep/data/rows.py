@@ -1,0 +1,130 @@
+"""Rows of .jsonl and .parquet files: each a dict, or the reason why it cannot be one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from truestep.settings import SettingsError
+
+MAX_ROW_BYTES = 10 * 2**20
+SUFFIXES = (".jsonl", ".parquet")
+Row = dict[str, Any]
+
+
+class RowError(ValueError):
+    """What is wrong with one row: the field, what was expected there, and what was found."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: one line, at most 60 characters."""
+    if value is None:
+        return "nothing"
+    text = value if isinstance(value, str) else repr(value)
+    text = text[:57] + "..." if len(text) > 60 else text
+    return json.dumps(text) if isinstance(value, str) else text
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
+    """Yield (1-based row number, row or what is wrong with it) for every row of a file; blank lines are no rows.
+
+    Raises SettingsError where the file as a whole cannot be read.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise SettingsError(f"{path}: expected one JSON object a line, got an empty file")
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            if len(line) > MAX_ROW_BYTES:
+                while not line.endswith(b"\n") and line:
+                    line = file.readline(MAX_ROW_BYTES)
+                yield number, _too_long()
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, _parsed(line)
+
+
+def _too_long() -> RowError:
+    return RowError(
+        "row", f"expected at most {MAX_ROW_BYTES // 2**20} MB, got a longer one: shorten it or leave it out"
+    )
+
+
+def _parsed(line: bytes) -> Row | RowError:
+    try:
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except RowError as error:
+        return error
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the row"
+        return RowError("JSON", f"expected UTF-8 text, got {found}: save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        hint = ": this is one JSON array, write one object a line" if line.lstrip().startswith(b"[") else ""
+        return RowError(
+            "JSON", f"expected a JSON object on one line, got {error.msg} at character {error.pos + 1}{hint}"
+        )
+    except RecursionError:
+        return RowError("JSON", "expected a flat JSON object, got one nested too deeply to read")
+    except ValueError:
+        return RowError("JSON", "expected numbers of at most 4300 digits, got a longer one: write it as text")
+    if not isinstance(value, dict):
+        return RowError("JSON", f'expected an object such as {{"problem": "...", "answer": "..."}}, got {shown(value)}')
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError(shown(twice).strip('"'), "expected once, got twice in one object: remove one")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise SettingsError(f'{path}: reading parquet needs pyarrow: pip install "truestep[train]"') from None
+    try:
+        number = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=512):
+                for i in range(batch.num_rows):
+                    number += 1
+                    yield number, _parquet_row(batch, i)
+    except pa.ArrowException as error:
+        raise SettingsError(f"{path}: expected a parquet file, got {str(error).splitlines()[0]}") from None
+
+
+def _parquet_row(batch: Any, index: int) -> Row | RowError:
+    single = batch.slice(index, 1)
+    if single.nbytes > MAX_ROW_BYTES:
+        return _too_long()
+    row: Row = {}
+    for name, column in zip(batch.schema.names, single.columns, strict=True):
+        if name in row:
+            return RowError(shown(name).strip('"'), "expected one column of that name, got two: remove one")
+        try:
+            row[name] = column[0].as_py()
+        except UnicodeDecodeError:
+            return RowError(name, "expected UTF-8 text, got other bytes: write the column as UTF-8")
+        except ValueError:  # a date or a duration that Python cannot hold: no column that we read has such a type
+            row[name] = None
+    return row

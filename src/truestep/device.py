@@ -1,0 +1,44 @@
+"""The only file that may name an accelerator: which device a rank computes on, and how its ranks talk."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def compute_device() -> torch.device:
+    """This rank's accelerator, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def collective_backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def set_threads(num_threads: int) -> None:
+    """Pin the intra-op threads: results are bit-exact at a fixed number of threads only."""
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
+
+
+def make_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and no kernel here reads such memory
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size) as torchrun sets them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set (CPU) or allocation (accelerator) of this process so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

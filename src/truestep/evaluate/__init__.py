@@ -1,0 +1,1 @@
+"""How good a model is, with every sample accounted for and an interval around every number."""

@@ -1,0 +1,109 @@
+"""Paired comparison of two evaluations on the same problems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from truestep.evaluate.estimate import Row, by_problem, standard_error, t_cdf, t_quantile
+from truestep.records import Verdict
+from truestep.settings import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How much better ``b`` is than ``a`` on the same problems.
+
+    ``difference`` is the mean over problems of (share of correct samples of b) - (that of a), with its 95 % interval;
+    ``p_value`` is the paired t test's, ``p_exact`` the sign-flip permutation test's (McNemar's with one sample a
+    problem). ``detectable`` is the smallest true difference that problems like these would show with 80 % power at the
+    5 % level: None, and the interval [-1, 1], where there is one problem only.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    p_exact: float
+    detectable: float | None
+    num_problems: int
+    num_better: int
+    num_worse: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
+    """The paired difference b - a of per-sample records.
+
+    Raises SettingsError where the two are not samples of the same problems.
+    """
+    counts_a, counts_b = _correct_of(a), _correct_of(b)
+    if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):
+        have, lack = ("first", "second") if unpaired[0] in counts_a else ("second", "first")
+        raise SettingsError(
+            f"problem {unpaired[0]} is in the {have} evaluation and not in the {lack} ({len(unpaired)} such problems): "
+            "expected the same problems, evaluate both on the same data"
+        )
+    scale = math.lcm(*(n for counts in (counts_a, counts_b) for _, n in counts.values()))
+    whole = [
+        counts_b[p][0] * (scale // counts_b[p][1]) - counts_a[p][0] * (scale // counts_a[p][1]) for p in counts_a
+    ]  # differences in units of 1 / scale: whole numbers, so that the exact test is exact
+    difference, low, high, p_value, detectable = paired_t(np.array(whole) / scale, 1 / scale)
+    p_exact = sign_flip_p([w // math.gcd(*whole) for w in whole] if any(whole) else [])
+    return Comparison(
+        difference=difference,
+        low=low,
+        high=high,
+        p_value=p_exact if p_value is None else p_value,
+        p_exact=p_exact,
+        detectable=detectable,
+        num_problems=len(whole),
+        num_better=sum(w > 0 for w in whole),
+        num_worse=sum(w < 0 for w in whole),
+    )
+
+
+def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
+    """Correct samples and samples of each problem."""
+    return {p: (sum(r["verdict"] == Verdict.CORRECT for r in g), len(g)) for p, g in by_problem(rows).items()}
+
+
+def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, float | None, float | None]:
+    """Mean, interval, p-value and detectable difference of paired differences.
+
+    Where all differences are equal the spread says nothing, and pseudo-observations are added: half of +unit, half of
+    -unit and one of 0 (with one sample a problem, the interval of Agresti and Min 2005, doi:10.1002/sim.1781). There is
+    then no t statistic, hence no p-value.
+    """
+    mean, n = float(values.mean()), len(values)
+    if n == 1:
+        return mean, -1.0, 1.0, None, None
+    centre, error = mean, standard_error(values)
+    degenerate = bool(np.ptp(values) == 0)
+    if degenerate:
+        centre = mean * n / (n + 2)
+        second_moment = (n * mean**2 + unit**2) / (n + 2)
+        error = math.sqrt((second_moment - centre**2) / (n + 2))
+    quantile = t_quantile(0.975, n - 1)
+    low, high = centre - quantile * error, centre + quantile * error
+    p_value = None if degenerate else 2 * t_cdf(-abs(mean) / error, n - 1)
+    detectable = (quantile + t_quantile(0.8, n - 1)) * error
+    return mean, max(-1.0, min(low, mean)), min(1.0, max(high, mean)), p_value, detectable
+
+
+def sign_flip_p(whole: list[int]) -> float:
+    """Two-sided p-value of the sum of whole-number differences when each sign is a fair coin: the exact distribution,
+    built one difference at a time. ``chance[i]`` is the probability of the sum i - reach."""
+    reach = sum(abs(w) for w in whole)
+    chance = np.zeros(2 * reach + 1)
+    chance[reach] = 1.0
+    for size in (abs(w) for w in whole if w):
+        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2  # what rolls around the ends is 0
+    observed = abs(sum(whole))
+    return min(1.0, float(chance[np.abs(np.arange(-reach, reach + 1)) >= observed].sum()))

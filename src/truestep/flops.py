@@ -1,0 +1,59 @@
+"""The FLOPs ledger: tokens by kind → FLOPs, by the paper's formula and by a fuller count.
+
+Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens a forward pass costs 2ND, a backward pass
+4ND: an SFT token 6N, an on-policy rollout token 8N (2N to generate it, 6N to train on it). The paper counts response
+tokens only. The fuller count adds prompt tokens, passes that only score (proximal log-probabilities), and attention
+(4 FLOPs per query-key pair, channel and layer, forward), and leaves out what is a table look-up (the input embedding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the formulas need to know of a model."""
+
+    num_parameters: int
+    num_matmul_parameters: int  # parameters that a token is multiplied with (the head counts, the embedding does not)
+    num_layers: int
+    attention_width: int  # query channels: heads x head size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Counted work of a stage. Tokens; ``*_pairs`` are query-key pairs (one layer, one head's worth of each)."""
+
+    demonstration_tokens: int = 0  # trained tokens of demonstrations
+    rollout_tokens: int = 0  # generated tokens
+    rollout_trained_tokens: int = 0  # generated tokens that were then trained on
+    prompt_tokens: int = 0  # context tokens forwarded, in any pass
+    trained_pass_tokens: int = 0  # tokens through forward + backward, context included
+    generated_pass_tokens: int = 0  # tokens through prefill and decoding
+    scored_pass_tokens: int = 0  # tokens through forward-only scoring passes
+    trained_pairs: int = 0
+    generated_pairs: int = 0
+    scored_pairs: int = 0
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Ledger)})
+
+    def paper_flops(self, shape: ModelShape) -> float:
+        """6N per demonstration token, 2N per generated token, 6N per generated token trained on."""
+        n = float(shape.num_parameters)
+        return n * (6 * self.demonstration_tokens + 2 * self.rollout_tokens + 6 * self.rollout_trained_tokens)
+
+    def full_flops(self, shape: ModelShape) -> float:
+        """Prompt tokens, scoring passes and attention included; embedding look-ups left out."""
+        n, attention = float(shape.num_matmul_parameters), 4.0 * shape.num_layers * shape.attention_width
+        matmul = n * (6 * self.trained_pass_tokens + 2 * self.generated_pass_tokens + 2 * self.scored_pass_tokens)
+        return matmul + attention * (3 * self.trained_pairs + self.generated_pairs + self.scored_pairs)
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(raw: Mapping[str, int]) -> Ledger:
+        return Ledger(**raw)

@@ -1,0 +1,96 @@
+"""One spelling for what is written in many: typography and LaTeX decoration, never meaning.
+
+Everything here is linear in the length of the text and looks at text only; nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+
+_WIDE = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width forms of the printable ASCII characters
+_SPACES = dict.fromkeys([*range(0x2000, 0x200B), 0x00A0, 0x1680, 0x202F, 0x205F, 0x3000], " ")
+_INVISIBLE = dict.fromkeys([0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF])
+_BROKEN = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # a lone surrogate cannot be written to a UTF-8 file
+_SIGNS = {ord(a): b for a, b in zip("−‐‑–—﹣’‘“”。，", "------''\"\".,", strict=True)}
+_TYPOGRAPHY = {**_WIDE, **_SPACES, **_INVISIBLE, **_BROKEN, **_SIGNS}
+
+_SYMBOLS = {
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ",
+    "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^{\circ}",
+    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}",
+    "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "…": r"\ldots ", "∅": r"\emptyset ",
+}  # fmt: skip
+
+_WRAPPERS = ("$$", "$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
+TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm)\s*"
+_TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
+_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in (
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|nolimits)(?![a-zA-Z])", ""),
+        (r"\{,\}|,\\!\s*(?=\d{3})", ","),  # the separators of thousands
+        (r"\\[!]|\\hspace\{[^{}]*\}", ""),
+        (r"\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
+        (r"\\%", "%"),
+        (r"\\[$]", "$"),
+        (r"\\(?:le|leqslant)(?![a-zA-Z])|<=", r"\\leq "),
+        (r"\\(?:ge|geqslant)(?![a-zA-Z])|>=", r"\\geq "),
+        (r"\\ne(?![a-zA-Z])|!=", r"\\neq "),
+        (r"\\(?:gt)(?![a-zA-Z])", ">"),
+        (r"\\(?:lt)(?![a-zA-Z])", "<"),
+        (r"\\degree(?![a-zA-Z])|\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}", r"^{\\circ}"),
+        (r"\*\*", "^"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+        (r"\\(frac|sqrt)\s+(?=[{\[])", r"\\\1"),
+        (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
+        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+        (r"\s+", " "),
+    )
+)
+
+
+def typographic(text: str) -> str:
+    """Unicode look-alikes as ASCII: minus signs, full-width digits, spaces; invisible characters dropped."""
+    return text.translate(_TYPOGRAPHY)
+
+
+def normalise(text: str) -> str:
+    r"""An answer in one spelling: typography, LaTeX spacing and fraction forms, no ``$…$`` around it, no final full
+    stop. ``\text{…}`` stays, so that a unit can be told from a variable."""
+    text = typographic(text)
+    for symbol, command in _SYMBOLS.items():
+        if symbol in text:
+            text = text.replace(symbol, command)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return strip_wrappers(text)
+
+
+def strip_wrappers(text: str) -> str:
+    """Text without the delimiters that only say "this is mathematics" or "this is bold"."""
+    for _ in range(8):
+        before = text
+        text = text.strip()
+        text = text.rstrip(" .") if text.endswith(".") and not text.endswith("...") else text
+        for left, right in _WRAPPERS:
+            inner = text[len(left) : -len(right)]
+            if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right):
+                text = inner if left not in inner and right not in inner else text
+        if text == before:
+            break
+    return text
+
+
+def plain(text: str) -> str:
+    r"""A normalised answer with the contents of ``\text{…}`` in the open, and no ``$`` left."""
+    return re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text).replace("$", "")).strip(" .")
+
+
+def canonical(text: str) -> str:
+    """The form in which two answers that differ in spacing and braces alone are the same string."""
+    text = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", plain(text))
+    text = re.sub(r"([\^_])\{([A-Za-z0-9])\}", r"\1\2", text)
+    return re.sub(r"(\\[A-Za-z]+) (?=[^A-Za-z])", r"\1", text)

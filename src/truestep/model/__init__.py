@@ -1,0 +1,1 @@
+"""Models: loading, the built-in tiny one, and the packed forward pass."""

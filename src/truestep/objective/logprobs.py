@@ -1,0 +1,118 @@
+"""The chunked head: per-token log-probability and entropy, both differentiable, at the sampling temperature.
+
+The logits of a whole micro-batch never exist at once: each chunk's are made, reduced and dropped, and made again in the
+backward pass. Softmax arithmetic is in ``promote_types(dtype, float32)``: float64 stays float64.
+
+Shapes: M trained tokens, C tokens of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MiB in float32
+
+
+def _chunks(num_tokens: int, vocabulary: int) -> list[tuple[int, int]]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [(i, min(i + size, num_tokens)) for i in range(0, num_tokens, size)]
+
+
+def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """Logits [C, V] at a temperature, in at least float32."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """log softmax(hidden Wᵀ / τ) gathered at the targets, and the entropy of the same distribution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = hidden.new_empty(hidden.shape[0], dtype=wide)
+        entropy = torch.empty_like(logprobs)
+        normalizer = torch.empty_like(logprobs)
+        for a, b in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = _scaled_logits(hidden[a:b], weight, bias, temperature)
+            at_target = logits.gather(1, targets[a:b, None])[:, 0]
+            # One exponentiation serves the normaliser and the entropy H = log Σe^z − Σ p z.
+            top = logits.amax(1, keepdim=True)
+            shifted = logits.sub_(top)
+            exponent = shifted.exp()
+            total = exponent.sum(1)
+            mean = torch.linalg.vecdot(exponent, shifted) / total
+            log_total = total.log()
+            normalizer[a:b] = top[:, 0] + log_total
+            logprobs[a:b] = at_target - normalizer[a:b]
+            entropy[a:b] = log_total - mean
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logprobs, grad_entropy = grads
+        hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        for a, b in _chunks(hidden.shape[0], weight.shape[0]):
+            logp = _scaled_logits(hidden[a:b], weight, bias, ctx.temperature).sub_(normalizer[a:b, None])
+            probability = logp.exp()
+            # d logp_y / dz = 1[y] − p ;  dH / dz = −p (log p + H)
+            scale = torch.zeros_like(normalizer[a:b]) if grad_logprobs is None else -grad_logprobs[a:b]
+            if grad_entropy is None:
+                grad = probability.mul_(scale[:, None])
+            else:
+                grad = probability.mul_(scale[:, None] - grad_entropy[a:b, None] * (logp + entropy[a:b, None]))
+            grad.scatter_add_(1, targets[a:b, None], -scale[:, None])
+            if ctx.temperature != 1.0:
+                grad = grad.div_(ctx.temperature)
+            grad_logits = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[a:b] = grad_logits @ weight
+            if grad_weight is not None:
+                if grad_logits.dtype == wide:
+                    grad_weight.addmm_(grad_logits.T, hidden[a:b])
+                else:
+                    grad_weight += grad_logits.T @ hidden[a:b]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def chunked_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [M] of the targets and entropies [M], both differentiable.
+
+    Shapes: hidden [M, D], weight [V, D], bias [V] or None, targets [M]. Units: nats.
+    Held by: tests/numerics/test_chunked_head.py
+    """
+    if hidden.shape[0] == 0:  # an all-masked micro-batch: an exact zero that still has a graph
+        zero = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).sum(1)
+        return zero, zero
+    out: tuple[Tensor, Tensor] = _ChunkedHead.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-untyped-call]
+    return out
+
+
+def logprobs_from_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same from logits [M, V] that exist already: for heads that are more than one matrix product."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = torch.log_softmax(logits.to(wide) / temperature, dim=-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

@@ -1,0 +1,62 @@
+"""The one division. A loss is Σ (weighted token values) ÷ a global total, and this file holds the only divider.
+
+Totals are counted over all micro-batches and all ranks before the first forward pass. Nobody else divides: not a
+micro-batch by its own count, not an accumulation factor, not a wrapper that averages gradients over ranks.
+Held by: tests/architecture/test_one_division.py, tests/numerics/test_invariance.py
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from truestep.records import BatchTotals, TokenBatch
+
+
+class Normaliser(enum.StrEnum):
+    """What Σ over tokens is divided by; all counts are those of one optimizer step over all ranks."""
+
+    TOKENS = "tokens"  # N_tok: DAPO, SFT, the paper's RL
+    SEQUENCES = "sequences"  # 1/|y| within a sequence, then 1/N_seq: GRPO, GSPO
+    SEQUENCE_SUMS = "sequence_sums"  # N_seq: RLOO, REINFORCE
+    MAX_LENGTH = "max_length"  # N_seq·L with a constant L: Dr. GRPO
+    GROUPS = "groups"  # 1/Σ|y| within a group, then 1/N_groups: LUFFY's paper
+
+
+def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Sequence[TokenBatch]) -> float:
+    """This rank's share of a term's denominator. ``selected`` is a boolean [M] per micro-batch.
+
+    Sequences are counted whole where any of their tokens is selected; they are never split over micro-batches.
+    """
+    if normaliser is Normaliser.TOKENS:
+        return float(sum(int(s.sum()) for s in selected))
+    field = "group_index" if normaliser is Normaliser.GROUPS else "sequence_index"
+    found = [getattr(b, field)[s] for s, b in zip(selected, batches, strict=True)]
+    return float(torch.cat(found).unique().numel()) if found else 0.0
+
+
+def normalise(values: Tensor, *, normaliser: Normaliser, batch: TokenBatch, total: float, max_length: int) -> Tensor:
+    """Σ_t values_t ÷ (share_t · total): a micro-batch's part of the loss. Shapes: values [M] → scalar.
+
+    Raises ZeroDivisionError where a term without tokens is asked for its loss: the step leaves such terms out.
+    """
+    if total <= 0:
+        raise ZeroDivisionError("a term whose global total is 0 has no loss")
+    if normaliser is Normaliser.SEQUENCES:
+        share: Tensor | int = batch.sequence_length
+    elif normaliser is Normaliser.GROUPS:
+        share = batch.group_length
+    elif normaliser is Normaliser.MAX_LENGTH:
+        share = max_length
+    else:
+        share = 1
+    return (values / (share * total)).sum()
+
+
+def require_totals(totals: BatchTotals, terms: Sequence[str]) -> None:
+    """Every term has been counted; raises RecordError otherwise."""
+    for term in terms:
+        totals.of(term)

@@ -1,0 +1,37 @@
+"""Schedules: pure functions of the step (0-based)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[int], float]
+
+
+def constant(value: float) -> Schedule:
+    return lambda step: value
+
+
+def cosine(start: float, end: float, num_steps: int) -> Schedule:
+    """end + (start − end)·½(1 + cos(π·min(step, T)/T)). Used by Prefix-RFT, UFT, CHORD."""
+    return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step, num_steps) / num_steps))
+
+
+def learning_rate(
+    *, peak: float, kind: str, total_steps: int, warmup_fraction: float, min_ratio: float
+) -> Schedule:
+    """Linear warm-up over ⌈fraction·T⌉ steps from peak/W, then constant, or a cosine that reaches min_ratio·peak at T.
+
+    Source: arXiv:2604.23747, app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant).
+    """
+    warmup = math.ceil(warmup_fraction * total_steps)
+
+    def at(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        if kind == "constant":
+            return peak
+        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    return at

@@ -1,0 +1,218 @@
+"""Figures as inline SVG that take their colours from the page, so that they suit light and dark alike.
+
+Matplotlib is imported where a figure is drawn; where it is not installed there are no figures. The same data give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import importlib.util
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from markupsafe import Markup
+
+from truestep.report.tables import ScoreRow, visible, with_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# drawn in these colours, which become the page's own (--ink and so on); in no other place of an SVG do they occur
+_COLOURS = {
+    "#010203": "ink",
+    "#010204": "muted",
+    "#010205": "line",
+    "#010206": "blue",
+    "#010207": "orange",
+    "#010208": "green",
+}
+_INK, _MUTED, _LINE, _BLUE, _ORANGE, _GREEN = _COLOURS
+SERIES = (_BLUE, _ORANGE, _GREEN)
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "truestep",
+    "text.parse_math": False,  # a name with two dollar signs is a name
+    "axes.formatter.use_mathtext": False,
+    "font.size": 9,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _MUTED,
+    "text.color": _INK,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+MAX_POINTS = 600
+
+P = ParamSpec("P")
+Point = tuple[float, float]
+
+
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
+    """Draw in our style, or not at all where matplotlib is not installed."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **more: P.kwargs) -> Markup:
+        if not can_draw():
+            return Markup("")
+        import matplotlib
+
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **more)
+
+    return styled
+
+
+@_styled
+def curve(name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False) -> Markup:
+    """Lines over steps (or FLOPs). Empty where no series has a point."""
+    from matplotlib.ticker import MaxNLocator
+
+    series = {label: thin(points) for label, points in series.items() if points}
+    if not series:
+        return Markup("")
+    figure, axes = _new(3.3, 1.95)
+    for colour, (label, points) in zip(SERIES, series.items(), strict=False):
+        factor = 100 if y_percent else 1
+        xs, ys = [x for x, _ in points], [factor * y for _, y in points]
+        axes.plot(xs, ys, color=colour, label=visible(label), marker="o" if len(points) <= 12 else None, markersize=3.5)
+    values = [y for points in series.values() for _, y in points]
+    if min(values) > 0 and max(values) > 300 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.margins(y=0.08)
+    if x_label == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.set_xlabel(x_label, loc="right", fontsize=8)
+    if y_percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    if len(series) > 1:
+        axes.legend(loc="best", handlelength=1.2, borderaxespad=0.2)
+    last = "; ".join(f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in series.items())
+    return _svg(figure, name, f"{name} against {x_label}: {last}")
+
+
+def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """At most about ``limit`` points: of each stretch its lowest and its highest, so that no spike is lost."""
+    if len(points) <= limit:
+        return list(points)
+    width = math.ceil(len(points) / (limit // 2))
+    kept: list[Point] = [points[0]]
+    for start in range(0, len(points), width):
+        stretch = points[start : start + width]
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return [*kept, points[-1]]
+
+
+@_styled
+def scores(rows: Sequence[ScoreRow]) -> Markup:
+    """Dot and whisker of each checkpoint, by data set."""
+    rows = [row for row in rows if row.score is not None]
+    if not rows:
+        return Markup("")
+    several = len({row.data for row in rows}) > 1
+    ordered = sorted(rows, key=lambda row: [r.data for r in rows].index(row.data))
+    names = [visible(f"{row.data} · {row.checkpoint}" if several else row.checkpoint)[:40] for row in ordered]
+    figure, axes = _new(7.6, 0.6 + 0.36 * len(ordered), left=0.25 + 0.078 * max(map(len, names)))
+    for y, row in enumerate(ordered):
+        score, low, high = _percents(row)
+        axes.plot([low, high], [y, y], color=_BLUE, linewidth=2.2, solid_capstyle="round")
+        axes.plot([score], [y], "o", color=_BLUE, markersize=7)
+        axes.annotate(f"{score:.1f} %", (high, y), (7, 0), textcoords="offset points", va="center", fontsize=9)
+        if several and y and ordered[y - 1].data != row.data:
+            axes.axhline(y - 0.5, color=_LINE, linewidth=0.8)
+    axes.set_yticks(range(len(ordered)), names, fontsize=9.5, color=_INK)
+    axes.set_ylim(len(ordered) - 0.4, -0.6)
+    lowest, highest = min(_percents(row)[1] for row in ordered), max(_percents(row)[2] for row in ordered)
+    room = 0.06 * (highest - lowest)
+    axes.set_xlim(max(0, lowest - room), min(108, highest + 3 * room))
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    spoken = "; ".join(f"{n} {with_interval(r.score, r.low, r.high)}" for n, r in zip(names, ordered, strict=True))
+    return _svg(figure, "scores", f"Scores with 95 % intervals: {spoken}")
+
+
+def _percents(row: ScoreRow) -> tuple[float, float, float]:
+    score = row.score or 0.0
+    return 100 * score, 100 * (score if row.low is None else row.low), 100 * (score if row.high is None else row.high)
+
+
+@_styled
+def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Markup:
+    """Scores with whiskers against the FLOPs that were spent up to each checkpoint, a line for each data set."""
+    rows = [(flops, row) for flops, row in rows if row.score is not None]
+    if len(rows) < 2:
+        return Markup("")
+    figure, axes = _new(3.3, 1.95)
+    for colour, data in zip(SERIES, dict.fromkeys(row.data for _, row in rows), strict=False):
+        points = [(flops, *_percents(row), row.checkpoint) for flops, row in rows if row.data == data]
+        axes.plot(
+            [p[0] for p in points], [p[1] for p in points], "-o", color=colour, markersize=4.5, label=visible(data)[:40]
+        )
+        for flops, score, low, high, checkpoint in points:
+            axes.plot([flops, flops], [low, high], color=colour, linewidth=1.2)
+            axes.annotate(
+                visible(checkpoint)[:40], (flops, score), (5, -10), textcoords="offset points", fontsize=8, color=_MUTED
+            )
+    axes.margins(x=0.14, y=0.1)
+    axes.set_xlabel(x_label, loc="right", fontsize=8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    if len({row.data for _, row in rows}) > 1:
+        axes.legend(loc="best")
+    spoken = "; ".join(f"{r.checkpoint} {with_interval(r.score, r.low, r.high)} at {f:.3g}" for f, r in rows)
+    return _svg(figure, "scores by flops", f"Score against {x_label}: {spoken}")
+
+
+def _new(width: float, height: float, left: float = 0.52) -> tuple[Figure, Axes]:
+    """A figure of one plot with fixed margins, all in inches."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasSVG(figure)
+    figure.subplots_adjust(left=left / width, right=1 - 0.08 / width, bottom=0.42 / height, top=1 - 0.08 / height)
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, name: str, label: str) -> Markup:
+    """The figure as an <svg> element: described, with ids of its own and in the look of the page."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser has the fonts that matplotlib lacks
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<style.*?</style>", "", text, count=1, flags=re.DOTALL)  # it would style the whole page
+    prefix = re.sub(r"\W+", "-", name)
+    text = re.sub(r'( id="|href="#|url\(#)', lambda found: f"{found[0]}{prefix}-", text)
+    for colour, variable in _COLOURS.items():
+        text = text.replace(colour, f"var(--{variable})")
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
+    opening = f'<svg role="img" aria-label="{html.escape(visible(label))}"'
+    return Markup(text.replace("<svg", opening, 1))

@@ -1,0 +1,271 @@
+"""report.html: one page that holds everything, asks for nothing, and runs nothing.
+
+Every text of a run is untrusted (models write it). The environment, not the templates, escapes all of it and shows its
+invisible characters; the templates clip it. The page's policy forbids scripts and requests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from truestep.report import figures, tables
+from truestep.report.tables import ScoreRow, clip, duration, percent, scientific, visible, whole
+from truestep.rundir import read_jsonl, redact, write_atomic
+from truestep.settings import SettingsError
+
+Row = Mapping[str, Any]
+
+# title, metric → label, whether it is a share
+PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
+    ("Reward", {"reward": "reward"}, False),
+    ("Dev score", {"dev/score": "score"}, True),
+    ("Loss", {"loss": "loss"}, False),
+    ("Gradient norm", {"grad_norm": "norm"}, False),
+    ("Entropy", {"entropy": "entropy"}, False),
+    ("Completion length", {"completions/mean_length": "mean tokens"}, False),
+    ("Truncated completions", {"completions/truncated": "share"}, True),
+    ("Groups with mixed rewards", {"mixed_groups": "share"}, True),
+    ("Reward spread", {"reward_std": "standard deviation"}, False),
+    ("Sampler against trainer: log-probability difference",
+     {"sampling/logprob_difference_mean": "mean", "sampling/logprob_difference_max": "max"}, False),
+    ("Sampler against trainer: KL", {"sampling/kl": "KL"}, False),
+    ("Clipped tokens", {"clip_ratio/low": "low", "clip_ratio/high": "high"}, True),
+    ("Unscored samples", {"unscored": "samples"}, False),
+    ("Learning rate", {"learning_rate": "rate"}, False),
+)  # fmt: skip
+_QUOTA = {"incorrect": 3, "correct": 1, "unscored": 2}  # evaluation samples to show
+_SEARCHED = 20_000  # lines that are searched for them
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html from whatever files the run has so far.
+
+    Raises SettingsError where the folder is not a run directory.
+    """
+    if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
+        raise SettingsError(
+            f"{run}: not a run directory: expected resolved.toml in it, give the folder a run has printed"
+        )
+    page = _environment().get_template("report.html").render(_context(run))
+    write_atomic(run / "report.html", page)
+    return run / "report.html"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,  # a run that was interrupted has less to say
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "clip": _clipped,
+        "percent": percent,
+        "whole": whole,
+        "duration": duration,
+        "scientific": scientific,
+        "points": _points,
+        "p_value": _p_value,
+    }
+    environment.filters |= {name: _or_none(write) for name, write in filters.items()}
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    """What a template prints. Markup (our own SVG) is a str too, and passes."""
+    if value is None:
+        return tables.NONE
+    return visible(value) if type(value) is str else value
+
+
+def _or_none(write: Callable[..., str]) -> Callable[..., str]:
+    """A filter that takes what a file does not have for None."""
+    return lambda value, *more: write(None if isinstance(value, jinja2.Undefined) else value, *more)
+
+
+def _clipped(value: Any, limit: int) -> str:
+    if value is None:
+        return ""
+    return clip(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limit)
+
+
+def _points(value: float | None) -> str:
+    return tables.NONE if value is None else f"{100 * value:+.1f}"
+
+
+def _p_value(value: float | None) -> str:
+    return tables.NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _context(run: Path) -> dict[str, Any]:
+    summary, rows = tables.read_summary(run), tables.score_table(run)
+    stages = _stages(run, summary)
+    headings, cells = tables.score_cells(rows)
+    return {
+        "name": summary.get("name") or run.resolve().name,
+        "summary": summary,
+        "outcome": tables.outcome(summary, rows),
+        "score_headings": headings,
+        "score_cells": cells,
+        "score_figure": figures.scores(rows),
+        "can_draw": figures.can_draw(),
+        "compute": _compute(stages, rows),
+        "stages": stages,
+        "evaluations": list(_evaluations(run, rows)),
+        "overlap": summary.get("overlap") or tables.read_object(run / "data" / "overlap.json"),
+        "settings": redact(_text(run / "resolved.toml")),
+        "provenance": _flat(tables.read_object(run / "provenance.json")),
+    }
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings or versions as one list of name and text."""
+    flat: dict[str, str] = {}
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            flat |= _flat(entry, f"{prefix}{key} · ")
+        else:
+            text = " ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+            flat[prefix + key] = redact(text)
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every stage that has a folder or an entry in the summary, in order of the folders."""
+    folders = {path.name.partition("-")[2]: path for path in sorted(run.glob("stages/[0-9]*-*")) if path.is_dir()}
+    entries = {str(entry.get("name")): entry for entry in summary.get("stages") or []}
+    found = []
+    for name in dict.fromkeys([*folders, *entries]):
+        folder, entry = folders.get(name), entries.get(name, {})
+        metrics = read_jsonl(folder / "metrics.jsonl") if folder else []
+        rollouts = read_jsonl(folder / "rollouts.jsonl") if folder else []
+        tokens = {k: v for k, v in (entry.get("tokens") or {}).items() if k.endswith("tokens")}
+        found.append(
+            {
+                "name": name,
+                "kind": entry.get("kind"),
+                "steps": entry.get("steps", metrics[-1]["step"] if metrics else None),
+                "seconds": entry.get("seconds"),
+                "flops_paper": entry.get("flops_paper"),
+                "flops_full": entry.get("flops_full"),
+                "tokens": {key.removesuffix("_tokens").replace("_", " "): count for key, count in tokens.items()},
+                "metrics": metrics,
+                "panels": _panels(name, metrics),
+                "samples": pick_rollouts(rollouts),
+            }
+        )
+    return found
+
+
+def points(metrics: Sequence[Row], stage: str, key: str, x: str = "step") -> list[tuple[float, float]]:
+    """The finite values of one metric of a stage; ``x`` is "step" or another metric."""
+    x_name, y_name = x if x == "step" else f"{stage}/{x}", f"{stage}/{key}"
+    pairs = [(row.get(x_name), row.get(y_name)) for row in metrics]
+    return [(float(a), float(b)) for a, b in pairs if _finite(a) and _finite(b)]  # type: ignore[arg-type]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
+    panels = []
+    for title, keys, share in PANELS:
+        series = {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}
+        if series:
+            last = [f"{100 * found[-1][1]:.1f} %" if share else f"{found[-1][1]:.4g}" for found in series.values()]
+            figure = figures.curve(f"{stage} {title}", series, y_percent=share)
+            panels.append({"title": title, "last": " · ".join(last), "figure": figure})
+    return panels
+
+
+def _compute(stages: Sequence[Row], rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
+    """Score, reward and dev score against the FLOPs spent so far, by the paper's formula."""
+    spent = {"base": 0.0}
+    reward: dict[str, list[figures.Point]] = {}
+    dev: dict[str, list[figures.Point]] = {}
+    for stage in stages:
+        name, metrics = stage["name"], stage["metrics"]
+        if total := points(metrics, name, "flops_paper"):
+            spent[name] = total[-1][1]
+        reward[name] = points(metrics, name, "reward", "flops_paper")
+        dev[name] = points(metrics, name, "dev/score", "flops_paper")
+    reached = [(spent[row.checkpoint], row) for row in rows if row.checkpoint in spent]
+    label = "FLOPs (paper formula)"
+    drawn = [
+        ("Score", figures.scores_by_flops(reached, label)),
+        ("Reward", figures.curve("Reward by flops", reward, label)),
+        ("Dev score", figures.curve("Dev score by flops", dev, label, y_percent=True)),
+    ]
+    return [{"title": title, "figure": figure} for title, figure in drawn if figure]
+
+
+# --------------------------------------------------------------------------------------------- samples
+
+
+def pick_rollouts(rows: Sequence[Row]) -> list[Row]:
+    """Of the first, the middle and the last step one sample of each verdict."""
+    steps = sorted({row["step"] for row in rows})
+    wanted = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
+    picked: dict[tuple[int, str], Row] = {}
+    for row in rows:
+        if row["step"] in wanted:
+            picked.setdefault((row["step"], _verdict(row)), row)
+    return [picked[key] for key in sorted(picked)]
+
+
+def _verdict(row: Row) -> str:
+    verdict = row.get("verdict")
+    return verdict if isinstance(verdict, str) and verdict in _QUOTA else "unscored"
+
+
+def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]]:
+    """A few samples of each evaluation, in the order of the score table."""
+    order = {(row.checkpoint, row.data): number for number, row in enumerate(rows)}
+    paths = [
+        (p.parent.name, p.name.removesuffix(".samples.jsonl"), p) for p in run.glob("evaluations/*/*.samples.jsonl")
+    ]
+    for checkpoint, data, path in sorted(paths, key=lambda e: (order.get(e[:2], len(order)), e[:2])):
+        if samples := pick_samples(_lines(path)):
+            yield {"checkpoint": checkpoint, "data": data, "samples": samples}
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    """The rows of a file one by one: with many samples a problem it may be larger than memory."""
+    with path.open("rb") as file:
+        for _, line in zip(range(_SEARCHED), file, strict=False):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return  # torn by a kill in the middle of a write
+            if isinstance(row, dict) and "verdict" in row:
+                yield row
+
+
+def pick_samples(rows: Iterable[Row]) -> list[Row]:
+    """The first few wrong, correct and unscored samples, at most one of a problem."""
+    left, picked, seen = dict(_QUOTA), [], set()
+    for row in rows:
+        verdict = _verdict(row)
+        if left[verdict] and row.get("problem_id") not in seen:
+            left[verdict] -= 1
+            seen.add(row.get("problem_id"))
+            picked.append(row)
+        if not any(left.values()):
+            break
+    return sorted(picked, key=lambda row: list(_QUOTA).index(_verdict(row)))

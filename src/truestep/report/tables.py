@@ -1,0 +1,220 @@
+"""The numbers of a run as rows, and how they are written: once for the terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truestep.rundir import read_json
+from truestep.settings import SettingsError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NONE = "–"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# control, format (bidi overrides, zero width), surrogate, private and unassigned characters
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
+
+# ------------------------------------------------------------------------------------ text and numbers
+
+
+def visible(text: str) -> str:
+    """Text whose every character shows: what would move a cursor, turn the direction or hide becomes a symbol."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else _shown(c) for c in text)
+
+
+def _shown(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def clip(text: str, limit: int = 1600) -> str:
+    """Head and tail of a long text, and how much was left out between them."""
+    if len(text) <= limit:
+        return text
+    head = limit * 2 // 3
+    tail = limit - head
+    return f"{text[:head]}\n[… {len(text) - limit:,} characters left out …]\n{text[-tail:]}"
+
+
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def with_interval(value: float | None, low: float | None, high: float | None) -> str:
+    """E.g. 71.4 % [68.0, 74.6]."""
+    if value is None or low is None or high is None:
+        return percent(value)
+    return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def whole(value: float | None) -> str:
+    return NONE if value is None else f"{round(value):,}"
+
+
+def scientific(value: float | None) -> str:
+    """E.g. 3.20 × 10¹⁵."""
+    if value is None or value == 0:
+        return NONE if value is None else "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """The score of one checkpoint on one data set, as the run recorded it (None where it did not)."""
+
+    checkpoint: str
+    data: str
+    score: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    correct: int | None = None
+    incorrect: int | None = None
+    unscored: int | None = None
+    score_if_unscored_correct: float | None = None
+    truncated_rate: float | None = None
+    extracted_rate: float | None = None
+    mean_tokens: float | None = None
+    pass_at: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """summary.json, or {} where the run has not written one. Raises SettingsError where it is not a JSON object."""
+    return read_object(run / "summary.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise SettingsError(f"{path}: not valid JSON: {error}; restore the file or run the stage again") from None
+    if not isinstance(value, dict):
+        raise SettingsError(f"{path}: expected a JSON object, got {type(value).__name__}; run the stage again")
+    return value
+
+
+def score_table(run: Path) -> list[ScoreRow]:
+    """The scores in the summary's order; of a run that has no summary yet, those of its results files."""
+    found = list(read_summary(run).get("scores") or [])
+    if not found:
+        paths = sorted(run.glob("evaluations/*/*.results.json"), key=lambda p: (p.parent.name != "base", p))
+        found = [
+            {
+                **read_object(p).get("estimate", {}),
+                "checkpoint": p.parent.name,
+                "data": p.name.removesuffix(".results.json"),
+            }
+            for p in paths
+        ]
+    known = ScoreRow.__dataclass_fields__
+    return [ScoreRow(**{key: value for key, value in row.items() if key in known}) for row in found]
+
+
+def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
+    """What came out, in one sentence of plain words."""
+    lead = {"interrupted": "This run was interrupted. ", "running": "This run is still going. "}.get(
+        str(summary.get("status")), ""
+    )
+    if not rows:
+        return lead + "No checkpoint of it has been evaluated."
+    first = rows[0]
+    last = [row for row in rows if row.data == first.data][-1]
+    others = len({row.data for row in rows}) - 1
+    more = f" {others} more data set{'s' if others > 1 else ''} below." if others else ""
+    score = with_interval(last.score, last.low, last.high)
+    if first is last:
+        return f"{lead}On {last.data}, {last.checkpoint} answers {score} of {whole(last.n)} samples correctly.{more}"
+    start = with_interval(first.score, first.low, first.high)
+    return (
+        f"{lead}{score} of {last.data} answered correctly after {last.checkpoint}, {start} by {first.checkpoint}.{more}"
+    )
+
+
+# ------------------------------------------------------------------------------------ columns, writers
+
+Column = tuple[str, Callable[[ScoreRow], str]]
+
+
+def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
+    """Heading and cell of each column: what the terminal, Markdown and HTML all show."""
+    columns: list[Column] = [
+        ("Checkpoint", lambda r: r.checkpoint),
+        ("Data", lambda r: r.data),
+        ("Score [95 % interval]", lambda r: with_interval(r.score, r.low, r.high)),
+    ]
+    for k in sorted({k for row in rows for k in row.pass_at if k != "1"}, key=int):
+        columns.append((f"pass@{k}", _pass_cell(k)))
+    if any(row.unscored for row in rows):
+        columns.append(("If unscored were correct", lambda r: percent(r.score_if_unscored_correct)))
+    columns += [
+        ("Samples", lambda r: whole(r.n)),
+        ("Correct", lambda r: whole(r.correct)),
+        ("Incorrect", lambda r: whole(r.incorrect)),
+        ("Unscored", lambda r: whole(r.unscored)),
+        ("Truncated", lambda r: percent(r.truncated_rate)),
+        ("Answer found", lambda r: percent(r.extracted_rate)),
+        ("Mean tokens", lambda r: whole(r.mean_tokens)),
+    ]
+    return columns
+
+
+def _pass_cell(k: str) -> Callable[[ScoreRow], str]:
+    def cell(row: ScoreRow) -> str:
+        found = row.pass_at.get(k, {})
+        return with_interval(found.get("value"), found.get("low"), found.get("high"))
+
+    return cell
+
+
+def score_cells(rows: Sequence[ScoreRow]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and the cells of each row as visible text."""
+    columns = score_columns(rows)
+    return [heading for heading, _ in columns], [[visible(cell(row)) for _, cell in columns] for row in rows]
+
+
+def terminal_table(rows: Sequence[ScoreRow], title: str = "") -> Table:
+    """The scores for a terminal. Cells are plain text: nothing in them is markup or moves the cursor."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title) if title else None)
+    headings, cells = score_cells(rows)
+    for number, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="left" if number < 2 else "right")
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def markdown_table(rows: Sequence[ScoreRow]) -> str:
+    """The scores as a Markdown table; what Markdown or HTML would read as markup is escaped."""
+    headings, cells = score_cells(rows)
+    lines = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2)]
+    lines += [[_markdown(cell) for cell in row[:2]] + row[2:] for row in cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _markdown(text: str) -> str:
+    escaped = "".join(f"\\{c}" if c in "\\`*_[]()!|~#" else c for c in text)
+    return " ".join(escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())

@@ -1,0 +1,1 @@
+"""Rollouts: engines that sample, and plans that say what is sampled for a prompt."""

@@ -1,0 +1,80 @@
+"""The seam between truestep and whatever samples tokens: token ids in, token ids out, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from truestep.records import Rollout
+from truestep.seeding import Purpose, generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One completion to be sampled. Its random numbers depend on these coordinates alone, so neither the batch it is
+    decoded with nor the rank that decodes it changes them."""
+
+    problem_id: str
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    seed: int
+    purpose: Purpose
+    step: int
+
+    def uniforms(self, count: int) -> np.ndarray:
+        """``count`` float64 uniforms in [0, 1), one per token."""
+        return generator(self.seed, self.purpose, self.step, f"{self.problem_id}/{self.sample_index}").random(count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParameters:
+    """What distribution to sample from, and when to stop. Temperature 0 is greedy."""
+
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationCost:
+    """Tokens and query-key pairs that an engine has computed since it was last asked (for the FLOPs ledger)."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    pairs: int = 0
+
+
+class Engine(Protocol):
+    """Samples completions with a published set of weights. Two implementations exist or are planned: torch, vLLM."""
+
+    policy_version: int
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: SamplingParameters,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> Iterator[Rollout]:
+        """Yield one Rollout per request, each as soon as it is finished (any order). ``check_stop`` is called between
+        decoding steps and may raise. A request that cannot be sampled yields a Rollout with stop ERROR."""
+        ...
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Make the given weights the ones that the next ``generate`` samples from."""
+        ...
+
+    def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's own weights: the proof of a publish."""
+        ...
+
+    def take_cost(self) -> GenerationCost:
+        """The work done since the last call."""
+        ...

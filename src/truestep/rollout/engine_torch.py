@@ -1,0 +1,314 @@
+"""The default engine: batched sampling with a KV cache and continuous refill of finished rows, for any causal model.
+
+Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a decoding step.
+A prompt that several waiting samples share is prefilled once. Running rows occupy the first slots of the cache, so a
+decoding step reads a view of it; a finished row's slot is filled by the last one.
+
+Shapes: R running rows, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from truestep.model.attention import PackedLayout, count_pairs
+from truestep.model.forward import hidden_states
+from truestep.records import Distribution, Rollout, Segment, Stop
+from truestep.rollout.choose import choose
+from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFILL_TOKENS = 2048  # prompt tokens forwarded at once: memory only
+ROUND_UP = 32  # cached lengths are read in multiples, so that kernels see few shapes
+
+
+@dataclass
+class _Row:
+    """A running sample. ``length`` counts its cached tokens; ``forced`` tokens are scored instead of sampled."""
+
+    request: SampleRequest
+    uniforms: Sequence[float]
+    length: int
+    forced: Sequence[int] = ()
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def next_uniform(self) -> float:
+        return float(self.uniforms[len(self.tokens)])
+
+
+class KvCache:
+    """Keys and values of all slots, one pair of tensors [slots, K, T, D] a layer, made when a layer first writes."""
+
+    def __init__(self, num_slots: int, capacity: int) -> None:
+        self.num_slots, self.capacity = num_slots, capacity
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self.layers:
+            shape = (self.num_slots, like.shape[0], self.capacity, like.shape[2])
+            self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self.layers[layer]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for keys, values in self.layers.values():
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+
+
+class _PrefillLayout(PackedLayout):
+    """Packed prompts that leave their keys and values in the cache slots of all their samples."""
+
+    def __init__(self, segments: Sequence[Segment], positions: Tensor, cache: KvCache, slots: Sequence[range]) -> None:
+        super().__init__(segments, positions)
+        self.cache, self.slots = cache, slots
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+        keys, values = self.cache.of(layer, key)
+        for segment, slots in zip(self.segments, self.slots, strict=True):
+            length = segment.stop - segment.start
+            keys[slots.start : slots.stop, :, :length] = key[None, :, segment.start : segment.stop]
+            values[slots.start : slots.stop, :, :length] = value[None, :, segment.start : segment.stop]
+        return super().attend(layer, query, key, value, scaling, window)
+
+
+class _DecodeLayout:
+    """One new token of each running row, which sees all that its slot has cached, itself included."""
+
+    def __init__(self, cache: KvCache, lengths: Sequence[int], device: torch.device) -> None:
+        self.cache = cache
+        self.position = torch.tensor(lengths, device=device)
+        self.rows = torch.arange(len(lengths), device=device)
+        needed = max(lengths) + 1
+        self.read = min(cache.capacity, -(-needed // ROUND_UP) * ROUND_UP)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+        num_rows, kv_heads = query.shape[1], key.shape[0]
+        keys, values = self.cache.of(layer, key)
+        keys[self.rows, :, self.position] = key.transpose(0, 1)
+        values[self.rows, :, self.position] = value.transpose(0, 1)
+        # The query heads that share a key-value head become queries of one attention: no repeated keys.
+        grouped = query.transpose(0, 1).reshape(num_rows, kv_heads, -1, query.shape[2])
+        out = scaled_dot_product_attention(
+            grouped, keys[:num_rows, :, : self.read], values[:num_rows, :, : self.read],
+            attn_mask=self._mask(window), scale=scaling,
+        )  # fmt: skip
+        return out.reshape(num_rows, query.shape[0], query.shape[2])
+
+    def _mask(self, window: int | None) -> Tensor:
+        if window not in self._masks:
+            distance = self.position[:, None] - torch.arange(self.read, device=self.position.device)[None, :]
+            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            self._masks[window] = seen[:, None, None, :]
+        return self._masks[window]
+
+
+class TorchEngine:
+    """Samples with the given model. ``packs`` False falls back to one row at a time through the model's own cache."""
+
+    def __init__(self, model: PreTrainedModel, *, max_running: int = 64, packs: bool = True) -> None:
+        self.model, self.max_running, self.packs = model, max_running, packs
+        self.policy_version = 0
+        self._prefilled = self._decoded = self._pairs = 0
+
+    # ------------------------------------------------------------------------------------------------------ the seam
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: SamplingParameters,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> Iterator[Rollout]:
+        """Yield one Rollout per request, in the order in which they finish.
+
+        A sample's random numbers are its own, but its tokens may differ between batch compositions where a kernel's
+        rounding depends on its shape.
+        """
+        rows = deque(self._row(r, sampling) for r in requests)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            if self.packs:
+                yield from self._run(rows, sampling, check_stop)
+            else:
+                for row in rows:
+                    check_stop()
+                    yield self._rollout(self._run_alone(row, sampling, check_stop), sampling)
+        finally:
+            self.model.train(was_training)
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copy the weights in, unless they are this model's own tensors already."""
+        own = dict(self.model.named_parameters())
+        if set(own) != set(weights):
+            raise KeyError(f"published weights do not match the engine's: {sorted(set(own) ^ set(weights))[:3]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                if parameter.data_ptr() != weights[name].data_ptr():
+                    parameter.copy_(weights[name])
+        self.policy_version = version
+
+    @torch.no_grad()
+    def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` through the engine's own prefill and decoding."""
+        forced = tuple(token_ids[num_prompt_tokens:])
+        sampling = SamplingParameters(temperature=temperature, max_new_tokens=len(forced), stop_token_ids=())
+        row = _Row(request=_probe(token_ids[:num_prompt_tokens]), uniforms=[0.0] * len(forced), length=0, forced=forced)
+        was_training, cost = self.model.training, (self._prefilled, self._decoded, self._pairs)
+        self.model.eval()
+        try:
+            if self.packs:
+                for _ in self._run(deque([row]), sampling, lambda: None):
+                    pass
+            else:
+                self._run_alone(row, sampling, lambda: None)
+        finally:
+            self.model.train(was_training)
+            self._prefilled, self._decoded, self._pairs = cost  # a probe is no work of the run
+        return row.logprobs
+
+    def take_cost(self) -> GenerationCost:
+        cost = GenerationCost(prefill_tokens=self._prefilled, decode_tokens=self._decoded, pairs=self._pairs)
+        self._prefilled = self._decoded = self._pairs = 0
+        return cost
+
+    # ---------------------------------------------------------------------------------------------------- the machine
+
+    def _row(self, request: SampleRequest, sampling: SamplingParameters) -> _Row:
+        return _Row(request=request, uniforms=request.uniforms(sampling.max_new_tokens), length=0)
+
+    def _run(
+        self, waiting: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]
+    ) -> Iterator[Rollout]:
+        longest = max((len(r.request.prompt_ids) for r in waiting), default=0)
+        num_slots = min(self.max_running, len(waiting))
+        cache = KvCache(num_slots, longest + sampling.max_new_tokens)
+        running: list[_Row] = []
+        refill_at = max(1, num_slots // 4)  # a prefill for a single free slot would cost a pass of its own
+        while waiting or running:
+            check_stop()
+            free = num_slots - len(running)
+            if waiting and (free >= min(refill_at, len(waiting)) or not running):
+                self._admit(waiting, running, free, cache, sampling)
+            else:
+                self._decode(running, cache, sampling)
+            for index in reversed(range(len(running))):
+                if self._finished(running[index], sampling):
+                    yield self._rollout(running[index], sampling)
+                    last = len(running) - 1
+                    if index != last:
+                        cache.move(last, index, running[last].length)
+                        running[index] = running[last]
+                    running.pop()
+
+    def _admit(
+        self, waiting: deque[_Row], running: list[_Row], free: int, cache: KvCache, sampling: SamplingParameters
+    ) -> None:
+        """Prefill as many waiting rows as there are free slots; neighbours with the same prompt share one prefill."""
+        shares: list[list[_Row]] = []
+        tokens = 0
+        while waiting and free:
+            prompt = waiting[0].request.prompt_ids
+            if shares and shares[-1][0].request.prompt_ids == prompt:
+                shares[-1].append(waiting.popleft())
+            elif tokens and tokens + len(prompt) > PREFILL_TOKENS:
+                break
+            else:
+                shares.append([waiting.popleft()])
+                tokens += len(prompt)
+            free -= 1
+        bounds = [0]
+        slots: list[range] = []
+        for share in shares:
+            bounds.append(bounds[-1] + len(share[0].request.prompt_ids))
+            slots.append(range(len(running), len(running) + len(share)))
+            running.extend(share)
+        segments = [Segment(start=a, stop=b) for a, b in pairwise(bounds)]
+        device = self._device()
+        ids = torch.tensor([t for share in shares for t in share[0].request.prompt_ids], device=device)
+        positions = torch.cat([torch.arange(s.stop - s.start, device=device) for s in segments])
+        hidden = hidden_states(self.model, ids, positions, _PrefillLayout(segments, positions, cache, slots))
+        self._prefilled += tokens
+        self._pairs += count_pairs(segments)
+        last = torch.tensor([s.stop - 1 for s, share in zip(segments, shares, strict=True) for _ in share], device=device)
+        fresh = [row for share in shares for row in share]
+        for row in fresh:
+            row.length = len(row.request.prompt_ids)
+        self._choose(hidden[last], fresh, sampling)
+
+    def _decode(self, running: list[_Row], cache: KvCache, sampling: SamplingParameters) -> None:
+        device = self._device()
+        lengths = [row.length for row in running]
+        ids = torch.tensor([row.tokens[-1] for row in running], device=device)
+        layout = _DecodeLayout(cache, lengths, device)
+        hidden = hidden_states(self.model, ids, layout.position, layout)
+        self._decoded += len(running)
+        self._pairs += sum(lengths) + len(lengths)
+        for row in running:
+            row.length += 1
+        self._choose(hidden, running, sampling)
+
+    def _choose(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
+        """Append the next token, and its log-probability, to each row. Shapes: hidden [R, D]."""
+        head: Any = self.model.get_output_embeddings()
+        self._take(linear(hidden, head.weight, head.bias), rows, sampling)
+
+    def _take(self, logits: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
+        forced = [row.forced[len(row.tokens)] if row.forced else -1 for row in rows]
+        uniforms = [row.next_uniform() for row in rows]
+        tokens, logprobs = choose(logits, uniforms, sampling, forced)
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+
+    def _finished(self, row: _Row, sampling: SamplingParameters) -> bool:
+        return len(row.tokens) >= sampling.max_new_tokens or row.tokens[-1] in sampling.stop_token_ids
+
+    def _run_alone(self, row: _Row, sampling: SamplingParameters, check_stop: Callable[[], None]) -> _Row:
+        """For models whose attention cannot be packed: their own forward pass and cache, one row at a time."""
+        ids = torch.tensor([row.request.prompt_ids], device=self._device())
+        past = None
+        while not row.tokens or not self._finished(row, sampling):
+            check_stop()
+            out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            self._prefilled += 0 if row.tokens else ids.shape[1]
+            self._decoded += 1 if row.tokens else 0
+            row.length += ids.shape[1]
+            self._pairs += row.length
+            self._take(out.logits[:, -1], [row], sampling)
+            ids = torch.tensor([[row.tokens[-1]]], device=ids.device)
+        return row
+
+    def _rollout(self, row: _Row, sampling: SamplingParameters) -> Rollout:
+        stopped = row.tokens[-1] in sampling.stop_token_ids
+        return Rollout(
+            problem_id=row.request.problem_id,
+            sample_index=row.request.sample_index,
+            completion_ids=tuple(row.tokens),
+            behavior_logprobs=tuple(row.logprobs),
+            distribution=Distribution(policy_version=self.policy_version, temperature=sampling.temperature,
+                                      top_p=sampling.top_p, top_k=sampling.top_k),
+            stop=Stop.STOP_TOKEN if stopped else Stop.LENGTH,
+        )  # fmt: skip
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def _probe(prompt_ids: Sequence[int]) -> SampleRequest:
+    from truestep.seeding import Purpose
+
+    return SampleRequest(problem_id="probe", sample_index=0, prompt_ids=tuple(prompt_ids), seed=0, purpose=Purpose.PROBE, step=0)

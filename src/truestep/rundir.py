@@ -1,0 +1,143 @@
+"""The run directory: names, atomic writes and the provenance stamp.
+
+    RUN/resolved.toml  provenance.json  report.html  summary.json
+        data/overlap.json
+        stages/NN-NAME/{metrics,timings,rollouts}.jsonl  checkpoints/  export/  done.json
+        evaluations/NAME/{DATA.samples.jsonl,DATA.results.json}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_SECRET = re.compile(r"(hf_|sk-|ghp_|github_pat_|xox[bap]-|AKIA|glpat-|npm_|pypi-)[A-Za-z0-9_\-]{8,}|://[^/\s:@]+:[^/\s@]+@")
+
+
+def redact(text: str) -> str:
+    """Blank what looks like a token or a password in a URL, before it is written anywhere."""
+    return _SECRET.sub("[redacted]", text)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file so that a reader, or a machine that loses power, sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows and flush; a torn last line (killed while writing) is dropped by ``read_jsonl``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+        file.flush()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All complete rows of a file that we wrote ourselves; [] where there is none."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, UnicodeDecodeError):
+                break  # torn by a kill in the middle of a write: nothing after it can be whole
+    return rows
+
+
+def truncate_jsonl(path: Path, keep_up_to_step: int) -> None:
+    """Drop rows after a step, atomically: a resumed stage writes them again."""
+    if path.exists():
+        rows = [row for row in read_jsonl(path) if row["step"] <= keep_up_to_step]
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _git(*words: str) -> str:
+    try:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _versions() -> dict[str, str]:
+    names = ("truestep", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify", "pyarrow")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    model = ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Commit, versions, hardware, command and seed: what a reader needs to do the run again."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "command": [redact(word) for word in sys.argv],
+        "seed": seed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": _versions(),
+        "hardware": _hardware(),
+    }

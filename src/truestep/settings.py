@@ -1,0 +1,395 @@
+"""One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with what to
+write instead; ``resolved.toml`` in the run directory shows every setting that was in force.
+
+Batch sizes are named by what they count; everything else about a batch is derived (``pipeline`` prints the table).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class SettingsError(ValueError):
+    """Bad settings, data or paths: exit code 2. The message is one line that says what to write instead."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class TinySettings(Frozen):
+    """The built-in model: a Llama made from a config, about 1 M parameters, with a character tokenizer."""
+
+    hidden_size: int = Field(128, ge=8, multiple_of=8)
+    num_layers: int = Field(5, ge=1)
+    num_heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(384, ge=8)
+
+
+class ModelSettings(Frozen):
+    path: str  # tiny | smollm2-135m-instruct | folder | file.gguf | hub id
+    context_length: int | Literal["model"] = "model"
+    rope_theta: float | Literal["model"] = "model"
+    tiny: TinySettings = TinySettings()
+
+
+class ComputeSettings(Frozen):
+    threads: int = Field(2, ge=1)  # results are bit-exact at a fixed number of threads only
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+
+class ChatSettings(Frozen):
+    """How a problem becomes a prompt; the same in SFT, RL and evaluation."""
+
+    system: str = ""
+    user: str = "{problem}"
+    generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt, and is stripped from a demonstration's start
+
+    @model_validator(mode="after")
+    def _has_problem(self) -> Self:
+        if self.user.count("{problem}") != 1:
+            raise ValueError('chat.user must contain "{problem}" exactly once')
+        return self
+
+
+class DataSettings(Frozen):
+    source: str  # procedural:TASK | reasoning_gym:TASK | hub:org/name | path to .jsonl or .parquet
+    split: str = "train"
+    skip: int = Field(0, ge=0)
+    limit: int | Literal["all"] = "all"
+    checker: Literal["auto", "math", "exact"] = "auto"
+    options: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _limit_positive(self) -> Self:
+        if self.limit != "all" and self.limit < 1:
+            raise ValueError('limit must be at least 1, or "all"')
+        return self
+
+
+class OptimizerSettings(Frozen):
+    lr: float = Field(gt=0, le=1)
+    kind: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["cosine", "constant"] = "constant"
+    warmup_fraction: float = Field(0.0, ge=0, lt=1)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # the cosine's floor
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
+
+    @model_validator(mode="after")
+    def _sgd_is_plain(self) -> Self:
+        if self.kind == "sgd" and self.weight_decay:
+            raise ValueError('kind = "sgd" is the plain update: write weight_decay = 0')
+        return self
+
+
+class DevSettings(Frozen):
+    """Evaluation during a stage, on a set that is neither trained nor tested on."""
+
+    data: str = ""
+    every_steps: int = Field(0, ge=0)
+    select_best: bool = False  # export the best dev checkpoint instead of the last
+    temperature: float = Field(1.0, ge=0)
+    samples_per_problem: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if bool(self.data) != bool(self.every_steps):
+            raise ValueError("dev.data and dev.every_steps go together: set both or neither")
+        if self.select_best and not self.data:
+            raise ValueError("dev.select_best needs dev.data and dev.every_steps")
+        return self
+
+
+class StageSettings(Frozen):
+    name: str = ""
+    data: str
+    tokens_per_microbatch: int = Field(ge=1)  # memory only; never changes the update
+    optimizer: OptimizerSettings
+    save_every: int = Field(50, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    dev: DevSettings = DevSettings()
+
+
+class SftSettings(StageSettings):
+    kind: Literal["sft"]
+    sequences_per_step: int = Field(ge=1)
+    epochs: float = Field(0, ge=0)
+    steps: int = Field(0, ge=0)
+    method: str = "sft"
+    method_options: dict[str, float | str | bool] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs > 0) == (self.steps > 0):
+            raise ValueError("an sft stage needs exactly one of epochs and steps, greater than 0")
+        return self
+
+
+class SamplingSettings(Frozen):
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(ge=1)
+    max_running: int = Field(64, ge=1)  # rows decoded at once: memory only
+
+
+class RejectionSettings(StageSettings):
+    """Rejection-sampling SFT: sample from the stage's own start, keep what the checker accepts, imitate it."""
+
+    kind: Literal["rejection"]
+    sampling: SamplingSettings
+    samples_per_prompt: int = Field(8, ge=1)
+    keep_per_prompt: int = Field(4, ge=1)
+    sequences_per_step: int = Field(ge=1)
+    epochs: float = Field(0, ge=0)
+    steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs > 0) == (self.steps > 0):
+            raise ValueError("a rejection stage needs exactly one of epochs and steps, greater than 0")
+        return self
+
+
+class RlSettings(StageSettings):
+    kind: Literal["rl"]
+    steps: int = Field(ge=1)
+    prompts_per_step: int = Field(ge=1)  # prompts of one rollout batch
+    samples_per_prompt: int = Field(8, ge=2)
+    updates_per_rollout: int = Field(2, ge=1)  # the batch is cut by prompt into that many mini-batches
+    sampling: SamplingSettings
+    method: str = "paper"
+    method_options: dict[str, float | str | bool] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> Self:
+        p, u = self.prompts_per_step, self.updates_per_rollout
+        if p % u:
+            raise ValueError(
+                f"prompts_per_step = {p} cannot be cut into updates_per_rollout = {u} equal mini-batches "
+                f"({p} / {u} = {p / u:g}): write prompts_per_step = {(p // u + 1) * u} or updates_per_rollout = 1"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("rl samples at temperature 0, where every sample of a group is the same: write 1.0")
+        if self.sampling.top_p < 1 or self.sampling.top_k:
+            raise ValueError(
+                "rl with top_p < 1 or top_k > 0 samples from a truncated distribution, whose log-probabilities the "
+                "policy does not have: write top_p = 1.0 and top_k = 0"
+            )
+        return self
+
+
+Stage = Annotated[SftSettings | RlSettings | RejectionSettings, Field(discriminator="kind")]
+
+
+class EvaluateSettings(Frozen):
+    data: tuple[str, ...] = ()
+    samples_per_problem: int = Field(1, ge=1)
+    pass_at: tuple[int, ...] = (1,)
+    sampling: SamplingSettings = SamplingSettings(temperature=0.6, max_new_tokens=256)
+    before: bool = True  # also evaluate the base model
+
+    @model_validator(mode="after")
+    def _pass_at(self) -> Self:
+        bad = [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]
+        if bad:
+            raise ValueError(f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {self.samples_per_problem}")
+        if self.sampling.temperature == 0 and self.samples_per_problem > 1:
+            raise ValueError("temperature 0 gives the same sample every time: write samples_per_problem = 1")
+        return self
+
+
+class Settings(Frozen):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    model: ModelSettings
+    compute: ComputeSettings = ComputeSettings()
+    chat: ChatSettings = ChatSettings()
+    data: dict[str, DataSettings]
+    stages: tuple[Stage, ...] = ()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stage_names(cls, raw: Any) -> Any:
+        """A stage without a name is called after its kind."""
+        if isinstance(raw, dict) and isinstance(raw.get("stages"), list):
+            stages = [{**s, "name": s.get("name") or s.get("kind", "")} if isinstance(s, dict) else s for s in raw["stages"]]
+            return {**raw, "stages": stages}
+        return raw
+
+    @model_validator(mode="after")
+    def _references(self) -> Self:
+        names = [s.name for s in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'two stages are called "{name}": give each a name of its own (name = "...")')
+            if name in ("base", "report") or not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f'stage name "{name}" is reserved or has characters other than letters, digits, - and _')
+        wanted = [(f"stages.{s.name}.data", s.data) for s in self.stages]
+        wanted += [(f"stages.{s.name}.dev.data", s.dev.data) for s in self.stages if s.dev.data]
+        wanted += [("evaluate.data", d) for d in self.evaluate.data]
+        for where, name in wanted:
+            if name not in self.data:
+                raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {", ".join(self.data) or "none"}'
+                                 + _did_you_mean(name, list(self.data)))  # fmt: skip
+        if self.compute.parallel == "fsdp2" and self.compute.compile:
+            raise ValueError("compute.compile with parallel = fsdp2 has not been proven equal: write compile = false")
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------- loading and naming
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a recipe and apply ``--set key=value`` overrides (values in TOML syntax; a bare word is a string).
+
+    Raises SettingsError with one line naming the file, the key and what was expected.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise SettingsError(f"{path} is a folder: give a recipe file, e.g. {path}/run.toml")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise SettingsError(f"{path}: no such recipe" + _did_you_mean(str(path), siblings)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: not valid TOML: {error}") from None
+    for item in overrides:
+        _apply(raw, item)
+    return parse_settings(raw, where=str(path))
+
+
+def parse_settings(raw: dict[str, Any], *, where: str) -> Settings:
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(f"{where}: " + _one_line(error)) from None
+
+
+def _apply(raw: dict[str, Any], item: str) -> None:
+    key, sep, text = item.partition("=")
+    if not sep or not key.strip():
+        raise SettingsError(f"--set {item}: write --set key=value, e.g. --set stages.rl.steps=50")
+    text = text.strip()
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    node: Any = raw
+    *parents, leaf = [part.strip() for part in key.split(".")]
+    for part in parents:
+        node = _child(node, part, item)
+    if not isinstance(node, dict):
+        raise SettingsError(f"--set {item}: {'.'.join(parents)} is not a table")
+    node[leaf] = value
+
+
+def _child(node: Any, part: str, item: str) -> Any:
+    if isinstance(node, list):  # stages are addressed by name, kind or number
+        for i, entry in enumerate(node):
+            if isinstance(entry, dict) and part in (entry.get("name"), entry.get("kind"), str(i)):
+                return entry
+        raise SettingsError(f'--set {item}: no stage is called "{part}"')
+    if isinstance(node, dict):
+        return node.setdefault(part, {})
+    raise SettingsError(f"--set {item}: {part} is inside a value, not a table")
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
+    where = ".".join(p for p in loc if not p.startswith("function-"))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key" + _did_you_mean(loc[-1], _known_keys(loc[:-1]))
+    elif first["type"] == "missing":
+        message = "is missing and has no default: write it"
+    elif first["type"] == "union_tag_not_found":
+        message = 'each stage needs kind = "sft", "rl" or "rejection"'
+    elif first["type"] == "union_tag_invalid":
+        message = f'kind = {first["input"].get("kind")!r} is not a stage: write "sft", "rl" or "rejection"'
+    elif "input" in first and not isinstance(first["input"], dict | list | tuple):
+        message += f", got {first['input']!r}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return (f"{where}: " if where else "") + message + more
+
+
+def _known_keys(loc: Sequence[str]) -> list[str]:
+    """Every key any settings model knows: enough to suggest the right spelling of a wrong one."""
+    del loc
+    models: list[type[BaseModel]] = [Settings, ModelSettings, ComputeSettings, ChatSettings, DataSettings, SftSettings,
+              RlSettings, RejectionSettings, OptimizerSettings, SamplingSettings, EvaluateSettings, DevSettings, TinySettings]  # fmt: skip
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def settings_hash(*parts: BaseModel | str | int | float) -> str:
+    """12 hex digits over the canonical JSON of the given settings: the identity of a stage or a run."""
+    payload = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+def to_toml(settings: Settings) -> str:
+    """The resolved settings as TOML that ``load_settings`` reads back to the same object."""
+    lines: list[str] = []
+    _emit(settings.model_dump(mode="json"), (), lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _emit(table: dict[str, Any], prefix: tuple[str, ...], lines: list[str]) -> None:
+    plain = {k: v for k, v in table.items() if not _is_table(v)}
+    lines += [f"{_key(k)} = {_value(v)}" for k, v in plain.items()]
+    for key, value in table.items():
+        path = (*prefix, _key(key))
+        if isinstance(value, dict):
+            lines += ["", f"[{'.'.join(path)}]"]
+            _emit(value, path, lines)
+        elif _is_table(value):
+            for entry in value:
+                lines += ["", f"[[{'.'.join(path)}]]"]
+                _emit(entry, path, lines)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value))
+
+
+def _key(key: str) -> str:
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    return repr(value)

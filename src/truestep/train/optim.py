@@ -1,0 +1,132 @@
+"""The optimizer: float32 master state, gradients accumulated in at least float32, one clip by the global norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from truestep.settings import OptimizerSettings
+from truestep.train.parallel import Ranks, local, shard_like
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class MasterOptimizer:
+    """AdamW or SGD over master copies of the parameters.
+
+    A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A bfloat16
+    parameter has a float32 master and a float32 gradient that every backward pass is added to, so that small updates
+    are not lost in the master and small gradients not in the sum.
+    Held by: tests/numerics/test_optim.py
+    """
+
+    def __init__(self, module: nn.Module, settings: OptimizerSettings) -> None:
+        self.settings = settings
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.masters: dict[str, Tensor] = {}
+        self._wide_grads: dict[str, Tensor] = {}
+        self._hooks = []
+        for name, parameter in self.parameters.items():
+            if parameter.dtype in _LOW_PRECISION:
+                self.masters[name] = parameter.detach().to(torch.float32, copy=True)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._accumulate(name)))
+            else:
+                self.masters[name] = parameter
+        self._inner = self._make(list(self.masters.values()))
+
+    def _make(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
+        s = self.settings
+        if s.kind == "sgd":
+            return torch.optim.SGD(tensors, lr=s.lr)
+        return torch.optim.AdamW(tensors, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=True)
+
+    def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
+        def hook(parameter: Tensor) -> None:
+            grad = parameter.grad
+            parameter.grad = None
+            if grad is None:
+                return
+            if name in self._wide_grads:
+                self._wide_grads[name] += grad
+            else:
+                self._wide_grads[name] = grad.to(torch.float32)
+
+        return hook
+
+    def zero_grad(self) -> None:
+        self._wide_grads.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The accumulated gradient of every parameter; zeros where nothing reached it on this rank."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            grad = self._wide_grads.get(name) if parameter.dtype in _LOW_PRECISION else parameter.grad
+            if grad is None:
+                grad = torch.zeros_like(self.masters[name])
+                if parameter.dtype in _LOW_PRECISION:
+                    self._wide_grads[name] = grad
+                else:
+                    parameter.grad = grad
+            found[name] = grad
+        return found
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], learning_rate: float) -> None:
+        """One update of the masters with these gradients, then the parameters follow."""
+        for group in self._inner.param_groups:
+            group["lr"] = learning_rate
+        for name, master in self.masters.items():
+            master.grad = gradients[name]
+        self._inner.step()
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            master.grad = None
+            if master is not parameter:
+                parameter.copy_(master)
+        self.zero_grad()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Masters and moments by parameter name ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…")."""
+        tensors: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                tensors[f"master/{name}"] = local(master)
+            for key, value in self._inner.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = local(value) if isinstance(value, Tensor) else torch.tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, master in self.masters.items():
+            if f"master/{name}" in tensors:
+                local(master).copy_(tensors[f"master/{name}"])
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
+            self._inner.state[master] = {k: shard_like(tensors[f"{k}/{name}"].clone(), master, k) for k in keys}
+
+
+def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> float:
+    """√Σ‖g‖² over all parameters (and, where they are sharded, all ranks), accumulated in float64.
+
+    Units: of the gradient. NaN or infinite where any entry is.
+    """
+    squares = 0.0
+    for grad in gradients:
+        part = local(grad)
+        wide = torch.promote_types(part.dtype, torch.float32)
+        squares += float(torch.linalg.vector_norm(part, dtype=wide).double()) ** 2
+    if sharded:
+        squares = ranks.sum([squares])[0]
+    return float(squares**0.5)
+
+
+@torch.no_grad()
+def clip_(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does; 0 switches it off."""
+    factor = max_norm / (norm + 1e-6)
+    if max_norm > 0 and factor < 1:
+        for grad in gradients:
+            grad.mul_(factor)

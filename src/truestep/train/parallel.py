@@ -1,0 +1,131 @@
+"""Ranks: what they tell each other, and FSDP2 with its own averaging switched off.
+
+Gradients are SUMMED over ranks, by us in float32 (ddp) or by FSDP's reduce-scatter with a divide factor of one
+(fsdp2). The loss was divided by a global total before, so nothing is left to be averaged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from truestep.device import collective_backend, compute_device, world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process's place among its peers, and the few collectives that training needs."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=compute_device())
+        dist.all_reduce(tensor, op=operation)
+        return [float(v) for v in tensor]
+
+    def sum_gradients(self, gradients: Iterable[Tensor]) -> None:
+        """In place, in the gradients' own (wide) dtype."""
+        if self.world_size > 1:
+            for gradient in gradients:
+                dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, in rank order (as JSON: torch's own object collectives pickle)."""
+        if self.world_size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        longest = int(self.max([len(data)])[0])
+        lengths = [int(n) for n in self.sum([len(data) if r == self.rank else 0 for r in range(self.world_size)])]
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        found = [torch.empty_like(padded, device=compute_device()) for _ in range(self.world_size)]
+        dist.all_gather(found, padded.to(compute_device()))
+        return [json.loads(bytes(t[:n].tolist())) for t, n in zip(found, lengths, strict=True)]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def join() -> Ranks:
+    """Meet the other ranks if torchrun has started any."""
+    rank, world_size = world()
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group(collective_backend(), timeout=timedelta(minutes=30))
+    return Ranks(rank=rank, world_size=world_size)
+
+
+def leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def replicate(module: nn.Module, ranks: Ranks) -> None:
+    """Every rank starts from rank 0's parameters."""
+    if ranks.world_size > 1:
+        for parameter in module.parameters():
+            dist.broadcast(parameter.detach(), src=0)
+
+
+def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.dtype) -> None:
+    """FSDP2 over all ranks: parameters sharded in their (master) dtype, computed in ``compute_dtype``, gradients
+    reduced in at least float32 and never divided."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    parameter_dtype = next(module.parameters()).dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == parameter_dtype else compute_dtype,
+        reduce_dtype=torch.promote_types(parameter_dtype, torch.float32),
+    )
+    for layer in layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)  # the only divider is objective.normalise
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; the tensor itself otherwise."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank (a collective)."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(part: Tensor, like: Tensor, key: str) -> Tensor:
+    """This rank's part as a tensor that is sharded the way ``like`` is (scalars such as "step" are not)."""
+    from torch.distributed.tensor import DTensor
+
+    if key == "step" or not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())

@@ -1,0 +1,79 @@
+"""The trained model as one module: a packed micro-batch in, per-token log-probabilities and entropies out.
+
+It is the root that FSDP wraps, so that no hook is bypassed. Shapes: N forwarded tokens, M trained tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from truestep.model.attention import PackedLayout
+from truestep.model.forward import PACKING_TOLERANCE, hidden_states, hidden_states_by_segment, install_packing
+from truestep.model.load import LoadedModel
+from truestep.objective.logprobs import chunked_logprobs, logprobs_from_logits
+from truestep.records import Segment, TokenBatch
+
+
+class Policy(nn.Module):
+    """``forward(batch, temperature)`` → (logprobs [M], entropy [M]), both differentiable.
+
+    ``notes`` says in words which fast path was refused at load, and why.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, gradient_checkpointing: bool = False, compile: bool = False) -> None:
+        super().__init__()
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.shape = loaded.shape
+        self.context_length = loaded.context_length
+        self.notes: list[str] = []
+        reason = install_packing(self.model)
+        self.packs = not reason
+        if reason:
+            self.notes.append(f"sequences are run one by one, not packed: {reason}")
+        reason = self._head_differs()
+        self.plain_head = not reason
+        if reason:
+            self.notes.append(f"logits are made whole, not in chunks: {reason}")
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if compile:
+            for layer in self.model.base_model.layers:
+                layer.compile(dynamic=True)
+
+    def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        if not self.plain_head:
+            return self._from_whole_logits(batch, temperature)
+        hidden = self._hidden(batch).index_select(0, batch.source_index)
+        head = self.model.get_output_embeddings()
+        return chunked_logprobs(hidden, head.weight, head.bias, batch.target_ids, temperature)
+
+    def _hidden(self, batch: TokenBatch) -> Tensor:
+        if self.packs:
+            layout = PackedLayout(batch.segments, batch.position_ids)
+            return hidden_states(self.model, batch.input_ids, batch.position_ids, layout)
+        return hidden_states_by_segment(self.model, batch.input_ids, batch.position_ids, batch.segments)
+
+    def _from_whole_logits(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        pieces = []
+        for s in batch.segments:
+            ids = torch.cat([batch.input_ids[s.prefix_start : s.prefix_stop], batch.input_ids[s.start : s.stop]])
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
+            pieces.append(logits[s.prefix_stop - s.prefix_start :])
+        return logprobs_from_logits(torch.cat(pieces)[batch.source_index], batch.target_ids, temperature)
+
+    @torch.no_grad()
+    def _head_differs(self) -> str:
+        """"" if hidden states times the output matrix are the model's own logits (no soft cap, no scale)."""
+        device = next(self.model.parameters()).device
+        ids = torch.arange(3, 12, device=device) % int(self.model.get_input_embeddings().weight.shape[0])
+        positions = torch.arange(ids.shape[0], device=device)
+        hidden = hidden_states_by_segment(self.model, ids, positions, (Segment(start=0, stop=ids.shape[0]),))
+        head = self.model.get_output_embeddings()
+        if head is None or not isinstance(head, nn.Linear):
+            return "the model has no linear output layer"
+        got = torch.nn.functional.linear(hidden, head.weight, head.bias)
+        expected = self.model(input_ids=ids[None], use_cache=False).logits[0].to(got.dtype)
+        difference = float((got - expected).norm() / expected.norm())
+        return "" if difference <= PACKING_TOLERANCE[got.dtype] else f"its logits are not hidden·Wᵀ ({difference:.1e})"

@@ -1,0 +1,215 @@
+"""One optimizer step, exact: totals before the first forward, one division, one clip by the global norm.
+
+    totals = Σ over all micro-batches and ranks            (count_totals)
+    loss_i = Σ_terms w · Σ_t −sg(C_t)·log π_t ÷ total       (microbatch_loss)
+    gradient = Σ_i Σ_ranks ∇loss_i                          (accumulated in at least float32, never averaged)
+
+Shapes: M trained tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from truestep.objective.coefficients import Context
+from truestep.objective.methods import Term
+from truestep.objective.normalise import local_total, normalise
+from truestep.records import BatchTotals, StepReport, TokenBatch
+from truestep.train.assemble import dummy_batch
+from truestep.train.optim import MasterOptimizer, clip_, global_norm
+from truestep.train.parallel import Ranks
+from truestep.train.policy import Policy
+
+
+class NonFiniteError(ArithmeticError):
+    """A NaN or an infinity: the step was stopped before the optimizer, and the batch saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What a step needs besides the policy, the optimizer and the data."""
+
+    step: int
+    terms: Sequence[Term]
+    learning_rate: float
+    temperature: float
+    max_length: int = 1  # L of the max_length normaliser
+    ranks: Ranks = field(default_factory=Ranks)
+    sharded: bool = False
+    microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
+    check_stop: Callable[[], None] = lambda: None
+    rescue_folder: Path | None = None  # where the batch of a non-finite step is saved
+
+
+def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[TokenBatch], plan: StepPlan) -> StepReport:
+    """Accumulate every micro-batch, clip once, update once. Leaves nothing behind if it is interrupted.
+
+    Raises NonFiniteError before the optimizer runs, naming the tensor.
+    Held by: tests/numerics/test_invariance.py, tests/numerics/test_mutants.py
+    """
+    totals = count_totals(plan.terms, batches, plan.ranks)
+    weights = list(plan.microbatch_weights or [1.0] * len(batches))
+    if len(weights) != len(batches):
+        raise ValueError(f"{len(weights)} microbatch_weights for {len(batches)} micro-batches")
+    sums: dict[str, float] = {}
+    optimizer.zero_grad()
+    try:
+        for index, batch in enumerate(_levelled(batches, plan.ranks, policy)):
+            plan.check_stop()
+            loss = microbatch_loss(policy, batch, plan, totals, sums)
+            _require_finite({"loss": loss}, batch, plan, f"micro-batch {index}")
+            (loss * (weights[index] if index < len(weights) else 0.0)).backward()
+        plan.check_stop()
+    except BaseException:
+        optimizer.zero_grad()
+        raise
+    gradients = optimizer.gradients()
+    if not plan.sharded:
+        plan.ranks.sum_gradients(gradients.values())
+    norm = global_norm(gradients.values(), plan.ranks, sharded=plan.sharded)
+    if not math.isfinite(norm):
+        bad = [name for name, g in gradients.items() if not math.isfinite(global_norm([g], plan.ranks, sharded=plan.sharded))]
+        optimizer.zero_grad()
+        path = _rescue(batches, plan)
+        raise NonFiniteError(f"step {plan.step}: the gradient of {bad[0] if bad else 'a parameter'} is not finite{path}")
+    clip_(gradients.values(), norm, optimizer.settings.max_grad_norm)
+    optimizer.step(gradients, plan.learning_rate)
+    return _report(plan, totals, sums, norm)
+
+
+def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ranks) -> BatchTotals:
+    """Every term's denominator over all micro-batches and ranks, before the first forward pass."""
+    local = [local_total(term.normaliser, [term.select(b) for b in batches], batches) for term in terms]
+    sequences = [b.sequence_index for b in batches]
+    groups = [b.group_index for b in batches]
+    local += [float(sum(b.num_targets for b in batches)), _distinct(sequences), _distinct(groups)]
+    *counted, num_tokens, num_sequences, num_groups = ranks.sum(local)
+    return BatchTotals(
+        terms={term.name: total for term, total in zip(terms, counted, strict=True)},
+        num_tokens=int(num_tokens),
+        num_sequences=int(num_sequences),
+        num_groups=int(num_groups),
+    )
+
+
+def _distinct(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts)).unique().numel()) if parts else 0.0
+
+
+def microbatch_loss(
+    policy: Policy, batch: TokenBatch, plan: StepPlan, totals: BatchTotals, sums: dict[str, float]
+) -> Tensor:
+    """This micro-batch's part of the globally normalised loss; adds its metrics to ``sums``."""
+    logprobs, entropy = policy(batch, plan.temperature)
+    _require_finite({"policy log-probabilities": logprobs, "entropy": entropy}, batch, plan, "forward pass")
+    detached = logprobs.detach()
+    # Before the first update of a rollout batch the policy is the proximal policy: its own values, no extra pass.
+    proximal = torch.where(batch.proximal_logprobs.isnan(), detached, batch.proximal_logprobs)
+    context = Context(policy_logprobs=detached, proximal_logprobs=proximal, entropy=entropy.detach(), batch=batch,
+                      step=plan.step)  # fmt: skip
+    loss = logprobs.sum() * 0.0  # an exact zero with a graph: a micro-batch without targets still runs backward
+    for term in plan.terms:
+        total = totals.of(term.name)
+        if total == 0:
+            continue  # absent from the whole step, on every rank
+        if term.coefficient is not None:
+            values = -(term.coefficient(context) * logprobs)
+        else:
+            assert term.value is not None
+            values = term.value(logprobs, entropy)
+        selected = term.select(batch).to(values.dtype) * batch.weight
+        part = normalise(values * selected, normaliser=term.normaliser, batch=batch, total=total, max_length=plan.max_length)
+        loss = loss + term.weight(plan.step) * part
+        _add(sums, f"loss/{term.name}", float(part.detach()))
+    _measure(sums, context)
+    return loss
+
+
+def _measure(sums: dict[str, float], context: Context) -> None:
+    """Sums over tokens of what is watched every step; divided by counts in ``_report``."""
+    batch = context.batch
+    _add(sums, "tokens", float(batch.num_targets))
+    _add(sums, "entropy", float(context.entropy.sum()))
+    _add(sums, "nll", -float(context.policy_logprobs.sum()))
+    sampled = ~batch.behavior_logprobs.isnan()
+    if bool(sampled.any()):
+        log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
+        advantage, ratio = batch.advantage[sampled], log_ratio.exp()
+        _add(sums, "sampled", float(sampled.sum()))
+        _add(sums, "clip_low", float(((ratio < 0.8) & (advantage < 0)).sum()))
+        _add(sums, "clip_high", float(((ratio > 1.28) & (advantage > 0)).sum()))
+        _add(sums, "approx_kl", float((ratio - 1 - log_ratio).sum()))
+
+
+def _add(sums: dict[str, float], key: str, value: float) -> None:
+    sums[key] = sums.get(key, 0.0) + value
+
+
+def _report(plan: StepPlan, totals: BatchTotals, sums: dict[str, float], norm: float) -> StepReport:
+    keys = ["tokens", "sampled", "entropy", "nll", "clip_low", "clip_high", "approx_kl"]
+    keys += [f"loss/{t.name}" for t in plan.terms]
+    total = dict(zip(keys, plan.ranks.sum([sums.get(k, 0.0) for k in keys]), strict=True))
+    loss = math.fsum(term.weight(plan.step) * total[f"loss/{term.name}"] for term in plan.terms)
+    metrics = {"entropy": total["entropy"] / max(1.0, total["tokens"]), "nll": total["nll"] / max(1.0, total["tokens"])}
+    if total["sampled"]:
+        metrics |= {
+            "clip_ratio/low": total["clip_low"] / total["sampled"],
+            "clip_ratio/high": total["clip_high"] / total["sampled"],
+            "approx_kl": total["approx_kl"] / total["sampled"],
+        }
+    return StepReport(step=plan.step, loss=loss, grad_norm=norm, learning_rate=plan.learning_rate,
+                      num_tokens=totals.num_tokens, metrics=metrics, timings={})  # fmt: skip
+
+
+@torch.no_grad()
+def fill_proximal(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan) -> list[TokenBatch]:
+    """The proximal pass: the same batches with the log-probabilities of the policy as it is now."""
+    filled = []
+    for index, batch in enumerate(_levelled(batches, plan.ranks, policy)):
+        plan.check_stop()
+        logprobs, _ = policy(batch, plan.temperature)
+        _require_finite({"proximal log-probabilities": logprobs}, batch, plan, f"micro-batch {index}")
+        if index < len(batches):
+            filled.append(replace(batch, proximal_logprobs=logprobs.detach()))
+    return filled
+
+
+def _levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
+    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every rank."""
+    most = int(ranks.max([float(len(batches))])[0])
+    if len(batches) == most:
+        return list(batches)
+    parameter = next(policy.parameters())
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return [*batches, *[dummy_batch(wide, parameter.device)] * (most - len(batches))]
+
+
+def _require_finite(tensors: Mapping[str, Tensor], batch: TokenBatch, plan: StepPlan, where: str) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            path = _rescue([batch], plan)
+            raise NonFiniteError(f"step {plan.step}, {where}: {name} is not finite{path}")
+
+
+def _rescue(batches: Sequence[TokenBatch], plan: StepPlan) -> str:
+    """Save the batch for whoever has to find out; the message's tail says where."""
+    if plan.rescue_folder is None:
+        return ""
+    from safetensors.torch import save_file
+
+    plan.rescue_folder.mkdir(parents=True, exist_ok=True)
+    path = plan.rescue_folder / f"nonfinite-step-{plan.step:08d}-rank-{plan.ranks.rank}.safetensors"
+    tensors = {
+        f"{i}.{name}": value.contiguous()
+        for i, batch in enumerate(batches)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
+    }
+    save_file(tensors, path)
+    return f"; the batch is saved in {path}"

@@ -1,0 +1,244 @@
+"""Every kind of broken row is refused with one line that names the file, the row and the field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from truestep.data import rows
+from truestep.data.problems import load_problems
+from truestep.records import Problem
+from truestep.settings import DataSettings, SettingsError
+
+GOOD = b'{"problem": "1+1=?", "answer": "2"}\n'
+
+
+def load(path: Path, needs: tuple[str, ...] = ("answer",), **settings: Any) -> list[Problem]:
+    return load_problems(
+        "d", DataSettings(source=str(path), **settings), seed=0, base_dir=Path("/nonexistent"), needs=needs
+    )
+
+
+def row(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def turns(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+BROKEN = {
+    "not JSON": (b'{"problem": "x", answer}', "JSON", "expected a JSON object on one line"),
+    "cut off": (b'{"problem": "x", "ans', "JSON", "character"),
+    "an array": (b'["x", "2"]', "JSON", "expected an object"),
+    "a pretty-printed array": (b"[", "JSON", "write one object a line"),
+    "a bare string": (b'"x"', "JSON", "expected an object"),
+    "null": (b"null", "JSON", "got nothing"),
+    "bad UTF-8": (b'{"problem": "caf\xe9", "answer": "2"}', "JSON", "0xe9 at byte 17"),
+    "UTF-16": ('{"problem": "x"}'.encode("utf-16"), "JSON", "UTF-8"),
+    "nested too deeply": (b'{"problem": ' + b"[" * 200_000, "JSON", "too deeply"),
+    "an endless number": (b'{"problem": "x", "answer": ' + b"9" * 5000 + b"}", "JSON", "4300 digits"),
+    "a key twice": (b'{"problem": "x", "answer": "2", "answer": "3"}', "answer", "got twice"),
+    "no prompt": (row(answer="2"), "problem", "got none"),
+    "a misspelt prompt": (row(promt="x", answer="2"), "problem", 'did you mean "prompt"'),
+    "another name for it": (row(question="x", answer="2"), "problem", 'has "question", did you mean "problem"'),
+    "two prompts": (row(problem="x", prompt="y", answer="2"), "prompt", "problem and prompt: keep one"),
+    "a null prompt": (row(problem=None, answer="2"), "problem", "got none"),
+    "a number as problem": (row(problem=5, answer="2"), "problem", "expected text, got 5"),
+    "a list as problem": (row(problem=["x"], answer="2"), "problem", "expected text"),
+    "an empty problem": (row(problem=" \n", answer="2"), "problem", "empty"),
+    "a NUL": (row(problem="a\0b", answer="2"), "problem", "NUL character at character 2"),
+    "a lone surrogate": (b'{"problem": "a\\ud800", "answer": "2"}', "problem", "surrogate U+D800 at character 2"),
+    "no answer": (row(problem="x"), "answer", "got none"),
+    "a misspelt answer": (row(problem="x", anwser="2"), "answer", 'did you mean "answer"'),
+    "an empty answer": (row(problem="x", answer=""), "answer", "empty"),
+    "a boolean answer": (row(problem="x", answer=True), "answer", "expected text or a number, got True"),
+    "a list answer": (row(problem="x", answer=["2"]), "answer", "expected text or a number"),
+    "NaN": (row(problem="x", answer=float("nan")), "answer", "finite"),
+    "Infinity": (row(problem="x", answer=float("inf")), "answer", "finite"),
+    "an overflowing number": (b'{"problem": "x", "answer": 1e999}', "answer", "finite"),
+    "a prompt of the wrong type": (row(prompt=3, answer="2"), "prompt", "expected a list"),
+    "messages as text": (row(messages="x", answer="2"), "messages", "expected a list"),
+    "no turns": (row(messages=[], answer="2"), "messages", "empty list"),
+    "a turn that is text": (row(messages=["x"], answer="2"), "messages[0]", "expected {"),
+    "a turn without role": (row(messages=[{"content": "x"}], answer="2"), "messages[0].role", "got nothing"),
+    "ShareGPT turns": (
+        row(messages=[{"from": "user", "value": "x"}], answer="2"), "messages[0].role", 'did you mean "role"',
+    ),
+    "an unknown role": (row(messages=turns(("tool", "x")), answer="2"), "messages[0].role", 'got "tool"'),
+    "a misspelt role": (row(messages=turns(("User", "x")), answer="2"), "messages[0].role", 'did you mean "user"'),
+    "a late system turn": (
+        row(messages=turns(("user", "x"), ("system", "y")), answer="2"), "messages[1].role", "first",
+    ),
+    "an empty turn": (row(messages=turns(("user", "")), answer="2"), "messages[0].content", "empty"),
+    "a turn of parts": (row(messages=turns(("user", [{"text": "x"}])), answer=2), "messages[0].content", "text, got"),
+    "the system's turn last": (row(messages=turns(("system", "x")), answer="2"), "messages", "the system's"),
+    "an answered prompt": (
+        row(prompt=turns(("user", "x"), ("assistant", "y")), answer="2"), "prompt", "the assistant's",
+    ),
+    "only an assistant": (row(messages=turns(("assistant", "y")), answer="2"), "messages", "got none"),
+    "two assistants": (
+        row(messages=turns(("user", "x"), ("assistant", "y"), ("assistant", "z")), answer="2"),
+        "messages", "user's turn",
+    ),
+    "an empty solution": (row(problem="x", answer="2", solution=""), "solution", "empty"),
+    "a solution as list": (row(problem="x", answer="2", solution=["y"]), "solution", "expected text"),
+    "two solutions": (
+        row(messages=turns(("user", "x"), ("assistant", "y")), answer="2", solution="z"), "solution", "keep one",
+    ),
+    "a target of two turns": (
+        row(problem="x", answer="2", target=turns(("assistant", "y"), ("user", "z"))), "target", "one assistant turn",
+    ),
+    "a reward model as text": (row(problem="x", reward_model="2"), "reward_model", "ground_truth"),
+    "a learned reward model": (
+        row(problem="x", reward_model={"ground_truth": "2", "style": "model"}), "reward_model.style", "rule",
+    ),
+    "a reward model without answer": (
+        row(problem="x", reward_model={"style": "rule"}), "reward_model.ground_truth", "got nothing",
+    ),
+    "a ground truth of the wrong type": (
+        row(problem="x", reward_model={"ground_truth": {"target": 3}}), "reward_model.ground_truth", "text or a number",
+    ),
+    "two different answers": (row(problem="x", answer="3", reward_model={"ground_truth": "2"}), "answer", "keep one"),
+    "an unknown checker": (row(problem="x", answer="2", checker="maths"), "checker", 'did you mean "math"'),
+    "a checker of the wrong type": (row(problem="x", answer="2", checker=["math"]), "checker", "expected one of"),
+    "countdown without numbers": (row(problem="x", answer="2", checker="countdown", target=2), "numbers", "whole"),
+    "countdown without target": (row(problem="x", answer="2", checker="countdown", numbers=[2]), "target", "whole"),
+    "an empty id": (row(problem="x", answer="2", id=""), "id", "empty"),
+    "a fractional id": (row(problem="x", answer="2", id=1.5), "id", "whole number"),
+    "an id twice": (row(problem="x", answer="2", id="first"), "id", "data.jsonl:1 has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_row_is_named(kind: str, tmp_path: Path) -> None:
+    line, field, expected = BROKEN[kind]
+    path = tmp_path / "data.jsonl"
+    good_with_id = row(problem="0+0=?", answer="0", id="first")
+    path.write_bytes(good_with_id + b"\n\n" + line + b"\n" + GOOD)
+    with pytest.raises(SettingsError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:3: {field}: "), message
+    assert expected in message
+    assert "\n" not in message
+    assert "more bad row" not in message
+    assert len(message) < len(str(path)) + 400
+
+
+def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2**20)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD + row(problem="x" * 3 * 2**20, answer="2") + b"\n" + b"nonsense\n")
+    with pytest.raises(SettingsError, match=r"data\.jsonl:2: row: expected at most 1 MB.*and 1 more bad row\)"):
+        load(path)
+    path.write_bytes(row(problem="x" * 2**19, answer="2") + b"\n" + GOOD)
+    assert len(load(path)) == 2
+
+
+def test_other_bad_rows_are_counted_and_nothing_is_returned(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD + row(problem="x") + b"\n" + b"{\n" + GOOD + row(answer="1") + b"\n")
+    with pytest.raises(SettingsError, match=r"data\.jsonl:2: answer: .*\(and 2 more bad rows\)$"):
+        load(path)
+
+
+def test_needs_decides_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem="x", solution="so y") + b"\n")
+    assert load(path, needs=("solution",))[0].answer == ""
+    assert load(path, needs=())[0].solution == "so y"
+    with pytest.raises(SettingsError, match=r":1: answer: "):
+        load(path, needs=("solution", "answer"))
+    path.write_bytes(row(problem="x", answer="y", soluton="z") + b"\n")
+    with pytest.raises(SettingsError, match=r':1: solution: .*has "soluton", did you mean "solution"'):
+        load(path, needs=("solution",))
+    path.write_bytes(row(problem="x") + b"\n")
+    with pytest.raises(SettingsError, match=r":1: answer: expected an answer or a solution, got neither"):
+        load(path, needs=())
+
+
+def test_bom_crlf_blank_lines_and_a_missing_last_newline(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n  \n" + GOOD.rstrip())
+    problems = load(path)
+    assert [p.id for p in problems] == ["data-1", "data-4"]
+    assert [p.row for p in problems] == [f"{path}:1", f"{path}:4"]
+    assert problems[0].messages[0].content == "1+1=?"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [(3, "3"), (3.0, "3"), (0.1, "0.1"), (1e-5, "0.00001"), (-2.5, "-2.5"), (1e22, "1" + "0" * 22), (" 1/2", " 1/2"),
+     (10**400, "1" + "0" * 400)],
+)  # fmt: skip
+def test_answers_become_plain_text(given: Any, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem="x", answer=given))
+    assert load(path)[0].answer == text
+
+
+def test_every_shape_of_a_good_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    chat = turns(("system", "s"), ("user", "u"))
+    lines = [
+        row(problem="p", answer=2, difficulty=float("nan"), source={"any": [1]}),
+        row(prompt="p", answer="2", solution="s", checker="exact", id=7),
+        row(prompt=chat, reward_model={"ground_truth": 2, "style": "rule-math"}, target=turns(("assistant", "t"))),
+        row(messages=[*chat, *turns(("assistant", "a"), ("user", "v"), ("assistant", "b"))], answer="2"),
+        row(problem="p", answer="3*8", checker="countdown", numbers=[3, 8], target=24),
+    ]
+    path.write_bytes(b"\n".join(lines))
+    bare, exact, verl, multi, countdown = load(path)
+    assert (bare.answer, bare.checker, bare.solution, dict(bare.meta)) == ("2", "math", "", {})
+    assert (exact.id, exact.checker, exact.solution, dict(exact.meta)) == ("7", "exact", "s", {})
+    assert (verl.answer, verl.solution, [m.role for m in verl.messages]) == ("2", "t", ["system", "user"])
+    assert verl.meta["turns_given"]
+    assert (multi.solution, [m.content for m in multi.messages]) == ("b", ["s", "u", "a", "v"])
+    assert countdown.meta == {"numbers": [3, 8], "target": 24}
+    assert {p.checker for p in load(path, checker="exact")} == {"exact"}
+
+
+def write_parquet(path: Path, table: dict[str, Any]) -> Path:
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+def test_parquet_is_read_as_jsonl_is(tmp_path: Path) -> None:
+    columns = {
+        "prompt": [turns(("user", "a")), turns(("system", "s"), ("user", "b"))],
+        "reward_model": [{"ground_truth": "1", "style": "rule"}, {"ground_truth": "2", "style": "rule"}],
+        "target": [turns(("assistant", "x")), turns(("assistant", "y"))],
+        "ignored": [float("nan"), 1.0],
+    }
+    path = write_parquet(tmp_path / "data.parquet", columns)
+    as_jsonl = tmp_path / "data.jsonl"
+    as_jsonl.write_bytes(b"\n".join(row(**{k: v[i] for k, v in columns.items()}) for i in range(2)))
+    strip = [(p.id, p.messages, p.answer, p.solution, p.meta) for p in load(path)]
+    assert strip == [(p.id, p.messages, p.answer, p.solution, p.meta) for p in load(as_jsonl)]
+    assert load(path)[1].row == f"{path}:2"
+
+
+def test_broken_parquet_rows_are_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"problem": ["x", "y", None], "answer": [1.5, float("nan"), 2.0]})
+    with pytest.raises(SettingsError, match=r"a\.parquet:2: answer: .*finite.*and 1 more bad row\)"):
+        load(path)
+    not_text = pa.Array.from_buffers(pa.binary(), 2, pa.array([b"ok", b"\xff"]).buffers()).view(pa.string())
+    path = write_parquet(tmp_path / "b.parquet", {"problem": not_text, "answer": ["1", "2"]})
+    with pytest.raises(SettingsError, match=r"b\.parquet:2: problem: expected UTF-8"):
+        load(path)
+
+
+def test_parquet_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(SettingsError, match=r"data\.parquet: expected a parquet file"):
+        load(path)
+    write_parquet(path, {"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
+    with pytest.raises(SettingsError, match=r"data\.parquet: expected at least one row"):
+        load(path)
