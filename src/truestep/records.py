@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
         raise RecordError(message)
 
 
-# ---------------------------------------------------------------------------------------------- problems and their text
+# ------------------------------------------------------------------------------------------ problems and their text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +94,12 @@ class Demonstration:
             f"demonstration of {self.problem_id}: token_ids, roles and trained differ in length",
         )
         _require(any(self.trained), f"demonstration of {self.problem_id} trains no token")
-        _require(not self.trained[0], f"demonstration of {self.problem_id} trains its first token, which has no context")
+        _require(
+            not self.trained[0], f"demonstration of {self.problem_id} trains its first token, which has no context"
+        )
 
 
-# --------------------------------------------------------------------------------------------------------- what is sampled
+# -------------------------------------------------------------------------------------------------- what is sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +187,12 @@ class Group:
         _require(len(self.rollouts) == len(self.scores), "one score per rollout")
         _require(len(self.rollouts) > 0, f"group of {self.prompt.problem.id} is empty")
         _require(
-            all(r.problem_id == self.prompt.problem.id for r in self.rollouts), "a group holds the samples of one prompt"
+            all(r.problem_id == self.prompt.problem.id for r in self.rollouts),
+            "a group holds the samples of one prompt",
         )
 
 
-# ------------------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------------------------------- what is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +264,19 @@ class TokenBatch:
 
     def __post_init__(self) -> None:
         num_targets = self.target_ids.shape[0]
-        for name in ("source_index", "sequence_index", "group_index", "kind", "advantage", "behavior_logprobs",
-                     "proximal_logprobs", "weight", "correct", "sequence_length", "group_length"):  # fmt: skip
+        for name in (
+            "source_index",
+            "sequence_index",
+            "group_index",
+            "kind",
+            "advantage",
+            "behavior_logprobs",
+            "proximal_logprobs",
+            "weight",
+            "correct",
+            "sequence_length",
+            "group_length",
+        ):
             _require(tuple(getattr(self, name).shape) == (num_targets,), f"{name} is not aligned with target_ids")
         _require(self.input_ids.shape == self.position_ids.shape, "input_ids and position_ids differ in length")
         _require(

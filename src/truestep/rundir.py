@@ -1,9 +1,9 @@
 """The run directory: names, atomic writes and the provenance stamp.
 
-    RUN/resolved.toml  provenance.json  report.html  summary.json
-        data/overlap.json
-        stages/NN-NAME/{metrics,timings,rollouts}.jsonl  checkpoints/  export/  done.json
-        evaluations/NAME/{DATA.samples.jsonl,DATA.results.json}
+RUN/resolved.toml  provenance.json  report.html  summary.json
+    data/overlap.json
+    stages/NN-NAME/{metrics,timings,rollouts}.jsonl  checkpoints/  export/  done.json
+    evaluations/NAME/{DATA.samples.jsonl,DATA.results.json}
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_SECRET = re.compile(r"(hf_|sk-|ghp_|github_pat_|xox[bap]-|AKIA|glpat-|npm_|pypi-)[A-Za-z0-9_\-]{8,}|://[^/\s:@]+:[^/\s@]+@")
+_SECRET = re.compile(
+    r"(hf_|sk-|ghp_|github_pat_|xox[bap]-|AKIA|glpat-|npm_|pypi-)[A-Za-z0-9_\-]{8,}|://[^/\s:@]+:[^/\s@]+@"
+)
 
 
 def redact(text: str) -> str:
@@ -104,7 +106,9 @@ def file_sha256(path: Path) -> str:
 def _git(*words: str) -> str:
     try:
         here = Path(__file__).resolve().parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -207,7 +207,9 @@ class EvaluateSettings(Frozen):
     def _pass_at(self) -> Self:
         bad = [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]
         if bad:
-            raise ValueError(f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {self.samples_per_problem}")
+            raise ValueError(
+                f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {self.samples_per_problem}"
+            )
         if self.sampling.temperature == 0 and self.samples_per_problem > 1:
             raise ValueError("temperature 0 gives the same sample every time: write samples_per_problem = 1")
         return self
@@ -231,7 +233,9 @@ class Settings(Frozen):
     def _stage_names(cls, raw: Any) -> Any:
         """A stage without a name is called after its kind."""
         if isinstance(raw, dict) and isinstance(raw.get("stages"), list):
-            stages = [{**s, "name": s.get("name") or s.get("kind", "")} if isinstance(s, dict) else s for s in raw["stages"]]
+            stages = [
+                {**s, "name": s.get("name") or s.get("kind", "")} if isinstance(s, dict) else s for s in raw["stages"]
+            ]
             return {**raw, "stages": stages}
         return raw
 
@@ -242,20 +246,24 @@ class Settings(Frozen):
             if names.count(name) > 1:
                 raise ValueError(f'two stages are called "{name}": give each a name of its own (name = "...")')
             if name in ("base", "report") or not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f'stage name "{name}" is reserved or has characters other than letters, digits, - and _')
+                raise ValueError(
+                    f'stage name "{name}" is reserved or has characters other than letters, digits, - and _'
+                )
         wanted = [(f"stages.{s.name}.data", s.data) for s in self.stages]
         wanted += [(f"stages.{s.name}.dev.data", s.dev.data) for s in self.stages if s.dev.data]
         wanted += [("evaluate.data", d) for d in self.evaluate.data]
         for where, name in wanted:
             if name not in self.data:
-                raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {", ".join(self.data) or "none"}'
-                                 + _did_you_mean(name, list(self.data)))  # fmt: skip
+                raise ValueError(
+                    f'{where} = "{name}" is not a data set; [data.*] has: {", ".join(self.data) or "none"}'
+                    + _did_you_mean(name, list(self.data))
+                )
         if self.compute.parallel == "fsdp2" and self.compute.compile:
             raise ValueError("compute.compile with parallel = fsdp2 has not been proven equal: write compile = false")
         return self
 
 
-# ----------------------------------------------------------------------------------------------------- loading and naming
+# ----------------------------------------------------------------------------------------------- loading and naming
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -345,8 +353,21 @@ def _one_line(error: ValidationError) -> str:
 def _known_keys(loc: Sequence[str]) -> list[str]:
     """Every key any settings model knows: enough to suggest the right spelling of a wrong one."""
     del loc
-    models: list[type[BaseModel]] = [Settings, ModelSettings, ComputeSettings, ChatSettings, DataSettings, SftSettings,
-              RlSettings, RejectionSettings, OptimizerSettings, SamplingSettings, EvaluateSettings, DevSettings, TinySettings]  # fmt: skip
+    models: list[type[BaseModel]] = [
+        Settings,
+        ModelSettings,
+        ComputeSettings,
+        ChatSettings,
+        DataSettings,
+        SftSettings,
+        RlSettings,
+        RejectionSettings,
+        OptimizerSettings,
+        SamplingSettings,
+        EvaluateSettings,
+        DevSettings,
+        TinySettings,
+    ]
     return sorted({name for model in models for name in model.model_fields})
 
 
@@ -378,7 +399,9 @@ def _emit(table: dict[str, Any], prefix: tuple[str, ...], lines: list[str]) -> N
 
 
 def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value))
+    return isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+    )
 
 
 def _key(key: str) -> str:

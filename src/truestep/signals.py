@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 
-class Interrupted(Exception):  # noqa: N818 (an event, not an error)
+class Interrupted(Exception):
     """Raised by ``check`` at a point where nothing is half done. ``signum`` says which signal asked."""
 
     def __init__(self, signum: int) -> None:
@@ -17,6 +17,11 @@ class Interrupted(Exception):  # noqa: N818 (an event, not an error)
 
 
 _pending: list[int] = []
+
+
+def pending() -> int:
+    """The signal that has asked to stop, 0 if none."""
+    return _pending[0] if _pending else 0
 
 
 def check() -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from truestep.data.problems import load_problems
 from truestep.data.procedural import SPLITS, TASKS, character_set, make_problem, make_problems, split_of
-from truestep.records import Problem
+from truestep.grade.score import Grader
+from truestep.records import Problem, Verdict
 from truestep.settings import DataSettings, SettingsError
 
 CASES: list[tuple[str, dict[str, int]]] = [
@@ -136,6 +137,22 @@ def canonical(problem: Problem) -> tuple[Any, ...]:
         *sorted(int(n) for n in problem.meta.get("numbers") or re.findall(r"\d+", text)),
         problem.meta.get("target"),
     )
+
+
+@pytest.mark.parametrize(("task", "options"), CASES)
+def test_every_trace_satisfies_its_own_checker(task: str, options: dict[str, int]) -> None:
+    with Grader() as grader:
+        for problem in (make_problem(task, "test", i, options, seed=9) for i in range(20)):
+            assert grader.score(problem, problem.solution).verdict is Verdict.CORRECT
+            assert grader.check_gold(problem).verdict is Verdict.CORRECT
+            wrong = problem.solution.rsplit("\n", 1)[0] + "\n#### 100000000000000"
+            assert grader.score(problem, wrong).verdict is Verdict.INCORRECT
+
+
+def test_no_product_of_a_chain_has_three_factors() -> None:
+    texts = [text_of(make_problem("chain", "train", i, {"terms": 8}, 0)) for i in range(100)]
+    assert any("*" in text for text in texts)
+    assert not any(re.search(r"\*\d+\*", text) for text in texts)
 
 
 def test_shares_of_the_splits() -> None:

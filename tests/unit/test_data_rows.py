@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from truestep.data import rows
+from truestep.data import row_schema, rows
 from truestep.data.problems import load_problems
+from truestep.grade import score
 from truestep.records import Problem
 from truestep.settings import DataSettings, SettingsError
 
@@ -202,6 +203,10 @@ def test_every_shape_of_a_good_row(tmp_path: Path) -> None:
     assert (multi.solution, [m.content for m in multi.messages]) == ("b", ["s", "u", "a", "v"])
     assert countdown.meta == {"numbers": [3, 8], "target": 24}
     assert {p.checker for p in load(path, checker="exact")} == {"exact"}
+
+
+def test_a_row_may_name_every_checker_that_there_is() -> None:
+    assert set(row_schema.CHECKERS) == set(score.CHECKERS)
 
 
 def write_parquet(path: Path, table: dict[str, Any]) -> Path:

@@ -125,6 +125,7 @@ def test_samples_of_one_problem_do_not_count_as_problems() -> None:
     """64 copies of the same verdict are one observation of a problem, not 64."""
     alone, copied = estimate(rows_of(*"ccciiiii")), estimate(rows_of(*("c" * 64,) * 3, *("i" * 64,) * 5))
     assert copied.high - copied.low >= alone.high - alone.low
+    assert estimate(rows_of(*("c" * 64,) * 8)).low <= estimate(rows_of(*"cccccccc")).low
     independent = estimate(rows_of(*("ccciiiii" * 8,) * 8))
     assert independent.high - independent.low < 0.5 * (alone.high - alone.low)
 

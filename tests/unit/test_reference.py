@@ -135,6 +135,14 @@ def test_sft_equals_the_loss_of_transformers(model: LlamaForCausalLM) -> None:
     assert distance(flat(gradient(model, ours)), flat(gradient(model, theirs))) < 1e-12
 
 
+def test_a_parameter_without_a_part_has_gradient_zero(model: LlamaForCausalLM) -> None:
+    larger = copy.deepcopy(model)
+    larger.idle = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    gradients = reference_gradient(larger, SEQUENCES)
+    assert torch.equal(gradients.pop("idle"), torch.zeros(3, dtype=torch.float64))
+    assert np.array_equal(flat(gradients), flat(reference_gradient(model, SEQUENCES)))
+
+
 def test_temperature_divides_the_logits(model: LlamaForCausalLM) -> None:
     cooled = copy.deepcopy(model)
     with torch.no_grad():
@@ -239,7 +247,9 @@ def test_surrogates_have_the_gradient_of_their_closed_form(
 
 
 def test_dual_clip_silences_what_one_clip_lets_grow(model: LlamaForCausalLM, proximal: list[list[float]]) -> None:
-    far = [[x - 1 for x in row] for row in proximal]  # ratios around e
+    far = [
+        [x + (0.3 if t % 2 else -1.5) for t, x in enumerate(row)] for row in proximal
+    ]  # ratios on all sides of 1.28 and 3
     both = flat(coefficient_gradient(model, far, "paper", lambda r, a, **_: ppo(r, a, 0.2, 0.28) * (a > 0 or r <= 3)))
     options = {"dual_clip": 3.0}
     assert distance(flat(reference_gradient(model, SEQUENCES, far, method="paper", options=options)), both) < 1e-12
@@ -286,6 +296,11 @@ def test_losses_have_the_slope_of_their_gradient(
         return value
 
     assert (at(1e-6) - at(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-6)
+
+
+def test_log_probabilities_of_other_tokens_are_refused(model: LlamaForCausalLM, proximal: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="2 proximal log-probabilities for 3 trained tokens"):
+        reference_loss(model, SEQUENCES, [proximal[0][:2], *proximal[1:]], method="paper")
 
 
 def test_without_proximal_the_ratio_is_one(model: LlamaForCausalLM) -> None:

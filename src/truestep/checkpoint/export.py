@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from truestep.checkpoint.store import NO_SPACE, OutOfSpace, replace_folder, require_space, restore_aside
+from truestep.checkpoint.store import NO_SPACE, OutOfSpace, replace_folder, require_space
 from truestep.rundir import fsync_folder
 from truestep.settings import SettingsError
 
@@ -34,10 +34,7 @@ def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
-    aside = folder.with_name(f"{folder.name}.aside")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if aside.exists():
-        restore_aside(aside)
     if folder.exists() and not (folder / _MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"{folder} is there and is no export of truestep: name a folder that does not exist yet")
     if temporary.exists():

@@ -113,7 +113,6 @@ def save_checkpoint(
         if rank == 0:
             stack.enter_context(_exclusive(folder, _PATIENCE))
             remove_leftovers(folder)
-            _settle(folder)
             temporary.mkdir()
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # after a failure: give the space back
 
@@ -261,6 +260,8 @@ def replace_folder(temporary: Path, final: Path) -> None:
     """Put a finished folder in place of another, durably; a kill in between leaves the old one as NAME.aside."""
     aside = final.with_name(f"{final.name}.aside")
     if final.exists():
+        if aside.exists():  # of an earlier kill; what stands in its place is whole
+            discard_folder(aside)
         os.rename(final, aside)
     os.rename(temporary, final)
     fsync_folder(final.parent)
@@ -276,21 +277,6 @@ def discard_folder(path: Path) -> None:
     os.rename(path, trash)
     fsync_folder(path.parent)
     shutil.rmtree(trash)
-
-
-def restore_aside(aside: Path) -> None:
-    """Finish or undo a replacement that was cut short."""
-    final = aside.with_name(aside.name.removesuffix(".aside"))
-    if final.exists():
-        discard_folder(aside)
-    else:
-        os.rename(aside, final)
-
-
-def _settle(folder: Path) -> None:
-    for path in list_checkpoints(folder):
-        if path.suffix == ".aside":
-            restore_aside(path)
 
 
 def remove_leftovers(folder: Path) -> None:

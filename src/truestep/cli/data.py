@@ -42,7 +42,11 @@ def check(
         if overrides:
             raise SettingsError("--set changes a recipe's settings, but a data file is checked: leave it out")
         name = Path(source).stem
-        sets = {name: load_problems(name, DataSettings(source=source), seed=0, base_dir=Path(), needs=())}
+        sets = {
+            name: load_problems(
+                name, DataSettings.model_validate({"source": source}), seed=0, base_dir=Path(), needs=()
+            )
+        }
         report = overlap_report({}, {})
     described = {name: describe(problems) for name, problems in sets.items()}
     if gold:
@@ -130,20 +134,18 @@ def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
 def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table(
-        "data", "rows", "answers", "solutions", "problem chars", "solution chars", "duplicates", "golds refused"
-    )
+    table = Table("data", "rows", "answers", "solutions", "repeated", "characters", "refused", box=None)
     for name, d in described.items():
-        lengths = [
-            f"{d[key]['min']}-{d[key]['max']}, median {d[key]['median']:g}" if d[key] else "-"
-            for key in ("problem_characters", "solution_characters")
-        ]
-        duplicates = f"{d['num_duplicate_texts']} ({d['num_contradictory_texts']} contradictory)"
+        lengths = [d[key] for key in ("problem_characters", "solution_characters") if d[key]]
         refused = str(len(d["gold"]["refused"])) if "gold" in d else "not judged"
-        counts = [str(d[key]) for key in ("num_problems", "num_answers", "num_solutions")]
-        table.add_row(name, *counts, *lengths, duplicates, refused)
+        counts = [str(d[key]) for key in ("num_problems", "num_answers", "num_solutions", "num_duplicate_texts")]
+        table.add_row(name, *counts, " + ".join(f"{found['min']}-{found['max']}" for found in lengths), refused)
     console.print(table)
     for name, d in described.items():
+        if d["num_contradictory_texts"]:
+            rows = " and ".join(d["duplicate_examples"][0])
+            count = f"texts with different answers: {d['num_contradictory_texts']}"
+            console.print(f"{name}: {count}, e.g. {rows}", markup=False)
         for gold in d.get("gold", {}).get("refused", ())[:10]:
             words = f"{gold['verdict']} {gold['reason']}".strip()
             console.print(f"{name}: {gold['row']}: answer {gold['answer']!r} is {words}", markup=False)
@@ -168,8 +170,8 @@ def _example(tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Set
         demonstration = encode_demonstration(tokenizer, problem, settings.chat)
         ids, roles, trained = demonstration.token_ids, demonstration.roles, demonstration.trained
     else:
-        prompt = encode_prompt(tokenizer, problem, settings.chat)
-        ids, roles = prompt.token_ids, prompt_roles(tokenizer, prompt, settings.chat)
+        ids = encode_prompt(tokenizer, problem, settings.chat).token_ids
+        roles = prompt_roles(tokenizer, problem, settings.chat)
         trained = (False,) * len(ids)
     styles = {Role.SYSTEM: "magenta", Role.USER: "cyan", Role.ASSISTANT: "yellow", Role.TEMPLATE: "dim"}
     text, spans = Text(), []

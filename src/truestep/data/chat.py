@@ -45,11 +45,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: Ch
 
     Raises SettingsError where a text holds a special token, or a character that the tokenizer does not know.
     """
-    messages = prompt_messages(problem, chat)
-    for message in messages:
-        _checked_ids(tokenizer, problem, "problem", message.content)
-    ids = _bos(tokenizer) + _ids(tokenizer, _render(tokenizer, problem, messages))
-    return Prompt(problem=problem, token_ids=(*ids, *_ids(tokenizer, chat.generation_suffix)))
+    return Prompt(problem=problem, token_ids=tuple(_prompt(tokenizer, problem, chat)[0]))
 
 
 def encode_demonstration(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings) -> Demonstration:
@@ -61,9 +57,15 @@ def encode_demonstration(tokenizer: PreTrainedTokenizerBase, problem: Problem, c
     Raises SettingsError as ``encode_prompt``; where there is no solution; where the template writes an answered prompt
     otherwise than an open one; where no stop token would be trained.
     """
-    prompt = encode_prompt(tokenizer, problem, chat)
+    prompt_ids, roles = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
-    opening, stop_id = _answered(tokenizer, problem, messages)
+    opening, after = _answered(tokenizer, problem, messages)
+    stop_id = _turn_end(tokenizer, after)
+    if stop_id is None:
+        raise SettingsError(
+            f"the chat template ends the assistant's turn with {after[:20]!r}, which is no special token, so no "
+            "stop token would be trained: end it with the eos token, e.g. {{ message['content'] + eos_token }}"
+        )
     solution = problem.solution
     for start in (opening + chat.generation_suffix, chat.generation_suffix):
         if start and solution.startswith(start):
@@ -71,33 +73,54 @@ def encode_demonstration(tokenizer: PreTrainedTokenizerBase, problem: Problem, c
             break
     if not solution.strip():
         raise SettingsError(f"{_where(problem)}: solution: expected a worked solution to train on, got none")
-    solution_ids = _checked_ids(tokenizer, problem, "solution", solution)
-    num_prompt, num_trained = len(prompt.token_ids), len(solution_ids) + 1
+    solution_ids = _ids(tokenizer, solution)
+    _check_text(tokenizer, problem, "solution", solution, solution_ids)
+    num_prompt, num_trained = len(prompt_ids), len(solution_ids) + 1
     return Demonstration(
         problem_id=problem.id,
-        token_ids=(*prompt.token_ids, *solution_ids, stop_id),
-        roles=(*prompt_roles(tokenizer, prompt, chat), *[Role.ASSISTANT] * num_trained),
+        token_ids=(*prompt_ids, *solution_ids, stop_id),
+        roles=(*roles, *[Role.ASSISTANT] * num_trained),
         trained=(*[False] * num_prompt, *[True] * num_trained),
         num_prompt_tokens=num_prompt,
     )
 
 
-def prompt_roles(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: ChatSettings) -> tuple[Role, ...]:
-    """Who wrote each token of a prompt; a token that straddles two turns goes with its first character."""
-    messages = prompt_messages(prompt.problem, chat)
-    text = _render(tokenizer, prompt.problem, messages)
-    owner = [Role.TEMPLATE] * len(text)
-    position = 0
+def prompt_roles(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings) -> tuple[Role, ...]:
+    """Who wrote each token of the prompt; a token that straddles two turns goes with its first character."""
+    return tuple(_prompt(tokenizer, problem, chat)[1])
+
+
+def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[int], list[Role]]:
+    """Token ids and roles of the prompt."""
+    if not tokenizer.is_fast:
+        raise SettingsError(
+            "the tokenizer is a slow one, without offsets: use a model folder that has a tokenizer.json"
+        )
+    messages = prompt_messages(problem, chat)
+    text = _render(tokenizer, problem, messages)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for message in messages:
-        content = message.content if message.content in text else message.content.strip()  # some templates strip
-        start = text.find(content, position)
-        if start >= 0:
-            position = start + len(content)
-            owner[start:position] = [_ROLES[message.role]] * len(content)
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    roles = [owner[start] if start < end else Role.TEMPLATE for start, end in offsets]
-    roles = [Role.TEMPLATE] * len(_bos(tokenizer)) + roles
-    return tuple(roles + [Role.TEMPLATE] * (len(prompt.token_ids) - len(roles)))
+        _check_text(tokenizer, problem, "problem", message.content, encoding["input_ids"])
+    marked = [Message(role=m.role, content=f"{_PLACE}{i}.") for i, m in enumerate(messages)]
+    owners = _owners(text, _render(tokenizer, problem, marked), messages) or [Role.TEMPLATE] * len(text)
+    roles = [owners[start] if start < end else Role.TEMPLATE for start, end in encoding["offset_mapping"]]
+    bos, suffix = _bos(tokenizer), _ids(tokenizer, chat.generation_suffix)
+    ids = [*bos, *encoding["input_ids"], *suffix]
+    return ids, [*[Role.TEMPLATE] * len(bos), *roles, *[Role.TEMPLATE] * len(suffix)]
+
+
+def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
+    """The owner of every character, from the same turns with a mark for each content: looking for the content itself
+    would find it in the template too. Empty for a template that changes what it is given."""
+    for contents in ([m.content for m in messages], [m.content.strip() for m in messages]):  # some templates strip
+        rebuilt, rest, owners = "", outline, []
+        for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
+            before, _, rest = rest.partition(f"{_PLACE}{i}.")
+            rebuilt += before + content
+            owners += [Role.TEMPLATE] * len(before) + [_ROLES[message.role]] * len(content)
+        if rebuilt + rest == text:
+            return owners + [Role.TEMPLATE] * len(rest)
+    return []
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_eos: int | Sequence[int] | None = ()) -> tuple[int, ...]:
@@ -105,15 +128,13 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_eos: int | Sequence
 
     Raises SettingsError where there is none.
     """
-    found = []
-    if has_chat_template(tokenizer):
-        problem = Problem(id="stop token", messages=(Message(role="user", content="1+1=?"),), answer="2")
-        found.append(_answered(tokenizer, problem, problem.messages)[1])
-    eos = [tokenizer.eos_token_id, *([model_eos] if isinstance(model_eos, int) else model_eos or ())]
-    found += [int(token) for token in eos if token is not None]
-    if not found:
-        raise SettingsError("the tokenizer has no eos token and no chat template, so nothing would ever stop a sample")
-    return tuple(dict.fromkeys(found))
+    problem = Problem(id="stop token", messages=(Message(role="user", content="1+1=?"),), answer="2")
+    end = _turn_end(tokenizer, _answered(tokenizer, problem, problem.messages)[1])
+    found = [end, tokenizer.eos_token_id, *([model_eos] if isinstance(model_eos, int) else model_eos or ())]
+    stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
+    if not stops:
+        raise SettingsError("neither the tokenizer, its chat template nor the model has a token that ends a sample")
+    return stops
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
@@ -138,9 +159,9 @@ def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answe
         raise SettingsError(f"{_where(problem)}: messages: the chat template refuses these turns: {reason}") from None
 
 
-def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, int]:
-    """What the template itself puts before the assistant's text when it opens the turn (``<think>``), and the token
-    with which it ends the turn."""
+def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, str]:
+    """What the template itself puts before the assistant's text when it opens the turn (``<think>``), and what it puts
+    after that text."""
     prompt = _render(tokenizer, problem, messages)
     before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
@@ -148,14 +169,13 @@ def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> 
             f"{_where(problem)}: messages: the chat template writes these turns differently once they are answered, "
             "so a demonstration could not start with the prompt that is sampled from: use one that keeps earlier turns"
         )
+    return prompt[len(before) :], after
+
+
+def _turn_end(tokenizer: Any, after: str) -> int | None:
+    """The special token that comes right after the assistant's text, if one does."""
     ids = _ids(tokenizer, after)
-    if not ids or ids[0] not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
-        found = repr(after[:20]) if after else "nothing"
-        raise SettingsError(
-            f"the chat template ends the assistant's turn with {found}, which is no special token, so no stop token "
-            "would be trained: end it with the eos token, e.g. {{ message['content'] + eos_token }}"
-        )
-    return prompt[len(before) :], ids[0]
+    return ids[0] if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} else None
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -169,21 +189,19 @@ def _bos(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
-def _checked_ids(tokenizer: Any, problem: Problem, field: str, text: str) -> list[int]:
-    """A special token in a text would end a turn inside it; an unknown character would be trained on as <unk>."""
+def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Sequence[int]) -> None:
+    """A special token in a text would end a turn inside it; an unknown character would be trained on as <unk>. ``ids``
+    are those of the text or of a rendering that holds it."""
     where = f"{_where(problem)}: {field}"
     for token in tokenizer.all_special_tokens:
         if token in text:
             raise SettingsError(
                 f'{where}: expected plain text, got the tokenizer\'s special token "{token}": remove it'
             )
-    ids = _ids(tokenizer, text)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        unknown = next((c for c in text if tokenizer.unk_token_id in _ids(tokenizer, c)), text[:60])
-        raise SettingsError(
-            f"{where}: expected text that the tokenizer knows, got the character {unknown!r}: replace it"
-        )
-    return ids
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in ids and unknown in _ids(tokenizer, text):  # a template may hold it as its bos
+        found = next((c for c in text if unknown in _ids(tokenizer, c)), text[:60])
+        raise SettingsError(f"{where}: expected text that the tokenizer knows, got the character {found!r}: replace it")
 
 
 def _where(problem: Problem) -> str:

@@ -21,7 +21,7 @@ _SYMBOLS = {
     "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "…": r"\ldots ", "∅": r"\emptyset ",
 }  # fmt: skip
 
-_WRAPPERS = ("$$", "$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
+_WRAPPERS = ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
 TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm)\s*"
 _TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -47,6 +47,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(frac|sqrt)\s+(?=[{\[])", r"\\\1"),
         (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
         (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+        (r"\\(?:mathrm|mathit|mathbf|text)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (r"\s+", " "),
     )
 )
@@ -86,7 +87,8 @@ def strip_wrappers(text: str) -> str:
 
 def plain(text: str) -> str:
     r"""A normalised answer with the contents of ``\text{…}`` in the open, and no ``$`` left."""
-    return re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text).replace("$", "")).strip(" .")
+    text = re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text).replace("$", "")).strip()
+    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
 def canonical(text: str) -> str:

@@ -18,12 +18,14 @@ PERCENT = "%"
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _SIGNED = rf"\s*[-+]?\s*{_DECIMAL}\s*"
 _EXPONENT = r"(?:\{\s*([-+]?\d{1,5})\s*\}|([-+]?\d{1,5}))"
-_UNIT_WORDS = (
-    "dollars dollar cents cent euros pounds pound degrees degree radians rad percent pct units unit inches inch in feet "
-    "foot ft yards yard miles mile mph km cm mm nm meters meter metres metre grams gram kg mg liters liter litres ml "
-    "hours hour hrs minutes minute min seconds second sec days day weeks week months month years year people students "
-    "apples books square cubic per m g s h"
-).split()
+UNIT_WORDS = frozenset({
+    "dollars", "dollar", "cents", "cent", "euros", "pounds", "pound", "degrees", "degree", "radians", "rad",
+    "percent", "pct", "units", "unit", "inches", "inch", "in", "feet", "foot", "ft", "yards", "yard", "miles",
+    "mile", "mph", "km", "cm", "mm", "nm", "meters", "meter", "metres", "metre", "grams", "gram", "kg", "mg",
+    "liters", "liter", "litres", "ml", "hours", "hour", "hrs", "minutes", "minute", "min", "seconds", "second",
+    "sec", "days", "day", "weeks", "week", "months", "month", "years", "year", "people", "students", "square",
+    "cubic", "per",
+})  # fmt: skip
 _UNIT = re.compile(rf"\s*(?:{TEXT_COMMAND}\{{([^{{}}]*)\}}|([A-Za-z][A-Za-z ./]*))(\^\{{?[0-9]\}}?)?\s*$", re.ASCII)
 
 
@@ -127,9 +129,7 @@ def _unit(rest: str) -> str | None:
     if match is None:
         return None
     words = (match[1] if match[1] is not None else match[2]).strip().lower()
-    if match[1] is None and not all(word in _UNIT_WORDS for word in re.split(r"[ ./]+", words) if word):
-        return None
-    if match[1] is None and re.fullmatch(r"[a-z]", words) and not match[2].startswith(" ") and not rest.isupper():
+    if match[1] is None and not all(word in UNIT_WORDS for word in re.split(r"[ ./]+", words) if word):
         return None
     if words in ("percent", "pct", "percentage", "%"):
         return PERCENT

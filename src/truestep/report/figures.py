@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from markupsafe import Markup
 
-from truestep.report.tables import ScoreRow, visible, with_interval
+from truestep.report.tables import ScoreRow, superscript, visible, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +32,9 @@ _COLOURS = {
     "#010206": "blue",
     "#010207": "orange",
     "#010208": "green",
+    "#010209": "card",
 }
-_INK, _MUTED, _LINE, _BLUE, _ORANGE, _GREEN = _COLOURS
+_INK, _MUTED, _LINE, _BLUE, _ORANGE, _GREEN, _CARD = _COLOURS
 SERIES = (_BLUE, _ORANGE, _GREEN)
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -57,7 +58,9 @@ _STYLE: Any = {
     "grid.color": _LINE,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
-    "legend.frameon": False,
+    "legend.facecolor": _CARD,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.8,
     "legend.fontsize": 8,
 }
 MAX_POINTS = 600
@@ -88,30 +91,52 @@ def _styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
 @_styled
 def curve(name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False) -> Markup:
     """Lines over steps (or FLOPs). Empty where no series has a point."""
-    from matplotlib.ticker import MaxNLocator
-
     series = {label: thin(points) for label, points in series.items() if points}
     if not series:
         return Markup("")
     figure, axes = _new(3.3, 1.95)
+    factor = 100 if y_percent else 1
     for colour, (label, points) in zip(SERIES, series.items(), strict=False):
-        factor = 100 if y_percent else 1
         xs, ys = [x for x, _ in points], [factor * y for _, y in points]
-        axes.plot(xs, ys, color=colour, label=visible(label), marker="o" if len(points) <= 12 else None, markersize=3.5)
+        axes.plot(
+            xs, ys, color=colour, label=visible(label)[:40], marker="o" if len(xs) <= 12 else None, markersize=3.5
+        )
     values = [y for points in series.values() for _, y in points]
-    if min(values) > 0 and max(values) > 300 * min(values):
-        axes.set_yscale("log")
-    else:
-        axes.margins(y=0.08)
-    if x_label == "step":
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.set_xlabel(x_label, loc="right", fontsize=8)
-    if y_percent:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    _scale_y(
+        axes, factor * min(values), factor * max(values), math.inf if y_percent else 10 if len(series) > 1 else 300
+    )
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}{' %' if y_percent else ''}")
+    _label_x(axes, x_label, max(x for points in series.values() for x, _ in points))
     if len(series) > 1:
         axes.legend(loc="best", handlelength=1.2, borderaxespad=0.2)
     last = "; ".join(f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in series.items())
     return _svg(figure, name, f"{name} against {x_label}: {last}")
+
+
+def _scale_y(axes: Axes, low: float, high: float, span: float) -> None:
+    """Logarithmic where all values are positive and span more than a factor."""
+    if low > 0 and high > span * low:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+    elif low == high:
+        axes.set_yticks([low])
+    else:
+        axes.margins(y=0.08)
+
+
+def _label_x(axes: Axes, label: str, highest: float) -> None:
+    """Whole steps, or FLOPs in units of a power of ten that the label names."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=label == "step"))
+    if label != "step" and highest > 0:
+        power = 3 * math.floor(math.log10(highest) / 3)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 10.0**power:.4g}")
+        label = f"10{superscript(power)} {label}"
+    axes.set_xlabel(label, loc="right", fontsize=8)
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
@@ -136,11 +161,11 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
     several = len({row.data for row in rows}) > 1
     ordered = sorted(rows, key=lambda row: [r.data for r in rows].index(row.data))
     names = [visible(f"{row.data} · {row.checkpoint}" if several else row.checkpoint)[:40] for row in ordered]
-    figure, axes = _new(7.6, 0.6 + 0.36 * len(ordered), left=0.25 + 0.078 * max(map(len, names)))
+    figure, axes = _new(7.6, 0.5 + 0.36 * len(ordered), left=0.25 + 0.078 * max(map(len, names)), bottom=0.28)
     for y, row in enumerate(ordered):
         score, low, high = _percents(row)
         axes.plot([low, high], [y, y], color=_BLUE, linewidth=2.2, solid_capstyle="round")
-        axes.plot([score], [y], "o", color=_BLUE, markersize=7)
+        axes.plot([score], [y], "o", color=_BLUE, markersize=7, clip_on=False, zorder=3)
         axes.annotate(f"{score:.1f} %", (high, y), (7, 0), textcoords="offset points", va="center", fontsize=9)
         if several and y and ordered[y - 1].data != row.data:
             axes.axhline(y - 0.5, color=_LINE, linewidth=0.8)
@@ -148,7 +173,7 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     lowest, highest = min(_percents(row)[1] for row in ordered), max(_percents(row)[2] for row in ordered)
     room = 0.06 * (highest - lowest)
-    axes.set_xlim(max(0, lowest - room), min(108, highest + 3 * room))
+    axes.set_xlim(lowest - room, min(108, highest + 3 * room))
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -170,17 +195,17 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
         return Markup("")
     figure, axes = _new(3.3, 1.95)
     for colour, data in zip(SERIES, dict.fromkeys(row.data for _, row in rows), strict=False):
-        points = [(flops, *_percents(row), row.checkpoint) for flops, row in rows if row.data == data]
+        points = [(flops, *_percents(row)) for flops, row in rows if row.data == data]
         axes.plot(
-            [p[0] for p in points], [p[1] for p in points], "-o", color=colour, markersize=4.5, label=visible(data)[:40]
+            [p[0] for p in points], [p[1] for p in points], "-o", color=colour, markersize=4.5, label=visible(data)[:24]
         )
-        for flops, score, low, high, checkpoint in points:
+        for flops, _, low, high in points:
             axes.plot([flops, flops], [low, high], color=colour, linewidth=1.2)
-            axes.annotate(
-                visible(checkpoint)[:40], (flops, score), (5, -10), textcoords="offset points", fontsize=8, color=_MUTED
-            )
-    axes.margins(x=0.14, y=0.1)
-    axes.set_xlabel(x_label, loc="right", fontsize=8)
+    for flops, (row, high) in {flops: (row, _percents(row)[2]) for flops, row in reversed(rows)}.items():
+        place: Any = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": _MUTED}
+        axes.annotate(visible(row.checkpoint)[:20], (flops, high), **place)
+    axes.margins(x=0.1, y=0.16)
+    _label_x(axes, x_label, max(flops for flops, _ in rows))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     if len({row.data for _, row in rows}) > 1:
         axes.legend(loc="best")
@@ -188,14 +213,14 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
     return _svg(figure, "scores by flops", f"Score against {x_label}: {spoken}")
 
 
-def _new(width: float, height: float, left: float = 0.52) -> tuple[Figure, Axes]:
+def _new(width: float, height: float, left: float = 0.56, bottom: float = 0.42) -> tuple[Figure, Axes]:
     """A figure of one plot with fixed margins, all in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     FigureCanvasSVG(figure)
-    figure.subplots_adjust(left=left / width, right=1 - 0.08 / width, bottom=0.42 / height, top=1 - 0.08 / height)
+    figure.subplots_adjust(left=left / width, right=1 - 0.08 / width, bottom=bottom / height, top=1 - 0.08 / height)
     return figure, figure.add_subplot()
 
 

@@ -32,9 +32,9 @@ PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
     ("Truncated completions", {"completions/truncated": "share"}, True),
     ("Groups with mixed rewards", {"mixed_groups": "share"}, True),
     ("Reward spread", {"reward_std": "standard deviation"}, False),
-    ("Sampler against trainer: log-probability difference",
+    ("Log-prob gap to sampler",
      {"sampling/logprob_difference_mean": "mean", "sampling/logprob_difference_max": "max"}, False),
-    ("Sampler against trainer: KL", {"sampling/kl": "KL"}, False),
+    ("KL to sampler", {"sampling/kl": "KL"}, False),
     ("Clipped tokens", {"clip_ratio/low": "low", "clip_ratio/high": "high"}, True),
     ("Unscored samples", {"unscored": "samples"}, False),
     ("Learning rate", {"learning_rate": "rate"}, False),
@@ -108,13 +108,11 @@ def _p_value(value: float | None) -> str:
 def _context(run: Path) -> dict[str, Any]:
     summary, rows = tables.read_summary(run), tables.score_table(run)
     stages = _stages(run, summary)
-    headings, cells = tables.score_cells(rows)
     return {
         "name": summary.get("name") or run.resolve().name,
         "summary": summary,
         "outcome": tables.outcome(summary, rows),
-        "score_headings": headings,
-        "score_cells": cells,
+        "score_tables": [tables.cells_of(rows, f(rows)) for f in (tables.score_columns, tables.pass_columns)],
         "score_figure": figures.scores(rows),
         "can_draw": figures.can_draw(),
         "compute": _compute(stages, rows),
@@ -188,7 +186,7 @@ def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
     for title, keys, share in PANELS:
         series = {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}
         if series:
-            last = [f"{100 * found[-1][1]:.1f} %" if share else f"{found[-1][1]:.4g}" for found in series.values()]
+            last = [f"{100 * found[-1][1]:.1f} %" if share else f"{found[-1][1]:.3g}" for found in series.values()]
             figure = figures.curve(f"{stage} {title}", series, y_percent=share)
             panels.append({"title": title, "last": " · ".join(last), "figure": figure})
     return panels

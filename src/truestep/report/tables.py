@@ -23,13 +23,8 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
 def visible(text: str) -> str:
-    """Text whose every character shows: what would move a cursor, turn the direction or hide becomes a symbol."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else _shown(c) for c in text)
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+    """Text whose every character shows: what would move a cursor, turn the direction or hide becomes its number."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩" for c in text)
 
 
 def clip(text: str, limit: int = 1600) -> str:
@@ -61,7 +56,11 @@ def scientific(value: float | None) -> str:
     if value is None or value == 0:
         return NONE if value is None else "0"
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    return f"{mantissa} × 10{superscript(int(exponent))}"
+
+
+def superscript(number: int) -> str:
+    return str(number).translate(_SUPERSCRIPT)
 
 
 def duration(seconds: float | None) -> str:
@@ -141,14 +140,13 @@ def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
     first = rows[0]
     last = [row for row in rows if row.data == first.data][-1]
     others = len({row.data for row in rows}) - 1
-    more = f" {others} more data set{'s' if others > 1 else ''} below." if others else ""
+    more = f" The table has {others} more data set{'s' if others > 1 else ''}." if others else ""
     score = with_interval(last.score, last.low, last.high)
     if first is last:
         return f"{lead}On {last.data}, {last.checkpoint} answers {score} of {whole(last.n)} samples correctly.{more}"
     start = with_interval(first.score, first.low, first.high)
-    return (
-        f"{lead}{score} of {last.data} answered correctly after {last.checkpoint}, {start} by {first.checkpoint}.{more}"
-    )
+    change = f"After {last.checkpoint}, {score} of {first.data} is answered correctly; {first.checkpoint} had {start}."
+    return lead + change + more
 
 
 # ------------------------------------------------------------------------------------ columns, writers
@@ -156,17 +154,20 @@ def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
 Column = tuple[str, Callable[[ScoreRow], str]]
 
 
+_NAMES: tuple[Column, ...] = (("Checkpoint", lambda r: r.checkpoint), ("Data", lambda r: r.data))
+
+
+def pass_columns(rows: Sequence[ScoreRow]) -> list[Column]:
+    """Names and pass@k for every k > 1 (pass@1 is the score); [] where there is none."""
+    ks = sorted({k for row in rows for k in row.pass_at if k != "1"}, key=int)
+    return [*_NAMES, *((f"pass@{k}", _pass_cell(k)) for k in ks)] if ks else []
+
+
 def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
     """Heading and cell of each column: what the terminal, Markdown and HTML all show."""
-    columns: list[Column] = [
-        ("Checkpoint", lambda r: r.checkpoint),
-        ("Data", lambda r: r.data),
-        ("Score [95 % interval]", lambda r: with_interval(r.score, r.low, r.high)),
-    ]
-    for k in sorted({k for row in rows for k in row.pass_at if k != "1"}, key=int):
-        columns.append((f"pass@{k}", _pass_cell(k)))
+    columns = [*_NAMES, ("Score [95 % interval]", lambda r: with_interval(r.score, r.low, r.high))]
     if any(row.unscored for row in rows):
-        columns.append(("If unscored were correct", lambda r: percent(r.score_if_unscored_correct)))
+        columns.append(("If unscored were right", lambda r: percent(r.score_if_unscored_correct)))
     columns += [
         ("Samples", lambda r: whole(r.n)),
         ("Correct", lambda r: whole(r.correct)),
@@ -187,10 +188,14 @@ def _pass_cell(k: str) -> Callable[[ScoreRow], str]:
     return cell
 
 
-def score_cells(rows: Sequence[ScoreRow]) -> tuple[list[str], list[list[str]]]:
+def cells_of(rows: Sequence[ScoreRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
     """Headings, and the cells of each row as visible text."""
-    columns = score_columns(rows)
     return [heading for heading, _ in columns], [[visible(cell(row)) for _, cell in columns] for row in rows]
+
+
+def _all_columns(rows: Sequence[ScoreRow]) -> list[Column]:
+    columns = score_columns(rows)
+    return [*columns[:3], *pass_columns(rows)[2:], *columns[3:]]
 
 
 def terminal_table(rows: Sequence[ScoreRow], title: str = "") -> Table:
@@ -199,7 +204,7 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "") -> Table:
     from rich.text import Text
 
     table = Table(title=Text(title) if title else None)
-    headings, cells = score_cells(rows)
+    headings, cells = cells_of(rows, _all_columns(rows))
     for number, heading in enumerate(headings):
         table.add_column(Text(heading), justify="left" if number < 2 else "right")
     for row in cells:
@@ -209,7 +214,7 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "") -> Table:
 
 def markdown_table(rows: Sequence[ScoreRow]) -> str:
     """The scores as a Markdown table; what Markdown or HTML would read as markup is escaped."""
-    headings, cells = score_cells(rows)
+    headings, cells = cells_of(rows, _all_columns(rows))
     lines = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2)]
     lines += [[_markdown(cell) for cell in row[:2]] + row[2:] for row in cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

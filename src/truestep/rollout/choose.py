@@ -46,7 +46,7 @@ def choose(
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """[R, V] → [R, B, BLOCK], zero-padded: the CDF is searched in two short steps instead of one long cumulative sum."""
+    """[R, V] → [R, B, BLOCK], zero-padded: the CDF is searched in two short steps, not one long cumulative sum."""
     padding = -values.shape[1] % BLOCK
     return torch.nn.functional.pad(values, (0, padding)).view(values.shape[0], -1, BLOCK)
 

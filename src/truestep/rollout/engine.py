@@ -72,7 +72,7 @@ class Engine(Protocol):
         ...
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's own weights: the proof of a publish."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's own weights: a publish's proof."""
         ...
 
     def take_cost(self) -> GenerationCost:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -37,7 +38,7 @@ class _Row:
     """A running sample. ``length`` counts its cached tokens; ``forced`` tokens are scored instead of sampled."""
 
     request: SampleRequest
-    uniforms: Sequence[float]
+    uniforms: Sequence[float] | np.ndarray
     length: int
     forced: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
@@ -73,7 +74,9 @@ class _PrefillLayout(PackedLayout):
         super().__init__(segments, positions)
         self.cache, self.slots = cache, slots
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
         keys, values = self.cache.of(layer, key)
         for segment, slots in zip(self.segments, self.slots, strict=True):
             length = segment.stop - segment.start
@@ -93,7 +96,9 @@ class _DecodeLayout:
         self.read = min(cache.capacity, -(-needed // ROUND_UP) * ROUND_UP)
         self._masks: dict[int | None, Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
         num_rows, kv_heads = query.shape[1], key.shape[0]
         keys, values = self.cache.of(layer, key)
         keys[self.rows, :, self.position] = key.transpose(0, 1)
@@ -101,9 +106,12 @@ class _DecodeLayout:
         # The query heads that share a key-value head become queries of one attention: no repeated keys.
         grouped = query.transpose(0, 1).reshape(num_rows, kv_heads, -1, query.shape[2])
         out = scaled_dot_product_attention(
-            grouped, keys[:num_rows, :, : self.read], values[:num_rows, :, : self.read],
-            attn_mask=self._mask(window), scale=scaling,
-        )  # fmt: skip
+            grouped,
+            keys[:num_rows, :, : self.read],
+            values[:num_rows, :, : self.read],
+            attn_mask=self._mask(window),
+            scale=scaling,
+        )
         return out.reshape(num_rows, query.shape[0], query.shape[2])
 
     def _mask(self, window: int | None) -> Tensor:
@@ -242,7 +250,9 @@ class TorchEngine:
         hidden = hidden_states(self.model, ids, positions, _PrefillLayout(segments, positions, cache, slots))
         self._prefilled += tokens
         self._pairs += count_pairs(segments)
-        last = torch.tensor([s.stop - 1 for s, share in zip(segments, shares, strict=True) for _ in share], device=device)
+        last = torch.tensor(
+            [s.stop - 1 for s, share in zip(segments, shares, strict=True) for _ in share], device=device
+        )
         fresh = [row for share in shares for row in share]
         for row in fresh:
             row.length = len(row.request.prompt_ids)
@@ -299,10 +309,14 @@ class TorchEngine:
             sample_index=row.request.sample_index,
             completion_ids=tuple(row.tokens),
             behavior_logprobs=tuple(row.logprobs),
-            distribution=Distribution(policy_version=self.policy_version, temperature=sampling.temperature,
-                                      top_p=sampling.top_p, top_k=sampling.top_k),
+            distribution=Distribution(
+                policy_version=self.policy_version,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+            ),
             stop=Stop.STOP_TOKEN if stopped else Stop.LENGTH,
-        )  # fmt: skip
+        )
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -311,4 +325,6 @@ class TorchEngine:
 def _probe(prompt_ids: Sequence[int]) -> SampleRequest:
     from truestep.seeding import Purpose
 
-    return SampleRequest(problem_id="probe", sample_index=0, prompt_ids=tuple(prompt_ids), seed=0, purpose=Purpose.PROBE, step=0)
+    return SampleRequest(
+        problem_id="probe", sample_index=0, prompt_ids=tuple(prompt_ids), seed=0, purpose=Purpose.PROBE, step=0
+    )

@@ -41,10 +41,16 @@ class Sampler:
                 asked.append(prompt)
                 first = sum(len(g.rollouts) for g in earlier)
                 requests += [
-                    SampleRequest(problem_id=prompt.problem.id, sample_index=first + i, prompt_ids=prompt.token_ids,
-                                  seed=self.seed, purpose=Purpose.SAMPLE, step=step)
+                    SampleRequest(
+                        problem_id=prompt.problem.id,
+                        sample_index=first + i,
+                        prompt_ids=prompt.token_ids,
+                        seed=self.seed,
+                        purpose=Purpose.SAMPLE,
+                        step=step,
+                    )
                     for i in range(following.num_samples)
-                ]  # fmt: skip
+                ]
             if not requests:
                 return [_merge(history[p.problem.id]) for p in prompts if history[p.problem.id]]
             for group in self._round(asked, requests):
@@ -60,10 +66,13 @@ class Sampler:
         pairs = [(p.problem, self.decode(r.completion_ids)) for p in prompts for r in found[p.problem.id]]
         scores = iter(self.grade(pairs))
         return [
-            Group(prompt=p, rollouts=tuple(found[p.problem.id]),
-                  scores=tuple(_score(r, next(scores)) for r in found[p.problem.id]))
+            Group(
+                prompt=p,
+                rollouts=tuple(found[p.problem.id]),
+                scores=tuple(_score(r, next(scores)) for r in found[p.problem.id]),
+            )
             for p in prompts
-        ]  # fmt: skip
+        ]
 
 
 def _score(rollout: Rollout, score: Score) -> Score:
@@ -74,8 +83,12 @@ def _score(rollout: Rollout, score: Score) -> Score:
 
 
 def _merge(groups: Sequence[Group]) -> Group:
-    return groups[0] if len(groups) == 1 else Group(
-        prompt=groups[0].prompt,
-        rollouts=tuple(r for g in groups for r in g.rollouts),
-        scores=tuple(s for g in groups for s in g.scores),
-    )  # fmt: skip
+    return (
+        groups[0]
+        if len(groups) == 1
+        else Group(
+            prompt=groups[0].prompt,
+            rollouts=tuple(r for g in groups for r in g.rollouts),
+            scores=tuple(s for g in groups for s in g.scores),
+        )
+    )

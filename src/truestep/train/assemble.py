@@ -88,9 +88,22 @@ def _batch(
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    columns: dict[str, list[float]] = {name: [] for name in (
-        "target_ids", "source_index", "sequence_index", "group_index", "kind", "advantage", "behavior_logprobs", "weight",
-        "correct", "sequence_length", "group_length")}  # fmt: skip
+    columns: dict[str, list[float]] = {
+        name: []
+        for name in (
+            "target_ids",
+            "source_index",
+            "sequence_index",
+            "group_index",
+            "kind",
+            "advantage",
+            "behavior_logprobs",
+            "weight",
+            "correct",
+            "sequence_length",
+            "group_length",
+        )
+    }
     for tree in trees:
         prefix_start, num_prefix = len(ids), len(tree.prefix)
         if num_prefix:
@@ -103,18 +116,22 @@ def _batch(
             if stop > num_prefix:
                 ids += sequence.token_ids[num_prefix:stop]
                 positions += range(num_prefix, stop)
-                segments.append(Segment(start=start, stop=len(ids), prefix_start=prefix_start,
-                                        prefix_stop=prefix_start + num_prefix))  # fmt: skip
+                segments.append(
+                    Segment(
+                        start=start, stop=len(ids), prefix_start=prefix_start, prefix_stop=prefix_start + num_prefix
+                    )
+                )
             targets = [i for i, t in enumerate(sequence.trained) if t]
             count = len(targets)
             columns["target_ids"] += [sequence.token_ids[i] for i in targets]
-            columns["source_index"] += [start + i - 1 - num_prefix if i > num_prefix else prefix_start + num_prefix - 1
-                                        for i in targets]  # fmt: skip
+            columns["source_index"] += [
+                start + i - 1 - num_prefix if i > num_prefix else prefix_start + num_prefix - 1 for i in targets
+            ]
             columns["sequence_index"] += [index] * count
             columns["group_index"] += [sequence.group] * count
             columns["kind"] += [int(sequence.kind)] * count
-            per_token = isinstance(sequence.advantage, tuple)
-            columns["advantage"] += sequence.advantage if per_token else [sequence.advantage] * count  # type: ignore[operator, list-item]
+            given = sequence.advantage
+            columns["advantage"] += given if isinstance(given, tuple) else [given] * count
             columns["behavior_logprobs"] += sequence.behavior_logprobs or [float("nan")] * count
             columns["weight"] += [sequence.weight] * count
             columns["correct"] += [sequence.correct] * count
@@ -136,9 +153,25 @@ def _batch(
 
 def dummy_batch(dtype: torch.dtype, device: torch.device | str) -> TokenBatch:
     """Two tokens and no target: what a rank without work runs, so that collectives inside the model still match."""
-    sequence = TrainSequence(token_ids=(0, 0, 0), trained=(False, False, True), num_prefix_tokens=0, group=0, kind=Kind.ON)
+    sequence = TrainSequence(
+        token_ids=(0, 0, 0), trained=(False, False, True), num_prefix_tokens=0, group=0, kind=Kind.ON
+    )
     batch = _batch([_Tree((), (0,), 2)], [sequence], {0: 1}, dtype, device)
-    empty = {name: getattr(batch, name)[:0] for name in (
-        "target_ids", "source_index", "sequence_index", "group_index", "kind", "advantage", "behavior_logprobs",
-        "proximal_logprobs", "weight", "correct", "sequence_length", "group_length")}  # fmt: skip
+    empty = {
+        name: getattr(batch, name)[:0]
+        for name in (
+            "target_ids",
+            "source_index",
+            "sequence_index",
+            "group_index",
+            "kind",
+            "advantage",
+            "behavior_logprobs",
+            "proximal_logprobs",
+            "weight",
+            "correct",
+            "sequence_length",
+            "group_length",
+        )
+    }
     return TokenBatch(input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, **empty)

@@ -1,6 +1,8 @@
 """The trained model as one module: a packed micro-batch in, per-token log-probabilities and entropies out.
 
-It is the root that FSDP wraps, so that no hook is bypassed. Shapes: N forwarded tokens, M trained tokens, D hidden size.
+It is the root that FSDP wraps, so that no hook is bypassed.
+
+Shapes: N forwarded tokens, M trained tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _head_differs(self) -> str:
-        """"" if hidden states times the output matrix are the model's own logits (no soft cap, no scale)."""
+        """ "" if hidden states times the output matrix are the model's own logits (no soft cap, no scale)."""
         device = next(self.model.parameters()).device
         ids = torch.arange(3, 12, device=device) % int(self.model.get_input_embeddings().weight.shape[0])
         positions = torch.arange(ids.shape[0], device=device)

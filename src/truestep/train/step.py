@@ -74,10 +74,16 @@ def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[Tok
         plan.ranks.sum_gradients(gradients.values())
     norm = global_norm(gradients.values(), plan.ranks, sharded=plan.sharded)
     if not math.isfinite(norm):
-        bad = [name for name, g in gradients.items() if not math.isfinite(global_norm([g], plan.ranks, sharded=plan.sharded))]
+        bad = [
+            name
+            for name, g in gradients.items()
+            if not math.isfinite(global_norm([g], plan.ranks, sharded=plan.sharded))
+        ]
         optimizer.zero_grad()
         path = _rescue(batches, plan)
-        raise NonFiniteError(f"step {plan.step}: the gradient of {bad[0] if bad else 'a parameter'} is not finite{path}")
+        raise NonFiniteError(
+            f"step {plan.step}: the gradient of {bad[0] if bad else 'a parameter'} is not finite{path}"
+        )
     clip_(gradients.values(), norm, optimizer.settings.max_grad_norm)
     optimizer.step(gradients, plan.learning_rate)
     return _report(plan, totals, sums, norm)
@@ -111,8 +117,9 @@ def microbatch_loss(
     detached = logprobs.detach()
     # Before the first update of a rollout batch the policy is the proximal policy: its own values, no extra pass.
     proximal = torch.where(batch.proximal_logprobs.isnan(), detached, batch.proximal_logprobs)
-    context = Context(policy_logprobs=detached, proximal_logprobs=proximal, entropy=entropy.detach(), batch=batch,
-                      step=plan.step)  # fmt: skip
+    context = Context(
+        policy_logprobs=detached, proximal_logprobs=proximal, entropy=entropy.detach(), batch=batch, step=plan.step
+    )
     loss = logprobs.sum() * 0.0  # an exact zero with a graph: a micro-batch without targets still runs backward
     for term in plan.terms:
         total = totals.of(term.name)
@@ -124,7 +131,9 @@ def microbatch_loss(
             assert term.value is not None
             values = term.value(logprobs, entropy)
         selected = term.select(batch).to(values.dtype) * batch.weight
-        part = normalise(values * selected, normaliser=term.normaliser, batch=batch, total=total, max_length=plan.max_length)
+        part = normalise(
+            values * selected, normaliser=term.normaliser, batch=batch, total=total, max_length=plan.max_length
+        )
         loss = loss + term.weight(plan.step) * part
         _add(sums, f"loss/{term.name}", float(part.detach()))
     _measure(sums, context)
@@ -145,6 +154,11 @@ def _measure(sums: dict[str, float], context: Context) -> None:
         _add(sums, "clip_low", float(((ratio < 0.8) & (advantage < 0)).sum()))
         _add(sums, "clip_high", float(((ratio > 1.28) & (advantage > 0)).sum()))
         _add(sums, "approx_kl", float((ratio - 1 - log_ratio).sum()))
+        # The policy that sampled is the proximal one: how far do engine and trainer disagree about the same tokens?
+        gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
+        _add(sums, "gap", float(gap.abs().sum()))
+        _add(sums, "gap_kl", float((gap.exp() - 1 - gap).sum()))
+        sums["max_gap"] = max(sums.get("max_gap", 0.0), float(gap.abs().max()))
 
 
 def _add(sums: dict[str, float], key: str, value: float) -> None:
@@ -152,7 +166,7 @@ def _add(sums: dict[str, float], key: str, value: float) -> None:
 
 
 def _report(plan: StepPlan, totals: BatchTotals, sums: dict[str, float], norm: float) -> StepReport:
-    keys = ["tokens", "sampled", "entropy", "nll", "clip_low", "clip_high", "approx_kl"]
+    keys = ["tokens", "sampled", "entropy", "nll", "clip_low", "clip_high", "approx_kl", "gap", "gap_kl"]
     keys += [f"loss/{t.name}" for t in plan.terms]
     total = dict(zip(keys, plan.ranks.sum([sums.get(k, 0.0) for k in keys]), strict=True))
     loss = math.fsum(term.weight(plan.step) * total[f"loss/{term.name}"] for term in plan.terms)
@@ -162,9 +176,19 @@ def _report(plan: StepPlan, totals: BatchTotals, sums: dict[str, float], norm: f
             "clip_ratio/low": total["clip_low"] / total["sampled"],
             "clip_ratio/high": total["clip_high"] / total["sampled"],
             "approx_kl": total["approx_kl"] / total["sampled"],
+            "sampling/logprob_difference_mean": total["gap"] / total["sampled"],
+            "sampling/logprob_difference_max": plan.ranks.max([sums.get("max_gap", 0.0)])[0],
+            "sampling/kl": total["gap_kl"] / total["sampled"],
         }
-    return StepReport(step=plan.step, loss=loss, grad_norm=norm, learning_rate=plan.learning_rate,
-                      num_tokens=totals.num_tokens, metrics=metrics, timings={})  # fmt: skip
+    return StepReport(
+        step=plan.step,
+        loss=loss,
+        grad_norm=norm,
+        learning_rate=plan.learning_rate,
+        num_tokens=totals.num_tokens,
+        metrics=metrics,
+        timings={},
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,74 @@
+"""Progress with time left on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+HEARTBEAT_SECONDS = 15.0
+
+
+class ConsoleReporter:
+    """Satisfies pipeline.stages.Reporter."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.quiet = quiet
+        self.live: Progress | None = None
+        self.task: TaskID | None = None
+        self.what, self.total, self.first, self.began, self.spoke = "", 0, 0, 0.0, 0.0
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            (self.live.console if self.live else self.console).print(text, markup=False)
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        self.close()
+        self.what, self.total, self.first = what, total, done
+        self.began = self.spoke = time.monotonic()
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self.live = Progress(*columns, console=self.console, transient=False)
+            self.live.start()
+            self.task = self.live.add_task(what, total=total, completed=done, note="")
+        else:
+            self.say(f"{what}: {done}/{total}")
+
+    def advance(self, done: int, note: str = "") -> None:
+        if self.quiet:
+            return
+        if self.live and self.task is not None:
+            self.live.update(self.task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if done == self.total or now - self.spoke >= HEARTBEAT_SECONDS:
+            self.spoke = now
+            rate = (done - self.first) / max(1e-9, now - self.began)
+            left = (self.total - done) / rate if rate > 0 else 0.0
+            self.say(f"{self.what}: {done}/{self.total}  {now - self.began:.0f} s, {left:.0f} s left  {note}")
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+        self.live = self.task = None

@@ -1,0 +1,32 @@
+"""``truestep report RUN``: make a run's page again from its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from truestep.settings import SettingsError
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
+) -> None:
+    """Write report.html from the files of a run directory and print its scores."""
+    from rich.console import Console
+
+    from truestep.report.html import write_report
+    from truestep.report.tables import read_summary, score_table, terminal_table
+
+    if not (run / "resolved.toml").is_file():
+        raise SettingsError(f"{run}: is no run directory (it has no resolved.toml): give the folder that a run printed")
+    path = write_report(run)
+    if as_json:
+        typer.echo(json.dumps({"run_dir": str(run), "report": str(path), **read_summary(run)}))
+        return
+    Console(highlight=False).print(terminal_table(score_table(run), title=run.name))
+    typer.echo(f"report: {path}")
+    typer.echo(str(run))

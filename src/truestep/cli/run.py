@@ -1,0 +1,165 @@
+"""``truestep run | sft | rl | eval RECIPE``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from truestep.settings import Settings, SettingsError, load_settings, settings_hash
+
+if TYPE_CHECKING:
+    from truestep.pipeline.prepare import Prepared
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe: one TOML file.", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: stages.rl.steps=50. May be repeated.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run directory [default: runs/NAME-HASH].", show_default=False)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")]
+
+
+def run(
+    recipe: Recipe,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run all stages of a recipe, with an evaluation before, between and after."""
+    execute(load_settings(recipe, overrides or ()), recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+def sft(
+    recipe: Recipe,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run only the sft stages of a recipe."""
+    settings = only(load_settings(recipe, overrides or ()), "sft", recipe)
+    execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+def rl(
+    recipe: Recipe,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run only the rl stages of a recipe, from model.path."""
+    settings = only(load_settings(recipe, overrides or ()), "rl", recipe)
+    execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+def evaluate(
+    recipe: Recipe,
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate model.path on the recipe's evaluation sets."""
+    settings = load_settings(recipe, overrides or ())
+    if not settings.evaluate.data:
+        raise SettingsError(f'{recipe}: evaluate.data is empty: write evaluate.data = ["..."]')
+    settings = settings.model_copy(
+        update={"stages": (), "evaluate": settings.evaluate.model_copy(update={"before": True})}
+    )
+    execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+def only(settings: Settings, kind: str, recipe: Path) -> Settings:
+    stages = tuple(s for s in settings.stages if s.kind == kind)
+    if not stages:
+        raise SettingsError(f'{recipe}: has no stage of kind {kind}: write [[stages]] with kind = "{kind}"')
+    return settings.model_copy(update={"stages": stages})
+
+
+def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool) -> None:
+    """Check, print the plan, run, report; the last line of stdout is the run directory."""
+    from truestep import signals
+    from truestep.cli.progress import ConsoleReporter
+    from truestep.device import world
+    from truestep.pipeline.prepare import prepare
+    from truestep.pipeline.run import open_run_folder
+    from truestep.pipeline.run import run as run_pipeline
+    from truestep.report.html import write_report
+    from truestep.train.parallel import join, leave
+
+    rank, world_size = world()
+    folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
+    reporter = ConsoleReporter(quiet=rank != 0)
+    if not dry_run and (folder / "resolved.toml").exists() and not resume:
+        open_run_folder(settings, folder, resume=False, rank=rank)  # raises before any data is read
+    prepared = prepare(settings, base_dir=recipe.parent)
+    if rank == 0:
+        print_plan(prepared, world_size, reporter)
+    if dry_run:
+        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": _rows(prepared, world_size)}
+        typer.echo(json.dumps(plan) if as_json else str(folder))
+        return
+    open_run_folder(settings, folder, resume=resume, rank=rank)
+    ranks = join()
+    try:
+        with signals.deferred():
+            result = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
+    except signals.Interrupted as stop:
+        reporter.close()
+        reporter.say(f"{stop}; everything finished is saved. Go on with: truestep run {recipe} --out {folder} --resume")
+        raise typer.Exit(128 + stop.signum) from None
+    finally:
+        reporter.close()
+        leave()
+    if rank == 0:
+        report = write_report(folder)
+        show(folder, result.summary, report, as_json)
+
+
+def _rows(prepared: Prepared, world_size: int) -> list[Any]:
+    from truestep.pipeline.prepare import batch_table
+
+    return batch_table(prepared, world_size)
+
+
+def print_plan(prepared: Prepared, world_size: int, reporter: Any) -> None:
+    """The derived table, before anything is trained."""
+    from rich.table import Table
+
+    rows = _rows(prepared, world_size)
+    if rows:
+        table = Table(title="what the settings imply")
+        for column in ("", *[str(row["stage"]) for row in rows]):
+            table.add_column(column)
+        for key in [k for k in rows[0] if k != "stage"]:
+            table.add_row(key, *[str(row[key]) for row in rows])
+        reporter.console.print(table)
+    for note in prepared.notes:
+        reporter.say(note)
+
+
+def show(folder: Path, summary: Any, report: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
+        return
+    from rich.console import Console
+
+    from truestep.report.tables import score_table, terminal_table
+
+    rows = score_table(folder)
+    if rows:
+        Console(highlight=False).print(terminal_table(rows, title=summary["name"]))
+    typer.echo(f"report: {report}")
+    typer.echo(str(folder))

@@ -1,0 +1,255 @@
+"""Whether two answers are the same, as far as that is decided without algebra; and what algebra may be asked.
+
+Three values everywhere: True, False, and None for "not decided here". Both answers come normalised (``grade.normal``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from truestep.grade.extract import num_words
+from truestep.grade.normal import TEXT_COMMAND, canonical, plain
+from truestep.grade.numeric import MAX_DIGITS, parse_number, same_number
+
+MAX_LENGTH = 2_000  # characters; longer answers are compared as text only
+MAX_DEPTH = 25  # brackets within brackets
+MAX_ELEMENTS = 60  # of a list, with the lists in it; a longer one is left to algebra
+MAX_PROSE = 3  # words beside the mathematics; with more, an answer is a sentence and is compared as text
+_LARGEST_FACTORIAL = 5_000
+_LARGEST_POWER = 6  # digits of a numeric exponent
+
+_OPEN, _CLOSE = {"(": ")", "[": "]", "{": "}"}, ")]}"
+_LEFT_SIDE = re.compile(
+    r"(?:\\angle )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([A-Za-z_, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
+)
+_ARITHMETIC = re.compile(r"(?:[\d\s.+*/^()-]|\\times|\\cdot|\\div)+$", re.ASCII)
+_CHOICE = re.compile(r"\(?([A-Z])\)?[.:]?$|\(([A-Z])\)\s(?!.*\b[A-HJ-Z]\b)|([A-Z])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
+_WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
+_TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
+_EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")  # one that may be many
+_BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
+_FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """``equal`` is None where only algebra can tell. ``reason`` says how it was decided; ``refused`` why algebra must
+    not be asked ("" where it may)."""
+
+    equal: bool | None
+    reason: str = ""
+    refused: str = ""
+
+
+def decide(gold: str, found: str) -> Decision:
+    """Compare two normalised answers without algebra."""
+    if gold == found or canonical(gold) == canonical(found):
+        return Decision(equal=True, reason="same text")
+    if len(found) > MAX_LENGTH or len(gold) > MAX_LENGTH:
+        return Decision(equal=False, reason=f"over {MAX_LENGTH:,} characters: compared as text")
+    for text in (gold, found):
+        if refused := _refusal(text):
+            return Decision(equal=None, refused=refused)
+    equal = _same(gold, found, depth=0)
+    if equal is not None:
+        return Decision(equal=equal, reason="compared as numbers, words or lists")
+    if num_words(re.sub(r"\b(?:and|or)\b", " ", plain(found))) > MAX_PROSE:
+        return Decision(equal=False, reason="the answer is a sentence: compared as text")
+    return Decision(equal=None)
+
+
+def same_integer(gold: str, found: str) -> bool | None:
+    """Whether two answers are the same number; None where the gold one is not a number."""
+    left = parse_number(plain(gold)) or parse_number(gold)
+    right = parse_number(found) or parse_number(_right_side(found))
+    return None if left is None else right is not None and same_number(left, right)
+
+
+def _refusal(text: str) -> str:
+    """Why a text must not be handed to algebra: it would cost more than any answer is worth."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in _OPEN) - (character in _CLOSE)
+        deepest = max(deepest, depth)
+    if deepest > MAX_DEPTH:
+        return f"nested deeper than {MAX_DEPTH} brackets"
+    if re.search(rf"\d{{{MAX_DIGITS}}}", text):
+        return f"a number of more than {MAX_DIGITS:,} digits"
+    if re.search(r"!\s*[)}]*\s*!", text) or any(
+        len(n) > 5 or int(n) > _LARGEST_FACTORIAL for n in _FACTORIAL.findall(text)
+    ):
+        return "a factorial too large to compute"
+    for _, base, exponent in _TOWER.findall(text):
+        if len(exponent) > 4 or int(exponent) * math.log10(max(int(base), 2)) > _LARGEST_POWER:
+            return "a tower of powers too large to compute"
+    if re.search(r"\^[\s({]*\d{7}", text) or len(re.findall(r"\)\s*\^[\s({]*\d{3}", text)) > 1:
+        return "a power or a range too large to compute"
+    return ""
+
+
+def _same(gold: str, found: str, depth: int) -> bool | None:
+    if canonical(gold) == canonical(found):
+        return True
+    left, right = parse_number(gold), parse_number(found)
+    if left is not None and right is not None:
+        return same_number(left, right) or _decimal_comma(gold, found)
+    based = _same_base(canonical(gold), canonical(found))
+    if based is not None:
+        return based
+    words = _same_words(plain(gold), plain(found), gold, found)
+    if words is not None:
+        return words
+    if left is not None and _WORDS_ONLY.match(plain(found)):
+        return False
+    stripped = _without_left_side(gold, found)
+    if stripped is not None and depth < MAX_DEPTH:
+        return _same(*stripped, depth + 1)
+    return _decimal_comma(gold, found) or _same_lists(gold, found, depth)
+
+
+def _same_base(gold: str, found: str) -> bool | None:
+    """Numbers with their base as index: 204_5 is 204_5, or 204 where the gold answer names the base; 7 is 111_2."""
+    left, right = _BASED.fullmatch(gold), _BASED.fullmatch(found)
+    if left is None or right is None or not (left[2] or right[2]):
+        return None
+    if left[2] and (not right[2] or left[2] == right[2]):
+        return left[1].lstrip("0") == right[1].lstrip("0")
+    values = [_value_in_base(match[1], int(match[2] or 10)) for match in (left, right)]
+    return not left[2] and values[0] is not None and values[0] == values[1]
+
+
+def _value_in_base(digits: str, base: int) -> int | None:
+    return int(digits, base) if 2 <= base <= 36 and all(int(d, 36) < base for d in digits) else None
+
+
+def _decimal_comma(gold: str, found: str) -> bool:
+    """Whether the answer is the gold decimal with a comma for its point."""
+    return (
+        bool(re.fullmatch(r"-?\d+\.\d+", gold))
+        and bool(re.fullmatch(r"-?\d+,\d+", found))
+        and gold == found.replace(",", ".")
+    )
+
+
+def _same_words(gold: str, found: str, gold_raw: str, found_raw: str) -> bool | None:
+    choice = _CHOICE.match(gold)
+    if choice and (other := _CHOICE.match(found)):
+        return next(filter(None, choice.groups())) == next(filter(None, other.groups()))
+    if not (_WORDS_ONLY.match(gold) and _WORDS_ONLY.match(found)):
+        return None
+    is_text = any(re.match(TEXT_COMMAND, raw) for raw in (gold_raw, found_raw))
+    if is_text or max(len(word) for word in f"{gold} {found}".split()) > 3:  # shorter ones may be products of variables
+        return gold.casefold() == found.casefold()
+    return None
+
+
+def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
+    """Both answers without "x =" or "x \\in" where only one of them has it, or both the same."""
+    sides = [_split_left(text) for text in (gold, found)]
+    if sides[0][0] and sides[1][0]:
+        return (sides[0][1], sides[1][1]) if canonical(sides[0][0]) == canonical(sides[1][0]) else None
+    if sides[0][0] or sides[1][0]:
+        return None if "=" in sides[0][1] + sides[1][1] else (sides[0][1], sides[1][1])
+    return None
+
+
+def _split_left(text: str) -> tuple[str, str]:
+    for relation in (r"\in ", "=", r"\approx "):
+        left, sign, right = text.partition(relation)
+        if (
+            sign
+            and (_LEFT_SIDE.match(left.strip()) or _ARITHMETIC.match(left))
+            and right.strip()
+            and len(_elements(text)) == 1
+        ):
+            return left.strip(), _right_side(right)
+    return "", text
+
+
+def _right_side(text: str) -> str:
+    """The last part of a chain of equalities, if that is a number: 9 + 5 = 14 says 14."""
+    last = re.split(r"(?<![<>!\\])=", text)[-1].strip()
+    return last if parse_number(last) is not None else text.strip()
+
+
+def _elements(text: str) -> list[str]:
+    """The parts of a text between top-level commas, semicolons, "and" and "or"."""
+    if "," not in text and ";" not in text and not re.search(r"\b(?:and|or)\b|or(?=\()", text):
+        return [text]
+    if parse_number(text) is not None:
+        return [text]
+    parts, start, depth = [], 0, 0
+    for match in re.finditer(
+        rf"[(\[{{)\]}}]|[,;]|{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", text
+    ):
+        token = match[0]
+        if token in _OPEN:
+            depth += 1
+        elif token in _CLOSE:
+            depth -= 1
+        elif depth == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def _brackets(text: str) -> tuple[str, str, str]:
+    """The brackets around the whole of a text, and what they hold: intervals keep their two kinds."""
+    text = text.strip()
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        text = "{" + text[2:-2] + "}"
+    if text[:1] not in _OPEN or text[-1:] not in _CLOSE or len(text) < 2:
+        return "", text, ""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if depth == 0 and position < len(text) - 1:
+            return "", text, ""
+    return text[0], text[1:-1], text[-1]
+
+
+def _same_lists(gold: str, found: str, depth: int) -> bool | None:
+    left, right = _brackets(gold), _brackets(found)
+    ours, theirs = _elements(left[1]), _elements(right[1])
+    if left[0] and len(ours) == 1 and right[0] and len(theirs) == 1:
+        return _same(ours[0], theirs[0], depth + 1) if depth < MAX_DEPTH and left[::2] == right[::2] else None
+    kinds = {left[0] + left[2], right[0] + right[2]}
+    ordered = bool(kinds & {"()", "[)", "(]"}) or kinds == {"[]"}
+    if not ordered:  # saying an element twice adds nothing to a set
+        ours, theirs = (list({canonical(part): part for part in parts}.values()) for parts in (ours, theirs))
+    if len(ours) != len(theirs):
+        return None if _EXPANDING.search(gold + found) else False
+    if len(ours) == 1 or gold.count(",") + gold.count(";") >= MAX_ELEMENTS or depth >= MAX_DEPTH:
+        return None
+    if len(kinds) == 2 and "" not in kinds:
+        return None if kinds == {"()", "{}"} else False
+    if ordered:
+        row = [_same(one, other, depth + 1) for one, other in zip(ours, theirs, strict=True)]
+        return False if False in row else True if all(row) else None
+    return _matching([[_same(one, other, depth + 1) for other in theirs] for one in ours])
+
+
+def _matching(table: list[list[bool | None]]) -> bool | None:
+    """Whether the elements pair off, each with one of its own; None where that hangs on undecided pairs."""
+    free = set(range(len(table)))
+    for row in table:
+        partner = next((j for j in sorted(free) if row[j]), None)
+        if partner is None:
+            return None if None in row else False
+        free.discard(partner)
+    return True
+
+
+def symbolic_form(text: str) -> str:
+    """A normalised answer as the LaTeX that algebra reads: one formula, no delimiters inside."""
+    text = re.sub(
+        rf"{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])",
+        ", ",
+        text.replace("$", ""),
+    )
+    text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text)
+    text = re.sub(r"\\sqrt \(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
+    return re.sub(r"\s*\*\s*", r" \\cdot ", text).strip(" .,;")

@@ -1,0 +1,199 @@
+"""Find the answer in a completion. Linear in the length of the text, whatever the text is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from truestep.grade.normal import normalise, typographic
+from truestep.grade.numeric import UNIT_WORDS
+
+How = Literal["boxed", "marker", "answer_is", "whole", "last_formula", "last_number", "none"]
+STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
+
+MAX_BARE = 200  # characters of a completion that may be nothing but an answer
+MAX_FORMULA = 1_000
+MAX_TAIL = 10_000  # characters at the end of a completion in which a last number or formula is looked for
+MAX_WORDS = 2  # more than these beside an answer make it prose
+
+_BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
+_JOINT = re.compile(  # between two boxes that are one answer: closing and opening delimiters, a connective, "x ="
+    r"[\s$,;.&]*(?:\\[\])])?[\s$,;]*(?:\\q?quad\s*)?(?:\\text\{\s*)?(?:and|or|,|;|&)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
+    r"(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
+)
+_HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
+_ANSWER_IS = re.compile(
+    r"\banswer\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}is\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])"
+    r"\s{0,3}[*_]{0,3}:?",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(
+    r"\W{0,3}([A-J])(?:\)|(?=[.,:;*]|$|\s(?:because|since)\b))"  # a choice,
+    r"(?!,?\s*(?:and|or|,)?\s*\(?[A-J]\b)(?!\s*[=+*/^-])"  # not two of them, and no variable
+)
+_LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
+_MATH = re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one as well
+    r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])([^$\n]{0,999}[^$\s])\$(?!\d)|"
+    r"(?<![\\$])\$ ([^$\n]{1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
+    re.DOTALL,
+)
+_NUMBER = re.compile(
+    r"(?<![A-Za-z_.\d])(?:(?<![\w)\]}])-)?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+(?:,\d{1,2}(?![\d,]))?)?"
+    r"(?:(?<=\d)|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3}\b|\s?/\s?\d+(?:\.\d+)?)?\s?%?",
+    re.ASCII,
+)
+_WORDS = re.compile(
+    r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff]|^[A-Z]:\s"
+)
+_FUNCTIONS = (
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "log",
+    "exp",
+    "sqrt",
+    "arcsin",
+    "arccos",
+    "arctan",
+    "det",
+    "lim",
+)
+_NO_WORDS = UNIT_WORDS | {*_FUNCTIONS, "and", "min", "max", "mod"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """The answer in normalised spelling ("" if none was given) and the rule that found it."""
+
+    answer: str
+    how: How
+
+
+NOTHING = Extraction(answer="", how="none")
+
+
+def extract_answer(text: str, *, strict: bool = False) -> Extraction:
+    r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and unless
+    ``strict`` the whole of a short text, or its last formula or number. Only what follows the last </think> counts; a
+    <think> that is never closed leaves no answer."""
+    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    if "<think>" in text:
+        return NOTHING
+    rules = (_boxed, _marker, _answer_is) if strict else (_boxed, _marker, _answer_is, _whole, _last)
+    for rule in rules:
+        found = rule(text)
+        if found is not None and found[1] == "none":
+            return NOTHING
+        if found is not None and (answer := normalise(found[0])):
+            return Extraction(answer=answer, how=found[1])
+    return NOTHING
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""(start, end, content) of every balanced, outermost, non-blank ``\boxed{…}``, in order."""
+    return _scan_boxes(text)[0]
+
+
+def _scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
+    """The boxes of a text, and whether one was opened and never closed."""
+    stack: list[tuple[int, int]] = []  # (where the token starts, where its content starts; -1 for a plain brace)
+    found: list[tuple[int, int, str]] = []
+    for token in _BRACES.finditer(text):
+        if token[0] == "{":
+            stack.append((token.start(), -1))
+        elif token[0] == "}":
+            start, inside = stack.pop() if stack else (0, -1)
+            if inside >= 0:
+                while found and found[-1][0] > start:
+                    found.pop()  # was inside this one
+                found.append((start, token.end(), text[inside : token.start()]))
+        elif token[0].endswith("{") and len(token[0]) > 2:
+            stack.append((token.start(), token.end()))
+    return [box for box in found if box[2].strip()], any(inside >= 0 for _, inside in stack)
+
+
+def _boxed(text: str) -> tuple[str, How] | None:
+    """The last box, with those before it that "and", "or" or a comma joins to it into one answer. Where the only box is
+    never closed, the answer was cut off: there is none."""
+    if "boxed" not in text and "fbox" not in text:
+        return None
+    found, unclosed = _scan_boxes(text)
+    if not found:
+        return ("", "none") if unclosed else None
+    parts = [found[-1]]
+    for box in reversed(found[-32:-1]):
+        between = text[box[1] : parts[0][0]]
+        if len(between) > 60 or not (between.strip(" $") == "" or _JOINT.fullmatch(between)):
+            break
+        parts.insert(0, box)
+    contents = [re.sub(r"\\(?:boxed|fbox)\s*(?=\{)", "", content) for _, _, content in parts]
+    return ", ".join(dict.fromkeys(contents)), "boxed"
+
+
+def _marker(text: str) -> tuple[str, How] | None:
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    if start >= 0:
+        return text[start + len("<answer>") : end], "marker"
+    found = ""
+    for match in _HASHES.finditer(text) if "####" in text else ():
+        found = match[1]
+    return (found, "marker") if found else None
+
+
+def _answer_is(text: str) -> tuple[str, How] | None:
+    """What follows the last "answer is" or "answer:" up to the end of its formula, bold span, sentence or line."""
+    end = -1
+    for match in _ANSWER_IS.finditer(text):
+        end = match.end()
+    if end < 0:
+        return None
+    tail = text[end : end + MAX_FORMULA].lstrip(" \t\r\n*_:")
+    if formula := _MATH.match(tail):
+        return _content(formula), "answer_is"
+    sentence = re.split(r"\n|\.(?=\s|$)|\*\*", tail, maxsplit=1)[0].strip()
+    if letter := _LETTER.match(sentence):
+        return letter[1], "answer_is"
+    if (leading := _LEADING.match(typographic(sentence))) and num_words(leading[2]):
+        return leading[1], "answer_is"
+    if num_words(sentence) == 0 or (num_words(sentence) <= MAX_WORDS and not re.search(r"\d", sentence)):
+        return sentence, "answer_is"
+    inside = _last(sentence)
+    return (inside[0], "answer_is") if inside else None
+
+
+def _content(formula: re.Match[str]) -> str:
+    """What stands in a formula, with the percent sign that may follow it."""
+    percent = re.match(r"\s?(?:\\?%|percent|pct)", formula.string[formula.end() : formula.end() + 12])
+    return next(group for group in formula.groups() if group is not None) + ("%" if percent else "")
+
+
+def _whole(text: str) -> tuple[str, How] | None:
+    """A short text that is nothing but an answer: one line, without words beside its numbers."""
+    bare = text.strip()
+    if not bare or len(bare) > MAX_BARE or "\n" in bare or bare.count("$") > 2 or "boxed{" in bare:
+        return None
+    return None if num_words(bare) > (0 if re.search(r"\d", bare) else 3) else (bare, "whole")
+
+
+def num_words(text: str) -> int:
+    """How many words of a text are no mathematics and no unit."""
+    text = re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]{0,100}\})?", " ", text)
+    return sum(word.lower() not in _NO_WORDS for word in _WORDS.findall(text))
+
+
+def _last(text: str) -> tuple[str, How] | None:
+    """The last number, or the formula that it is a part of."""
+    text = typographic(text[-MAX_TAIL:])
+    number = formula = None
+    for number in _NUMBER.finditer(text):  # noqa: B007
+        pass
+    for formula in _MATH.finditer(text):  # noqa: B007
+        pass
+    if formula is not None and (number is None or formula.start() < number.start() < formula.end()):
+        return _content(formula), "last_formula"
+    return (number[0], "last_number") if number is not None else None

@@ -1,0 +1,138 @@
+"""The verdict on a completion: correct, incorrect, or unscored with a reason.
+
+What a model wrote never raises: only a problem that could not be scored for any completion does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from truestep.grade.countdown import check_countdown
+from truestep.grade.equivalent import decide, same_integer, symbolic_form
+from truestep.grade.extract import Extraction, boxes, extract_answer
+from truestep.grade.normal import canonical, normalise
+from truestep.grade.pool import Pool
+from truestep.records import Message, Problem, Score, Verdict
+from truestep.settings import SettingsError
+
+MAX_SHOWN = 2_000  # characters of an answer that a score keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What only algebra can answer: are these two formulas equal?"""
+
+    gold: str
+    found: str
+    extracted: str
+
+
+def _score(equal: bool | None, extracted: str, reason: str) -> Score:
+    verdict = {True: Verdict.CORRECT, False: Verdict.INCORRECT, None: Verdict.UNSCORED}[equal]
+    return Score(verdict=verdict, extracted=extracted[:MAX_SHOWN], reason=reason)
+
+
+def _gold_answer(text: str) -> str:
+    return extract_answer(text, strict=True).answer if boxes(text) else normalise(text)
+
+
+def _check_math(problem: Problem, found: str) -> Score | Question:
+    gold = _gold_answer(problem.answer)
+    decision = decide(gold, found)
+    if decision.equal is None and not decision.refused:
+        return Question(gold=symbolic_form(gold), found=symbolic_form(found), extracted=found)
+    return _score(decision.equal, found, decision.reason or f"not compared: {decision.refused}")
+
+
+def _check_exact(problem: Problem, found: str) -> Score | Question:
+    return _score(canonical(_gold_answer(problem.answer)) == canonical(found), found, "compared as text")
+
+
+def _check_integer(problem: Problem, found: str) -> Score | Question:
+    equal = same_integer(_gold_answer(problem.answer), found)
+    reason = "compared as numbers" if equal is not None else f"the gold answer {problem.answer[:80]!r} is not a number"
+    return _score(equal, found, reason)
+
+
+def _check_countdown(problem: Problem, found: str) -> Score | Question:
+    numbers, target = problem.meta.get("numbers"), problem.meta.get("target")
+    if not isinstance(numbers, list | tuple) or not all(type(n) is int for n in numbers) or type(target) is not int:
+        raise SettingsError(
+            f'{problem.row or problem.id}: checker "countdown" expected meta numbers (whole numbers) and target '
+            '(a whole number): write "numbers": [3, 4, 5], "target": 35'
+        )
+    fault = check_countdown(found, numbers, target)
+    return _score(not fault, found, fault or "every number once, and the target is reached")
+
+
+CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
+    "math": _check_math,
+    "exact": _check_exact,
+    "integer": _check_integer,
+    "countdown": _check_countdown,
+}
+
+
+class Grader:
+    """Scores completions. Algebra runs in child processes, which are started when it is first needed, have ``seconds``
+    of wall time for one comparison and may take ``memory_mb`` on top of what its libraries take. ``strict`` accepts
+    boxed, "####" and "answer is" answers alone. Not for use from several threads."""
+
+    def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 1024, *, strict: bool = False) -> None:
+        self._strict = strict
+        self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child processes. The grader may be used again; it then starts new ones."""
+        self.pool.close()
+
+    def score(self, problem: Problem, completion: str) -> Score:
+        """The verdict on one completion. Raises SettingsError for a problem that no completion could be scored on."""
+        return self.score_many([(problem, completion)])[0]
+
+    def score_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
+        """One score per (problem, completion), in order; the same two formulas are compared once."""
+        return self._settle(
+            [self._check(problem, extract_answer(completion, strict=self._strict)) for problem, completion in pairs]
+        )
+
+    def check_gold(self, problem: Problem) -> Score:
+        """The gold answer graded as if it were a completion: where it is not correct, the row of data is bad."""
+        if problem.checker == "countdown" and problem.answer.strip() == str(problem.meta.get("target")):
+            return _score(True, problem.answer, "the row names its target, not a solution")
+        gold = Extraction(answer=_gold_answer(problem.answer), how="whole")
+        return self._settle([self._check(problem, gold)])[0]
+
+    def _check(self, problem: Problem, found: Extraction) -> Score | Question:
+        if problem.checker not in CHECKERS:
+            known = ", ".join(CHECKERS)
+            raise SettingsError(
+                f"{problem.row or problem.id}: checker {problem.checker!r} is not known: write one of {known}"
+            )
+        if not found.answer:
+            return _score(False, "", "no answer found")
+        return CHECKERS[problem.checker](problem, found.answer)
+
+    def _settle(self, results: Sequence[Score | Question]) -> list[Score]:
+        asked = list(dict.fromkeys((r.gold, r.found) for r in results if isinstance(r, Question)))
+        outcomes = dict(zip(asked, self.pool.compare_many(asked) if asked else [], strict=True))
+        scores = []
+        for result in results:
+            if isinstance(result, Question):
+                outcome = outcomes[result.gold, result.found]
+                result = _score(outcome.equal, result.extracted, outcome.reason)
+            scores.append(result)
+        return scores
+
+
+def grade_pair(gold: str, pred_text: str, grader: Grader) -> Score:
+    """Score a text against a gold answer with the "math" checker."""
+    message = Message(role="user", content="")
+    return grader.score(Problem(id="pair", messages=(message,), answer=gold), pred_text)

@@ -1,0 +1,290 @@
+"""Before anything expensive: every row read, every gold answer graded, every length and batch checked."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truestep.data.chat import encode_prompt, stop_token_ids
+from truestep.data.demonstrations import Demonstrations, encode_demonstrations
+from truestep.data.overlap import overlap_report
+from truestep.data.problems import load_problems
+from truestep.grade.score import Grader
+from truestep.model.load import TINY_CONTEXT, load_tokenizer, resolve
+from truestep.objective.methods import Method, build
+from truestep.records import Problem, Prompt, Verdict
+from truestep.rollout.plan import PLANS
+from truestep.settings import (
+    RejectionSettings,
+    RlSettings,
+    Settings,
+    SettingsError,
+    SftSettings,
+    StageSettings,
+    settings_hash,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """All data of a run, as tokens, with every check behind it."""
+
+    settings: Settings
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int
+    stop_ids: tuple[int, ...]
+    problems: dict[str, list[Problem]] = field(default_factory=dict)
+    prompts: dict[str, list[Prompt]] = field(default_factory=dict)
+    demonstrations: dict[str, Demonstrations] = field(default_factory=dict)
+    content: dict[str, str] = field(default_factory=dict)  # hash of each data set's content
+    methods: dict[str, Method] = field(default_factory=dict)  # by stage name
+    overlap: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def stage_steps(self, stage: StageSettings) -> int:
+        """Steps of a stage; for a rejection stage it is known only after sampling (0 here)."""
+        if isinstance(stage, RlSettings):
+            return stage.steps
+        if isinstance(stage, SftSettings):
+            return num_steps(stage, len(self.demonstrations[stage.data].kept))
+        return 0
+
+
+def num_sequences(stage: SftSettings | RejectionSettings, available: int) -> int:
+    """How many sequences (with repetition over epochs) the stage trains on."""
+    if stage.epochs:
+        return round(stage.epochs * available)
+    return stage.steps * stage.sequences_per_step
+
+
+def num_steps(stage: SftSettings | RejectionSettings, available: int) -> int:
+    return math.ceil(num_sequences(stage, available) / stage.sequences_per_step)
+
+
+def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
+    """Load and check everything that a run will need, in seconds and without a model.
+
+    Raises SettingsError naming file, row and field, or the setting, and what to write instead.
+    """
+    _check_methods_plan(settings)
+    tokenizer = load_tokenizer(settings.model)
+    context, eos = _context_length(settings)
+    prepared = Prepared(
+        settings=settings, tokenizer=tokenizer, context_length=context, stop_ids=stop_token_ids(tokenizer, eos)
+    )
+    prepared.methods = {s.name: _method(s) for s in settings.stages}
+    needs: dict[str, set[str]] = {}
+    for name, kind in _uses(settings):
+        needs.setdefault(name, set()).add("solution" if kind == "sft" else "answer")
+    for name, wanted in needs.items():
+        _load(prepared, name, wanted, base_dir)
+    _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
+    _check_lengths(prepared)
+    trained = {s.data: prepared.problems[s.data] for s in settings.stages}
+    tested = {name: prepared.problems[name] for name in settings.evaluate.data}
+    prepared.overlap = overlap_report(trained, tested) if trained and tested else {}
+    return prepared
+
+
+def _uses(settings: Settings) -> list[tuple[str, str]]:
+    """(data set, what for) of every use; a set that no stage names is not loaded."""
+    uses: list[tuple[str, str]] = [(s.data, s.kind) for s in settings.stages]
+    uses += [(s.dev.data, "eval") for s in settings.stages if s.dev.data]
+    return uses + [(name, "eval") for name in settings.evaluate.data]
+
+
+def _check_methods_plan(settings: Settings) -> None:
+    for stage in settings.stages:
+        if isinstance(stage, RejectionSettings):
+            continue
+        wants_demonstrations = PLANS[_method(stage).plan](None, (), 1) is None  # type: ignore[arg-type]
+        if wants_demonstrations != isinstance(stage, SftSettings):
+            known = "sft, dft" if isinstance(stage, SftSettings) else "paper, grpo, dr_grpo, dapo"
+            raise SettingsError(
+                f'stages.{stage.name}.method = "{stage.method}" does not fit kind = "{stage.kind}": write {known}'
+            )
+
+
+def _method(stage: StageSettings) -> Method:
+    name = getattr(stage, "method", "sft")
+    try:
+        return build(name, getattr(stage, "method_options", {}))
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"stages.{stage.name}.{error}") from None
+
+
+def _context_length(settings: Settings) -> tuple[int, Any]:
+    """(context length after the override, the model's eos ids), from the config alone."""
+    source = resolve(settings.model)
+    override = settings.model.context_length
+    if source == "tiny":
+        return (TINY_CONTEXT if override == "model" else override), ()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
+    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
+
+
+def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:
+    settings, tokenizer = prepared.settings, prepared.tokenizer
+    problems = load_problems(name, settings.data[name], seed=settings.seed, base_dir=base_dir, needs=sorted(wanted))
+    prepared.problems[name] = problems
+    prepared.content[name] = _content_hash(problems)
+    if "answer" in wanted:
+        prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
+    if "solution" in wanted:
+        made = encode_demonstrations(problems, tokenizer, settings.chat, context_length=prepared.context_length)
+        if not made.kept:
+            raise SettingsError(
+                f"data.{name}: no demonstration fits into the context of {prepared.context_length} tokens"
+            )
+        prepared.demonstrations[name] = made
+        if made.dropped:
+            prepared.notes.append(
+                f"data.{name}: {len(made.dropped)} of {len(problems)} demonstrations are longer than "
+                f"the context of {prepared.context_length} tokens and are left out"
+            )
+
+
+def _content_hash(problems: Sequence[Problem]) -> str:
+    digest = hashlib.sha256()
+    for p in problems:
+        turns = "\x1e".join(f"{m.role}\x1d{m.content}" for m in p.messages)
+        digest.update(f"{p.id}\x1f{turns}\x1f{p.answer}\x1f{p.checker}\x1f{p.solution}\x1c".encode())
+    return digest.hexdigest()[:16]
+
+
+def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
+    """Every gold answer must be accepted by its own checker: otherwise no completion ever can be."""
+    with Grader() as grader:
+        for name in names:
+            for problem in prepared.problems[name]:
+                score = grader.check_gold(problem)
+                if score.verdict is not Verdict.CORRECT:
+                    raise SettingsError(
+                        f"{problem.row or name}: answer: the checker {problem.checker!r} does not accept the gold "
+                        f"answer {problem.answer[:60]!r} ({score.reason or score.verdict.value}): correct or "
+                        "remove the row"
+                    )
+
+
+def _check_lengths(prepared: Prepared) -> None:
+    settings, context = prepared.settings, prepared.context_length
+    for stage in settings.stages:
+        where = f"stages.{stage.name}"
+        longest = 0
+        if isinstance(stage, SftSettings):
+            kept = prepared.demonstrations[stage.data].kept
+            longest = max(len(d.token_ids) for d in kept)
+            if stage.sequences_per_step > num_sequences(stage, len(kept)):
+                raise SettingsError(
+                    f"{where}.sequences_per_step = {stage.sequences_per_step} is more than the "
+                    f"{num_sequences(stage, len(kept))} sequences of the whole stage: write fewer"
+                )
+        if isinstance(stage, RlSettings | RejectionSettings):
+            longest = _longest_sample(prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling")
+        if isinstance(stage, RlSettings) and stage.prompts_per_step > len(prepared.prompts[stage.data]):
+            raise SettingsError(
+                f"{where}.prompts_per_step = {stage.prompts_per_step} is more than the "
+                f"{len(prepared.prompts[stage.data])} problems of data.{stage.data}: write fewer"
+            )
+        if stage.tokens_per_microbatch < longest:
+            raise SettingsError(
+                f"{where}.tokens_per_microbatch = {stage.tokens_per_microbatch} cannot hold the longest "
+                f"sequence of {longest} tokens: write {longest} or more"
+            )
+        if stage.dev.data:
+            limit = settings.evaluate.sampling.max_new_tokens
+            _longest_sample(prepared, stage.dev.data, limit, "evaluate.sampling")
+    for name in settings.evaluate.data:
+        _longest_sample(prepared, name, settings.evaluate.sampling.max_new_tokens, "evaluate.sampling")
+    del context
+
+
+def _longest_sample(prepared: Prepared, name: str, max_new_tokens: int, where: str) -> int:
+    """Prompt plus completion must fit; answers with the longest sum."""
+    longest = max(prepared.prompts[name], key=lambda p: len(p.token_ids))
+    total = len(longest.token_ids) + max_new_tokens
+    if total > prepared.context_length:
+        room = prepared.context_length - len(longest.token_ids)
+        raise SettingsError(
+            f"{where}.max_new_tokens = {max_new_tokens} does not fit: the longest prompt of data.{name} "
+            f"({longest.problem.row or longest.problem.id}) has {len(longest.token_ids)} of "
+            f"{prepared.context_length} tokens: write max_new_tokens = {max(1, room)} or less, "
+            "or a greater model.context_length"
+        )
+    return total
+
+
+def stage_identity(prepared: Prepared, index: int) -> str:
+    """The hash of all that a stage's result depends on: its own settings and data, and every stage before it."""
+    settings = prepared.settings
+    parts: list[Any] = [settings.model, settings.chat, settings.compute, settings.seed]
+    for stage in settings.stages[: index + 1]:
+        frozen = stage.model_copy(update={"save_every": 1, "keep_checkpoints": 1})
+        parts += [frozen, prepared.content[stage.data], prepared.content.get(stage.dev.data, "")]
+        if stage.dev.data:
+            parts.append(settings.evaluate.sampling)
+    return settings_hash(*parts)
+
+
+def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
+    settings = prepared.settings
+    return settings_hash(settings.evaluate, settings.chat, settings.seed, model_identity, prepared.content[name])
+
+
+def base_identity(prepared: Prepared) -> str:
+    return settings_hash(prepared.settings.model, prepared.settings.compute, prepared.settings.seed)
+
+
+def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
+    """Everything about batches that the settings imply, one row a stage, for printing before the first step."""
+    rows: list[Mapping[str, Any]] = []
+    for stage in prepared.settings.stages:
+        row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind}
+        if isinstance(stage, SftSettings):
+            kept = prepared.demonstrations[stage.data].kept
+            steps = num_steps(stage, len(kept))
+            row |= {
+                "problems": len(kept),
+                "steps": steps,
+                "optimizer updates": steps,
+                "sequences per update": stage.sequences_per_step,
+                "epochs": round(num_sequences(stage, len(kept)) / len(kept), 2),
+            }
+        elif isinstance(stage, RlSettings):
+            available = len(prepared.prompts[stage.data])
+            updates = stage.updates_per_rollout
+            row |= {
+                "problems": available,
+                "steps": stage.steps,
+                "optimizer updates": stage.steps * updates,
+                "sequences per update": stage.prompts_per_step // updates * stage.samples_per_prompt,
+                "epochs": round(stage.steps * stage.prompts_per_step / available, 2),
+            }
+        else:
+            row |= {
+                "problems": len(prepared.prompts[stage.data]),
+                "steps": "after sampling",
+                "optimizer updates": "–",
+                "sequences per update": getattr(stage, "sequences_per_step", "–"),
+                "epochs": "–",
+            }
+        row |= {
+            "ranks": world_size,
+            "tokens per micro-batch": stage.tokens_per_microbatch,
+            "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
+        }
+        rows.append(row)
+    return rows

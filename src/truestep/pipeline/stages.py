@@ -1,0 +1,355 @@
+"""One stage: a model folder in, a model folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from truestep import rundir, signals
+from truestep.data.chat import completion_text
+from truestep.device import compute_device
+from truestep.evaluate.run import EvaluationPlan, run_evaluation
+from truestep.flops import Ledger
+from truestep.grade.score import Grader
+from truestep.model.load import LoadedModel, load_model
+from truestep.objective.schedule import Schedule, learning_rate
+from truestep.pipeline.prepare import Prepared, num_sequences, num_steps, stage_identity
+from truestep.records import Demonstration, Prompt, Role, Stop, Verdict
+from truestep.rollout.engine import SampleRequest, SamplingParameters
+from truestep.rollout.engine_torch import TorchEngine
+from truestep.rollout.plan import PLANS
+from truestep.rollout.sample import Sampler
+from truestep.seeding import Purpose
+from truestep.settings import (
+    RejectionSettings,
+    RlSettings,
+    SamplingSettings,
+    SettingsError,
+    SftSettings,
+    StageSettings,
+)
+from truestep.train.loop import StageRun
+from truestep.train.parallel import Ranks, replicate, shard
+from truestep.train.policy import Policy
+from truestep.train.source import DemonstrationSource, RolloutSource, Source
+
+
+class Reporter(Protocol):
+    """Where progress goes; the command line's writes to stderr."""
+
+    def say(self, text: str) -> None:
+        """One line of information."""
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        """A piece of work of ``total`` units starts."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """``done`` units of it are finished."""
+
+
+@dataclass(kw_only=True)
+class Session:
+    """What all stages of a run share."""
+
+    prepared: Prepared
+    folder: Path
+    grader: Grader
+    ranks: Ranks
+    reporter: Reporter
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return completion_text(self.prepared.tokenizer, ids)
+
+    def decode_prompt(self, prompt: Prompt) -> str:
+        return str(self.prepared.tokenizer.decode(list(prompt.token_ids)))
+
+
+def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -> SamplingParameters:
+    return SamplingParameters(
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        stop_token_ids=stop_ids,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+    )
+
+
+def open_model(session: Session, path: str) -> LoadedModel:
+    """The model of a folder (or the base model) in the run's dtype."""
+    settings = session.prepared.settings
+    model = settings.model if path == settings.model.path else settings.model.model_copy(update={"path": path})
+    return load_model(model, dtype=getattr(torch, settings.compute.dtype), device=compute_device(), seed=settings.seed)
+
+
+def make_policy(session: Session, path: str) -> Policy:
+    compute = session.prepared.settings.compute
+    policy = Policy(
+        open_model(session, path), gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile
+    )
+    for note in policy.notes:
+        session.reporter.say(note)
+    if session.ranks.world_size > 1:
+        replicate(policy, session.ranks)
+        if compute.parallel == "fsdp2":
+            shard(policy, policy.model.base_model.layers, next(policy.parameters()).dtype)
+    return policy
+
+
+def make_engine(session: Session, policy: Policy, path: str, max_running: int) -> TorchEngine:
+    """An engine over the policy's own module; over a second, whole model where the policy is sharded."""
+    if session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2":
+        whole = Policy(open_model(session, path))
+        return TorchEngine(whole.model, max_running=max_running, packs=whole.packs and whole.plain_head)
+    return TorchEngine(policy.model, max_running=max_running, packs=policy.packs and policy.plain_head)
+
+
+def make_stage(session: Session, index: int, path: str, ledger: Ledger) -> StageRun:
+    """Assemble stage ``index``, which starts from the model in ``path``."""
+    prepared = session.prepared
+    stage = prepared.settings.stages[index]
+    folder = stage_folder(session.folder, index, stage)
+    policy = make_policy(session, path)
+    engine: TorchEngine | None = None
+    if isinstance(stage, RlSettings):
+        engine = make_engine(session, policy, path, stage.sampling.max_running)
+        source: Source = _rollout_source(session, stage, engine)
+        steps = stage.steps
+    elif isinstance(stage, RejectionSettings):
+        kept, cost = _rejection_samples(session, stage, policy, folder, path)
+        ledger = ledger + cost
+        source, steps = _demonstrations(session, stage, kept)
+    elif isinstance(stage, SftSettings):
+        source, steps = _demonstrations(session, stage, prepared.demonstrations[stage.data].kept)
+    else:
+        raise TypeError(f"unknown stage {type(stage).__name__}")
+    sampling = getattr(stage, "sampling", None)
+    return StageRun(
+        name=stage.name,
+        folder=folder,
+        settings=stage,
+        identity=stage_identity(prepared, index),
+        policy=policy,
+        method=prepared.methods[stage.name],
+        source=source,
+        num_steps=steps,
+        learning_rate=_schedule(stage, steps * source.updates_per_step),
+        temperature=sampling.temperature if isinstance(stage, RlSettings) and sampling else 1.0,
+        max_length=sampling.max_new_tokens if sampling else prepared.context_length,
+        engine=engine,
+        dev_score=_dev_score(session, stage, policy, engine, folder),
+        ranks=session.ranks,
+        ledger=ledger,
+        on_step=lambda step, metrics, seconds: session.reporter.advance(step, step_note(metrics)),
+        warn=session.reporter.say,
+    )
+
+
+def stage_folder(run: Path, index: int, stage: StageSettings) -> Path:
+    return run / "stages" / f"{index + 1:02d}-{stage.name}"
+
+
+def step_note(metrics: Mapping[str, float]) -> str:
+    """The few figures worth a look while it runs."""
+    shown = [
+        ("reward", "reward"),
+        ("loss", "loss"),
+        ("mixed_groups", "mixed"),
+        ("dev/score", "dev"),
+        ("entropy", "entropy"),
+    ]
+    return "  ".join(f"{label} {metrics[key]:.3f}" for key, label in shown if key in metrics)
+
+
+def _schedule(stage: StageSettings, total_updates: int) -> Schedule:
+    o = stage.optimizer
+    return learning_rate(
+        peak=o.lr,
+        kind=o.schedule,
+        total_steps=total_updates,
+        warmup_fraction=o.warmup_fraction,
+        min_ratio=o.min_lr_ratio,
+    )
+
+
+def _demonstrations(
+    session: Session, stage: SftSettings | RejectionSettings, kept: Sequence[Demonstration]
+) -> tuple[Source, int]:
+    source = DemonstrationSource(
+        kept,
+        sequences_per_step=stage.sequences_per_step,
+        num_sequences=num_sequences(stage, len(kept)),
+        seed=session.prepared.settings.seed,
+        ranks=session.ranks,
+    )
+    return source, num_steps(stage, len(kept))
+
+
+def _rollout_source(session: Session, stage: RlSettings, engine: TorchEngine) -> Source:
+    prepared = session.prepared
+    method = prepared.methods[stage.name]
+    sampler = Sampler(
+        engine=engine,
+        plan=PLANS[method.plan],
+        sampling=sampling_parameters(stage.sampling, prepared.stop_ids),
+        samples_per_prompt=stage.samples_per_prompt,
+        decode=session.decode,
+        grade=session.grader.score_many,
+        seed=prepared.settings.seed,
+        check_stop=signals.check if session.ranks.world_size == 1 else lambda: None,
+    )
+    return RolloutSource(
+        prepared.prompts[stage.data],
+        sampler=sampler,
+        method=method,
+        prompts_per_step=stage.prompts_per_step,
+        updates_per_step=stage.updates_per_rollout,
+        ranks=session.ranks,
+        decode_prompt=session.decode_prompt,
+    )
+
+
+def _rejection_samples(
+    session: Session, stage: RejectionSettings, policy: Policy, folder: Path, path: str
+) -> tuple[list[Demonstration], Ledger]:
+    """Sample from the stage's start, keep up to ``keep_per_prompt`` distinct accepted completions a prompt."""
+    prepared = session.prepared
+    engine = make_engine(session, policy, path, stage.sampling.max_running)
+    prompts = {p.problem.id: p for p in prepared.prompts[stage.data]}
+    requests = [
+        SampleRequest(
+            problem_id=p.problem.id,
+            sample_index=i,
+            prompt_ids=p.token_ids,
+            seed=prepared.settings.seed,
+            purpose=Purpose.SAMPLE,
+            step=0,
+        )
+        for p in prompts.values()
+        for i in range(stage.samples_per_prompt)
+    ]
+    session.reporter.begin(f"{stage.name}: sampling", len(requests))
+    rollouts = []
+    for done, rollout in enumerate(
+        engine.generate(requests, sampling_parameters(stage.sampling, prepared.stop_ids), signals.check), start=1
+    ):
+        rollouts.append(rollout)
+        session.reporter.advance(done)
+    rollouts.sort(key=lambda r: (r.problem_id, r.sample_index))
+    scores = session.grader.score_many(
+        [(prompts[r.problem_id].problem, session.decode(r.completion_ids)) for r in rollouts]
+    )
+    chosen: dict[str, dict[tuple[int, ...], None]] = {}
+    for rollout, score in zip(rollouts, scores, strict=True):
+        accepted = chosen.setdefault(rollout.problem_id, {})
+        if (
+            score.verdict is Verdict.CORRECT
+            and rollout.stop is Stop.STOP_TOKEN
+            and len(accepted) < stage.keep_per_prompt
+        ):
+            accepted[rollout.completion_ids] = None
+    kept = [_as_demonstration(prompts[id_], ids) for id_, accepted in chosen.items() for ids in accepted]
+    rundir.write_json(
+        folder / "rejection.json",
+        {
+            "samples": len(rollouts),
+            "kept": len(kept),
+            "problems": len(prompts),
+            "problems_with_any": sum(bool(a) for a in chosen.values()),
+        },
+    )
+    if len(kept) < stage.sequences_per_step:
+        raise SettingsError(
+            f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were accepted, fewer than "
+            f"sequences_per_step = {stage.sequences_per_step}: sample more, or start from a better model"
+        )
+    cost = engine.take_cost()
+    return kept, Ledger(
+        rollout_tokens=sum(len(r.completion_ids) for r in rollouts),
+        prompt_tokens=cost.prefill_tokens,
+        generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
+        generated_pairs=cost.pairs,
+    )
+
+
+def _as_demonstration(prompt: Prompt, completion: tuple[int, ...]) -> Demonstration:
+    num, own = len(prompt.token_ids), len(completion)
+    return Demonstration(
+        problem_id=prompt.problem.id,
+        token_ids=prompt.token_ids + completion,
+        roles=(Role.USER,) * num + (Role.ASSISTANT,) * own,
+        trained=(False,) * num + (True,) * own,
+        num_prompt_tokens=num,
+    )
+
+
+def _dev_score(
+    session: Session, stage: StageSettings, policy: Policy, engine: TorchEngine | None, folder: Path
+) -> Callable[[int], float] | None:
+    """Step → score on the stage's dev set, by the run's own evaluation (kept beside the stage)."""
+    if not stage.dev.data:
+        return None
+    if session.ranks.world_size > 1:
+        raise SettingsError(
+            f"stages.{stage.name}.dev: evaluation during training runs on one process: leave it out here"
+        )
+    prepared = session.prepared
+    shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.sampling.max_running)
+    limits = prepared.settings.evaluate.sampling.model_copy(update={"temperature": stage.dev.temperature})
+
+    def score(step: int) -> float:
+        plan = EvaluationPlan(
+            name=stage.dev.data,
+            prompts=prepared.prompts[stage.dev.data],
+            sampling=sampling_parameters(limits, prepared.stop_ids),
+            samples_per_problem=stage.dev.samples_per_problem,
+            seed=prepared.settings.seed,
+            folder=folder / "dev" / f"step_{step:08d}",
+            identity=f"{stage.name}/{step}",
+        )
+        results = run_evaluation(plan, engine=shared, grade=session.grader.score, decode=session.decode)
+        shared.take_cost()  # evaluation is not training: it is in no ledger
+        return float(results["estimate"]["score"])
+
+    return score
+
+
+def evaluate_model(session: Session, checkpoint: str, path: str, identity: Callable[[str], str]) -> None:
+    """Evaluate the model in ``path`` on every test set; what is done already is not sampled again."""
+    prepared = session.prepared
+    settings = prepared.settings.evaluate
+    loaded: Policy | None = None
+    for name in settings.data:
+        folder = session.folder / "evaluations" / checkpoint
+        plan = EvaluationPlan(
+            name=name,
+            prompts=prepared.prompts[name],
+            sampling=sampling_parameters(settings.sampling, prepared.stop_ids),
+            samples_per_problem=settings.samples_per_problem,
+            seed=prepared.settings.seed,
+            folder=folder,
+            identity=identity(name),
+            pass_at=settings.pass_at,
+        )
+        if loaded is None:
+            loaded = Policy(open_model(session, path))
+        engine = TorchEngine(
+            loaded.model, max_running=settings.sampling.max_running, packs=loaded.packs and loaded.plain_head
+        )
+        session.reporter.begin(f"evaluate {checkpoint} on {name}", len(plan.prompts) * plan.samples_per_problem)
+        run_evaluation(
+            plan,
+            engine=engine,
+            grade=session.grader.score,
+            decode=session.decode,
+            progress=lambda done, total, counts: session.reporter.advance(done, running_score(counts)),
+            check_stop=signals.check,
+        )
+
+
+def running_score(counts: Mapping[str, int]) -> str:
+    done = sum(counts.values())
+    return f"score {counts.get('correct', 0) / done:.3f}" if done else ""

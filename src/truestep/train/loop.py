@@ -1,0 +1,293 @@
+"""The main path: take data → assemble → step → publish → log → checkpoint → evaluate, until the stage is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep import rundir, signals
+from truestep.checkpoint.store import Checkpoint, load_latest, save_checkpoint
+from truestep.device import peak_memory_bytes
+from truestep.flops import Ledger
+from truestep.model.attention import count_pairs
+from truestep.objective.methods import Method
+from truestep.objective.schedule import Schedule
+from truestep.records import StepReport, TokenBatch
+from truestep.rollout.engine import Engine
+from truestep.settings import SettingsError, StageSettings
+from truestep.signals import Interrupted
+from truestep.train.assemble import pack
+from truestep.train.optim import MasterOptimizer
+from truestep.train.parallel import Ranks, is_sharded, local
+from truestep.train.policy import Policy
+from truestep.train.publish import publish
+from truestep.train.source import Source, StepData
+from truestep.train.step import StepPlan, fill_proximal, train_step
+
+DevScore = Callable[[int], float]  # step → score on the dev set
+
+
+@dataclass(kw_only=True)
+class StageRun:
+    """One training stage, assembled: everything the loop touches. ``identity`` is the hash of all that its result
+    depends on; a checkpoint of another identity is refused."""
+
+    name: str
+    folder: Path
+    settings: StageSettings
+    identity: str
+    policy: Policy
+    method: Method
+    source: Source
+    num_steps: int
+    learning_rate: Schedule  # of the optimizer update, 0-based
+    temperature: float
+    max_length: int
+    engine: Engine | None = None
+    dev_score: DevScore | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    ledger: Ledger = field(default_factory=Ledger)  # the run's, before this stage; grows
+    check_stop: Callable[[], None] = signals.check
+    on_step: Callable[[int, Mapping[str, float], float], None] = lambda step, metrics, seconds: None
+    warn: Callable[[str], None] = print
+    best: dict[str, float] = field(default_factory=dict)  # step and score of the best dev checkpoint
+
+
+def run_stage(run: StageRun) -> Ledger:
+    """Train until ``num_steps`` are done, from the newest checkpoint if there is one; returns the run's ledger.
+
+    Raises Interrupted after saving the last completed step. Held by: tests/contract/test_resume.py
+    """
+    optimizer = MasterOptimizer(run.policy, run.settings.optimizer)
+    start = _restore(run, optimizer)
+    if run.engine is not None:
+        publish(run.policy, run.engine, start)
+    step = saved = start
+    try:
+        for step in range(start, run.num_steps):
+            began = time.perf_counter()
+            _stop_together(run)
+            data, ledger, rollout_seconds = _take(run, step)
+            reports, trained = _update(run, optimizer, data, step)
+            run.ledger = run.ledger + ledger + trained
+            proof = publish(run.policy, run.engine, step + 1) if run.engine is not None else None
+            metrics = _metrics(run, reports, data, None if proof is None else proof.difference)
+            done = step + 1
+            if run.dev_score is not None and (done % run.settings.dev.every_steps == 0 or done == run.num_steps):
+                metrics["dev/score"] = run.dev_score(done)
+                _keep_best(run, done, metrics["dev/score"])
+            seconds = time.perf_counter() - began
+            _log(run, done, metrics, data, seconds, rollout_seconds)
+            if done % run.settings.save_every == 0 or done == run.num_steps:
+                _save(run, optimizer, done)
+                saved = done
+            run.on_step(done, metrics, seconds)
+            step = done
+    except Interrupted:
+        if step > saved:
+            _save(run, optimizer, step)
+        raise
+    return run.ledger
+
+
+def _stop_together(run: StageRun) -> None:
+    """Between two steps all ranks learn whether any of them was asked to stop, and stop at the same step."""
+    asked = int(run.ranks.max([float(signals.pending())])[0])
+    if asked:
+        raise Interrupted(asked)
+    run.check_stop()
+
+
+def _take(run: StageRun, step: int) -> tuple[StepData, Ledger, float]:
+    """The step's data, the work it took to sample them, and the seconds."""
+    began = time.perf_counter()
+    if run.engine is not None:
+        run.engine.take_cost()  # what an interrupted rollout had cost is not this step's
+    data = run.source.take(step)
+    ledger = data.ledger
+    if run.engine is not None:
+        cost = run.engine.take_cost()
+        ledger = ledger + Ledger(
+            prompt_tokens=cost.prefill_tokens,
+            generated_pairs=cost.pairs,
+            generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
+        )
+    return data, ledger, time.perf_counter() - began
+
+
+def _update(run: StageRun, optimizer: MasterOptimizer, data: StepData, step: int) -> tuple[list[StepReport], Ledger]:
+    """All optimizer updates of one step: the proximal pass first, where later updates need it."""
+    parameter = next(run.policy.parameters())
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    packed = [
+        pack(
+            part,
+            tokens_per_microbatch=run.settings.tokens_per_microbatch,
+            share_prefix=run.policy.packs,
+            dtype=dtype,
+            device=parameter.device,
+        )
+        for part in data.minibatches
+    ]
+    updates = run.source.updates_per_step
+    plan = StepPlan(
+        step=step,
+        terms=run.method.terms,
+        learning_rate=0.0,
+        temperature=run.temperature,
+        max_length=run.max_length,
+        ranks=run.ranks,
+        sharded=is_sharded(run.policy),
+        rescue_folder=run.folder,
+        check_stop=run.check_stop if run.ranks.world_size == 1 else lambda: None,  # one rank must not leave the others
+    )
+    ledger = sum((_trained(batches) for batches in packed), Ledger())
+    # The first update needs no pass of its own: there the policy still is the proximal policy.
+    for index in range(0 if run.method.needs_proximal else 1, updates):
+        packed[index] = fill_proximal(run.policy, packed[index], plan)
+        ledger = ledger + _scored(packed[index])
+    reports = []
+    for index, batches in enumerate(packed):
+        rate = run.learning_rate(step * updates + index)
+        reports.append(train_step(run.policy, optimizer, batches, replace(plan, learning_rate=rate)))
+        plan = replace(plan, check_stop=lambda: None)  # a step that has begun to update is finished, not dropped
+    return reports, ledger
+
+
+def _trained(batches: Sequence[TokenBatch]) -> Ledger:
+    return Ledger(
+        trained_pass_tokens=sum(b.num_tokens for b in batches),
+        trained_pairs=sum(count_pairs(b.segments) for b in batches),
+    )
+
+
+def _scored(batches: Sequence[TokenBatch]) -> Ledger:
+    return Ledger(
+        scored_pass_tokens=sum(b.num_tokens for b in batches),
+        scored_pairs=sum(count_pairs(b.segments) for b in batches),
+    )
+
+
+def _metrics(run: StageRun, reports: Sequence[StepReport], data: StepData, probe: float | None) -> dict[str, float]:
+    """One row: means over the step's updates, the largest where a maximum is meant."""
+    row: dict[str, float] = {
+        "loss": sum(r.loss for r in reports) / len(reports),
+        "grad_norm": sum(r.grad_norm for r in reports) / len(reports),
+        "learning_rate": reports[-1].learning_rate,
+        "num_tokens": float(sum(r.num_tokens for r in reports)),
+    }
+    for key in {k for r in reports for k in r.metrics}:
+        values = [r.metrics[key] for r in reports if key in r.metrics]
+        row[key] = max(values) if key.endswith("_max") else sum(values) / len(values)
+    row |= data.metrics
+    if probe is not None:
+        row["publish/probe_difference"] = probe
+    shape = run.policy.shape
+    totals = run.ranks.sum([run.ledger.paper_flops(shape), run.ledger.full_flops(shape)])
+    return {**dict(sorted(row.items())), "flops_paper": totals[0], "flops_full": totals[1]}
+
+
+def _log(
+    run: StageRun, done: int, metrics: Mapping[str, float], data: StepData, seconds: float, rollout_seconds: float
+) -> None:
+    if run.ranks.rank != 0:
+        return
+    rundir.append_jsonl(
+        run.folder / "metrics.jsonl", [{"step": done, **{f"{run.name}/{k}": v for k, v in metrics.items()}}]
+    )
+    rundir.append_jsonl(run.folder / "rollouts.jsonl", data.rows)
+    rundir.append_jsonl(
+        run.folder / "timings.jsonl",
+        [
+            {
+                "step": done,
+                "seconds": seconds,
+                "rollout_seconds": rollout_seconds,
+                "train_seconds": seconds - rollout_seconds,
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+        ],
+    )
+
+
+def _state(run: StageRun, done: int) -> dict[str, Any]:
+    return {
+        "step": done,
+        "identity": run.identity,
+        "ledger": run.ledger.to_json(),
+        "best": run.best,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _save(run: StageRun, optimizer: MasterOptimizer, done: int) -> None:
+    parameters = {name: local(p.detach()) for name, p in run.policy.named_parameters()}
+    tensors = {"parameters": parameters, "optimizer": optimizer.state_tensors()}
+    save_checkpoint(
+        run.folder / "checkpoints",
+        Checkpoint(step=done, tensors=tensors, state=_state(run, done)),
+        keep=run.settings.keep_checkpoints,
+        rank=run.ranks.rank,
+        world_size=run.ranks.world_size,
+        barrier=run.ranks.barrier,
+    )
+
+
+def _keep_best(run: StageRun, done: int, score: float) -> None:
+    """Remember the best dev checkpoint's weights, where the stage exports the best and not the last."""
+    if run.settings.dev.select_best and score > run.best.get("score", float("-inf")):
+        run.best = {"step": done, "score": score}
+        parameters = {name: local(p.detach()) for name, p in run.policy.named_parameters()}
+        save_checkpoint(
+            run.folder / "best",
+            Checkpoint(step=done, tensors={"parameters": parameters}, state=_state(run, done)),
+            keep=1,
+            rank=run.ranks.rank,
+            world_size=run.ranks.world_size,
+            barrier=run.ranks.barrier,
+        )
+
+
+def _restore(run: StageRun, optimizer: MasterOptimizer) -> int:
+    """Load the newest valid checkpoint; log files go back to its step, so that nothing is written twice."""
+    folder = run.folder / "checkpoints"
+    found = load_latest(folder, rank=run.ranks.rank, world_size=run.ranks.world_size, warn=run.warn)
+    step = 0
+    if found is not None:
+        if found.state["identity"] != run.identity:
+            raise SettingsError(
+                f"{folder}: its checkpoints belong to other settings (identity {found.state['identity']}, now "
+                f"{run.identity}): write another --out, or delete the folder"
+            )
+        if found.state["threads"] != torch.get_num_threads():
+            run.warn(
+                f"the checkpoint was made with {found.state['threads']} threads, now {torch.get_num_threads()}: "
+                "the run goes on, but is not bit for bit the uninterrupted one"
+            )
+        load_parameters(run.policy, found)
+        optimizer.load_state_tensors(found.tensors["optimizer"])
+        run.ledger = Ledger.from_json(found.state["ledger"])
+        run.best = dict(found.state["best"])
+        step = found.step
+    if run.ranks.rank == 0:
+        for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
+            rundir.truncate_jsonl(run.folder / name, step)
+    return step
+
+
+@torch.no_grad()
+def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's parameters into the policy. Raises SettingsError where it is another model's."""
+    saved = checkpoint.tensors["parameters"]
+    own = dict(policy.named_parameters())
+    if set(saved) != set(own):
+        raise SettingsError(
+            f"the checkpoint holds another model's parameters ({sorted(set(saved) ^ set(own))[:2]} ...)"
+        )
+    for name, parameter in own.items():
+        local(parameter).copy_(saved[name])

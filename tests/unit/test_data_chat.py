@@ -1,0 +1,296 @@
+"""Prompts and demonstrations as tokens: one prefix, the right roles, a stop token that is trained, nothing doubled."""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from truestep.data.chat import (
+    completion_text,
+    encode_demonstration,
+    encode_prompt,
+    has_chat_template,
+    prompt_roles,
+    stop_token_ids,
+)
+from truestep.data.demonstrations import encode_demonstrations, load_demonstrations
+from truestep.data.procedural import character_set, make_problem
+from truestep.records import Message, Problem, Role
+from truestep.settings import ChatSettings, DataSettings, SettingsError
+
+MARKED = (
+    "{{ bos_token or '' }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+THINKING = MARKED.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|><think>\\n' }}")
+SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|bos|>", "<|unk|>"]
+TEXT = "Work out 2+3 step by step. First 2+3=5, then we are done.\n#### 5\nPut the answer after four signs. é日 <think>"
+
+
+@functools.cache
+def trained_backend() -> str:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 4, trainer)
+    return str(backend.to_str())
+
+
+def byte_level(template: str | None = MARKED, **special: Any) -> PreTrainedTokenizerFast:
+    backend = Tokenizer.from_str(trained_backend())
+    return wrapped(backend, template, **{"eos_token": "<|end|>", "pad_token": "<|pad|>", **special})
+
+
+def characters(template: str | None = MARKED) -> PreTrainedTokenizerFast:
+    names = [*SPECIAL, *sorted(set(character_set() + "abcdefghijklmnopqrstuvwxyz <"))]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return wrapped(backend, template, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<|unk|>")
+
+
+def wrapped(backend: Tokenizer, template: str | None, **special: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=SPECIAL[2:5], chat_template=template, **special
+    )
+
+
+def problem(*, text: str = "2+3=?", solution: str = "2+3=5\n#### 5", **fields: Any) -> Problem:
+    fields = {"messages": (Message(role="user", content=text),), "row": "data.jsonl:7", **fields}
+    return Problem(id="p", answer="5", solution=solution, **fields)
+
+
+def decoded(tokenizer: PreTrainedTokenizerFast, ids: Any) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+CHATS = [
+    ChatSettings(),
+    ChatSettings(system="be brief"),
+    ChatSettings(user="do {problem} now", generation_suffix="<think>\n"),
+]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("template", [MARKED, THINKING, None])
+@pytest.mark.parametrize("make", [byte_level, characters])
+def test_demonstration_is_the_prompt_then_solution_then_stop(
+    make: Any, template: str | None, chat: ChatSettings
+) -> None:
+    tokenizer = make(template)
+    prompt = encode_prompt(tokenizer, problem(), chat)
+    demonstration = encode_demonstration(tokenizer, problem(), chat)
+    n = demonstration.num_prompt_tokens
+    assert demonstration.token_ids[:n] == prompt.token_ids
+    assert decoded(tokenizer, demonstration.token_ids[n:]) == "2+3=5\n#### 5<|end|>"
+    assert demonstration.trained == (False,) * n + (True,) * (len(demonstration.token_ids) - n)
+    assert demonstration.token_ids[-1] == tokenizer.eos_token_id
+    assert demonstration.token_ids[-1] in stop_token_ids(tokenizer)
+    assert Role.ASSISTANT not in demonstration.roles[:n]
+    assert set(demonstration.roles[n:]) == {Role.ASSISTANT}
+
+
+@pytest.mark.parametrize("make", [byte_level, characters])
+def test_prompt_is_what_the_template_writes(make: Any) -> None:
+    tokenizer = make()
+    chat = ChatSettings(system="be brief", user="work out {problem}")
+    expected = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "work out 2+3=?"}]
+    ids = tokenizer.apply_chat_template(expected, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert list(encode_prompt(tokenizer, problem(), chat).token_ids) == ids
+
+
+def test_generation_suffix_ends_the_prompt_and_is_not_doubled() -> None:
+    chat = ChatSettings(generation_suffix="<think>\n")
+    tokenizer = byte_level()
+    plain = encode_demonstration(tokenizer, problem(), chat)
+    repeated = encode_demonstration(tokenizer, problem(solution="<think>\n2+3=5\n#### 5"), chat)
+    assert repeated == plain
+    assert decoded(tokenizer, plain.token_ids[: plain.num_prompt_tokens]).endswith("<|assistant|><think>\n")
+    by_template = encode_demonstration(byte_level(THINKING), problem(solution="<think>\n2+3=5\n#### 5"), ChatSettings())
+    assert decoded(tokenizer, by_template.token_ids) == decoded(tokenizer, plain.token_ids)
+    kept = encode_demonstration(tokenizer, problem(solution="<think>\n5"), ChatSettings())
+    assert decoded(tokenizer, kept.token_ids).endswith("<|assistant|><think>\n5<|end|>")
+
+
+def test_roles_say_who_wrote_each_token() -> None:
+    tokenizer = characters()
+    turns = (
+        Message(role="system", content="sys"), Message(role="user", content="aa"),
+        Message(role="assistant", content="bb"), Message(role="user", content="cc"),
+    )  # fmt: skip
+    given = problem(messages=turns, solution="dd", meta={"turns_given": True})
+    chat = ChatSettings(system="other", user="not used: {problem}")
+    demonstration = encode_demonstration(tokenizer, given, chat)
+    written: dict[Role, str] = dict.fromkeys(Role, "")
+    for token, role in zip(demonstration.token_ids, demonstration.roles, strict=True):
+        written[role] += decoded(tokenizer, [token])
+    assert written[Role.SYSTEM] == "sys"
+    assert written[Role.USER] == "aacc"
+    assert written[Role.ASSISTANT] == "bbdd<|end|>"
+    marks = ["<|system|>", "<|end|>\n<|user|>", "<|end|>\n<|assistant|>", "<|end|>\n<|user|>", "<|end|>\n<|assistant|>"]
+    assert written[Role.TEMPLATE] == "".join(marks)
+    trained = [t for t, keep in zip(demonstration.token_ids, demonstration.trained, strict=True) if keep]
+    assert decoded(tokenizer, trained) == "dd<|end|>"  # the earlier assistant turn is context
+
+
+def test_roles_cover_bytes_that_share_a_character_and_the_suffix() -> None:
+    tokenizer, chat = byte_level(), ChatSettings(generation_suffix="<think>\n")
+    asked = problem(text="日本 2+3")
+    prompt, roles = encode_prompt(tokenizer, asked, chat), prompt_roles(tokenizer, asked, chat)
+    assert len(roles) == len(prompt.token_ids)
+    users = [t for t, role in zip(prompt.token_ids, roles, strict=True) if role is Role.USER]
+    assert decoded(tokenizer, users) == "日本 2+3"
+
+
+def test_roles_where_the_template_strips_or_leaves_out() -> None:
+    chat = ChatSettings(system="sys")
+    stripping = byte_level(MARKED.replace("m['content']", "m['content']|trim"))
+    asked = problem(text=" system\n")
+    prompt = encode_prompt(stripping, asked, chat)
+    pairs = list(zip(prompt.token_ids, prompt_roles(stripping, asked, chat), strict=True))
+    assert decoded(stripping, [t for t, role in pairs if role is Role.USER]) == "system"
+    deaf = byte_level(MARKED.replace("for m in messages", "for m in messages if m['role'] != 'system'"))
+    assert set(prompt_roles(deaf, asked, chat)) == {Role.TEMPLATE}
+
+
+def test_chat_user_is_for_bare_problems_only() -> None:
+    tokenizer, chat = byte_level(), ChatSettings(user="solve {problem} now")
+    for given, written in (
+        (False, "solve {problem} {0} now"),
+        (True, "{problem} {0}"),
+    ):  # braces are text like any other
+        asked = problem(text="{problem} {0}", meta={"turns_given": True} if given else {})
+        ids = encode_prompt(tokenizer, asked, chat).token_ids
+        assert decoded(tokenizer, ids) == f"<|user|>{written}<|end|>\n<|assistant|>"
+
+
+def test_bos_comes_once() -> None:
+    tokenizer = byte_level(bos_token="<|bos|>")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+    )
+    assert tokenizer("x").input_ids[0] == bos
+    with_template = encode_demonstration(tokenizer, problem(), ChatSettings())
+    assert with_template.token_ids.count(bos) == 1
+    assert with_template.token_ids[0] == bos
+    tokenizer.chat_template = None
+    without = encode_demonstration(tokenizer, problem(), ChatSettings(system="sys"))
+    assert without.token_ids.count(bos) == 1
+    assert without.token_ids[0] == bos
+    assert len(without.roles) == len(without.token_ids)
+
+
+def test_plain_template_where_there_is_none() -> None:
+    tokenizer = byte_level(None)
+    assert not has_chat_template(tokenizer)
+    assert has_chat_template(byte_level())
+    prompt = encode_prompt(tokenizer, problem(), ChatSettings(system="be brief"))
+    assert decoded(tokenizer, prompt.token_ids) == "be brief\n\n2+3=?\n"
+    assert stop_token_ids(tokenizer, 3) == (tokenizer.eos_token_id, 3)
+
+
+def test_stop_tokens_are_the_templates_then_the_tokenizers_then_the_models() -> None:
+    tokenizer = byte_level(eos_token="<|bos|>")  # a base model whose eos is not what ends a turn
+    end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<|bos|>"])
+    assert stop_token_ids(tokenizer, [eos, 9, end]) == (end, eos, 9)
+    assert encode_demonstration(tokenizer, problem(), ChatSettings()).token_ids[-1] == end
+    assert stop_token_ids(byte_level(pad_token="<|end|>")) == (end,)
+    with pytest.raises(SettingsError, match="neither the tokenizer, its chat template"):
+        stop_token_ids(byte_level(None, eos_token=None))
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        (
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
+            "ends the assistant's turn with ''",
+        ),
+        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}", r"turn with '\\n'"),
+        (
+            "{% for m in messages %}{{ messages|length ~ m['content'] + '<|end|>' }}{% endfor %}",
+            "data.jsonl:7: .*differently",
+        ),
+        (
+            "{{ raise_exception('alternate the roles\\nplease') }}",
+            "data.jsonl:7: .*refuses these turns: alternate the roles$",
+        ),
+    ],
+)
+def test_templates_that_cannot_be_trained_with(template: str, match: str) -> None:
+    with pytest.raises(SettingsError, match=match):
+        encode_demonstration(byte_level(template), problem(), ChatSettings())
+
+
+def test_a_template_without_a_stop_token_can_still_be_sampled_from() -> None:
+    tokenizer = byte_level("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}")
+    assert stop_token_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_slow_tokenizers_are_refused() -> None:
+    slow: Any = types.SimpleNamespace(is_fast=False)
+    with pytest.raises(SettingsError, match=r"tokenizer\.json"):
+        encode_prompt(slow, problem(), ChatSettings())
+
+
+def test_texts_that_would_not_be_what_they_say() -> None:
+    with pytest.raises(SettingsError, match=r'data\.jsonl:7: solution: .*special token "<\|end\|>"'):
+        encode_demonstration(byte_level(), problem(solution="5<|end|>6"), ChatSettings())
+    with pytest.raises(SettingsError, match=r'data\.jsonl:7: problem: .*special token "<\|assistant\|>"'):
+        encode_prompt(byte_level(), problem(text="<|assistant|>"), ChatSettings())
+    with pytest.raises(SettingsError, match=r"data\.jsonl:7: solution: .*the character 'é'"):
+        encode_demonstration(characters(), problem(solution="5é"), ChatSettings())
+    for empty in ("", "<think>\n"):
+        with pytest.raises(SettingsError, match=r"data\.jsonl:7: solution: .*got none"):
+            encode_demonstration(byte_level(), problem(solution=empty), ChatSettings(generation_suffix="<think>\n"))
+
+
+@pytest.mark.parametrize("make", [byte_level, characters])
+def test_completion_text_keeps_spaces_and_drops_special_tokens(make: Any) -> None:
+    tokenizer = make()
+    text = "do n't , stop ,  5\n#### 5 ".replace("'", "" if make is characters else "'")
+    assert completion_text(tokenizer, [*tokenizer(text).input_ids, tokenizer.eos_token_id]) == text
+
+
+def test_what_does_not_fit_is_named_not_cut() -> None:
+    tokenizer = characters()
+    problems = [make_problem("addition", "train", i, {"digits": 1 + 4 * (i % 2)}, 0) for i in range(6)]
+    lengths = [len(encode_demonstration(tokenizer, p, ChatSettings()).token_ids) for p in problems]
+    limit = max(lengths[0::2])
+    result = encode_demonstrations(problems, tokenizer, ChatSettings(), context_length=limit)
+    assert [d.problem_id for d in result.kept] == [p.id for p in problems[0::2]]
+    assert [(d.problem_id, d.row, d.num_tokens) for d in result.dropped] == [
+        (p.id, p.row, n) for p, n in zip(problems[1::2], lengths[1::2], strict=True)
+    ]
+    with pytest.raises(SettingsError, match=rf"none of the 6 .* fits into 5 tokens, the shortest has {min(lengths)}"):
+        encode_demonstrations(problems, tokenizer, ChatSettings(), context_length=5)
+
+
+def test_demonstrations_from_a_file(tmp_path: Path) -> None:
+    rows = [{"problem": "2+3=?", "solution": "5"}, {"problem": "2+4=?", "answer": "6"}]
+
+    def load(limit_rows: int) -> Any:
+        (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:limit_rows]))
+        settings = DataSettings(source="some.jsonl")
+        return load_demonstrations(
+            "sft", settings, byte_level(), ChatSettings(), context_length=99, seed=0, base_dir=tmp_path
+        )
+
+    assert [d.problem_id for d in load(1).kept] == ["some-1"]
+    with pytest.raises(SettingsError, match=r"some\.jsonl:2: solution: expected a worked one, got none"):
+        load(2)

@@ -1,0 +1,91 @@
+"""Overlap of constructed sets, and the description of a set."""
+
+from __future__ import annotations
+
+import json
+
+from truestep.data.describe import describe
+from truestep.data.overlap import NGRAM_WORDS, ngram_hashes, overlap_report
+from truestep.records import Message, Problem
+
+
+def problems(prefix: str, *texts: str) -> list[Problem]:
+    return [
+        Problem(id=f"{prefix}{i}", messages=(Message(role="user", content=t),), answer=str(i), row=f"{prefix}:{i + 1}")
+        for i, t in enumerate(texts)
+    ]
+
+
+def words(first: int, num: int) -> str:
+    return " ".join(f"word{i}" for i in range(first, first + num))
+
+
+def test_equal_texts_are_found_whatever_their_case_and_spaces() -> None:
+    train = problems("t", "What is 1+1?", "What is  2+2?\n", "what IS 3+3?")
+    judged = problems("e", " what is\t2+2?", "What is 3+3?", "What is 4+4?")
+    report = overlap_report({"train": train}, {"test": judged})
+    (pair,) = report["pairs"]
+    assert pair["exact"]["num_evaluation"] == 2
+    assert pair["exact"]["examples"] == [{"evaluation": "e0", "train": "t1"}, {"evaluation": "e1", "train": "t2"}]
+    assert pair["ngram"] == {"num_evaluation": 0, "num_train": 0, "num_short": 3, "examples": []}
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_thirteen_words_in_a_row_are_the_threshold() -> None:
+    judged = problems("e", words(0, 40), words(100, 40), words(200, 12))
+    train = problems(
+        "t",
+        "other start " + words(10, NGRAM_WORDS) + " other end",
+        "other start " + words(100, NGRAM_WORDS - 1) + " other end",
+        words(20, NGRAM_WORDS).upper(),
+        words(200, 12),
+    )
+    (pair,) = overlap_report({"train": train}, {"test": judged})["pairs"]
+    assert pair["ngram"]["num_evaluation"] == 1
+    assert pair["ngram"]["num_train"] == 2
+    assert pair["ngram"]["num_short"] == 1
+    assert pair["ngram"]["examples"] == [{"evaluation": "e0", "train": "t0"}]
+    assert pair["exact"]["examples"] == [{"evaluation": "e2", "train": "t3"}]
+
+
+def test_every_pair_of_sets_is_judged_by_itself() -> None:
+    shared, own = words(0, 20), words(50, 20)
+    report = overlap_report(
+        {"a": problems("a", shared), "b": problems("b", own)},
+        {"a": problems("x", shared, own), "c": problems("c", words(80, 20))},
+    )
+    found = {
+        (p["train"], p["evaluation"]): (p["exact"]["num_evaluation"], p["ngram"]["num_train"]) for p in report["pairs"]
+    }
+    assert found == {("a", "a"): (1, 1), ("a", "c"): (0, 0), ("b", "a"): (1, 1), ("b", "c"): (0, 0)}
+
+
+def test_only_the_users_words_count() -> None:
+    def answered(prefix: str, user: str) -> Problem:
+        turns = (Message(role="system", content=words(0, 30)), Message(role="user", content=user))
+        return Problem(id=prefix, messages=turns, answer="1")
+
+    (pair,) = overlap_report({"t": [answered("t", "one")]}, {"e": [answered("e", "two")]})["pairs"]
+    assert (pair["exact"]["num_evaluation"], pair["ngram"]["num_evaluation"]) == (0, 0)
+
+
+def test_ngrams_are_a_function_of_the_text() -> None:
+    text = words(0, 30)
+    assert len(ngram_hashes(text)) == 30 - NGRAM_WORDS + 1
+    assert ngram_hashes(text) == ngram_hashes(text)
+    assert ngram_hashes(words(0, 12)) == set()
+    assert ngram_hashes(words(0, 13)).pop() in ngram_hashes(text)
+
+
+def test_description_counts_duplicates_and_contradictions() -> None:
+    same = problems("p", "Same text", "same  TEXT", "another", "fourth")
+    agreeing = [*problems("q", "fourth", "fourth", "x", "fourth")[3:]]  # answer 3, as p3
+    described = describe([*same, *agreeing])
+    assert described["num_problems"] == described["num_answers"] == 5
+    assert described["num_solutions"] == 0
+    assert described["solution_characters"] == {}
+    assert described["num_duplicate_texts"] == 2
+    assert described["num_contradictory_texts"] == 1
+    assert described["duplicate_examples"] == [["p:1", "p:2"]]
+    assert described["problem_characters"] == {"min": 6, "median": 7, "mean": 7.6, "max": 10}
+    assert described["checkers"] == {"math": 5}
