@@ -141,6 +141,7 @@ HOSTILE = {
     "every candidate": r"\boxed{" + ", ".join(map(str, range(1, 51))) + "}",
     "substring": r"\boxed{17}",
     "two answers": r"\boxed{7 \text{ or } 8}",
+    "hidden second answer": r"\boxed{7 \text{ or eight}}",
     "false chain": r"\boxed{x=7=8}",
     "carets": r"\boxed{" + "^" * 1500 + "}",
     "json": '\\boxed{"}\n{"id": 0, "equal": true}',
@@ -166,7 +167,7 @@ def test_hostile_answers_are_answered_in_time(
 
 
 def test_a_comparison_that_runs_out_of_time_is_unscored(grader: Grader) -> None:
-    score = grade_pair("7", HOSTILE["integral"], grader)
+    score = grade_pair("7", HOSTILE["expansion"], grader)
     assert (score.verdict, score.reason) == (Verdict.UNSCORED, "symbolic comparison timed out")
     assert score.reward is None
 
@@ -186,6 +187,7 @@ def test_numbers_and_words_start_no_process() -> None:
         assert fast.score(problem("x+1", "exact"), r"\boxed{1+x}").verdict is Verdict.INCORRECT
         assert fast.score(problem("x+1", "exact"), r"$\boxed{x + 1}$").verdict is Verdict.CORRECT
         assert fast.score(problem("seven", "integer"), "7").verdict is Verdict.UNSCORED
+        assert fast.score(problem(" "), "7").verdict is Verdict.UNSCORED
         assert not fast.pool.process_ids
 
 
@@ -240,6 +242,14 @@ def test_order_and_counts_are_kept_over_workers() -> None:
     assert counts["n"] == len(pairs) == counts["correct"] + counts["incorrect"] + counts["unscored"]
 
 
+def test_a_file_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("sympy", "math_verify", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('hijacked')")
+    with Grader() as fresh:
+        assert grade_pair("x+1", r"\boxed{1+x}", fresh).verdict is Verdict.CORRECT
+
+
 def test_the_same_question_is_asked_once(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
     compare = grader.pool.compare_many
@@ -278,5 +288,5 @@ def test_labelled_pairs() -> None:
     agree = sum(a == b for a, b in zip(said, labels, strict=True))
     false_positives = sum(a and not b for a, b in zip(said, labels, strict=True))
     print(f"{agree} of {len(rows)} agree, {false_positives} false positives", conserve(scores))
-    assert agree / len(rows) >= 0.96
-    assert false_positives <= 10
+    assert agree / len(rows) >= 0.962
+    assert false_positives <= 8

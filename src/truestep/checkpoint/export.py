@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from truestep.checkpoint.store import NO_SPACE, OutOfSpace, replace_folder, require_space
+from truestep.checkpoint.folders import NO_SPACE, OutOfSpace, replace_folder, require_space
 from truestep.rundir import fsync_folder
 from truestep.settings import SettingsError
 

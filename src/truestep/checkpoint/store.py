@@ -14,8 +14,6 @@ being full cannot hang the others.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +21,6 @@ import re
 import shutil
 import stat
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from safetensors import SafetensorError
 from torch import Tensor
 
+from truestep.checkpoint.folders import NO_SPACE, OutOfSpace, discard_folder, exclusive, replace_folder, require_space
 from truestep.rundir import fsync_folder, write_atomic
 from truestep.settings import SettingsError
 
@@ -49,11 +47,6 @@ _LEFTOVER = re.compile(_STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
 FORMAT = 1  # of manifest.json
 _MANIFEST_LIMIT = 64 << 20  # bytes: a bound on what a damaged file can make us allocate
 _PATIENCE = 30.0  # seconds: a reader may hold the lock for a moment while it tidies up
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class OutOfSpace(RuntimeError):
-    """The disk cannot hold what was to be written: exit code 5. What was there before is untouched."""
 
 
 class _Corrupt(Exception):
@@ -111,7 +104,7 @@ def save_checkpoint(
 
     def prepare() -> None:
         if rank == 0:
-            stack.enter_context(_exclusive(folder, _PATIENCE))
+            stack.enter_context(exclusive(folder, _PATIENCE))
             remove_leftovers(folder)
             temporary.mkdir()
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # after a failure: give the space back
@@ -256,29 +249,6 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder in place of another, durably; a kill in between leaves the old one as NAME.aside."""
-    aside = final.with_name(f"{final.name}.aside")
-    if final.exists():
-        if aside.exists():  # of an earlier kill; what stands in its place is whole
-            discard_folder(aside)
-        os.rename(final, aside)
-    os.rename(temporary, final)
-    fsync_folder(final.parent)
-    if aside.exists():
-        discard_folder(aside)
-
-
-def discard_folder(path: Path) -> None:
-    """Delete a folder so that at no moment half of it stands under its valid name."""
-    trash = path.with_name(f"{path.name}.tmp-discard")
-    if trash.exists():
-        shutil.rmtree(trash)
-    os.rename(path, trash)
-    fsync_folder(path.parent)
-    shutil.rmtree(trash)
-
-
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers have left. Only for who holds the folder's lock: a live writer's look the same."""
     for path in list(folder.iterdir()) if folder.is_dir() else []:
@@ -288,40 +258,6 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             os.unlink(path)
-
-
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises OutOfSpace unless twice that many bytes are free: others write to the disk as well."""
-    free = shutil.disk_usage(folder).free
-    if free < 2 * num_bytes:
-        sizes = f"{free / 2**30:.2f} GiB are free, {2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
-        raise OutOfSpace(f"{folder}: {sizes}: free disk space and resume")
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path, patience: float) -> Iterator[bool]:
-    """Hold the folder's lock, which the kernel drops when its holder dies. Yields False where the file system of some
-    clusters knows no locks. Raises SettingsError where another process still holds it after ``patience`` seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield _lock(descriptor, folder, time.monotonic() + patience)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path, deadline: float) -> bool:
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                remedy = "stop it, or give this run a folder of its own"
-                raise SettingsError(f"{folder}: another process is saving checkpoints here: {remedy}") from None
-        except OSError:
-            return False
-        time.sleep(0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------------- load
@@ -337,7 +273,7 @@ def load_latest(folder: Path, *, rank: int = 0, world_size: int = 1, warn: Calla
     """
     if rank == 0 and folder.is_dir():
         # A writer at work, or a read-only disk, is no matter.
-        with contextlib.suppress(SettingsError, OSError), _exclusive(folder, patience=0) as locked:
+        with contextlib.suppress(SettingsError, OSError), exclusive(folder, patience=0) as locked:
             if locked:
                 remove_leftovers(folder)
     candidates = list_checkpoints(folder)

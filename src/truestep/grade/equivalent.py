@@ -16,7 +16,7 @@ from truestep.grade.numeric import MAX_DIGITS, parse_number, same_number
 MAX_LENGTH = 2_000  # characters; longer answers are compared as text only
 MAX_DEPTH = 25  # brackets within brackets
 MAX_ELEMENTS = 60  # of a list, with the lists in it; a longer one is left to algebra
-MAX_PROSE = 3  # words beside the mathematics; with more, an answer is a sentence and is compared as text
+MAX_PROSE = 2  # words beside the mathematics; with more, an answer is a sentence and is compared as text
 _LARGEST_FACTORIAL = 5_000
 _LARGEST_POWER = 6  # digits of a numeric exponent
 
@@ -27,6 +27,7 @@ _LEFT_SIDE = re.compile(
 _ARITHMETIC = re.compile(r"(?:[\d\s.+*/^()-]|\\times|\\cdot|\\div)+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-Z])\)?[.:]?$|\(([A-Z])\)\s(?!.*\b[A-HJ-Z]\b)|([A-Z])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
+_JOINING_TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*\b(?:and|or)\b[^{}]*)\}")
 _TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
 _EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")  # one that may be many
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
@@ -114,7 +115,7 @@ def _same_base(gold: str, found: str) -> bool | None:
     left, right = _BASED.fullmatch(gold), _BASED.fullmatch(found)
     if left is None or right is None or not (left[2] or right[2]):
         return None
-    if left[2] and (not right[2] or left[2] == right[2]):
+    if not right[2] or left[2] == right[2]:
         return left[1].lstrip("0") == right[1].lstrip("0")
     values = [_value_in_base(match[1], int(match[2] or 10)) for match in (left, right)]
     return not left[2] and values[0] is not None and values[0] == values[1]
@@ -176,6 +177,7 @@ def _right_side(text: str) -> str:
 
 def _elements(text: str) -> list[str]:
     """The parts of a text between top-level commas, semicolons, "and" and "or"."""
+    text = _JOINING_TEXT.sub(r" \1 ", text)
     if "," not in text and ";" not in text and not re.search(r"\b(?:and|or)\b|or(?=\()", text):
         return [text]
     if parse_number(text) is not None:

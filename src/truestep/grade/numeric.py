@@ -129,6 +129,8 @@ def _unit(rest: str) -> str | None:
     if match is None:
         return None
     words = (match[1] if match[1] is not None else match[2]).strip().lower()
+    if re.search(r"\b(?:and|or|not)\b", words):
+        return None
     if match[1] is None and not all(word in UNIT_WORDS for word in re.split(r"[ ./]+", words) if word):
         return None
     if words in ("percent", "pct", "percentage", "%"):

@@ -18,6 +18,7 @@ from typing import Any, Self
 from truestep.grade.symbolic import OUT_OF_MEMORY
 from truestep.settings import SettingsError
 
+ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
 START_SECONDS = 60.0  # to import the algebra, on a machine that is busy
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
@@ -194,14 +195,14 @@ class Pool:
                 self._idle.append(worker)
 
     def _lose(self, worker: Worker, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]) -> None:
-        """A worker ended that nobody here has killed: its question is asked once more, of another worker."""
+        """A worker ended that nobody here has killed: its question is asked again, of another worker."""
         job = self._busy[worker]
         status = worker.process.wait()
         self._drop(worker)
         if status == -signal.SIGXCPU:
             outcomes[job.number] = Outcome(equal=None, reason=TIMED_OUT)
-        elif job.attempt == 0:
-            waiting.appendleft((job.number, 1))
+        elif job.attempt + 1 < ATTEMPTS:
+            waiting.appendleft((job.number, job.attempt + 1))
         else:
             outcomes[job.number] = Outcome(equal=None, reason=f"symbolic comparison crashed (status {status})")
 

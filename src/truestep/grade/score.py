@@ -116,6 +116,8 @@ class Grader:
             raise SettingsError(
                 f"{problem.row or problem.id}: checker {problem.checker!r} is not known: write one of {known}"
             )
+        if not problem.answer.strip() and problem.checker != "countdown":
+            return _score(None, found.answer, "the problem has no gold answer")
         if not found.answer:
             return _score(False, "", "no answer found")
         return CHECKERS[problem.checker](problem, found.answer)

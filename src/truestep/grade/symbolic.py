@@ -82,7 +82,7 @@ def _comparison() -> Callable[[str, str], tuple[bool, str]]:
 
 def _clearly_different(left: Any, right: Any) -> bool:
     """Whether two formulas without variables have values far apart: no proof that they are equal need be sought."""
-    from sympy import Expr, UnevaluatedExpr
+    from sympy import Expr, UnevaluatedExpr  # type: ignore[import-untyped]
 
     if not (isinstance(left, Expr) and isinstance(right, Expr)) or left.free_symbols or right.free_symbols:
         return False

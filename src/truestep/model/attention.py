@@ -46,6 +46,10 @@ def attention_forward(
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        window = kwargs.get("sliding_window")
+        if attention_mask is None and window is not None and query.shape[2] == key.shape[2] > window:
+            positions = torch.arange(query.shape[2], device=query.device)  # the mask that ``register`` leaves out
+            attention_mask = visible(positions, positions, window)[None, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     unsupported = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
     if unsupported or query.shape[0] != 1:

@@ -54,10 +54,12 @@ def _in_blocks(values: Tensor) -> Tensor:
 def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:
     """The token at which the cumulative weight first exceeds ``target`` [R]."""
     edges = block_sums.cumsum(1)
-    block = (edges <= target[:, None]).sum(1).clamp(max=blocks.shape[1] - 1)
+    # Rounding may put the target on the last edge, or just before a block: neither may end where no weight is.
+    target = torch.minimum(target, edges[:, -1].nextafter(torch.zeros_like(target)))
+    block = (edges <= target[:, None]).sum(1)
     rows = torch.arange(blocks.shape[0], device=blocks.device)
     inside = blocks[rows, block].double()
-    rest = target - (edges[rows, block] - block_sums[rows, block])
+    rest = (target - (edges[rows, block] - block_sums[rows, block])).clamp(min=0)
     index = (inside.cumsum(1) <= rest[:, None]).sum(1)
     # Rounding can carry the search past the last token that has any weight: take that token then.
     last = BLOCK - 1 - (inside > 0).flip(1).to(torch.int8).argmax(1)

@@ -1,0 +1,78 @@
+"""Folders that are there whole or not at all, one writer at a time, and never half of one for want of space."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from truestep.rundir import fsync_folder
+from truestep.settings import SettingsError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class OutOfSpace(RuntimeError):
+    """The disk cannot hold what was to be written: exit code 5. What was there before is untouched."""
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put a finished folder in place of another, durably; a kill in between leaves the old one as NAME.aside."""
+    aside = final.with_name(f"{final.name}.aside")
+    if final.exists():
+        if aside.exists():  # of an earlier kill; what stands in its place is whole
+            discard_folder(aside)
+        os.rename(final, aside)
+    os.rename(temporary, final)
+    fsync_folder(final.parent)
+    if aside.exists():
+        discard_folder(aside)
+
+
+def discard_folder(path: Path) -> None:
+    """Delete a folder so that at no moment half of it stands under its valid name."""
+    trash = path.with_name(f"{path.name}.tmp-discard")
+    if trash.exists():
+        shutil.rmtree(trash)
+    os.rename(path, trash)
+    fsync_folder(path.parent)
+    shutil.rmtree(trash)
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raises OutOfSpace unless twice that many bytes are free: others write to the disk as well."""
+    free = shutil.disk_usage(folder).free
+    if free < 2 * num_bytes:
+        sizes = f"{free / 2**30:.2f} GiB are free, {2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
+        raise OutOfSpace(f"{folder}: {sizes}: free disk space and resume")
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, patience: float) -> Iterator[bool]:
+    """Hold the folder's lock, which the kernel drops when its holder dies. Yields False where the file system of some
+    clusters knows no locks. Raises SettingsError where another process still holds it after ``patience`` seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(descriptor, folder, time.monotonic() + patience)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                remedy = "stop it, or give this run a folder of its own"
+                raise SettingsError(f"{folder}: another process is saving checkpoints here: {remedy}") from None
+        except OSError:
+            return False
+        time.sleep(0.05)

@@ -1,0 +1,301 @@
+"""Tiny models as twins (the policy that is trained, and an untouched float64 copy for the reference), and steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from truestep.model.load import LoadedModel, model_shape, prepare
+from truestep.objective.advantage import Rewards
+from truestep.objective.methods import Method, build
+from truestep.records import Kind, StepReport, TokenBatch, TrainSequence
+from truestep.reference.loss import METHODS as REFERENCE_METHODS
+from truestep.reference.loss import exact_float64, group_advantages, reference_gradient
+from truestep.settings import OptimizerSettings
+from truestep.train.assemble import pack
+from truestep.train.optim import MasterOptimizer
+from truestep.train.policy import Policy
+from truestep.train.step import StepPlan, train_step
+
+EXACT = 1e-12  # float64 against float64
+SINGLE = 2e-5  # float32 against float64
+VOCABULARY = 40
+MAX_LENGTH = 32
+PLAIN_SGD = OptimizerSettings(kind="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=0.0)
+LARGEST: dict[str, tuple[float, int]] = {}  # family → (largest error, comparisons), for the summary of the test run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The same objective under its name here and in the reference."""
+
+    name: str
+    method: Method
+    reference: str
+    kind: Kind
+    advantage: str = ""  # the reference's name for the kind of advantage
+
+
+FAMILIES = {
+    f.name: f
+    for f in (
+        Family(name="sft", method=build("sft", {}), reference="sft", kind=Kind.DEMO),
+        Family(
+            name="sft_sequences",
+            method=build("sft", {"normaliser": "sequences"}),
+            reference="sft_sequence_mean",
+            kind=Kind.DEMO,
+        ),
+        Family(name="dft", method=build("dft", {}), reference="dft", kind=Kind.DEMO),
+        Family(name="paper", method=build("paper", {}), reference="paper", kind=Kind.ON, advantage="mean"),
+        Family(name="grpo", method=build("grpo", {}), reference="grpo", kind=Kind.ON, advantage="mean_std"),
+        Family(name="dr_grpo", method=build("dr_grpo", {}), reference="dr_grpo", kind=Kind.ON, advantage="mean"),
+        Family(name="dapo", method=build("dapo", {}), reference="dapo", kind=Kind.ON, advantage="mean_std"),
+    )
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def llama(*, hidden: int = 16, heads: int = 2, kv_heads: int = 2, layers: int = 2, **more: Any) -> LlamaConfig:
+    sizes = {"vocab_size": VOCABULARY, "intermediate_size": 2 * hidden, "max_position_embeddings": 64, **more}
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        **sizes,
+    )
+
+
+LLAMAS = {
+    "tied": llama(tie_word_embeddings=True),
+    "gqa": llama(hidden=32, heads=4, kv_heads=2, tie_word_embeddings=False),
+}
+
+
+def make_model(config: Any, seed: int = 0) -> nn.Module:
+    """A model in float32 whose parameters are of a size that matters, norms and biases too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.15 * torch.randn_like(p))
+    return model
+
+
+def make_policy(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Policy:
+    model = make_model(config, seed).to(dtype)
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    prepare(model, torch.device("cpu"))
+    shape = model_shape(make_model(LLAMAS["tied"])) if not hasattr(model.config, "num_attention_heads") else None
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=None,  # type: ignore[arg-type]  # token ids only
+        shape=shape or model_shape(model),
+        context_length=64,
+    )
+    if dtype != torch.float64:
+        return Policy(loaded, **options)
+    with exact_float64():
+        return Policy(loaded, **options)
+
+
+def twins(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Policy, nn.Module]:
+    """The policy, and the same weights in transformers' own float64 model with eager attention."""
+    return make_policy(config, dtype, seed), make_model(config, seed).double()
+
+
+# ---------------------------------------------------------------------------------------------------------- sequences
+
+
+def demonstrations(lengths: Sequence[int], seed: int = 0, holes: bool = True) -> list[TrainSequence]:
+    """One demonstration for each number of trained tokens; some have context between or after them."""
+    draw = np.random.default_rng(seed)
+    sequences = []
+    for i, length in enumerate(lengths):
+        num_prompt = int(draw.integers(1, 6))
+        trained = [False] * num_prompt + [True] * length
+        if holes and i % 2:
+            trained[num_prompt + 1 : num_prompt + 1] = [False, False]
+            trained.append(False)
+        sequences.append(
+            TrainSequence(
+                token_ids=tuple(int(t) for t in draw.integers(0, VOCABULARY, len(trained))),
+                trained=tuple(trained),
+                num_prefix_tokens=0,
+                group=i,
+                kind=Kind.DEMO,
+            )
+        )
+    return sequences
+
+
+def rollouts(groups: Sequence[Sequence[int]], family: Family, seed: int = 0) -> list[TrainSequence]:
+    """Groups of samples of the given lengths with rewards; the advantages and the gate are the family's own.
+
+    Every third group has equal rewards: it counts in a denominator, or is dropped by the gate.
+    """
+    draw = np.random.default_rng(seed)
+    sequences = []
+    for g, lengths in enumerate(groups):
+        prompt = tuple(int(t) for t in draw.integers(0, VOCABULARY, int(draw.integers(1, 7))))
+        rewards: Rewards = [1.0 if g % 3 == 2 else float(i == 0 or draw.random() < 0.4) for i in range(len(lengths))]
+        if g % 3 != 2:
+            rewards = [*rewards[:-1], 0.0]
+        decision, advantages = family.method.gate(rewards), family.method.advantage(rewards)
+        for i, length in enumerate(lengths):
+            if not decision.keep[i]:
+                continue
+            sequences.append(
+                TrainSequence(
+                    token_ids=prompt + tuple(int(t) for t in draw.integers(0, VOCABULARY, length)),
+                    trained=(False,) * len(prompt) + (True,) * length,
+                    num_prefix_tokens=len(prompt),
+                    group=g,
+                    kind=Kind.ON,
+                    advantage=advantages[i] or 0.0,
+                    behavior_logprobs=tuple(float(x) for x in -draw.random(length)),
+                    weight=decision.weights[i],
+                    reward=rewards[i] or 0.0,
+                )
+            )
+    return sequences
+
+
+def referred(sequences: Sequence[TrainSequence], family: Family) -> list[TrainSequence]:
+    """The sequences with the advantages that the reference computes from their rewards."""
+    if not family.advantage:
+        return list(sequences)
+    found = {}
+    for g in {s.group for s in sequences}:
+        rewards = [s.reward for s in sequences if s.group == g]
+        found[g] = iter(group_advantages(rewards, family.advantage))
+    return [replace(s, advantage=next(found[s.group])) for s in sequences]
+
+
+UNEQUAL = (2, 27, 2, 17)
+EVEN = (6, 7, 8, 7, 6, 8, 7, 6, 8, 7, 7, 6)
+
+
+def sequences_of(family: Family, lengths: Sequence[int] = EVEN, seed: int = 0) -> list[TrainSequence]:
+    if family.kind is Kind.DEMO:
+        return demonstrations(lengths, seed)
+    size = max(2, len(lengths) // 4)
+    return rollouts([lengths[i : i + size] for i in range(0, len(lengths), size)], family, seed)
+
+
+# -------------------------------------------------------------------------------------------------------- micro-batches
+
+
+def limit_for(sequences: Sequence[TrainSequence], num_batches: int, share_prefix: bool = True) -> int:
+    """The ``tokens_per_microbatch`` that gives this many micro-batches."""
+    most = sum(len(s.token_ids) for s in sequences)
+    if num_batches == 1:
+        return most
+    for limit in range(max(len(s.token_ids) for s in sequences), most + 1):
+        if len(pack(sequences, tokens_per_microbatch=limit, share_prefix=share_prefix)) == num_batches:
+            return limit
+    raise AssertionError(f"no limit packs these sequences into {num_batches} micro-batches")
+
+
+def batches_of(
+    sequences: Sequence[TrainSequence],
+    *,
+    num_batches: int = 1,
+    share_prefix: bool = True,
+    dtype: torch.dtype = torch.float64,
+    proximal: Sequence[Sequence[float]] | None = None,
+) -> list[TokenBatch]:
+    limit = limit_for(sequences, num_batches, share_prefix)
+    packed = pack(sequences, tokens_per_microbatch=limit, share_prefix=share_prefix, dtype=dtype)
+    return [with_proximal(b, proximal) for b in packed] if proximal is not None else packed
+
+
+def one_each(sequences: Sequence[TrainSequence], dtype: torch.dtype = torch.float64) -> list[TokenBatch]:
+    """Every sequence a micro-batch of its own, in order, still numbered over the whole step."""
+    batches = []
+    for i, sequence in enumerate(sequences):
+        (batch,) = pack([sequence], tokens_per_microbatch=1000, dtype=dtype)
+        batches.append(replace(batch, sequence_index=torch.full_like(batch.sequence_index, i)))
+    return batches
+
+
+def with_proximal(batch: TokenBatch, rows: Sequence[Sequence[float]]) -> TokenBatch:
+    filled = batch.proximal_logprobs.clone()
+    for s in batch.sequence_index.unique().tolist():
+        filled[batch.sequence_index == s] = torch.tensor(rows[s], dtype=filled.dtype)
+    return replace(batch, proximal_logprobs=filled)
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def parameters_of(policy: nn.Module) -> dict[str, Tensor]:
+    """By the names that the model itself has for them."""
+    return {name.removeprefix("model."): p.detach().clone() for name, p in policy.named_parameters()}
+
+
+def plan_for(method: Method, **options: Any) -> StepPlan:
+    defaults = {"step": 0, "learning_rate": 1.0, "temperature": 1.0, "max_length": MAX_LENGTH}
+    return StepPlan(terms=method.terms, **{**defaults, **options})
+
+
+def sgd_gradient(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan) -> dict[str, Tensor]:
+    """What one plain SGD step moved the parameters by, over its learning rate; they are put back afterwards."""
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    run_step(policy, MasterOptimizer(policy, PLAIN_SGD), batches, plan)
+    moved = {}
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            moved[name.removeprefix("model.")] = (before[name] - p) / plan.learning_rate
+            p.copy_(before[name])
+    return moved
+
+
+def run_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[TokenBatch], plan: StepPlan) -> StepReport:
+    """One step, in the arithmetic of the reference where the policy is in float64."""
+    if next(policy.parameters()).dtype is not torch.float64:
+        return train_step(policy, optimizer, batches, plan)
+    with exact_float64():
+        return train_step(policy, optimizer, batches, plan)
+
+
+def expected_gradient(
+    model: nn.Module, sequences: Sequence[TrainSequence], family: Family, **options: Any
+) -> dict[str, Tensor]:
+    fixed = {"max_length": MAX_LENGTH} if REFERENCE_METHODS[family.reference].normaliser == "drg" else {}
+    return reference_gradient(model, referred(sequences, family), method=family.reference, **fixed, **options)
+
+
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].double().ravel() for name in sorted(tensors)])
+
+
+def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], floor: float = 0.0) -> float:
+    assert set(got) == set(expected)
+    size = float(flat(expected).norm())
+    assert size > floor or floor > 0, "nothing to compare with"
+    return float((flat(got) - flat(expected)).norm()) / max(size, floor)
+
+
+def close(family: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float = EXACT) -> None:
+    """Assert that the relative error over all parameters is within ``limit``, and remember it."""
+    check(family, relative_error(got, expected), limit)
+
+
+def check(family: str, error: float, limit: float = EXACT) -> None:
+    largest, count = LARGEST.get(family, (0.0, 0))
+    LARGEST[family] = (max(largest, error), count + 1)
+    assert error <= limit, f"{family}: relative error {error:.2e} > {limit:.0e}"
