@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 
@@ -34,6 +35,17 @@ def make_deterministic() -> None:
 def world() -> tuple[int, int]:
     """(rank, world size) as torchrun sets them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> float:
+    """Measured matrix-product rate of this process's device. Units: FLOP/s."""
+    a = torch.ones(size, size, dtype=dtype, device=compute_device())
+    float((a @ a).sum())  # the first call compiles or dispatches
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        float((a @ a)[0, 0])
+        count += 1
+    return 2.0 * size**3 * count / (time.perf_counter() - began)
 
 
 def peak_memory_bytes() -> int:

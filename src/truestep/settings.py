@@ -29,7 +29,7 @@ class TinySettings(Frozen):
     """The built-in model: a Llama made from a config, about 1 M parameters, with a character tokenizer."""
 
     hidden_size: int = Field(128, ge=8, multiple_of=8)
-    num_layers: int = Field(5, ge=1)
+    num_layers: int = Field(4, ge=1)
     num_heads: int = Field(4, ge=1)
     intermediate_size: int = Field(384, ge=8)
 

@@ -230,7 +230,7 @@ def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
 def _delete_older(folder: Path, step: int, keep: int) -> None:
     """Later steps stay: they are what a load had to pass over, and count for nothing here."""
     older = [path for path in list_checkpoints(folder) if _step_of(path) < step]
-    for path in older[: len(older) - (keep - 1)]:
+    for path in older[: max(0, len(older) - (keep - 1))]:
         discard_folder(path)
 
 

@@ -31,7 +31,7 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            (self.live.console if self.live else self.console).print(text, markup=False)
+            (self.live.console if self.live else self.console).print(text, markup=False, soft_wrap=True)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         self.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,7 +96,7 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
     from truestep.cli.progress import ConsoleReporter
     from truestep.device import world
     from truestep.pipeline.prepare import prepare
-    from truestep.pipeline.run import open_run_folder
+    from truestep.pipeline.run import check_run_folder, open_run_folder
     from truestep.pipeline.run import run as run_pipeline
     from truestep.report.html import write_report
     from truestep.train.parallel import join, leave
@@ -102,8 +104,8 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
     rank, world_size = world()
     folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
     reporter = ConsoleReporter(quiet=rank != 0)
-    if not dry_run and (folder / "resolved.toml").exists() and not resume:
-        open_run_folder(settings, folder, resume=False, rank=rank)  # raises before any data is read
+    if not dry_run and rank == 0:
+        check_run_folder(settings, folder, resume=resume)  # before any data is read
     prepared = prepare(settings, base_dir=recipe.parent)
     if rank == 0:
         print_plan(prepared, world_size, reporter)
@@ -118,7 +120,8 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
             result = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
     except signals.Interrupted as stop:
         reporter.close()
-        reporter.say(f"{stop}; everything finished is saved. Go on with: truestep run {recipe} --out {folder} --resume")
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        reporter.say(f"{stop}; everything finished is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}")
         raise typer.Exit(128 + stop.signum) from None
     finally:
         reporter.close()

@@ -102,16 +102,20 @@ def prepare(model: PreTrainedModel, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
-        if getattr(model.config, name, None):
-            setattr(model.config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        _no_dropout(module)  # OPT and others hand a plain number to functional.dropout
+    _no_dropout(model.config)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # sdpa, transformers' default, leaves Gemma-2's soft cap out
     if next(model.parameters()).dtype == torch.float64:
         keep_float64(model)
     model.to(device)
     model.train()  # gradient checkpointing is tied to it; with every dropout at 0 nothing else is
+
+
+def _no_dropout(holder: Any) -> None:
+    for name, value in list(vars(holder).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(holder, name, 0.0)
 
 
 def keep_float64(model: torch.nn.Module) -> None:

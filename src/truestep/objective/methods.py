@@ -171,7 +171,17 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ValueError(f"method_options.{unknown[0]}: {name} has {', '.join(known) or 'no options'}")
-    return row(**options)
+    defaults = {key: p.default for key, p in inspect.signature(row).parameters.items()}
+    return row(**{key: _typed(key, value, type(defaults[key])) for key, value in options.items()})
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    """The value as its option's type; a whole number may be written with or without a point."""
+    if kind in (int, float) and type(value) in (int, float) and kind(value) == value:
+        return kind(value)
+    if type(value) is not kind:
+        raise ValueError(f"method_options.{key}: expected {kind.__name__}, got {value!r}")
+    return value
 
 
 def shaped_reward(method: Method, reward: float, num_tokens: int, max_new_tokens: int) -> float:

@@ -37,8 +37,8 @@ class RunResult:
     summary: Mapping[str, Any]
 
 
-def open_run_folder(settings: Settings, folder: Path, *, resume: bool, rank: int) -> None:
-    """Make the run directory, or join an existing one with --resume. Raises SettingsError where it is taken."""
+def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
+    """Raises SettingsError where the run directory is taken, or, with --resume, another run's. Writes nothing."""
     resolved = folder / "resolved.toml"
     if resolved.exists():
         if not resume:
@@ -46,16 +46,23 @@ def open_run_folder(settings: Settings, folder: Path, *, resume: bool, rank: int
                 f"{folder} holds a run already: write --resume to go on with it, or --out for another place"
             )
         _require_same_stages(settings, load_settings(resolved), folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"{folder} exists and is no run of truestep: write --out for another place")
-    if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            rundir.write_atomic(resolved, to_toml(settings))
-        except OSError as error:
-            raise SettingsError(
-                f"{folder}: cannot be written: {error.strerror}: write --out for another place"
-            ) from None
+
+
+def open_run_folder(settings: Settings, folder: Path, *, resume: bool, rank: int) -> None:
+    """Make the run directory, or join an existing one with --resume. Raises SettingsError where it is taken.
+
+    Rank 0 alone looks: to the others, what it has just made would seem to be taken.
+    """
+    if rank != 0:
+        return
+    check_run_folder(settings, folder, resume=resume)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rundir.write_atomic(folder / "resolved.toml", to_toml(settings))
+    except OSError as error:
+        raise SettingsError(f"{folder}: cannot be written: {error.strerror}: write --out for another place") from None
 
 
 def _require_same_stages(new: Settings, old: Settings, folder: Path) -> None:

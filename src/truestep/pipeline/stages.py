@@ -11,7 +11,7 @@ import torch
 
 from truestep import rundir, signals
 from truestep.data.chat import completion_text
-from truestep.device import compute_device
+from truestep.device import compute_device, matmul_rate
 from truestep.evaluate.run import EvaluationPlan, run_evaluation
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
@@ -90,13 +90,26 @@ def make_policy(session: Session, path: str) -> Policy:
     policy = Policy(
         open_model(session, path), gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile
     )
-    for note in policy.notes:
+    for note in [*policy.notes, *_slow_dtype(compute.dtype)]:
         session.reporter.say(note)
     if session.ranks.world_size > 1:
         replicate(policy, session.ranks)
         if compute.parallel == "fsdp2":
             shard(policy, policy.model.base_model.layers, next(policy.parameters()).dtype)
     return policy
+
+
+def _slow_dtype(name: str) -> list[str]:
+    """A line of advice where the processor has no fast path for the compute dtype (bfloat16 without AMX or AVX-512)."""
+    if name != "bfloat16":
+        return []
+    rate, plain = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
+    if rate > plain:
+        return []
+    return [
+        f"bfloat16 runs {plain / rate:.0f} times slower than float32 on this processor ({rate / 1e9:.1f} against "
+        f'{plain / 1e9:.1f} GFLOP/s): compute.dtype = "float32" will be faster'
+    ]
 
 
 def make_engine(session: Session, policy: Policy, path: str, max_running: int) -> TorchEngine:
