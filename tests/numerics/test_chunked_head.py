@@ -96,6 +96,8 @@ def test_no_tokens_are_an_exact_zero_with_a_graph() -> None:
     (logprobs.sum() + entropy.sum()).backward()
     assert hidden.grad is not None
     assert hidden.grad.shape == (0, D)
+    for head_part in (weight, bias):  # reached as well: a sharded head is reduced on all ranks or on none
+        assert torch.equal(head_part.grad, torch.zeros_like(head_part))
 
 
 def test_extreme_logits_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,9 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
     except signals.Interrupted as stop:
         reporter.close()
         words = [word for word in sys.argv[1:] if word != "--resume"]
-        reporter.say(f"{stop}; everything finished is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}")
+        reporter.say(
+            f"{stop}; everything finished is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}"
+        )
         raise typer.Exit(128 + stop.signum) from None
     finally:
         reporter.close()

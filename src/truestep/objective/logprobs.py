@@ -106,6 +106,8 @@ def chunked_logprobs(
     """
     if hidden.shape[0] == 0:  # an all-masked micro-batch: an exact zero that still has a graph
         zero = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).sum(1)
+        # The graph reaches the head too: FSDP reduces only what has a gradient, which must be the same on all ranks.
+        zero = zero + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
         return zero, zero
     out: tuple[Tensor, Tensor] = _ChunkedHead.apply(hidden, weight, bias, targets, temperature)
     return out

@@ -16,6 +16,7 @@ from truestep.data.problems import load_problems
 from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, resolve
 from truestep.objective.methods import Method, build
+from truestep.pipeline.track import require_trackers
 from truestep.records import Problem, Prompt, Verdict
 from truestep.rollout.plan import PLANS
 from truestep.settings import (
@@ -74,6 +75,7 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     Raises SettingsError naming file, row and field, or the setting, and what to write instead.
     """
     _check_methods_plan(settings)
+    require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
     context, eos = _context_length(settings)
     prepared = Prepared(

@@ -23,6 +23,7 @@ from truestep.pipeline.prepare import (
     stage_identity,
 )
 from truestep.pipeline.stages import Reporter, Session, evaluate_model, make_stage, open_model, stage_folder
+from truestep.pipeline.track import open_trackers
 from truestep.settings import Settings, SettingsError, StageSettings, load_settings, to_toml
 from truestep.signals import Interrupted
 from truestep.train.loop import StageRun, load_parameters, run_stage
@@ -81,7 +82,10 @@ def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -
     if ranks.rank == 0:
         rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
     with Grader() as grader:
-        session = Session(prepared=prepared, folder=folder, grader=grader, ranks=ranks, reporter=reporter)
+        trackers = open_trackers(settings.trackers, folder, settings.name) if ranks.rank == 0 else []
+        session = Session(
+            prepared=prepared, folder=folder, grader=grader, ranks=ranks, reporter=reporter, trackers=trackers
+        )
         try:
             _stages(session)
         except Interrupted:
@@ -107,6 +111,7 @@ def _stages(session: Session) -> None:
         else:
             session.reporter.say(f"{stage.name}: done already, skipped")
         ledger = Ledger.from_json(done["ledger_after"])
+        session.steps_before += int(done["steps"])
         path = str(stage_folder(session.folder, index, stage) / "export")
         ranks.barrier()
         _evaluate(session, stage.name, path, identity)

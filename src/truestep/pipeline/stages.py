@@ -18,6 +18,7 @@ from truestep.grade.score import Grader
 from truestep.model.load import LoadedModel, load_model
 from truestep.objective.schedule import Schedule, learning_rate
 from truestep.pipeline.prepare import Prepared, num_sequences, num_steps, stage_identity
+from truestep.pipeline.track import Log
 from truestep.records import Demonstration, Prompt, Role, Stop, Verdict
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine
@@ -60,6 +61,8 @@ class Session:
     grader: Grader
     ranks: Ranks
     reporter: Reporter
+    trackers: Sequence[Log] = ()
+    steps_before: int = 0  # of earlier stages: trackers count through the whole run
 
     def decode(self, ids: Sequence[int]) -> str:
         return completion_text(self.prepared.tokenizer, ids)
@@ -156,9 +159,22 @@ def make_stage(session: Session, index: int, path: str, ledger: Ledger) -> Stage
         dev_score=_dev_score(session, stage, policy, engine, folder),
         ranks=session.ranks,
         ledger=ledger,
-        on_step=lambda step, metrics, seconds: session.reporter.advance(step, step_note(metrics)),
+        on_step=_on_step(session, stage.name),
         warn=session.reporter.say,
     )
+
+
+def _on_step(session: Session, name: str) -> Callable[[int, Mapping[str, float], float], None]:
+    before = session.steps_before
+
+    def on_step(step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        session.reporter.advance(step, step_note(metrics))
+        for log in session.trackers:
+            log(
+                before + step, {f"{name}/{key}": value for key, value in metrics.items()} | {f"{name}/seconds": seconds}
+            )
+
+    return on_step
 
 
 def stage_folder(run: Path, index: int, stage: StageSettings) -> Path:

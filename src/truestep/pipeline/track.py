@@ -1,0 +1,59 @@
+"""Metrics to TensorBoard, wandb or trackio, when a recipe asks for it. metrics.jsonl is always written; these never ask
+for a login and never block: wandb is offline unless WANDB_MODE says otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from truestep.settings import SettingsError
+
+MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises SettingsError for a tracker whose package is missing, before anything is trained."""
+    for name in names:
+        if importlib.util.find_spec(MODULES[name]) is None:
+            raise SettingsError(
+                f'trackers = ["{name}"] needs the package {MODULES[name]}: pip install "truestep[track]"'
+            )
+
+
+def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Log]:
+    """One function per tracker; each takes the run's global step and a row of metrics."""
+    openers = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+    return [openers[name](folder, run_name) for name in names]
+
+
+def _tensorboard(folder: Path, run_name: str) -> Log:
+    from tensorboardX import SummaryWriter
+
+    del run_name
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return log
+
+
+def _wandb(folder: Path, run_name: str) -> Log:
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE", "offline")
+    run = wandb.init(dir=str(folder), name=run_name, project=os.environ.get("WANDB_PROJECT", "truestep"), mode=mode)
+    return lambda step, metrics: run.log(dict(metrics), step=step)
+
+
+def _trackio(folder: Path, run_name: str) -> Log:
+    import trackio
+
+    os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
+    run = trackio.init(project="truestep", name=run_name, embed=False)
+    return lambda step, metrics: run.log(dict(metrics), step=step)

@@ -1,0 +1,92 @@
+"""The settings that exist, as a list: to add one is a decision, and is made here as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
+
+SURFACE = """
+name seed trackers
+model.path model.context_length model.rope_theta
+model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.intermediate_size
+compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile
+chat.system chat.user chat.generation_suffix
+data.*.source data.*.split data.*.skip data.*.limit data.*.checker data.*.options
+evaluate.data evaluate.samples_per_problem evaluate.pass_at evaluate.before
+evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
+evaluate.sampling.max_new_tokens evaluate.sampling.max_running
+
+stage.kind stage.name stage.data stage.tokens_per_microbatch stage.save_every stage.keep_checkpoints
+stage.optimizer.lr stage.optimizer.kind stage.optimizer.schedule stage.optimizer.warmup_fraction
+stage.optimizer.min_lr_ratio stage.optimizer.betas stage.optimizer.eps stage.optimizer.weight_decay
+stage.optimizer.max_grad_norm
+stage.dev.data stage.dev.every_steps stage.dev.select_best stage.dev.temperature stage.dev.samples_per_problem
+
+sft.sequences_per_step sft.epochs sft.steps sft.method sft.method_options
+
+rl.steps rl.prompts_per_step rl.samples_per_prompt rl.updates_per_rollout rl.method rl.method_options
+rl.sampling.temperature rl.sampling.top_p rl.sampling.top_k rl.sampling.max_new_tokens rl.sampling.max_running
+
+rejection.samples_per_prompt rejection.keep_per_prompt rejection.sequences_per_step rejection.epochs rejection.steps
+rejection.sampling.temperature rejection.sampling.top_p rejection.sampling.top_k rejection.sampling.max_new_tokens
+rejection.sampling.max_running
+""".split()
+
+STAGES = {"sft": SftSettings, "rl": RlSettings, "rejection": RejectionSettings}
+
+
+def leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = _model(field)
+        if name == "stages":
+            continue
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from leaves(inner, f"{prefix}{name}." + ("*." if str(field.annotation).startswith("dict[") else ""))
+
+
+def _model(field: FieldInfo) -> type[BaseModel] | None:
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def surface() -> set[str]:
+    shared = {*leaves(StageSettings, "stage."), "stage.kind"}
+    found = {*leaves(Settings, ""), *shared}
+    for kind, model in STAGES.items():
+        own = {key.removeprefix("stage.") for key in leaves(model, "stage.")}
+        found |= {f"{kind}.{key}" for key in own - {key.removeprefix("stage.") for key in shared}}
+    return found
+
+
+def test_the_settings_are_those_that_are_written_here() -> None:
+    assert len(SURFACE) == len(set(SURFACE))
+    assert surface() - set(SURFACE) == set(), "new settings: is each of them worth its place?"
+    assert set(SURFACE) - surface() == set(), "settings that are gone: old recipes will be refused"
+
+
+def test_all_kinds_of_stages_are_looked_at() -> None:
+    assert {s.model_fields["kind"].annotation.__args__[0] for s in STAGES.values()} == set(STAGES)  # type: ignore[union-attr]
+    assert set(STAGES.values()) == set(StageSettings.__subclasses__())
+
+
+def test_only_what_a_run_must_decide_has_no_default() -> None:
+    required = {
+        f"{kind}.{name}" for kind, model in STAGES.items() for name, f in model.model_fields.items() if f.is_required()
+    }
+    assert required == {
+        "sft.data", "sft.tokens_per_microbatch", "sft.optimizer", "sft.kind", "sft.sequences_per_step",
+        "rl.data", "rl.tokens_per_microbatch", "rl.optimizer", "rl.kind", "rl.steps", "rl.prompts_per_step",
+        "rl.sampling",
+        "rejection.data", "rejection.tokens_per_microbatch", "rejection.optimizer", "rejection.kind",
+        "rejection.sequences_per_step", "rejection.sampling",
+    }  # fmt: skip
+    assert {n for n, f in Settings.model_fields.items() if f.is_required()} == {"name", "model", "data"}

@@ -1,0 +1,125 @@
+"""Small enough to be read: files, functions, parameters; and what is nowhere to be found."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+from source_tree import PACKAGE, ROOT, code_tokens, functions, modules, short, tree
+
+MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 80, 8
+
+
+def test_files_are_short() -> None:
+    long = {short(p): n for p in modules() if (n := len(p.read_text().splitlines())) > MOST_FILE_LINES}
+    assert long == {}
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{short(p)}:{f.name}": n
+        for p in modules()
+        for f in functions(p)
+        if (n := (f.end_lineno or f.lineno) - f.lineno + 1) > MOST_FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def test_functions_take_few_parameters() -> None:
+    """``self`` and ``ctx`` are not asked for by a caller."""
+    many = {}
+    for path in modules():
+        for f in functions(path):
+            names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+            asked = [n for n in names if n not in ("self", "cls", "ctx")]
+            if len(asked) > MOST_PARAMETERS:
+                many[f"{short(path)}:{f.name}"] = len(asked)
+    assert many == {}
+
+
+def test_no_drawer_for_everything() -> None:
+    names = {p.stem for p in PACKAGE.rglob("*.py")} | {p.name for p in PACKAGE.rglob("*") if p.is_dir()}
+    assert names & {"utils", "util", "common", "helpers", "helper", "misc", "manager", "tools"} == set()
+
+
+CALLS = ("eval", "exec", "compile", "parse_expr", "sympify", "__import__")
+WORDS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "trust_remote_code", "parse_expr", "sympify"}
+
+
+def test_nothing_runs_what_it_reads() -> None:
+    guilty = []
+    for path in modules():
+        for number, token in code_tokens(path):
+            if token in WORDS:
+                guilty.append(f"{short(path)}:{number} {token}")
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            if isinstance(node.func, ast.Name) and node.func.id in CALLS:
+                guilty.append(f"{short(path)}:{node.lineno} {node.func.id}()")
+            if ast.unparse(node.func) in ("torch.load", "torch.save", "np.load", "numpy.load", "os.system"):
+                guilty.append(f"{short(path)}:{node.lineno} {ast.unparse(node.func)}()")
+            for keyword in node.keywords:
+                if keyword.arg in ("shell", "allow_pickle") and not _is_false(keyword.value):
+                    guilty.append(f"{short(path)}:{node.lineno} {keyword.arg}")
+    assert guilty == []
+
+
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def test_nobody_catches_everything() -> None:
+    """But the one place where errors become a line and an exit code; a clean-up that raises again is no catch."""
+    guilty = []
+    for path in modules():
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            caught = ast.unparse(node.type) if node.type else "everything"
+            if re.search(r"\b(everything|Exception|BaseException)\b", caught):
+                again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+                if not again:
+                    guilty.append(f"{short(path)}:{node.lineno} {caught}")
+    assert guilty == []
+
+
+def test_records_are_frozen() -> None:
+    for path in (PACKAGE / "records.py", PACKAGE / "settings.py"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                for decorator in node.decorator_list:
+                    text = ast.unparse(decorator)
+                    if "dataclass" in text:
+                        assert "frozen=True" in text, node.name
+                        assert "kw_only=True" in text, node.name
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if p.name != "__init__.py"], ids=short)
+def test_a_module_says_what_it_is(path: object) -> None:
+    if short(path) == "__main__.py":  # type: ignore[arg-type]
+        return
+    assert ast.get_docstring(tree(path)), path  # type: ignore[arg-type]
+
+
+def test_inheritance_is_rare() -> None:
+    """Classes inherit from Protocols, settings models, exceptions, enums and what torch asks for; not from each other."""
+    allowed = {
+        "Protocol", "Frozen", "BaseModel", "StageSettings", "nn.Module", "Mapping[str, Tensor]", "Exception",
+        "ValueError", "RuntimeError", "ArithmeticError", "OSError", "enum.Enum", "enum.IntEnum", "enum.StrEnum",
+        "torch.autograd.Function", "PackedLayout", "TorchFunctionMode",
+    }  # fmt: skip
+    found = {
+        f"{short(p)}:{node.name}({ast.unparse(base)})"
+        for p in modules()
+        for node in ast.walk(tree(p))
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+        if ast.unparse(base) not in allowed
+    }
+    assert found == set()
+
+
+def test_the_root_is_the_repository() -> None:
+    assert (ROOT / "pyproject.toml").is_file()
