@@ -10,7 +10,17 @@ import sys
 import pytest
 from source_tree import PACKAGE, ROOT, modules, short
 
-HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "matplotlib", "pyarrow", "datasets", "math_verify", "gguf")
+HEAVY = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "matplotlib",
+    "pyarrow",
+    "datasets",
+    "math_verify",
+    "gguf",
+)
 
 
 def test_imports_go_downward_only() -> None:

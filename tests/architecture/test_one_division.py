@@ -9,7 +9,14 @@ from source_tree import PACKAGE, divisions, function, functions, methods_called,
 
 # Tensor methods that divide by a count, or by anything.
 AVERAGES = {"mean", "nanmean", "div", "div_", "divide", "true_divide", "average", "logmeanexp"}
-LOSSES = {"cross_entropy", "nll_loss", "kl_div", "mse_loss", "CrossEntropyLoss", "NLLLoss"}  # average unless told not to
+LOSSES = {
+    "cross_entropy",
+    "nll_loss",
+    "kl_div",
+    "mse_loss",
+    "CrossEntropyLoss",
+    "NLLLoss",
+}  # average unless told not to
 NORMALISE = PACKAGE / "objective" / "normalise.py"
 
 

@@ -71,7 +71,7 @@ def test_frequencies_are_the_probabilities(bending: dict[str, float]) -> None:
     logits = some_logits(size, 8)
     uniforms = np.random.default_rng(2).random(draws)
     tokens, _ = choose(logits.repeat(draws, 1), uniforms.tolist(), how(**bending), [-1] * draws)
-    expected = np.array(exact(logits.tolist(), **bending)) * draws  # type: ignore[arg-type]
+    expected: np.ndarray = np.array(exact(logits.tolist(), **bending)) * draws  # type: ignore[arg-type]
     observed = np.bincount(tokens, minlength=size)
     assert (observed[expected == 0] == 0).all(), "a token of probability zero was chosen"
     likely = expected > 5
@@ -124,9 +124,7 @@ def test_a_draw_on_an_edge_never_falls_on_a_token_without_weight() -> None:
         weight = (logits - logits.max()).exp()
         edges = (weight.cumsum(0) / weight.sum()).unique().tolist()
         uniforms = [u for e in edges for u in (math.nextafter(e, 0), e, math.nextafter(e, 1)) if 0 <= u < 1]
-        tokens, logprobs = choose(
-            logits.repeat(len(uniforms), 1), uniforms, how(temperature=1.0), [-1] * len(uniforms)
-        )
+        tokens, logprobs = choose(logits.repeat(len(uniforms), 1), uniforms, how(temperature=1.0), [-1] * len(uniforms))
         assert all(math.isfinite(v) for v in logprobs), seed
         assert bool((weight[tokens] > 0).all()), seed
 

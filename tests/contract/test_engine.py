@@ -38,7 +38,12 @@ def sampling(temperature: float = 1.0, length: int = 24, stops: tuple[int, ...] 
 
 
 def run(
-    trained: Policy, asked: Sequence[SampleRequest], how: SamplingParameters, *, max_running: int = 8, packs: bool = True
+    trained: Policy,
+    asked: Sequence[SampleRequest],
+    how: SamplingParameters,
+    *,
+    max_running: int = 8,
+    packs: bool = True,
 ) -> dict[Key, Rollout]:
     engine = TorchEngine(trained.model, max_running=max_running, packs=packs)
     found = list(engine.generate(asked, how))
@@ -162,9 +167,7 @@ def test_behavior_logprobs_are_the_trainers(trained: Policy, temperature: float)
         rollout = found[request.problem_id, request.sample_index]
         assert rollout.distribution.temperature == temperature
         expected = trainer_logprobs(trained, rollout, request.prompt_ids, temperature)
-        worst = max(
-            worst, *(abs(a - b) for a, b in zip(rollout.behavior_logprobs, expected, strict=True))
-        )
+        worst = max(worst, *(abs(a - b) for a, b in zip(rollout.behavior_logprobs, expected, strict=True)))
     assert worst <= 1e-9
 
 

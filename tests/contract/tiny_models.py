@@ -58,9 +58,7 @@ def requests(num_prompts: int, samples: int = 1, *, seed: int = 0) -> list[Sampl
         tuple(torch.randint(0, VOCABULARY, (1 + (5 * p) % 13,), generator=draw).tolist()) for p in range(num_prompts)
     ]
     return [
-        SampleRequest(
-            problem_id=f"p{p}", sample_index=i, prompt_ids=ids, seed=seed, purpose=Purpose.SAMPLE, step=3
-        )
+        SampleRequest(problem_id=f"p{p}", sample_index=i, prompt_ids=ids, seed=seed, purpose=Purpose.SAMPLE, step=3)
         for p, ids in enumerate(prompts)
         for i in range(samples)
     ]

@@ -136,7 +136,7 @@ CASES = [
     Case("duplicate key", recipe('name = "bad"', 'name = "bad"\nname = "b"'), ("run.toml", "not valid TOML", "line 3")),
     Case(
         "not UTF-8",
-        lambda f: (f / "run.toml").write_bytes(b'name = "\xff"'),  # type: ignore[arg-type,return-value]
+        lambda f: (f / "run.toml").write_bytes(b'name = "\xff"'),  # type: ignore[arg-type]
         ("run.toml", "UTF-8"),
     ),
     Case("unknown key", recipe("steps = 2", "stepz = 2"), ("stages.0.stepz", "unknown key", 'did you mean "steps"')),
@@ -144,13 +144,25 @@ CASES = [
     Case("wrong type", recipe("threads = 1", 'threads = "two"'), ("compute.threads", "integer", "'two'")),
     Case("missing key", recipe('data = "train"\n', ""), ("stages.0", "data", "missing")),
     Case("missing table", recipe('[model]\npath = "tiny"\n', "[model]\n"), ("model.path", "missing")),
-    Case("negative number", recipe("lr = 1e-3", "lr = -1e-3"), ("stages.0", "optimizer.lr", "greater than 0", "-0.001")),
+    Case(
+        "negative number", recipe("lr = 1e-3", "lr = -1e-3"), ("stages.0", "optimizer.lr", "greater than 0", "-0.001")
+    ),
     Case("not a number", recipe("lr = 1e-3", "lr = nan"), ("stages.0", "optimizer.lr", "nan")),
-    Case("epochs and steps", recipe("steps = 2", "steps = 2\nepochs = 1"), ("stages.0", "exactly one of epochs and steps")),
+    Case(
+        "epochs and steps",
+        recipe("steps = 2", "steps = 2\nepochs = 1"),
+        ("stages.0", "exactly one of epochs and steps"),
+    ),
     Case("neither epochs nor steps", recipe("steps = 2\n", ""), ("stages.0", "exactly one of epochs and steps")),
-    Case("two stages of one name", rl('data = "train"', 'name = "sft"\ndata = "train"'), ('two stages are called "sft"',)),
+    Case(
+        "two stages of one name", rl('data = "train"', 'name = "sft"\ndata = "train"'), ('two stages are called "sft"',)
+    ),
     Case("no such kind", recipe('kind = "sft"', 'kind = "stf"'), ("stages.0", "'stf'", '"sft"')),
-    Case("unknown data set", rl('data = "train"', 'data = "trian"'), ("stages.rl.data", '"trian"', 'did you mean "train"')),
+    Case(
+        "unknown data set",
+        rl('data = "train"', 'data = "trian"'),
+        ("stages.rl.data", '"trian"', 'did you mean "train"'),
+    ),
     Case("unknown test set", recipe('data = ["test"]', 'data = ["tset"]'), ("evaluate.data", 'did you mean "test"')),
     Case(
         "dev without every_steps",
@@ -251,16 +263,22 @@ CASES = [
     ),
     Case("bad JSON", row(2, '{"problem": "2+1=?", '), ("train.jsonl:2", "JSON")),
     Case("not an object", row(2, "[1, 2]"), ("train.jsonl:2", "JSON", "object")),
-    Case("wrong field type", row(3, '{"problem": 5, "answer": "4", "solution": "#### 4"}'), ("train.jsonl:3", "problem", "5")),
-    Case("no problem", row(3, '{"question": "x", "answer": "4"}'), ("train.jsonl:3", "problem", 'did you mean "problem"')),
+    Case(
+        "wrong field type",
+        row(3, '{"problem": 5, "answer": "4", "solution": "#### 4"}'),
+        ("train.jsonl:3", "problem", "5"),
+    ),
+    Case(
+        "no problem", row(3, '{"question": "x", "answer": "4"}'), ("train.jsonl:3", "problem", 'did you mean "problem"')
+    ),
     Case("missing answer", row(1, '{"problem": "1+1=?", "solution": "#### 2"}'), ("train.jsonl:1", "answer")),
     Case("missing solution", row(1, '{"problem": "1+1=?", "answer": "2"}'), ("train.jsonl:1", "solution")),
     Case(
         "duplicate ids",
-        lambda f: (f / "train.jsonl").write_text("".join(json.dumps({**r, "id": "same"}) + "\n" for r in ROWS)),  # type: ignore[arg-type,return-value]
+        lambda f: (f / "train.jsonl").write_text("".join(json.dumps({**r, "id": "same"}) + "\n" for r in ROWS)),  # type: ignore[arg-type]
         ("train.jsonl:2", "id", "same", "train.jsonl:1"),
     ),
-    Case("empty file", lambda f: (f / "train.jsonl").write_text(""), ("train.jsonl", "empty")),  # type: ignore[arg-type,return-value]
+    Case("empty file", lambda f: (f / "train.jsonl").write_text(""), ("train.jsonl", "empty")),  # type: ignore[arg-type]
     Case("no file format", recipe("train.jsonl", "run.toml"), ("run.toml", ".jsonl")),
     Case(
         "a gold that is no number",
@@ -278,10 +296,14 @@ CASES = [
         ("train.jsonl:2", "problem", "<|end|>"),
     ),
     # models
-    Case("model folder missing", recipe('path = "tiny"', 'path = "./nowhere"'), ("model.path", "./nowhere", "no such folder")),
+    Case(
+        "model folder missing",
+        recipe('path = "tiny"', 'path = "./nowhere"'),
+        ("model.path", "./nowhere", "no such folder"),
+    ),
     Case(
         "folder without config",
-        lambda f: (_folder("weights")(f), recipe('path = "tiny"', f'path = "{f}/weights"')(f)),  # type: ignore[arg-type,return-value]
+        lambda f: (_folder("weights")(f), recipe('path = "tiny"', f'path = "{f}/weights"')(f)),  # type: ignore[arg-type]
         ("model.path", "weights", "config.json"),
     ),
     Case("missing GGUF", recipe('path = "tiny"', 'path = "./m.gguf"'), ("model.path", "m.gguf")),
@@ -292,7 +314,7 @@ CASES = [
     Case("--set without =", nothing, ("--set stages.rl.steps", "key=value"), ("--set", "stages.rl.steps")),
     Case("--set unknown stage", nothing, ("--set stages.lr.steps=5", '"lr"'), ("--set", "stages.lr.steps=5")),
     Case("--set unknown key", nothing, ("sead", 'did you mean "seed"'), ("--set", "sead=5")),
-]  # fmt: skip
+]
 
 
 @pytest.fixture

@@ -113,9 +113,7 @@ def test_the_record_says_how_it_was_made(finished: tuple[Path, subprocess.Comple
 
 
 @pytest.mark.parametrize("stage", ["01-sft", "02-rl"])
-def test_the_export_opens_in_transformers(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], stage: str
-) -> None:
+def test_the_export_opens_in_transformers(finished: tuple[Path, subprocess.CompletedProcess[str]], stage: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     export = finished[0] / "stages" / stage / "export"

@@ -48,9 +48,8 @@ def cases() -> list[Case]:
     found = []
     for parallel in ("ddp", "fsdp2"):
         for family in ("sft", "paper"):
-            for cut in ("uneven", "one idle"):
-                found.append(Case(family=family, cut=cut, optimizer="adamw", parallel=parallel))
-                found.append(Case(family=family, cut=cut, optimizer="sgd", parallel=parallel, dtype=torch.float32))
+            found += [Case(family=family, cut=c, optimizer="adamw", parallel=parallel) for c in ("uneven", "one idle")]
+            found.append(Case(family=family, cut="uneven", optimizer="sgd", parallel=parallel, dtype=torch.float32))
         found.append(Case(family="grpo", cut="uneven", optimizer="clipped", parallel=parallel))
         found.append(Case(family="dr_grpo", cut="one idle", optimizer="sgd", parallel=parallel, model="tied"))
     return found

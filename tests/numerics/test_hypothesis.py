@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +25,7 @@ from step_cases import (
 from torch import nn
 
 from truestep.objective.methods import Method, build
-from truestep.records import Kind, TrainSequence
+from truestep.records import Kind, TokenBatch, TrainSequence
 from truestep.reference.loss import frozen_logprobs, reference_gradient
 from truestep.train.assemble import pack
 from truestep.train.policy import Policy
@@ -32,9 +33,6 @@ from truestep.train.policy import Policy
 VOCABULARY = 9
 NORMALISERS = {"tokens": "tok", "sequences": "seq", "sequence_sums": "sum", "max_length": "drg", "groups": "grp"}
 ROWS = ("sft", "dft", "paper", "grpo", "dr_grpo", "dapo")
-tokens = st.integers(0, VOCABULARY - 1)
-numbers = st.floats(0.25, 2.0, width=16)  # bounded away from 0, so that a relative error means something
-signed = st.tuples(numbers, st.sampled_from([1.0, -1.0])).map(lambda pair: pair[0] * pair[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +51,36 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
+    """Hypothesis decides on the structure; the numbers are drawn from one seed, which is faster by far."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def signed(size: int) -> tuple[float, ...]:
+        """Bounded away from 0, so that a relative error means something."""
+        return tuple(float(x) for x in rng.uniform(0.25, 2.0, size) * rng.choice([-1.0, 1.0], size))
+
+    members = st.lists(st.integers(1, 5), min_size=1, max_size=3)  # of a group, by their number of tokens
     row = draw(st.sampled_from(ROWS))
-    kinds = [Kind.DEMO] if row in ("sft", "dft") else [Kind.ON]
-    if draw(st.booleans()):
-        kinds = [Kind.DEMO, Kind.ON]
+    own = Kind.DEMO if row in ("sft", "dft") else Kind.ON
+    mixed, per_token, sampled, shared = (draw(st.booleans()) for _ in range(4))
     sequences = []
-    for group in range(draw(st.integers(1, 3))):
-        prompt = tuple(draw(st.lists(tokens, min_size=1, max_size=3)))
-        kind = draw(st.sampled_from(kinds))
-        for _ in range(draw(st.integers(1, 3))):
-            trained = draw(st.lists(st.booleans(), min_size=1, max_size=5).filter(any))
+    for group, sizes in enumerate(draw(st.lists(members, min_size=1, max_size=2))):
+        prompt = tuple(int(t) for t in rng.integers(0, VOCABULARY, rng.integers(1, 4)))
+        kind = Kind(int(rng.choice([Kind.DEMO, Kind.ON]))) if mixed else own
+        for size in sizes:
+            trained = tuple(bool(t) for t in rng.random(size) < 0.7)
             num = sum(trained)
+            if num == 0:
+                trained, num = (*trained[:-1], True), 1
             sequences.append(
                 TrainSequence(
-                    token_ids=prompt + tuple(draw(tokens) for _ in trained),
-                    trained=(False,) * len(prompt) + tuple(trained),
-                    num_prefix_tokens=draw(st.sampled_from([0, len(prompt)])),
+                    token_ids=prompt + tuple(int(t) for t in rng.integers(0, VOCABULARY, size)),
+                    trained=(False,) * len(prompt) + trained,
+                    num_prefix_tokens=len(prompt) if shared else 0,
                     group=group,
                     kind=kind,
-                    advantage=draw(st.one_of(signed, st.tuples(*[signed] * num))),
-                    behavior_logprobs=draw(st.sampled_from([(), (-0.5,) * num])),
-                    weight=draw(numbers),
+                    advantage=signed(num) if per_token else signed(1)[0],
+                    behavior_logprobs=(-0.5,) * num if sampled else (),
+                    weight=abs(signed(1)[0]),
                 )
             )
     return Case(
@@ -83,8 +90,8 @@ def cases(draw: st.DrawFn) -> Case:
         temperature=draw(st.sampled_from([0.3, 0.7, 1.0, 1.5, 2.5])),
         tightness=draw(st.sampled_from([0.0, 0.5, 1.0])),
         share_prefix=draw(st.booleans()),
-        weights=draw(st.lists(signed, min_size=9, max_size=9)) if draw(st.booleans()) else [1.0] * 9,
-        shifts=draw(st.lists(st.floats(-1.0, 1.0, width=16), min_size=1, max_size=7)) if draw(st.booleans()) else [],
+        weights=list(signed(9)) if draw(st.booleans()) else [1.0] * 9,
+        shifts=rng.uniform(-1.0, 1.0, 7).tolist() if draw(st.booleans()) else [],
     )
 
 
@@ -100,17 +107,16 @@ def method_of(case: Case) -> tuple[Method, dict[str, Any]]:
     return build(case.row, {}), {"method": "paper" if case.row == "dapo" else case.row}
 
 
+def packed(case: Case) -> list[TokenBatch]:
+    lengths = [len(s.token_ids) for s in case.sequences]
+    limit = round(case.tightness * max(lengths) + (1 - case.tightness) * sum(lengths))
+    return pack(case.sequences, tokens_per_microbatch=limit, share_prefix=case.share_prefix, dtype=torch.float64)
+
+
 def error_of(case: Case) -> float:
     """The step's relative error against the reference."""
     policy, model = pair()
-    longest, most = max(len(s.token_ids) for s in case.sequences), sum(len(s.token_ids) for s in case.sequences)
-    limit = round(case.tightness * longest + (1 - case.tightness) * most)
-    batches = pack(
-        case.sequences,
-        tokens_per_microbatch=limit,
-        share_prefix=case.share_prefix,
-        dtype=torch.float64,
-    )
+    batches = packed(case)
     rows = None
     if case.shifts:
         rows = frozen_logprobs(model, case.sequences, case.temperature)
@@ -170,6 +176,7 @@ def test_the_cases_are_what_they_claim() -> None:
             "mixed": len({s.kind for s in case.sequences}) > 1,
             "later": bool(case.shifts),
             "holes": any(False in s.trained[s.trained.index(True) :] for s in case.sequences),
+            "several micro-batches": len(packed(case)) > 1,
             "weighted": case.weights != [1.0] * 9,
             "shared": case.share_prefix and any(s.num_prefix_tokens for s in case.sequences),
         }.items():
