@@ -94,7 +94,8 @@ def analyse(root: Path, seeds: list[int]) -> dict[str, Any]:
             found = next(s for s in read_json(run / "summary.json")["scores"] if s["checkpoint"] == checkpoint)
             work = [s for s in read_json(run / "summary.json")["stages"] if s["name"] in ("sft", checkpoint)]
             work = [] if arm == "base" else work
-            cells.append({"seed": seed, "score": found["score"], "low": found["low"], "high": found["high"], "n": found["n"],
+            kept = {key: found[key] for key in ("score", "low", "high", "n")}
+            cells.append({"seed": seed, **kept,
                           "flops_paper": sum(s["flops_paper"] for s in work),
                           "flops_full": sum(s["flops_full"] for s in work)})  # fmt: skip
         table[arm] = {"cells": cells, **interval([c["score"] for c in cells])}
@@ -119,25 +120,40 @@ def interval(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def shown(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
 def markdown(found: dict[str, Any], stamp: dict[str, Any]) -> str:
-    lines = ["# The demo study: results", "", f"Declared in `docs/studies/demo.md`. Commit `{stamp['commit'][:12]}`, seeds "
-             f"{found['seeds']}, command `python benchmarks/study_demo.py`, {stamp['hardware']['cpu']} "
-             f"({stamp['hardware']['cores']} cores), torch {stamp['versions'].get('torch', '?')}.", "",
-             "Score on 500 held-out problems per seed [95 % over problems]; mean over seeds [95 % t interval over seeds].", "",
-             "| arm | " + " | ".join(f"seed {s}" for s in found["seeds"]) + " | mean | FLOPs (paper) | FLOPs (fuller) |",
-             "|---|" + "---|" * (len(found["seeds"]) + 3)]  # fmt: skip
-    for arm, row in found["arms"].items():
-        cells = [f"{100 * c['score']:.1f} [{100 * c['low']:.1f}, {100 * c['high']:.1f}]" for c in row["cells"]]
-        paper, full = (statistics.fmean(c[k] for c in row["cells"]) for k in ("flops_paper", "flops_full"))
-        mean = f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {mean} | {paper:.2e} | {full:.2e} |")
-    lines += ["", "Paired differences (same problems, same seed), in points:", "", "| contrast | "
-              + " | ".join(f"seed {s}" for s in found["seeds"]) + " | mean |", "|---|" + "---|" * (len(found["seeds"]) + 1)]  # fmt: skip
-    for name, row in found["contrasts"].items():
-        cells = [f"{100 * c['difference']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]" for c in row["cells"]]
-        mean = f"{100 * row['mean']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {mean} |")
+    seeds = [f"seed {s}" for s in found["seeds"]]
+    machine = (
+        f"{stamp['hardware']['cpu']}, {stamp['hardware']['cores']} cores, torch {stamp['versions'].get('torch', '?')}"
+    )
+    lines = [
+        "# The demo study: results",
+        "",
+        f"Declared in `docs/studies/demo.md`. Commit `{stamp['commit'][:12]}`, "
+        f"`python benchmarks/study_demo.py`, {machine}.",
+        "",
+        "Score in % on 500 held-out problems [95 % over problems]; mean over seeds [95 % t interval over seeds].",
+        "",
+        row("arm", *seeds, "mean", "FLOPs (paper)", "FLOPs (fuller)"),
+        row(*["---"] * (len(seeds) + 4)),
+    ]
+    for arm, found_arm in found["arms"].items():
+        cells = [shown(c["score"], c["low"], c["high"]) for c in found_arm["cells"]]
+        work = [f"{statistics.fmean(c[k] for c in found_arm['cells']):.2e}" for k in ("flops_paper", "flops_full")]
+        lines.append(row(arm, *cells, shown(found_arm["mean"], found_arm["low"], found_arm["high"]), *work))
+    lines += ["", "Paired differences (same problems, same seed), in points:", "", row("contrast", *seeds, "mean"),
+              row(*["---"] * (len(seeds) + 2))]  # fmt: skip
+    for name, contrast in found["contrasts"].items():
+        cells = [shown(c["difference"], c["low"], c["high"], "+") for c in contrast["cells"]]
+        lines.append(row(name, *cells, shown(contrast["mean"], contrast["low"], contrast["high"], "+")))
     return "\n".join(lines) + "\n"
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,6 +242,9 @@ class Settings(Frozen):
 
     @model_validator(mode="after")
     def _references(self) -> Self:
+        for name in self.data:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"data.{name}: names a file: write letters, digits, '.', '_' and '-' only")
         names = [s.name for s in self.stages]
         for name in names:
             if names.count(name) > 1:

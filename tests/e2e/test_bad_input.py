@@ -68,7 +68,7 @@ class Case:
     """How a good folder is broken, and the words that the one line must hold."""
 
     name: str
-    break_it: Callable[[Path], None]
+    break_it: Callable[[Path], object]
     expect: tuple[str, ...]
     words: tuple[str, ...] = ()
     recipe: str = "run.toml"
@@ -110,7 +110,7 @@ def nothing(folder: Path) -> None:
     del folder
 
 
-def _folder(name: str) -> Callable[[Path], None]:
+def _folder(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).mkdir()
 
 
@@ -136,7 +136,7 @@ CASES = [
     Case("duplicate key", recipe('name = "bad"', 'name = "bad"\nname = "b"'), ("run.toml", "not valid TOML", "line 3")),
     Case(
         "not UTF-8",
-        lambda f: (f / "run.toml").write_bytes(b'name = "\xff"'),  # type: ignore[arg-type]
+        lambda f: (f / "run.toml").write_bytes(b'name = "\xff"'),
         ("run.toml", "UTF-8"),
     ),
     Case("unknown key", recipe("steps = 2", "stepz = 2"), ("stages.0.stepz", "unknown key", 'did you mean "steps"')),
@@ -275,10 +275,10 @@ CASES = [
     Case("missing solution", row(1, '{"problem": "1+1=?", "answer": "2"}'), ("train.jsonl:1", "solution")),
     Case(
         "duplicate ids",
-        lambda f: (f / "train.jsonl").write_text("".join(json.dumps({**r, "id": "same"}) + "\n" for r in ROWS)),  # type: ignore[arg-type]
+        lambda f: (f / "train.jsonl").write_text("".join(json.dumps({**r, "id": "same"}) + "\n" for r in ROWS)),
         ("train.jsonl:2", "id", "same", "train.jsonl:1"),
     ),
-    Case("empty file", lambda f: (f / "train.jsonl").write_text(""), ("train.jsonl", "empty")),  # type: ignore[arg-type]
+    Case("empty file", lambda f: (f / "train.jsonl").write_text(""), ("train.jsonl", "empty")),
     Case("no file format", recipe("train.jsonl", "run.toml"), ("run.toml", ".jsonl")),
     Case(
         "a gold that is no number",
@@ -303,7 +303,7 @@ CASES = [
     ),
     Case(
         "folder without config",
-        lambda f: (_folder("weights")(f), recipe('path = "tiny"', f'path = "{f}/weights"')(f)),  # type: ignore[arg-type]
+        lambda f: (_folder("weights")(f), recipe('path = "tiny"', f'path = "{f}/weights"')(f)),
         ("model.path", "weights", "config.json"),
     ),
     Case("missing GGUF", recipe('path = "tiny"', 'path = "./m.gguf"'), ("model.path", "m.gguf")),
@@ -351,8 +351,7 @@ def test_bad_input_is_one_line(
     before = sorted(folder.rglob("*"))
     code = call(monkeypatch, "run", str(folder / case.recipe), "--out", str(folder / "out"), *case.words)
     out, err = capsys.readouterr()
-    assert code == 2, err
-    assert out == ""
+    assert (code, out) == (2, ""), err
     (line,) = err.splitlines()
     assert line.startswith("error: ")
     for words in case.expect:

@@ -19,6 +19,7 @@ from step_cases import (
     demonstrations,
     expected_gradient,
     flat,
+    make_policy,
     one_each,
     parameters_of,
     plan_for,
@@ -142,6 +143,14 @@ def test_nothing_to_train_adds_nothing(family: str) -> None:
     first, second = batches_of(sequences, num_batches=2)
     batches = [dummy, first, dummy, second, dummy]
     close(f"all masked, {family}", sgd_gradient(policy, batches, plan), right)
+
+
+@pytest.mark.parametrize("family", ["sft", "grpo"])
+def test_gradient_checkpointing_changes_memory_only(family: str) -> None:
+    policy, f = make_policy(LLAMAS["tied"], gradient_checkpointing=True), FAMILIES[family]
+    assert policy.model.is_gradient_checkpointing
+    got = sgd_gradient(policy, batches_of(sequences_of(f), num_batches=2), plan_for(f.method))
+    close(f"gradient checkpointing, {family}", got, expected("tied", family, 1.0))
 
 
 def test_a_step_without_any_target_is_a_step_of_zero() -> None:

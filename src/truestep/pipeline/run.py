@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from truestep import rundir
 from truestep.checkpoint.export import export_hf, model_card
 from truestep.checkpoint.store import load_latest
 from truestep.device import make_deterministic, set_threads
+from truestep.evaluate.compare import compare
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
 from truestep.pipeline.prepare import (
@@ -27,7 +29,7 @@ from truestep.pipeline.track import open_trackers
 from truestep.settings import Settings, SettingsError, StageSettings, load_settings, to_toml
 from truestep.signals import Interrupted
 from truestep.train.loop import StageRun, load_parameters, run_stage
-from truestep.train.parallel import Ranks, full
+from truestep.train.parallel import Ranks, full, is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ def _export(session: Session, index: int, run_: StageRun, done: Mapping[str, Any
     if session.ranks.rank != 0:
         return
     model = run_.policy.model
-    if session.ranks.world_size > 1:
+    if is_sharded(run_.policy):
         model = open_model(session, session.prepared.settings.model.path).model
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -249,6 +251,23 @@ def _score_rows(session: Session) -> list[dict[str, Any]]:
     return rows
 
 
+def _comparisons(session: Session) -> list[dict[str, Any]]:
+    """Each checkpoint against the one before it, paired by problem."""
+    settings = session.prepared.settings
+    names = ["base", *[s.name for s in settings.stages]]
+    rows = []
+    for before, after in pairwise(names):
+        for data in settings.evaluate.data:
+            paths = [session.folder / "evaluations" / name / f"{data}.results.json" for name in (before, after)]
+            if all(p.exists() for p in paths):
+                samples = [
+                    [row for row in rundir.read_jsonl(p.with_name(f"{data}.samples.jsonl")) if "verdict" in row]
+                    for p in paths
+                ]
+                rows.append({"from": before, "to": after, "data": data, **compare(*samples).to_json()})
+    return rows
+
+
 def _summarize(session: Session, status: str) -> dict[str, Any]:
     settings = session.prepared.settings
     shapes = [rundir.read_json(p)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
@@ -259,6 +278,7 @@ def _summarize(session: Session, status: str) -> dict[str, Any]:
         "model": {"path": rundir.redact(settings.model.path), **(shapes[0] if shapes else {})},
         "stages": _stage_rows(session),
         "scores": _score_rows(session),
+        "comparisons": _comparisons(session),
         "overlap": session.prepared.overlap or None,
         "notes": session.prepared.notes,
     }

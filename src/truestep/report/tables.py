@@ -199,14 +199,22 @@ def _all_columns(rows: Sequence[ScoreRow]) -> list[Column]:
 
 
 def terminal_table(rows: Sequence[ScoreRow], title: str = "") -> Table:
-    """The scores for a terminal. Cells are plain text: nothing in them is markup or moves the cursor."""
+    """The scores for a terminal of 80 columns (the page has the rest). Cells are plain text: nothing in them is markup
+    or moves the cursor."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title) if title else None)
-    headings, cells = cells_of(rows, _all_columns(rows))
+    counts: Column = ("Right/wrong/unscored", lambda r: f"{whole(r.correct)}/{whole(r.incorrect)}/{whole(r.unscored)}")
+    columns = [
+        *score_columns(rows)[:3],
+        *pass_columns(rows)[2:],
+        counts,
+        ("Cut off", lambda r: percent(r.truncated_rate)),
+    ]
+    headings, cells = cells_of(rows, columns)
     for number, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="left" if number < 2 else "right")
+        table.add_column(Text(heading), justify="left" if number < 2 else "right", no_wrap=number == 2)
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
     return table

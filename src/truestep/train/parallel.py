@@ -102,6 +102,14 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.d
             part.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(module: nn.Module) -> None:
+    """Give back what a forward pass without a backward has gathered: FSDP's root keeps it, waiting for the backward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 

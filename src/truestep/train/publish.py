@@ -12,7 +12,7 @@ from truestep.records import Kind, TrainSequence
 from truestep.rollout.engine import Engine
 from truestep.seeding import Purpose, generator
 from truestep.train.assemble import pack
-from truestep.train.parallel import full
+from truestep.train.parallel import full, reshard
 from truestep.train.policy import Policy
 
 NUM_PROBE_TOKENS = 24
@@ -70,6 +70,7 @@ def publish(policy: Policy, engine: Engine, version: int) -> PublishProof:
     (batch,) = pack([sequence], tokens_per_microbatch=NUM_PROBE_TOKENS, device=parameter.device)
     with torch.no_grad():
         expected, _ = policy(batch, 1.0)
+    reshard(policy)
     got = torch.tensor(engine.score(ids, num_prompt, 1.0), dtype=torch.float64)
     difference = float((got - expected.double().cpu()).abs().max())
     limit = PROBE_TOLERANCE[parameter.dtype]

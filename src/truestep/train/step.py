@@ -23,7 +23,7 @@ from truestep.objective.normalise import local_total, normalise
 from truestep.records import BatchTotals, StepReport, TokenBatch
 from truestep.train.assemble import dummy_batch
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
-from truestep.train.parallel import Ranks
+from truestep.train.parallel import Ranks, reshard
 from truestep.train.policy import Policy
 
 
@@ -201,6 +201,7 @@ def fill_proximal(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan)
         _require_finite({"proximal log-probabilities": logprobs}, batch, plan, f"micro-batch {index}")
         if index < len(batches):
             filled.append(replace(batch, proximal_logprobs=logprobs.detach()))
+    reshard(policy)
     return filled
 
 
