@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environments import FOLDER, ROOT, NotAvailable, interpreter
+from environments import FOLDER, ROOT, NotAvailable, interpreter, preload
 from table import section_table
 from workload import describe, prompt_workload, sft_workload
 
@@ -214,6 +214,7 @@ def run_contestant(contestant: Contestant, spec: Mapping[str, Any], folder: Path
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        **preload(contestant.environment),
         **contestant.variables,
     }
     command = [str(python), str(PEERS / contestant.script), str(path)]

@@ -47,6 +47,14 @@ def interpreter(name: str, say: Callable[[str], None]) -> Path:
     return python
 
 
+def preload(name: str) -> dict[str, str]:
+    """The libraries that vLLM's CPU guide asks to be preloaded, as far as they are here."""
+    if name != "vllm":
+        return {}
+    found = [*(FOLDER / name / "lib").glob("libiomp5.so"), *sorted(Path("/usr/lib").glob("*/libtcmalloc*.so.4"))]
+    return {"LD_PRELOAD": ":".join(map(str, found))} if found else {}
+
+
 def _transformers() -> str:
     """The release that truestep itself runs with, so that both sides share the model's code."""
     return f"transformers=={importlib.metadata.version('transformers')}"

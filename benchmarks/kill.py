@@ -107,7 +107,7 @@ def wait_for_training(process: subprocess.Popen[bytes], folder: Path) -> None:
         if time.monotonic() > deadline:
             process.kill()
             raise SystemExit(f"hung: {log_of(folder).read_text(errors='replace')[-2000:]}")
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def place(folder: Path) -> tuple[str, str, int]:

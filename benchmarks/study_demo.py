@@ -21,8 +21,8 @@ from typing import Any
 
 from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import t_quantile
-from truestep.rundir import provenance, read_json, read_jsonl, write_atomic, write_json
-from truestep.settings import load_settings, to_toml
+from truestep.rundir import provenance, read_json, read_jsonl, to_toml, write_atomic, write_json
+from truestep.settings import load_settings
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SHARED = ("sft",)  # the stage that all arms have in common
@@ -74,7 +74,7 @@ def seed_cells(root: Path, seed: int) -> None:
     ):
         target = root / f"{arm}-{seed}"
         own = (f"stages.{key}.steps={steps}", f"stages.{key}.dev.every_steps={max(50, steps // 10)}")
-        share_sft(rl, target, to_toml(load_settings(RECIPES / recipe, common(seed) + own)))
+        share_sft(rl, target, to_toml(load_settings(RECIPES / recipe, common(seed) + own).model_dump(mode="json")))
         train(recipe, target, seed, *own)
 
 

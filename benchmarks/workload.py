@@ -20,7 +20,7 @@ WORDS = """
 the a of to and in is for on with as by at from or an be this that it are was has have had will can more than one two
 three four five six seven eight nine ten time day week year man woman child home school work water food money price
 cost buy sell give take make find left right many much how what when where each other total number
-""".split()
+"""
 # GSM8K through SmolLM2's chat template: prompt and solution tokens (mean, standard deviation), and their correlation.
 LENGTHS = ((95.0, 22.0), (93.0, 42.0), 0.49)
 SMALLEST = 20  # tokens of a solution; a prompt is at least its template
@@ -45,8 +45,8 @@ def _made_up(count: int, seed: int) -> list[Problem]:
     template = 31  # tokens of the chat template around a prompt
     problems = []
     for i, (p, s) in enumerate(sizes):
-        question = draw.choice(WORDS, max(SMALLEST, round(p) - template))
-        answer = draw.choice(WORDS, max(SMALLEST, round(s)))
+        question = draw.choice(WORDS.split(), max(SMALLEST, round(p) - template))
+        answer = draw.choice(WORDS.split(), max(SMALLEST, round(s)))
         message = Message(role="user", content=" ".join(question))
         problems.append(Problem(id=f"made-{i}", messages=(message,), answer="1", solution=" ".join(answer)))
     return problems

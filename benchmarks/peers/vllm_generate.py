@@ -14,7 +14,7 @@ def main() -> None:
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="2",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_CPU_OMP_THREADS_BIND=f"0-{spec['threads'] - 1}" if spec["threads"] > 1 else "0",
         VLLM_NO_USAGE_STATS="1",
     )
     from vllm import LLM, SamplingParams  # reads its environment when it is imported
@@ -22,7 +22,7 @@ def main() -> None:
     engine = LLM(
         model=spec["model"],
         dtype=spec["dtype"],
-        max_model_len=1024,
+        max_model_len=max(len(p["ids"]) for p in spec["prompts"]) + spec["max_new_tokens"],
         max_num_seqs=len(spec["prompts"]),
         enforce_eager=True,  # its compiler needs as long as the whole measurement
         enable_prefix_caching=False,

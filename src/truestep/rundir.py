@@ -103,6 +103,47 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def to_toml(table: Mapping[str, Any]) -> str:
+    """Nested plain values (a dumped settings model) as TOML that reads back to the same table."""
+    lines: list[str] = []
+    _emit(table, (), lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _emit(table: Mapping[str, Any], prefix: tuple[str, ...], lines: list[str]) -> None:
+    plain = {k: v for k, v in table.items() if not _is_table(v)}
+    lines += [f"{_key(k)} = {_value(v)}" for k, v in plain.items()]
+    for key, value in table.items():
+        path = (*prefix, _key(key))
+        if isinstance(value, dict):
+            lines += ["", f"[{'.'.join(path)}]"]
+            _emit(value, path, lines)
+        elif _is_table(value):
+            for entry in value:
+                lines += ["", f"[[{'.'.join(path)}]]"]
+                _emit(entry, path, lines)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+    )
+
+
+def _key(key: str) -> str:
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    return repr(value)
+
+
 def _git(*words: str) -> str:
     try:
         here = Path(__file__).resolve().parent

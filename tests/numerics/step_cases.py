@@ -204,7 +204,9 @@ def limit_for(sequences: Sequence[TrainSequence], num_batches: int, share_prefix
     most = sum(len(s.token_ids) for s in sequences)
     if num_batches == 1:
         return most
-    for limit in range(max(len(s.token_ids) for s in sequences), most + 1):
+    (whole,) = pack(sequences, tokens_per_microbatch=most, share_prefix=share_prefix)
+    longest = max(len(s.token_ids) for s in sequences)
+    for limit in range(max(longest, whole.num_tokens // num_batches), most + 1):  # fewer cannot hold them
         if len(pack(sequences, tokens_per_microbatch=limit, share_prefix=share_prefix)) == num_batches:
             return limit
     raise AssertionError(f"no limit packs these sequences into {num_batches} micro-batches")

@@ -26,7 +26,7 @@ from truestep.pipeline.prepare import (
 )
 from truestep.pipeline.stages import Reporter, Session, evaluate_model, make_stage, open_model, stage_folder
 from truestep.pipeline.track import open_trackers
-from truestep.settings import Settings, SettingsError, StageSettings, load_settings, to_toml
+from truestep.settings import Settings, SettingsError, StageSettings, load_settings
 from truestep.signals import Interrupted
 from truestep.train.loop import StageRun, load_parameters, run_stage
 from truestep.train.parallel import Ranks, full, is_sharded
@@ -63,7 +63,7 @@ def open_run_folder(settings: Settings, folder: Path, *, resume: bool, rank: int
     check_run_folder(settings, folder, resume=resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_atomic(folder / "resolved.toml", to_toml(settings))
+        rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
     except OSError as error:
         raise SettingsError(f"{folder}: cannot be written: {error.strerror}: write --out for another place") from None
 
