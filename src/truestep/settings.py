@@ -271,7 +271,7 @@ class Settings(Frozen):
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 

@@ -158,7 +158,8 @@ def test_any_step_is_the_reference_step(case: Case) -> None:
 
 
 @pytest.mark.slow
-@runs(10_000)
+@pytest.mark.timeout(1800)
+@runs(4_000)
 @given(cases())
 def test_any_step_is_the_reference_step_long(case: Case) -> None:
     check(f"made up, {case.row}", error_of(case), EXACT)

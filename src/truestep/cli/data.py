@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-from truestep.data.describe import describe
-from truestep.data.overlap import overlap_report
-from truestep.data.problems import load_problems
-from truestep.records import Problem, Verdict, conserve
-from truestep.settings import DataSettings, Settings, SettingsError, load_settings
-
-if TYPE_CHECKING:
-    from rich.text import Text
-    from transformers import PreTrainedTokenizerBase
 
 app = typer.Typer(help="Check data row by row, or show what is trained.", no_args_is_help=True)
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value.")]
@@ -32,33 +19,9 @@ def check(
     as_json: _Json = False,
 ) -> None:
     """Validate every row; print counts, lengths, duplicates, golds that the checker refuses, and overlap."""
-    from rich.console import Console
+    from truestep.cli import data_actions
 
-    if source.endswith(".toml"):
-        settings = load_settings(source, overrides or ())
-        sets = _load_sets(settings, Path(source).parent)
-        report = overlap_report(*_train_and_evaluation(settings, sets))
-    else:
-        if overrides:
-            raise SettingsError("--set changes a recipe's settings, but a data file is checked: leave it out")
-        name = Path(source).stem
-        sets = {
-            name: load_problems(
-                name, DataSettings.model_validate({"source": source}), seed=0, base_dir=Path(), needs=()
-            )
-        }
-        report = overlap_report({}, {})
-    described = {name: describe(problems) for name, problems in sets.items()}
-    if gold:
-        for name, problems in sets.items():
-            described[name]["gold"] = _judge_golds(problems)
-    num_refused = sum(len(d.get("gold", {}).get("refused", ())) for d in described.values())
-    if as_json:
-        typer.echo(json.dumps({"data": described, "overlap": report["pairs"], "num_refused_golds": num_refused}))
-    else:
-        _print_check(Console(soft_wrap=True), described, report["pairs"])
-    if num_refused:
-        raise typer.Exit(1)
+    data_actions.check(source, overrides or (), gold=gold, as_json=as_json)
 
 
 @app.command()
@@ -69,114 +32,6 @@ def show(
     as_json: _Json = False,
 ) -> None:
     """Print examples as the model sees them, with what is trained in bold green between ⟦ and ⟧."""
-    from rich.console import Console
-    from rich.text import Text
+    from truestep.cli import data_actions
 
-    from truestep.model.load import load_tokenizer
-
-    if not recipe.endswith(".toml"):
-        raise SettingsError(f"{recipe}: expected a recipe (.toml), which names the model whose tokens are shown")
-    settings = load_settings(recipe, overrides or ())
-    tokenizer = load_tokenizer(settings.model)
-    console = Console(soft_wrap=True)
-    documents = []
-    for name, problems in _load_sets(settings, Path(recipe).parent).items():
-        for problem in problems[:num]:
-            spans, document = _example(tokenizer, problem, settings)
-            documents.append({"data": name, **document})
-            if not as_json:
-                counts = f"{document['num_trained']} of {document['num_tokens']} tokens trained"
-                console.print(Text(f"{name} {problem.id} ({problem.row}): {counts}; answer {problem.answer}", "bold"))
-                console.print(spans, end="\n\n")
-    if as_json:
-        typer.echo(json.dumps({"examples": documents}))
-
-
-def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
-    return {
-        name: load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=_needs(settings, name))
-        for name, data in settings.data.items()
-    }
-
-
-def _needs(settings: Settings, name: str) -> set[str]:
-    """What the uses of a data set need of every row: SFT a solution; RL, rejection and evaluation an answer."""
-    needs = {"solution" if s.kind == "sft" else "answer" for s in settings.stages if s.data == name}
-    judged = {*settings.evaluate.data, *(s.dev.data for s in settings.stages)}
-    return needs | ({"answer"} if name in judged else set())
-
-
-def _train_and_evaluation(settings: Settings, sets: dict[str, list[Problem]]) -> list[dict[str, list[Problem]]]:
-    train = {s.data: sets[s.data] for s in settings.stages}
-    judged = [*settings.evaluate.data, *(s.dev.data for s in settings.stages if s.dev.data)]
-    return [train, {name: sets[name] for name in judged}]
-
-
-def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Every gold answer given to its own checker: one that it does not accept would turn right samples into wrong."""
-    from rich.console import Console
-    from rich.progress import track
-
-    from truestep.grade.score import Grader
-
-    answered = [p for p in problems if p.answer]
-    with Grader() as grader:
-        progress = track(answered, "golds", console=Console(stderr=True), transient=True)
-        scores = [grader.check_gold(problem) for problem in progress]
-    refused = [
-        {"id": p.id, "row": p.row, "answer": p.answer, "verdict": s.verdict.value, "reason": s.reason}
-        for p, s in zip(answered, scores, strict=True)
-        if s.verdict is not Verdict.CORRECT
-    ]
-    return {**conserve(scores), "refused": refused}
-
-
-def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table("data", "rows", "answers", "solutions", "repeated", "characters", "refused", box=None)
-    for name, d in described.items():
-        lengths = [d[key] for key in ("problem_characters", "solution_characters") if d[key]]
-        refused = str(len(d["gold"]["refused"])) if "gold" in d else "not judged"
-        counts = [str(d[key]) for key in ("num_problems", "num_answers", "num_solutions", "num_duplicate_texts")]
-        table.add_row(name, *counts, " + ".join(f"{found['min']}-{found['max']}" for found in lengths), refused)
-    console.print(table)
-    for name, d in described.items():
-        if d["num_contradictory_texts"]:
-            rows = " and ".join(d["duplicate_examples"][0])
-            count = f"texts with different answers: {d['num_contradictory_texts']}"
-            console.print(f"{name}: {count}, e.g. {rows}", markup=False)
-        for gold in d.get("gold", {}).get("refused", ())[:10]:
-            words = f"{gold['verdict']} {gold['reason']}".strip()
-            console.print(f"{name}: {gold['row']}: answer {gold['answer']!r} is {words}", markup=False)
-    for pair in pairs:
-        console.print(
-            f"overlap of {pair['train']} with {pair['evaluation']}: {pair['exact']['num_evaluation']} equal, "
-            f"{pair['ngram']['num_evaluation']} share 13 words, of {pair['num_evaluation']}",
-            markup=False,
-        )
-
-
-def _example(tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings) -> tuple[Text, dict[str, Any]]:
-    """One problem as coloured text, and as counts and spans for JSON; a run of tokens of one kind is one span."""
-    from itertools import groupby
-
-    from rich.text import Text
-
-    from truestep.data.chat import encode_demonstration, encode_prompt, prompt_roles
-    from truestep.records import Role
-
-    if problem.solution:
-        demonstration = encode_demonstration(tokenizer, problem, settings.chat)
-        ids, roles, trained = demonstration.token_ids, demonstration.roles, demonstration.trained
-    else:
-        ids = encode_prompt(tokenizer, problem, settings.chat).token_ids
-        roles = prompt_roles(tokenizer, problem, settings.chat)
-        trained = (False,) * len(ids)
-    styles = {Role.SYSTEM: "magenta", Role.USER: "cyan", Role.ASSISTANT: "yellow", Role.TEMPLATE: "dim"}
-    text, spans = Text(), []
-    for (role, is_trained), group in groupby(zip(ids, roles, trained, strict=True), key=lambda t: (t[1], t[2])):
-        words = str(tokenizer.decode([token for token, _, _ in group], clean_up_tokenization_spaces=False))
-        text.append(f"⟦{words}⟧" if is_trained else words, style="bold green" if is_trained else styles[role])
-        spans.append({"role": role.name.lower(), "trained": is_trained, "text": words})
-    return text, {"id": problem.id, "num_tokens": len(ids), "num_trained": sum(trained), "spans": spans}
+    data_actions.show(recipe, overrides or (), num=num, as_json=as_json)

@@ -52,12 +52,8 @@ def _lazily(module: str, name: str) -> Any:
 
 def main() -> None:
     """Entry point. A user's error is one line on stderr, never a traceback."""
-    from truestep.settings import SettingsError
-
     try:
         _app()()
-    except SettingsError as error:
-        _fail(str(error), EXIT["settings"])
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("truestep"):
             _fail(f'this needs the package {error.name}: pip install "truestep[train]"', EXIT["could not run"])
@@ -68,6 +64,8 @@ def main() -> None:
             EXIT["resources"],
         )
     except Exception as error:
+        if isinstance(error, _lazily("truestep.settings", "SettingsError")):
+            _fail(str(error), EXIT["settings"])
         if isinstance(error, _lazily("truestep.checkpoint.store", "OutOfSpace")):
             _fail(str(error), EXIT["resources"])
         for module, name in (

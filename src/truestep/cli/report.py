@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from truestep.settings import SettingsError
-
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
@@ -20,6 +18,7 @@ def report(
 
     from truestep.report.html import write_report
     from truestep.report.tables import read_summary, score_table, terminal_table
+    from truestep.settings import SettingsError
 
     if not (run / "resolved.toml").is_file():
         raise SettingsError(f"{run}: is no run directory (it has no resolved.toml): give the folder that a run printed")

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from truestep.settings import Settings, SettingsError, load_settings, settings_hash
-
 if TYPE_CHECKING:
     from truestep.pipeline.prepare import Prepared
+    from truestep.settings import Settings
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe: one TOML file.", show_default=False)]
 Set = Annotated[
@@ -36,7 +35,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run all stages of a recipe, with an evaluation before, between and after."""
-    execute(load_settings(recipe, overrides or ()), recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+    execute(_load(recipe, overrides), recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
 def sft(
@@ -48,7 +47,7 @@ def sft(
     as_json: Json = False,
 ) -> None:
     """Run only the sft stages of a recipe."""
-    settings = only(load_settings(recipe, overrides or ()), "sft", recipe)
+    settings = only(_load(recipe, overrides), "sft", recipe)
     execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
@@ -61,7 +60,7 @@ def rl(
     as_json: Json = False,
 ) -> None:
     """Run only the rl stages of a recipe, from model.path."""
-    settings = only(load_settings(recipe, overrides or ()), "rl", recipe)
+    settings = only(_load(recipe, overrides), "rl", recipe)
     execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
@@ -74,7 +73,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate model.path on the recipe's evaluation sets."""
-    settings = load_settings(recipe, overrides or ())
+    from truestep.settings import SettingsError
+
+    settings = _load(recipe, overrides)
     if not settings.evaluate.data:
         raise SettingsError(f'{recipe}: evaluate.data is empty: write evaluate.data = ["..."]')
     settings = settings.model_copy(
@@ -83,7 +84,16 @@ def evaluate(
     execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
+def _load(recipe: Path, overrides: list[str] | None) -> Settings:
+    """Imported here, not above: ``truestep --help`` needs no settings models."""
+    from truestep.settings import load_settings
+
+    return load_settings(recipe, overrides or ())
+
+
 def only(settings: Settings, kind: str, recipe: Path) -> Settings:
+    from truestep.settings import SettingsError
+
     stages = tuple(s for s in settings.stages if s.kind == kind)
     if not stages:
         raise SettingsError(f'{recipe}: has no stage of kind {kind}: write [[stages]] with kind = "{kind}"')
@@ -99,6 +109,7 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
     from truestep.pipeline.run import check_run_folder, open_run_folder
     from truestep.pipeline.run import run as run_pipeline
     from truestep.report.html import write_report
+    from truestep.settings import settings_hash
     from truestep.train.parallel import join, leave
 
     rank, world_size = world()
