@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ class Contestant:
     spec: Mapping[str, Any]
     environment: str = ""
     once: bool = False  # in the first repetition only
-    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def say(text: str) -> None:
@@ -139,11 +138,10 @@ def matmul_contestants(sizes: Sizes) -> list[Contestant]:
     rate = {"what": "rate", "matmul_size": sizes.matmul_size, "seconds": sizes.matmul_seconds}
     eager = dict(sft_contestants(sizes)[0].spec)
     compiled = {**eager, "compile": True, "warmup": 2}
-    cache = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(prefix="inductor-", dir=FOLDER)}
     return [
         Contestant(name="matmul rate", script="ours.py", spec=rate),
         Contestant(name="truestep, eager", script="ours.py", spec=eager),
-        Contestant(name="truestep, compiled", script="ours.py", spec=compiled, variables=cache),
+        Contestant(name="truestep, compiled", script="ours.py", spec=compiled),
     ]
 
 
@@ -214,8 +212,8 @@ def run_contestant(contestant: Contestant, spec: Mapping[str, Any], folder: Path
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # empty in a section's first repetition, warm after it
         **preload(contestant.environment),
-        **contestant.variables,
     }
     command = [str(python), str(PEERS / contestant.script), str(path)]
     try:

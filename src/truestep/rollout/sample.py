@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from truestep.records import Group, Problem, Prompt, Rollout, Score, Stop, Verdict
@@ -10,6 +11,7 @@ from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.plan import Plan
 from truestep.seeding import Purpose
 
+MAX_SAMPLES = 1 << 20  # of one prompt in one step; numbers of a prompt's second group start here
 GradeMany = Callable[[Sequence[tuple[Problem, str]]], list[Score]]
 
 
@@ -25,54 +27,60 @@ class Sampler:
     grade: GradeMany
     seed: int
     check_stop: Callable[[], None] = lambda: None
-    on_rollout: Callable[[int, int], None] = lambda done, total: None
 
     def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
-        """Sample and grade all prompts; rounds are batched over prompts."""
-        history: dict[str, list[Group]] = {p.problem.id: [] for p in prompts}
+        """One graded group per prompt, in order; rounds are batched over prompts.
+
+        A prompt may stand in ``prompts`` twice (where a batch spans two epochs): its second group has sample numbers,
+        and so random numbers, of its own.
+        """
+        seen: Counter[str] = Counter()
+        first = []
+        for prompt in prompts:
+            first.append(seen[prompt.problem.id] * MAX_SAMPLES)
+            seen[prompt.problem.id] += 1
+        history: list[list[Group]] = [[] for _ in prompts]
         while True:
             requests: list[SampleRequest] = []
-            asked: list[Prompt] = []
-            for prompt in prompts:
-                earlier = history[prompt.problem.id]
-                following = self.plan(prompt, earlier, self.samples_per_prompt)
+            owner: dict[tuple[str, int], int] = {}
+            for place, prompt in enumerate(prompts):
+                following = self.plan(prompt, history[place], self.samples_per_prompt)
                 if following is None:
                     continue
-                asked.append(prompt)
-                first = sum(len(g.rollouts) for g in earlier)
-                requests += [
-                    SampleRequest(
-                        problem_id=prompt.problem.id,
-                        sample_index=first + i,
-                        prompt_ids=prompt.token_ids,
-                        seed=self.seed,
-                        purpose=Purpose.SAMPLE,
-                        step=step,
-                    )
-                    for i in range(following.num_samples)
-                ]
+                start = first[place] + sum(len(g.rollouts) for g in history[place])
+                for index in range(start, start + following.num_samples):
+                    owner[prompt.problem.id, index] = place
+                    requests.append(self._request(prompt, index, step))
             if not requests:
-                return [_merge(history[p.problem.id]) for p in prompts if history[p.problem.id]]
-            for group in self._round(asked, requests):
-                history[group.prompt.problem.id].append(group)
+                return [_merge(groups) for groups in history]
+            for place, group in self._round(prompts, requests, owner).items():
+                history[place].append(group)
 
-    def _round(self, prompts: Sequence[Prompt], requests: Sequence[SampleRequest]) -> list[Group]:
-        found: dict[str, list[Rollout]] = {p.problem.id: [] for p in prompts}
-        for done, rollout in enumerate(self.engine.generate(requests, self.sampling, self.check_stop), start=1):
-            found[rollout.problem_id].append(rollout)
-            self.on_rollout(done, len(requests))
+    def _request(self, prompt: Prompt, index: int, step: int) -> SampleRequest:
+        return SampleRequest(
+            problem_id=prompt.problem.id,
+            sample_index=index,
+            prompt_ids=prompt.token_ids,
+            seed=self.seed,
+            purpose=Purpose.SAMPLE,
+            step=step,
+        )
+
+    def _round(
+        self, prompts: Sequence[Prompt], requests: Sequence[SampleRequest], owner: Mapping[tuple[str, int], int]
+    ) -> dict[int, Group]:
+        """Sample the requests and grade them: place in ``prompts`` → this round's group."""
+        found: dict[int, list[Rollout]] = {place: [] for place in owner.values()}
+        for rollout in self.engine.generate(requests, self.sampling, self.check_stop):
+            found[owner[rollout.problem_id, rollout.sample_index]].append(rollout)
         for rollouts in found.values():
             rollouts.sort(key=lambda r: r.sample_index)
-        pairs = [(p.problem, self.decode(r.completion_ids)) for p in prompts for r in found[p.problem.id]]
+        pairs = [(prompts[place].problem, self.decode(r.completion_ids)) for place, rs in found.items() for r in rs]
         scores = iter(self.grade(pairs))
-        return [
-            Group(
-                prompt=p,
-                rollouts=tuple(found[p.problem.id]),
-                scores=tuple(_score(r, next(scores)) for r in found[p.problem.id]),
-            )
-            for p in prompts
-        ]
+        return {
+            place: Group(prompt=prompts[place], rollouts=tuple(rs), scores=tuple(_score(r, next(scores)) for r in rs))
+            for place, rs in found.items()
+        }
 
 
 def _score(rollout: Rollout, score: Score) -> Score:

@@ -107,9 +107,8 @@ class RolloutSource:
         chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
         cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         mine = [cut[self.ranks.rank :: self.ranks.world_size] for cut in cuts]
-        groups = self.sampler.groups([p for cut in mine for p in cut], step)
-        by_id = {g.prompt.problem.id: g for g in groups}
-        cut_groups = [[by_id[p.problem.id] for p in cut] for cut in mine]
+        groups = iter(self.sampler.groups([p for cut in mine for p in cut], step))
+        cut_groups = [[next(groups) for _ in cut] for cut in mine]
         cut_groups, everything = self._refill(cut_groups, step)
         minibatches = [self._sequences(part) for part in cut_groups]
         return StepData(
