@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from truestep.flops import Ledger, ModelShape
@@ -35,9 +37,7 @@ def test_totals_of_the_paper(ledger: Ledger, expected: float) -> None:
 
 def test_doubling() -> None:
     ledger = rollouts(10, 8, 100) + demonstrations(5)
-    double = ModelShape(
-        num_parameters=14_000_000_000, num_matmul_parameters=14_000_000_000, num_layers=28, attention_width=3584
-    )
+    double = replace(PAPER, num_parameters=14 * BILLION)
     assert (ledger + ledger).paper_flops(PAPER) == 2 * ledger.paper_flops(PAPER)
     assert ledger.paper_flops(double) == 2 * ledger.paper_flops(PAPER)
 

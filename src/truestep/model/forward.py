@@ -23,7 +23,10 @@ PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states [N, D] of a packed row."""
+    """Last hidden states [N, D] of a packed row. Raises RuntimeError where packed attention has been switched off
+    behind our back: the layout would be ignored, and rows would see each other."""
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise RuntimeError(f"packed attention is not installed, but {model.config._attn_implementation!r}")
     out = model.base_model(
         input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, layout=layout
     )

@@ -45,6 +45,7 @@ def ones(context: Context) -> Tensor:
 def clipped_ratio(clip_low: float, clip_high: float) -> Coefficient:
     """C = A·r where the clipped surrogate still has a gradient: r ≤ 1+ε_high if A > 0, r ≥ 1−ε_low if A < 0.
 
+    The log-ratio is clamped to ±20 first, which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
     Source: PPO (arXiv:1707.06347), asymmetric as in DAPO (arXiv:2503.14476).
     """
 

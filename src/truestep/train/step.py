@@ -54,7 +54,7 @@ def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[Tok
     Held by: tests/numerics/test_invariance.py, tests/numerics/test_mutants.py
     """
     totals = count_totals(plan.terms, batches, plan.ranks)
-    weights = list(plan.microbatch_weights or [1.0] * len(batches))
+    weights = [1.0] * len(batches) if plan.microbatch_weights is None else list(plan.microbatch_weights)
     if len(weights) != len(batches):
         raise ValueError(f"{len(weights)} microbatch_weights for {len(batches)} micro-batches")
     sums: dict[str, float] = {}
@@ -126,7 +126,9 @@ def microbatch_loss(
         if total == 0:
             continue  # absent from the whole step, on every rank
         if term.coefficient is not None:
-            values = -(term.coefficient(context) * logprobs)
+            coefficient = term.coefficient(context)
+            values = -(coefficient * logprobs)
+            _count_clipped(sums, coefficient, term.select(batch), batch)
         else:
             assert term.value is not None
             values = term.value(logprobs, entropy)
@@ -140,6 +142,13 @@ def microbatch_loss(
     return loss
 
 
+def _count_clipped(sums: dict[str, float], coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
+    """Sampled tokens that have an advantage and yet no gradient: clipped, whatever the method's range is."""
+    clipped = selected & (coefficient == 0) & ~batch.behavior_logprobs.isnan()
+    _add(sums, "clip_low", float((clipped & (batch.advantage < 0)).sum()))
+    _add(sums, "clip_high", float((clipped & (batch.advantage > 0)).sum()))
+
+
 def _measure(sums: dict[str, float], context: Context) -> None:
     """Sums over tokens of what is watched every step; divided by counts in ``_report``."""
     batch = context.batch
@@ -149,11 +158,8 @@ def _measure(sums: dict[str, float], context: Context) -> None:
     sampled = ~batch.behavior_logprobs.isnan()
     if bool(sampled.any()):
         log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
-        advantage, ratio = batch.advantage[sampled], log_ratio.exp()
         _add(sums, "sampled", float(sampled.sum()))
-        _add(sums, "clip_low", float(((ratio < 0.8) & (advantage < 0)).sum()))
-        _add(sums, "clip_high", float(((ratio > 1.28) & (advantage > 0)).sum()))
-        _add(sums, "approx_kl", float((ratio - 1 - log_ratio).sum()))
+        _add(sums, "approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()))
         # The policy that sampled is the proximal one: how far do engine and trainer disagree about the same tokens?
         gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
         _add(sums, "gap", float(gap.abs().sum()))
