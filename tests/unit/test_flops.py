@@ -37,7 +37,7 @@ def test_totals_of_the_paper(ledger: Ledger, expected: float) -> None:
 
 def test_doubling() -> None:
     ledger = rollouts(10, 8, 100) + demonstrations(5)
-    double = replace(PAPER, num_parameters=14 * BILLION)
+    double = replace(PAPER, num_parameters=14_000_000_000)
     assert (ledger + ledger).paper_flops(PAPER) == 2 * ledger.paper_flops(PAPER)
     assert ledger.paper_flops(double) == 2 * ledger.paper_flops(PAPER)
 
