@@ -85,6 +85,7 @@ def sft_contestants(sizes: Sizes) -> list[Contestant]:
         "tokens_per_microbatch": sizes.tokens_per_microbatch,
         "max_length": 1024,
         "gradient_checkpointing": False,
+        "trainer": "trl",
         "packing": False,
         "batch_size": 8,
         "accumulation": sizes.sequences_per_step // 8,
@@ -97,6 +98,7 @@ def sft_contestants(sizes: Sizes) -> list[Contestant]:
         Contestant(name="truestep", script="ours.py", spec=common),
         Contestant(name="TRL, 8 x 2, padded", spec=common, **trl),
         Contestant(name="TRL, packing", spec=packed, **trl),
+        Contestant(name="transformers Trainer, 8 x 2, padded", spec={**common, "trainer": "transformers"}, **trl),
         Contestant(
             name="TRL, padded, its default checkpointing",
             spec={**common, "gradient_checkpointing": True},

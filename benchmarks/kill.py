@@ -218,8 +218,8 @@ def main() -> None:
     while tally.kills < given.kills:
         folder = work / f"run-{tally.runs:03d}"
         begin(folder, reference, given.stage)
-        # Half of the training time as the longest wait: a few kills a run, and each launch still gets ahead.
-        killed_run(recipe, folder, tally, given.kills - tally.kills, (until_training, training / 2), draw)
+        # A third of the training time as the longest wait: a few kills a run, and each launch still gets ahead.
+        killed_run(recipe, folder, tally, given.kills - tally.kills, (until_training, training / 3), draw)
         tally.runs += 1
         got = fingerprint(folder)
         bad = sorted(k for k in expected.keys() | got.keys() if expected.get(k) != got.get(k))

@@ -1,4 +1,8 @@
-"""TRL's SFTTrainer on the shared rows: the same token ids, labels on the completion only, in the same order."""
+"""TRL's SFTTrainer on the shared rows: the same token ids, labels on the completion only, in the same order.
+
+With ``trainer = "transformers"`` it is the plain Trainer, whose loss is the model's own over whole logits: TRL's fused
+output layer has its fast kernels in Triton, and on a processor falls back to one that scores prompts and padding too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from measure import StepClock, report, specification
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 
@@ -23,15 +34,23 @@ class _Clock(TrainerCallback):
         self.clock.end_step()
 
 
-class _Counting(SFTTrainer):
-    """The trainer, with real tokens counted as they pass."""
+class _Count:
+    """Counts real tokens as they pass."""
 
     clock: StepClock
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         mask = inputs.get("attention_mask")
         self.clock.count(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
-        return super().training_step(model, inputs, *args, **kwargs)
+        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+
+class _Trl(_Count, SFTTrainer):
+    pass
+
+
+class _Plain(_Count, Trainer):
+    pass
 
 
 def main() -> None:
@@ -44,32 +63,35 @@ def main() -> None:
     ]
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
-        settings = SFTConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=spec["dtype"] == "bfloat16",
-            fp16=False,
-            per_device_train_batch_size=spec["batch_size"],
-            gradient_accumulation_steps=spec["accumulation"],
-            max_steps=spec["warmup"] + spec["steps"],
-            max_length=spec["max_length"],
-            packing=spec["packing"],
-            gradient_checkpointing=spec["gradient_checkpointing"],
-            learning_rate=1e-5,
-            lr_scheduler_type="constant",
-            weight_decay=0.01,
-            train_sampling_strategy="sequential",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = _Counting(
-            model=model,
-            args=settings,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=[_Clock(clock)],
-        )
+        general = {
+            "output_dir": folder,
+            "use_cpu": True,
+            "bf16": spec["dtype"] == "bfloat16",
+            "fp16": False,
+            "per_device_train_batch_size": spec["batch_size"],
+            "gradient_accumulation_steps": spec["accumulation"],
+            "max_steps": spec["warmup"] + spec["steps"],
+            "gradient_checkpointing": spec["gradient_checkpointing"],
+            "learning_rate": 1e-5,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0.01,
+            "train_sampling_strategy": "sequential",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        shared = {
+            "model": model,
+            "train_dataset": Dataset.from_list(rows),
+            "processing_class": tokenizer,
+            "callbacks": [_Clock(clock)],
+        }
+        if spec["trainer"] == "trl":
+            settings: Any = SFTConfig(**general, max_length=spec["max_length"], packing=spec["packing"])
+            trainer: Any = _Trl(**shared, args=settings)
+        else:
+            settings = TrainingArguments(**general)
+            trainer = _Plain(**shared, args=settings, data_collator=DataCollatorForSeq2Seq(tokenizer))
         trainer.clock = clock
         trainer.train()
     extra = {"optimizer": str(settings.optim), "attention": model.config._attn_implementation}

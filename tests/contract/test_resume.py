@@ -194,7 +194,6 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files(folder / "stages")}
 
 
-@pytest.mark.xfail(strict=True, reason="settings are written, and the base model evaluated anew, before the refusal")
 def test_a_refused_resume_leaves_the_record_of_what_was_run(
     recipe: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

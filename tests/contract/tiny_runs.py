@@ -100,7 +100,7 @@ def prepared(recipe: Path, *overrides: str) -> Prepared:
 
 def go(made: Prepared, folder: Path, *, resume: bool = False) -> Silent:
     """What the command line does, without its signal handlers."""
-    open_run_folder(made.settings, folder, resume=resume, rank=0)
+    open_run_folder(made, folder, resume=resume, rank=0)
     reporter = Silent()
     run_pipeline(made, folder, ranks=Ranks(), reporter=reporter)
     return reporter

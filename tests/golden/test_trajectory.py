@@ -81,8 +81,9 @@ def trajectory(folder: Path) -> dict[str, Any]:
     (folder / "golden.toml").write_text(RECIPE)
     settings = load_settings(folder / "golden.toml")
     out = folder / "run"
-    open_run_folder(settings, out, resume=False, rank=0)
-    run(prepare(settings, base_dir=folder), out, ranks=Ranks(), reporter=Silent())
+    prepared = prepare(settings, base_dir=folder)
+    open_run_folder(prepared, out, resume=False, rank=0)
+    run(prepared, out, ranks=Ranks(), reporter=Silent())
     found: dict[str, Any] = {}
     for name, home in (("sft", out / "stages/01-sft"), ("rl", out / "stages/02-rl")):
         steps = rundir.read_jsonl(home / "metrics.jsonl")

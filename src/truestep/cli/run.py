@@ -124,7 +124,7 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
         plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": _rows(prepared, world_size)}
         typer.echo(json.dumps(plan) if as_json else str(folder))
         return
-    open_run_folder(settings, folder, resume=resume, rank=rank)
+    open_run_folder(prepared, folder, resume=resume, rank=rank)
     ranks = join()
     try:
         with signals.deferred():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import torch
 
 from truestep import rundir
 from truestep.checkpoint.export import export_hf, model_card
-from truestep.checkpoint.store import load_latest
+from truestep.checkpoint.store import list_checkpoints, load_latest
 from truestep.device import make_deterministic, set_threads
 from truestep.evaluate.compare import compare
 from truestep.flops import Ledger
@@ -53,19 +54,37 @@ def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
         raise SettingsError(f"{folder} exists and is no run of truestep: write --out for another place")
 
 
-def open_run_folder(settings: Settings, folder: Path, *, resume: bool, rank: int) -> None:
-    """Make the run directory, or join an existing one with --resume. Raises SettingsError where it is taken.
+def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
+    """Make the run directory, or join an existing one with --resume.
 
+    Raises SettingsError, before anything is written, where it is taken or holds stages of other settings or data.
     Rank 0 alone looks: to the others, what it has just made would seem to be taken.
     """
     if rank != 0:
         return
+    settings = prepared.settings
     check_run_folder(settings, folder, resume=resume)
+    for index, stage in enumerate(settings.stages):
+        _require_identity(stage_folder(folder, index, stage), stage_identity(prepared, index))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
     except OSError as error:
         raise SettingsError(f"{folder}: cannot be written: {error.strerror}: write --out for another place") from None
+
+
+def _require_identity(stage: Path, identity: str) -> None:
+    """A stage that is done, or has been begun, was made by these settings from this data."""
+    found = [rundir.read_json(stage / "done.json")["identity"]] if (stage / "done.json").exists() else []
+    for checkpoint in list_checkpoints(stage / "checkpoints")[-1:]:
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # a damaged one is passed over when loading
+            found.append(rundir.read_json(checkpoint / "manifest.json")["state"]["identity"])
+    for other in found:
+        if other != identity:
+            raise SettingsError(
+                f"{stage}: was made with other settings or data (identity {other}, now {identity}): "
+                "write another --out, or delete that folder to train the stage again"
+            )
 
 
 def _require_same_stages(new: Settings, old: Settings, folder: Path) -> None:
@@ -128,16 +147,9 @@ def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> No
 
 
 def _done(session: Session, index: int, stage: StageSettings, identity: str) -> dict[str, Any] | None:
-    path = stage_folder(session.folder, index, stage) / "done.json"
-    if not path.exists():
-        return None
-    done: dict[str, Any] = rundir.read_json(path)
-    if done["identity"] != identity:
-        raise SettingsError(
-            f"{path.parent}: was made with other settings or data (identity {done['identity']}, now "
-            f"{identity}): write another --out, or delete that folder to train the stage again"
-        )
-    return done
+    folder = stage_folder(session.folder, index, stage)
+    _require_identity(folder, identity)
+    return rundir.read_json(folder / "done.json") if (folder / "done.json").exists() else None
 
 
 def _train(session: Session, index: int, path: str, before: Ledger, identity: str) -> dict[str, Any]:
