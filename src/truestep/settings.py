@@ -34,11 +34,17 @@ class TinySettings(Frozen):
     num_heads: int = Field(4, ge=1)
     intermediate_size: int = Field(384, ge=8)
 
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"hidden_size = {self.hidden_size} is no multiple of 2 x num_heads = {2 * self.num_heads}")
+        return self
+
 
 class ModelSettings(Frozen):
     path: str  # tiny | smollm2-135m-instruct | folder | file.gguf | hub id
-    context_length: int | Literal["model"] = "model"
-    rope_theta: float | Literal["model"] = "model"
+    context_length: Annotated[int, Field(ge=8)] | Literal["model"] = "model"
+    rope_theta: Annotated[float, Field(gt=0)] | Literal["model"] = "model"
     tiny: TinySettings = TinySettings()
 
 
@@ -256,6 +262,11 @@ class Settings(Frozen):
         wanted = [(f"stages.{s.name}.data", s.data) for s in self.stages]
         wanted += [(f"stages.{s.name}.dev.data", s.dev.data) for s in self.stages if s.dev.data]
         wanted += [("evaluate.data", d) for d in self.evaluate.data]
+        for stage in self.stages:
+            if stage.dev.data and stage.dev.data in (*self.evaluate.data, *(s.data for s in self.stages)):
+                raise ValueError(
+                    f'stages.{stage.name}.dev.data = "{stage.dev.data}" is also trained or tested on: write another set'
+                )
         for where, name in wanted:
             if name not in self.data:
                 raise ValueError(
@@ -338,7 +349,7 @@ def _child(node: Any, part: str, item: str) -> Any:
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
-    where = ".".join(p for p in loc if not p.startswith("function-"))
+    where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _did_you_mean(loc[-1], _known_keys(loc[:-1]))

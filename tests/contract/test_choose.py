@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from truestep.rollout.choose import BLOCK, choose
+from truestep.rollout.choose import BLOCK, NonFiniteLogitsError, choose
 from truestep.rollout.engine import SamplingParameters
 
 torch.set_num_threads(1)
@@ -144,7 +144,8 @@ def test_a_forced_token_is_taken() -> None:
 def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
     logits = torch.zeros(1, 9)
     logits[0, 4] = bad
-    with pytest.raises(ValueError, match="not finite"):
-        choose(logits, [0.5], how(temperature=1.0), [-1])
-    with pytest.raises(ValueError, match="not finite"):
-        choose(torch.full((1, 9), float("-inf")), [0.5], how(temperature=1.0), [-1])
+    for temperature in (0.0, 1.0):  # greedy too: a broken model must not be scored as a wrong one
+        with pytest.raises(NonFiniteLogitsError, match="not finite"):
+            choose(logits, [0.5], how(temperature=temperature), [-1])
+        with pytest.raises(NonFiniteLogitsError, match="not finite"):
+            choose(torch.full((1, 9), float("-inf")), [0.5], how(temperature=temperature), [-1])

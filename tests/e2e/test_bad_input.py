@@ -219,8 +219,8 @@ CASES = [
     ),
     Case(
         "no demonstration fits",
-        recipe('path = "tiny"', 'path = "tiny"\ncontext_length = 4'),
-        ("demonstrations", "4 tokens", "model.context_length"),
+        recipe('path = "tiny"', 'path = "tiny"\ncontext_length = 8'),
+        ("demonstrations", "8 tokens", "model.context_length"),
     ),
     # methods and tasks
     Case("unknown method", rl("steps = 2", 'steps = 2\nmethod = "gpro"'), ("stages.rl", "method = 'gpro'", "grpo")),

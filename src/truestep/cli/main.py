@@ -71,6 +71,7 @@ def main() -> None:
         for module, name in (
             ("truestep.train.step", "NonFiniteError"),
             ("truestep.train.publish", "StaleWeightsError"),
+            ("truestep.rollout.choose", "NonFiniteLogitsError"),
         ):
             if isinstance(error, _lazily(module, name)):
                 _fail(str(error), EXIT["could not run"])

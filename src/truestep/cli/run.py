@@ -124,6 +124,8 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
         plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": _rows(prepared, world_size)}
         typer.echo(json.dumps(plan) if as_json else str(folder))
         return
+    if resume and rank == 0 and not (folder / "resolved.toml").exists():
+        reporter.say(f"nothing to resume in {folder}: starting there")
     open_run_folder(prepared, folder, resume=resume, rank=rank)
     ranks = join()
     try:
@@ -135,6 +137,8 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
         reporter.say(
             f"{stop}; everything finished is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}"
         )
+        if rank == 0:
+            write_report(folder)
         raise typer.Exit(128 + stop.signum) from None
     finally:
         reporter.close()

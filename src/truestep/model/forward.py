@@ -14,12 +14,21 @@ from torch import Tensor
 from truestep.model.attention import IMPLEMENTATION, Layout, PackedLayout
 from truestep.records import Segment
 from truestep.seeding import Purpose, generator
+from truestep.settings import SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # How far packed hidden states may be from separate ones, relative to their norm: ten times the measured noise.
 PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
+    """The repeated blocks of the model. Raises SettingsError where they have no known name."""
+    for name in ("layers", "h", "blocks"):
+        if isinstance(found := getattr(model.base_model, name, None), torch.nn.ModuleList):
+            return list(found)
+    raise SettingsError(f"{type(model).__name__} has no list of layers: write compute.compile = false, parallel = ddp")
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:

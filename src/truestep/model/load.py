@@ -64,6 +64,22 @@ def resolve(settings: ModelSettings) -> str:
     return path
 
 
+def model_content(settings: ModelSettings) -> str:
+    """A hash of the model's files, so that changed weights in the same folder are another model ("" for ``tiny``)."""
+    source = resolve(settings)
+    if source == "tiny":
+        return ""
+    if not Path(source).is_dir():
+        from transformers import AutoConfig
+
+        return str(getattr(_from_hub(AutoConfig, source, {}), "_commit_hash", "") or "")
+    digest = hashlib.sha256()
+    for file in sorted(Path(source).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt") and file.is_file():
+            digest.update(f"{file.name}:{file_sha256(file)};".encode())
+    return digest.hexdigest()[:16]
+
+
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     source = resolve(settings)
     if source == "tiny":
@@ -78,6 +94,9 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype, device: torch.dev
 
     Raises SettingsError where the model cannot be found or an override cannot be applied.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     source = resolve(settings)
     tokenizer = load_tokenizer(settings)
     if source == "tiny":

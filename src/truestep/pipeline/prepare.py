@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from truestep.data.chat import encode_prompt, stop_token_ids
 from truestep.data.demonstrations import Demonstrations, encode_demonstrations
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
+from truestep.device import world
 from truestep.grade.score import Grader
-from truestep.model.load import TINY_CONTEXT, load_tokenizer, resolve
+from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
 from truestep.objective.methods import Method, build
 from truestep.pipeline.track import require_trackers
 from truestep.records import Problem, Prompt, Verdict
@@ -44,6 +46,7 @@ class Prepared:
     problems: dict[str, list[Problem]] = field(default_factory=dict)
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
     demonstrations: dict[str, Demonstrations] = field(default_factory=dict)
+    model_content: str = ""  # hash of the base model's files
     content: dict[str, str] = field(default_factory=dict)  # hash of each data set's content
     methods: dict[str, Method] = field(default_factory=dict)  # by stage name
     overlap: dict[str, Any] = field(default_factory=dict)
@@ -75,12 +78,14 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     Raises SettingsError naming file, row and field, or the setting, and what to write instead.
     """
     _check_methods_plan(settings)
+    _check_ranks(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
     context, eos = _context_length(settings)
     prepared = Prepared(
         settings=settings, tokenizer=tokenizer, context_length=context, stop_ids=stop_token_ids(tokenizer, eos)
     )
+    prepared.model_content = model_content(settings.model)
     prepared.methods = {s.name: _method(s) for s in settings.stages}
     needs: dict[str, set[str]] = {}
     for name, kind in _uses(settings):
@@ -100,6 +105,17 @@ def _uses(settings: Settings) -> list[tuple[str, str]]:
     uses: list[tuple[str, str]] = [(s.data, s.kind) for s in settings.stages]
     uses += [(s.dev.data, "eval") for s in settings.stages if s.dev.data]
     return uses + [(name, "eval") for name in settings.evaluate.data]
+
+
+def _check_ranks(settings: Settings) -> None:
+    """What runs on one process only is refused on several before anything is loaded."""
+    if world()[1] == 1:
+        return
+    for stage in settings.stages:
+        if stage.dev.data:
+            raise SettingsError(f"stages.{stage.name}.dev: evaluation in training runs on one process: leave it out")
+        if isinstance(stage, RejectionSettings):
+            raise SettingsError(f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out")
 
 
 def _check_methods_plan(settings: Settings) -> None:
@@ -163,7 +179,8 @@ def _content_hash(problems: Sequence[Problem]) -> str:
     digest = hashlib.sha256()
     for p in problems:
         turns = "\x1e".join(f"{m.role}\x1d{m.content}" for m in p.messages)
-        digest.update(f"{p.id}\x1f{turns}\x1f{p.answer}\x1f{p.checker}\x1f{p.solution}\x1c".encode())
+        meta = json.dumps(dict(p.meta), sort_keys=True, default=str)
+        digest.update(f"{p.id}\x1f{turns}\x1f{p.answer}\x1f{p.checker}\x1f{p.solution}\x1f{meta}\x1c".encode())
     return digest.hexdigest()[:16]
 
 
@@ -232,22 +249,30 @@ def _longest_sample(prepared: Prepared, name: str, max_new_tokens: int, where: s
 def stage_identity(prepared: Prepared, index: int) -> str:
     """The hash of all that a stage's result depends on: its own settings and data, and every stage before it."""
     settings = prepared.settings
-    parts: list[Any] = [settings.model, settings.chat, settings.compute, settings.seed]
+    parts: list[Any] = [base_identity(prepared), settings.chat]
     for stage in settings.stages[: index + 1]:
-        frozen = stage.model_copy(update={"save_every": 1, "keep_checkpoints": 1})
+        # What is about memory or files alone may change between two sittings of a run.
+        frozen = stage.model_copy(update={"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1})
+        if isinstance(frozen, RlSettings | RejectionSettings):
+            frozen = frozen.model_copy(update={"sampling": frozen.sampling.model_copy(update={"max_running": 1})})
         parts += [frozen, prepared.content[stage.data], prepared.content.get(stage.dev.data, "")]
         if stage.dev.data:
-            parts.append(settings.evaluate.sampling)
+            parts.append(settings.evaluate.sampling.model_copy(update={"max_running": 1}))
     return settings_hash(*parts)
 
 
 def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
     settings = prepared.settings
-    return settings_hash(settings.evaluate, settings.chat, settings.seed, model_identity, prepared.content[name])
+    sampling = settings.evaluate.sampling.model_copy(update={"max_running": 1})
+    samples = settings.evaluate.samples_per_problem
+    return settings_hash(sampling, samples, settings.chat, settings.seed, model_identity, prepared.content[name])
 
 
 def base_identity(prepared: Prepared) -> str:
-    return settings_hash(prepared.settings.model, prepared.settings.compute, prepared.settings.seed)
+    """The hash of the base model: its settings and the content of its files."""
+    settings = prepared.settings
+    compute = settings.compute.model_copy(update={"threads": 1})
+    return settings_hash(settings.model, prepared.model_content, compute, settings.seed)
 
 
 def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:

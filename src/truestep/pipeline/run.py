@@ -27,9 +27,10 @@ from truestep.pipeline.prepare import (
 )
 from truestep.pipeline.stages import Reporter, Session, evaluate_model, make_stage, open_model, stage_folder
 from truestep.pipeline.track import open_trackers
+from truestep.records import RecordError
 from truestep.settings import Settings, SettingsError, StageSettings, load_settings
 from truestep.signals import Interrupted
-from truestep.train.loop import StageRun, load_parameters, run_stage
+from truestep.train.loop import StageRun, load_parameters, run_stage, summed
 from truestep.train.parallel import Ranks, full, is_sharded
 
 
@@ -131,7 +132,7 @@ def _stages(session: Session) -> None:
             done = _train(session, index, path, ledger, identity)
         else:
             session.reporter.say(f"{stage.name}: done already, skipped")
-        ledger = Ledger.from_json(done["ledger_after"])
+        ledger = Ledger.from_json(done["ledger_after"]) if ranks.rank == 0 else Ledger()
         session.steps_before += int(done["steps"])
         path = str(stage_folder(session.folder, index, stage) / "export")
         ranks.barrier()
@@ -169,10 +170,11 @@ def _train(session: Session, index: int, path: str, before: Ledger, identity: st
             world_size=session.ranks.world_size,
             warn=session.reporter.say,
         )
-        if best is not None:
-            load_parameters(run_.policy, best)
+        if best is None or best.step != run_.best["step"]:
+            raise RecordError(f"{run_.folder / 'best'} does not hold step {run_.best['step']}, the best on the dev set")
+        load_parameters(run_.policy, best)
     own = Ledger(**{k: v - before.to_json()[k] for k, v in ledger.to_json().items()})
-    totals = [_summed(session.ranks, part) for part in (own, ledger)]
+    totals = [summed(part, session.ranks) for part in (own, ledger)]
     shape = run_.policy.shape
     done = {
         "identity": identity,
@@ -185,7 +187,7 @@ def _train(session: Session, index: int, path: str, before: Ledger, identity: st
         "tokens": totals[0].to_json(),
         "flops_paper": totals[0].paper_flops(shape),
         "flops_full": totals[0].full_flops(shape),
-        "ledger_after": ledger.to_json(),
+        "ledger_after": totals[1].to_json(),
         "best": run_.best,
         "shape": asdict(shape),
     }
@@ -200,11 +202,6 @@ def load_latest_step(run_: StageRun) -> int:
     pointer = run_.folder / "checkpoints" / "latest"
     text = pointer.read_text().strip() if pointer.exists() else ""
     return int(text.rpartition("_")[2]) if text.rpartition("_")[2].isdigit() else 0
-
-
-def _summed(ranks: Ranks, ledger: Ledger) -> Ledger:
-    raw = ledger.to_json()
-    return Ledger(**{k: int(v) for k, v in zip(raw, ranks.sum([float(v) for v in raw.values()]), strict=True)})
 
 
 @torch.no_grad()

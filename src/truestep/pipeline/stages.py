@@ -15,6 +15,7 @@ from truestep.device import compute_device, matmul_rate
 from truestep.evaluate.run import EvaluationPlan, run_evaluation
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
+from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model
 from truestep.objective.schedule import Schedule, learning_rate
 from truestep.pipeline.prepare import Prepared, num_sequences, num_steps, stage_identity
@@ -98,7 +99,7 @@ def make_policy(session: Session, path: str) -> Policy:
     if session.ranks.world_size > 1:
         replicate(policy, session.ranks)
         if compute.parallel == "fsdp2":
-            shard(policy, policy.model.base_model.layers, next(policy.parameters()).dtype)
+            shard(policy, decoder_layers(policy.model), next(policy.parameters()).dtype)
     return policy
 
 
@@ -156,7 +157,7 @@ def make_stage(session: Session, index: int, path: str, ledger: Ledger) -> Stage
         temperature=sampling.temperature if isinstance(stage, RlSettings) and sampling else 1.0,
         max_length=sampling.max_new_tokens if sampling else prepared.context_length,
         engine=engine,
-        dev_score=_dev_score(session, stage, policy, engine, folder),
+        dev_score=_dev_score(session, index, policy, engine, folder),
         ranks=session.ranks,
         ledger=ledger,
         on_step=_on_step(session, stage.name),
@@ -316,15 +317,12 @@ def _as_demonstration(prompt: Prompt, completion: tuple[int, ...]) -> Demonstrat
 
 
 def _dev_score(
-    session: Session, stage: StageSettings, policy: Policy, engine: TorchEngine | None, folder: Path
+    session: Session, index: int, policy: Policy, engine: TorchEngine | None, folder: Path
 ) -> Callable[[int], float] | None:
     """Step → score on the stage's dev set, by the run's own evaluation (kept beside the stage)."""
+    stage, identity = session.prepared.settings.stages[index], stage_identity(session.prepared, index)
     if not stage.dev.data:
         return None
-    if session.ranks.world_size > 1:
-        raise SettingsError(
-            f"stages.{stage.name}.dev: evaluation during training runs on one process: leave it out here"
-        )
     prepared = session.prepared
     shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.sampling.max_running)
     limits = prepared.settings.evaluate.sampling.model_copy(update={"temperature": stage.dev.temperature})
@@ -337,7 +335,7 @@ def _dev_score(
             samples_per_problem=stage.dev.samples_per_problem,
             seed=prepared.settings.seed,
             folder=folder / "dev" / f"step_{step:08d}",
-            identity=f"{stage.name}/{step}",
+            identity=f"{identity}/{step}",
         )
         results = run_evaluation(plan, engine=shared, grade=session.grader.score, decode=session.decode)
         shared.take_cost()  # evaluation is not training: it is in no ledger

@@ -15,6 +15,10 @@ from truestep.rollout.engine import SamplingParameters
 BLOCK = 256
 
 
+class NonFiniteLogitsError(ArithmeticError):
+    """A model that cannot be sampled from: its samples would be noise, and a wrong answer would be blamed on it."""
+
+
 def choose(
     logits: Tensor, uniforms: Sequence[float], sampling: SamplingParameters, forced: Sequence[int]
 ) -> tuple[list[int], list[float]]:
@@ -22,9 +26,12 @@ def choose(
     with log-probability 0 (the distribution is a point).
 
     Shapes: logits [R, V] → R tokens, R log-probabilities of the bent (temperature, top-k, top-p) distribution.
-    Raises ValueError where a row has no finite logit.
+    Raises NonFiniteLogitsError where a row has NaN, plus infinity, or no finite logit at all.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = logits.amax(1)  # NaN where any logit is; a logit of minus infinity is a token that a model rules out
+    if not bool(torch.isfinite(top).all()):
+        raise NonFiniteLogitsError("the model's logits are not finite: a weight is NaN or infinite")
     if sampling.temperature == 0:
         tokens = logits.argmax(1)
         return tokens.tolist(), [0.0] * logits.shape[0]
@@ -36,8 +43,6 @@ def choose(
     blocks = _in_blocks(exponent)
     block_sums = blocks.sum(2, dtype=torch.float64)  # R B
     total = block_sums.sum(1)
-    if not bool(torch.isfinite(total).all()):
-        raise ValueError("the engine's logits are not finite")
     tokens = _invert(blocks, block_sums, torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * total)
     given = torch.tensor(list(forced), device=logits.device)
     tokens = torch.where(given >= 0, given, tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,17 +27,13 @@ class Sampler:
     seed: int
     check_stop: Callable[[], None] = lambda: None
 
-    def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
+    def groups(self, prompts: Sequence[Prompt], step: int, repeats: Sequence[int] = ()) -> list[Group]:
         """One graded group per prompt, in order; rounds are batched over prompts.
 
-        A prompt may stand in ``prompts`` twice (where a batch spans two epochs): its second group has sample numbers,
-        and so random numbers, of its own.
+        ``repeats`` says of each prompt how often the whole batch, over all ranks, has held it before (none by default):
+        its second group has sample numbers, and so random numbers, of its own.
         """
-        seen: Counter[str] = Counter()
-        first = []
-        for prompt in prompts:
-            first.append(seen[prompt.problem.id] * MAX_SAMPLES)
-            seen[prompt.problem.id] += 1
+        first = [count * MAX_SAMPLES for count in repeats or [0] * len(prompts)]
         history: list[list[Group]] = [[] for _ in prompts]
         while True:
             requests: list[SampleRequest] = []

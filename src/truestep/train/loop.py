@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from truestep import rundir, signals
-from truestep.checkpoint.store import Checkpoint, load_latest, save_checkpoint
+from truestep.checkpoint.store import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from truestep.device import peak_memory_bytes
 from truestep.flops import Ledger
 from truestep.model.attention import count_pairs
@@ -100,7 +101,8 @@ def _stop_together(run: StageRun) -> None:
     asked = int(run.ranks.max([float(signals.pending())])[0])
     if asked:
         raise Interrupted(asked)
-    run.check_stop()
+    if run.ranks.world_size == 1:
+        run.check_stop()
 
 
 def _take(run: StageRun, step: int) -> tuple[StepData, Ledger, float]:
@@ -219,10 +221,16 @@ def _state(run: StageRun, done: int) -> dict[str, Any]:
     return {
         "step": done,
         "identity": run.identity,
-        "ledger": run.ledger.to_json(),
+        "ledger": summed(run.ledger, run.ranks).to_json(),
         "best": run.best,
         "threads": torch.get_num_threads(),
     }
+
+
+def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
+    """The work of all ranks (a collective)."""
+    raw = ledger.to_json()
+    return Ledger(**{k: int(v) for k, v in zip(raw, ranks.sum([float(v) for v in raw.values()]), strict=True)})
 
 
 def _save(run: StageRun, optimizer: MasterOptimizer, done: int) -> None:
@@ -271,13 +279,21 @@ def _restore(run: StageRun, optimizer: MasterOptimizer) -> int:
             )
         load_parameters(run.policy, found)
         optimizer.load_state_tensors(found.tensors["optimizer"])
-        run.ledger = Ledger.from_json(found.state["ledger"])
+        run.ledger = Ledger.from_json(found.state["ledger"]) if run.ranks.rank == 0 else Ledger()
         run.best = dict(found.state["best"])
         step = found.step
     if run.ranks.rank == 0:
+        _forget_later_best(run)
         for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
             rundir.truncate_jsonl(run.folder / name, step)
     return step
+
+
+def _forget_later_best(run: StageRun) -> None:
+    """A best checkpoint that the restored state does not know of comes from steps that are about to be redone."""
+    found = list_checkpoints(run.folder / "best")
+    if found and found[-1].name != f"step_{int(run.best.get('step', -1)):08d}":
+        shutil.rmtree(run.folder / "best")
 
 
 @torch.no_grad()

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from truestep.model.attention import PackedLayout
-from truestep.model.forward import PACKING_TOLERANCE, hidden_states, hidden_states_by_segment, install_packing
+from truestep.model.forward import (
+    PACKING_TOLERANCE,
+    decoder_layers,
+    hidden_states,
+    hidden_states_by_segment,
+    install_packing,
+)
 from truestep.model.load import LoadedModel
 from truestep.objective.logprobs import chunked_logprobs, logprobs_from_logits
 from truestep.records import Segment, TokenBatch
@@ -41,7 +47,7 @@ class Policy(nn.Module):
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if compile:
-            for layer in self.model.base_model.layers:
+            for layer in decoder_layers(self.model):
                 layer.compile(dynamic=True)
 
     def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Both are pure functions of the step: a resumed run needs no cursor, and an inter
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -105,9 +106,11 @@ class RolloutSource:
     def take(self, step: int) -> StepData:
         size = self.prompts_per_step // self.updates_per_step
         chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
-        cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        numbered = list(zip(chosen, _occurrences([p.problem.id for p in chosen]), strict=True))
+        cuts = [numbered[i : i + size] for i in range(0, len(numbered), size)]
         mine = [cut[self.ranks.rank :: self.ranks.world_size] for cut in cuts]
-        groups = iter(self.sampler.groups([p for cut in mine for p in cut], step))
+        flat = [pair for cut in mine for pair in cut]
+        groups = iter(self.sampler.groups([p for p, _ in flat], step, [count for _, count in flat]))
         cut_groups = [[next(groups) for _ in cut] for cut in mine]
         cut_groups, everything = self._refill(cut_groups, step)
         minibatches = [self._sequences(part) for part in cut_groups]
@@ -119,29 +122,27 @@ class RolloutSource:
         )
 
     def _refill(self, cuts: list[list[Group]], step: int) -> tuple[list[list[Group]], list[Group]]:
-        """Replace groups that the gate dropped whole by further prompts, for at most ``refill_rounds`` rounds."""
+        """Replace groups that the gate dropped whole by further prompts, for at most ``refill_rounds`` rounds.
+
+        All ranks draw from one order of prompts that none of them has used, so no prompt is drawn twice.
+        """
         everything = [g for cut in cuts for g in cut]
         for attempt in range(self.method.refill_rounds):
             kept = [[g for g in cut if any(self.method.gate(_rewards(g)).keep)] for cut in cuts]
             missing = sum(len(cut) for cut in cuts) - sum(len(cut) for cut in kept)
-            if missing == 0:
+            wanted = self.ranks.gather(missing)
+            seen = {name for names in self.ranks.gather([g.prompt.problem.id for g in everything]) for name in names}
+            pool = [p for p in self.prompts if p.problem.id not in seen]
+            if sum(wanted) == 0 or not pool:
                 break
-            seen = {g.prompt.problem.id for g in everything}
-            pool = [p for p in self.prompts if p.problem.id not in seen][self.ranks.rank :: self.ranks.world_size]
-            extra = (
-                window(pool, 0, min(missing, len(pool)), self.sampler.seed, item=f"refill/{step}/{attempt}")
-                if pool
-                else []
-            )
-            fresh = self.sampler.groups(extra, step) if extra else []
+            order = window(pool, 0, min(sum(wanted), len(pool)), self.sampler.seed, item=f"refill/{step}/{attempt}")
+            first = sum(wanted[: self.ranks.rank])
+            fresh = self.sampler.groups(order[first : first + missing], step)
             everything += fresh
-            queue = list(fresh)
             cuts = [
-                [*part, *[queue.pop() for _ in range(min(len(queue), len(cut) - len(part)))]]
+                [*part, *[fresh.pop() for _ in range(min(len(fresh), len(cut) - len(part)))]]
                 for part, cut in zip(kept, cuts, strict=True)
             ]
-            if not fresh:
-                break
         return cuts, everything
 
     def _sequences(self, groups: Sequence[Group]) -> list[TrainSequence]:
@@ -152,7 +153,8 @@ class RolloutSource:
                 None if s.reward is None else shaped_reward(self.method, s.reward, len(r.completion_ids), limit)
                 for r, s in zip(group.rollouts, group.scores, strict=True)
             ]
-            decision, advantages = self.method.gate(rewards), self.method.advantage(rewards)
+            # The gate judges what the checker said; a length penalty alone makes no group informative.
+            decision, advantages = self.method.gate(_rewards(group)), self.method.advantage(rewards)
             prompt = group.prompt.token_ids
             for i, rollout in enumerate(group.rollouts):
                 advantage = advantages[i]
@@ -227,6 +229,16 @@ class RolloutSource:
                 }
             )
         return rows
+
+
+def _occurrences(names: Sequence[str]) -> list[int]:
+    """How often each name has stood earlier in the list (a batch that spans two epochs can hold a prompt twice)."""
+    seen: Counter[str] = Counter()
+    counts = []
+    for name in names:
+        counts.append(seen[name])
+        seen[name] += 1
+    return counts
 
 
 def _rewards(group: Group) -> list[float | None]:

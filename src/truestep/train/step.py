@@ -58,6 +58,8 @@ def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[Tok
     if len(weights) != len(batches):
         raise ValueError(f"{len(weights)} microbatch_weights for {len(batches)} micro-batches")
     sums: dict[str, float] = {}
+    if not any(totals.terms.values()):  # nothing to learn from on any rank: momentum alone must not move the weights
+        return _report(plan, totals, sums, 0.0)
     optimizer.zero_grad()
     try:
         for index, batch in enumerate(_levelled(batches, plan.ranks, policy)):
