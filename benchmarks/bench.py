@@ -57,7 +57,16 @@ class Sizes:
 
 
 QUICK = Sizes(
-    sft_steps=1, rollout_prompts=8, rollout_tokens=16, rl_steps=1, rl_tokens=8, matmul_seconds=0.3, timeout=600
+    sft_steps=1,
+    sequences_per_step=8,
+    rollout_prompts=8,
+    rollout_tokens=16,
+    rl_steps=1,
+    prompts_per_step=2,
+    samples_per_prompt=4,
+    rl_tokens=8,
+    matmul_seconds=0.3,
+    timeout=600,
 )
 
 
@@ -92,15 +101,17 @@ def sft_contestants(sizes: Sizes) -> list[Contestant]:
         "compile": False,
     }
     # A packed row of TRL holds 1024 tokens: three of them are about 16 sequences of 188.
-    packed = {**common, "packing": True, "batch_size": 1, "accumulation": 3}
+    rows = max(1, round(sizes.sequences_per_step * 188 / 1024))
+    packed = {**common, "packing": True, "batch_size": 1, "accumulation": rows}
+    batch = f"8 x {common['accumulation']}, padded"
     trl = {"script": "trl_sft.py", "environment": "trl"}
     return [
         Contestant(name="truestep", script="ours.py", spec=common),
-        Contestant(name="TRL, 8 x 2, padded", spec=common, **trl),
+        Contestant(name=f"TRL, {batch}", spec=common, **trl),
         Contestant(name="TRL, packing", spec=packed, **trl),
-        Contestant(name="transformers Trainer, 8 x 2, padded", spec={**common, "trainer": "transformers"}, **trl),
+        Contestant(name=f"transformers Trainer, {batch}", spec={**common, "trainer": "transformers"}, **trl),
         Contestant(
-            name="TRL, padded, its default checkpointing",
+            name=f"TRL, {batch}, its default checkpointing",
             spec={**common, "gradient_checkpointing": True},
             once=True,
             **trl,

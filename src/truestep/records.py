@@ -237,6 +237,13 @@ class Segment:
     prefix_stop: int = 0
 
 
+# The fields of a TokenBatch that hold one value per trained token, and those of them that count or name something.
+TARGET_INDICES = (
+    "target_ids", "source_index", "sequence_index", "group_index", "kind", "sequence_length", "group_length",
+)  # fmt: skip
+TARGET_FIELDS = (*TARGET_INDICES, "advantage", "behavior_logprobs", "proximal_logprobs", "weight", "correct")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """One packed micro-batch without padding: N forwarded tokens, M trained (target) tokens of S sequences.
@@ -264,19 +271,7 @@ class TokenBatch:
 
     def __post_init__(self) -> None:
         num_targets = self.target_ids.shape[0]
-        for name in (
-            "source_index",
-            "sequence_index",
-            "group_index",
-            "kind",
-            "advantage",
-            "behavior_logprobs",
-            "proximal_logprobs",
-            "weight",
-            "correct",
-            "sequence_length",
-            "group_length",
-        ):
+        for name in TARGET_FIELDS:
             _require(tuple(getattr(self, name).shape) == (num_targets,), f"{name} is not aligned with target_ids")
         _require(self.input_ids.shape == self.position_ids.shape, "input_ids and position_ids differ in length")
         _require(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,62 +27,21 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")]
 
 
-def run(
-    recipe: Recipe,
-    overrides: Set = None,
-    out: Out = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Run all stages of a recipe, with an evaluation before, between and after."""
-    execute(_load(recipe, overrides), recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Callable[..., None]:
+    """A command that runs what ``select`` leaves of a recipe; all verbs take the same options."""
 
+    def command(
+        recipe: Recipe,
+        overrides: Set = None,
+        out: Out = None,
+        resume: Resume = False,
+        dry_run: DryRun = False,
+        as_json: Json = False,
+    ) -> None:
+        execute(select(_load(recipe, overrides), recipe), recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
-def sft(
-    recipe: Recipe,
-    overrides: Set = None,
-    out: Out = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Run only the sft stages of a recipe."""
-    settings = only(_load(recipe, overrides), "sft", recipe)
-    execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
-
-
-def rl(
-    recipe: Recipe,
-    overrides: Set = None,
-    out: Out = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Run only the rl stages of a recipe, from model.path."""
-    settings = only(_load(recipe, overrides), "rl", recipe)
-    execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
-
-
-def evaluate(
-    recipe: Recipe,
-    overrides: Set = None,
-    out: Out = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Evaluate model.path on the recipe's evaluation sets."""
-    from truestep.settings import SettingsError
-
-    settings = _load(recipe, overrides)
-    if not settings.evaluate.data:
-        raise SettingsError(f'{recipe}: evaluate.data is empty: write evaluate.data = ["..."]')
-    settings = settings.model_copy(
-        update={"stages": (), "evaluate": settings.evaluate.model_copy(update={"before": True})}
-    )
-    execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+    command.__doc__ = help_text
+    return command
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Settings:
@@ -98,6 +58,21 @@ def only(settings: Settings, kind: str, recipe: Path) -> Settings:
     if not stages:
         raise SettingsError(f'{recipe}: has no stage of kind {kind}: write [[stages]] with kind = "{kind}"')
     return settings.model_copy(update={"stages": stages})
+
+
+def only_evaluation(settings: Settings, recipe: Path) -> Settings:
+    from truestep.settings import SettingsError
+
+    if not settings.evaluate.data:
+        raise SettingsError(f'{recipe}: evaluate.data is empty: write evaluate.data = ["..."]')
+    evaluation = settings.evaluate.model_copy(update={"before": True})
+    return settings.model_copy(update={"stages": (), "evaluate": evaluation})
+
+
+run = _verb("Run all stages of a recipe, with an evaluation before, between and after.", lambda s, recipe: s)
+sft = _verb("Run only the sft stages of a recipe.", lambda s, recipe: only(s, "sft", recipe))
+rl = _verb("Run only the rl stages of a recipe, from model.path.", lambda s, recipe: only(s, "rl", recipe))
+evaluate = _verb("Evaluate model.path on the recipe's evaluation sets.", only_evaluation)
 
 
 def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool) -> None:

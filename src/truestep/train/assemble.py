@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from truestep.records import Kind, Segment, TokenBatch, TrainSequence
+from truestep.records import TARGET_FIELDS, TARGET_INDICES, Kind, Segment, TokenBatch, TrainSequence
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,7 @@ def _batch(
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    columns: dict[str, list[float]] = {
-        name: []
-        for name in (
-            "target_ids",
-            "source_index",
-            "sequence_index",
-            "group_index",
-            "kind",
-            "advantage",
-            "behavior_logprobs",
-            "weight",
-            "correct",
-            "sequence_length",
-            "group_length",
-        )
-    }
+    columns: dict[str, list[float]] = {name: [] for name in TARGET_FIELDS if name != "proximal_logprobs"}
     for tree in trees:
         prefix_start, num_prefix = len(ids), len(tree.prefix)
         if num_prefix:
@@ -137,9 +122,10 @@ def _batch(
             columns["correct"] += [sequence.correct] * count
             columns["sequence_length"] += [count] * count
             columns["group_length"] += [group_lengths[sequence.group]] * count
-    whole = {"target_ids", "source_index", "sequence_index", "group_index", "kind", "sequence_length", "group_length"}
     tensors = {
-        name: torch.tensor(values, dtype=torch.int64 if name in whole else torch.bool if name == "correct" else dtype)
+        name: torch.tensor(
+            values, dtype=torch.int64 if name in TARGET_INDICES else torch.bool if name == "correct" else dtype
+        )
         for name, values in columns.items()
     }
     return TokenBatch(
@@ -157,21 +143,5 @@ def dummy_batch(dtype: torch.dtype, device: torch.device | str) -> TokenBatch:
         token_ids=(0, 0, 0), trained=(False, False, True), num_prefix_tokens=0, group=0, kind=Kind.ON
     )
     batch = _batch([_Tree((), (0,), 2)], [sequence], {0: 1}, dtype, device)
-    empty = {
-        name: getattr(batch, name)[:0]
-        for name in (
-            "target_ids",
-            "source_index",
-            "sequence_index",
-            "group_index",
-            "kind",
-            "advantage",
-            "behavior_logprobs",
-            "proximal_logprobs",
-            "weight",
-            "correct",
-            "sequence_length",
-            "group_length",
-        )
-    }
+    empty = {name: getattr(batch, name)[:0] for name in TARGET_FIELDS}
     return TokenBatch(input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, **empty)
