@@ -190,8 +190,9 @@ def _metrics(run: StageRun, reports: Sequence[StepReport], data: StepData, probe
     if probe is not None:
         row["publish/probe_difference"] = probe
     shape = run.policy.shape
-    totals = run.ranks.sum([run.ledger.paper_flops(shape), run.ledger.full_flops(shape)])
-    return {**dict(sorted(row.items())), "flops_paper": totals[0], "flops_full": totals[1]}
+    work = summed(run.ledger, run.ranks)
+    row |= {f"work/{kind}": float(count) for kind, count in work.to_json().items()}
+    return {**dict(sorted(row.items())), "flops_paper": work.paper_flops(shape), "flops_full": work.full_flops(shape)}
 
 
 def _log(

@@ -67,7 +67,7 @@ def join() -> Ranks:
     """Meet the other ranks if torchrun has started any."""
     rank, world_size = world()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(collective_backend(), timeout=timedelta(minutes=30))
+        dist.init_process_group(collective_backend(), timeout=timedelta(hours=12))
     return Ranks(rank=rank, world_size=world_size)
 
 
