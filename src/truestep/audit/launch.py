@@ -1,0 +1,138 @@
+"""Run a subject in a child process, or one per rank, with a folder of its own, a scrubbed environment and limits.
+
+A subject that hangs, crashes or eats the memory is a finding, never the end of the audit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truestep.audit.cases import Case
+from truestep.audit.observe import Observation, load
+from truestep.rundir import redact
+
+SUBJECTS = Path(__file__).parent / "subjects"
+MEMORY = 12 << 30  # bytes of address space a rank may map; torch alone maps several GiB
+KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ", "SSL_CERT_FILE", "TORCH_EXTENSIONS_DIR")
+
+
+class SubjectFailed(RuntimeError):
+    """The subject ended without an observation; the message is its last words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All cases of one configuration of a subject: one process a rank."""
+
+    script: str
+    python: Path
+    cases: Sequence[Case]
+    options: Mapping[str, Any]
+    learning_rate: float = 0.5
+    world_size: int = 1
+    timeout: float = 120.0
+    environment: Mapping[str, str] | None = None
+
+
+def child_environment(job: Job, home: Path, rank: int, port: int) -> dict[str, str]:
+    """Nothing of the caller's but where programs and libraries lie: no tokens, no caches, no home folder."""
+    kept = {k: os.environ[k] for k in KEPT if k in os.environ}
+    return {
+        **kept,
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(job.world_size),
+        "LOCAL_WORLD_SIZE": str(job.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        **(job.environment or {}),
+    }
+
+
+def run(job: Job) -> dict[str, Observation]:
+    """Case → what was observed. Raises SubjectFailed, or ObservationError where what it left cannot be read."""
+    with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
+        folder = Path(name)
+        home = folder / "home"
+        home.mkdir()
+        cases = [json.loads(json.dumps(case.to_json())) for case in job.cases]
+        spec = {"cases": cases, "options": dict(job.options), "learning_rate": job.learning_rate}
+        (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        _run_ranks(job, folder, home)
+        return {case["name"]: load(folder / case["name"], case=case, learning_rate=job.learning_rate) for case in cases}
+
+
+def _run_ranks(job: Job, folder: Path, home: Path) -> None:
+    port = _free_port()
+    deadline = time.monotonic() + job.timeout
+    processes: list[subprocess.Popen[bytes]] = []
+    logs = [folder / f"rank-{rank}.log" for rank in range(job.world_size)]
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("wb") as file:
+                processes.append(
+                    subprocess.Popen(
+                        [str(job.python), str(SUBJECTS / f"{job.script}.py"), str(folder)],
+                        env=child_environment(job, home, rank, port),
+                        cwd=home,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        preexec_fn=_limit,
+                    )
+                )
+        while any(p.poll() is None for p in processes):
+            failed = [i for i, p in enumerate(processes) if p.poll() not in (None, 0)]
+            if failed:
+                break
+            if time.monotonic() > deadline:
+                raise SubjectFailed(f"no result within {job.timeout:.0f} s; {_last_words(logs[0])}")
+            time.sleep(0.02)
+        for rank, process in enumerate(processes):
+            if process.poll() not in (None, 0):
+                raise SubjectFailed(f"exit code {process.returncode}: {_last_words(logs[rank])}")
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own children too
+            process.wait()
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    # The line of the error itself, not a warning that a library prints on its way out.
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    return redact((errors or lines or ["it said nothing"])[-1])[:300]

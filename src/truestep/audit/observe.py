@@ -1,0 +1,147 @@
+"""What a subject left behind, read back: one ``Step`` per optimizer step, all ranks together.
+
+Shapes: P parameters, M micro-batches of a step over all ranks (rank after rank).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+
+
+class ObservationError(ValueError):
+    """The subject ran, but what it left cannot be judged; says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One forward pass in training mode."""
+
+    rank: int
+    index: int  # within its rank and step
+    rows: tuple[int, ...]
+    num_trained: int
+    loss_sum: float  # Σ −log p over its trained tokens, float64
+    gradient: np.ndarray  # P, of that sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step: parameters around it, and the exact gradient sums of what went into it."""
+
+    before: np.ndarray  # P
+    after: np.ndarray  # P
+    learning_rate: float
+    microbatches: tuple[MicroBatch, ...]
+    control: np.ndarray  # P: the whole step's gradient sum in the subject's own precision
+    extras: dict[str, np.ndarray]  # what a wrong mask or a wrong shift would have added
+    logged_loss: float | None = None
+    reported_norm: float | None = None
+
+    @property
+    def num_trained(self) -> int:
+        return sum(m.num_trained for m in self.microbatches)
+
+    @property
+    def counts(self) -> list[list[int]]:
+        """Trained tokens of each rank's micro-batches, as ``reference.faults`` wants them."""
+        ranks = sorted({m.rank for m in self.microbatches})
+        return [[m.num_trained for m in self.microbatches if m.rank == r] for r in ranks]
+
+    @property
+    def expected(self) -> np.ndarray:
+        """The gradient of the mean over all trained tokens of the step."""
+        total = np.sum([m.gradient for m in self.microbatches], axis=0)
+        return np.asarray(total / max(1, self.num_trained))
+
+    @property
+    def true_loss(self) -> float:
+        return sum(m.loss_sum for m in self.microbatches) / max(1, self.num_trained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One run of a subject."""
+
+    versions: dict[str, str]
+    steps: tuple[Step, ...]
+    ranks_differ: float  # largest difference of a parameter between two ranks after any step
+    forwards_without_step: int
+    unmatched: int
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observation:
+    """Read all ranks' files. Raises ObservationError where a rank is missing or ranks disagree on the steps."""
+    paths = sorted(folder.glob("rank-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+    if not paths:
+        raise ObservationError("the subject left no observation")
+    ranks = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
+    if any(r["schema"] != SCHEMA for r in ranks) or len(ranks) != ranks[0]["world_size"]:
+        raise ObservationError(f"{len(ranks)} of {ranks[0]['world_size']} ranks left an observation of schema {SCHEMA}")
+    num_steps = {len(r["steps"]) for r in ranks}
+    if len(num_steps) > 1:
+        raise ObservationError(f"ranks saw different numbers of optimizer steps: {sorted(num_steps)}")
+    steps, worst = [], 0.0
+    for index in range(num_steps.pop()):
+        parts = [r["steps"][index] for r in ranks]
+        afters = [_read(folder, p["after"]) for p in parts]
+        worst = max([worst, *(float(np.abs(a - afters[0]).max()) for a in afters)])
+        logged = ranks[0]["logged"]
+        rates = logged["learning_rate"]
+        steps.append(
+            Step(
+                before=_read(folder, parts[0]["before"]),
+                after=afters[0],
+                learning_rate=rates[index] if index < len(rates) and rates[index] else learning_rate,
+                microbatches=tuple(m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)),
+                control=np.sum([_read(folder, p["control"]) for p in parts], axis=0),
+                extras={k: np.sum([_read(folder, p["extras"][k]) for p in parts], axis=0) for k in parts[0]["extras"]},
+                logged_loss=_at(logged["loss"], index),
+                reported_norm=_at(logged["grad_norm"], index),
+            )
+        )
+    return Observation(
+        versions=ranks[0]["versions"],
+        steps=tuple(steps),
+        ranks_differ=worst,
+        forwards_without_step=max(r["forwards_without_step"] for r in ranks),
+        unmatched=sum(r["unmatched_lines"] for r in ranks),
+        notes=tuple(dict.fromkeys(n for r in ranks for n in r["notes"])),
+        seconds=ranks[0]["seconds"],
+    )
+
+
+def _at(values: list[float | None], index: int) -> float | None:
+    return values[index] if index < len(values) else None
+
+
+def _read(folder: Path, header: dict[str, Any]) -> np.ndarray:
+    values = np.fromfile(folder / header["file"], dtype=header["dtype"])
+    return values.reshape(header["shape"]).astype(np.float64)
+
+
+def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: dict[str, Any]) -> list[MicroBatch]:
+    if part["gradients"] is None:
+        raise ObservationError("no row of the case was found in what the model was given")
+    gradients = dict(zip(part["rows"], _read(folder, part["gradients"]), strict=True))
+    losses = dict(zip(part["rows"], part["row_losses"], strict=True))
+    size = next(iter(gradients.values())).shape
+    return [
+        MicroBatch(
+            rank=rank,
+            index=index,
+            rows=tuple(rows),
+            num_trained=sum(sum(case["rows"][row]["trained"][1:]) for row in rows),
+            loss_sum=sum(losses[row] for row in rows),
+            gradient=np.sum([gradients[row] for row in rows], axis=0) if rows else np.zeros(size),
+        )
+        for index, rows in enumerate(part["microbatches"])
+    ]

@@ -1,0 +1,300 @@
+"""What every subject shares. Runs inside the audited environment: the standard library and torch, nothing else.
+
+A subject is a script with ``kit.main(run)``. It is told what to run by ``spec.json`` in the folder that is its only
+argument, lets its framework train a tiny model on the rows of each case, and leaves ``CASE/rank-R.json`` with tensors:
+
+* which rows went into which micro-batch, seen by a hook on the model's forward pass;
+* the parameters before and after every optimizer step, seen as changes between two forward passes;
+* for every row of a step its gradient at the step's own parameters, in float64, computed from the logits alone with the
+  row by itself, unpadded (sum of the negative log-likelihoods of its trained tokens).
+
+Nothing of the framework is hooked, patched or believed. Shapes: P parameters, R rows of a step, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCHEMA = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Spec:
+    """One case in one configuration, and the folder for what is observed."""
+
+    def __init__(self, folder: Path, case: dict[str, Any], raw: dict[str, Any]) -> None:
+        self.folder, self.case = folder, case
+        self.options: dict[str, Any] = raw["options"]
+        self.rows: list[dict[str, list[int]]] = case["rows"]
+        self.accumulation: int = case["accumulation"]
+        self.rows_per_microbatch: int = case["rows_per_microbatch"]
+        self.epochs: int = case["epochs"]
+        self.steps: int = case["steps"]
+        self.vocabulary: int = case["vocabulary"]
+        self.lr: float = raw["learning_rate"]
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.dtype = DTYPES[self.options.get("dtype", "float32")]
+
+    def labels(self, row: int) -> list[int]:
+        """The row's tokens, −100 where they are not trained."""
+        return [t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)]
+
+    def batches(self) -> list[list[int]]:
+        """This rank's micro-batches of one epoch as row numbers, in order: for subjects without a loader."""
+        size = self.rows_per_microbatch
+        micro = [list(range(i, min(i + size, len(self.rows)))) for i in range(0, len(self.rows), size)]
+        return micro[self.rank :: self.world_size]
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        if self.options.get("optimizer", "sgd") == "sgd":
+            return torch.optim.SGD(parameters, lr=self.lr)
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+
+
+def main(run: Callable[[Spec], None]) -> None:
+    """Run the subject on every case that it is asked for, all in one process: importing a framework costs most."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    raw = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+    for case in raw["cases"]:
+        place = folder / case["name"]
+        place.mkdir(exist_ok=True)
+        run(Spec(place, case, raw))
+
+
+def join_ranks(spec: Spec) -> None:
+    """A gloo group of all ranks, once; with one rank too, for frameworks that want one."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", rank=spec.rank, world_size=spec.world_size)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+class PlainModel(nn.Module):
+    """A token-to-token model without attention: what a subject that is no transformer library steps on."""
+
+    def __init__(self, vocabulary: int, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.inner = nn.Linear(width, width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.embed(input_ids))))
+
+
+def tiny_model(spec: Spec) -> nn.Module:
+    """The case's model: ``plain`` needs torch alone, all others the transformers library that is installed."""
+    arch = spec.options.get("arch", "plain")
+    torch.manual_seed(0)
+    if arch == "plain":
+        return PlainModel(spec.vocabulary)
+    import transformers  # type: ignore[import-not-found, unused-ignore]
+
+    llama = {
+        "vocab_size": spec.vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    tokens = {k: llama[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    gpt2 = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    neox = {k: llama[k] for k in llama if k != "num_key_value_heads"}
+    names: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "llama": ("LlamaConfig", "LlamaForCausalLM", llama),
+        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", llama),
+        "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**llama, "head_dim": 8}),
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**tokens, **gpt2}),
+        "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", neox),
+        "opt": ("OPTConfig", "OPTForCausalLM", {**tokens, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "max_position_embeddings": 256, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    }  # fmt: skip
+    if arch not in names:
+        raise SystemExit(f"arch = {arch!r}: write plain, {', '.join(names)}")
+    config_name, model_name, options = names[arch]
+    config = getattr(transformers, config_name)(**options)
+    config._attn_implementation = spec.options.get("attention", "eager")
+    model: nn.Module = getattr(transformers, model_name)(config)
+    return model
+
+
+def logits_of(out: Any) -> Tensor:
+    found = out if isinstance(out, Tensor) else out.logits
+    assert isinstance(found, Tensor)
+    return found
+
+
+def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
+    """−Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from the logits alone; ``shift`` 0, 2: wrong ones."""
+    tokens = torch.tensor([list(ids)])
+    logits = logits_of(model(input_ids=tokens))[0]
+    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    targets = [t for t in range(max(1, shift), len(ids)) if chosen[t]]
+    where = torch.tensor(targets, dtype=torch.int64)
+    return -logp[where - shift, tokens[0][where]].sum()
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().double().reshape(-1).cpu() for t in tensors])
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    """Every parameter once, by name: the order in which all vectors of an observation are laid out."""
+    return [p for _, p in sorted(model.named_parameters())]
+
+
+# ----------------------------------------------------------------------------------------------------------- recorder
+
+
+class Recorder:
+    """Watches a model from outside. Make it before the framework wraps the model; call ``finish`` when it is done.
+
+    ``snapshot`` returns the parameters as one flat float64 vector in the order of ``parameters_of``; subjects whose
+    framework shards or casts them give their own.
+    """
+
+    def __init__(self, spec: Spec, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
+        self.spec, self.began = spec, time.perf_counter()
+        self.copy = copy.deepcopy(model).double()
+        self.copy.eval()
+        own = parameters_of(model)
+        self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
+        self.needles = [bytes(row["ids"]) for row in spec.rows]
+        self.before: Tensor | None = None
+        self.microbatches: list[list[int]] = []
+        self.steps: list[tuple[Tensor, Tensor, list[list[int]]]] = []
+        self.unmatched = 0
+        self.logged: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
+        self.notes: list[str] = []
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not (torch.is_grad_enabled() and module.training):
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            return
+        self._close_step()
+        found: list[int] = []
+        for line in ids.reshape(-1, ids.shape[-1]).tolist():
+            rows = self._rows_in(bytes(t % 256 for t in line))
+            self.unmatched += not rows
+            found += rows
+        self.microbatches.append(found)
+
+    def _rows_in(self, line: bytes) -> list[int]:
+        """Which rows stand in this line, in order: rows are random tokens, so one is found in another only if equal."""
+        hits = [(line.find(needle), number) for number, needle in enumerate(self.needles)]
+        return [number for place, number in sorted(hits) if place >= 0]
+
+    def _close_step(self) -> None:
+        now = self.snapshot()
+        if self.before is not None and self.microbatches and not torch.equal(now, self.before):
+            self.steps.append((self.before, now, self.microbatches))
+            self.microbatches = []
+        self.before = now
+
+    def finish(self, **versions: str) -> None:
+        """Write what this rank has seen; the reference gradients are computed here."""
+        self._close_step()
+        trained = time.perf_counter()
+        folder, rank = self.spec.folder, self.spec.rank
+        steps = [self._write_step(index, *step) for index, step in enumerate(self.steps)]
+        observed = {
+            "schema": SCHEMA,
+            "rank": rank,
+            "world_size": self.spec.world_size,
+            "versions": {"torch": torch.__version__, **versions},
+            "steps": steps,
+            "forwards_without_step": len(self.microbatches),
+            "unmatched_lines": self.unmatched,
+            "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
+            "notes": self.notes,
+            "seconds": {"run": trained - self.began, "reference": time.perf_counter() - trained},
+        }
+        path = folder / f"rank-{rank}.json"
+        path.with_suffix(".tmp").write_text(json.dumps(observed), encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
+
+    def _write_step(self, index: int, before: Tensor, after: Tensor, micro: list[list[int]]) -> dict[str, Any]:
+        offset = 0
+        for parameter in parameters_of(self.copy):
+            count = parameter.numel()
+            parameter.data.copy_(before[offset : offset + count].view_as(parameter))
+            offset += count
+        rows = sorted({row for batch in micro for row in batch})
+        losses, gradients = [], []
+        for row in rows:
+            loss, gradient = self._gradient(self.copy, [row])
+            losses.append(loss)
+            gradients.append(gradient)
+        # The same rows in the subject's own precision: how far a right path is from float64.
+        wide = torch.promote_types(self.spec.dtype, torch.float32)
+        rough = copy.deepcopy(self.copy).to(self.spec.dtype)
+        control = torch.zeros_like(before)
+        for batch in micro:
+            control += self._gradient(rough, batch)[1].to(wide).double()
+        extras = {
+            "prompt": sum((self._gradient(self.copy, b, untrained=True)[1] for b in micro), torch.zeros_like(before)),
+            "shift_0": sum((self._gradient(self.copy, b, shift=0)[1] for b in micro), torch.zeros_like(before)),
+            "shift_2": sum((self._gradient(self.copy, b, shift=2)[1] for b in micro), torch.zeros_like(before)),
+        }
+        name = f"rank-{self.spec.rank}-step-{index}"
+        return {
+            "microbatches": micro,
+            "rows": rows,
+            "row_losses": losses,
+            "before": self._write(f"{name}.before", before),
+            "after": self._write(f"{name}.after", after),
+            "gradients": self._write(f"{name}.gradients", torch.stack(gradients)) if gradients else None,
+            "control": self._write(f"{name}.control", control),
+            "extras": {key: self._write(f"{name}.{key}", value) for key, value in extras.items()},
+        }
+
+    def _gradient(
+        self, model: nn.Module, rows: Sequence[int], *, untrained: bool = False, shift: int = 1
+    ) -> tuple[float, Tensor]:
+        """(Σ of the losses, gradient [P] in float64) of rows, each run alone."""
+        parameters = parameters_of(model)
+        model.zero_grad()
+        total = 0.0
+        for row in rows:
+            chosen = [bool(t) != untrained for t in self.spec.rows[row]["trained"]]
+            loss = nll_sum(model, self.spec.rows[row]["ids"], chosen, shift)
+            if loss.requires_grad:
+                loss.backward()
+            total += float(loss)
+        return total, flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+
+    def _write(self, name: str, value: Tensor) -> dict[str, Any]:
+        """A raw little-endian buffer; the JSON that names it is its header."""
+        data = value.detach().double().contiguous()
+        (self.spec.folder / f"{name}.bin").write_bytes(ctypes.string_at(data.data_ptr(), 8 * data.numel()))
+        return {"file": f"{name}.bin", "dtype": "<f8", "shape": list(data.shape)}

@@ -1,0 +1,80 @@
+"""From an observed step to the weight that each micro-batch's tokens really had, with a standard error.
+
+Under plain SGD the used gradient is (before − after) / lr. It is written as Σ w_i · g_i / N, with g_i the exact
+gradient sum of micro-batch i and N all trained tokens: ones are right. The noise is measured, not assumed: the same rows
+once in the subject's own precision, plus what reading a small change back from stored parameters costs.
+
+Shapes: P parameters, M micro-batches (those with trained tokens).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from truestep.audit.observe import Step
+from truestep.reference.faults import recover_weights
+
+EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
+FLOOR = 1e-6  # relative; below this a float32 path's own order of summation is the noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """What one step tells."""
+
+    weights: np.ndarray  # M
+    errors: np.ndarray  # M, standard errors from the measured noise
+    residual: float  # share of the observed gradient that no weights explain
+    condition: float
+    relative_error: float  # of the observed gradient against the right one
+    noise: float  # relative: what a right path shows
+    counts: tuple[tuple[int, ...], ...]  # trained tokens, rank after rank, without the empty micro-batches
+    empty: tuple[tuple[int, int], ...]  # (rank, index) of micro-batches without trained tokens
+
+
+def observed_gradient(step: Step) -> np.ndarray:
+    """(before − after) / lr. Units: of the loss per parameter."""
+    return (step.before - step.after) / step.learning_rate
+
+
+def noise_of(step: Step, dtype: str) -> float:
+    """Relative error of a right step in this precision: measured on the same rows, plus the rounding of the read-back
+    (each stored parameter is off by up to half a unit in its last place, before and after)."""
+    exact = step.expected * step.num_trained
+    size = float(np.linalg.norm(exact))
+    if size == 0:
+        return math.inf
+    measured = float(np.linalg.norm(step.control - exact)) / size
+    read_back = EPS[dtype] * float(np.linalg.norm(step.after)) / (step.learning_rate * size / step.num_trained)
+    return max(FLOOR, measured, read_back)
+
+
+def recover(step: Step, dtype: str = "float32") -> Recovered:
+    """Solve for the weights of one SGD step. Raises ValueError where nothing in the step was trained."""
+    used = [m for m in step.microbatches if m.num_trained]
+    if not used:
+        raise ValueError("no trained token in the step")
+    observed = observed_gradient(step)
+    parts = [m.gradient / step.num_trained for m in used]
+    weights, residual, condition = recover_weights(observed, parts)
+    noise = noise_of(step, dtype)
+    expected = step.expected
+    size = max(float(np.linalg.norm(observed)), float(np.linalg.norm(expected)))
+    covariance = np.linalg.pinv(np.stack(parts, axis=1).T @ np.stack(parts, axis=1))
+    # The noise vector is spread over P directions; only its part along the g_i reaches the weights.
+    spread = np.sqrt(np.diag(covariance)) * noise * size / math.sqrt(len(observed))
+    drift = np.abs(recover_weights(step.control / step.num_trained, parts)[0] - 1.0)  # of a right path's own weights
+    ranks = sorted({m.rank for m in step.microbatches})
+    return Recovered(
+        weights=weights,
+        errors=np.maximum(np.maximum(spread, drift), FLOOR),
+        residual=residual,
+        condition=condition,
+        relative_error=float(np.linalg.norm(observed - expected) / np.linalg.norm(expected)),
+        noise=noise,
+        counts=tuple(tuple(m.num_trained for m in used if m.rank == r) for r in ranks),
+        empty=tuple((m.rank, m.index) for m in step.microbatches if not m.num_trained),
+    )
