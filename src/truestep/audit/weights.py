@@ -1,8 +1,8 @@
 """From an observed step to the weight that each micro-batch's tokens really had, with a standard error.
 
 Under plain SGD the used gradient is (before − after) / lr. It is written as Σ w_i · g_i / N, with g_i the exact
-gradient sum of micro-batch i and N all trained tokens: ones are right. The noise is measured, not assumed: the same rows
-once in the subject's own precision, plus what reading a small change back from stored parameters costs.
+gradient sum of micro-batch i and N all trained tokens: ones are right. The noise is measured, not assumed: the same
+rows once in the subject's own precision, plus what reading a small change back from stored parameters costs.
 
 Shapes: P parameters, M micro-batches (those with trained tokens).
 """
