@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from truestep.audit.adamw import errors
 from truestep.audit.observe import Observation, Step
 from truestep.audit.weights import Recovered, observed_gradient, recover
 from truestep.reference import faults
@@ -42,8 +43,8 @@ class Verdict(enum.StrEnum):
 NORMALISERS: dict[str, tuple[faults.WeightsOf, str]] = {
     "global": (faults.right, ""),
     "rank_mean": (faults.rank_mean, "rank-wise mean"),
-    "dp_token_mean": (faults.dp_token_mean, "mean over the tokens of each micro-step"),
     "micro_mean": (faults.micro_mean, "mean of micro-batch means"),
+    "dp_token_mean": (faults.dp_token_mean, "mean over the tokens of each micro-step"),
 }
 CAUSES = {
     "prompt": "tokens outside the mask are trained",
@@ -251,6 +252,8 @@ def judge(
     """All cases of one configuration together. ``documented`` names the option that the user has set away from its
     default, if it is known to change how a step is normalised."""
     dtype = str(configuration.get("dtype", "float32"))
+    if configuration.get("optimizer") == "adamw":
+        return judge_adamw(subject, configuration, runs)
     shown: Seen | None = None
     step: Step | None = None
     texts: dict[str, str] = {}
@@ -293,6 +296,39 @@ def judge(
         logged_loss=step.logged_loss,
         true_loss=step.true_loss,
         logged_loss_could_show_it=_loss_shows_it(step) if shown.kind != "right" else None,
+        seconds={k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")},
+    )
+
+
+ADAMW_ERROR = 1e-2  # relative; entries whose gradient is noise move by a full step in a random direction
+
+
+def judge_adamw(subject: str, configuration: Mapping[str, Any], runs: Mapping[str, Observation]) -> Finding:
+    """The known weight vector whose textbook AdamW updates come closest to the observed ones, over all cases."""
+    texts: dict[str, str] = {}
+    worst = 0.0
+    for name, run in runs.items():
+        found = errors(run.steps)
+        if not found:
+            problem = _unusable(run).removeprefix("fault: ") or "no step was observed"
+            return Finding(subject=subject, configuration=configuration, verdict=Verdict.FAULT, fault=problem)
+        best = next(iter(found))
+        worst = max(worst, found["right"])
+        if found["right"] <= ADAMW_ERROR:
+            texts[name] = ""
+        elif found[best] <= ADAMW_ERROR:
+            texts[name] = faults.FAULTS[best][1]
+        else:
+            texts[name] = f"AdamW's update is {100 * found['right']:.0f} % off, and no known weights explain it"
+    wrong = [text for text in texts.values() if text]
+    return Finding(
+        subject=subject,
+        configuration=configuration,
+        verdict=Verdict.FAULT if wrong else Verdict.RIGHT,
+        fault=wrong[0] if wrong else "",
+        versions=next(iter(runs.values())).versions,
+        cases=texts,
+        relative_error=worst,
         seconds={k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")},
     )
 

@@ -13,8 +13,10 @@ Nothing of the framework is hooked, patched or believed. Shapes: P parameters, R
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
+import importlib.metadata
 import json
 import math
 import os
@@ -72,6 +74,15 @@ def main(run: Callable[[Spec], None]) -> None:
         place = folder / case["name"]
         place.mkdir(exist_ok=True)
         run(Spec(place, case, raw))
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Those of the named distributions that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def join_ranks(spec: Spec) -> None:

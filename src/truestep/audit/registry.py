@@ -1,0 +1,111 @@
+"""The table of subjects: which script steps which framework, and in which configurations it is audited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+CASES = ("ragged", "unsplit", "masked", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """One way to use a framework. ``documented``: the option, away from its default, that changes the step on purpose;
+    ``only``: the cases that make sense here (all by default)."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+    documented: str = ""
+    only: tuple[str, ...] = CASES
+
+    def to_json(self) -> dict[str, Any]:
+        """What a finding says of it."""
+        return {**self.options, "processes": self.world_size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """``needs``: the distributions without which the script cannot run; the first one is what is audited."""
+
+    name: str
+    script: str
+    needs: tuple[str, ...]
+    configurations: Sequence[Configuration]
+
+
+def _both(**options: Any) -> tuple[Configuration, Configuration]:
+    """The same on one and on two processes."""
+    return Configuration(options=options), Configuration(options=options, world_size=2)
+
+
+def _zero(stage: int, *, offload: bool, **options: Any) -> dict[str, Any]:
+    return {"zero_stage": stage, "offload": offload, **options}
+
+
+LLAMA = {"arch": "llama"}
+TORCH = Subject(name="torch loop", script="torch_loop", needs=("torch",), configurations=[Configuration()])
+TABLE: tuple[Subject, ...] = (
+    TORCH,
+    Subject(name="torch DDP", script="ddp", needs=("torch",), configurations=[Configuration(world_size=2)]),
+    Subject(name="torch FSDP2", script="fsdp2", needs=("torch",), configurations=[Configuration(world_size=2)]),
+    Subject(name="accelerate", script="accelerate_loop", needs=("accelerate", "torch"), configurations=_both()),
+    Subject(
+        name="transformers Trainer",
+        script="hf_trainer",
+        needs=("transformers", "accelerate", "torch"),
+        configurations=[
+            *_both(**LLAMA),
+            Configuration(options={"arch": "gpt2"}),
+            Configuration(options={**LLAMA, "optimizer": "adamw"}),
+            Configuration(
+                options={**LLAMA, "average_tokens_across_devices": False},
+                world_size=2,
+                documented="average_tokens_across_devices = false",
+            ),
+        ],
+    ),
+    Subject(
+        name="TRL SFTTrainer",
+        script="trl_sft",
+        needs=("trl", "transformers", "accelerate", "datasets", "torch"),
+        configurations=[
+            *_both(**LLAMA),
+            Configuration(options={**LLAMA, "packing": True}, only=("ragged", "unsplit")),
+            Configuration(options={**LLAMA, "assistant_only": True}, only=("chat",)),
+        ],
+    ),
+    Subject(
+        name="DeepSpeed",
+        script="deepspeed_engine",
+        needs=("deepspeed", "torch"),
+        configurations=[
+            *_both(stage=2, offload=True),
+            Configuration(options={"stage": 2, "offload": True, "manual": True}),
+            Configuration(options={"stage": 2, "offload": False}),
+            Configuration(options={"stage": 1, "offload": True}),
+            Configuration(options={"stage": 3, "offload": True}),
+        ],
+    ),
+    Subject(
+        name="transformers Trainer + DeepSpeed",
+        script="hf_trainer",
+        needs=("transformers", "deepspeed", "accelerate", "torch"),
+        configurations=[Configuration(options=_zero(2, offload=True, **LLAMA))],
+    ),
+    Subject(
+        name="TRL SFTTrainer + DeepSpeed",
+        script="trl_sft",
+        needs=("trl", "deepspeed", "transformers", "accelerate", "datasets", "torch"),
+        configurations=[Configuration(options=_zero(2, offload=True, assistant_only=True, **LLAMA), only=("chat",))],
+    ),
+)
+
+
+def applicable(installed: Mapping[str, str]) -> list[Subject]:
+    """The subjects whose needs are all installed."""
+    return [s for s in TABLE if all(name in installed for name in s.needs)]
+
+
+def missing(subject: Subject, installed: Mapping[str, str]) -> list[str]:
+    return [name for name in subject.needs if name not in installed]

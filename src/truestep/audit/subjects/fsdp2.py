@@ -1,0 +1,45 @@
+"""torch FSDP2 (``fully_shard``): gradients are averaged over ranks, synchronised on the last micro-batch of a window.
+
+Options: arch, optimizer; ``local_mean`` as in ddp.
+"""
+
+from __future__ import annotations
+
+import ddp
+import kit
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def run(spec: kit.Spec) -> None:
+    kit.join_ranks(spec)
+    model = kit.tiny_model(spec)
+    mesh = init_device_mesh("cpu", (spec.world_size,))
+    recorder = kit.Recorder(spec, model, lambda: kit.flat([whole(p) for _, p in sorted(model.named_parameters())]))
+    for child in model.modules():
+        if isinstance(child, torch.nn.Linear):
+            fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = spec.optimizer(model.parameters())
+    model.train()
+    micro = spec.batches() * spec.epochs
+    for first in range(0, len(micro), spec.accumulation):
+        window = micro[first : first + spec.accumulation]
+        total = ddp.window_tokens(spec, window)
+        for index, batch in enumerate(window):
+            model.set_requires_gradient_sync(index == len(window) - 1)
+            (ddp.loss_of(spec, model, batch) * spec.world_size / total).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    recorder.finish()
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All of a parameter, gathered over ranks where it is sharded."""
+    gather = getattr(parameter.detach(), "full_tensor", None)
+    return parameter.detach() if gather is None else gather()
+
+
+if __name__ == "__main__":
+    kit.main(run)

@@ -1,0 +1,127 @@
+"""transformers' Trainer, plain or under DeepSpeed: rows collated by a padding collator, one ``train()`` a case.
+
+Options: arch, optimizer, rows given as they are; ``average_tokens_across_devices``; ``zero_stage`` (with
+``offload``) puts DeepSpeed under it, configured through the Trainer's own ``deepspeed`` argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import kit
+import torch
+import transformers  # type: ignore[import-not-found, unused-ignore]
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    longest = max(len(r["input_ids"]) for r in rows)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([r[key] + [value] * (longest - len(r[key])) for r in rows])
+
+    return {
+        "input_ids": padded("input_ids", 0),
+        "attention_mask": padded("attention_mask", 0),
+        "labels": padded("labels", -100),
+    }
+
+
+class Rows(torch.utils.data.Dataset):
+    """The case's rows as the Trainer wants them; no other library is needed."""
+
+    def __init__(self, spec: kit.Spec) -> None:
+        self.spec = spec
+
+    def __len__(self) -> int:
+        return len(self.spec.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids = self.spec.rows[index]["ids"]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": self.spec.labels(index)}
+
+
+def arguments(spec: kit.Spec, known: Any) -> dict[str, Any]:
+    """What any trainer of this family is told; only what this release knows."""
+    wanted: dict[str, Any] = {
+        "output_dir": str(spec.folder / "out"),
+        "per_device_train_batch_size": spec.rows_per_microbatch,
+        "gradient_accumulation_steps": spec.accumulation,
+        "num_train_epochs": spec.epochs,
+        "learning_rate": spec.lr,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd" if spec.options.get("optimizer", "sgd") == "sgd" else "adamw_torch",
+        "weight_decay": spec.options.get("weight_decay", 0.0),
+        "max_grad_norm": spec.options.get("max_grad_norm", 0.0),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "seed": 3,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "average_tokens_across_devices": spec.options.get("average_tokens_across_devices"),
+        "ddp_backend": "gloo" if spec.world_size > 1 else None,
+        "deepspeed": deepspeed_configuration(spec),
+    }
+    accepted = inspect.signature(known.__init__).parameters
+    return {k: v for k, v in wanted.items() if k in accepted and v is not None}
+
+
+def deepspeed_configuration(spec: kit.Spec) -> dict[str, Any] | None:
+    stage = spec.options.get("zero_stage")
+    if stage is None:
+        return None
+    zero: dict[str, Any] = {"stage": stage}
+    if spec.options.get("offload"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    return {
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": spec.options.get("max_grad_norm", 0.0),
+        "steps_per_print": 10**9,
+    }
+
+
+def without_shared_memory_build() -> None:
+    """DeepSpeed would compile its shared-memory collective for two minutes; gloo does the same work."""
+    import deepspeed.ops  # type: ignore[import-not-found, unused-ignore]
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def read_log(recorder: kit.Recorder, history: list[dict[str, float]]) -> None:
+    for entry in history:
+        if "loss" in entry:
+            recorder.logged["loss"].append(float(entry["loss"]))
+            recorder.logged["grad_norm"].append(float(entry.get("grad_norm", float("nan"))))
+
+
+def fresh_state() -> None:
+    """Accelerate keeps its state for the whole process; every case starts from none."""
+    from accelerate.state import AcceleratorState, GradientState  # type: ignore[import-not-found, unused-ignore]
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def run(spec: kit.Spec) -> None:
+    fresh_state()
+    if spec.options.get("zero_stage") is not None:
+        without_shared_memory_build()
+    model = kit.tiny_model(spec)
+    recorder = kit.Recorder(spec, model)
+    settings = transformers.TrainingArguments(**arguments(spec, transformers.TrainingArguments))
+    trainer = transformers.Trainer(model=model, args=settings, train_dataset=Rows(spec), data_collator=collate)
+    trainer.train()
+    read_log(recorder, trainer.state.log_history)
+    recorder.finish(transformers=transformers.__version__, **kit.versions("accelerate", "deepspeed"))
+
+
+if __name__ == "__main__":
+    kit.main(run)

@@ -1,0 +1,88 @@
+"""TRL's SFTTrainer: rows as token ids with a mask of the assistant's tokens, plain, packed, or as a chat.
+
+Options: those of hf_trainer; ``packing``; ``assistant_only`` gives messages and lets TRL's template make the mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import hf_trainer
+import kit
+import torch
+import transformers  # type: ignore[import-not-found, unused-ignore]
+import trl  # type: ignore[import-not-found, unused-ignore]
+from datasets import Dataset  # type: ignore[import-not-found, unused-ignore]
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %} {% endfor %}"
+)
+
+
+def tokenizer(spec: kit.Spec) -> Any:
+    """One word per token, so that text and token ids are the same thing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers  # type: ignore[import-not-found, unused-ignore]
+
+    words = {("<pad>", "<s>", "</s>")[i] if i < 3 else f"w{i}": i for i in range(spec.vocabulary)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def messages(ids: list[int], trained: list[int]) -> list[dict[str, str]]:
+    """Runs of untrained and trained tokens as turns."""
+    turns: list[tuple[int, list[int]]] = []
+    for token, on in zip(ids, trained, strict=True):
+        if not turns or turns[-1][0] != on:
+            turns.append((on, []))
+        turns[-1][1].append(token)
+    return [{"role": "assistant" if on else "user", "content": words(part)} for on, part in turns]
+
+
+def dataset(spec: kit.Spec) -> Any:
+    if spec.options.get("assistant_only"):
+        return Dataset.from_list([{"messages": messages(r["ids"], r["trained"])} for r in spec.rows])
+    rows = [
+        {"input_ids": r["ids"], "labels": spec.labels(i), "completion_mask": r["trained"]}
+        for i, r in enumerate(spec.rows)
+    ]
+    return Dataset.from_list(rows)
+
+
+def run(spec: kit.Spec) -> None:
+    hf_trainer.fresh_state()
+    if spec.options.get("zero_stage") is not None:
+        hf_trainer.without_shared_memory_build()
+    model = kit.tiny_model(spec)
+    recorder = kit.Recorder(spec, model)
+    wanted = {
+        "packing": bool(spec.options.get("packing")),
+        "assistant_only_loss": bool(spec.options.get("assistant_only")),
+        "completion_only_loss": None if spec.options.get("assistant_only") else True,
+        "max_length": 64 if spec.options.get("packing") else 256,  # so that packed rows are several
+        "max_seq_length": 256,
+        "loss_type": spec.options.get("loss_type"),
+    }
+    accepted = inspect.signature(trl.SFTConfig.__init__).parameters
+    own = {k: v for k, v in wanted.items() if k in accepted and v is not None}
+    settings = trl.SFTConfig(**hf_trainer.arguments(spec, trl.SFTConfig) | own | {"remove_unused_columns": True})
+    trainer = trl.SFTTrainer(model=model, args=settings, train_dataset=dataset(spec), processing_class=tokenizer(spec))
+    trainer.train()
+    hf_trainer.read_log(recorder, trainer.state.log_history)
+    recorder.finish(
+        trl=trl.__version__, transformers=transformers.__version__, **kit.versions("accelerate", "deepspeed")
+    )
+
+
+if __name__ == "__main__":
+    kit.main(run)
