@@ -1,7 +1,4 @@
-"""From recovered weights to a verdict and a name.
-
-A pattern is kept × normaliser × scale: which micro-batches reached the optimizer, what their tokens were divided by,
-and one constant. Names come from the structure of the weights: a fault that nobody has seen is still described.
+"""From observations to a verdict and a name.
 
 FAULT: the update depends on how the same batch is split, sharded, padded or packed, or data is lost. DEFAULT: it does
 not, and yet is not the textbook step (clipping, weight decay, a constant scale). DOCUMENTED CHOICE: a fault's pattern
@@ -12,22 +9,25 @@ from __future__ import annotations
 
 import enum
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from truestep.audit import causes
 from truestep.audit.adamw import errors
 from truestep.audit.observe import Observation, Step
+from truestep.audit.patterns import fit_pattern
 from truestep.audit.weights import Recovered, observed_gradient, recover
 from truestep.reference import faults
 
-TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "bfloat16": 0.15}  # of a weight; real faults start at 6e-2
 NOISE_FACTOR = 10.0  # a right path's error may be so many times the measured noise
-RESIDUAL = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.2}
-EXPLAINED = 20.0  # a cause must shrink the residual by this factor
+RESIDUAL = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.2}  # beyond this something else is in the step
 ILL_CONDITIONED = 1e3  # beyond this single weights mean nothing
+ADAMW_ERROR = 1e-2  # relative; entries whose gradient is noise move by a full step in a random direction
+RANKS_EQUAL = 1e-6
 
 
 class Verdict(enum.StrEnum):
@@ -40,35 +40,6 @@ class Verdict(enum.StrEnum):
     NOT_RUN = "NOT RUN"
 
 
-NORMALISERS: dict[str, tuple[faults.WeightsOf, str]] = {
-    "global": (faults.right, ""),
-    "rank_mean": (faults.rank_mean, "rank-wise mean"),
-    "micro_mean": (faults.micro_mean, "mean of micro-batch means"),
-    "dp_token_mean": (faults.dp_token_mean, "mean over the tokens of each micro-step"),
-}
-CAUSES = {
-    "prompt": "tokens outside the mask are trained",
-    "shift_0": "labels are not shifted",
-    "shift_2": "labels are shifted twice",
-    "weight_decay": "weight decay",
-    "momentum": "part of the step before is applied again (momentum, or gradients that were not cleared)",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pattern:
-    """kept × normaliser × scale; ``deviation`` is the largest distance of a weight from it."""
-
-    kept: tuple[tuple[bool, ...], ...]  # per rank
-    normaliser: str
-    scale: float
-    deviation: float
-
-    @property
-    def is_right(self) -> bool:
-        return all(map(all, self.kept)) and self.normaliser == "global" and self.scale == 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One subject in one configuration."""
@@ -77,6 +48,7 @@ class Finding:
     configuration: Mapping[str, Any]
     verdict: Verdict
     fault: str = ""  # in words; also says what a DEFAULT is
+    codes: Sequence[str] = ()  # the same for programs, the main one first
     reason: str = ""  # of NOT RUN, NOT OBSERVABLE
     versions: Mapping[str, str] = field(default_factory=dict)
     cases: Mapping[str, str] = field(default_factory=dict)  # case → what was seen there, in words
@@ -96,151 +68,129 @@ class Finding:
         return {**asdict(self), "verdict": self.verdict.value}
 
 
-# ------------------------------------------------------------------------------------------------------------ patterns
-
-
-def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
-    """The simplest pattern that the weights obey within their errors; None where none does."""
-    weights, errors = recovered.weights, np.maximum(5 * recovered.errors, TOLERANCE[dtype])
-    kept = np.abs(weights) > np.maximum(errors, 0.02 * np.abs(weights).max())
-    if not kept.any():
-        return None
-    shape = [len(rank) for rank in recovered.counts]
-    for name, (weights_of, _) in NORMALISERS.items():
-        try:
-            predicted = weights_of(recovered.counts)
-        except ValueError:
-            continue  # ranks with unequal numbers of micro-batches have no micro-step
-        scale = float(np.median(weights[kept] / predicted[kept]))
-        deviation = np.abs(weights - scale * predicted * kept)
-        if (deviation <= errors * max(1.0, abs(scale) * float(predicted[kept].max()))).all():
-            return Pattern(
-                kept=tuple(tuple(map(bool, part)) for part in np.split(kept, np.cumsum(shape)[:-1])),
-                normaliser=name,
-                scale=1.0 if abs(scale - 1) <= float(errors.max()) else scale,
-                deviation=float(deviation.max()),
-            )
-    return None
-
-
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= 0.01 * abs(b)
-
-
-def describe_scale(scale: float, accumulation: int, ranks: int, kept_share: float = 1.0) -> str:
-    """The constant in words; several readings where they coincide."""
-    if scale == 1.0:
-        return ""
-    known = {
-        "the division by the accumulation steps is missing": float(accumulation),
-        "divided by the accumulation steps twice": 1 / accumulation,
-        "summed over ranks instead of averaged": float(ranks),
-        "divided by the number of ranks twice": 1 / ranks,
-        "multiplied by ranks and accumulation steps": float(ranks * accumulation),
-        "divided by ranks and accumulation steps twice": 1 / (ranks * accumulation),
-        "divided by the tokens that were kept": 1 / kept_share,
-    }
-    fitting = [text for text, value in known.items() if value != 1.0 and _close(scale, value)]
-    return " or ".join(fitting[:2]) if fitting else f"everything is multiplied by {scale:.4g}"
-
-
-def describe_kept(kept: Sequence[Sequence[bool]]) -> str:
-    """Which micro-batches are missing, in words."""
-    flat = [k for rank in kept for k in rank]
-    if all(flat):
-        return ""
-    if len({tuple(rank) for rank in kept}) > 1:
-        gone = [f"rank {r}: {_numbers(rank)}" for r, rank in enumerate(kept) if not all(rank)]
-        return f"micro-batches dropped ({'; '.join(gone)})"
-    rank = list(kept[0])
-    size = len(rank)
-    if size > 2 and rank == [True] + [False] * (size - 2) + [True]:
-        return "the intermediate micro-batches are dropped"
-    if rank == [False] * (size - 1) + [True]:
-        return "every backward overwrote the one before: only the last micro-batch counts"
-    if rank == [True] + [False] * (size - 1):
-        return "only the first micro-batch counts"
-    return f"micro-batches dropped ({_numbers(rank)} of {size})"
-
-
-def _numbers(rank: Sequence[bool]) -> str:
-    return ", ".join(str(i + 1) for i, k in enumerate(rank) if not k)
-
-
-def describe(pattern: Pattern, recovered: Recovered) -> str:
-    """The pattern in words; "" if it is right."""
-    counts = recovered.counts
-    total = sum(map(sum, counts))
-    kept = sum(n for ns, ks in zip(counts, pattern.kept, strict=True) for n, k in zip(ns, ks, strict=True) if k)
-    accumulation = max(len(rank) + sum(r == i for r, _ in recovered.empty) for i, rank in enumerate(counts))
-    parts = [
-        describe_kept(pattern.kept),
-        NORMALISERS[pattern.normaliser][1],
-        describe_scale(pattern.scale, accumulation, len(counts), kept / total),
-    ]
-    return ", and ".join(p for p in parts if p)
-
-
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One step, judged from its own start."""
+    """One step, judged from its own start. No codes: it is right."""
 
-    text: str  # "" if it is right
-    kind: str  # right, kept, normaliser, scale, cause, unknown, broken
-    recovered: Recovered | None
+    codes: tuple[str, ...] = ()
+    text: str = ""
+    recovered: Recovered | None = None
     scale: float = 1.0
 
 
-def see(step: Step, previous: Step | None, dtype: str) -> Seen:
+def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parameters = ()) -> Seen:
     """Judge one SGD step."""
     if not np.isfinite(step.after).all():
         empty = any(m.num_trained == 0 for m in step.microbatches)
-        text = "the parameters are no longer finite" + (" after a micro-batch without trained tokens" if empty else "")
-        return Seen(text=text, kind="broken", recovered=None)
+        where = " after a micro-batch without trained tokens" if empty else ""
+        return Seen(codes=("not_finite",), text=f"the parameters are no longer finite{where}")
     if not step.num_trained:
-        return Seen(text="a step was taken without any trained token", kind="broken", recovered=None)
+        return Seen(codes=("unexplained",), text="a step was taken without any trained token")
     found = recover(step, dtype)
     if found.relative_error <= min(NOISE_FACTOR * found.noise, RESIDUAL[dtype]):
-        return Seen(text="", kind="right", recovered=found)
-    if found.residual > max(RESIDUAL[dtype], NOISE_FACTOR * found.noise):
-        cause = _cause(step, previous, found)
-        return cause or Seen(
-            text=f"{100 * found.residual:.1f} % of the gradient is explained by no weights of the micro-batches",
-            kind="unknown",
-            recovered=found,
-        )
+        return Seen(recovered=found)
+    limit = max(RESIDUAL[dtype], NOISE_FACTOR * found.noise)
+    if found.residual > limit:
+        code, text = causes.find(step, previous, found, parameters, limit)
+        return Seen(codes=(code,), text=text, recovered=found)
     pattern = fit_pattern(found, dtype)
-    if pattern is None:
-        shown = ", ".join(f"{w:.3g}" for w in found.weights)
-        return Seen(text=f"an unknown pattern of weights [{shown}]", kind="unknown", recovered=found)
-    text = describe(pattern, found)
-    kind = "right" if not text else "kept" if not all(map(all, pattern.kept)) else "normaliser"
-    if kind == "normaliser" and pattern.normaliser == "global":
-        kind = "scale"
-    return Seen(text=text, kind=kind, recovered=found, scale=pattern.scale)
+    if pattern is not None:
+        return Seen(codes=pattern.codes, text=pattern.text, recovered=found, scale=pattern.scale)
+    cause = causes.clipped_parts(step, found)
+    shown = ", ".join(f"{w:.3g}" for w in found.weights)
+    code, text = cause or ("unknown_weights", f"an unknown pattern of weights [{shown}]")
+    return Seen(codes=(code,), text=text, recovered=found)
 
 
-def _cause(step: Step, previous: Step | None, found: Recovered) -> Seen | None:
-    """The one addition that explains what the weights do not, if there is one."""
-    observed = observed_gradient(step)
-    used = [m.gradient / step.num_trained for m in step.microbatches if m.num_trained]
-    candidates = {k: v / step.num_trained for k, v in step.extras.items()} | {"weight_decay": step.before}
-    if previous is not None:
-        candidates["momentum"] = observed_gradient(previous)
-    best: tuple[float, str, float] | None = None
-    for name, column in candidates.items():
-        if not np.linalg.norm(column):
-            continue
-        weights, residual, _ = faults.recover_weights(observed, [*used, column])
-        if residual * EXPLAINED <= found.residual and (best is None or residual < best[0]):
-            best = (residual, name, float(weights[-1]))
-    if best is None:
-        return None
-    _, name, amount = best
-    return Seen(text=f"{CAUSES[name]} (coefficient {amount:.3g})", kind="cause:" + name, recovered=found)
+# ------------------------------------------------------------------------------------------------------------ one case
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseSeen:
+    """All steps of one case, and what their number and data tell."""
+
+    steps: Sequence[Seen]
+    codes: tuple[str, ...]
+    text: str
+
+
+def see_case(run: Observation, dtype: str) -> CaseSeen:
+    steps = [see(s, run.steps[i - 1] if i else None, dtype, run.parameters) for i, s in enumerate(run.steps)]
+    steps = _clipped_as_a_whole(steps, run)
+    texts = list(dict.fromkeys(s.text for s in steps if s.codes))
+    codes = list(dict.fromkeys(c for s in steps for c in s.codes))
+    if texts and not all(s.codes for s in steps):
+        texts.append("(not in every step)")
+    if codes == ["unexplained"]:
+        codes = [_layout_code(run)]
+    order = _grouping(run)
+    return CaseSeen(
+        steps=steps,
+        codes=tuple(dict.fromkeys([*(c for c, _ in order), *codes])),
+        text="; ".join([*(t for _, t in order), *texts]),
+    )
+
+
+def _clipped_as_a_whole(steps: Sequence[Seen], run: Observation) -> list[Seen]:
+    """Steps whose scale makes every gradient equally long were clipped."""
+    scaled = [i for i, s in enumerate(steps) if s.codes and s.codes[-1] in ("scale", "accumulation_factor")]
+    lengths = [float(np.linalg.norm(observed_gradient(run.steps[i]))) for i in scaled]
+    wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
+    if len(scaled) < 2 or np.ptp(lengths) > 0.01 * max(lengths) or np.ptp(wanted) < 0.01 * max(wanted):
+        return list(steps)
+    clipped = Seen(codes=("clip",), text=f"the gradient is clipped to a norm of {lengths[0]:.3g}")
+    return [
+        Seen(codes=clipped.codes, text=clipped.text, recovered=s.recovered, scale=s.scale) if i in scaled else s
+        for i, s in enumerate(steps)
+    ]
+
+
+def _layout_code(run: Observation) -> str:
+    """An unexplained rest comes from the layout if lines hold several rows, or rows of different lengths."""
+    batches = [m for s in run.steps for m in s.microbatches]
+    if any(len(line) > 1 for m in batches for line in m.lines):
+        return "packing"
+    return "padding" if any(len(m.lines) > 1 for m in batches) else "unexplained"
+
+
+def _grouping(run: Observation) -> list[causes.Cause]:
+    """Was the optimizer stepped when it was asked to be, on all rows, each as often as there are epochs?"""
+    found: list[causes.Cause] = []
+    if any(not np.isfinite(s.after).all() for s in run.steps):
+        return found  # changes of what is not a number are no steps
+    lost_whole = False
+    packed = any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines)
+    if not packed:
+        sizes = [max(Counter(m.rank for m in s.microbatches).values()) for s in run.steps]
+        asked = _asked_sizes(run)
+        if sizes != asked:
+            lost_whole = sizes == [n for n in asked if n == run.asked.accumulation]
+            text = f"steps were taken after {_listed(sizes)} micro-batches, asked for were {_listed(asked)}"
+            found.append(("grouping", text))
+    seen = Counter(row for s in run.steps for m in s.microbatches for row in m.rows)
+    lost = sum(max(0, run.asked.epochs - seen[row]) for row in range(run.asked.num_rows))
+    twice = sum(max(0, n - run.asked.epochs) for n in seen.values())
+    if lost or run.forwards_without_step:
+        cause = "data_lost", f"data is lost: {lost} rows reached no optimizer step"
+        found.insert(0 if lost_whole else len(found), cause)
+    elif twice:
+        found.append(("data_lost", f"{twice} rows were trained more often than asked"))
+    return found
+
+
+def _asked_sizes(run: Observation) -> list[int]:
+    """Micro-batches of each step, on the busiest rank: whole windows and what is left at the end of an epoch."""
+    ranks = 1 + max(m.rank for s in run.steps for m in s.microbatches)
+    batches = math.ceil(math.ceil(run.asked.num_rows / run.asked.rows_per_microbatch) / ranks)
+    whole, rest = divmod(batches, run.asked.accumulation)
+    return ([run.asked.accumulation] * whole + ([rest] if rest else [])) * run.asked.epochs
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes[:6])) + (" …" if len(sizes) > 6 else "")
 
 
 # --------------------------------------------------------------------------------------------------------- the verdict
@@ -251,128 +201,123 @@ def judge(
 ) -> Finding:
     """All cases of one configuration together. ``documented`` names the option that the user has set away from its
     default, if it is known to change how a step is normalised."""
-    dtype = str(configuration.get("dtype", "float32"))
-    if configuration.get("optimizer") == "adamw":
-        return judge_adamw(subject, configuration, runs)
-    shown: Seen | None = None
-    step: Step | None = None
-    texts: dict[str, str] = {}
-    seen: dict[str, list[Seen]] = {}
+    general: dict[str, Any] = {"subject": subject, "configuration": configuration}
+    if not runs:
+        return Finding(**general, verdict=Verdict.NOT_RUN, reason="no case was run")
+    general["versions"] = next(iter(runs.values())).versions
+    general["seconds"] = {k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")}
+    some_moved = any(run.steps for run in runs.values())
     for name, run in runs.items():
-        problem = _unusable(run)
-        if problem:
-            return Finding(
-                subject=subject,
-                configuration=configuration,
-                verdict=Verdict.FAULT if problem.startswith("fault: ") else Verdict.NOT_OBSERVABLE,
-                fault=problem.removeprefix("fault: ") if problem.startswith("fault: ") else "",
-                reason="" if problem.startswith("fault: ") else f"{name}: {problem}",
-                versions=run.versions,
+        if unusable := _unusable(run, some_moved):
+            code, text = unusable
+            if code:
+                return Finding(**general, verdict=Verdict.FAULT, fault=text, codes=(code,), cases={name: text})
+            return Finding(**general, verdict=Verdict.NOT_OBSERVABLE, reason=f"{name}: {text}")
+    if configuration.get("optimizer") == "adamw":
+        return _judge_adamw(general, runs)
+    dtype = str(configuration.get("dtype", "float32"))
+    seen = {name: see_case(run, dtype) for name, run in runs.items()}
+    if any(_layout_code(run) == "unexplained" and "unexplained" in seen[name].codes for name, run in runs.items()):
+        seen = {
+            name: CaseSeen(
+                steps=case.steps,
+                codes=tuple("unexplained" if c in ("padding", "packing") else c for c in case.codes),
+                text=case.text,
             )
-        seen[name] = [see(s, run.steps[i - 1] if i else None, dtype) for i, s in enumerate(run.steps)]
-        texts[name] = _summary(seen[name], run)
-        wrong = [i for i, s in enumerate(seen[name]) if s.kind != "right"]
-        if shown is None or (shown.kind == "right" and wrong):
-            index = wrong[0] if wrong else 0
-            shown, step = seen[name][index], run.steps[index]
-    if shown is None or step is None:
-        return Finding(subject=subject, configuration=configuration, verdict=Verdict.NOT_RUN, reason="no case was run")
-    verdict, fault = _verdict(seen, texts, documented)
-    found = shown.recovered
+            for name, case in seen.items()
+        }  # it is there without padding or packing too
+    verdict, codes, fault = _verdict(seen, documented)
+    name, index = _shown(seen)
+    step, found = runs[name].steps[index], seen[name].steps[index].recovered
+    general["cases"] = {name: case.text for name, case in seen.items()}
+    if found is None:
+        return Finding(**general, verdict=verdict, fault=fault, codes=codes)
     return Finding(
-        subject=subject,
-        configuration=configuration,
+        **general,
         verdict=verdict,
         fault=fault,
-        versions=next(iter(runs.values())).versions,
-        cases=texts,
-        tokens=[] if found is None else [list(c) for c in found.counts],
-        weights=[] if found is None else _by_rank(found.weights, found.counts),
-        standard_errors=[] if found is None else _by_rank(found.errors, found.counts),
-        relative_error=None if found is None else found.relative_error,
-        residual=None if found is None else found.residual,
-        noise=None if found is None else found.noise,
-        condition=None if found is None else found.condition,
+        codes=codes,
+        tokens=[list(c) for c in found.counts],
+        weights=_by_rank(found.weights, found.counts),
+        standard_errors=_by_rank(found.errors, found.counts),
+        relative_error=found.relative_error,
+        residual=found.residual,
+        noise=found.noise,
+        condition=found.condition,
         logged_loss=step.logged_loss,
         true_loss=step.true_loss,
-        logged_loss_could_show_it=_loss_shows_it(step) if shown.kind != "right" else None,
-        seconds={k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")},
+        logged_loss_could_show_it=_loss_shows_it(step) if codes else None,
     )
 
 
-ADAMW_ERROR = 1e-2  # relative; entries whose gradient is noise move by a full step in a random direction
+def _shown(seen: Mapping[str, CaseSeen]) -> tuple[str, int]:
+    """The first step that is wrong, or the first of all."""
+    wrong = [(name, i) for name, case in seen.items() for i, s in enumerate(case.steps) if s.codes]
+    return wrong[0] if wrong else (next(iter(seen)), 0)
 
 
-def judge_adamw(subject: str, configuration: Mapping[str, Any], runs: Mapping[str, Observation]) -> Finding:
+def _unusable(run: Observation, some_moved: bool) -> causes.Cause | None:
+    """What makes single steps not worth judging: (code of a fault or "", why). ``some_moved``: in any of the cases."""
+    if not run.steps:
+        if run.forwards_without_step and some_moved:
+            return "data_lost", f"no optimizer step was taken: {run.forwards_without_step} micro-batches are lost"
+        if run.forwards_without_step:
+            return "stale_parameters", "no parameter moved: the optimizer does not hold what the model uses"
+        return "", "the model was never run in training mode"
+    if any(not np.isfinite(s.after).all() for s in run.steps):
+        return None
+    if run.ranks_differ > RANKS_EQUAL:
+        return "ranks_diverge", f"the ranks hold different parameters (by up to {run.ranks_differ:.1e})"
+    if run.unmatched:
+        return "", f"{run.unmatched} lines that the model was given hold none of the case's rows"
+    worst = max((recover(s).condition for s in run.steps if s.num_trained), default=1.0)
+    if worst > ILL_CONDITIONED:
+        if order := _grouping(run):
+            return order[0]
+        return "", f"the micro-batches' gradients are nearly parallel (condition {worst:.0e})"
+    return None
+
+
+def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tuple[str, ...], str]:
+    wrong = {name: case for name, case in seen.items() if case.codes}
+    if not wrong:
+        return Verdict.RIGHT, (), ""
+    counted = Counter(c for case in wrong.values() for c in case.codes)
+    first = next(iter(wrong.values()))
+    codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
+    for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale"), ("not_finite", "not_finite")):
+        if telling in codes:  # it shows as something simpler where a micro-batch has one row, or no step was before
+            told = next(case for case in wrong.values() if telling in case.codes)
+            first = told if implied in first.codes else first
+            codes = (telling, *(c for c in codes if c not in (telling, implied)))
+    everywhere = set(wrong) == set(seen)
+    if documented and set(codes) <= {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}:
+        return Verdict.DOCUMENTED_CHOICE, codes, f"{first.text} ({documented})"
+    scales = [s.scale for case in seen.values() for s in case.steps]
+    if set(codes) == {"scale"} and everywhere and len(seen) > 1 and np.ptp(scales) <= 0.01 * abs(scales[0]):
+        return Verdict.DEFAULT, codes, f"everything is multiplied by {scales[0]:.4g}, however a batch is split"
+    if set(codes) <= {"clip", "weight_decay"} and everywhere and "own norm" not in first.text:
+        return Verdict.DEFAULT, codes, first.text
+    return Verdict.FAULT, codes, first.text
+
+
+def _judge_adamw(general: Mapping[str, Any], runs: Mapping[str, Observation]) -> Finding:
     """The known weight vector whose textbook AdamW updates come closest to the observed ones, over all cases."""
-    texts: dict[str, str] = {}
-    worst = 0.0
+    texts, codes, worst = {}, [], 0.0
     for name, run in runs.items():
         found = errors(run.steps)
-        if not found:
-            problem = _unusable(run).removeprefix("fault: ") or "no step was observed"
-            return Finding(subject=subject, configuration=configuration, verdict=Verdict.FAULT, fault=problem)
-        best = next(iter(found))
-        worst = max(worst, found["right"])
-        if found["right"] <= ADAMW_ERROR:
-            texts[name] = ""
-        elif found[best] <= ADAMW_ERROR:
-            texts[name] = faults.FAULTS[best][1]
-        else:
-            texts[name] = f"AdamW's update is {100 * found['right']:.0f} % off, and no known weights explain it"
+        best = next(iter(found), "right")
+        worst = max(worst, found.get("right", math.inf))
+        texts[name] = ""
+        if found.get("right", math.inf) > ADAMW_ERROR:
+            named = found.get(best, math.inf) <= ADAMW_ERROR
+            texts[name] = faults.FAULTS[best][1] if named else "no known weights explain AdamW's update"
+            codes.append(best if named else "unexplained")
     wrong = [text for text in texts.values() if text]
-    return Finding(
-        subject=subject,
-        configuration=configuration,
-        verdict=Verdict.FAULT if wrong else Verdict.RIGHT,
-        fault=wrong[0] if wrong else "",
-        versions=next(iter(runs.values())).versions,
-        cases=texts,
-        relative_error=worst,
-        seconds={k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")},
-    )
-
-
-def _unusable(run: Observation) -> str:
-    if not run.steps:
-        if run.forwards_without_step:
-            return "fault: no parameter moved: the optimizer does not hold the parameters that the model uses"
-        return "the model was never run in training mode"
-    if run.unmatched:
-        return f"{run.unmatched} lines that the model was given hold none of the case's rows"
-    if run.ranks_differ > 1e-6:
-        return f"fault: the ranks hold different parameters (by up to {run.ranks_differ:.1e})"
-    worst = max((recover(s).condition for s in run.steps if s.num_trained and np.isfinite(s.after).all()), default=1.0)
-    if worst > ILL_CONDITIONED:
-        return f"the micro-batches' gradients are nearly parallel (condition {worst:.0e})"
-    return ""
-
-
-def _summary(steps: Sequence[Seen], run: Observation) -> str:
-    texts = list(dict.fromkeys(s.text for s in steps if s.kind != "right"))
-    lost = run.forwards_without_step
-    if lost:
-        texts.append(f"data is lost: {lost} micro-batch{'es' if lost > 1 else ''} reached no optimizer step")
-    if texts and any(s.kind == "right" for s in steps) and not lost:
-        texts.append("(not in every step)")
-    return "; ".join(texts)
-
-
-def _verdict(seen: Mapping[str, list[Seen]], texts: Mapping[str, str], documented: str) -> tuple[Verdict, str]:
-    wrong = {name: text for name, text in texts.items() if text}
-    if not wrong:
-        return Verdict.RIGHT, ""
-    kinds = {s.kind for steps in seen.values() for s in steps if s.kind != "right"}
-    first = next(iter(wrong.values()))
-    if documented and kinds <= {"normaliser", "scale"}:
-        return Verdict.DOCUMENTED_CHOICE, f"{first} ({documented})"
-    if kinds == {"scale"} and len(seen) > 1 and set(wrong) == set(seen):
-        scales = [s.scale for steps in seen.values() for s in steps]
-        if max(scales) - min(scales) <= 0.01 * abs(scales[0]):
-            return Verdict.DEFAULT, f"everything is multiplied by {scales[0]:.4g}, however a batch is split"
-    if kinds == {"cause:weight_decay"}:
-        return Verdict.DEFAULT, first
-    return Verdict.FAULT, first
+    verdict = Verdict.FAULT if wrong else Verdict.RIGHT
+    fault = wrong[0] if wrong else ""
+    unique = tuple(dict.fromkeys(codes))
+    return Finding(**general, verdict=verdict, fault=fault, codes=unique, cases=texts, relative_error=worst)
 
 
 def _loss_shows_it(step: Step) -> bool | None:

@@ -25,10 +25,23 @@ class MicroBatch:
 
     rank: int
     index: int  # within its rank and step
-    rows: tuple[int, ...]
-    num_trained: int
+    lines: tuple[tuple[int, ...], ...]  # rows of each line: several where lines are packed
+    row_counts: tuple[int, ...]  # trained tokens of each row
+    row_gradients: tuple[np.ndarray, ...]  # P each: of the sum of −log p over the row's trained tokens
     loss_sum: float  # Σ −log p over its trained tokens, float64
-    gradient: np.ndarray  # P, of that sum
+    size: int  # P
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(row for line in self.lines for row in line)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.row_counts)
+
+    @property
+    def gradient(self) -> np.ndarray:
+        return np.sum([np.zeros(self.size), *self.row_gradients], axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +79,17 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the case wanted."""
+
+    num_rows: int
+    epochs: int
+    accumulation: int
+    rows_per_microbatch: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Observation:
     """One run of a subject."""
 
@@ -74,6 +98,8 @@ class Observation:
     ranks_differ: float  # largest difference of a parameter between two ranks after any step
     forwards_without_step: int
     unmatched: int
+    asked: Asked
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -114,6 +140,11 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
         ranks_differ=worst,
         forwards_without_step=max(r["forwards_without_step"] for r in ranks),
         unmatched=sum(r["unmatched_lines"] for r in ranks),
+        asked=Asked(
+            num_rows=len(case["rows"]),
+            **{key: case[key] for key in ("epochs", "accumulation", "rows_per_microbatch", "steps")},
+        ),
+        parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
         notes=tuple(dict.fromkeys(n for r in ranks for n in r["notes"])),
         seconds=ranks[0]["seconds"],
     )
@@ -133,15 +164,20 @@ def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: dict[str,
         raise ObservationError("no row of the case was found in what the model was given")
     gradients = dict(zip(part["rows"], _read(folder, part["gradients"]), strict=True))
     losses = dict(zip(part["rows"], part["row_losses"], strict=True))
-    size = next(iter(gradients.values())).shape
-    return [
-        MicroBatch(
-            rank=rank,
-            index=index,
-            rows=tuple(rows),
-            num_trained=sum(sum(case["rows"][row]["trained"][1:]) for row in rows),
-            loss_sum=sum(losses[row] for row in rows),
-            gradient=np.sum([gradients[row] for row in rows], axis=0) if rows else np.zeros(size),
+    counts = {row: sum(case["rows"][row]["trained"][1:]) for row in part["rows"]}
+    size = next(iter(gradients.values())).shape[0]
+    found = []
+    for index, lines in enumerate(part["microbatches"]):
+        rows = [row for line in lines for row in line]
+        found.append(
+            MicroBatch(
+                rank=rank,
+                index=index,
+                lines=tuple(map(tuple, lines)),
+                row_counts=tuple(counts[row] for row in rows),
+                row_gradients=tuple(gradients[row] for row in rows),
+                loss_sum=sum(losses[row] for row in rows),
+                size=size,
+            )
         )
-        for index, rows in enumerate(part["microbatches"])
-    ]
+    return found

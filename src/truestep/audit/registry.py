@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 CASES = ("ragged", "unsplit", "masked", "window")
+ENGINE = ("ragged", "unsplit", "masked")  # an engine is fed by a loop: the end of an epoch is not its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ def _zero(stage: int, *, offload: bool, **options: Any) -> dict[str, Any]:
     return {"zero_stage": stage, "offload": offload, **options}
 
 
+ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 LLAMA = {"arch": "llama"}
 TORCH = Subject(name="torch loop", script="torch_loop", needs=("torch",), configurations=[Configuration()])
 TABLE: tuple[Subject, ...] = (
@@ -80,11 +82,12 @@ TABLE: tuple[Subject, ...] = (
         script="deepspeed_engine",
         needs=("deepspeed", "torch"),
         configurations=[
-            *_both(stage=2, offload=True),
-            Configuration(options={"stage": 2, "offload": True, "manual": True}),
-            Configuration(options={"stage": 2, "offload": False}),
-            Configuration(options={"stage": 1, "offload": True}),
-            Configuration(options={"stage": 3, "offload": True}),
+            Configuration(options={"stage": 2, "offload": True}, only=ENGINE),
+            Configuration(options={"stage": 2, "offload": True}, world_size=2, only=ENGINE),
+            Configuration(options={"stage": 2, "offload": True, "manual": True}, only=ENGINE),
+            Configuration(options={"stage": 2, "offload": False}, only=ENGINE),
+            Configuration(options={"stage": 1, "offload": True}, only=ENGINE),
+            Configuration(options={"stage": 3, "offload": True}, only=ENGINE),
         ],
     ),
     Subject(
@@ -109,3 +112,24 @@ def applicable(installed: Mapping[str, str]) -> list[Subject]:
 
 def missing(subject: Subject, installed: Mapping[str, str]) -> list[str]:
     return [name for name in subject.needs if name not in installed]
+
+
+def meant_by(names: Sequence[str]) -> list[Subject]:
+    """The subjects that a requirement is about: all of the named packages are theirs, one of them is what is audited,
+    and no framework comes in that was not named."""
+    frameworks = {s.needs[0] for s in TABLE} - {"torch", "accelerate", "transformers"}
+    return [
+        s
+        for s in TABLE
+        if set(names) <= set(s.needs) and s.needs[0] in names and not (set(s.needs) & frameworks) - set(names)
+    ]
+
+
+def with_arch(subject: Subject, arch: str) -> Subject:
+    """The same configurations on another model class; those that differ in nothing else become one."""
+    changed: list[Configuration] = []
+    for c in subject.configurations:
+        new = replace(c, options={**c.options, "arch": arch}) if "arch" in c.options else c
+        if new not in changed:
+            changed.append(new)
+    return replace(subject, configurations=changed)

@@ -7,7 +7,6 @@ documentation does: a mean of means).
 
 from __future__ import annotations
 
-import ddp
 import kit
 import torch
 from accelerate import Accelerator  # type: ignore[import-not-found, unused-ignore]
@@ -21,16 +20,14 @@ def run(spec: kit.Spec) -> None:
     accelerator = Accelerator(gradient_accumulation_steps=spec.accumulation, cpu=True)
     wrapped, optimizer = accelerator.prepare(model, spec.optimizer(model.parameters()))
     wrapped.train()
-    micro = spec.batches() * spec.epochs
-    for first in range(0, len(micro), spec.accumulation):
-        window = micro[first : first + spec.accumulation]
+    for window in spec.windows():
         counts = [float(sum(sum(spec.rows[row]["trained"][1:]) for row in batch)) for batch in window]
         total = accelerator.reduce(torch.tensor(sum(counts)), "sum").item()
         for index, batch in enumerate(window):
             # The last micro-batch of a short window ends it, as the end of a loader would.
             accelerator.gradient_state._set_sync_gradients(index == len(window) - 1)
             with accelerator.no_sync(wrapped) if index < len(window) - 1 else torch.enable_grad():
-                loss = ddp.loss_of(spec, wrapped, batch)
+                loss = kit.summed_loss(spec, wrapped, batch)
                 if spec.options.get("naive"):
                     accelerator.backward(loss / max(1.0, counts[index]))
                 else:

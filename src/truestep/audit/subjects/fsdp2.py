@@ -23,13 +23,11 @@ def run(spec: kit.Spec) -> None:
     fully_shard(model, mesh=mesh)
     optimizer = spec.optimizer(model.parameters())
     model.train()
-    micro = spec.batches() * spec.epochs
-    for first in range(0, len(micro), spec.accumulation):
-        window = micro[first : first + spec.accumulation]
+    for window in spec.windows():
         total = ddp.window_tokens(spec, window)
         for index, batch in enumerate(window):
             model.set_requires_gradient_sync(index == len(window) - 1)
-            (ddp.loss_of(spec, model, batch) * spec.world_size / total).backward()
+            (kit.summed_loss(spec, model, batch) * spec.world_size / total).backward()
         optimizer.step()
         optimizer.zero_grad()
     recorder.finish()

@@ -59,6 +59,11 @@ class Spec:
         micro = [list(range(i, min(i + size, len(self.rows)))) for i in range(0, len(self.rows), size)]
         return micro[self.rank :: self.world_size]
 
+    def windows(self) -> list[list[list[int]]]:
+        """The same, step by step, over all epochs: a short window ends an epoch whose data are no multiple."""
+        mine = self.batches()
+        return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
+
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         if self.options.get("optimizer", "sgd") == "sgd":
             return torch.optim.SGD(parameters, lr=self.lr)
@@ -172,6 +177,17 @@ def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift:
     return -logp[where - shift, tokens[0][where]].sum()
 
 
+def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
+    """−Σ log p over the trained tokens of a micro-batch, all of its rows in one padded forward pass."""
+    longest = max(len(spec.rows[row]["ids"]) for row in batch)
+    ids = torch.tensor([spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch])
+    labels = torch.tensor([spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch])
+    logits = logits_of(model(input_ids=ids))[:, :-1]
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().reshape(-1).cpu() for t in tensors])
 
@@ -199,8 +215,8 @@ class Recorder:
         self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
         self.needles = [bytes(row["ids"]) for row in spec.rows]
         self.before: Tensor | None = None
-        self.microbatches: list[list[int]] = []
-        self.steps: list[tuple[Tensor, Tensor, list[list[int]]]] = []
+        self.microbatches: list[list[list[int]]] = []  # the rows of every line of every forward pass
+        self.steps: list[tuple[Tensor, Tensor, list[list[list[int]]]]] = []
         self.unmatched = 0
         self.logged: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
         self.notes: list[str] = []
@@ -213,12 +229,9 @@ class Recorder:
         if ids is None:
             return
         self._close_step()
-        found: list[int] = []
-        for line in ids.reshape(-1, ids.shape[-1]).tolist():
-            rows = self._rows_in(bytes(t % 256 for t in line))
-            self.unmatched += not rows
-            found += rows
-        self.microbatches.append(found)
+        lines = [self._rows_in(bytes(t % 256 for t in line)) for line in ids.reshape(-1, ids.shape[-1]).tolist()]
+        self.unmatched += sum(not rows for rows in lines)
+        self.microbatches.append(lines)
 
     def _rows_in(self, line: bytes) -> list[int]:
         """Which rows stand in this line, in order: rows are random tokens, so one is found in another only if equal."""
@@ -248,13 +261,15 @@ class Recorder:
             "unmatched_lines": self.unmatched,
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
             "notes": self.notes,
+            "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
             "seconds": {"run": trained - self.began, "reference": time.perf_counter() - trained},
         }
         path = folder / f"rank-{rank}.json"
         path.with_suffix(".tmp").write_text(json.dumps(observed), encoding="utf-8")
         path.with_suffix(".tmp").replace(path)
 
-    def _write_step(self, index: int, before: Tensor, after: Tensor, micro: list[list[int]]) -> dict[str, Any]:
+    def _write_step(self, index: int, before: Tensor, after: Tensor, lines: list[list[list[int]]]) -> dict[str, Any]:
+        micro = [[row for line in batch for row in line] for batch in lines]
         offset = 0
         for parameter in parameters_of(self.copy):
             count = parameter.numel()
@@ -276,10 +291,11 @@ class Recorder:
             "prompt": sum((self._gradient(self.copy, b, untrained=True)[1] for b in micro), torch.zeros_like(before)),
             "shift_0": sum((self._gradient(self.copy, b, shift=0)[1] for b in micro), torch.zeros_like(before)),
             "shift_2": sum((self._gradient(self.copy, b, shift=2)[1] for b in micro), torch.zeros_like(before)),
+            "stop": sum((self._gradient(self.copy, b, ends=True)[1] for b in micro), torch.zeros_like(before)),
         }
         name = f"rank-{self.spec.rank}-step-{index}"
         return {
-            "microbatches": micro,
+            "microbatches": lines,
             "rows": rows,
             "row_losses": losses,
             "before": self._write(f"{name}.before", before),
@@ -290,18 +306,21 @@ class Recorder:
         }
 
     def _gradient(
-        self, model: nn.Module, rows: Sequence[int], *, untrained: bool = False, shift: int = 1
+        self, model: nn.Module, rows: Sequence[int], *, untrained: bool = False, shift: int = 1, ends: bool = False
     ) -> tuple[float, Tensor]:
-        """(Σ of the losses, gradient [P] in float64) of rows, each run alone."""
+        """(Σ of the losses, gradient [P] in float64) of rows, each run alone; ``ends``: of each answer's last token."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0
         for row in rows:
-            chosen = [bool(t) != untrained for t in self.spec.rows[row]["trained"]]
+            trained = self.spec.rows[row]["trained"]
+            chosen = [bool(t) != untrained for t in trained]
+            if ends:
+                chosen = [bool(on) and not after for on, after in zip(trained, [*trained[1:], 0], strict=True)]
             loss = nll_sum(model, self.spec.rows[row]["ids"], chosen, shift)
             if loss.requires_grad:
                 loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         return total, flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
     def _write(self, name: str, value: Tensor) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import hf_trainer
 import kit
-import torch
 import transformers  # type: ignore[import-not-found, unused-ignore]
 import trl  # type: ignore[import-not-found, unused-ignore]
 from datasets import Dataset  # type: ignore[import-not-found, unused-ignore]

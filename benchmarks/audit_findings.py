@@ -1,0 +1,91 @@
+"""Audit pinned releases from the package index, one command each, and write docs/findings.md from what was found.
+
+    python benchmarks/audit_findings.py [--only TEXT] [--table-only]
+
+Results are kept as results/audit/NAME.json; a release that has one is not run again (delete the file to repeat it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from truestep.audit.formats import configuration_in_words
+from truestep.rundir import read_json, write_atomic, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER, PAGE = ROOT / "results/audit", ROOT / "docs/findings.md"
+TARGETS: dict[str, tuple[str, ...]] = {
+    "deepspeed-0.15.1": ("deepspeed==0.15.1",),
+    "deepspeed-0.15.2": ("deepspeed==0.15.2",),
+    "deepspeed-0.18.9": ("deepspeed==0.18.9",),
+    "deepspeed-0.19.0": ("deepspeed==0.19.0",),
+    "deepspeed-0.19.8": ("deepspeed==0.19.8",),
+    "transformers-4.45.2": ("transformers==4.45.2",),
+    "transformers-4.46.3-gpt2": ("transformers==4.46.3", "--arch", "gpt2"),
+    "trl-1.16.0": ("trl==1.16.0",),
+    "trl-1.16.0+deepspeed-0.18.9": ("trl==1.16.0+deepspeed==0.18.9",),
+}
+UPSTREAM = {
+    "DeepSpeed": "https://github.com/deepspeedai/DeepSpeed/pull/7967",
+    "transformers Trainer": "https://github.com/huggingface/transformers/issues/34191",
+}
+
+
+def run(name: str, words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "truestep", "audit", *words, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if not done.stdout:
+        print(f"{name}: exit code {done.returncode}, nothing to keep", file=sys.stderr)
+        return
+    write_json(FOLDER / f"{name}.json", {"command": " ".join(["truestep audit", *words]), **json.loads(done.stdout)})
+
+
+def page(documents: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "# Findings",
+        "",
+        "Made by `python benchmarks/audit_findings.py` from results/audit/. A weight is what a micro-batch's tokens",
+        "counted in one optimizer step, rank after rank; 1 is the mean over all trained tokens (audit.md says",
+        "how it is measured). The last column: does the logged loss differ from the true one by more than 2 %?",
+        "",
+        "| subject | versions | configuration | verdict | what | weights | error | logged loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for _, document in sorted(documents.items()):
+        for f in document["findings"]:
+            versions = ", ".join(f"{k} {v}" for k, v in f["versions"].items() if k != "torch")
+            shown = "; ".join(" ".join(f"{w:.3g}" for w in rank) for rank in f["weights"])
+            error = "" if f["relative_error"] is None else f"{f['relative_error']:.1e}"
+            could = {True: "shows it", False: "looks right", None: ""}[f["logged_loss_could_show_it"]]
+            what = f["fault"] or f["reason"]
+            if f["verdict"] == "FAULT" and f["subject"] in UPSTREAM:
+                what += f" ([upstream]({UPSTREAM[f['subject']]}))"
+            cells = [f["subject"], versions, configuration_in_words(f["configuration"]), f["verdict"], what]
+            lines.append("| " + " | ".join([*(c.replace("|", "\\|") for c in cells), shown, error, could]) + " |")
+    lines += ["", "Commands and provenance:", ""]
+    for name, document in sorted(documents.items()):
+        stamp, file = document["provenance"], f"results/audit/{name}.json"
+        lines.append(f"* `{document['command']}`: commit {stamp['commit'][:12]}, {stamp['hardware']['cpu']}, {file}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="targets whose name holds this text")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, only write the page again")
+    given = parser.parse_args()
+    for name, words in TARGETS.items():
+        if given.only in name and not given.table_only and not (FOLDER / f"{name}.json").exists():
+            run(name, words)
+    documents = {p.stem: read_json(p) for p in sorted(FOLDER.glob("*.json"))}
+    write_atomic(PAGE, page(documents))
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

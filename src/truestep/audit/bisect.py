@@ -1,0 +1,116 @@
+"""First and last faulty release between two, found by running them; nothing here knows any version.
+
+Both ends right: releases between them are tried from the middle outwards until one is faulty. It is assumed that the
+faulty releases are one contiguous interval.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from truestep.settings import SettingsError
+
+Probe = Callable[[str], bool | None]  # version → faulty, right, or None: it could not be run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Of the releases tried. ``before`` and ``after``: the nearest right ones, "" where the range ends."""
+
+    first_bad: str = ""
+    last_bad: str = ""
+    before: str = ""
+    after: str = ""
+    tried: tuple[tuple[str, bool | None], ...] = ()
+
+
+def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interval:
+    """``releases`` in order, the two ends included. Raises SettingsError where ``known_bad`` is none of them."""
+    if known_bad and known_bad not in releases:
+        raise SettingsError(f"--known-bad {known_bad}: it is not between {releases[0]} and {releases[-1]}")
+    seen: dict[int, bool | None] = {}
+
+    def faulty(index: int) -> bool | None:
+        if index not in seen:
+            seen[index] = probe(releases[index])
+        return seen[index]
+
+    last = len(releases) - 1
+    ends = [i for i in (0, last) if faulty(i)]
+    bad = ends[0] if ends else releases.index(known_bad) if known_bad else _interior(last, faulty)
+    if bad is None or not faulty(bad):
+        return Interval(tried=_tried(releases, seen))
+    low = 0 if faulty(0) else _edge(bad, 0, faulty)
+    high = last if faulty(last) else _edge(bad, last, faulty)
+    rights = [i for i, f in seen.items() if f is False]
+    return Interval(
+        first_bad=releases[low],
+        last_bad=releases[high],
+        before=releases[max((i for i in rights if i < low), default=low)] if low else "",
+        after=releases[min((i for i in rights if i > high), default=high)] if high < last else "",
+        tried=_tried(releases, seen),
+    )
+
+
+def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
+    """A faulty release between two right ones: middle first, then the middles of the halves, and so on."""
+    gaps = [(0, last)]
+    while gaps:
+        start, stop = gaps.pop(0)
+        middle = (start + stop) // 2
+        if middle in (start, stop):
+            continue
+        if faulty(middle):
+            return middle
+        gaps += [(start, middle), (middle, stop)]
+    return None
+
+
+def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
+    """The outermost faulty release on the way from a faulty to a right one; those that cannot run are stepped over."""
+    while abs(right - bad) > 1:
+        middle = (bad + right) // 2
+        around = sorted(range(min(bad, right) + 1, max(bad, right)), key=lambda i: abs(i - middle))
+        answer = next(((i, f) for i in around if (f := faulty(i)) is not None), None)
+        if answer is None:
+            return bad
+        if answer[1]:
+            bad = answer[0]
+        else:
+            right = answer[0]
+    return bad
+
+
+def _tried(releases: Sequence[str], seen: dict[int, bool | None]) -> tuple[tuple[str, bool | None], ...]:
+    return tuple((releases[i], seen[i]) for i in sorted(seen))
+
+
+def parse_range(text: str) -> tuple[str, str]:
+    """``0.15.0..0.19.8`` → the two ends. Raises SettingsError where it is something else."""
+    match = re.fullmatch(r"\s*(\d[\w.]*?)\s*\.\.\s*(\d[\w.]*)\s*", text)
+    if not match:
+        raise SettingsError(f"--bisect {text!r}: write two versions, such as 0.15.0..0.19.8")
+    return match[1], match[2]
+
+
+def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
+    """All final releases of a package between two, as its index lists them. Raises SettingsError where it cannot."""
+    command = [str(python), "-m", "pip", "index", "versions", package, "--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    listed = re.search(r"Available versions:(.*)", done.stdout)
+    if done.returncode or not listed:
+        raise SettingsError(f"{package}: its releases cannot be listed: {(done.stderr.strip() or 'no answer')[-200:]}")
+    found = [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]
+    inside = sorted((v for v in found if _key(first) <= _key(v) <= _key(last)), key=_key)
+    for end in (first, last):
+        if end not in inside:
+            raise SettingsError(f"{package} has no release {end}: its index lists {', '.join(found[:8])} …")
+    return inside
+
+
+def _key(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version))

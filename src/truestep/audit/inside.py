@@ -1,0 +1,46 @@
+"""The audit of a step function in this process, for tests: the same cases, recorder and judge, without a child.
+
+Needs torch. Imported by the pytest plugin only when a test asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from truestep.audit import cases
+from truestep.audit.judge import Finding, judge
+from truestep.audit.launch import SUBJECTS
+from truestep.audit.observe import load
+from truestep.audit.registry import CASES
+from truestep.audit.run import LEARNING_RATE
+
+
+def subject_module(name: str) -> Any:
+    """A module of subjects/, which are scripts that import each other by their bare names."""
+    if str(SUBJECTS) not in sys.path:
+        sys.path.insert(0, str(SUBJECTS))
+    return importlib.import_module(name)
+
+
+def audit_function(
+    step: Callable[..., Any], *, arch: str = "plain", names: Sequence[str] = CASES, accumulation: int = 4, seed: int = 0
+) -> Finding:
+    """Judge ``step(model, optimizer, microbatches)`` (its contract: subjects/user_loop.py) on one process."""
+    kit, user_loop = subject_module("kit"), subject_module("user_loop")
+    runs = {}
+    with tempfile.TemporaryDirectory(prefix="truestep-audit-") as folder:
+        for name in names:
+            made = cases.build(name, world_size=1, accumulation=accumulation, seed=seed)
+            case = json.loads(json.dumps(made.to_json()))
+            place = Path(folder) / name
+            place.mkdir()
+            raw = {"options": {"arch": arch}, "learning_rate": LEARNING_RATE["sgd"]}
+            user_loop.run_with(step, kit.Spec(place, case, raw))
+            runs[name] = load(place, case=case, learning_rate=LEARNING_RATE["sgd"])
+    return judge(getattr(step, "__qualname__", "step"), {"arch": arch, "processes": 1}, runs)

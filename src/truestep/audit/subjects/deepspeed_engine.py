@@ -1,0 +1,107 @@
+"""DeepSpeed's own engine, told nothing but its configuration: ZeRO stage, offload, accumulation, boundary by hand.
+
+The loss is what a careful user writes: summed over the trained tokens and divided once by all of the step's, times what
+DeepSpeed divides by itself (accumulation steps, averaging over ranks). A right engine gives every token a weight of 1.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks the accelerator there
+
+import deepspeed  # type: ignore[import-not-found, unused-ignore]
+import deepspeed.ops  # type: ignore[import-not-found, unused-ignore]
+import kit
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+# The collectives of gloo do; building this extension would take minutes.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def configuration(spec: kit.Spec) -> dict[str, Any]:
+    """The user's DeepSpeed configuration."""
+    options = spec.options
+    zero: dict[str, Any] = {"stage": options.get("stage", 2)}
+    if options.get("offload", False):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if zero["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # else parameters as small as these are never partitioned
+    return {
+        "train_micro_batch_size_per_gpu": spec.rows_per_microbatch,
+        # With the boundary set by hand the engine is told of no accumulation.
+        "gradient_accumulation_steps": 1 if options.get("manual", False) else spec.accumulation,
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": spec.dtype is torch.bfloat16},
+        # torch's own optimizer: DeepSpeed's CPU Adam needs a compiler.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def token_loss(engine: Any, spec: kit.Spec, batch: list[int]) -> Tensor:
+    """Σ −log p over the trained tokens of the rows, each run alone but in one backward."""
+    width = max(len(spec.rows[row]["ids"]) for row in batch)
+    ids = torch.tensor([spec.rows[row]["ids"] + [0] * (width - len(spec.rows[row]["ids"])) for row in batch])
+    labels = torch.tensor([spec.labels(row) + [-100] * (width - len(spec.rows[row]["ids"])) for row in batch])
+    # Padding stands on the right, where a causal model's earlier positions do not see it.
+    logits = kit.logits_of(engine(input_ids=ids))[:, :-1]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+
+def whole(parameter: Any, ranks: int) -> Tensor:
+    """A parameter of stage 3 put together from the shards of all ranks."""
+    mine: Tensor = parameter.ds_tensor.detach()
+    shards = [torch.empty_like(mine) for _ in range(ranks)]
+    torch.distributed.all_gather(shards, mine)
+    return torch.cat(shards)[: parameter.ds_numel]
+
+
+def run(spec: kit.Spec) -> None:
+    stage, manual = spec.options.get("stage", 2), spec.options.get("manual", False)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    model = kit.tiny_model(spec).to(spec.dtype)
+    own = kit.parameters_of(model)
+
+    # Stage 3 leaves every rank a shard; gathering through DeepSpeed would disturb what it tracks during a forward pass.
+    snapshot = (lambda: kit.flat([whole(p, spec.world_size) for p in own])) if stage == 3 else None
+    recorder = kit.Recorder(spec, model, snapshot)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=spec.optimizer(own), config=configuration(spec))
+    engine.train()
+    size = spec.accumulation
+    micro = [batch for _ in range(spec.epochs) for batch in spec.batches()]
+    for first in range(0, len(micro), size):
+        window = micro[first : first + size]
+        mine = sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)
+        total = torch.tensor(float(mine))
+        torch.distributed.all_reduce(total)
+        divided_by = spec.world_size * (1 if manual else size)
+        logged = 0.0
+        for index, batch in enumerate(window):
+            if manual:
+                engine.set_gradient_accumulation_boundary(index == len(window) - 1)
+            loss = token_loss(engine, spec, batch) / float(total)
+            engine.backward(loss * divided_by)
+            # Up to 0.18 an all-gather writes in place into a view: this torch forbids that where gradients are tracked.
+            if not manual or index == len(window) - 1:
+                with torch.no_grad():
+                    engine.step()
+            logged += float(loss.detach())
+        everywhere = torch.tensor(logged, dtype=torch.float64)
+        torch.distributed.all_reduce(everywhere)
+        recorder.logged["loss"].append(float(everywhere))
+        norm = engine.get_global_grad_norm()
+        if norm is not None:
+            recorder.logged["grad_norm"].append(float(norm))
+    recorder.finish(deepspeed=deepspeed.__version__)
+    engine.destroy()
+
+
+if __name__ == "__main__":
+    kit.main(run)

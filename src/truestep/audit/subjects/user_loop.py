@@ -1,0 +1,68 @@
+"""A user's own step: a function ``step(model, optimizer, microbatches)`` in a file, called once for every window.
+
+``model(input_ids=…)`` gives logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is torch's SGD
+on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``, ``attention_mask`` and ``labels``
+[B, T] (−100 where a token is not trained, not shifted). The function must take exactly one optimizer step and clear the
+gradients.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kit
+import torch
+
+
+def microbatch(spec: kit.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to one batch."""
+    longest = max(len(spec.rows[row]["ids"]) for row in rows)
+
+    def padded(values: list[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([v + [filler] * (longest - len(v)) for v in values])
+
+    ids = [spec.rows[row]["ids"] for row in rows]
+    return {
+        "input_ids": padded(ids, 0),
+        "attention_mask": padded([[1] * len(v) for v in ids], 0),
+        "labels": padded([spec.labels(row) for row in rows], -100),
+    }
+
+
+def run_with(step: Callable[..., Any], spec: kit.Spec) -> None:
+    """All windows of a case through the user's function."""
+    model = kit.tiny_model(spec)
+    recorder = kit.Recorder(spec, model)
+    optimizer = spec.optimizer(model.parameters())
+    model.train()
+    for window in spec.windows():
+        step(model, optimizer, [microbatch(spec, rows) for rows in window])
+    recorder.finish()
+
+
+def load(file: str, name: str) -> Callable[..., Any]:
+    """The function of that name in a file; what lies beside the file can be imported by it."""
+    path = Path(file)
+    sys.path.insert(0, str(path.parent))
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[path.stem] = module
+    found.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise AttributeError(f"{path.name} has no function {name}")
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+def run(spec: kit.Spec) -> None:
+    run_with(load(spec.options["file"], spec.options["function"]), spec)
+
+
+if __name__ == "__main__":
+    kit.main(run)

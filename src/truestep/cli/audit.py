@@ -1,0 +1,55 @@
+"""``truestep audit``: what the optimizer step of an installed framework really does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_File = Annotated[Path | None, typer.Option(help="Write this format to a file too.", show_default=False)]
+
+
+def audit(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="NAME==VERSION[+NAME==VERSION], or FILE.py:FUNCTION; nothing: what is installed here.",
+            show_default=False,
+        ),
+    ] = "",
+    python: Annotated[
+        Path | None, typer.Option(help="Audit what this python has installed; nothing is written there.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Subjects whose name holds this text.")] = "",
+    arch: Annotated[str, typer.Option(help="llama, qwen2, gemma3, gpt2, neox or opt instead of the table's.")] = "",
+    bisect: Annotated[str, typer.Option(help="FIRST..LAST: first and last faulty release of NAME.")] = "",
+    known_bad: Annotated[str, typer.Option(help="A release that is known to be faulty, for --bisect.")] = "",
+    past: Annotated[Path | None, typer.Option(help="A past run's folder: was it hit? Executes nothing.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random rows.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one configuration.")] = 180.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
+    junit: _File = None,
+    sarif: _File = None,
+    html: _File = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be run.")] = False,
+) -> None:
+    """Run real optimizer steps on a CPU and recover the weight that every micro-batch got.
+
+    Exit codes: 0 no fault · 1 a fault · 2 usage · 3 nothing could be run · 4 something could not be judged.
+    """
+    from truestep.cli import audit_actions as actions
+
+    if past is not None:
+        actions.past(past, as_json=as_json)
+        return
+    if bisect:
+        actions.bisect(target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json)
+        return
+    subjects, chosen = actions.select(target, python, only=only, arch=arch)
+    if dry_run:
+        actions.show_plan(subjects, chosen)
+        return
+    findings = actions.run(subjects, chosen, seed=seed, timeout=timeout)
+    actions.show(findings, as_json=as_json, files={"junit": junit, "sarif": sarif, "html": html})
+    raise typer.Exit(actions.exit_code(findings))

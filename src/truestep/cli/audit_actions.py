@@ -1,0 +1,167 @@
+"""What ``truestep audit`` does: choose subjects and a python, run, show."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from truestep.audit import bisect as bisection
+from truestep.audit import environment, formats, registry
+from truestep.audit.judge import Finding, Verdict
+from truestep.audit.registry import Subject
+from truestep.audit.run import audit_one
+from truestep.rundir import provenance, write_atomic
+from truestep.settings import SettingsError
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def select(target: str, python: Path | None, *, only: str, arch: str) -> tuple[list[Subject], Path]:
+    """The subjects and the python to run them with; an environment is built where a requirement is given.
+
+    Raises SettingsError where nothing of it can be audited.
+    """
+    if arch and arch not in registry.ARCHS:
+        raise SettingsError(f"--arch {arch}: write {', '.join(registry.ARCHS)}")
+    if ".py:" in target:
+        return [_own_loop(target, arch)], _program(python)
+    if target and python is not None:
+        raise SettingsError("give a requirement or --python, one of them")
+    if target:
+        subjects = _named(registry.meant_by(list(environment.parse(target))), only, target)
+        chosen = environment.build(target, say=say)
+    else:
+        chosen = _program(python)
+        subjects = _named(registry.applicable(environment.installed(chosen)), only, str(chosen))
+    return [registry.with_arch(s, arch) for s in subjects] if arch else subjects, chosen
+
+
+def _program(python: Path | None) -> Path:
+    """The python to audit, this one by default."""
+    chosen = shutil.which(str(python or sys.executable))
+    if chosen is None:
+        raise SettingsError(f"--python {python}: no such program: give a virtual environment's bin/python")
+    return Path(chosen).absolute()
+
+
+def _own_loop(target: str, arch: str) -> Subject:
+    """``FILE.py:FUNCTION`` as a subject."""
+    file, _, function = target.rpartition(":")
+    path = Path(file).absolute()
+    if not path.is_file():
+        raise SettingsError(f"{file}: no such file: write FILE.py:FUNCTION")
+    options = {"file": str(path), "function": function, "arch": arch or "plain"}
+    configuration = registry.Configuration(options=options)
+    return Subject(name=f"{path.name}:{function}", script="user_loop", needs=("torch",), configurations=[configuration])
+
+
+def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
+    found = [s for s in subjects if only.lower() in s.name.lower()]
+    if not found:
+        known = ", ".join(s.name for s in (subjects or registry.TABLE))
+        raise SettingsError(f"{where}: nothing to audit{f' whose name holds {only!r}' if only else ''}; known: {known}")
+    return found
+
+
+def show_plan(subjects: Sequence[Subject], python: Path) -> None:
+    typer.echo(f"python: {python}")
+    for subject in subjects:
+        for configuration in subject.configurations:
+            words = formats.configuration_in_words(configuration.to_json())
+            typer.echo(f"{subject.name}: {words} ({', '.join(configuration.only)})")
+
+
+def run(subjects: Sequence[Subject], python: Path, *, seed: int, timeout: float) -> list[Finding]:
+    """All findings, with progress and the time left on stderr."""
+    pairs = [(s, c) for s in subjects for c in s.configurations]
+    findings: list[Finding] = []
+    began = time.monotonic()
+    for index, (subject, configuration) in enumerate(pairs):
+        left = f", about {(time.monotonic() - began) / index * (len(pairs) - index):.0f} s left" if index else ""
+        words = formats.configuration_in_words(configuration.to_json())
+        say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {words}{left}")
+        findings.append(audit_one(subject, configuration, python, seed=seed, timeout=timeout))
+    return findings
+
+
+def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path | None]) -> None:
+    stamp = provenance(0)
+    if junit := files.get("junit"):
+        write_atomic(junit, formats.to_junit(findings))
+    if sarif := files.get("sarif"):
+        write_atomic(sarif, json.dumps(formats.to_sarif(findings), indent=1))
+    if html := files.get("html"):
+        from truestep.audit.page import render_page
+
+        write_atomic(html, render_page(findings, stamp))
+    if as_json:
+        typer.echo(json.dumps(formats.to_document(findings, stamp), allow_nan=False))
+        return
+    from rich.console import Console
+
+    from truestep.audit.table import findings_table
+
+    console = Console(highlight=False)
+    console.print(findings_table(findings, width=min(console.width, 120)))
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    verdicts = {f.verdict for f in findings}
+    if Verdict.FAULT in verdicts:
+        return 1
+    if verdicts <= {Verdict.NOT_RUN}:
+        return 3
+    return 4 if Verdict.NOT_OBSERVABLE in verdicts else 0
+
+
+def past(folder: Path, *, as_json: bool) -> None:
+    from truestep.audit.past import look_back
+
+    answers = look_back(folder)
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "folder": str(folder), "answers": [asdict(a) for a in answers]}))
+    else:
+        from rich.console import Console
+
+        from truestep.audit.table import answers_table
+
+        console = Console(highlight=False)
+        console.print(answers_table(answers, width=min(console.width, 120)))
+    raise typer.Exit(1 if any(a.answer == "affected" for a in answers) else 0)
+
+
+def bisect(target: str, text: str, *, known_bad: str, only: str, seed: int, timeout: float, as_json: bool) -> None:
+    """Search releases of one package; each is judged by its subject's first configuration."""
+    if not target or "=" in target:
+        raise SettingsError(f"--bisect needs a package name alone, such as deepspeed, not {target!r}")
+    first, last = bisection.parse_range(text)
+    releases = bisection.releases_between(Path(sys.executable), target, first, last)
+    say(f"{len(releases)} releases from {first} to {last}; assuming that the faulty ones are one contiguous interval")
+
+    def probe(version: str) -> bool | None:
+        subjects, python = select(f"{target}=={version}", None, only=only, arch="")
+        finding = audit_one(subjects[0], subjects[0].configurations[0], python, seed=seed, timeout=timeout)
+        say(f"{target} {version}: {finding.verdict}  {finding.fault or finding.reason}")
+        return (
+            None if finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE) else finding.verdict == Verdict.FAULT
+        )
+
+    found = bisection.search(releases, probe, known_bad)
+    document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(releases), **vars(found)}
+    if as_json:
+        typer.echo(json.dumps(document))
+    elif found.first_bad:
+        typer.echo(f"first bad {found.first_bad}, last bad {found.last_bad} ({len(found.tried)} releases run)")
+    else:
+        typer.echo(f"no faulty release found ({len(found.tried)} of {len(releases)} run)")
+    raise typer.Exit(1 if found.first_bad else 0)

@@ -1,0 +1,78 @@
+"""The judge against faults whose authors had not read it, against right trainers, and against single laws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from truestep.audit.judge import Verdict, judge
+from truestep.audit.mutants import CLEAN, MUTANTS, observe
+from truestep.audit.patterns import fit_pattern
+from truestep.audit.weights import Recovered
+from truestep.reference import faults
+
+# Detected, but named otherwise by the evidence: each with the reason.
+MISNAMED: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.id)
+def test_a_fault_is_found_and_named(mutant: object, tmp_path: Path) -> None:
+    finding = judge(mutant.id, {}, observe(mutant, tmp_path))
+    assert finding.verdict in (Verdict.FAULT, Verdict.DEFAULT), finding
+    assert finding.fault
+    if mutant.id not in MISNAMED:
+        assert finding.codes[0] in mutant.names, (mutant.description, finding.codes, finding.fault)
+
+
+@pytest.mark.parametrize("clean", CLEAN, ids=lambda m: m.id)
+def test_a_right_trainer_is_not_accused(clean: object, tmp_path: Path) -> None:
+    dtype = {"dtype": clean.dtype} if hasattr(clean, "dtype") else {}
+    finding = judge(clean.id, dtype, observe(clean, tmp_path))
+    assert finding.verdict == Verdict.RIGHT, finding
+    assert finding.codes == ()
+
+
+def test_at_most_one_fault_in_twenty_is_misnamed() -> None:
+    assert len(MISNAMED) <= len(MUTANTS) / 20
+    assert set(MISNAMED) <= {m.id for m in MUTANTS}
+
+
+def recovered(weights: np.ndarray, counts: list[list[int]]) -> Recovered:
+    return Recovered(
+        weights=weights,
+        errors=np.full(len(weights), 1e-6),
+        residual=1e-6,
+        condition=1.0,
+        relative_error=1.0,
+        noise=1e-6,
+        counts=tuple(map(tuple, counts)),
+        empty=(),
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in faults.FAULTS if n != "right"])
+@pytest.mark.parametrize("counts", [[[2, 27, 3, 17]], [[2, 27, 3, 17], [40, 5, 22, 9]]], ids=["1 rank", "2 ranks"])
+def test_every_catalogued_fault_has_words(name: str, counts: list[list[int]]) -> None:
+    weights = faults.FAULTS[name][0](counts)
+    if np.allclose(weights, 1):
+        pytest.skip("on one rank this is no fault")
+    pattern = fit_pattern(recovered(weights, counts), "float32")
+    assert pattern is not None
+    assert pattern.codes
+    assert pattern.text
+
+
+def test_weights_that_obey_no_law_have_no_pattern() -> None:
+    assert fit_pattern(recovered(np.array([1.0, 0.3, 1.7, 0.9]), [[2, 27, 3, 17]]), "float32") is None
+
+
+@pytest.mark.parametrize("scale", [1.5, 0.25, 4.0, 7.0])
+def test_a_constant_is_recovered(scale: float) -> None:
+    pattern = fit_pattern(recovered(scale * np.ones(4), [[2, 27, 3, 17]]), "float32")
+    assert pattern is not None
+    assert pattern.scale == pytest.approx(scale)
+    assert ("accumulation_factor" in pattern.codes) == (scale in (4.0, 0.25))

@@ -1,0 +1,127 @@
+"""Every mutant really differs from a right step, every clean configuration does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from truestep.audit.cases import Case, build
+from truestep.audit.mutant_trainer import CASES, Trainer
+from truestep.audit.mutants import CLEAN, MUTANTS, Mutant, observe
+from truestep.audit.observe import Observation
+from truestep.audit.weights import observed_gradient, recover
+
+CODES = {
+    "kept", "micro_mean", "rank_mean", "dp_token_mean", "sequence_mean", "scale", "accumulation_factor", "rank_factor",
+    "prompt_trained", "shift_0", "shift_2", "stop_untrained", "weight_decay", "momentum", "data_lost", "ranks_diverge",
+    "not_finite", "stale_parameters", "grouping", "padding", "packing", "dropout", "clip", "empty_counted", "rounding",
+    "unknown_weights", "unexplained",
+}  # fmt: skip
+CLASSES = [
+    "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9", "A10", "A11", "A12", "A14", "B1", "B2", "B3", "B4",
+    "B6", "B7", "C7", "C8", "D2",
+]  # fmt: skip
+LEAST = 1e-3  # relative; what a fault must change
+MOST = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2}  # relative; what a clean run may
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def windows_of(case: Case, world_size: int) -> list[list[tuple[int, tuple[int, ...]]]]:
+    """(rank, rows) of the micro-batches of every step, as asked for: written without the trainer's own plan."""
+    size, share = case.rows_per_microbatch, case.rows_per_microbatch * world_size
+    rounds = [range(first, first + share) for first in range(0, len(case.rows), share)]
+    steps = []
+    for _ in range(case.epochs):
+        for first in range(0, len(rounds), case.accumulation):
+            window = rounds[first : first + case.accumulation]
+            steps.append([(r, tuple(part[r * size : (r + 1) * size])) for r in range(world_size) for part in window])
+    return steps
+
+
+def difference(mutant: Mutant, case: str, seen: Observation) -> float:
+    """The largest relative difference of one case from what was asked for; infinite where the grouping differs."""
+    asked = build(case, world_size=mutant.world_size, accumulation=mutant.accumulation, seed=mutant.seed)
+    grouped = [[(m.rank, m.rows) for m in step.microbatches] for step in seen.steps]
+    if grouped != windows_of(asked, mutant.world_size) or seen.forwards_without_step or seen.unmatched:
+        return np.inf
+    found = [seen.ranks_differ / float(np.abs(seen.steps[0].before).max())]
+    for step in seen.steps:
+        if not np.isfinite(step.after).all():
+            return np.inf
+        found.append(recover(step, mutant.dtype).relative_error)
+    return max(found)
+
+
+def differences(mutant: Mutant, folder: Path) -> dict[str, float]:
+    return {case: difference(mutant, case, seen) for case, seen in observe(mutant, folder).items()}
+
+
+def test_ids_are_unique() -> None:
+    assert len({m.id for m in (*MUTANTS, *CLEAN)}) == len(MUTANTS) + len(CLEAN)
+    assert len(MUTANTS) >= 60
+    assert len(CLEAN) >= 20
+
+
+def test_every_class_is_there_twice_and_differently() -> None:
+    kinds = {(m.fault, m.description, m.accumulation, m.world_size, m.seed) for m in MUTANTS}
+    count = Counter(kind[0] for kind in kinds)
+    assert {c: count[c] for c in CLASSES if count[c] < 2} == {}
+
+
+def test_every_code_is_the_name_of_a_fault() -> None:
+    assert set().union(*(m.names for m in MUTANTS)) == CODES
+    assert all(m.names for m in MUTANTS)
+    assert not any(m.names for m in CLEAN)
+
+
+def test_few_mutants_have_more_than_two_names() -> None:
+    assert sum(len(m.names) <= 2 for m in MUTANTS) >= 0.8 * len(MUTANTS)
+
+
+def test_parameters_are_spread() -> None:
+    assert {m.accumulation for m in MUTANTS} == {3, 4, 5, 6}
+    assert {m.world_size for m in MUTANTS} == {1, 2, 3}
+    assert {m.arch for m in CLEAN} == {"plain", "llama", "gpt2", "qwen2"}
+    assert {m.dtype for m in CLEAN} == set(MOST)
+    assert {(m.accumulation, m.world_size) for m in CLEAN} >= {(k, d) for k in (3, 4, 5, 6) for d in (1, 2)}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.id)
+def test_a_mutant_differs(mutant: Mutant, tmp_path: Path) -> None:
+    found = differences(mutant, tmp_path)
+    assert set(found) == set(CASES)
+    assert max(found.values()) > LEAST, found
+
+
+@pytest.mark.parametrize("clean", CLEAN, ids=lambda m: m.id)
+def test_a_clean_run_does_not(clean: Mutant, tmp_path: Path) -> None:
+    found = differences(clean, tmp_path)
+    assert max(found.values()) <= MOST[clean.dtype], found
+
+
+def test_only_the_fault_makes_the_difference(tmp_path: Path) -> None:
+    """A mutant's configuration with the right parts is clean, and its steps have the weights that it is known by."""
+    offload = next(m for m in MUTANTS if m.fault == "A1" and m.names == {"kept"})
+    right = dataclasses.replace(offload, trainer=Trainer())
+    assert max(differences(right, tmp_path / "right").values()) <= MOST["float32"]
+    step = observe(offload, tmp_path / "wrong")["ragged"].steps[0]
+    inner = [0 < m.index < offload.accumulation - 1 for m in step.microbatches]
+    np.testing.assert_allclose(recover(step).weights, np.where(inner, 0.0, 1.0), atol=1e-3)
+    kept = sum(m.gradient for m, dropped in zip(step.microbatches, inner, strict=True) if not dropped)
+    np.testing.assert_allclose(observed_gradient(step), kept / step.num_trained, atol=1e-5)
+
+
+def test_a_mutant_is_the_same_every_time(tmp_path: Path) -> None:
+    """Also where it draws at random: dropout and noise."""
+    for mutant in (m for m in MUTANTS if "dropout" in m.description or "noise" in m.description):
+        one, two = (observe(mutant, tmp_path / f"{mutant.id}-{i}")["ragged"].steps[-1].after for i in (1, 2))
+        np.testing.assert_array_equal(one, two)
