@@ -371,7 +371,8 @@ def test_frameworks_are_found_without_importing_or_writing(theirs: Path):
         (site / name).mkdir()
         (site / name / "__init__.py").write_text("raise SystemExit('imported')")
     (site / "verl").mkdir()  # a folder that only has the name
-    (site / "greeting.pth").write_text("import sys; print('hello')\n")
+    (site / "greeting.py").write_text("print('hello')\n")
+    (site / "greeting.pth").write_text("import greeting\n")  # as an editable install: runs whenever this python starts
     before = tree(theirs.parent.parent)
     assert environment.installed(theirs) == {"transformers": "5.23.0", "trl": "unknown"}
     assert environment.versions(theirs) == {"transformers": "5.23.0", "some-other-thing": "1"}
