@@ -207,17 +207,17 @@ def judge(
     general["versions"] = next(iter(runs.values())).versions
     general["seconds"] = {k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")}
     some_moved = any(run.steps for run in runs.values())
-    for name, run in runs.items():
-        if unusable := _unusable(run, some_moved):
-            code, text = unusable
-            if code:
-                return Finding(**general, verdict=Verdict.FAULT, fault=text, codes=(code,), cases={name: text})
-            return Finding(**general, verdict=Verdict.NOT_OBSERVABLE, reason=f"{name}: {text}")
+    unusable = {name: why for name, run in runs.items() if (why := _unusable(run, some_moved))}
+    hidden = [f"{name}: {text}" for name, (code, text) in unusable.items() if not code]
+    usable = {name: run for name, run in runs.items() if name not in unusable}
+    if hidden and not usable:
+        return Finding(**general, verdict=Verdict.NOT_OBSERVABLE, reason=hidden[0])
+    broken = {n: CaseSeen(steps=(), codes=(code,), text=text) for n, (code, text) in unusable.items() if code}
     if configuration.get("optimizer") == "adamw":
-        return _judge_adamw(general, runs)
+        return _judge_adamw(general, usable, broken)
     dtype = str(configuration.get("dtype", "float32"))
-    seen = {name: see_case(run, dtype) for name, run in runs.items()}
-    if any(_layout_code(run) == "unexplained" and "unexplained" in seen[name].codes for name, run in runs.items()):
+    seen = {name: see_case(run, dtype) for name, run in usable.items()}
+    if any(_layout_code(run) == "unexplained" and "unexplained" in seen[name].codes for name, run in usable.items()):
         seen = {
             name: CaseSeen(
                 steps=case.steps,
@@ -226,10 +226,14 @@ def judge(
             )
             for name, case in seen.items()
         }  # it is there without padding or packing too
-    verdict, codes, fault = _verdict(seen, documented)
+    every = {name: (seen | broken)[name] for name in runs if name in seen | broken}
+    verdict, codes, fault = _verdict(every, documented)
+    general["cases"] = {name: case.text for name, case in every.items()}
+    general["reason"] = "; ".join(hidden)
+    if not seen:
+        return Finding(**general, verdict=verdict, fault=fault, codes=codes)
     name, index = _shown(seen)
     step, found = runs[name].steps[index], seen[name].steps[index].recovered
-    general["cases"] = {name: case.text for name, case in seen.items()}
     if found is None:
         return Finding(**general, verdict=verdict, fault=fault, codes=codes)
     return Finding(
@@ -301,9 +305,12 @@ def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tu
     return Verdict.FAULT, codes, first.text
 
 
-def _judge_adamw(general: Mapping[str, Any], runs: Mapping[str, Observation]) -> Finding:
+def _judge_adamw(
+    general: Mapping[str, Any], runs: Mapping[str, Observation], broken: Mapping[str, CaseSeen]
+) -> Finding:
     """The known weight vector whose textbook AdamW updates come closest to the observed ones, over all cases."""
-    texts, codes, worst = {}, [], 0.0
+    texts = {name: case.text for name, case in broken.items()}
+    codes, worst = [], 0.0
     for name, run in runs.items():
         found = errors(run.steps)
         best = next(iter(found), "right")
@@ -314,8 +321,9 @@ def _judge_adamw(general: Mapping[str, Any], runs: Mapping[str, Observation]) ->
             texts[name] = faults.FAULTS[best][1] if named else "no known weights explain AdamW's update"
             codes.append(best if named else "unexplained")
     wrong = [text for text in texts.values() if text]
+    codes += [code for case in broken.values() for code in case.codes]
     verdict = Verdict.FAULT if wrong else Verdict.RIGHT
-    fault = wrong[0] if wrong else ""
+    fault = next((texts[name] for name in runs if texts[name]), next(iter(wrong), ""))
     unique = tuple(dict.fromkeys(codes))
     return Finding(**general, verdict=verdict, fault=fault, codes=unique, cases=texts, relative_error=worst)
 

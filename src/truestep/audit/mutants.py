@@ -37,13 +37,14 @@ class Draw:
         return self.accumulation * self.world_size
 
 
-def draw(number: int, ranks: tuple[int, int]) -> Draw:
-    """3 … 6 micro-batches, and ranks as the fault needs them; never K = D, which would make their factors one."""
-    random = generator(0, Purpose.PROBE, number, "mutants")
+def draw(name: str, ranks: tuple[int, int]) -> Draw:
+    """3 … 6 micro-batches, and ranks as the fault needs them; never K = D, which would make their factors one. Keyed by
+    the mutant's name: a new one does not change the others."""
+    random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
-    accumulation = int(random.integers(*{1: (3, 7), 2: (3, 6), 3: (4, 5)}[world_size]))  # more rows take longer
+    accumulation = int(random.integers(*{1: (3, 7), 2: (3, 5), 3: (4, 5)}[world_size]))  # more rows take longer
     return Draw(
-        seed=number,
+        seed=int(random.integers(1000)),
         accumulation=accumulation,
         world_size=world_size,
         index=int(random.integers(1, accumulation - 1)),
@@ -74,14 +75,14 @@ SUMS = (
           lambda d: T(combine=parts.kept(lambda rank, k, num: num == 1 or k != d.index)), (1, 2), 2),
     Fault("A1", "kept micro_mean", "the ones between are dropped, the rest averaged as a mean of means",
           T(combine=parts.offload, share=parts.micro_mean)),
-    Fault("A2", "kept", "every backward overwrites the one before", T(combine=parts.overwritten), copies=2),
+    Fault("A2", "kept", "every backward overwrites the one before", T(combine=parts.overwritten)),
     Fault("A2", "kept", "every backward overwrites the one before, on rank {rank} only",
           lambda d: T(combine=parts.kept(lambda rank, k, num: rank != d.rank or k == num - 1)), BOTH),
     Fault("A3", "micro_mean", "mean of the micro-batches' means", T(share=parts.micro_mean), (1, 3), 2),
     Fault("A3", "micro_mean", "sum of the micro-batches' means: 1/K forgotten", T(share=parts.sum_of_means), copies=2),
     Fault("A3", "dp_token_mean", "mean over the tokens of all ranks, at every micro-step alone",
-          T(share=parts.micro_step_mean), BOTH, 2),
-    Fault("A4", "rank_mean", "every rank divides by its own tokens", T(share=parts.rank_mean), BOTH, 2),
+          T(share=parts.micro_step_mean), BOTH),
+    Fault("A4", "rank_mean", "every rank divides by its own tokens", T(share=parts.rank_mean), BOTH),
     Fault("A4", "rank_mean rank_factor", "every rank divides by its own tokens, and ranks are summed",
           T(share=parts.own_mean), BOTH),
     Fault("A5", "accumulation_factor", "K times too large", T(share=parts.scaled(lambda w: w.num_micro))),
@@ -107,7 +108,7 @@ SUMS = (
     Fault("A8", "kept", "the last micro-batch of a window reaches no rank's optimizer",
           T(combine=parts.kept(lambda rank, k, num: num == 1 or k < num - 1))),
     Fault("A9", "kept", "gradients are cleared before micro-batch {index}",
-          lambda d: T(combine=parts.kept(lambda rank, k, num: num <= d.index or k >= d.index)), copies=2),
+          lambda d: T(combine=parts.kept(lambda rank, k, num: num <= d.index or k >= d.index))),
     Fault("A9", "kept", "gradients are cleared before micro-batch {index} on rank {rank} only",
           lambda d: T(combine=parts.kept(lambda rank, k, num: rank != d.rank or num <= d.index or k >= d.index)), BOTH),
     Fault("A10", "unknown_weights padding", "mean of micro-batch sums over rows times padded width",
@@ -119,7 +120,7 @@ SUMS = (
     Fault("A10", "scale", "a loss scale of 8 that is never taken back", T(share=parts.scaled(lambda w: 8))),
     Fault("A11", "empty_counted", "an empty micro-batch counts as one token", T(share=parts.empty_is_one), (1, 1)),
     Fault("A11", "empty_counted", "an empty row counts as one token", T(share=parts.empty_row_is_one), (2, 2)),
-    Fault("A11", "not_finite", "an empty micro-batch's mean is 0/0", T(share=parts.empty_divides_by_zero), copies=2),
+    Fault("A11", "not_finite", "an empty micro-batch's mean is 0/0", T(share=parts.empty_divides_by_zero)),
     Fault("A11", "data_lost grouping kept", "a window with an empty micro-batch is not stepped",
           T(combine=parts.skip_if_empty)),
     Fault("A12", "clip unknown_weights", "every micro-batch's gradient is clipped",
@@ -165,9 +166,9 @@ MASKS = (
     Fault("X", "unexplained", "every token is weighted by its own probability", T(nll=parts.focal)),
     Fault("X", "sequence_mean", "mean of the rows' means", T(share=parts.sequence_mean), copies=2),
     Fault("X", "unknown_weights", "one row of a step is trained twice",
-          lambda d: T(share=parts.one_row(2.0, d.index, d.stride)), copies=2),
+          lambda d: T(share=parts.one_row(2.0, d.index, d.stride))),
     Fault("X", "unknown_weights", "one row of a step is unlearned instead",
-          lambda d: T(share=parts.one_row(-1.0, d.index, d.stride)), copies=2),
+          lambda d: T(share=parts.one_row(-1.0, d.index, d.stride))),
     Fault("X", "data_lost", "every rank is given the rows of rank 0", T(order=parts.same_on_every_rank), BOTH),
     Fault("X", "data_lost grouping", "an epoch ends on rows of its start", T(order=parts.start_repeated)),
 )  # fmt: skip
@@ -187,7 +188,7 @@ OPTIMIZERS = (
     Fault("D2", "stale_parameters momentum", "every step starts from the parameters of the step before",
           T(update=parts.from_the_step_before)),
     Fault("D2", "stale_parameters", "one tensor of the model is not the one that the optimizer holds",
-          lambda d: T(update=parts.frozen(d.seed)), copies=2),
+          lambda d: T(update=parts.frozen(d.seed))),
     Fault("X", "momentum", "momentum of 0.9", T(update=parts.momentum(0.9))),
     Fault("X", "momentum", "Nesterov momentum of 0.5", T(update=parts.momentum(0.5, nesterov=True))),
     Fault("X", "momentum", "gradients are not cleared after a step", T(update=parts.momentum(1.0))),
@@ -205,10 +206,11 @@ def _mutants() -> tuple[Mutant, ...]:
     seen = Counter[str]()
     for fault in [f for f in (*SUMS, *MASKS, *OPTIMIZERS) for _ in range(f.copies)]:
         seen[fault.code] += 1
-        drawn = draw(len(made), fault.ranks if fault.arch == "plain" else (1, 1))
+        name = f"{fault.code}-{seen[fault.code]}"
+        drawn = draw(name, fault.ranks if fault.arch == "plain" else (1, 1))
         made.append(
             Mutant(
-                id=f"{fault.code}-{seen[fault.code]}",
+                id=name,
                 fault=fault.code,
                 description=fault.text.format(index=drawn.index, rank=drawn.rank),
                 names=frozenset(fault.names.split()),
