@@ -162,18 +162,19 @@ def _grouping(run: Observation) -> list[causes.Cause]:
     if any(not np.isfinite(s.after).all() for s in run.steps):
         return found  # changes of what is not a number are no steps
     lost_whole = False
+    seen = Counter(row for s in run.steps for m in s.microbatches for row in m.rows)
+    left_out = {row for row in run.asked.untrained_rows if not seen[row]}
+    lost = sum(max(0, run.asked.epochs - seen[row]) for row in range(run.asked.num_rows) if row not in left_out)
     packed = any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines)
     if not packed:
         sizes = [max(Counter(m.rank for m in s.microbatches).values()) for s in run.steps]
-        asked = _asked_sizes(run)
+        asked = _asked_sizes(run, run.asked.num_rows - len(left_out))
         if sizes != asked:
             lost_whole = sizes == [n for n in asked if n == run.asked.accumulation]
             text = f"steps were taken after {_listed(sizes)} micro-batches, asked for were {_listed(asked)}"
             found.append(("grouping", text))
-    seen = Counter(row for s in run.steps for m in s.microbatches for row in m.rows)
-    lost = sum(max(0, run.asked.epochs - seen[row]) for row in range(run.asked.num_rows))
     twice = sum(max(0, n - run.asked.epochs) for n in seen.values())
-    if lost or run.forwards_without_step:
+    if lost or (run.forwards_without_step and not packed):
         cause = "data_lost", f"data is lost: {lost} rows reached no optimizer step"
         found.insert(0 if lost_whole else len(found), cause)
     elif twice:
@@ -181,10 +182,10 @@ def _grouping(run: Observation) -> list[causes.Cause]:
     return found
 
 
-def _asked_sizes(run: Observation) -> list[int]:
+def _asked_sizes(run: Observation, num_rows: int) -> list[int]:
     """Micro-batches of each step, on the busiest rank: whole windows and what is left at the end of an epoch."""
     ranks = 1 + max(m.rank for s in run.steps for m in s.microbatches)
-    batches = math.ceil(math.ceil(run.asked.num_rows / run.asked.rows_per_microbatch) / ranks)
+    batches = math.ceil(math.ceil(num_rows / run.asked.rows_per_microbatch) / ranks)
     whole, rest = divmod(batches, run.asked.accumulation)
     return ([run.asked.accumulation] * whole + ([rest] if rest else [])) * run.asked.epochs
 

@@ -83,6 +83,7 @@ class Asked:
     """What the case wanted."""
 
     num_rows: int
+    untrained_rows: tuple[int, ...]  # rows without a trained token: a framework may leave them out
     epochs: int
     accumulation: int
     rows_per_microbatch: int
@@ -142,6 +143,7 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
         unmatched=sum(r["unmatched_lines"] for r in ranks),
         asked=Asked(
             num_rows=len(case["rows"]),
+            untrained_rows=tuple(i for i, row in enumerate(case["rows"]) if not any(row["trained"][1:])),
             **{key: case[key] for key in ("epochs", "accumulation", "rows_per_microbatch", "steps")},
         ),
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),

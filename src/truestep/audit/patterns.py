@@ -75,8 +75,17 @@ def describe_scale(scale: float, recovered: Recovered, kept: np.ndarray, normali
         ("accumulation_factor", "divided by the accumulation steps twice", 1 / asked),
         ("rank_factor", "summed over ranks instead of averaged", float(ranks)),
         ("rank_factor", "divided by the number of ranks twice", 1 / ranks),
-        ("rank_factor", "multiplied by ranks and accumulation steps", float(ranks * asked)),
-        ("rank_factor", "divided by ranks and accumulation steps twice", 1 / (ranks * asked)),
+        # On one process these are the factors of the accumulation alone, on one micro-batch those of the ranks.
+        (
+            "rank_factor",
+            "multiplied by ranks and accumulation steps",
+            float(ranks * asked) if ranks > 1 < asked else 1.0,
+        ),
+        (
+            "rank_factor",
+            "divided by ranks and accumulation steps twice",
+            1 / (ranks * asked) if ranks > 1 < asked else 1.0,
+        ),
         ("kept", "divided by the tokens that were kept", total / sum(n for n, k in zip(flat, kept, strict=True) if k)),
         ("empty_counted", "micro-batches without trained tokens count as one token", total / (total + empty)),
     ]

@@ -67,6 +67,9 @@ def arguments(spec: kit.Spec, known: Any) -> dict[str, Any]:
         "deepspeed": deepspeed_configuration(spec),
     }
     accepted = inspect.signature(known.__init__).parameters
+    unknown = [k for k in spec.options if k in wanted and k not in accepted]
+    if unknown:
+        raise SystemExit(f"SystemExit: this release has no option {unknown[0]}")
     return {k: v for k, v in wanted.items() if k in accepted and v is not None}
 
 
