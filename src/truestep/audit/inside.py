@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from truestep.audit import cases
@@ -20,12 +21,29 @@ from truestep.audit.observe import load
 from truestep.audit.registry import CASES
 from truestep.audit.run import LEARNING_RATE
 
+_LOADED: dict[str, ModuleType] = {}
+
 
 def subject_module(name: str) -> Any:
-    """A module of subjects/, which are scripts that import each other by their bare names."""
-    if str(SUBJECTS) not in sys.path:
+    """A module of subjects/, which are scripts that import each other by their bare names.
+
+    Neither their folder nor their names stay behind: a caller may have a ``kit`` of its own, and a subject must not
+    hide the framework that it is named after.
+    """
+    if name not in _LOADED:
+        ours = {path.stem for path in SUBJECTS.glob("*.py")}
+        hidden = {other: sys.modules.pop(other) for other in ours if other in sys.modules}
+        sys.modules.update(_LOADED)
         sys.path.insert(0, str(SUBJECTS))
-    return importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+            _LOADED.update({other: sys.modules[other] for other in ours if other in sys.modules})
+        finally:
+            sys.path.remove(str(SUBJECTS))
+            for other in ours:
+                sys.modules.pop(other, None)
+            sys.modules.update(hidden)
+    return _LOADED[name]
 
 
 def audit_function(

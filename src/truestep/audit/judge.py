@@ -177,15 +177,23 @@ def _grouping(run: Observation) -> list[causes.Cause]:
     if lost or (run.forwards_without_step and not packed):
         cause = "data_lost", f"data is lost: {lost} rows reached no optimizer step"
         found.insert(0 if lost_whole else len(found), cause)
-    elif twice:
+    elif twice > _evened_out(run, run.asked.num_rows - len(left_out)):
         found.append(("data_lost", f"{twice} rows were trained more often than asked"))
     return found
 
 
+def _num_ranks(run: Observation) -> int:
+    return 1 + max(m.rank for s in run.steps for m in s.microbatches)
+
+
+def _evened_out(run: Observation, num_rows: int) -> int:
+    """Rows that a sampler may repeat, so that all ranks have equally many batches."""
+    return -num_rows % (_num_ranks(run) * run.asked.rows_per_microbatch) * run.asked.epochs
+
+
 def _asked_sizes(run: Observation, num_rows: int) -> list[int]:
     """Micro-batches of each step, on the busiest rank: whole windows and what is left at the end of an epoch."""
-    ranks = 1 + max(m.rank for s in run.steps for m in s.microbatches)
-    batches = math.ceil(math.ceil(num_rows / run.asked.rows_per_microbatch) / ranks)
+    batches = math.ceil(math.ceil(num_rows / run.asked.rows_per_microbatch) / _num_ranks(run))
     whole, rest = divmod(batches, run.asked.accumulation)
     return ([run.asked.accumulation] * whole + ([rest] if rest else [])) * run.asked.epochs
 

@@ -8,7 +8,6 @@ Shapes: P parameters, T tokens of a row, M predicted tokens of a row, V vocabula
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,23 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from truestep.audit.cases import build
+from truestep.audit.inside import subject_module
 from truestep.audit.observe import Observation, load
 
 LEARNING_RATE = 0.5
 CASES = ("ragged", "unsplit", "masked", "window")
 
 
-def _load_kit() -> Any:
-    """``kit`` by its path: its folder on ``sys.path`` would let a subject hide the framework that it is named after."""
-    found = importlib.util.spec_from_file_location("kit", Path(__file__).parent / "subjects" / "kit.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-kit = _load_kit()
+kit = subject_module("kit")
 
 
 # ------------------------------------------------------------------------------------------------------ what parts see

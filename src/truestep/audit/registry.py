@@ -51,7 +51,12 @@ TABLE: tuple[Subject, ...] = (
     TORCH,
     Subject(name="torch DDP", script="ddp", needs=("torch",), configurations=[Configuration(world_size=2)]),
     Subject(name="torch FSDP2", script="fsdp2", needs=("torch",), configurations=[Configuration(world_size=2)]),
-    Subject(name="accelerate", script="accelerate_loop", needs=("accelerate", "torch"), configurations=_both()),
+    Subject(
+        name="accelerate",
+        script="accelerate_loop",
+        needs=("accelerate", "torch"),
+        configurations=[Configuration(only=ENGINE), Configuration(world_size=2, only=ENGINE)],
+    ),
     Subject(
         name="transformers Trainer",
         script="hf_trainer",
@@ -108,10 +113,6 @@ TABLE: tuple[Subject, ...] = (
 def applicable(installed: Mapping[str, str]) -> list[Subject]:
     """The subjects whose needs are all installed."""
     return [s for s in TABLE if all(name in installed for name in s.needs)]
-
-
-def missing(subject: Subject, installed: Mapping[str, str]) -> list[str]:
-    return [name for name in subject.needs if name not in installed]
 
 
 def meant_by(names: Sequence[str]) -> list[Subject]:

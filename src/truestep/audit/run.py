@@ -1,9 +1,8 @@
-"""Subjects × configurations → findings. A subject that cannot run is a finding too, with the reason."""
+"""A subject in a configuration → a finding. A subject that cannot run is a finding too, with the reason."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ def audit_one(
     *,
     seed: int = 0,
     timeout: float = 120.0,
-    environment: Mapping[str, str] | None = None,
 ) -> Finding:
     """One subject in one configuration, all of its cases."""
     began = time.monotonic()
@@ -42,7 +40,6 @@ def audit_one(
         learning_rate=LEARNING_RATE[optimizer],
         world_size=configuration.world_size,
         timeout=timeout,
-        environment=environment,
     )
     shown = configuration.to_json()
     try:
@@ -52,19 +49,3 @@ def audit_one(
     except ObservationError as error:
         finding = Finding(subject=subject.name, configuration=shown, verdict=Verdict.NOT_OBSERVABLE, reason=str(error))
     return replace(finding, seconds={**finding.seconds, "total": time.monotonic() - began})
-
-
-def audit(
-    subjects: Sequence[Subject],
-    python: Path,
-    *,
-    seed: int = 0,
-    timeout: float = 120.0,
-    environment: Mapping[str, str] | None = None,
-    on_start: Callable[[int, int, str], None] = lambda done, total, text: None,
-) -> Iterator[Finding]:
-    """Yield one finding per subject and configuration, in the table's order."""
-    pairs = [(s, c) for s in subjects for c in s.configurations]
-    for index, (subject, configuration) in enumerate(pairs):
-        on_start(index, len(pairs), subject.name)
-        yield audit_one(subject, configuration, python, seed=seed, timeout=timeout, environment=environment)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import kit
 import torch
-from accelerate import Accelerator  # type: ignore[import-not-found, unused-ignore]
+from accelerate import Accelerator
 from hf_trainer import fresh_state
 
 
@@ -24,15 +24,12 @@ def run(spec: kit.Spec) -> None:
         counts = [float(sum(sum(spec.rows[row]["trained"][1:]) for row in batch)) for batch in window]
         total = accelerator.reduce(torch.tensor(sum(counts)), "sum").item()
         for index, batch in enumerate(window):
-            # The last micro-batch of a short window ends it, as the end of a loader would.
-            accelerator.gradient_state._set_sync_gradients(index == len(window) - 1)
-            with accelerator.no_sync(wrapped) if index < len(window) - 1 else torch.enable_grad():
+            with accelerator.accumulate(wrapped):
                 loss = kit.summed_loss(spec, wrapped, batch)
                 if spec.options.get("naive"):
                     accelerator.backward(loss / max(1.0, counts[index]))
                 else:
                     accelerator.backward(loss * spec.world_size * spec.accumulation / total)
-            if index == len(window) - 1:
                 optimizer.step()
                 optimizer.zero_grad()
     recorder.finish(**kit.versions("accelerate"))

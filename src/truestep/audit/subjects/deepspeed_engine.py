@@ -11,12 +11,11 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks the accelerator there
 
-import deepspeed  # type: ignore[import-not-found, unused-ignore]
-import deepspeed.ops  # type: ignore[import-not-found, unused-ignore]
+import deepspeed
+import deepspeed.ops
 import kit
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 # The collectives of gloo do; building this extension would take minutes.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -44,17 +43,6 @@ def configuration(spec: kit.Spec) -> dict[str, Any]:
     }
 
 
-def token_loss(engine: Any, spec: kit.Spec, batch: list[int]) -> Tensor:
-    """Σ −log p over the trained tokens of the rows, each run alone but in one backward."""
-    width = max(len(spec.rows[row]["ids"]) for row in batch)
-    ids = torch.tensor([spec.rows[row]["ids"] + [0] * (width - len(spec.rows[row]["ids"])) for row in batch])
-    labels = torch.tensor([spec.labels(row) + [-100] * (width - len(spec.rows[row]["ids"])) for row in batch])
-    # Padding stands on the right, where a causal model's earlier positions do not see it.
-    logits = kit.logits_of(engine(input_ids=ids))[:, :-1]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-
-
 def whole(parameter: Any, ranks: int) -> Tensor:
     """A parameter of stage 3 put together from the shards of all ranks."""
     mine: Tensor = parameter.ds_tensor.detach()
@@ -74,19 +62,16 @@ def run(spec: kit.Spec) -> None:
     recorder = kit.Recorder(spec, model, snapshot)
     engine, *_ = deepspeed.initialize(model=model, optimizer=spec.optimizer(own), config=configuration(spec))
     engine.train()
-    size = spec.accumulation
-    micro = [batch for _ in range(spec.epochs) for batch in spec.batches()]
-    for first in range(0, len(micro), size):
-        window = micro[first : first + size]
+    for window in spec.windows():
         mine = sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)
         total = torch.tensor(float(mine))
         torch.distributed.all_reduce(total)
-        divided_by = spec.world_size * (1 if manual else size)
+        divided_by = spec.world_size * (1 if manual else spec.accumulation)
         logged = 0.0
         for index, batch in enumerate(window):
             if manual:
                 engine.set_gradient_accumulation_boundary(index == len(window) - 1)
-            loss = token_loss(engine, spec, batch) / float(total)
+            loss = kit.summed_loss(spec, engine, batch) / float(total)
             engine.backward(loss * divided_by)
             # Up to 0.18 an all-gather writes in place into a view: this torch forbids that where gradients are tracked.
             if not manual or index == len(window) - 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 import kit
 import torch
-import transformers  # type: ignore[import-not-found, unused-ignore]
+import transformers
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -93,7 +93,7 @@ def deepspeed_configuration(spec: kit.Spec) -> dict[str, Any] | None:
 
 def without_shared_memory_build() -> None:
     """DeepSpeed would compile its shared-memory collective for two minutes; gloo does the same work."""
-    import deepspeed.ops  # type: ignore[import-not-found, unused-ignore]
+    import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -107,7 +107,7 @@ def read_log(recorder: kit.Recorder, history: list[dict[str, float]]) -> None:
 
 def fresh_state() -> None:
     """Accelerate keeps its state for the whole process; every case starts from none."""
-    from accelerate.state import AcceleratorState, GradientState  # type: ignore[import-not-found, unused-ignore]
+    from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state()
     GradientState._reset_state()

@@ -118,7 +118,7 @@ def tiny_model(spec: Spec) -> nn.Module:
     torch.manual_seed(0)
     if arch == "plain":
         return PlainModel(spec.vocabulary)
-    import transformers  # type: ignore[import-not-found, unused-ignore]
+    import transformers
 
     llama = {
         "vocab_size": spec.vocabulary,
@@ -183,9 +183,8 @@ def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
     ids = torch.tensor([spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch])
     labels = torch.tensor([spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch])
     logits = logits_of(model(input_ids=ids))[:, :-1]
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 import hf_trainer
 import kit
-import transformers  # type: ignore[import-not-found, unused-ignore]
-import trl  # type: ignore[import-not-found, unused-ignore]
-from datasets import Dataset  # type: ignore[import-not-found, unused-ignore]
+import transformers
+import trl
+from datasets import Dataset
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 def tokenizer(spec: kit.Spec) -> Any:
     """One word per token, so that text and token ids are the same thing."""
-    from tokenizers import Tokenizer, models, pre_tokenizers  # type: ignore[import-not-found, unused-ignore]
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {("<pad>", "<s>", "</s>")[i] if i < 3 else f"w{i}": i for i in range(spec.vocabulary)}
     inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
