@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from truestep.audit.judge import Verdict, judge
+from truestep.audit.judge import Verdict, judge, see_case
 from truestep.audit.mutants import CLEAN, MUTANTS, observe
+from truestep.audit.observe import Asked, MicroBatch, Observation, Step
 from truestep.audit.patterns import fit_pattern
 from truestep.audit.weights import Recovered
 from truestep.reference import faults
@@ -76,3 +77,39 @@ def test_a_constant_is_recovered(scale: float) -> None:
     assert pattern is not None
     assert pattern.scale == pytest.approx(scale)
     assert ("accumulation_factor" in pattern.codes) == (scale in (4.0, 0.25))
+
+
+def seen_rows(rank_rows: list[list[int]], untrained: tuple[int, ...], num_rows: int) -> tuple[str, ...]:
+    """The codes of a right step over one row a micro-batch, these on each rank, of so many rows that were asked for."""
+    draw = np.random.default_rng(0)
+    gradients = {row: np.zeros(50) if row in untrained else draw.normal(size=50) for row in range(num_rows)}
+    batches = tuple(
+        MicroBatch(
+            rank=rank,
+            index=index,
+            lines=((row,),),
+            row_counts=(0 if row in untrained else row + 1,),
+            row_gradients=(gradients[row],),
+            loss_sum=1.0,
+            size=50,
+        )
+        for rank, rows in enumerate(rank_rows)
+        for index, row in enumerate(rows)
+    )
+    total = np.sum([m.gradient for m in batches], axis=0)
+    used = total / sum(m.num_trained for m in batches)
+    step = Step(before=np.zeros(50), after=-used, learning_rate=1.0, microbatches=batches, control=total, extras={})
+    asked = Asked(num_rows=num_rows, untrained_rows=untrained, epochs=1, accumulation=9, rows_per_microbatch=1, steps=1)
+    run = Observation(versions={}, steps=(step,), ranks_differ=0.0, forwards_without_step=0, unmatched=0, asked=asked)
+    return see_case(run, "float32").codes
+
+
+def test_rows_may_be_left_out_if_nothing_of_them_is_trained() -> None:
+    assert seen_rows([[0, 1, 2]], (3,), 4) == ()
+    assert seen_rows([[0, 1, 2, 3]], (3,), 4) == ()
+    assert "data_lost" in seen_rows([[0, 1, 2]], (), 4)
+
+
+def test_ranks_may_be_evened_out_by_a_repeated_row_and_only_then() -> None:
+    assert seen_rows([[0, 2, 4], [1, 3, 0]], (), 5) == ()
+    assert "data_lost" in seen_rows([[0, 2, 4, 0], [1, 3, 5, 1]], (), 6)
