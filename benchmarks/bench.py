@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py [--only sft,rollout,rl,matmul] [--repetitions 3] [--threads 2] [--data FILE.jsonl]
                                [--dtype float32|bfloat16] [--model PATH] [--quick] [--out results/bench/results.json]
+                               [--size rl_steps=1 ...]
 
 Every repetition is a fresh process, and repetitions are interleaved (ours, peer, ours, peer, ...), so that a slow
 minute of the machine hits all. Peers live in environments of their own under .bench/, made on first use. A peer that
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -297,11 +298,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--quick", action="store_true", help="a tiny random model and few steps: tries everything out")
     parser.add_argument("--out", default="", help="default results/bench/results.json; .bench/quick.json with --quick")
+    parser.add_argument("--size", action="append", default=[], help="NAME=NUMBER of class Sizes; may be repeated")
     options = parser.parse_args(arguments)
     options.sections = [s.strip() for s in options.only.split(",") if s.strip()]
     unknown = [s for s in options.sections if s not in SECTIONS]
     if unknown:
         parser.error(f"--only {unknown[0]}: write {', '.join(SECTIONS)}")
+    known = {f.name for f in fields(Sizes)} - {"matmul_seconds"}
+    for text in options.size:
+        name, _, value = text.partition("=")
+        if name not in known or not value.isdigit() or int(value) < 1:
+            parser.error(f"--size {text}: write NAME=NUMBER with one of {', '.join(sorted(known))}")
+    options.size = {name: int(value) for name, _, value in (text.partition("=") for text in options.size)}
     options.repetitions = options.repetitions or (1 if options.quick else 3)
     options.out = Path(options.out or (FOLDER / "quick.json" if options.quick else ROOT / "results/bench/results.json"))
     return options
@@ -310,7 +318,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     FOLDER.mkdir(exist_ok=True)
-    sizes = QUICK if options.quick else Sizes()
+    sizes = replace(QUICK if options.quick else Sizes(), **options.size)
     try:
         model = resolve(ModelSettings(path=options.model))
         model = quick_model(model) if options.quick else model
