@@ -27,17 +27,26 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "deepspeed-0.19.8": ("deepspeed==0.19.8",),
     "transformers-4.45.2": ("transformers==4.45.2",),
     "transformers-4.46.3-gpt2": ("transformers==4.46.3", "--arch", "gpt2"),
+    "transformers-5.23.0": ("transformers==5.23.0",),
+    "transformers-5.23.0+deepspeed-0.18.9": ("transformers==5.23.0+deepspeed==0.18.9",),
+    "llamafactory-0.9.5": ("llamafactory==0.9.5",),
+    "openrlhf-0.10.2": ("openrlhf==0.10.2",),
+    "openrlhf-0.11.2": ("openrlhf==0.11.2",),
+    "openrlhf-0.11.2+deepspeed-0.18.9": ("openrlhf==0.11.2+deepspeed==0.18.9",),
     "trl-1.16.0": ("trl==1.16.0",),
     "trl-1.16.0+deepspeed-0.18.9": ("trl==1.16.0+deepspeed==0.18.9",),
 }
-UPSTREAM = {
-    "DeepSpeed": "https://github.com/deepspeedai/DeepSpeed/pull/7967",
-    "transformers Trainer": "https://github.com/huggingface/transformers/issues/34191",
-}
+# (in the subject's name or its versions, code, where it was reported or repaired)
+UPSTREAM = (
+    ("deepspeed", "kept", "https://github.com/deepspeedai/DeepSpeed/pull/7967"),
+    ("transformers", "micro_mean", "https://github.com/huggingface/transformers/issues/34191"),
+    ("transformers", "micro_mean_without_1_over_k", "https://github.com/huggingface/transformers/pull/35207"),
+)
 
 
 def run(name: str, words: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "truestep", "audit", *words, "--json"]
+    extra = ["--remedy", "--reproduce", str(FOLDER / "reproducers"), "--json"]
+    command = [sys.executable, "-m", "truestep", "audit", *words, *extra]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if not done.stdout:
         print(f"{name}: exit code {done.returncode}, nothing to keep", file=sys.stderr)
@@ -58,13 +67,17 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
     ]
     for _, document in sorted(documents.items()):
         for f in document["findings"]:
+            own = f["subject"].lower().split(" + ")[-1]
             versions = ", ".join(f"{k} {v}" for k, v in f["versions"].items() if k != "torch")
             shown = "; ".join(" ".join(f"{w:.3g}" for w in rank) for rank in f["weights"])
             error = "" if f["relative_error"] is None else f"{f['relative_error']:.1e}"
             could = {True: "shows it", False: "looks right", None: ""}[f["logged_loss_could_show_it"]]
             what = f["fault"] or f["reason"]
-            if f["verdict"] == "FAULT" and f["subject"] in UPSTREAM:
-                what += f" ([upstream]({UPSTREAM[f['subject']]}))"
+            links = [url for name, code, url in UPSTREAM if code in f["codes"] and name in own]
+            if f["verdict"] == "FAULT" and links:
+                what += f" ([upstream]({links[0]}))"
+            if f.get("remedy"):
+                what += f". Remedy: {f['remedy']}"
             cells = [f["subject"], versions, configuration_in_words(f["configuration"]), f["verdict"], what]
             lines.append("| " + " | ".join([*(c.replace("|", "\\|") for c in cells), shown, error, could]) + " |")
     lines += ["", "Commands and provenance:", ""]

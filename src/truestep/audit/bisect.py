@@ -99,17 +99,29 @@ def parse_range(text: str) -> tuple[str, str]:
 
 def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
     """All final releases of a package between two, as its index lists them. Raises SettingsError where it cannot."""
-    command = [str(python), "-m", "pip", "index", "versions", package, "--disable-pip-version-check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    listed = re.search(r"Available versions:(.*)", done.stdout)
-    if done.returncode or not listed:
-        raise SettingsError(f"{package}: its releases cannot be listed: {(done.stderr.strip() or 'no answer')[-200:]}")
-    found = [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]
+    found = _releases(python, package)
     inside = sorted((v for v in found if _key(first) <= _key(v) <= _key(last)), key=_key)
     for end in (first, last):
         if end not in inside:
             raise SettingsError(f"{package} has no release {end}: its index lists {', '.join(found[:8])} …")
     return inside
+
+
+def newest_release(python: Path, package: str) -> str:
+    """The newest final release. Raises SettingsError where the index has none or does not answer."""
+    found = _releases(python, package)
+    if not found:
+        raise SettingsError(f"{package}: its index lists no final release")
+    return max(found, key=_key)
+
+
+def _releases(python: Path, package: str) -> list[str]:
+    command = [str(python), "-m", "pip", "index", "versions", package, "--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    listed = re.search(r"Available versions:(.*)", done.stdout)
+    if done.returncode or not listed:
+        raise SettingsError(f"{package}: its releases cannot be listed: {(done.stderr.strip() or 'no answer')[-200:]}")
+    return [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]
 
 
 def _key(version: str) -> tuple[int, ...]:

@@ -44,6 +44,8 @@ FRAMEWORKS = (
 BASE = ("numpy", "setuptools<81", "wheel")
 # (package, first release that no longer needs it, what goes with the releases before that); a pin of the user wins.
 COMPANIONS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
+    ("openrlhf", (0, 11), ("deepspeed==0.18.9", "transformers==5.5.4")),
+    ("openrlhf", (999,), ("deepspeed==0.19.6", "transformers==5.15.0")),
     ("trl", (0, 12), ("transformers==4.45.2", "peft==0.13.2")),
     ("trl", (0, 20), ("datasets<4",)),
     ("transformers", (4, 48), ("accelerate==1.0.1", "huggingface-hub<1")),
@@ -63,7 +65,33 @@ ALONE: dict[str, tuple[str, ...]] = {
         "packaging",
         "numpy",
     ),
-    "openrlhf": ("transformers", "accelerate", "einops", "tqdm", "packaging"),
+    "llamafactory": (
+        "accelerate<=1.11.0,>=1.3.0",
+        "datasets<=4.0.0,>=2.16.0",
+        "peft<=0.18.1,>=0.18.0",
+        "transformers<=5.6.0,>=4.55.0,!=4.57.0",
+        "trl<=0.24.0,>=0.18.0",
+        "einops",
+        "hf-transfer",
+        "matplotlib",
+        "omegaconf",
+        "pillow",
+        "pyyaml",
+        "scipy",
+        "sentencepiece",
+        "tiktoken",
+    ),
+    "openrlhf": (
+        "transformers",
+        "accelerate",
+        "peft",
+        "torchdata",
+        "pylatexenc",
+        "sympy",
+        "tqdm",
+        "packaging",
+        "pillow",
+    ),
 }
 # Audited processes write no bytecode: without this (pip does it unasked) each of them would compile torch again.
 UV_INSTALL = ("pip", "install", "--compile-bytecode")
@@ -130,9 +158,6 @@ def plan(text: str) -> Plan:
     """All that an environment for ``text`` holds. Raises: SettingsError as ``parse`` does."""
     pins = parse(text)
     wanted = {name: f"{name}=={version}" for name, version in pins.items() if name != "torch"}
-    for name in [n for n in wanted if n in ALONE]:
-        for need in ALONE[name]:
-            wanted.setdefault(need, need)
     for name, before, companions in COMPANIONS:
         exact = wanted.get(name, "").partition("==")[2]
         if exact and tuple(int(n) for n in re.findall(r"\d+", exact)) < before:
@@ -141,6 +166,9 @@ def plan(text: str) -> Plan:
                 # A bare name is only a need: what fits to this release replaces it.
                 if wanted.get(own, own) == own:
                     wanted[own] = companion
+    for name in [n for n in wanted if n in ALONE]:
+        for need in ALONE[name]:
+            wanted.setdefault(need, need)
     return Plan(
         pins=pins,
         torch=pins.get("torch", TORCH),

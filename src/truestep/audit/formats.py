@@ -138,6 +138,8 @@ def as_text(row: Row) -> str:
             lines.append(loss_in_words(row))
     if row.get("remedy"):
         lines.append(f"remedy: {line(row['remedy'])}")
+    if row.get("reproducer"):
+        lines.append(f"reproducer: {line(row['reproducer'])}")
     return "\n".join(lines)
 
 

@@ -62,6 +62,8 @@ class Finding:
     logged_loss: float | None = None
     true_loss: float | None = None
     logged_loss_could_show_it: bool | None = None
+    remedy: str = ""  # a change that was audited again and is RIGHT
+    reproducer: str = ""  # a script that shows it, and was run
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -298,11 +300,14 @@ def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tu
     counted = Counter(c for case in wrong.values() for c in case.codes)
     first = next(iter(wrong.values()))
     codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
-    for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale"), ("not_finite", "not_finite")):
+    for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale")):
         if telling in codes:  # it shows as something simpler where a micro-batch has one row, or no step was before
             told = next(case for case in wrong.values() if telling in case.codes)
             first = told if implied in first.codes else first
             codes = (telling, *(c for c in codes if c not in (telling, implied)))
+    text = first.text
+    if "not_finite" in codes and "not_finite" not in first.codes:
+        text += "; " + next(case.text for case in wrong.values() if "not_finite" in case.codes)
     everywhere = set(wrong) == set(seen)
     if documented and set(codes) <= {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}:
         return Verdict.DOCUMENTED_CHOICE, codes, f"{first.text} ({documented})"
@@ -311,7 +316,7 @@ def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tu
         return Verdict.DEFAULT, codes, f"everything is multiplied by {scales[0]:.4g}, however a batch is split"
     if set(codes) <= {"clip", "weight_decay"} and everywhere and "own norm" not in first.text:
         return Verdict.DEFAULT, codes, first.text
-    return Verdict.FAULT, codes, first.text
+    return Verdict.FAULT, codes, text
 
 
 def _judge_adamw(

@@ -47,7 +47,7 @@ class Job:
     environment: Mapping[str, str] | None = None
 
 
-def child_environment(job: Job, home: Path, rank: int, port: int) -> dict[str, str]:
+def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict[str, str]:
     """Nothing of the caller's but where programs and libraries lie: no tokens, no caches, no home folder."""
     kept = {k: os.environ[k] for k in KEPT if k in os.environ}
     return {
@@ -62,11 +62,10 @@ def child_environment(job: Job, home: Path, rank: int, port: int) -> dict[str, s
         "PYTHONDONTWRITEBYTECODE": "1",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(job.world_size),
-        "LOCAL_WORLD_SIZE": str(job.world_size),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        **(job.environment or {}),
     }
 
 
@@ -84,7 +83,7 @@ def run(job: Job) -> dict[str, Observation]:
 
 
 def _run_ranks(job: Job, folder: Path, home: Path) -> None:
-    port = _free_port()
+    port = free_port()
     deadline = time.monotonic() + job.timeout
     processes: list[subprocess.Popen[bytes]] = []
     logs = [folder / f"rank-{rank}.log" for rank in range(job.world_size)]
@@ -94,7 +93,7 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
                 processes.append(
                     subprocess.Popen(
                         [str(job.python), str(SUBJECTS / f"{job.script}.py"), str(folder)],
-                        env=child_environment(job, home, rank, port),
+                        env=child_environment(job.world_size, home, rank, port) | dict(job.environment or {}),
                         cwd=home,
                         stdin=subprocess.DEVNULL,
                         stdout=file,
@@ -125,7 +124,7 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -114,6 +114,7 @@ def _entry(row: Row) -> dict[str, Any]:
         "loss": "" if formats.is_right(row) or row.get("relative_error") is None else formats.loss_in_words(row),
         "cases": {line(name, 80): line(text, 600) or "right" for name, text in cases.items()},
         "remedy": line(row.get("remedy") or "", 600),
+        "reproducer": line(row.get("reproducer") or "", 600),
     }
 
 

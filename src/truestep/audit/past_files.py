@@ -138,7 +138,7 @@ def _read(path: Path, size: int, name: str, evidence: Evidence) -> None:
         if path.suffix.lower() != ".json" and "dependencies:" in text:
             _pins(text, name, evidence)
         elif any(word in text for word in WORDS):
-            found = _parse_json(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
+            found = parse_json(text) if path.suffix.lower() == ".json" else parse_yaml(text)
             _mapping(found, name, evidence)
     else:
         _pins(text, name, evidence)
@@ -157,7 +157,8 @@ def _state(path: Path, name: str, evidence: Evidence) -> None:
     evidence.add("trainer", "transformers Trainer", name)
 
 
-def _parse_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """Raises Broken."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -166,7 +167,8 @@ def _parse_json(text: str) -> Any:
         raise Broken("not read: nested too deeply") from None
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """Plain YAML, where a reader is installed. Raises Broken."""
     try:
         yaml: Any = importlib.import_module("yaml")  # not needed by anything else here
     except ModuleNotFoundError:
@@ -224,7 +226,7 @@ def _lock(text: str, name: str, evidence: Evidence) -> None:
 def _model(path: Path, name: str, evidence: Evidence) -> None:
     if path.lstat().st_size > LIMITS[".json"]:
         raise Broken(f"larger than {LIMITS['.json'] >> 10} KiB, not read")
-    found = _parse_json(path.read_bytes().decode("utf-8", "replace"))
+    found = parse_json(path.read_bytes().decode("utf-8", "replace"))
     if isinstance(found, Mapping):
         _version("transformers", found.get("transformers_version"), name, evidence)
         classes = found.get("architectures")
@@ -279,7 +281,7 @@ def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
 def _embedded(value: Any, name: str, evidence: Evidence) -> None:
     """A DeepSpeed configuration inside another file, or the path of one."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = _parse_json(value)
+        value = parse_json(value)
     if isinstance(value, Mapping):
         _deepspeed(value, name, evidence)
         evidence.named.setdefault("", name)
@@ -364,6 +366,12 @@ def _flags(line: str) -> dict[str, str]:
             key, equals, value = word[2:].partition("=")
             flags[key.replace("-", "_")] = value if equals else "" if after.startswith("--") else after
     return {key: value or "true" for key, value in flags.items()}
+
+
+def flags_of(text: str) -> dict[str, str]:
+    """The flags of all lines of a script."""
+    lines = re.sub(r"\\[ \t]*\n", " ", "\n".join(x for x in text.splitlines() if not x.lstrip().startswith("#")))
+    return {key: value for line in lines.splitlines() for key, value in _flags(line).items()}
 
 
 def _first(flags: Mapping[str, str], *names: str) -> str | None:

@@ -33,6 +33,7 @@ class Subject:
     script: str
     needs: tuple[str, ...]
     configurations: Sequence[Configuration]
+    brings: tuple[str, ...] = ()  # frameworks that come with it whether they are named or not
 
 
 def _both(**options: Any) -> tuple[Configuration, Configuration]:
@@ -83,6 +84,13 @@ TABLE: tuple[Subject, ...] = (
         ],
     ),
     Subject(
+        name="LLaMA-Factory",
+        script="llamafactory_sft",
+        needs=("llamafactory", "transformers", "accelerate", "torch"),
+        brings=("trl",),
+        configurations=[*_both(**LLAMA), Configuration(options={"arch": "gpt2"})],
+    ),
+    Subject(
         name="DeepSpeed",
         script="deepspeed_engine",
         needs=("deepspeed", "torch"),
@@ -93,6 +101,17 @@ TABLE: tuple[Subject, ...] = (
             Configuration(options={"stage": 2, "offload": False}, only=ENGINE),
             Configuration(options={"stage": 1, "offload": True}, only=ENGINE),
             Configuration(options={"stage": 3, "offload": True}, only=ENGINE),
+        ],
+    ),
+    Subject(
+        name="OpenRLHF SFTTrainer",
+        script="openrlhf_sft",
+        needs=("openrlhf", "transformers", "torch"),
+        brings=("deepspeed",),
+        configurations=[
+            Configuration(options={"offload": False, **LLAMA}, only=ENGINE),
+            Configuration(options={"offload": False, **LLAMA}, world_size=2, only=ENGINE),
+            Configuration(options={"offload": True, **LLAMA}, only=ENGINE),
         ],
     ),
     Subject(
@@ -112,7 +131,7 @@ TABLE: tuple[Subject, ...] = (
 
 def applicable(installed: Mapping[str, str]) -> list[Subject]:
     """The subjects whose needs are all installed."""
-    return [s for s in TABLE if all(name in installed for name in s.needs)]
+    return [s for s in TABLE if all(name in installed for name in (*s.needs, *s.brings))]
 
 
 def meant_by(names: Sequence[str]) -> list[Subject]:
@@ -122,7 +141,7 @@ def meant_by(names: Sequence[str]) -> list[Subject]:
     return [
         s
         for s in TABLE
-        if set(names) <= set(s.needs) and s.needs[0] in names and not (set(s.needs) & frameworks) - set(names)
+        if set(names) <= {*s.needs, *s.brings} and s.needs[0] in names and not (set(s.needs) & frameworks) - set(names)
     ]
 
 

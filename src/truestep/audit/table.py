@@ -88,6 +88,8 @@ def _details(row: Row) -> list[str]:
         texts.append(f"right in: {', '.join(good)}")
     if row.get("remedy"):
         texts.append(f"remedy: {line(row['remedy'])}")
+    if row.get("reproducer"):
+        texts.append(f"reproducer: {line(row['reproducer'])}")
     return texts
 
 

@@ -23,9 +23,19 @@ def audit(
     ] = None,
     only: Annotated[str, typer.Option(help="Subjects whose name holds this text.")] = "",
     arch: Annotated[str, typer.Option(help="llama, qwen2, gemma3, gpt2, neox or opt instead of the table's.")] = "",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Audit the step as this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF file configures it."),
+    ] = None,
     bisect: Annotated[str, typer.Option(help="FIRST..LAST: first and last faulty release of NAME.")] = "",
     known_bad: Annotated[str, typer.Option(help="A release that is known to be faulty, for --bisect.")] = "",
     past: Annotated[Path | None, typer.Option(help="A past run's folder: was it hit? Executes nothing.")] = None,
+    remedy: Annotated[
+        bool, typer.Option("--remedy", help="For a fault, audit other options and releases too.")
+    ] = False,
+    reproduce: Annotated[
+        Path | None, typer.Option(help="A folder: write and run a short script of its own for every fault.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random rows.")] = 0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one configuration.")] = 180.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
@@ -46,10 +56,17 @@ def audit(
     if bisect:
         actions.bisect(target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json)
         return
-    subjects, chosen = actions.select(target, python, only=only, arch=arch)
+    subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
     if dry_run:
         actions.show_plan(subjects, chosen)
         return
-    findings = actions.run(subjects, chosen, seed=seed, timeout=timeout)
+    findings = actions.run(
+        subjects,
+        chosen,
+        seed=seed,
+        timeout=timeout,
+        remedies_for=target if remedy else None,
+        reproducers=reproduce,
+    )
     actions.show(findings, as_json=as_json, files={"junit": junit, "sarif": sarif, "html": html})
     raise typer.Exit(actions.exit_code(findings))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from truestep.audit import bisect as bisection
-from truestep.audit import environment, formats, registry
+from truestep.audit import configured, environment, formats, registry, remedy, reproduce
 from truestep.audit.judge import Finding, Verdict
 from truestep.audit.registry import Subject
 from truestep.audit.run import audit_one
@@ -26,8 +28,11 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def select(target: str, python: Path | None, *, only: str, arch: str) -> tuple[list[Subject], Path]:
+def select(
+    target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None
+) -> tuple[list[Subject], Path]:
     """The subjects and the python to run them with; an environment is built where a requirement is given.
+    A configuration file chooses one subject and its one configuration.
 
     Raises SettingsError where nothing of it can be audited.
     """
@@ -37,13 +42,32 @@ def select(target: str, python: Path | None, *, only: str, arch: str) -> tuple[l
         return [_own_loop(target, arch)], _program(python)
     if target and python is not None:
         raise SettingsError("give a requirement or --python, one of them")
+    if config is not None:
+        return _as_configured(config, target, python, arch)
     if target:
         subjects = _named(registry.meant_by(list(environment.parse(target))), only, target)
         chosen = environment.build(target, say=say)
     else:
         chosen = _program(python)
-        subjects = _named(registry.applicable(environment.installed(chosen)), only, str(chosen))
+        found = environment.installed(chosen)
+        subjects = _named(registry.applicable(found), only, str(chosen))
+        if absent := [s.name for s in registry.TABLE if s not in registry.applicable(found)]:
+            say(f"not installed there, not audited: {', '.join(absent)}")
     return [registry.with_arch(s, arch) for s in subjects] if arch else subjects, chosen
+
+
+def _as_configured(config: Path, target: str, python: Path | None, arch: str) -> tuple[list[Subject], Path]:
+    subject, notes = configured.read(config)
+    chosen = environment.build(target, say=say) if target else _program(python)
+    missing = [n for n in (*subject.needs, *subject.brings) if n not in environment.versions(chosen)]
+    if missing:
+        raise SettingsError(
+            f"--config {config}: it configures {subject.name}, and {chosen} has no {missing[0]}: "
+            "give --python of an environment that has it, or a requirement such as " + environment.EXAMPLE
+        )
+    for note in notes:
+        say(f"{config}: {note}")
+    return [registry.with_arch(subject, arch) if arch else subject], chosen
 
 
 def _program(python: Path | None) -> Path:
@@ -81,8 +105,17 @@ def show_plan(subjects: Sequence[Subject], python: Path) -> None:
             typer.echo(f"{subject.name}: {words} ({', '.join(configuration.only)})")
 
 
-def run(subjects: Sequence[Subject], python: Path, *, seed: int, timeout: float) -> list[Finding]:
-    """All findings, with progress and the time left on stderr."""
+def run(
+    subjects: Sequence[Subject],
+    python: Path,
+    *,
+    seed: int,
+    timeout: float,
+    remedies_for: str | None = None,
+    reproducers: Path | None = None,
+) -> list[Finding]:
+    """All findings, with progress and the time left on stderr. ``remedies_for``: the target, if remedies are wanted;
+    ``reproducers``: a folder for a script per fault."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []
     began = time.monotonic()
@@ -90,8 +123,33 @@ def run(subjects: Sequence[Subject], python: Path, *, seed: int, timeout: float)
         left = f", about {(time.monotonic() - began) / index * (len(pairs) - index):.0f} s left" if index else ""
         words = formats.configuration_in_words(configuration.to_json())
         say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {words}{left}")
-        findings.append(audit_one(subject, configuration, python, seed=seed, timeout=timeout))
+        finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
+        if finding.verdict is Verdict.FAULT and remedies_for is not None:
+            say("  looking for a remedy")
+            words = remedy.find(subject, configuration, python, remedies_for, timeout=timeout)
+            finding = replace(finding, remedy=words or "none found")
+        if finding.verdict is Verdict.FAULT and reproducers is not None:
+            finding = _reproduced(finding, subject, python, reproducers)
+        findings.append(finding)
     return findings
+
+
+def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) -> Finding:
+    """Write the fault's own script and run it; a script that does not show it is said to be one."""
+    text = reproduce.script(finding, subject.script)
+    if not text:
+        say("  no reproducer: there is no template for this subject")
+        return finding
+    words = formats.configuration_in_words(finding.configuration)
+    versions = [v for k, v in finding.versions.items() if k != "torch"]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{subject.name} {' '.join(versions)} {words}").strip("-")
+    path = folder / f"{name}.py"
+    write_atomic(path, text)
+    with tempfile.TemporaryDirectory(prefix="truestep-reproduce-") as home:
+        shows, line = reproduce.run(path, python, int(finding.configuration.get("processes", 1)), Path(home))
+    say(f"  {path}: {line}")
+    outcome = {True: "shows it", False: "does not show it", None: "did not run"}[shows]
+    return replace(finding, reproducer=f"{path.name} {outcome}: {line}")
 
 
 def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path | None]) -> None:

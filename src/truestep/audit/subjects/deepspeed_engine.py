@@ -34,7 +34,7 @@ def configuration(spec: kit.Spec) -> dict[str, Any]:
         # With the boundary set by hand the engine is told of no accumulation.
         "gradient_accumulation_steps": 1 if options.get("manual", False) else spec.accumulation,
         "zero_optimization": zero,
-        "gradient_clipping": 0.0,
+        "gradient_clipping": options.get("max_grad_norm", 0.0),
         "bf16": {"enabled": spec.dtype is torch.bfloat16},
         # torch's own optimizer: DeepSpeed's CPU Adam needs a compiler.
         "zero_allow_untested_optimizer": True,

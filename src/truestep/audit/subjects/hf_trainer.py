@@ -60,7 +60,7 @@ def arguments(spec: kit.Spec, known: Any) -> dict[str, Any]:
         "remove_unused_columns": False,
         "seed": 3,
         "use_cpu": True,
-        "bf16": False,
+        "bf16": spec.dtype is torch.bfloat16,
         "gradient_checkpointing": False,
         "average_tokens_across_devices": spec.options.get("average_tokens_across_devices"),
         "ddp_backend": "gloo" if spec.world_size > 1 else None,
@@ -82,6 +82,7 @@ def deepspeed_configuration(spec: kit.Spec) -> dict[str, Any] | None:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     return {
         "zero_optimization": zero,
+        "bf16": {"enabled": spec.dtype is torch.bfloat16},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",

@@ -286,12 +286,7 @@ class Recorder:
         control = torch.zeros_like(before)
         for batch in micro:
             control += self._gradient(rough, batch)[1].to(wide).double()
-        extras = {
-            "prompt": sum((self._gradient(self.copy, b, untrained=True)[1] for b in micro), torch.zeros_like(before)),
-            "shift_0": sum((self._gradient(self.copy, b, shift=0)[1] for b in micro), torch.zeros_like(before)),
-            "shift_2": sum((self._gradient(self.copy, b, shift=2)[1] for b in micro), torch.zeros_like(before)),
-            "stop": sum((self._gradient(self.copy, b, ends=True)[1] for b in micro), torch.zeros_like(before)),
-        }
+        extras = {} if self._explained(before - after, gradients) else self._extras(micro)
         name = f"rank-{self.spec.rank}-step-{index}"
         return {
             "microbatches": lines,
@@ -302,6 +297,33 @@ class Recorder:
             "gradients": self._write(f"{name}.gradients", torch.stack(gradients)) if gradients else None,
             "control": self._write(f"{name}.control", control),
             "extras": {key: self._write(f"{name}.{key}", value) for key, value in extras.items()},
+        }
+
+    def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
+        """Whether weights of the rows alone explain this step: then nobody asks what else could be in it.
+
+        AdamW's step is no sum of gradients, and a NaN is no step: always. A rank does not know the others' rows: never.
+        """
+        if self.spec.options.get("optimizer", "sgd") != "sgd" or not bool(torch.isfinite(change).all()):
+            return True
+        if self.spec.world_size > 1 or not gradients:
+            return False
+        columns = torch.stack(list(gradients), dim=1)
+        rest = change - columns @ torch.linalg.lstsq(columns, change[:, None], driver="gelsd").solution[:, 0]
+        return bool(rest.norm() <= 1e-4 * change.norm())
+
+    def _extras(self, micro: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """What a wrong mask or a wrong shift would have added to the step's gradient sum."""
+        wrong: dict[str, dict[str, Any]] = {
+            "prompt": {"untrained": True},
+            "shift_0": {"shift": 0},
+            "shift_2": {"shift": 2},
+            "stop": {"ends": True},
+        }
+        nothing = torch.zeros_like(flat(parameters_of(self.copy)))
+        return {
+            key: sum((self._gradient(self.copy, rows, **how)[1] for rows in micro), nothing)
+            for key, how in wrong.items()
         }
 
     def _gradient(

@@ -1,0 +1,58 @@
+"""What would have been right instead: another option, or the newest release, audited again until one is RIGHT.
+
+Nothing is advised that has not been run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from truestep.audit import environment
+from truestep.audit.bisect import newest_release
+from truestep.audit.judge import Verdict
+from truestep.audit.registry import Configuration, Subject
+from truestep.audit.run import audit_one
+from truestep.settings import SettingsError
+
+# (options that differ, words), in the order in which they are tried where they change anything.
+OPTIONS: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"average_tokens_across_devices": True}, "average_tokens_across_devices = true"),
+    ({"manual": False}, "let the engine count the micro-batches"),
+    ({"offload": False}, "no offload_optimizer"),
+)
+
+
+def find(subject: Subject, configuration: Configuration, python: Path, target: str, *, timeout: float) -> str:
+    """The first change that makes this configuration RIGHT, in words; "" where none was found.
+
+    ``target`` is the requirement that was audited, "" for a user's own environment: only options are tried.
+    """
+    for changes, words in OPTIONS:
+        changed = {k: v for k, v in changes.items() if k in configuration.options and configuration.options[k] != v}
+        if changed:
+            other = replace(configuration, options={**configuration.options, **changed}, documented="")
+            if audit_one(subject, other, python, timeout=timeout).verdict is Verdict.RIGHT:
+                return words
+    pins = environment.parse(target) if "==" in target else {}
+    for name in reversed(pins):
+        if newer := _newer(name, pins, lambda line: None):
+            upgraded, other_python = newer
+            if audit_one(subject, configuration, other_python, timeout=timeout).verdict is Verdict.RIGHT:
+                return upgraded
+    return ""
+
+
+def _newer(name: str, pins: Mapping[str, str], say: Callable[[str], None]) -> tuple[str, Path] | None:
+    """``name==newest`` and a python that has it beside the other pins; None where that is not newer or cannot be."""
+    try:
+        newest = newest_release(Path(sys.executable), name)
+        if newest == pins[name]:
+            return None
+        together = "+".join(f"{k}=={newest if k == name else v}" for k, v in pins.items())
+        return f"{name}=={newest}", environment.build(together, say=say)
+    except (SettingsError, environment.BuildFailed):
+        return None

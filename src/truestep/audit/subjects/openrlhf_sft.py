@@ -1,0 +1,143 @@
+"""OpenRLHF's own SFTTrainer.fit, loss, Actor and strategy, on a DeepSpeed engine.
+
+Of what it imports only flash-attn is replaced by an empty module: it needs a GPU's compiler, and nothing here calls it.
+The engine is made with torch's SGD, because DeepSpeed's own optimizers need that compiler too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks the accelerator there
+
+import deepspeed
+import deepspeed.ops
+import kit
+import torch
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+NEVER = 10**9
+
+
+def without_flash_attention() -> None:
+    names = {
+        "flash_attn": (),
+        "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
+        "flash_attn.utils": (),
+        "flash_attn.utils.distributed": ("all_gather",),
+    }
+    for name, parts in names.items():
+        module = types.ModuleType(name)
+        module.__path__ = []
+        vars(module).update(dict.fromkeys(parts))
+        sys.modules[name] = module
+
+
+def arguments(spec: kit.Spec) -> SimpleNamespace:
+    """What the trainer and the strategy read: the newer nested names and the older flat ones."""
+    batch_size = spec.rows_per_microbatch * spec.accumulation * spec.world_size
+    return SimpleNamespace(
+        model=SimpleNamespace(aux_loss_coef=0.0),
+        ds=SimpleNamespace(packing_samples=False, param_dtype="fp32"),
+        logger=SimpleNamespace(wandb=SimpleNamespace(key=None), tensorboard_dir=None, logging_steps=NEVER),
+        eval=SimpleNamespace(steps=NEVER),
+        ckpt=SimpleNamespace(save_steps=NEVER),
+        train=SimpleNamespace(batch_size=batch_size, dynamic_batch_enable=False),
+        local_rank=-1,
+        aux_loss_coef=0.0,
+        packing_samples=False,
+        use_wandb=None,
+        use_tensorboard=None,
+        eval_steps=NEVER,
+        save_steps=NEVER,
+        logging_steps=NEVER,
+        train_batch_size=batch_size,
+    )
+
+
+def strategy_of(spec: kit.Spec) -> Any:
+    """DeepspeedStrategy as ``setup_distributed`` leaves it, on a mesh of CPUs."""
+    from openrlhf.utils.deepspeed import DeepspeedStrategy
+
+    args = arguments(spec)
+    made = DeepspeedStrategy(
+        micro_train_batch_size=spec.rows_per_microbatch,
+        train_batch_size=args.train_batch_size,
+        zero_stage=spec.options.get("stage", 2),
+        args=args,
+    )
+    made.world_size = spec.world_size
+    names = ("dp", "sp", "tp")
+    shape = (spec.world_size, 1, 1)
+    made.ds_device_mesh = torch.distributed.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    made.accumulated_gradient = spec.accumulation
+    return made
+
+
+def rows_of(spec: kit.Spec) -> list[dict[str, list[int]]]:
+    """True at t where token t + 1 is trained: OpenRLHF's mask belongs to the token that predicts."""
+    return [{"ids": r["ids"], "mask": [*r["trained"][1:], 0]} for r in spec.rows]
+
+
+def collate(rows: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    longest = max(len(r["ids"]) for r in rows)
+
+    def padded(values: list[list[int]]) -> torch.Tensor:
+        return torch.tensor([[v + [0] * (longest - len(v))] for v in values])  # B 1 T
+
+    ids = [r["ids"] for r in rows]
+    return padded(ids), padded([[1] * len(v) for v in ids]), padded([r["mask"] for r in rows]).float()
+
+
+def engine_of(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
+    zero: dict[str, Any] = {"stage": spec.options.get("stage", 2)}
+    if spec.options.get("offload", False):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=spec.optimizer(kit.parameters_of(model)),
+        config={
+            "train_micro_batch_size_per_gpu": spec.rows_per_microbatch,
+            "gradient_accumulation_steps": spec.accumulation,
+            "zero_optimization": zero,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": NEVER,
+        },
+    )
+    return engine, optimizer
+
+
+def run(spec: kit.Spec) -> None:
+    without_flash_attention()
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    from openrlhf.models import Actor
+    from openrlhf.trainer.sft_trainer import SFTTrainer
+
+    strategy = strategy_of(spec)
+    model = kit.tiny_model(spec)
+    recorder = kit.Recorder(spec, model)
+    engine, optimizer = engine_of(spec, model)
+    actor = Actor(engine)
+    actor.packing_samples = False
+    loader = strategy.setup_dataloader(
+        rows_of(spec), spec.rows_per_microbatch, pin_memory=False, shuffle=False, collate_fn=collate
+    )
+    schedule = SimpleNamespace(get_last_lr=lambda: [spec.lr])
+    trainer = SFTTrainer(actor, strategy, optimizer, loader, None, schedule, max_epochs=spec.epochs)
+    # Up to DeepSpeed 0.18 an all-gather writes into a view, which this torch forbids where gradients are tracked.
+    engine.step = torch.no_grad()(engine.step)
+    trainer.fit(strategy.args)
+    recorder.finish(**kit.versions("openrlhf", "deepspeed", "transformers"))
+    engine.destroy()
+
+
+if __name__ == "__main__":
+    kit.main(run)
