@@ -30,6 +30,7 @@ TORCH = "2.13.0"
 BUILD_TIMEOUT = 1800.0  # seconds: of one install command, and of waiting for another audit's build
 PYTHON_TAG = f"py{sys.version_info.major}.{sys.version_info.minor}"
 FRAMEWORKS = (
+    "truestep",
     "torch",
     "transformers",
     "accelerate",
@@ -39,6 +40,7 @@ FRAMEWORKS = (
     "llamafactory",
     "verl",
     "torchtune",
+    "datasets",  # no framework, but what a subject needs
 )
 # setuptools 81 dropped pkg_resources, which older releases import; wheel: their source archives build with it.
 BASE = ("numpy", "setuptools<81", "wheel")

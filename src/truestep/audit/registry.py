@@ -53,6 +53,16 @@ TABLE: tuple[Subject, ...] = (
     Subject(name="torch DDP", script="ddp", needs=("torch",), configurations=[Configuration(world_size=2)]),
     Subject(name="torch FSDP2", script="fsdp2", needs=("torch",), configurations=[Configuration(world_size=2)]),
     Subject(
+        name="truestep",
+        script="truestep_step",
+        needs=("truestep", "transformers", "torch"),
+        configurations=[
+            Configuration(options=LLAMA, only=ENGINE),
+            Configuration(options=LLAMA, world_size=2, only=ENGINE),
+            Configuration(options={**LLAMA, "parallel": "fsdp2"}, world_size=2, only=ENGINE),
+        ],
+    ),
+    Subject(
         name="accelerate",
         script="accelerate_loop",
         needs=("accelerate", "torch"),

@@ -40,8 +40,12 @@ def findings_table(findings: Sequence[Finding], width: int = 80) -> RenderableTy
         return Text("nothing was audited")
     table = Table(box=box.HORIZONTALS, show_lines=True, width=width, padding=0)
     table.add_column(_columns([Text(t) for t in ("Subject", "Configuration", "Verdict")]))
+    absent = [f for f in findings if f.verdict is Verdict.NOT_RUN and not f.configuration]
     for finding in findings:
-        table.add_row(_row(finding.to_json(), width - 4))
+        if finding not in absent:
+            table.add_row(_row(finding.to_json(), width - 4))
+    for finding in absent:  # one line each: nothing is known of them but that they are not there
+        table.add_row(Text(f"{line(finding.subject, 60)}: NOT RUN, {line(finding.reason, 120)}", "dim"))
     counts = Counter(f.verdict for f in findings)
     total = Text(f"{len(findings)} finding{'s' if len(findings) > 1 else ''}: ")
     parts = [Text(f"{counts[v]} {v}", COLOURS[v]) for v in Verdict if counts[v]]

@@ -68,5 +68,7 @@ def audit(
         remedies_for=target if remedy else None,
         reproducers=reproduce,
     )
+    if not target and config is None:
+        findings += actions.absent(chosen, only)
     actions.show(findings, as_json=as_json, files={"junit": junit, "sarif": sarif, "html": html})
     raise typer.Exit(actions.exit_code(findings))

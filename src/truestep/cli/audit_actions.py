@@ -51,8 +51,6 @@ def select(
         chosen = _program(python)
         found = environment.installed(chosen)
         subjects = _named(registry.applicable(found), only, str(chosen))
-        if absent := [s.name for s in registry.TABLE if s not in registry.applicable(found)]:
-            say(f"not installed there, not audited: {', '.join(absent)}")
     return [registry.with_arch(s, arch) for s in subjects] if arch else subjects, chosen
 
 
@@ -150,6 +148,18 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
     say(f"  {path}: {line}")
     outcome = {True: "shows it", False: "does not show it", None: "did not run"}[shows]
     return replace(finding, reproducer=f"{path.name} {outcome}: {line}")
+
+
+def absent(python: Path, only: str) -> list[Finding]:
+    """What this python has not installed: named, so that a missing row is never taken for a right one."""
+    found = environment.installed(python)
+    return [
+        Finding(
+            subject=s.name, configuration={}, verdict=Verdict.NOT_RUN, reason=f"not installed: {', '.join(missing)}"
+        )
+        for s in registry.TABLE
+        if only.lower() in s.name.lower() and (missing := [n for n in (*s.needs, *s.brings) if n not in found])
+    ]
 
 
 def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path | None]) -> None:

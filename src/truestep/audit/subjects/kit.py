@@ -53,15 +53,15 @@ class Spec:
         """The row's tokens, −100 where they are not trained."""
         return [t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)]
 
-    def batches(self) -> list[list[int]]:
+    def batches(self, rows: Sequence[int] | None = None) -> list[list[int]]:
         """This rank's micro-batches of one epoch as row numbers, in order: for subjects without a loader."""
-        size = self.rows_per_microbatch
-        micro = [list(range(i, min(i + size, len(self.rows)))) for i in range(0, len(self.rows), size)]
+        size, chosen = self.rows_per_microbatch, range(len(self.rows)) if rows is None else rows
+        micro = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
         return micro[self.rank :: self.world_size]
 
-    def windows(self) -> list[list[list[int]]]:
+    def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
         """The same, step by step, over all epochs: a short window ends an epoch whose data are no multiple."""
-        mine = self.batches()
+        mine = self.batches(rows)
         return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
@@ -212,14 +212,21 @@ class Recorder:
         self.copy.eval()
         own = parameters_of(model)
         self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
-        self.needles = [bytes(row["ids"]) for row in spec.rows]
+        self.needles, self.ignored = [bytes(row["ids"]) for row in spec.rows], b""
         self.before: Tensor | None = None
         self.microbatches: list[list[list[int]]] = []  # the rows of every line of every forward pass
         self.steps: list[tuple[Tensor, Tensor, list[list[list[int]]]]] = []
         self.unmatched = 0
         self.logged: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
         self.notes: list[str] = []
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
+        """Watch another module instead, and know a row by another part of it: for a trainer that runs the model in
+        its own way, or leaves out tokens that predict nothing. ``ignored``: a line that keeps idle ranks in step."""
+        self._hook.remove()
+        self.needles, self.ignored = list(needles), ignored
+        self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not (torch.is_grad_enabled() and module.training):
@@ -228,6 +235,8 @@ class Recorder:
         if ids is None:
             return
         self._close_step()
+        if ids.numel() == len(self.ignored) and bytes(ids.flatten().tolist()) == self.ignored:
+            return
         lines = [self._rows_in(bytes(t % 256 for t in line)) for line in ids.reshape(-1, ids.shape[-1]).tolist()]
         self.unmatched += sum(not rows for rows in lines)
         self.microbatches.append(lines)

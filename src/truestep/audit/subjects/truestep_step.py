@@ -1,0 +1,74 @@
+"""truestep's own optimizer step: packing, global totals, summed gradients, plain SGD. Subject number one.
+
+Options: arch; ``parallel`` fsdp2 shards over the ranks.
+"""
+
+from __future__ import annotations
+
+import kit
+import torch
+from fsdp2 import whole
+
+from truestep import __version__
+from truestep.model import attention
+from truestep.model.forward import decoder_layers
+from truestep.model.load import LoadedModel, model_shape
+from truestep.objective.methods import sft
+from truestep.records import Kind, TrainSequence
+from truestep.settings import OptimizerSettings
+from truestep.train.assemble import dummy_batch, last_needed, pack
+from truestep.train.optim import MasterOptimizer
+from truestep.train.parallel import Ranks, shard
+from truestep.train.policy import Policy
+from truestep.train.step import StepPlan, train_step
+
+
+def sequences(spec: kit.Spec, rows: list[int]) -> list[TrainSequence]:
+    """The rows that train anything; the others have no part in a step."""
+    made = []
+    for row in rows:
+        trained = tuple(bool(t) and i > 0 for i, t in enumerate(spec.rows[row]["trained"]))
+        if any(trained):
+            ids = tuple(spec.rows[row]["ids"])
+            made.append(TrainSequence(token_ids=ids, trained=trained, num_prefix_tokens=0, group=row, kind=Kind.DEMO))
+    return made
+
+
+def run(spec: kit.Spec) -> None:
+    kit.join_ranks(spec)
+    attention.register()
+    ranks = Ranks(rank=spec.rank, world_size=spec.world_size)
+    model = kit.tiny_model(spec).to(spec.dtype)
+    loaded = LoadedModel(model=model, tokenizer=None, shape=model_shape(model), context_length=256)
+    sharded = spec.options.get("parallel") == "fsdp2"
+    # Tokens after the last trained one predict nothing that is trained: they are not forwarded.
+    needles = [
+        bytes(row["ids"][: last_needed(found[0])]) if (found := sequences(spec, [index])) else bytes(row["ids"])
+        for index, row in enumerate(spec.rows)
+    ]
+    policy = Policy(loaded)
+    own = kit.parameters_of(model)
+    recorder = kit.Recorder(spec, model, lambda: kit.flat([whole(p) for p in own]))
+    recorder.watch(model.base_model, needles, ignored=bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist()))
+    if sharded:
+        shard(policy, decoder_layers(model), spec.dtype)
+        own = kit.parameters_of(model)
+    settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=0.0)
+    optimizer = MasterOptimizer(policy, settings)
+    policy.train()
+    # A row that trains nothing is no demonstration: it is refused when data are read, before batches are made.
+    used = [row for row in range(len(spec.rows)) if sequences(spec, [row])]
+    for step, window in enumerate(spec.windows(used)):
+        batches = [b for rows in window for b in pack(sequences(spec, rows), tokens_per_microbatch=1024)]
+        plan = StepPlan(
+            step=step, terms=sft().terms, learning_rate=spec.lr, temperature=1.0, ranks=ranks, sharded=sharded
+        )
+        report = train_step(policy, optimizer, batches, plan)
+        recorder.logged["loss"].append(report.loss)
+        recorder.logged["grad_norm"].append(report.grad_norm)
+    recorder.notes += policy.notes
+    recorder.finish(truestep=__version__, **kit.versions("transformers"))
+
+
+if __name__ == "__main__":
+    kit.main(run)
