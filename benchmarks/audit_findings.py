@@ -69,7 +69,7 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
         for f in document["findings"]:
             own = f["subject"].lower().split(" + ")[-1]
             versions = ", ".join(f"{k} {v}" for k, v in f["versions"].items() if k != "torch")
-            shown = "; ".join(" ".join(f"{w:.3g}" for w in rank) for rank in f["weights"])
+            shown = "; ".join(" ".join(f"{round(w, 4):.3g}" for w in rank) for rank in f["weights"])
             error = "" if f["relative_error"] is None else f"{f['relative_error']:.1e}"
             could = {True: "shows it", False: "looks right", None: ""}[f["logged_loss_could_show_it"]]
             what = f["fault"] or f["reason"]

@@ -1,0 +1,120 @@
+"""False alarms: right trainers over seeds, precisions, ranks and model classes; every one must be RIGHT.
+
+    python benchmarks/audit_clean.py [--seeds 10] [--python NAME=PATH ...] [--out results/audit/clean.json]
+
+A run is one configuration on one seed's rows. Seeds of a configuration share their processes: importing a framework
+costs most. Without --python the subjects of this environment are run; further environments are added by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from truestep.audit import cases, environment, registry
+from truestep.audit.judge import Verdict, judge
+from truestep.audit.launch import Job, SubjectFailed
+from truestep.audit.launch import run as run_job
+from truestep.audit.registry import Configuration, Subject
+from truestep.audit.run import LEARNING_RATE
+from truestep.rundir import provenance, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = ("torch loop", "torch DDP", "torch FSDP2")
+
+
+def variants(subject: Subject) -> Iterator[Configuration]:
+    """The table's configurations that ask for nothing odd, in more precisions and model classes."""
+    for configuration in subject.configurations:
+        if configuration.documented:
+            continue
+        yield configuration
+        if subject.name in TORCH:
+            for dtype in ("bfloat16", "float64"):
+                yield replace(configuration, options={**configuration.options, "dtype": dtype})
+            yield replace(configuration, options={**configuration.options, "arch": "llama"})
+        elif configuration.options.get("arch") == "llama" and "packing" not in configuration.options:
+            yield replace(configuration, options={**configuration.options, "arch": "qwen2"})
+
+
+def run(subject: Subject, configuration: Configuration, python: Path, seeds: range) -> list[dict[str, Any]]:
+    """One finding a seed, as far as it is needed here."""
+    options = configuration.options
+    built = {
+        (name, seed): replace(
+            cases.build(name, world_size=configuration.world_size, accumulation=accumulation, seed=seed),
+            name=f"{name}-{seed}",
+        )
+        for seed in seeds
+        for accumulation in (3 + seed % 4,)
+        for name in configuration.only
+    }
+    job = Job(
+        script=subject.script,
+        python=python,
+        cases=list(built.values()),
+        options=options,
+        learning_rate=LEARNING_RATE[str(options.get("optimizer", "sgd"))],
+        world_size=configuration.world_size,
+        timeout=1200,
+    )
+    shown = configuration.to_json()
+    try:
+        runs = run_job(job)
+    except SubjectFailed as error:
+        return [{"subject": subject.name, "configuration": shown, "verdict": "NOT RUN", "what": str(error)}]
+    rows = []
+    for seed in seeds:
+        mine = {name: runs[f"{name}-{seed}"] for name in configuration.only}
+        finding = judge(subject.name, shown, mine)
+        rows.append(
+            {
+                "subject": subject.name,
+                "configuration": shown,
+                "seed": seed,
+                "verdict": finding.verdict.value,
+                "what": finding.fault or finding.reason,
+                "relative_error": finding.relative_error,
+                "noise": finding.noise,
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--python", action="append", default=[], help="another environment's python")
+    parser.add_argument("--only", default="", help="subjects whose name holds this text")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/audit-clean/clean.json")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for number, python in enumerate([sys.executable, *given.python]):
+        for subject in registry.applicable(environment.installed(Path(python))):
+            if given.only.lower() not in subject.name.lower() or (number and subject.name in (*TORCH, "truestep")):
+                continue
+            for configuration in variants(subject):
+                found = run(subject, configuration, Path(python), range(given.seeds))
+                rows += found
+                wrong = [r for r in found if r["verdict"] != Verdict.RIGHT]
+                print(
+                    f"{time.monotonic() - began:5.0f} s  {subject.name} {configuration.to_json()}: {len(found)} runs, "
+                    f"{len(wrong)} not RIGHT {[r['what'][:100] for r in wrong[:2]]}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    right = sum(r["verdict"] == Verdict.RIGHT for r in rows)
+    real = sum(r["subject"] not in (*TORCH, "truestep") for r in rows)
+    write_json(given.out, {"provenance": provenance(0), "runs": len(rows), "right": right, "real": real, "rows": rows})
+    print(f"{len(rows)} runs, {right} RIGHT, {real} of them on frameworks; {given.out}")
+    return 0 if right == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
