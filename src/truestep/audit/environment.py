@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from truestep.audit.packages import ALONE, COMPANIONS
 from truestep.rundir import redact
 from truestep.settings import SettingsError
 
@@ -44,57 +45,6 @@ FRAMEWORKS = (
 )
 # setuptools 81 dropped pkg_resources, which older releases import; wheel: their source archives build with it.
 BASE = ("numpy", "setuptools<81", "wheel")
-# (package, first release that no longer needs it, what goes with the releases before that); a pin of the user wins.
-COMPANIONS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
-    ("openrlhf", (0, 11), ("deepspeed==0.18.9", "transformers==5.5.4")),
-    ("openrlhf", (999,), ("deepspeed==0.19.6", "transformers==5.15.0")),
-    ("trl", (0, 12), ("transformers==4.45.2", "peft==0.13.2")),
-    ("trl", (0, 20), ("datasets<4",)),
-    ("transformers", (4, 48), ("accelerate==1.0.1", "huggingface-hub<1")),
-    ("transformers", (999,), ("accelerate",)),
-)
-# Installed without their dependencies (which want a GPU's compiler), after the ones that they do need here.
-ALONE: dict[str, tuple[str, ...]] = {
-    "deepspeed": (
-        "hjson",
-        "ninja",
-        "py-cpuinfo",
-        "msgpack",
-        "psutil",
-        "einops",
-        "pydantic",
-        "tqdm",
-        "packaging",
-        "numpy",
-    ),
-    "llamafactory": (
-        "accelerate<=1.11.0,>=1.3.0",
-        "datasets<=4.0.0,>=2.16.0",
-        "peft<=0.18.1,>=0.18.0",
-        "transformers<=5.6.0,>=4.55.0,!=4.57.0",
-        "trl<=0.24.0,>=0.18.0",
-        "einops",
-        "hf-transfer",
-        "matplotlib",
-        "omegaconf",
-        "pillow",
-        "pyyaml",
-        "scipy",
-        "sentencepiece",
-        "tiktoken",
-    ),
-    "openrlhf": (
-        "transformers",
-        "accelerate",
-        "peft",
-        "torchdata",
-        "pylatexenc",
-        "sympy",
-        "tqdm",
-        "packaging",
-        "pillow",
-    ),
-}
 # Audited processes write no bytecode: without this (pip does it unasked) each of them would compile torch again.
 UV_INSTALL = ("pip", "install", "--compile-bytecode")
 EXAMPLE = "deepspeed==0.18.9 or trl==1.16.0+deepspeed==0.18.9"

@@ -307,8 +307,7 @@ def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tu
             codes = (telling, *(c for c in codes if c not in (telling, implied)))
     text = first.text
     if "not_finite" in codes and "not_finite" not in first.codes:
-        told = next(s for case in wrong.values() for s in case.steps if "not_finite" in s.codes)
-        text += f"; {told.text}"
+        text += "; " + next(s.text for case in wrong.values() for s in case.steps if "not_finite" in s.codes)
     everywhere = set(wrong) == set(seen)
     if documented and set(codes) <= {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}:
         return Verdict.DOCUMENTED_CHOICE, codes, f"{first.text} ({documented})"

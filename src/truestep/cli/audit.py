@@ -14,7 +14,8 @@ def audit(
     target: Annotated[
         str,
         typer.Argument(
-            help="NAME==VERSION[+NAME==VERSION], or FILE.py:FUNCTION; nothing: what is installed here.",
+            help="NAME==VERSION[+NAME==VERSION], FILE.py:FUNCTION, or the word models: the loss of every model class "
+            "of transformers; nothing: what is installed here.",
             show_default=False,
         ),
     ] = "",
@@ -55,6 +56,9 @@ def audit(
         return
     if bisect:
         actions.bisect(target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json)
+        return
+    if target == "models":
+        actions.models(python, timeout=timeout, as_json=as_json)
         return
     subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
     if dry_run:

@@ -18,6 +18,7 @@ import typer
 from truestep.audit import bisect as bisection
 from truestep.audit import configured, environment, formats, registry, remedy, reproduce
 from truestep.audit.judge import Finding, Verdict
+from truestep.audit.launch import SubjectFailed
 from truestep.audit.registry import Subject
 from truestep.audit.run import audit_one
 from truestep.rundir import provenance, write_atomic
@@ -190,6 +191,22 @@ def exit_code(findings: Sequence[Finding]) -> int:
     if verdicts <= {Verdict.NOT_RUN}:
         return 3
     return 4 if Verdict.NOT_OBSERVABLE in verdicts else 0
+
+
+def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
+    """Sweep the model classes of the transformers that this python has."""
+    from truestep.audit.models import as_text, sweep, wrong
+
+    chosen = _program(python)
+    if "transformers" not in environment.installed(chosen):
+        raise SettingsError(f"{chosen} has no transformers: give --python of an environment that has it")
+    try:
+        document = sweep(chosen, timeout=max(timeout, 600.0))
+    except SubjectFailed as error:
+        say(f"error: {error}")
+        raise typer.Exit(3) from None
+    typer.echo(json.dumps(document) if as_json else as_text(document))
+    raise typer.Exit(1 if wrong(document) else 0)
 
 
 def past(folder: Path, *, as_json: bool) -> None:
