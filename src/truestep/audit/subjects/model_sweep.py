@@ -109,7 +109,8 @@ def ask(model: torch.nn.Module) -> dict[str, Any]:
     )
     answer["count"] = "not taken"
     if takes:
-        doubled = float(model(input_ids=ids, labels=ids, num_items_in_batch=2 * (ids.shape[1] - 1)).loss)
+        num_labels = ids.shape[1] - (1 if shift is None else shift)
+        doubled = float(model(input_ids=ids, labels=ids, num_items_in_batch=2 * num_labels).loss)
         answer["count"] = "honoured" if abs(doubled / loss - 0.5) < 0.01 else "ignored"
     padded = torch.cat([second, torch.zeros(5, dtype=torch.int64)])[None]
     mask = torch.tensor([[1] * 12 + [0] * 5])
