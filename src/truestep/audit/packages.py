@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # (package, first release that no longer needs it, what goes with the releases before that); a pin of the user wins.
 COMPANIONS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
+    ("verl", (0, 7), ("transformers==4.56.1",)),
     ("openrlhf", (0, 11), ("deepspeed==0.18.9", "transformers==5.5.4")),
     ("openrlhf", (999,), ("deepspeed==0.19.6", "transformers==5.15.0")),
     ("trl", (0, 12), ("transformers==4.45.2", "peft==0.13.2")),
@@ -40,6 +41,21 @@ ALONE: dict[str, tuple[str, ...]] = {
         "scipy",
         "sentencepiece",
         "tiktoken",
+    ),
+    "verl": (
+        "accelerate",
+        "codetiming",
+        "datasets",
+        "hydra-core",
+        "numpy",
+        "omegaconf",
+        "orjson",
+        "packaging",
+        "pandas",
+        "peft",
+        "ray",
+        "tensordict",
+        "transformers",
     ),
     "openrlhf": (
         "transformers",

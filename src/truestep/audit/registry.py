@@ -125,6 +125,12 @@ TABLE: tuple[Subject, ...] = (
         ],
     ),
     Subject(
+        name="verl agg_loss (function level)",
+        script="verl_agg_loss",
+        needs=("verl", "torch"),
+        configurations=[Configuration(only=ENGINE), Configuration(world_size=2, only=ENGINE)],
+    ),
+    Subject(
         name="transformers Trainer + DeepSpeed",
         script="hf_trainer",
         needs=("transformers", "deepspeed", "accelerate", "torch"),

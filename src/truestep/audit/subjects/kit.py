@@ -177,14 +177,19 @@ def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift:
     return -logp[where - shift, tokens[0][where]].sum()
 
 
-def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
-    """−Σ log p over the trained tokens of a micro-batch, all of its rows in one padded forward pass."""
+def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
+    """−log p and the mask [R, T − 1] of the tokens that a micro-batch trains, its rows in one padded forward pass."""
     longest = max(len(spec.rows[row]["ids"]) for row in batch)
     ids = torch.tensor([spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch])
-    labels = torch.tensor([spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch])
+    labels = torch.tensor([spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch])[:, 1:]
     logits = logits_of(model(input_ids=ids))[:, :-1]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+    return nn.functional.cross_entropy(wide, labels, ignore_index=-100, reduction="none"), labels != -100
+
+
+def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
+    """−Σ log p over the trained tokens of a micro-batch, all of its rows in one padded forward pass."""
+    return token_losses(spec, model, batch)[0].sum()
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
