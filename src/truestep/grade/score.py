@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from truestep.grade.choice import choice_letter
 from truestep.grade.countdown import check_countdown
 from truestep.grade.equivalent import decide, same_integer, symbolic_form
-from truestep.grade.extract import Extraction, boxes, extract_answer
-from truestep.grade.normal import canonical, normalise
+from truestep.grade.extract import Extraction, extract_answer, gold_answer
+from truestep.grade.normal import canonical
 from truestep.grade.pool import Pool
 from truestep.records import Message, Problem, Score, Verdict
 from truestep.settings import SettingsError
@@ -33,12 +34,8 @@ def _score(equal: bool | None, extracted: str, reason: str) -> Score:
     return Score(verdict=verdict, extracted=extracted[:MAX_SHOWN], reason=reason)
 
 
-def _gold_answer(text: str) -> str:
-    return extract_answer(text, strict=True).answer if boxes(text) else normalise(text)
-
-
 def _check_math(problem: Problem, found: str) -> Score | Question:
-    gold = _gold_answer(problem.answer)
+    gold = gold_answer(problem.answer)
     decision = decide(gold, found)
     if decision.equal is None and not decision.refused:
         return Question(gold=symbolic_form(gold), found=symbolic_form(found), extracted=found)
@@ -46,13 +43,19 @@ def _check_math(problem: Problem, found: str) -> Score | Question:
 
 
 def _check_exact(problem: Problem, found: str) -> Score | Question:
-    return _score(canonical(_gold_answer(problem.answer)) == canonical(found), found, "compared as text")
+    return _score(canonical(gold_answer(problem.answer)) == canonical(found), found, "compared as text")
 
 
 def _check_integer(problem: Problem, found: str) -> Score | Question:
-    equal = same_integer(_gold_answer(problem.answer), found)
+    equal = same_integer(gold_answer(problem.answer), found)
     reason = "compared as numbers" if equal is not None else f"the gold answer {problem.answer[:80]!r} is not a number"
     return _score(equal, found, reason)
+
+
+def _check_choice(problem: Problem, found: str) -> Score | Question:
+    gold = choice_letter(gold_answer(problem.answer))
+    reason = "compared as choices" if gold else f"the gold answer {problem.answer[:80]!r} names no one choice"
+    return _score(choice_letter(found) == gold if gold else None, found, reason)
 
 
 def _check_countdown(problem: Problem, found: str) -> Score | Question:
@@ -70,6 +73,7 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
     "math": _check_math,
     "exact": _check_exact,
     "integer": _check_integer,
+    "choice": _check_choice,
     "countdown": _check_countdown,
 }
 
@@ -107,7 +111,7 @@ class Grader:
         """The gold answer graded as if it were a completion: where it is not correct, the row of data is bad."""
         if problem.checker == "countdown" and problem.answer.strip() == str(problem.meta.get("target")):
             return _score(True, problem.answer, "the row names its target, not a solution")
-        gold = Extraction(answer=_gold_answer(problem.answer), how="whole")
+        gold = Extraction(answer=gold_answer(problem.answer), how="whole")
         return self._settle([self._check(problem, gold)])[0]
 
     def _check(self, problem: Problem, found: Extraction) -> Score | Question:
