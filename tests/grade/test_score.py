@@ -271,7 +271,7 @@ def test_closing_ends_every_process() -> None:
 
 
 def test_an_unknown_checker_says_what_to_write(grader: Grader) -> None:
-    with pytest.raises(SettingsError, match=r"file:3.*'maths'.*math, exact, integer, countdown"):
+    with pytest.raises(SettingsError, match=r"file:3.*'maths'.*math, exact, integer, choice, countdown"):
         grader.score(problem("7", "maths"), "7")
 
 

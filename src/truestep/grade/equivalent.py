@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from truestep.grade.choice import choice_letter
@@ -62,9 +63,8 @@ def decide(gold: str, found: str) -> Decision:
         return Decision(equal=True, reason="same text")
     if len(found) > MAX_LENGTH or len(gold) > MAX_LENGTH:
         return Decision(equal=False, reason=f"over {MAX_LENGTH:,} characters: compared as text")
-    for text in (gold, found):
-        if refused := _refusal(text):
-            return Decision(equal=None, refused=refused)
+    if refused := refusal((gold, found)):
+        return Decision(equal=None, refused=refused)
     equal = _same(gold, found, depth=0)
     if equal is not None:
         return Decision(equal=equal, reason="compared as numbers, words or lists")
@@ -78,6 +78,11 @@ def same_integer(gold: str, found: str) -> bool | None:
     left = parse_number(plain(gold)) or parse_number(gold)
     right = parse_number(found) or parse_number(_right_side(found))
     return None if left is None else right is not None and same_number(left, right)
+
+
+def refusal(texts: Sequence[str]) -> str:
+    """Why algebra must not be asked about these texts; "" where it may."""
+    return next(filter(None, map(_refusal, texts)), "")
 
 
 def _refusal(text: str) -> str:
@@ -129,12 +134,12 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
-    """The same part of the line, said by relations in one answer and by intervals in the other."""
+    """The same part of the line, said by intervals, or by relations in one answer and by intervals in the other."""
     left, right = region(gold), region(found)
-    if left is None or right is None or left.by_relation == right.by_relation:
+    if left is None or right is None or (left.by_relation and right.by_relation):
         return None
     if len(left.stretches) != len(right.stretches):
-        return None
+        return None  # two of them may be one that is cut
 
     def same(i: int, j: int) -> bool | None:
         one, other = left.stretches[i], right.stretches[j]
@@ -144,7 +149,26 @@ def _same_region(gold: str, found: str, depth: int) -> bool | None:
         return False if False in ends else True if all(ends) else None
 
     indices = range(len(left.stretches))
-    return _matching([[same(i, j) for j in indices] for i in indices])
+    return _matching([[same(i, j) for j in indices] for i in indices]) or (False if len(indices) == 1 else None)
+
+
+def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
+    """What algebra has to say yes to, every part of it, for two undecided answers to be equal: the undecided entries of
+    tuples, intervals and matrices, or the whole."""
+    stripped = _without_left_side(gold, found)
+    if stripped is not None and depth < MAX_DEPTH:
+        return questions(*stripped, depth + 1)
+    left, right = brackets(gold), brackets(found)
+    ours, theirs = elements(left[1]), elements(right[1])
+    rows = matrix(gold), matrix(found)
+    if rows[0] is not None and rows[1] is not None:
+        ours, theirs = ([entry for row in side for entry in row] for side in rows if side is not None)
+    elif not (left[0] in ("(", "[") and left[::2] == right[::2] and len(ours) > 1):
+        return [(gold, found)]
+    if len(ours) != len(theirs) or len(ours) > MAX_ELEMENTS or depth >= MAX_DEPTH:
+        return [(gold, found)]
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if _same(a, b, depth + 1) is not True]
+    return [question for a, b in pairs for question in questions(a, b, depth + 1)]
 
 
 def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
@@ -255,6 +279,9 @@ def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
 
 
 def _split_left(text: str) -> tuple[str, str]:
+    opening, inside, _ = brackets(text)
+    if opening == "(" and "=" in inside and len(elements(inside)) == 1:
+        text = inside
     for relation in (r"\in ", "=", r"\approx "):
         left, sign, right = text.partition(relation)
         if (

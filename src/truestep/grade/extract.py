@@ -83,10 +83,12 @@ class Extraction:
 NOTHING = Extraction(answer="", how="none")
 
 
-def extract_answer(text: str, *, strict: bool = False) -> Extraction:
+def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
     r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and unless
     ``strict`` the whole of a short text, or its last formula or number. Only what follows the last </think> counts; a
-    <think> that is never closed leaves no answer."""
+    <think> that is never closed leaves no answer, and where the model ``thinks`` a </think> must be there."""
+    if thinks and "</think>" not in text:
+        return NOTHING
     text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
     if "<think>" in text:
         return NOTHING

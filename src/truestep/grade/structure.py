@@ -15,7 +15,7 @@ _SEPARATOR = re.compile(
     rf"[(\[{{)\]}}]|[,;]|{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![a-z])|"
     r"\\(?:land|lor|wedge|vee)(?![A-Za-z])"
 )
-_RELATION = re.compile(r"(\\leq|\\geq|<|>)(?![A-Za-z])")
+_RELATION = re.compile(r"(\\leq(?![A-Za-z])|\\geq(?![A-Za-z])|<|>)")
 _VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w\}?)?|\\[a-z]{2,7}(?:_\{?\w\}?)?")
 _NAMES = re.compile(r"\(\s*([A-Za-z](?:\s*,\s*[A-Za-z]){1,5})\s*\)\s*=(?!=)")
 _ASSIGNMENT = re.compile(r"([A-Za-z](?:_\{?\w{1,3}\}?)?)\s*=\s*([^=<>]+)")
@@ -103,7 +103,7 @@ def _from_interval(text: str) -> Stretch | None:
     ends = elements(inside)
     if left not in ("(", "[") or right not in (")", "]") or len(ends) != 2 or brackets(inside)[0]:
         return None
-    return _stretch(*ends, left == "[", right == "]")
+    return _stretch(ends[0], ends[1], left == "[", right == "]")
 
 
 def _from_relation(text: str) -> Stretch | None:
