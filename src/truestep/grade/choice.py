@@ -12,7 +12,7 @@ _NEGATED = re.compile(
     r"(?:\b(?:not|non|nicht|no|pas|nor|isn't)\b|不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])"
 )
 _LETTER = re.compile(r"(?<![A-Za-z\\'=+*/^_-])(?<![=+*/^-] )\(?([A-J])\)?(?![A-Za-z'_^(]|\s*[=+*/^<>])")
-_ARTICLE = re.compile(r"\bA(?= [a-z])")
+_ARTICLE = re.compile(r"\bA(?= (?!or\b|and\b)[a-z])")
 
 
 def choice_letter(text: str) -> str:

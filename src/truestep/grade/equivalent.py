@@ -306,7 +306,7 @@ def _same_lists(gold: str, found: str, depth: int) -> bool | None:
     if left[0] and len(ours) == 1 and right[0] and len(theirs) == 1:
         return _same(ours[0], theirs[0], depth + 1) if depth < MAX_DEPTH and left[::2] == right[::2] else None
     kinds = {left[0] + left[2], right[0] + right[2]}
-    ordered = bool(kinds & {"()", "[)", "(]"}) or kinds == {"[]"}
+    ordered = bool(kinds & {"()", "[)", "(]"}) or left[0] == "["
     if not ordered:  # saying an element twice adds nothing to a set
         ours, theirs = (list({canonical(part): part for part in parts}.values()) for parts in (ours, theirs))
     if len(ours) != len(theirs):

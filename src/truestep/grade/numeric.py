@@ -109,7 +109,9 @@ def parse_number(text: str, *, letters: bool = False) -> Number | None:
                 return None
         elif text[:1] in tuple(CURRENCIES):
             unit, text = text[0], text[1:].strip()
-        elif (text[:1], text[-1:]) in (("(", ")"), ("{", "}")) and not re.search(r"[(){}]", text[1:-1]):
+        elif (
+            (text[:1], text[-1:]) in (("(", ")"), ("{", "}")) and text[0] not in text[1:] and text[-1] not in text[:-1]
+        ):
             text = text[1:-1].strip()
         else:
             break
