@@ -20,7 +20,7 @@ from truestep.grade.symbolic import OUT_OF_MEMORY
 from truestep.settings import SettingsError
 
 ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
-START_SECONDS = 60.0  # to import the algebra, on a machine that is busy
+START_SECONDS = 300.0  # to import the algebra, on a machine that is busy
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
 
@@ -260,7 +260,7 @@ class Pool:
             self._spare = self._start()
             return worker
         raise SettingsError(
-            f"the symbolic grader cannot be started ({reason}): run python -m truestep.grade.symbolic 1 1024"
+            f"the symbolic grader cannot be started ({reason}): run python -m truestep.grade.symbolic 1 384"
         )
 
     def _start(self) -> Worker:
