@@ -139,6 +139,8 @@ def test_money_and_conversion(n: int) -> None:
     accepts(rf"\${n}", str(n), f"{n} dollars", f"{n:,}.00", rf"\$ {n}", f"{100 * n} cents")
     refuses(rf"\${n}", f"{n} cents", f"{n} euros", rf"\${n}.01", f"€{n}", rf"{n}\%")
     accepts(f"{n} km", f"{1000 * n} m")
+    refuses(rf"{n}\text{{ miles}}", rf"{n}\text{{ miles per hour}}", rf"{n}\text{{ mi/h}}")
+    accepts(rf"{n}\text{{ apples}}", rf"{n}\text{{ red apples}}", f"{n}")
     refuses(f"{n} km", f"{100 * n} m", f"{n} miles")
     accepts(f"{n} million", f"{n * 10**6}", f"{n * 10**6:,}")
     refuses(f"{n} million", f"{n} thousand", str(n))
@@ -251,6 +253,10 @@ def test_choices(gold: str, other: str) -> None:
     if other != gold:
         assert choice_letter(f"{gold} or {other}") == choice_letter(f"{gold}{other}") == ""
         refuses(gold, other, f"({other})", rf"\text{{{other}}}")
+    assert choice_letter("I think B because x=3") == "B"
+    assert {choice_letter(t) for t in ("2B", "B2", "P(B)", r"\overline{B}", "B - 1", "|B|", "B'", "1/B", "B = 2")} == {
+        ""
+    }
     assert choice_letter("a cat") == choice_letter(f"{gold} + 1") == choice_letter("Dog") == ""
 
 

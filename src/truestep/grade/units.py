@@ -92,7 +92,8 @@ def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool |
 def same_unit(left: str, right: str) -> bool:
     """Whether two units are one, said with more or fewer words: "degree" and "degree C", "apple" and "red apple"."""
     one, other = set(left.split()), set(right.split())
-    return one <= other or other <= one
+    changes = (one ^ other) & {"per", *_SIZES}  # miles are not miles per hour
+    return (one <= other or other <= one) and not changes
 
 
 def spelled_number(text: str) -> int | None:
