@@ -24,7 +24,7 @@ from typing import Any
 
 from truestep.grade.equivalent import decide
 from truestep.grade.extract import extract_answer, gold_answer
-from truestep.grade.pairs import Pair, read_pairs
+from truestep.grade.pairs import PATIENCE, Pair, read_pairs
 from truestep.grade.pool import processor_seconds
 from truestep.grade.score import Grader
 from truestep.records import Message, Problem
@@ -94,7 +94,7 @@ def main() -> None:
     pairs = [pair for pair in read_pairs(options.pairs) if pair.kind != "choice"]
     pairs = random.Random(0).sample(pairs, options.sample) if options.sample else pairs
     slow = [pair for pair in pairs if needs_algebra(pair)]
-    with ProcessPoolExecutor(options.processes) as pool, Grader(workers=options.processes) as grader:
+    with ProcessPoolExecutor(options.processes) as pool, Grader(workers=options.processes, patience=PATIENCE) as grader:
         seconds_of_theirs(pool, pairs[:20])
         seconds_of_ours(grader, slow[:4])
         result = {
