@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS ?= train,smollm,dev
 
-.PHONY: env demo study-demo test test-slow bench kill study smollm clean help
+.PHONY: env demo study-demo test test-slow bench grade-bench grade-fuzz kill study smollm clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,15 @@ test-slow: env ## the longer versions of the tests
 
 bench: env ## speed and memory against TRL, transformers and vLLM, each in an environment of its own
 	@$(BIN)/python benchmarks/bench.py
+
+grade-bench: env ## the grader against math-verify (PAIRS=file of gold and pred)
+	@$(BIN)/python benchmarks/grade_bench.py $(PAIRS) --processes 2
+
+grade-fuzz: env ## 100,000 made-up answers by hypothesis, and as many by atheris in an environment of its own
+	@$(BIN)/python benchmarks/grade_fuzz.py --engine hypothesis --cases 100000
+	@test -x .bench/atheris/bin/python || $(PYTHON) -m venv .bench/atheris
+	@.bench/atheris/bin/python -m pip install --quiet --disable-pip-version-check atheris pydantic
+	@PYTHONPATH=src .bench/atheris/bin/python benchmarks/grade_fuzz.py --engine atheris --cases 100000
 
 kill: env ## SIGKILL a tiny run at random moments, 100 times, and compare its final bytes
 	@$(BIN)/python benchmarks/kill.py --kills 100

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from truestep.grade.pairs import grade_pairs, read_pairs
 from truestep.grade.score import Grader, grade_pair
 from truestep.records import Message, Problem, Verdict, conserve
 from truestep.settings import SettingsError
@@ -271,7 +272,7 @@ def test_closing_ends_every_process() -> None:
 
 
 def test_an_unknown_checker_says_what_to_write(grader: Grader) -> None:
-    with pytest.raises(SettingsError, match=r"file:3.*'maths'.*math, exact, integer, countdown"):
+    with pytest.raises(SettingsError, match=r"file:3.*'maths'.*math, exact, integer, choice, countdown"):
         grader.score(problem("7", "maths"), "7")
 
 
@@ -279,14 +280,12 @@ def test_labelled_pairs() -> None:
     """Agreement with labels of many sources; some of them are policies, so it cannot be complete."""
     if not os.environ.get("TRUESTEP_DATA"):
         pytest.skip("set TRUESTEP_DATA to a folder with grader_pairs.jsonl (gold, pred, verdict) to run this")
-    lines = Path(os.environ["TRUESTEP_DATA"], "grader_pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    with Grader(workers=2, seconds=4.0) as patient:
-        scores = patient.score_many([(problem(row["gold"]), row["pred"]) for row in rows])
-    said = [score.verdict is Verdict.CORRECT for score in scores]
-    labels = [bool(row["verdict"]) for row in rows]
+    path = Path(os.environ["TRUESTEP_DATA"], "grader_pairs.jsonl")
+    labels = [bool(json.loads(line)["verdict"]) for line in path.read_text(encoding="utf-8").splitlines()]
+    result = grade_pairs(read_pairs(path), workers=2)
+    said = [sample["verdict"] == "correct" for sample in result["samples"]]
     agree = sum(a == b for a, b in zip(said, labels, strict=True))
     false_positives = sum(a and not b for a, b in zip(said, labels, strict=True))
-    print(f"{agree} of {len(rows)} agree, {false_positives} false positives", conserve(scores))
-    assert agree / len(rows) >= 0.962
-    assert false_positives <= 8
+    print(f"{agree} of {len(labels)} agree, {false_positives} false positives", result["counts"])
+    assert agree / len(labels) >= 0.98
+    assert false_positives <= 6

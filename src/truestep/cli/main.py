@@ -19,7 +19,7 @@ def _version(wanted: bool) -> None:
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, report
+    from truestep.cli import audit, data, evaluation, report
     from truestep.cli import run as verbs
 
     app = typer.Typer(
@@ -38,10 +38,10 @@ def _app() -> typer.Typer:
     app.command("run")(verbs.run)
     app.command("sft")(verbs.sft)
     app.command("rl")(verbs.rl)
-    app.command("eval")(verbs.evaluate)
     app.command("audit")(audit.audit)
     app.command("report")(report.report)
     app.add_typer(data.app, name="data")
+    app.add_typer(evaluation.app(), name="eval")
     return app
 
 
@@ -54,7 +54,9 @@ def _lazily(module: str, name: str) -> Any:
 def main() -> None:
     """Entry point. A user's error is one line on stderr, never a traceback."""
     try:
-        _app()()
+        from truestep.cli.evaluation import with_default
+
+        _app()(args=with_default(sys.argv[1:]))
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("truestep"):
             _fail(f'this needs the package {error.name}: pip install "truestep[train]"', EXIT["could not run"])

@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from truestep.grade.choice import choice_letter
 from truestep.grade.extract import num_words
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
-from truestep.grade.numeric import MAX_DIGITS, parse_number, same_number
+from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number
+from truestep.grade.structure import (
+    CLOSE,
+    OPEN,
+    as_tuples,
+    as_vector,
+    brackets,
+    elements,
+    matrix,
+    region,
+    without_names,
+)
+from truestep.grade.units import same_time, spelled_number
 
 MAX_LENGTH = 2_000  # characters; longer answers are compared as text only
 MAX_DEPTH = 25  # brackets within brackets
@@ -20,17 +34,16 @@ MAX_PROSE = 2  # words beside the mathematics; with more, an answer is a sentenc
 _LARGEST_FACTORIAL = 5_000
 _LARGEST_POWER = 6  # digits of a numeric exponent
 
-_OPEN, _CLOSE = {"(": ")", "[": "]", "{": "}"}, ")]}"
 _LEFT_SIDE = re.compile(
     r"(?:\\angle )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([A-Za-z_, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
 )
 _ARITHMETIC = re.compile(r"(?:[\d\s.+*/^()-]|\\times|\\cdot|\\div)+$", re.ASCII)
-_CHOICE = re.compile(r"\(?([A-Z])\)?[.:]?$|\(([A-Z])\)\s(?!.*\b[A-HJ-Z]\b)|([A-Z])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
+_CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
-_JOINING_TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*\b(?:and|or)\b[^{}]*)\}")
 _TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
 _EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")  # one that may be many
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
+_INDEX_WORD = re.compile(r"_\{?([a-z]{3,8})\}?$")
 _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 
@@ -50,9 +63,8 @@ def decide(gold: str, found: str) -> Decision:
         return Decision(equal=True, reason="same text")
     if len(found) > MAX_LENGTH or len(gold) > MAX_LENGTH:
         return Decision(equal=False, reason=f"over {MAX_LENGTH:,} characters: compared as text")
-    for text in (gold, found):
-        if refused := _refusal(text):
-            return Decision(equal=None, refused=refused)
+    if refused := refusal((gold, found)):
+        return Decision(equal=None, refused=refused)
     equal = _same(gold, found, depth=0)
     if equal is not None:
         return Decision(equal=equal, reason="compared as numbers, words or lists")
@@ -68,11 +80,16 @@ def same_integer(gold: str, found: str) -> bool | None:
     return None if left is None else right is not None and same_number(left, right)
 
 
+def refusal(texts: Sequence[str]) -> str:
+    """Why algebra must not be asked about these texts; "" where it may."""
+    return next(filter(None, map(_refusal, texts)), "")
+
+
 def _refusal(text: str) -> str:
     """Why a text must not be handed to algebra: it would cost more than any answer is worth."""
     depth = deepest = 0
     for character in text:
-        depth += (character in _OPEN) - (character in _CLOSE)
+        depth += (character in OPEN) - (character in CLOSE)
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
         return f"nested deeper than {MAX_DEPTH} brackets"
@@ -93,26 +110,122 @@ def _refusal(text: str) -> str:
 def _same(gold: str, found: str, depth: int) -> bool | None:
     if canonical(gold) == canonical(found):
         return True
+    if depth >= MAX_DEPTH:
+        return None
     left, right = parse_number(gold), parse_number(found)
+    if (left and left.unit and right is None) or (right and right.unit and left is None):
+        left, right = parse_number(gold, letters=True), parse_number(found, letters=True)
     if left is not None and right is not None:
-        return same_number(left, right) or _decimal_comma(gold, found)
-    based = _same_base(canonical(gold), canonical(found))
-    if based is not None:
-        return based
-    words = _same_words(plain(gold), plain(found), gold, found)
-    if words is not None:
-        return words
+        return same_number(left, right) or _same_european(gold, found, left, right)
+    for rule in (_same_base, same_time, _same_words, _same_spelled):
+        equal = rule(gold, found)
+        if equal is not None:
+            return equal
     if left is not None and _WORDS_ONLY.match(plain(found)):
         return False
+    for reshape in (_same_region, _same_assignments, _same_matrix):
+        equal = reshape(gold, found, depth)
+        if equal is not None:
+            return equal
+    stripped = _without_left_side(gold, found)
+    if stripped is not None:
+        return _same(*stripped, depth + 1)
+    return _same_european(gold, found, left, right) or _same_lists(gold, found, depth)
+
+
+def _same_region(gold: str, found: str, depth: int) -> bool | None:
+    """The same part of the line, said by intervals, or by relations in one answer and by intervals in the other."""
+    left, right = region(gold), region(found)
+    if left is None or right is None or (left.by_relation and right.by_relation):
+        return None
+    if len(left.stretches) != len(right.stretches):
+        return None  # two of them may be one that is cut
+
+    def same(i: int, j: int) -> bool | None:
+        one, other = left.stretches[i], right.stretches[j]
+        if (one.has_low, one.has_high) != (other.has_low, other.has_high):
+            return False
+        ends = (_same(one.low, other.low, depth + 1), _same(one.high, other.high, depth + 1))
+        return False if False in ends else True if all(ends) else None
+
+    indices = range(len(left.stretches))
+    return _matching([[same(i, j) for j in indices] for i in indices]) or (False if len(indices) == 1 else None)
+
+
+def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
+    """What algebra has to say yes to, every part of it, for two undecided answers to be equal: the undecided entries of
+    tuples, intervals and matrices, or the whole."""
     stripped = _without_left_side(gold, found)
     if stripped is not None and depth < MAX_DEPTH:
-        return _same(*stripped, depth + 1)
-    return _decimal_comma(gold, found) or _same_lists(gold, found, depth)
+        return questions(*stripped, depth + 1)
+    left, right = brackets(gold), brackets(found)
+    ours, theirs = elements(left[1]), elements(right[1])
+    rows = matrix(gold), matrix(found)
+    if rows[0] is not None and rows[1] is not None:
+        ours, theirs = ([entry for row in side for entry in row] for side in rows if side is not None)
+    elif not (left[0] in ("(", "[") and left[::2] == right[::2] and len(ours) > 1):
+        return [(gold, found)]
+    if len(ours) != len(theirs) or len(ours) > MAX_ELEMENTS or depth >= MAX_DEPTH:
+        return [(gold, found)]
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if _same(a, b, depth + 1) is not True]
+    return [question for a, b in pairs for question in questions(a, b, depth + 1)]
+
+
+def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
+    """x = 1, y = 2 against (1, 2): the names stand for their places, in alphabetical order."""
+    sides = [without_names(text) or text for text in (gold, found)]
+    if "=" in sides[0] and "=" not in sides[1]:
+        sides[0] = as_tuples(sides[0]) or sides[0]
+    elif "=" in sides[1] and "=" not in sides[0]:
+        sides[1] = as_tuples(sides[1]) or sides[1]
+    has_tuple = all("(" in side for side in sides)
+    return _same(sides[0], sides[1], depth + 1) if sides != [gold, found] and has_tuple else None
+
+
+def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
+    """Matrices entry by entry; a matrix of one row or column against a tuple; against a list of rows."""
+    left, right = matrix(gold), matrix(found)
+    if left is not None and right is not None:
+        if [len(row) for row in left] != [len(row) for row in right]:
+            return False
+        pairs = [pair for rows in zip(left, right, strict=True) for pair in zip(*rows, strict=True)]
+        entries = [_same(one, other, depth + 1) for one, other in pairs[:MAX_ELEMENTS]]
+        return False if False in entries else True if all(entries) and len(pairs) <= MAX_ELEMENTS else None
+    rows, other = (left, found) if left is not None else (right, gold)
+    if rows is None:
+        return None
+    kind = brackets(other)[0]
+    flat = as_vector(rows) if kind == "(" else None
+    if kind == "[" and "[" in brackets(other)[1]:
+        flat = "[" + ", ".join(f"[{', '.join(row)}]" for row in rows) + "]"
+    if flat is None:
+        return None
+    return _same(*((flat, found) if left is not None else (gold, flat)), depth + 1)
+
+
+def _same_spelled(gold: str, found: str) -> bool | None:
+    """A number against a number in words."""
+    sides = [parse_number(text) for text in (gold, found)]
+    words = [spelled_number(plain(text)) for text in (gold, found)]
+    for number, word in ((sides[0], words[1]), (sides[1], words[0])):
+        if number is not None and word is not None:
+            return number.value == word
+    return None
+
+
+def _same_european(gold: str, found: str, left: Number | None, right: Number | None) -> bool:
+    """Whether one is the other's number in the spelling that uses the comma as its point. A comma in an answer may be
+    read so wherever the gold answer is the same digits with a point; in a gold answer only where a list is unlikely."""
+    if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,\d+", found):
+        return gold == found.replace(",", ".")
+    ours, theirs = european(gold) or left, european(found) or right
+    is_new = european(gold) is not None or european(found) is not None
+    return is_new and ours is not None and theirs is not None and same_number(ours, theirs)
 
 
 def _same_base(gold: str, found: str) -> bool | None:
     """Numbers with their base as index: 204_5 is 204_5, or 204 where the gold answer names the base; 7 is 111_2."""
-    left, right = _BASED.fullmatch(gold), _BASED.fullmatch(found)
+    left, right = (_BASED.fullmatch(_INDEX_WORD.sub(_index, canonical(text))) for text in (gold, found))
     if left is None or right is None or not (left[2] or right[2]):
         return None
     if not right[2] or left[2] == right[2]:
@@ -121,49 +234,61 @@ def _same_base(gold: str, found: str) -> bool | None:
     return not left[2] and values[0] is not None and values[0] == values[1]
 
 
+def _index(match: re.Match[str]) -> str:
+    number = spelled_number(match[1])
+    return match[0] if number is None else f"_{number}"
+
+
 def _value_in_base(digits: str, base: int) -> int | None:
     return int(digits, base) if 2 <= base <= 36 and all(int(d, 36) < base for d in digits) else None
 
 
-def _decimal_comma(gold: str, found: str) -> bool:
-    """Whether the answer is the gold decimal with a comma for its point."""
-    return (
-        bool(re.fullmatch(r"-?\d+\.\d+", gold))
-        and bool(re.fullmatch(r"-?\d+,\d+", found))
-        and gold == found.replace(",", ".")
-    )
-
-
-def _same_words(gold: str, found: str, gold_raw: str, found_raw: str) -> bool | None:
-    choice = _CHOICE.match(gold)
-    if choice and (other := _CHOICE.match(found)):
-        return next(filter(None, choice.groups())) == next(filter(None, other.groups()))
+def _same_words(gold_raw: str, found_raw: str) -> bool | None:
+    gold, found = plain(gold_raw), plain(found_raw)
+    if choice := _CHOICE.match(gold):
+        letter = next(filter(None, choice.groups()))
+        if named := choice_letter(found):
+            return named == letter
+        if _WORDS_ONLY.match(found) and len(found) > 1:
+            return False
     if not (_WORDS_ONLY.match(gold) and _WORDS_ONLY.match(found)):
         return None
     is_text = any(re.match(TEXT_COMMAND, raw) for raw in (gold_raw, found_raw))
     if is_text or max(len(word) for word in f"{gold} {found}".split()) > 3:  # shorter ones may be products of variables
-        return gold.casefold() == found.casefold()
+        return _word_form(gold) == _word_form(found)
     return None
+
+
+def _word_form(text: str) -> str:
+    """Words without case; one form for what says that there is nothing."""
+    text = re.sub(r"\s+", " ", text.casefold()).strip()
+    return "no solution" if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?", text) else text
 
 
 def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
     """Both answers without "x =" or "x \\in" where only one of them has it, or both the same."""
     sides = [_split_left(text) for text in (gold, found)]
     if sides[0][0] and sides[1][0]:
-        return (sides[0][1], sides[1][1]) if canonical(sides[0][0]) == canonical(sides[1][0]) else None
+        names = [re.sub(r"\([a-z]\)$", "()", canonical(side)) for side, _ in sides]
+        constant = all(parse_number(value) is not None for _, value in sides)  # then f(n) says what f(x) says
+        same = names[0] == names[1] if constant else canonical(sides[0][0]) == canonical(sides[1][0])
+        return (sides[0][1], sides[1][1]) if same else None
     if sides[0][0] or sides[1][0]:
         return None if "=" in sides[0][1] + sides[1][1] else (sides[0][1], sides[1][1])
     return None
 
 
 def _split_left(text: str) -> tuple[str, str]:
+    opening, inside, _ = brackets(text)
+    if opening == "(" and "=" in inside and len(elements(inside)) == 1:
+        text = inside
     for relation in (r"\in ", "=", r"\approx "):
         left, sign, right = text.partition(relation)
         if (
             sign
             and (_LEFT_SIDE.match(left.strip()) or _ARITHMETIC.match(left))
             and right.strip()
-            and len(_elements(text)) == 1
+            and len(elements(text)) == 1
         ):
             return left.strip(), _right_side(right)
     return "", text
@@ -175,50 +300,13 @@ def _right_side(text: str) -> str:
     return last if parse_number(last) is not None else text.strip()
 
 
-def _elements(text: str) -> list[str]:
-    """The parts of a text between top-level commas, semicolons, "and" and "or"."""
-    text = _JOINING_TEXT.sub(r" \1 ", text)
-    if "," not in text and ";" not in text and not re.search(r"\b(?:and|or)\b|or(?=\()", text):
-        return [text]
-    if parse_number(text) is not None:
-        return [text]
-    parts, start, depth = [], 0, 0
-    for match in re.finditer(
-        rf"[(\[{{)\]}}]|[,;]|{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", text
-    ):
-        token = match[0]
-        if token in _OPEN:
-            depth += 1
-        elif token in _CLOSE:
-            depth -= 1
-        elif depth == 0:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
-
-
-def _brackets(text: str) -> tuple[str, str, str]:
-    """The brackets around the whole of a text, and what they hold: intervals keep their two kinds."""
-    text = text.strip()
-    if text.startswith(r"\{") and text.endswith(r"\}"):
-        text = "{" + text[2:-2] + "}"
-    if text[:1] not in _OPEN or text[-1:] not in _CLOSE or len(text) < 2:
-        return "", text, ""
-    depth = 0
-    for position, character in enumerate(text):
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if depth == 0 and position < len(text) - 1:
-            return "", text, ""
-    return text[0], text[1:-1], text[-1]
-
-
 def _same_lists(gold: str, found: str, depth: int) -> bool | None:
-    left, right = _brackets(gold), _brackets(found)
-    ours, theirs = _elements(left[1]), _elements(right[1])
+    left, right = brackets(gold), brackets(found)
+    ours, theirs = elements(left[1]), elements(right[1])
     if left[0] and len(ours) == 1 and right[0] and len(theirs) == 1:
         return _same(ours[0], theirs[0], depth + 1) if depth < MAX_DEPTH and left[::2] == right[::2] else None
     kinds = {left[0] + left[2], right[0] + right[2]}
-    ordered = bool(kinds & {"()", "[)", "(]"}) or kinds == {"[]"}
+    ordered = bool(kinds & {"()", "[)", "(]"}) or left[0] == "["
     if not ordered:  # saying an element twice adds nothing to a set
         ours, theirs = (list({canonical(part): part for part in parts}.values()) for parts in (ours, theirs))
     if len(ours) != len(theirs):
@@ -226,7 +314,7 @@ def _same_lists(gold: str, found: str, depth: int) -> bool | None:
     if len(ours) == 1 or gold.count(",") + gold.count(";") >= MAX_ELEMENTS or depth >= MAX_DEPTH:
         return None
     if len(kinds) == 2 and "" not in kinds:
-        return None if kinds == {"()", "{}"} else False
+        return False
     if ordered:
         row = [_same(one, other, depth + 1) for one, other in zip(ours, theirs, strict=True)]
         return False if False in row else True if all(row) else None
@@ -252,6 +340,11 @@ def symbolic_form(text: str) -> str:
         text.replace("$", ""),
     )
     text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text)
+    text = re.sub(  # an angle in degrees is a number of radians to a function
+        r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*([\d.]{1,8})\s*\^\{\\circ\}\s*[)}]?",
+        r"\\\1(\\frac{\2 \\pi}{180})",
+        text,
+    )
     text = re.sub(r"\\sqrt \(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
     return re.sub(r"\s*\*\s*", r" \\cdot ", text).strip(" .,;")

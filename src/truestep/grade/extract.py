@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from truestep.grade.normal import normalise, typographic
-from truestep.grade.numeric import UNIT_WORDS
+from truestep.grade.units import WORDS
 
 How = Literal["boxed", "marker", "answer_is", "whole", "last_formula", "last_number", "none"]
 STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
@@ -15,27 +15,34 @@ STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
 MAX_BARE = 200  # characters of a completion that may be nothing but an answer
 MAX_FORMULA = 1_000
 MAX_TAIL = 10_000  # characters at the end of a completion in which a last number or formula is looked for
+MAX_GOLD_WORDS = 8  # a gold text with more is a whole solution
 MAX_WORDS = 2  # more than these beside an answer make it prose
 
-_BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\{1,4}(?:(?:begin)?boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(  # between two boxes that are one answer: closing and opening delimiters, a connective, "x ="
-    r"[\s$,;.&]*(?:\\[\])])?[\s$,;]*(?:\\q?quad\s*)?(?:\\text\{\s*)?(?:and|or|,|;|&)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
+    r"[\s$,;.&]*(?:\\[\])])?[\s$,;]*(?:\\q?quad\s*)?(?:(?!(?:and|or|but|so|thus)\b)[a-z]{1,15} )?(?:\\text\{\s*)?"
+    r"(?:and|or|,|;|&)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
     r"(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
 )
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _ANSWER_IS = re.compile(
     r"\banswer\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}is\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])"
-    r"\s{0,3}[*_]{0,3}:?",
+    r"\s{0,3}[*_]{0,3}:?|"
+    r"\b(?:réponse|reponse|respuesta|resposta|risposta|antwort|lösung|ответ|odpowiedź|cevap|svar|antwoord)\b[*_]{0,3}"
+    r"(?:(?:\s{1,3}\w{1,15}){0,4}?\s{1,3}(?:est|es|é|è|ist|lautet|jest|är|is)\b|\s{0,3}[:：=])\s{0,3}[*_]{0,3}[:：]?|"
+    r"(?:答案|答え|答|정답|उत्तर|الجواب|الإجابة)\s{0,3}(?:应该|應該)?(?:是|为|為|は|은|는|है|هي|هو|[:：])\s{0,3}[*_]{0,3}[:：]?",
     re.IGNORECASE,
 )
+_FINAL_ANSWER = re.compile(r"\bfinal answer\b", re.IGNORECASE)
+_NEGATION = re.compile(r"(?:\b(?:not|non|nicht|isn't)|, no|不是)\s{0,3}[$(]?$", re.IGNORECASE)
 _LETTER = re.compile(
-    r"\W{0,3}([A-J])(?:\)|(?=[.,:;*]|$|\s(?:because|since)\b))"  # a choice,
-    r"(?!,?\s*(?:and|or|,)?\s*\(?[A-J]\b)(?!\s*[=+*/^-])"  # not two of them, and no variable
+    r"\W{0,3}([A-J])(?:\)|(?=[.,:;*。、，]|$|\s?[\u0370-\u1fff\u3040-\uffef]|\s(?:because|since|as|not|non|nicht|no|pas)\b))"
+    r"(?!,?\s*(?:and|or|,)?\s*\(?[A-J]\b)(?!\s*[=+*/^-])"  # one choice, not two of them, and no variable
 )
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
 _MATH = re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one as well
-    r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])([^$\n]{0,999}[^$\s])\$(?!\d)|"
-    r"(?<![\\$])\$ ([^$\n]{1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
+    r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
+    r"(?<![\\$])\$ ((?:[^$\n\\]|\\.){1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
     re.DOTALL,
 )
 _NUMBER = re.compile(
@@ -62,7 +69,7 @@ _FUNCTIONS = (
     "det",
     "lim",
 )
-_NO_WORDS = UNIT_WORDS | {*_FUNCTIONS, "and", "min", "max", "mod"}
+_NO_WORDS = WORDS | {*_FUNCTIONS, "and", "min", "max", "mod"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +83,12 @@ class Extraction:
 NOTHING = Extraction(answer="", how="none")
 
 
-def extract_answer(text: str, *, strict: bool = False) -> Extraction:
+def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
     r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and unless
     ``strict`` the whole of a short text, or its last formula or number. Only what follows the last </think> counts; a
-    <think> that is never closed leaves no answer."""
+    <think> that is never closed leaves no answer, and where the model ``thinks`` a </think> must be there."""
+    if thinks and "</think>" not in text:
+        return NOTHING
     text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
     if "<think>" in text:
         return NOTHING
@@ -124,14 +133,30 @@ def _boxed(text: str) -> tuple[str, How] | None:
     found, unclosed = _scan_boxes(text)
     if not found:
         return ("", "none") if unclosed else None
+    later = _answer_is(text[found[-1][1] :]) if _FINAL_ANSWER.search(text, found[-1][1]) else None
+    if later is not None and re.search(r"\d", later[0]):  # a final answer said after the last box replaces it
+        return later
     parts = [found[-1]]
     for box in reversed(found[-32:-1]):
         between = text[box[1] : parts[0][0]]
         if len(between) > 60 or not (between.strip(" $") == "" or _JOINT.fullmatch(between)):
             break
         parts.insert(0, box)
-    contents = [re.sub(r"\\(?:boxed|fbox)\s*(?=\{)", "", content) for _, _, content in parts]
+    contents = [re.sub(r"\\{1,4}(?:boxed|fbox)\s*(?=\{)", "", content) for _, _, content in parts]
     return ", ".join(dict.fromkeys(contents)), "boxed"
+
+
+def gold_answer(text: str) -> str:
+    """The answer that a gold text is or contains: its boxes, also one that is never closed; the answer that a whole
+    solution ends with; or the text itself."""
+    found, unclosed = _scan_boxes(text)
+    if found:
+        return extract_answer(text, strict=True).answer
+    if unclosed:
+        return normalise(re.split(r"\\{1,4}(?:boxed|fbox)\s*\{", text)[-1])
+    if num_words(text) > MAX_GOLD_WORDS:
+        return extract_answer(text).answer or normalise(text)
+    return normalise(text)
 
 
 def _marker(text: str) -> tuple[str, How] | None:
@@ -175,6 +200,8 @@ def _content(formula: re.Match[str]) -> str:
 def _whole(text: str) -> tuple[str, How] | None:
     """A short text that is nothing but an answer: one line, without words beside its numbers."""
     bare = text.strip()
+    if re.match(r"not\b", bare, re.IGNORECASE):
+        return None
     if not bare or len(bare) > MAX_BARE or "\n" in bare or bare.count("$") > 2 or "boxed{" in bare:
         return None
     return None if num_words(bare) > (0 if re.search(r"\d", bare) else 3) else (bare, "whole")
@@ -182,7 +209,7 @@ def _whole(text: str) -> tuple[str, How] | None:
 
 def num_words(text: str) -> int:
     """How many words of a text are no mathematics and no unit."""
-    text = re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]{0,100}\})?", " ", text)
+    text = re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]{0,100}\})?|(?<=\d)(?:or|and)(?=[A-Z(])", " ", text)
     return sum(word.lower() not in _NO_WORDS for word in _WORDS.findall(text))
 
 
@@ -190,8 +217,9 @@ def _last(text: str) -> tuple[str, How] | None:
     """The last number, or the formula that it is a part of."""
     text = typographic(text[-MAX_TAIL:])
     number = formula = None
-    for number in _NUMBER.finditer(text):  # noqa: B007
-        pass
+    for match in _NUMBER.finditer(text):
+        if not _NEGATION.search(text, max(0, match.start() - 12), match.start()):
+            number = match
     for formula in _MATH.finditer(text):  # noqa: B007
         pass
     if formula is not None and (number is None or formula.start() < number.start() < formula.end()):

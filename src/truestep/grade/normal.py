@@ -47,7 +47,9 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(frac|sqrt)\s+(?=[{\[])", r"\\\1"),
         (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
         (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-        (r"\\(?:mathrm|mathit|mathbf|text)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
+        (r"(?<![\d}.])(?<![\d}.] )\\(?:mathrm|mathit|mathbf|text)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
+        (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
+        (r"(?<![\w.^_])1i(?![A-Za-z])", "i"),
         (r"\s+", " "),
     )
 )
@@ -62,6 +64,8 @@ def normalise(text: str) -> str:
     r"""An answer in one spelling: typography, LaTeX spacing and fraction forms, no ``$…$`` around it, no final full
     stop. ``\text{…}`` stays, so that a unit can be told from a variable."""
     text = typographic(text)
+    if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
+        text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)
     for symbol, command in _SYMBOLS.items():
         if symbol in text:
             text = text.replace(symbol, command)

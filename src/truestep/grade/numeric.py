@@ -9,23 +9,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from truestep.grade.normal import TEXT_COMMAND
+from truestep.grade.units import CURRENCIES, LETTERS, PERCENT, WORDS, in_common, same_unit, scale, unit_name
 
 MAX_DIGITS = 1_000  # longer numbers are compared as text
 MAX_POWER_DIGITS = 20_000  # of the value of a written power such as 2024^{4046}
 ROUNDED_DIGITS = 6  # a decimal of at least so many digits may stand for a fraction that it rounds
-PERCENT = "%"
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _SIGNED = rf"\s*[-+]?\s*{_DECIMAL}\s*"
 _EXPONENT = r"(?:\{\s*([-+]?\d{1,5})\s*\}|([-+]?\d{1,5}))"
-UNIT_WORDS = frozenset({
-    "dollars", "dollar", "cents", "cent", "euros", "pounds", "pound", "degrees", "degree", "radians", "rad",
-    "percent", "pct", "units", "unit", "inches", "inch", "in", "feet", "foot", "ft", "yards", "yard", "miles",
-    "mile", "mph", "km", "cm", "mm", "nm", "meters", "meter", "metres", "metre", "grams", "gram", "kg", "mg",
-    "liters", "liter", "litres", "ml", "hours", "hour", "hrs", "minutes", "minute", "min", "seconds", "second",
-    "sec", "days", "day", "weeks", "week", "months", "month", "years", "year", "people", "students", "square",
-    "cubic", "per",
-})  # fmt: skip
 _UNIT = re.compile(rf"\s*(?:{TEXT_COMMAND}\{{([^{{}}]*)\}}|([A-Za-z][A-Za-z ./]*))(\^\{{?[0-9]\}}?)?\s*$", re.ASCII)
 
 
@@ -67,6 +59,12 @@ def _scientific(match: re.Match[str]) -> Number | None:
     return _scaled(front, 10, int(match[2] or match[3]))
 
 
+def _repeating(match: re.Match[str]) -> Number:
+    front, block = match[1] + match[2], re.sub(r"\D", "", match[3].replace("\\dot", ""))
+    shift, period = 10 ** len(match[2]), 10 ** len(block) - 1
+    return Number(value=Fraction(int(front or "0") * period + int(block), shift * period))
+
+
 def _power(match: re.Match[str]) -> Number | None:
     return _scaled(Fraction(1), int(_clean(match[1])), int(match[2] or match[3]))
 
@@ -78,6 +76,7 @@ def _scaled(front: Fraction, base: int, exponent: int) -> Number | None:
 
 
 _TIMES = r"(?:\\times|\\cdot|\*|x)"
+_DOTS = r"(?:\.\.\.|\\[lc]?dots)"
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], ...] = tuple(
     (re.compile(pattern, re.ASCII), read)
     for pattern, read in (
@@ -88,14 +87,19 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
         (rf"({_DECIMAL})\s*{_TIMES}\s*10\s*\^\s*{_EXPONENT}", _scientific),
         (rf"({_DECIMAL})\s*[eE]()([-+]?\d{{1,5}})(?![\d.])", _scientific),
         (rf"(\d+)\s*\^\s*{_EXPONENT}", _power),
+        (r"(\d*)\.(\d*)(?:\\overline|\\bar|\\dot)\s*\{?(\d+)\}?", _repeating),
+        (r"(\d*)\.(\d*)\\dot\s*\{?(\d\}?\d*\\dot\s*\{?\d)\}?", _repeating),
+        (rf"(\d*)\.(\d{{0,6}}?)(\d{{1,6}}?)\3{{2,}}\s*{_DOTS}", _repeating),
         (rf"({_DECIMAL})", lambda match: _decimal(match[1])),
     )
 )
 
 
-def parse_number(text: str) -> Number | None:
-    """The number that a normalised answer is, with its unit; None where it is anything else, or more than that."""
-    text, sign = text.strip(), 1
+def parse_number(text: str, *, letters: bool = False) -> Number | None:
+    """The number that a normalised answer is, with its unit; None where it is anything else, or more than that.
+
+    With ``letters`` a bare letter may be a unit: 5 m is five metres where the other answer has a unit as well."""
+    text, sign, unit = text.strip(), 1, ""
     if len(text) > MAX_DIGITS + 100 or re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return None
     for _ in range(6):  # signs, currency and brackets around the whole
@@ -103,46 +107,57 @@ def parse_number(text: str) -> Number | None:
             sign, text = (-sign if text[0] == "-" else sign), text[1:].strip()
             if text[:1] in ("-", "+"):
                 return None
-        elif text[:1] in ("$", "€", "£", "¥"):
-            text = text[1:].strip()
-        elif (text[:1], text[-1:]) in (("(", ")"), ("{", "}")) and not re.search(r"[(){}]", text[1:-1]):
+        elif text[:1] in tuple(CURRENCIES):
+            unit, text = text[0], text[1:].strip()
+        elif (
+            (text[:1], text[-1:]) in (("(", ")"), ("{", "}")) and text[0] not in text[1:] and text[-1] not in text[:-1]
+        ):
             text = text[1:-1].strip()
         else:
             break
     for pattern, read in _FORMS:
         if match := pattern.match(text):
-            unit = _unit(text[match.end() :])
-            number = read(match) if unit is not None else None
+            factor, rest = scale(text[match.end() :])
+            after = _unit(rest, letters=letters)
+            number = read(match) if after is not None else None
             if number is not None:
-                return Number(value=sign * number.value, places=number.places, digits=number.digits, unit=unit or "")
+                value = sign * number.value * factor
+                places = number.places if factor == 1 else None
+                return Number(value=value, places=places, digits=number.digits, unit=after or unit)
     return None
 
 
-def _unit(rest: str) -> str | None:
+def _unit(rest: str, *, letters: bool) -> str | None:
     """The unit that follows a number ("" for none), or None where what follows is not a unit: 4t is not 4."""
-    rest = rest.strip().rstrip("$€£ ")
-    if not rest:
-        return ""
+    rest = rest.strip()
+    if rest.endswith(tuple(CURRENCIES)):
+        rest = rest.rstrip(CURRENCIES + " ") or rest[-1]
+    if not rest or rest in CURRENCIES:
+        return rest
     if rest in ("%", "$%", r"^{\circ}"):
         return PERCENT if "%" in rest else "degree"
+    if degrees := re.match(r"\^\{\\circ\}\s*(?:\\(?:text|mathrm)\s*\{\s*)?([CF])\s*\}?$", rest):
+        return f"degree {degrees[1].lower()}"
     match = _UNIT.match(rest)
     if match is None:
         return None
-    words = (match[1] if match[1] is not None else match[2]).strip().lower()
-    if re.search(r"\b(?:and|or|not)\b", words):
+    words = (match[1] if match[1] is not None else match[2]).strip()
+    if re.search(r"\b(?:and|or|not)\b", words.lower()):
         return None
-    if match[1] is None and not all(word in UNIT_WORDS for word in re.split(r"[ ./]+", words) if word):
+    is_known = all(word.lower() in WORDS for word in re.split(r"[ ./]+", words) if word)
+    if match[1] is None and not is_known and not (letters and words in LETTERS):
         return None
-    if words in ("percent", "pct", "percentage", "%"):
+    if words.lower() in ("percent", "pct", "percentage", "%"):
         return PERCENT
-    return " ".join(word.rstrip("s") or word for word in words.split()) + re.sub(r"[{}]", "", match[3] or "")
+    return unit_name(words, re.sub(r"[{}]", "", match[3] or ""))
 
 
 def same_number(gold: Number, found: Number) -> bool:
     """Whether two numbers as written are the same answer.
 
-    Exact, with three allowances: a decimal of at least six digits may round a fraction; a unit may be left out, but not
-    be another one; a percent sign may be left out where the bare number, being at least 1, cannot be the fraction.
+    Exact, with three allowances: a decimal of at least six digits may round a fraction; a unit may be left out or be
+    converted, but not be another one; a percent sign may be left out where the bare number, being at least 1, cannot
+    be the fraction.
     """
     left, right = gold.value, found.value
     if gold.unit == PERCENT or found.unit == PERCENT:
@@ -153,9 +168,31 @@ def same_number(gold: Number, found: Number) -> bool:
             return left == right
         left, right = (n.value / (100 if n.unit == PERCENT else 1) for n in (gold, found))
         return left == right
-    if gold.unit and found.unit and gold.unit != found.unit:
-        return False
+    if gold.unit and found.unit and not same_unit(gold.unit, found.unit):
+        return in_common((left, gold.unit), (right, found.unit)) or False
     return left == right or _rounds(gold, found) or _rounds(found, gold)
+
+
+def european(text: str) -> Number | None:
+    """A number with a comma for its decimal point or points between its thousands, where that is the only reading
+    beside a list: 1.234.567, 1.234,56, 0,5, 1,22; not 1,5 and not 1,234."""
+    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
+    if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", digits, re.ASCII):
+        digits = digits.replace(".", "")
+    elif re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d+|0,\d+|\d+,(?:\d\d|\d{4,})", digits, re.ASCII):
+        digits = digits.replace(".", "").replace(",", ".")
+    else:
+        return None
+    number = _decimal(digits)
+    return Number(value=sign * number.value, places=number.places, digits=number.digits)
+
+
+def rounds(one: Number, other: Number, digits: int) -> bool:
+    """Whether either is a decimal of at least so many significant digits that rounds the other."""
+    return any(
+        a.places is not None and a.digits >= digits and a.value == round(b.value, a.places)
+        for a, b in ((one, other), (other, one))
+    )
 
 
 def _rounds(decimal: Number, exact: Number) -> bool:

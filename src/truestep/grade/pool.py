@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -19,7 +20,7 @@ from truestep.grade.symbolic import OUT_OF_MEMORY
 from truestep.settings import SettingsError
 
 ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
-START_SECONDS = 60.0  # to import the algebra, on a machine that is busy
+START_SECONDS = 300.0  # to import the algebra, on a machine that is busy
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
 
@@ -105,13 +106,25 @@ class _Job:
     number: int
     deadline: float
     attempt: int
+    begun: float
+    work: float  # processor seconds of the worker when it began
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time of a process so far; infinite where the system does not tell, so that nobody waits for it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except (OSError, UnicodeDecodeError):
+        return math.inf
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Pool:
     """Runs comparisons on ``workers`` child processes. Nothing is started before the first comparison."""
 
-    def __init__(self, *, workers: int, seconds: float, memory_mb: int) -> None:
+    def __init__(self, *, workers: int, seconds: float, memory_mb: int, patience: float = 1.0) -> None:
         self._num_workers, self._seconds, self._memory_mb = workers, seconds, memory_mb
+        self._patience = patience
         self._idle: list[Worker] = []
         self._spare: Worker | None = None
         self._busy: dict[Worker, _Job] = {}
@@ -128,13 +141,21 @@ class Pool:
         alive = [*self._busy, *self._idle, *([self._spare] if self._spare else [])]
         return [worker.process.pid for worker in alive]
 
+    def warm(self) -> None:
+        """Have a worker and the spare one ready: the next comparison, and one after a kill, wait for no start."""
+        if not self._idle:
+            self._idle.append(self._take())
+        if self._spare is not None:
+            self._spare.wait_ready()
+
     def close(self) -> None:
         for worker in [*self._busy, *self._idle, *([self._spare] if self._spare else [])]:
             worker.kill()
         self._busy, self._idle, self._spare = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """One outcome per (gold, answer), in order; each takes at most ``seconds`` on the wall clock."""
+        """One outcome per (gold, answer), in order; each takes at most ``seconds`` on the wall clock, or ``patience``
+        times as long where the machine has given the process less than half of that time."""
         outcomes: list[Outcome | None] = [None] * len(pairs)
         waiting = deque((number, 0) for number in range(len(pairs)))
         try:
@@ -158,7 +179,8 @@ class Pool:
     ) -> None:
         worker = self._take()
         gold, found = pairs[number]
-        self._busy[worker] = _Job(number=number, deadline=time.monotonic() + self._seconds, attempt=attempt)
+        now, work = time.monotonic(), processor_seconds(worker.process.pid)
+        self._busy[worker] = _Job(number=number, deadline=now + self._seconds, attempt=attempt, begun=now, work=work)
         try:
             worker.send({"id": number, "gold": gold, "found": found})
         except WorkerDied:
@@ -175,9 +197,15 @@ class Pool:
         for worker, job in list(self._busy.items()):
             if worker in spoken:
                 self._hear(worker, job, outcomes, waiting)
-            elif time.monotonic() >= job.deadline:
+            elif time.monotonic() >= job.deadline and not self._extend(worker, job):
                 outcomes[job.number] = Outcome(equal=None, reason=TIMED_OUT)
                 self._drop(worker)
+
+    def _extend(self, worker: Worker, job: _Job) -> bool:
+        """More time for a comparison that the machine has not let work."""
+        worked = processor_seconds(worker.process.pid) - job.work
+        job.deadline += self._seconds / 2
+        return worked < self._seconds / 2 and job.deadline - job.begun <= self._patience * self._seconds
 
     def _hear(self, worker: Worker, job: _Job, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]) -> None:
         try:
@@ -232,7 +260,7 @@ class Pool:
             self._spare = self._start()
             return worker
         raise SettingsError(
-            f"the symbolic grader cannot be started ({reason}): run python -m truestep.grade.symbolic 1 1024"
+            f"the symbolic grader cannot be started ({reason}): run python -m truestep.grade.symbolic 1 384"
         )
 
     def _start(self) -> Worker:

@@ -4,15 +4,17 @@ What a model wrote never raises: only a problem that could not be scored for any
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from truestep.grade.choice import choice_letter
 from truestep.grade.countdown import check_countdown
-from truestep.grade.equivalent import decide, same_integer, symbolic_form
-from truestep.grade.extract import Extraction, boxes, extract_answer
+from truestep.grade.equivalent import decide, questions, same_integer, symbolic_form
+from truestep.grade.extract import Extraction, extract_answer, gold_answer
 from truestep.grade.normal import canonical, normalise
-from truestep.grade.pool import Pool
+from truestep.grade.pool import Outcome, Pool
 from truestep.records import Message, Problem, Score, Verdict
 from truestep.settings import SettingsError
 
@@ -21,10 +23,9 @@ MAX_SHOWN = 2_000  # characters of an answer that a score keeps
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What only algebra can answer: are these two formulas equal?"""
+    """What only algebra can answer: is each of these pairs of formulas equal?"""
 
-    gold: str
-    found: str
+    parts: tuple[tuple[str, str], ...]
     extracted: str
 
 
@@ -33,26 +34,39 @@ def _score(equal: bool | None, extracted: str, reason: str) -> Score:
     return Score(verdict=verdict, extracted=extracted[:MAX_SHOWN], reason=reason)
 
 
-def _gold_answer(text: str) -> str:
-    return extract_answer(text, strict=True).answer if boxes(text) else normalise(text)
-
-
 def _check_math(problem: Problem, found: str) -> Score | Question:
-    gold = _gold_answer(problem.answer)
+    gold = gold_answer(problem.answer)
     decision = decide(gold, found)
     if decision.equal is None and not decision.refused:
-        return Question(gold=symbolic_form(gold), found=symbolic_form(found), extracted=found)
+        parts = tuple((symbolic_form(a), symbolic_form(b)) for a, b in questions(gold, found))
+        return Question(parts=parts, extracted=found)
     return _score(decision.equal, found, decision.reason or f"not compared: {decision.refused}")
 
 
 def _check_exact(problem: Problem, found: str) -> Score | Question:
-    return _score(canonical(_gold_answer(problem.answer)) == canonical(found), found, "compared as text")
+    return _score(canonical(gold_answer(problem.answer)) == canonical(found), found, "compared as text")
 
 
 def _check_integer(problem: Problem, found: str) -> Score | Question:
-    equal = same_integer(_gold_answer(problem.answer), found)
+    equal = same_integer(gold_answer(problem.answer), found)
     reason = "compared as numbers" if equal is not None else f"the gold answer {problem.answer[:80]!r} is not a number"
     return _score(equal, found, reason)
+
+
+def _check_choice(problem: Problem, found: str) -> Score | Question:
+    gold, choices = gold_answer(problem.answer), problem.meta.get("choices")
+    letter = choice_letter(gold)
+    if not letter:
+        equal = same_integer(gold, found)  # choices that are numbered
+        return _score(equal, found, "compared as choices" if equal is not None else f"{gold[:80]!r} names no choice")
+    named = choice_letter(found)
+    if not named and isinstance(choices, list | tuple):  # the text of a choice, or its number
+        texts = [canonical(normalise(str(choice))) for choice in choices]
+        place = texts.index(canonical(found)) if texts.count(canonical(found)) == 1 else None
+        if place is None and re.fullmatch(r"[1-9]", found) and int(found) <= len(texts):
+            place = int(found) - 1
+        named = "" if place is None else chr(ord("A") + place)
+    return _score(named == letter, found, "compared as choices")
 
 
 def _check_countdown(problem: Problem, found: str) -> Score | Question:
@@ -70,6 +84,7 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
     "math": _check_math,
     "exact": _check_exact,
     "integer": _check_integer,
+    "choice": _check_choice,
     "countdown": _check_countdown,
 }
 
@@ -77,11 +92,20 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 class Grader:
     """Scores completions. Algebra runs in child processes, which are started when it is first needed, have ``seconds``
     of wall time for one comparison and may take ``memory_mb`` on top of what its libraries take. ``strict`` accepts
-    boxed, "####" and "answer is" answers alone. Not for use from several threads."""
+    boxed, "####" and "answer is" answers alone. With ``patience`` above 1 a comparison that a busy machine has left
+    without processor time may take so many times ``seconds``. Not for use from several threads."""
 
-    def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 1024, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        workers: int = 1,
+        seconds: float = 1.5,
+        memory_mb: int = 384,
+        *,
+        strict: bool = False,
+        patience: float = 1.0,
+    ) -> None:
         self._strict = strict
-        self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
+        self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb, patience=patience)
 
     def __enter__(self) -> Self:
         return self
@@ -99,16 +123,18 @@ class Grader:
 
     def score_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
         """One score per (problem, completion), in order; the same two formulas are compared once."""
-        return self._settle(
-            [self._check(problem, extract_answer(completion, strict=self._strict)) for problem, completion in pairs]
-        )
+        return self.score_answers([(p, extract_answer(text, strict=self._strict)) for p, text in pairs])
+
+    def score_answers(self, pairs: Sequence[tuple[Problem, Extraction]]) -> list[Score]:
+        """One score per (problem, answer that was found), in order."""
+        return self._settle([self._check(problem, found) for problem, found in pairs])
 
     def check_gold(self, problem: Problem) -> Score:
         """The gold answer graded as if it were a completion: where it is not correct, the row of data is bad."""
         if problem.checker == "countdown" and problem.answer.strip() == str(problem.meta.get("target")):
             return _score(True, problem.answer, "the row names its target, not a solution")
-        gold = Extraction(answer=_gold_answer(problem.answer), how="whole")
-        return self._settle([self._check(problem, gold)])[0]
+        gold = Extraction(answer=gold_answer(problem.answer), how="whole")
+        return self.score_answers([(problem, gold)])[0]
 
     def _check(self, problem: Problem, found: Extraction) -> Score | Question:
         if problem.checker not in CHECKERS:
@@ -123,15 +149,20 @@ class Grader:
         return CHECKERS[problem.checker](problem, found.answer)
 
     def _settle(self, results: Sequence[Score | Question]) -> list[Score]:
-        asked = list(dict.fromkeys((r.gold, r.found) for r in results if isinstance(r, Question)))
+        asked = list(dict.fromkeys(part for r in results if isinstance(r, Question) for part in r.parts))
         outcomes = dict(zip(asked, self.pool.compare_many(asked) if asked else [], strict=True))
-        scores = []
-        for result in results:
-            if isinstance(result, Question):
-                outcome = outcomes[result.gold, result.found]
-                result = _score(outcome.equal, result.extracted, outcome.reason)
-            scores.append(result)
-        return scores
+        return [
+            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r.parts], r.extracted) for r in results
+        ]
+
+
+def _conclude(outcomes: Sequence[Outcome], extracted: str) -> Score:
+    """Equal if every part is; different if one is; unscored if that hangs on one without a verdict."""
+    for equal in (False, None, True):
+        for outcome in outcomes:
+            if outcome.equal is equal:
+                return _score(equal, extracted, outcome.reason)
+    return _score(None, extracted, "nothing was compared")
 
 
 def grade_pair(gold: str, pred_text: str, grader: Grader) -> Score:

@@ -1,0 +1,159 @@
+"""Fuzz the grader: no crash, bounded time, the same verdict after edits that change no meaning.
+
+    python benchmarks/grade_fuzz.py --engine hypothesis --cases 100000
+    python benchmarks/grade_fuzz.py --engine atheris --cases 100000      # where atheris is installed
+
+Answers are made of tokens that answers are made of. What is fuzzed is all that runs in the caller's process: reading,
+normalisation, comparison, policies. Algebra runs in children whose death is an outcome, and has its own tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+
+from truestep.grade.choice import choice_letter
+from truestep.grade.equivalent import decide, questions, symbolic_form
+from truestep.grade.extract import extract_answer, gold_answer
+from truestep.grade.numeric import parse_number
+from truestep.grade.policy import nearly, objection
+from truestep.grade.structure import matrix, region
+
+LIMIT = 1.0  # seconds of processor time for one case
+NUMBERS = "0 1 2 3 5 7 10 12 100 1000 007 1.5 .5 0.333333 1,000 1.000,5 2e3"
+SIGNS = "+ - * / ^ = < > | ! _ % $ & ~ : ; , . ' ( ) [ ] { } x y n A B C D i e"
+MATHEMATICS = (
+    r"\frac{ \frac12 \dfrac \sqrt{ \sqrt2 \pi \infty \pm \cup \cap \in \leq \geq \neq \le \ge \cdot \times \left( "
+    r"\right) \{ \} \\ \text{ \mathrm{ \mathbb{R} ^\circ ^{\circ} \% \$ \, \! \quad \overline{ \dot{ \ldots \emptyset "
+    r"\begin{pmatrix} \end{pmatrix} \begin{cases} \binom{ \sin \log_ \approx \equiv"
+)
+MARKS = r"\boxed{ \fbox{ #### <answer> </answer> </think> <think> The answer is final réponse 答案是 不是"
+WORDS = "and or not cm m km cents dollars percent million PM a.m. degrees yes no twelve hundred"
+STRANGE = "− – × ² ½ ∞ ° ７ \u200b \u202e \ud800 \x00 ∪ ٧ É 🙂"
+TOKENS = (
+    *(token for text in (NUMBERS, SIGNS, MATHEMATICS, MARKS, WORDS, STRANGE) for token in text.split(" ")),
+    *(" ", "  ", "\n"),
+)
+GOLDS = (
+    "7", "1/2", r"\frac{1}{2}", "x+1",
+    "(1,2)", r"\{1,2\}", "[0,1)", r"x \in [0,1]", "10%", "5 cm", "C", "yes", r"\pm 3",
+    r"(-\infty,1)\cup(2,\infty)",
+    "12_5", "3:30 PM", r"\begin{pmatrix}1\\2\end{pmatrix}", "x=1,y=2", "1,22", "$5", "0<x<1",
+)  # fmt: skip
+EDITS: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("space around", lambda t: f"  {t} "),
+    ("spaces doubled", lambda t: t.replace(" ", "  ")),
+    ("no-break spaces", lambda t: t.replace(" ", "\u00a0")),
+    ("invisible characters", lambda t: t.replace("+", "\u200b+")),
+    ("minus signs", lambda t: t.replace("-", "−")),
+    ("display fractions", lambda t: re.sub(r"\\frac(?![A-Za-z])", r"\\dfrac", t)),
+    ("sized brackets", lambda t: re.sub(r"(?<![\\A-Za-z])\(([^()\\]*)\)", r"\\left(\1\\right)", t)),
+    ("relations", lambda t: re.sub(r"\\leq(?![A-Za-z])", r"\\le ", t)),
+)
+
+
+def verdict(gold: str, answer: str) -> bool | None:
+    return decide(gold_answer(gold), extract_answer("\\boxed{" + answer + "}").answer).equal
+
+
+def examine(gold: str, answer: str) -> None:
+    """Raises where the grader would crash, is slow, contradicts itself or changes its mind."""
+    begin = time.process_time()
+    for text in (answer, "\\boxed{" + answer + "}", "The answer is " + answer):
+        found = extract_answer(text)
+        json.dumps(found.answer).encode("ascii")
+        decision = decide(gold_answer(gold), found.answer)
+        symbolic_form(found.answer), choice_letter(found.answer), nearly(gold, found.answer)
+        objection(gold, found.answer, found.how)
+        if decision.equal is None and not decision.refused:
+            questions(gold_answer(gold), found.answer)
+    found = extract_answer("\\boxed{" + answer + "}")
+    if found.answer:
+        assert decide(found.answer, found.answer).equal, f"not itself: {found.answer!r}"
+    assert time.process_time() - begin < LIMIT, f"slow: {gold!r} {answer!r}"
+    if (
+        answer.count("{") != answer.count("}")
+        or "$" in answer
+        or "boxed" in answer
+        or "fbox" in answer
+        or answer.endswith("\\")
+    ):
+        return  # an edit may then change what the box holds
+    before, edited = verdict(gold, answer), answer
+    for _, edit in EDITS:
+        edited = edit(edited)
+    if verdict(gold, edited) is before:
+        return
+    for name, edit in EDITS:  # which one was it?
+        after = verdict(gold, edit(answer))
+        assert before is after, f"{name} turns {before} into {after}: gold {gold!r}, answer {answer!r}"
+    raise AssertionError(f"all edits together change {before}: gold {gold!r}, answer {answer!r}")
+
+
+CHUNK = 2_000
+
+
+def with_hypothesis(cases: int, seed: int) -> None:
+    """In chunks with seeds of their own, so that a run that is stopped has still said how far it came."""
+    begin, done = time.monotonic(), 0
+    while done < cases:
+        done += one_chunk(min(CHUNK, cases - done), seed + done)
+        print(f"{done:,} cases, no failure, {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def one_chunk(cases: int, seed: int) -> int:
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as seeded
+    from hypothesis import strategies as st
+
+    count = [0]
+    tokens = st.lists(st.one_of(st.sampled_from(TOKENS), st.text(max_size=3)), max_size=12).map("".join)
+
+    @seeded(seed)
+    @settings(
+        max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )  # fmt: skip
+    @given(st.one_of(st.sampled_from(GOLDS), tokens), tokens)
+    def run(gold: str, answer: str) -> None:
+        count[0] += 1
+        examine(gold, answer)
+
+    run()
+    return count[0]
+
+
+def with_atheris(cases: int, seed: int) -> None:
+    import atheris
+
+    for function in (extract_answer, decide, region, matrix, parse_number):
+        function.__globals__[function.__name__] = atheris.instrument_func(function)
+
+    def run(data: bytes) -> None:
+        source = atheris.FuzzedDataProvider(data)
+        gold = GOLDS[source.ConsumeIntInRange(0, len(GOLDS) - 1)]
+        parts = []
+        for _ in range(source.ConsumeIntInRange(0, 14)):
+            use = source.ConsumeIntInRange(0, 7)
+            parts.append(source.ConsumeUnicode(3) if use == 0 else TOKENS[source.ConsumeIntInRange(0, len(TOKENS) - 1)])
+        examine(gold, "".join(parts))
+
+    atheris.Setup([sys.argv[0], f"-runs={cases}", f"-seed={seed}", "-max_len=64", "-print_final_stats=1"], run)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis")
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    {"atheris": with_atheris, "hypothesis": with_hypothesis}[options.engine](options.cases, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The grader alone: any file of gold and predicted answers, or any list of them, without a model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truestep.grade.equivalent import refusal, symbolic_form
+from truestep.grade.extract import Extraction, extract_answer, gold_answer
+from truestep.grade.policy import nearly, objection
+from truestep.grade.score import Grader
+from truestep.records import Message, Problem, Score, Verdict
+from truestep.settings import SettingsError
+
+PATIENCE = 4.0  # times the limit that a comparison may take on a machine too busy to work on it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A gold answer, and what was answered: a bare answer or a whole completion."""
+
+    id: str
+    gold: str
+    pred: str
+    kind: str = ""  # "choice" where the gold answer is a letter among choices
+    choices: tuple[str, ...] = ()
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a file of JSON lines: gold, pred, and id (else the row number), kind, choices where given."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read ({error}): give a UTF-8 file of JSON lines") from None
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise SettingsError(f'{path}: is empty: write one {{"gold": "1/2", "pred": "0.5"}} on each line')
+    return [_pair(f"{path}: row {number}", number, line) for number, line in rows]
+
+
+def _pair(where: str, number: int, line: str) -> Pair:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{where}: is no JSON ({error}): write one object on a line") from None
+    if not isinstance(row, dict):
+        raise SettingsError(f'{where}: expected an object: write {{"gold": "1/2", "pred": "0.5"}}')
+    for name in ("gold", "pred"):
+        if type(row.get(name)) not in (str, int, float):
+            found = f"found {row[name]!r:.60}" if name in row else "it is missing"
+            raise SettingsError(f'{where}: field {name}: expected a text or a number, {found}: write "{name}": "1/2"')
+    choices = row.get("choices") or ()
+    if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
+        raise SettingsError(f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]')
+    fields = {name: str(row.get(name, default)) for name, default in (("id", number), ("kind", ""))}
+    return Pair(gold=str(row["gold"]), pred=str(row["pred"]), choices=tuple(choices), **fields)
+
+
+def grade_pairs(
+    pairs: Sequence[Pair], *, workers: int = 2, seconds: float = 1.5, second_opinion: bool = False
+) -> dict[str, Any]:
+    """``samples``, one for each pair in order, and ``counts``; ready for JSON.
+
+    ``verdict`` is the default policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With
+    ``second_opinion`` math-verify is asked about every answer that our own rules have decided, and
+    ``counts["second_opinion"]`` says how often it disagrees."""
+    answers = [extract_answer(pair.pred) for pair in pairs]
+    with Grader(workers=workers, seconds=seconds, patience=PATIENCE) as grader:
+        scores = grader.score_answers([(_problem(p), a) for p, a in zip(pairs, answers, strict=True)])
+        samples = [_sample(*each) for each in zip(pairs, answers, scores, strict=True)]
+        second = _second_opinion(grader, pairs, samples) if second_opinion else None
+    counts: dict[str, Any] = {"n": len(samples)}
+    for policy in ("verdict", "strict", "lenient"):
+        found = Counter(sample[policy] for sample in samples)
+        counts |= {policy: {verdict.value: found[verdict.value] for verdict in Verdict}}
+    counts["extracted"] = sum(bool(sample["extracted"]) for sample in samples)
+    return {"samples": samples, "counts": counts | ({"second_opinion": second} if second else {})}
+
+
+def _problem(pair: Pair) -> Problem:
+    checker = "choice" if pair.kind == "choice" or pair.choices else "math"
+    messages = (Message(role="user", content=""),)
+    return Problem(
+        id=pair.id or "?", messages=messages, answer=pair.gold, checker=checker, meta={"choices": pair.choices}
+    )
+
+
+def _sample(pair: Pair, answer: Extraction, score: Score) -> dict[str, Any]:
+    gold, strict, lenient, notes = gold_answer(pair.gold), score.verdict, score.verdict, []
+    if score.verdict is Verdict.CORRECT and (reason := objection(gold, answer.answer, answer.how)):
+        strict, notes = Verdict.INCORRECT, [reason]
+    if score.verdict is Verdict.INCORRECT and answer.answer and nearly(gold, answer.answer):
+        lenient, notes = Verdict.CORRECT, ["lenient: a rounded value"]
+    return {
+        "id": pair.id,
+        "verdict": score.verdict.value,
+        "strict": strict.value,
+        "lenient": lenient.value,
+        "reason": "; ".join([score.reason, *notes]),
+        "extracted": score.extracted,
+        "how": answer.how,
+    }
+
+
+def _second_opinion(grader: Grader, pairs: Sequence[Pair], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    asked = [(p, s) for p, s in zip(pairs, samples, strict=True) if s["extracted"] and "algebra" not in s["reason"]]
+    texts = [(symbolic_form(gold_answer(p.gold)), symbolic_form(s["extracted"])) for p, s in asked]
+    safe = [i for i, pair in enumerate(texts) if not refusal(pair)]
+    outcomes = grader.pool.compare_many([texts[i] for i in safe]) if safe else []
+    for i, outcome in zip(safe, outcomes, strict=True):
+        asked[i][1]["second"] = {True: "correct", False: "incorrect", None: "unscored"}[outcome.equal]
+    given = [s for _, s in asked if s.get("second", "unscored") != "unscored"]
+    differ = [s["id"] for s in given if s["second"] != s["verdict"]]
+    return {"asked": len(asked), "answered": len(given), "disagree": len(differ), "ids": differ}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The samples as lines and the counts below them."""
+    width = max(len(s["id"][:24]) for s in result["samples"])
+    lines = [f"{'id':<{width}}  verdict    strict     lenient    reason"]
+    for s in result["samples"]:
+        policies = "  ".join(f"{s[policy]:<9}" for policy in ("verdict", "strict", "lenient"))
+        lines.append(f"{_inert(s['id'][:24]):<{width}}  {policies}  {_inert(s['reason'])}")
+    for name, count in result["counts"].items():
+        lines.append(
+            f"{name}: " + (", ".join(f"{k} {v}" for k, v in count.items()) if type(count) is dict else str(count))
+        )
+    return "\n".join(lines)
+
+
+def _inert(text: str) -> str:
+    """Text that a terminal shows and does not obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

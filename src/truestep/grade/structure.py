@@ -1,0 +1,174 @@
+"""Answers that have parts: brackets, lists, regions of the line, assignments, matrices. Text alone, no algebra."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from truestep.grade.normal import TEXT_COMMAND, canonical
+from truestep.grade.numeric import parse_number
+
+OPEN, CLOSE = {"(": ")", "[": "]", "{": "}"}, ")]}"
+
+_JOINING_TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*\b(?:and|or)\b[^{}]*)\}")
+_SEPARATOR = re.compile(
+    rf"[(\[{{)\]}}]|[,;]|{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![a-z])|"
+    r"\\(?:land|lor|wedge|vee)(?![A-Za-z])"
+)
+_RELATION = re.compile(r"(\\leq(?![A-Za-z])|\\geq(?![A-Za-z])|<|>)")
+_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w\}?)?|\\[a-z]{2,7}(?:_\{?\w\}?)?")
+_NAMES = re.compile(r"\(\s*([A-Za-z](?:\s*,\s*[A-Za-z]){1,5})\s*\)\s*=(?!=)")
+_ASSIGNMENT = re.compile(r"([A-Za-z](?:_\{?\w{1,3}\}?)?)\s*=\s*([^=<>]+)")
+_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+
+
+def elements(text: str) -> list[str]:
+    """The parts of a text between top-level commas, semicolons, "and" and "or"."""
+    text = _JOINING_TEXT.sub(r" \1 ", text)
+    if "," not in text and ";" not in text and not re.search(r"and|or|\\l?or|\\wedge|\\vee", text):
+        return [text]
+    if parse_number(text) is not None:
+        return [text]
+    parts, start, depth = [], 0, 0
+    for match in _SEPARATOR.finditer(text):
+        token = match[0]
+        if token in OPEN:
+            depth += 1
+        elif token in CLOSE:
+            depth -= 1
+        elif depth == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def brackets(text: str) -> tuple[str, str, str]:
+    r"""The brackets around the whole of a text, and what they hold: intervals keep their two kinds. ``\{ \}`` is a set;
+    braces alone only group in LaTeX."""
+    text = text.strip()
+    is_set = text.startswith(r"\{") and text.endswith(r"\}")
+    bare = "{" + text[2:-2] + "}" if is_set else text
+    if bare[:1] not in OPEN or bare[-1:] not in CLOSE or len(bare) < 2:
+        return "", text, ""
+    depth = 0
+    for position, character in enumerate(bare):
+        depth += (character in OPEN) - (character in CLOSE)
+        if depth == 0 and position < len(bare) - 1:
+            return "", text, ""
+    if bare[0] == "{" and bare[-1] == "}" and not is_set:
+        return "", bare[1:-1], ""
+    return bare[0], bare[1:-1], bare[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """A stretch of the line, its ends as text."""
+
+    low: str
+    high: str
+    has_low: bool
+    has_high: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A union of stretches, and whether it was said by relations (0 < x) or by intervals (0, ∞)."""
+
+    stretches: tuple[Stretch, ...]
+    by_relation: bool
+
+
+def region(text: str) -> Region | None:
+    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions of them."""
+    text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
+    builder = re.fullmatch(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}", text)
+    text = builder[2] if builder else text
+    if re.fullmatch(r"\\(?:mathbb|mathbf|Bbb)\s*\{?\s*R\s*\}?", text.strip()):
+        return Region(stretches=(_stretch(r"-\infty", r"\infty"),), by_relation=False)
+    is_relation = bool(_RELATION.search(text))
+    joint = rf"\\cup(?![A-Za-z])|{TEXT_COMMAND}\{{\s*or\s*\}}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])"
+    parts = re.split(joint if is_relation else r"\\cup(?![A-Za-z])", text)
+    found = [_from_relation(part) if is_relation else _from_interval(part) for part in parts[:20]]
+    stretches = tuple(part for part in found if part is not None)
+    return Region(stretches=stretches, by_relation=is_relation) if len(stretches) == len(parts) else None
+
+
+def _stretch(low: str, high: str, has_low: bool = False, has_high: bool = False) -> Stretch:
+    low, high = (re.sub(r"\+\s*(?=\\infty)", "", end.strip()) for end in (low, high))
+    return Stretch(low=low, high=high, has_low=has_low, has_high=has_high)
+
+
+def _from_interval(text: str) -> Stretch | None:
+    left, inside, right = brackets(text)
+    ends = elements(inside)
+    if left not in ("(", "[") or right not in (")", "]") or len(ends) != 2 or brackets(inside)[0]:
+        return None
+    return _stretch(ends[0], ends[1], left == "[", right == "]")
+
+
+def _from_relation(text: str) -> Stretch | None:
+    parts = [part.strip() for part in _RELATION.split(text)]
+    if len(parts) not in (3, 5):
+        return None
+    if ">" in parts[1] or "geq" in parts[1]:  # read it from the smaller side
+        parts = parts[::-1]
+        signs = [{">": "<", r"\geq": r"\leq"}.get(sign) for sign in parts[1::2]]
+    else:
+        signs = [sign if sign in ("<", r"\leq") else None for sign in parts[1::2]]
+    terms = parts[::2]
+    if None in signs:
+        return None
+    closed = [sign == r"\leq" for sign in signs]
+    if len(terms) == 3:
+        low, middle, high = terms
+        return _stretch(low, high, *closed) if _VARIABLE.fullmatch(middle) and _is_end(low) and _is_end(high) else None
+    low, high = terms
+    if _VARIABLE.fullmatch(low) and _is_end(high) and not _is_end(low):
+        return _stretch(r"-\infty", high, False, closed[0])
+    if _VARIABLE.fullmatch(high) and _is_end(low) and not _is_end(high):
+        return _stretch(low, r"\infty", closed[0], False)
+    return None
+
+
+def _is_end(text: str) -> bool:
+    """Whether a text has no variable: an end of a stretch."""
+    bare = re.sub(r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])|(?<![A-Za-z])[e](?![A-Za-z])", "", text)
+    return bool(text) and not re.search(r"[A-Za-z,]", bare)
+
+
+def as_tuples(text: str) -> str | None:
+    """Assignments as tuples in the alphabetical order of their names, or in the order that "(y, x) =" gives: p=5, q=2;
+    p=7, q=2 is (5,2), (7,2). None for anything but whole groups of assignments to the same two to six names."""
+    found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
+    if len(found) < 2 or len(found) > 60 or None in found:
+        return None
+    pairs = [(canonical(match[1]), match[2].strip()) for match in found if match is not None]
+    names = list(dict.fromkeys(name for name, _ in pairs))
+    size = len(names)
+    groups = [dict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    if not 2 <= size <= 6 or any(sorted(group) != sorted(names) for group in groups):
+        return None
+    return ", ".join("(" + ", ".join(group[name] for name in sorted(names)) + ")" for group in groups)
+
+
+def without_names(text: str) -> str | None:
+    """(x, y) = (1, 2) as (1, 2), where the names stand in alphabetical order."""
+    match = _NAMES.match(text.strip())
+    if match is None or (names := re.split(r"\s*,\s*", match[1])) != sorted(names):
+        return None
+    return text.strip()[match.end() :].strip()
+
+
+def matrix(text: str) -> list[list[str]] | None:
+    """The rows of a matrix of plain entries; None for anything else."""
+    match = _MATRIX.fullmatch(text.strip().strip("$ "))
+    if match is None or r"\begin" in match[2]:
+        return None
+    rows = [[entry.strip() for entry in row.split("&")] for row in re.split(r"\\\\", match[2]) if row.strip()]
+    return rows if rows and len({len(row) for row in rows}) == 1 else None
+
+
+def as_vector(rows: list[list[str]]) -> str | None:
+    """A matrix of one row or column as a tuple; None for others."""
+    flat = [entry for row in rows for entry in row]
+    return f"({', '.join(flat)})" if len(rows) == 1 or len(rows[0]) == 1 else None

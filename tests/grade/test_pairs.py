@@ -1,0 +1,106 @@
+"""``truestep eval grade``: every row in order, three verdicts a row, and errors that say where."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from truestep.cli.evaluation import COMMANDS, with_default
+from truestep.cli.main import main
+from truestep.grade.pairs import Pair, grade_pairs, read_pairs, table
+from truestep.settings import SettingsError
+
+pytest.importorskip("math_verify")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["truestep", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_a_file_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"gold": "1/2", "pred": "0.5"},
+        {"id": "b", "gold": "1/2", "pred": r"\boxed{\frac{2}{4}}"},
+        {"gold": 8, "pred": "It was 7 and now it is 8"},
+        {"gold": "8/3", "pred": "2.667"},
+        {"gold": "(C) Cecile", "pred": "C", "kind": "choice"},
+        {"gold": "B", "pred": "15", "choices": ["12", "15"]},
+        {"gold": "x+1", "pred": r"\boxed{1+x}"},
+        {"gold": "7", "pred": r"\boxed{9^{9^{9}}}"},
+        {"gold": "7", "pred": ""},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    assert call(monkeypatch, "eval", "grade", str(path), "--json", "--workers", "1") == 0
+    result = json.loads(capsys.readouterr().out)
+    samples = result["samples"]
+    assert [sample["id"] for sample in samples] == ["1", "b", "5", "7", "9", "11", "13", "15", "17"]
+    right, wrong, neither = "correct", "incorrect", "unscored"
+    verdicts = [right, right, right, wrong, right, right, right, neither, wrong]
+    assert [sample["verdict"] for sample in samples] == verdicts
+    assert [sample["strict"] for sample in samples] == [right, wrong, wrong, wrong, right, right, right, neither, wrong]
+    assert [sample["lenient"] for sample in samples] == [*verdicts[:3], right, *verdicts[4:]]
+    assert all(sample["reason"] for sample in samples)
+    assert result["counts"]["n"] == sum(result["counts"]["verdict"].values()) == len(rows)
+    assert result["counts"]["extracted"] == len(rows) - 1
+    assert call(monkeypatch, "eval", "grade", str(path)) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1 + 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ('{"gold": "1"}', "row 1: field pred"),
+        ('{"gold": "1", "pred": "1"}\n{"gold": null, "pred": "2"}', "row 2: field gold"),
+        ('{"gold": "1", "pred": "1"}\n{"gold": ', "row 2: is no JSON"),
+        ("[1, 2]", "row 1: expected an object"),
+        ('{"gold": "A", "pred": "B", "choices": "ab"}', "row 1: field choices"),
+        ("[" * 100_000, "row 1: is no JSON"),
+    ],
+)
+def test_a_bad_row_is_named(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text, encoding="utf-8")
+    assert call(monkeypatch, "eval", "grade", str(path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert str(path) in line
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b'{"gold": "\xff"}')
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "latin"):
+        with pytest.raises(SettingsError, match=r"cannot be read"):
+            read_pairs(path)
+
+
+def test_the_second_opinion_is_asked_about_what_we_decided() -> None:
+    pairs = [
+        Pair(id="a", gold="7", pred="7.0"),
+        Pair(id="b", gold="7", pred="8"),
+        Pair(id="c", gold="12", pred="twelve"),
+    ]
+    result = grade_pairs(pairs, workers=1, second_opinion=True)
+    assert result["counts"]["second_opinion"] == {"asked": 3, "answered": 3, "disagree": 1, "ids": ["c"]}
+
+
+def test_the_table_obeys_no_answer() -> None:
+    sample = dict.fromkeys(("verdict", "strict", "lenient"), "correct") | {"id": "\x1b[2J", "reason": "a\x07b"}
+    assert "\x1b" not in table({"samples": [sample], "counts": {"n": 1}})
+    assert "\x07" not in table({"samples": [sample], "counts": {"n": 1}})
+
+
+def test_eval_with_a_recipe_is_still_eval() -> None:
+    assert with_default(["eval", "run.toml", "--json"]) == ["eval", "recipe", "run.toml", "--json"]
+    assert with_default(["eval", "--set", "a=1", "run.toml"]) == ["eval", "recipe", "--set", "a=1", "run.toml"]
+    for words in (["eval"], ["eval", "--help"], ["run", "x.toml"], [], *(["eval", name, "x"] for name in COMMANDS)):
+        assert with_default(words) == words
