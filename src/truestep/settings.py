@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,6 +24,9 @@ class SettingsError(ValueError):
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+M = TypeVar("M", bound=Frozen)
 
 
 class TinySettings(Frozen):
@@ -291,6 +294,11 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
     Raises SettingsError with one line naming the file, the key and what was expected.
     """
+    return parse_settings(read_recipe(path, overrides), where=str(path))
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The table that a recipe holds, with the overrides applied. Raises SettingsError as ``load_settings``."""
     path = Path(path)
     if path.is_dir():
         raise SettingsError(f"{path} is a folder: give a recipe file, e.g. {path}/run.toml")
@@ -305,14 +313,24 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: not valid TOML: {error}") from None
+    return override(raw, overrides)
+
+
+def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The table with ``key=value`` items put in, in place."""
     for item in overrides:
         _apply(raw, item)
-    return parse_settings(raw, where=str(path))
+    return raw
 
 
 def parse_settings(raw: dict[str, Any], *, where: str) -> Settings:
+    return parse(Settings, raw, where=where)
+
+
+def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
+    """A table as a settings model. Raises SettingsError with one line that names the key."""
     try:
-        return Settings.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         raise SettingsError(f"{where}: " + _one_line(error)) from None
 

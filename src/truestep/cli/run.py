@@ -72,7 +72,7 @@ def only_evaluation(settings: Settings, recipe: Path) -> Settings:
 run = _verb("Run all stages of a recipe, with an evaluation before, between and after.", lambda s, recipe: s)
 sft = _verb("Run only the sft stages of a recipe.", lambda s, recipe: only(s, "sft", recipe))
 rl = _verb("Run only the rl stages of a recipe, from model.path.", lambda s, recipe: only(s, "rl", recipe))
-evaluate = _verb("Evaluate model.path on the recipe's evaluation sets.", only_evaluation)
+
 
 
 def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from truestep.evaluate.estimate import Row, by_problem, standard_error, t_cdf, t_quantile
+from truestep.evaluate.estimate import Row, by_problem
+from truestep.evaluate.interval import standard_error, t_cdf, t_quantile
 from truestep.records import Verdict
 from truestep.settings import SettingsError
 

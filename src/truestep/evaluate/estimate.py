@@ -1,4 +1,4 @@
-"""Scores with intervals: avg@k and the unbiased pass@k, clustered by problem.
+"""Scores with intervals: avg@k, the unbiased pass@k and majority@k, clustered by problem.
 
 Problems are the sampled unit: the samples of one problem are alike, so counting them as independent would promise more
 than the data know. Every interval here has a width greater than 0, also where all samples agree.
@@ -7,27 +7,18 @@ than the data know. Every interval here has a width greater than 0, also where a
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from truestep.evaluate.interval import Interval, mean_interval, standard_error
 from truestep.records import RecordError, Stop, Verdict
 from truestep.settings import SettingsError
 
 Row = Mapping[str, Any]  # one sample: problem_id, sample_index, verdict, and where known stop, extracted, num_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +44,19 @@ class Estimate:
     extracted_rate: float
     mean_tokens: float
     pass_at: Mapping[int, Interval]
+    majority_at: Mapping[int, Interval] = field(default_factory=dict)  # empty where answers are not recorded
+    strict_score: float | None = None  # only answers in the asked form count; None where that was not judged
 
     def __post_init__(self) -> None:
         if self.n != self.correct + self.incorrect + self.unscored:
             raise RecordError("samples were lost: n is not correct + incorrect + unscored")
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "pass_at": {str(k): asdict(v) for k, v in self.pass_at.items()}}
+        return {
+            **asdict(self),
+            "pass_at": {str(k): asdict(v) for k, v in self.pass_at.items()},
+            "majority_at": {str(k): asdict(v) for k, v in self.majority_at.items()},
+        }
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -104,7 +101,15 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
         extracted_rate=float(np.mean([bool(row.get("extracted")) for row in samples])),
         mean_tokens=float(np.mean([row.get("num_tokens", 0) for row in samples])),
         pass_at={k: pass_interval(num_correct, sizes, k) for k in pass_at},
+        majority_at=_majorities(groups, [k for k in pass_at if k > 1]),
+        strict_score=_strict(groups),
     )
+
+
+def _strict(groups: Mapping[str, Sequence[Row]]) -> float | None:
+    shares = [np.mean([row.get("strict") == Verdict.CORRECT for row in group]) for group in groups.values()]
+    judged = all("strict" in row for group in groups.values() for row in group)
+    return float(np.mean(shares)) if judged else None
 
 
 def _count(rows: Iterable[Row], verdict: Verdict) -> int:
@@ -122,88 +127,44 @@ def pass_interval(num_correct: np.ndarray, sizes: np.ndarray, k: int) -> Interva
     return mean_interval(values, num_trials=float((sizes // k).sum()))
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of independent values (at least two)."""
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
+def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[int, Interval]:
+    """majority@k for each k, where every sample says what it answered."""
+    if not all(isinstance(row.get("extracted"), str) for group in groups.values() for row in group):
+        return {}
+    sizes = np.array([len(group) for group in groups.values()], dtype=float)
+    votes = [_votes(group) for group in groups.values()]
+    found = {}
+    for k in ks:
+        values = np.array([majority(right, wrong, silent, k) for right, wrong, silent in votes])
+        found[k] = mean_interval(values, num_trials=float((sizes // k).sum()))
+    return found
 
 
-def mean_interval(values: np.ndarray, num_trials: float) -> Interval:
-    """Mean of per-problem values in [0, 1] with a 95 % Wilson interval at the effective number of trials.
+def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
+    """Samples with a correct answer (whatever its form), with each other answer, and with none."""
+    right = _count(rows, Verdict.CORRECT)
+    others = [row["extracted"] for row in rows if row["verdict"] != Verdict.CORRECT]
+    wrong = Counter(answer for answer in others if answer)
+    return right, sorted(wrong.values(), reverse=True), others.count("")
 
-    The effective number is the one at which a proportion would have the standard error that the values show between
-    problems (the design effect). It is never below the number of problems (samples of a problem wholly alike, which is
-    also what is assumed where all values are 0 or all are 1), and never above ``num_trials`` (all samples independent).
-    With one trial a problem this is the plain Wilson interval; with more, the error is itself estimated from the
-    problems, so the quantile is Student's. Coverage is near 95 % except where the mean is near 0 or 1 AND a few of few
-    problems carry it (mean 0.05 over 30 very unequal problems: about 0.88; the t interval has 0.84 there).
 
-    Equation: |m - p| <= q * sqrt(p * (1 - p) / n_eff), solved for p; n_eff = m * (1 - m) / se^2
+def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
+    """The chance that the most frequent answer of k samples, drawn without replacement, is the correct one; ties are
+    broken by a fair draw, samples without an answer do not vote.
+
+    Exact: ``ways[v][t]`` counts the ways to draw v samples of the wrong answers such that none has more than j votes
+    and t of them have j.
     """
-    num_problems, mean = len(values), float(values.mean())
-    most = max(float(num_problems), num_trials)
-    if mean in (0.0, 1.0) or num_problems == 1:
-        trials = float(num_problems)
-    else:
-        error = standard_error(values)
-        trials = min(max(mean * (1 - mean) / error**2, num_problems), most) if error > 0 else most
-    q = normal_quantile() if most == num_problems or num_problems == 1 else t_quantile(0.975, num_problems - 1)
-    shrink = 1 + q * q / trials
-    centre = (mean + q * q / (2 * trials)) / shrink
-    half = q / shrink * math.sqrt(mean * (1 - mean) / trials + (q / (2 * trials)) ** 2)
-    # rounding may leave the end at a mean of 0 or 1 a hair inside it
-    return Interval(value=mean, low=max(0.0, min(mean, centre - half)), high=min(1.0, max(mean, centre + half)))
-
-
-def normal_quantile() -> float:
-    """The two-sided 95 % point of the normal distribution."""
-    return 1.959963984540054
-
-
-def t_cdf(t: float, df: float) -> float:
-    """Student's distribution function with ``df`` degrees of freedom.
-
-    Equation: tail = I_x(df / 2, 1 / 2) / 2 at x = df / (df + t^2)
-    """
-    tail = 0.5 * _incomplete_beta(df / 2, 0.5, df / (df + t * t), t * t / (df + t * t))
-    return tail if t < 0 else 1 - tail
-
-
-@lru_cache(maxsize=256)
-def t_quantile(probability: float, df: float) -> float:
-    """The t at which ``t_cdf`` reaches a probability in [0.5, 1)."""
-    low, high = 0.0, 1.0
-    while t_cdf(high, df) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < probability else (low, middle)
-    return (low + high) / 2
-
-
-def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
-    """Regularised incomplete beta function I_x(a, b) by its continued fraction (modified Lentz). ``y`` is 1 - x, which
-    the caller knows to more digits than a subtraction leaves.
-
-    Source: NIST DLMF 8.17.22
-    """
-    if x <= 0 or y <= 0:
-        return float(y <= 0)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side of the mean
-        return 1 - _incomplete_beta(b, a, y, x)
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    front = math.exp(a * math.log(x) + b * math.log(y) - log_beta) / a
-    tiny, c, d, fraction = 1e-300, 1.0, 0.0, 1.0
-    for m in range(2000):
-        half, odd = divmod(m, 2)
-        if m == 0:
-            step = 1.0
-        elif odd:
-            step = -(a + half) * (a + b + half) * x / ((a + 2 * half) * (a + 2 * half + 1))
-        else:
-            step = half * (b - half) * x / ((a + 2 * half - 1) * (a + 2 * half))
-        d = 1 / ((1 + step * d) or tiny)
-        c = (1 + step / c) or tiny
-        fraction *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return front * (fraction - 1)
+    total = 0.0
+    for j in range(1, min(right, k) + 1):
+        ways = {(0, 0): 1}
+        for size in wrong:
+            grown: dict[tuple[int, int], int] = {}
+            for (used, ties), count in ways.items():
+                for drawn in range(min(size, j, k - j - used) + 1):
+                    key = (used + drawn, ties + (drawn == j))
+                    grown[key] = grown.get(key, 0) + count * math.comb(size, drawn)
+            ways = grown
+        for (used, ties), count in ways.items():
+            total += math.comb(right, j) * count * math.comb(silent, k - j - used) / (1 + ties)
+    return total / math.comb(right + sum(wrong) + silent, k)

@@ -52,12 +52,13 @@ def write_report(run: Path) -> Path:
         raise SettingsError(
             f"{run}: not a run directory: expected resolved.toml in it, give the folder a run has printed"
         )
-    page = _environment().get_template("report.html").render(_context(run))
+    page = page_environment().get_template("report.html").render(_context(run))
     write_atomic(run / "report.html", page)
     return run / "report.html"
 
 
-def _environment() -> jinja2.Environment:
+def page_environment() -> jinja2.Environment:
+    """Where every page of ours is rendered: all text escaped, invisible characters shown."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.ChainableUndefined,  # a run that was interrupted has less to say

@@ -1,0 +1,149 @@
+"""The engine that an evaluation asks, made from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from truestep.evaluate.ask import Asker, EndpointAsker, TokenAsker
+from truestep.evaluate.plan import PINNED, EvaluationSettings, Job
+from truestep.settings import SettingsError
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from truestep.rollout.engine import Engine
+
+
+@contextmanager
+def opened(settings: EvaluationSettings) -> Iterator[tuple[Asker, str]]:
+    """What turns jobs into samples, and a hash of the model behind it ("" where an endpoint hides it)."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        if settings.is_endpoint:
+            from truestep.rollout.engine_endpoint import EndpointEngine, connect
+
+            client = stack.enter_context(connect(settings.engine))
+            engine = EndpointEngine(client, settings.model.path, concurrent=settings.max_running)
+            yield EndpointAsker(engine=engine), ""
+            return
+        yield _token_asker(settings, stack), _content(settings)
+
+
+def _content(settings: EvaluationSettings) -> str:
+    from truestep.model.load import model_content
+
+    return model_content(settings.model)
+
+
+def _token_asker(settings: EvaluationSettings, stack: ExitStack) -> TokenAsker:
+    from truestep.model.load import load_tokenizer
+
+    context, eos = context_and_eos(settings)
+    return TokenAsker(
+        tokenizer=load_tokenizer(settings.model),
+        context_length=context,
+        model_eos=eos,
+        open_engine=lambda: _vllm(settings, context, stack) if settings.engine == "vllm" else _torch(settings),
+        pinned_limit=settings.max_new_tokens == PINNED,
+    )
+
+
+def context_and_eos(settings: EvaluationSettings) -> tuple[int, Any]:
+    """The model's context after the override, and its eos ids, from the config alone."""
+    from truestep.model.load import TINY_CONTEXT, resolve
+
+    source, override = resolve(settings.model), settings.model.context_length
+    if source == "tiny":
+        return (TINY_CONTEXT if override == "model" else override), ()
+    config = _config(source)
+    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
+    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _torch(settings: EvaluationSettings) -> Engine:
+    import torch
+
+    from truestep.device import compute_device, make_deterministic, set_threads
+    from truestep.model.load import load_model
+    from truestep.rollout.engine_torch import TorchEngine
+    from truestep.train.policy import Policy
+
+    set_threads(settings.threads)
+    make_deterministic()
+    dtype = getattr(torch, settings.dtype)
+    policy = Policy(load_model(settings.model, dtype=dtype, device=compute_device(), seed=settings.seed))
+    return TorchEngine(policy.model, max_running=settings.max_running, packs=policy.packs and policy.plain_head)
+
+
+def _vllm(settings: EvaluationSettings, context: int, stack: ExitStack) -> Engine:
+    from truestep.model.load import resolve
+    from truestep.rollout.engine_vllm import VllmServer, serve
+
+    source = resolve(settings.model)
+    if source == "tiny":
+        raise SettingsError('engine = "vllm" needs a model folder: the built-in model is made in memory, write torch')
+    server = VllmServer(model=source, dtype=settings.dtype, context_length=context, max_running=settings.max_running)
+    return stack.enter_context(serve(server))
+
+
+def figures(settings: EvaluationSettings) -> dict[str, Any] | None:
+    """What memory and arithmetic depend on, from the config alone; None where an endpoint hides it."""
+    if settings.is_endpoint:
+        return None
+    from truestep.model.load import resolve
+
+    source = resolve(settings.model)
+    width = 4 if settings.dtype == "float32" else 2
+    if source == "tiny":
+        t = settings.model.tiny
+        layers, cached, parameters = t.num_layers, 2 * t.hidden_size, 4 * t.hidden_size**2 * t.num_layers
+        parameters += 3 * t.hidden_size * t.intermediate_size * t.num_layers + 102 * t.hidden_size
+    else:
+        parameters, layers, cached = _sizes(source)
+    return {
+        "num_parameters": parameters,
+        "bytes_per_parameter": width,
+        "cache_bytes": cached * layers * width,
+        "max_running": settings.max_running,
+    }
+
+
+def _sizes(source: str) -> tuple[int, int, int]:
+    """Parameters, layers, and cached numbers of one token in one layer; nothing is loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return sum(p.numel() for p in model.parameters()), config.num_hidden_layers, 2 * heads * size
+
+
+def plan_of(settings: EvaluationSettings, jobs: list[Job], asker: Asker) -> dict[str, Any]:
+    """For --dry-run: every prompt made and counted, no model loaded."""
+    from truestep.evaluate.plan import budget
+
+    ready = [asker.ready(job, settings.few_shot) for job in jobs]
+    found = budget(jobs, [asking.num_prompt_tokens for asking in ready], figures(settings))
+    if "flops_at_most" in found["total"] and settings.engine == "torch":
+        import torch
+
+        from truestep.device import matmul_rate
+
+        rate = matmul_rate(getattr(torch, settings.dtype))
+        found["total"]["hours_if_all_run_to_the_limit"] = round(found["total"]["flops_at_most"] / rate / 3600, 2)
+    return {**found, "notes": [note for asking in ready for note in asking.notes]}

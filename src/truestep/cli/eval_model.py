@@ -1,0 +1,208 @@
+"""``truestep eval MODEL`` and ``truestep eval RECIPE``: a model on pinned benchmarks, or a recipe's own data sets."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from truestep.cli.run import Json, Out, Resume, Set
+
+if TYPE_CHECKING:
+    from truestep.evaluate.plan import EvaluationSettings, Job
+
+What = Annotated[str, typer.Argument(help="A model (folder, hub id, served name) or a recipe (.toml).", metavar="MODEL")]
+Benchmarks = Annotated[str, typer.Option("--benchmarks", help="Comma-separated ids of `truestep eval list`.")]
+Data = Annotated[str, typer.Option("--data", help="Folder with ID.jsonl, .parquet or .csv [default: the hub].")]
+Limit = Annotated[int, typer.Option("--limit", min=0, help="Problems of each benchmark [default: all].")]
+Samples = Annotated[int, typer.Option("--samples", min=0, help="Samples of each problem [default: the benchmark's].")]
+Prompts = Annotated[str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,odd [default: pinned].")]
+FewShot = Annotated[int, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")]
+Engine = Annotated[str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, count tokens and memory, ask nothing.")]
+
+
+def evaluate(
+    model: What,
+    benchmarks: Benchmarks = "",
+    data: Data = "",
+    limit: Limit = 0,
+    samples: Samples = 0,
+    prompts: Prompts = "",
+    few_shot: FewShot = 0,
+    engine: Engine = "",
+    overrides: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model on benchmarks. --set changes any other setting: --set temperature=0 --set max_new_tokens=512."""
+    given: dict[str, Any] = {
+        "benchmarks": _words(benchmarks),
+        "data": data,
+        "limit": limit,
+        "samples": samples,
+        "prompts": _words(prompts),
+        "few_shot": few_shot,
+        "engine": engine,
+    }
+    given = {key: value for key, value in given.items() if value}
+    raw, base_dir = {"model": {"path": model}}, Path()
+    if model.endswith(".toml"):
+        raw, base_dir = _recipe(model, overrides), Path(model).parent
+        if "benchmarks" not in raw and "benchmarks" not in given:
+            _own_sets(Path(model), given, overrides, out, resume=resume, dry_run=dry_run, as_json=as_json)
+            return
+    settings = _settings(raw | given, overrides, where=model)
+    _execute(settings, base_dir, out, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _recipe(path: str, overrides: list[str] | None) -> dict[str, Any]:
+    from truestep.settings import read_recipe
+
+    return read_recipe(path, overrides or ())
+
+
+def _settings(raw: dict[str, Any], overrides: list[str] | None, where: str) -> EvaluationSettings:
+    from truestep.evaluate.plan import EvaluationSettings
+    from truestep.settings import override, parse
+
+    if "benchmarks" not in raw:
+        from truestep.settings import SettingsError
+
+        raise SettingsError(f"{where}: what on? write --benchmarks gsm8k,math500 (truestep eval list names them all)")
+    return parse(EvaluationSettings, override(raw, overrides or ()), where=where)
+
+
+def _own_sets(recipe: Path, given: dict[str, Any], overrides: list[str] | None, out: Path | None, **more: bool) -> None:
+    """A training recipe: its own evaluation sets."""
+    from truestep.cli.run import execute, only_evaluation
+    from truestep.settings import SettingsError, load_settings
+
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise SettingsError(f"--{option}: {recipe} evaluates its own data sets: write --benchmarks, or leave it out")
+    execute(only_evaluation(load_settings(recipe, overrides or ()), recipe), recipe, out, **more)
+
+
+def _execute(
+    settings: EvaluationSettings, base_dir: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
+) -> None:
+    from truestep import signals
+    from truestep.cli.eval_engines import opened, plan_of
+    from truestep.cli.progress import ConsoleReporter
+    from truestep.evaluate.plan import default_name, make_jobs
+    from truestep.report.evaluation import write_evaluation_report
+
+    folder = out or Path("runs") / default_name(settings)
+    reporter = ConsoleReporter()
+    if not dry_run:
+        _check_folder(settings, folder, resume=resume)
+    jobs = make_jobs(settings, base_dir)
+    with opened(settings) as (asker, content):
+        if dry_run:
+            plan = plan_of(settings, jobs, asker)
+            typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
+            return
+        _open_folder(settings, folder)
+        try:
+            with signals.deferred():
+                summary = _run(settings, jobs, (asker, content), folder, reporter)
+        except signals.Interrupted as stop:
+            reporter.close()
+            words = [word for word in sys.argv[1:] if word != "--resume"]
+            reporter.say(f"{stop}; every sample is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}")
+            raise typer.Exit(128 + stop.signum) from None
+        finally:
+            reporter.close()
+    _show(folder, summary, write_evaluation_report(folder), as_json)
+
+
+def _run(
+    settings: EvaluationSettings, jobs: list[Job], asking: tuple[Any, str], folder: Path, reporter: Any
+) -> dict[str, Any]:
+    from truestep import signals
+    from truestep.evaluate.suite import Graders, run_suite
+    from truestep.grade.score import Grader
+
+    with Grader() as lenient, Grader(strict=True) as strict:
+        return run_suite(
+            settings,
+            jobs,
+            asker=asking[0],
+            graders=Graders(lenient=lenient.score, strict=strict.score),
+            folder=folder,
+            model_content=asking[1],
+            reporter=reporter,
+            check_stop=signals.check,
+        )
+
+
+def _check_folder(settings: EvaluationSettings, folder: Path, *, resume: bool) -> None:
+    """Raises SettingsError where the run directory is taken by something else. Writes nothing."""
+    from truestep.evaluate.plan import EvaluationSettings
+    from truestep.settings import SettingsError, parse, read_recipe
+
+    resolved = folder / "resolved.toml"
+    if not resolved.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise SettingsError(f"{folder} exists and is no evaluation: write --out for another place")
+        return
+    if not resume:
+        raise SettingsError(f"{folder} holds one already: write --resume to go on with it, or --out for another place")
+    raw = read_recipe(resolved)
+    if "benchmarks" not in raw:
+        raise SettingsError(f"{folder} holds a training run: write --out for another place")
+    old = parse(EvaluationSettings, raw, where=str(resolved))
+    if (old.model, old.seed) != (settings.model, settings.seed):
+        raise SettingsError(f"{folder} evaluates {old.model.path} with seed {old.seed}: write --out for another place")
+
+
+def _open_folder(settings: EvaluationSettings, folder: Path) -> None:
+    from truestep import rundir
+    from truestep.settings import SettingsError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
+        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
+    except OSError as error:
+        raise SettingsError(f"{folder}: cannot be written: {error.strerror}: write --out for another place") from None
+
+
+def _plan_text(plan: dict[str, Any], folder: Path) -> str:
+    """The dry run for people."""
+    lines = [
+        f"{j['benchmark']:<16} {j['prompt']:<12} {j['problems']:>6} problems {j['samples']:>7} samples "
+        f"{j['prompt_tokens']:>9} prompt tokens, at most {j['generated_tokens_at_most']} generated"
+        for j in plan["jobs"]
+    ]
+    total = plan["total"]
+    if "memory_bytes_at_most" in total:
+        lines.append(f"memory: at most about {total['memory_bytes_at_most'] / 2**30:.1f} GiB")
+    if "hours_if_all_run_to_the_limit" in total:
+        hours = total["hours_if_all_run_to_the_limit"]
+        lines.append(f"time: {hours} h at this machine's matrix rate, if every completion ran to its limit")
+    return "\n".join([*lines, *plan["notes"], str(folder)])
+
+
+def _show(folder: Path, summary: dict[str, Any], report: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
+        return
+    from rich.console import Console
+
+    from truestep.report.evaluation import evaluation_table
+
+    Console(highlight=False).print(evaluation_table(summary))
+    typer.echo(f"report: {report}")
+    typer.echo(str(folder))

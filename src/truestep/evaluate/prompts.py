@@ -1,0 +1,138 @@
+"""Prompt templates, by name: the paper's, Qwen's, a plain one, a bare completion, and deliberately odd ones.
+
+A score that moves between reasonable templates says as much about the template as about the model: ``--prompts`` asks
+under several and reports the spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from truestep.records import Message, Problem
+from truestep.settings import SettingsError
+
+_PAPER = (  # the paper's figure 5, word by word
+    "Your task is to follow a systematic, thorough reasoning process before providing the final solution. This involves "
+    "analyzing, summarizing, exploring, reassessing, and refining your thought process through multiple iterations. "
+    "Structure your response into two sections: Thought and Solution. In the Thought section, present your reasoning "
+    'using the format: "<think>\\n {thoughts} </think>\\n". Each thought should include detailed analysis, '
+    'brainstorming, verification, and refinement of ideas. After "</think>\\n," in the Solution section, provide the '
+    "final, logical, and accurate answer, clearly derived from the exploration in the Thought section. If applicable, "
+    "include the answer in \\boxed{} for closed-form results like multiple choices or mathematical solutions."
+)
+_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+_LETTER = " The final answer is the letter of the right choice alone."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How a problem is asked. ``suffix`` opens the model's turn; what it opens is read as the model's own text.
+
+    ``chat`` False is text to go on with, without a chat template; a completion then ends at the first ``stop``.
+    """
+
+    id: str
+    math: str
+    choice: str
+    system: str = ""
+    choice_system: str = ""
+    suffix: str = ""
+    chat: bool = True
+    stop: tuple[str, ...] = ()
+    odd: bool = False
+
+
+TEMPLATES: tuple[Template, ...] = (
+    Template(
+        id="paper", system=_PAPER, choice_system=_PAPER, suffix="<think>\n",
+        math="This is the problem:\n{problem}", choice="This is the problem:\n{problem}",
+    ),
+    Template(id="qwen", system=_BOX, choice_system=_BOX + _LETTER, math="{problem}", choice="{problem}"),
+    Template(
+        id="plain", math="{problem}\nEnd with a line that says: The answer is …",
+        choice="{problem}\nEnd with a line that says: The answer is … and the letter of your choice.",
+    ),
+    Template(
+        id="completion", chat=False, stop=("\n\nQuestion:", "\nQuestion:", "\n\n"),
+        math="Question: {problem}\nAnswer:", choice="Question: {problem}\nAnswer:",
+    ),
+    Template(id="odd-bare", odd=True, math="{problem}", choice="{problem}"),
+    Template(
+        id="odd-shout", odd=True, math="ANSWER THIS NOW!!! {problem} ONLY \\boxed{} COUNTS!!!",
+        choice="ANSWER THIS NOW!!! {problem}\nONLY THE LETTER IN \\boxed{} COUNTS!!!",
+    ),
+    Template(
+        id="odd-after", odd=True, math="Answer in \\boxed{} what stands between the rules.\n-----\n{problem}\n-----",
+        choice="Answer in \\boxed{} with a letter what stands between the rules.\n-----\n{problem}\n-----",
+    ),
+    Template(
+        id="odd-polite", odd=True, system="You are a patient gardener who also likes riddles.",
+        choice_system="You are a patient gardener who also likes riddles.",
+        math="Good evening! If it is no trouble, my niece asks:\n\n{problem}\n\nThank you, and put it in \\boxed{} please.",
+        choice="Good evening! If it is no trouble, my niece asks:\n\n{problem}\n\nThe letter in \\boxed{} would be lovely.",
+    ),
+)  # fmt: skip
+BY_ID = {t.id: t for t in TEMPLATES}
+
+# Written for this project, so that no benchmark's own rows are shown. (question, worked answer)
+_MATH_SHOTS = (
+    ("A baker makes 12 rolls an hour for 4 hours and sells 30 of them. How many rolls are left?",
+     "She makes 12 * 4 = 48 rolls. After selling 30, 48 - 30 = 18 are left. The answer is 18"),
+    ("Omar has 5 boxes with 8 pens each. He gives 7 pens to his sister. How many pens does he have now?",
+     "He has 5 * 8 = 40 pens. After giving away 7, he has 40 - 7 = 33. The answer is 33"),
+    ("A bus has 36 seats. A third of them are empty. How many seats are taken?",
+     "A third of 36 is 36 / 3 = 12 empty seats. So 36 - 12 = 24 are taken. The answer is 24"),
+    ("Lena is 9 years old and her uncle is 4 times as old. How old will the uncle be in 5 years?",
+     "The uncle is 4 * 9 = 36 years old. In 5 years he will be 36 + 5 = 41. The answer is 41"),
+)  # fmt: skip
+_CHOICE_SHOTS = (
+    ("Which of these is a metal?\n\nA) oxygen\nB) copper\nC) salt\nD) wood", "Copper is a metal. The answer is B"),
+    ("What do plants take from the air to make sugar?\n\nA) carbon dioxide\nB) helium\nC) dust\nD) nitrogen",
+     "Plants make sugar from carbon dioxide and water. The answer is A"),
+    ("How many legs does an insect have?\n\nA) four\nB) eight\nC) six\nD) ten", "Insects have six legs. The answer is C"),
+    ("Which unit measures a force?\n\nA) metre\nB) second\nC) kelvin\nD) newton",
+     "Forces are measured in newtons. The answer is D"),
+)  # fmt: skip
+MOST_SHOTS = len(_MATH_SHOTS)
+
+
+def chosen(names: Sequence[str]) -> list[Template]:
+    """The templates of those names, without repetition; "odd" stands for all odd ones. Raises SettingsError."""
+    found: dict[str, Template] = {}
+    for name in names:
+        group = [t for t in TEMPLATES if t.odd] if name == "odd" else [BY_ID[name]] if name in BY_ID else []
+        if not group:
+            raise SettingsError(f'prompts: "{name}" is not one of {", ".join(BY_ID)}, odd')
+        found |= {t.id: t for t in group}
+    return list(found.values())
+
+
+def messages_of(template: Template, problem: Problem, kind: str, few_shot: int) -> tuple[Message, ...]:
+    """The turns of a prompt: the system's, ``few_shot`` worked examples, the problem's."""
+    body, system = (template.choice, template.choice_system) if kind == "choice" else (template.math, template.system)
+    turns = [Message(role="system", content=system)] if system else []
+    for question, answer in (_CHOICE_SHOTS if kind == "choice" else _MATH_SHOTS)[:few_shot]:
+        thought = f"{template.suffix}{answer}\n</think>\n{answer}" if "<think>" in template.suffix else answer
+        turns += [_user(body, question), Message(role="assistant", content=thought)]
+    return (*turns, _user(body, problem.messages[-1].content))
+
+
+def _user(body: str, question: str) -> Message:
+    return Message(role="user", content=body.replace("{problem}", question))
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """The turns as text to go on with: answers follow their question after a space, an empty line ends each pair."""
+    blocks: list[str] = []
+    for message in messages:
+        if message.role == "assistant":
+            blocks[-1] += f" {message.content}"
+        else:
+            blocks.append(message.content)
+    return "\n\n".join(blocks)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stops."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

@@ -1,0 +1,151 @@
+"""One row of a benchmark → its question, choices and gold answer, whichever published layout the row has."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truestep.data.rows import Row, RowError, read_rows
+from truestep.settings import SettingsError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LABEL = re.compile(r"^\(?([A-Z]|\d{1,2})[).:]\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A question as published. ``choices`` are bare texts ((), where the answer is free); ``answer`` is the gold
+    answer, or the position of the right choice as a decimal number."""
+
+    id: str
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+
+def content_hash(items: Iterable[Item]) -> str:
+    """SHA-256 over questions, choices and answers. Neither ids nor the order of the rows enter: the same questions from
+    another place are the same benchmark."""
+    lines = sorted(json.dumps([i.question, list(i.choices), i.answer], ensure_ascii=False) for i in items)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def item_of(row: Row, id: str) -> Item:
+    """Reads the layouts of the published data sets and the plain one (problem or question, answer, optional choices).
+
+    Raises RowError that never quotes the row: some benchmarks must not appear in plain text.
+    """
+    id = str(row.get("id") or row.get("Record ID") or row.get("question_id") or id)
+    question, choices, answer = _parts(row)
+    for field, value in (("question", question), ("answer", answer)):
+        if not value.strip():
+            raise RowError(field, "expected text, got nothing")
+    return Item(id=id, question=question.strip(), answer=answer.strip(), choices=tuple(c.strip() for c in choices))
+
+
+def _parts(row: Row) -> tuple[str, Sequence[str], str]:
+    if "Correct Answer" in row:  # GPQA
+        wrong = [row.get(f"Incorrect Answer {n}") for n in (1, 2, 3)]
+        return _text(row, "Question"), [_text(row, "Correct Answer"), *map(str, wrong)], "0"
+    if "Body" in row:  # SVAMP
+        return f"{_text(row, 'Body')} {_text(row, 'Question')}", (), _text(row, "Answer")
+    question = _text(row, "question" if "question" in row else "problem")
+    given: Any = row.get("options") or row.get("choices")
+    labels: Sequence[str] = ()
+    if isinstance(given, dict):  # ARC
+        given, labels = given.get("text"), given.get("label", ())
+    key = "answerKey" if "answerKey" in row else "answer"
+    answer = _text(row, key)
+    if given is None and (found := _inline_choices(question)):
+        question, given = found
+    if given is not None:
+        return question, *_choices(given, labels, answer, key)
+    return question, (), answer.rpartition("####")[2]  # GSM8K ends its solution so
+
+
+def _text(row: Row, field: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise RowError(field, f"expected text, got {type(value).__name__}")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _inline_choices(problem: str) -> tuple[str, list[str]] | None:
+    """The question and its choices, where the problem ends with a block of lines A) …, B) …"""
+    question, _, block = problem.rpartition("\n\n")
+    lines = block.split("\n")
+    marks = [_LABEL.match(line) for line in lines]
+    if not question or len(lines) < 2 or not all(marks):
+        return None
+    expected = (LETTERS[: len(lines)], "".join(str(n + 1) for n in range(len(lines))))
+    return (question, lines) if "".join(m[1] for m in marks if m) in expected else None
+
+
+def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[list[str], str]:
+    """Bare texts of the choices, and the position of the right one."""
+    if not isinstance(given, list | tuple) or not all(isinstance(c, str) for c in given):
+        raise RowError("choices", "expected a list of texts")
+    if not labels:
+        marks = [_LABEL.match(c) for c in given]
+        labels = [m[1] for m in marks if m]
+        if len(labels) == len(given) and labels in (list(LETTERS[: len(given)]), [str(n + 1) for n in range(len(given))]):
+            given = [c[m.end() :] for c, m in zip(given, marks, strict=True) if m]
+        else:
+            labels = list(LETTERS[: len(given)])
+    kept = [c for c in given if c != "N/A"]
+    if answer not in labels or labels.index(answer) >= len(given):
+        raise RowError(key, f"expected the label of one of the {len(given)} choices")
+    return kept, str(kept.index(given[list(labels).index(answer)]) if len(kept) < len(given) else labels.index(answer))
+
+
+def file_items(path: Path) -> list[Item]:
+    """The items of a .jsonl, .parquet or .csv file. Raises SettingsError with file, row and field."""
+    rows: Iterable[tuple[int, Row | RowError]] = _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
+    return _items(str(path), path.stem, rows)
+
+
+def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]:
+    """The items of a data set of the Hugging Face hub; offline (HF_HUB_OFFLINE=1) from its local cache."""
+    where = f"benchmark {name}: hub:{repository}"
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise SettingsError(
+            f"{where} needs the package datasets: pip install \"truestep[hub]\", or give --data FOLDER with {name}.jsonl"
+        ) from None
+    try:
+        table: Any = datasets.load_dataset(repository, config or None, split=split)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"{where}: cannot be loaded ({reason}): give --data FOLDER with {name}.jsonl") from None
+    return _items(where, name, enumerate((dict(row) for row in table), start=1))
+
+
+def _items(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) -> list[Item]:
+    items, used = [], set()
+    for number, row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            item = item_of(row, f"{stem}-{number - 1}")
+            if item.id in used:
+                raise RowError("id", "expected one of its own, got one that an earlier row has")
+        except RowError as error:
+            raise SettingsError(f"{label}:{number}: {error}: correct the row") from None
+        used.add(item.id)
+        items.append(item)
+    return items
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from enumerate((dict(row) for row in csv.DictReader(file)), start=1)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SettingsError(f"{path}: cannot be read as CSV: {type(error).__name__}") from None

@@ -1,0 +1,244 @@
+"""vLLM in an environment and a process of its own, spoken to over HTTP on this machine: token ids in, token ids out.
+
+It evaluates; it does not train: weights cannot be published into it from here. Each request has a seed of its own
+coordinates, but vLLM's draws are not truestep's: the same distribution, other samples. Greedy tokens agree.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truestep.records import Distribution, Rollout, Stop
+from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
+from truestep.rollout.engine_endpoint import text_seed
+from truestep.settings import SettingsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENVIRONMENT = "TRUESTEP_VLLM_PYTHON"  # the Python of an environment that has vLLM
+START_SECONDS = 900.0
+ANSWER_SECONDS = 3600.0
+SERVED = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmServer:
+    """What is to be served. ``options`` are further words of vLLM's own command line."""
+
+    model: str
+    dtype: str
+    context_length: int
+    max_running: int
+    options: tuple[str, ...] = ()
+
+
+def python_with_vllm() -> str:
+    """The interpreter that can import vLLM. Raises SettingsError where there is none."""
+    named = os.environ.get(ENVIRONMENT, "")
+    if named:
+        if not os.access(named, os.X_OK):
+            raise SettingsError(f"{ENVIRONMENT} = {named}: is no Python: give the interpreter of vLLM's environment")
+        return named
+    if importlib.util.find_spec("vllm") is None:
+        raise SettingsError(
+            f'engine = "vllm": it is not installed here: make an environment for it and set {ENVIRONMENT} to its Python'
+        )
+    return sys.executable
+
+
+@contextmanager
+def serve(server: VllmServer) -> Iterator[VllmEngine]:
+    """Start vLLM, wait until it answers, and end it with all its children.
+
+    Raises SettingsError with its last words where it does not start.
+    """
+    python, port = python_with_vllm(), _free_port()
+    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", server.model, "--served-model-name", SERVED]
+    words += ["--dtype", server.dtype, "--max-model-len", str(server.context_length)]
+    words += ["--max-num-seqs", str(server.max_running), "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *server.options]
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+b") as log:
+        process = subprocess.Popen(
+            words, env={**os.environ, **quiet}, stdout=log, stderr=log, cwd=folder, start_new_session=True
+        )
+        try:
+            _wait(process, port, Path(folder, "log"))
+            yield VllmEngine(f"http://127.0.0.1:{port}", server.max_running)
+        finally:
+            _end(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            telling = [line for line in lines if "Error" in line] or lines or ["it said nothing"]
+            raise SettingsError(f'engine = "vllm": it did not start: {telling[-1].strip()[-300:]}')
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise SettingsError(f'engine = "vllm": it did not answer within {START_SECONDS:.0f} s of its start')
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for how, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        try:
+            os.killpg(process.pid, how)
+            process.wait(seconds)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        if how is signal.SIGKILL:
+            return
+
+
+class VllmEngine:
+    """Samples through a server that ``serve`` has started."""
+
+    def __init__(self, url: str, concurrent: int) -> None:
+        self.url, self.concurrent = url, concurrent
+        self.policy_version = 0
+        self._cost = GenerationCost()
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: SamplingParameters,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> Iterator[Rollout]:
+        """Yield one Rollout per request, in the order in which they finish."""
+        pool = concurrent.futures.ThreadPoolExecutor(max_workers=self.concurrent)
+        waiting = iter(requests)
+        running: set[concurrent.futures.Future[Rollout]] = set()
+        try:
+            while True:
+                check_stop()
+                while len(running) < self.concurrent and (request := next(waiting, None)) is not None:
+                    running.add(pool.submit(self._sample, request, sampling))
+                if not running:
+                    return
+                done, running = concurrent.futures.wait(
+                    running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    rollout = future.result()
+                    self._count(rollout)
+                    yield rollout
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Not possible from here. Raises SettingsError."""
+        raise SettingsError('engine = "vllm" evaluates only: train with the torch engine')
+
+    def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` at temperature 1, which is all that vLLM scores at."""
+        if temperature != 1.0:
+            raise SettingsError('engine = "vllm" scores at temperature 1 only')
+        body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
+        entries = self._post(body)["choices"][0]["prompt_logprobs"]
+        return [
+            float(entries[i][str(token_ids[i])]["logprob"]) for i in range(num_prompt_tokens, len(token_ids))
+        ]
+
+    def take_cost(self) -> GenerationCost:
+        cost, self._cost = self._cost, GenerationCost()
+        return cost
+
+    def _count(self, rollout: Rollout) -> None:
+        self._cost = GenerationCost(
+            prefill_tokens=self._cost.prefill_tokens,
+            decode_tokens=self._cost.decode_tokens + len(rollout.completion_ids),
+            pairs=self._cost.pairs,
+        )
+
+    def _sample(self, request: SampleRequest, sampling: SamplingParameters) -> Rollout:
+        body: dict[str, Any] = {
+            "prompt": list(request.prompt_ids),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "ignore_eos": True,  # the stop tokens are the request's own
+            "seed": text_seed(request),
+            "logprobs": 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+        }
+        try:
+            choice = self._post(body)["choices"][0]
+            tokens = tuple(int(t) for t in choice["token_ids"])
+            logprobs = tuple(float(v) for v in choice["logprobs"]["token_logprobs"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            return self._rollout(request, sampling, (), (), f"vllm: {_reason(error)}")
+        if sampling.temperature == 0:
+            logprobs = (0.0,) * len(tokens)  # the distribution is a point
+        return self._rollout(request, sampling, tokens, logprobs, "" if tokens else "vllm: sent no token")
+
+    def _rollout(
+        self,
+        request: SampleRequest,
+        sampling: SamplingParameters,
+        tokens: tuple[int, ...],
+        logprobs: tuple[float, ...],
+        error: str,
+    ) -> Rollout:
+        stopped = bool(tokens) and tokens[-1] in sampling.stop_token_ids
+        return Rollout(
+            problem_id=request.problem_id,
+            sample_index=request.sample_index,
+            completion_ids=tokens,
+            behavior_logprobs=logprobs,
+            distribution=Distribution(
+                policy_version=self.policy_version,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+            ),
+            stop=Stop.ERROR if error else Stop.STOP_TOKEN if stopped else Stop.LENGTH,
+            error=error,
+        )
+
+    def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        data = json.dumps({"model": SERVED, **body}).encode()
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", data=data, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+            return found
+
+
+def _reason(error: Exception) -> str:
+    """One line; for an answer with an HTTP status, what the server says about it."""
+    text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
