@@ -32,7 +32,10 @@ def test_functions_take_few_parameters() -> None:
         for f in functions(path):
             names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
             asked = [n for n in names if n not in ("self", "cls", "ctx")]
-            is_verb = short(path) in ("cli/audit.py", "cli/eval_model.py")  # their parameters are the options that a user sees
+            is_verb = short(path) in (
+                "cli/audit.py",
+                "cli/eval_model.py",
+            )  # their parameters are the options that a user sees
             if len(asked) > MOST_PARAMETERS and not is_verb:
                 many[f"{short(path)}:{f.name}"] = len(asked)
     assert many == {}

@@ -167,7 +167,7 @@ def test_coverage_of_single_samples_is_nominal() -> None:
 
 
 def test_coverage_of_several_samples_is_nominal_where_naive_pooling_fails() -> None:
-    """400 simulations each (benchmarks/coverage_evaluate.py has many more); problems differ (beta, concentration 5) and have 4 samples."""
+    """400 simulations each (benchmarks/coverage_evaluate.py: many more); problems differ and have 4 samples."""
     coverage, pooled, rng, k = [], [], np.random.default_rng(7), 4
     for n, p in itertools.product((30, 500), (0.05, 0.5, 0.95)):
         values = rng.binomial(k, rng.beta(5 * p, 5 * (1 - p), (400, n))) / k

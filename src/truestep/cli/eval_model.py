@@ -15,12 +15,16 @@ from truestep.cli.run import Json, Out, Resume, Set
 if TYPE_CHECKING:
     from truestep.evaluate.plan import EvaluationSettings, Job
 
-What = Annotated[str, typer.Argument(help="A model (folder, hub id, served name) or a recipe (.toml).", metavar="MODEL")]
+What = Annotated[
+    str, typer.Argument(help="A model (folder, hub id, served name) or a recipe (.toml).", metavar="MODEL")
+]
 Benchmarks = Annotated[str, typer.Option("--benchmarks", help="Comma-separated ids of `truestep eval list`.")]
 Data = Annotated[str, typer.Option("--data", help="Folder with ID.jsonl, .parquet or .csv [default: the hub].")]
 Limit = Annotated[int, typer.Option("--limit", min=0, help="Problems of each benchmark [default: all].")]
 Samples = Annotated[int, typer.Option("--samples", min=0, help="Samples of each problem [default: the benchmark's].")]
-Prompts = Annotated[str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,odd [default: pinned].")]
+Prompts = Annotated[
+    str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,odd [default: pinned].")
+]
 FewShot = Annotated[int, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")]
 Engine = Annotated[str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, count tokens and memory, ask nothing.")]
@@ -113,10 +117,11 @@ def _execute(
             plan = plan_of(settings, jobs, asker)
             typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
             return
+        ready = [(job, asker.ready(job, settings.few_shot)) for job in jobs]  # what cannot be asked fails here
         _open_folder(settings, folder)
         try:
             with signals.deferred():
-                summary = _run(settings, jobs, (asker, content), folder, reporter)
+                summary = _run(settings, ready, (asker, content), folder, reporter)
         except signals.Interrupted as stop:
             reporter.close()
             words = [word for word in sys.argv[1:] if word != "--resume"]
@@ -128,7 +133,7 @@ def _execute(
 
 
 def _run(
-    settings: EvaluationSettings, jobs: list[Job], asking: tuple[Any, str], folder: Path, reporter: Any
+    settings: EvaluationSettings, ready: list[tuple[Job, Any]], asking: tuple[Any, str], folder: Path, reporter: Any
 ) -> dict[str, Any]:
     from truestep import signals
     from truestep.evaluate.suite import Graders, run_suite
@@ -137,7 +142,7 @@ def _run(
     with Grader() as lenient, Grader(strict=True) as strict:
         return run_suite(
             settings,
-            jobs,
+            ready,
             asker=asking[0],
             graders=Graders(lenient=lenient.score, strict=strict.score),
             folder=folder,

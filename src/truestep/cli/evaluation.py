@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
@@ -16,7 +16,7 @@ def app() -> typer.Typer:
     from truestep.cli import eval_files, eval_grade, eval_model
 
     group = typer.Typer(help=HELP, no_args_is_help=True)
-    functions = {
+    functions: dict[str, Callable[..., None]] = {
         DEFAULT: eval_model.evaluate,
         "list": eval_files.list_benchmarks,
         "compare": eval_files.compare,

@@ -74,7 +74,6 @@ sft = _verb("Run only the sft stages of a recipe.", lambda s, recipe: only(s, "s
 rl = _verb("Run only the rl stages of a recipe, from model.path.", lambda s, recipe: only(s, "rl", recipe))
 
 
-
 def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool) -> None:
     """Check, print the plan, run, report; the last line of stdout is the run directory."""
     from truestep import signals

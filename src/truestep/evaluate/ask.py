@@ -93,7 +93,9 @@ class TokenAsker:
                 f"{room}, not at {limit}"
             )
         if template.chat and not has_chat_template(self.tokenizer):
-            notes.append(f"{job.benchmark.id} · {template.id}: the tokenizer has no chat template: turns are plain text")
+            notes.append(
+                f"{job.benchmark.id} · {template.id}: the tokenizer has no chat template: turns are plain text"
+            )
         ids = [list(p.token_ids) for p in prompts]
         tail = str(self.tokenizer.decode(ids[0][-12:])).rstrip()
         return Asking(

@@ -7,7 +7,6 @@ Qwen2.5-Math-7B), in points.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -140,8 +139,9 @@ def find(id: str) -> Benchmark:
     return BY_ID[id]
 
 
-def load(benchmark: Benchmark, folder: Path | None) -> list[Problem]:
-    """All problems of a benchmark, its rows counted and their content checked against the table.
+def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
+    """All problems of a benchmark, its rows counted and their content checked against the table; ``bare`` ones have
+    their question alone, without options.
 
     Raises SettingsError where they are not the pinned ones.
     """
@@ -165,6 +165,8 @@ def load(benchmark: Benchmark, folder: Path | None) -> list[Problem]:
     if benchmark.kind == "choice" and not all(item.choices for item in items):
         number = next(n for n, item in enumerate(items, start=1) if not item.choices)
         raise SettingsError(f"{where}:{number}: choices: expected a list of choices, got none: correct the row")
+    if bare:
+        items = [replace(item, choices=()) for item in items]
     return [problem_of(benchmark, item, f"{where}:{n}") for n, item in enumerate(items, start=1)]
 
 
@@ -181,7 +183,9 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
 
 def _from_hub(benchmark: Benchmark) -> list[Item]:
     if not benchmark.hub:
-        raise SettingsError(f"benchmark {benchmark.id}: has no hub source: give --data FOLDER with {benchmark.id}.jsonl")
+        raise SettingsError(
+            f"benchmark {benchmark.id}: has no hub source: give --data FOLDER with {benchmark.id}.jsonl"
+        )
     repository, config, split = benchmark.hub.split(":")
     return hub_items(benchmark.id, repository, config, split)
 
@@ -198,7 +202,7 @@ def _first_seen(id: str, found: str) -> str:
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
-    """The problem as it is asked: options shuffled by the recorded seed and lettered anew, the gold letter with them."""
+    """The problem as it is asked: options shuffled by the recorded seed and lettered anew, the gold with them."""
     text, answer, meta = item.question, item.answer, {}
     if item.choices:
         order = permutation(SHUFFLE_SEED, 0, len(item.choices), item=f"options/{benchmark.id}/{item.id}").tolist()

@@ -109,8 +109,8 @@ def clustered_interval(mean: float, variance: float, num_problems: int, num_tria
 
     The effective number of trials is the one at which a proportion would have the error that the problems show: between
     the number of problems (their samples wholly alike) and that of samples (independent), and smaller by the ratio of
-    normal to Student quantile, squared, because the error is an estimate. Where few problems carry the mean their spread
-    is underestimated together with it, so it is drawn to the largest there can be, m (1 - m).
+    normal to Student quantile, squared, because the error is an estimate. Where few problems carry the mean their
+    spread is underestimated together with it, so it is drawn to the largest there can be, m (1 - m).
 
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
     Source: Korn and Graubard 1998, Survey Methodology 24:193, for the effective number; the pull is ours

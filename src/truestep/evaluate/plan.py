@@ -14,7 +14,7 @@ from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.prompts import MOST_SHOTS, Template
 from truestep.records import Problem
-from truestep.settings import Frozen, ModelSettings, SettingsError, settings_hash
+from truestep.settings import Frozen, ModelSettings, settings_hash
 
 PINNED: Literal["benchmark"] = "benchmark"
 Positive = Annotated[int, Field(ge=1)]
@@ -49,7 +49,7 @@ class EvaluationSettings(Frozen):
         if self.engine not in ("torch", "vllm") and not self.engine.startswith(("http://", "https://")):
             raise ValueError(f'engine = "{self.engine}": write torch, vllm, or the URL of an endpoint')
         if stray := [id for id in self.limits if id not in self.benchmarks]:
-            raise ValueError(f'limits.{stray[0]}: is not evaluated: add it to benchmarks, or remove the limit')
+            raise ValueError(f"limits.{stray[0]}: is not evaluated: add it to benchmarks, or remove the limit")
         return self
 
     @property
@@ -131,10 +131,10 @@ def job_identity(settings: EvaluationSettings, job: Job, model_content: str) -> 
 def budget(jobs: Sequence[Job], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the jobs will ask for at most: tokens, and where the model's figures are known memory and arithmetic.
 
-    ``prompt_tokens`` sums each job's prompts once; ``shape`` has num_parameters, bytes_per_parameter, cache_bytes (of one
-    token of one row) and max_running.
+    ``prompt_tokens`` sums each job's prompts once; ``shape`` has num_parameters, bytes_per_parameter, cache_bytes (of
+    one token of one row) and max_running.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for job, tokens in zip(jobs, prompt_tokens, strict=True):
         num = len(job.problems) * job.samples
         rows.append(
@@ -151,10 +151,12 @@ def budget(jobs: Sequence[Job], prompt_tokens: Sequence[int], shape: Mapping[str
         key: sum(row[key] for row in rows) for key in ("samples", "prompt_tokens", "generated_tokens_at_most")
     }
     if shape:
-        total["flops_at_most"] = 2 * shape["num_parameters"] * (
-            total["prompt_tokens"] + total["generated_tokens_at_most"]
+        total["flops_at_most"] = (
+            2 * shape["num_parameters"] * (total["prompt_tokens"] + total["generated_tokens_at_most"])
         )
-        longest = max(job.max_new_tokens + t / max(1, len(job.problems)) for job, t in zip(jobs, prompt_tokens, strict=True))
+        longest = max(
+            job.max_new_tokens + t / max(1, len(job.problems)) for job, t in zip(jobs, prompt_tokens, strict=True)
+        )
         most = min(shape["max_running"], max(row["samples"] for row in rows))
         total["memory_bytes_at_most"] = round(
             shape["num_parameters"] * shape["bytes_per_parameter"] + shape["cache_bytes"] * longest * most
@@ -166,5 +168,3 @@ def default_name(settings: EvaluationSettings) -> str:
     """A name for the run directory: the model's, and a hash of the settings that change a sample."""
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(settings.model.path).name).strip(".-")
     return f"{settings.name or 'eval-' + (stem or 'model')}-{settings_hash(settings)[:8]}"
-
-

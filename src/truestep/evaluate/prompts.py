@@ -13,13 +13,15 @@ from truestep.records import Message, Problem
 from truestep.settings import SettingsError
 
 _PAPER = (  # the paper's figure 5, word by word
-    "Your task is to follow a systematic, thorough reasoning process before providing the final solution. This involves "
-    "analyzing, summarizing, exploring, reassessing, and refining your thought process through multiple iterations. "
-    "Structure your response into two sections: Thought and Solution. In the Thought section, present your reasoning "
-    'using the format: "<think>\\n {thoughts} </think>\\n". Each thought should include detailed analysis, '
-    'brainstorming, verification, and refinement of ideas. After "</think>\\n," in the Solution section, provide the '
-    "final, logical, and accurate answer, clearly derived from the exploration in the Thought section. If applicable, "
-    "include the answer in \\boxed{} for closed-form results like multiple choices or mathematical solutions."
+    "Your task is to follow a systematic, thorough reasoning process before providing the final "
+    "solution. This involves analyzing, summarizing, exploring, reassessing, and refining your thought "
+    "process through multiple iterations. Structure your response into two sections: Thought and "
+    'Solution. In the Thought section, present your reasoning using the format: "<think>\\n {thoughts} '
+    '</think>\\n". Each thought should include detailed analysis, brainstorming, verification, and '
+    'refinement of ideas. After "</think>\\n," in the Solution section, provide the final, logical, and '
+    "accurate answer, clearly derived from the exploration in the Thought section. If applicable, "
+    "include the answer in \\boxed{} for closed-form results like multiple choices or mathematical "
+    "solutions."
 )
 _BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 _LETTER = " The final answer is the letter of the right choice alone."
@@ -69,8 +71,8 @@ TEMPLATES: tuple[Template, ...] = (
     Template(
         id="odd-polite", odd=True, system="You are a patient gardener who also likes riddles.",
         choice_system="You are a patient gardener who also likes riddles.",
-        math="Good evening! If it is no trouble, my niece asks:\n\n{problem}\n\nThank you, and put it in \\boxed{} please.",
-        choice="Good evening! If it is no trouble, my niece asks:\n\n{problem}\n\nThe letter in \\boxed{} would be lovely.",
+        math="Good evening! If it is no trouble, my niece asks:\n\n{problem}\n\nThank you! In \\boxed{} please.",
+        choice="Good evening! If it is no trouble, my niece asks:\n\n{problem}\n\nThank you! A letter in \\boxed{}.",
     ),
 )  # fmt: skip
 BY_ID = {t.id: t for t in TEMPLATES}
@@ -90,7 +92,8 @@ _CHOICE_SHOTS = (
     ("Which of these is a metal?\n\nA) oxygen\nB) copper\nC) salt\nD) wood", "Copper is a metal. The answer is B"),
     ("What do plants take from the air to make sugar?\n\nA) carbon dioxide\nB) helium\nC) dust\nD) nitrogen",
      "Plants make sugar from carbon dioxide and water. The answer is A"),
-    ("How many legs does an insect have?\n\nA) four\nB) eight\nC) six\nD) ten", "Insects have six legs. The answer is C"),
+    ("How many legs does an insect have?\n\nA) four\nB) eight\nC) six\nD) ten",
+     "Insects have six legs. The answer is C"),
     ("Which unit measures a force?\n\nA) metre\nB) second\nC) kelvin\nD) newton",
      "Forces are measured in newtons. The answer is D"),
 )  # fmt: skip

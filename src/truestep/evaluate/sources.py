@@ -94,7 +94,10 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
     if not labels:
         marks = [_LABEL.match(c) for c in given]
         labels = [m[1] for m in marks if m]
-        if len(labels) == len(given) and labels in (list(LETTERS[: len(given)]), [str(n + 1) for n in range(len(given))]):
+        if len(labels) == len(given) and labels in (
+            list(LETTERS[: len(given)]),
+            [str(n + 1) for n in range(len(given))],
+        ):
             given = [c[m.end() :] for c, m in zip(given, marks, strict=True) if m]
         else:
             labels = list(LETTERS[: len(given)])
@@ -117,7 +120,7 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
         import datasets
     except ModuleNotFoundError:
         raise SettingsError(
-            f"{where} needs the package datasets: pip install \"truestep[hub]\", or give --data FOLDER with {name}.jsonl"
+            f'{where} needs the package datasets: pip install "truestep[hub]", or give --data FOLDER with {name}.jsonl'
         ) from None
     try:
         table: Any = datasets.load_dataset(repository, config or None, split=split)

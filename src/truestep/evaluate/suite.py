@@ -50,7 +50,7 @@ class Graders:
 
 def run_suite(
     settings: EvaluationSettings,
-    jobs: Sequence[Job],
+    ready: Sequence[tuple[Job, Asking]],
     *,
     asker: Asker,
     graders: Graders,
@@ -59,15 +59,14 @@ def run_suite(
     reporter: Reporter,
     check_stop: Callable[[], None],
 ) -> dict[str, Any]:
-    """Evaluate what is not yet evaluated; write and return the summary."""
-    ready = [asker.ready(job, settings.few_shot) for job in jobs]  # what cannot be asked fails before anything is
-    notes = [note for asking in ready for note in asking.notes]
+    """Evaluate what is not yet evaluated of the jobs that ``asker`` has made ready; write and return the summary."""
+    notes = [note for _, asking in ready for note in asking.notes]
     for note in notes:
         reporter.say(note)
     scores: list[dict[str, Any]] = []
-    for number, (job, asking) in enumerate(zip(jobs, ready, strict=True), start=1):
+    for number, (job, asking) in enumerate(ready, start=1):
         plan = _plan(settings, job, asking, folder, job_identity(settings, job, model_content))
-        what = f"[{number}/{len(jobs)}] {job.benchmark.id} · {job.template.id}"
+        what = f"[{number}/{len(ready)}] {job.benchmark.id} · {job.template.id}"
         reporter.begin(what, len(plan.sample_keys()))
         running = _Running()
         results = run_samples(

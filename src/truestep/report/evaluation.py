@@ -86,7 +86,12 @@ def _curve(score: Row) -> dict[str, Any] | None:
     def line(values: Mapping[str, Any]) -> list[str]:
         return [_interval(values.get(str(k))) for k in kept]
 
-    return {"title": f"{score['benchmark']} · {score['prompt']}", "ks": kept, "pass": line(found), "majority": line(majority)}
+    return {
+        "title": f"{score['benchmark']} · {score['prompt']}",
+        "ks": kept,
+        "pass": line(found),
+        "majority": line(majority),
+    }
 
 
 def _interval(entry: Row | None) -> str:
@@ -132,7 +137,15 @@ def _problem(rows: Sequence[Row]) -> dict[str, Any]:
     """One problem with the sample that says most about it: the first that is not right, else the first."""
     verdicts = [row["verdict"] for row in rows]
     correct = verdicts.count("correct")
-    kind = "unscored" if "unscored" in verdicts else "correct" if correct == len(rows) else "mixed" if correct else "incorrect"
+    kind = (
+        "unscored"
+        if "unscored" in verdicts
+        else "correct"
+        if correct == len(rows)
+        else "mixed"
+        if correct
+        else "incorrect"
+    )
     telling = next((row for row in rows if row["verdict"] != "correct"), rows[0])
     classes = [kind]
     classes += ["truncated"] if any(row.get("stop") == "length" for row in rows) else []

@@ -80,7 +80,7 @@ def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) 
             raise SettingsError(f"engine = {redact(url)!r}: refuses the key: set {' or '.join(KEY_NAMES)}") from None
         except openai.APIConnectionError as error:
             raise SettingsError(
-                f"engine = {redact(url)!r}: nothing answers there ({_reason(error)}): start the server, or correct the URL"
+                f"engine = {redact(url)!r}: nothing answers there ({_reason(error)}): start it, or correct the URL"
             ) from None
         except openai.APIError:
             pass  # not every server lists its models

@@ -165,9 +165,7 @@ class VllmEngine:
             raise SettingsError('engine = "vllm" scores at temperature 1 only')
         body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
         entries = self._post(body)["choices"][0]["prompt_logprobs"]
-        return [
-            float(entries[i][str(token_ids[i])]["logprob"]) for i in range(num_prompt_tokens, len(token_ids))
-        ]
+        return [float(entries[i][str(token_ids[i])]["logprob"]) for i in range(num_prompt_tokens, len(token_ids))]
 
     def take_cost(self) -> GenerationCost:
         cost, self._cost = self._cost, GenerationCost()
