@@ -52,8 +52,8 @@ TEMPLATES: tuple[Template, ...] = (
     ),
     Template(id="qwen", system=_BOX, choice_system=_BOX + _LETTER, math="{problem}", choice="{problem}"),
     Template(
-        id="plain", math="{problem}\nEnd with a line that says: The answer is …",
-        choice="{problem}\nEnd with a line that says: The answer is … and the letter of your choice.",
+        id="plain", math="{problem}\nEnd with a line that says: The answer is, and then the answer.",
+        choice="{problem}\nEnd with a line that says: The answer is, and then the letter of your choice.",
     ),
     Template(
         id="completion", chat=False, stop=("\n\nQuestion:", "\nQuestion:", "\n\n"),

@@ -1,0 +1,123 @@
+"""Coverage and width of the 95 % intervals by simulation, for one and for several samples a problem.
+
+    python benchmarks/coverage_evaluate.py [--simulations 10000] [--out results/coverage-evaluate.json]
+
+Truths p from .01 to .99; 30 to 1,000 problems; 1, 4 or 32 samples of each; problems alike, beta-distributed with five
+concentrations, or of two kinds (never solved, solved with probability .7). The numbers of problems with 0 … k correct
+samples are drawn at once (multinomial). Whether an interval of ``truestep.evaluate.interval`` holds p is asked through
+scipy's beta distribution, vectorised; at some draws of each point the product's own function must say the same. Prints
+a table; exits 1 where a point is below 94 % by more than three standard errors of the simulation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import special, stats
+
+from truestep.evaluate.interval import INWARD, PULL, binomial_interval, clustered_interval, normal_quantile
+
+TRUTHS = (0.01, 0.02, 0.05, *np.round(np.arange(0.1, 0.91, 0.1), 2).tolist(), 0.95, 0.98, 0.99)
+KINDS: tuple[Any, ...] = ("alike", 20.0, 5.0, 2.0, 0.7, 0.2, "two kinds")
+
+
+def masses(kind: Any, k: int, p: float) -> np.ndarray:
+    """Probability of 0 … k correct samples of a problem, whose mean share is p."""
+    x = np.arange(k + 1)
+    if kind == "alike":
+        return stats.binom.pmf(x, k, p)
+    if kind != "two kinds":
+        return stats.betabinom.pmf(x, k, p * kind, (1 - p) * kind)
+    rare = min(p, 1 - p)
+    found = stats.binom.pmf(x, k, 0.7) * rare / 0.7
+    found[0] += 1 - rare / 0.7
+    return found if p <= 0.5 else found[::-1]
+
+
+def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count and effective trials of each simulation, as ``clustered_interval`` has them."""
+    most = mean * (1 - mean)
+    pull = PULL / (PULL + (n * most) ** 2)
+    spread = (1 - pull) * variance + pull * most
+    with np.errstate(divide="ignore", invalid="ignore"):
+        trials = np.clip(np.where(spread > 0, n * most / spread, n * k), n, n * k)
+    trials = np.where(most == 0, n, trials) * (normal_quantile() / stats.t.ppf(0.975, n - 1)) ** 2
+    return mean * trials, trials, most
+
+
+def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num: int) -> tuple[float, float]:
+    """Coverage and median width of one point."""
+    mass = np.maximum(masses(kind, k, p), 0)
+    drawn = rng.multinomial(n, mass / mass.sum(), size=num)
+    shares = np.arange(k + 1) / k
+    mean = drawn @ shares / n
+    mean = np.where(drawn[:, 0] == n, 0.0, np.where(drawn[:, -1] == n, 1.0, mean))
+    variance = np.maximum((drawn @ shares**2 - n * mean**2) / (n - 1), 0)
+    x, trials, _ = ends(mean, variance, n, k)
+    above = (x <= 0) | (special.betainc(np.maximum(x + INWARD, 1e-9), trials - x + 1 - INWARD, p) >= 0.025)
+    below = (x >= trials) | (special.betainc(x + 1 - INWARD, np.maximum(trials - x + INWARD, 1e-9), p) <= 0.975)
+    held = (above | (p >= mean)) & (below | (p <= mean))
+    widths = []
+    for i in range(min(15, num)):  # also: the product's own function says the same
+        low, high = clustered_interval(float(mean[i]), float(variance[i]), n, n * k)
+        low, high = min(low, mean[i]), max(high, mean[i])
+        assert bool(low <= p <= high) == bool(held[i]) or min(abs(low - p), abs(high - p)) < 1e-9
+        widths.append(high - low)
+    return float(held.mean()), float(np.median(widths))
+
+
+def single(n: int, p: float) -> tuple[float, float]:
+    """Exact coverage of one sample a problem (no simulation is needed), and the width at the likeliest count."""
+    chances = stats.binom.pmf(np.arange(n + 1), n, p)
+    likely = np.flatnonzero(chances > 1e-7)
+    found = {int(c): binomial_interval(int(c), n) for c in likely}
+    held = sum(chances[c] for c, (low, high) in found.items() if low <= p <= high)
+    low, high = found[int(np.argmax(chances))]
+    return float(held), high - low
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulations", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results/coverage-evaluate.json"))
+    args = parser.parse_args()
+    rng, rows = np.random.default_rng(args.seed), []
+    for n in (30, 50, 100, 300, 1000):
+        for p in TRUTHS:
+            coverage, width = single(n, p)
+            rows.append({"n": n, "k": 1, "kind": "-", "p": p, "coverage": coverage, "width": width})
+        for k, kind, p in product((4, 32), KINDS, TRUTHS):
+            coverage, width = clustered(rng, kind, n, k, p, args.simulations)
+            rows.append({"n": n, "k": k, "kind": str(kind), "p": p, "coverage": coverage, "width": width})
+    groups = []
+    for n, k in product((30, 50, 100, 300, 1000), (1, 4, 32)):
+        own = [r for r in rows if (r["n"], r["k"]) == (n, k)]
+        inner = [r["coverage"] for r in own if 0.1 <= r["p"] <= 0.9]
+        worst = min(own, key=lambda r: r["coverage"])
+        groups.append(
+            {
+                "n": n, "k": k, "mean": float(np.mean([r["coverage"] for r in own])),
+                "mean_p_.1_to_.9": float(np.mean(inner)),
+                "lowest": worst["coverage"], "lowest_at": [worst["kind"], worst["p"]],
+                "below_94": sum(r["coverage"] < 0.94 for r in own), "points": len(own),
+                "width_at_.5": float(np.median([r["width"] for r in own if r["p"] == 0.5])),
+            }
+        )  # fmt: skip
+        print(groups[-1])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(
+        json.dumps({"simulations": args.simulations, "seed": args.seed, "groups": groups, "points": rows}, indent=0)
+    )
+    noise = 3 * (0.94 * 0.06 / args.simulations) ** 0.5
+    sys.exit(any(r["coverage"] < 0.94 - noise for r in rows))
+
+
+if __name__ == "__main__":
+    main()

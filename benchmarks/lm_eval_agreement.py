@@ -1,0 +1,117 @@
+"""The same prompts through lm-evaluation-harness and through truestep: equal tokens, equal answers?
+
+    python benchmarks/lm_eval_agreement.py LM_EVAL_PYTHON DATA [--limit 20] [--benchmarks mawps,svamp,arc_challenge]
+
+Greedy, float32, batch 1, four worked examples. LM_EVAL_PYTHON is the Python of an environment with lm_eval 0.4.13 and
+torch, DATA a folder with the benchmarks. lm-eval gets our rendered prompts as a task of its own (generate_until with our
+stops), so that only generation, cutting and extraction differ; both texts go through our extraction, and both token
+sequences are compared up to the cut. Prints every difference and one JSON line; exits 1 below 99 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.cli.eval_engines import context_and_eos
+from truestep.evaluate.ask import TokenAsker
+from truestep.evaluate.plan import EvaluationSettings, Job, make_jobs
+from truestep.evaluate.prompts import cut, messages_of, plain_text
+from truestep.grade.extract import extract_answer
+from truestep.model.load import load_model, load_tokenizer, resolve
+from truestep.rollout.engine import SampleRequest, SamplingParameters
+from truestep.rollout.engine_torch import TorchEngine
+from truestep.seeding import Purpose
+
+FEW_SHOT, MAX_NEW_TOKENS = 4, 128
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: {stops}, do_sample: false, max_gen_toks: {limit}}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def theirs(python: str, model: str, job: Job, folder: Path) -> list[str]:
+    """What lm-eval's hf backend writes for each prompt."""
+    name, file = f"agreement_{job.benchmark.id}", folder / f"{job.benchmark.id}.jsonl"
+    prompts = [plain_text(messages_of(job.template, p, job.benchmark.kind, FEW_SHOT)) for p in job.problems]
+    rows = [{"prompt": text, "answer": p.answer} for text, p in zip(prompts, job.problems, strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stops = json.dumps(list(job.template.stop))
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=file, stops=stops, limit=MAX_NEW_TOKENS))
+    words = [python, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32"]
+    words += ["--device", "cpu", "--batch_size", "1", "--include_path", str(folder), "--tasks", name]
+    words += ["--output_path", str(folder / "out"), "--log_samples"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    environment.pop("PYTHONPATH", None)
+    subprocess.run(words, check=True, capture_output=True, env=environment)
+    (samples,) = (folder / "out").rglob(f"samples_{name}_*.jsonl")
+    found = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    return [row["resps"][0][0] for row in found]
+
+
+def ours(job: Job, asker: TokenAsker, engine: TorchEngine) -> list[str]:
+    ready: Any = asker.ready(job, FEW_SHOT)
+    sampling = SamplingParameters(temperature=0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=ready.stop_token_ids)
+    requests = [
+        SampleRequest(problem_id=p.problem.id, sample_index=0, prompt_ids=p.token_ids, seed=0,
+                      purpose=Purpose.EVALUATE, step=0)
+        for p in ready.prompts
+    ]  # fmt: skip
+    found = {r.problem_id: r.completion_ids for r in engine.generate(requests, sampling)}
+    texts = [str(asker.tokenizer.decode(found[p.id], skip_special_tokens=True)) for p in job.problems]
+    return [cut(text, job.template.stop) for text in texts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("python")
+    parser.add_argument("data")
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--benchmarks", default="mawps,svamp,arc_challenge")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    args = parser.parse_args()
+    raw = {
+        "model": {"path": args.model}, "benchmarks": args.benchmarks.split(","), "data": args.data,
+        "prompts": ["completion"], "limit": args.limit, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 0,
+    }  # fmt: skip
+    settings = EvaluationSettings.model_validate(raw)
+    torch.set_num_threads(1)
+    loaded = load_model(settings.model, dtype=torch.float32, device=torch.device("cpu"), seed=0)
+    engine = TorchEngine(loaded.model, max_running=1)
+    tokenizer = load_tokenizer(settings.model)
+    context, eos = context_and_eos(settings)
+    asker = TokenAsker(
+        tokenizer=tokenizer, context_length=context, model_eos=eos, open_engine=lambda: engine, pinned_limit=True
+    )
+    results = {}
+    for job in make_jobs(settings, Path()):
+        with tempfile.TemporaryDirectory() as folder:
+            pairs = list(zip(ours(job, asker, engine), theirs(args.python, resolve(settings.model), job, Path(folder)),
+                             strict=True))  # fmt: skip
+        tokens = [tokenizer(a.rstrip())["input_ids"] == tokenizer(b.rstrip())["input_ids"] for a, b in pairs]
+        answers = [extract_answer(a).answer == extract_answer(b).answer for a, b in pairs]
+        for problem, (a, b), same in zip(job.problems, pairs, tokens, strict=True):
+            if not same:
+                print(f"{job.benchmark.id} {problem.id}\n  ours   {a!r}\n  theirs {b!r}", file=sys.stderr)
+        results[job.benchmark.id] = {"n": len(pairs), "equal_tokens": sum(tokens), "equal_answers": sum(answers)}
+    print(json.dumps(results))
+    worst = min(min(r["equal_tokens"], r["equal_answers"]) / r["n"] for r in results.values())
+    sys.exit(worst < 0.99)
+
+
+if __name__ == "__main__":
+    main()

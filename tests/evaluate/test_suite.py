@@ -1,0 +1,150 @@
+"""A whole evaluation of the built-in model: files, resume, prompts, private benchmarks, the page, export and import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from truestep.cli.main import _app
+from truestep.evaluate import benchmarks, prompts
+from truestep.evaluate.benchmarks import Benchmark
+from truestep.evaluate.bring import compare_evaluations
+from truestep.evaluate.foreign import read_evaluations
+from truestep.evaluate.sources import content_hash, file_items
+
+pytest.importorskip("torch")
+SECRET = "zebra"
+
+
+def add(folder: Path, monkeypatch: pytest.MonkeyPatch, id: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{id}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = Benchmark(
+        id=id, title=id, num_rows=len(rows), content=content_hash(file_items(path)), hub="", prompt="plain"
+    )
+    made = replace(base, max_new_tokens=16, **more)
+    monkeypatch.setitem(benchmarks.BY_ID, id, made)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``truestep eval tiny …`` on made-up benchmarks."""
+    data = tmp_path / "data"
+    add(
+        data,
+        monkeypatch,
+        "sums",
+        [{"id": f"s{i}", "problem": f"{i}+1=?", "answer": str(i + 1)} for i in range(5)],
+        samples=3,
+    )
+    rows = [
+        {"id": f"g{i}", "question": f"{SECRET} {i}?", "choices": [f"{SECRET}1", "b", "c"], "answer": "A"}
+        for i in range(3)
+    ]
+    add(data, monkeypatch, "hidden", rows, kind="choice", scorer="exact", private=True)
+
+    def call(*words: str) -> Any:
+        fixed = ["eval", "model", "tiny", "--data", str(data), "--json", "--set", "model.context_length=1024"]
+        small = [
+            "--set",
+            "model.tiny.hidden_size=16",
+            "--set",
+            "model.tiny.num_layers=1",
+            "--set",
+            "model.tiny.num_heads=2",
+        ]
+        result = CliRunner().invoke(_app(), [*fixed, *small, *words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "evaluations").rglob("*.json*"))}
+
+
+def test_an_evaluation_from_command_to_page(run: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--benchmarks", "sums,hidden", "--prompts", "plain,odd-bare", "--out", str(out)]
+    summary = run(*words)
+    assert [(s["benchmark"], s["prompt"]) for s in summary["scores"]] == [
+        ("sums", "plain"), ("sums", "odd-bare"), ("hidden", "plain"), ("hidden", "odd-bare"),
+    ]  # fmt: skip
+    sums = summary["scores"][0]
+    assert sums["n"] == 15 == sums["correct"] + sums["incorrect"] + sums["unscored"]
+    assert set(sums["pass_at"]) == {"1", "2", "3"}
+    assert set(sums["majority_at"]) == {"2", "3"}
+    assert sums["strict_score"] is not None
+    assert {s["benchmark"]: s["num_prompts"] for s in summary["spread"]} == {"sums": 2, "hidden": 2}
+    assert all(row["to"] == "odd-bare" for s in summary["spread"] for row in s["against_first"])
+    whole = files(out)
+    samples = out / "evaluations" / "plain" / "sums.samples.jsonl"
+    samples.write_bytes(b"".join(samples.read_bytes().splitlines(keepends=True)[:6]) + b'{"torn')
+    assert run(*words, "--resume")["scores"] == summary["scores"]
+    assert files(out) == whole
+    page = (out / "report.html").read_text()
+    assert "filter-0-incorrect" in page
+    assert "<script" not in page
+
+
+def test_a_private_benchmark_is_written_nowhere(run: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--benchmarks", "hidden", "--out", str(out))
+    CliRunner().invoke(_app(), ["eval", "export", str(out), "--out", str(out / "exported")], catch_exceptions=False)
+    written = [p for p in out.rglob("*") if p.is_file()]
+    assert any("exported" in str(p) for p in written)
+    assert not any(SECRET.encode() in p.read_bytes() for p in written)
+    rows = [json.loads(line) for line in (out / "evaluations/plain/hidden.samples.jsonl").read_text().splitlines()[1:]]
+    assert {frozenset(row) for row in rows} == {
+        frozenset({"problem_id", "sample_index", "verdict", "strict", "extracted", "stop", "num_tokens"})
+    }
+    assert all(isinstance(row["extracted"], bool) for row in rows)
+
+
+def test_our_samples_come_back_from_lm_evals_layout(run: Callable[..., Any], tmp_path: Path) -> None:
+    out, exported = tmp_path / "out", tmp_path / "exported"
+    run("--benchmarks", "sums", "--samples", "1", "--out", str(out))
+    CliRunner().invoke(_app(), ["eval", "export", str(out), "--out", str(exported)], catch_exceptions=False)
+    (found,) = compare_evaluations(out, exported)
+    assert (found["a"]["made_by"], found["b"]["made_by"], found["difference"]) == ("truestep", "lm-eval", 0.0)
+    results = json.loads((exported / "plain" / "results.json").read_text())
+    assert results["results"]["sums"]["exact_match,none"] == found["a"]["score"]
+    own, foreign = (read_evaluations(p)[0].rows for p in (out, exported))
+    assert [r["verdict"] for r in own] == [r["verdict"] for r in foreign]
+    assert [r["extracted"] for r in own] == [r["extracted"] for r in foreign]
+
+
+def test_a_dry_run_counts_and_writes_nothing(run: Callable[..., Any], tmp_path: Path) -> None:
+    plan = run("--benchmarks", "sums", "--limit", "2", "--dry-run", "--out", str(tmp_path / "out"))
+    assert plan["total"]["samples"] == 6
+    assert plan["total"]["generated_tokens_at_most"] == 96
+    assert plan["total"]["memory_bytes_at_most"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_templates_hold_the_problem_once_and_shots_come_before_it(run: Callable[..., Any]) -> None:
+    del run
+    problem = benchmarks.problem_of(benchmarks.BY_ID["sums"], file_items_of("7+1=?", "8"), "here")
+    for template in prompts.TEMPLATES:
+        for kind in ("math", "choice"):
+            turns = prompts.messages_of(template, problem, kind, 2)
+            assert turns[-1].role == "user"
+            assert sum("7+1=?" in m.content for m in turns) == 1
+            assert sum(m.role == "assistant" for m in turns) == 2
+    text = prompts.plain_text(prompts.messages_of(prompts.BY_ID["completion"], problem, "math", 1))
+    assert text.endswith("\n\nQuestion: 7+1=?\nAnswer:")
+    assert prompts.cut("8\n\nQuestion: more", prompts.BY_ID["completion"].stop) == "8"
+
+
+def file_items_of(question: str, answer: str) -> Any:
+    from truestep.evaluate.sources import Item
+
+    return Item(id="x", question=question, answer=answer)
