@@ -3,7 +3,7 @@
     python benchmarks/lm_eval_agreement.py LM_EVAL_PYTHON DATA [--limit 20] [--benchmarks mawps,svamp,arc_challenge]
 
 Greedy, float32, batch 1, four worked examples. LM_EVAL_PYTHON is the Python of an environment with lm_eval 0.4.13 and
-torch, DATA a folder with the benchmarks. lm-eval gets our rendered prompts as a task of its own (generate_until with our
+torch, DATA a folder with the benchmarks. lm-eval gets our rendered prompts as a task of its own (with our
 stops), so that only generation, cutting and extraction differ; both texts go through our extraction, and both token
 sequences are compared up to the cut. Prints every difference and one JSON line; exits 1 below 99 %.
 """
@@ -30,6 +30,7 @@ from truestep.model.load import load_model, load_tokenizer, resolve
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine
 from truestep.seeding import Purpose
+from truestep.train.policy import Policy
 
 FEW_SHOT, MAX_NEW_TOKENS = 4, 128
 TASK = """task: {name}
@@ -91,7 +92,7 @@ def main() -> None:
     settings = EvaluationSettings.model_validate(raw)
     torch.set_num_threads(1)
     loaded = load_model(settings.model, dtype=torch.float32, device=torch.device("cpu"), seed=0)
-    engine = TorchEngine(loaded.model, max_running=1)
+    engine = TorchEngine(Policy(loaded).model, max_running=1)  # the policy installs the packed attention
     tokenizer = load_tokenizer(settings.model)
     context, eos = context_and_eos(settings)
     asker = TokenAsker(

@@ -386,21 +386,10 @@ def _one_line(error: ValidationError) -> str:
 def _known_keys(loc: Sequence[str]) -> list[str]:
     """Every key any settings model knows: enough to suggest the right spelling of a wrong one."""
     del loc
-    models: list[type[BaseModel]] = [
-        Settings,
-        ModelSettings,
-        ComputeSettings,
-        ChatSettings,
-        DataSettings,
-        SftSettings,
-        RlSettings,
-        RejectionSettings,
-        OptimizerSettings,
-        SamplingSettings,
-        EvaluateSettings,
-        DevSettings,
-        TinySettings,
-    ]
+    models: tuple[type[BaseModel], ...] = (
+        Settings, ModelSettings, ComputeSettings, ChatSettings, DataSettings, SftSettings, RlSettings,
+        RejectionSettings, OptimizerSettings, SamplingSettings, EvaluateSettings, DevSettings, TinySettings,
+    )  # fmt: skip
     return sorted({name for model in models for name in model.model_fields})
 
 
