@@ -148,3 +148,19 @@ def file_items_of(question: str, answer: str) -> Any:
     from truestep.evaluate.sources import Item
 
     return Item(id="x", question=question, answer=answer)
+
+
+def test_hostile_text_is_text_on_the_page(run: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--benchmarks", "sums", "--samples", "1", "--out", str(out))
+    path = out / "evaluations" / "plain" / "sums.samples.jsonl"
+    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    hostile = "<script>document.title='owned'</script></pre><img src=x onerror=1>\x1b[2J\u202e{{ 7*7 }}"
+    for row in rows:
+        row |= {name: hostile for name in ("prompt", "completion", "extracted", "gold", "reason", "problem_id")}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    CliRunner().invoke(_app(), ["report", str(out)], catch_exceptions=False)
+    page = (out / "report.html").read_text()
+    assert "&lt;script&gt;" in page
+    assert "{{ 7*7 }}" in page
+    assert not any(bad in page for bad in ("<script", "<img", "\x1b", "\u202e"))

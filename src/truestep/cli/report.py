@@ -16,16 +16,19 @@ def report(
     """Write report.html from the files of a run directory and print its scores."""
     from rich.console import Console
 
+    from truestep.report.evaluation import evaluation_table, write_evaluation_report
     from truestep.report.html import write_report
     from truestep.report.tables import read_summary, score_table, terminal_table
     from truestep.settings import SettingsError
 
     if not (run / "resolved.toml").is_file():
         raise SettingsError(f"{run}: is no run directory (it has no resolved.toml): give the folder that a run printed")
-    path = write_report(run)
+    evaluation = read_summary(run).get("kind") == "evaluation"
+    path = write_evaluation_report(run) if evaluation else write_report(run)
     if as_json:
         typer.echo(json.dumps({"run_dir": str(run), "report": str(path), **read_summary(run)}))
         return
-    Console(highlight=False).print(terminal_table(score_table(run), title=run.name))
+    table = evaluation_table(read_summary(run)) if evaluation else terminal_table(score_table(run), title=run.name)
+    Console(highlight=False).print(table)
     typer.echo(f"report: {path}")
     typer.echo(str(run))
