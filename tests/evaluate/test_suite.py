@@ -157,7 +157,7 @@ def test_hostile_text_is_text_on_the_page(run: Callable[..., Any], tmp_path: Pat
     header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     hostile = "<script>document.title='owned'</script></pre><img src=x onerror=1>\x1b[2J\u202e{{ 7*7 }}"
     for row in rows:
-        row |= {name: hostile for name in ("prompt", "completion", "extracted", "gold", "reason", "problem_id")}
+        row |= dict.fromkeys(("prompt", "completion", "extracted", "gold", "reason", "problem_id"), hostile)
     path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
     CliRunner().invoke(_app(), ["report", str(out)], catch_exceptions=False)
     page = (out / "report.html").read_text()
