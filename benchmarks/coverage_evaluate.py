@@ -112,9 +112,9 @@ def main() -> None:
         )  # fmt: skip
         print(groups[-1])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(
-        json.dumps({"simulations": args.simulations, "seed": args.seed, "groups": groups, "points": rows}, indent=0)
-    )
+    points = {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
+    found = {"simulations": args.simulations, "seed": args.seed, "groups": groups, "points": points}
+    args.out.write_text(json.dumps(found).replace("], [", "],\n[") + "\n")
     noise = 3 * (0.94 * 0.06 / args.simulations) ** 0.5
     sys.exit(any(r["coverage"] < 0.94 - noise for r in rows))
 
