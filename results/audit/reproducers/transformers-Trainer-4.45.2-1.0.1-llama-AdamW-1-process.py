@@ -1,0 +1,47 @@
+"""transformers Trainer (torch 2.13.0+cpu, transformers 4.45.2, accelerate 1.0.1): mean of micro-batch means instead of o
+Run: python FILE
+One SGD step over 4 micro-batches; prints the weight that each one's tokens had in it. Right is 1 for all of them."""
+import os
+for key in ("RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=29533", "DS_ACCELERATOR=cpu"):
+    os.environ.setdefault(*key.split("="))
+import torch
+RANK, RANKS, LR, PROMPT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0.5, 3
+TRAINED = [2, 27, 3, 17, 11, 5, 23, 7][: 4 * RANKS]  # tokens of each micro-batch; the prompt before them is not trained
+ROWS = [torch.randint(3, 64, (PROMPT + n,), generator=torch.Generator().manual_seed(n)) for n in TRAINED]
+import transformers
+def make_model():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, attn_implementation="eager"))
+def logits_of(output):
+    return output.logits
+def flat(tensors):
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+def report(before, after):
+    exact, columns = make_model().double().eval(), []
+    for row in ROWS:
+        logits = logits_of(exact(input_ids=row[None]))[0, PROMPT - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, row[PROMPT:], reduction="sum") / sum(TRAINED)
+        columns.append(flat(torch.autograd.grad(loss, list(exact.parameters()))))
+    used, right = (before - after) / LR, sum(columns)
+    weights = torch.linalg.lstsq(torch.stack(columns, 1), used[:, None]).solution.flatten()
+    error = float((used - right).norm() / right.norm())
+    if RANK == 0:
+        print("weights", [round(w, 3) for w in weights.tolist()], "relative error", f"{error:.2g}")
+    raise SystemExit(1 if error > 1e-2 else 0)
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(ROWS)
+    def __getitem__(self, index):
+        row = ROWS[index]
+        return {"input_ids": row, "labels": torch.cat([torch.full((PROMPT,), -100), row[PROMPT:]])}
+model = make_model()
+before = flat(model.parameters())
+settings = transformers.TrainingArguments(
+    output_dir="/tmp/reproduce", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1,
+    learning_rate=LR, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, use_cpu=True, save_strategy="no",
+    report_to=[], remove_unused_columns=False, logging_steps=1, )
+trainer = transformers.Trainer(model=model, args=settings, train_dataset=Rows())
+trainer.train()
+report(before, flat(model.parameters()))
