@@ -121,6 +121,30 @@ class DevSettings(Frozen):
         return self
 
 
+class FaultSettings(Frozen):
+    """Known faults of other frameworks, injected as wrong weights of micro-batches: arms of a study, nothing else.
+
+    With any of them the micro-batches are ``sequences_per_microbatch`` sequences each, in the order of the data, since
+    what such a fault does depends on them.
+    """
+
+    offload_drop: Literal["none", "first_last", "first_only"] = "none"  # as measured; as the paper's prose says
+    micro_mean: bool = False  # mean of micro-batch means
+    dp_token_mean: bool = False  # tokens counted over ranks, but per micro-step (the paper's algorithm 2)
+    others: tuple[str, ...] = ()  # further names of reference/faults.py
+    sequences_per_microbatch: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_mean(self) -> Self:
+        if self.micro_mean and self.dp_token_mean:
+            raise ValueError("micro_mean and dp_token_mean are two ways to take one mean: write one of them")
+        return self
+
+    @property
+    def injected(self) -> bool:
+        return self.offload_drop != "none" or self.micro_mean or self.dp_token_mean or bool(self.others)
+
+
 class StageSettings(Frozen):
     name: str = ""
     data: str
@@ -129,6 +153,7 @@ class StageSettings(Frozen):
     save_every: int = Field(50, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     dev: DevSettings = DevSettings()
+    faults: FaultSettings = FaultSettings()
 
 
 class SftSettings(StageSettings):
@@ -352,7 +377,7 @@ def _one_line(error: ValidationError) -> str:
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key" + _did_you_mean(loc[-1], _known_keys(loc[:-1]))
+        message = "unknown key" + _did_you_mean(loc[-1], _known_keys())
     elif first["type"] == "missing":
         message = "is missing and has no default: write it"
     elif first["type"] == "union_tag_not_found":
@@ -365,24 +390,11 @@ def _one_line(error: ValidationError) -> str:
     return (f"{where}: " if where else "") + message + more
 
 
-def _known_keys(loc: Sequence[str]) -> list[str]:
+def _known_keys() -> list[str]:
     """Every key any settings model knows: enough to suggest the right spelling of a wrong one."""
-    del loc
-    models: list[type[BaseModel]] = [
-        Settings,
-        ModelSettings,
-        ComputeSettings,
-        ChatSettings,
-        DataSettings,
-        SftSettings,
-        RlSettings,
-        RejectionSettings,
-        OptimizerSettings,
-        SamplingSettings,
-        EvaluateSettings,
-        DevSettings,
-        TinySettings,
-    ]
+    models: list[type[BaseModel]] = [Frozen]
+    for model in models:
+        models += model.__subclasses__()
     return sorted({name for model in models for name in model.model_fields})
 
 
