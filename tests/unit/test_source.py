@@ -20,6 +20,7 @@ from truestep.train.buffers import Memory
 from truestep.train.parallel import Ranks
 from truestep.train.source import RolloutSource, window
 
+
 def no_entropy(sequences: Sequence[Any]) -> tuple[list[float], Ledger]:
     return [0.0] * len(sequences), Ledger()
 

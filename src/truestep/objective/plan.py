@@ -91,7 +91,7 @@ with_replay: Plan = _once(
 
 
 def one_prefix(low: Schedule, high: float) -> Plan:
-    """All samples but one are ordinary; the last continues a prefix of uniform length in [low(step), high]: Prefix-RFT."""
+    """All samples but one are ordinary; one continues a prefix of uniform length in [low(step), high] (Prefix-RFT)."""
 
     def rounds(asked: Asked) -> Sequence[Round]:
         start = low(asked.step)
@@ -109,7 +109,8 @@ def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> P
         k = _binomial(asked.draw, num_segments, probability(asked.step)) if asked.step < num_steps else 0
         if k == 0:
             return (Round(num_samples=asked.num_samples),)
-        return (Round(num_samples=asked.num_samples, kind=Kind.PREFIX, fraction=k / num_segments),)
+        shown = min(k / num_segments, math.nextafter(1.0, 0.0))  # with all parts shown the end is still the policy's
+        return (Round(num_samples=asked.num_samples, kind=Kind.PREFIX, fraction=shown),)
 
     return _once(rounds)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from truestep.objective.methods import mixed, rl, sft
+from truestep.objective.methods import guided, mixed, rl, sft
 from truestep.objective.methods.row import Extras, Method, Term, complete
 
 __all__ = ["METHODS", "Method", "Term", "build", "shaped_reward"]
@@ -21,7 +21,9 @@ METHODS: dict[str, Callable[..., Method]] = {
         sft.sft, sft.dft, sft.psft, sft.iw_sft, sft.trsft, sft.entropy_sft,
         rl.paper, rl.grpo, rl.dr_grpo, rl.dapo, rl.ppo, rl.rloo, rl.reinforce_pp, rl.reinforce_pp_baseline, rl.gspo,
         rl.cispo,
-        mixed.luffy,
+        mixed.luffy, mixed.multi_task, mixed.relift, mixed.srft, mixed.prefix_rft, mixed.hpt, mixed.trapo,
+        mixed.exgrpo,
+        guided.chord_mu, guided.chord_phi, guided.uft, guided.super_rl, guided.sasr, guided.bread, guided.ghpo,
     )
 }  # fmt: skip
 EXTRAS = {
