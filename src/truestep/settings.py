@@ -122,11 +122,8 @@ class DevSettings(Frozen):
 
 
 class FaultSettings(Frozen):
-    """Known faults of other frameworks, injected as wrong weights of micro-batches: arms of a study, nothing else.
-
-    With any of them the micro-batches are ``sequences_per_microbatch`` sequences each, in the order of the data, since
-    what such a fault does depends on them.
-    """
+    """Known faults of other frameworks, injected as wrong weights of micro-batches: arms of a study, nothing else. With
+    any of them a micro-batch is ``sequences_per_microbatch`` sequences in the order of the data."""
 
     offload_drop: Literal["none", "first_last", "first_only"] = "none"  # as measured; as the paper's prose says
     micro_mean: bool = False  # mean of micro-batch means
@@ -139,10 +136,6 @@ class FaultSettings(Frozen):
         if self.micro_mean and self.dp_token_mean:
             raise ValueError("micro_mean and dp_token_mean are two ways to take one mean: write one of them")
         return self
-
-    @property
-    def injected(self) -> bool:
-        return self.offload_drop != "none" or self.micro_mean or self.dp_token_mean or bool(self.others)
 
 
 class StageSettings(Frozen):

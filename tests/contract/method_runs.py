@@ -38,7 +38,7 @@ sampling = { max_new_tokens = 3, max_running = 8 }"""
 SFT = "sequences_per_step = 8"
 # What makes a row's own machinery work within a few steps.
 OPTIONS: dict[str, dict[str, float | str | bool]] = {
-    "relift": {"buffer_size": 2, "buffer_lr": 1e-3},
+    "relift": {"buffer_size": 3, "buffer_lr": 1e-3},
     "exgrpo": {"replay_start": 0.0},
     "sasr": {"warmup_steps": 1},
     "super_rl": {"learned_weights": True, "sigma_rate": 0.1},

@@ -11,6 +11,7 @@ import torch
 from method_runs import recipe_of, start
 from tiny_runs import differing, fingerprint, go, interrupted_at, prepared
 
+from truestep import rundir
 from truestep.checkpoint.store import load_latest
 from truestep.signals import Interrupted
 from truestep.train import loop
@@ -44,7 +45,11 @@ def test_resumed_is_never_stopped(name: str, model: str, tmp_path: Path, monkeyp
         alarm = interrupted_at(patch, 10**9)
         go(made, whole)
     state = last_state(whole)["memory"]
-    assert state["waiting"] or state["replay"] or any(state["scalars"].values()), "there is nothing to remember"
+    rows = rundir.read_jsonl(whole / "stages/01-rl/metrics.jsonl")
+    remembered = (
+        any(row.get("rl/buffer/waiting", 0) for row in rows) or state["replay"] or any(state["scalars"].values())
+    )
+    assert remembered, "there is nothing to remember"
 
     # Stopped by a signal in the middle of a rollout, and again between two updates of a step.
     looks = [i for i, place in enumerate(alarm.looks) if place in ("decode", "micro-batch")]
@@ -91,9 +96,12 @@ def test_memory_is_what_it_was_after_a_checkpoint(model: str, tmp_path: Path) ->
 def test_forgetting_the_memory_is_seen(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The relation above can fail: a resume with an empty memory goes another way."""
     made = prepared(recipe_of(tmp_path, model, "relift", steps=STEPS))
-    go(made, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        interrupted_at(patch, 60)
+        looks = interrupted_at(patch, 10**9).looks
+        go(made, tmp_path / "whole")
+    third = [i for i, place in enumerate(looks) if place == "step"][3]
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, third)
         with pytest.raises(Interrupted):
             go(made, tmp_path / "run")
     monkeypatch.setattr(Memory, "load", lambda state, tensors: Memory(waiting=("q0", "q1")))

