@@ -33,6 +33,9 @@ def test_a_row_trains_two_steps(name: str, model: str, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert max(value for row in rows for key, value in row.items() if key.endswith("/grad_norm")) > 0
+    # What the trainer sees is what the engine sampled from: a prefix, a hint or an augmented prompt is where it was.
+    gaps = [value for row in rows for key, value in row.items() if key.endswith("logprob_difference_max")]
+    assert max(gaps, default=0.0) < 1e-4
     before, after = load_file(f"{model}/model.safetensors"), load_file(stage / "export/model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert rundir.read_json(stage / "done.json")["method"] == name
@@ -55,6 +58,7 @@ def test_what_the_rows_did_is_seen_in_their_metrics(model: str, tmp_path: Path) 
     assert any(row["loss/replay"] != 0 for row in found["exgrpo"])
     work = [row["work/demonstration_tokens"] for row in found["relift"]]
     assert work[-1] > 0, "no demonstration was imitated"
+    assert any(row.get("buffer/grad_norm", 0) > 0 for row in found["relift"])
     checkpoint = tmp_path / "relift/run/stages/01-rl/checkpoints"
     assert any(p.name.startswith("buffer-optimizer.") for p in files(checkpoint))
 

@@ -260,7 +260,8 @@ def _check_lengths(prepared: Prepared) -> None:
                     f"{num_sequences(stage, len(kept))} sequences of the whole stage: write fewer"
                 )
         if isinstance(stage, RlSettings | RejectionSettings):
-            longest = _longest_sample(prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling")
+            shown = prepared.methods[stage.name].shown_fraction
+            longest = _longest_sample(prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling", shown)
         if isinstance(stage, RlSettings) and stage.prompts_per_step > len(prepared.stage_prompts[stage.name]):
             raise SettingsError(
                 f"{where}.prompts_per_step = {stage.prompts_per_step} is more than the "
@@ -280,9 +281,12 @@ def _check_lengths(prepared: Prepared) -> None:
     del context
 
 
-def _longest_sample(prepared: Prepared, name: str, max_new_tokens: int, where: str) -> int:
-    """Prompt plus completion must fit; answers with the longest sum."""
-    longest = max(prepared.prompts[name], key=lambda p: len(p.token_ids))
+def _longest_sample(prepared: Prepared, name: str, max_new_tokens: int, where: str, shown: float = 0.0) -> int:
+    """Prompt, with the shown part of a solution, plus completion must fit; answers with the longest sum."""
+    prompts = prepared.prompts[name]
+    if shown:
+        prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)) for p in prompts]
+    longest = max(prompts, key=lambda p: len(p.token_ids))
     total = len(longest.token_ids) + max_new_tokens
     if total > prepared.context_length:
         room = prepared.context_length - len(longest.token_ids)

@@ -82,6 +82,8 @@ def run_stage(run: StageRun) -> Ledger:
             run.ledger = run.ledger + ledger + done_updates.ledger
             proof = publish(run.policy, run.engine, step + 1) if run.engine is not None else None
             metrics = _metrics(run, reports, data, None if proof is None else proof.difference)
+            if done_updates.buffered is not None:
+                metrics |= {f"buffer/{key}": getattr(done_updates.buffered, key) for key in ("loss", "grad_norm")}
             metrics |= {f"statistics/{name}": value for name, value in done_updates.statistics.items()}
             done = step + 1
             if run.dev_score is not None and (done % run.settings.dev.every_steps == 0 or done == run.num_steps):

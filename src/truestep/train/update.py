@@ -47,6 +47,7 @@ class Updates:
     """What a step's updates reported, the statistics they used, and the work they took."""
 
     reports: list[StepReport]
+    buffered: StepReport | None = None  # of the buffer's own update
     statistics: Mapping[str, float] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -86,12 +87,13 @@ class Updater:
             weighted = replace(plan, learning_rate=rate, microbatch_weights=self._weights(fault, batches))
             reports.append(train_step(self.policy, self.optimizers.main, batches, weighted))
             plan = replace(plan, check_stop=lambda: None)  # a step that has begun to update is finished, not dropped
+        extra = None
         if data.buffered is not None and self.optimizers.buffer is not None:
             batches = self._pack(data.buffered, False)
             rate = self.optimizers.buffer.settings.lr
-            train_step(self.policy, self.optimizers.buffer, batches, replace(plan, learning_rate=rate))
+            extra = train_step(self.policy, self.optimizers.buffer, batches, replace(plan, learning_rate=rate))
             ledger = ledger + _trained(batches)
-        return Updates(reports=reports, statistics=statistics, ledger=ledger)
+        return Updates(reports=reports, buffered=extra, statistics=statistics, ledger=ledger)
 
     def entropy_of(self, sequences: Sequence[TrainSequence]) -> tuple[list[float], Ledger]:
         """The mean entropy of each sequence's trained tokens under the policy as it is now. A collective."""

@@ -146,10 +146,12 @@ def ghpo(*, clip: float = 0.2) -> Method:
     """GRPO; where no sample is right, all are replaced by samples under a prompt that shows the first 25 %, then 50 and
     75 % of the solution's characters, and trained under it [C]. The code averages per micro-batch; this divides by all
     tokens."""
+    fractions = (0.25, 0.5, 0.75)
     return Method(
         name="ghpo",
         terms=(policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS),),
-        plan=plan.hinted((0.25, 0.5, 0.75)),
+        plan=plan.hinted(fractions),
+        shown_fraction=max(fractions),
         advantage=group_mean_std,
         needs_demonstrations=True,
         source="arXiv:2507.10628",

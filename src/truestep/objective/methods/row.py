@@ -119,6 +119,7 @@ class Method:
     needs_proximal: bool = False
     needs_reference: bool = False
     needs_demonstrations: bool = False
+    shown_fraction: float = 0.0  # of a solution, at most, that a hint shows in the prompt
     statistics: tuple[Statistic, ...] = ()
     controller: Controller | None = None
     stream_share: float = 0.0
