@@ -95,6 +95,9 @@ CASES: dict[str, Case] = {
     "shaped_replay": Case(
         coefficient=coefficients.shaped_replay(0.1), losses=partial(surrogate.exgrpo, beta=0.1), kind=Kind.REPLAY
     ),
+    "mixed_importance": Case(
+        coefficient=coefficients.mixed_importance(0.5), losses=partial(surrogate.rl_plus, gamma=0.5)
+    ),
     "where_uncertain": Case(coefficient=coefficients.where_uncertain(coefficients.ones, "threshold"), losses=masked),
 }
 for gamma in (0.1, 0.5):

@@ -190,6 +190,17 @@ def shaped_replay(beta: float) -> Coefficient:
     return coefficient
 
 
+def mixed_importance(exponent: float) -> Coefficient:
+    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222), a demonstration's ratio to the mixture of the
+    proximal policy and a behavior policy of ½(p_proximal+1), its advantage greater where p is small."""
+
+    def coefficient(context: Context) -> Tensor:
+        p, old = context.probability, context.proximal_logprobs.exp()
+        return context.advantage * (1 - p).clamp(min=0) ** exponent * 4 * p / (3 * old + 1)
+
+    return coefficient
+
+
 def where_uncertain(coefficient: Coefficient, statistic: str) -> Coefficient:
     """The given coefficient where the proximal policy's entropy reaches a statistic of the step, 0 elsewhere.
 

@@ -125,6 +125,7 @@ ROWS: dict[str, Row] = {
     "hpt": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
     "trapo": Row(parts=(_ON, _part(expert, surrogate.trsft, alpha=0.1, **_SHARED), _BONUS)),
     "exgrpo": Row(parts=(_ON, _part(replayed, surrogate.exgrpo, beta=0.1, **_SHARED), _BONUS)),
+    "rl_plus": Row(parts=(_ON, _part(demonstration, surrogate.rl_plus, gamma=0.5, **_SHARED), _BONUS)),
     "chord_mu": Row(parts=(_clipped(0.2, 0.2, "tok", weight=1 - 0.9), replace(_IMITATE, weight=0.9))),
     "chord_phi": Row(
         parts=(

@@ -22,7 +22,7 @@ METHODS: dict[str, Callable[..., Method]] = {
         rl.paper, rl.grpo, rl.dr_grpo, rl.dapo, rl.ppo, rl.rloo, rl.reinforce_pp, rl.reinforce_pp_baseline, rl.gspo,
         rl.cispo,
         mixed.luffy, mixed.multi_task, mixed.relift, mixed.srft, mixed.prefix_rft, mixed.hpt, mixed.trapo,
-        mixed.exgrpo,
+        mixed.exgrpo, mixed.rl_plus,
         guided.chord_mu, guided.chord_phi, guided.uft, guided.super_rl, guided.sasr, guided.bread, guided.ghpo,
     )
 }  # fmt: skip

@@ -260,3 +260,20 @@ def exgrpo(
         entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
         source="arXiv:2510.02245",
     )
+
+
+def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
+    """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows where the
+    policy is unlikely to go. No std and no clip, as in the code [C] (the paper has a std)."""
+    terms = (
+        _part("policy", OWN, coefficients.importance),
+        _part("demonstration", DEMO, coefficients.mixed_importance(exponent)),
+    )
+    return Method(
+        name="rl_plus",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        plan=plan.with_demonstration,
+        needs_demonstrations=True,
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2508.00222",
+    )
