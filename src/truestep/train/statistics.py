@@ -13,6 +13,8 @@ from truestep.objective.methods.row import Statistic
 from truestep.records import TokenBatch
 from truestep.train.parallel import Ranks
 
+PARTS = 16  # of a range that is searched at once
+
 
 def measure(
     statistics: Sequence[Statistic], batches: Sequence[TokenBatch], step: int, ranks: Ranks
@@ -52,16 +54,16 @@ def _values(statistic: Statistic, batch: TokenBatch, step: int) -> Tensor:
 def _ranked(values: Tensor, number: int, ranks: Ranks) -> float:
     """The value with ``number`` values before it in the order of all ranks together, exactly.
 
-    Bisection over the order of float64 numbers: 64 sums of one number each, instead of moving all values to one place.
+    A search over the order of float64 numbers, 16 parts at a time: 16 sums of 16 counts, instead of moving all values to
+    one place.
     """
     bits = values.contiguous().view(torch.int64)
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)  # integers in the order of the numbers
     low, high = -(1 << 63), (1 << 63) - 1
     while low < high:
-        middle = (low + high) // 2
-        if ranks.sum([float((keys <= middle).sum())])[0] > number:
-            high = middle
-        else:
-            low = middle + 1
+        edges = [low + (high - low) * part // PARTS for part in range(PARTS)]
+        counts = ranks.sum([float((keys <= edge).sum()) for edge in edges])
+        part = next((i for i, count in enumerate(counts) if count > number), PARTS)
+        low, high = low if part == 0 else edges[part - 1] + 1, high if part == PARTS else edges[part]
     found = low ^ 0x7FFFFFFFFFFFFFFF if low < 0 else low
     return float(torch.tensor(found, dtype=torch.int64).view(torch.float64))
