@@ -8,9 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import table_cases
 import table_worker as worker
 import torch
 from safetensors.torch import load_file
@@ -18,7 +22,9 @@ from step_cases import EXACT, MAX_LENGTH, close, flat, relative_error
 from table_cases import models, policies, row_gradient, sequences, shuffled
 from torch import Tensor
 
-from truestep.objective.methods import METHODS
+from truestep.objective import coefficients
+from truestep.objective.coefficients import Context
+from truestep.objective.methods import METHODS, Method, Term, build, row
 from truestep.records import Kind
 from truestep.reference.loss import gradient
 from truestep.reference.rows import ROWS, row_loss, score
@@ -103,6 +109,62 @@ def test_the_three_policies_differ_enough() -> None:
     assert float(ratios.max()) > 1.3
     assert 0.3 < float(((ratios > 0.8) & (ratios < 1.2)).double().sum()) / ratios.numel() < 0.9
     assert policies()[0] is not policies()[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- mutants
+
+
+def of_first_batch(patch: pytest.MonkeyPatch) -> None:
+    original = table_cases.measure
+    patch.setattr(table_cases, "measure", lambda asked, batches, *rest: original(asked, batches[:1], *rest))
+
+
+def over_the_microbatch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(coefficients, "sequence_mean", lambda values, batch: values.sum() / values.numel() + 0 * values)
+
+
+def in_terms(change: Callable[[Term], Term]) -> Callable[[pytest.MonkeyPatch], None]:
+    def install(patch: pytest.MonkeyPatch) -> None:
+        def mutant(name: str, options: Mapping[str, Any]) -> Method:
+            made = build(name, options)
+            return replace(made, terms=tuple(change(t) for t in made.terms))
+
+        patch.setattr(table_cases, "build", mutant)
+
+    return install
+
+
+def forget_behavior(term: Term) -> Term:
+    def mutant(context: Context) -> Tensor:
+        assert term.coefficient is not None
+        batch = replace(context.batch, behavior_logprobs=context.proximal_logprobs)
+        return term.coefficient(replace(context, batch=batch))
+
+    return term if term.coefficient is None else replace(term, coefficient=mutant)
+
+
+MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
+    "statistics of one micro-batch": (of_first_batch, ("reinforce_pp", "reinforce_pp_baseline", "entropy_sft")),
+    "a mean over the micro-batch": (over_the_microbatch, ("gspo", "srft", "iw_sft")),
+    "each part its own total": (in_terms(lambda t: replace(t, counted=None)), ("luffy", "trapo", "prefix_rft")),
+    "expert tokens taken for own": (
+        in_terms(lambda t: replace(t, select=row.ALL) if t.select is row.OWN else t),
+        ("luffy", "uft", "exgrpo", "hpt"),
+    ),
+    "only demonstrations are the expert's": (
+        in_terms(lambda t: replace(t, select=row.DEMO) if t.select is row.EXPERT else t),
+        ("prefix_rft", "uft", "trapo"),
+    ),
+    "the stored policy forgotten": (in_terms(forget_behavior), ("exgrpo",)),
+    "schedules forgotten": (in_terms(lambda t: replace(t, weight=row.ALWAYS_ONE)), ("chord_mu", "chord_phi", "uft")),
+}
+
+
+@pytest.mark.parametrize(("mutant", "name"), [(m, n) for m, (_, names) in MUTANTS.items() for n in names])
+def test_a_broken_row_is_seen(mutant: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = whole(name)
+    MUTANTS[mutant][0](monkeypatch)
+    assert relative_error(row_gradient(name, sequences(), limit=40), right) > 1e-6
 
 
 def test_rows_differ_from_each_other() -> None:
