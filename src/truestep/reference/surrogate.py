@@ -33,7 +33,8 @@ class ScoredSequence:
         for name in ("policy", "proximal", "reference", "entropies", "proximal_entropies"):
             length = len(getattr(self, name))
             if length != self.sequence.num_trained and (length or name in ("policy", "proximal")):
-                raise ValueError(f"{length} {name} values for {self.sequence.num_trained} trained tokens")
+                what = name.replace("_", " ") if "entropies" in name else f"{name} log-probabilities"
+                raise ValueError(f"{length} {what} for {self.sequence.num_trained} trained tokens")
 
     @property
     def advantages(self) -> list[float]:

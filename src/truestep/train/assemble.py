@@ -144,7 +144,7 @@ def _batch(
         input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
         position_ids=torch.tensor(positions, dtype=torch.int64, device=device),
         segments=tuple(segments),
-        **dict.fromkeys(SCORED_FIELDS, unscored),
+        **{name: unscored.clone() for name in SCORED_FIELDS},  # a saved batch shares no memory
         **{name: tensor.to(device) for name, tensor in tensors.items()},
     )
 
