@@ -23,14 +23,14 @@ from truestep.objective.schedule import constant
 from truestep.records import Kind, Message, Problem, Prompt, Score, TrainSequence, Verdict
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine
-from truestep.rollout.plan import PLANS
 from truestep.rollout.sample import Sampler
 from truestep.seeding import Purpose
 from truestep.settings import ModelSettings, OptimizerSettings, RlSettings, SamplingSettings, SftSettings
+from truestep.train.buffers import Memory
 from truestep.train.loop import StageRun, run_stage
 from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
-from truestep.train.source import RolloutSource, StepData
+from truestep.train.source import EntropyOf, RolloutSource, StepData
 
 FAR = 1_000_000  # a step that is never reached: the last step of a stage saves a checkpoint
 LR = 1e-5
@@ -48,7 +48,7 @@ class _Rows:
     def __init__(self, rows: Sequence[dict[str, Any]], size: int, clock: StepClock) -> None:
         self.rows, self.size, self.clock = rows, size, clock
 
-    def take(self, step: int) -> StepData:
+    def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData:
         rows = self.rows[step * self.size : (step + 1) * self.size]
         self.clock.count(sum(len(r["ids"]) for r in rows))
         sequences = [
@@ -61,7 +61,7 @@ class _Rows:
             )
             for i, r in enumerate(rows)
         ]
-        return StepData(minibatches=[sequences])
+        return StepData(minibatches=[sequences], memory=memory)
 
 
 def make_policy(spec: dict[str, Any]) -> Policy:
@@ -142,7 +142,7 @@ def rl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     sampler = Sampler(
         engine=engine,
-        plan=PLANS[method.plan],
+        plan=method.plan,
         sampling=SamplingParameters(temperature=1.0, max_new_tokens=limit, stop_token_ids=()),  # always to the limit
         samples_per_prompt=samples,
         decode=lambda ids: str(policy.tokenizer.decode(list(ids), skip_special_tokens=True)),

@@ -131,7 +131,11 @@ class Kind(enum.IntEnum):
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One completion. ``behavior_logprobs`` are those of ``distribution`` (the sampled one, after temperature and
-    truncation), one per completion token. A failed sample has stop ERROR, a reason, and no tokens."""
+    truncation), one per completion token, NaN where an expert wrote it. A failed sample has stop ERROR, a reason, and
+    no tokens of its own.
+
+    The first ``num_expert_tokens`` of the completion were given, not sampled; ``expert_is_context`` leaves them
+    untrained. ``prompt_ids`` is the augmented prompt that it is trained under (empty: the prompt's own)."""
 
     problem_id: str
     sample_index: int
@@ -141,8 +145,12 @@ class Rollout:
     stop: Stop
     error: str = ""
     kind: Kind = Kind.ON
+    num_expert_tokens: int = 0
+    expert_is_context: bool = False
+    prompt_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        _require(0 <= self.num_expert_tokens <= len(self.completion_ids), "more expert tokens than there are tokens")
         _require(
             len(self.completion_ids) == len(self.behavior_logprobs),
             f"rollout {self.problem_id}/{self.sample_index}: {len(self.completion_ids)} tokens, "
@@ -177,15 +185,16 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """All samples of one prompt in one rollout batch, with their scores."""
+    """All samples of one prompt in one rollout batch, with their scores. ``num_discarded_tokens`` were sampled for it
+    and then replaced by a later round: they cost work and teach nothing."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
+    num_discarded_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require(len(self.rollouts) == len(self.scores), "one score per rollout")
-        _require(len(self.rollouts) > 0, f"group of {self.prompt.problem.id} is empty")
         _require(
             all(r.problem_id == self.prompt.problem.id for r in self.rollouts),
             "a group holds the samples of one prompt",
@@ -199,7 +208,8 @@ class Group:
 class TrainSequence:
     """One sequence of an optimizer step, before packing. Per-token fields are aligned with ``token_ids``; they are
     read only where ``trained`` is True. ``num_prefix_tokens`` leading tokens are shared with the other sequences of
-    the same ``group`` and may be computed once for all of them."""
+    the same ``group`` and may be computed once for all of them. The first ``num_expert_tokens`` trained tokens of a
+    PREFIX sequence are the expert's; a DEMO sequence is the expert's whole."""
 
     token_ids: tuple[int, ...]
     trained: tuple[bool, ...]
@@ -211,6 +221,7 @@ class TrainSequence:
     weight: float = 1.0  # the gate's weight of this sequence in the loss
     correct: bool = False
     reward: float = 0.0
+    num_expert_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require(len(self.token_ids) == len(self.trained), "token_ids and trained differ in length")
@@ -241,7 +252,10 @@ class Segment:
 TARGET_INDICES = (
     "target_ids", "source_index", "sequence_index", "group_index", "kind", "sequence_length", "group_length",
 )  # fmt: skip
-TARGET_FIELDS = (*TARGET_INDICES, "advantage", "behavior_logprobs", "proximal_logprobs", "weight", "correct")
+TARGET_FLAGS = ("correct", "is_expert")
+# What scoring passes fill in, NaN until then.
+SCORED_FIELDS = ("proximal_logprobs", "proximal_entropy", "reference_logprobs")
+TARGET_FIELDS = (*TARGET_INDICES, *TARGET_FLAGS, *SCORED_FIELDS, "advantage", "behavior_logprobs", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +278,11 @@ class TokenBatch:
     advantage: Tensor  # M float
     behavior_logprobs: Tensor  # M float, NaN where nobody sampled the token
     proximal_logprobs: Tensor  # M float, NaN until the proximal pass has filled them
+    proximal_entropy: Tensor  # M float, filled with them
+    reference_logprobs: Tensor  # M float, NaN unless the method asks for a pass of the frozen reference policy
     weight: Tensor  # M float
     correct: Tensor  # M bool, True where the token's sequence was judged correct
+    is_expert: Tensor  # M bool, True where an expert wrote the token: all of a demonstration, the start of a PREFIX
     sequence_length: Tensor  # M int64: trained tokens of the token's sequence
     group_length: Tensor  # M int64: trained tokens of the token's group over all ranks
 

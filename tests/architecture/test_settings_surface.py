@@ -26,6 +26,8 @@ stage.optimizer.lr stage.optimizer.kind stage.optimizer.schedule stage.optimizer
 stage.optimizer.min_lr_ratio stage.optimizer.betas stage.optimizer.eps stage.optimizer.weight_decay
 stage.optimizer.max_grad_norm
 stage.dev.data stage.dev.every_steps stage.dev.select_best stage.dev.temperature stage.dev.samples_per_problem
+stage.faults.offload_drop stage.faults.micro_mean stage.faults.dp_token_mean stage.faults.others
+stage.faults.sequences_per_microbatch
 
 sft.sequences_per_step sft.epochs sft.steps sft.method sft.method_options
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from truestep.model.load import LoadedModel, model_shape, prepare
-from truestep.objective.advantage import Rewards
+from truestep.objective.advantage import Members
 from truestep.objective.methods import Method, build
 from truestep.records import Kind, StepReport, TokenBatch, TrainSequence
 from truestep.reference.loss import METHODS as REFERENCE_METHODS
@@ -151,10 +151,11 @@ def rollouts(groups: Sequence[Sequence[int]], family: Family, seed: int = 0) -> 
     sequences = []
     for g, lengths in enumerate(groups):
         prompt = tuple(int(t) for t in draw.integers(0, VOCABULARY, int(draw.integers(1, 7))))
-        rewards: Rewards = [1.0 if g % 3 == 2 else float(i == 0 or draw.random() < 0.4) for i in range(len(lengths))]
+        rewards = [1.0 if g % 3 == 2 else float(i == 0 or draw.random() < 0.4) for i in range(len(lengths))]
         if g % 3 != 2:
             rewards = [*rewards[:-1], 0.0]
-        decision, advantages = family.method.gate(rewards), family.method.advantage(rewards)
+        members = Members(rewards=tuple(rewards), kinds=(Kind.ON,) * len(rewards))
+        decision, advantages = family.method.gate(members), family.method.advantage(members)
         for i, length in enumerate(lengths):
             if not decision.keep[i]:
                 continue

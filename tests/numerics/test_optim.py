@@ -35,6 +35,24 @@ def apply(module: nn.Module, optimizer: MasterOptimizer, gradient: Tensor, rate:
 # -------------------------------------------------------------------------------------------------------------- bf16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_two_optimizers_move_one_master(dtype: torch.dtype) -> None:
+    """One beside the other: neither takes back what the other did, and each has moments of its own."""
+    module = vector([1.0, -2.0], dtype)
+    first = MasterOptimizer(module, SGD)
+    second = MasterOptimizer(module, ADAMW, beside=first)
+    for _ in range(50):
+        apply(module, first, torch.tensor([1.0, 0.0]), 1e-4)
+        apply(module, second, torch.tensor([0.0, 1.0]), 1e-4)
+    master = first.masters["w"]
+    assert second.masters["w"] is master
+    assert float(master[0]) == pytest.approx(1.0 - 50e-4, rel=1e-3)
+    assert float(master[1]) == pytest.approx(-2.0 - 50e-4, rel=1e-3)  # Adam's step is the learning rate
+    assert torch.equal(module.w.detach(), master.detach().to(dtype))
+    assert any(key.startswith("exp_avg/") for key in second.state_tensors())
+    assert not any(key.startswith("exp_avg/") for key in first.state_tensors())
+
+
 def test_a_millionth_a_step_is_not_lost_in_bf16() -> None:
     """1000 updates of 1e-6 of the parameter, each far below what bf16 can hold, add up in the master."""
     start = [1.0, 3.0, -0.75, 128.0]

@@ -10,13 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from truestep.flops import Ledger
+from truestep.objective import plan
 from truestep.objective.methods import build
 from truestep.records import Distribution, Message, Problem, Prompt, Rollout, Score, Stop, Verdict
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
-from truestep.rollout.plan import PLANS
 from truestep.rollout.sample import Sampler
+from truestep.train.buffers import Memory
 from truestep.train.parallel import Ranks
 from truestep.train.source import RolloutSource, window
+
+
+def no_entropy(sequences: Sequence[Any]) -> tuple[list[float], Ledger]:
+    return [0.0] * len(sequences), Ledger()
+
 
 SAMPLING = SamplingParameters(temperature=1.0, max_new_tokens=10, stop_token_ids=(1,))
 
@@ -67,7 +74,7 @@ def source(engine: ScriptedEngine, *, count: int = 6, per_step: int = 4, updates
     def grade(pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
         return [Score(verdict=Verdict.CORRECT if text == "good" else Verdict.INCORRECT) for _, text in pairs]
 
-    sampler = Sampler(engine=engine, plan=PLANS["own"], sampling=SAMPLING, samples_per_prompt=samples,
+    sampler = Sampler(engine=engine, plan=plan.own, sampling=SAMPLING, samples_per_prompt=samples,
                       decode=lambda ids: "good" if ids and ids[0] == 7 else "bad", grade=grade, seed=3)  # fmt: skip
     return RolloutSource(prompts(count), sampler=sampler, method=build(method, {}), prompts_per_step=per_step,
                          updates_per_step=updates, ranks=Ranks(), decode_prompt=lambda p: "?")  # fmt: skip
@@ -93,7 +100,7 @@ def test_a_prompt_that_a_batch_holds_twice_has_two_groups_of_its_own() -> None:
     engine = ScriptedEngine(lambda r: 7 if r.sample_index % 2 else 8)
     made = source(engine, count=5, per_step=4, samples=2)
     for step in range(5):  # some batch spans two epochs
-        data = made.take(step)
+        data = made.take(step, Memory(), no_entropy)
         assert [len({s.group for s in part}) for part in data.minibatches] == [2, 2]
         assert all(len(part) == 4 for part in data.minibatches)
     asked = [(r.step, r.problem_id, r.sample_index) for r in engine.asked]
@@ -103,7 +110,7 @@ def test_a_prompt_that_a_batch_holds_twice_has_two_groups_of_its_own() -> None:
 
 def test_unscored_samples_are_not_trained_and_counted() -> None:
     engine = ScriptedEngine(lambda r: -1 if r.sample_index == 0 else 7 if r.sample_index == 1 else 8)
-    data = source(engine).take(0)
+    data = source(engine).take(0, Memory(), no_entropy)
     sequences = [s for part in data.minibatches for s in part]
     assert len(sequences) == 4 * 3
     assert data.metrics["unscored"] == pytest.approx(1 / 4)
@@ -116,7 +123,7 @@ def test_unscored_samples_are_not_trained_and_counted() -> None:
 def test_dapo_drops_equal_groups_and_refills_from_other_prompts() -> None:
     engine = ScriptedEngine(lambda r: 7 if r.problem_id in ("p0", "p1") or r.sample_index % 2 else 8)
     made = source(engine, count=12, per_step=4, method="dapo")
-    data = made.take(0)
+    data = made.take(0, Memory(), no_entropy)
     first = {r.problem_id for r in engine.asked[: 4 * 4]}
     dropped = first & {"p0", "p1"}
     assert all(s.reward in (0.0, 1.0) or s.reward < 1 for part in data.minibatches for s in part)
@@ -125,7 +132,7 @@ def test_dapo_drops_equal_groups_and_refills_from_other_prompts() -> None:
 
 
 def test_an_all_equal_batch_trains_its_tokens_with_advantage_zero() -> None:
-    data = source(ScriptedEngine(lambda r: 8)).take(0)
+    data = source(ScriptedEngine(lambda r: 8)).take(0, Memory(), no_entropy)
     sequences = [s for part in data.minibatches for s in part]
     assert len(sequences) == 16
     assert {s.advantage for s in sequences} == {0.0}

@@ -1,18 +1,20 @@
 """One function per closed form: the detached coefficient C_t of −Σ sg(C_t)·log π_t / Z.
 
 The gradient of nearly every objective in the field has this form; the loss's value does not matter for the update.
-Every input is detached and per token. Shapes: M trained tokens.
+Every input is detached and per token. p is the policy's probability of the token, r its ratio to the proximal policy, A
+the advantage. Shapes: M trained tokens.
 Held by: tests/numerics/test_coefficients.py (each against autograd of the paper's own surrogate).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from truestep.objective.sequences import sequence_mean
 from truestep.records import TokenBatch
 
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range; beyond it float32 would overflow
@@ -27,14 +29,31 @@ class Context:
     entropy: Tensor  # M, detached
     batch: TokenBatch
     step: int
+    statistics: Mapping[str, float] = field(default_factory=dict)  # of all tokens on all ranks, before the first update
 
     @property
     def ratio(self) -> Tensor:
         """π_θ / π_proximal, per token."""
-        return (self.policy_logprobs - self.proximal_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        return bounded_exp(self.policy_logprobs - self.proximal_logprobs)
+
+    @property
+    def probability(self) -> Tensor:
+        return self.policy_logprobs.exp()
+
+    @property
+    def advantage(self) -> Tensor:
+        return self.batch.advantage
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of the log-ratio, clamped to ±20 first."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 Coefficient = Callable[[Context], Tensor]
+
+
+# ------------------------------------------------------------------------------------------------- demonstrations alone
 
 
 def ones(context: Context) -> Tensor:
@@ -42,31 +61,178 @@ def ones(context: Context) -> Tensor:
     return torch.ones_like(context.policy_logprobs)
 
 
-def clipped_ratio(clip_low: float, clip_high: float) -> Coefficient:
-    """C = A·r where the clipped surrogate still has a gradient: r ≤ 1+ε_high if A > 0, r ≥ 1−ε_low if A < 0.
+def probability(context: Context) -> Tensor:
+    """C = p: DFT (arXiv:2508.05629)."""
+    return context.probability
 
-    The log-ratio is clamped to ±20 first, which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
-    Source: PPO (arXiv:1707.06347), asymmetric as in DAPO (arXiv:2503.14476).
-    """
+
+def uncertainty(context: Context) -> Tensor:
+    """C = p(1−p): CHORD-φ (arXiv:2508.11408)."""
+    return context.probability * (1 - context.probability)
+
+
+def trusted(alpha: float) -> Coefficient:
+    """C = p / max(p, α): TrSFT (arXiv:2512.17636). α → 0 is the likelihood, α = 1 is DFT."""
+    return lambda context: context.probability / context.probability.clamp(min=alpha)
+
+
+def proximal_likelihood(clip_high: float) -> Coefficient:
+    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1; its lower clip is inert."""
+    return lambda context: context.ratio * (context.ratio <= 1 + clip_high)
+
+
+def sequence_weighted(temperature: float, low: float, high: float) -> Coefficient:
+    """C = clamp(exp(τ·mean_t(log π − log π_reference)), low, high), one a sequence: iw-SFT (arXiv:2507.12856)."""
 
     def coefficient(context: Context) -> Tensor:
-        advantage, ratio = context.batch.advantage, context.ratio
-        inside = torch.where(advantage > 0, ratio <= 1 + clip_high, ratio >= 1 - clip_low)
-        return advantage * ratio * inside
+        gain = context.policy_logprobs - context.batch.reference_logprobs
+        return bounded_exp(temperature * sequence_mean(gain, context.batch)).clamp(low, high)
 
     return coefficient
 
 
-def probability(context: Context) -> Tensor:
-    """C = p: DFT (arXiv:2508.05629)."""
-    return context.policy_logprobs.exp()
+def token_weighted(low: float, high: float) -> Coefficient:
+    """C = clamp(π/π_reference, low, high): iw-SFT's form by token (arXiv:2507.12856)."""
+    return lambda context: bounded_exp(context.policy_logprobs - context.batch.reference_logprobs).clamp(low, high)
+
+
+def entropy_weighted(scale: float, sign: float) -> Coefficient:
+    """C = scale·exp(sign·H), H the mean entropy of the sequence: SRFT's imitation (arXiv:2506.19767)."""
+    return lambda context: scale * torch.exp(sign * sequence_mean(context.entropy, context.batch))
+
+
+# ------------------------------------------------------------------------------------------------------- own samples
+
+
+def advantage(context: Context) -> Tensor:
+    """C = A: REINFORCE."""
+    return context.advantage
+
+
+def importance(context: Context) -> Tensor:
+    """C = A·r: the unclipped surrogate of LUFFY's code and of RLOO after the first update."""
+    return context.advantage * context.ratio
+
+
+def clipped_ratio(clip_low: float, clip_high: float, dual_clip: float = 0.0) -> Coefficient:
+    """C = A·r where the clipped surrogate still has a gradient: r ≤ 1+ε_high if A > 0, r ≥ 1−ε_low if A < 0.
+
+    With ``dual_clip`` c > 0 a token with A < 0 has none above r = c either. The log-ratio is clamped to ±20 first,
+    which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
+    Source: PPO (arXiv:1707.06347), asymmetric as in DAPO (arXiv:2503.14476), dual clip (arXiv:1912.09729).
+    """
+
+    def coefficient(context: Context) -> Tensor:
+        gain, ratio = context.advantage, context.ratio
+        below = ratio >= 1 - clip_low
+        if dual_clip > 0:
+            below = below & (ratio <= dual_clip)
+        return gain * ratio * torch.where(gain > 0, ratio <= 1 + clip_high, below)
+
+    return coefficient
+
+
+def clipped_weight(clip_low: float, clip_high: float) -> Coefficient:
+    """C = A·clip(r, 1−ε_low, 1+ε_high): CISPO (arXiv:2506.13585); no token loses its gradient."""
+    return lambda context: context.advantage * context.ratio.clamp(1 - clip_low, 1 + clip_high)
+
+
+def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
+    """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)) of the sequence: GSPO (arXiv:2507.18071).
+
+    The 1/|y| of the ratio's own gradient is that of the ``sequences`` normaliser.
+    """
+
+    def coefficient(context: Context) -> Tensor:
+        gain = context.advantage
+        ratio = bounded_exp(sequence_mean(context.policy_logprobs - context.proximal_logprobs, context.batch))
+        return gain * ratio * torch.where(gain > 0, ratio <= 1 + clip_high, ratio >= 1 - clip_low)
+
+    return coefficient
+
+
+def signed_by_verdict(scale: float) -> Coefficient:
+    """C = scale·exp(H) on a correct sample, −1 on another, H the mean entropy of the sequence: SRFT's own samples
+    (arXiv:2506.19767)."""
+
+    def coefficient(context: Context) -> Tensor:
+        weight = scale * torch.exp(sequence_mean(context.entropy, context.batch))
+        return torch.where(context.batch.correct, weight, -torch.ones_like(weight))
+
+    return coefficient
+
+
+# ------------------------------------------------------------------------------------- demonstrations with an advantage
+
+
+def unshaped_demonstration(context: Context) -> Tensor:
+    """C = A·p: importance sampling of a demonstration whose behavior probability is taken to be 1 (SRFT)."""
+    return context.advantage * context.probability
 
 
 def shaped_demonstration(gamma: float) -> Coefficient:
     """C = A·γp/(p+γ)²: LUFFY's off-policy term (arXiv:2504.14945), the gradient of p/(p+γ)."""
 
     def coefficient(context: Context) -> Tensor:
-        p = context.policy_logprobs.exp()
-        return context.batch.advantage * gamma * p / (p + gamma) ** 2
+        p = context.probability
+        return context.advantage * gamma * p / (p + gamma) ** 2
 
     return coefficient
+
+
+def shaped_replay(beta: float) -> Coefficient:
+    """C = A·βw/(w+β)², w = π/π_behavior of the stored sample: ExGRPO (arXiv:2510.02245)."""
+
+    def coefficient(context: Context) -> Tensor:
+        w = bounded_exp(context.policy_logprobs - context.batch.behavior_logprobs)
+        return context.advantage * beta * w / (w + beta) ** 2
+
+    return coefficient
+
+
+def mixed_importance(exponent: float) -> Coefficient:
+    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222), a demonstration's ratio to the mixture of the
+    proximal policy and a behavior policy of ½(p_proximal+1), its advantage greater where p is small."""
+
+    def coefficient(context: Context) -> Tensor:
+        p, old = context.probability, context.proximal_logprobs.exp()
+        return context.advantage * (1 - p).clamp(min=0) ** exponent * 4 * p / (3 * old + 1)
+
+    return coefficient
+
+
+def where_uncertain(coefficient: Coefficient, statistic: str) -> Coefficient:
+    """The given coefficient where the proximal policy's entropy reaches a statistic of the step, 0 elsewhere.
+
+    Source: Prefix-RFT (arXiv:2507.01679), entropy-masked SFT (arXiv:2510.04454).
+    """
+
+    def masked(context: Context) -> Tensor:
+        threshold = context.statistics.get(statistic)
+        if threshold is None:  # no token of the step is meant
+            return torch.zeros_like(context.policy_logprobs)
+        return coefficient(context) * (context.batch.proximal_entropy >= threshold)
+
+    return masked
+
+
+# ---------------------------------------------------------------------------------------------- distance to a reference
+
+
+def _log_distance(context: Context) -> Tensor:
+    return (context.policy_logprobs - context.batch.reference_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def kl_k1(context: Context) -> Tensor:
+    """C = −1: the loss k1 = log π − log π_ref, whose expected gradient on own samples is zero."""
+    return -torch.ones_like(context.policy_logprobs)
+
+
+def kl_k2(context: Context) -> Tensor:
+    """C = −d, d = log π − log π_ref: the loss k2 = d²/2, whose expected gradient is that of KL(π‖π_ref)."""
+    return -_log_distance(context)
+
+
+def kl_k3(context: Context) -> Tensor:
+    """C = −(1 − e^(−d)): the loss k3 = e^(−d) + d − 1, whose expected gradient is that of KL(π_ref‖π)."""
+    return -(1 - torch.exp(-_log_distance(context)))

@@ -27,7 +27,7 @@ class Normaliser(enum.StrEnum):
 
 
 def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Sequence[TokenBatch]) -> float:
-    """This rank's share of a term's denominator. ``selected`` is a boolean [M] per micro-batch.
+    """This rank's share of a term's denominator. ``selected`` is a boolean [M] per micro-batch: the tokens counted.
 
     Sequences are counted whole where any of their tokens is selected; they are never split over micro-batches.
     """

@@ -17,6 +17,12 @@ def cosine(start: float, end: float, num_steps: int) -> Schedule:
     return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step, num_steps) / num_steps))
 
 
+def warmed_cosine(*, valley: float, peak: float, warmup_steps: int, decay_steps: int) -> Schedule:
+    """Linear from 0 to the peak, a cosine down to the valley, then constant: CHORD's μ (arXiv:2508.11408)."""
+    decay = cosine(peak, valley, decay_steps)
+    return lambda step: peak * step / warmup_steps if step < warmup_steps else decay(step - warmup_steps)
+
+
 def learning_rate(*, peak: float, kind: str, total_steps: int, warmup_fraction: float, min_ratio: float) -> Schedule:
     """Linear warm-up over ⌈fraction·T⌉ steps from peak/W, then constant, or a cosine that reaches min_ratio·peak at T.
 

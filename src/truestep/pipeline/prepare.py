@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,9 @@ from truestep.data.problems import load_problems
 from truestep.device import world
 from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
-from truestep.objective.methods import Method, build
+from truestep.objective.methods import METHODS, Method, build
 from truestep.pipeline.track import require_trackers
 from truestep.records import Problem, Prompt, Verdict
-from truestep.rollout.plan import PLANS
 from truestep.settings import (
     RejectionSettings,
     RlSettings,
@@ -30,9 +29,12 @@ from truestep.settings import (
     StageSettings,
     settings_hash,
 )
+from truestep.train.faults import fault_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+HINT = "The beginning of a solution:"
 
 
 @dataclass(kw_only=True)
@@ -46,6 +48,7 @@ class Prepared:
     problems: dict[str, list[Problem]] = field(default_factory=dict)
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
     demonstrations: dict[str, Demonstrations] = field(default_factory=dict)
+    stage_prompts: dict[str, list[Prompt]] = field(default_factory=dict)  # of RL stages, by name
     model_content: str = ""  # hash of the base model's files
     content: dict[str, str] = field(default_factory=dict)  # hash of each data set's content
     methods: dict[str, Method] = field(default_factory=dict)  # by stage name
@@ -90,9 +93,18 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     needs: dict[str, set[str]] = {}
     for name, kind in _uses(settings):
         needs.setdefault(name, set()).add("solution" if kind == "sft" else "answer")
+    asking = {s.data: s for s in settings.stages if s.kind != "sft" and prepared.methods[s.name].needs_demonstrations}
     for name, wanted in needs.items():
-        _load(prepared, name, wanted, base_dir)
+        try:
+            _load(prepared, name, wanted | ({"solution"} if name in asking else set()), base_dir)
+        except SettingsError as error:
+            if name not in asking or "solution" not in str(error):
+                raise
+            stage = asking[name]
+            method = prepared.methods[stage.name].name
+            raise SettingsError(f'{error} (stages.{stage.name}.method = "{method}" trains on it)') from None
     _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
+    prepared.stage_prompts = {s.name: _stage_prompts(prepared, s) for s in settings.stages if isinstance(s, RlSettings)}
     _check_lengths(prepared)
     trained = {s.data: prepared.problems[s.data] for s in settings.stages}
     tested = {name: prepared.problems[name] for name in settings.evaluate.data}
@@ -120,14 +132,41 @@ def _check_ranks(settings: Settings) -> None:
 
 def _check_methods_plan(settings: Settings) -> None:
     for stage in settings.stages:
+        fault_of(stage.faults)
         if isinstance(stage, RejectionSettings):
             continue
-        wants_demonstrations = PLANS[_method(stage).plan](None, (), 1) is None  # type: ignore[arg-type]
-        if wants_demonstrations != isinstance(stage, SftSettings):
-            known = "sft, dft" if isinstance(stage, SftSettings) else "paper, grpo, dr_grpo, dapo"
+        row = _method(stage)
+        if (row.plan is None) != isinstance(stage, SftSettings):
+            known = [name for name in METHODS if (METHODS[name]().plan is None) == isinstance(stage, SftSettings)]
             raise SettingsError(
-                f'stages.{stage.name}.method = "{stage.method}" does not fit kind = "{stage.kind}": write {known}'
+                f'stages.{stage.name}.method = "{stage.method}" does not fit kind = "{stage.kind}": '
+                f"write {', '.join(known)}"
             )
+        if isinstance(stage, SftSettings) and stage.sequences_per_step % row.updates_per_step:
+            raise SettingsError(
+                f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be cut into the "
+                f'{row.updates_per_step} equal updates of method = "{row.name}": write a multiple'
+            )
+
+
+def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
+    """What an RL stage samples: all its problems, or those whose demonstration can be trained on whole."""
+    prompts = prepared.prompts[stage.data]
+    if not prepared.methods[stage.name].needs_demonstrations:
+        return prompts
+    limit = stage.sampling.max_new_tokens
+    fit = {
+        d.problem_id
+        for d in prepared.demonstrations[stage.data].kept
+        if len(d.token_ids) - d.num_prompt_tokens <= limit
+    }
+    kept = [p for p in prompts if p.problem.id in fit]
+    if len(kept) < len(prompts):
+        prepared.notes.append(
+            f"stages.{stage.name}: {len(prompts) - len(kept)} of {len(prompts)} problems have a demonstration of more "
+            f"than sampling.max_new_tokens = {limit} tokens and are left out"
+        )
+    return kept
 
 
 def _method(stage: StageSettings) -> Method:
@@ -175,6 +214,15 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
             )
 
 
+def hinted_prompt(prepared: Prepared, prompt: Prompt, fraction: float) -> tuple[int, ...]:
+    """The prompt with the first part of its problem's solution, by characters, shown in the user's turn."""
+    *before, last = prompt.problem.messages
+    shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
+    turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
+    problem = replace(prompt.problem, messages=(*before, turn))
+    return encode_prompt(prepared.tokenizer, problem, prepared.settings.chat).token_ids
+
+
 def _content_hash(problems: Sequence[Problem]) -> str:
     digest = hashlib.sha256()
     for p in problems:
@@ -212,11 +260,13 @@ def _check_lengths(prepared: Prepared) -> None:
                     f"{num_sequences(stage, len(kept))} sequences of the whole stage: write fewer"
                 )
         if isinstance(stage, RlSettings | RejectionSettings):
-            longest = _longest_sample(prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling")
-        if isinstance(stage, RlSettings) and stage.prompts_per_step > len(prepared.prompts[stage.data]):
+            shown = prepared.methods[stage.name].shown_fraction
+            longest = _longest_sample(prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling", shown)
+        if isinstance(stage, RlSettings) and stage.prompts_per_step > len(prepared.stage_prompts[stage.name]):
             raise SettingsError(
                 f"{where}.prompts_per_step = {stage.prompts_per_step} is more than the "
-                f"{len(prepared.prompts[stage.data])} problems of data.{stage.data}: write fewer"
+                f"{len(prepared.stage_prompts[stage.name])} problems of data.{stage.data} that can be trained on: "
+                "write fewer"
             )
         if stage.tokens_per_microbatch < longest:
             raise SettingsError(
@@ -231,9 +281,12 @@ def _check_lengths(prepared: Prepared) -> None:
     del context
 
 
-def _longest_sample(prepared: Prepared, name: str, max_new_tokens: int, where: str) -> int:
-    """Prompt plus completion must fit; answers with the longest sum."""
-    longest = max(prepared.prompts[name], key=lambda p: len(p.token_ids))
+def _longest_sample(prepared: Prepared, name: str, max_new_tokens: int, where: str, shown: float = 0.0) -> int:
+    """Prompt, with the shown part of a solution, plus completion must fit; answers with the longest sum."""
+    prompts = prepared.prompts[name]
+    if shown:
+        prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)) for p in prompts]
+    longest = max(prompts, key=lambda p: len(p.token_ids))
     total = len(longest.token_ids) + max_new_tokens
     if total > prepared.context_length:
         room = prepared.context_length - len(longest.token_ids)
@@ -282,16 +335,16 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
         row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind}
         if isinstance(stage, SftSettings):
             kept = prepared.demonstrations[stage.data].kept
-            steps = num_steps(stage, len(kept))
+            steps, updates = num_steps(stage, len(kept)), prepared.methods[stage.name].updates_per_step
             row |= {
                 "problems": len(kept),
                 "steps": steps,
-                "optimizer updates": steps,
-                "sequences per update": stage.sequences_per_step,
+                "optimizer updates": steps * updates,
+                "sequences per update": stage.sequences_per_step // updates,
                 "epochs": round(num_sequences(stage, len(kept)) / len(kept), 2),
             }
         elif isinstance(stage, RlSettings):
-            available = len(prepared.prompts[stage.data])
+            available = len(prepared.stage_prompts[stage.name])
             updates = stage.updates_per_rollout
             row |= {
                 "problems": available,

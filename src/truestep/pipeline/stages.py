@@ -18,12 +18,11 @@ from truestep.grade.score import Grader
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model
 from truestep.objective.schedule import Schedule, learning_rate
-from truestep.pipeline.prepare import Prepared, num_sequences, num_steps, stage_identity
+from truestep.pipeline.prepare import Prepared, hinted_prompt, num_sequences, num_steps, stage_identity
 from truestep.pipeline.track import Log
 from truestep.records import Demonstration, Prompt, Role, Stop, Verdict
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine
-from truestep.rollout.plan import PLANS
 from truestep.rollout.sample import Sampler
 from truestep.seeding import Purpose
 from truestep.settings import (
@@ -157,6 +156,9 @@ def make_stage(session: Session, index: int, path: str, ledger: Ledger) -> Stage
         temperature=sampling.temperature if isinstance(stage, RlSettings) and sampling else 1.0,
         max_length=sampling.max_new_tokens if sampling else prepared.context_length,
         engine=engine,
+        reference=make_policy(session, path).requires_grad_(False)
+        if prepared.methods[stage.name].needs_reference
+        else None,
         dev_score=_dev_score(session, index, policy, engine, folder),
         ranks=session.ranks,
         ledger=ledger,
@@ -214,6 +216,7 @@ def _demonstrations(
         num_sequences=num_sequences(stage, len(kept)),
         seed=session.prepared.settings.seed,
         ranks=session.ranks,
+        updates_per_step=session.prepared.methods[stage.name].updates_per_step,
     )
     return source, num_steps(stage, len(kept))
 
@@ -221,18 +224,22 @@ def _demonstrations(
 def _rollout_source(session: Session, stage: RlSettings, engine: TorchEngine) -> Source:
     prepared = session.prepared
     method = prepared.methods[stage.name]
+    assert method.plan is not None  # checked when the run was prepared
+    traces = prepared.demonstrations[stage.data].kept if method.needs_demonstrations else ()
     sampler = Sampler(
         engine=engine,
-        plan=PLANS[method.plan],
+        plan=method.plan,
         sampling=sampling_parameters(stage.sampling, prepared.stop_ids),
         samples_per_prompt=stage.samples_per_prompt,
         decode=session.decode,
         grade=session.grader.score_many,
         seed=prepared.settings.seed,
         check_stop=signals.check if session.ranks.world_size == 1 else lambda: None,
+        demonstrations={d.problem_id: d.token_ids[d.num_prompt_tokens :] for d in traces},
+        hinted=lambda prompt, fraction: hinted_prompt(prepared, prompt, fraction),
     )
     return RolloutSource(
-        prepared.prompts[stage.data],
+        prepared.stage_prompts[stage.name],
         sampler=sampler,
         method=method,
         prompts_per_step=stage.prompts_per_step,

@@ -46,6 +46,16 @@ def trained_logprobs(model: nn.Module, sequence: TrainSequence, temperature: flo
     Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t.
     Raises: ValueError where the model is not in float64.
     """
+    return trained_tokens(model, sequence, temperature)[0]
+
+
+def trained_tokens(
+    model: nn.Module, sequence: TrainSequence, temperature: float = 1.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same, and the entropy of the distribution that each of these tokens was drawn from, with gradient.
+
+    Equation: −Σ_v p_v log p_v.
+    """
     narrow = [name for name, p in model.named_parameters() if p.dtype is not torch.float64]
     if narrow:
         raise ValueError(f"the reference works in float64, but {narrow[0]} is not: call model.double() on a copy")
@@ -57,11 +67,13 @@ def trained_logprobs(model: nn.Module, sequence: TrainSequence, temperature: flo
             logits = model(input_ids=row[None], use_cache=False).logits[0]
     finally:
         model.train(was_training)
-    logprobs = []
+    logprobs, entropies = [], []
     for t in range(1, len(sequence.token_ids)):
         if sequence.trained[t]:
-            logprobs.append(torch.log_softmax(logits[t - 1] / temperature, dim=-1)[sequence.token_ids[t]])
-    return logprobs
+            every = torch.log_softmax(logits[t - 1] / temperature, dim=-1)
+            logprobs.append(every[sequence.token_ids[t]])
+            entropies.append(-(torch.exp(every) * every).sum())
+    return logprobs, entropies
 
 
 def frozen_logprobs(

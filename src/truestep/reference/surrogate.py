@@ -19,18 +19,22 @@ from truestep.records import Kind, TrainSequence
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredSequence:
-    """A sequence with its log-probabilities, each aligned with the trained tokens."""
+    """A sequence with its log-probabilities, and where a method looks at them the entropies of the distributions they
+    belong to, each aligned with the trained tokens."""
 
     sequence: TrainSequence
     policy: Sequence[Tensor]
     proximal: Sequence[float]
     reference: Sequence[float] = ()
+    entropies: Sequence[Tensor] = ()
+    proximal_entropies: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        for name in ("policy", "proximal", "reference"):
+        for name in ("policy", "proximal", "reference", "entropies", "proximal_entropies"):
             length = len(getattr(self, name))
-            if length != self.sequence.num_trained and (length or name != "reference"):
-                raise ValueError(f"{length} {name} log-probabilities for {self.sequence.num_trained} trained tokens")
+            if length != self.sequence.num_trained and (length or name in ("policy", "proximal")):
+                what = name.replace("_", " ") if "entropies" in name else f"{name} log-probabilities"
+                raise ValueError(f"{length} {what} for {self.sequence.num_trained} trained tokens")
 
     @property
     def advantages(self) -> list[float]:
@@ -168,6 +172,45 @@ def rl_plus(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
         p, p_old = torch.exp(logprob), math.exp(old)
         losses.append(-advantage * (1 - p.item()) ** gamma * 2 * p / (p_old + 0.5 * (p_old + 1)))
     return losses
+
+
+def unshaped(scored: ScoredSequence) -> list[Tensor]:
+    """Equation: −A π: importance sampling with behavior probability 1. Source: arXiv 2506.19767, demonstrations."""
+    return [-advantage * torch.exp(x) for x, advantage in zip(scored.policy, scored.advantages, strict=True)]
+
+
+def iw_sft(scored: ScoredSequence, *, level: str, low: float, high: float, temperature: float = 1.0) -> list[Tensor]:
+    """Equation: −sg(w) log π, w = clamp(exp(τ·mean(log π − log π_reference)), low, high) of the sequence, or
+    clamp(π/π_reference, low, high) of the token. Source: arXiv 2507.12856."""
+    gains = [logprob.item() - anchor for logprob, anchor in zip(scored.policy, scored.reference, strict=True)]
+    if level == "sequence":
+        gains = [temperature * sum(gains) / len(gains)] * len(gains)
+    weights = [min(max(math.exp(gain), low), high) for gain in gains]
+    return [-weight * logprob for weight, logprob in zip(weights, scored.policy, strict=True)]
+
+
+def _mean_entropy(scored: ScoredSequence) -> float:
+    return sum(entropy.item() for entropy in scored.entropies) / len(scored.entropies)
+
+
+def srft_imitation(scored: ScoredSequence, *, scale: float, sign: float) -> list[Tensor]:
+    """Equation: −scale·sg(e^(sign·H)) log π, H the mean entropy of the sequence. Source: arXiv 2506.19767."""
+    weight = scale * math.exp(sign * _mean_entropy(scored))
+    return [-weight * logprob for logprob in scored.policy]
+
+
+def srft_samples(scored: ScoredSequence, *, scale: float) -> list[Tensor]:
+    """Equation: −scale·sg(e^H) log π on a right sample, +log π on a wrong one. Source: arXiv 2506.19767."""
+    if scored.sequence.correct:
+        weight = scale * math.exp(_mean_entropy(scored))
+        return [-weight * logprob for logprob in scored.policy]
+    return list(scored.policy)
+
+
+def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: float) -> list[Tensor]:
+    """The losses of tokens at which the proximal policy's entropy reaches the threshold; 0 elsewhere."""
+    pairs = zip(losses, scored.proximal_entropies, strict=True)
+    return [loss if entropy >= threshold else loss * 0 for loss, entropy in pairs]
 
 
 def kl_terms(scored: ScoredSequence, kind: str) -> list[Tensor]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
     """One completion to be sampled. Its random numbers depend on these coordinates alone, so neither the batch it is
-    decoded with nor the rank that decodes it changes them."""
+    decoded with nor the rank that decodes it changes them. The last ``num_given`` tokens of ``prompt_ids`` are the
+    beginning of the completion itself: they count towards its length limit."""
 
     problem_id: str
     sample_index: int
@@ -26,6 +27,7 @@ class SampleRequest:
     seed: int
     purpose: Purpose
     step: int
+    num_given: int = 0
 
     def uniforms(self, count: int) -> np.ndarray:
         """``count`` float64 uniforms in [0, 1), one per token."""

@@ -204,7 +204,7 @@ class TorchEngine:
     def _run(
         self, waiting: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]
     ) -> Iterator[Rollout]:
-        longest = max((len(r.request.prompt_ids) for r in waiting), default=0)
+        longest = max((len(r.request.prompt_ids) - r.request.num_given for r in waiting), default=0)
         num_slots = min(self.max_running, len(waiting))
         cache = KvCache(num_slots, longest + sampling.max_new_tokens)
         running: list[_Row] = []
@@ -288,7 +288,8 @@ class TorchEngine:
             row.logprobs.append(logprob)
 
     def _finished(self, row: _Row, sampling: SamplingParameters) -> bool:
-        return len(row.tokens) >= sampling.max_new_tokens or row.tokens[-1] in sampling.stop_token_ids
+        full = len(row.tokens) + row.request.num_given >= sampling.max_new_tokens
+        return full or row.tokens[-1] in sampling.stop_token_ids
 
     def _run_alone(self, row: _Row, sampling: SamplingParameters, check_stop: Callable[[], None]) -> _Row:
         """For models whose attention cannot be packed: their own forward pass and cache, one row at a time."""

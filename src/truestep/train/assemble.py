@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from truestep.records import TARGET_FIELDS, TARGET_INDICES, Kind, Segment, TokenBatch, TrainSequence
+from truestep.records import (
+    SCORED_FIELDS,
+    TARGET_FIELDS,
+    TARGET_FLAGS,
+    TARGET_INDICES,
+    Kind,
+    Segment,
+    TokenBatch,
+    TrainSequence,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def _batch(
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    columns: dict[str, list[float]] = {name: [] for name in TARGET_FIELDS if name != "proximal_logprobs"}
+    columns: dict[str, list[float]] = {name: [] for name in TARGET_FIELDS if name not in SCORED_FIELDS}
     for tree in trees:
         prefix_start, num_prefix = len(ids), len(tree.prefix)
         if num_prefix:
@@ -120,19 +129,22 @@ def _batch(
             columns["behavior_logprobs"] += sequence.behavior_logprobs or [float("nan")] * count
             columns["weight"] += [sequence.weight] * count
             columns["correct"] += [sequence.correct] * count
+            num_expert = count if sequence.kind is Kind.DEMO else sequence.num_expert_tokens
+            columns["is_expert"] += [True] * num_expert + [False] * (count - num_expert)
             columns["sequence_length"] += [count] * count
             columns["group_length"] += [group_lengths[sequence.group]] * count
     tensors = {
         name: torch.tensor(
-            values, dtype=torch.int64 if name in TARGET_INDICES else torch.bool if name == "correct" else dtype
+            values, dtype=torch.int64 if name in TARGET_INDICES else torch.bool if name in TARGET_FLAGS else dtype
         )
         for name, values in columns.items()
     }
+    unscored = torch.full((len(columns["weight"]),), float("nan"), dtype=dtype, device=device)
     return TokenBatch(
         input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
         position_ids=torch.tensor(positions, dtype=torch.int64, device=device),
         segments=tuple(segments),
-        proximal_logprobs=torch.full((len(columns["weight"]),), float("nan"), dtype=dtype, device=device),
+        **{name: unscored.clone() for name in SCORED_FIELDS},  # a saved batch shares no memory
         **{name: tensor.to(device) for name, tensor in tensors.items()},
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,21 @@ from truestep import rundir, signals
 from truestep.checkpoint.store import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from truestep.device import peak_memory_bytes
 from truestep.flops import Ledger
-from truestep.model.attention import count_pairs
 from truestep.objective.methods import Method
 from truestep.objective.schedule import Schedule
-from truestep.records import StepReport, TokenBatch
+from truestep.records import StepReport
 from truestep.rollout.engine import Engine
 from truestep.settings import SettingsError, StageSettings
 from truestep.signals import Interrupted
-from truestep.train.assemble import pack
+from truestep.train.buffers import Memory, first_memory
+from truestep.train.controllers import learn
 from truestep.train.optim import MasterOptimizer
 from truestep.train.parallel import Ranks, is_sharded, local
 from truestep.train.policy import Policy
 from truestep.train.publish import publish
 from truestep.train.source import Source, StepData
-from truestep.train.step import StepPlan, fill_proximal, train_step
+from truestep.train.step import StepPlan
+from truestep.train.update import Optimizers, Updater
 
 DevScore = Callable[[int], float]  # step → score on the dev set
 
@@ -50,6 +51,7 @@ class StageRun:
     temperature: float
     max_length: int
     engine: Engine | None = None
+    reference: Policy | None = None  # the stage's start, frozen, where the method asks for it
     dev_score: DevScore | None = None
     ranks: Ranks = field(default_factory=Ranks)
     ledger: Ledger = field(default_factory=Ledger)  # the run's, before this stage; grows
@@ -64,8 +66,8 @@ def run_stage(run: StageRun) -> Ledger:
 
     Raises Interrupted after saving the last completed step. Held by: tests/contract/test_resume.py
     """
-    optimizer = MasterOptimizer(run.policy, run.settings.optimizer)
-    start = _restore(run, optimizer)
+    updater = _updater(run)
+    start, memory = _restore(run, updater.optimizers)
     if run.engine is not None:
         publish(run.policy, run.engine, start)
     step = saved = start
@@ -73,11 +75,16 @@ def run_stage(run: StageRun) -> Ledger:
         for step in range(start, run.num_steps):
             began = time.perf_counter()
             _stop_together(run)
-            data, ledger, rollout_seconds = _take(run, step)
-            reports, trained = _update(run, optimizer, data, step)
-            run.ledger = run.ledger + ledger + trained
+            data, ledger, rollout_seconds = _take(run, updater, step, memory)
+            done_updates = updater.update(data, step)
+            reports = done_updates.reports
+            memory = learn(run.method, data.memory, step, data.controls, done_updates.statistics, reports)
+            run.ledger = run.ledger + ledger + done_updates.ledger
             proof = publish(run.policy, run.engine, step + 1) if run.engine is not None else None
             metrics = _metrics(run, reports, data, None if proof is None else proof.difference)
+            if done_updates.buffered is not None:
+                metrics |= {f"buffer/{key}": getattr(done_updates.buffered, key) for key in ("loss", "grad_norm")}
+            metrics |= {f"statistics/{name}": value for name, value in done_updates.statistics.items()}
             done = step + 1
             if run.dev_score is not None and (done % run.settings.dev.every_steps == 0 or done == run.num_steps):
                 metrics["dev/score"] = run.dev_score(done)
@@ -85,13 +92,13 @@ def run_stage(run: StageRun) -> Ledger:
             seconds = time.perf_counter() - began
             _log(run, done, metrics, data, seconds, rollout_seconds)
             if done % run.settings.save_every == 0 or done == run.num_steps:
-                _save(run, optimizer, done)
+                _save(run, updater.optimizers, memory, done)
                 saved = done
             run.on_step(done, metrics, seconds)
             step = done
     except Interrupted:
         if step > saved:
-            _save(run, optimizer, step)
+            _save(run, updater.optimizers, memory, step)
         raise
     return run.ledger
 
@@ -105,40 +112,9 @@ def _stop_together(run: StageRun) -> None:
         run.check_stop()
 
 
-def _take(run: StageRun, step: int) -> tuple[StepData, Ledger, float]:
-    """The step's data, the work it took to sample them, and the seconds."""
-    began = time.perf_counter()
-    if run.engine is not None:
-        run.engine.take_cost()  # what an interrupted rollout had cost is not this step's
-    data = run.source.take(step)
-    ledger = data.ledger
-    if run.engine is not None:
-        cost = run.engine.take_cost()
-        ledger = ledger + Ledger(
-            prompt_tokens=cost.prefill_tokens,
-            generated_pairs=cost.pairs,
-            generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
-        )
-    return data, ledger, time.perf_counter() - began
-
-
-def _update(run: StageRun, optimizer: MasterOptimizer, data: StepData, step: int) -> tuple[list[StepReport], Ledger]:
-    """All optimizer updates of one step: the proximal pass first, where later updates need it."""
-    parameter = next(run.policy.parameters())
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    packed = [
-        pack(
-            part,
-            tokens_per_microbatch=run.settings.tokens_per_microbatch,
-            share_prefix=run.policy.packs,
-            dtype=dtype,
-            device=parameter.device,
-        )
-        for part in data.minibatches
-    ]
-    updates = run.source.updates_per_step
+def _updater(run: StageRun) -> Updater:
     plan = StepPlan(
-        step=step,
+        step=0,
         terms=run.method.terms,
         learning_rate=0.0,
         temperature=run.temperature,
@@ -148,31 +124,39 @@ def _update(run: StageRun, optimizer: MasterOptimizer, data: StepData, step: int
         rescue_folder=run.folder,
         check_stop=run.check_stop if run.ranks.world_size == 1 else lambda: None,  # one rank must not leave the others
     )
-    ledger = sum((_trained(batches) for batches in packed), Ledger())
-    # The first update needs no pass of its own: there the policy still is the proximal policy.
-    for index in range(0 if run.method.needs_proximal else 1, updates):
-        packed[index] = fill_proximal(run.policy, packed[index], plan)
-        ledger = ledger + _scored(packed[index])
-    reports = []
-    for index, batches in enumerate(packed):
-        rate = run.learning_rate(step * updates + index)
-        reports.append(train_step(run.policy, optimizer, batches, replace(plan, learning_rate=rate)))
-        plan = replace(plan, check_stop=lambda: None)  # a step that has begun to update is finished, not dropped
-    return reports, ledger
-
-
-def _trained(batches: Sequence[TokenBatch]) -> Ledger:
-    return Ledger(
-        trained_pass_tokens=sum(b.num_tokens for b in batches),
-        trained_pairs=sum(count_pairs(b.segments) for b in batches),
+    optimizer = MasterOptimizer(run.policy, run.settings.optimizer)
+    buffer = run.method.buffer
+    second = None
+    if buffer is not None:
+        own = run.settings.optimizer.model_copy(update={"lr": buffer.lr, "max_grad_norm": buffer.max_grad_norm})
+        second = MasterOptimizer(run.policy, own, beside=optimizer)
+    return Updater(
+        policy=run.policy,
+        reference=run.reference,
+        method=run.method,
+        settings=run.settings,
+        optimizers=Optimizers(main=optimizer, buffer=second),
+        learning_rate=run.learning_rate,
+        updates_per_step=run.source.updates_per_step,
+        plan=plan,
     )
 
 
-def _scored(batches: Sequence[TokenBatch]) -> Ledger:
-    return Ledger(
-        scored_pass_tokens=sum(b.num_tokens for b in batches),
-        scored_pairs=sum(count_pairs(b.segments) for b in batches),
-    )
+def _take(run: StageRun, updater: Updater, step: int, memory: Memory) -> tuple[StepData, Ledger, float]:
+    """The step's data, the work it took to sample them, and the seconds."""
+    began = time.perf_counter()
+    if run.engine is not None:
+        run.engine.take_cost()  # what an interrupted rollout had cost is not this step's
+    data = run.source.take(step, memory, updater.entropy_of)
+    ledger = data.ledger
+    if run.engine is not None:
+        cost = run.engine.take_cost()
+        ledger = ledger + Ledger(
+            prompt_tokens=cost.prefill_tokens,
+            generated_pairs=cost.pairs,
+            generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
+        )
+    return data, ledger, time.perf_counter() - began
 
 
 def _metrics(run: StageRun, reports: Sequence[StepReport], data: StepData, probe: float | None) -> dict[str, float]:
@@ -218,9 +202,10 @@ def _log(
     )
 
 
-def _state(run: StageRun, done: int) -> dict[str, Any]:
+def _state(run: StageRun, memory: Memory, done: int) -> dict[str, Any]:
     return {
         "step": done,
+        "memory": memory.state(),
         "identity": run.identity,
         "ledger": summed(run.ledger, run.ranks).to_json(),
         "best": run.best,
@@ -234,12 +219,12 @@ def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
     return Ledger(**{k: int(v) for k, v in zip(raw, ranks.sum([float(v) for v in raw.values()]), strict=True)})
 
 
-def _save(run: StageRun, optimizer: MasterOptimizer, done: int) -> None:
+def _save(run: StageRun, optimizers: Optimizers, memory: Memory, done: int) -> None:
     parameters = {name: local(p.detach()) for name, p in run.policy.named_parameters()}
-    tensors = {"parameters": parameters, "optimizer": optimizer.state_tensors()}
+    tensors = {"parameters": parameters, **optimizers.state_tensors(), "memory": memory.tensors()}
     save_checkpoint(
         run.folder / "checkpoints",
-        Checkpoint(step=done, tensors=tensors, state=_state(run, done)),
+        Checkpoint(step=done, tensors=tensors, state=_state(run, memory, done)),
         keep=run.settings.keep_checkpoints,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
@@ -254,7 +239,7 @@ def _keep_best(run: StageRun, done: int, score: float) -> None:
         parameters = {name: local(p.detach()) for name, p in run.policy.named_parameters()}
         save_checkpoint(
             run.folder / "best",
-            Checkpoint(step=done, tensors={"parameters": parameters}, state=_state(run, done)),
+            Checkpoint(step=done, tensors={"parameters": parameters}, state=_state(run, Memory(), done)),
             keep=1,
             rank=run.ranks.rank,
             world_size=run.ranks.world_size,
@@ -262,9 +247,9 @@ def _keep_best(run: StageRun, done: int, score: float) -> None:
         )
 
 
-def _restore(run: StageRun, optimizer: MasterOptimizer) -> int:
+def _restore(run: StageRun, optimizers: Optimizers) -> tuple[int, Memory]:
     """Load the newest valid checkpoint; log files go back to its step, so that nothing is written twice."""
-    folder = run.folder / "checkpoints"
+    folder, memory = run.folder / "checkpoints", first_memory(run.method)
     found = load_latest(folder, rank=run.ranks.rank, world_size=run.ranks.world_size, warn=run.warn)
     step = 0
     if found is not None:
@@ -279,7 +264,8 @@ def _restore(run: StageRun, optimizer: MasterOptimizer) -> int:
                 "the run goes on, but is not bit for bit the uninterrupted one"
             )
         load_parameters(run.policy, found)
-        optimizer.load_state_tensors(found.tensors["optimizer"])
+        optimizers.load_state_tensors(found.tensors)
+        memory = Memory.load(found.state["memory"], found.tensors["memory"])
         run.ledger = Ledger.from_json(found.state["ledger"]) if run.ranks.rank == 0 else Ledger()
         run.best = dict(found.state["best"])
         step = found.step
@@ -287,7 +273,7 @@ def _restore(run: StageRun, optimizer: MasterOptimizer) -> int:
         _forget_later_best(run)
         for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
             rundir.truncate_jsonl(run.folder / name, step)
-    return step
+    return step, memory
 
 
 def _forget_later_best(run: StageRun) -> None:

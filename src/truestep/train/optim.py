@@ -18,16 +18,23 @@ class MasterOptimizer:
 
     A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A bfloat16
     parameter has a float32 master and a float32 gradient that every backward pass is added to, so that small updates
-    are not lost in the master and small gradients not in the sum.
+    are not lost in the master and small gradients not in the sum. ``beside`` another one of the same module, it shares
+    that one's masters and gradient sums and has moments of its own.
     Held by: tests/numerics/test_optim.py
     """
 
-    def __init__(self, module: nn.Module, settings: OptimizerSettings) -> None:
+    def __init__(
+        self, module: nn.Module, settings: OptimizerSettings, *, beside: MasterOptimizer | None = None
+    ) -> None:
         self.settings = settings
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         self._wide_grads: dict[str, Tensor] = {}
         self._hooks = []
+        if beside is not None:
+            self.masters, self._wide_grads = beside.masters, beside._wide_grads
+            self._inner = self._make(list(self.masters.values()))
+            return
         for name, parameter in self.parameters.items():
             if parameter.dtype in _LOW_PRECISION:
                 self.masters[name] = parameter.detach().to(torch.float32, copy=True)

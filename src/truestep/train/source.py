@@ -1,35 +1,54 @@
 """What a step trains on: demonstrations in a shuffled order, or rollouts graded and gated by a method.
 
-Both are pure functions of the step: a resumed run needs no cursor, and an interrupted rollout is redone from its seeds.
+Both are pure functions of the step and the method's memory: a resumed run needs no cursor, and an interrupted rollout
+is redone from its seeds.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from truestep import seeding
 from truestep.flops import Ledger
-from truestep.objective.advantage import is_degenerate
-from truestep.objective.methods import Method, shaped_reward
-from truestep.records import Demonstration, Group, Kind, Prompt, Stop, TrainSequence, Verdict
+from truestep.objective.methods import Method
+from truestep.records import Demonstration, Group, Kind, Prompt, Rollout, Stop, TrainSequence, Verdict
 from truestep.rollout.sample import Sampler
+from truestep.train.buffers import Memory, choose_replays, remember, seen_of, with_waiting
+from truestep.train.controllers import decide
+from truestep.train.groups import (
+    demonstration_sequence,
+    group_ledger,
+    group_metrics,
+    members_of,
+    sample_rows,
+    sequences_of,
+)
 from truestep.train.parallel import Ranks
 
 Item = TypeVar("Item")
-NUM_SHOWN = 4  # rollouts kept for the report, each step
+STREAM_GROUP = 1 << 30  # groups of demonstrations beside the sampled ones are numbered from here
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
-    """The sequences of one step on this rank, cut into the mini-batches of its optimizer updates."""
+    """The sequences of one step on this rank, cut into the mini-batches of its optimizer updates. ``buffered`` are
+    those of a further update by the buffer's own optimizer; ``controls`` the controller's values; ``memory`` what the
+    method remembers once the step is done."""
 
     minibatches: list[list[TrainSequence]]
+    buffered: list[TrainSequence] | None = None
+    controls: Mapping[str, float] = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
     metrics: Mapping[str, float] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
     ledger: Ledger = field(default_factory=Ledger)
+
+
+# Sequences → the mean entropy of each under the current policy (a collective), and the work it took.
+EntropyOf = Callable[[Sequence[TrainSequence]], tuple[list[float], Ledger]]
 
 
 class Source(Protocol):
@@ -37,7 +56,7 @@ class Source(Protocol):
 
     updates_per_step: int
 
-    def take(self, step: int) -> StepData: ...
+    def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData: ...
 
 
 def window(items: Sequence[Item], step: int, size: int, seed: int, limit: int = 0, item: str = "") -> list[Item]:
@@ -57,8 +76,6 @@ def window(items: Sequence[Item], step: int, size: int, seed: int, limit: int = 
 class DemonstrationSource:
     """Shuffled demonstrations, ``sequences_per_step`` at a time; ``num_sequences`` ends the last epoch exactly."""
 
-    updates_per_step = 1
-
     def __init__(
         self,
         demonstrations: Sequence[Demonstration],
@@ -67,22 +84,27 @@ class DemonstrationSource:
         num_sequences: int,
         seed: int,
         ranks: Ranks,
+        updates_per_step: int = 1,
     ) -> None:
         self.demonstrations, self.ranks, self.seed = demonstrations, ranks, seed
         self.sequences_per_step, self.num_sequences = sequences_per_step, num_sequences
+        self.updates_per_step = updates_per_step
 
-    def take(self, step: int) -> StepData:
+    def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
         sequences = [
             TrainSequence(token_ids=d.token_ids, trained=d.trained, num_prefix_tokens=0, group=i, kind=Kind.DEMO)
             for i, d in enumerate(chosen)
         ]
-        mine = sequences[self.ranks.rank :: self.ranks.world_size]
+        size = -(-self.sequences_per_step // self.updates_per_step)
+        cuts = [sequences[i * size : (i + 1) * size] for i in range(self.updates_per_step)]
+        mine = [cut[self.ranks.rank :: self.ranks.world_size] for cut in cuts]
+        flat = [s for cut in mine for s in cut]
         ledger = Ledger(
-            demonstration_tokens=sum(s.num_trained for s in mine),
-            prompt_tokens=sum(len(s.token_ids) - s.num_trained for s in mine),
+            demonstration_tokens=sum(s.num_trained for s in flat),
+            prompt_tokens=sum(len(s.token_ids) - s.num_trained for s in flat),
         )
-        return StepData(minibatches=[mine], ledger=ledger)
+        return StepData(minibatches=mine, ledger=ledger, memory=memory)
 
 
 class RolloutSource:
@@ -102,24 +124,77 @@ class RolloutSource:
         self.prompts, self.sampler, self.method = prompts, sampler, method
         self.prompts_per_step, self.updates_per_step = prompts_per_step, updates_per_step
         self.ranks, self.decode_prompt = ranks, decode_prompt
+        self._by_id = {p.problem.id: p for p in prompts}
 
-    def take(self, step: int) -> StepData:
+    def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData:
+        controls = decide(self.method, memory, step, self.sampler.seed)
         size = self.prompts_per_step // self.updates_per_step
-        chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
-        numbered = list(zip(chosen, _occurrences([p.problem.id for p in chosen]), strict=True))
+        chosen, replayed = self._prompts(step, memory)
+        numbered = list(zip(chosen, _occurrences([p.problem.id for p in chosen]), replayed, strict=True))
         cuts = [numbered[i : i + size] for i in range(0, len(numbered), size)]
         mine = [cut[self.ranks.rank :: self.ranks.world_size] for cut in cuts]
         flat = [pair for cut in mine for pair in cut]
-        groups = iter(self.sampler.groups([p for p, _ in flat], step, [count for _, count in flat]))
+        replays, scored = self._replays([p for p, _, _ in flat], [r for _, _, r in flat], memory, entropy_of)
+        groups = iter(
+            self.sampler.groups(
+                [p for p, _, _ in flat], step, [count for _, count, _ in flat], controls=controls, replays=replays
+            )
+        )
         cut_groups = [[next(groups) for _ in cut] for cut in mine]
         cut_groups, everything = self._refill(cut_groups, step)
-        minibatches = [self._sequences(part) for part in cut_groups]
+        limit = self.sampler.sampling.max_new_tokens
+        minibatches = [
+            [*sequences_of(part, self.method, limit), *self._stream(step * self.updates_per_step + update)]
+            for update, part in enumerate(cut_groups)
+        ]
+        memory, buffered = self._remember(memory, everything)
+        metrics = group_metrics(everything, self.ranks)
         return StepData(
             minibatches=minibatches,
-            metrics=self._metrics(everything),
-            rows=self._rows(everything, step),
-            ledger=_ledger(everything, minibatches),
+            buffered=buffered,
+            controls=controls,
+            memory=self._open_replay(memory, metrics),
+            metrics=metrics | self._kept_metrics(memory, controls),
+            rows=sample_rows(everything, step, self.sampler.decode, self.decode_prompt),
+            ledger=scored + group_ledger(everything, [*minibatches, buffered or []]),
         )
+
+    # ------------------------------------------------------------------------------------------------ prompts, replays
+
+    def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
+        """The step's prompts over all ranks, and which of them come from the store of the replay."""
+        chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
+        spec, replayed = self.method.replay, [False] * len(chosen)
+        if spec is None or not memory.replay_open:
+            return chosen, replayed
+        # Spread over the batch, so that every mini-batch has its share.
+        places = [i for i in range(len(chosen)) if int((i + 1) * spec.share) > int(i * spec.share)]
+        draw = seeding.generator(self.sampler.seed, seeding.Purpose.PLAN, step, "replay")
+        names = choose_replays(memory.replay, spec, len(places), list(self._by_id), draw)
+        for place, name in zip(places, names, strict=False):
+            chosen[place], replayed[place] = self._by_id[name], True
+        return chosen, replayed
+
+    def _replays(
+        self, prompts: Sequence[Prompt], replayed: Sequence[bool], memory: Memory, entropy_of: EntropyOf
+    ) -> tuple[dict[int, Rollout], Ledger]:
+        """The stored sample with the lowest entropy under the current policy, by place; all ranks score together."""
+        if self.method.replay is None:
+            return {}, Ledger()
+        candidates = [
+            (place, rollout)
+            for place, prompt in enumerate(prompts)
+            if replayed[place]
+            for rollout in memory.replay[prompt.problem.id].rollouts
+        ]
+        entropies, work = entropy_of(
+            [demonstration_sequence(prompts[place], rollout.completion_ids, place) for place, rollout in candidates]
+        )
+        best: dict[int, tuple[float, Rollout]] = {}
+        for (place, rollout), entropy in zip(candidates, entropies, strict=True):
+            if place not in best or entropy < best[place][0]:
+                best[place] = (entropy, rollout)
+        return {place: rollout for place, (_, rollout) in best.items()}, work
 
     def _refill(self, cuts: list[list[Group]], step: int) -> tuple[list[list[Group]], list[Group]]:
         """Replace groups that the gate dropped whole by further prompts, for at most ``refill_rounds`` rounds.
@@ -128,7 +203,7 @@ class RolloutSource:
         """
         everything = [g for cut in cuts for g in cut]
         for attempt in range(self.method.refill_rounds):
-            kept = [[g for g in cut if any(self.method.gate(_rewards(g)).keep)] for cut in cuts]
+            kept = [[g for g in cut if any(self.method.gate(members_of(g)).keep)] for cut in cuts]
             missing = sum(len(cut) for cut in cuts) - sum(len(cut) for cut in kept)
             wanted = self.ranks.gather(missing)
             seen = {name for names in self.ranks.gather([g.prompt.problem.id for g in everything]) for name in names}
@@ -145,90 +220,65 @@ class RolloutSource:
             ]
         return cuts, everything
 
-    def _sequences(self, groups: Sequence[Group]) -> list[TrainSequence]:
-        limit = self.sampler.sampling.max_new_tokens
-        sequences = []
-        for index, group in enumerate(groups):
-            rewards = [
-                None if s.reward is None else shaped_reward(self.method, s.reward, len(r.completion_ids), limit)
-                for r, s in zip(group.rollouts, group.scores, strict=True)
-            ]
-            # The gate judges what the checker said; a length penalty alone makes no group informative.
-            decision, advantages = self.method.gate(_rewards(group)), self.method.advantage(rewards)
-            prompt = group.prompt.token_ids
-            for i, rollout in enumerate(group.rollouts):
-                advantage = advantages[i]
-                if not decision.keep[i] or advantage is None or not rollout.completion_ids:
-                    continue
-                num = len(rollout.completion_ids)
-                sequences.append(
-                    TrainSequence(
-                        token_ids=prompt + rollout.completion_ids,
-                        trained=(False,) * len(prompt) + (True,) * num,
-                        num_prefix_tokens=len(prompt),
-                        group=index,
-                        kind=rollout.kind,
-                        advantage=advantage,
-                        behavior_logprobs=rollout.behavior_logprobs,
-                        weight=decision.weights[i],
-                        correct=group.scores[i].verdict is Verdict.CORRECT,
-                        reward=rewards[i] or 0.0,
-                    )
-                )
-        return sequences
+    # ----------------------------------------------------------------------------------------------- streams, memories
 
-    def _metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Means over the samples of all ranks. An unscored sample is in no mean of rewards and in its own rate."""
-        rewards = [_rewards(g) for g in groups]
-        flat = [r for group in rewards for r in group if r is not None]
-        rollouts = [r for g in groups for r in g.rollouts]
-        lengths = [len(r.completion_ids) for r in rollouts]
-        names = ("samples", "scored", "reward", "reward_squared", "groups", "mixed", "solved", "length", "truncated")
-        sums = self.ranks.sum(
-            [
-                len(rollouts),
-                len(flat),
-                sum(flat),
-                sum(r * r for r in flat),
-                len(groups),
-                sum(not is_degenerate(r) for r in rewards),
-                sum(any(x == 1.0 for x in r) for r in rewards),
-                sum(lengths),
-                sum(r.stop is Stop.LENGTH for r in rollouts),
-            ]
-        )
-        s = dict(zip(names, sums, strict=True))
-        mean = s["reward"] / max(1, s["scored"])
-        return {
-            "reward": mean,
-            "reward_std": max(0.0, s["reward_squared"] / max(1, s["scored"]) - mean**2) ** 0.5,
-            "mixed_groups": s["mixed"] / max(1, s["groups"]),
-            "solved_groups": s["solved"] / max(1, s["groups"]),
-            "unscored": (s["samples"] - s["scored"]) / max(1, s["samples"]),
-            "completions/mean_length": s["length"] / max(1, s["samples"]),
-            "completions/truncated": s["truncated"] / max(1, s["samples"]),
-        }
+    def _stream(self, update: int) -> list[TrainSequence]:
+        """This rank's part of the demonstrations that an update holds beside its groups."""
+        share = self.method.stream_share
+        if share == 0:
+            return []
+        sampled = self.prompts_per_step // self.updates_per_step * self.sampler.samples_per_prompt
+        count = max(1, round(sampled * share / (1 - share)))
+        prompts = window(self.prompts, update, count, self.sampler.seed, item="stream")
+        return self._demonstrations([p.problem.id for p in prompts])
 
-    def _rows(self, groups: Sequence[Group], step: int) -> list[dict[str, Any]]:
-        """A few samples for the report: the first of the first groups."""
-        rows = []
-        for group in groups[:NUM_SHOWN]:
-            rollout, score = group.rollouts[0], group.scores[0]
-            rows.append(
-                {
-                    "step": step + 1,
-                    "problem_id": group.prompt.problem.id,
-                    "prompt": self.decode_prompt(group.prompt),
-                    "completion": self.sampler.decode(rollout.completion_ids),
-                    "gold": group.prompt.problem.answer,
-                    "verdict": score.verdict.value,
-                    "reason": score.reason,
-                    "reward": score.reward,
-                    "stop": rollout.stop.value,
-                    "num_tokens": len(rollout.completion_ids),
-                }
-            )
-        return rows
+    def _demonstrations(self, names: Sequence[str]) -> list[TrainSequence]:
+        """This rank's part of the named problems' demonstrations."""
+        made = [
+            demonstration_sequence(self._by_id[name], self.sampler.demonstrations[name], STREAM_GROUP + i)
+            for i, name in enumerate(names)
+        ]
+        return made[self.ranks.rank :: self.ranks.world_size]
+
+    def _remember(self, memory: Memory, groups: Sequence[Group]) -> tuple[Memory, list[TrainSequence] | None]:
+        """The memory after these groups, and the demonstrations that are due. The same on all ranks: what each of them
+        adds is put in the order of the problems' names."""
+        buffered = None
+        if self.method.buffer is not None:
+            mine = [g.prompt.problem.id for g in groups if self.method.gate(members_of(g)).push_demonstration]
+            pushed = sorted(name for names in self.ranks.gather(mine) for name in names)
+            waiting = with_waiting(memory.waiting, pushed)
+            size = self.method.buffer.size
+            if len(waiting) >= size:
+                buffered, waiting = self._demonstrations(waiting[:size]), waiting[size:]
+            memory = replace(memory, waiting=waiting)
+        if self.method.replay is not None:
+            seen = sorted(part for parts in self.ranks.gather([_seen(g) for g in groups]) for part in parts)
+            memory = replace(memory, replay=remember(memory.replay, seen, self.method.replay.most_stored))
+        return memory, buffered
+
+    def _open_replay(self, memory: Memory, metrics: Mapping[str, float]) -> Memory:
+        spec = self.method.replay
+        if spec is None or memory.replay_open:
+            return memory
+        return replace(memory, replay_open=metrics["reward"] >= spec.start)
+
+    def _kept_metrics(self, memory: Memory, controls: Mapping[str, float]) -> dict[str, float]:
+        found = {f"control/{name}": value for name, value in controls.items()}
+        if self.method.buffer is not None:
+            found["buffer/waiting"] = float(len(memory.waiting))
+        if self.method.replay is not None:
+            found["replay/problems"] = float(len(memory.replay))
+        return found
+
+
+def _seen(group: Group) -> Any:
+    """A group's own samples for the store of the replay: how many were right, and the right and finished ones."""
+    pairs = [(r, s) for r, s in zip(group.rollouts, group.scores, strict=True) if r.kind is Kind.ON]
+    right = [r for r, s in pairs if s.verdict is Verdict.CORRECT and r.stop is Stop.STOP_TOKEN]
+    num_correct = sum(s.verdict is Verdict.CORRECT for _, s in pairs)
+    num_scored = sum(s.verdict is not Verdict.UNSCORED for _, s in pairs)
+    return seen_of(group.prompt.problem.id, num_correct, num_scored, right)
 
 
 def _occurrences(names: Sequence[str]) -> list[int]:
@@ -239,14 +289,3 @@ def _occurrences(names: Sequence[str]) -> list[int]:
         counts.append(seen[name])
         seen[name] += 1
     return counts
-
-
-def _rewards(group: Group) -> list[float | None]:
-    return [score.reward for score in group.scores]
-
-
-def _ledger(groups: Sequence[Group], minibatches: Sequence[Sequence[TrainSequence]]) -> Ledger:
-    return Ledger(
-        rollout_tokens=sum(len(r.completion_ids) for g in groups for r in g.rollouts),
-        rollout_trained_tokens=sum(s.num_trained for part in minibatches for s in part),
-    )

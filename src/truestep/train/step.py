@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from truestep.objective.coefficients import Context
+from truestep.objective.corrections import fresh
 from truestep.objective.methods import Term
 from truestep.objective.normalise import local_total, normalise
 from truestep.records import BatchTotals, StepReport, TokenBatch
@@ -43,6 +44,8 @@ class StepPlan:
     ranks: Ranks = field(default_factory=Ranks)
     sharded: bool = False
     microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
+    statistics: Mapping[str, float] = field(default_factory=dict)  # of the whole step, for coefficients
+    controls: Mapping[str, float] = field(default_factory=dict)  # the method's controller's values of this step
     check_stop: Callable[[], None] = lambda: None
     rescue_folder: Path | None = None  # where the batch of a non-finite step is saved
 
@@ -93,13 +96,14 @@ def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[Tok
 
 def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ranks) -> BatchTotals:
     """Every term's denominator over all micro-batches and ranks, before the first forward pass."""
-    local = [local_total(term.normaliser, [term.select(b) for b in batches], batches) for term in terms]
+    counted = [term.counted or term.select for term in terms]
+    local = [local_total(t.normaliser, [c(b) for b in batches], batches) for t, c in zip(terms, counted, strict=True)]
     sequences = [b.sequence_index for b in batches]
     groups = [b.group_index for b in batches]
     local += [float(sum(b.num_targets for b in batches)), _distinct(sequences), _distinct(groups)]
-    *counted, num_tokens, num_sequences, num_groups = ranks.sum(local)
+    *found, num_tokens, num_sequences, num_groups = ranks.sum(local)
     return BatchTotals(
-        terms={term.name: total for term, total in zip(terms, counted, strict=True)},
+        terms={term.name: total for term, total in zip(terms, found, strict=True)},
         num_tokens=int(num_tokens),
         num_sequences=int(num_sequences),
         num_groups=int(num_groups),
@@ -108,6 +112,14 @@ def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ra
 
 def _distinct(parts: Sequence[Tensor]) -> float:
     return float(torch.cat(list(parts)).unique().numel()) if parts else 0.0
+
+
+def term_weight(term: Term, plan: StepPlan, totals: BatchTotals) -> float:
+    """What multiplies a term's normalised loss in this step: its schedule, its controller's value, its old scale."""
+    weight = term.weight(plan.step)
+    if term.control:
+        weight = weight * plan.controls[term.control]
+    return weight if term.scale is None else weight * term.scale(totals)
 
 
 def microbatch_loss(
@@ -120,44 +132,56 @@ def microbatch_loss(
     # Before the first update of a rollout batch the policy is the proximal policy: its own values, no extra pass.
     proximal = torch.where(batch.proximal_logprobs.isnan(), detached, batch.proximal_logprobs)
     context = Context(
-        policy_logprobs=detached, proximal_logprobs=proximal, entropy=entropy.detach(), batch=batch, step=plan.step
+        policy_logprobs=detached,
+        proximal_logprobs=proximal,
+        entropy=entropy.detach(),
+        batch=batch,
+        step=plan.step,
+        statistics=plan.statistics,
     )
     loss = logprobs.sum() * 0.0  # an exact zero with a graph: a micro-batch without targets still runs backward
     for term in plan.terms:
         total = totals.of(term.name)
         if total == 0:
             continue  # absent from the whole step, on every rank
+        selected = term.select(batch)
         if term.coefficient is not None:
-            coefficient = term.coefficient(context)
+            # Elsewhere a coefficient may be anything, even not a number: a demonstration has no behavior probability.
+            coefficient = torch.where(selected, term.coefficient(context), 0.0)
             values = -(coefficient * logprobs)
-            _count_clipped(sums, coefficient, term.select(batch), batch)
+            _count_clipped(sums, coefficient, selected & fresh(batch), batch)
         else:
             assert term.value is not None
             values = term.value(logprobs, entropy)
-        selected = term.select(batch).to(values.dtype) * batch.weight
         part = normalise(
-            values * selected, normaliser=term.normaliser, batch=batch, total=total, max_length=plan.max_length
+            values * selected.to(values.dtype) * batch.weight,
+            normaliser=term.normaliser,
+            batch=batch,
+            total=total,
+            max_length=plan.max_length,
         )
-        loss = loss + term.weight(plan.step) * part
-        _add(sums, f"loss/{term.name}", float(part.detach()))
+        weight = term_weight(term, plan, totals)
+        loss = loss + weight * part
+        _add(sums, f"loss/{term.name}", weight * float(part.detach()))
     _measure(sums, context)
     return loss
 
 
 def _count_clipped(sums: dict[str, float], coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
     """Sampled tokens that have an advantage and yet no gradient: clipped, whatever the method's range is."""
-    clipped = selected & (coefficient == 0) & ~batch.behavior_logprobs.isnan()
+    clipped = selected & (coefficient == 0)
     _add(sums, "clip_low", float((clipped & (batch.advantage < 0)).sum()))
     _add(sums, "clip_high", float((clipped & (batch.advantage > 0)).sum()))
 
 
 def _measure(sums: dict[str, float], context: Context) -> None:
-    """Sums over tokens of what is watched every step; divided by counts in ``_report``."""
+    """Sums over tokens of what is watched every step; divided by counts in ``_report``. Tokens of the expert apart."""
     batch = context.batch
-    _add(sums, "tokens", float(batch.num_targets))
-    _add(sums, "entropy", float(context.entropy.sum()))
-    _add(sums, "nll", -float(context.policy_logprobs.sum()))
-    sampled = ~batch.behavior_logprobs.isnan()
+    for name, mask in (("", ~batch.is_expert), ("expert/", batch.is_expert)):
+        _add(sums, f"{name}tokens", float(mask.sum()))
+        _add(sums, f"{name}entropy", float(context.entropy[mask].sum()))
+        _add(sums, f"{name}nll", -float(context.policy_logprobs[mask].sum()))
+    sampled = fresh(batch)
     if bool(sampled.any()):
         log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
         _add(sums, "sampled", float(sampled.sum()))
@@ -174,11 +198,20 @@ def _add(sums: dict[str, float], key: str, value: float) -> None:
 
 
 def _report(plan: StepPlan, totals: BatchTotals, sums: dict[str, float], norm: float) -> StepReport:
-    keys = ["tokens", "sampled", "entropy", "nll", "clip_low", "clip_high", "approx_kl", "gap", "gap_kl"]
+    keys = ["sampled", "clip_low", "clip_high", "approx_kl", "gap", "gap_kl"]
+    keys += [f"{who}{what}" for who in ("", "expert/") for what in ("tokens", "entropy", "nll")]
     keys += [f"loss/{t.name}" for t in plan.terms]
     total = dict(zip(keys, plan.ranks.sum([sums.get(k, 0.0) for k in keys]), strict=True))
-    loss = math.fsum(term.weight(plan.step) * total[f"loss/{term.name}"] for term in plan.terms)
-    metrics = {"entropy": total["entropy"] / max(1.0, total["tokens"]), "nll": total["nll"] / max(1.0, total["tokens"])}
+    loss = math.fsum(total[f"loss/{term.name}"] for term in plan.terms)
+    # Where nothing was sampled the expert's tokens are all there is, and need no name of their own.
+    who = "" if total["tokens"] else "expert/"
+    metrics = {what: total[f"{who}{what}"] / max(1.0, total[f"{who}tokens"]) for what in ("entropy", "nll")}
+    if total["tokens"] and total["expert/tokens"]:
+        num = total["expert/tokens"]
+        metrics |= {"expert/nll": total["expert/nll"] / num, "expert/entropy": total["expert/entropy"] / num}
+        metrics["expert/share"] = num / (num + total["tokens"])
+    if len(plan.terms) > 1:
+        metrics |= {f"loss/{term.name}": total[f"loss/{term.name}"] for term in plan.terms}
     if total["sampled"]:
         metrics |= {
             "clip_ratio/low": total["clip_low"] / total["sampled"],
@@ -201,16 +234,34 @@ def _report(plan: StepPlan, totals: BatchTotals, sums: dict[str, float], norm: f
 
 @torch.no_grad()
 def fill_proximal(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan) -> list[TokenBatch]:
-    """The proximal pass: the same batches with the log-probabilities of the policy as it is now."""
-    filled = []
+    """The proximal pass: the same batches with the log-probabilities and entropies of the policy as it is now."""
+    return [
+        replace(batch, proximal_logprobs=logprobs, proximal_entropy=entropy)
+        for batch, logprobs, entropy in _passed(policy, batches, plan, "proximal")
+    ]
+
+
+@torch.no_grad()
+def fill_reference(reference: Policy, batches: Sequence[TokenBatch], plan: StepPlan) -> list[TokenBatch]:
+    """The same batches with the log-probabilities of the frozen reference policy."""
+    return [
+        replace(batch, reference_logprobs=logprobs)
+        for batch, logprobs, _ in _passed(reference, batches, plan, "reference")
+    ]
+
+
+def _passed(
+    policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan, whose: str
+) -> list[tuple[TokenBatch, Tensor, Tensor]]:
+    found = []
     for index, batch in enumerate(_levelled(batches, plan.ranks, policy)):
         plan.check_stop()
-        logprobs, _ = policy(batch, plan.temperature)
-        _require_finite({"proximal log-probabilities": logprobs}, batch, plan, f"micro-batch {index}")
+        logprobs, entropy = policy(batch, plan.temperature)
+        _require_finite({f"{whose} log-probabilities": logprobs}, batch, plan, f"micro-batch {index}")
         if index < len(batches):
-            filled.append(replace(batch, proximal_logprobs=logprobs.detach()))
+            found.append((batch, logprobs.detach(), entropy.detach()))
     reshard(policy)
-    return filled
+    return found
 
 
 def _levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:

@@ -13,7 +13,7 @@ from truestep import __version__
 from truestep.model import attention
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, model_shape
-from truestep.objective.methods import sft
+from truestep.objective.methods import build
 from truestep.records import Kind, TrainSequence
 from truestep.settings import OptimizerSettings
 from truestep.train.assemble import dummy_batch, last_needed, pack
@@ -61,7 +61,12 @@ def run(spec: kit.Spec) -> None:
     for step, window in enumerate(spec.windows(used)):
         batches = [b for rows in window for b in pack(sequences(spec, rows), tokens_per_microbatch=1024)]
         plan = StepPlan(
-            step=step, terms=sft().terms, learning_rate=spec.lr, temperature=1.0, ranks=ranks, sharded=sharded
+            step=step,
+            terms=build("sft", {}).terms,
+            learning_rate=spec.lr,
+            temperature=1.0,
+            ranks=ranks,
+            sharded=sharded,
         )
         report = train_step(policy, optimizer, batches, plan)
         recorder.logged["loss"].append(report.loss)

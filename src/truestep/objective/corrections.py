@@ -1,0 +1,85 @@
+"""What is laid over a method's coefficients: another advantage, or a weight for what engine and trainer disagree about.
+
+Shapes: M trained tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from truestep.objective.coefficients import Coefficient, Context, bounded_exp
+from truestep.objective.sequences import sequence_mean, sequence_sum, to_go
+from truestep.records import Kind, TokenBatch
+
+
+def fresh(batch: TokenBatch) -> Tensor:
+    """True where the engine has just sampled the token: the tokens that have a behavior log-probability to compare."""
+    return ~batch.behavior_logprobs.isnan() & ~batch.is_expert & (batch.kind != int(Kind.REPLAY))
+
+
+def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Context], Tensor]:
+    """The weight of a token by ρ = π_proximal/π_engine; 1 where the engine has not sampled it.
+
+    truncate min(ρ, high) (TIS) · clamp within [low, high] · drop ρ inside [low, high], else 0 (IcePop) · mask 1 inside,
+    else 0 (MIS) · sequence min(Πρ, high) · geometric ρ where the sequence's geometric mean of ρ lies inside, else 0
+    (ρ itself is not bounded, as in OpenRLHF's code).
+    Held by: tests/numerics/test_corrections.py
+    """
+
+    def weight(context: Context) -> Tensor:
+        batch = context.batch
+        known = fresh(batch)
+        log_rho = torch.where(known, context.proximal_logprobs - batch.behavior_logprobs, 0.0)
+        rho = bounded_exp(log_rho)
+        inside = (rho >= low) & (rho <= high)
+        if correction == "truncate":
+            found = rho.clamp(max=high)
+        elif correction == "clamp":
+            found = rho.clamp(low, high)
+        elif correction == "drop":
+            found = rho * inside
+        elif correction == "mask":
+            found = inside.to(rho.dtype)
+        elif correction == "sequence":
+            found = bounded_exp(sequence_sum(log_rho, batch)).clamp(max=high)
+        else:
+            mean = bounded_exp(sequence_mean(log_rho, batch))
+            found = rho * ((mean >= low) & (mean <= high))
+        return torch.where(known, found, 1.0)
+
+    return weight
+
+
+CORRECTIONS = ("none", "truncate", "clamp", "drop", "mask", "sequence", "geometric")
+
+
+def weighted(coefficient: Coefficient, weight: Callable[[Context], Tensor]) -> Coefficient:
+    return lambda context: coefficient(context) * weight(context)
+
+
+def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tensor]) -> Coefficient:
+    """The coefficient as if the tokens had these advantages."""
+    return lambda context: coefficient(replace(context, batch=replace(context.batch, advantage=advantage(context))))
+
+
+def kl_in_reward(beta: float) -> Callable[[Context], Tensor]:
+    """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1, and answers for what follows it.
+
+    Gradient: with REINFORCE that of the reverse KL.
+    """
+
+    def advantage(context: Context) -> Tensor:
+        own = fresh(context.batch)
+        charge = torch.where(own, context.proximal_logprobs - context.batch.reference_logprobs, 0.0)
+        return torch.where(own, context.advantage - beta * to_go(charge, context.batch), context.advantage)
+
+    return advantage
+
+
+def whitened(mean: str, std: str) -> Callable[[Context], Tensor]:
+    """(A − mean)/(std + 1e-8) by two statistics of the step over its own tokens (REINFORCE++, arXiv:2501.03262)."""
+    return lambda context: (context.advantage - context.statistics[mean]) / (context.statistics[std] + 1e-8)

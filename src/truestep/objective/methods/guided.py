@@ -1,0 +1,158 @@
+"""Rows that mix clipped RL with imitation by a schedule, a switch or a hint: CHORD, UFT, SuperRL, SASR, BREAD, GHPO.
+
+Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the paper,
+[S] in a secondary source, [U] not verified.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from truestep.objective import coefficients, controller, plan, schedule
+from truestep.objective.advantage import group_mean_std, own_mean_std
+from truestep.objective.coefficients import Coefficient
+from truestep.objective.gate import imitate_where_unsolved
+from truestep.objective.methods.mixed import imitation_term
+from truestep.objective.methods.rl import policy_term
+from truestep.objective.methods.row import DEMO, EXPERT, OWN, Method, Statistic, Term
+from truestep.objective.normalise import Normaliser
+from truestep.objective.schedule import Schedule
+
+
+def _chord(name: str, imitated: Coefficient, mu: Schedule, stream_share: float, clip: float) -> Method:
+    """(1−μ)·GRPO + μ·imitation, the demonstrations a stream beside the groups; each part has its own total."""
+    return Method(
+        name=name,
+        terms=(
+            replace(
+                policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS), weight=lambda step: 1 - mu(step)
+            ),
+            replace(imitation_term(imitated), weight=mu),
+        ),
+        advantage=group_mean_std,
+        stream_share=stream_share,
+        needs_demonstrations=True,
+        source="arXiv:2508.11408",
+    )
+
+
+def chord_mu(
+    *,
+    mu_peak: float = 0.9,
+    mu_valley: float = 0.05,
+    warmup_steps: int = 0,
+    decay_steps: int = 200,
+    stream_share: float = 0.2,
+    clip: float = 0.2,
+) -> Method:
+    """CHORD-μ: the balance falls from 0.9 to 0.05 over 200 steps; a fifth of the sequences are demonstrations [C]."""
+    mu = schedule.warmed_cosine(valley=mu_valley, peak=mu_peak, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    return _chord("chord_mu", coefficients.ones, mu, stream_share, clip)
+
+
+def chord_phi(*, mu: float = 0.1, stream_share: float = 0.2, clip: float = 0.2) -> Method:
+    """CHORD-φ: a constant balance, and the likelihood weighted by p(1−p) [C]."""
+    return _chord("chord_phi", coefficients.uncertainty, schedule.constant(mu), stream_share, clip)
+
+
+def uft(
+    *,
+    imitation_weight: float = 1e-3,
+    num_segments: int = 5,
+    prefix_start: float = 0.95,
+    prefix_end: float = 0.05,
+    prefix_steps: int = 300,
+    clip: float = 0.2,
+) -> Method:
+    """All samples of a problem continue the same k of 5 parts of its demonstration, k binomial with a probability that
+    falls with a cosine; the parts are imitated with weight 0.001, the continuations are GRPO's, with KL (k3) 0.001 to
+    the stage's start [C]. Parts are of equal length in tokens, not sentences."""
+    shown = plan.shared_prefix(schedule.cosine(prefix_start, prefix_end, prefix_steps), num_segments, prefix_steps)
+    imitation = replace(imitation_term(weight=imitation_weight), select=EXPERT)
+    return Method(
+        name="uft",
+        terms=(policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS), imitation),
+        plan=shown,
+        advantage=group_mean_std,
+        needs_demonstrations=True,
+        kl="k3",
+        kl_coef=1e-3,
+        source="arXiv:2505.16984",
+    )
+
+
+def super_rl(
+    *, clip: float = 0.2, learned_weights: bool = False, sigma_rate: float = 1e-2, sigma_least: float = -2.0
+) -> Method:
+    """Where no sample is right the demonstration is imitated, elsewhere GRPO. With ``learned_weights`` the two losses
+    are weighted by e^(−2σ), σ from 0 and 1, not below −2 [S]; the rate of σ is [U]. The losses that σ learns from are
+    those of the step's proximal policy, where the ratio is 1."""
+    policy = policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS)
+    row = Method(
+        name="super_rl",
+        terms=(policy, imitation_term()),
+        plan=plan.beside_demonstration,
+        gate=imitate_where_unsolved(0),
+        advantage=own_mean_std,
+        needs_demonstrations=True,
+        source="arXiv:2506.01096",
+    )
+    if not learned_weights:
+        return row
+    losses = (
+        Statistic(name="policy_loss", select=OWN, values=lambda c: -c.advantage, reduce="mean"),
+        Statistic(name="imitation_loss", select=DEMO, values=lambda c: -c.policy_logprobs, reduce="mean"),
+    )
+    learning = controller.learned_weights(
+        policy="policy_loss", imitation="imitation_loss", rate=sigma_rate, least=sigma_least
+    )
+    terms = (replace(policy, control="policy"), replace(imitation_term(), control="imitation"))
+    return replace(row, terms=terms, statistics=losses, controller=learning)
+
+
+def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Method:
+    """Each step either imitates or is GRPO's, by a draw whose probability follows the gradient norm of imitation [S];
+    γ and the length of the warm-up are [U]. The KL (k3) to the policy after the warm-up is ``kl``: give the warm-up a
+    stage of its own then."""
+    return Method(
+        name="sasr",
+        terms=(policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS), imitation_term()),
+        plan=plan.one_or_the_other("imitate"),
+        advantage=own_mean_std,
+        controller=controller.phases(gamma=gamma, warmup_steps=warmup_steps),
+        needs_demonstrations=True,
+        source="arXiv:2505.13026",
+    )
+
+
+def bread(*, num_episodes: int = 10, share_low: float = 0.01, share_high: float = 0.99, clip: float = 0.2) -> Method:
+    """GRPO; where no sample is right, all samples branch from the shortest expert prefix after which some but not all
+    are right, found by binary search over 10 parts [S]; the prefix is context. The band's limits are [U]. The KL term
+    is left to ``kl``."""
+    term = Term(
+        name="policy", select=OWN, coefficient=coefficients.clipped_ratio(clip, clip), normaliser=Normaliser.SEQUENCES
+    )
+    return Method(
+        name="bread",
+        terms=(term,),
+        plan=plan.anchored(num_episodes, share_low, share_high),
+        advantage=group_mean_std,
+        needs_demonstrations=True,
+        source="arXiv:2506.17211",
+    )
+
+
+def ghpo(*, clip: float = 0.2) -> Method:
+    """GRPO; where no sample is right, all are replaced by samples under a prompt that shows the first 25 %, then 50 and
+    75 % of the solution's characters, and trained under it [C]. The code averages per micro-batch; this divides by all
+    tokens."""
+    fractions = (0.25, 0.5, 0.75)
+    return Method(
+        name="ghpo",
+        terms=(policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS),),
+        plan=plan.hinted(fractions),
+        shown_fraction=max(fractions),
+        advantage=group_mean_std,
+        needs_demonstrations=True,
+        source="arXiv:2507.10628",
+    )

@@ -1,0 +1,279 @@
+"""Rows that train on own samples and demonstrations in one run.
+
+Most papers of this family release code with LUFFY's normaliser: Σ_t/L per micro-batch, micro-batches summed, ranks
+averaged. Here every term is divided by a global count. ``legacy_scale`` = W, the GPUs of the official run, gives the
+official gradient's size back: terms over N·L are multiplied by N/W; token means, which that code adds up over
+the micro-batches of a rank, by ``legacy_microbatches``. That last number depends on packing and is no constant of
+any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to the entropy bonus and to the balance of
+RL and imitation.
+
+Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the paper,
+[S] in a secondary source, [U] not verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from truestep.objective import coefficients, plan, schedule
+from truestep.objective.advantage import group_mean_std, own_mean
+from truestep.objective.coefficients import Coefficient
+from truestep.objective.gate import imitate_where_unsolved, push_unsolved
+from truestep.objective.methods.row import (
+    ALL,
+    DEMO,
+    EXPERT,
+    OWN,
+    REPLAY,
+    DemonstrationBuffer,
+    Method,
+    Replay,
+    Select,
+    Statistic,
+    Term,
+)
+from truestep.objective.normalise import Normaliser
+
+CANONICAL_ENTROPY = 1e-4  # the official 0.001 of LUFFY and its family on the scale of a global mean
+
+
+def _part(name: str, select: Select, coefficient: Coefficient) -> Term:
+    """One part of a surrogate whose parts share N·L, all sequences counted."""
+    return Term(name=name, select=select, counted=ALL, coefficient=coefficient, normaliser=Normaliser.MAX_LENGTH)
+
+
+def imitation_term(coefficient: Coefficient = coefficients.ones, weight: float = 1.0) -> Term:
+    return Term(
+        name="sft",
+        select=DEMO,
+        coefficient=coefficient,
+        normaliser=Normaliser.TOKENS,
+        weight=schedule.constant(weight),
+    )
+
+
+def _scaled(terms: Sequence[Term], ranks: int, microbatches: int) -> tuple[Term, ...]:
+    """The terms at the official code's scale, or as they are (``ranks`` 0)."""
+    if ranks == 0:
+        return tuple(terms)
+    return tuple(
+        replace(
+            t,
+            scale=(lambda totals: totals.num_sequences / ranks)
+            if t.normaliser is Normaliser.MAX_LENGTH
+            else (lambda totals: float(microbatches)),
+        )
+        for t in terms
+    )
+
+
+def _family_entropy(ranks: int, microbatches: int) -> float:
+    return CANONICAL_ENTROPY if ranks == 0 else 1e-3 * microbatches
+
+
+def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
+    """n−1 samples and the demonstration in one group, no std, no clip [C]; the demonstration's importance ratio, with
+    behavior probability 1, is shaped by p/(p+γ). A demonstration that the checker rejects has a negative advantage."""
+    terms = (
+        _part("policy", OWN, coefficients.importance),
+        _part("demonstration", DEMO, coefficients.shaped_demonstration(gamma)),
+    )
+    return Method(
+        name="luffy",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        plan=plan.with_demonstration,
+        needs_demonstrations=True,
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2504.14945",
+    )
+
+
+def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
+    """LUFFY's group without the demonstration's advantage: RL on the own samples, their baseline their own, plus
+    ``weight`` times the likelihood of the demonstration (1.0 [C])."""
+    terms = (
+        Term(name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH),
+        imitation_term(weight=weight),
+    )
+    return Method(
+        name="multi_task",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        plan=plan.with_demonstration,
+        advantage=own_mean,
+        needs_demonstrations=True,
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2504.14945, RL with SFT loss",
+    )
+
+
+def relift(
+    *,
+    buffer_size: int = 128,
+    buffer_lr: float = 1e-6,
+    buffer_max_grad_norm: float = 1.0,
+    legacy_scale: int = 0,
+    legacy_microbatches: int = 8,
+) -> Method:
+    """Dr. GRPO without a clip; problems that no sample solves leave their demonstration in a buffer, and as soon as
+    ``buffer_size`` wait, one update imitates the newest, with an AdamW of its own [C]. The official code divides that
+    update by 8 times too much, which AdamW hides; this does not."""
+    terms = (
+        Term(name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH),
+        imitation_term(),
+    )
+    return Method(
+        name="relift",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        gate=push_unsolved,
+        needs_demonstrations=True,
+        buffer=DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm),
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2506.07527",
+    )
+
+
+def srft(
+    *,
+    imitation_weight: float = 0.5,
+    entropy_sign: float = -1.0,
+    correct_weight: float = 0.1,
+    legacy_scale: int = 0,
+    legacy_microbatches: int = 8,
+) -> Method:
+    """Three parts at once: the demonstration's likelihood weighted by ½·exp(sign·H), its advantage times p, and the own
+    samples by their verdict alone (0.1·exp(H) or −1). H is a sequence's mean entropy, as in HPT's re-implementation
+    [C]; the sign is the paper's (−1 [P]; the official code is reported to have +1 [S])."""
+    terms = (
+        imitation_term(coefficients.entropy_weighted(imitation_weight, entropy_sign)),
+        _part("demonstration", DEMO, coefficients.unshaped_demonstration),
+        _part("policy", OWN, coefficients.signed_by_verdict(correct_weight)),
+    )
+    return Method(
+        name="srft",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        plan=plan.beside_demonstration,
+        advantage=group_mean_std,
+        needs_demonstrations=True,
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2506.19767",
+    )
+
+
+def prefix_rft(
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    entropy_share: float = 0.2,
+    prefix_start: float = 0.95,
+    prefix_end: float = 0.05,
+    prefix_high: float = 0.95,
+    prefix_steps: int = 500,
+) -> Method:
+    """n−1 samples and one continuation of an expert prefix, whose length is uniform between a bound that falls with a
+    cosine and 0.95. All tokens are in the clipped surrogate with the group's advantage; of the prefix only the
+    ``entropy_share`` with the highest entropy over the whole step (the code takes it per micro-batch [C]). Masked
+    tokens still count in the total."""
+    clipped = coefficients.clipped_ratio(clip_low, clip_high)
+    statistic = Statistic(
+        name="prefix_entropy",
+        select=EXPERT,
+        values=lambda context: context.batch.proximal_entropy,
+        reduce="quantile",
+        level=1 - entropy_share,
+    )
+    return Method(
+        name="prefix_rft",
+        terms=(
+            _part("policy", OWN, clipped),
+            _part("prefix", EXPERT, coefficients.where_uncertain(clipped, "prefix_entropy")),
+        ),
+        plan=plan.one_prefix(schedule.cosine(prefix_start, prefix_end, prefix_steps), prefix_high),
+        statistics=(statistic,),
+        needs_demonstrations=True,
+        source="arXiv:2507.01679",
+    )
+
+
+def hpt(
+    *, most_correct: int = 0, imitation_weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8
+) -> Method:
+    """A switch by problem: with at most ``most_correct`` right samples (0 for Qwen, 2 for Llama [C]) the demonstration
+    is imitated and the samples are dropped, otherwise Dr. GRPO without a clip. Totals count what is kept."""
+    terms = (
+        Term(name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH),
+        imitation_term(weight=imitation_weight),
+    )
+    return Method(
+        name="hpt",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        plan=plan.beside_demonstration,
+        gate=imitate_where_unsolved(most_correct),
+        advantage=own_mean,
+        needs_demonstrations=True,
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2509.04419",
+    )
+
+
+def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
+    """Micro-groups one after another, each guided by an expert prefix where too few samples so far were right: lengths
+    0.25, 0.5 and 1 below shares 1/2, 2/3 and 1 [C] (the paper has 0.2, 0.5, 1 at 0.5, 0.7, 0.9). Expert tokens are
+    imitated by TrSFT with advantage 1. The code leaves one of two guided samples unimitated and ends prefixes with
+    clauses; this does neither."""
+    terms = (
+        _part("policy", OWN, coefficients.importance),
+        _part("prefix", EXPERT, coefficients.trusted(alpha)),
+    )
+    return Method(
+        name="trapo",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        plan=plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0)),
+        needs_demonstrations=True,
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2512.17636",
+    )
+
+
+def exgrpo(
+    *,
+    beta: float = 0.1,
+    replay_share: float = 0.5,
+    replay_start: float = 0.35,
+    replay_sigma: float = 1.0,
+    most_stored: int = 8,
+    legacy_scale: int = 0,
+    legacy_microbatches: int = 8,
+) -> Method:
+    """Half of the prompts come from a store of problems solved in part, each with one stored own sample in its group,
+    weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds the store ([U]: the code
+    keeps all)."""
+    terms = (
+        _part("policy", OWN, coefficients.importance),
+        _part("replay", REPLAY, coefficients.shaped_replay(beta)),
+    )
+    return Method(
+        name="exgrpo",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        plan=plan.with_replay,
+        replay=Replay(share=replay_share, start=replay_start, sigma=replay_sigma, most_stored=most_stored),
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2510.02245",
+    )
+
+
+def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
+    """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows where the
+    policy is unlikely to go. No std and no clip, as in the code [C] (the paper has a std)."""
+    terms = (
+        _part("policy", OWN, coefficients.importance),
+        _part("demonstration", DEMO, coefficients.mixed_importance(exponent)),
+    )
+    return Method(
+        name="rl_plus",
+        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+        plan=plan.with_demonstration,
+        needs_demonstrations=True,
+        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        source="arXiv:2508.00222",
+    )

@@ -1,0 +1,157 @@
+"""What a method remembers from step to step: its controller's state, waiting demonstrations, stored samples.
+
+One immutable record. A step makes the next one and the loop keeps it once the step is done, so that an interrupted step
+leaves nothing behind; a checkpoint holds it as JSON and one group of tensors. It is the same on every rank.
+Held by: tests/contract/test_method_resume.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truestep.objective.methods.row import Method, Replay
+from truestep.records import Distribution, Kind, Rollout, Stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What is known of a problem: how many of its latest own samples were right, and right ones, newest first."""
+
+    num_correct: int
+    num_samples: int
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """``waiting`` names problems whose demonstrations wait, newest first; ``replay`` holds stored samples by problem;
+    ``replay_open`` says that the share of right samples has once reached the method's start."""
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    waiting: tuple[str, ...] = ()
+    replay: Mapping[str, Stored] = field(default_factory=dict)
+    replay_open: bool = False
+
+    def state(self) -> dict[str, Any]:
+        """What JSON holds: everything but the tokens and log-probabilities."""
+        stored = [
+            [name, s.num_correct, s.num_samples, [_header(r) for r in s.rollouts]] for name, s in self.replay.items()
+        ]
+        return {
+            "scalars": dict(self.scalars),
+            "waiting": list(self.waiting),
+            "replay": stored,
+            "replay_open": self.replay_open,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored samples end to end, in the order of ``state``."""
+        rollouts = [r for s in self.replay.values() for r in s.rollouts]
+        return {
+            "tokens": torch.tensor([t for r in rollouts for t in r.completion_ids], dtype=torch.int64),
+            "behavior_logprobs": torch.tensor([x for r in rollouts for x in r.behavior_logprobs], dtype=torch.float64),
+        }
+
+    @staticmethod
+    def load(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Memory:
+        tokens, logprobs = tensors["tokens"].tolist(), tensors["behavior_logprobs"].tolist()
+        replay: dict[str, Stored] = {}
+        start = 0
+        for name, num_correct, num_samples, headers in state["replay"]:
+            rollouts = []
+            for length, version, temperature in headers:
+                stop = start + length
+                rollouts.append(_stored(name, tokens[start:stop], logprobs[start:stop], version, temperature))
+                start = stop
+            replay[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=tuple(rollouts))
+        return Memory(
+            scalars=state["scalars"],
+            waiting=tuple(state["waiting"]),
+            replay=replay,
+            replay_open=state["replay_open"],
+        )
+
+
+def first_memory(method: Method) -> Memory:
+    """Before the first step."""
+    return Memory(scalars={} if method.controller is None else dict(method.controller.initial))
+
+
+def _header(rollout: Rollout) -> list[float]:
+    d = rollout.distribution
+    return [len(rollout.completion_ids), d.policy_version, d.temperature]
+
+
+def _stored(name: str, tokens: Sequence[int], logprobs: Sequence[float], version: int, temperature: float) -> Rollout:
+    """A sample as the store keeps it: of the full distribution, finished, by an older policy."""
+    return Rollout(
+        problem_id=name,
+        sample_index=0,
+        completion_ids=tuple(tokens),
+        behavior_logprobs=tuple(logprobs),
+        distribution=Distribution(policy_version=version, temperature=temperature),
+        stop=Stop.STOP_TOKEN,
+        kind=Kind.REPLAY,
+    )
+
+
+# --------------------------------------------------------------------------------------------- waiting demonstrations
+
+
+def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ...]:
+    """The newest first; a problem waits once, at its latest place."""
+    return tuple(dict.fromkeys([*reversed(list(pushed)), *waiting]))
+
+
+# ------------------------------------------------------------------------------------------------------- stored samples
+
+Seen = tuple[str, int, int, list[tuple[list[int], list[float], int, float]]]  # a group's part, as JSON carries it
+
+
+def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollout]) -> Seen:
+    return (
+        name,
+        num_correct,
+        num_samples,
+        [
+            (
+                list(r.completion_ids),
+                list(r.behavior_logprobs),
+                r.distribution.policy_version,
+                r.distribution.temperature,
+            )
+            for r in right
+        ],
+    )
+
+
+def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: int) -> dict[str, Stored]:
+    """The store after a step's groups: counts are those of the latest group, a wholly solved problem is retired."""
+    found = dict(replay)
+    for name, num_correct, num_samples, right in seen:
+        fresh = tuple(_stored(name, *parts) for parts in right)
+        old = found.pop(name, None)
+        kept = (*fresh, *(old.rollouts if old else ()))[:most_stored]
+        if num_correct < num_samples and kept:
+            found[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=kept)
+    return found
+
+
+def choose_replays(
+    replay: Mapping[str, Stored], spec: Replay, count: int, known: Sequence[str], draw: np.random.Generator
+) -> list[str]:
+    """Up to ``count`` different partly solved problems, with probability ∝ N(k; K/2, σ)."""
+    names = [n for n in known if n in replay and 0 < replay[n].num_correct < replay[n].num_samples]
+    if not names or count == 0:
+        return []
+    solved = np.array([replay[n].num_correct for n in names], dtype=np.float64)
+    half = np.array([replay[n].num_samples for n in names], dtype=np.float64) / 2
+    weight = np.exp(-0.5 * ((solved - half) / spec.sigma) ** 2)
+    picked = draw.choice(len(names), size=min(count, len(names)), replace=False, p=weight / weight.sum())
+    return [names[int(i)] for i in picked]
