@@ -12,8 +12,8 @@ from truestep.data.rows import Row, RowError, shown
 from truestep.records import Message, Problem
 
 PROMPT_COLUMNS = ("problem", "prompt", "messages")
-COLUMNS = (*PROMPT_COLUMNS, "answer", "reward_model", "solution", "target", "id", "checker", "numbers")
-CHECKERS = ("math", "exact", "integer", "countdown")
+COLUMNS = (*PROMPT_COLUMNS, "answer", "reward_model", "solution", "target", "id", "checker", "numbers", "choices")
+CHECKERS = ("math", "exact", "integer", "choice", "countdown")
 ROLES = ("system", "user", "assistant")
 # What others call our columns, for "did you mean"; never read.
 ALIASES = {
@@ -44,12 +44,20 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     meta: dict[str, Any] = {"turns_given": True} if given else {}
     if checker == "countdown":
         meta |= _countdown(row)
+    if checker == "choice" and row.get("choices") is not None:
+        meta |= {"choices": _choices(row["choices"])}
     number = row.get("id")
     if number is not None:
         if isinstance(number, bool) or not isinstance(number, str | int):
             raise RowError("id", f"expected text or a whole number, got {shown(number)}")
         id = _text(str(number), "id")
     return Problem(id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta)
+
+
+def _choices(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise RowError("choices", f"expected a list of texts, got {shown(value)}")
+    return list(value)
 
 
 def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
