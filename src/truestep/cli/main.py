@@ -19,7 +19,7 @@ def _version(wanted: bool) -> None:
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, report
+    from truestep.cli import audit, data, report, study
     from truestep.cli import run as verbs
 
     app = typer.Typer(
@@ -39,6 +39,7 @@ def _app() -> typer.Typer:
     app.command("sft")(verbs.sft)
     app.command("rl")(verbs.rl)
     app.command("eval")(verbs.evaluate)
+    app.command("study")(study.study)
     app.command("audit")(audit.audit)
     app.command("report")(report.report)
     app.add_typer(data.app, name="data")
