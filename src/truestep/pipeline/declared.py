@@ -234,7 +234,8 @@ def _stage_row(
     return {
         "stage": stage.name, "kind": stage.kind, "method": getattr(stage, "method", ""), "rows": rows, "steps": steps,
         "optimizer updates": updates, "sequences per update": per_update, "epochs": round(epochs, 2),
-        "tokens per micro-batch": stage.tokens_per_microbatch, "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
+        "tokens per micro-batch": stage.tokens_per_microbatch,
+        "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
         "longest sequence": longest, "flops_full": work.full_flops(shape), "gib": held,
         "gib_per_gpu": round(sum(held.values()), 1),
     }  # fmt: skip

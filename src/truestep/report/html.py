@@ -52,13 +52,13 @@ def write_report(run: Path) -> Path:
         raise SettingsError(
             f"{run}: not a run directory: expected resolved.toml in it, give the folder a run has printed"
         )
-    page = _environment().get_template("report.html").render(_context(run))
+    page = environment().get_template("report.html").render(_context(run))
     write_atomic(run / "report.html", page)
     return run / "report.html"
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    made = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.ChainableUndefined,  # a run that was interrupted has less to say
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -75,8 +75,8 @@ def _environment() -> jinja2.Environment:
         "points": _points,
         "p_value": _p_value,
     }
-    environment.filters |= {name: _or_none(write) for name, write in filters.items()}
-    return environment
+    made.filters |= {name: _or_none(write) for name, write in filters.items()}
+    return made
 
 
 def _shown(value: Any) -> Any:
@@ -120,7 +120,7 @@ def _context(run: Path) -> dict[str, Any]:
         "evaluations": list(_evaluations(run, rows)),
         "overlap": summary.get("overlap") or tables.read_object(run / "data" / "overlap.json"),
         "settings": redact(_text(run / "resolved.toml")),
-        "provenance": _flat(tables.read_object(run / "provenance.json")),
+        "provenance": flat(tables.read_object(run / "provenance.json")),
     }
 
 
@@ -128,16 +128,16 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings or versions as one list of name and text."""
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     for key, entry in value.items():
         if isinstance(entry, Mapping):
-            flat |= _flat(entry, f"{prefix}{key} · ")
+            found |= flat(entry, f"{prefix}{key} · ")
         else:
             text = " ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
-            flat[prefix + key] = redact(text)
-    return flat
+            found[prefix + key] = redact(text)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- stages
