@@ -115,7 +115,7 @@ QUANTILES = np.array([t_quantile(0.975, d) for d in GRID])  # between its points
 def cover(s: Setting, num: int, seed: int) -> dict[str, dict[str, float]]:
     """Share of intervals that hold the truth, and their mean half width, by rule."""
     rng = generator(seed, Purpose.BOOTSTRAP, 0, s.name)
-    hits, widths, target = {r: 0 for r in RULES}, {r: 0.0 for r in RULES}, truth(s)
+    hits, widths, target = dict.fromkeys(RULES, 0), dict.fromkeys(RULES, 0.0), truth(s)
     for start in range(0, num, BATCH):
         found = parts(draw(s, min(BATCH, num - start), rng))
         for name, rule in RULES.items():

@@ -1,4 +1,4 @@
-"""The figures of a study: every seed a dot, every interval a whisker, one small picture an arm where many would clash."""
+"""The figures of a study: every seed a dot, every interval a whisker; one small picture an arm where many clash."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A finished cell as one small file: scores by problem, FLOPs, dynamics, hashes, provenance. Enough for every table, and
-small enough to be committed, so that a study goes on another day.
+"""A finished cell as one small file: scores by problem, FLOPs, dynamics, hashes, provenance.
+
+Enough for every table, and small enough to be committed, so that a study goes on another day.
 """
 
 from __future__ import annotations

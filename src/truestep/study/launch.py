@@ -65,8 +65,7 @@ def local(workers: int) -> Launch:
 
 
 def ray(workers: int) -> Launch:
-    """The same children, started by Ray's workers, one processor each; the study directory must be on a file system that
-    all nodes share."""
+    """The same children, started by Ray's workers, one processor each; all nodes must share the study directory."""
     try:
         import ray as cluster
     except ModuleNotFoundError:

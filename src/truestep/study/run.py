@@ -160,7 +160,7 @@ def child(runner: Runner, order: Order) -> None:
 def _parent(runner: Runner, settings: Settings, seed: int) -> Settings | None:
     """The settings of the run that this one goes on from: all stages but the last. Made first, and once.
 
-    Two arms that begin with the same stages at the same seed have the same parent, so an SFT checkpoint is trained once.
+    Two arms that begin with the same stages at the same seed have one parent: an SFT checkpoint is trained once.
     """
     if not settings.stages:
         return None
