@@ -169,6 +169,19 @@ def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tupl
     return value, f"{left}{sign}{right}", sign
 
 
+def draw_letters(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    """Put letters in order, the smallest that is left first; a line shows what is left, what is taken, what remains."""
+    alphabet = "abcdefghij"[: options["alphabet"]]
+    word = "".join(alphabet[int(i)] for i in rng.integers(len(alphabet), size=options["length"]))
+    left, steps = word, []
+    while left:
+        taken = min(left)
+        at = left.index(taken)
+        steps.append(f"{left}>{taken} {left[:at]}{left[at + 1 :]}".rstrip())
+        left = left[:at] + left[at + 1 :]
+    return Drawn(canonical=word, text=f"sort {word}=?", answer="".join(sorted(word)), steps=tuple(steps))
+
+
 TASKS: dict[str, Task] = {
     "addition": Task(
         description="a+b, column by column from the right with carries",
@@ -199,5 +212,11 @@ TASKS: dict[str, Task] = {
         options={"numbers": (3, 2, 6), "max_number": (9, 3, 99), "max_target": (99, 9, 999)},
         checker="countdown",
         draw=draw_countdown,
+    ),
+    "letters": Task(
+        description="letters in alphabetical order, one at a time (not mathematics)",
+        options={"length": (5, 2, 12), "alphabet": (10, 3, 10)},
+        checker="exact",
+        draw=draw_letters,
     ),
 }

@@ -29,11 +29,12 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
         tuned = bool(study.tuning and arm.stages and not arm.untuned)
         trials = len(study.tuning.factors) * len(study.tuning.seeds) if tuned and study.tuning else 0
         own = last.full_flops(shape)
-        new_cells = len(study.seeds) + trials
+        seeds = len(study.seeds_of(arm))
+        new_cells = seeds + trials
         seconds = new_cells * (own / study.flops_per_second + START_SECONDS) + _evaluation_seconds(
             study, settings, base_dir, lengths) * new_cells  # fmt: skip
         rows.append({
-            "arm": arm.name, "cells": len(study.seeds), "trials": trials, "stages": list(arm.stages),
+            "arm": arm.name, "cells": seeds, "trials": trials, "stages": list(arm.stages),
             "flops_paper": per_seed.paper_flops(shape), "flops_full": per_seed.full_flops(shape),
             "flops_own_stage": own, "gib": round(_gib(settings), 2), "cpu_seconds": round(seconds),
             "cpu_seconds_per_cell": round(seconds / new_cells), "matched": _matched(arm),

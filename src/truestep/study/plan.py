@@ -36,6 +36,7 @@ class Arm(Frozen):
     control: Control | Literal[""] = ""
     set: dict[str, Any] = Field(default_factory=dict)  # "STAGE.key" = value, for this arm alone
     equal_flops: EqualFlops | Literal[""] = ""
+    num_seeds: int = Field(0, ge=0)  # the first so many of the study's seeds; 0: all
     untuned: str = ""  # why it has no learning-rate trials, where the others have
 
 
@@ -82,8 +83,11 @@ class Study(Frozen):
                     raise ValueError(f"arms.{arm.name}: no [stages.{stage}]; there are {', '.join(self.stages)}")
             if arm.equal_flops and arm.equal_flops.to not in names:
                 raise ValueError(f"arms.{arm.name}.equal_flops.to = {arm.equal_flops.to!r} is no arm")
-            if arm.equal_flops and self.arm(arm.equal_flops.to).equal_flops:
-                raise ValueError(f"arms.{arm.name}.equal_flops.to must be an arm with steps of its own")
+            goal = self.arm(arm.equal_flops.to) if arm.equal_flops else arm
+            if arm.equal_flops and (goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm))):
+                raise ValueError(
+                    f"arms.{arm.name}.equal_flops.to must be an arm with steps of its own and as many seeds"
+                )
         for name in (self.reference, *(n for pair in (*self.primary, *self.secondary) for n in pair)):
             if name not in names:
                 raise ValueError(f"{name!r} is no arm; there are {', '.join(names)}")
@@ -107,6 +111,9 @@ class Study(Frozen):
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        return self.seeds[: arm.num_seeds or None]
 
 
 def load_study(path: Path) -> Study:

@@ -65,7 +65,8 @@ class Runner:
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
     """All cells of the study, seed by seed; the finished ones by "ARM-sSEED". What failed is in ``failures``."""
     runner.out.mkdir(parents=True, exist_ok=True)
-    wanted = [(arm, seed) for seed in runner.study.seeds for arm in runner.study.arms]
+    study = runner.study
+    wanted = [(arm, seed) for seed in study.seeds for arm in study.arms if seed in study.seeds_of(arm)]
     found: dict[str, dict[str, Any]] = {}
 
     def work(arm: Arm, seed: int) -> None:

@@ -50,12 +50,12 @@ def results(
         "failures": dict(failures),
         "content": _content(found),
         "may_differ": list(study.may_differ),
-        "complete": len(found) == len(study.arms) * len(study.seeds),
+        "complete": len(found) == sum(len(study.seeds_of(a)) for a in study.arms),
     }
 
 
 def _cells_of(study: Study, found: Mapping[str, Cell], arm: str) -> dict[int, Cell]:
-    return {s: found[f"{arm}-s{s}"] for s in study.seeds if f"{arm}-s{s}" in found}
+    return {s: found[f"{arm}-s{s}"] for s in study.seeds_of(study.arm(arm)) if f"{arm}-s{s}" in found}
 
 
 def _benchmarks(found: Mapping[str, Cell]) -> list[str]:
@@ -144,8 +144,8 @@ def _marks(
 ) -> list[str]:
     """What is unequal between the arm and the reference, in the words of the table."""
     marks = []
-    if len(own) < len(study.seeds):
-        marks.append(f"{len(own)} of {len(study.seeds)} seeds")
+    if len(own) < len(study.seeds_of(arm)):
+        marks.append(f"{len(own)} of {len(study.seeds_of(arm))} seeds")
     if study.tuning and arm.stages and not row["tuning"].get("trials"):
         marks.append(f"untuned: {arm.untuned or 'no trial finished'}")
     mine, theirs = _sets(own), _sets(reference)
