@@ -55,14 +55,14 @@ def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
     tuning = tuning_cost(runner, runner.study.arms)
     base = base_identity(runner)
     table = tabulate(runner.study, found, tuning=tuning, failures=runner.failures, base=base)
-    for folder in (f for f in (runner.out, runner.results) if f is not None):
+    for folder, compact in ((runner.out, "compact"), (runner.results, ".")):
+        if folder is None:
+            continue
         rundir.write_json(folder / "results.json", table)
         rundir.write_json(folder / "provenance.json", stamp)
-        if folder is runner.results or folder == runner.out:
-            for kind, made in (("cells", found), ("trials", runner.trials)):
-                home = folder if folder is runner.results else folder / "compact"
-                for name, cell in made.items():
-                    write_cell(home / kind / f"{name}.json", cell)
+        for kind, made in (("cells", found), ("trials", runner.trials)):
+            for name, cell in made.items():
+                write_cell(folder / compact / kind / f"{name}.json", cell)
     page = write_study(runner.out, found)
     if runner.results:
         for name in ("table.md", "table.csv", "table.tex"):

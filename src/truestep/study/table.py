@@ -164,8 +164,7 @@ def _marks(
 
 
 def _sets(own: Mapping[int, Cell]) -> set[str]:
-    return {f"{s['data']} ({'answers' if s['kind'] != 'sft' else 'demonstrations'})" for c in own.values()
-            for s in c["stages"]}  # fmt: skip
+    return {stage["data"] for cell in own.values() for stage in cell["stages"]}
 
 
 def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
