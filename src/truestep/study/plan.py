@@ -178,7 +178,8 @@ def cell_settings(study: Study, arm: str, seed: int, stages: Sequence[Mapping[st
 
 
 def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
+    """Nested settings as dotted keys; an empty table has none."""
+    if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from flattened(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
