@@ -3,7 +3,7 @@
     python benchmarks/kill_study.py --kills 3 [--seed 0] [--work FOLDER]
     python benchmarks/kill_study.py --kills 0 --engine ray [--python PYTHON] [--work FOLDER]
 
-A micro study (tests/study/micro.py; with --small without trials) goes through untouched, in FOLDER/reference. Then it
+A micro study (tests/study/micro.py; with --small a part of it) goes through untouched, in FOLDER/reference. Then it
 is run again, gets SIGKILL at random moments (alone, or with all its children, by the toss of a coin), is started again
 each time, and runs to its end. results.json, the tables and every compact cell without its times must be equal, byte
 for byte. Prints one JSON line; exits 1 where anything differs.
@@ -21,20 +21,25 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "study"))
 
 from micro import STUDY, write_study
 
-from truestep.rundir import read_json
+from truestep.rundir import read_json, to_toml
 from truestep.study.cells import without_times
 
 
 def small(text: str) -> str:
-    """Without the learning-rate trials: a third of the cells."""
-    head, _, tail = text.partition("[tuning]")
-    return head + "[run.model]" + tail.partition("[run.model]")[2].replace('untuned = "one rate is enough here"\n', "")
+    """One seed, four arms, no trials: five child processes instead of some thirty."""
+    raw = tomllib.loads(text)
+    raw |= {"seeds": [1], "secondary": [["sft-rl", "coin"]]}
+    raw.pop("tuning")
+    raw["controls_off"] |= {"sft-continued": "small", "rejection": "small"}
+    raw["arms"] = [arm for arm in raw["arms"] if arm["name"] in ("base", "sft", "sft-rl", "coin")]
+    return to_toml(raw)
 
 
 def launch(python: str, study: Path, out: Path, engine: str) -> subprocess.Popen[bytes]:
