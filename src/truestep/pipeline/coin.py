@@ -31,16 +31,11 @@ class CoinGrader:
         return scores
 
 
-@dataclass(frozen=True, kw_only=True)
 class CoinSource:
     """A source that tells the coin which step it is for, so that a resumed step is given the same rewards."""
 
-    inner: Source
-    coin: CoinGrader
-
-    @property
-    def updates_per_step(self) -> int:
-        return self.inner.updates_per_step
+    def __init__(self, *, inner: Source, coin: CoinGrader) -> None:
+        self.inner, self.coin, self.updates_per_step = inner, coin, inner.updates_per_step
 
     def take(self, step: int) -> StepData:
         self.coin.step, self.coin.calls = step, 0

@@ -150,7 +150,9 @@ def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-def gib_per_gpu(settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings) -> dict:  # type: ignore[type-arg]
+def gib_per_gpu(
+    settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings
+) -> dict[str, float]:
     """An estimate of a rank's memory at its peak, by what holds it.
 
     Sharded: master weights, moments and gradients. Whole: the sampling engine's own copy (fully sharded policies are
@@ -232,7 +234,8 @@ def _stage_row(
     work, shape = stage_work(stage, declared), shape_of(config)
     steps, per_update, updates, epochs = _arithmetic(stage, rows)
     return {
-        "stage": stage.name, "kind": stage.kind, "method": getattr(stage, "method", ""), "rows": rows, "steps": steps,
+        "stage": stage.name,
+        "kind": getattr(stage, "kind", ""), "method": getattr(stage, "method", ""), "rows": rows, "steps": steps,
         "optimizer updates": updates, "sequences per update": per_update, "epochs": round(epochs, 2),
         "tokens per micro-batch": stage.tokens_per_microbatch,
         "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",

@@ -233,7 +233,7 @@ def _rollout_source(session: Session, stage: RlSettings, engine: TorchEngine) ->
         seed=prepared.settings.seed,
         check_stop=signals.check if session.ranks.world_size == 1 else lambda: None,
     )
-    source = RolloutSource(
+    source: Source = RolloutSource(
         prepared.prompts[stage.data],
         sampler=sampler,
         method=method,

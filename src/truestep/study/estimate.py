@@ -20,7 +20,7 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
     """Rows by arm and their sum. Own samples are taken to be as long as a demonstration where there are some, else as
     long as allowed; what a method adds of its own (demonstrations in groups, further rounds) is not counted."""
     lengths: dict[str, tuple[int, int]] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm in study.arms:
         settings = cell_settings(study, arm.name, 0, stage_tables(study, arm), study.name)
         per_seed = sum((_stage(settings, i, base_dir, lengths) for i in range(len(settings.stages))), Ledger())

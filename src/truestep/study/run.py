@@ -7,6 +7,7 @@ the learning-rate trials of its stages, the arm whose FLOPs it matches). Tasks a
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import threading
@@ -78,7 +79,7 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
             runner.failures[name] = str(error)
             runner.say(f"{name}: FAILED: {error}")
 
-    problems = in_threads([lambda a=a, s=s: work(a, s) for a, s in wanted])
+    problems = in_threads([functools.partial(work, arm, seed) for arm, seed in wanted])
     if problems:
         raise problems[0]
     return {f"{a.name}-s{s}": found[f"{a.name}-s{s}"] for a, s in wanted if f"{a.name}-s{s}" in found}
@@ -252,7 +253,8 @@ def _base(runner: Runner) -> Path:
 
 def settled(runner: Runner, arm: str, seed: int) -> Settings:
     """The settings of a cell once its learning rates are chosen and its steps are matched."""
-    return runner.once(f"settled {arm} {seed}", lambda: _settled(runner, arm, seed))  # type: ignore[no-any-return]
+    made: Settings = runner.once(f"settled {arm} {seed}", lambda: _settled(runner, arm, seed))
+    return made
 
 
 def _settled(runner: Runner, arm: str, seed: int) -> Settings:
