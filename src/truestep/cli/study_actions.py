@@ -112,8 +112,23 @@ def show(folder: Path, table: dict[str, Any], page: Path, as_json: bool) -> None
         typer.echo(json.dumps({"study_dir": str(folder), "report": str(page), **table}))
         return
     from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.table import Table
+    from rich.text import Text
 
-    Console(highlight=False).print(Markdown((folder / "table.md").read_text(encoding="utf-8")))
+    from truestep.report.study_tables import contrast_table, method_table
+    from truestep.report.tables import visible
+
+    head, rows = method_table(table)
+    kept = [i for i, h in enumerate(head) if h not in ("FLOPs (fuller)", "Trials: FLOPs", "Checkpoint")]
+    shown = Table(title=Text(table["name"]))
+    for i in kept:
+        shown.add_column(Text(head[i]), justify="left" if i in (0, kept[-1]) else "right")
+    for row in rows:
+        shown.add_row(*(Text(visible(row[i])) for i in kept))
+    Console(highlight=False).print(shown)
+    for row in contrast_table(table)[1]:
+        typer.echo(visible(f"{row[0]}: {row[1]} points, p {row[3]}, Holm {row[4]}: {row[-1]}"))
+    for cell, why in table["failures"].items():
+        typer.echo(visible(f"failed: {cell}: {why}"))
     typer.echo(f"report: {page}")
     typer.echo(str(folder))

@@ -73,8 +73,13 @@ def ray(workers: int) -> Launch:
     if not cluster.is_initialized():
         address: Any = os.environ.get("RAY_ADDRESS")
         here = environment(os.environ)["PYTHONPATH"]
-        more: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        cluster.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": here}}, **more)
+        mine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 10**8}
+        cluster.init(
+            address=address,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": here}},
+            **({} if address else mine),
+        )
     remote = cluster.remote(num_cpus=1, max_retries=0)(start)
     return lambda order: cluster.get(remote.remote(order))
 
