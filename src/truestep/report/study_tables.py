@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from truestep.report.tables import NONE, visible
@@ -128,7 +128,3 @@ def latex(table: Row) -> str:
 
 def _tex(text: str) -> str:
     return " ".join("".join(_LATEX.get(c, c) for c in visible(text)).split())
-
-
-def shown(values: Sequence[str]) -> str:
-    return ", ".join(values) or NONE
