@@ -28,7 +28,7 @@ demo: env ## base → SFT → RL of the built-in model, under 10 minutes on 2 co
 	@$(BIN)/truestep run recipes/demo.toml --out runs/demo --resume
 
 study-demo: env ## the demo with its controls, three seeds, as declared in docs/studies/demo.md
-	@$(BIN)/python benchmarks/study_demo.py
+	@$(BIN)/truestep study recipes/study/demo.toml --results results/study/demo
 
 test: env ## what CI runs: ruff, types, import layers, tests
 	@BIN=$(BIN) sh .ci/checks
@@ -51,7 +51,9 @@ grade-fuzz: env ## 100,000 made-up answers by hypothesis, and as many by atheris
 kill: env ## SIGKILL a tiny run at random moments, 100 times, and compare its final bytes
 	@$(BIN)/python benchmarks/kill.py --kills 100
 
-study: study-demo ## every study that is declared so far
+STUDIES ?= $(sort $(wildcard recipes/study/*.toml))
+study: env ## every declared study, one after the other (STUDIES=recipes/study/NAME.toml for one)
+	@for s in $(STUDIES); do $(BIN)/truestep study $$s --results results/study/$$(basename $$s .toml) || exit $$?; done
 
 smollm: env ## SmolLM2-135M on real word problems (DATA=folder with gsm8k/ and benchmarks/)
 	@$(BIN)/python benchmarks/smollm_data.py $(DATA) data

@@ -8,7 +8,7 @@ tokens only. The fuller count adds prompt tokens, passes that only score (proxim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 
@@ -40,6 +40,10 @@ class Ledger:
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Ledger)})
 
+    def times(self, count: float) -> Ledger:
+        """This work done ``count`` times."""
+        return Ledger(**{f.name: round(getattr(self, f.name) * count) for f in fields(Ledger)})
+
     def paper_flops(self, shape: ModelShape) -> float:
         """6N per demonstration token, 2N per generated token, 6N per generated token trained on."""
         n = float(shape.num_parameters)
@@ -57,3 +61,45 @@ class Ledger:
     @staticmethod
     def from_json(raw: Mapping[str, int]) -> Ledger:
         return Ledger(**raw)
+
+
+# ------------------------------------------------------------------------------------------------- work from lengths
+
+
+def sequence_work(prompt: int, completion: int) -> Ledger:
+    """One demonstration trained on: the last token predicts nothing and is not forwarded.
+
+    Units: tokens; ``completion`` counts the stop token. Held by: tests/study/test_flops_plan.py
+    """
+    length = prompt + completion - 1
+    return Ledger(
+        demonstration_tokens=completion,
+        prompt_tokens=prompt,
+        trained_pass_tokens=length,
+        trained_pairs=length * (length + 1) // 2,
+    )
+
+
+def group_work(prompt: int, own: Sequence[int], demonstrations: Sequence[int] = (), *, scored: bool) -> Ledger:
+    """One prompt of a rollout batch: prefilled once, every own sample decoded, and all of it trained on in one tree
+    that forwards the prompt once. ``scored`` adds the pass for the proximal log-probabilities.
+
+    Units: tokens; lengths count the stop token. Held by: tests/study/test_flops_plan.py
+    """
+    members = [n - 1 for n in (*own, *demonstrations)]
+    tree = prompt + sum(members)
+    context = prompt * (prompt + 1) // 2
+    pairs = context + sum(n * (n + 1) // 2 + n * prompt for n in members)
+    decoded = sum(n - 1 for n in own)
+    return Ledger(
+        demonstration_tokens=sum(demonstrations),
+        rollout_tokens=sum(own),
+        rollout_trained_tokens=sum(own),
+        prompt_tokens=prompt,
+        trained_pass_tokens=tree,
+        generated_pass_tokens=prompt + decoded,
+        scored_pass_tokens=tree if scored else 0,
+        trained_pairs=pairs,
+        generated_pairs=context + sum((n - 1) * n // 2 + (n - 1) * prompt for n in own),
+        scored_pairs=pairs if scored else 0,
+    )

@@ -23,6 +23,7 @@ class Purpose(enum.StrEnum):
     PLAN = "plan"
     BOOTSTRAP = "bootstrap"
     PROBE = "probe"
+    RANDOM_REWARD = "random-reward"
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, item: str | int = 0) -> np.random.Generator:

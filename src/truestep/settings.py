@@ -77,6 +77,7 @@ class ChatSettings(Frozen):
 class DataSettings(Frozen):
     source: str  # procedural:TASK | reasoning_gym:TASK | hub:org/name | path to .jsonl or .parquet
     split: str = "train"
+    seed: Annotated[int, Field(ge=0)] | Literal["run"] = "run"  # what a program draws its problems with
     skip: int = Field(0, ge=0)
     limit: int | Literal["all"] = "all"
     checker: Literal["auto", "math", "exact"] = "auto"
@@ -201,6 +202,7 @@ class RlSettings(StageSettings):
     samples_per_prompt: int = Field(8, ge=2)
     updates_per_rollout: int = Field(2, ge=1)  # the batch is cut by prompt into that many mini-batches
     sampling: SamplingSettings
+    reward: Literal["checker", "random"] = "checker"  # random: a coin for each sample, a control
     method: str = "paper"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
@@ -256,6 +258,7 @@ class Settings(Frozen):
     stages: tuple[Stage, ...] = ()
     evaluate: EvaluateSettings = EvaluateSettings()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    declared: dict[str, Any] = Field(default_factory=dict)  # what a dry run without weights and data may take as given
 
     @model_validator(mode="before")
     @classmethod

@@ -11,12 +11,12 @@ from pydantic.fields import FieldInfo
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 
 SURFACE = """
-name seed trackers
+name seed trackers declared
 model.path model.context_length model.rope_theta
 model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.intermediate_size
 compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile
 chat.system chat.user chat.generation_suffix
-data.*.source data.*.split data.*.skip data.*.limit data.*.checker data.*.options
+data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
 evaluate.data evaluate.samples_per_problem evaluate.pass_at evaluate.before
 evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
 evaluate.sampling.max_new_tokens evaluate.sampling.max_running
@@ -31,7 +31,7 @@ stage.faults.sequences_per_microbatch
 
 sft.sequences_per_step sft.epochs sft.steps sft.method sft.method_options
 
-rl.steps rl.prompts_per_step rl.samples_per_prompt rl.updates_per_rollout rl.method rl.method_options
+rl.steps rl.prompts_per_step rl.samples_per_prompt rl.updates_per_rollout rl.method rl.method_options rl.reward
 rl.sampling.temperature rl.sampling.top_p rl.sampling.top_k rl.sampling.max_new_tokens rl.sampling.max_running
 
 rejection.samples_per_prompt rejection.keep_per_prompt rejection.sequences_per_step rejection.epochs rejection.steps

@@ -19,7 +19,7 @@ def _version(wanted: bool) -> None:
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, evaluation, report
+    from truestep.cli import audit, data, evaluation, report, study
     from truestep.cli import run as verbs
 
     app = typer.Typer(
@@ -38,6 +38,7 @@ def _app() -> typer.Typer:
     app.command("run")(verbs.run)
     app.command("sft")(verbs.sft)
     app.command("rl")(verbs.rl)
+    app.command("study")(study.study)
     app.command("audit")(audit.audit)
     app.command("report")(report.report)
     app.add_typer(data.app, name="data")

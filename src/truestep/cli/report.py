@@ -1,4 +1,4 @@
-"""``truestep report RUN``: make a run's page again from its files."""
+"""``truestep report RUN``: make the page of a run, or of a study, again from its files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="A run directory, or a study's.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
 ) -> None:
     """Write report.html from the files of a run directory and print its scores."""
@@ -21,6 +21,12 @@ def report(
     from truestep.report.tables import read_summary, score_table, terminal_table
     from truestep.settings import SettingsError
 
+    if (run / "results.json").is_file():
+        from truestep.report.study import write_study
+
+        page = write_study(run)
+        typer.echo(json.dumps({"study_dir": str(run), "report": str(page)}) if as_json else f"report: {page}\n{run}")
+        return
     if not (run / "resolved.toml").is_file():
         raise SettingsError(f"{run}: is no run directory (it has no resolved.toml): give the folder that a run printed")
     evaluation = read_summary(run).get("kind") == "evaluation"

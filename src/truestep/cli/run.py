@@ -89,6 +89,9 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
     rank, world_size = world()
     folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
     reporter = ConsoleReporter(quiet=rank != 0)
+    if dry_run and settings.declared:
+        show_declared(settings, recipe, folder, reporter, as_json)
+        return
     if not dry_run and rank == 0:
         check_run_folder(settings, folder, resume=resume)  # before any data is read
     prepared = prepare(settings, base_dir=recipe.parent)
@@ -122,6 +125,22 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
         show(folder, result.summary, report, as_json)
 
 
+def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:
+    """A dry run of a recipe that says itself what its weights and data hold."""
+    from truestep.pipeline.declared import declared_plan
+
+    plan = declared_plan(settings, recipe.parent, str(recipe))
+    shown = [{**row, "flops_full": f"{row['flops_full']:.3g}"} for row in plan["stages"]]
+    _print_rows([{k: v for k, v in row.items() if k != "gib"} for row in shown], reporter)
+    model = plan["model"]
+    reporter.say(
+        f"{model['path']}: {model['num_parameters']:,} parameters, context {model['context_length']}, RoPE theta "
+        f"{model['rope_theta']:g}; {plan['flops_paper_formula']:.3g} FLOPs (fuller count {plan['flops_full']:.3g}) on "
+        f"{plan['num_gpus']} GPUs; as declared, without weights and data"
+    )
+    typer.echo(json.dumps({"recipe": str(recipe), "run_dir": str(folder), **plan}) if as_json else str(folder))
+
+
 def _rows(prepared: Prepared, world_size: int) -> list[Any]:
     from truestep.pipeline.prepare import batch_table
 
@@ -130,9 +149,14 @@ def _rows(prepared: Prepared, world_size: int) -> list[Any]:
 
 def print_plan(prepared: Prepared, world_size: int, reporter: Any) -> None:
     """The derived table, before anything is trained."""
+    _print_rows(_rows(prepared, world_size), reporter)
+    for note in prepared.notes:
+        reporter.say(note)
+
+
+def _print_rows(rows: list[Any], reporter: Any) -> None:
     from rich.table import Table
 
-    rows = _rows(prepared, world_size)
     if rows:
         table = Table(title="what the settings imply")
         for column in ("", *[str(row["stage"]) for row in rows]):
@@ -140,8 +164,6 @@ def print_plan(prepared: Prepared, world_size: int, reporter: Any) -> None:
         for key in [k for k in rows[0] if k != "stage"]:
             table.add_row(key, *[str(row[key]) for row in rows])
         reporter.console.print(table)
-    for note in prepared.notes:
-        reporter.say(note)
 
 
 def show(folder: Path, summary: Any, report: Path, as_json: bool) -> None:

@@ -59,7 +59,8 @@ def _generated(
     make = procedural.make_problems if scheme == "procedural" else gym.make_problems
     stop = settings.skip + settings.limit
     try:
-        return make(task, settings.split, stop, settings.options, seed)[settings.skip :]
+        own = seed if settings.seed == "run" else settings.seed
+        return make(task, settings.split, stop, settings.options, own)[settings.skip :]
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from None
 

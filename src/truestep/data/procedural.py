@@ -24,7 +24,7 @@ _MAX_REPEATS = 1000  # problems in a row that the set already has, before its sp
 
 def character_set() -> str:
     """Every character that a problem, a trace or an answer of any embedded task may hold, sorted."""
-    return "".join(sorted("0123456789+-*/=?(), >#wcb\n"))
+    return "".join(sorted("0123456789+-*/=?(), >#abcdefghijorstw\n"))
 
 
 def split_of(canonical: str) -> str:

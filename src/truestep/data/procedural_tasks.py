@@ -41,6 +41,15 @@ def _operand(rng: Generator, digits: int) -> int:
     return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
 
 
+def _numbers(rng: Generator, options: Mapping[str, int]) -> tuple[int, int]:
+    """Two operands of ``digits`` digits each, or of ``min_digits`` to ``digits`` where that is not 0."""
+    if not options["min_digits"]:
+        return _operand(rng, options["digits"]), _operand(rng, options["digits"])
+    low, high = min(options["min_digits"], options["digits"]), options["digits"]
+    first, second = (int(d) for d in rng.integers(low, high + 1, size=2))
+    return _operand(rng, first), _operand(rng, second)
+
+
 def _digits(number: int, width: int) -> list[int]:
     """Decimal digits from the right, padded with zeros."""
     return [number // 10**i % 10 for i in range(width)]
@@ -88,13 +97,13 @@ def multiplication_steps(a: int, b: int) -> list[str]:
 
 
 def draw_addition(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    a, b = _operand(rng, options["digits"]), _operand(rng, options["digits"])
+    a, b = _numbers(rng, options)
     low, high = sorted((a, b))
     return Drawn(canonical=f"{low}+{high}", text=f"{a}+{b}=?", answer=str(a + b), steps=tuple(addition_steps(a, b)))
 
 
 def draw_subtraction(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    b, a = sorted((_operand(rng, options["digits"]), _operand(rng, options["digits"])))
+    b, a = sorted(_numbers(rng, options))
     return Drawn(canonical=f"{a}-{b}", text=f"{a}-{b}=?", answer=str(a - b), steps=tuple(subtraction_steps(a, b)))
 
 
@@ -169,16 +178,29 @@ def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tupl
     return value, f"{left}{sign}{right}", sign
 
 
+def draw_letters(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    """Put letters in order, the smallest that is left first; a line shows what is left, what is taken, what remains."""
+    alphabet = "abcdefghij"[: options["alphabet"]]
+    word = "".join(alphabet[int(i)] for i in rng.integers(len(alphabet), size=options["length"]))
+    left, steps = word, []
+    while left:
+        taken = min(left)
+        at = left.index(taken)
+        steps.append(f"{left}>{taken} {left[:at]}{left[at + 1 :]}".rstrip())
+        left = left[:at] + left[at + 1 :]
+    return Drawn(canonical=word, text=f"sort {word}=?", answer="".join(sorted(word)), steps=tuple(steps))
+
+
 TASKS: dict[str, Task] = {
     "addition": Task(
         description="a+b, column by column from the right with carries",
-        options={"digits": (3, 1, 12)},
+        options={"digits": (3, 1, 12), "min_digits": (0, 0, 12)},
         checker="integer",
         draw=draw_addition,
     ),
     "subtraction": Task(
         description="a-b with a >= b, column by column from the right with borrows",
-        options={"digits": (3, 1, 12)},
+        options={"digits": (3, 1, 12), "min_digits": (0, 0, 12)},
         checker="integer",
         draw=draw_subtraction,
     ),
@@ -199,5 +221,11 @@ TASKS: dict[str, Task] = {
         options={"numbers": (3, 2, 6), "max_number": (9, 3, 99), "max_target": (99, 9, 999)},
         checker="countdown",
         draw=draw_countdown,
+    ),
+    "letters": Task(
+        description="letters in alphabetical order, one at a time (not mathematics)",
+        options={"length": (5, 2, 12), "alphabet": (10, 3, 10)},
+        checker="exact",
+        draw=draw_letters,
     ),
 }

@@ -106,10 +106,10 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype, device: torch.dev
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = _from_hub(AutoConfig, source, {})
-        _override(config, settings)
+        override(config, settings)
         model = _from_hub(AutoModelForCausalLM, source, {"config": config, "dtype": dtype})
     if settings.path == "tiny":
-        _override(model.config, settings)
+        override(model.config, settings)
     prepare(model, device)
     context = int(getattr(model.config, "max_position_embeddings", 0) or 2**20)
     return LoadedModel(model=model, tokenizer=tokenizer, shape=model_shape(model), context_length=context)
@@ -164,7 +164,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     )
 
 
-def _override(config: Any, settings: ModelSettings) -> None:
+def override(config: Any, settings: ModelSettings) -> None:
     """Context length and RoPE theta, as both stages and the exported model will have them."""
     if settings.context_length != "model":
         if not hasattr(config, "max_position_embeddings"):

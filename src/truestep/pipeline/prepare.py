@@ -80,7 +80,7 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
 
     Raises SettingsError naming file, row and field, or the setting, and what to write instead.
     """
-    _check_methods_plan(settings)
+    check_methods(settings)
     _check_ranks(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
@@ -130,7 +130,7 @@ def _check_ranks(settings: Settings) -> None:
             raise SettingsError(f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out")
 
 
-def _check_methods_plan(settings: Settings) -> None:
+def check_methods(settings: Settings) -> None:
     for stage in settings.stages:
         fault_of(stage.faults)
         if isinstance(stage, RejectionSettings):

@@ -288,6 +288,7 @@ def _summarize(session: Session, status: str) -> dict[str, Any]:
         "stages": _stage_rows(session),
         "scores": _score_rows(session),
         "comparisons": _comparisons(session),
+        "content": {"model": session.prepared.model_content, **session.prepared.content},
         "overlap": session.prepared.overlap or None,
         "notes": session.prepared.notes,
     }

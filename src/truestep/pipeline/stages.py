@@ -18,6 +18,7 @@ from truestep.grade.score import Grader
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model
 from truestep.objective.schedule import Schedule, learning_rate
+from truestep.pipeline.coin import CoinGrader, CoinSource
 from truestep.pipeline.prepare import Prepared, hinted_prompt, num_sequences, num_steps, stage_identity
 from truestep.pipeline.track import Log
 from truestep.records import Demonstration, Prompt, Role, Stop, Verdict
@@ -226,19 +227,20 @@ def _rollout_source(session: Session, stage: RlSettings, engine: TorchEngine) ->
     method = prepared.methods[stage.name]
     assert method.plan is not None  # checked when the run was prepared
     traces = prepared.demonstrations[stage.data].kept if method.needs_demonstrations else ()
+    coin = CoinGrader(seed=prepared.settings.seed) if stage.reward == "random" else None
     sampler = Sampler(
         engine=engine,
         plan=method.plan,
         sampling=sampling_parameters(stage.sampling, prepared.stop_ids),
         samples_per_prompt=stage.samples_per_prompt,
         decode=session.decode,
-        grade=session.grader.score_many,
+        grade=coin or session.grader.score_many,
         seed=prepared.settings.seed,
         check_stop=signals.check if session.ranks.world_size == 1 else lambda: None,
         demonstrations={d.problem_id: d.token_ids[d.num_prompt_tokens :] for d in traces},
         hinted=lambda prompt, fraction: hinted_prompt(prepared, prompt, fraction),
     )
-    return RolloutSource(
+    source: Source = RolloutSource(
         prepared.stage_prompts[stage.name],
         sampler=sampler,
         method=method,
@@ -247,6 +249,7 @@ def _rollout_source(session: Session, stage: RlSettings, engine: TorchEngine) ->
         ranks=session.ranks,
         decode_prompt=session.decode_prompt,
     )
+    return source if coin is None else CoinSource(inner=source, coin=coin)
 
 
 def _rejection_samples(

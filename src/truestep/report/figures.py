@@ -34,31 +34,31 @@ _COLOURS = {
     "#010208": "green",
     "#010209": "card",
 }
-_INK, _MUTED, _LINE, _BLUE, _ORANGE, _GREEN, _CARD = _COLOURS
-SERIES = (_BLUE, _ORANGE, _GREEN)
+INK, MUTED, LINE, BLUE, ORANGE, GREEN, CARD = _COLOURS
+SERIES = (BLUE, ORANGE, GREEN)
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "truestep",
     "text.parse_math": False,  # a name with two dollar signs is a name
     "axes.formatter.use_mathtext": False,
     "font.size": 9,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _MUTED,
-    "text.color": _INK,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _LINE,
+    "grid.color": LINE,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
-    "legend.facecolor": _CARD,
+    "legend.facecolor": CARD,
     "legend.edgecolor": "none",
     "legend.framealpha": 0.8,
     "legend.fontsize": 8,
@@ -73,11 +73,11 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
+def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
     """Draw in our style, or not at all where matplotlib is not installed."""
 
     @functools.wraps(draw)
-    def styled(*args: P.args, **more: P.kwargs) -> Markup:
+    def drawn(*args: P.args, **more: P.kwargs) -> Markup:
         if not can_draw():
             return Markup("")
         import matplotlib
@@ -85,16 +85,16 @@ def _styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
         with matplotlib.rc_context(_STYLE):
             return draw(*args, **more)
 
-    return styled
+    return drawn
 
 
-@_styled
+@styled
 def curve(name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False) -> Markup:
     """Lines over steps (or FLOPs). Empty where no series has a point."""
     series = {label: thin(points) for label, points in series.items() if points}
     if not series:
         return Markup("")
-    figure, axes = _new(3.3, 1.95)
+    figure, axes = new_figure(3.3, 1.95)
     factor = 100 if y_percent else 1
     for colour, (label, points) in zip(SERIES, series.items(), strict=False):
         xs, ys = [x for x, _ in points], [factor * y for _, y in points]
@@ -110,7 +110,7 @@ def curve(name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step
     if len(series) > 1:
         axes.legend(loc="best", handlelength=1.2, borderaxespad=0.2)
     last = "; ".join(f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in series.items())
-    return _svg(figure, name, f"{name} against {x_label}: {last}")
+    return to_svg(figure, name, f"{name} against {x_label}: {last}")
 
 
 def _scale_y(axes: Axes, low: float, high: float, span: float) -> None:
@@ -152,7 +152,7 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     return [*kept, points[-1]]
 
 
-@_styled
+@styled
 def scores(rows: Sequence[ScoreRow]) -> Markup:
     """Dot and whisker of each checkpoint, by data set."""
     rows = [row for row in rows if row.score is not None]
@@ -161,15 +161,15 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
     several = len({row.data for row in rows}) > 1
     ordered = sorted(rows, key=lambda row: [r.data for r in rows].index(row.data))
     names = [visible(f"{row.data} · {row.checkpoint}" if several else row.checkpoint)[:40] for row in ordered]
-    figure, axes = _new(7.6, 0.5 + 0.36 * len(ordered), left=0.25 + 0.078 * max(map(len, names)), bottom=0.28)
+    figure, axes = new_figure(7.6, 0.5 + 0.36 * len(ordered), left=0.25 + 0.078 * max(map(len, names)), bottom=0.28)
     for y, row in enumerate(ordered):
         score, low, high = _percents(row)
-        axes.plot([low, high], [y, y], color=_BLUE, linewidth=2.2, solid_capstyle="round")
-        axes.plot([score], [y], "o", color=_BLUE, markersize=7, clip_on=False, zorder=3)
+        axes.plot([low, high], [y, y], color=BLUE, linewidth=2.2, solid_capstyle="round")
+        axes.plot([score], [y], "o", color=BLUE, markersize=7, clip_on=False, zorder=3)
         axes.annotate(f"{score:.1f} %", (high, y), (7, 0), textcoords="offset points", va="center", fontsize=9)
         if several and y and ordered[y - 1].data != row.data:
-            axes.axhline(y - 0.5, color=_LINE, linewidth=0.8)
-    axes.set_yticks(range(len(ordered)), names, fontsize=9.5, color=_INK)
+            axes.axhline(y - 0.5, color=LINE, linewidth=0.8)
+    axes.set_yticks(range(len(ordered)), names, fontsize=9.5, color=INK)
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     lowest, highest = min(_percents(row)[1] for row in ordered), max(_percents(row)[2] for row in ordered)
     room = 0.06 * (highest - lowest)
@@ -179,7 +179,7 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     spoken = "; ".join(f"{n} {with_interval(r.score, r.low, r.high)}" for n, r in zip(names, ordered, strict=True))
-    return _svg(figure, "scores", f"Scores with 95 % intervals: {spoken}")
+    return to_svg(figure, "scores", f"Scores with 95 % intervals: {spoken}")
 
 
 def _percents(row: ScoreRow) -> tuple[float, float, float]:
@@ -187,13 +187,13 @@ def _percents(row: ScoreRow) -> tuple[float, float, float]:
     return 100 * score, 100 * (score if row.low is None else row.low), 100 * (score if row.high is None else row.high)
 
 
-@_styled
+@styled
 def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Markup:
     """Scores with whiskers against the FLOPs that were spent up to each checkpoint, a line for each data set."""
     rows = [(flops, row) for flops, row in rows if row.score is not None]
     if len(rows) < 2:
         return Markup("")
-    figure, axes = _new(3.3, 1.95)
+    figure, axes = new_figure(3.3, 1.95)
     for colour, data in zip(SERIES, dict.fromkeys(row.data for _, row in rows), strict=False):
         points = [(flops, *_percents(row)) for flops, row in rows if row.data == data]
         axes.plot(
@@ -202,7 +202,7 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
         for flops, _, low, high in points:
             axes.plot([flops, flops], [low, high], color=colour, linewidth=1.2)
     for flops, (row, high) in {flops: (row, _percents(row)[2]) for flops, row in reversed(rows)}.items():
-        place: Any = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": _MUTED}
+        place: Any = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": MUTED}
         axes.annotate(visible(row.checkpoint)[:20], (flops, high), **place)
     axes.margins(x=0.1, y=0.16)
     _label_x(axes, x_label, max(flops for flops, _ in rows))
@@ -210,10 +210,10 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
     if len({row.data for _, row in rows}) > 1:
         axes.legend(loc="best")
     spoken = "; ".join(f"{r.checkpoint} {with_interval(r.score, r.low, r.high)} at {f:.3g}" for f, r in rows)
-    return _svg(figure, "scores by flops", f"Score against {x_label}: {spoken}")
+    return to_svg(figure, "scores by flops", f"Score against {x_label}: {spoken}")
 
 
-def _new(width: float, height: float, left: float = 0.56, bottom: float = 0.42) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 0.42) -> tuple[Figure, Axes]:
     """A figure of one plot with fixed margins, all in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -224,7 +224,7 @@ def _new(width: float, height: float, left: float = 0.56, bottom: float = 0.42) 
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Figure, name: str, label: str) -> Markup:
+def to_svg(figure: Figure, name: str, label: str) -> Markup:
     """The figure as an <svg> element: described, with ids of its own and in the look of the page."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -121,7 +121,7 @@ def _context(run: Path) -> dict[str, Any]:
         "evaluations": list(_evaluations(run, rows)),
         "overlap": summary.get("overlap") or tables.read_object(run / "data" / "overlap.json"),
         "settings": redact(_text(run / "resolved.toml")),
-        "provenance": _flat(tables.read_object(run / "provenance.json")),
+        "provenance": flat(tables.read_object(run / "provenance.json")),
     }
 
 
@@ -129,16 +129,16 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings or versions as one list of name and text."""
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     for key, entry in value.items():
         if isinstance(entry, Mapping):
-            flat |= _flat(entry, f"{prefix}{key} · ")
+            found |= flat(entry, f"{prefix}{key} · ")
         else:
             text = " ".join(map(str, entry)) if isinstance(entry, list) else str(entry)
-            flat[prefix + key] = redact(text)
-    return flat
+            found[prefix + key] = redact(text)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- stages

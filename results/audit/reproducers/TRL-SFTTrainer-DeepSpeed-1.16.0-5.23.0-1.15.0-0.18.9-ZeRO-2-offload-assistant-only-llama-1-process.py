@@ -1,0 +1,49 @@
+"""TRL SFTTrainer + DeepSpeed (torch 2.13.0+cpu, trl 1.16.0, transformers 5.23.0, accelerate 1.15.0, deepspeed 0.18.9): t
+Run: python FILE
+One SGD step over 4 micro-batches; prints the weight that each one's tokens had in it. Right is 1 for all of them."""
+import os
+for key in ("RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=29533", "DS_ACCELERATOR=cpu"):
+    os.environ.setdefault(*key.split("="))
+import torch
+RANK, RANKS, LR, PROMPT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0.5, 3
+TRAINED = [2, 27, 3, 17, 11, 5, 23, 7][: 4 * RANKS]  # tokens of each micro-batch; the prompt before them is not trained
+ROWS = [torch.randint(3, 64, (PROMPT + n,), generator=torch.Generator().manual_seed(n)) for n in TRAINED]
+import transformers
+def make_model():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, attn_implementation="eager"))
+def logits_of(output):
+    return output.logits
+def flat(tensors):
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+def report(before, after):
+    exact, columns = make_model().double().eval(), []
+    for row in ROWS:
+        logits = logits_of(exact(input_ids=row[None]))[0, PROMPT - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, row[PROMPT:], reduction="sum") / sum(TRAINED)
+        columns.append(flat(torch.autograd.grad(loss, list(exact.parameters()))))
+    used, right = (before - after) / LR, sum(columns)
+    weights = torch.linalg.lstsq(torch.stack(columns, 1), used[:, None]).solution.flatten()
+    error = float((used - right).norm() / right.norm())
+    if RANK == 0:
+        print("weights", [round(w, 3) for w in weights.tolist()], "relative error", f"{error:.2g}")
+    raise SystemExit(1 if error > 1e-2 else 0)
+import datasets, trl
+model = make_model()
+before = flat(model.parameters())
+import deepspeed.ops
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then
+rows = [{"input_ids": r.tolist(), "completion_mask": [0] * PROMPT + [1] * (len(r) - PROMPT)} for r in ROWS]
+settings = trl.SFTConfig(
+    output_dir="/tmp/reproduce", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1,
+    learning_rate=LR, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, use_cpu=True, save_strategy="no",
+    report_to=[], logging_steps=1, bf16=False, gradient_checkpointing=False, completion_only_loss=True, 
+    deepspeed={'zero_optimization': {'stage': 2, 'offload_optimizer': {'device': 'cpu', 'pin_memory': False}}, 'zero_force_ds_cpu_optimizer': False, 'zero_allow_untested_optimizer': True, 'train_micro_batch_size_per_gpu': 'auto', 'gradient_accumulation_steps': 'auto'})
+from tokenizers import Tokenizer, models
+words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w3"))
+tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+trl.SFTTrainer(model=model, args=settings, train_dataset=datasets.Dataset.from_list(rows),
+               processing_class=tokenizer).train()
+report(before, flat(model.parameters()))

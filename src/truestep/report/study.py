@@ -1,0 +1,96 @@
+"""report.html of a study, and its tables as Markdown, CSV and LaTeX. Shows what the results say; computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from truestep.report import study_figures as figures
+from truestep.report import study_tables as tables
+from truestep.report.figures import can_draw
+from truestep.report.html import flat, page_environment
+from truestep.report.tables import read_object
+from truestep.rundir import write_atomic
+from truestep.settings import SettingsError
+
+Row = Mapping[str, Any]
+CURVES = {"reward": "Reward", "completions/mean_length": "Completion length", "entropy": "Entropy",
+          "grad_norm": "Gradient norm", "loss": "Loss", "dev/score": "Dev score"}  # fmt: skip
+
+
+def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
+    """Write FOLDER/report.html, table.md, table.csv and table.tex from its results.json and compact cells.
+
+    Raises SettingsError where there are no results.
+    """
+    table = read_object(folder / "results.json")
+    if "arms" not in table:
+        raise SettingsError(f"{folder}: holds no study (results.json): give the folder that truestep study has printed")
+    if cells is None:
+        cells = {p.stem: read_object(p) for p in sorted(folder.glob("compact/cells/*.json"))}
+    for name, write in (("md", tables.markdown), ("csv", tables.as_csv), ("tex", tables.latex)):
+        write_atomic(folder / f"table.{name}", write(table))
+    page = page_environment().get_template("study.html").render(_context(folder, table, cells))
+    write_atomic(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, Any]:
+    arms = table["arms"]
+    stamp = read_object(folder / "provenance.json")
+    several = {name: hashes for name, hashes in table["content"].items() if len(hashes) > 1}
+    return {
+        "table": table,
+        "primary": [c for c in table["contrasts"] if c["primary"]],
+        "method_table": tables.method_table(table),
+        "contrast_table": tables.contrast_table(table),
+        "points": tables.points,
+        "dots": [(name, figures.dots(arms, name)) for name in table["benchmarks"]],
+        "bars": figures.bars(arms),
+        "by_flops": [
+            (f"{arm['name']}, {name}" if len(table["benchmarks"]) > 1 else arm["name"], figure)
+            for name in table["benchmarks"]
+            for arm in arms
+            if (figure := figures.by_flops(arms, arm["name"], name)) and len(arm["path"]) > 1
+        ],
+        "dynamics": [d for arm in arms if (d := _dynamics(arm["name"], cells))],
+        "several": several,
+        "spread": [_spread(arm) for arm in arms if arm["mean"]],
+        "can_draw": can_draw(),
+        "provenance": flat(stamp),
+        "machines": _machines(cells),
+    }
+
+
+def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
+    """The last stage's curves of an arm, a line a seed."""
+    own = {name.rpartition("-s")[2]: cell for name, cell in cells.items() if name.rpartition("-s")[0] == arm}
+    stages = [list(cell["dynamics"]) for cell in own.values() if cell["dynamics"]]
+    if not stages:
+        return None
+    stage = stages[0][-1]
+    panels = []
+    for key, title in CURVES.items():
+        curves = {seed: cell["dynamics"].get(stage, {}).get(key, []) for seed, cell in own.items()}
+        if figure := figures.seeds_over_steps(f"{arm} {stage} {title}", curves):
+            panels.append({"title": title, "figure": figure})
+    return {"arm": arm, "stage": stage, "panels": panels}
+
+
+def _spread(arm: Row) -> dict[str, Any]:
+    mean = arm["mean"]
+    return {"arm": arm["name"], "seeds": mean["sd_seeds"], "problems": mean["sd_problems"],
+            "residual": mean["sd_residual"], "sample": arm["sd_sample"]}  # fmt: skip
+
+
+def _machines(cells: Mapping[str, Row]) -> dict[str, int]:
+    """Commits and processors that the cells were run with: name → how many."""
+    found: dict[str, int] = {}
+    for cell in cells.values():
+        stamp = cell["provenance"]
+        changes = " with uncommitted changes" if stamp["uncommitted_changes"] else ""
+        torch = stamp["versions"].get("torch", "?")
+        name = f"commit {stamp['commit'][:12]}{changes}, torch {torch}, {stamp['hardware']['cpu']}"
+        found[name] = found.get(name, 0) + 1
+    return found

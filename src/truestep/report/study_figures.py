@@ -1,0 +1,105 @@
+"""The figures of a study: every seed a dot, every interval a whisker; one small picture an arm where many clash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from truestep.report.figures import BLUE, INK, LINE, MUTED, new_figure, styled, to_svg
+from truestep.report.tables import superscript, visible
+
+Row = Mapping[str, Any]
+
+
+@styled
+def dots(arms: Sequence[Row], benchmark: str) -> Markup:
+    """One row an arm: seeds as dots, the mean with its interval."""
+    rows = [(a, a["scores"][benchmark]) for a in arms if benchmark in a["scores"]]
+    if not rows:
+        return Markup("")
+    names = [visible(a["name"])[:40] for a, _ in rows]
+    figure, axes = new_figure(7.6, 0.55 + 0.34 * len(rows), left=0.25 + 0.078 * max(map(len, names)), bottom=0.3)
+    for y, (arm, found) in enumerate(rows):
+        colour = MUTED if arm["control"] else BLUE
+        if found["seeds_known"]:
+            axes.plot([100 * found["low"], 100 * found["high"]], [y, y], color=colour, linewidth=2.2)
+        axes.plot([100 * found["value"]], [y], "D", color=colour, markersize=6, zorder=3)
+        seeds = [100 * by[benchmark] for by in arm["by_seed"].values() if benchmark in by]
+        axes.plot(seeds, [y + 0.26] * len(seeds), "o", color=colour, markersize=3.2, alpha=0.75)
+    axes.set_yticks(range(len(rows)), names, fontsize=9.5, color=INK)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    spoken = "; ".join(f"{n} {100 * f['value']:.1f} %" for n, (_, f) in zip(names, rows, strict=True))
+    return to_svg(figure, f"dots {benchmark}", f"{benchmark}, score by arm with 95 % interval and seeds: {spoken}")
+
+
+@styled
+def bars(arms: Sequence[Row]) -> Markup:
+    """The staircase: bars in the order in which the arms were declared, with intervals and seeds."""
+    rows = [a for a in arms if a["mean"]]
+    if len(rows) < 2:
+        return Markup("")
+    figure, axes = new_figure(7.6, 2.9, left=0.5, bottom=0.95)
+    for x, arm in enumerate(rows):
+        found, control = arm["mean"], bool(arm["control"])
+        axes.bar(x, 100 * found["value"], width=0.62, color=LINE if control else BLUE, alpha=0.9 if control else 0.55)
+        if found["seeds_known"]:
+            axes.plot([x, x], [100 * found["low"], 100 * found["high"]], color=INK, linewidth=1.4)
+        seeds = [100 * sum(by.values()) / len(by) for by in arm["by_seed"].values() if by]
+        axes.plot([x + 0.2] * len(seeds), seeds, "o", color=INK, markersize=2.8, alpha=0.7)
+    axes.set_xticks(range(len(rows)), [visible(a["name"])[:22] for a in rows], rotation=32, ha="right", fontsize=8)
+    axes.grid(False, axis="x")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    spoken = "; ".join(f"{a['name']} {100 * a['mean']['value']:.1f} %" for a in rows)
+    return to_svg(figure, "bars", f"Mean score by arm, in the declared order: {spoken}")
+
+
+@styled
+def by_flops(arms: Sequence[Row], highlighted: str, benchmark: str) -> Markup:
+    """Score of every checkpoint on the way against FLOPs; one arm stands out of all the others."""
+    paths = {
+        a["name"]: [(p["flops_paper"], 100 * p["score"]) for p in a["path"] if p["data"] == benchmark] for a in arms
+    }
+    paths = {name: path for name, path in paths.items() if path}
+    if highlighted not in paths:
+        return Markup("")
+    most = max(x for path in paths.values() for x, _ in path)
+    power = 3 * math.floor(math.log10(most) / 3) if most > 0 else 0
+    figure, axes = new_figure(3.3, 1.95)
+    for name, path in paths.items():
+        if name != highlighted:
+            axes.plot(*_scaled(path, power), "-", color=LINE, linewidth=1.2)
+    axes.plot(*_scaled(paths[highlighted], power), "-o", color=BLUE, markersize=4)
+    axes.set_xlabel(f"10{superscript(power)} FLOPs", loc="right", fontsize=8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    spoken = "; ".join(f"{y:.1f} % at {x:.3g}" for x, y in paths[highlighted])
+    return to_svg(figure, f"flops {highlighted} {benchmark}", f"{highlighted}, score against FLOPs: {spoken}")
+
+
+def _scaled(path: Sequence[tuple[float, float]], power: int) -> tuple[list[float], list[float]]:
+    return [x / 10.0**power for x, _ in path], [y for _, y in path]
+
+
+@styled
+def seeds_over_steps(name: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+    """One line a seed."""
+    curves = {seed: points for seed, points in curves.items() if points}
+    if not curves:
+        return Markup("")
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = new_figure(3.3, 1.8)
+    for points in curves.values():
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=BLUE, linewidth=1.1, alpha=0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.set_xlabel("step", loc="right", fontsize=8)
+    first, last = [sum(p[i][1] for p in curves.values()) / len(curves) for i in (0, -1)]
+    return to_svg(figure, name, f"{name}, {len(curves)} seeds: from about {first:.3g} to {last:.3g}")

@@ -1,0 +1,130 @@
+"""A study's tables as Markdown, CSV and LaTeX: the same cells, each escaped for where it goes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from truestep.report.tables import NONE, visible
+
+Row = Mapping[str, Any]
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "–": "--", "−": "$-$", "×": r"$\times$", "→": r"$\to$", "±": r"$\pm$",
+}  # fmt: skip
+
+
+def points(found: Row | None, sign: str = "") -> str:
+    """E.g. 53.2 [50.1, 56.3], in points."""
+    if found is None:
+        return NONE
+    if not found["seeds_known"]:
+        return f"{100 * found['value']:{sign}.1f} (one seed)"
+    return f"{100 * found['value']:{sign}.1f} [{100 * found['low']:{sign}.1f}, {100 * found['high']:{sign}.1f}]"
+
+
+def flops(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3g}"
+
+
+def p_value(value: float | None) -> str:
+    return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def method_table(table: Row) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows: every arm with its scores, seeds, budget, trials, and what is unequal."""
+    names = table["benchmarks"]
+    mean = ["Mean"] if len(names) > 1 else []
+    head = ["Arm", *names, *mean, "Seeds", "FLOPs (paper)", "FLOPs (fuller)", "Trials: FLOPs", "Checkpoint", "Marks"]
+    rows = []
+    for arm in table["arms"]:
+        label = arm["name"] + (f" (control: {arm['control']})" if arm["control"] else "")
+        tuning = arm["tuning"]
+        trials = f"{tuning.get('trials', 0)}: {flops((tuning.get('flops') or {}).get('paper'))}"
+        rows.append([
+            label, *[points(arm["scores"].get(n)) for n in names], *([points(arm["mean"])] if mean else []),
+            str(len(arm["seeds"])), flops(arm["flops"]["paper"]), flops(arm["flops"]["full"]), trials,
+            arm["checkpoint"], "; ".join(arm["marks"]) or NONE,
+        ])  # fmt: skip
+    return head, rows
+
+
+def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
+    head = ["Contrast", "Difference [95 %]", "df", "p", "p (Holm)", "p (sign flips)", "Detectable", "Seeds", "Verdict"]
+    rows = []
+    for c in table["contrasts"]:
+        found = c["all"]
+        name = f"{c['a']} − {c['b']}" + (" (primary)" if c["primary"] else "")
+        if found is None:
+            rows.append([name, *[NONE] * 7, c["verdict"]])
+            continue
+        rows.append([
+            name, points(found, "+"), f"{found['df']:.1f}", p_value(found["p_value"]), p_value(c["p_adjusted"]),
+            p_value(found["p_sign_flip"]), f"{100 * found['detectable']:.1f}", str(len(c["seeds"])), c["verdict"],
+        ])  # fmt: skip
+    return head, rows
+
+
+def markdown(table: Row) -> str:
+    parts = [f"# {_md(table['name'])}", _md(table["question"])]
+    note = (
+        "Score in %, mean over seeds and problems [95 % over both]; differences paired by seed and problem, in points."
+    )
+    if not table["complete"]:
+        note += " **Incomplete.**"
+    parts.append(note)
+    for head, rows in (method_table(table), contrast_table(table)):
+        if rows:
+            lines = [head, ["---"] * len(head), *rows]
+            parts.append("\n".join("| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines))
+    parts += [f"Control left out: {_md(c)}: {_md(why)}" for c, why in table["controls_off"].items()]
+    parts += [f"Failed: {_md(cell)}: {_md(why)}" for cell, why in table["failures"].items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _md(text: str) -> str:
+    escaped = "".join(f"\\{c}" if c in "\\`*|<>" else c for c in visible(text))
+    return " ".join(escaped.split())
+
+
+def as_csv(table: Row) -> str:
+    """One line a number: arm, seed ("all" for the mean over seeds), benchmark, score, interval, FLOPs."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["arm", "control", "seed", "benchmark", "score", "low", "high", "flops_paper", "flops_full"])
+    for arm in table["arms"]:
+        spent = [arm["flops"]["paper"], arm["flops"]["full"]]
+        whole = {**arm["scores"], **({"mean": arm["mean"]} if arm["mean"] else {})}
+        lines = [["all", name, f["value"], f["low"], f["high"], *spent] for name, f in whole.items()]
+        lines += [
+            [seed, name, score, "", "", *spent] for seed, by in arm["by_seed"].items() for name, score in by.items()
+        ]
+        for line in lines:
+            writer.writerow([_cell(v) for v in (arm["name"], arm["control"], *line)])
+    return buffer.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula is quoted with an apostrophe."""
+    text = visible(value) if isinstance(value, str) else value
+    return f"'{text}" if isinstance(text, str) and text[:1] in "=+-@\t\r" and text else text
+
+
+def latex(table: Row) -> str:
+    """Two booktabs tables, every cell escaped."""
+    parts = ["% needs \\usepackage{booktabs}"]
+    for head, rows in (method_table(table), contrast_table(table)):
+        columns = "l" + "r" * (len(head) - 2) + "l"
+        lines = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in rows]
+        parts.append("\n".join([
+            rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(_tex(h) for h in head) + r" \\", r"\midrule",
+            *lines, r"\bottomrule", r"\end{tabular}",
+        ]))  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _tex(text: str) -> str:
+    return " ".join("".join(_LATEX.get(c, c) for c in visible(text)).split())

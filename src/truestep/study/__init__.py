@@ -1,0 +1,1 @@
+"""Many runs against each other: arms × seeds, equal data and budgets, intervals over seeds and problems."""

@@ -1,0 +1,199 @@
+"""What a table of scores says: seeds × problems, crossed; the samples of a cell nested in it.
+
+Every seed of an arm answers the same problems, so a score has two sources of error that do not average out together:
+the training seed and the choice of problems. An interval over problems alone promises what another seed would break,
+and one over seeds alone what other problems would. Here both are counted, with the degrees of freedom that few seeds
+leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples, one array a benchmark; a paired
+difference is such a table too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from truestep.evaluate.compare import paired_t
+from truestep.evaluate.interval import t_cdf, t_quantile
+from truestep.settings import SettingsError
+
+LEVEL, POWER = 0.975, 0.8
+DF_SHARE = 0.7  # of Satterthwaite's degrees of freedom; see variance_and_df
+MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossed:
+    """A mean over seeds and problems with its 95 % interval and the p-value of the mean being 0.
+
+    ``detectable`` is the smallest true value that such a table would show with 80 % power at the 5 % level. ``df`` are
+    the effective degrees of freedom; with one seed nothing is known of seeds, ``low`` and ``high`` are over problems
+    alone and ``seeds_known`` is False.
+    """
+
+    value: float
+    low: float
+    high: float
+    stderr: float
+    df: float
+    p_value: float
+    p_sign_flip: float
+    detectable: float
+    num_seeds: int
+    num_problems: int
+    seeds_known: bool
+    sd_seeds: float
+    sd_problems: float
+    sd_residual: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The variance of a mean by source. ``seeds`` and ``problems`` each hold the residual once, hence the third."""
+
+    mean: np.ndarray
+    seeds: np.ndarray
+    problems: np.ndarray
+    residual: np.ndarray
+    df_seeds: float
+    df_problems: float
+    df_residual: float
+
+
+def parts(tables: Sequence[np.ndarray]) -> Parts:
+    """Mean over benchmarks of the mean over seeds and problems, and the variance of it by source.
+
+    Shapes: tables of [..., S, P_b], results of [...]
+    Equation: of one benchmark: var_s(row means)/S + var_p(column means)/P - MS_residual/(S P); over benchmarks rows are
+    averaged (a seed is the same seed everywhere) and the other two are summed with weights 1/B² (problems are not).
+    Source: the two-way random model (Cornfield and Tukey 1956); unbiased for σ²_s/S + σ²_p/P + σ²_e/(SP)
+    """
+    num_seeds, num = tables[0].shape[-2], len(tables)
+    rows = sum(t.mean(-1) for t in tables) / num
+    problems = residual = np.zeros(tables[0].shape[:-2])
+    for t in tables:
+        columns, size = t.mean(-2), t.shape[-1]
+        rest = t - t.mean(-1, keepdims=True) - columns[..., None, :] + t.mean((-1, -2), keepdims=True)
+        free = (num_seeds - 1) * (size - 1)
+        square = (rest**2).sum((-1, -2)) / free if free else np.zeros(t.shape[:-2])
+        spread = columns.var(-1, ddof=1) if size > 1 else np.zeros(t.shape[:-2])
+        problems = problems + spread / (size * num**2)
+        residual = residual + square / (num_seeds * size * num**2)
+    total = sum(t.shape[-1] - 1 for t in tables)
+    return Parts(
+        mean=rows.mean(-1),
+        seeds=rows.var(-1, ddof=1) / num_seeds if num_seeds > 1 else np.zeros(rows.shape[:-1]),
+        problems=problems,
+        residual=residual,
+        df_seeds=max(1, num_seeds - 1),
+        df_problems=max(1, total),
+        df_residual=max(1, (num_seeds - 1) * total),
+    )
+
+
+def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
+    """The variance of the mean and its effective degrees of freedom.
+
+    The difference of mean squares is unbiased but can fall below either of its parts by chance; it is not let.
+    Satterthwaite's df are too many where a part with few of its own carries some of the variance (94.0 % at five seeds
+    that carry 90 % of it); seven tenths of them, and never fewer than the seeds leave, hold 94.9 to 95.6 %.
+    Equation: V = max(V_s, V_p, V_s + V_p - V_e); df = max(S - 1, 0.7 V² / Σ V_i²/df_i)
+    Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py
+    """
+    plain = found.seeds + found.problems - found.residual
+    variance = np.maximum(plain, np.maximum(found.seeds, found.problems))
+    noise = found.seeds**2 / found.df_seeds + found.problems**2 / found.df_problems
+    noise = noise + found.residual**2 / found.df_residual
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = np.where(noise > 0, DF_SHARE * variance**2 / noise, found.df_problems)
+    most = float(found.df_seeds + found.df_problems)
+    return variance, np.clip(df, min(found.df_seeds, most), most)
+
+
+def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0, 1.0)) -> Crossed:
+    """The mean of the tables' means, with its interval. Raises SettingsError where the tables have no common seeds.
+
+    Shapes: [S, P_b] each
+    """
+    if not tables or len({t.shape[0] for t in tables}) != 1 or min(t.size for t in tables) == 0:
+        raise SettingsError("a comparison needs at least one seed and one problem, the same seeds on every benchmark")
+    found = parts([t.astype(float) for t in tables])
+    num_seeds, num_problems = tables[0].shape[0], sum(t.shape[1] for t in tables)
+    variance, df = (float(x) for x in variance_and_df(found))
+    value, degenerate = float(found.mean), variance < 1e-30
+    if degenerate:
+        # The table says nothing of its own error: as if one problem more were answered otherwise by every seed.
+        _, low, high, _, detectable = paired_t(np.full(max(2, num_problems), value), 1.0)
+        stderr, p_value = (high - low) / (2 * t_quantile(LEVEL, df)), 1.0 if value == 0 else 0.0
+        detectable = detectable or 1.0
+    else:
+        stderr = math.sqrt(variance)
+        low, high = value - t_quantile(LEVEL, df) * stderr, value + t_quantile(LEVEL, df) * stderr
+        p_value = 2 * t_cdf(-abs(value) / stderr, df)
+        detectable = (t_quantile(LEVEL, df) + t_quantile(POWER, df)) * stderr
+    excess = [float(found.seeds - found.residual) * num_seeds, float(found.problems - found.residual) * num_problems]
+    return Crossed(
+        value=value,
+        low=max(bounds[0], low),
+        high=min(bounds[1], high),
+        stderr=stderr,
+        df=df,
+        p_value=min(1.0, p_value),
+        p_sign_flip=sign_flip(sum(t.mean(1) for t in tables) / len(tables)),
+        detectable=detectable,
+        num_seeds=num_seeds,
+        num_problems=num_problems,
+        seeds_known=num_seeds > 1,
+        sd_seeds=math.sqrt(max(0.0, excess[0])),
+        sd_problems=math.sqrt(max(0.0, excess[1])),
+        sd_residual=math.sqrt(float(found.residual) * num_seeds * num_problems),
+    )
+
+
+def sign_flip(by_seed: np.ndarray) -> float:
+    """Exact two-sided p-value of the mean over seeds when each sign is a fair coin: at best 2 / 2^S."""
+    size = len(by_seed)
+    if size > MOST_FLIPPED:
+        raise SettingsError(f"an exact test over {size} seeds is out of reach: {MOST_FLIPPED} at most")
+    signs = np.array(list(itertools.product((1.0, -1.0), repeat=size)))
+    sums, seen = np.abs(signs @ by_seed), abs(by_seed.sum())
+    return float((sums >= seen - 1e-12).mean())
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values: the chance of any false finding among them stays below 5 %.
+
+    Source: Holm 1979. Held by: tests/study/test_analyse.py (statsmodels)
+    """
+    ordered, highest, adjusted = sorted(p_values, key=lambda k: p_values[k]), 0.0, {}
+    for rank, name in enumerate(ordered):
+        highest = max(highest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p_values}
+
+
+def sample_sd(correct: Sequence[np.ndarray], samples: Sequence[int]) -> float | None:
+    """Standard deviation of one decoding sample around its cell's chance; None with one sample a problem.
+
+    Shapes: correct [S, P_b] counts. Decoding samples are no training seeds: more of them make this part smaller, and
+    nothing else.
+    """
+    pooled = [c / k * (1 - c / k) * k / (k - 1) for c, k in zip(correct, samples, strict=True) if k > 1]
+    return math.sqrt(float(np.mean(np.concatenate([p.ravel() for p in pooled])))) if pooled else None
+
+
+def verdict(found: Crossed, p_adjusted: float | None) -> str:
+    """What may be said, in words; a null result names what could have been seen."""
+    p = found.p_value if p_adjusted is None else p_adjusted
+    if not found.seeds_known:
+        return "one seed: nothing can be said of training"
+    if p < 0.05:
+        return "higher" if found.value > 0 else "lower"
+    return f"no difference shown (one of {100 * found.detectable:.1f} points would have been)"

@@ -1,0 +1,86 @@
+"""What recipes would cost, side by side, before anything is run: ``truestep study flops``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from truestep.pipeline.declared import flops_of, read_declared, stage_work
+from truestep.settings import RlSettings, Settings, SettingsError, SftSettings, load_settings
+
+COUNTS = {"flops_paper_formula": "the paper's formula", "flops_full": "the fuller count"}
+
+
+def recipe_files(paths: Sequence[Path]) -> list[Path]:
+    """The recipes of the given files and folders, in order. Raises SettingsError where there are none."""
+    found = [file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])]
+    if not found:
+        raise SettingsError(f"{', '.join(map(str, paths))}: no recipe (.toml) there: give a folder or files")
+    return found
+
+
+def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
+    """FLOPs of every recipe by both counts, and what follows for SFT-then-RL against the others of the same model.
+
+    Source: arXiv:2604.23747, table 6 (6ND a demonstration token, 8ND an own token). Held by:
+    tests/study/test_paper_recipes.py
+    """
+    arms: list[dict[str, Any]] = []
+    loaded: dict[str, tuple[Settings, Path]] = {}
+    for path in recipe_files(paths):
+        settings = load_settings(path)
+        if not settings.declared:
+            raise SettingsError(f"{path}: has no [declared] lengths to count with: write them, or give other recipes")
+        loaded[settings.name] = settings, path
+        arms.append({
+            "name": settings.name, "model": settings.model.path, "kinds": [s.kind for s in settings.stages],
+            **flops_of(settings, path.parent, str(path)),
+        })  # fmt: skip
+    return {"arms": arms, "claims": [claim for arm in arms for claim in _claims(arm, arms, loaded)]}
+
+
+def _claims(
+    arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], loaded: Mapping[str, tuple[Settings, Path]]
+) -> list[dict[str, Any]]:
+    """Where an SFT-then-RL arm spends fewer FLOPs than an arm of RL alone, and up to how many RL steps it would."""
+    if arm["kinds"] != ["sft", "rl"]:
+        return []
+    settings, path = loaded[arm["name"]]
+    sft, rl = settings.stages
+    assert isinstance(sft, SftSettings)
+    assert isinstance(rl, RlSettings)
+    declared = read_declared(settings, str(path))
+    claims = []
+    for other in arms:
+        if other["model"] != arm["model"] or other["kinds"] != ["rl"]:
+            continue
+        row: dict[str, Any] = {"arm": arm["name"], "against": other["name"], "steps": rl.steps}
+        for key in COUNTS:
+            alone = _alone(settings, path, key)
+            row[key] = {
+                "ratio": arm[key] / other[key],
+                "fewer": arm[key] < other[key],
+                "equal_at_steps": max(0.0, (other[key] - alone) / ((arm[key] - alone) / rl.steps)),
+            }
+        row["own_tokens_per_prompt"] = stage_work(rl, declared).rollout_tokens / (rl.steps * rl.prompts_per_step)
+        claims.append(row)
+    return claims
+
+
+def _alone(settings: Settings, path: Path, key: str) -> float:
+    """FLOPs of the recipe without its last stage."""
+    return flops_of(settings.model_copy(update={"stages": settings.stages[:-1]}), path.parent, str(path))[key]
+
+
+def sentences(table: Mapping[str, Any]) -> list[str]:
+    """The claims in words, one line each."""
+    lines = []
+    for claim in table["claims"]:
+        parts = []
+        for key, name in COUNTS.items():
+            found = claim[key]
+            word = "fewer" if found["fewer"] else "more"
+            parts.append(f"{found['ratio']:.2f}x by {name} ({word}; equal at {found['equal_at_steps']:.0f} RL steps)")
+        lines.append(f"{claim['arm']} against {claim['against']}: " + ", ".join(parts))
+    return lines

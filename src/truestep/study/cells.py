@@ -1,0 +1,130 @@
+"""A finished cell as one small file: scores by problem, FLOPs, dynamics, hashes, provenance.
+
+Enough for every table, and small enough to be committed, so that a study goes on another day.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from truestep.records import Stop, Verdict
+from truestep.rundir import read_json, read_jsonl
+from truestep.settings import Settings, SettingsError, settings_hash
+
+SCHEMA = 1
+DYNAMICS = ("reward", "completions/mean_length", "entropy", "grad_norm", "loss", "dev/score", "flops_paper")
+MOST_POINTS = 50
+WHEN = ("provenance", "seconds")  # what two runs of one cell need not have in common
+
+
+def cell_key(settings: Settings, base: str) -> str:
+    """The identity of a cell: everything that its scores depend on, and no path or name. ``base`` is the identity of
+    the pinned base ("" without one)."""
+    stages = [
+        s.model_copy(update={"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1})
+        for s in settings.stages
+    ]
+    return settings_hash(settings.model_copy(update={"name": "cell", "stages": tuple(stages), "trackers": ()}), base)
+
+
+def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
+    """The finished run directory as a cell."""
+    summary = read_json(run / "summary.json")
+    if summary["status"] != "done":
+        raise SettingsError(f"{run}: is not finished (its summary says {summary['status']}): run the study again")
+    checkpoint = summary["stages"][-1]["name"] if summary["stages"] else "base"
+    spent = {kind: sum(float(s[f"flops_{kind}"]) for s in summary["stages"]) for kind in ("paper", "full")}
+    folders = sorted((run / "stages").glob("[0-9]*-*")) if summary["stages"] else []
+    return {
+        "schema": SCHEMA,
+        "arm": arm,
+        "seed": seed,
+        "key": key,
+        "checkpoint": checkpoint,
+        "benchmarks": {
+            path.name.removesuffix(".samples.jsonl"): _scores(read_jsonl(path))
+            for path in sorted((run / "evaluations" / checkpoint).glob("*.samples.jsonl"))
+        },
+        "path": _path(summary),
+        "flops": spent,
+        "stages": [_stage(s) for s in summary["stages"]],
+        "best": {p.name.partition("-")[2]: read_json(p / "done.json")["best"] for p in folders},
+        "dynamics": {p.name.partition("-")[2]: dynamics(read_jsonl(p / "metrics.jsonl")) for p in folders},
+        "content": summary["content"],
+        "overlap": summary["overlap"],
+        "notes": summary["notes"],
+        "seconds": {s["name"]: round(float(s["seconds"]), 1) for s in summary["stages"]},
+        "provenance": {k: v for k, v in read_json(run / "provenance.json").items() if k != "command"},
+    }
+
+
+def _stage(entry: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("name", "kind", "method", "data", "steps", "flops_paper", "flops_full")
+    tokens = {k: v for k, v in entry["tokens"].items() if k.endswith("tokens")}
+    return {**{k: entry[k] for k in kept}, "tokens": tokens}
+
+
+def _path(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Score of every checkpoint on the way, against what had been spent by then."""
+    rows, paper, full = [], 0.0, 0.0
+    spent = {"base": (0.0, 0.0)}
+    for stage in summary["stages"]:
+        paper, full = paper + stage["flops_paper"], full + stage["flops_full"]
+        spent[stage["name"]] = (paper, full)
+    for score in summary["scores"]:
+        at = spent[score["checkpoint"]]
+        rows.append({"checkpoint": score["checkpoint"], "data": score["data"], "score": score["score"],
+                     "flops_paper": at[0], "flops_full": at[1]})  # fmt: skip
+    return rows
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Correct and unscored samples of each problem, in the order of the data."""
+    samples = [row for row in rows if "verdict" in row]
+    order = list(dict.fromkeys(row["problem_id"] for row in samples))
+    correct, unscored = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
+    for row in samples:
+        correct[row["problem_id"]] += row["verdict"] == Verdict.CORRECT
+        unscored[row["problem_id"]] += row["verdict"] == Verdict.UNSCORED
+    if not order or len(samples) % len(order):
+        raise SettingsError("an evaluation has problems with unequal numbers of samples: run the cell again")
+    return {
+        "problems": settings_hash(*order),
+        "num_problems": len(order),
+        "samples": len(samples) // len(order),
+        "correct": " ".join(str(n) for n in correct.values()),
+        "unscored": {problem: n for problem, n in unscored.items() if n},
+        "truncated": float(np.mean([row.get("stop") == Stop.LENGTH for row in samples])),
+        "mean_tokens": float(np.mean([row.get("num_tokens", 0) for row in samples])),
+    }
+
+
+def dynamics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    """A few curves of a stage: [step, value], at most ``MOST_POINTS`` each, the mean of a stretch at its end."""
+    found: dict[str, list[list[float]]] = {}
+    for name in DYNAMICS:
+        points = [(row["step"], value) for row in metrics for k, value in row.items() if k.partition("/")[2] == name]
+        points = [(s, v) for s, v in points if math.isfinite(v)]
+        width = max(1, math.ceil(len(points) / MOST_POINTS))
+        cuts = [points[i : i + width] for i in range(0, len(points), width)]
+        if cuts:
+            found[name] = [[cut[-1][0], float(f"{np.mean([v for _, v in cut]):.6g}")] for cut in cuts]
+    return found
+
+
+def without_times(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same whenever, wherever and however often interrupted the cell was run."""
+    return {k: v for k, v in cell.items() if k not in WHEN}
+
+
+def counts(cell: Mapping[str, Any], benchmark: str) -> np.ndarray:
+    return np.array([int(n) for n in cell["benchmarks"][benchmark]["correct"].split()], dtype=float)
+
+
+def score(cell: Mapping[str, Any], benchmark: str) -> float:
+    return float(counts(cell, benchmark).mean() / cell["benchmarks"][benchmark]["samples"])

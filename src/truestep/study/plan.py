@@ -1,0 +1,253 @@
+"""A study as one TOML file: arms × seeds, what they share, and how they may differ. All checks before anything runs.
+
+An arm is a list of stages out of the study's own. What an arm changes in them (``set``) must be among the keys that
+``may_differ`` declares; everything else is equal by construction.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from truestep.data.problems import load_problems
+from truestep.settings import Frozen, Settings, SettingsError, parse_settings
+
+Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
+CONTROLS: tuple[Control, ...] = ("base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection")
+BASE_MODEL = "./base/model"  # where the pinned base lies, seen from the study directory
+
+
+class EqualFlops(Frozen):
+    """The steps of an arm's last stage are chosen so that the whole arm spends what arm ``to`` spends; a step is
+    assumed to cost, for each of its sequences, what one of stage ``step_like`` of arm ``to`` costs."""
+
+    to: str
+    step_like: str
+
+
+class Arm(Frozen):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    stages: tuple[str, ...] = ()
+    control: Control | Literal[""] = ""
+    set: dict[str, Any] = Field(default_factory=dict)  # "STAGE.key" = value, for this arm alone
+    equal_flops: EqualFlops | Literal[""] = ""
+    num_seeds: int = Field(0, ge=0)  # the first so many of the study's seeds; 0: all
+    untuned: str = ""  # why it has no learning-rate trials, where the others have
+
+
+class Tuning(Frozen):
+    """Every arm gets these learning-rate trials of its last stage, on a dev set, with seeds of their own."""
+
+    data: str
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    seeds: tuple[int, ...] = (1001,)
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Self:
+        if 1.0 not in self.factors or len(set(self.factors)) != len(self.factors):
+            raise ValueError("tuning.factors must be different and contain 1.0")
+        return self
+
+
+class Study(Frozen):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    question: str
+    declaration: str = ""  # the page that was written before anything ran
+    seeds: tuple[int, ...] = Field(min_length=1)
+    workers: int = Field(2, ge=1)
+    flops_per_second: float = Field(2e10, gt=0)  # of one cell; for the plan's estimate of time alone
+    base: str = ""  # a recipe whose last stage makes the pinned base, once
+    run: dict[str, Any]  # what all cells share: model, compute, chat, data, evaluate
+    stages: dict[str, dict[str, Any]]
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    reference: str  # the arm that settings and budgets are compared with
+    primary: tuple[tuple[str, str], ...] = ()  # a, b: is a - b different from 0
+    secondary: tuple[tuple[str, str], ...] = ()
+    may_differ: tuple[str, ...] = ()  # patterns of KIND.key
+    controls_off: dict[Control, str] = Field(default_factory=dict)
+    tuning: Tuning | Literal[""] = ""
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("two arms, or two seeds, are the same: give each one of its own")
+        for arm in self.arms:
+            for stage in (*arm.stages, *(key.partition(".")[0] for key in arm.set)):
+                if stage not in self.stages:
+                    raise ValueError(f"arms.{arm.name}: no [stages.{stage}]; there are {', '.join(self.stages)}")
+            if arm.equal_flops and arm.equal_flops.to not in names:
+                raise ValueError(f"arms.{arm.name}.equal_flops.to = {arm.equal_flops.to!r} is no arm")
+            goal = self.arm(arm.equal_flops.to) if arm.equal_flops else arm
+            if arm.equal_flops and (goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm))):
+                raise ValueError(
+                    f"arms.{arm.name}.equal_flops.to must be an arm with steps of its own and as many seeds"
+                )
+        for name in (self.reference, *(n for pair in (*self.primary, *self.secondary) for n in pair)):
+            if name not in names:
+                raise ValueError(f"{name!r} is no arm; there are {', '.join(names)}")
+        if self.tuning and set(self.tuning.seeds) & set(self.seeds):
+            raise ValueError("tuning.seeds must not be among the seeds that are compared: write others")
+        return self
+
+    @model_validator(mode="after")
+    def _controls(self) -> Self:
+        """A control may be left out by a declared reason alone, which the table prints."""
+        there = [arm.control for arm in self.arms if arm.control]
+        for control in CONTROLS:
+            if there.count(control) + (control in self.controls_off) != 1:
+                raise ValueError(
+                    f'the control {control!r} must be there once: write an arm with control = "{control}", or a '
+                    f'reason: controls_off.{control} = "..."'
+                )
+        if any(not reason.strip() for reason in self.controls_off.values()):
+            raise ValueError("controls_off: a reason must say something")
+        return self
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        return self.seeds[: arm.num_seeds or None]
+
+
+def load_study(path: Path) -> Study:
+    """Raises SettingsError with one line that names the file and the key."""
+    try:
+        return parse_study(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such study") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: not a readable TOML file: {error}") from None
+
+
+def parse_study(raw: Mapping[str, Any], where: str) -> Study:
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(p) for p in first["loc"])
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise SettingsError(f"{where}: {key + ': ' if key else ''}{message}") from None
+    check_study(study, where)
+    return study
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
+    """The arm's stages with its own changes, named as in the study."""
+    tables = []
+    for name in arm.stages:
+        table: dict[str, Any] = {**_copied(study.stages[name]), "name": name}
+        for key, value in arm.set.items():
+            stage, _, rest = key.partition(".")
+            if stage == name:
+                *parents, leaf = rest.split(".")
+                node = table
+                for part in parents:
+                    node = node.setdefault(part, {})
+                node[leaf] = value
+        tables.append(table)
+    return tables
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return list(value) if isinstance(value, list) else value
+
+
+def cell_settings(study: Study, arm: str, seed: int, stages: Sequence[Mapping[str, Any]], where: str) -> Settings:
+    """A run of the given stages: what all cells share, one thread, and the seed. Children run in the study directory,
+    so that no path of this machine is in what identifies a stage."""
+    raw = _copied(study.run)
+    if study.base:
+        raw["model"] = {**raw.get("model", {}), "path": BASE_MODEL}
+    raw["compute"] = {**raw.get("compute", {}), "threads": 1}
+    return parse_settings(
+        {**raw, "name": f"{study.name}-{arm}", "seed": seed, "stages": [dict(s) for s in stages]},
+        where=f"{where}: arms.{arm}",
+    )
+
+
+def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted keys; an empty table has none."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flattened(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings in which a stage of the arm differs from the reference's stage of its kind: KIND.key → (reference's,
+    own). A stage whose kind the reference does not have is compared with nothing."""
+    reference = cell_settings(study, study.reference, 0, stage_tables(study, study.arm(study.reference)), where)
+    own = cell_settings(study, arm.name, 0, stage_tables(study, arm), where)
+    kinds = {s.kind: s for s in reversed(reference.stages)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for stage in own.stages:
+        if stage.kind not in kinds:
+            continue
+        theirs = dict(flattened(kinds[stage.kind].model_dump(mode="json")))
+        mine = dict(flattened(stage.model_dump(mode="json")))
+        for key in sorted((theirs.keys() | mine.keys()) - {"name", "kind"}):
+            if theirs.get(key) != mine.get(key):
+                found[f"{stage.kind}.{key}"] = (theirs.get(key), mine.get(key))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_study(study: Study, where: str) -> None:
+    """Undeclared differences, test sets that tune, test problems drawn anew with every seed: refused."""
+    for arm in study.arms:
+        for key, (theirs, own) in differences(study, arm, where).items():
+            if not any(fnmatch.fnmatch(key, pattern) for pattern in study.may_differ):
+                raise SettingsError(
+                    f"{where}: arms.{arm.name}: {key} = {own!r} differs from {theirs!r} of {study.reference} and is "
+                    f'not declared: write may_differ = ["{key}"], or make them equal'
+                )
+        if arm.untuned and not study.tuning:
+            raise SettingsError(f"{where}: arms.{arm.name}.untuned: the study has no trials: leave it out")
+    sets = study.run.get("data", {})
+    tested = study.run.get("evaluate", {}).get("data", [])
+    if not tested:
+        raise SettingsError(f'{where}: run.evaluate.data: a study compares scores: write evaluate.data = ["..."]')
+    dev = {s["dev"]["data"] for s in study.stages.values() if s.get("dev", {}).get("data")}
+    if study.tuning:
+        if study.tuning.data not in sets:
+            raise SettingsError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
+        dev.add(study.tuning.data)
+    if both := dev & set(tested):
+        raise SettingsError(f"{where}: {both.pop()!r} is tested on and chosen with: write a dev set of its own")
+    for name, table in sets.items():
+        generated = str(table.get("source", "")).startswith(("procedural:", "reasoning_gym:"))
+        if generated and not isinstance(table.get("seed"), int):
+            raise SettingsError(
+                f"{where}: run.data.{name}.seed: seeds and problems are crossed, so the problems must be the same for "
+                f"all seeds: write run.data.{name}.seed = 0"
+            )
+
+
+def check_disjoint(study: Study, base_dir: Path) -> None:
+    """No problem of a dev set is a test problem. Raises SettingsError."""
+    settings = cell_settings(study, study.reference, 0, stage_tables(study, study.arm(study.reference)), study.name)
+    dev = {s["dev"]["data"] for s in study.stages.values() if s.get("dev", {}).get("data")}
+    dev |= {study.tuning.data} if study.tuning else set()
+    texts = {
+        name: {p.messages[-1].content for p in load_problems(name, settings.data[name], seed=0, base_dir=base_dir)}
+        for name in {*dev, *settings.evaluate.data}
+    }
+    for a in dev:
+        for b in settings.evaluate.data:
+            if shared := texts[a] & texts[b]:
+                raise SettingsError(f"data.{a} and data.{b} share {len(shared)} problems: a dev set must be disjoint")

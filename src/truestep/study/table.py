@@ -1,0 +1,202 @@
+"""Finished cells → the study's results: arms, contrasts, budgets, and what is not as equal as it should be.
+
+A pure function of the cells: two sittings that end with the same cells end with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from truestep.study import analyse, cells
+from truestep.study.plan import CONTROLS, Arm, Study, differences
+
+Cell = Mapping[str, Any]
+CLOSE = 0.05  # budgets that differ by less count as equal
+
+
+def results(
+    study: Study,
+    found: Mapping[str, Cell],
+    *,
+    tuning: Mapping[str, Mapping[str, Any]],
+    failures: Mapping[str, str],
+    base: str = "",
+) -> dict[str, Any]:
+    """Everything that the report and the exports show. Cells by "ARM-sSEED"; a missing cell is a failure, never 0."""
+    by_arm = {a.name: _cells_of(study, found, a.name) for a in study.arms}
+    arms = [_arm(study, arm, by_arm, tuning.get(arm.name, {})) for arm in study.arms]
+    contrasts = [_contrast(by_arm, a, b, primary=True) for a, b in study.primary]
+    adjusted = analyse.holm({f"{c['a']}|{c['b']}": c["all"]["p_value"] for c in contrasts if c["all"]})
+    contrasts += [_contrast(by_arm, a, b, primary=False) for a, b in study.secondary]
+    for contrast in contrasts:
+        if contrast["all"]:
+            p = adjusted.get(f"{contrast['a']}|{contrast['b']}") if contrast["primary"] else None
+            contrast["p_adjusted"] = p
+            contrast["verdict"] = analyse.verdict(analyse.Crossed(**contrast["all"]), p)
+    return {
+        "name": study.name,
+        "question": study.question,
+        "declaration": study.declaration,
+        "seeds": list(study.seeds),
+        "reference": study.reference,
+        "base": base,
+        "benchmarks": _benchmarks(found),
+        "arms": arms,
+        "contrasts": contrasts,
+        "controls_off": {c: study.controls_off[c] for c in CONTROLS if c in study.controls_off},
+        "failures": dict(failures),
+        "content": _content(found),
+        "may_differ": list(study.may_differ),
+        "complete": len(found) == sum(len(study.seeds_of(a)) for a in study.arms),
+    }
+
+
+def _cells_of(study: Study, found: Mapping[str, Cell], arm: str) -> dict[int, Cell]:
+    return {s: found[f"{arm}-s{s}"] for s in study.seeds_of(study.arm(arm)) if f"{arm}-s{s}" in found}
+
+
+def _benchmarks(found: Mapping[str, Cell]) -> list[str]:
+    return list(dict.fromkeys(name for cell in found.values() for name in cell["benchmarks"]))
+
+
+def share(cell: Cell, benchmark: str) -> np.ndarray:
+    return cells.counts(cell, benchmark) / cell["benchmarks"][benchmark]["samples"]
+
+
+def _tables(by_seed: Mapping[int, Cell], seeds: Sequence[int]) -> dict[str, np.ndarray]:
+    """[S, P] shares of correct samples of each benchmark."""
+    names = list(next(iter(by_seed.values()))["benchmarks"]) if by_seed else []
+    return {name: np.stack([share(by_seed[s], name) for s in seeds]) for name in names}
+
+
+# --------------------------------------------------------------------------------------------------------------- arms
+
+
+def _arm(study: Study, arm: Arm, by_arm: Mapping[str, Mapping[int, Cell]], tuning: Mapping[str, Any]) -> dict[str, Any]:
+    own, reference = by_arm[arm.name], by_arm[study.reference]
+    seeds = list(own)
+    tables = _tables(own, seeds)
+    scores = {name: analyse.crossed([t], bounds=(0.0, 1.0)).to_json() for name, t in tables.items()}
+    row: dict[str, Any] = {
+        "name": arm.name,
+        "control": arm.control,
+        "stages": list(arm.stages),
+        "seeds": seeds,
+        "scores": scores,
+        "mean": analyse.crossed(list(tables.values()), bounds=(0.0, 1.0)).to_json() if tables else None,
+        "by_seed": {str(s): {n: float(t[i].mean()) for n, t in tables.items()} for i, s in enumerate(seeds)},
+        "sd_sample": _sample_sd(own, tables),
+        "flops": {k: _mean(c["flops"][k] for c in own.values()) for k in ("paper", "full")},
+        "tuning": dict(tuning),
+        "path": _path(own),
+        "unscored": sum(sum(b["unscored"].values()) for c in own.values() for b in c["benchmarks"].values()),
+        "samples": sum(b["samples"] * b["num_problems"] for c in own.values() for b in c["benchmarks"].values()),
+        "truncated": _mean(b["truncated"] for c in own.values() for b in c["benchmarks"].values()),
+        "mean_tokens": _mean(b["mean_tokens"] for c in own.values() for b in c["benchmarks"].values()),
+        "differs": {k: [repr(a), repr(b)] for k, (a, b) in differences(study, arm).items()},
+        "data": _data(own),
+        "checkpoint": "best on dev" if any(b for c in own.values() for b in c["best"].values()) else "last",
+    }
+    return row | {"marks": _marks(study, row, own, reference, arm)}
+
+
+def _mean(values: Any) -> float | None:
+    listed = [float(v) for v in values]
+    return sum(listed) / len(listed) if listed else None
+
+
+def _sample_sd(own: Mapping[int, Cell], tables: Mapping[str, np.ndarray]) -> float | None:
+    if not own:
+        return None
+    first = next(iter(own.values()))
+    sizes = [first["benchmarks"][name]["samples"] for name in tables]
+    return analyse.sample_sd([t * k for t, k in zip(tables.values(), sizes, strict=True)], sizes)
+
+
+def _path(own: Mapping[int, Cell]) -> list[dict[str, Any]]:
+    """Mean score of each checkpoint on the arm's way, at the mean FLOPs spent by then."""
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for cell in own.values():
+        for point in cell["path"]:
+            rows.setdefault((point["checkpoint"], point["data"]), []).append(point)
+    return [
+        {"checkpoint": c, "data": d, **{k: _mean(p[k] for p in points) for k in ("score", "flops_paper", "flops_full")}}
+        for (c, d), points in rows.items()
+    ]
+
+
+def _data(own: Mapping[int, Cell]) -> dict[str, Any]:
+    """What the arm has seen: tokens by data set and kind, mean over seeds."""
+    seen: dict[str, list[float]] = {}
+    for cell in own.values():
+        for stage in cell["stages"]:
+            for kind in ("demonstration_tokens", "rollout_tokens"):
+                if stage["tokens"][kind]:
+                    seen.setdefault(f"{stage['data']}: {kind.replace('_', ' ')}", []).append(stage["tokens"][kind])
+    return {key: sum(values) / len(own) for key, values in seen.items()}
+
+
+def _marks(
+    study: Study, row: Mapping[str, Any], own: Mapping[int, Cell], reference: Mapping[int, Cell], arm: Arm
+) -> list[str]:
+    """What is unequal between the arm and the reference, in the words of the table."""
+    marks = []
+    if len(own) < len(study.seeds_of(arm)):
+        marks.append(f"{len(own)} of {len(study.seeds_of(arm))} seeds")
+    if study.tuning and arm.stages and not row["tuning"].get("trials"):
+        marks.append(f"untuned: {arm.untuned or 'no trial finished'}")
+    mine, theirs = _sets(own), _sets(reference)
+    if extra := sorted(mine - theirs):
+        marks.append(f"data of its own: {', '.join(extra)}")
+    if lacking := sorted(theirs - mine) if arm.stages else []:
+        marks.append(f"does not see: {', '.join(lacking)}")
+    goal = _mean(c["flops"]["paper"] for c in reference.values())
+    if goal and arm.stages and row["flops"]["paper"] is not None and arm.name != study.reference:
+        ratio = row["flops"]["paper"] / goal
+        if abs(ratio - 1) > CLOSE:
+            marks.append(f"budget {ratio:.2f}x")
+    if row["unscored"]:
+        marks.append(f"{row['unscored']} of {row['samples']} samples unscored, counted as not correct")
+    return marks
+
+
+def _sets(own: Mapping[int, Cell]) -> set[str]:
+    return {stage["data"] for cell in own.values() for stage in cell["stages"]}
+
+
+def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
+    """Hashes of the base model and of every data set, over all cells: more than one of a name is an unequal study."""
+    seen: dict[str, set[str]] = {}
+    for cell in found.values():
+        for name, value in cell["content"].items():
+            seen.setdefault(name, set()).add(value)
+    return {name: sorted(values) for name, values in sorted(seen.items())}
+
+
+# ---------------------------------------------------------------------------------------------------------- contrasts
+
+
+def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, primary: bool) -> dict[str, Any]:
+    """a − b on the seeds and problems that both have: by benchmark, and their mean."""
+    seeds = [s for s in by_arm[a] if s in by_arm[b]]
+    found: dict[str, Any] = {"a": a, "b": b, "primary": primary, "seeds": seeds, "all": None, "benchmarks": {},
+                             "by_seed": {}, "verdict": "no seed has both arms", "p_adjusted": None}  # fmt: skip
+    if not seeds:
+        return found
+    first, second = _tables(by_arm[a], seeds), _tables(by_arm[b], seeds)
+    differs = {}
+    for name in first:
+        ids = {by_arm[arm][s]["benchmarks"][name]["problems"] for arm in (a, b) for s in seeds}
+        if name not in second or len(ids) != 1:
+            found["verdict"] = f"not the same problems on {name}"
+            return found
+        differs[name] = first[name] - second[name]
+    tables = list(differs.values())
+    found["all"] = analyse.crossed(tables).to_json()
+    found["benchmarks"] = {name: analyse.crossed([t]).to_json() for name, t in differs.items()}
+    means = sum(t.mean(1) for t in tables) / len(tables)
+    found["by_seed"] = {str(s): float(m) for s, m in zip(seeds, means, strict=True)}
+    return found

@@ -1,0 +1,119 @@
+"""What a study file may say, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from micro import STUDY, write_study
+
+from truestep.settings import SettingsError
+from truestep.study.estimate import estimate
+from truestep.study.plan import (
+    CONTROLS,
+    cell_settings,
+    check_disjoint,
+    differences,
+    load_study,
+    parse_study,
+    stage_tables,
+)
+
+RAW = tomllib.loads(STUDY)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    raw: Any = copy.deepcopy(RAW)
+    *parents, leaf = path.split("/")
+    node = raw
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    if value is None:
+        node.pop(leaf)
+    else:
+        node[leaf] = value
+    return raw  # type: ignore[no-any-return]
+
+
+def test_the_micro_study_is_good(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path))
+    check_disjoint(study, tmp_path)
+    plan = estimate(study, tmp_path)
+    assert plan["cells"] == 12
+    assert plan["trials"] == 8
+    assert plan["flops_full"] > 0
+    assert all(row["gib"] > 0.5 and row["cpu_seconds"] > 0 for row in plan["arms"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("arms/4/set", {"rl.optimizer.lr": 0.5}, "rl.optimizer.lr"),
+        ("arms/4/set", {"rl.sampling.temperature": 0.7}, "not declared"),
+        ("arms/4/set", {"nothing.lr": 1.0}, "no [stages.nothing]"),
+        ("arms/2/stages", ["sft", "lr"], "no [stages.lr]"),
+        ("reference", "best", "'best' is no arm"),
+        ("primary", [["sft-rl", "dpo"]], "'dpo' is no arm"),
+        ("controls_off", {}, "rl-from-base"),
+        ("controls_off", {"rl-from-base": " "}, "a reason must say something"),
+        ("controls_off", {"rl-from-base": "x", "base": "y"}, "'base'"),
+        ("tuning/seeds", [1], "must not be among the seeds"),
+        ("tuning/factors", [0.5], "contain 1.0"),
+        ("tuning/data", "test", "tested on and chosen with"),
+        ("run/evaluate/data", ["dev"], "tested on and chosen with"),
+        ("run/data/test/seed", None, "crossed"),
+        ("run/data/train/limt", 3, "limt"),
+        ("seeds", [1, 1], "are the same"),
+        ("arms/3/equal_flops", {"to": "nobody", "step_like": "sft"}, "is no arm"),
+        ("colour", "blue", "colour"),
+    ],
+)
+def test_what_is_refused(path: str, value: Any, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_study(changed(path, value), "micro.toml")
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("micro.toml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_declared_difference_is_allowed_and_shown() -> None:
+    study = parse_study(RAW, "micro.toml")
+    assert differences(study, study.arm("coin")) == {"rl.reward": ("checker", "random")}
+    assert differences(study, study.arm("sft-rl")) == {}
+    assert set(differences(study, study.arm("continued"))) == {"sft.steps"}
+
+
+def test_a_dev_set_that_shares_problems_with_the_test_set_is_refused(tmp_path: Path) -> None:
+    raw = changed("run/data/dev", {"source": "procedural:addition", "seed": 0, "split": "test", "limit": 3,
+                                   "options": {"digits": 1}})  # fmt: skip
+    with pytest.raises(SettingsError, match="share 3 problems"):
+        check_disjoint(parse_study(raw, "micro.toml"), tmp_path)
+
+
+def test_cells_differ_in_their_seed_alone_and_run_on_one_thread() -> None:
+    study = parse_study(RAW, "micro.toml")
+    a, b = (cell_settings(study, "sft", s, stage_tables(study, study.arm("sft")), "") for s in (1, 2))
+    assert a.model_copy(update={"seed": 2}) == b
+    assert a.compute.threads == 1
+    assert a.data["test"].seed == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "study").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_declared_studies_load(path: Path) -> None:
+    from truestep.objective.methods import METHODS
+    from truestep.settings import StageSettings
+
+    if "faults" in path.read_text() and "faults" not in StageSettings.model_fields:
+        pytest.skip("stages have no faults yet")
+    study = load_study(path)
+    assert (ROOT / study.declaration).is_file()
+    assert len(study.primary) <= 3
+    assert len({a.control for a in study.arms if a.control} | set(study.controls_off)) == len(CONTROLS)
+    assert set(study.run["evaluate"]["data"])
+    used = {t.get("method", "") for a in study.arms for t in stage_tables(study, a)} - {""}
+    if missing := used - set(METHODS):
+        pytest.skip(f"the table of methods has no {', '.join(sorted(missing))} yet")

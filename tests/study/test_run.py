@@ -1,0 +1,224 @@
+"""The runner, with children that make up their results: what is run, in which order, how often, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from micro import STUDY, write_study
+
+from truestep import rundir
+from truestep.cli.study_actions import write_cell
+from truestep.settings import load_settings
+from truestep.study.launch import Order
+from truestep.study.plan import load_study
+from truestep.study.run import Runner, base_identity, run_cells, tuning_cost
+from truestep.study.table import results
+
+STAMP = {"commit": "0" * 40, "uncommitted_changes": False, "versions": {}, "hardware": {"cpu": "none"}}
+
+
+class Children:
+    """Stands for the child processes: trains nothing, writes the files that a run leaves, and remembers."""
+
+    def __init__(self, fail: str = "", stop_after: int = 10**9) -> None:
+        self.trained: Counter[str] = Counter()
+        self.orders: list[str] = []
+        self.fail, self.stop_after = fail, stop_after
+
+    def __call__(self, order: Order) -> tuple[int, str]:
+        settings = load_settings(Path(order.study) / order.recipe)
+        run = Path(order.study) / order.run
+        self.orders.append(settings.name)
+        if len(self.orders) > self.stop_after:
+            raise RuntimeError("killed")
+        if self.fail and self.fail in (settings.name, f"{settings.name}-s{settings.seed}"):
+            return 3, "error: it does not want to"
+        stages = []
+        for index, stage in enumerate(settings.stages):
+            folder = run / "stages" / f"{index + 1:02d}-{stage.name}"
+            if not (folder / "done.json").exists():
+                coin = "-coin" if getattr(stage, "reward", "") == "random" else ""
+                self.trained[f"{stage.name}-s{settings.seed}-lr{stage.optimizer.lr:g}{coin}"] += 1
+                cost = 100.0 * getattr(stage, "steps", 1) * (5 if stage.kind == "rl" else 1)
+                rundir.write_json(folder / "done.json", {
+                    "name": stage.name, "kind": stage.kind, "method": getattr(stage, "method", "sft"),
+                    "steps": getattr(stage, "steps", 1), "seconds": 1.0, "data": stage.data, "best": {},
+                    "tokens": {"demonstration_tokens": 10, "rollout_tokens": 0}, "flops_paper": cost,
+                    "flops_full": 2 * cost,
+                })  # fmt: skip
+                rundir.write_atomic(folder / "export" / "model.safetensors", f"{settings.seed}{stage.name}")
+                rundir.append_jsonl(folder / "metrics.jsonl", [{"step": 1, f"{stage.name}/reward": 0.5}])
+            stages.append(rundir.read_json(folder / "done.json"))
+        for checkpoint in ("base", *(s.name for s in settings.stages)):
+            for data in settings.evaluate.data:
+                self._evaluate(run, checkpoint, data, settings)
+        rundir.write_json(run / "summary.json", {
+            "status": "done", "stages": stages, "overlap": None, "notes": [], "content": {"test": "abc"},
+            "scores": [{"checkpoint": c, "data": d, "score": 0.5} for c in ("base", *(s.name for s in settings.stages))
+                       for d in settings.evaluate.data],
+        })  # fmt: skip
+        rundir.write_json(run / "provenance.json", STAMP)
+        return 0, ""
+
+    def _evaluate(self, run: Path, checkpoint: str, data: str, settings: Any) -> None:
+        level = {"base": 1, "sft": 4, "rl": 7, "more": 4, "rejection": 6}.get(checkpoint, 5)
+        if settings.stages and checkpoint == settings.stages[-1].name and checkpoint == "rl":
+            level += 1 if settings.stages[-1].optimizer.lr > 1.5e-3 else 0  # the greater rate is the better one
+        rows = [
+            {"problem_id": f"p{i}", "sample_index": k, "stop": "stop", "num_tokens": 5,
+             "verdict": "correct" if (i * 3 + settings.seed + k) % 10 < level else "incorrect"}
+            for i in range(10) for k in range(2)
+        ]  # fmt: skip
+        path = run / "evaluations" / checkpoint / f"{data}.samples.jsonl"
+        if not path.exists():
+            rundir.append_jsonl(path, [{"header": True}, *rows])
+
+
+def runner(folder: Path, children: Any, out: str = "out", text: str = STUDY, results: Path | None = None) -> Runner:
+    path = write_study(folder, text)
+    return Runner(study=load_study(path), where=path, out=folder / out, launch=children, workers=2, results=results,
+                  say=lambda text: None)  # fmt: skip
+
+
+def analysed(r: Runner) -> dict[str, Any]:
+    found = run_cells(r)
+    tuning = tuning_cost(r, r.study.arms)
+    return results(r.study, found, tuning=tuning, failures=r.failures, base=base_identity(r))
+
+
+def test_what_cells_share_is_trained_once(tmp_path: Path) -> None:
+    children = Children()
+    table = analysed(runner(tmp_path, children))
+    assert table["complete"]
+    assert set(children.trained.values()) == {1}
+    assert children.trained["sft-s1-lr0.01"] == 1  # four arms begin with it
+    assert {name for name in children.trained if name.startswith("rl-s1-")} == {"rl-s1-lr0.002", "rl-s1-lr0.002-coin"}
+    assert (tmp_path / "out/base/model/model.safetensors").is_file()
+
+
+def test_trials_choose_the_rate_and_are_counted(tmp_path: Path) -> None:
+    children = Children()
+    table = analysed(runner(tmp_path, children))
+    arms = {a["name"]: a for a in table["arms"]}
+    assert arms["sft-rl"]["tuning"]["factor"] == 2.0
+    assert arms["sft-rl"]["tuning"]["trials"] == arms["sft"]["tuning"]["trials"] == 2
+    assert arms["sft"]["tuning"]["flops"]["paper"] == 2 * 10 * 100
+    assert arms["sft-rl"]["tuning"]["flops"]["paper"] == 2 * 3 * 500 + 2 * 10 * 100  # and its sft's trials
+    assert children.trained["rl-s1-lr0.002"] >= 1
+    assert "rl-s1-lr0.001" not in children.trained
+    assert arms["rejection"]["marks"][0] == "untuned: one rate is enough here"
+    assert arms["base"]["tuning"]["trials"] == 0
+
+
+def test_continued_sft_spends_what_rl_has_spent(tmp_path: Path) -> None:
+    table = analysed(runner(tmp_path, Children()))
+    arms = {a["name"]: a for a in table["arms"]}
+    assert arms["sft-rl"]["flops"]["paper"] == 10 * 100 + 3 * 500
+    assert arms["continued"]["flops"]["paper"] == arms["sft-rl"]["flops"]["paper"]
+    assert arms["continued"]["differs"] == {"sft.steps": ["10", "1"]}
+    assert not any(m.startswith("budget") for m in arms["continued"]["marks"])
+    assert any(m.startswith("budget 0.40x") for m in arms["sft"]["marks"])
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 9, 15])
+def test_an_interrupted_study_ends_as_if_it_had_not_been(tmp_path: Path, stop_after: int) -> None:
+    first = Children()
+    whole = analysed(runner(tmp_path, first, "whole"))
+    cut = Children(stop_after=stop_after)
+    with pytest.raises(RuntimeError, match="killed"):
+        analysed(runner(tmp_path, cut, "cut"))
+    again = Children()
+    assert json.dumps(analysed(runner(tmp_path, again, "cut"))) == json.dumps(whole)
+    assert len(again.orders) + stop_after == len(first.orders)  # nothing that was finished is done again
+    third = Children()
+    analysed(runner(tmp_path, third, "cut"))
+    assert third.orders == []
+
+
+def test_a_failed_cell_is_a_record_and_the_rest_goes_on(tmp_path: Path) -> None:
+    r = runner(tmp_path, Children(fail="micro-rejection-s2"))
+    table = analysed(r)
+    assert list(table["failures"]) == ["rejection-s2"]
+    assert "does not want to" in table["failures"]["rejection-s2"]
+    assert not table["complete"]
+    arm = next(a for a in table["arms"] if a["name"] == "rejection")
+    assert arm["seeds"] == [1]
+    assert "1 of 2 seeds" in arm["marks"]
+    contrast = next(c for c in table["contrasts"] if c["b"] == "rejection")
+    assert contrast["seeds"] == [1]
+    assert "one seed" in contrast["verdict"]
+    assert analysed(runner(tmp_path, Children()))["complete"]  # the next sitting tries it again
+
+
+def test_committed_cells_are_not_run_again(tmp_path: Path) -> None:
+    first = runner(tmp_path, Children())
+    whole = analysed(first)
+    kept = tmp_path / "kept"
+    for kind, made in (("cells", run_cells(first)), ("trials", first.trials)):
+        for name, cell in made.items():
+            write_cell(kept / kind / f"{name}.json", cell)
+    children = Children()
+    table = analysed(runner(tmp_path, children, "elsewhere", results=kept))
+    assert children.orders == []
+    assert json.dumps(table) == json.dumps(whole)
+    more = STUDY.replace("seeds = [1, 2]", "seeds = [1, 2, 3]")
+    another = analysed(runner(tmp_path, children, "elsewhere", text=more, results=kept))
+    assert {int(s) for a in another["arms"] for s in a["seeds"]} == {1, 2, 3}
+    assert all("-s1-" not in name and "-s2-" not in name for name in children.trained)
+
+
+def test_other_settings_are_other_cells(tmp_path: Path) -> None:
+    analysed(runner(tmp_path, Children()))
+    children = Children()
+    analysed(runner(tmp_path, children, text=STUDY.replace("steps = 3\n", "steps = 4\n")))
+    assert children.trained["sft-s1-lr0.01"] == 0  # the shared checkpoint is as it was
+    assert any(name.startswith("rl-s1-") for name in children.trained)
+    base = Children()
+    path = write_study(tmp_path)
+    (tmp_path / "base.toml").write_text((tmp_path / "base.toml").read_text().replace("limit = 30", "limit = 31"))
+    r = Runner(study=load_study(path), where=path, out=tmp_path / "out2", launch=base, workers=2, say=lambda t: None)
+    run_cells(r)
+    assert base.trained["sft-s1-lr0.01"] + base.trained["sft-s1-lr0.02"] == 1  # another base, another checkpoint
+
+
+def test_no_two_children_in_one_folder(tmp_path: Path) -> None:
+    """The lock is the child's own: whoever comes second waits for it, also after the first study has died."""
+    import fcntl
+    import threading
+
+    from truestep.study.launch import start
+
+    study = tmp_path / "s"
+    (study / "cells").mkdir(parents=True)
+    order = Order(study=str(study), recipe="none.toml", run="cells/run")
+    ended: list[int] = []
+    with (study / "cells/run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: ended.append(start(order)[0]))
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive()
+        assert not (study / "cells/run.log").exists()
+    thread.join(120)
+    assert ended == [2]  # no such recipe
+
+
+def test_a_cell_file_reads_back(tmp_path: Path) -> None:
+    cell = {"arm": "a", "benchmarks": {"t": {"correct": "1 0"}}, "x": [1.5, None], "text": "é\n"}
+    write_cell(tmp_path / "c.json", cell)
+    assert rundir.read_json(tmp_path / "c.json") == cell
+    assert len((tmp_path / "c.json").read_text().splitlines()) == len(cell) + 2
+
+
+def test_the_recipe_of_a_cell_is_complete(tmp_path: Path) -> None:
+    r = runner(tmp_path, Children())
+    run_cells(r)
+    for path in (tmp_path / "out/cells").glob("*/recipe.toml"):
+        raw = tomllib.loads(path.read_text())
+        assert raw["compute"]["threads"] == 1
+        assert raw["model"]["path"] == "./base/model"
