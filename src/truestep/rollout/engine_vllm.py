@@ -181,7 +181,7 @@ class VllmEngine:
     def _sample(self, request: SampleRequest, sampling: SamplingParameters) -> Rollout:
         body: dict[str, Any] = {
             "prompt": list(request.prompt_ids),
-            "max_tokens": sampling.max_new_tokens,
+            "max_tokens": sampling.max_new_tokens - request.num_given,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
