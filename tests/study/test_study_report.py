@@ -25,7 +25,7 @@ EVIL = "<script>alert(1)</script>|=1+1\\input{x}&%$#_{}~^"
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     folder = tmp_path_factory.mktemp("study")
-    r = runner(folder, Children(fail="micro-rejection-s2"))
+    r = runner(folder, Children(fail="rejection-s2"))
     table = analysed(r)
     return folder / "out", table, run_cells(r)
 

@@ -144,7 +144,9 @@ def _node(runner: Runner, settings: Settings, name: str, seed: int, key: str) ->
     with runner._gate:
         if parent is not None:
             adopt(node_folder(runner, parent) / "run", home / "run", len(parent.stages), settings)
-        absolute = with_absolute_data(settings, runner.where.parent)
+        # named by its key: which of the arms that share it asks first is chance
+        named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
+        absolute = with_absolute_data(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
         rundir.write_atomic(home / "name", f"{name}\n")
         child(runner, Order(study=str(runner.out.resolve()), recipe=f"cells/{key}/recipe.toml", run=f"cells/{key}/run"))
