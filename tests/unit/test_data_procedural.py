@@ -23,11 +23,7 @@ CASES: list[tuple[str, dict[str, int]]] = [
     ("addition", {}),
     ("addition", {"digits": 1}),
     ("addition", {"digits": 7}),
-<<<<<<< HEAD
-    ("addition", {"digits": 5, "min_digits": 2}),
-=======
     ("addition", {"digits": 4, "min_digits": 2}),
->>>>>>> study
     ("subtraction", {}),
     ("subtraction", {"digits": 6}),
     ("subtraction", {"digits": 4, "min_digits": 1}),
@@ -186,11 +182,7 @@ def test_a_space_that_is_too_small_is_refused() -> None:
 
 def test_character_set_is_exactly_what_the_tasks_write() -> None:
     seen: set[str] = set()
-<<<<<<< HEAD
-    for task, options in [*CASES, ("letters", {"length": 12})]:
-=======
     for task, options in [*CASES, ("letters", {})]:
->>>>>>> study
         for split in SPLITS:
             for index in range(40):
                 problem = make_problem(task, split, index, options, seed=0)
