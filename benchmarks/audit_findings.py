@@ -47,9 +47,9 @@ UPSTREAM = (
 
 
 def run(name: str, words: tuple[str, ...]) -> None:
-    extra = ["--remedy", "--reproduce", str(FOLDER / "reproducers"), "--json"]
+    extra = ["--remedy", "--reproduce", "results/audit/reproducers", "--json"]
     command = [sys.executable, "-m", "truestep", "audit", *words, *extra]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if not done.stdout:
         print(f"{name}: exit code {done.returncode}, nothing to keep", file=sys.stderr)
         return
