@@ -61,7 +61,8 @@ def seconds_of_ours(grader: Grader, pairs: list[Pair]) -> tuple[float, float]:
 
 def needs_algebra(pair: Pair) -> bool:
     found = extract_answer(pair.pred).answer
-    return bool(found) and decide(gold_answer(pair.gold), found).equal is None
+    decision = decide(gold_answer(pair.gold), found)
+    return bool(found) and decision.equal is None and not decision.refused
 
 
 def ratio(pool: ProcessPoolExecutor, grader: Grader, pairs: list[Pair], rounds: int) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes) as pool, Grader(workers=options.processes, patience=PATIENCE) as grader:
         seconds_of_theirs(pool, pairs[:20])
         seconds_of_ours(grader, slow[:4])
+        grader.pool.warm()
         result = {
             "python": sys.version.split()[0],
             "processes": options.processes,

@@ -179,7 +179,8 @@ def provenance(seed: int) -> dict[str, Any]:
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "command": [redact(word) for word in sys.argv],
+        "command": ["truestep" if Path(sys.argv[0]).name == "__main__.py" else redact(sys.argv[0])]
+        + [redact(word) for word in sys.argv[1:]],
         "seed": seed,
         "python": platform.python_version(),
         "platform": platform.platform(),

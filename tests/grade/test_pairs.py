@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from truestep.cli.evaluation import COMMANDS, with_default
+from truestep.cli.evaluation import COMMANDS, DEFAULT, with_default
 from truestep.cli.main import main
 from truestep.grade.pairs import Pair, grade_pairs, read_pairs, table
 from truestep.settings import SettingsError
@@ -100,7 +100,7 @@ def test_the_table_obeys_no_answer() -> None:
 
 
 def test_eval_with_a_recipe_is_still_eval() -> None:
-    assert with_default(["eval", "run.toml", "--json"]) == ["eval", "recipe", "run.toml", "--json"]
-    assert with_default(["eval", "--set", "a=1", "run.toml"]) == ["eval", "recipe", "--set", "a=1", "run.toml"]
+    assert with_default(["eval", "run.toml", "--json"]) == ["eval", DEFAULT, "run.toml", "--json"]
+    assert with_default(["eval", "--set", "a=1", "run.toml"]) == ["eval", DEFAULT, "--set", "a=1", "run.toml"]
     for words in (["eval"], ["eval", "--help"], ["run", "x.toml"], [], *(["eval", name, "x"] for name in COMMANDS)):
         assert with_default(words) == words
