@@ -81,7 +81,7 @@ def test_no_reduction_is_asked_for(room: str) -> None:
 
 def test_coefficients_and_advantages_divide_no_tensor_of_a_loss() -> None:
     """Where a division is, it is named here, with what it divides. Coefficients and rows are left out: a coefficient is
-    a function of its token and its sequence, and the relations of numerics/test_method_table.py fail where it is not."""
+    a function of its token and its sequence, and the relations of numerics/test_method_table.py fail if it is not."""
     allowed = {
         ("objective/advantage.py", "_mean"): 1,  # rewards of a group
         ("objective/advantage.py", "_spread"): 1,
