@@ -174,11 +174,14 @@ def test_rows_differ_from_each_other() -> None:
         frozenset(pair)
         for pair in (
             ("paper", "dapo"), ("hpt", "relift"), ("multi_task", "relift"), ("hpt", "multi_task"),
-            ("grpo", "bread"), ("reinforce_pp", "reinforce_pp_baseline"),
+            ("grpo", "bread"), ("reinforce_pp", "reinforce_pp_baseline"), ("super_rl", "sasr"),
         )
     }  # fmt: skip
     names = [n for n in METHODS if n != "ghpo"]
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            if {a, b} not in same:
-                assert relative_error(whole(a), whole(b)) > 1e3 * EXACT, (a, b)
+    alike = {
+        frozenset((a, b))
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        if relative_error(whole(a), whole(b)) <= 1e3 * EXACT
+    }
+    assert alike == same
