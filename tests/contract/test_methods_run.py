@@ -17,6 +17,8 @@ from truestep.objective.methods import METHODS
 from truestep.settings import SettingsError
 
 torch.set_num_threads(1)
+# One of each kind of machinery; the others have the marker slow.
+ALWAYS = ("entropy_sft", "dapo", "luffy", "relift", "prefix_rft", "exgrpo", "chord_mu", "super_rl", "ghpo")
 NEEDY = [name for name, row in METHODS.items() if row().needs_demonstrations]
 
 
@@ -25,7 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return start(tmp_path_factory.mktemp("start"))
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.slow]) for name in METHODS]
+)
 def test_a_row_trains_two_steps(name: str, model: str, tmp_path: Path) -> None:
     go(prepared(recipe_of(tmp_path, model, name)), tmp_path / "run")
     (stage,) = (tmp_path / "run/stages").iterdir()
@@ -41,6 +45,7 @@ def test_a_row_trains_two_steps(name: str, model: str, tmp_path: Path) -> None:
     assert rundir.read_json(stage / "done.json")["method"] == name
 
 
+@pytest.mark.slow
 def test_what_the_rows_did_is_seen_in_their_metrics(model: str, tmp_path: Path) -> None:
     """The machinery of a row was at work, not only its clipped surrogate."""
     found = {}

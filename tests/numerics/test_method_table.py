@@ -93,6 +93,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     return [load_file(Path(folder) / f"rank-{rank}.safetensors") for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @rows
 def test_two_ranks_are_one(name: str, two: list[dict[str, Tensor]]) -> None:
     """Unequal shares, and no demonstration on one of the ranks."""
@@ -160,6 +161,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mutant", "name"), [(m, n) for m, (_, names) in MUTANTS.items() for n in names])
 def test_a_broken_row_is_seen(mutant: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = whole(name)
