@@ -104,6 +104,8 @@ def test_other_tools_are_recognised(tmp_path: Path, name: str, content: str, sub
     [
         ("ds.json", "{", "not valid JSON"),
         ("ds.json", "[1]", "expected a table"),
+        ("ds.json", '{"zero_optimization": [2]}', "has another type"),
+        ("args.json", '{"zero_optimization": {"offload_optimizer": "cpu"}}', "has another type"),
         ("ds.json", '{"learning_rate": 1}', "no setting of a known trainer"),
         ("a.yaml", "a: [", "not valid YAML"),
         ("args.json", '{"per_device_train_batch_size": 1, "deepspeed": "gone.json"}', "gone.json: cannot be read"),

@@ -39,8 +39,10 @@ def read(path: Path) -> tuple[Subject, list[str]]:
 
     Raises SettingsError where the file is missing, cannot be read or configures nothing that is known.
     """
-    found = _load(path)
-    configured = _recognise(found, path)
+    try:
+        configured = _recognise(_load(path), path)
+    except AttributeError:  # a text or a list where every such file has a table
+        raise SettingsError(f"--config {path}: a setting that is a table has another type: give {EXPECTED}") from None
     _reduce(configured)
     subject = next(s for s in TABLE if s.name == configured.subject)
     loop = configured.subject in ("DeepSpeed", "accelerate", "OpenRLHF SFTTrainer")

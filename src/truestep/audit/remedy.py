@@ -6,7 +6,7 @@ Nothing is advised that has not been run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,20 @@ def find(subject: Subject, configuration: Configuration, python: Path, target: s
                 return words
     pins = environment.parse(target) if "==" in target else {}
     for name in reversed(pins):
-        if newer := _newer(name, pins, lambda line: None):
+        if newer := _newer(name, pins):
             upgraded, other_python = newer
             if audit_one(subject, configuration, other_python, timeout=timeout).verdict is Verdict.RIGHT:
                 return upgraded
     return ""
 
 
-def _newer(name: str, pins: Mapping[str, str], say: Callable[[str], None]) -> tuple[str, Path] | None:
+def _newer(name: str, pins: Mapping[str, str]) -> tuple[str, Path] | None:
     """``name==newest`` and a python that has it beside the other pins; None where that is not newer or cannot be."""
     try:
         newest = newest_release(Path(sys.executable), name)
         if newest == pins[name]:
             return None
         together = "+".join(f"{k}=={newest if k == name else v}" for k, v in pins.items())
-        return f"{name}=={newest}", environment.build(together, say=say)
+        return f"{name}=={newest}", environment.build(together)
     except (SettingsError, environment.BuildFailed):
         return None
