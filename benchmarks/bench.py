@@ -46,6 +46,7 @@ class Sizes:
     sft_steps: int = 4
     sequences_per_step: int = 16
     tokens_per_microbatch: int = 1024
+    sft_tokens_per_microbatch: int = 384
     rollout_prompts: int = 64
     rollout_tokens: int = 128
     rl_steps: int = 3
@@ -92,7 +93,7 @@ def sft_contestants(sizes: Sizes) -> list[Contestant]:
         "steps": sizes.sft_steps,
         "warmup": 1,
         "sequences_per_step": sizes.sequences_per_step,
-        "tokens_per_microbatch": sizes.tokens_per_microbatch,
+        "tokens_per_microbatch": sizes.sft_tokens_per_microbatch,
         "max_length": 1024,
         "gradient_checkpointing": False,
         "trainer": "trl",
@@ -107,7 +108,7 @@ def sft_contestants(sizes: Sizes) -> list[Contestant]:
     batch = f"8 x {common['accumulation']}, padded"
     trl = {"script": "trl_sft.py", "environment": "trl"}
     return [
-        Contestant(name="truestep", script="ours.py", spec=common),
+        Contestant(name="truestep", script="ours.py", spec={**common, "recompute": "selective"}),
         Contestant(name=f"TRL, {batch}", spec=common, **trl),
         Contestant(name="TRL, packing", spec=packed, **trl),
         Contestant(name=f"transformers Trainer, {batch}", spec={**common, "trainer": "transformers"}, **trl),
@@ -138,11 +139,19 @@ def rl_contestants(sizes: Sizes) -> list[Contestant]:
         "samples_per_prompt": sizes.samples_per_prompt,
         "max_new_tokens": sizes.rl_tokens,
         "tokens_per_microbatch": sizes.tokens_per_microbatch,
+        "gradient_checkpointing": False,
         "compile": False,
     }
     return [
         Contestant(name="truestep", script="ours.py", spec=spec),
         Contestant(name="TRL GRPOTrainer", script="trl_grpo.py", spec=spec, environment="trl"),
+        Contestant(
+            name="TRL GRPOTrainer, its default checkpointing",
+            script="trl_grpo.py",
+            spec={**spec, "gradient_checkpointing": True},
+            environment="trl",
+            once=True,
+        ),
     ]
 
 

@@ -66,7 +66,8 @@ class _Rows:
 
 def make_policy(spec: dict[str, Any]) -> Policy:
     settings, dtype = ModelSettings(path=spec["model"]), getattr(torch, spec["dtype"])
-    return Policy(load_model(settings, dtype=dtype, device=compute_device(), seed=0), compile=spec["compile"])
+    loaded = load_model(settings, dtype=dtype, device=compute_device(), seed=0)
+    return Policy(loaded, gradient_checkpointing=spec.get("recompute", False), compile=spec["compile"])
 
 
 def measure(run: StageRun, clock: StepClock, steps: int) -> None:

@@ -63,7 +63,7 @@ def main() -> None:
             epsilon_high=0.28,
             temperature=1.0,
             shuffle_dataset=False,
-            gradient_checkpointing=False,
+            gradient_checkpointing=spec["gradient_checkpointing"],
             learning_rate=1e-5,
             lr_scheduler_type="constant",
             weight_decay=0.01,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import time
 
 import torch
+from torch import Tensor
+
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def compute_device() -> torch.device:
@@ -46,6 +51,23 @@ def matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> fl
         float((a @ a)[0, 0])
         count += 1
     return 2.0 * size**3 * count / (time.perf_counter() - began)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear`` outside autograd, through oneDNN where torch would take MKL (float32 on a CPU).
+
+    Measured on an AMD EPYC at the head's shapes (49,152 columns of 576): 1.3 to 1.6 times as fast.
+    Shapes: input [N, D], weight [V, D], bias [V] or None → [N, V].
+    """
+    if _ONEDNN is None or input.dtype != torch.float32 or input.device.type != "cpu" or torch.is_grad_enabled():
+        return torch.nn.functional.linear(input, weight, bias)
+    return _ONEDNN(input, weight, bias, "none", [], "")
+
+
+def return_free_memory() -> None:
+    """Give freed pages back to the system (glibc), which holds on to what lies between tensors that live longer."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_bytes() -> int:

@@ -56,7 +56,7 @@ class ComputeSettings(Frozen):
     threads: int = Field(2, ge=1)  # results are bit-exact at a fixed number of threads only
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False  # selective: matrix products are kept, not redone
     compile: bool = False
 
 

@@ -32,6 +32,7 @@ from step_cases import (
     with_proximal,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from truestep.model.attention import PackedLayout
 from truestep.objective.schedule import learning_rate
@@ -147,10 +148,24 @@ def test_nothing_to_train_adds_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["sft", "grpo"])
 def test_gradient_checkpointing_changes_memory_only(family: str) -> None:
-    policy, f = make_policy(LLAMAS["tied"], gradient_checkpointing=True), FAMILIES[family]
-    assert policy.model.is_gradient_checkpointing
-    got = sgd_gradient(policy, batches_of(sequences_of(f), num_batches=2), plan_for(f.method))
-    close(f"gradient checkpointing, {family}", got, expected("tied", family, 1.0))
+    f, products = FAMILIES[family], {}
+    for kind in (False, "selective", True):
+        policy = make_policy(LLAMAS["tied"], gradient_checkpointing=kind)
+        with CountProducts() as count:
+            got = sgd_gradient(policy, batches_of(sequences_of(f), num_batches=2), plan_for(f.method))
+        close(f"gradient checkpointing {kind}, {family}", got, expected("tied", family, 1.0))
+        products[kind] = count.number
+    assert products[False] == products["selective"] < products[True]  # what is dear is kept
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products, those of the backward pass and of recomputation included."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.number += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_without_any_target_is_a_step_of_zero() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from truestep.device import linear
+
 CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MiB in float32
 
 
@@ -23,7 +25,7 @@ def _chunks(num_tokens: int, vocabulary: int) -> list[tuple[int, int]]:
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """Logits [C, V] at a temperature, in at least float32."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1.0 else logits.div_(temperature)
 

@@ -167,7 +167,10 @@ def gib_per_gpu(
     layer = (n - 2 * config["vocab_size"] * hidden) / layers * compute
     tokens = stage.tokens_per_microbatch
     width = 8 * hidden + 3 * int(config["intermediate_size"])  # what a layer keeps for its backward pass, a token
-    kept = tokens * compute * (hidden * layers + width if settings.compute.gradient_checkpointing else width * layers)
+    products = 6 * hidden + 2 * int(config["intermediate_size"])  # of which selective checkpointing keeps
+    checkpointing = settings.compute.gradient_checkpointing
+    every = {False: width, True: hidden, "selective": products}[checkpointing]
+    kept = tokens * compute * (every * layers + (width if checkpointing else 0))
     logits = 1024 * int(config["vocab_size"]) * 4 * 3 + 2 * config["vocab_size"] * hidden * compute
     found = {"weights, moments, gradients": state, "gathered layer": 2 * layer if sharded else 0.0,
              "activations": kept, "head and logits": logits}  # fmt: skip

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from truestep.device import linear
 from truestep.model.attention import PackedLayout, count_pairs
 from truestep.model.forward import hidden_states
 from truestep.records import Distribution, Rollout, Segment, Stop

@@ -7,8 +7,11 @@ Shapes: N forwarded tokens, M trained tokens, D hidden size.
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from truestep.model.attention import PackedLayout
 from truestep.model.forward import (
@@ -22,6 +25,29 @@ from truestep.model.load import LoadedModel
 from truestep.objective.logprobs import chunked_logprobs, logprobs_from_logits
 from truestep.records import Segment, TokenBatch
 
+# What selective checkpointing keeps for the backward pass: the results that are dear to make. The rest of a layer
+# (norms, rotations, activations) is more than half of what it would keep, and cheap to make again.
+_DEAR = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+)
+
+
+def _keep_products() -> tuple[Any, Any]:
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+
+    pair: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
+    return pair
+
 
 class Policy(nn.Module):
     """``forward(batch, temperature)`` → (logprobs [M], entropy [M]), both differentiable.
@@ -29,7 +55,13 @@ class Policy(nn.Module):
     ``notes`` says in words which fast path was refused at load, and why.
     """
 
-    def __init__(self, loaded: LoadedModel, *, gradient_checkpointing: bool = False, compile: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        gradient_checkpointing: bool | Literal["selective"] = False,
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -44,8 +76,10 @@ class Policy(nn.Module):
         self.plain_head = not reason
         if reason:
             self.notes.append(f"logits are made whole, not in chunks: {reason}")
-        if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.saves_memory = bool(gradient_checkpointing)
+        if self.saves_memory:
+            context = {"context_fn": _keep_products} if gradient_checkpointing == "selective" else {}
+            self.model.gradient_checkpointing_enable({"use_reentrant": False, **context})
         if compile:
             for layer in decoder_layers(self.model):
                 layer.compile(dynamic=True)

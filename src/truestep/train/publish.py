@@ -16,6 +16,7 @@ from truestep.train.parallel import full, reshard
 from truestep.train.policy import Policy
 
 NUM_PROBE_TOKENS = 24
+NUM_PROBE_DECODED = 4  # the rest is prefilled; one token at a time costs as much as a whole batch of them
 # Largest difference of a probe's log-probabilities between engine and trainer: ten times the measured noise of two
 # kernels of the same dtype on the same weights.
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
@@ -59,10 +60,10 @@ def publish(policy: Policy, engine: Engine, version: int) -> PublishProof:
     parameter = next(policy.parameters())
     vocabulary = int(policy.model.config.vocab_size)
     ids = generator(version, Purpose.PROBE).integers(0, vocabulary, NUM_PROBE_TOKENS).tolist()
-    num_prompt = NUM_PROBE_TOKENS // 3
+    num_prompt = NUM_PROBE_TOKENS - NUM_PROBE_DECODED
     sequence = TrainSequence(
         token_ids=tuple(ids),
-        trained=(False,) * num_prompt + (True,) * (NUM_PROBE_TOKENS - num_prompt),
+        trained=(False,) * num_prompt + (True,) * NUM_PROBE_DECODED,
         num_prefix_tokens=0,
         group=0,
         kind=Kind.ON,

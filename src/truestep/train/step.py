@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from truestep.device import return_free_memory
 from truestep.objective.coefficients import Context
 from truestep.objective.corrections import fresh
 from truestep.objective.methods import Term
@@ -67,6 +68,8 @@ def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[Tok
     try:
         for index, batch in enumerate(_levelled(batches, plan.ranks, policy)):
             plan.check_stop()
+            if policy.saves_memory:
+                return_free_memory()
             loss = microbatch_loss(policy, batch, plan, totals, sums)
             _require_finite({"loss": loss}, batch, plan, f"micro-batch {index}")
             (loss * (weights[index] if index < len(weights) else 0.0)).backward()
