@@ -311,7 +311,12 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
     Raises SettingsError with one line naming the file, the key and what was expected.
     """
-    return parse_settings(read_recipe(path, overrides), where=str(path))
+    settings = parse_settings(read_recipe(path, overrides), where=str(path))
+    model = settings.model.path
+    beside = Path(path).parent / model  # as for data: relative to the recipe's folder, else to the current one
+    if beside.exists() and ("/" in model or model.endswith(".gguf")) and not Path(model).is_absolute():
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"path": str(beside)})})
+    return settings
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

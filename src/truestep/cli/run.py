@@ -111,9 +111,8 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
     except signals.Interrupted as stop:
         reporter.close()
         words = [word for word in sys.argv[1:] if word != "--resume"]
-        reporter.say(
-            f"{stop}; everything finished is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}"
-        )
+        start = ["truestep"] if world_size == 1 else ["torchrun", f"--nproc-per-node={world_size}", "-m", "truestep"]
+        reporter.say(f"{stop}; everything finished is saved. Go on with: {shlex.join([*start, *words, '--resume'])}")
         if rank == 0:
             write_report(folder)
         raise typer.Exit(128 + stop.signum) from None
