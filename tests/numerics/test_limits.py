@@ -48,6 +48,21 @@ def test_luffy_with_a_large_gamma_is_plain_importance_sampling() -> None:
     close("limit, luffy", {k: 1e5 * v for k, v in scaled.items()}, expected, 1e-4)
 
 
+def test_rl_plus_leaves_alone_what_is_certain() -> None:
+    """p = p_proximal → 1: the coefficient falls to 0 as (1 − p)^γ, and is A there where γ = 0."""
+    context = context_of(draws(CASES["mixed_importance"]))
+
+    def at(gap: float, exponent: float) -> Tensor:
+        logprobs = torch.full_like(context.policy_logprobs, -gap)
+        certain = replace(context, policy_logprobs=logprobs, proximal_logprobs=logprobs)
+        return coefficients.mixed_importance(exponent)(certain)
+
+    assert not at(0.0, 0.5).any()
+    far, near = (at(gap, 0.5).abs().max() for gap in (1e-4, 1e-8))
+    assert float(far / near) == pytest.approx(100.0, rel=0.01)
+    assert torch.equal(at(0.0, 0.0), context.advantage)
+
+
 def test_prefix_rft_without_a_prefix_is_dr_grpo() -> None:
     given = [s for s in of(Kind.ON, Kind.PREFIX) if s.num_expert_tokens == 0]
     assert any(s.kind is Kind.PREFIX for s in given)

@@ -32,7 +32,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 def written(folder: Path, table: dict[str, Any], cells: dict[str, Any]) -> str:
     rundir.write_json(folder / "results.json", table)
-    rundir.write_json(folder / "provenance.json", {"commit": "abc"})
+    rundir.write_json(folder / "provenance.json", {"commit": "abc", "trainer_audit": "RIGHT: every token counts once"})
     return write_study(folder, cells).read_text(encoding="utf-8")
 
 
@@ -57,7 +57,8 @@ def test_the_page_holds_what_a_reviewer_asks_for(study: Any) -> None:
     table = study[1]
     for arm in table["arms"]:
         assert arm["name"] in text
-    for words in ("does not want to", "control: base", "p (Holm)", "Detectable", "rl-from-base", "no room for it",
+    for words in ("beside this study: RIGHT: every token counts once", "does not want to",
+                   "control: base", "p (Holm)", "Detectable", "rl-from-base", "no room for it",
                   "Content hash", "Unscored", "untuned: one rate is enough here", "incomplete", "1 of 2 seeds",
                   "rl.reward"):  # fmt: skip
         assert words in text, words

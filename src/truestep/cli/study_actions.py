@@ -24,6 +24,7 @@ def run_study(
     from truestep import rundir
     from truestep.cli.progress import ConsoleReporter
     from truestep.study import launch, plan
+    from truestep.study.audited import trainer_verdict
     from truestep.study.run import Runner
 
     reporter = ConsoleReporter()
@@ -41,7 +42,7 @@ def run_study(
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, folder / "study.toml")
-    finish(runner, as_json, rundir.provenance(study.seeds[0]))
+    finish(runner, as_json, {**rundir.provenance(study.seeds[0]), "trainer_audit": trainer_verdict()})
 
 
 def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:

@@ -58,6 +58,7 @@ def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, An
         "several": several,
         "spread": [_spread(arm) for arm in arms if arm["mean"]],
         "can_draw": can_draw(),
+        "audit": stamp.pop("trainer_audit", ""),
         "provenance": flat(stamp),
         "machines": _machines(cells),
     }
