@@ -11,6 +11,7 @@ import pytest
 
 from truestep.evaluate import benchmarks
 from truestep.evaluate.benchmarks import Benchmark
+from truestep.evaluate.contamination import contamination
 from truestep.evaluate.sources import content_hash, file_items, item_of
 from truestep.settings import SettingsError
 
@@ -110,3 +111,34 @@ def test_the_table_is_consistent() -> None:
 @pytest.mark.parametrize("id", [b.id for b in benchmarks.TABLE if b.content != benchmarks.UNKNOWN])
 def test_the_real_files_are_the_pinned_ones(id: str) -> None:
     assert benchmarks.load(benchmarks.find(id), Path(os.environ["TRUESTEP_DATA"]))
+
+
+def test_contamination_is_of_bare_questions_and_says_what_it_has_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options and templates differ between a training set and a benchmark; an equal question must be found all the
+    same, and a long run of shared words as well."""
+    long = "Anna has nineteen red apples and gives away four of them to each of her three younger brothers"
+    rows = [
+        {"id": "a", "question": "Which is it?", "choices": ["zero", "one"], "answer": "B"},
+        {"id": "b", "question": f"{long}. How many are left?", "choices": ["7", "8"], "answer": "A"},
+        {"id": "c", "question": "Another?", "choices": ["0", "1"], "answer": "A"},
+    ]
+    made = made_up(tmp_path / "benchmarks", rows, kind="choice", scorer="exact")
+    monkeypatch.setattr(benchmarks, "BY_ID", {"made": made, "absent": replace(made, id="absent")})
+    monkeypatch.setattr(benchmarks, "find", {"made": made, "absent": replace(made, id="absent")}.__getitem__)
+    train = write(
+        tmp_path / "train.jsonl",
+        [
+            {"problem": "which is  it?", "answer": "1"},
+            {"problem": f"{long}. What is left for her?", "answer": "7"},
+            {"problem": "Something else altogether?", "answer": "3"},
+        ],
+    )
+    report = contamination(str(train), [], str(tmp_path / "benchmarks"))
+    (pair,) = report["pairs"]
+    assert report["missing"] == ["absent"]
+    assert pair["exact"]["num_evaluation"] == 1
+    assert pair["ngram"]["num_evaluation"] == 1
+    with pytest.raises(SettingsError):  # what is asked for by name must be there
+        contamination(str(train), ["absent"], str(tmp_path / "benchmarks"))
