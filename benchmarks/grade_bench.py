@@ -2,9 +2,10 @@
 
     python benchmarks/grade_bench.py PAIRS.jsonl --processes 2 --rounds 3
 
-math-verify runs as its documentation shows (parse, verify, its own time limits) in a process pool. Both are warm:
-processes are started and libraries imported before the clock starts. Prints JSON: wall-clock seconds, and seconds of
-processor time of all processes, which other work on the machine changes little.
+math-verify runs as its documentation shows (parse, verify, its own time limits) in a process pool. Each measurement is
+made with new processes, and the two take turns at coming first. Prints JSON: wall-clock seconds, and seconds of processor
+time of all processes, which other work on the machine changes little; of starting them and importing the libraries
+("start"), of all pairs after that ("all"), both together, and of the pairs that need algebra alone ("slow_path").
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ from typing import Any
 from truestep.grade.equivalent import decide
 from truestep.grade.extract import extract_answer, gold_answer
 from truestep.grade.pairs import PATIENCE, Pair, read_pairs
-from truestep.grade.pool import processor_seconds
 from truestep.grade.score import Grader
 from truestep.records import Message, Problem
 
@@ -40,23 +41,48 @@ def theirs(pair: tuple[str, str]) -> bool:
 
 
 def work(children: Iterable[int]) -> float:
-    """Processor seconds so far: this process, its living children, and those that have ended."""
+    """Processor seconds so far: this process, its living children and theirs, and those that have ended."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + ended.ru_utime + ended.ru_stime + sum(map(processor_seconds, children))
+    return time.process_time() + ended.ru_utime + ended.ru_stime + sum(map(seconds_of, children))
 
 
-def seconds_of_theirs(pool: ProcessPoolExecutor, pairs: list[Pair]) -> tuple[float, float]:
-    """(wall, processor) seconds."""
-    begin, worked = time.perf_counter(), work(pool._processes)
-    list(pool.map(theirs, [(p.gold, p.pred) for p in pairs], chunksize=1))
-    return time.perf_counter() - begin, work(pool._processes) - worked
+def seconds_of(pid: int) -> float:
+    """Processor seconds of a process and of those of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-def seconds_of_ours(grader: Grader, pairs: list[Pair]) -> tuple[float, float]:
+class Clock:
+    """Wall and processor seconds between two laps."""
+
+    def __init__(self, children: Callable[[], Iterable[int]]) -> None:
+        self._children, self._last = children, (time.perf_counter(), work(()))
+
+    def lap(self) -> tuple[float, float]:
+        now = time.perf_counter(), work(self._children())
+        passed, self._last = (now[0] - self._last[0], now[1] - self._last[1]), now
+        return passed
+
+
+def measure_theirs(pairs: list[Pair], processes: int) -> dict[str, tuple[float, float]]:
+    pool: ProcessPoolExecutor | None = None
+    clock = Clock(lambda: list(pool._processes) if pool else [])
+    with ProcessPoolExecutor(processes) as pool:
+        list(pool.map(theirs, [("x+1", "$1+x$")] * processes))
+        start = clock.lap()
+        list(pool.map(theirs, [(p.gold, p.pred) for p in pairs], chunksize=1))
+        return {"start": start, "pairs": clock.lap()}
+
+
+def measure_ours(pairs: list[Pair], processes: int) -> dict[str, tuple[float, float]]:
     message = (Message(role="user", content=""),)
-    begin, worked = time.perf_counter(), work(grader.pool.process_ids)
-    grader.score_many([(Problem(id=p.id, messages=message, answer=p.gold), p.pred) for p in pairs])
-    return time.perf_counter() - begin, work(grader.pool.process_ids) - worked
+    grader = Grader(workers=processes, patience=PATIENCE)
+    clock = Clock(lambda: grader.pool.process_ids)
+    with grader:
+        grader.pool.warm()
+        start = clock.lap()
+        grader.score_many([(Problem(id=p.id, messages=message, answer=p.gold), p.pred) for p in pairs])
+        return {"start": start, "pairs": clock.lap()}
 
 
 def needs_algebra(pair: Pair) -> bool:
@@ -65,23 +91,28 @@ def needs_algebra(pair: Pair) -> bool:
     return bool(found) and decision.equal is None and not decision.refused
 
 
-def ratio(pool: ProcessPoolExecutor, grader: Grader, pairs: list[Pair], rounds: int) -> dict[str, Any]:
+def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:
+    """Seconds and ratios of one list of pairs: of the start, of the pairs after it, and of both."""
     ours, other = [], []
     for number in range(rounds):
-        for measure in (("ours", "theirs"), ("theirs", "ours"))[number % 2]:
-            if measure == "ours":
-                ours.append(seconds_of_ours(grader, pairs))
+        for first in ((True, False), (False, True))[number % 2]:
+            if first:
+                ours.append(measure_ours(pairs, processes))
             else:
-                other.append(seconds_of_theirs(pool, pairs))
+                other.append(measure_theirs(pairs, processes))
+    for side in (*ours, *other):
+        side["both"] = (side["start"][0] + side["pairs"][0], side["start"][1] + side["pairs"][1])
     result: dict[str, Any] = {"pairs": len(pairs)}
-    for place, clock in enumerate(("wall", "processor")):
-        ratios = [b[place] / a[place] for a, b in zip(ours, other, strict=True)]
-        result[clock] = {
-            "seconds_truestep": [round(each[place], 2) for each in ours],
-            "seconds_math_verify": [round(each[place], 2) for each in other],
-            "ratio_median": round(statistics.median(ratios), 2),
-            "ratio_smallest": round(min(ratios), 2),
-        }
+    for part in ("start", "pairs", "both"):
+        result[part] = {}
+        for place, clock in enumerate(("wall", "processor")):
+            ratios = [b[part][place] / a[part][place] for a, b in zip(ours, other, strict=True)]
+            result[part][clock] = {
+                "seconds_truestep": [round(each[part][place], 2) for each in ours],
+                "seconds_math_verify": [round(each[part][place], 2) for each in other],
+                "ratio_median": round(statistics.median(ratios), 2),
+                "ratio_smallest": round(min(ratios), 2),
+            }
     return result
 
 
@@ -95,17 +126,13 @@ def main() -> None:
     pairs = [pair for pair in read_pairs(options.pairs) if pair.kind != "choice"]
     pairs = random.Random(0).sample(pairs, options.sample) if options.sample else pairs
     slow = [pair for pair in pairs if needs_algebra(pair)]
-    with ProcessPoolExecutor(options.processes) as pool, Grader(workers=options.processes, patience=PATIENCE) as grader:
-        seconds_of_theirs(pool, pairs[:20])
-        seconds_of_ours(grader, slow[:4])
-        grader.pool.warm()
-        result = {
-            "python": sys.version.split()[0],
-            "processes": options.processes,
-            "fast_path_share": round(1 - len(slow) / len(pairs), 4),
-            "all": ratio(pool, grader, pairs, options.rounds),
-            "slow_path": ratio(pool, grader, slow, options.rounds),
-        }
+    result = {
+        "python": sys.version.split()[0],
+        "processes": options.processes,
+        "fast_path_share": round(1 - len(slow) / len(pairs), 4),
+        "all": compare(pairs, options.processes, options.rounds),
+        "slow_path": compare(slow, options.processes, options.rounds),
+    }
     print(json.dumps(result, indent=1))
 
 

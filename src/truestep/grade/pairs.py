@@ -16,7 +16,7 @@ from truestep.grade.score import Grader
 from truestep.records import Message, Problem, Score, Verdict
 from truestep.settings import SettingsError
 
-PATIENCE = 4.0  # times the limit that a comparison may take on a machine too busy to work on it
+PATIENCE = 20.0  # times its limit of processor time that a comparison may take on the clock of a busy machine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,23 @@
-"""Algebra in processes that can be killed: a deadline on the wall clock, a warm spare, and no comparison ever lost."""
+"""Algebra in processes that can be killed: a deadline, new workers from a warm process, and no comparison ever lost."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import selectors
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+from truestep.grade.nursery import Nursery, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY
 from truestep.settings import SettingsError
 
 ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
-START_SECONDS = 300.0  # to import the algebra, on a machine that is busy
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
 
@@ -31,74 +28,6 @@ class Outcome:
 
     equal: bool | None
     reason: str
-
-
-class WorkerDied(Exception):
-    """A child process ended on its own, or was ended by somebody else."""
-
-
-class Worker:
-    """One child process and what it has said so far."""
-
-    def __init__(self, seconds: float, memory_mb: int) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
-        self.process = subprocess.Popen(
-            # -P: a file called sympy.py in the working directory is not imported
-            [sys.executable, "-P", "-m", "truestep.grade.symbolic", str(seconds), str(memory_mb)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the parent, which then closes the pool
-        )
-        self._said = b""
-        self._ready = False
-
-    def fileno(self) -> int:
-        assert self.process.stdout is not None
-        return self.process.stdout.fileno()
-
-    def wait_ready(self) -> None:
-        """Wait until the algebra is imported; not counted into any comparison's time."""
-        deadline = time.monotonic() + START_SECONDS
-        while not self._ready:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self, selectors.EVENT_READ)
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise WorkerDied(f"did not start in {START_SECONDS:.0f} s")
-            for reply in self.receive():
-                if "missing" in reply:
-                    raise SettingsError(
-                        f'the checker "math" needs the package {reply["missing"]}: write pip install "truestep[train]"'
-                    )
-                self._ready = "ready" in reply
-
-    def send(self, request: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            raise WorkerDied("its pipe is closed") from None
-
-    def receive(self) -> list[dict[str, Any]]:
-        """The whole replies that have come; raises WorkerDied at the end of the pipe."""
-        chunk = os.read(self.fileno(), 1 << 16)
-        if not chunk:
-            raise WorkerDied(f"ended with status {self.process.wait()}")
-        *lines, self._said = (self._said + chunk).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except OSError:
-                    continue  # what was left to flush has no reader any more
 
 
 @dataclass(kw_only=True)
@@ -126,7 +55,7 @@ class Pool:
         self._num_workers, self._seconds, self._memory_mb = workers, seconds, memory_mb
         self._patience = patience
         self._idle: list[Worker] = []
-        self._spare: Worker | None = None
+        self._nursery: Nursery | None = None
         self._busy: dict[Worker, _Job] = {}
 
     def __enter__(self) -> Self:
@@ -137,25 +66,24 @@ class Pool:
 
     @property
     def process_ids(self) -> list[int]:
-        """The child processes that are alive, the spare one last."""
-        alive = [*self._busy, *self._idle, *([self._spare] if self._spare else [])]
-        return [worker.process.pid for worker in alive]
+        """The child processes that are alive, the one that forks the others last."""
+        alive = [worker.pid for worker in (*self._busy, *self._idle)]
+        return [*alive, *([self._nursery.pid] if self._nursery else [])]
 
     def warm(self) -> None:
-        """Have a worker and the spare one ready: the next comparison, and one after a kill, wait for no start."""
-        if not self._idle:
-            self._idle.append(self._take())
-        if self._spare is not None:
-            self._spare.wait_ready()
+        """Have a worker ready: the next comparison, and one after a kill, wait for no import."""
+        self._idle.append(self._take())
 
     def close(self) -> None:
-        for worker in [*self._busy, *self._idle, *([self._spare] if self._spare else [])]:
-            worker.kill()
-        self._busy, self._idle, self._spare = {}, [], None
+        for worker in (*self._busy, *self._idle):
+            worker.end()
+        if self._nursery is not None:
+            self._nursery.close()
+        self._busy, self._idle, self._nursery = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """One outcome per (gold, answer), in order; each takes at most ``seconds`` on the wall clock, or ``patience``
-        times as long where the machine has given the process less than half of that time."""
+        """One outcome per (gold, answer), in order; each takes at most ``seconds`` on the wall clock, or of processor
+        time and ``patience`` times as long on the wall clock where the machine does not give the process a core."""
         outcomes: list[Outcome | None] = [None] * len(pairs)
         waiting = deque((number, 0) for number in range(len(pairs)))
         try:
@@ -165,7 +93,7 @@ class Pool:
                 self._collect(outcomes, waiting)
         finally:
             for worker in list(self._busy):  # interrupted: a late reply must not meet the next question
-                worker.kill()
+                worker.end()
             self._busy.clear()
         return [outcome or Outcome(equal=None, reason="symbolic comparison was lost") for outcome in outcomes]
 
@@ -179,7 +107,7 @@ class Pool:
     ) -> None:
         worker = self._take()
         gold, found = pairs[number]
-        now, work = time.monotonic(), processor_seconds(worker.process.pid)
+        now, work = time.monotonic(), processor_seconds(worker.pid)
         self._busy[worker] = _Job(number=number, deadline=now + self._seconds, attempt=attempt, begun=now, work=work)
         try:
             worker.send({"id": number, "gold": gold, "found": found})
@@ -202,10 +130,10 @@ class Pool:
                 self._drop(worker)
 
     def _extend(self, worker: Worker, job: _Job) -> bool:
-        """More time for a comparison that the machine has not let work."""
-        worked = processor_seconds(worker.process.pid) - job.work
-        job.deadline += self._seconds / 2
-        return worked < self._seconds / 2 and job.deadline - job.begun <= self._patience * self._seconds
+        """More time for a comparison that the machine has not let work for as long as it may."""
+        left = self._seconds - (processor_seconds(worker.pid) - job.work)
+        job.deadline += max(left, 0.05)  # sooner it cannot have used it up
+        return left > 0.05 and job.deadline - job.begun <= self._patience * self._seconds
 
     def _hear(self, worker: Worker, job: _Job, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]) -> None:
         try:
@@ -225,8 +153,7 @@ class Pool:
     def _lose(self, worker: Worker, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]) -> None:
         """A worker ended that nobody here has killed: its question is asked again, of another worker."""
         job = self._busy[worker]
-        status = worker.process.wait()
-        self._drop(worker)
+        status = self._drop(worker)
         if status == -signal.SIGXCPU:
             outcomes[job.number] = Outcome(equal=None, reason=TIMED_OUT)
         elif job.attempt + 1 < ATTEMPTS:
@@ -234,34 +161,26 @@ class Pool:
         else:
             outcomes[job.number] = Outcome(equal=None, reason=f"symbolic comparison crashed (status {status})")
 
-    def _drop(self, worker: Worker) -> None:
+    def _drop(self, worker: Worker) -> int | None:
         del self._busy[worker]
-        worker.kill()
+        return worker.end()
 
     def _take(self) -> Worker:
-        """A warm worker: an idle one, the spare, or a new one; a new spare starts behind it."""
+        """A warm worker: an idle one, or a new one."""
         while self._idle:
             worker = self._idle.pop()
-            if worker.process.poll() is None:
+            if worker.is_silent():
                 return worker
-            worker.kill()
+            worker.end()
         reason = ""
         for _ in range(3):
-            worker, self._spare = self._spare or self._start(), None
+            self._nursery = self._nursery or Nursery(self._seconds, self._memory_mb)
             try:
-                worker.wait_ready()
+                return self._nursery.start()
             except WorkerDied as death:
-                worker.kill()
                 reason = str(death)
-                continue
-            except BaseException:
-                worker.kill()
-                raise
-            self._spare = self._start()
-            return worker
+                self._nursery.close()
+                self._nursery = None
         raise SettingsError(
-            f"the symbolic grader cannot be started ({reason}): run python -m truestep.grade.symbolic 1 384"
+            f"the symbolic grader cannot be started ({reason}): run python -c 'import math_verify' to see why"
         )
-
-    def _start(self) -> Worker:
-        return Worker(self._seconds, self._memory_mb)

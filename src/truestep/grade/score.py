@@ -92,8 +92,8 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 class Grader:
     """Scores completions. Algebra runs in child processes, which are started when it is first needed, have ``seconds``
     of wall time for one comparison and may take ``memory_mb`` on top of what its libraries take. ``strict`` accepts
-    boxed, "####" and "answer is" answers alone. With ``patience`` above 1 a comparison that a busy machine has left
-    without processor time may take so many times ``seconds``. Not for use from several threads."""
+    boxed, "####" and "answer is" answers alone. With ``patience`` above 1 ``seconds`` are of processor time, and
+    a comparison may take so many times as long on the clock of a busy machine. Not for use from several threads."""
 
     def __init__(
         self,

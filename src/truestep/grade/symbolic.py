@@ -1,41 +1,85 @@
-"""The child process that does algebra: ``python -m truestep.grade.symbolic SECONDS MEMORY_MB``.
+"""The processes that do algebra: ``python -m truestep.grade.symbolic DESCRIPTOR SECONDS MEMORY_MB``.
 
-It reads one JSON object a line, {"id", "gold", "found"}, and answers {"id", "equal", "note"}. Its first line says that
-it is warm. It may be killed at any moment: it keeps nothing. Limits: the CPU time of each comparison (so that an orphan
-ends too), the address space on top of what the libraries take, and no writing to files at all.
+The first one imports the algebra, says on the socket DESCRIPTOR that it is ready, and forks a worker for each socket
+that it is sent. A worker reads one JSON object a line, {"id", "gold", "found"}, and answers {"id", "equal", "note"}. It
+may be killed at any moment: it keeps nothing. Limits: the CPU time of each comparison (so that an orphan ends too), the
+address space on top of what the libraries take, and no writing to files at all.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from functools import lru_cache
+from typing import Any
 
 OUT_OF_MEMORY = "memory"
+PRIMES = (3, 5, 2, 7, 11, 13, 17, 19)
+# Formulas of the usual kinds. What reads LaTeX learns its grammar while it reads, and much is imported on first use:
+# done once here, no worker does it again.
+FAMILIAR = (
+    (r"\frac{x^2-1}{x-1}", "x+1"),
+    (r"\frac{3\sqrt{2}}{5}+\sqrt[3]{7}", r"\frac{3}{5} \cdot \sqrt{2} + 7^{1/3}"),
+    (r"(-\infty,-1)\cup[2,\infty)", r"[0,1)"),
+    ("y=2x+3", "2x-y+3=0"),
+)
+
+Compare = Callable[[str, str], tuple[bool, str]]
 
 
 def main() -> int:
-    seconds, memory_mb = float(sys.argv[1]), int(sys.argv[2])
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what a library prints must not get between the replies
+    control = socket.socket(fileno=int(sys.argv[1]))
+    seconds, memory_mb = float(sys.argv[2]), int(sys.argv[3])
     try:
         compare = _comparison()
     except ImportError as error:
-        _say(replies, {"missing": str(error.name)})
+        _say(control, {"missing": str(error.name)})
         return 3
-    compare(r"\frac{x^2-1}{x-1}", "x+1")  # imports and compiles what is done on first use
+    for gold, found in FAMILIAR:
+        compare(gold, found)
+    gc.collect()
+    gc.freeze()  # a collection in a worker then does not copy what is shared
+    _say(control, {"ready": os.getpid()})
+    while True:
+        line, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)  # one request at a time, of a few bytes
+        if not line:
+            return 0
+        request = json.loads(line)
+        if "reap" in request:
+            status = os.waitstatus_to_exitcode(os.waitpid(request["reap"], 0)[1])
+            _say(control, {"id": request["id"], "status": status})
+            continue
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _work_and_exit(descriptors[0], compare, seconds, memory_mb)
+        os.close(descriptors[0])
+        _say(control, {"id": request["id"], "pid": pid})
+
+
+def _work_and_exit(descriptor: int, compare: Compare, seconds: float, memory_mb: int) -> None:
+    status = 1
+    try:
+        _work(socket.socket(fileno=descriptor), compare, seconds, memory_mb)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _work(channel: socket.socket, compare: Compare, seconds: float, memory_mb: int) -> None:
     _limit(resource.RLIMIT_AS, _memory("VmSize") + memory_mb * 2**20)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
     floor = _memory("VmSize") + memory_mb * 2**20 - max(memory_mb // 4, 3) * 2**20
-    _say(replies, {"ready": os.getpid()})
-    for line in sys.stdin:
+    for line in channel.makefile("r", encoding="ascii"):
         request = json.loads(line)
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1, keep_hard=True)
         equal, note = False, ""
@@ -46,18 +90,18 @@ def main() -> int:
         # The algebra swallows a MemoryError and answers "different": a peak close to the limit is read as one.
         if not equal and _memory("VmPeak") > floor:
             note = OUT_OF_MEMORY
-        _say(replies, {"id": request["id"], "equal": equal, "note": note})
+        _say(channel, {"id": request["id"], "equal": equal, "note": note})
         if note == OUT_OF_MEMORY:
-            return 0
-    return 0
+            return
 
 
-def _comparison() -> Callable[[str, str], tuple[bool, str]]:
+def _comparison() -> Compare:
     logging.disable(logging.CRITICAL)
     from math_verify import LatexExtractionConfig, parse, verify
 
     reading = [LatexExtractionConfig(boxed_match_priority=-1)]
 
+    @lru_cache(maxsize=64)  # the gold answer that many completions are compared with
     def read(text: str) -> list[Any]:
         # One formula, all of it or nothing: no hunting for a piece of the text that can be read.
         return list(
@@ -81,23 +125,39 @@ def _comparison() -> Callable[[str, str], tuple[bool, str]]:
 
 
 def _clearly_different(left: Any, right: Any) -> bool:
-    """Whether two formulas without variables have values far apart: no proof that they are equal need be sought."""
-    from sympy import Expr, UnevaluatedExpr  # type: ignore[import-untyped]
+    """Whether two formulas have values far apart, so that no proof that they are equal need be sought: their own where
+    they have no variables; else where each variable is a prime of its own, which every assumption on it allows."""
+    from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
 
-    if not (isinstance(left, Expr) and isinstance(right, Expr)) or left.free_symbols or right.free_symbols:
+    if not (isinstance(left, Expr) and isinstance(right, Expr)) or isinstance(left, Symbol) or isinstance(right, Symbol):
         return False
     if left.has(UnevaluatedExpr) or right.has(UnevaluatedExpr):  # a percentage, which may be meant without its sign
         return False
+    variables = left.free_symbols | right.free_symbols
+    if variables and not (_is_elementary(left) and _is_elementary(right)):
+        return False
+    names = sorted({variable.name for variable in variables})
+    if len(names) > len(PRIMES):
+        return False
+    values = {variable: PRIMES[names.index(variable.name)] for variable in variables}
     try:
-        x, y = complex(left.evalf(20)), complex(right.evalf(20))
+        x, y = (complex(side.evalf(20, subs=values) if values else side.evalf(20)) for side in (left, right))
     except (TypeError, ValueError, ArithmeticError, NotImplementedError, AttributeError, RecursionError):
         return False  # no value to be had: the algebra decides
     return abs(x - y) > 1e-4 * max(1.0, abs(x), abs(y))
 
 
-def _say(replies: TextIO, reply: dict[str, Any]) -> None:
-    replies.write(json.dumps(reply) + "\n")
-    replies.flush()
+def _is_elementary(formula: Any) -> bool:
+    """Whether it is made of numbers, variables, powers and elementary functions alone: no sum, limit or f(x)."""
+    import sympy
+
+    parts = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, sympy.Abs, sympy.exp)
+    parts += (sympy.log, sympy.sin, sympy.cos, sympy.tan)
+    return all(isinstance(part, parts) for part in sympy.preorder_traversal(formula))
+
+
+def _say(channel: socket.socket, reply: dict[str, Any]) -> None:
+    channel.sendall(json.dumps(reply).encode("ascii") + b"\n")
 
 
 def _limit(kind: int, value: int, *, keep_hard: bool = False) -> None:
