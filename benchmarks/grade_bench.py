@@ -24,9 +24,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from truestep.grade.equivalent import decide
+from truestep.grade.equivalent import decide, questions, symbolic_form
 from truestep.grade.extract import extract_answer, gold_answer
 from truestep.grade.pairs import PATIENCE, Pair, read_pairs
+from truestep.grade.rational import same_formula
 from truestep.grade.score import Grader
 from truestep.records import Message, Problem
 
@@ -88,7 +89,10 @@ def measure_ours(pairs: list[Pair], processes: int) -> dict[str, tuple[float, fl
 def needs_algebra(pair: Pair) -> bool:
     found = extract_answer(pair.pred).answer
     decision = decide(gold_answer(pair.gold), found)
-    return bool(found) and decision.equal is None and not decision.refused
+    if not found or decision.equal is not None or decision.refused:
+        return False
+    parts = questions(gold_answer(pair.gold), found)
+    return any(same_formula(symbolic_form(a), symbolic_form(b)) is None for a, b in parts)
 
 
 def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from truestep.grade.equivalent import decide, questions, symbolic_form
 from truestep.grade.extract import extract_answer, gold_answer
 from truestep.grade.numeric import parse_number
 from truestep.grade.policy import nearly, objection
+from truestep.grade.rational import same_formula
 from truestep.grade.structure import matrix, region
 
 LIMIT = 1.0  # seconds of processor time for one case
@@ -57,7 +58,12 @@ EDITS: tuple[tuple[str, Callable[[str], str]], ...] = (
 
 
 def verdict(gold: str, answer: str) -> bool | None:
-    return decide(gold_answer(gold), extract_answer("\\boxed{" + answer + "}").answer).equal
+    truth, found = gold_answer(gold), extract_answer("\\boxed{" + answer + "}").answer
+    decision = decide(truth, found)
+    if decision.equal is not None or decision.refused or not found:
+        return decision.equal
+    parts = [same_formula(symbolic_form(a), symbolic_form(b)) for a, b in questions(truth, found)]
+    return False if False in parts else True if parts and all(parts) else None
 
 
 def examine(gold: str, answer: str) -> None:
@@ -70,7 +76,9 @@ def examine(gold: str, answer: str) -> None:
         symbolic_form(found.answer), choice_letter(found.answer), nearly(gold, found.answer)
         objection(gold, found.answer, found.how)
         if decision.equal is None and not decision.refused:
-            questions(gold_answer(gold), found.answer)
+            for part in questions(gold_answer(gold), found.answer):
+                same = same_formula(symbolic_form(part[0]), symbolic_form(part[1]))
+                assert same_formula(symbolic_form(part[1]), symbolic_form(part[0])) is same, f"one way only: {part!r}"
     found = extract_answer("\\boxed{" + answer + "}")
     if found.answer:
         assert decide(found.answer, found.answer).equal, f"not itself: {found.answer!r}"

@@ -15,6 +15,7 @@ from truestep.grade.equivalent import decide, questions, same_integer, symbolic_
 from truestep.grade.extract import Extraction, extract_answer, gold_answer
 from truestep.grade.normal import canonical, normalise
 from truestep.grade.pool import Outcome, Pool
+from truestep.grade.rational import same_formula
 from truestep.records import Message, Problem, Score, Verdict
 from truestep.settings import SettingsError
 
@@ -150,10 +151,16 @@ class Grader:
 
     def _settle(self, results: Sequence[Score | Question]) -> list[Score]:
         asked = list(dict.fromkeys(part for r in results if isinstance(r, Question) for part in r.parts))
-        outcomes = dict(zip(asked, self.pool.compare_many(asked) if asked else [], strict=True))
+        outcomes = {part: _compare_exactly(part) for part in asked}
+        asked = [part for part in asked if outcomes[part].equal is None]
+        outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
         return [
             r if isinstance(r, Score) else _conclude([outcomes[part] for part in r.parts], r.extracted) for r in results
         ]
+
+
+def _compare_exactly(part: tuple[str, str]) -> Outcome:
+    return Outcome(equal=same_formula(*part), reason="compared as rational functions")
 
 
 def _conclude(outcomes: Sequence[Outcome], extracted: str) -> Score:

@@ -1,0 +1,279 @@
+"""Exact comparison of rational functions: formulas of +, -, *, /, whole powers and square roots of numbers.
+
+A formula becomes a quotient of polynomials with rational coefficients in its variables, π, and the square roots of
+primes, which are independent over the rationals: two formulas are equal where cross-multiplied they have the same
+coefficients. What is ambiguous (1/2x, a mixed number, f(x)), unknown or large is not decided here.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+MAX_LENGTH = 300  # characters of a formula
+MAX_TERMS = 120  # of a polynomial
+MAX_POWER = 24
+MAX_BITS = 2_000  # of a coefficient
+MAX_RADICAND = 10**6
+MAX_DEPTH = 20
+LETTERS = (
+    "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega "
+    "Gamma Delta Theta Lambda Phi Psi Omega hbar pi"
+)
+_TOKEN = re.compile(
+    r"\s*(?:(\d+(?:\.\d+)?)|((?:[A-Za-z]|\\(?:" + "|".join(LETTERS.split()) + r")(?![A-Za-z]))"
+    r"(?:_(?:[A-Za-z0-9]|\{\\?[A-Za-z0-9]{1,12}\s?\}))?)|(\\(?:frac|sqrt|cdot|times|div)(?![A-Za-z])|[-+*/^(){}]))",
+    re.ASCII,
+)
+_RELATION = re.compile(r"([^=<>]*?)(?:(=|<|>|\\[lg]eq(?![A-Za-z]))(.*))?$", re.DOTALL)
+_INDEX_LAST = re.compile(r"([A-Za-z])\^(\d|\{-?\d+\})(_(?:\w|\{\w+\}))", re.ASCII)  # v^2_0 is v_0^2
+
+Monomial = tuple[tuple[str, int], ...]
+Polynomial = dict[Monomial, Fraction]
+Quotient = tuple[Polynomial, Polynomial]
+Formula = tuple[str, Quotient]  # "" and its value, or a relation and what is so related to 0
+Token = tuple[str, str]  # what it is ("number", "name" or the sign itself), and its text
+
+
+class _NotRead(Exception):
+    """No rational function, an ambiguous one, or one that is too large."""
+
+
+def same_formula(gold: str, found: str) -> bool | None:
+    """Whether two formulas, or two relations, say the same; None where that is not decided here. Relations are the same
+    where one is the other times a number; whether others have the same solutions is not decided."""
+    if re.fullmatch(r"[A-Za-z\s]*", gold) or re.fullmatch(r"[A-Za-z\s]*", found):  # a word is no product
+        return None
+    try:
+        left, right = _read(gold), _read(found)
+        if left[0] != right[0]:
+            return None
+        if left[0]:
+            return _proportional(left, right)
+        if _times(left[1][0], right[1][1]) == _times(right[1][0], left[1][1]):
+            return True
+    except _NotRead:
+        return None
+    text = gold + found
+    names = {name for polynomial in (*left[1], *right[1]) for term in polynomial for name, _ in term}
+    is_open = "." in text or "i" in names or {"e", r"\pi"} <= names  # a rounded value, √-1, and nobody knows of e + π
+    is_name = any(re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\S{1,20})?\s*", side) for side in (gold, found))
+    return None if is_open or is_name else False
+
+
+def _proportional(left: Formula, right: Formula) -> bool | None:
+    ours, theirs = _times(left[1][0], right[1][1]), _times(right[1][0], left[1][1])
+    if not ours or ours.keys() != theirs.keys():
+        return None
+    ratios = {ours[term] / theirs[term] for term in ours}
+    return True if len(ratios) == 1 and (left[0] == "=" or min(ratios) > 0) else None
+
+
+# ------------------------------------------------------------------------------------------------------ polynomials
+
+
+def _add(left: Quotient, right: Quotient) -> Quotient:
+    total = dict(_times(left[0], right[1]))
+    for term, factor in _times(right[0], left[1]).items():
+        total[term] = total.get(term, Fraction(0)) + factor
+    return {term: factor for term, factor in total.items() if factor}, _times(left[1], right[1])
+
+
+def _negative(quotient: Quotient) -> Quotient:
+    return {term: -factor for term, factor in quotient[0].items()}, quotient[1]
+
+
+def _times(left: Polynomial, right: Polynomial) -> Polynomial:
+    product: Polynomial = {}
+    for ours, factor in left.items():
+        for theirs, other in right.items():
+            term, value = _term(ours, theirs, factor * other)
+            product[term] = product.get(term, Fraction(0)) + value
+        if len(product) > MAX_TERMS:
+            raise _NotRead
+    if any(max(f.numerator.bit_length(), f.denominator.bit_length()) > MAX_BITS for f in product.values()):
+        raise _NotRead
+    return {term: factor for term, factor in product.items() if factor}
+
+
+def _term(left: Monomial, right: Monomial, factor: Fraction) -> tuple[Monomial, Fraction]:
+    powers = dict(left)
+    for name, power in right:
+        powers[name] = powers.get(name, 0) + power
+    for name in [name for name, power in powers.items() if name[0] == "√" and power > 1]:
+        factor *= int(name[1:]) ** (powers[name] // 2)
+        powers[name] %= 2
+    return tuple(sorted((name, power) for name, power in powers.items() if power)), factor
+
+
+def _number(value: Fraction) -> Polynomial:
+    return {(): value} if value else {}
+
+
+def _divide(left: Quotient, right: Quotient) -> Quotient:
+    if not right[0]:
+        raise _NotRead
+    return _times(left[0], right[1]), _times(left[1], right[0])
+
+
+def _power(base: Quotient, exponent: int) -> Quotient:
+    if abs(exponent) > MAX_POWER or (not base[0] and exponent <= 0):
+        raise _NotRead
+    above, below = _number(Fraction(1)), _number(Fraction(1))
+    for _ in range(abs(exponent)):
+        above, below = _times(above, base[0]), _times(below, base[1])
+    return (above, below) if exponent >= 0 else (below, above)
+
+
+def _root(quotient: Quotient) -> Quotient:
+    """The square root of a positive rational number, as a rational one times roots of primes."""
+    above, below = quotient
+    if above.keys() != {()} or below.keys() != {()}:
+        raise _NotRead
+    value = above[()] / below[()]
+    number, whole, free = value.numerator * value.denominator, Fraction(1, value.denominator), []
+    if not 0 < number <= MAX_RADICAND:
+        raise _NotRead
+    divisor = 2
+    while divisor * divisor <= number:
+        while number % (divisor * divisor) == 0:
+            number, whole = number // divisor**2, whole * divisor
+        if number % divisor == 0:
+            number, free = number // divisor, [*free, divisor]
+        divisor += 1
+    free += [number] if number > 1 else []
+    return {tuple(sorted((f"√{prime}", 1) for prime in free)): whole}, _number(Fraction(1))
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@lru_cache(maxsize=256)
+def _read(text: str) -> Formula:
+    """A formula, or the difference of the two sides of a relation, which is 0, positive, or not negative."""
+    left, sign, right = _RELATION.match(text[: MAX_LENGTH + 1]).groups()  # type: ignore[union-attr]
+    if len(text) > MAX_LENGTH:
+        raise _NotRead
+    if not sign:
+        return "", _read_side(left)
+    greater, less = (right, left) if sign in ("<", r"\leq") else (left, right)
+    kind = {"<": ">", r"\leq": r"\geq"}.get(sign, sign)
+    return kind, _add(_read_side(greater), _negative(_read_side(less)))
+
+
+def _read_side(text: str) -> Quotient:
+    tokens: list[Token] = []
+    place, text = 0, _INDEX_LAST.sub(r"\1\3^\2", text.rstrip())
+    while place < len(text):
+        match = _TOKEN.match(text, place)
+        if match is None or (match[2] or "")[:1] == "d":  # a differential
+            raise _NotRead
+        tokens.append(("number", match[1]) if match[1] else ("name", match[2]) if match[2] else (match[3], ""))
+        place = match.end()
+    tokens.reverse()  # the next one is the last
+    found = _sum(tokens, 0)
+    if tokens:
+        raise _NotRead
+    return found
+
+
+def _next(tokens: list[Token]) -> str:
+    return tokens[-1][0] if tokens else ""
+
+
+def _take(tokens: list[Token], kind: str) -> str:
+    if _next(tokens) != kind:
+        raise _NotRead
+    return tokens.pop()[1]
+
+
+def _sum(tokens: list[Token], depth: int) -> Quotient:
+    if depth > MAX_DEPTH:
+        raise _NotRead
+    total: Quotient | None = None
+    while total is None or _next(tokens) in ("+", "-"):
+        sign = tokens.pop()[0] if _next(tokens) in ("+", "-") else ""
+        term = _product(tokens, depth)
+        term = _negative(term) if sign == "-" else term
+        total = term if total is None else _add(total, term)
+    return total
+
+
+def _product(tokens: list[Token], depth: int) -> Quotient:
+    value, last = _factor(tokens, depth)
+    divided = False
+    while kind := _next(tokens):
+        if kind in (r"\cdot", r"\times", "*", "/", r"\div"):
+            tokens.pop()
+            factor, last = _factor(tokens, depth)
+            is_division = kind in ("/", r"\div")
+            value = _divide(value, factor) if is_division else _multiply(value, factor)
+            divided = divided or is_division
+        elif kind in ("name", "(", r"\frac", r"\sqrt") and not divided:
+            # 1/2x may be x/2 or 1/(2x), 3\frac12 a mixed number, f(x) the value of a function
+            if (kind == r"\frac" and last == "number") or (kind == "(" and last == "name"):
+                raise _NotRead
+            factor, last = _factor(tokens, depth)
+            value = _multiply(value, factor)
+        else:
+            break
+    return value
+
+
+def _multiply(left: Quotient, right: Quotient) -> Quotient:
+    return _times(left[0], right[0]), _times(left[1], right[1])
+
+
+def _factor(tokens: list[Token], depth: int) -> tuple[Quotient, str]:
+    """A base with its exponent, and what kind of base it was."""
+    kind = _next(tokens)
+    base = _base(tokens, depth)
+    if _next(tokens) != "^":
+        return base, kind
+    tokens.pop()
+    exponent = _exponent(tokens)
+    if _next(tokens) == "^":
+        raise _NotRead
+    return _power(base, exponent), "power"
+
+
+def _exponent(tokens: list[Token]) -> int:
+    in_braces = _next(tokens) == "{"
+    if in_braces:
+        tokens.pop()
+    is_negative = in_braces and _next(tokens) == "-"
+    if is_negative:
+        tokens.pop()
+    digits = _take(tokens, "number")
+    if in_braces:
+        _take(tokens, "}")
+    if not digits.isdigit() or len(digits) > (3 if in_braces else 1):  # x^23 without braces is x^2 3
+        raise _NotRead
+    return -int(digits) if is_negative else int(digits)
+
+
+def _base(tokens: list[Token], depth: int) -> Quotient:
+    one = _number(Fraction(1))
+    kind = _next(tokens)
+    if kind == "number":
+        return _number(Fraction(tokens.pop()[1])), one
+    if kind == "name":
+        return {((re.sub(r"[{}\s]", "", tokens.pop()[1]), 1),): Fraction(1)}, one
+    if kind in ("(", "{"):
+        return _group(tokens, kind, depth)
+    if kind == r"\sqrt":
+        tokens.pop()
+        return _root(_group(tokens, "{", depth))
+    if kind == r"\frac":
+        tokens.pop()
+        above = _group(tokens, "{", depth)
+        return _divide(above, _group(tokens, "{", depth))
+    raise _NotRead
+
+
+def _group(tokens: list[Token], opening: str, depth: int) -> Quotient:
+    _take(tokens, opening)
+    inside = _sum(tokens, depth + 1)
+    _take(tokens, {"(": ")", "{": "}"}[opening])
+    return inside
