@@ -4,8 +4,9 @@
 
 math-verify runs as its documentation shows (parse, verify, its own time limits) in a process pool. Each measurement is
 made with new processes, and the two take turns at coming first. Prints JSON: wall-clock seconds, and seconds of processor
-time of all processes, which other work on the machine changes little; of starting them and importing the libraries
-("start"), of all pairs after that ("all"), both together, and of the pairs that need algebra alone ("slow_path").
+time of all processes, which other work on the machine changes little; once with processes that have been started and
+have imported their libraries ("pairs"), that start apart ("start"), and once from nothing ("cold"); of all pairs, and of
+those alone that need algebra ("slow_path").
 """
 
 from __future__ import annotations
@@ -66,24 +67,32 @@ class Clock:
 
 
 def measure_theirs(pairs: list[Pair], processes: int) -> dict[str, tuple[float, float]]:
-    pool: ProcessPoolExecutor | None = None
-    clock = Clock(lambda: list(pool._processes) if pool else [])
-    with ProcessPoolExecutor(processes) as pool:
-        list(pool.map(theirs, [("x+1", "$1+x$")] * processes))
-        start = clock.lap()
-        list(pool.map(theirs, [(p.gold, p.pred) for p in pairs], chunksize=1))
-        return {"start": start, "pairs": clock.lap()}
+    found = {}
+    for is_warm in (True, False):
+        pool: ProcessPoolExecutor | None = None
+        clock = Clock(lambda: list(pool._processes or ()) if pool else [])
+        with ProcessPoolExecutor(processes) as pool:
+            if is_warm:
+                list(pool.map(theirs, [("x+1", "$1+x$")] * processes))
+                found["start"] = clock.lap()
+            list(pool.map(theirs, [(p.gold, p.pred) for p in pairs], chunksize=1))
+            found["pairs" if is_warm else "cold"] = clock.lap()
+    return found
 
 
 def measure_ours(pairs: list[Pair], processes: int) -> dict[str, tuple[float, float]]:
     message = (Message(role="user", content=""),)
-    grader = Grader(workers=processes, patience=PATIENCE)
-    clock = Clock(lambda: grader.pool.process_ids)
-    with grader:
-        grader.pool.warm()
-        start = clock.lap()
-        grader.score_many([(Problem(id=p.id, messages=message, answer=p.gold), p.pred) for p in pairs])
-        return {"start": start, "pairs": clock.lap()}
+    found = {}
+    for is_warm in (True, False):
+        grader = Grader(workers=processes, patience=PATIENCE)
+        clock = Clock(lambda: grader.pool.process_ids)
+        with grader:
+            if is_warm:
+                grader.pool.warm()
+                found["start"] = clock.lap()
+            grader.score_many([(Problem(id=p.id, messages=message, answer=p.gold), p.pred) for p in pairs])
+            found["pairs" if is_warm else "cold"] = clock.lap()
+    return found
 
 
 def needs_algebra(pair: Pair) -> bool:
@@ -96,7 +105,7 @@ def needs_algebra(pair: Pair) -> bool:
 
 
 def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:
-    """Seconds and ratios of one list of pairs: of the start, of the pairs after it, and of both."""
+    """Seconds and ratios of one list of pairs: of the start, of the pairs after it, and of both from nothing."""
     ours, other = [], []
     for number in range(rounds):
         for first in ((True, False), (False, True))[number % 2]:
@@ -104,10 +113,8 @@ def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:
                 ours.append(measure_ours(pairs, processes))
             else:
                 other.append(measure_theirs(pairs, processes))
-    for side in (*ours, *other):
-        side["both"] = (side["start"][0] + side["pairs"][0], side["start"][1] + side["pairs"][1])
     result: dict[str, Any] = {"pairs": len(pairs)}
-    for part in ("start", "pairs", "both"):
+    for part in ("start", "pairs", "cold"):
         result[part] = {}
         for place, clock in enumerate(("wall", "processor")):
             ratios = [b[part][place] / a[part][place] for a, b in zip(ours, other, strict=True)]

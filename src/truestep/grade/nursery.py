@@ -78,7 +78,13 @@ class Nursery:
         with far_end:
             self._process = subprocess.Popen(
                 # -P: a file called sympy.py in the working directory is not imported
-                [sys.executable, "-P", "-m", "truestep.grade.symbolic", str(far_end.fileno()), f"{seconds}", f"{memory_mb}"],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "truestep.grade.symbolic",
+                    *map(str, (far_end.fileno(), seconds, memory_mb)),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

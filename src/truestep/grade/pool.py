@@ -70,6 +70,10 @@ class Pool:
         alive = [worker.pid for worker in (*self._busy, *self._idle)]
         return [*alive, *([self._nursery.pid] if self._nursery else [])]
 
+    def prepare(self) -> None:
+        """Start the import of the algebra, if that has not been done, and do not wait for it."""
+        self._nursery = self._nursery or Nursery(self._seconds, self._memory_mb)
+
     def warm(self) -> None:
         """Have a worker ready: the next comparison, and one after a kill, wait for no import."""
         self._idle.append(self._take())
@@ -174,7 +178,8 @@ class Pool:
             worker.end()
         reason = ""
         for _ in range(3):
-            self._nursery = self._nursery or Nursery(self._seconds, self._memory_mb)
+            self.prepare()
+            assert self._nursery is not None
             try:
                 return self._nursery.start()
             except WorkerDied as death:

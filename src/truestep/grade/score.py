@@ -128,7 +128,20 @@ class Grader:
 
     def score_answers(self, pairs: Sequence[tuple[Problem, Extraction]]) -> list[Score]:
         """One score per (problem, answer that was found), in order."""
-        return self._settle([self._check(problem, found) for problem, found in pairs])
+        results: list[Score | Question] = []
+        outcomes: dict[tuple[str, str], Outcome] = {}
+        for problem, found in pairs:
+            results.append(result := self._check(problem, found))
+            for part in result.parts if isinstance(result, Question) else ():
+                if part not in outcomes:
+                    outcomes[part] = Outcome(equal=same_formula(*part), reason="compared as rational functions")
+                    if outcomes[part].equal is None:
+                        self.pool.prepare()  # it gets ready while the rest is looked at
+        asked = [part for part, outcome in outcomes.items() if outcome.equal is None]
+        outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
+        return [
+            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r.parts], r.extracted) for r in results
+        ]
 
     def check_gold(self, problem: Problem) -> Score:
         """The gold answer graded as if it were a completion: where it is not correct, the row of data is bad."""
@@ -148,19 +161,6 @@ class Grader:
         if not found.answer:
             return _score(False, "", "no answer found")
         return CHECKERS[problem.checker](problem, found.answer)
-
-    def _settle(self, results: Sequence[Score | Question]) -> list[Score]:
-        asked = list(dict.fromkeys(part for r in results if isinstance(r, Question) for part in r.parts))
-        outcomes = {part: _compare_exactly(part) for part in asked}
-        asked = [part for part in asked if outcomes[part].equal is None]
-        outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
-        return [
-            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r.parts], r.extracted) for r in results
-        ]
-
-
-def _compare_exactly(part: tuple[str, str]) -> Outcome:
-    return Outcome(equal=same_formula(*part), reason="compared as rational functions")
 
 
 def _conclude(outcomes: Sequence[Outcome], extracted: str) -> Score:
