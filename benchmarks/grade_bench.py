@@ -3,9 +3,9 @@
     python benchmarks/grade_bench.py PAIRS.jsonl --processes 2 --rounds 3
 
 math-verify runs as its documentation shows (parse, verify, its own time limits) in a process pool. Each measurement is
-made with new processes, and the two take turns at coming first. Prints JSON: wall-clock seconds, and seconds of processor
-time of all processes, which other work on the machine changes little; once with processes that have been started and
-have imported their libraries ("pairs"), that start apart ("start"), and once from nothing ("cold"); of all pairs, and of
+made with new processes, and the two take turns at coming first. Prints JSON: wall-clock seconds, and seconds of
+processor time, which other work on the machine changes little; once with processes that have been started and
+have imported their libraries ("pairs"), that start apart ("start"), and once from nothing ("cold"); all pairs, and
 those alone that need algebra ("slow_path").
 """
 
@@ -66,33 +66,27 @@ class Clock:
         return passed
 
 
-def measure_theirs(pairs: list[Pair], processes: int) -> dict[str, tuple[float, float]]:
-    found = {}
-    for is_warm in (True, False):
-        pool: ProcessPoolExecutor | None = None
-        clock = Clock(lambda: list(pool._processes or ()) if pool else [])
-        with ProcessPoolExecutor(processes) as pool:
-            if is_warm:
-                list(pool.map(theirs, [("x+1", "$1+x$")] * processes))
-                found["start"] = clock.lap()
-            list(pool.map(theirs, [(p.gold, p.pred) for p in pairs], chunksize=1))
-            found["pairs" if is_warm else "cold"] = clock.lap()
-    return found
+def measure_theirs(pairs: list[Pair], processes: int, warm: bool) -> list[tuple[float, float]]:
+    """The laps of one run: of the start, where the processes are warmed up first, and of the pairs."""
+    laps = []
+    with ProcessPoolExecutor(processes) as pool:
+        clock = Clock(lambda: list(pool._processes or ()))
+        if warm:
+            list(pool.map(theirs, [("x+1", "$1+x$")] * processes))
+            laps.append(clock.lap())
+        list(pool.map(theirs, [(p.gold, p.pred) for p in pairs], chunksize=1))
+        return [*laps, clock.lap()]
 
 
-def measure_ours(pairs: list[Pair], processes: int) -> dict[str, tuple[float, float]]:
-    message = (Message(role="user", content=""),)
-    found = {}
-    for is_warm in (True, False):
-        grader = Grader(workers=processes, patience=PATIENCE)
+def measure_ours(pairs: list[Pair], processes: int, warm: bool) -> list[tuple[float, float]]:
+    message, laps = (Message(role="user", content=""),), []
+    with Grader(workers=processes, patience=PATIENCE) as grader:
         clock = Clock(lambda: grader.pool.process_ids)
-        with grader:
-            if is_warm:
-                grader.pool.warm()
-                found["start"] = clock.lap()
-            grader.score_many([(Problem(id=p.id, messages=message, answer=p.gold), p.pred) for p in pairs])
-            found["pairs" if is_warm else "cold"] = clock.lap()
-    return found
+        if warm:
+            grader.pool.warm()
+            laps.append(clock.lap())
+        grader.score_many([(Problem(id=p.id, messages=message, answer=p.gold), p.pred) for p in pairs])
+        return [*laps, clock.lap()]
 
 
 def needs_algebra(pair: Pair) -> bool:
@@ -106,13 +100,12 @@ def needs_algebra(pair: Pair) -> bool:
 
 def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:
     """Seconds and ratios of one list of pairs: of the start, of the pairs after it, and of both from nothing."""
-    ours, other = [], []
+    ours: list[dict[str, tuple[float, float]]] = []
+    other: list[dict[str, tuple[float, float]]] = []
     for number in range(rounds):
-        for first in ((True, False), (False, True))[number % 2]:
-            if first:
-                ours.append(measure_ours(pairs, processes))
-            else:
-                other.append(measure_theirs(pairs, processes))
+        for measure, found in ((measure_ours, ours), (measure_theirs, other))[:: 1 if number % 2 else -1]:
+            start, warm = measure(pairs, processes, True)
+            found.append({"start": start, "pairs": warm, "cold": measure(pairs, processes, False)[0]})
     result: dict[str, Any] = {"pairs": len(pairs)}
     for part in ("start", "pairs", "cold"):
         result[part] = {}

@@ -88,6 +88,7 @@ def examine(gold: str, answer: str) -> None:
         or "$" in answer
         or "boxed" in answer
         or "fbox" in answer
+        or "think>" in answer  # which cuts the box in two
         or answer.endswith("\\")
     ):
         return  # an edit may then change what the box holds

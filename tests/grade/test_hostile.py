@@ -49,7 +49,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grader]:
         patch.setenv("PYTHONPATH", str(folder))
         patch.chdir(folder)
         with Grader() as grader:
-            assert grade_pair("x+1", r"\boxed{1+x}", grader).verdict is Verdict.CORRECT
+            assert grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", grader).verdict is Verdict.CORRECT
             yield grader
         assert [path.name for path in folder.iterdir() if path.name != "__pycache__"] == ["sitecustomize.py"]
 
@@ -102,4 +102,4 @@ def test_hostile(watched: Grader, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, _ in ALL if name.startswith(SLOW_KINDS)])
 def test_hostile_and_slow(watched: Grader, name: str) -> None:
     attack(watched, dict(ALL)[name])
-    assert grade_pair("x+1", r"\boxed{1+x}", watched).verdict is Verdict.CORRECT  # the pool lives
+    assert grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", watched).verdict is Verdict.CORRECT  # the pool lives

@@ -30,7 +30,7 @@ def problem(answer: str, checker: str = "math") -> Problem:
 def grader() -> Iterator[Grader]:
     with Grader() as made:
         assert (
-            grade_pair("x+1", r"\boxed{1+x}", made).verdict is Verdict.CORRECT
+            grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", made).verdict is Verdict.CORRECT
         )  # starts the worker outside any timing
         yield made
 
@@ -163,8 +163,8 @@ def test_hostile_answers_are_answered_in_time(
     assert (score.verdict is Verdict.UNSCORED) <= bool(score.reason)
     json.dumps(score.extracted, ensure_ascii=False).encode("utf-8")
     assert not list(tmp_path.iterdir())  # nothing was run: the canary is not there
-    assert grade_pair("x+1", r"\boxed{1+x}", grader).verdict is Verdict.CORRECT  # and the pool lives
-    assert grade_pair("x+1", r"\boxed{1-x}", grader).verdict is Verdict.INCORRECT
+    assert grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", grader).verdict is Verdict.CORRECT  # and the pool lives
+    assert grade_pair(r"\sin x+1", r"\boxed{1-\sin x}", grader).verdict is Verdict.INCORRECT
 
 
 def test_a_comparison_that_runs_out_of_time_is_unscored(grader: Grader) -> None:
@@ -177,7 +177,7 @@ def test_a_comparison_that_runs_out_of_memory_is_unscored() -> None:
     with Grader(seconds=20.0, memory_mb=8) as small:
         score = grade_pair("7", r"\boxed{(x+y+z+w)^{400}}", small)
         assert (score.verdict, score.reason) == (Verdict.UNSCORED, "symbolic comparison ran out of memory")
-        assert grade_pair("x+1", r"\boxed{1+x}", small).verdict is Verdict.CORRECT
+        assert grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", small).verdict is Verdict.CORRECT
 
 
 def test_numbers_and_words_start_no_process() -> None:
@@ -193,20 +193,22 @@ def test_numbers_and_words_start_no_process() -> None:
 
 
 def test_idle_workers_that_are_killed_are_replaced(grader: Grader) -> None:
-    grade_pair("x+1", r"\boxed{1+x}", grader)
+    grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", grader)
     for pid in grader.pool.process_ids:
         os.kill(pid, signal.SIGKILL)
-    assert grade_pair("x+2", r"\boxed{2+x}", grader).verdict is Verdict.CORRECT
+    assert grade_pair(r"\sin x+2", r"\boxed{2+\sin x}", grader).verdict is Verdict.CORRECT
 
 
 def test_a_worker_killed_at_work_loses_nothing() -> None:
     with Grader(seconds=2.0) as slow:
-        assert grade_pair("x+1", r"\boxed{1+x}", slow).verdict is Verdict.CORRECT
+        assert grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", slow).verdict is Verdict.CORRECT
         first = slow.pool.process_ids[0]
         killer = threading.Timer(0.5, os.kill, (first, signal.SIGKILL))
         killer.start()
         heavy = (problem("7"), r"\boxed{(x+y+z+w)^{400}}")
-        scores = slow.score_many([heavy, (problem("x+1"), r"\boxed{1+x}"), (problem("x+1"), r"\boxed{2+x}")])
+        scores = slow.score_many(
+            [heavy, (problem(r"\sin x+1"), r"\boxed{1+\sin x}"), (problem(r"\sin x+1"), r"\boxed{2+\sin x}")]
+        )
         killer.join()
         assert [score.verdict.value for score in scores] == ["unscored", "correct", "incorrect"]
         assert scores[0].reason == "symbolic comparison timed out"  # on the second worker, which nobody killed
@@ -215,8 +217,8 @@ def test_a_worker_killed_at_work_loses_nothing() -> None:
 
 def test_order_and_counts_are_kept_over_workers() -> None:
     shapes = [
-        ("x+1", r"\boxed{1+x}"),
-        ("x+1", r"\boxed{2+x}"),
+        (r"\sin x+1", r"\boxed{1+\sin x}"),
+        (r"\sin x+1", r"\boxed{2+\sin x}"),
         ("3", r"\boxed{3}"),
         ("3", ""),
         ("3", r"\boxed{9^{9^9}}"),
@@ -248,21 +250,21 @@ def test_a_file_in_the_working_directory_is_not_imported(tmp_path: Path, monkeyp
     for name in ("sympy", "math_verify", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('hijacked')")
     with Grader() as fresh:
-        assert grade_pair("x+1", r"\boxed{1+x}", fresh).verdict is Verdict.CORRECT
+        assert grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", fresh).verdict is Verdict.CORRECT
 
 
 def test_the_same_question_is_asked_once(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
     compare = grader.pool.compare_many
     monkeypatch.setattr(grader.pool, "compare_many", lambda pairs: asked.extend(pairs) or compare(pairs))
-    scores = grader.score_many([(problem("x+1"), r"\boxed{1+x}")] * 8)
+    scores = grader.score_many([(problem(r"\sin x+1"), r"\boxed{1+\sin x}")] * 8)
     assert len(asked) == 1
     assert {score.verdict for score in scores} == {Verdict.CORRECT}
 
 
 def test_closing_ends_every_process() -> None:
     made = Grader()
-    grade_pair("x+1", r"\boxed{1+x}", made)
+    grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", made)
     pids = made.pool.process_ids
     assert pids
     made.close()

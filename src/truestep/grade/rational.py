@@ -132,7 +132,8 @@ def _root(quotient: Quotient) -> Quotient:
     if above.keys() != {()} or below.keys() != {()}:
         raise _NotRead
     value = above[()] / below[()]
-    number, whole, free = value.numerator * value.denominator, Fraction(1, value.denominator), []
+    number, whole = value.numerator * value.denominator, Fraction(1, value.denominator)
+    free: list[int] = []
     if not 0 < number <= MAX_RADICAND:
         raise _NotRead
     divisor = 2

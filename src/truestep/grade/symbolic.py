@@ -145,9 +145,9 @@ def _is_elementary(formula: Any) -> bool:
     """Whether it is made of numbers, variables, powers and elementary functions alone: no sum, limit or f(x)."""
     import sympy
 
-    parts = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, sympy.Abs, sympy.exp)
-    parts += (sympy.log, sympy.sin, sympy.cos, sympy.tan)
-    return all(isinstance(part, parts) for part in sympy.preorder_traversal(formula))
+    atoms = (sympy.Number, sympy.NumberSymbol, sympy.Symbol)
+    operations = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Abs, sympy.exp, sympy.log, sympy.sin, sympy.cos, sympy.tan)
+    return all(isinstance(part, (*atoms, *operations)) for part in sympy.preorder_traversal(formula))
 
 
 def _say(channel: socket.socket, reply: dict[str, Any]) -> None:
