@@ -16,7 +16,7 @@ import numpy as np
 BLAKER_UP_TO = 2_000  # trials; above, Clopper and Pearson's interval is hardly wider
 GRID = (200, 30)  # points at which an exact interval's end is looked for: between its bounds, then between two of these
 PULL = 0.5  # how strongly a spread that few problems carry is drawn to the largest there can be
-INWARD = 0.5  # of one trial: how far the clustered interval is drawn in from Clopper and Pearson's, to Jeffreys's
+INWARD = 0.2  # of one trial: how far the clustered interval is drawn in from Clopper and Pearson's
 
 
 @dataclass(frozen=True, kw_only=True)
