@@ -27,7 +27,7 @@ from typing import Any
 
 from truestep.grade.equivalent import decide, questions, symbolic_form
 from truestep.grade.extract import extract_answer, gold_answer
-from truestep.grade.pairs import PATIENCE, Pair, read_pairs
+from truestep.grade.pairs import Pair, read_pairs
 from truestep.grade.rational import same_formula
 from truestep.grade.score import Grader
 from truestep.records import Message, Problem
@@ -80,7 +80,7 @@ def measure_theirs(pairs: list[Pair], processes: int, warm: bool) -> list[tuple[
 
 def measure_ours(pairs: list[Pair], processes: int, warm: bool) -> list[tuple[float, float]]:
     message, laps = (Message(role="user", content=""),), []
-    with Grader(workers=processes, patience=PATIENCE) as grader:
+    with Grader(workers=processes) as grader:
         clock = Clock(lambda: grader.pool.process_ids)
         if warm:
             grader.pool.warm()

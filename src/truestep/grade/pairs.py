@@ -16,8 +16,6 @@ from truestep.grade.score import Grader
 from truestep.records import Message, Problem, Score, Verdict
 from truestep.settings import SettingsError
 
-PATIENCE = 20.0  # times its limit of processor time that a comparison may take on the clock of a busy machine
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
@@ -69,7 +67,7 @@ def grade_pairs(
     ``second_opinion`` math-verify is asked about every answer that our own rules have decided, and
     ``counts["second_opinion"]`` says how often it disagrees."""
     answers = [extract_answer(pair.pred) for pair in pairs]
-    with Grader(workers=workers, seconds=seconds, patience=PATIENCE) as grader:
+    with Grader(workers=workers, seconds=seconds) as grader:
         scores = grader.score_answers([(_problem(p), a) for p, a in zip(pairs, answers, strict=True)])
         samples = [_sample(*each) for each in zip(pairs, answers, scores, strict=True)]
         second = _second_opinion(grader, pairs, samples) if second_opinion else None

@@ -17,6 +17,7 @@ from truestep.grade.nursery import Nursery, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY
 from truestep.settings import SettingsError
 
+PATIENCE = 20.0  # times its limit of processor time that a comparison may take on the clock of a busy machine
 ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
@@ -51,9 +52,8 @@ def processor_seconds(pid: int) -> float:
 class Pool:
     """Runs comparisons on ``workers`` child processes. Nothing is started before the first comparison."""
 
-    def __init__(self, *, workers: int, seconds: float, memory_mb: int, patience: float = 1.0) -> None:
-        self._num_workers, self._seconds, self._memory_mb = workers, seconds, memory_mb
-        self._patience = patience
+    def __init__(self, *, workers: int, seconds: float, memory_mb: int) -> None:
+        self._num_workers, self.seconds, self._memory_mb = workers, seconds, memory_mb
         self._idle: list[Worker] = []
         self._nursery: Nursery | None = None
         self._busy: dict[Worker, _Job] = {}
@@ -72,7 +72,7 @@ class Pool:
 
     def prepare(self) -> None:
         """Start the import of the algebra, if that has not been done, and do not wait for it."""
-        self._nursery = self._nursery or Nursery(self._seconds, self._memory_mb)
+        self._nursery = self._nursery or Nursery(self.seconds, self._memory_mb)
 
     def warm(self) -> None:
         """Have a worker ready: the next comparison, and one after a kill, wait for no import."""
@@ -86,8 +86,8 @@ class Pool:
         self._busy, self._idle, self._nursery = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """One outcome per (gold, answer), in order; each takes at most ``seconds`` on the wall clock, or of processor
-        time and ``patience`` times as long on the wall clock where the machine does not give the process a core."""
+        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of the clock
+        where the machine gives the process a core: a verdict must not depend on what else the machine does."""
         outcomes: list[Outcome | None] = [None] * len(pairs)
         waiting = deque((number, 0) for number in range(len(pairs)))
         try:
@@ -112,7 +112,7 @@ class Pool:
         worker = self._take()
         gold, found = pairs[number]
         now, work = time.monotonic(), processor_seconds(worker.pid)
-        self._busy[worker] = _Job(number=number, deadline=now + self._seconds, attempt=attempt, begun=now, work=work)
+        self._busy[worker] = _Job(number=number, deadline=now + self.seconds, attempt=attempt, begun=now, work=work)
         try:
             worker.send({"id": number, "gold": gold, "found": found})
         except WorkerDied:
@@ -135,9 +135,9 @@ class Pool:
 
     def _extend(self, worker: Worker, job: _Job) -> bool:
         """More time for a comparison that the machine has not let work for as long as it may."""
-        left = self._seconds - (processor_seconds(worker.pid) - job.work)
+        left = self.seconds - (processor_seconds(worker.pid) - job.work)
         job.deadline += max(left, 0.05)  # sooner it cannot have used it up
-        return left > 0.05 and job.deadline - job.begun <= self._patience * self._seconds
+        return left > 0.05 and job.deadline - job.begun <= PATIENCE * self.seconds
 
     def _hear(self, worker: Worker, job: _Job, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]) -> None:
         try:

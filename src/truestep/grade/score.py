@@ -92,9 +92,8 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 
 class Grader:
     """Scores completions. Algebra runs in child processes, which are started when it is first needed, have ``seconds``
-    of wall time for one comparison and may take ``memory_mb`` on top of what its libraries take. ``strict`` accepts
-    boxed, "####" and "answer is" answers alone. With ``patience`` above 1 ``seconds`` are of processor time, and
-    a comparison may take so many times as long on the clock of a busy machine. Not for use from several threads."""
+    of processor time for one comparison and may take ``memory_mb`` on top of what its libraries take. ``strict``
+    accepts boxed, "####" and "answer is" answers alone. Not for use from several threads."""
 
     def __init__(
         self,
@@ -103,10 +102,9 @@ class Grader:
         memory_mb: int = 384,
         *,
         strict: bool = False,
-        patience: float = 1.0,
     ) -> None:
         self._strict = strict
-        self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb, patience=patience)
+        self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
 
     def __enter__(self) -> Self:
         return self
