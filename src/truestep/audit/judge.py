@@ -11,8 +11,8 @@ import enum
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,12 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parame
         code, text = causes.find(step, previous, found, parameters, limit)
         return Seen(codes=(code,), text=text, recovered=found)
     pattern = fit_pattern(found, dtype)
-    if pattern is not None and len(pattern.codes) > 1 and pattern.codes[-1] in CONSTANTS and relations.reaches_clip(step):
+    if (
+        pattern is not None
+        and len(pattern.codes) > 1
+        and pattern.codes[-1] in CONSTANTS
+        and relations.reaches_clip(step)
+    ):
         # Other weights have another norm, and were clipped to the right one: the constant says nothing more.
         text = pattern.text.rpartition(", and ")[0]
         return Seen(codes=pattern.codes[:-1], text=text, recovered=found)
@@ -154,15 +159,23 @@ def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> list[Seen]:
         scales = [s.scale if set(s.codes) <= OF_WEIGHTS else None for s in steps]
         named |= relations.schedule(run, scales)
         only = [i for i, s in enumerate(steps) if s.codes and s.codes[-1] in ("scale", "accumulation_factor")]
-        named = named or dict(relations.clip(run, only))
+        named = named or dict(relations.clip(run, only)) or _clipped_parts(steps, run)
     result = list(steps)
     for i, (code, text) in named.items():
         kept = tuple(c for c in steps[i].codes if c in OF_WEIGHTS - CONSTANTS)
         first, _, last = steps[i].text.rpartition(", and ")
-        before = first if steps[i].codes and steps[i].codes[-1] in CONSTANTS else f"{first}, and {last}" if first else last
+        before = (
+            first if steps[i].codes and steps[i].codes[-1] in CONSTANTS else f"{first}, and {last}" if first else last
+        )
         words = f"{before}, and {text}" if kept else text
         result[i] = replace(steps[i], codes=(*kept, code), text=words)
     return result
+
+
+def _clipped_parts(steps: Sequence[Seen], run: Observation) -> dict[int, causes.Cause]:
+    wrong = [i for i, s in enumerate(steps) if s.codes and s.recovered and run.asked.max_grad_norm]
+    found = {i: relations.clip_of_parts(run.steps[i], run.asked.accumulation) for i in wrong}
+    return {i: cause for i, cause in found.items() if cause}
 
 
 def _layout_code(run: Observation) -> str:
@@ -310,8 +323,8 @@ def _unusable(run: Observation, some_moved: bool) -> causes.Cause | None:
         return "", f"{run.unmatched} lines that the model was given hold none of the case's rows"
     worst = max((recover(s).condition for s in run.steps if s.num_trained), default=1.0)
     if worst > ILL_CONDITIONED:
-        if order := _grouping(run):
-            return order[0]
+        if order := _grouping(run):  # the same row twice in a step has the same gradient
+            return order[0][0], "; ".join(text for _, text in order)
         return "", f"the micro-batches' gradients are nearly parallel (condition {worst:.0e})"
     return None
 

@@ -11,6 +11,7 @@ ENGINE = ("ragged", "unsplit", "masked")  # an engine is fed by a loop: the end 
 CLIP, CLIP_RATE = ("clipped",), ("clipped", "scheduled")
 RELATED = ("clipped", "scheduled", "resumed")
 NOT_SAVED = (("resumed", "its checkpoints are made by its command, which needs a GPU"),)
+EPOCHS_SAVED = (("resumed", "its checkpoints hold whole epochs and weight files of its own"),)
 OWN_LOOP = "only the loss is the framework's: clip, schedule and checkpoint are not"
 FUNCTION = tuple((name, OWN_LOOP) for name in RELATED)
 ADDRESSED = (("scheduled", "its step is told its learning rate"), ("resumed", "held by its own tests of the run"))
@@ -143,15 +144,26 @@ TABLE: tuple[Subject, ...] = (
         brings=("deepspeed",),
         configurations=[
             Configuration(options={"offload": False, **LLAMA}, only=ENGINE + CLIP_RATE, without=NOT_SAVED),
-            Configuration(options={"offload": False, **LLAMA}, world_size=2, only=ENGINE + CLIP_RATE, without=NOT_SAVED),
+            Configuration(
+                options={"offload": False, **LLAMA}, world_size=2, only=ENGINE + CLIP_RATE, without=NOT_SAVED
+            ),
             Configuration(options={"offload": True, **LLAMA}, only=ENGINE + CLIP_RATE, without=NOT_SAVED),
         ],
+    ),
+    Subject(
+        name="torchtune SFT recipe",
+        script="torchtune_sft",
+        needs=("torchtune", "torch"),
+        configurations=[Configuration(only=CASES + CLIP_RATE, without=EPOCHS_SAVED)],
     ),
     Subject(
         name="verl agg_loss (function level)",
         script="verl_agg_loss",
         needs=("verl", "torch"),
-        configurations=[Configuration(only=ENGINE, without=FUNCTION), Configuration(world_size=2, only=ENGINE, without=FUNCTION)],
+        configurations=[
+            Configuration(only=ENGINE, without=FUNCTION),
+            Configuration(world_size=2, only=ENGINE, without=FUNCTION),
+        ],
     ),
     Subject(
         name="transformers Trainer + DeepSpeed",

@@ -47,6 +47,54 @@ def clip(run: Observation, scaled: Sequence[int]) -> Named:
     return dict.fromkeys(scaled, ("clip", text))
 
 
+def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
+    """A clip of micro-batches, of what had been added up after each of them, or of ranks: whose prediction the step is.
+
+    A part may have been as long as it is in the mean over the step, or longer by the steps or the ranks that it is
+    divided by afterwards; the constant that is left of this is free.
+    """
+    used = step.direction - step.carried
+    ranks = sorted({m.rank for m in step.microbatches})
+    parts = [[m.gradient / step.num_trained for m in step.microbatches if m.rank == rank] for rank in ranks]
+    found: list[tuple[float, str]] = []
+    for name, predict in (
+        ("every micro-batch's gradient is clipped by its own norm", _each),
+        ("the gradient is clipped after every micro-batch", _running),
+        ("every rank's gradient is clipped by its own norm", _ranks),
+    ):
+        for limit in dict.fromkeys(step.max_grad_norm / n for n in (1, accumulation, len(ranks))):
+            wanted = predict(parts, limit)
+            scale = float(used @ wanted) / float(wanted @ wanted)
+            found.append((float(np.linalg.norm(used - scale * wanted) / np.linalg.norm(used)), name))
+    missed, name = min(found)
+    return ("clip", name) if missed <= CLOSE / 2 else None
+
+
+Parts = Sequence[Sequence[np.ndarray]]  # rank, micro-batch: P
+
+
+def _short(gradient: np.ndarray, limit: float) -> np.ndarray:
+    return np.asarray(gradient * min(1.0, limit / max(1e-12, float(np.linalg.norm(gradient)))))
+
+
+def _each(parts: Parts, limit: float) -> np.ndarray:
+    return np.sum([_short(g, limit) for rank in parts for g in rank], axis=0)
+
+
+def _running(parts: Parts, limit: float) -> np.ndarray:
+    total = np.zeros_like(parts[0][0])
+    for rank in parts:
+        buffer = np.zeros_like(total)
+        for gradient in rank:
+            buffer = _short(buffer + gradient, limit)
+        total += buffer
+    return total
+
+
+def _ranks(parts: Parts, limit: float) -> np.ndarray:
+    return np.sum([_short(np.sum(rank, axis=0), limit) for rank in parts], axis=0)
+
+
 def schedule(run: Observation, scales: Scales) -> Named:
     """Learning rates that follow another line than the one that was asked for."""
     asked, until = run.asked, run.asked.resume_after or len(scales)
@@ -79,8 +127,8 @@ def _speed(run: Observation, speed: float) -> str:
         (1 / micro, "the schedule is as long as if every micro-batch were a step"),
         (1 / ranks, "the schedule is as long as if every process had steps of its own"),
     )
-    words = next((text for value, text in known if abs(speed - value) <= CLOSE * max(1.0, value)), "")
-    return words or f"the schedule advances by {speed:.3g} steps a step"
+    fitting = [text for value, text in known if abs(speed - value) <= CLOSE * max(1.0, value)]
+    return " or ".join(dict.fromkeys(fitting[:2])) or f"the schedule advances by {speed:.3g} steps a step"
 
 
 def resume(run: Observation, limit: float) -> Cause | None:

@@ -245,7 +245,7 @@ class Recorder:
     def finish(self, **versions: str) -> None:
         """Write what this rank has seen; the reference gradients are computed here."""
         self._close_step()
-        trained = time.perf_counter()
+        trained, started = time.perf_counter(), time.process_time()
         folder, rank = self.spec.folder, self.spec.rank
         steps = [self._write_step(index, *step) for index, step in enumerate(self.steps)]
         observed = {
@@ -259,7 +259,7 @@ class Recorder:
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
             "notes": self.notes,
             "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
-            "seconds": {"run": trained - self.began, "reference": time.perf_counter() - trained},
+            "seconds": {"run": trained - self.began, "reference": time.process_time() - started},
         }
         path = folder / f"rank-{rank}.json"
         path.with_suffix(".tmp").write_text(json.dumps(observed), encoding="utf-8")
