@@ -107,7 +107,7 @@ def chat(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: in
     return Case(name="chat", rows=make_rows(counts, seed=seed, turns=3), accumulation=accumulation, steps=steps)
 
 
-def clipped(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
+def clipped(*, world_size: int = 1, accumulation: int = 4, steps: int = 2, seed: int = 0) -> Case:
     """The base case with one clip by the global norm of each step's whole gradient."""
     base = ragged(world_size=world_size, accumulation=accumulation, steps=steps, seed=seed)
     return replace(base, name="clipped", max_grad_norm=CLIPPED_TO)

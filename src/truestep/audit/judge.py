@@ -22,7 +22,7 @@ from truestep.audit.adamw import errors
 from truestep.audit.cases import RELATIONS
 from truestep.audit.observe import Observation, Step
 from truestep.audit.patterns import fit_pattern
-from truestep.audit.weights import Recovered, recover
+from truestep.audit.weights import Recovered, condition_of, recover
 from truestep.reference import faults
 
 NOISE_FACTOR = 10.0  # a right path's error may be so many times the measured noise
@@ -163,11 +163,10 @@ def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> list[Seen]:
     result = list(steps)
     for i, (code, text) in named.items():
         kept = tuple(c for c in steps[i].codes if c in OF_WEIGHTS - CONSTANTS)
-        first, _, last = steps[i].text.rpartition(", and ")
-        before = (
-            first if steps[i].codes and steps[i].codes[-1] in CONSTANTS else f"{first}, and {last}" if first else last
-        )
-        words = f"{before}, and {text}" if kept else text
+        parts = steps[i].text.split(", and ")
+        if steps[i].codes and steps[i].codes[-1] in CONSTANTS:
+            parts.pop()
+        words = ", and ".join([*parts, text] if kept else [text])
         result[i] = replace(steps[i], codes=(*kept, code), text=words)
     return result
 
@@ -321,7 +320,7 @@ def _unusable(run: Observation, some_moved: bool) -> causes.Cause | None:
         return "ranks_diverge", f"the ranks hold different parameters (by up to {run.ranks_differ:.1e})"
     if run.unmatched:
         return "", f"{run.unmatched} lines that the model was given hold none of the case's rows"
-    worst = max((recover(s).condition for s in run.steps if s.num_trained), default=1.0)
+    worst = max((condition_of(s) for s in run.steps if s.num_trained), default=1.0)
     if worst > ILL_CONDITIONED:
         if order := _grouping(run):  # the same row twice in a step has the same gradient
             return order[0][0], "; ".join(text for _, text in order)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class MicroBatch:
     def num_trained(self) -> int:
         return sum(self.row_counts)
 
-    @property
+    @cached_property
     def gradient(self) -> np.ndarray:
         return np.sum([np.zeros(self.size), *self.row_gradients], axis=0)
 
@@ -70,7 +71,7 @@ class Step:
             return 1.0
         return min(1.0, self.max_grad_norm / float(np.linalg.norm(self.expected)))
 
-    @property
+    @cached_property
     def direction(self) -> np.ndarray:
         """(before − after) / lr: what the step went against."""
         return (self.before - self.after) / self.learning_rate
@@ -85,7 +86,7 @@ class Step:
         ranks = sorted({m.rank for m in self.microbatches})
         return [[m.num_trained for m in self.microbatches if m.rank == r] for r in ranks]
 
-    @property
+    @cached_property
     def expected(self) -> np.ndarray:
         """The gradient of the mean over all trained tokens of the step."""
         total = np.sum([m.gradient for m in self.microbatches], axis=0)

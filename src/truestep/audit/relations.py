@@ -31,7 +31,7 @@ def reaches_clip(step: Step) -> bool:
 
 
 def clip(run: Observation, scaled: Sequence[int]) -> Named:
-    """Steps that only a constant separates from the right ones: clipped unasked, otherwise than asked, or not at all."""
+    """Steps that only a constant separates from right ones: clipped unasked, otherwise than asked, or not at all."""
     lengths = [used_length(run.steps[i]) for i in scaled]
     wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
     asked = run.asked.max_grad_norm
@@ -127,7 +127,11 @@ def _speed(run: Observation, speed: float) -> str:
         (1 / micro, "the schedule is as long as if every micro-batch were a step"),
         (1 / ranks, "the schedule is as long as if every process had steps of its own"),
     )
-    fitting = [text for value, text in known if abs(speed - value) <= CLOSE * max(1.0, value)]
+    fitting = [
+        text
+        for value, text in known
+        if abs(speed - value) <= CLOSE * max(1.0, value) and (ranks > 1 or "process" not in text)
+    ]
     return " or ".join(dict.fromkeys(fitting[:2])) or f"the schedule advances by {speed:.3g} steps a step"
 
 

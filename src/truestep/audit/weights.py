@@ -37,7 +37,7 @@ class Recovered:
 
 
 def observed_gradient(step: Step) -> np.ndarray:
-    """(before − after) / lr without what momentum and clipping were asked to do to it. Units: of the loss per parameter."""
+    """(before − after) / lr without what momentum and clipping were asked to do. Units: of the loss per parameter."""
     return np.asarray((step.direction - step.carried) / step.clip_scale)
 
 
@@ -54,6 +54,14 @@ def noise_of(step: Step, dtype: str) -> float:
     # Clipping divides by the norm plus this; momentum was read back from the step before.
     clipping = CLIP_EPSILON * step.num_trained / size if step.max_grad_norm else 0.0
     return max(FLOOR, measured, clipping, read_back * (2 if np.any(step.carried) else 1))
+
+
+def condition_of(step: Step) -> float:
+    """That of the micro-batches' gradients at unit length, without solving for anything."""
+    used = [m.gradient for m in step.microbatches if m.num_trained]
+    unit = np.stack([g / max(1e-300, float(np.linalg.norm(g))) for g in used])
+    smallest, largest = np.linalg.eigvalsh(unit @ unit.T)[[0, -1]]
+    return math.sqrt(largest / smallest) if smallest > 1e-14 * largest else math.inf
 
 
 def recover(step: Step, dtype: str = "float32") -> Recovered:
