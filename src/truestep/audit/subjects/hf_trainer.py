@@ -116,15 +116,16 @@ def fresh_state() -> None:
     GradientState._reset_state()
 
 
-class StopAt(transformers.TrainerCallback):
+def stop_at(step: int) -> transformers.TrainerCallback:
     """Saves and ends the training after a step: what a job's time limit does."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step == self.step:
+    def on_step_end(args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == step:
             control.should_save = control.should_training_stop = True
+
+    callback = transformers.TrainerCallback()
+    callback.on_step_end = on_step_end
+    return callback
 
 
 def optimizers(spec: kit.Spec, model: torch.nn.Module) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def train(spec: kit.Spec, build: Callable[[torch.nn.Module], Any]) -> kit.Record
     recorder = kit.Recorder(spec, model)
     trainer, at = build(model), spec.case["resume_after"]
     if at:
-        trainer.add_callback(StopAt(at))
+        trainer.add_callback(stop_at(at))
         trainer.train()
         if spec.world_size > 1:
             torch.distributed.barrier()

@@ -20,9 +20,9 @@ import importlib.metadata
 import json
 import math
 import os
-import pickle  # for the name of what a framework's own loading may raise
 import sys
 import time
+from _pickle import UnpicklingError  # only the name of what a framework's own loading may raise
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 __all__ = ["Recorder", "Spec", "tiny_model"]
 SCHEMA = 1
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, AssertionError,
-            NotImplementedError, pickle.UnpicklingError, SystemExit)  # fmt: skip
+            NotImplementedError, UnpicklingError, SystemExit)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import kit
-import torch
 from torch import nn
 
 Watch = Callable[..., None]  # (model, snapshot=None): as kit.Recorder wants them, before the model is wrapped
@@ -25,14 +25,14 @@ def train(
         else:
             found.append(kit.Recorder(spec, model, snapshot))
 
+    checkpoint: dict[str, Any] = {}  # of this rank, in memory: how torch writes a file is not the question
     parts = spec.parts()
     for number, windows in enumerate(parts):
         model = build(watch)
         optimizer = spec.optimizer(model.parameters())
         state = {"model": model, "optimizer": optimizer, "scheduler": spec.scheduler(optimizer)}
-        file = spec.folder / f"state-{spec.rank}.pt"
         if number:
-            for name, saved in torch.load(file).items():
+            for name, saved in checkpoint.items():
                 state[name].load_state_dict(saved)
         model.train()
         for window in windows:
@@ -45,7 +45,7 @@ def train(
             if loss is not None:
                 found[0].logged["loss"].append(loss)
         if number + 1 < len(parts):
-            torch.save({name: one.state_dict() for name, one in state.items()}, file)
+            checkpoint = copy.deepcopy({name: one.state_dict() for name, one in state.items()})
     return found[0]
 
 

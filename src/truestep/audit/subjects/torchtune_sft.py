@@ -45,7 +45,11 @@ class ByIds(torch.nn.Module):
         return self.inner(input_ids)
 
 
-class ByTokens(ByIds):
+class ByTokens(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
     def forward(self, tokens: torch.Tensor) -> Any:
         return self.inner(input_ids=tokens)
 
