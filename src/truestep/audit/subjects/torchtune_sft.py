@@ -16,6 +16,7 @@ import kit
 import torch
 import torchtune
 from omegaconf import DictConfig
+from torch import nn
 from torchtune.models.llama3 import llama3
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import DummyProfiler
@@ -34,10 +35,10 @@ class Rows(torch.utils.data.Dataset):
         return dict(self.pairs[index])
 
 
-class ByIds(torch.nn.Module):
+class ByIds(nn.Module):
     """The decoder under the name that the recorder knows its input by; as the recipe calls it: ``ByTokens``."""
 
-    def __init__(self, inner: torch.nn.Module) -> None:
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
@@ -45,8 +46,8 @@ class ByIds(torch.nn.Module):
         return self.inner(input_ids)
 
 
-class ByTokens(torch.nn.Module):
-    def __init__(self, inner: torch.nn.Module) -> None:
+class ByTokens(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
