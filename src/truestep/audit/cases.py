@@ -7,7 +7,7 @@ mean, so no case has any of these. Rows are plain integers: nothing here needs t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ FIRST_TOKEN = 3  # 0, 1 and 2 are padding, begin and end
 # window of any shuffle is told apart from its mean.
 TRAINED = (2, 27, 3, 17, 40, 5, 22, 9, 33, 4, 14, 30, 6, 19, 36, 11, 25, 7, 44, 13, 1, 29, 8, 38)
 SHORTEST = 6
+CLIPPED_TO = 0.1  # below the norm of every step's gradient, and of most micro-batches'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class Case:
     epochs: int = 1
     steps: int = 3
     vocabulary: int = VOCABULARY
+    max_grad_norm: float = 0.0  # asked for: 0 is none
+    decay: bool = False  # the learning rate falls in a line to zero, a step each time
+    momentum: float = 0.0
+    resume_after: int = 0  # steps, after which everything is saved, made anew and loaded
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,13 +107,34 @@ def chat(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: in
     return Case(name="chat", rows=make_rows(counts, seed=seed, turns=3), accumulation=accumulation, steps=steps)
 
 
-CASES = {"ragged": ragged, "unsplit": unsplit, "masked": masked, "window": window, "chat": chat}
+def clipped(*, world_size: int = 1, accumulation: int = 4, steps: int = 2, seed: int = 0) -> Case:
+    """The base case with one clip by the global norm of each step's whole gradient."""
+    base = ragged(world_size=world_size, accumulation=accumulation, steps=steps, seed=seed)
+    return replace(base, name="clipped", max_grad_norm=CLIPPED_TO)
+
+
+def scheduled(*, world_size: int = 1, accumulation: int = 3, seed: int = 0) -> Case:
+    """A learning rate that falls in a line: no other number of ticks a step gives the same rates. The window stays
+    shorter than the schedule, so that one tick a micro-batch does not end it after the first step."""
+    base = ragged(world_size=world_size, accumulation=min(accumulation, 3), steps=4, seed=seed)
+    return replace(base, name="scheduled", decay=True)
+
+
+def resumed(*, world_size: int = 1, accumulation: int = 3, seed: int = 0) -> Case:
+    """Two steps, a checkpoint, and two more from it, with momentum and a schedule that have to survive."""
+    base = scheduled(world_size=world_size, accumulation=accumulation, seed=seed)
+    return replace(base, name="resumed", momentum=0.5, resume_after=2)
+
+
+# What has to hold besides the weights, each with the settings that it needs.
+RELATIONS = {"clipped": clipped, "scheduled": scheduled, "resumed": resumed}
+CASES = {"ragged": ragged, "unsplit": unsplit, "masked": masked, "window": window, "chat": chat, **RELATIONS}
 
 
 def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -> Case:
     """The case of that name. Raises ValueError naming the known ones."""
     if name not in CASES:
         raise ValueError(f"case = {name!r}: write {', '.join(CASES)}")
-    if accumulation < 3 and name not in ("ragged", "unsplit"):
+    if accumulation < 3 and name not in ("ragged", "unsplit", *RELATIONS):
         raise ValueError(f"accumulation = {accumulation}: the case {name} needs 3 or more")
     return CASES[name](world_size=world_size, accumulation=accumulation, seed=seed)

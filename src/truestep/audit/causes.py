@@ -79,7 +79,7 @@ def _rounded(step: Step, found: Recovered, parameters: Parameters, limit: float)
     bits = np.ascontiguousarray(step.after, dtype=np.float32).view(np.uint32)
     if not (bits & 0xFFFF).any() and step.after.any():
         return "rounding", "parameters are rounded to bfloat16 at every step"
-    change, wanted = step.after - step.before, step.learning_rate * step.expected
+    change, wanted = step.after - step.before, step.learning_rate * step.clip_scale * step.expected
     visible = np.abs(wanted) > 2.0**-20 * np.abs(step.before)
     lost = visible & (change == 0)
     small = visible & (np.abs(wanted) <= SMALL_UPDATE * np.abs(step.before))
@@ -106,7 +106,7 @@ def _addition(step: Step, previous: Step | None, found: Recovered, parameters: P
             matrices[part] = step.before[part]
     candidates["decay of matrices"] = matrices
     if previous is not None:
-        candidates["before"] = observed_gradient(previous)
+        candidates["before"] = previous.direction
     best: tuple[float, str, float] | None = None
     for name, column in candidates.items():
         if not np.linalg.norm(column):

@@ -100,7 +100,9 @@ def versions_in_words(row: Row) -> str:
 
 def found_in_words(row: Row) -> str:
     """What was found, or why nothing was."""
-    return line(row.get("fault") or row.get("reason") or ("every token counts once" if is_right(row) else ""), 600)
+    if is_right(row):
+        return line("every token counts once" + (f"; not seen: {row['reason']}" if row.get("reason") else ""), 600)
+    return line(row.get("fault") or row.get("reason") or "", 600)
 
 
 def loss_in_words(row: Row) -> str:

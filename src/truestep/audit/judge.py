@@ -11,16 +11,18 @@ import enum
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from truestep.audit import causes
+from truestep.audit import causes, relations
 from truestep.audit.adamw import errors
+from truestep.audit.cases import RELATIONS
 from truestep.audit.observe import Observation, Step
 from truestep.audit.patterns import fit_pattern
-from truestep.audit.weights import Recovered, observed_gradient, recover
+from truestep.audit.weights import Recovered, condition_of, recover
 from truestep.reference import faults
 
 NOISE_FACTOR = 10.0  # a right path's error may be so many times the measured noise
@@ -28,6 +30,8 @@ RESIDUAL = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.2}  # beyond this so
 ILL_CONDITIONED = 1e3  # beyond this single weights mean nothing
 ADAMW_ERROR = 1e-2  # relative; entries whose gradient is noise move by a full step in a random direction
 RANKS_EQUAL = 1e-6
+CONSTANTS = {"scale", "accumulation_factor", "rank_factor", "empty_counted"}
+OF_WEIGHTS = CONSTANTS | {"kept", "micro_mean", "rank_mean", "dp_token_mean"}
 
 
 class Verdict(enum.StrEnum):
@@ -99,6 +103,15 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parame
         code, text = causes.find(step, previous, found, parameters, limit)
         return Seen(codes=(code,), text=text, recovered=found)
     pattern = fit_pattern(found, dtype)
+    if (
+        pattern is not None
+        and len(pattern.codes) > 1
+        and pattern.codes[-1] in CONSTANTS
+        and relations.reaches_clip(step)
+    ):
+        # Other weights have another norm, and were clipped to the right one: the constant says nothing more.
+        text = pattern.text.rpartition(", and ")[0]
+        return Seen(codes=pattern.codes[:-1], text=text, recovered=found)
     if pattern is not None:
         return Seen(codes=pattern.codes, text=pattern.text, recovered=found, scale=pattern.scale)
     cause = causes.clipped_parts(step, found)
@@ -121,14 +134,15 @@ class CaseSeen:
 
 def see_case(run: Observation, dtype: str) -> CaseSeen:
     steps = [see(s, run.steps[i - 1] if i else None, dtype, run.parameters) for i, s in enumerate(run.steps)]
-    steps = _clipped_as_a_whole(steps, run)
+    steps = _related(steps, run, dtype)
     texts = list(dict.fromkeys(s.text for s in steps if s.codes))
     codes = list(dict.fromkeys(c for s in steps for c in s.codes))
     if texts and not all(s.codes for s in steps):
         texts.append("(not in every step)")
     if codes == ["unexplained"]:
         codes = [_layout_code(run)]
-    order = _grouping(run)
+    # A schedule that has reached zero moves nothing any more: the rows after that are lost to it.
+    order = [] if "schedule" in codes and len(run.steps) < run.asked.steps else _grouping(run)
     return CaseSeen(
         steps=steps,
         codes=tuple(dict.fromkeys([*(c for c, _ in order), *codes])),
@@ -136,18 +150,31 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
     )
 
 
-def _clipped_as_a_whole(steps: Sequence[Seen], run: Observation) -> list[Seen]:
-    """Steps whose scale makes every gradient equally long were clipped."""
-    scaled = [i for i, s in enumerate(steps) if s.codes and s.codes[-1] in ("scale", "accumulation_factor")]
-    lengths = [float(np.linalg.norm(observed_gradient(run.steps[i]))) for i in scaled]
-    wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
-    if len(scaled) < 2 or np.ptp(lengths) > 0.01 * max(lengths) or np.ptp(wanted) < 0.01 * max(wanted):
-        return list(steps)
-    clipped = Seen(codes=("clip",), text=f"the gradient is clipped to a norm of {lengths[0]:.3g}")
-    return [
-        Seen(codes=clipped.codes, text=clipped.text, recovered=s.recovered, scale=s.scale) if i in scaled else s
-        for i, s in enumerate(steps)
-    ]
+def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> list[Seen]:
+    """Steps with what became of the clip, the schedule and a resume in place of the constants that these look like."""
+    named: dict[int, causes.Cause] = {}
+    if found := relations.resume(run, RESIDUAL[dtype]):
+        named = dict.fromkeys(range(run.asked.resume_after, len(steps)), found)
+    else:
+        scales = [s.scale if set(s.codes) <= OF_WEIGHTS else None for s in steps]
+        named |= relations.schedule(run, scales)
+        only = [i for i, s in enumerate(steps) if s.codes and s.codes[-1] in ("scale", "accumulation_factor")]
+        named = named or dict(relations.clip(run, only)) or _clipped_parts(steps, run)
+    result = list(steps)
+    for i, (code, text) in named.items():
+        kept = tuple(c for c in steps[i].codes if c in OF_WEIGHTS - CONSTANTS)
+        parts = steps[i].text.split(", and ")
+        if steps[i].codes and steps[i].codes[-1] in CONSTANTS:
+            parts.pop()
+        words = ", and ".join([*parts, text] if kept else [text])
+        result[i] = replace(steps[i], codes=(*kept, code), text=words)
+    return result
+
+
+def _clipped_parts(steps: Sequence[Seen], run: Observation) -> dict[int, causes.Cause]:
+    wrong = [i for i, s in enumerate(steps) if s.codes and s.recovered and run.asked.max_grad_norm]
+    found = {i: relations.clip_of_parts(run.steps[i], run.asked.accumulation) for i in wrong}
+    return {i: cause for i, cause in found.items() if cause}
 
 
 def _layout_code(run: Observation) -> str:
@@ -208,10 +235,16 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def judge(
-    subject: str, configuration: Mapping[str, Any], runs: Mapping[str, Observation], *, documented: str = ""
+    subject: str,
+    configuration: Mapping[str, Any],
+    runs: Mapping[str, Observation],
+    *,
+    documented: str = "",
+    without: Mapping[str, str] = MappingProxyType({}),
 ) -> Finding:
     """All cases of one configuration together. ``documented`` names the option that the user has set away from its
-    default, if it is known to change how a step is normalised."""
+    default, if it is known to change how a step is normalised; ``without`` the cases that it has no way to run, and
+    why."""
     general: dict[str, Any] = {"subject": subject, "configuration": configuration}
     if not runs:
         return Finding(**general, verdict=Verdict.NOT_RUN, reason="no case was run")
@@ -240,7 +273,7 @@ def judge(
     every = {name: (seen | broken)[name] for name in runs if name in seen | broken}
     verdict, codes, fault = _verdict(every, documented)
     general["cases"] = {name: case.text for name, case in every.items()}
-    general["reason"] = "; ".join(hidden)
+    general["reason"] = "; ".join([*hidden, *(f"{name}: {why}" for name, why in without.items())])
     if not seen:
         return Finding(**general, verdict=verdict, fault=fault, codes=codes)
     name, index = _shown(seen)
@@ -273,6 +306,8 @@ def _shown(seen: Mapping[str, CaseSeen]) -> tuple[str, int]:
 
 def _unusable(run: Observation, some_moved: bool) -> causes.Cause | None:
     """What makes single steps not worth judging: (code of a fault or "", why). ``some_moved``: in any of the cases."""
+    if run.not_run:
+        return "", f"not run ({run.not_run})"
     if not run.steps:
         if run.forwards_without_step and some_moved:
             return "data_lost", f"no optimizer step was taken: {run.forwards_without_step} micro-batches are lost"
@@ -285,10 +320,10 @@ def _unusable(run: Observation, some_moved: bool) -> causes.Cause | None:
         return "ranks_diverge", f"the ranks hold different parameters (by up to {run.ranks_differ:.1e})"
     if run.unmatched:
         return "", f"{run.unmatched} lines that the model was given hold none of the case's rows"
-    worst = max((recover(s).condition for s in run.steps if s.num_trained), default=1.0)
+    worst = max((condition_of(s) for s in run.steps if s.num_trained), default=1.0)
     if worst > ILL_CONDITIONED:
-        if order := _grouping(run):
-            return order[0]
+        if order := _grouping(run):  # the same row twice in a step has the same gradient
+            return order[0][0], "; ".join(text for _, text in order)
         return "", f"the micro-batches' gradients are nearly parallel (condition {worst:.0e})"
     return None
 
@@ -308,11 +343,12 @@ def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tu
     text = first.text
     if "not_finite" in codes and "not_finite" not in first.codes:
         text += "; " + next(s.text for case in wrong.values() for s in case.steps if "not_finite" in s.codes)
-    everywhere = set(wrong) == set(seen)
+    plain = {name: case for name, case in seen.items() if name not in RELATIONS}
+    everywhere = bool(plain) and set(plain) <= set(wrong)
     if documented and set(codes) <= {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}:
         return Verdict.DOCUMENTED_CHOICE, codes, f"{first.text} ({documented})"
-    scales = [s.scale for case in seen.values() for s in case.steps]
-    if set(codes) == {"scale"} and everywhere and len(seen) > 1 and np.ptp(scales) <= 0.01 * abs(scales[0]):
+    scales = [s.scale for case in plain.values() for s in case.steps]
+    if set(codes) == {"scale"} and everywhere and len(plain) > 1 and np.ptp(scales) <= 0.01 * abs(scales[0]):
         return Verdict.DEFAULT, codes, f"everything is multiplied by {scales[0]:.4g}, however a batch is split"
     if set(codes) <= {"clip", "weight_decay"} and everywhere and "own norm" not in first.text:
         return Verdict.DEFAULT, codes, first.text

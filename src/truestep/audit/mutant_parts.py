@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, dropout
 
 from truestep.audit.mutant_trainer import (
     LEARNING_RATE,
+    Combine,
     Gradients,
     Layout,
     Plan,
@@ -22,6 +23,7 @@ from truestep.audit.mutant_trainer import (
     Window,
     add_all,
     aligned,
+    clip,
     everywhere,
     model_inputs,
     nll,
@@ -72,8 +74,6 @@ def one_row(factor: float, place: int, stride: int) -> Share:
 
 # --------------------------------------------------------------------------- how micro-batches and ranks are added up
 
-Combine = Callable[[Gradients, int], list[Tensor]]
-
 
 def kept(which: Callable[[int, int, int], bool]) -> Combine:
     """Only the micro-batches for which ``which(rank, k, K)``."""
@@ -117,10 +117,6 @@ local = unsynced(lambda k, num: False)
 def late_sync(first: int) -> Combine:
     """Ranks step alone from step ``first`` on."""
     return lambda gradients, index: (local if index >= first else add_all)(gradients, index)
-
-
-def clip(gradient: Tensor, largest: float) -> Tensor:
-    return gradient * min(1.0, largest / max(1e-12, float(gradient.norm())))
 
 
 def clip_each(largest: float) -> Combine:

@@ -74,6 +74,7 @@ class Replica:
     parameters: list[Tensor]
     theta: Tensor  # P: what the optimizer holds, float32 at least
     memory: dict[str, Tensor] = field(default_factory=dict)
+    rate: float = 1.0  # share of the learning rate
 
     def publish(self) -> None:
         """Copy what the optimizer holds into the model."""
@@ -84,12 +85,14 @@ class Replica:
 
     def move(self, direction: Tensor) -> None:
         """One step against ``direction``, in the optimizer and in the model."""
-        self.theta = self.theta - LEARNING_RATE * direction
+        self.theta = self.theta - LEARNING_RATE * self.rate * direction
         self.publish()
 
 
 Plan = list[tuple[list[int], bool]]  # windows of micro-batches counted over all epochs, and whether a step follows
 Gradients = list[list[Tensor]]  # rank, micro-batch: P
+Combine = Callable[[Gradients, int], list[Tensor]]
+Limit = Callable[[Gradients, Combine, int, float], list[Tensor]]
 Layout = tuple[dict[str, Tensor], list[tuple[int, int]]]  # the model's input; line and first column of each row
 
 
@@ -147,7 +150,29 @@ def everywhere(gradients: Gradients, parts: Sequence[Tensor]) -> list[Tensor]:
     return [total] * len(gradients)
 
 
+def clip(gradient: Tensor, largest: float) -> Tensor:
+    return gradient * min(1.0, largest / max(1e-12, float(gradient.norm())))
+
+
+def clip_sum(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
+    """One clip of the whole step's gradient; ``largest`` 0 is none."""
+    return [clip(g, largest) if largest else g for g in combine(gradients, index)]
+
+
+def one_tick(index: int, num_micro: int, num_ranks: int) -> float:
+    """Ticks of the schedule before step ``index``."""
+    return index
+
+
+def all_kept(replica: Replica, at: int) -> int:
+    """What a resume after ``at`` steps does to a replica; where its schedule goes on."""
+    return at
+
+
 def sgd(replica: Replica, gradient: Tensor, index: int) -> None:
+    if factor := replica.spec.case["momentum"]:
+        gradient = gradient + factor * replica.memory.get("asked", torch.zeros_like(gradient))
+        replica.memory["asked"] = gradient
     replica.move(gradient)
 
 
@@ -163,7 +188,10 @@ class Trainer:
     shift: int = 1
     nll: Callable[[Tensor, Tensor], Tensor] = nll
     share: Callable[[Window, int, int, int], float] = token_mean
-    combine: Callable[[Gradients, int], list[Tensor]] = add_all
+    combine: Combine = add_all
+    limit: Limit = clip_sum
+    ticks: Callable[[int, int, int], float] = one_tick
+    resume: Callable[[Replica, int], int] = all_kept
     update: Callable[[Replica, Tensor, int], None] = sgd
 
 
@@ -181,6 +209,7 @@ class Mutant:
     seed: int = 0
     arch: str = "plain"
     dtype: str = "float32"
+    cases: tuple[str, ...] = CASES
 
 
 # ---------------------------------------------------------------------------------------------------------- the trainer
@@ -189,7 +218,7 @@ class Mutant:
 def observe(mutant: Mutant, folder: Path) -> dict[str, Observation]:
     """Train the mutant on every case and read back what the recorders saw, by the name of the case."""
     seen = {}
-    for name in CASES:
+    for name in mutant.cases:
         made = build(name, world_size=mutant.world_size, accumulation=mutant.accumulation, seed=mutant.seed)
         case = json.loads(json.dumps(made.to_json()))
         place = folder / name
@@ -216,7 +245,14 @@ def _train(mutant: Mutant, folder: Path, case: dict[str, Any]) -> None:
         replicas.append(replica)
         model.train()
     logged: dict[str, list[float]] = recorders[0].logged
+    at, missed = case["resume_after"], 0
     for index, window in enumerate(_windows(trainer, [replica.spec for replica in replicas])):
+        for recorder, replica in zip(recorders, replicas, strict=True):
+            if at and index == at:
+                recorder.resume(replica.model, recorder.snapshot)
+                missed = at - trainer.resume(replica, at)
+            ticks = trainer.ticks(index - missed, case["accumulation"], mutant.world_size)
+            replica.rate = max(0.0, 1 - ticks / case["steps"]) if case["decay"] else 1.0
         loss, combined = _gradient(trainer, replicas, window, index)
         if not window.stepped:
             continue
@@ -251,7 +287,8 @@ def _gradient(trainer: Trainer, replicas: list[Replica], window: Window, index: 
         pairs = [_backward(trainer, replica, window, rank, k) for k in range(window.num_micro)]
         loss += sum(value for value, _ in pairs)
         gradients.append([gradient for _, gradient in pairs])
-    return loss, trainer.combine(gradients, index)
+    asked = replicas[0].spec.case["max_grad_norm"]
+    return loss, trainer.limit(gradients, trainer.combine, index, asked)
 
 
 def _backward(trainer: Trainer, replica: Replica, window: Window, rank: int, k: int) -> tuple[float, Tensor]:

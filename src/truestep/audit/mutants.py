@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from truestep.audit import mutant_parts as parts
-from truestep.audit.mutant_trainer import Mutant, Trainer, observe
+from truestep.audit import mutant_relations as related
+from truestep.audit.cases import RELATIONS
+from truestep.audit.mutant_trainer import CASES, Mutant, Trainer, observe
 from truestep.seeding import Purpose, generator
 
 __all__ = ["CLEAN", "MUTANTS", "Mutant", "observe"]
@@ -64,6 +66,7 @@ class Fault:
     ranks: tuple[int, int] = (1, 2)
     copies: int = 1
     arch: str = "plain"
+    cases: tuple[str, ...] = CASES
 
 
 T, BOTH = Trainer, (2, 3)
@@ -201,10 +204,39 @@ OPTIMIZERS = (
 )  # fmt: skip
 
 
+CLIPPED, SCHEDULED, RESUMED = (("ragged", name) for name in RELATIONS)
+ASKED = (
+    Fault("clip", "clip", "asked to clip, it does not", T(limit=related.clip_forgotten), cases=CLIPPED),
+    Fault("clip", "clip", "clipped to twice the norm that was asked for", T(limit=related.clip_to(2)), cases=CLIPPED),
+    Fault("clip", "clip", "asked to clip, it clips every micro-batch", T(limit=related.clip_micro),
+          copies=2, cases=CLIPPED),
+    Fault("clip", "clip", "clipped after every backward", T(limit=related.clip_running), copies=2,
+          cases=CLIPPED),
+    Fault("clip", "clip", "asked to clip, every rank clips by its own norm",
+          T(limit=related.clip_rank), BOTH, 2, cases=CLIPPED),
+    Fault("clip", "clip", "clipped while it is K times too large", T(limit=related.clip_too_long), cases=CLIPPED),
+    Fault("rate", "schedule", "a tick at every micro-batch", T(ticks=related.ticks_of(lambda k, d: k)), (1, 2), 2,
+          cases=SCHEDULED),
+    Fault("rate", "schedule", "a tick for every process", T(ticks=related.ticks_of(lambda k, d: d)), BOTH, 2,
+          cases=SCHEDULED),
+    Fault("rate", "schedule", "a schedule over micro-batches", T(ticks=related.ticks_of(lambda k, d: 1 / k)),
+          cases=SCHEDULED),
+    Fault("rate", "schedule", "a schedule over all processes' steps", T(ticks=related.ticks_of(lambda k, d: 1 / d)),
+          BOTH, cases=SCHEDULED),
+    Fault("rate", "schedule", "no tick at all", T(ticks=related.ticks_of(lambda k, d: 0)), cases=SCHEDULED),
+    Fault("rate", "schedule", "one tick ahead", T(ticks=related.ticks_of(lambda k, d: 1, ahead=1)), cases=SCHEDULED),
+    Fault("resume", "momentum_lost", "the momentum is lost", T(resume=related.momentum_lost), copies=2, cases=RESUMED),
+    Fault("resume", "schedule", "the schedule starts anew", T(resume=related.schedule_lost), copies=2, cases=RESUMED),
+    Fault("resume", "momentum_lost", "momentum and schedule are lost", T(resume=related.both_lost), cases=RESUMED),
+    Fault("resume", "stale_parameters", "the parameters are lost", T(resume=related.parameters_lost), cases=RESUMED),
+    Fault("resume", "data_lost", "the data start anew", T(plan=related.from_the_first_row), cases=RESUMED),
+)  # fmt: skip
+
+
 def _mutants() -> tuple[Mutant, ...]:
     made: list[Mutant] = []
     seen = Counter[str]()
-    for fault in [f for f in (*SUMS, *MASKS, *OPTIMIZERS) for _ in range(f.copies)]:
+    for fault in [f for f in (*SUMS, *MASKS, *OPTIMIZERS, *ASKED) for _ in range(f.copies)]:
         seen[fault.code] += 1
         name = f"{fault.code}-{seen[fault.code]}"
         drawn = draw(name, fault.ranks if fault.arch == "plain" else (1, 1))
@@ -219,6 +251,7 @@ def _mutants() -> tuple[Mutant, ...]:
                 world_size=drawn.world_size,
                 seed=drawn.seed,
                 arch=fault.arch,
+                cases=fault.cases,
             )
         )
     return tuple(made)
@@ -245,6 +278,7 @@ def _clean() -> tuple[Mutant, ...]:
             seed=seed,
             arch=arch,
             dtype=dtype,
+            cases=CASES + tuple(RELATIONS),
         )
         for number, (arch, dtype, k, ranks, seed) in enumerate(table)
     )

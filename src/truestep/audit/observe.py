@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 SCHEMA = 1
+ASKED = (
+    *("epochs", "accumulation", "rows_per_microbatch", "steps"),
+    *("max_grad_norm", "decay", "momentum", "resume_after"),
+)
 
 
 class ObservationError(ValueError):
@@ -39,7 +44,7 @@ class MicroBatch:
     def num_trained(self) -> int:
         return sum(self.row_counts)
 
-    @property
+    @cached_property
     def gradient(self) -> np.ndarray:
         return np.sum([np.zeros(self.size), *self.row_gradients], axis=0)
 
@@ -56,6 +61,20 @@ class Step:
     extras: dict[str, np.ndarray]  # what a wrong mask or a wrong shift would have added
     logged_loss: float | None = None
     reported_norm: float | None = None
+    max_grad_norm: float = 0.0  # asked for
+    carried: np.ndarray | float = 0.0  # P: what momentum was asked to add to the gradient
+
+    @property
+    def clip_scale(self) -> float:
+        """What the clip that was asked for makes of the right gradient."""
+        if not self.max_grad_norm:
+            return 1.0
+        return min(1.0, self.max_grad_norm / float(np.linalg.norm(self.expected)))
+
+    @cached_property
+    def direction(self) -> np.ndarray:
+        """(before − after) / lr: what the step went against."""
+        return (self.before - self.after) / self.learning_rate
 
     @property
     def num_trained(self) -> int:
@@ -67,7 +86,7 @@ class Step:
         ranks = sorted({m.rank for m in self.microbatches})
         return [[m.num_trained for m in self.microbatches if m.rank == r] for r in ranks]
 
-    @property
+    @cached_property
     def expected(self) -> np.ndarray:
         """The gradient of the mean over all trained tokens of the step."""
         total = np.sum([m.gradient for m in self.microbatches], axis=0)
@@ -88,6 +107,14 @@ class Asked:
     accumulation: int
     rows_per_microbatch: int
     steps: int
+    max_grad_norm: float = 0.0
+    decay: bool = False
+    momentum: float = 0.0
+    resume_after: int = 0
+
+    def rate(self, step: float) -> float:
+        """The share of the learning rate that step (from 0) was to have."""
+        return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +129,22 @@ class Observation:
     asked: Asked
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
     notes: tuple[str, ...] = ()
+    not_run: str = ""  # why this case alone could not be run
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observation:
     """Read all ranks' files. Raises ObservationError where a rank is missing or ranks disagree on the steps."""
+    asked = Asked(
+        num_rows=len(case["rows"]),
+        untrained_rows=tuple(i for i, row in enumerate(case["rows"]) if not any(row["trained"][1:])),
+        **{key: case[key] for key in ASKED},
+    )
+    if (refused := folder / "not-run.txt").exists():
+        why = refused.read_text(encoding="utf-8")
+        return Observation(
+            versions={}, steps=(), ranks_differ=0.0, forwards_without_step=0, unmatched=0, asked=asked, not_run=why
+        )
     paths = sorted(folder.glob("rank-*.json"), key=lambda p: int(p.stem.split("-")[1]))
     if not paths:
         raise ObservationError("the subject left no observation")
@@ -116,18 +154,24 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
     num_steps = {len(r["steps"]) for r in ranks}
     if len(num_steps) > 1:
         raise ObservationError(f"ranks saw different numbers of optimizer steps: {sorted(num_steps)}")
-    steps, worst = [], 0.0
+    steps: list[Step] = []
+    worst = 0.0
     for index in range(num_steps.pop()):
         parts = [r["steps"][index] for r in ranks]
         afters = [_read(folder, p["after"]) for p in parts]
         worst = max([worst, *(float(np.abs(a - afters[0]).max()) for a in afters)])
         logged = ranks[0]["logged"]
         rates = logged["learning_rate"]
+        rate = learning_rate * asked.rate(min(index, asked.steps - 1))
+        if not asked.decay and index < len(rates) and rates[index]:
+            rate = rates[index]
         steps.append(
             Step(
                 before=_read(folder, parts[0]["before"]),
                 after=afters[0],
-                learning_rate=rates[index] if index < len(rates) and rates[index] else learning_rate,
+                learning_rate=rate,
+                max_grad_norm=asked.max_grad_norm,
+                carried=asked.momentum * steps[-1].direction if steps and asked.momentum else 0.0,
                 microbatches=tuple(m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)),
                 control=np.sum([_read(folder, p["control"]) for p in parts], axis=0),
                 extras={k: np.sum([_read(folder, p["extras"][k]) for p in parts], axis=0) for k in parts[0]["extras"]},
@@ -141,11 +185,7 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
         ranks_differ=worst,
         forwards_without_step=max(r["forwards_without_step"] for r in ranks),
         unmatched=sum(r["unmatched_lines"] for r in ranks),
-        asked=Asked(
-            num_rows=len(case["rows"]),
-            untrained_rows=tuple(i for i, row in enumerate(case["rows"]) if not any(row["trained"][1:])),
-            **{key: case[key] for key in ("epochs", "accumulation", "rows_per_microbatch", "steps")},
-        ),
+        asked=asked,
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
         notes=tuple(dict.fromkeys(n for r in ranks for n in r["notes"])),
         seconds=ranks[0]["seconds"],

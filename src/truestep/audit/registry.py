@@ -8,17 +8,25 @@ from typing import Any
 
 CASES = ("ragged", "unsplit", "masked", "window")
 ENGINE = ("ragged", "unsplit", "masked")  # an engine is fed by a loop: the end of an epoch is not its own
+CLIP, CLIP_RATE = ("clipped",), ("clipped", "scheduled")
+RELATED = ("clipped", "scheduled", "resumed")
+NOT_SAVED = (("resumed", "its checkpoints are made by its command, which needs a GPU"),)
+EPOCHS_SAVED = (("resumed", "its checkpoints hold whole epochs and weight files of its own"),)
+OWN_LOOP = "only the loss is the framework's: clip, schedule and checkpoint are not"
+FUNCTION = tuple((name, OWN_LOOP) for name in RELATED)
+ADDRESSED = (("scheduled", "its step is told its learning rate"), ("resumed", "held by its own tests of the run"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
     """One way to use a framework. ``documented``: the option, away from its default, that changes the step on purpose;
-    ``only``: the cases that make sense here (all by default)."""
+    ``only``: the cases that make sense here; ``without``: relations that cannot be seen here, and why."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     world_size: int = 1
     documented: str = ""
     only: tuple[str, ...] = CASES
+    without: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What a finding says of it."""
@@ -37,8 +45,9 @@ class Subject:
 
 
 def _both(**options: Any) -> tuple[Configuration, Configuration]:
-    """The same on one and on two processes."""
-    return Configuration(options=options), Configuration(options=options, world_size=2)
+    """The same on one and on two processes, relations included."""
+    one = Configuration(options=options, only=CASES + RELATED)
+    return one, replace(one, world_size=2)
 
 
 def _zero(stage: int, *, offload: bool, **options: Any) -> dict[str, Any]:
@@ -47,26 +56,41 @@ def _zero(stage: int, *, offload: bool, **options: Any) -> dict[str, Any]:
 
 ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 LLAMA = {"arch": "llama"}
-TORCH = Subject(name="torch loop", script="torch_loop", needs=("torch",), configurations=[Configuration()])
+TORCH = Subject(
+    name="torch loop", script="torch_loop", needs=("torch",), configurations=[Configuration(only=CASES + RELATED)]
+)
 TABLE: tuple[Subject, ...] = (
     TORCH,
-    Subject(name="torch DDP", script="ddp", needs=("torch",), configurations=[Configuration(world_size=2)]),
-    Subject(name="torch FSDP2", script="fsdp2", needs=("torch",), configurations=[Configuration(world_size=2)]),
+    Subject(
+        name="torch DDP",
+        script="ddp",
+        needs=("torch",),
+        configurations=[Configuration(world_size=2, only=CASES + RELATED)],
+    ),
+    Subject(
+        name="torch FSDP2",
+        script="fsdp2",
+        needs=("torch",),
+        configurations=[Configuration(world_size=2, only=CASES + RELATED)],
+    ),
     Subject(
         name="truestep",
         script="truestep_step",
         needs=("truestep", "transformers", "torch"),
         configurations=[
-            Configuration(options=LLAMA, only=ENGINE),
-            Configuration(options=LLAMA, world_size=2, only=ENGINE),
-            Configuration(options={**LLAMA, "parallel": "fsdp2"}, world_size=2, only=ENGINE),
+            Configuration(options=LLAMA, only=ENGINE + CLIP, without=ADDRESSED),
+            Configuration(options=LLAMA, world_size=2, only=ENGINE + CLIP, without=ADDRESSED),
+            Configuration(options={**LLAMA, "parallel": "fsdp2"}, world_size=2, only=ENGINE + CLIP, without=ADDRESSED),
         ],
     ),
     Subject(
         name="accelerate",
         script="accelerate_loop",
         needs=("accelerate", "torch"),
-        configurations=[Configuration(only=ENGINE), Configuration(world_size=2, only=ENGINE)],
+        configurations=[
+            Configuration(only=ENGINE + RELATED),
+            Configuration(world_size=2, only=ENGINE + RELATED),
+        ],
     ),
     Subject(
         name="transformers Trainer",
@@ -105,12 +129,12 @@ TABLE: tuple[Subject, ...] = (
         script="deepspeed_engine",
         needs=("deepspeed", "torch"),
         configurations=[
-            Configuration(options={"stage": 2, "offload": True}, only=ENGINE),
-            Configuration(options={"stage": 2, "offload": True}, world_size=2, only=ENGINE),
-            Configuration(options={"stage": 2, "offload": True, "manual": True}, only=ENGINE),
-            Configuration(options={"stage": 2, "offload": False}, only=ENGINE),
-            Configuration(options={"stage": 1, "offload": True}, only=ENGINE),
-            Configuration(options={"stage": 3, "offload": True}, only=ENGINE),
+            Configuration(options={"stage": 2, "offload": True}, only=ENGINE + RELATED),
+            Configuration(options={"stage": 2, "offload": True}, world_size=2, only=ENGINE + RELATED),
+            Configuration(options={"stage": 2, "offload": True, "manual": True}, only=ENGINE + RELATED),
+            Configuration(options={"stage": 2, "offload": False}, only=ENGINE + RELATED),
+            Configuration(options={"stage": 1, "offload": True}, only=ENGINE + RELATED),
+            Configuration(options={"stage": 3, "offload": True}, only=ENGINE + RELATED),
         ],
     ),
     Subject(
@@ -119,16 +143,27 @@ TABLE: tuple[Subject, ...] = (
         needs=("openrlhf", "transformers", "torch"),
         brings=("deepspeed",),
         configurations=[
-            Configuration(options={"offload": False, **LLAMA}, only=ENGINE),
-            Configuration(options={"offload": False, **LLAMA}, world_size=2, only=ENGINE),
-            Configuration(options={"offload": True, **LLAMA}, only=ENGINE),
+            Configuration(options={"offload": False, **LLAMA}, only=ENGINE + CLIP_RATE, without=NOT_SAVED),
+            Configuration(
+                options={"offload": False, **LLAMA}, world_size=2, only=ENGINE + CLIP_RATE, without=NOT_SAVED
+            ),
+            Configuration(options={"offload": True, **LLAMA}, only=ENGINE + CLIP_RATE, without=NOT_SAVED),
         ],
+    ),
+    Subject(
+        name="torchtune SFT recipe",
+        script="torchtune_sft",
+        needs=("torchtune", "torch"),
+        configurations=[Configuration(only=CASES + CLIP_RATE, without=EPOCHS_SAVED)],
     ),
     Subject(
         name="verl agg_loss (function level)",
         script="verl_agg_loss",
         needs=("verl", "torch"),
-        configurations=[Configuration(only=ENGINE), Configuration(world_size=2, only=ENGINE)],
+        configurations=[
+            Configuration(only=ENGINE, without=FUNCTION),
+            Configuration(world_size=2, only=ENGINE, without=FUNCTION),
+        ],
     ),
     Subject(
         name="transformers Trainer + DeepSpeed",

@@ -43,7 +43,10 @@ def audit_one(
     )
     shown = configuration.to_json()
     try:
-        finding = judge(subject.name, shown, run_job(job), documented=configuration.documented)
+        runs = run_job(job)
+        finding = judge(
+            subject.name, shown, runs, documented=configuration.documented, without=dict(configuration.without)
+        )
     except SubjectFailed as error:
         finding = Finding(subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reason=str(error))
     except ObservationError as error:

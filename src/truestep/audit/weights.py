@@ -18,6 +18,7 @@ from truestep.audit.observe import Step
 from truestep.reference.faults import recover_weights
 
 EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
+CLIP_EPSILON = 1e-6  # torch's and DeepSpeed's
 FLOOR = 1e-6  # relative; below this a float32 path's own order of summation is the noise
 
 
@@ -36,8 +37,8 @@ class Recovered:
 
 
 def observed_gradient(step: Step) -> np.ndarray:
-    """(before − after) / lr. Units: of the loss per parameter."""
-    return (step.before - step.after) / step.learning_rate
+    """(before − after) / lr without what momentum and clipping were asked to do. Units: of the loss per parameter."""
+    return np.asarray((step.direction - step.carried) / step.clip_scale)
 
 
 def noise_of(step: Step, dtype: str) -> float:
@@ -48,8 +49,19 @@ def noise_of(step: Step, dtype: str) -> float:
     if size == 0:
         return math.inf
     measured = float(np.linalg.norm(step.control - exact)) / size
-    read_back = EPS[dtype] * float(np.linalg.norm(step.after)) / (step.learning_rate * size / step.num_trained)
-    return max(FLOOR, measured, read_back)
+    used = size / step.num_trained * step.clip_scale
+    read_back = EPS[dtype] * float(np.linalg.norm(step.after)) / (step.learning_rate * used)
+    # Clipping divides by the norm plus this; momentum was read back from the step before.
+    clipping = CLIP_EPSILON * step.num_trained / size if step.max_grad_norm else 0.0
+    return max(FLOOR, measured, clipping, read_back * (2 if np.any(step.carried) else 1))
+
+
+def condition_of(step: Step) -> float:
+    """That of the micro-batches' gradients at unit length, without solving for anything."""
+    used = [m.gradient for m in step.microbatches if m.num_trained]
+    unit = np.stack([g / max(1e-300, float(np.linalg.norm(g))) for g in used])
+    smallest, largest = np.linalg.eigvalsh(unit @ unit.T)[[0, -1]]
+    return math.sqrt(largest / smallest) if smallest > 1e-14 * largest else math.inf
 
 
 def recover(step: Step, dtype: str = "float32") -> Recovered:

@@ -1,11 +1,14 @@
 """accelerate's documented loop: ``accumulate``, ``backward``, and the summed loss divided by the window's tokens.
 
-Accelerate divides by the accumulation steps itself and DDP averages over ranks; its guide multiplies both back.
+Accelerate divides by the accumulation steps itself and DDP averages over ranks; its guide multiplies both back. Its
+scheduler ticks once a process in every step, which its guide says, and is made for so many ticks.
 Options: arch, optimizer; ``naive`` leaves the model's mean per micro-batch to accelerate (what the first example of the
 documentation does: a mean of means).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import kit
 import torch
@@ -13,14 +16,18 @@ from accelerate import Accelerator
 from hf_trainer import fresh_state
 
 
-def run(spec: kit.Spec) -> None:
+def prepared(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any, Any, Any]:
+    """Accelerator, model, optimizer and scheduler."""
     fresh_state()
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
     accelerator = Accelerator(gradient_accumulation_steps=spec.accumulation, cpu=True)
-    wrapped, optimizer = accelerator.prepare(model, spec.optimizer(model.parameters()))
+    optimizer = spec.optimizer(model.parameters())
+    return accelerator, *accelerator.prepare(model, optimizer, spec.scheduler(optimizer, ticks=spec.world_size))
+
+
+def train(spec: kit.Spec, parts: tuple[Any, Any, Any, Any], windows: list[list[list[int]]]) -> None:
+    accelerator, wrapped, optimizer, scheduler = parts
     wrapped.train()
-    for window in spec.windows():
+    for window in windows:
         counts = [float(sum(sum(spec.rows[row]["trained"][1:]) for row in batch)) for batch in window]
         total = accelerator.reduce(torch.tensor(sum(counts)), "sum").item()
         for index, batch in enumerate(window):
@@ -30,8 +37,28 @@ def run(spec: kit.Spec) -> None:
                     accelerator.backward(loss / max(1.0, counts[index]))
                 else:
                     accelerator.backward(loss * spec.world_size * spec.accumulation / total)
+                if accelerator.sync_gradients and spec.max_grad_norm:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), spec.max_grad_norm)
                 optimizer.step()
+                scheduler.step()
                 optimizer.zero_grad()
+
+
+def run(spec: kit.Spec) -> None:
+    model = kit.tiny_model(spec)
+    recorder = kit.Recorder(spec, model)
+    first, *later = spec.parts()
+    parts = prepared(spec, model)
+    train(spec, parts, first)
+    for windows in later:
+        place = str(spec.folder / "state")
+        parts[0].save_state(place)
+        parts[0].wait_for_everyone()
+        model = kit.tiny_model(spec)
+        recorder.resume(model)
+        parts = prepared(spec, model)
+        parts[0].load_state(place)
+        train(spec, parts, windows)
     recorder.finish(**kit.versions("accelerate"))
 
 

@@ -7,9 +7,11 @@ Options: arch, optimizer; ``local_mean`` divides by this rank's tokens instead (
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import kit
 import torch
+import torch_loop
 
 
 def window_tokens(spec: kit.Spec, window: list[list[int]]) -> float:
@@ -23,20 +25,20 @@ def window_tokens(spec: kit.Spec, window: list[list[int]]) -> float:
 
 def run(spec: kit.Spec) -> None:
     kit.join_ranks(spec)
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = spec.optimizer(wrapped.parameters())
-    wrapped.train()
-    for window in spec.windows():
+
+    def build(watch: torch_loop.Watch) -> Any:
+        model = kit.tiny_model(spec)
+        watch(model)
+        return torch.nn.parallel.DistributedDataParallel(model)
+
+    def backward(wrapped: Any, window: list[list[int]]) -> None:
         total = window_tokens(spec, window)
         for index, batch in enumerate(window):
             last = index == len(window) - 1
             with contextlib.nullcontext() if last else wrapped.no_sync():
                 (kit.summed_loss(spec, wrapped, batch) * spec.world_size / total).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    recorder.finish()
+
+    torch_loop.train(spec, build, backward).finish()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def configuration(spec: kit.Spec) -> dict[str, Any]:
         # With the boundary set by hand the engine is told of no accumulation.
         "gradient_accumulation_steps": 1 if options.get("manual", False) else spec.accumulation,
         "zero_optimization": zero,
-        "gradient_clipping": options.get("max_grad_norm", 0.0),
+        "gradient_clipping": spec.max_grad_norm,
         "bf16": {"enabled": spec.dtype is torch.bfloat16},
         # torch's own optimizer: DeepSpeed's CPU Adam needs a compiler.
         "zero_allow_untested_optimizer": True,
@@ -52,17 +52,39 @@ def whole(parameter: Any, ranks: int) -> Tensor:
 
 
 def run(spec: kit.Spec) -> None:
-    stage, manual = spec.options.get("stage", 2), spec.options.get("manual", False)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     model = kit.tiny_model(spec).to(spec.dtype)
-    own = kit.parameters_of(model)
+    recorder = kit.Recorder(spec, model, snapshot(spec, kit.parameters_of(model)))
+    engine = engine_of(spec, model)
+    first, *later = spec.parts()
+    train(spec, engine, recorder, first)
+    for windows in later:
+        engine.save_checkpoint(str(spec.folder / "state"))
+        engine.destroy()
+        model = kit.tiny_model(spec).to(spec.dtype)
+        recorder.resume(model, snapshot(spec, kit.parameters_of(model)))
+        engine = engine_of(spec, model)
+        engine.load_checkpoint(str(spec.folder / "state"))
+        train(spec, engine, recorder, windows)
+    recorder.finish(deepspeed=deepspeed.__version__)
+    engine.destroy()
 
-    # Stage 3 leaves every rank a shard; gathering through DeepSpeed would disturb what it tracks during a forward pass.
-    snapshot = (lambda: kit.flat([whole(p, spec.world_size) for p in own])) if stage == 3 else None
-    recorder = kit.Recorder(spec, model, snapshot)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=spec.optimizer(own), config=configuration(spec))
+
+def snapshot(spec: kit.Spec, own: list[Tensor]) -> Any:
+    """Stage 3 leaves every rank a shard; gathering through DeepSpeed would disturb what it tracks in a forward pass."""
+    return (lambda: kit.flat([whole(p, spec.world_size) for p in own])) if spec.options.get("stage", 2) == 3 else None
+
+
+def engine_of(spec: kit.Spec, model: torch.nn.Module) -> Any:
+    optimizer = spec.optimizer(kit.parameters_of(model))
+    scheduler = {"lr_scheduler": spec.scheduler(optimizer)} if spec.decays else {}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(spec), **scheduler)[0]
+
+
+def train(spec: kit.Spec, engine: Any, recorder: kit.Recorder, windows: list[list[list[int]]]) -> None:
+    manual = spec.options.get("manual", False)
     engine.train()
-    for window in spec.windows():
+    for window in windows:
         mine = sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)
         total = torch.tensor(float(mine))
         torch.distributed.all_reduce(total)
@@ -84,8 +106,6 @@ def run(spec: kit.Spec) -> None:
         norm = engine.get_global_grad_norm()
         if norm is not None:
             recorder.logged["grad_norm"].append(float(norm))
-    recorder.finish(deepspeed=deepspeed.__version__)
-    engine.destroy()
 
 
 if __name__ == "__main__":

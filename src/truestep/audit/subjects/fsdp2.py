@@ -5,32 +5,36 @@ Options: arch, optimizer; ``local_mean`` as in ddp.
 
 from __future__ import annotations
 
+from typing import Any
+
 import ddp
 import kit
 import torch
+import torch_loop
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 
 def run(spec: kit.Spec) -> None:
     kit.join_ranks(spec)
-    model = kit.tiny_model(spec)
     mesh = init_device_mesh("cpu", (spec.world_size,))
-    recorder = kit.Recorder(spec, model, lambda: kit.flat([whole(p) for _, p in sorted(model.named_parameters())]))
-    for child in model.modules():
-        if isinstance(child, torch.nn.Linear):
-            fully_shard(child, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = spec.optimizer(model.parameters())
-    model.train()
-    for window in spec.windows():
+
+    def build(watch: torch_loop.Watch) -> Any:
+        model = kit.tiny_model(spec)
+        watch(model, lambda: kit.flat([whole(p) for _, p in sorted(model.named_parameters())]))
+        for child in model.modules():
+            if isinstance(child, torch.nn.Linear):
+                fully_shard(child, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    def backward(model: Any, window: list[list[int]]) -> None:
         total = ddp.window_tokens(spec, window)
         for index, batch in enumerate(window):
             model.set_requires_gradient_sync(index == len(window) - 1)
             (kit.summed_loss(spec, model, batch) * spec.world_size / total).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    recorder.finish()
+
+    torch_loop.train(spec, build, backward).finish()
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ Options: arch, optimizer, rows given as they are; ``average_tokens_across_device
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import kit
@@ -49,10 +50,11 @@ def arguments(spec: kit.Spec, known: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": spec.accumulation,
         "num_train_epochs": spec.epochs,
         "learning_rate": spec.lr,
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "linear" if spec.decays else "constant",
+        "warmup_steps": 0,
         "optim": "sgd" if spec.options.get("optimizer", "sgd") == "sgd" else "adamw_torch",
         "weight_decay": spec.options.get("weight_decay", 0.0),
-        "max_grad_norm": spec.options.get("max_grad_norm", 0.0),
+        "max_grad_norm": spec.max_grad_norm,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -87,7 +89,7 @@ def deepspeed_configuration(spec: kit.Spec) -> dict[str, Any] | None:
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
-        "gradient_clipping": spec.options.get("max_grad_norm", 0.0),
+        "gradient_clipping": spec.max_grad_norm,
         "steps_per_print": 10**9,
     }
 
@@ -114,16 +116,60 @@ def fresh_state() -> None:
     GradientState._reset_state()
 
 
-def run(spec: kit.Spec) -> None:
+def stop_at(step: int) -> transformers.TrainerCallback:
+    """Saves and ends the training after a step: what a job's time limit does."""
+
+    def on_step_end(args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == step:
+            control.should_save = control.should_training_stop = True
+
+    callback = transformers.TrainerCallback()
+    callback.on_step_end = on_step_end
+    return callback
+
+
+def optimizers(spec: kit.Spec, model: torch.nn.Module) -> dict[str, Any]:
+    """SGD with momentum, which no argument of the Trainer gives; its scheduler stays the Trainer's own."""
+    return {"optimizers": (spec.optimizer(model.parameters()), None)} if spec.case["resume_after"] else {}
+
+
+def train(spec: kit.Spec, build: Callable[[torch.nn.Module], Any]) -> kit.Recorder:
+    """One ``train()`` of the trainer that ``build`` makes around a model, or two: up to a checkpoint and from it."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
         without_shared_memory_build()
     model = kit.tiny_model(spec)
     recorder = kit.Recorder(spec, model)
-    settings = transformers.TrainingArguments(**arguments(spec, transformers.TrainingArguments))
-    trainer = transformers.Trainer(model=model, args=settings, train_dataset=Rows(spec), data_collator=collate)
-    trainer.train()
+    trainer, at = build(model), spec.case["resume_after"]
+    if at:
+        trainer.add_callback(stop_at(at))
+        trainer.train()
+        if spec.world_size > 1:
+            torch.distributed.barrier()
+        fresh_state()
+        model = kit.tiny_model(spec)
+        recorder.resume(model)
+        trainer = build(model)
+        trainer.train(resume_from_checkpoint=str(spec.folder / "out" / f"checkpoint-{at}"))
+    else:
+        trainer.train()
     read_log(recorder, trainer.state.log_history)
+    return recorder
+
+
+def run(spec: kit.Spec) -> None:
+    settings = arguments(spec, transformers.TrainingArguments)
+
+    def build(model: torch.nn.Module) -> Any:
+        return transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(**settings),
+            train_dataset=Rows(spec),
+            data_collator=collate,
+            **optimizers(spec, model),
+        )
+
+    recorder = train(spec, build)
     recorder.finish(transformers=transformers.__version__, **kit.versions("accelerate", "deepspeed"))
 
 

@@ -22,14 +22,19 @@ import math
 import os
 import sys
 import time
+from _pickle import UnpicklingError  # only the name of what a framework's own loading may raise
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import tiny_model
 from torch import Tensor, nn
 
+__all__ = ["Recorder", "Spec", "tiny_model"]
 SCHEMA = 1
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, AssertionError,
+            NotImplementedError, UnpicklingError, SystemExit)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -49,6 +54,30 @@ class Spec:
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.dtype = DTYPES[self.options.get("dtype", "float32")]
 
+    @property
+    def max_grad_norm(self) -> float:
+        """The clip that is asked for; 0 is none."""
+        return float(self.case.get("max_grad_norm") or self.options.get("max_grad_norm") or 0.0)
+
+    @property
+    def decays(self) -> bool:
+        return bool(self.case.get("decay"))
+
+    @property
+    def is_relation(self) -> bool:
+        """Whether the case asks for more than a step."""
+        return self.decays or bool(self.case.get("max_grad_norm"))
+
+    def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
+        """A line to zero over the case's steps, or none; ``ticks``: of a framework's own for each step."""
+        last = self.steps * ticks
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: max(0.0, 1 - i / last) if self.decays else 1.0)
+
+    def parts(self) -> list[list[list[list[int]]]]:
+        """The windows before a resume and those after it; all in one where there is none."""
+        windows, at = self.windows(), self.case.get("resume_after", 0)
+        return [windows[:at], windows[at:]] if at else [windows]
+
     def labels(self, row: int) -> list[int]:
         """The row's tokens, −100 where they are not trained."""
         return [t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)]
@@ -66,7 +95,7 @@ class Spec:
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         if self.options.get("optimizer", "sgd") == "sgd":
-            return torch.optim.SGD(parameters, lr=self.lr)
+            return torch.optim.SGD(parameters, lr=self.lr, momentum=self.case.get("momentum", 0.0))
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
 
 
@@ -78,7 +107,15 @@ def main(run: Callable[[Spec], None]) -> None:
     for case in raw["cases"]:
         place = folder / case["name"]
         place.mkdir(exist_ok=True)
-        run(Spec(place, case, raw))
+        spec = Spec(place, case, raw)
+        try:
+            run(spec)
+        except FAILURES as error:
+            if not spec.is_relation:
+                raise
+            # What a framework cannot do beside its step is no reason not to judge the step.
+            words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            (place / "not-run.txt").write_text(words, encoding="utf-8")
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -96,69 +133,7 @@ def join_ranks(spec: Spec) -> None:
         torch.distributed.init_process_group("gloo", rank=spec.rank, world_size=spec.world_size)
 
 
-# ------------------------------------------------------------------------------------------------------------- models
-
-
-class PlainModel(nn.Module):
-    """A token-to-token model without attention: what a subject that is no transformer library steps on."""
-
-    def __init__(self, vocabulary: int, width: int = 32) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.inner = nn.Linear(width, width)
-        self.head = nn.Linear(width, vocabulary)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.inner(self.embed(input_ids))))
-
-
-def tiny_model(spec: Spec) -> nn.Module:
-    """The case's model: ``plain`` needs torch alone, all others the transformers library that is installed."""
-    arch = spec.options.get("arch", "plain")
-    torch.manual_seed(0)
-    if arch == "plain":
-        return PlainModel(spec.vocabulary)
-    import transformers
-
-    llama = {
-        "vocab_size": spec.vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    tokens = {k: llama[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
-    gpt2 = {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 256,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }
-    neox = {k: llama[k] for k in llama if k != "num_key_value_heads"}
-    names: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "llama": ("LlamaConfig", "LlamaForCausalLM", llama),
-        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", llama),
-        "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**llama, "head_dim": 8}),
-        "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**tokens, **gpt2}),
-        "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", neox),
-        "opt": ("OPTConfig", "OPTForCausalLM", {**tokens, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "max_position_embeddings": 256, "word_embed_proj_dim": 32, "dropout": 0.0}),
-    }  # fmt: skip
-    if arch not in names:
-        raise SystemExit(f"arch = {arch!r}: write plain, {', '.join(names)}")
-    config_name, model_name, options = names[arch]
-    config = getattr(transformers, config_name)(**options)
-    config._attn_implementation = spec.options.get("attention", "eager")
-    model: nn.Module = getattr(transformers, model_name)(config)
-    return model
+# ------------------------------------------------------------------------------------------------------------- losses
 
 
 def logits_of(out: Any) -> Tensor:
@@ -226,6 +201,15 @@ class Recorder:
         self.notes: list[str] = []
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
+    def resume(self, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
+        """Watch a model that was made anew and loaded from what the one before has saved; call it before training."""
+        self._close_step()
+        self._hook.remove()
+        own = parameters_of(model)
+        self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
+        self.before = None
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
         """Watch another module instead, and know a row by another part of it: for a trainer that runs the model in
         its own way, or leaves out tokens that predict nothing. ``ignored``: a line that keeps idle ranks in step."""
@@ -261,7 +245,7 @@ class Recorder:
     def finish(self, **versions: str) -> None:
         """Write what this rank has seen; the reference gradients are computed here."""
         self._close_step()
-        trained = time.perf_counter()
+        trained, started = time.perf_counter(), time.process_time()
         folder, rank = self.spec.folder, self.spec.rank
         steps = [self._write_step(index, *step) for index, step in enumerate(self.steps)]
         observed = {
@@ -275,7 +259,7 @@ class Recorder:
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
             "notes": self.notes,
             "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
-            "seconds": {"run": trained - self.began, "reference": time.perf_counter() - trained},
+            "seconds": {"run": trained - self.began, "reference": time.process_time() - started},
         }
         path = folder / f"rank-{rank}.json"
         path.with_suffix(".tmp").write_text(json.dumps(observed), encoding="utf-8")
@@ -294,12 +278,7 @@ class Recorder:
             loss, gradient = self._gradient(self.copy, [row])
             losses.append(loss)
             gradients.append(gradient)
-        # The same rows in the subject's own precision: how far a right path is from float64.
-        wide = torch.promote_types(self.spec.dtype, torch.float32)
-        rough = copy.deepcopy(self.copy).to(self.spec.dtype)
-        control = torch.zeros_like(before)
-        for batch in micro:
-            control += self._gradient(rough, batch)[1].to(wide).double()
+        control = self._control(micro, dict(zip(rows, gradients, strict=True)))
         extras = {} if self._explained(before - after, gradients) else self._extras(micro)
         name = f"rank-{self.spec.rank}-step-{index}"
         return {
@@ -313,12 +292,26 @@ class Recorder:
             "extras": {key: self._write(f"{name}.{key}", value) for key, value in extras.items()},
         }
 
+    def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
+        """The gradient sum in the subject's own precision: how far a right path is from float64. Where a clip or a
+        schedule is asked for in float32, other cases have measured this: the exact sum."""
+        total = torch.zeros_like(flat(parameters_of(self.copy)))
+        if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
+            return sum((exact[row] for batch in micro for row in batch), total)
+        wide = torch.promote_types(self.spec.dtype, torch.float32)
+        rough = copy.deepcopy(self.copy).to(self.spec.dtype)
+        for batch in micro:
+            total += self._gradient(rough, batch)[1].to(wide).double()
+        return total
+
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
         """Whether weights of the rows alone explain this step: then nobody asks what else could be in it.
 
         AdamW's step is no sum of gradients, and a NaN is no step: always. A rank does not know the others' rows: never.
         """
         if self.spec.options.get("optimizer", "sgd") != "sgd" or not bool(torch.isfinite(change).all()):
+            return True
+        if self.spec.is_relation:  # its own deviations have names of their own
             return True
         if self.spec.world_size > 1 or not gradients:
             return False

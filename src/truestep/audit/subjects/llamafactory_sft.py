@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
+from typing import Any
 
 import hf_trainer
 import kit
@@ -24,23 +25,21 @@ def run(spec: kit.Spec) -> None:
     from llamafactory.hparams import FinetuningArguments, TrainingArguments
     from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
-    hf_trainer.fresh_state()
-    if spec.options.get("zero_stage") is not None:
-        hf_trainer.without_shared_memory_build()
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
-    settings = TrainingArguments(**hf_trainer.arguments(spec, TrainingArguments))
-    trainer = CustomSeq2SeqTrainer(
-        finetuning_args=FinetuningArguments(),
-        processor=None,
-        tokenizer=None,
-        model=model,
-        args=settings,
-        train_dataset=hf_trainer.Rows(spec),
-        data_collator=hf_trainer.collate,
-    )
-    trainer.train()
-    hf_trainer.read_log(recorder, trainer.state.log_history)
+    settings = hf_trainer.arguments(spec, TrainingArguments)
+
+    def build(model: Any) -> Any:
+        return CustomSeq2SeqTrainer(
+            finetuning_args=FinetuningArguments(),
+            processor=None,
+            tokenizer=None,
+            model=model,
+            args=TrainingArguments(**settings),
+            train_dataset=hf_trainer.Rows(spec),
+            data_collator=hf_trainer.collate,
+            **hf_trainer.optimizers(spec, model),
+        )
+
+    recorder = hf_trainer.train(spec, build)
     recorder.finish(**kit.versions("llamafactory", "transformers", "accelerate", "deepspeed"))
 
 

@@ -97,14 +97,16 @@ def engine_of(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
     zero: dict[str, Any] = {"stage": spec.options.get("stage", 2)}
     if spec.options.get("offload", False):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    plain = spec.optimizer(kit.parameters_of(model))
     engine, optimizer, *_ = deepspeed.initialize(
         model=model,
-        optimizer=spec.optimizer(kit.parameters_of(model)),
+        optimizer=plain,
+        lr_scheduler=spec.scheduler(plain),
         config={
             "train_micro_batch_size_per_gpu": spec.rows_per_microbatch,
             "gradient_accumulation_steps": spec.accumulation,
             "zero_optimization": zero,
-            "gradient_clipping": 0.0,
+            "gradient_clipping": spec.max_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": NEVER,

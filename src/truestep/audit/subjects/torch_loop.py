@@ -2,25 +2,69 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import kit
+from torch import nn
+
+Watch = Callable[..., None]  # (model, snapshot=None): as kit.Recorder wants them, before the model is wrapped
+Window = list[list[int]]
+
+
+def train(
+    spec: kit.Spec, build: Callable[[Watch], nn.Module], backward: Callable[[nn.Module, Window], float | None]
+) -> kit.Recorder:
+    """Every window through ``backward``, then a clip, a step and a tick of the schedule, with one resume or none."""
+    found: list[kit.Recorder] = []
+
+    def watch(model: nn.Module, snapshot: Any = None) -> None:
+        if found:
+            found[0].resume(model, snapshot)
+        else:
+            found.append(kit.Recorder(spec, model, snapshot))
+
+    checkpoint: dict[str, Any] = {}  # of this rank, in memory: how torch writes a file is not the question
+    parts = spec.parts()
+    for number, windows in enumerate(parts):
+        model = build(watch)
+        optimizer = spec.optimizer(model.parameters())
+        state = {"model": model, "optimizer": optimizer, "scheduler": spec.scheduler(optimizer)}
+        if number:
+            for name, saved in checkpoint.items():
+                state[name].load_state_dict(saved)
+        model.train()
+        for window in windows:
+            loss = backward(model, window)
+            if spec.max_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), spec.max_grad_norm)
+            optimizer.step()
+            state["scheduler"].step()
+            optimizer.zero_grad()
+            if loss is not None:
+                found[0].logged["loss"].append(loss)
+        if number + 1 < len(parts):
+            checkpoint = copy.deepcopy({name: one.state_dict() for name, one in state.items()})
+    return found[0]
 
 
 def run(spec: kit.Spec) -> None:
-    model = kit.tiny_model(spec).to(spec.dtype)
-    recorder = kit.Recorder(spec, model)
-    optimizer = spec.optimizer(model.parameters())
-    model.train()
-    for window in spec.windows():
+    def build(watch: Watch) -> nn.Module:
+        model = kit.tiny_model(spec).to(spec.dtype)
+        watch(model)
+        return model
+
+    def backward(model: nn.Module, window: Window) -> float:
         total = sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)
         logged = 0.0
         for batch in window:
             loss = kit.summed_loss(spec, model, batch) / total
             loss.backward()
             logged += float(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-        recorder.logged["loss"].append(logged)
-    recorder.finish()
+        return logged
+
+    train(spec, build, backward).finish()
 
 
 if __name__ == "__main__":

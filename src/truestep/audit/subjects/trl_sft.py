@@ -59,11 +59,6 @@ def dataset(spec: kit.Spec) -> Any:
 
 
 def run(spec: kit.Spec) -> None:
-    hf_trainer.fresh_state()
-    if spec.options.get("zero_stage") is not None:
-        hf_trainer.without_shared_memory_build()
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
     wanted = {
         "packing": bool(spec.options.get("packing")),
         "assistant_only_loss": bool(spec.options.get("assistant_only")),
@@ -74,10 +69,18 @@ def run(spec: kit.Spec) -> None:
     }
     accepted = inspect.signature(trl.SFTConfig.__init__).parameters
     own = {k: v for k, v in wanted.items() if k in accepted and v is not None}
-    settings = trl.SFTConfig(**hf_trainer.arguments(spec, trl.SFTConfig) | own | {"remove_unused_columns": True})
-    trainer = trl.SFTTrainer(model=model, args=settings, train_dataset=dataset(spec), processing_class=tokenizer(spec))
-    trainer.train()
-    hf_trainer.read_log(recorder, trainer.state.log_history)
+    settings = hf_trainer.arguments(spec, trl.SFTConfig) | own | {"remove_unused_columns": True}
+
+    def build(model: Any) -> Any:
+        return trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(**settings),
+            train_dataset=dataset(spec),
+            processing_class=tokenizer(spec),
+            **hf_trainer.optimizers(spec, model),
+        )
+
+    recorder = hf_trainer.train(spec, build)
     recorder.finish(
         trl=trl.__version__, transformers=transformers.__version__, **kit.versions("accelerate", "deepspeed")
     )

@@ -53,7 +53,7 @@ def run(spec: kit.Spec) -> None:
     if sharded:
         shard(policy, decoder_layers(model), spec.dtype)
         own = kit.parameters_of(model)
-    settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=0.0)
+    settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=spec.max_grad_norm)
     optimizer = MasterOptimizer(policy, settings)
     policy.train()
     # A row that trains nothing is no demonstration: it is refused when data are read, before batches are made.

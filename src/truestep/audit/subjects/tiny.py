@@ -1,0 +1,70 @@
+"""The tiny models that are stepped on. Runs inside the audited environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PlainModel(nn.Module):
+    """A token-to-token model without attention: what a subject that is no transformer library steps on."""
+
+    def __init__(self, vocabulary: int, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.inner = nn.Linear(width, width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.embed(input_ids))))
+
+
+def tiny_model(spec: Any) -> nn.Module:
+    """The case's model: ``plain`` needs torch alone, all others the transformers library that is installed."""
+    arch = spec.options.get("arch", "plain")
+    torch.manual_seed(0)
+    if arch == "plain":
+        return PlainModel(spec.vocabulary)
+    import transformers
+
+    llama = {
+        "vocab_size": spec.vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    tokens = {k: llama[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    gpt2 = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+    neox = {k: llama[k] for k in llama if k != "num_key_value_heads"}
+    names: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "llama": ("LlamaConfig", "LlamaForCausalLM", llama),
+        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", llama),
+        "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**llama, "head_dim": 8}),
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**tokens, **gpt2}),
+        "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", neox),
+        "opt": ("OPTConfig", "OPTForCausalLM", {**tokens, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "max_position_embeddings": 256, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    }  # fmt: skip
+    if arch not in names:
+        raise SystemExit(f"arch = {arch!r}: write plain, {', '.join(names)}")
+    config_name, model_name, options = names[arch]
+    config = getattr(transformers, config_name)(**options)
+    config._attn_implementation = spec.options.get("attention", "eager")
+    model: nn.Module = getattr(transformers, model_name)(config)
+    return model

@@ -1,0 +1,120 @@
+"""torchtune's single-device recipe for full fine-tuning: its own ``train``, loss step, loss and data loader.
+
+What its ``setup`` reads from files (weights, tokenizer, logger) is put in place instead, around torchtune's own Llama 3
+made tiny. Its checkpoints hold whole epochs and are written by a checkpointer of weight files: none is written here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import kit
+import torch
+import torchtune
+from omegaconf import DictConfig
+from torch import nn
+from torchtune.models.llama3 import llama3
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.training import DummyProfiler
+
+
+class Rows(torch.utils.data.Dataset):
+    """What the recipe's data loader is told to make."""
+
+    def __init__(self, tokenizer: Any, ids: Any, labels: Any) -> None:
+        self.pairs = [{"tokens": list(i), "labels": list(k)} for i, k in zip(ids, labels, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return dict(self.pairs[index])
+
+
+class ByIds(nn.Module):
+    """The decoder under the name that the recorder knows its input by; as the recipe calls it: ``ByTokens``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return self.inner(input_ids)
+
+
+class ByTokens(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        return self.inner(input_ids=tokens)
+
+
+def recipe_class() -> Any:
+    """The recipes lie beside the package, as files that are run and not imported."""
+    path = Path(torchtune.__file__).parent.parent / "recipes" / "full_finetune_single_device.py"
+    found = importlib.util.spec_from_file_location("full_finetune_single_device", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.FullFinetuneRecipeSingleDevice
+
+
+def run(spec: kit.Spec) -> None:
+    torch.manual_seed(0)
+    decoder = llama3(
+        vocab_size=spec.vocabulary, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=256,
+        intermediate_dim=64,
+    )  # fmt: skip
+    model = ByIds(decoder)
+    recorder = kit.Recorder(spec, model)
+    loss = CEWithChunkedOutputLoss()  # as in torchtune's own configurations
+    decoder.set_num_output_chunks(loss.num_output_chunks)
+    recipe = recipe_class()
+    made = recipe.__new__(recipe)
+    optimizer = spec.optimizer(decoder.parameters())
+    vars(made).update(
+        _device=torch.device("cpu"),
+        _compile=False,
+        _optimizer_in_bwd=False,
+        _gradient_accumulation_steps=spec.accumulation,
+        _clip_grad_norm=spec.max_grad_norm or None,
+        _log_every_n_steps=1,
+        _log_peak_memory_stats=False,
+        _model=ByTokens(model),
+        _tokenizer=SimpleNamespace(pad_id=0),
+        _optimizer=optimizer,
+        _loss_fn=loss,
+        _lr_scheduler=spec.scheduler(optimizer) if spec.decays else None,
+        _profiler=DummyProfiler(),
+        _metric_logger=SimpleNamespace(log_dict=lambda told, step: read_log(recorder, told)),
+        profiler_profile_memory=False,
+        activations_handling_ctx=contextlib.nullcontext(),
+        ignore_labels_cache=torch.full((spec.rows_per_microbatch, 1), loss.ignore_index),
+        epochs_run=0,
+        total_epochs=spec.epochs,
+        max_steps_per_epoch=None,
+        global_step=0,
+        save_checkpoint=lambda epoch: None,
+    )
+    ids, labels = [r["ids"] for r in spec.rows], [spec.labels(i) for i in range(len(spec.rows))]
+    dataset = DictConfig({"_component_": "torchtune_sft.Rows", "ids": ids, "labels": labels})
+    made._dataloader = made._setup_data(dataset, True, spec.rows_per_microbatch, "torchtune.data.padded_collate_sft")
+    made._steps_per_epoch = len(made._dataloader) // spec.accumulation
+    made.train()
+    recorder.finish(**kit.versions("torchtune", "torchao"))
+
+
+def read_log(recorder: kit.Recorder, told: dict[str, Any]) -> None:
+    recorder.logged["loss"].append(float(told["loss"]))
+    recorder.logged["grad_norm"].append(float(told.get("grad_norm", float("nan"))))
+
+
+if __name__ == "__main__":
+    kit.main(run)
