@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,10 @@ def difference(mutant: Mutant, case: str, seen: Observation) -> float:
     if grouped != windows_of(asked, mutant.world_size) or seen.forwards_without_step or seen.unmatched:
         return np.inf
     found = [seen.ranks_differ / float(np.abs(seen.steps[0].before).max())]
+    # Between two steps the parameters do not move: what they moved is compared with the step before.
+    found += [
+        float(np.linalg.norm(b.before - a.after) / np.linalg.norm(a.after - a.before)) for a, b in pairwise(seen.steps)
+    ]
     for step in seen.steps:
         if not np.isfinite(step.after).all():
             return np.inf
