@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +13,7 @@ from distributed_worker import Case, cases, run_case
 from safetensors.torch import load_file
 from step_cases import EXACT, FAMILIES, SINGLE, check, close, expected_gradient, make_model
 from torch import Tensor
+from two_processes import launch
 
 from truestep.train.parallel import Ranks
 
@@ -38,28 +35,7 @@ class Rank:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
     """One launch of two processes for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, worker.__file__, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [p.communicate(timeout=SECONDS)[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, output in zip(processes, outputs, strict=True):
-        assert p.returncode == 0, output[-4000:]
+    launch(worker.__file__, folder, SECONDS)
     found = []
     for rank in (0, 1):
         text = json.loads((folder / f"rank-{rank}.json").read_text())

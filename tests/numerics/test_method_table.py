@@ -4,10 +4,6 @@ ranks. A row that is added to the table is tested here without a line."""
 from __future__ import annotations
 
 import functools
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +17,7 @@ from safetensors.torch import load_file
 from step_cases import EXACT, MAX_LENGTH, close, flat, relative_error
 from table_cases import models, policies, row_gradient, sequences, shuffled
 from torch import Tensor
+from two_processes import launch
 
 from truestep.objective import coefficients
 from truestep.objective.coefficients import Context
@@ -69,27 +66,7 @@ def test_a_step_of_one_kind_alone_is_finite(name: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """One launch of two processes for all rows."""
     folder = tmp_path_factory.mktemp("table")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [p.communicate(timeout=SECONDS)[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, output in zip(processes, outputs, strict=True):
-        assert p.returncode == 0, output[-4000:]
+    launch(worker.__file__, folder, SECONDS)
     return [load_file(Path(folder) / f"rank-{rank}.safetensors") for rank in (0, 1)]
 
 
