@@ -46,7 +46,7 @@ class Sizes:
     sft_steps: int = 4
     sequences_per_step: int = 16
     tokens_per_microbatch: int = 1024
-    sft_tokens_per_microbatch: int = 384
+    sft_tokens_per_microbatch: int = 320
     rollout_prompts: int = 64
     rollout_tokens: int = 128
     rl_steps: int = 3
@@ -109,6 +109,11 @@ def sft_contestants(sizes: Sizes) -> list[Contestant]:
     trl = {"script": "trl_sft.py", "environment": "trl"}
     return [
         Contestant(name="truestep", script="ours.py", spec={**common, "recompute": "selective"}),
+        Contestant(
+            name="truestep, compiled layers",
+            script="ours.py",
+            spec={**common, "recompute": "selective", "compile": True, "warmup": 2},
+        ),
         Contestant(name=f"TRL, {batch}", spec=common, **trl),
         Contestant(name="TRL, packing", spec=packed, **trl),
         Contestant(name=f"transformers Trainer, {batch}", spec={**common, "trainer": "transformers"}, **trl),
@@ -144,6 +149,7 @@ def rl_contestants(sizes: Sizes) -> list[Contestant]:
     }
     return [
         Contestant(name="truestep", script="ours.py", spec=spec),
+        Contestant(name="truestep, compiled layers", script="ours.py", spec={**spec, "compile": True, "warmup": 2}),
         Contestant(name="TRL GRPOTrainer", script="trl_grpo.py", spec=spec, environment="trl"),
         Contestant(
             name="TRL GRPOTrainer, its default checkpointing",

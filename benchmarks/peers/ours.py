@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from measure import StepClock, generation_figures, report, specification, text_parity
 
-from truestep.device import compute_device, make_deterministic, matmul_rate, set_threads
+from truestep.device import compute_device, keep_free_memory, make_deterministic, matmul_rate, set_threads
 from truestep.model.load import load_model
 from truestep.objective.methods import build
 from truestep.objective.schedule import constant
@@ -219,6 +219,7 @@ def main() -> None:
     spec = specification()
     set_threads(spec["threads"])
     make_deterministic()  # as in a run
+    keep_free_memory()
     with tempfile.TemporaryDirectory() as folder:
         figures = {"sft": sft, "rl": rl, "rollout": rollout, "rate": rate}[spec["what"]](spec, Path(folder))
     report(figures, "truestep", "torch", "transformers")

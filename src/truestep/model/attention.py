@@ -77,6 +77,14 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask)
 
 
+def keep_from_compiler() -> None:
+    """Compiled layers call the packed attention as it is (idempotent): traced into, its layer number would be a
+    constant, so that every layer were compiled anew until the compiler gives up and runs the others uncompiled."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
+
+
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     """Boolean mask [queries, keys]: True where the query sees the key (causal, and within the window if any)."""
     distance = query_positions[:, None] - key_positions[None, :]

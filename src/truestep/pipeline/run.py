@@ -15,7 +15,7 @@ import torch
 from truestep import rundir
 from truestep.checkpoint.export import export_hf, model_card
 from truestep.checkpoint.store import list_checkpoints, load_latest
-from truestep.device import make_deterministic, set_threads
+from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.evaluate.compare import compare
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
@@ -101,6 +101,7 @@ def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -
     settings = prepared.settings
     set_threads(settings.compute.threads)
     make_deterministic()
+    keep_free_memory()
     if ranks.rank == 0:
         rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
     with Grader() as grader:

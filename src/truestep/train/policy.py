@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from truestep.model.attention import PackedLayout
+from truestep.model.attention import PackedLayout, keep_from_compiler
 from truestep.model.forward import (
     PACKING_TOLERANCE,
     decoder_layers,
@@ -77,10 +77,12 @@ class Policy(nn.Module):
         if reason:
             self.notes.append(f"logits are made whole, not in chunks: {reason}")
         self.saves_memory = bool(gradient_checkpointing)
-        if self.saves_memory:
-            context = {"context_fn": _keep_products} if gradient_checkpointing == "selective" else {}
-            self.model.gradient_checkpointing_enable({"use_reentrant": False, **context})
+        if gradient_checkpointing is True:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif gradient_checkpointing == "selective" and not compile:  # compiled layers keep what is dear by themselves
+            self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _keep_products})
         if compile:
+            keep_from_compiler()
             for layer in decoder_layers(self.model):
                 layer.compile(dynamic=True)
 

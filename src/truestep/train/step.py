@@ -65,11 +65,11 @@ def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[Tok
     if not any(totals.terms.values()):  # nothing to learn from on any rank: momentum alone must not move the weights
         return _report(plan, totals, sums, 0.0)
     optimizer.zero_grad()
+    if policy.saves_memory:
+        return_free_memory()
     try:
         for index, batch in enumerate(_levelled(batches, plan.ranks, policy)):
             plan.check_stop()
-            if policy.saves_memory:
-                return_free_memory()
             loss = microbatch_loss(policy, batch, plan, totals, sums)
             _require_finite({"loss": loss}, batch, plan, f"micro-batch {index}")
             (loss * (weights[index] if index < len(weights) else 0.0)).backward()
