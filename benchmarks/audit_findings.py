@@ -33,6 +33,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "openrlhf-0.10.2": ("openrlhf==0.10.2",),
     "openrlhf-0.11.2": ("openrlhf==0.11.2",),
     "openrlhf-0.11.2+deepspeed-0.18.9": ("openrlhf==0.11.2+deepspeed==0.18.9",),
+    "torchtune-0.6.1": ("torchtune==0.6.1",),
     "verl-0.6.0": ("verl==0.6.0",),
     "verl-0.9.1": ("verl==0.9.1",),
     "trl-1.16.0": ("trl==1.16.0",),

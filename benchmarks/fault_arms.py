@@ -1,6 +1,6 @@
 """An injected fault against the framework that really had it: step by step, each from the framework's own parameters.
 
-    python benchmarks/fault_arms.py [--out results/audit/injected.json] [--limit 5e-5]
+    python benchmarks/fault_arms.py [--out results/audit-injected/injected.json] [--limit 5e-5]
 
 The framework's real step runs in its audit environment (built on first use) under plain SGD in float32. Then truestep's
 step is put where the framework stood before each of its steps, given the same micro-batches, the fault by name, and the
@@ -167,7 +167,7 @@ def compare(pair: Pair) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Injected faults against the frameworks that had them.")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/audit/injected.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/audit-injected/injected.json")
     parser.add_argument("--limit", type=float, default=5e-5)
     parser.add_argument("--only", default="", help="pairs whose requirement or subject holds this text")
     options = parser.parse_args()

@@ -104,8 +104,10 @@ def test_other_tools_are_recognised(tmp_path: Path, name: str, content: str, sub
     [
         ("ds.json", "{", "not valid JSON"),
         ("ds.json", "[1]", "expected a table"),
-        ("ds.json", '{"zero_optimization": [2]}', "has another type"),
-        ("args.json", '{"zero_optimization": {"offload_optimizer": "cpu"}}', "has another type"),
+        ("ds.json", '{"zero_optimization": [2]}', "zero_optimization is a table"),
+        ("args.json", '{"zero_optimization": {"offload_optimizer": "cpu"}}', "offload_optimizer is a table"),
+        ("bf16.json", '{"zero_optimization": {"stage": 2}, "bf16": true}', "bf16 is a table"),
+        ("under.json", '{"gradient_accumulation_steps": 4, "deepspeed": 3}', "deepspeed is a table"),
         ("ds.json", '{"learning_rate": 1}', "no setting of a known trainer"),
         ("a.yaml", "a: [", "not valid YAML"),
         ("args.json", '{"per_device_train_batch_size": 1, "deepspeed": "gone.json"}', "gone.json: cannot be read"),

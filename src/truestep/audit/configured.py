@@ -34,6 +34,17 @@ class Configured:
     notes: list[str] = field(default_factory=list)
 
 
+class _NotATable(Exception):
+    """A text or a list where every such file has a table; says which setting."""
+
+
+def _table(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = found.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise _NotATable(key)
+    return value
+
+
 def read(path: Path) -> tuple[Subject, list[str]]:
     """The subject with the one configuration that the file describes, and the notes.
 
@@ -41,8 +52,8 @@ def read(path: Path) -> tuple[Subject, list[str]]:
     """
     try:
         configured = _recognise(_load(path), path)
-    except AttributeError:  # a text or a list where every such file has a table
-        raise SettingsError(f"--config {path}: a setting that is a table has another type: give {EXPECTED}") from None
+    except _NotATable as error:
+        raise SettingsError(f"--config {path}: {error} is a table of settings, here it has another type") from None
     _reduce(configured)
     subject = next(s for s in TABLE if s.name == configured.subject)
     loop = configured.subject in ("DeepSpeed", "accelerate", "OpenRLHF SFTTrainer")
@@ -94,8 +105,8 @@ def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
 
 
 def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str) -> Configured:
-    zero = found.get("zero_optimization") or {}
-    offload = zero.get("offload_optimizer") or {"device": "cpu" if truth(zero.get("cpu_offload")) else "none"}
+    zero = _table(found, "zero_optimization")
+    offload = _table(zero, "offload_optimizer") or {"device": "cpu" if truth(zero.get("cpu_offload")) else "none"}
     device = str(offload.get("device", "none")).lower()
     configured.options |= {stage_key: whole(zero.get("stage", 0)) or 0, "offload": device != "none"}
     if device == "nvme":
@@ -108,15 +119,15 @@ def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str)
         configured.options["accumulation"] = max(1, total // micro)
         configured.notes.append(f"{total // micro} micro-batches a step, assuming one process")
     _clipping(configured, found.get("gradient_clipping"))
-    if truth((found.get("bf16") or {}).get("enabled")):
+    if truth(_table(found, "bf16").get("enabled")):
         configured.options["dtype"] = "bfloat16"
-    if truth((found.get("fp16") or {}).get("enabled")):
+    if truth(_table(found, "fp16").get("enabled")):
         configured.notes.append("float16 needs a GPU: audited in float32")
     return configured
 
 
 def _accelerate(found: Mapping[str, Any], path: Path) -> Configured:
-    inner = dict(found.get("deepspeed_config") or {})
+    inner = _table(found, "deepspeed_config")
     under = str(found["distributed_type"]).lower() == "deepspeed"
     configured = Configured(subject="DeepSpeed" if under else "accelerate")
     if under and inner.get("deepspeed_config_file"):
@@ -159,7 +170,7 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
     name = "LLaMA-Factory" if factory else "TRL SFTTrainer" if trl else "transformers Trainer"
     configured = Configured(subject=f"{name} + DeepSpeed" if inner and not factory else name, options=dict(LLAMA))
     if inner:
-        _deepspeed(configured, inner, "zero_stage")
+        _deepspeed(configured, inner if isinstance(inner, Mapping) else _table(found, "deepspeed"), "zero_stage")
     for key in ("packing", "assistant_only_loss"):
         if truth(found.get(key)):
             configured.options[key.removesuffix("_loss")] = True
