@@ -36,29 +36,39 @@ class Pattern:
 def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
     """The simplest pattern that the weights obey within their errors; None where none does."""
     weights, errors = recovered.weights, np.maximum(5 * recovered.errors, TOLERANCE[dtype])
-    kept = np.abs(weights) > np.maximum(errors, 0.02 * np.abs(weights).max())
-    if not kept.any():
+    seen = np.abs(weights) > np.maximum(errors, 0.02 * np.abs(weights).max())
+    if not seen.any():
         return None
+    # Nothing is dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no sign of a drop.
+    for kept in (np.ones_like(seen), seen):
+        for name in NORMALISERS:
+            if found := _fit(recovered, kept, name, errors):
+                return found
+    return None
+
+
+def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) -> Pattern | None:
+    weights_of, words = NORMALISERS[name]
+    try:
+        predicted = weights_of(recovered.counts)
+    except ValueError:
+        return None  # ranks with unequal numbers of micro-batches have no micro-step
+    weights = recovered.weights
+    scale = float(np.median(weights[kept] / predicted[kept]))
+    allowed = errors * max(1.0, abs(scale) * float(predicted[kept].max()))
+    if not (np.abs(weights - scale * predicted * kept) <= allowed).all():
+        return None
+    scale = 1.0 if abs(scale - 1) <= float(errors.max()) else scale
+    scale_code, scale_words = describe_scale(scale, recovered, kept, name)
     cuts = np.cumsum([len(rank) for rank in recovered.counts])[:-1]
     by_rank = tuple(tuple(map(bool, part)) for part in np.split(kept, cuts))
-    for name, (weights_of, words) in NORMALISERS.items():
-        try:
-            predicted = weights_of(recovered.counts)
-        except ValueError:
-            continue  # ranks with unequal numbers of micro-batches have no micro-step
-        scale = float(np.median(weights[kept] / predicted[kept]))
-        allowed = errors * max(1.0, abs(scale) * float(predicted[kept].max()))
-        if (np.abs(weights - scale * predicted * kept) <= allowed).all():
-            scale = 1.0 if abs(scale - 1) <= float(errors.max()) else scale
-            scale_code, scale_words = describe_scale(scale, recovered, kept, name)
-            codes = [
-                *(["kept"] if not kept.all() else []),
-                *([name] if words else []),
-                *([scale_code] if scale_code else []),
-            ]
-            text = ", and ".join(part for part in (describe_kept(by_rank), words, scale_words) if part)
-            return Pattern(kept=by_rank, normaliser=name, scale=scale, codes=tuple(codes), text=text)
-    return None
+    codes = [
+        *(["kept"] if not kept.all() else []),
+        *([name] if words else []),
+        *([scale_code] if scale_code else []),
+    ]
+    text = ", and ".join(part for part in (describe_kept(by_rank), words, scale_words) if part)
+    return Pattern(kept=by_rank, normaliser=name, scale=scale, codes=tuple(codes), text=text)
 
 
 def describe_scale(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> tuple[str, str]:
