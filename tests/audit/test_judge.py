@@ -78,6 +78,9 @@ def test_a_weight_that_noise_hides_is_no_sign_of_a_drop() -> None:
     pattern = fit_pattern(noisy, "bfloat16")
     assert pattern is not None
     assert pattern.codes == ()
+    hidden = fit_pattern(replace(noisy, errors=np.full(4, 0.5)), "bfloat16")  # not one of them is told from zero
+    assert hidden is not None
+    assert hidden.codes == ()
     dropped = fit_pattern(replace(noisy, weights=np.array([1.0, 0.0, 1.0, 1.0])), "bfloat16")
     assert dropped is not None
     assert dropped.codes[0] == "kept"

@@ -37,10 +37,14 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
     """The simplest pattern that the weights obey within their errors; None where none does."""
     weights, errors = recovered.weights, np.maximum(5 * recovered.errors, TOLERANCE[dtype])
     seen = np.abs(weights) > np.maximum(errors, 0.02 * np.abs(weights).max())
+    every = np.ones_like(seen)
+    # Nothing is wrong or dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no sign of it.
+    right = _fit(recovered, every, "global", errors)
+    if right and not right.codes:
+        return right
     if not seen.any():
         return None
-    # Nothing is dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no sign of a drop.
-    for kept in (np.ones_like(seen), seen):
+    for kept in (every, seen):
         for name in NORMALISERS:
             if found := _fit(recovered, kept, name, errors):
                 return found

@@ -27,7 +27,7 @@ def run(spec: kit.Spec) -> None:
     kit.join_ranks(spec)
 
     def build(watch: torch_loop.Watch) -> Any:
-        model = kit.tiny_model(spec)
+        model = kit.tiny_model(spec).to(spec.dtype)
         watch(model)
         return torch.nn.parallel.DistributedDataParallel(model)
 

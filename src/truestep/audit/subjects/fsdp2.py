@@ -20,7 +20,7 @@ def run(spec: kit.Spec) -> None:
     mesh = init_device_mesh("cpu", (spec.world_size,))
 
     def build(watch: torch_loop.Watch) -> Any:
-        model = kit.tiny_model(spec)
+        model = kit.tiny_model(spec).to(spec.dtype)
         watch(model, lambda: kit.flat([whole(p) for _, p in sorted(model.named_parameters())]))
         for child in model.modules():
             if isinstance(child, torch.nn.Linear):
