@@ -3,7 +3,7 @@
     python benchmarks/audit_clean.py [--seeds 10] [--python NAME=PATH ...] [--out results/audit/clean.json]
 
 A run is one configuration on one seed's rows. Seeds of a configuration share their processes: importing a framework
-costs most. Without --python the subjects of this environment are run; further environments are added by name.
+costs most. Without --python the subjects of this environment are run; further environments add what it does not have.
 """
 
 from __future__ import annotations
@@ -90,15 +90,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--python", action="append", default=[], help="another environment's python")
-    parser.add_argument("--only", default="", help="subjects whose name holds this text")
+    parser.add_argument("--only", default="", help="subjects whose name holds one of these, comma-separated")
     parser.add_argument("--out", type=Path, default=ROOT / "results/audit-clean/clean.json")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     began = time.monotonic()
-    for number, python in enumerate([sys.executable, *given.python]):
+    done: set[str] = set()
+    wanted = [text.strip().lower() for text in given.only.split(",")]
+    for python in [sys.executable, *given.python]:
         for subject in registry.applicable(environment.installed(Path(python))):
-            if given.only.lower() not in subject.name.lower() or (number and subject.name in (*TORCH, "truestep")):
+            if subject.name in done or not any(text in subject.name.lower() for text in wanted):
                 continue
+            done.add(subject.name)
             for configuration in variants(subject):
                 found = run(subject, configuration, Path(python), range(given.seeds))
                 rows += found
