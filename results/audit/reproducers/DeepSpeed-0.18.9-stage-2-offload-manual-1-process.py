@@ -32,7 +32,7 @@ def report(before, after):
     weights = torch.linalg.lstsq(torch.stack(columns, 1), used[:, None]).solution.flatten()
     error = float((used - right).norm() / right.norm())
     if RANK == 0:
-        print("weights", [round(w, 3) for w in weights.tolist()], "relative error", f"{error:.2g}")
+        print("weights", [round(w, 3) + 0.0 for w in weights.tolist()], "relative error", f"{error:.2g}")
     raise SystemExit(1 if error > 1e-2 else 0)
 import deepspeed
 import deepspeed.ops
