@@ -2,6 +2,8 @@
 
     python benchmarks/audit_clean.py [--seeds 10] [--python NAME=PATH ...] [--out results/audit/clean.json]
 
+What the file holds already is not run again (delete it to repeat everything), so that this may be interrupted.
+
 A run is one configuration on one seed's rows. Seeds of a configuration share their processes: importing a framework
 costs most. Without --python the subjects of this environment are run; further environments add what it does not have.
 """
@@ -22,7 +24,7 @@ from truestep.audit.launch import Job, SubjectFailed
 from truestep.audit.launch import run as run_job
 from truestep.audit.registry import Configuration, Subject
 from truestep.audit.run import LEARNING_RATE
-from truestep.rundir import provenance, write_json
+from truestep.rundir import provenance, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = ("torch loop", "torch DDP", "torch FSDP2")
@@ -86,6 +88,12 @@ def run(subject: Subject, configuration: Configuration, python: Path, seeds: ran
     return rows
 
 
+def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    right = sum(r["verdict"] == Verdict.RIGHT for r in rows)
+    real = sum(r["subject"] not in (*TORCH, "truestep") for r in rows)
+    return {"provenance": provenance(0), "runs": len(rows), "right": right, "real": real, "rows": rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
@@ -93,7 +101,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="subjects whose name holds one of these, comma-separated")
     parser.add_argument("--out", type=Path, default=ROOT / "results/audit-clean/clean.json")
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = read_json(given.out)["rows"] if given.out.is_file() else []
+    kept = [(r["subject"], r["configuration"]) for r in rows]
+    commit = provenance(0)["commit"]
     began = time.monotonic()
     done: set[str] = set()
     wanted = [text.strip().lower() for text in given.only.split(",")]
@@ -103,8 +113,11 @@ def main() -> int:
                 continue
             done.add(subject.name)
             for configuration in variants(subject):
+                if (subject.name, configuration.to_json()) in kept:
+                    continue
                 found = run(subject, configuration, Path(python), range(given.seeds))
-                rows += found
+                rows += [{**row, "commit": commit} for row in found]
+                write_json(given.out, document(rows))
                 wrong = [r for r in found if r["verdict"] != Verdict.RIGHT]
                 print(
                     f"{time.monotonic() - began:5.0f} s  {subject.name} {configuration.to_json()}: {len(found)} runs, "
@@ -112,11 +125,9 @@ def main() -> int:
                     file=sys.stderr,
                     flush=True,
                 )
-    right = sum(r["verdict"] == Verdict.RIGHT for r in rows)
-    real = sum(r["subject"] not in (*TORCH, "truestep") for r in rows)
-    write_json(given.out, {"provenance": provenance(0), "runs": len(rows), "right": right, "real": real, "rows": rows})
-    print(f"{len(rows)} runs, {right} RIGHT, {real} of them on frameworks; {given.out}")
-    return 0 if right == len(rows) else 1
+    told = document(rows)
+    print(f"{told['runs']} runs, {told['right']} RIGHT, {told['real']} of them on frameworks; {given.out}")
+    return 0 if told["runs"] == told["right"] else 1
 
 
 if __name__ == "__main__":
