@@ -1,6 +1,6 @@
 """False alarms: right trainers over seeds, precisions, ranks and model classes; every one must be RIGHT.
 
-    python benchmarks/audit_clean.py [--seeds 10] [--python NAME=PATH ...] [--out results/audit/clean.json]
+    python benchmarks/audit_clean.py [--seeds 10] [--python PATH ...] [--out results/audit-clean/clean.json]
 
 What the file holds already is not run again (delete it to repeat everything), so that this may be interrupted.
 
@@ -102,6 +102,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "results/audit-clean/clean.json")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = read_json(given.out)["rows"] if given.out.is_file() else []
+    rows = [r for r in rows if r["verdict"] != Verdict.NOT_RUN]
     kept = [(r["subject"], r["configuration"]) for r in rows]
     commit = provenance(0)["commit"]
     began = time.monotonic()

@@ -21,7 +21,6 @@ from step_cases import (
     sgd_gradient,
 )
 
-from truestep.model import attention
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine
 from truestep.seeding import Purpose
@@ -34,12 +33,11 @@ pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang+
 
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:
-    """An error where the compiler gives up and would run what is left uncompiled; the plain attention afterwards."""
+    """An error where the compiler gives up and would run what is left uncompiled."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
-    attention.register()
 
 
 def sampled(policy: Any) -> list[Any]:

@@ -170,7 +170,7 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
     name = "LLaMA-Factory" if factory else "TRL SFTTrainer" if trl else "transformers Trainer"
     configured = Configured(subject=f"{name} + DeepSpeed" if inner and not factory else name, options=dict(LLAMA))
     if inner:
-        _deepspeed(configured, inner if isinstance(inner, Mapping) else _table(found, "deepspeed"), "zero_stage")
+        _deepspeed(configured, _table({"deepspeed": inner}, "deepspeed"), "zero_stage")
     for key in ("packing", "assistant_only_loss"):
         if truth(found.get(key)):
             configured.options[key.removesuffix("_loss")] = True

@@ -73,16 +73,10 @@ def register() -> None:
             else (sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False}))
         )
 
-    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask)
-
-
-def keep_from_compiler() -> None:
-    """Compiled layers call the packed attention as it is (idempotent): traced into, its layer number would be a
-    constant, so that every layer were compiled anew until the compiler gives up and runs the others uncompiled."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
+    # A compiler that traces into it takes the layer's number for a constant: every layer would be compiled anew, until
+    # the compiler gives up and runs the others uncompiled.
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask)
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:

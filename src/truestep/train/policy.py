@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from truestep.model.attention import PackedLayout, keep_from_compiler
+from truestep.model.attention import PackedLayout
 from truestep.model.forward import (
     PACKING_TOLERANCE,
     decoder_layers,
@@ -82,7 +82,6 @@ class Policy(nn.Module):
         elif gradient_checkpointing == "selective" and not compile:  # compiled layers keep what is dear by themselves
             self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _keep_products})
         if compile:
-            keep_from_compiler()
             for layer in decoder_layers(self.model):
                 layer.compile(dynamic=True)
 
