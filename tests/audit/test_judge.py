@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 from truestep.audit.judge import Verdict, judge, see_case
 from truestep.audit.mutants import CLEAN, MUTANTS, observe
 from truestep.audit.observe import Asked, MicroBatch, Observation, Step
-from truestep.audit.patterns import fit_pattern
+from truestep.audit.patterns import fit_pattern, hides_weights
 from truestep.audit.weights import Recovered
 from truestep.reference import faults
 
@@ -81,6 +81,12 @@ def test_a_weight_that_noise_hides_is_no_sign_of_a_drop() -> None:
     hidden = fit_pattern(replace(noisy, errors=np.full(4, 0.5)), "bfloat16")  # not one of them is told from zero
     assert hidden is not None
     assert hidden.codes == ()
+    assert hides_weights(noisy)
+    doubled = fit_pattern(
+        replace(noisy, weights=2 * noisy.weights, errors=np.array([0.38, 0.01, 0.01, 0.01])), "bfloat16"
+    )
+    assert doubled is not None
+    assert doubled.scale == pytest.approx(2.0, rel=0.02)  # one noisy weight does not hide what the others show
     dropped = fit_pattern(replace(noisy, weights=np.array([1.0, 0.0, 1.0, 1.0])), "bfloat16")
     assert dropped is not None
     assert dropped.codes[0] == "kept"

@@ -21,7 +21,7 @@ from truestep.audit import causes, relations
 from truestep.audit.adamw import errors
 from truestep.audit.cases import RELATIONS
 from truestep.audit.observe import Observation, Step
-from truestep.audit.patterns import fit_pattern
+from truestep.audit.patterns import fit_pattern, hides_weights
 from truestep.audit.weights import Recovered, condition_of, recover
 from truestep.reference import faults
 
@@ -85,6 +85,7 @@ class Seen:
     text: str = ""
     recovered: Recovered | None = None
     scale: float = 1.0
+    hidden: bool = False  # right as far as one can tell: the noise hides single weights
 
 
 def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parameters = ()) -> Seen:
@@ -113,7 +114,8 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parame
         text = pattern.text.rpartition(", and ")[0]
         return Seen(codes=pattern.codes[:-1], text=text, recovered=found)
     if pattern is not None:
-        return Seen(codes=pattern.codes, text=pattern.text, recovered=found, scale=pattern.scale)
+        hidden = not pattern.codes and hides_weights(found)
+        return Seen(codes=pattern.codes, text=pattern.text, recovered=found, scale=pattern.scale, hidden=hidden)
     cause = causes.clipped_parts(step, found)
     shown = ", ".join(f"{w:.3g}" for w in found.weights)
     code, text = cause or ("unknown_weights", f"an unknown pattern of weights [{shown}]")
@@ -273,7 +275,10 @@ def judge(
     every = {name: (seen | broken)[name] for name in runs if name in seen | broken}
     verdict, codes, fault = _verdict(every, documented)
     general["cases"] = {name: case.text for name, case in every.items()}
-    general["reason"] = "; ".join([*hidden, *(f"{name}: {why}" for name, why in without.items())])
+    noisy = [
+        f"{n}: rounding in {dtype} hides single weights" for n, c in seen.items() if any(s.hidden for s in c.steps)
+    ]
+    general["reason"] = "; ".join([*hidden, *(f"{name}: {why}" for name, why in without.items()), *noisy])
     if not seen:
         return Finding(**general, verdict=verdict, fault=fault, codes=codes)
     name, index = _shown(seen)

@@ -39,9 +39,8 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
     seen = np.abs(weights) > np.maximum(errors, 0.02 * np.abs(weights).max())
     every = np.ones_like(seen)
     # Nothing is wrong or dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no sign of it.
-    right = _fit(recovered, every, "global", errors)
-    if right and not right.codes:
-        return right
+    if (np.abs(weights - 1.0) <= errors).all():
+        return Pattern(kept=_by_rank(every, recovered), normaliser="global", scale=1.0, codes=(), text="")
     if not seen.any():
         return None
     for kept in (every, seen):
@@ -51,7 +50,13 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
     return None
 
 
+def hides_weights(recovered: Recovered) -> bool:
+    """Whether the noise leaves a weight of the step that could as well be zero."""
+    return bool((5 * recovered.errors >= 1.0).any())
+
+
 def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) -> Pattern | None:
+    """kept × the normaliser × the scale that fits best, if the weights obey it."""
     weights_of, words = NORMALISERS[name]
     try:
         predicted = weights_of(recovered.counts)
@@ -62,10 +67,10 @@ def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) 
     allowed = errors * max(1.0, abs(scale) * float(predicted[kept].max()))
     if not (np.abs(weights - scale * predicted * kept) <= allowed).all():
         return None
-    scale = 1.0 if abs(scale - 1) <= float(errors.max()) else scale
+    # One, if no weight contradicts it: a single noisy weight does not hide the scale of the others.
+    scale = 1.0 if (np.abs(weights - predicted * kept) <= allowed).all() else scale
     scale_code, scale_words = describe_scale(scale, recovered, kept, name)
-    cuts = np.cumsum([len(rank) for rank in recovered.counts])[:-1]
-    by_rank = tuple(tuple(map(bool, part)) for part in np.split(kept, cuts))
+    by_rank = _by_rank(kept, recovered)
     codes = [
         *(["kept"] if not kept.all() else []),
         *([name] if words else []),
@@ -73,6 +78,11 @@ def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) 
     ]
     text = ", and ".join(part for part in (describe_kept(by_rank), words, scale_words) if part)
     return Pattern(kept=by_rank, normaliser=name, scale=scale, codes=tuple(codes), text=text)
+
+
+def _by_rank(kept: np.ndarray, recovered: Recovered) -> tuple[tuple[bool, ...], ...]:
+    cuts = np.cumsum([len(rank) for rank in recovered.counts])[:-1]
+    return tuple(tuple(map(bool, part)) for part in np.split(kept, cuts))
 
 
 def describe_scale(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> tuple[str, str]:
