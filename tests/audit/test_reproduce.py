@@ -12,7 +12,7 @@ from truestep.audit import registry, remedy, reproduce
 from truestep.audit.judge import Finding, Verdict
 from truestep.audit.registry import Configuration
 
-REPRODUCED = {"deepspeed_engine", "hf_trainer", "trl_sft", "openrlhf_sft"}
+REPRODUCED = {"deepspeed_engine", "hf_trainer", "trl_sft", "openrlhf_sft", "torchtune_sft", "verl_agg_loss"}
 
 
 def finding(subject: str, configuration: Configuration) -> Finding:

@@ -45,7 +45,20 @@ def make_model():
         vocab_size=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 def logits_of(output):
     return output.logits"""
+TORCHTUNE = """from torchtune.models.llama3 import llama3
+def make_model():
+    torch.manual_seed(0)
+    return llama3(vocab_size=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=256,
+                  intermediate_dim=64)
+def logits_of(output):
+    return output"""
 MODELS = {"plain": PLAIN, "llama": LLAMA, "gpt2": GPT2}
+ONE_STEP = (
+    """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it. Right is 1 each."""
+)
+TWO_EPOCHS = """Two epochs of six micro-batches, four to a step; prints the weights in the second epoch's first step.
+Right is 1 for its own four and 0 for the two that the first epoch left over."""
+OF_TORCHTUNE = {"says": TWO_EPOCHS, "rows": "6", "model": TORCHTUNE}
 WITHOUT_COMPILER = (
     'import deepspeed.ops\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then'
 )
@@ -66,8 +79,10 @@ def script(finding: Finding, which: str) -> str:
     words = {
         "title": title[:118],
         "run": f"torchrun --nproc-per-node {ranks} FILE" if ranks > 1 else "python FILE",
-        "num": str(4 * ranks),
+        "says": ONE_STEP.format(4 * ranks),
+        "rows": "4",
         "model": MODELS.get(str(options.get("arch", "plain")), LLAMA),
+        **(OF_TORCHTUNE if which == "torchtune_sft" else {}),
         **_of_deepspeed(options),
         **_of_trainer(options),
     }
