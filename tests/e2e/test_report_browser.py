@@ -14,6 +14,7 @@ import pytest
 
 from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import estimate
+from truestep.report.evaluation import write_evaluation_report
 from truestep.report.html import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -245,3 +246,50 @@ def test_a_wide_window_needs_no_sideways_scrolling(tmp_path: Path) -> None:
     beyond, window = dom.partition("<title>")[2].partition("</title>")[0].split("/")
     assert int(beyond) <= 0
     assert int(window) <= 1280
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+def test_the_filters_of_an_evaluation_show_what_they_say(tmp_path: Path) -> None:
+    """Every label is clicked by a script that is put into a copy of the page in the place of its policy."""
+    run = tmp_path / "run"
+    kinds = [
+        ("correct", "stop", "1"),
+        ("incorrect", "stop", "2"),
+        ("incorrect", "length", ""),
+        ("unscored", "stop", "3"),
+    ]
+    rows = [
+        {"problem_id": f"p{i}", "sample_index": k, "prompt": "p", "completion": "c", "gold": "1", "num_tokens": 3,
+         "verdict": "correct" if i == 4 and k else verdict, "strict": verdict, "stop": stop, "extracted": found}
+        for i, (verdict, stop, found) in enumerate([*kinds, kinds[1]])
+        for k in range(2)
+    ]  # fmt: skip
+    write_lines(run / "evaluations/plain/sums.samples.jsonl", rows)
+    score = {
+        "benchmark": "sums", "prompt": "plain", "score": 0.4, "low": 0.1, "high": 0.8, "n": 10, "num_problems": 5,
+        "unscored": 2, "truncated_rate": 0.2, "extracted_rate": 0.8, "mean_tokens": 3, "strict_score": 0.4,
+    }  # fmt: skip
+    summary = {"kind": "evaluation", "name": "clicks", "scores": [score], "seeds": {}, "spread": []}
+    write_object(run / "summary.json", summary)
+    page = write_evaluation_report(run)
+    text = page.read_text()
+    start = text.index('<meta http-equiv="Content-Security-Policy"')
+    text = text[:start] + text[text.index(">", start) + 1 :]
+    click = (
+        "<script>document.title = [...document.querySelectorAll('.filter > label')].map(label => { label.click();"
+        "const shown = [...document.querySelectorAll('.rows > details')].filter(d => d.checkVisibility());"
+        "return label.textContent + ':' + shown.map(d => d.querySelector('.id').textContent.slice(0, 2)).join(' ');"
+        "}).join('|')</script>"
+    )
+    page.write_text(text.replace("</body>", click + "</body>"))
+    dom = browse(page, tmp_path / "profile", "--dump-dom")
+    assert dom.partition("<title>")[2].partition("</title>")[0].split("|") == [
+        "All5:p3 p1 p2 p4 p0",
+        "Wrong2:p1 p2",
+        "Sometimes right1:p4",
+        "Right1:p0",
+        "Unscored1:p3",
+        "Cut off1:p2",
+        "No answer found1:p2",
+    ]
