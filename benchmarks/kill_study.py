@@ -83,7 +83,7 @@ def main() -> None:
     for _ in range(given.kills):
         process = launch(given.python, study, other, given.engine)
         try:
-            process.wait(timeout=draw.uniform(5, max(6.0, 0.5 * took)))
+            process.wait(timeout=draw.uniform(5, max(10.0, 0.8 * took)))
             break  # it was done before its time had come
         except subprocess.TimeoutExpired:
             alone = draw.random() < 0.5

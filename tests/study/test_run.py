@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -206,6 +208,29 @@ def test_no_two_children_in_one_folder(tmp_path: Path) -> None:
         assert not (study / "cells/run.log").exists()
     thread.join(120)
     assert ended == [2]  # no such recipe
+
+
+def test_ctrl_c_starts_no_more_children_and_is_no_failure(tmp_path: Path) -> None:
+    children = Children()
+
+    def launch(order: Order) -> tuple[int, str]:
+        if len(children.orders) < 6:
+            return children(order)
+        children.orders.append(order.run)
+        signal.raise_signal(signal.SIGINT)  # Python hands it to the main thread
+        time.sleep(0.5)
+        return 130, "interrupted by SIGINT"
+
+    said: list[str] = []
+    r = runner(tmp_path, launch)
+    r.say = said.append
+    found = run_cells(r)
+    assert r.stopped.is_set()
+    assert r.failures == {}
+    assert len(children.orders) <= 6 + r.workers  # those at work when it came, and no more
+    assert 0 < len(found) < len(run_cells(runner(tmp_path, Children(), "all")))
+    assert [line for line in said if "FAILED" in line] == []
+    assert analysed(runner(tmp_path, Children())) == analysed(runner(tmp_path, Children(), "all"))
 
 
 def test_a_cell_file_reads_back(tmp_path: Path) -> None:

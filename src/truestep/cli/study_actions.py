@@ -53,17 +53,20 @@ def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
     from truestep.study.table import results as tabulate
 
     found = run_cells(runner)
-    tuning = tuning_cost(runner, runner.study.arms)
-    base = base_identity(runner)
-    table = tabulate(runner.study, found, tuning=tuning, failures=runner.failures, base=base)
-    for folder, compact in ((runner.out, "compact"), (runner.results, ".")):
-        if folder is None:
-            continue
-        rundir.write_json(folder / "results.json", table)
+    places = {runner.out: "compact"} | ({runner.results: "."} if runner.results else {})
+    for folder, compact in places.items():
         rundir.write_json(folder / "provenance.json", stamp)
         for kind, made in (("cells", found), ("trials", runner.trials)):
             for name, cell in made.items():
                 write_cell(folder / compact / kind / f"{name}.json", cell)
+    if runner.stopped.is_set():
+        runner.say(f"interrupted: {len(found)} cells are done and kept. Go on with the same command.")
+        raise typer.Exit(130)
+    tuning = tuning_cost(runner, runner.study.arms)
+    base = base_identity(runner)
+    table = tabulate(runner.study, found, tuning=tuning, failures=runner.failures, base=base)
+    for folder in places:
+        rundir.write_json(folder / "results.json", table)
     page = write_study(runner.out, found)
     if runner.results:
         for name in ("table.md", "table.csv", "table.tex"):

@@ -40,6 +40,7 @@ class Runner:
     results: Path | None = None
     say: Callable[[str], None] = print
     failures: dict[str, str] = field(default_factory=dict)
+    stopped: threading.Event = field(default_factory=threading.Event)  # by Ctrl-C: no child is started any more
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     _made: dict[str, Future[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -64,7 +65,10 @@ class Runner:
 
 
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
-    """All cells of the study, seed by seed; the finished ones by "ARM-sSEED". What failed is in ``failures``."""
+    """All cells of the study, seed by seed; the finished ones by "ARM-sSEED". What failed is in ``failures``.
+
+    After Ctrl-C the children at work, which have got it as well, are waited for: see ``stopped``.
+    """
     runner.out.mkdir(parents=True, exist_ok=True)
     study = runner.study
     wanted = [(arm, seed) for seed in study.seeds for arm in study.arms if seed in study.seeds_of(arm)]
@@ -74,18 +78,23 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
         name = f"{arm.name}-s{seed}"
         try:
             found[name] = cell(runner, arm.name, seed)
-            runner.say(f"{name}: done")
+            runner.say(f"{name}: done ({len(found)} of {len(wanted)})")
         except CellFailed as error:
-            runner.failures[name] = str(error)
-            runner.say(f"{name}: FAILED: {error}")
+            if not runner.stopped.is_set():
+                runner.failures[name] = str(error)
+                runner.say(f"{name}: FAILED: {error}")
 
-    problems = in_threads([functools.partial(work, arm, seed) for arm, seed in wanted])
+    def stop() -> None:
+        runner.stopped.set()
+        runner.say("interrupted: waiting until the cells at work have saved what they did (Ctrl-C again: do not wait)")
+
+    problems = in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop)
     if problems:
         raise problems[0]
     return {f"{a.name}-s{s}": found[f"{a.name}-s{s}"] for a, s in wanted if f"{a.name}-s{s}" in found}
 
 
-def in_threads(tasks: Iterable[Callable[[], None]]) -> list[BaseException]:
+def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], None]) -> list[BaseException]:
     """Run all tasks, each in a thread of its own (they wait most of the time); what they raised."""
     raised: list[BaseException] = []
 
@@ -98,10 +107,18 @@ def in_threads(tasks: Iterable[Callable[[], None]]) -> list[BaseException]:
     threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
+    try:
+        _join(threads)
+    except KeyboardInterrupt:
+        interrupted()
+        _join(threads)
+    return raised
+
+
+def _join(threads: list[threading.Thread]) -> None:
     for thread in threads:
         while thread.is_alive():
             thread.join(0.2)  # a join without end would not let Ctrl-C through
-    return raised
 
 
 # -------------------------------------------------------------------------------------------------------------- cells
@@ -156,6 +173,8 @@ def _node(runner: Runner, settings: Settings, name: str, seed: int, key: str) ->
 
 
 def child(runner: Runner, order: Order) -> None:
+    if runner.stopped.is_set():
+        raise CellFailed(f"{order.run}: not started")
     code, words = runner.launch(order)
     if code != 0:
         raise CellFailed(f"{order.run}: exit code {code}: {rundir.redact(words)[-300:]}")
