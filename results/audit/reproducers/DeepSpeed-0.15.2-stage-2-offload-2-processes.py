@@ -1,6 +1,6 @@
 """DeepSpeed (torch 2.13.0+cpu, deepspeed 0.15.2): the intermediate micro-batches are dropped.
 Run: torchrun --nproc-per-node 2 FILE
-One SGD step over 8 micro-batches; prints the weight that each one's tokens had in it. Right is 1 for all of them."""
+One SGD step over 8 micro-batches; prints the weight that each one's tokens had in it. Right is 1 each."""
 import os
 for key in ("RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=29533", "DS_ACCELERATOR=cpu"):
     os.environ.setdefault(*key.split("="))
@@ -22,17 +22,17 @@ def logits_of(output):
     return output
 def flat(tensors):
     return torch.cat([t.detach().double().flatten() for t in tensors])
-def report(before, after):
+def report(before, after, asked=None):  # asked: how many of the rows the step is to hold
     exact, columns = make_model().double().eval(), []
     for row in ROWS:
-        logits = logits_of(exact(input_ids=row[None]))[0, PROMPT - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits, row[PROMPT:], reduction="sum") / sum(TRAINED)
+        logits = logits_of(exact(row[None]))[0, PROMPT - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, row[PROMPT:], reduction="sum") / sum(TRAINED[:asked])
         columns.append(flat(torch.autograd.grad(loss, list(exact.parameters()))))
-    used, right = (before - after) / LR, sum(columns)
+    used, right = (before - after) / LR, sum(columns[:asked])
     weights = torch.linalg.lstsq(torch.stack(columns, 1), used[:, None]).solution.flatten()
     error = float((used - right).norm() / right.norm())
     if RANK == 0:
-        print("weights", [round(w, 3) for w in weights.tolist()], "relative error", f"{error:.2g}")
+        print("weights", [round(w, 3) + 0.0 for w in weights.tolist()], "relative error", f"{error:.2g}")
     raise SystemExit(1 if error > 1e-2 else 0)
 import deepspeed
 import deepspeed.ops

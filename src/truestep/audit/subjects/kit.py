@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import sys
 import time
 from _pickle import UnpicklingError  # only the name of what a framework's own loading may raise
@@ -114,7 +115,8 @@ def main(run: Callable[[Spec], None]) -> None:
             if not spec.is_relation:
                 raise
             # What a framework cannot do beside its step is no reason not to judge the step.
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")  # torch prints some words in bold
+            words = " ".join(plain.split()).partition(". ")[0][:160]
             (place / "not-run.txt").write_text(words, encoding="utf-8")
 
 
