@@ -65,6 +65,8 @@ PAIRS = (
     Pair("openrlhf==0.10.2+deepspeed==0.18.9", "OpenRLHF SFTTrainer", {"arch": "llama", "offload": True}, 1, BOTH),
     Pair("transformers==5.23.0", "transformers Trainer", {"arch": "llama"}, 1, NONE),
     Pair("transformers==5.23.0", "transformers Trainer", {"arch": "llama"}, 2, NONE),
+    Pair("transformers==5.23.0+deepspeed==0.19.8", "DeepSpeed", ZERO2, 2, NONE),
+    Pair("transformers==5.23.0+deepspeed==0.19.8", "transformers Trainer + DeepSpeed", {}, 1, NONE),
     Pair("openrlhf==0.11.2", "OpenRLHF SFTTrainer", {"arch": "llama", "offload": True}, 1, NONE),
 )
 
