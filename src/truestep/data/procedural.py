@@ -18,6 +18,7 @@ from truestep.settings import SettingsError
 
 # A problem is in the split that its hash modulo 10 belongs to.
 SPLITS = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}
+OPTIONS = {"plain_percent": (100, 0, 100)}  # of every task: the share of problems asked for plainly, not as "do ..."
 _MAX_DRAWS = 2000  # for one problem of the wanted split
 _MAX_REPEATS = 1000  # problems in a row that the set already has, before its space counts as used up
 
@@ -45,9 +46,10 @@ def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], 
     for _ in range(_MAX_DRAWS):
         drawn = chosen.draw(rng, values)
         if split_of(drawn.canonical) == split:
+            plain = values["plain_percent"] == 100 or rng.integers(100) < values["plain_percent"]
             return Problem(
                 id=f"{task}-{drawn.canonical}",
-                messages=(Message(role="user", content=drawn.text),),
+                messages=(Message(role="user", content=drawn.text if plain else f"do {drawn.text}"),),
                 answer=drawn.answer,
                 checker=chosen.checker,
                 solution="\n".join((*drawn.steps, f"#### {drawn.answer}")),
@@ -98,11 +100,12 @@ def _task(name: str) -> Task:
 
 def _option_values(name: str, task: Task, options: Mapping[str, Any]) -> dict[str, int]:
     """The task's options with their defaults, each within its range."""
-    values = {key: default for key, (default, _, _) in task.options.items()}
+    known = {**task.options, **OPTIONS}
+    values = {key: default for key, (default, _, _) in known.items()}
     for key, value in options.items():
-        if key not in task.options:
-            raise SettingsError(f"options.{key}: " + unknown_name(f"option of procedural:{name}", key, task.options))
-        _, low, high = task.options[key]
+        if key not in known:
+            raise SettingsError(f"options.{key}: " + unknown_name(f"option of procedural:{name}", key, known))
+        _, low, high = known[key]
         if type(value) is not int or not low <= value <= high:
             raise SettingsError(f"options.{key}: expected a whole number from {low} to {high}, got {value!r}")
         values[key] = value

@@ -78,7 +78,10 @@ def start(order: Order) -> tuple[int, str]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with ONE_AT_A_TIME:
         process = _forks().Process(target=_child, args=(order,))
-        process.start()
+        try:
+            process.start()
+        except EOFError:  # Ctrl-C while it was still importing
+            return 130, "the process that cells are forked from has ended"
     process.join()
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return process.exitcode or 0, said[-1] if said else ""
