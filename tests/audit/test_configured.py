@@ -108,6 +108,10 @@ def test_other_tools_are_recognised(tmp_path: Path, name: str, content: str, sub
         ("args.json", '{"zero_optimization": {"offload_optimizer": "cpu"}}', "offload_optimizer is a table"),
         ("bf16.json", '{"zero_optimization": {"stage": 2}, "bf16": true}', "bf16 is a table"),
         ("under.json", '{"gradient_accumulation_steps": 4, "deepspeed": 3}', "deepspeed is a table"),
+        ("ds.json", '{"zero_optimization": {"stage": "two"}}', "stage = 'two': expected a whole number from 0 to 3"),
+        ("ds.json", '{"zero_optimization": {"stage": 7}}', "stage = 7: expected a whole number from 0 to 3"),
+        ("ds.json", '{"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": -3}', "steps = -3: expected"),
+        ("a.yaml", "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}", "zero_stage = 4"),
         ("ds.json", '{"learning_rate": 1}', "no setting of a known trainer"),
         ("a.yaml", "a: [", "not valid YAML"),
         ("args.json", '{"per_device_train_batch_size": 1, "deepspeed": "gone.json"}', "gone.json: cannot be read"),
@@ -122,3 +126,33 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, name: str, content: str
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nothing\.json: cannot be read"):
         read(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        (
+            "args.json",
+            '{"gradient_accumulation_steps": 4, "optim": "adamw_torch", "weight_decay": 0.1}',
+            "optim, weight_d",
+        ),
+        ("ds.json", '{"train_batch_size": 32, "optimizer": {"type": "AdamW"}}', "optimizer: audited with plain SGD"),
+        ("a.yaml", "distributed_type: FSDP\ngradient_accumulation_steps: 4", "distributed_type FSDP: audited as"),
+        (
+            "run.sh",
+            "openrlhf --train.micro_batch_size 1 --train.batch_size 4 --ds.param_dtype bf16",
+            "bf16: audited in",
+        ),
+    ],
+)
+def test_what_is_not_taken_over_is_said(tmp_path: Path, name: str, content: str, note: str) -> None:
+    _, notes = read(written(tmp_path, name, content))
+    assert any(note in n for n in notes), notes
+
+
+def test_a_file_that_asks_for_deepspeed_needs_it(tmp_path: Path) -> None:
+    content = "finetuning_type: full\ngradient_accumulation_steps: 4\ndeepspeed: ds.json"
+    written(tmp_path, "ds.json", '{"zero_optimization": {"stage": 2}}')
+    subject, _ = read(written(tmp_path, "factory.yaml", content))
+    assert subject.name == "LLaMA-Factory"
+    assert "deepspeed" in subject.needs

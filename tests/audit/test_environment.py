@@ -16,10 +16,10 @@ import pytest
 from truestep.audit import environment
 from truestep.settings import SettingsError
 
-# Notes how it was called, does what FAKE_DO says, and "installs" every NAME==VERSION as an empty module with metadata.
+# Notes how it was called, does what UV_FAKE_DO says, "installs" every NAME==VERSION as an empty module with metadata.
 FAKE_UV = """#!/bin/sh
-echo "DS=$DS_BUILD_OPS LINKS=$UV_FIND_LINKS uv $*" >> "$FAKE_LOG"
-eval "$FAKE_DO"
+echo "DS=$DS_BUILD_OPS LINKS=$UV_FIND_LINKS uv $*" >> "$UV_FAKE_LOG"
+eval "$UV_FAKE_DO"
 while [ "$1" != "--python" ]; do shift; done
 site=$(echo "$(dirname "$(dirname "$2")")"/lib/python*/site-packages)
 for word in "$@"; do case "$word" in *==*)
@@ -32,10 +32,10 @@ esac; done
 """
 # Stands for a Python whose venv has pip.
 FAKE_PYTHON = """#!/bin/sh
-echo "DS=$DS_BUILD_OPS python $*" >> "$FAKE_LOG"
+echo "DS=$DS_BUILD_OPS python $*" >> "$UV_FAKE_LOG"
 if [ "$2" = venv ]; then
   for folder in "$@"; do :; done
-  mkdir -p "$folder/bin" "$folder/lib/$FAKE_LIB/site-packages"
+  mkdir -p "$folder/bin" "$folder/lib/$UV_FAKE_LIB/site-packages"
   cp "$0" "$folder/bin/python"
 fi
 """
@@ -56,8 +56,8 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     log.touch()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
     monkeypatch.setenv("TRUESTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("FAKE_LOG", str(log))
-    monkeypatch.setenv("FAKE_DO", "")
+    monkeypatch.setenv("UV_FAKE_LOG", str(log))
+    monkeypatch.setenv("UV_FAKE_DO", "")
     monkeypatch.setattr(environment, "_uv_variables", dict)
     return log
 
@@ -205,7 +205,7 @@ def test_without_uv_pip_of_the_base_installs(calls: Path, tmp_path: Path, monkey
     (tmp_path / "bin" / "uv").unlink()
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "executable", str(script(tmp_path / "python", FAKE_PYTHON)))
-    monkeypatch.setenv("FAKE_LIB", f"python{environment.PYTHON_TAG[2:]}")
+    monkeypatch.setenv("UV_FAKE_LIB", f"python{environment.PYTHON_TAG[2:]}")
     environment.build("deepspeed==0.18.9")
     venv, base, bare, needs, alone = calls.read_text().splitlines()
     assert "--without-pip" not in venv
@@ -227,7 +227,7 @@ def test_a_failed_build_leaves_nothing_and_says_why_in_a_line(
 ):
     environment.build(f"torch=={environment.TORCH}")
     message = "echo looking; echo 'ERROR: no trl==9.9 at https://me:secret@index/simple'; echo 'hint: none'; exit 1"
-    monkeypatch.setenv("FAKE_DO", message)
+    monkeypatch.setenv("UV_FAKE_DO", message)
     with pytest.raises(environment.BuildFailed) as caught:
         environment.build("trl==9.9")
     text = str(caught.value)
@@ -237,7 +237,7 @@ def test_a_failed_build_leaves_nothing_and_says_why_in_a_line(
     assert "\n" not in text
     log = Path(text.rpartition("log: ")[2])
     assert "looking" in log.read_text()
-    monkeypatch.setenv("FAKE_DO", "")
+    monkeypatch.setenv("UV_FAKE_DO", "")
     python = environment.build("trl==9.9")
     assert environment.installed(python)["trl"] == "9.9"
     assert not list((tmp_path / "cache/audit").glob("*.building"))
@@ -268,7 +268,7 @@ def _alive(pid: int) -> bool:
 def test_a_killed_build_is_waited_for_and_done_again(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     environment.build(f"torch=={environment.TORCH}")
     gate, reached = tmp_path / "gate", tmp_path / "reached"
-    monkeypatch.setenv("FAKE_DO", f"touch {reached}; while [ ! -e {gate} ]; do sleep 0.02; done")
+    monkeypatch.setenv("UV_FAKE_DO", f"touch {reached}; while [ ! -e {gate} ]; do sleep 0.02; done")
     killed = start_build("trl==1.16.0")
     wait_for(reached.exists)
     killed.kill()
@@ -278,7 +278,7 @@ def test_a_killed_build_is_waited_for_and_done_again(calls: Path, tmp_path: Path
     (half / "half-made").touch()
     said: list[str] = []
     done: list[Path] = []
-    monkeypatch.setenv("FAKE_DO", "")
+    monkeypatch.setenv("UV_FAKE_DO", "")
     thread = threading.Thread(target=lambda: done.append(environment.build("trl==1.16.0", say=said.append)))
     thread.start()
     wait_for(lambda: any("waiting" in line for line in said))
@@ -291,7 +291,7 @@ def test_a_killed_build_is_waited_for_and_done_again(calls: Path, tmp_path: Path
 
 
 def test_two_audits_build_an_environment_once(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("FAKE_DO", "sleep 0.3")
+    monkeypatch.setenv("UV_FAKE_DO", "sleep 0.3")
     both = [start_build("trl==1.16.0") for _ in range(2)]
     said = [process.communicate(timeout=60)[0].splitlines() for process in both]
     assert [p.returncode for p in both] == [0, 0]

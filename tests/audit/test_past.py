@@ -43,7 +43,7 @@ def test_releases_of_deepspeed(tmp_path: Path, version: str, expected: str, reas
     [
         (Z2, 3, "affected", "gradient accumulation 3 (ds.json)"),
         (Z2, 2, "not affected", "with 2 the first and the last are all there is"),
-        (Z2, 1, "not affected", "by hand"),
+        (Z2, 1, "not affected", "nothing is dropped"),
         ({**Z2, "stage": 1}, 4, "not affected", "ZeRO stage 1 (ds.json)"),
         ({**Z2, "stage": 3}, 4, "not affected", "ZeRO stage 3 (ds.json)"),
         ({"stage": 2}, 4, "not affected", "offload_optimizer none (ds.json)"),
@@ -285,3 +285,20 @@ def test_releases_are_numbers() -> None:
 def test_numbers_and_truths_as_files_write_them() -> None:
     assert [whole(v) for v in (4, "4", 4.0, "auto", "$N", True, -1, 1.5, None)] == [4, 4, 4, *[None] * 6]
     assert [truth(v) for v in (True, "False", "no", "maybe", None)] == [True, False, False, None, None]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("0.15.1", "unknown"), ("0.18.9", "unknown"), ("0.19.0", "not affected")]
+)
+def test_a_boundary_set_by_hand_stands_in_no_file(tmp_path: Path, version: str, expected: str) -> None:
+    found = {a.finding: a for a in look_back(write(tmp_path, **deepspeed(version, Z2, 8)))}
+    (by_hand,) = [a for name, a in found.items() if "by hand" in name]
+    assert by_hand.answer == expected
+
+
+@pytest.mark.parametrize(("version", "expected"), [("0.6.0", "unknown"), ("0.9.1", "not affected")])
+def test_verl(tmp_path: Path, version: str, expected: str) -> None:
+    (tmp_path / "freeze.txt").write_text(f"verl=={version}\n")
+    (found,) = [a for a in look_back(tmp_path) if "verl" in a.finding]
+    assert found.answer == expected
+    assert any(version in reason or "accumulation" in reason for reason in found.reasons)

@@ -99,6 +99,8 @@ def parse_range(text: str) -> tuple[str, str]:
 
 def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
     """All final releases of a package between two, as its index lists them. Raises SettingsError where it cannot."""
+    if _key(first) > _key(last):
+        raise SettingsError(f"--bisect {first}..{last}: the older release comes first: {last}..{first}")
     found = _releases(python, package)
     inside = sorted((v for v in found if _key(first) <= _key(v) <= _key(last)), key=_key)
     for end in (first, last):

@@ -6,6 +6,7 @@ CPU can do is said in the notes. The file is read, never executed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ TRL_KEYS = ("packing", "assistant_only_loss", "completion_only_loss", "dataset_t
 FACTORY_KEYS = ("finetuning_type", "dataset_dir", "cutoff_len")
 EXPECTED = "DeepSpeed JSON, TrainingArguments JSON or YAML, an accelerate or LLaMA-Factory YAML, an OpenRLHF command"
 LLAMA = {"arch": "llama"}
+NOT_TAKEN_OVER = ("optim", "weight_decay", "label_smoothing_factor", "neftune_noise_alpha")
 
 
 @dataclass(kw_only=True)
@@ -32,17 +34,29 @@ class Configured:
     processes: int = 1
     documented: str = ""
     notes: list[str] = field(default_factory=list)
+    needs: tuple[str, ...] = ()  # what must be installed beside the subject's own
 
 
-class _NotATable(Exception):
-    """A text or a list where every such file has a table; says which setting."""
+class _Wrong(Exception):
+    """A value that no such file can have; says which setting."""
 
 
 def _table(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = found.get(key) or {}
     if not isinstance(value, Mapping):
-        raise _NotATable(key)
+        raise _Wrong(f"{key} is a table of settings, here it has another type")
     return value
+
+
+def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6) -> int | None:
+    """A whole number; None where the file leaves it open (nothing, "auto", a variable)."""
+    value = found.get(key)
+    number = whole(value)
+    if value is None or (number is None and isinstance(value, str) and re.match(r"auto$|[$<{]", value.strip())):
+        return None
+    if number is None or not least <= number <= most:
+        raise _Wrong(f"{key} = {value!r}: expected a whole number from {least} to {most}")
+    return number
 
 
 def read(path: Path) -> tuple[Subject, list[str]]:
@@ -52,8 +66,8 @@ def read(path: Path) -> tuple[Subject, list[str]]:
     """
     try:
         configured = _recognise(_load(path), path)
-    except _NotATable as error:
-        raise SettingsError(f"--config {path}: {error} is a table of settings, here it has another type") from None
+    except _Wrong as error:
+        raise SettingsError(f"--config {path}: {error}") from None
     _reduce(configured)
     subject = next(s for s in TABLE if s.name == configured.subject)
     loop = configured.subject in ("DeepSpeed", "accelerate", "OpenRLHF SFTTrainer")
@@ -68,7 +82,11 @@ def read(path: Path) -> tuple[Subject, list[str]]:
         options=configured.options, world_size=configured.processes, documented=configured.documented, only=cases
     )
     return Subject(
-        name=subject.name, script=subject.script, needs=subject.needs, brings=subject.brings, configurations=[one]
+        name=subject.name,
+        script=subject.script,
+        needs=(*subject.needs, *configured.needs),
+        brings=subject.brings,
+        configurations=[one],
     ), configured.notes
 
 
@@ -93,7 +111,10 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
-    if "zero_optimization" in found or "train_micro_batch_size_per_gpu" in found:
+    plain = "train_batch_size" in found and any(
+        isinstance(found.get(k), Mapping) for k in ("optimizer", "bf16", "fp16")
+    )
+    if plain or "zero_optimization" in found or "train_micro_batch_size_per_gpu" in found:
         return _deepspeed(Configured(subject="DeepSpeed"), found, "stage")
     if "distributed_type" in found:
         return _accelerate(found, path)
@@ -108,14 +129,14 @@ def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str)
     zero = _table(found, "zero_optimization")
     offload = _table(zero, "offload_optimizer") or {"device": "cpu" if truth(zero.get("cpu_offload")) else "none"}
     device = str(offload.get("device", "none")).lower()
-    configured.options |= {stage_key: whole(zero.get("stage", 0)) or 0, "offload": device != "none"}
+    configured.options |= {stage_key: _count(zero, "stage", 0, 3) or 0, "offload": device != "none"}
     if device == "nvme":
         configured.notes.append("offload to nvme is audited as offload to cpu")
-    steps = found.get("gradient_accumulation_steps")
-    if whole(steps):
-        configured.options["accumulation"] = whole(steps)
-    elif whole(found.get("train_batch_size")) and whole(found.get("train_micro_batch_size_per_gpu")):
-        total, micro = int(found["train_batch_size"]), int(found["train_micro_batch_size_per_gpu"])
+    steps, total = _count(found, "gradient_accumulation_steps"), _count(found, "train_batch_size")
+    micro = _count(found, "train_micro_batch_size_per_gpu")
+    if steps:
+        configured.options["accumulation"] = steps
+    elif total and micro:
         configured.options["accumulation"] = max(1, total // micro)
         configured.notes.append(f"{total // micro} micro-batches a step, assuming one process")
     _clipping(configured, found.get("gradient_clipping"))
@@ -123,20 +144,27 @@ def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str)
         configured.options["dtype"] = "bfloat16"
     if truth(_table(found, "fp16").get("enabled")):
         configured.notes.append("float16 needs a GPU: audited in float32")
+    if found.get("optimizer"):
+        configured.notes.append("optimizer: audited with plain SGD")
     return configured
 
 
 def _accelerate(found: Mapping[str, Any], path: Path) -> Configured:
     inner = _table(found, "deepspeed_config")
-    under = str(found["distributed_type"]).lower() == "deepspeed"
+    kind = str(found["distributed_type"]).upper()
+    under = kind == "DEEPSPEED"
     configured = Configured(subject="DeepSpeed" if under else "accelerate")
+    if kind not in ("DEEPSPEED", "NO", "FALSE", "MULTI_CPU", "MULTI_GPU"):  # YAML reads an unquoted NO as false
+        configured.notes.append(
+            f"distributed_type {kind}: audited as accelerate's loop without it (torch FSDP2 has a row)"
+        )
     if under and inner.get("deepspeed_config_file"):
         _deepspeed(configured, _beside(str(inner["deepspeed_config_file"]), path), "stage")
     elif under:
         device = str(inner.get("offload_optimizer_device") or "none").lower()
-        configured.options |= {"stage": whole(inner.get("zero_stage")) or 0, "offload": device != "none"}
+        configured.options |= {"stage": _count(inner, "zero_stage", 0, 3) or 0, "offload": device != "none"}
         _clipping(configured, inner.get("gradient_clipping"))
-    steps = whole(inner.get("gradient_accumulation_steps", found.get("gradient_accumulation_steps")))
+    steps = _count(inner if "gradient_accumulation_steps" in inner else found, "gradient_accumulation_steps")
     if steps:
         configured.options["accumulation"] = steps
     configured.processes = whole(found.get("num_processes")) or 1
@@ -157,6 +185,8 @@ def _openrlhf(found: Mapping[str, Any]) -> Configured:
     if total and micro:
         configured.options["accumulation"] = max(1, total // micro)
         configured.notes.append(f"{total // micro} micro-batches a step, assuming one process")
+    if truth(first("bf16", "ds.bf16")) or "bf16" in str(first("param_dtype", "ds.param_dtype")):
+        configured.notes.append("bf16: audited in float32")
     return configured
 
 
@@ -170,12 +200,13 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
     name = "LLaMA-Factory" if factory else "TRL SFTTrainer" if trl else "transformers Trainer"
     configured = Configured(subject=f"{name} + DeepSpeed" if inner and not factory else name, options=dict(LLAMA))
     if inner:
+        configured.needs = ("deepspeed",)
         _deepspeed(configured, _table({"deepspeed": inner}, "deepspeed"), "zero_stage")
     for key in ("packing", "assistant_only_loss"):
         if truth(found.get(key)):
             configured.options[key.removesuffix("_loss")] = True
-    if whole(found.get("gradient_accumulation_steps")):
-        configured.options["accumulation"] = whole(found["gradient_accumulation_steps"])
+    if steps := _count(found, "gradient_accumulation_steps"):
+        configured.options["accumulation"] = steps
     _clipping(configured, found.get("max_grad_norm", 1.0))  # the Trainer clips unless told otherwise
     if truth(found.get("average_tokens_across_devices")) is False:
         configured.options["average_tokens_across_devices"] = False
@@ -186,6 +217,8 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
         configured.options["dtype"] = "bfloat16"
     if truth(found.get("fp16")):
         configured.notes.append("float16 needs a GPU: audited in float32")
+    if left_out := [key for key in NOT_TAKEN_OVER if found.get(key)]:
+        configured.notes.append(f"{', '.join(left_out)}: not taken over, audited with plain SGD")
     return configured
 
 

@@ -164,6 +164,11 @@ def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
     return _cached(cache, wanted.name, say, lambda home, do: _fill_overlay(wanted, base, home, do))
 
 
+# What installers and compilers read; no token of the caller's reaches a package's own set-up code.
+BUILDS_NEED = (
+    r"PATH|HOME|LANG|LC_ALL|TZ|TMPDIR|USER|(http|https|no|all|ftp)_proxy|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|"
+    r"CURL_CA_BUNDLE|(PIP|UV|XDG)_\w+|CC|CXX|CFLAGS|CXXFLAGS|LDFLAGS|LD_LIBRARY_PATH"
+)
 Do = Callable[..., None]  # run a command of a build: (command, **extra environment variables)
 
 
@@ -215,7 +220,7 @@ def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
 
 def _execute(command: Sequence[str | Path], variables: Mapping[str, str], name: str, out: IO[str], lock: int) -> None:
     """Run one command of a build; what it prints goes to the log."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    environment = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
     try:
         process = subprocess.Popen(
             [str(part) for part in command],
@@ -345,8 +350,11 @@ def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
         raise SettingsError(f"--python {python}: no such program: write {hint}")
     # -I: as the audited process, which sees neither PYTHONPATH nor the user's own site folder; -B: no bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
+    environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=True
+        )
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()

@@ -6,6 +6,7 @@ A subject that hangs, crashes or eats the memory is a finding, never the end of 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -119,7 +121,13 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
             process.wait()
 
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
 def _limit() -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing would hold it to its time after this process is killed
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -133,5 +141,5 @@ def free_port() -> int:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     # The line of the error itself, not a warning that a library prints on its way out.
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    errors = [line for line in lines if re.match(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
     return redact((errors or lines or ["it said nothing"])[-1])[:300]

@@ -147,7 +147,7 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
         )
     paths = sorted(folder.glob("rank-*.json"), key=lambda p: int(p.stem.split("-")[1]))
     if not paths:
-        raise ObservationError("the subject left no observation")
+        raise ObservationError("the subject ended early and left no observation: does its code call exit?")
     ranks = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
     if any(r["schema"] != SCHEMA for r in ranks) or len(ranks) != ranks[0]["world_size"]:
         raise ObservationError(f"{len(ranks)} of {ranks[0]['world_size']} ranks left an observation of schema {SCHEMA}")

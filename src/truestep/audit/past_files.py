@@ -17,7 +17,7 @@ from typing import Any
 
 from truestep.settings import SettingsError
 
-PACKAGES = ("deepspeed", "transformers", "openrlhf")
+PACKAGES = ("deepspeed", "transformers", "openrlhf", "verl")
 LOCKS = ("uv.lock", "poetry.lock", "pdm.lock", "pylock.toml")
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".cmd", ".txt")
 SKIPPED = {".git", "__pycache__", "node_modules", "site-packages", ".venv", "venv"}

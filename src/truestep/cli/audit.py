@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -47,23 +48,30 @@ def audit(
 ) -> None:
     """Run real optimizer steps on a CPU and recover the weight that every micro-batch got.
 
-    Exit codes: 0 no fault · 1 a fault · 2 usage · 3 nothing could be run · 4 something could not be judged.
+    Exit codes: 0 no fault · 1 a fault · 2 usage · 3 nothing could be run · 4 something could not be judged ·
+    130 interrupted.
     """
     from truestep.cli import audit_actions as actions
+    from truestep.settings import SettingsError
 
     if past is not None:
+        if dry_run or junit or sarif or html:
+            raise SettingsError("--past reads files and has one output more, --json: leave out the other options")
         actions.past(past, as_json=as_json)
         return
+    if dry_run and (bisect or target == "models"):
+        raise SettingsError("--dry-run lists the configurations of an audit: it has nothing to list here")
     if bisect:
         actions.bisect(target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json)
         return
     if target == "models":
         actions.models(python, timeout=timeout, as_json=as_json)
         return
-    subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
     if dry_run:
-        actions.show_plan(subjects, chosen)
+        actions.show_plan(target, python, only=only, arch=arch, config=config, as_json=as_json)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: children are ended, what is done is shown
+    subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
     findings = actions.run(
         subjects,
         chosen,

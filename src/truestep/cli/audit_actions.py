@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -24,6 +25,8 @@ from truestep.audit.run import audit_one
 from truestep.rundir import provenance, write_atomic
 from truestep.settings import SettingsError
 
+INTERRUPTED = "interrupted before it was run"
+
 
 def say(text: str) -> None:
     typer.echo(text, err=True)
@@ -39,7 +42,11 @@ def select(
     """
     if arch and arch not in registry.ARCHS:
         raise SettingsError(f"--arch {arch}: write {', '.join(registry.ARCHS)}")
+    if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
+        raise SettingsError(f"{target}: for a loop of your own write FILE.py:FUNCTION")
     if ".py:" in target:
+        if config is not None or only:
+            raise SettingsError(f"{target}: your own loop has one configuration: leave out --config and --only")
         return [_own_loop(target, arch)], _program(python)
     if target and python is not None:
         raise SettingsError("give a requirement or --python, one of them")
@@ -96,12 +103,22 @@ def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
     return found
 
 
-def show_plan(subjects: Sequence[Subject], python: Path) -> None:
-    typer.echo(f"python: {python}")
-    for subject in subjects:
-        for configuration in subject.configurations:
-            words = formats.configuration_in_words(configuration.to_json())
-            typer.echo(f"{subject.name}: {words} ({', '.join(configuration.only)})")
+def show_plan(target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool) -> None:
+    """What would be run. Builds nothing: the releases of a requirement that no cache has yet are only named."""
+    if target and ".py:" not in target and config is None and python is None:
+        subjects, where = _named(registry.meant_by(list(environment.parse(target))), only, target), target
+        subjects = [registry.with_arch(s, arch) for s in subjects] if arch else subjects
+    else:
+        subjects, chosen = select(target, python, only=only, arch=arch, config=config)
+        where = str(chosen)
+    pairs = [(s.name, c) for s in subjects for c in s.configurations]
+    if as_json:
+        rows = [{"subject": name, "configuration": c.to_json(), "cases": c.only} for name, c in pairs]
+        typer.echo(json.dumps({"schema": 1, "python": where, "planned": rows}))
+        return
+    typer.echo(f"{'python' if os.sep in where else 'environment'}: {where}")
+    for name, c in pairs:
+        typer.echo(f"{name}: {formats.configuration_in_words(c.to_json())} ({', '.join(c.only)})")
 
 
 def run(
@@ -114,22 +131,30 @@ def run(
     reproducers: Path | None = None,
 ) -> list[Finding]:
     """All findings, with progress and the time left on stderr. ``remedies_for``: the target, if remedies are wanted;
-    ``reproducers``: a folder for a script per fault."""
+    ``reproducers``: a folder for a script per fault. After Ctrl-C or SIGTERM what was not run is NOT RUN."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []
     began = time.monotonic()
-    for index, (subject, configuration) in enumerate(pairs):
-        left = f", about {(time.monotonic() - began) / index * (len(pairs) - index):.0f} s left" if index else ""
-        words = formats.configuration_in_words(configuration.to_json())
-        say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {words}{left}")
-        finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
-        if finding.verdict is Verdict.FAULT and remedies_for is not None:
-            say("  looking for a remedy")
-            words = remedy.find(subject, configuration, python, remedies_for, timeout=timeout)
-            finding = replace(finding, remedy=words or "none found")
-        if finding.verdict is Verdict.FAULT and reproducers is not None:
-            finding = _reproduced(finding, subject, python, reproducers)
-        findings.append(finding)
+    try:
+        for index, (subject, configuration) in enumerate(pairs):
+            left = f", about {(time.monotonic() - began) / index * (len(pairs) - index):.0f} s left" if index else ""
+            words = formats.configuration_in_words(configuration.to_json())
+            say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {words}{left}")
+            finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
+            if finding.verdict is Verdict.FAULT and remedies_for is not None:
+                say("  looking for a remedy")
+                words = remedy.find(subject, configuration, python, remedies_for, timeout=timeout)
+                finding = replace(finding, remedy=words or "none found")
+            if finding.verdict is Verdict.FAULT and reproducers is not None:
+                finding = _reproduced(finding, subject, python, reproducers)
+            findings.append(finding)
+    except KeyboardInterrupt:
+        say(f"interrupted: {len(findings)} of {len(pairs)} were audited; the others are shown as NOT RUN")
+        for subject, configuration in pairs[len(findings) :]:
+            shown = configuration.to_json()
+            findings.append(
+                Finding(subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reason=INTERRUPTED)
+            )
     return findings
 
 
@@ -186,6 +211,8 @@ def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path
 
 def exit_code(findings: Sequence[Finding]) -> int:
     verdicts = {f.verdict for f in findings}
+    if any(f.reason == INTERRUPTED for f in findings):
+        return 130
     if Verdict.FAULT in verdicts:
         return 1
     if verdicts <= {Verdict.NOT_RUN}:
@@ -222,7 +249,8 @@ def past(folder: Path, *, as_json: bool) -> None:
 
         console = Console(highlight=False)
         console.print(answers_table(answers, width=min(console.width, 120)))
-    raise typer.Exit(1 if any(a.answer == "affected" for a in answers) else 0)
+    found = {a.answer for a in answers}
+    raise typer.Exit(1 if "affected" in found else 4 if "unknown" in found else 0)
 
 
 def bisect(target: str, text: str, *, known_bad: str, only: str, seed: int, timeout: float, as_json: bool) -> None:
