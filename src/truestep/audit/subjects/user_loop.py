@@ -37,10 +37,20 @@ def run_with(step: Callable[..., Any], spec: kit.Spec) -> None:
     """All windows of a case through the user's function."""
     model = kit.tiny_model(spec)
     recorder = kit.Recorder(spec, model)
+    recorder.needles = [
+        ids[:-1] for ids in recorder.needles
+    ]  # the last token predicts nothing: a loop may leave it out
     optimizer = spec.optimizer(model.parameters())
+    calls: list[Any] = []
+    optimizer.register_step_post_hook(lambda *call: calls.append(call))
+    before = recorder.snapshot()
     model.train()
     for window in spec.windows():
         step(model, optimizer, [microbatch(spec, rows) for rows in window])
+    if not calls and not torch.equal(before, recorder.snapshot()):
+        # Another optimizer's update is no gradient times this one's learning rate: nothing could be read from it.
+        (spec.folder / "not-run.txt").write_text("the step does not use the optimizer that it is given", "utf-8")
+        return
     recorder.finish()
 
 
