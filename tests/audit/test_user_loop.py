@@ -140,6 +140,14 @@ def test_a_right_step_passes(audit_step, loops, name: str) -> None:
     assert audit_step(loops[name]).verdict == "RIGHT"
 
 
+def test_the_documented_step_is_right(audit_step, tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
+    example = document.partition("```python\n")[2].partition("```")[0]
+    file = tmp_path / "documented.py"
+    file.write_text("from torch.nn.functional import cross_entropy\n" + example)
+    assert audit_step(subject_module("user_loop").load(str(file), "step")).verdict == "RIGHT"
+
+
 @pytest.mark.parametrize(
     ("name", "codes"),
     [

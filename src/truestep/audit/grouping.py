@@ -37,7 +37,7 @@ def find(run: Observation) -> list[Cause]:
             text = f"steps were taken after {_listed(sizes)} rows, asked for were {_listed(filtered)}"
             found.append(("grouping", text))
     twice = sum(max(0, seen[row] - epochs) for row in trained)
-    if lost or (run.forwards_without_step and not packed):
+    if lost:
         cause = "data_lost", f"data is lost: {lost} rows reached no optimizer step"
         found.insert(0 if lost_whole else len(found), cause)
     elif twice > _evened_out(run, run.asked.num_rows - never):

@@ -2,8 +2,8 @@
 
 ``model(input_ids=…)`` gives logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is torch's SGD
 on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``, ``attention_mask`` and ``labels``
-[B, T] (−100 where a token is not trained, not shifted). The function must take exactly one optimizer step and clear the
-gradients.
+[B, T] (−100 where a token is not trained, not shifted). The function must take exactly one step of this optimizer and
+clear the gradients; how it groups the rows into forward passes is its own choice.
 """
 
 from __future__ import annotations
