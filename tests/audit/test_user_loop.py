@@ -99,6 +99,10 @@ def under_autocast(model, optimizer, microbatches):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         step(model, optimizer, microbatches)
 
+def in_one_pass_under_autocast(model, optimizer, microbatches):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        in_one_pass(model, optimizer, microbatches)
+
 def mean_of_means_under_autocast(model, optimizer, microbatches):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mean_of_means(model, optimizer, microbatches)
@@ -168,6 +172,7 @@ def test_autocast_is_judged_by_its_own_precision(audit_step, loops) -> None:
     assert finding.verdict == "RIGHT"
     assert finding.configuration["autocast"] == "bfloat16"
     assert 1e-4 < finding.noise < 0.02  # of the products alone: the parameters are stored in float32
+    assert audit_step(loops["in_one_pass_under_autocast"]).verdict == "RIGHT"
     assert audit_step(loops["mean_of_means_under_autocast"], fail=False).codes[0] == "micro_mean"
 
 
@@ -194,9 +199,11 @@ def test_a_step_that_fails(audit_step, loops, name: str, error: type[Exception])
 
 
 def test_random_numbers_go_on_as_if_nothing_was_audited(audit_step, loops) -> None:
-    before = torch.random.get_rng_state()
-    audit_step(loops["step"])
-    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        before = torch.random.get_rng_state()
+        audit_step(loops["step"])
+        assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_wrong_windows_are_said_once(audit_step, loops) -> None:

@@ -88,9 +88,8 @@ class Seen:
     hidden: bool = False  # right as far as one can tell: the noise hides single weights
 
 
-def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parameters = (), autocast: str = "") -> Seen:
-    """Judge one SGD step. ``dtype``: of the stored parameters; ``autocast``: of the products, where it is another."""
-    limits = "bfloat16" if autocast else dtype  # the coarsest; float16 is finer
+def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parameters = ()) -> Seen:
+    """Judge one SGD step."""
     if not np.isfinite(step.after).all():
         empty = any(m.num_trained == 0 for m in step.microbatches)
         where = " after a micro-batch without trained tokens" if empty else ""
@@ -98,13 +97,13 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parame
     if not step.num_trained:
         return Seen(codes=("unexplained",), text="a step was taken without any trained token")
     found = recover(step, dtype)
-    if found.relative_error <= min(NOISE_FACTOR * found.noise, RESIDUAL[limits]):
+    if found.relative_error <= min(NOISE_FACTOR * found.noise, RESIDUAL[dtype]):
         return Seen(recovered=found)
-    limit = max(RESIDUAL[limits], NOISE_FACTOR * found.noise)
+    limit = max(RESIDUAL[dtype], NOISE_FACTOR * found.noise)
     if found.residual > limit:
         code, text = causes.find(step, previous, found, parameters, limit)
         return Seen(codes=(code,), text=text, recovered=found)
-    pattern = fit_pattern(found, limits)
+    pattern = fit_pattern(found, dtype)
     if (
         pattern is not None
         and len(pattern.codes) > 1
@@ -136,8 +135,7 @@ class CaseSeen:
 
 
 def see_case(run: Observation, dtype: str) -> CaseSeen:
-    before = [None, *run.steps]
-    steps = [see(s, b, dtype, run.parameters, run.autocast) for s, b in zip(run.steps, before, strict=False)]
+    steps = [see(s, run.steps[i - 1] if i else None, dtype, run.parameters) for i, s in enumerate(run.steps)]
     steps = _related(steps, run, dtype)
     # A schedule that has reached zero moves nothing any more: the rows after that are lost to it.
     stopped = len(run.steps) < run.asked.steps and any("schedule" in s.codes for s in steps)

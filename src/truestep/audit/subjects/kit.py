@@ -305,8 +305,8 @@ class Recorder:
         }
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
-        """The gradient sum in the subject's own precision: how far a right path is from float64. Where a clip or a
-        schedule is asked for in float32, other cases have measured this: the exact sum."""
+        """The gradient sum in the subject's own precision or autocast: how far a right path is from float64. Where a
+        clip or a schedule is asked for in float32, other cases have measured this: the exact sum."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
             return sum((exact[row] for batch in micro for row in batch), total)

@@ -37,9 +37,8 @@ def run_with(step: Callable[..., Any], spec: kit.Spec) -> None:
     """All windows of a case through the user's function."""
     model = kit.tiny_model(spec)
     recorder = kit.Recorder(spec, model)
-    recorder.needles = [
-        ids[:-1] for ids in recorder.needles
-    ]  # the last token predicts nothing: a loop may leave it out
+    # A row's last token predicts nothing: a loop may leave it out.
+    recorder.needles = [ids[:-1] for ids in recorder.needles]
     optimizer = spec.optimizer(model.parameters())
     calls: list[Any] = []
     optimizer.register_step_post_hook(lambda *call: calls.append(call))
