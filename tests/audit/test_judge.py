@@ -100,8 +100,9 @@ def test_a_constant_is_recovered(scale: float) -> None:
     assert ("accumulation_factor" in pattern.codes) == (scale in (4.0, 0.25))
 
 
-def seen_rows(rank_rows: list[list[int]], untrained: tuple[int, ...], num_rows: int) -> tuple[str, ...]:
-    """The codes of a right step over one row a micro-batch, these on each rank, of so many rows that were asked for."""
+def seen_rows(rank_rows: list[list[int]], untrained: tuple[int, ...], num_rows: int, after: int = 0) -> tuple[str, ...]:
+    """The codes of a right step over one row a micro-batch, these on each rank, of so many rows that were asked for.
+    ``after``: forward passes behind it."""
     draw = np.random.default_rng(0)
     gradients = {row: np.zeros(50) if row in untrained else draw.normal(size=50) for row in range(num_rows)}
     batches = tuple(
@@ -121,7 +122,9 @@ def seen_rows(rank_rows: list[list[int]], untrained: tuple[int, ...], num_rows: 
     used = total / sum(m.num_trained for m in batches)
     step = Step(before=np.zeros(50), after=-used, learning_rate=1.0, microbatches=batches, control=total, extras={})
     asked = Asked(num_rows=num_rows, untrained_rows=untrained, epochs=1, accumulation=9, rows_per_microbatch=1, steps=1)
-    run = Observation(versions={}, steps=(step,), ranks_differ=0.0, forwards_without_step=0, unmatched=0, asked=asked)
+    run = Observation(
+        versions={}, steps=(step,), ranks_differ=0.0, forwards_without_step=after, unmatched=0, asked=asked
+    )
     return see_case(run, "float32").codes
 
 
@@ -129,6 +132,11 @@ def test_rows_may_be_left_out_if_nothing_of_them_is_trained() -> None:
     assert seen_rows([[0, 1, 2]], (3,), 4) == ()
     assert seen_rows([[0, 1, 2, 3]], (3,), 4) == ()
     assert "data_lost" in seen_rows([[0, 1, 2]], (), 4)
+
+
+def test_a_forward_pass_after_the_last_step_loses_no_row() -> None:
+    assert seen_rows([[0, 1, 2]], (), 3, after=1) == ()
+    assert "data_lost" in seen_rows([[0, 1]], (), 3, after=1)
 
 
 def test_ranks_may_be_evened_out_by_a_repeated_row_and_only_then() -> None:

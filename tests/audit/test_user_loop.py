@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
+
+import torch
 
 from truestep.audit.inside import subject_module
 
@@ -45,6 +48,81 @@ def forgetful(model, optimizer, microbatches):
     optimizer.step()
     optimizer.zero_grad()
 
+def skipping(model, optimizer, microbatches):
+    step(model, optimizer, [m for m in microbatches if total([m])])
+
+def rows_of(microbatches):
+    for m in microbatches:
+        for i, length in enumerate(m["attention_mask"].sum(1)):
+            yield {key: value[i : i + 1, :length] for key, value in m.items()}
+
+def row_by_row(model, optimizer, microbatches):
+    step(model, optimizer, list(rows_of(microbatches)))
+
+def in_one_pass(model, optimizer, microbatches):
+    rows, fillers = list(rows_of(microbatches)), {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    pad = lambda x, filler: torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=filler)
+    step(model, optimizer, [{k: torch.cat([pad(r[k], fillers[k]) for r in rows]) for k in fillers}])
+
+def in_one_line(model, optimizer, microbatches):
+    rows = list(rows_of(microbatches))
+    for row in rows:
+        row["labels"][:, 0] = -100  # nothing predicts it
+    step(model, optimizer, [{k: torch.cat([r[k] for r in rows], 1) for k in rows[0]}])
+
+def step_after_each(model, optimizer, microbatches):
+    for m in microbatches:
+        (loss(model, m) / total(microbatches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+def last_row_lost(model, optimizer, microbatches):
+    step(model, optimizer, list(rows_of(microbatches))[:-1])
+
+def with_mask(model, optimizer, microbatches):
+    masked = lambda m: lambda input_ids: model(input_ids=input_ids, attention_mask=m["attention_mask"])
+    for m in microbatches:
+        (loss(masked(m), m) / total(microbatches)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+def without_last_token(model, optimizer, microbatches):
+    for m in microbatches:
+        logits, labels = model(m["input_ids"][:, :-1]), m["labels"][:, 1:]
+        summed = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        (summed / total(microbatches)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+def under_autocast(model, optimizer, microbatches):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step(model, optimizer, microbatches)
+
+def in_one_pass_under_autocast(model, optimizer, microbatches):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        in_one_pass(model, optimizer, microbatches)
+
+def mean_of_means_under_autocast(model, optimizer, microbatches):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean_of_means(model, optimizer, microbatches)
+
+def clipped(model, optimizer, microbatches):
+    for m in microbatches:
+        (loss(model, m) / total(microbatches)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+
+def own_optimizer(model, optimizer, microbatches):
+    step(model, torch.optim.AdamW(model.parameters()), microbatches)
+
+def strange_rows(model, optimizer, microbatches):
+    step(model, optimizer, [{**m, "input_ids": m["input_ids"] * 0 + 1} for m in microbatches])
+
+def divided_by_zero(model, optimizer, microbatches):
+    1 / 0
+
 def broken(model, optimizer, microbatches):
     raise RuntimeError("this loop has <b>no</b> end")
 """
@@ -55,18 +133,84 @@ def loops(tmp_path: Path) -> dict[str, object]:
     file = tmp_path / "loops.py"
     file.write_text(RIGHT)
     load = subject_module("user_loop").load
-    return {name: load(str(file), name) for name in ("step", "mean_of_means", "forgetful")}
+    return {name: load(str(file), name) for name in re.findall(r"^def (\w+)\(model, optimizer", RIGHT, re.MULTILINE)}
 
 
-def test_a_right_step_passes(audit_step, loops) -> None:
-    assert audit_step(loops["step"]).verdict == "RIGHT"
+@pytest.mark.parametrize(
+    "name", ["step", "skipping", "row_by_row", "in_one_pass", "in_one_line", "with_mask", "without_last_token"]
+)
+def test_a_right_step_passes(audit_step, loops, name: str) -> None:
+    """However it runs the rows of its window through the model."""
+    assert audit_step(loops[name]).verdict == "RIGHT"
 
 
-@pytest.mark.parametrize(("name", "code"), [("mean_of_means", "micro_mean"), ("forgetful", "kept")])
-def test_a_wrong_step_is_named(audit_step, loops, name: str, code: str) -> None:
+def test_the_documented_step_is_right(audit_step, tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
+    example = document.partition("```python\n")[2].partition("```")[0]
+    file = tmp_path / "documented.py"
+    file.write_text("from torch.nn.functional import cross_entropy\n" + example)
+    assert audit_step(subject_module("user_loop").load(str(file), "step")).verdict == "RIGHT"
+
+
+@pytest.mark.parametrize(
+    ("name", "codes"),
+    [
+        ("mean_of_means", "micro_mean"),
+        ("forgetful", "kept"),
+        ("step_after_each", "grouping"),
+        ("last_row_lost", "grouping data_lost"),
+    ],
+)
+def test_a_wrong_step_is_named(audit_step, loops, name: str, codes: str) -> None:
     finding = audit_step(loops[name], fail=False)
     assert finding.verdict == "FAULT"
-    assert finding.codes[0] == code
+    assert list(finding.codes)[: len(codes.split())] == codes.split()
+
+
+def test_autocast_is_judged_by_its_own_precision(audit_step, loops) -> None:
+    finding = audit_step(loops["under_autocast"])
+    assert finding.verdict == "RIGHT"
+    assert finding.configuration["autocast"] == "bfloat16"
+    assert 1e-4 < finding.noise < 0.02  # of the products alone: the parameters are stored in float32
+    assert audit_step(loops["in_one_pass_under_autocast"]).verdict == "RIGHT"
+    assert audit_step(loops["mean_of_means_under_autocast"], fail=False).codes[0] == "micro_mean"
+
+
+def test_a_step_that_depends_on_no_split_passes(audit_step, loops) -> None:
+    assert audit_step(loops["clipped"]).verdict == "DEFAULT"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("own_optimizer", "does not use the optimizer"), ("strange_rows", "no row of the case")]
+)
+def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: str) -> None:
+    finding = audit_step(loops[name], fail=False)
+    assert finding.verdict == "NOT OBSERVABLE"
+    assert reason in finding.reason
+
+
+@pytest.mark.parametrize(("name", "error"), [("broken", RuntimeError), ("divided_by_zero", ZeroDivisionError)])
+def test_a_step_that_fails(audit_step, loops, name: str, error: type[Exception]) -> None:
+    finding = audit_step(loops[name], fail=False)
+    assert finding.verdict == "NOT RUN"
+    assert finding.reason.startswith(error.__name__)
+    with pytest.raises(error):
+        audit_step(loops[name])
+
+
+def test_random_numbers_go_on_as_if_nothing_was_audited(audit_step, loops) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        before = torch.random.get_rng_state()
+        audit_step(loops["step"])
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_wrong_windows_are_said_once(audit_step, loops) -> None:
+    """And not in how far each of their steps is off."""
+    finding = audit_step(loops["step_after_each"], fail=False)
+    assert finding.fault == "steps were taken after 1, 1, 1, 1, 1, 1 … rows, asked for were 4, 4, 4"
+    assert finding.codes == ("grouping",)
 
 
 def test_a_wrong_step_fails_the_test(audit_step, loops) -> None:

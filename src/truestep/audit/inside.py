@@ -14,10 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from truestep.audit import cases
-from truestep.audit.judge import Finding, judge
+from truestep.audit.judge import Finding, Verdict, judge
 from truestep.audit.launch import SUBJECTS
-from truestep.audit.observe import load
+from truestep.audit.observe import ObservationError, load
 from truestep.audit.registry import CASES
 from truestep.audit.run import LEARNING_RATE
 
@@ -49,10 +51,14 @@ def subject_module(name: str) -> Any:
 def audit_function(
     step: Callable[..., Any], *, arch: str = "plain", names: Sequence[str] = CASES, accumulation: int = 4, seed: int = 0
 ) -> Finding:
-    """Judge ``step(model, optimizer, microbatches)`` (its contract: subjects/user_loop.py) on one process."""
+    """Judge ``step(model, optimizer, microbatches)`` (its contract: subjects/user_loop.py) on one process.
+
+    The caller's random numbers go on as if nothing had been audited.
+    """
     kit, user_loop = subject_module("kit"), subject_module("user_loop")
+    subject, configuration = getattr(step, "__qualname__", "step"), {"arch": arch, "processes": 1}
     runs = {}
-    with tempfile.TemporaryDirectory(prefix="truestep-audit-") as folder:
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="truestep-audit-") as folder:
         for name in names:
             made = cases.build(name, world_size=1, accumulation=accumulation, seed=seed)
             case = json.loads(json.dumps(made.to_json()))
@@ -60,5 +66,9 @@ def audit_function(
             place.mkdir()
             raw = {"options": {"arch": arch}, "learning_rate": LEARNING_RATE["sgd"]}
             user_loop.run_with(step, kit.Spec(place, case, raw))
-            runs[name] = load(place, case=case, learning_rate=LEARNING_RATE["sgd"])
-    return judge(getattr(step, "__qualname__", "step"), {"arch": arch, "processes": 1}, runs)
+            try:
+                runs[name] = load(place, case=case, learning_rate=LEARNING_RATE["sgd"])
+            except ObservationError as error:
+                hidden = Verdict.NOT_OBSERVABLE
+                return Finding(subject=subject, configuration=configuration, verdict=hidden, reason=str(error))
+    return judge(subject, configuration, runs)

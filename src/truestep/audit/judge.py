@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from truestep.audit import causes, relations
+from truestep.audit import causes, grouping, relations
 from truestep.audit.adamw import errors
 from truestep.audit.cases import RELATIONS
 from truestep.audit.observe import Observation, Step
@@ -137,14 +137,18 @@ class CaseSeen:
 def see_case(run: Observation, dtype: str) -> CaseSeen:
     steps = [see(s, run.steps[i - 1] if i else None, dtype, run.parameters) for i, s in enumerate(run.steps)]
     steps = _related(steps, run, dtype)
-    texts = list(dict.fromkeys(s.text for s in steps if s.codes))
-    codes = list(dict.fromkeys(c for s in steps for c in s.codes))
-    if texts and not all(s.codes for s in steps):
+    # A schedule that has reached zero moves nothing any more: the rows after that are lost to it.
+    stopped = len(run.steps) < run.asked.steps and any("schedule" in s.codes for s in steps)
+    order = [] if stopped else grouping.find(run)
+    # A step on other rows than asked, divided by the tokens of those that were asked for, is off by a constant.
+    regrouped = any(code == "grouping" for code, _ in order)
+    named = [s for s in steps if s.codes and not (regrouped and set(s.codes) <= CONSTANTS)]
+    texts = list(dict.fromkeys(s.text for s in named))
+    codes = list(dict.fromkeys(c for s in named for c in s.codes))
+    if texts and len(named) < len(steps):
         texts.append("(not in every step)")
     if codes == ["unexplained"]:
         codes = [_layout_code(run)]
-    # A schedule that has reached zero moves nothing any more: the rows after that are lost to it.
-    order = [] if "schedule" in codes and len(run.steps) < run.asked.steps else _grouping(run)
     return CaseSeen(
         steps=steps,
         codes=tuple(dict.fromkeys([*(c for c, _ in order), *codes])),
@@ -187,52 +191,6 @@ def _layout_code(run: Observation) -> str:
     return "padding" if any(len(m.lines) > 1 for m in batches) else "unexplained"
 
 
-def _grouping(run: Observation) -> list[causes.Cause]:
-    """Was the optimizer stepped when it was asked to be, on all rows, each as often as there are epochs?"""
-    found: list[causes.Cause] = []
-    if any(not np.isfinite(s.after).all() for s in run.steps):
-        return found  # changes of what is not a number are no steps
-    lost_whole = False
-    seen = Counter(row for s in run.steps for m in s.microbatches for row in m.rows)
-    left_out = {row for row in run.asked.untrained_rows if not seen[row]}
-    lost = sum(max(0, run.asked.epochs - seen[row]) for row in range(run.asked.num_rows) if row not in left_out)
-    packed = any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines)
-    if not packed:
-        sizes = [max(Counter(m.rank for m in s.microbatches).values()) for s in run.steps]
-        asked = _asked_sizes(run, run.asked.num_rows - len(left_out))
-        if sizes != asked:
-            lost_whole = sizes == [n for n in asked if n == run.asked.accumulation]
-            text = f"steps were taken after {_listed(sizes)} micro-batches, asked for were {_listed(asked)}"
-            found.append(("grouping", text))
-    twice = sum(max(0, n - run.asked.epochs) for n in seen.values())
-    if lost or (run.forwards_without_step and not packed):
-        cause = "data_lost", f"data is lost: {lost} rows reached no optimizer step"
-        found.insert(0 if lost_whole else len(found), cause)
-    elif twice > _evened_out(run, run.asked.num_rows - len(left_out)):
-        found.append(("data_lost", f"{twice} rows were trained more often than asked"))
-    return found
-
-
-def _num_ranks(run: Observation) -> int:
-    return 1 + max(m.rank for s in run.steps for m in s.microbatches)
-
-
-def _evened_out(run: Observation, num_rows: int) -> int:
-    """Rows that a sampler may repeat, so that all ranks have equally many batches."""
-    return -num_rows % (_num_ranks(run) * run.asked.rows_per_microbatch) * run.asked.epochs
-
-
-def _asked_sizes(run: Observation, num_rows: int) -> list[int]:
-    """Micro-batches of each step, on the busiest rank: whole windows and what is left at the end of an epoch."""
-    batches = math.ceil(math.ceil(num_rows / run.asked.rows_per_microbatch) / _num_ranks(run))
-    whole, rest = divmod(batches, run.asked.accumulation)
-    return ([run.asked.accumulation] * whole + ([rest] if rest else [])) * run.asked.epochs
-
-
-def _listed(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes[:6])) + (" …" if len(sizes) > 6 else "")
-
-
 # --------------------------------------------------------------------------------------------------------- the verdict
 
 
@@ -247,6 +205,8 @@ def judge(
     """All cases of one configuration together. ``documented`` names the option that the user has set away from its
     default, if it is known to change how a step is normalised; ``without`` the cases that it has no way to run, and
     why."""
+    if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
+        configuration = {**configuration, "autocast": autocast}
     general: dict[str, Any] = {"subject": subject, "configuration": configuration}
     if not runs:
         return Finding(**general, verdict=Verdict.NOT_RUN, reason="no case was run")
@@ -327,7 +287,7 @@ def _unusable(run: Observation, some_moved: bool) -> causes.Cause | None:
         return "", f"{run.unmatched} lines that the model was given hold none of the case's rows"
     worst = max((condition_of(s) for s in run.steps if s.num_trained), default=1.0)
     if worst > ILL_CONDITIONED:
-        if order := _grouping(run):  # the same row twice in a step has the same gradient
+        if order := grouping.find(run):  # the same row twice in a step has the same gradient
             return order[0][0], "; ".join(text for _, text in order)
         return "", f"the micro-batches' gradients are nearly parallel (condition {worst:.0e})"
     return None

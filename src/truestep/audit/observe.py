@@ -129,6 +129,7 @@ class Observation:
     asked: Asked
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
     notes: tuple[str, ...] = ()
+    autocast: str = ""  # the dtype that the model was run in, where it is another than its parameters'
     not_run: str = ""  # why this case alone could not be run
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -187,6 +188,7 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
         unmatched=sum(r["unmatched_lines"] for r in ranks),
         asked=asked,
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
+        autocast=ranks[0]["autocast"],
         notes=tuple(dict.fromkeys(n for r in ranks for n in r["notes"])),
         seconds=ranks[0]["seconds"],
     )

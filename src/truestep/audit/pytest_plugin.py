@@ -1,7 +1,7 @@
 """A pytest fixture that turns the audit of a training step into a test.
 
     def test_my_step(audit_step):
-        audit_step(my_step)                       # fails with the recovered weights unless it is right
+        audit_step(my_step)                       # fails with the recovered weights if it is a FAULT
         assert audit_step(other, fail=False).verdict == "FAULT"
 
 ``my_step(model, optimizer, microbatches)`` as in ``truestep audit FILE.py:my_step``.
@@ -19,14 +19,21 @@ from truestep.audit.judge import Finding, Verdict
 
 @pytest.fixture
 def audit_step() -> Callable[..., Finding]:
-    """Judge a step function; a verdict other than RIGHT fails the test unless ``fail`` is False."""
+    """Judge a step function. Unless ``fail`` is False, a verdict other than RIGHT and DEFAULT (the update does not
+    depend on how a batch is split) fails the test, and the step's own errors are raised."""
 
     def audit(step: Callable[..., Any], *, fail: bool = True, **options: Any) -> Finding:
         from truestep.audit.formats import as_text
-        from truestep.audit.inside import audit_function
+        from truestep.audit.inside import audit_function, subject_module
 
-        finding = audit_function(step, **options)
-        if fail and finding.verdict != Verdict.RIGHT:
+        try:
+            finding = audit_function(step, **options)
+        except subject_module("kit").FAILURES as error:
+            if fail:
+                raise
+            name, why = getattr(step, "__qualname__", "step"), f"{type(error).__name__}: {error}"
+            finding = Finding(subject=name, configuration={}, verdict=Verdict.NOT_RUN, reason=why)
+        if fail and finding.verdict not in (Verdict.RIGHT, Verdict.DEFAULT):
             pytest.fail(as_text(finding.to_json()), pytrace=False)
         return finding
 

@@ -15,8 +15,8 @@ def audit(
     target: Annotated[
         str,
         typer.Argument(
-            help="NAME==VERSION[+NAME==VERSION], FILE.py:FUNCTION, or the word models: the loss of every model class "
-            "of transformers; nothing: what is installed here.",
+            help="NAME==VERSION[+NAME==VERSION]; FILE.py:FUNCTION: your own step(model, optimizer, microbatches); the "
+            "word models: the loss of every model class of transformers; nothing: what is installed here.",
             show_default=False,
         ),
     ] = "",
@@ -24,7 +24,9 @@ def audit(
         Path | None, typer.Option(help="Audit what this python has installed; nothing is written there.")
     ] = None,
     only: Annotated[str, typer.Option(help="Subjects whose name holds this text.")] = "",
-    arch: Annotated[str, typer.Option(help="llama, qwen2, gemma3, gpt2, neox or opt instead of the table's.")] = "",
+    arch: Annotated[
+        str, typer.Option(help="plain, llama, qwen2, gemma3, gpt2, neox or opt instead of the table's.")
+    ] = "",
     config: Annotated[
         Path | None,
         typer.Option(help="Audit the step as this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF file configures it."),

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 __all__ = ["Recorder", "Spec", "tiny_model"]
 SCHEMA = 1
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, AssertionError,
-            NotImplementedError, UnpicklingError, SystemExit)  # fmt: skip
+            NotImplementedError, UnpicklingError, SystemExit, ArithmeticError)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -169,6 +169,12 @@ def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
     return token_losses(spec, model, batch)[0].sum()
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What a product of two such numbers comes out as here and now: another type under autocast."""
+    one = torch.ones(1, 1, dtype=dtype)
+    return (one @ one).dtype
+
+
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().reshape(-1).cpu() for t in tensors])
 
@@ -199,6 +205,7 @@ class Recorder:
         self.microbatches: list[list[list[int]]] = []  # the rows of every line of every forward pass
         self.steps: list[tuple[Tensor, Tensor, list[list[list[int]]]]] = []
         self.unmatched = 0
+        self.autocast: torch.dtype | None = None  # that the model was run under
         self.logged: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
         self.notes: list[str] = []
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -225,6 +232,8 @@ class Recorder:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             return
+        if (dtype := computed_in(self.spec.dtype)) is not self.spec.dtype:
+            self.autocast = dtype
         self._close_step()
         if ids.numel() == len(self.ignored) and bytes(ids.flatten().tolist()) == self.ignored:
             return
@@ -258,6 +267,7 @@ class Recorder:
             "steps": steps,
             "forwards_without_step": len(self.microbatches),
             "unmatched_lines": self.unmatched,
+            "autocast": str(self.autocast).removeprefix("torch.") if self.autocast else "",
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
             "notes": self.notes,
             "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
@@ -295,15 +305,16 @@ class Recorder:
         }
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
-        """The gradient sum in the subject's own precision: how far a right path is from float64. Where a clip or a
-        schedule is asked for in float32, other cases have measured this: the exact sum."""
+        """The gradient sum in the subject's own precision or autocast: how far a right path is from float64. Where a
+        clip or a schedule is asked for in float32, other cases have measured this: the exact sum."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
             return sum((exact[row] for batch in micro for row in batch), total)
         wide = torch.promote_types(self.spec.dtype, torch.float32)
         rough = copy.deepcopy(self.copy).to(self.spec.dtype)
-        for batch in micro:
-            total += self._gradient(rough, batch)[1].to(wide).double()
+        with torch.autocast("cpu", dtype=self.autocast) if self.autocast else contextlib.nullcontext():
+            for batch in micro:
+                total += self._gradient(rough, batch)[1].to(wide).double()
         return total
 
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:

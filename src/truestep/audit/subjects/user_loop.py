@@ -2,8 +2,8 @@
 
 ``model(input_ids=…)`` gives logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is torch's SGD
 on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``, ``attention_mask`` and ``labels``
-[B, T] (−100 where a token is not trained, not shifted). The function must take exactly one optimizer step and clear the
-gradients.
+[B, T] (−100 where a token is not trained, not shifted). The function must take exactly one step of this optimizer and
+clear the gradients; how it groups the rows into forward passes is its own choice.
 """
 
 from __future__ import annotations
@@ -37,10 +37,19 @@ def run_with(step: Callable[..., Any], spec: kit.Spec) -> None:
     """All windows of a case through the user's function."""
     model = kit.tiny_model(spec)
     recorder = kit.Recorder(spec, model)
+    # A row's last token predicts nothing: a loop may leave it out.
+    recorder.needles = [ids[:-1] for ids in recorder.needles]
     optimizer = spec.optimizer(model.parameters())
+    calls: list[Any] = []
+    optimizer.register_step_post_hook(lambda *call: calls.append(call))
+    before = recorder.snapshot()
     model.train()
     for window in spec.windows():
         step(model, optimizer, [microbatch(spec, rows) for rows in window])
+    if not calls and not torch.equal(before, recorder.snapshot()):
+        # Another optimizer's update is no gradient times this one's learning rate: nothing could be read from it.
+        (spec.folder / "not-run.txt").write_text("the step does not use the optimizer that it is given", "utf-8")
+        return
     recorder.finish()
 
 
