@@ -232,6 +232,8 @@ def test_from_a_file(tmp_path: Path) -> None:
     (finding,) = json.loads(done.stdout)["findings"]
     assert finding["verdict"] == "FAULT"
     assert [[round(w, 3) for w in rank] for rank in finding["weights"]] == [[0, 0, 0, 1]]
+    runs_the_model = next(i for i, line in enumerate(RIGHT.splitlines(), 1) if "= model(" in line)
+    assert finding["location"] == f"{file}:{runs_the_model}"
     done = command(f"{file}:broken")
     assert done.returncode == 3
     assert "this loop has <b>no</b> end" in " ".join(done.stdout.split())

@@ -66,6 +66,7 @@ class Finding:
     logged_loss: float | None = None
     true_loss: float | None = None
     logged_loss_could_show_it: bool | None = None
+    location: str = ""  # FILE:LINE where what is audited runs the model
     remedy: str = ""  # a change that was audited again and is RIGHT
     reproducer: str = ""  # a script that shows it, and was run
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -211,6 +212,7 @@ def judge(
     if not runs:
         return Finding(**general, verdict=Verdict.NOT_RUN, reason="no case was run")
     general["versions"] = next(iter(runs.values())).versions
+    general["location"] = next(iter(runs.values())).location
     general["seconds"] = {k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")}
     some_moved = any(run.steps for run in runs.values())
     unusable = {name: why for name, run in runs.items() if (why := _unusable(run, some_moved))}

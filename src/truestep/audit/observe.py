@@ -129,6 +129,7 @@ class Observation:
     asked: Asked
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
     notes: tuple[str, ...] = ()
+    location: str = ""  # FILE:LINE where what is audited runs the model
     autocast: str = ""  # the dtype that the model was run in, where it is another than its parameters'
     not_run: str = ""  # why this case alone could not be run
     seconds: dict[str, float] = field(default_factory=dict)
@@ -188,6 +189,7 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
         unmatched=sum(r["unmatched_lines"] for r in ranks),
         asked=asked,
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
+        location=ranks[0]["location"],
         autocast=ranks[0]["autocast"],
         notes=tuple(dict.fromkeys(n for r in ranks for n in r["notes"])),
         seconds=ranks[0]["seconds"],

@@ -24,8 +24,9 @@ import re
 import sys
 import time
 from _pickle import UnpicklingError  # only the name of what a framework's own loading may raise
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -175,6 +176,16 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return (one @ one).dtype
 
 
+def stack() -> list[tuple[str, int]]:
+    """(file, line) of whoever called, the innermost first."""
+    found = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
+    return found
+
+
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().reshape(-1).cpu() for t in tensors])
 
@@ -208,6 +219,7 @@ class Recorder:
         self.autocast: torch.dtype | None = None  # that the model was run under
         self.logged: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
         self.notes: list[str] = []
+        self.stack: list[tuple[str, int]] = []  # of the first forward pass, from within
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def resume(self, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
@@ -240,6 +252,7 @@ class Recorder:
         lines = [self._rows_in(bytes(t % 256 for t in line)) for line in ids.reshape(-1, ids.shape[-1]).tolist()]
         self.unmatched += sum(not rows for rows in lines)
         self.microbatches.append(lines)
+        self.stack = self.stack or stack()
 
     def _rows_in(self, line: bytes) -> list[int]:
         """Which rows stand in this line, in order: rows are random tokens, so one is found in another only if equal."""
@@ -270,12 +283,22 @@ class Recorder:
             "autocast": str(self.autocast).removeprefix("torch.") if self.autocast else "",
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
             "notes": self.notes,
+            "location": self._location(versions),
             "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
             "seconds": {"run": trained - self.began, "reference": time.process_time() - started},
         }
         path = folder / f"rank-{rank}.json"
         path.with_suffix(".tmp").write_text(json.dumps(observed), encoding="utf-8")
         path.with_suffix(".tmp").replace(path)
+
+    def _location(self, versions: Iterable[str]) -> str:
+        """FILE:LINE where the audited package, or the user's own loop, runs the model."""
+        own = str(self.spec.options.get("file", ""))
+        for package in versions:
+            for file, line in self.stack:
+                if f"/site-packages/{package}/" in file:
+                    return f"{file}:{line}"
+        return next((f"{file}:{line}" for file, line in self.stack if file == own), "")
 
     def _write_step(self, index: int, before: Tensor, after: Tensor, lines: list[list[list[int]]]) -> dict[str, Any]:
         micro = [[row for line in batch for row in line] for batch in lines]
