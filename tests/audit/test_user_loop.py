@@ -249,6 +249,11 @@ def test_from_a_file(tmp_path: Path) -> None:
         (["deepspeed", "--bisect", "1-2"], "write two versions"),
         (["--past", "/no/such/folder"], "/no/such/folder"),
         (["--arch", "nonsense", "--only", "torch loop"], "nonsense"),
+        (["--arch", "gpt2", "--only", "torch loop"], "a tiny model of its own"),
+        (["deepspeed==0.18.9", "--arch", "gpt2", "--dry-run"], "a tiny model of its own"),
+        (["models", "--dry-run"], "nothing to list"),
+        (["loops.py"], "FILE.py:FUNCTION"),
+        (["deepspeed", "--bisect", "0.19.8..0.15.0"], "the older release comes first"),
     ],
 )
 def test_bad_words_are_one_line(words: list[str], said: str) -> None:

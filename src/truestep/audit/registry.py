@@ -197,7 +197,10 @@ def meant_by(names: Sequence[str]) -> list[Subject]:
 
 
 def with_arch(subject: Subject, arch: str) -> Subject:
-    """The same configurations on another model class; those that differ in nothing else become one."""
+    """The same configurations on another model class; those that differ in nothing else become one.
+
+    A configuration without a model class runs a tiny model of its own, and stays.
+    """
     changed: list[Configuration] = []
     for c in subject.configurations:
         new = replace(c, options={**c.options, "arch": arch}) if "arch" in c.options else c

@@ -59,7 +59,7 @@ def select(
         chosen = _program(python)
         found = environment.installed(chosen)
         subjects = _named(registry.applicable(found), only, str(chosen))
-    return [registry.with_arch(s, arch) for s in subjects] if arch else subjects, chosen
+    return _on(arch, subjects), chosen
 
 
 def _as_configured(config: Path, target: str, python: Path | None, arch: str) -> tuple[list[Subject], Path]:
@@ -73,7 +73,7 @@ def _as_configured(config: Path, target: str, python: Path | None, arch: str) ->
         )
     for note in notes:
         say(f"{config}: {note}")
-    return [registry.with_arch(subject, arch) if arch else subject], chosen
+    return _on(arch, [subject]), chosen
 
 
 def _program(python: Path | None) -> Path:
@@ -103,11 +103,20 @@ def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
     return found
 
 
+def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
+    if not arch:
+        return list(subjects)
+    if not any("arch" in c.options for s in subjects for c in s.configurations):
+        names = ", ".join(s.name for s in subjects)
+        raise SettingsError(f"--arch {arch}: {names} is audited with a tiny model of its own: leave it out")
+    return [registry.with_arch(s, arch) for s in subjects]
+
+
 def show_plan(target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool) -> None:
     """What would be run. Builds nothing: the releases of a requirement that no cache has yet are only named."""
     if target and ".py:" not in target and config is None and python is None:
         subjects, where = _named(registry.meant_by(list(environment.parse(target))), only, target), target
-        subjects = [registry.with_arch(s, arch) for s in subjects] if arch else subjects
+        subjects = _on(arch, subjects)
     else:
         subjects, chosen = select(target, python, only=only, arch=arch, config=config)
         where = str(chosen)
