@@ -35,7 +35,7 @@ class Rank:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
     """One launch of two processes for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(worker.__file__, folder, SECONDS)
+    launch([str(worker.__file__), str(folder)], seconds=SECONDS)
     found = []
     for rank in (0, 1):
         text = json.loads((folder / f"rank-{rank}.json").read_text())

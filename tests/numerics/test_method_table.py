@@ -66,7 +66,7 @@ def test_a_step_of_one_kind_alone_is_finite(name: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """One launch of two processes for all rows."""
     folder = tmp_path_factory.mktemp("table")
-    launch(worker.__file__, folder, SECONDS)
+    launch([str(worker.__file__), str(folder)], seconds=SECONDS)
     return [load_file(Path(folder) / f"rank-{rank}.safetensors") for rank in (0, 1)]
 
 

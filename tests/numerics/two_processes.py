@@ -1,4 +1,4 @@
-"""A worker script as the two ranks of one job."""
+"""A command of python as the two ranks of one job."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 
-def launch(script: str | None, folder: Path, seconds: float) -> None:
-    """Run ``script FOLDER`` on both ranks to its end; the last words of a rank that fails are the assertion's."""
+def launch(words: Sequence[str], *, seconds: float, world_size: int = 2) -> None:
+    """Run ``python WORDS`` on every rank to its end; the last words of a rank that fails are the assertion's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
+            [sys.executable, *words],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in (0, 1)
+        for rank in range(world_size)
     ]
     try:
         outputs = [p.communicate(timeout=seconds)[0] for p in processes]
