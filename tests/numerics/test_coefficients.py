@@ -25,12 +25,13 @@ Losses = Callable[[ScoredSequence], list[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A closed form and its surrogate. ``uniform``: one advantage for the whole sequence, as such methods have."""
+    """A closed form and its surrogate. ``uniform``: one advantage for the whole sequence, as such methods have;
+    0 draws one for each token."""
 
     coefficient: Coefficient
     losses: Losses
     kind: Kind = Kind.DEMO
-    uniform: bool = False
+    uniform: float = 0.0
     correct: bool = True
     near: bool = False  # ratios close to 1, where a sequence's range is
 
@@ -82,14 +83,14 @@ CASES: dict[str, Case] = {
         coefficient=coefficients.clipped_sequence_ratio(0.5, 0.5),
         losses=partial(surrogate.gspo, eps_low=0.5, eps_high=0.5),
         kind=Kind.ON,
-        uniform=True,
+        uniform=0.8,
         near=True,
     ),
     "clipped_sequence_ratio outside": Case(
         coefficient=coefficients.clipped_sequence_ratio(3e-4, 4e-4),
         losses=partial(surrogate.gspo, eps_low=3e-4, eps_high=4e-4),
         kind=Kind.ON,
-        uniform=True,
+        uniform=0.8,
     ),
     "unshaped_demonstration": Case(coefficient=coefficients.unshaped_demonstration, losses=surrogate.unshaped),
     "shaped_replay": Case(
@@ -113,7 +114,19 @@ for sign in (-1.0, 1.0):
         coefficient=coefficients.entropy_weighted(0.5, sign),
         losses=partial(surrogate.srft_imitation, scale=0.5, sign=sign),
     )
+for alpha in (1e-6, 0.5, 1.0):
+    CASES[f"powered {alpha}"] = Case(
+        coefficient=coefficients.powered(alpha), losses=partial(surrogate.power, alpha=alpha)
+    )
 for correct in (True, False):
+    for share in (0.0, 0.375, 1.0):
+        CASES[f"implicit_negative {correct} {share}"] = Case(
+            coefficient=coefficients.implicit_negative(0.02, 0.98),
+            losses=partial(surrogate.nft, low=0.02, high=0.98),
+            kind=Kind.ON,
+            correct=correct,
+            uniform=correct - share or 1e-9,  # R − q
+        )
     CASES[f"signed_by_verdict {correct}"] = Case(
         coefficient=coefficients.signed_by_verdict(0.1),
         losses=partial(surrogate.srft_samples, scale=0.1),
@@ -152,7 +165,7 @@ def draws(case: Case) -> Draws:
     advantage = normal()
     advantage[10] = 0.0
     if case.uniform:
-        advantage = torch.full_like(advantage, 0.8)
+        advantage = torch.full_like(advantage, case.uniform)
     behavior = policy - normal()
     sequence = TrainSequence(
         token_ids=(0,) * (NUM + 1),
@@ -243,7 +256,7 @@ def test_coefficients_are_detached_and_finite_far_out() -> None:
 def test_luffy_s_shape() -> None:
     """Greatest at p = γ with ¼, 0.083 at p = 1, like A·p/γ as p → 0 (with A = 1, γ = 0.1)."""
     shaped = coefficients.shaped_demonstration(0.1)
-    drawn = draws(replace(CASES["ones"], uniform=True))
+    drawn = draws(replace(CASES["ones"], uniform=0.8))
     for p, expected in ((0.1, 0.25), (1.0, 0.1 / 1.21), (1e-6, 1e-5 / (1 + 1e-5) ** 2)):
         moved = replace(drawn, policy=torch.full_like(drawn.policy, p).log())
         assert float(shaped(context_of(moved))[0]) == pytest.approx(0.8 * expected, rel=1e-12)

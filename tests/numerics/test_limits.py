@@ -114,6 +114,37 @@ def test_trsft_between_likelihood_and_dft(options: dict[str, Any], other: str) -
     close("limit, trsft", row_gradient("trsft", demos, options=options), row_gradient(other, demos))
 
 
+@pytest.mark.parametrize(("options", "other"), [({"alpha": 1e-200}, "sft"), ({"alpha": 1.0}, "dft")])
+def test_power_sft_between_likelihood_and_dft(options: dict[str, Any], other: str) -> None:
+    demos = of(Kind.DEMO)
+    close("limit, power_sft", row_gradient("power_sft", demos, options=options), row_gradient(other, demos))
+
+
+@pytest.mark.parametrize("penalty", [0.0, -0.3])
+def test_one_token_rollouts_are_dft_in_expectation(penalty: float) -> None:
+    """REINFORCE on tokens drawn from the policy, 1 for the demonstration's and β < 0 for others (arXiv:2509.26313), has
+    the expected coefficient (1 − β)·p: DFT at another learning rate, which is why OTR is no row of its own."""
+    logits = torch.randn(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    rewards = torch.full((9,), penalty, dtype=torch.float64)
+    rewards[4] = 1.0
+    (expected,) = torch.autograd.grad((logprobs.exp().detach() * rewards * logprobs).sum(), logits, retain_graph=True)
+    (found,) = torch.autograd.grad((1 - penalty) * logprobs[4].exp().detach() * logprobs[4], logits)
+    assert float((found - expected).norm() / expected.norm()) < 1e-12
+
+
+def test_nft_at_the_first_update_is_dr_grpo() -> None:
+    """With ratios of 1 a correct sample weighs 1 − q and a wrong one −q: R minus the group's mean."""
+    given = [replace(s, advantage=s.correct - 0.375) for s in of(Kind.ON)]
+    batches = pack(given, tokens_per_microbatch=10_000, dtype=torch.float64)
+    gradients = {
+        name: sgd_gradient(policies()[0], batches, plan_for(build(name, {}), max_length=MAX_LENGTH))
+        for name in ("nft", "dr_grpo")
+    }
+    close("limit, nft", gradients["nft"], gradients["dr_grpo"])
+    assert relative_error(row_gradient("nft", given), row_gradient("dr_grpo", given)) > 1e-3
+
+
 def test_entropy_sft_of_all_tokens_is_sft() -> None:
     demos = of(Kind.DEMO)
     close("limit, entropy_sft", row_gradient("entropy_sft", demos, options={"share": 1.0}), row_gradient("sft", demos))

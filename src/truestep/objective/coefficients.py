@@ -66,6 +66,11 @@ def probability(context: Context) -> Tensor:
     return context.probability
 
 
+def powered(alpha: float) -> Coefficient:
+    """C = p^α, the loss (1 − p^α)/α: α → 0 is the likelihood, α = 1 is DFT."""
+    return lambda context: (alpha * context.policy_logprobs).exp()
+
+
 def uncertainty(context: Context) -> Tensor:
     """C = p(1−p): CHORD-φ (arXiv:2508.11408)."""
     return context.probability * (1 - context.probability)
@@ -147,6 +152,19 @@ def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
         gain = context.advantage
         ratio = bounded_exp(sequence_mean(context.policy_logprobs - context.proximal_logprobs, context.batch))
         return gain * ratio * torch.where(gain > 0, ratio <= 1 + clip_high, ratio >= 1 - clip_low)
+
+    return coefficient
+
+
+def implicit_negative(low: float, high: float) -> Coefficient:
+    """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on another, q the group's share of correct ones:
+    NFT (arXiv:2505.18116). With rewards of 0 and 1, R − q is the advantage, which gives q back; it is clamped."""
+
+    def coefficient(context: Context) -> Tensor:
+        gain, correct, ratio = context.advantage, context.batch.correct, context.ratio
+        share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
+        rest = ((1 - share * ratio) / (1 - share)).clamp(min=1.0)
+        return torch.where(correct, 1 - share, -share * ratio / rest)
 
     return coefficient
 

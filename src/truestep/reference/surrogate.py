@@ -66,6 +66,11 @@ def chord_phi(scored: ScoredSequence) -> list[Tensor]:
     return losses
 
 
+def power(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
+    """Equation: (1 − π^α)/α."""
+    return [(1 - torch.exp(alpha * logprob)) / alpha for logprob in scored.policy]
+
+
 def trsft(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
     """Equation: −π / sg(max(π, α)). Source: arXiv 2512.17636."""
     losses = []
@@ -120,11 +125,26 @@ def cispo(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Te
 
 
 def sapo(scored: ScoredSequence, *, tau_positive: float, tau_negative: float) -> list[Tensor]:
-    """Equation: −(4/τ) σ(τ(r−1)) A, τ by the sign of A."""
+    """Equation: −(4/τ) σ(τ(r−1)) A, τ by the sign of A. Source: arXiv 2511.20347."""
     losses = []
     for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
         tau = tau_positive if advantage > 0 else tau_negative
         losses.append(-4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage)
+    return losses
+
+
+def nft(scored: ScoredSequence, *, low: float, high: float) -> list[Tensor]:
+    """Equation: −(1−q) log r on a right sample; −(1−q) log max((1−qr)/(1−q), 1) on a wrong one, where the maximum
+    replaces the value and lets the gradient through; q = the group's share of right ones. Source: arXiv 2505.18116."""
+    losses = []
+    for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
+        q = min(max(1 - advantage if scored.sequence.correct else -advantage, low), high)
+        if scored.sequence.correct:
+            likelihood = ratio
+        else:
+            likelihood = (1 - q * ratio) / (1 - q)
+            likelihood = likelihood + max(1.0 - likelihood.item(), 0.0)
+        losses.append(-(1 - q) * torch.log(likelihood))
     return losses
 
 

@@ -98,3 +98,11 @@ def cispo(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
     verl [C] (TRL's number is an absolute upper bound)."""
     term = policy_term(coefficients.clipped_weight(clip_low, clip_high), Normaliser.TOKENS)
     return Method(name="cispo", terms=(term,), advantage=group_mean_std, source="arXiv:2506.13585, eq. 4")
+
+
+def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
+    """Negative-aware fine-tuning: likelihood of correct samples, and of what wrong ones leave for correct ones, scaled
+    by 1 − q (``normalize`` = 1 in the code [C]); all-equal groups are dropped. With one update per rollout batch it is
+    Dr. GRPO. The code sums over 1,000 tokens a sequence instead of the length limit [C]. For rewards of 0 and 1."""
+    term = policy_term(coefficients.implicit_negative(share_low, share_high), Normaliser.MAX_LENGTH)
+    return Method(name="nft", terms=(term,), gate=drop_degenerate, source="arXiv:2505.18116")

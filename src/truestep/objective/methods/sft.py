@@ -66,6 +66,14 @@ def trsft(*, alpha: float = 0.1) -> Method:
     return Method(name="trsft", terms=(_imitation(coefficients.trusted(alpha)),), plan=None, source="arXiv:2512.17636")
 
 
+def power_sft(*, alpha: float = 0.5) -> Method:
+    """The family between the likelihood (α → 0) and DFT (α = 1): the loss (1 − p^α)/α. The default α is ours."""
+    if not 0 < alpha <= 1:
+        raise ValueError(f"method_options.alpha: expected more than 0 and at most 1, got {alpha}")
+    term = _imitation(coefficients.powered(alpha))
+    return Method(name="power_sft", terms=(term,), plan=None, source="the f_α family; arXiv:2508.05629 at α = 1")
+
+
 def entropy_sft(*, share: float = 0.2) -> Method:
     """The likelihood of the ``share`` of tokens with the highest entropy over the whole step, by the policy before it;
     Z counts that share of all tokens. MIFO's ρ is in an appendix that was not obtained: 0.2 is [U]."""
