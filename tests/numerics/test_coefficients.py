@@ -74,6 +74,11 @@ CASES: dict[str, Case] = {
     "clipped_ratio 0.2 0.2": clipped(0.2, 0.2),
     "clipped_ratio 0.1 0.5": clipped(0.1, 0.5),
     "clipped_ratio dual": clipped(0.2, 0.2, 3.0),
+    "softly_gated": Case(
+        coefficient=coefficients.softly_gated(1.0, 1.05),
+        losses=partial(surrogate.sapo, tau_positive=1.0, tau_negative=1.05),
+        kind=Kind.ON,
+    ),
     "clipped_weight": Case(
         coefficient=coefficients.clipped_weight(0.2, 0.28),
         losses=partial(surrogate.cispo, eps_low=0.2, eps_high=0.28),

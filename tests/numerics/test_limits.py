@@ -168,7 +168,7 @@ def test_at_the_first_update_every_ratio_is_1() -> None:
     sums = reference((Part(about=own, losses=reinforce, normaliser="sum"),), given)
     close("limit, first update", sgd_gradient(policies()[0], batches, plan_for(build("rloo", {}))), sums)
     means = reference((Part(about=own, losses=reinforce, normaliser="seq"),), given)
-    for name in ("grpo", "gspo"):
+    for name in ("grpo", "gspo", "sapo"):
         close("limit, first update", sgd_gradient(policies()[0], batches, plan_for(build(name, {}))), means)
 
 

@@ -156,6 +156,18 @@ def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
     return coefficient
 
 
+def softly_gated(temperature_right: float, temperature_wrong: float) -> Coefficient:
+    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), a soft gate in the place of
+    the clip."""
+
+    def coefficient(context: Context) -> Tensor:
+        gain, ratio, moved = context.advantage, context.ratio, context.ratio - 1
+        gate = torch.sigmoid(torch.where(gain > 0, temperature_right * moved, temperature_wrong * moved))
+        return gain * ratio * 4 * gate * (1 - gate)
+
+    return coefficient
+
+
 def implicit_negative(low: float, high: float) -> Coefficient:
     """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on another, q the group's share of correct ones:
     NFT (arXiv:2505.18116). With rewards of 0 and 1, R − q is the advantage, which gives q back; it is clamped."""

@@ -107,6 +107,7 @@ ROWS: dict[str, Row] = {
     "gspo": Row(parts=(_part(own, surrogate.gspo, "seq", eps_low=3e-4, eps_high=4e-4),)),
     "cispo": Row(parts=(_part(own, surrogate.cispo, "tok", eps_low=0.2, eps_high=0.28),)),
     "nft": Row(parts=(_part(own, surrogate.nft, "drg", low=0.02, high=0.98),)),
+    "sapo": Row(parts=(_part(own, surrogate.sapo, "seq", tau_positive=1.0, tau_negative=1.05),)),
     "luffy": Row(parts=(_ON, _part(demonstration, surrogate.luffy, gamma=0.1, **_SHARED), _BONUS)),
     "multi_task": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
     "relift": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),

@@ -20,7 +20,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     for row in (
         sft.sft, sft.dft, sft.psft, sft.iw_sft, sft.trsft, sft.power_sft, sft.entropy_sft,
         rl.paper, rl.grpo, rl.dr_grpo, rl.dapo, rl.ppo, rl.rloo, rl.reinforce_pp, rl.reinforce_pp_baseline, rl.gspo,
-        rl.cispo, rl.nft,
+        rl.cispo, rl.nft, rl.sapo,
         mixed.luffy, mixed.multi_task, mixed.relift, mixed.srft, mixed.prefix_rft, mixed.hpt, mixed.trapo,
         mixed.exgrpo, mixed.rl_plus,
         guided.chord_mu, guided.chord_phi, guided.uft, guided.super_rl, guided.sasr, guided.bread, guided.ghpo,

@@ -106,3 +106,9 @@ def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
     Dr. GRPO. The code sums over 1,000 tokens a sequence instead of the length limit [C]. For rewards of 0 and 1."""
     term = policy_term(coefficients.implicit_negative(share_low, share_high), Normaliser.MAX_LENGTH)
     return Method(name="nft", terms=(term,), gate=drop_degenerate, source="arXiv:2505.18116")
+
+
+def sapo(*, temperature_right: float = 1.0, temperature_wrong: float = 1.05) -> Method:
+    """A soft gate around r = 1 in the place of the clip, narrower where A < 0; sequence mean of token means [C]."""
+    term = policy_term(coefficients.softly_gated(temperature_right, temperature_wrong), Normaliser.SEQUENCES)
+    return Method(name="sapo", terms=(term,), advantage=group_mean_std, source="arXiv:2511.20347")
