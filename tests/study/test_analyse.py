@@ -136,3 +136,23 @@ def test_unequal_seeds_are_refused() -> None:
         crossed([np.zeros((5, 10)), np.zeros((4, 10))])
     with pytest.raises(SettingsError, match="at least one"):
         crossed([])
+
+
+def test_two_seeds_are_never_trusted_more_than_by_themselves() -> None:
+    draw = np.random.default_rng(3)
+    for _ in range(20):
+        table = draw.normal(0.3, 0.2, (2, 1)) + draw.normal(0, 0.3, (1, 50)) + draw.normal(0, 0.3, (2, 50))
+        alone = stats.ttest_1samp(table.mean(1), 0.0)
+        low, high = alone.confidence_interval(0.95)
+        found = crossed([table], bounds=(-100.0, 100.0))
+        assert found.low <= low + 1e-9
+        assert found.high >= high - 1e-9
+        assert found.p_value >= alone.pvalue - 1e-9
+
+
+def test_a_small_benchmark_beside_a_large_one_keeps_its_few_degrees_of_freedom() -> None:
+    """Nearly all of the error comes from the 15 problems of one benchmark: no more df than they leave."""
+    draw = np.random.default_rng(4)
+    small, large = draw.normal(0, 1, (1, 15)).repeat(5, 0), draw.normal(0, 1e-3, (1, 500)).repeat(5, 0)
+    noise = draw.normal(0, 1e-3, (5, 15))
+    assert crossed([small + noise, large], bounds=(-100.0, 100.0)).df < 15

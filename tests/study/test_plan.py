@@ -49,12 +49,32 @@ def test_the_micro_study_is_good(tmp_path: Path) -> None:
     assert all(row["gib"] > 0.5 and row["cpu_seconds"] > 0 for row in plan["arms"])
 
 
+COIN = {"rl.reward": "random"}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("arms/4/set", {"rl.optimizer.lr": 0.5}, "rl.optimizer.lr"),
-        ("arms/4/set", {"rl.sampling.temperature": 0.7}, "not declared"),
-        ("arms/4/set", {"nothing.lr": 1.0}, "no [stages.nothing]"),
+        ("arms/4/set", {**COIN, "rl.optimizer.lr": 0.5}, "rl.optimizer.lr"),
+        ("arms/4/set", {**COIN, "rl.sampling.temperature": 0.7}, "not declared"),
+        ("arms/4/set", {**COIN, "nothing.lr": 1.0}, "'nothing.lr' is of no stage of the arm"),
+        ("arms/4/set", {**COIN, "more.steps": 2}, "'more.steps' is of no stage of the arm"),
+        ("arms/4/set", {**COIN, "rl.steps.x": 2}, "steps is a value, not a table"),
+        ("stages/rl/method", "dpo", "arms.sft-rl: stages.rl.method = 'dpo' is not one of"),
+        ("stages/rl/method_options", {"clip": 1}, "method_options.clip"),
+        ("stages/sft/faults", {"others": 1}, "others"),
+        ("arms/4/set", {}, "arms.coin is not what control = 'random-reward' says"),
+        ("arms/0/stages", ["sft"], "arms.base is not what control = 'base' says"),
+        ("arms/2/num_seeds", 3, "the study has 2 seeds"),
+        ("arms/3/equal_flops", {"to": "sft-rl", "step_like": "stf"}, "'stf' is no stage of sft-rl"),
+        ("seeds", [*range(21)], "at most 20"),
+        ("seeds", [-1], "greater than or equal to 0"),
+        ("primary", [["sft", "sft"]], "compared with itself"),
+        ("tuning/seeds", [], "at least 1"),
+        ("tuning/factors", [1.0, -2.0], "above 0"),
+        ("tuning/factors", [1.0, 200.0], "arms.sft: stages.0.optimizer.lr"),
+        ("tuning/data", "train", "tuning.data = 'train' is trained on"),
+        ("run/evaluate/data", ["train"], "tested on and trained on"),
         ("arms/2/stages", ["sft", "lr"], "no [stages.lr]"),
         ("reference", "best", "'best' is no arm"),
         ("primary", [["sft-rl", "dpo"]], "'dpo' is no arm"),
@@ -78,6 +98,15 @@ def test_what_is_refused(path: str, value: Any, said: str) -> None:
     assert said in str(caught.value)
     assert str(caught.value).startswith("micro.toml: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_dev_set_of_one_arm_alone_is_looked_at(tmp_path: Path) -> None:
+    """The test problems under another name."""
+    raw = changed("arms/4/set", {**COIN, "rl.dev.data": "again", "rl.dev.every_steps": 1})
+    raw["run"]["data"]["again"] = {**raw["run"]["data"]["test"], "limit": 3}
+    study = parse_study({**raw, "may_differ": [*raw["may_differ"], "rl.dev.*"]}, "micro.toml")
+    with pytest.raises(SettingsError, match="share 3 problems"):
+        check_disjoint(study, tmp_path)
 
 
 def test_a_declared_difference_is_allowed_and_shown() -> None:

@@ -15,10 +15,11 @@ from micro import STUDY, write_study
 
 from truestep import rundir
 from truestep.cli.study_actions import write_cell
-from truestep.settings import load_settings
+from truestep.settings import SettingsError, load_settings
 from truestep.study.launch import Order
+from truestep.study.nodes import Runner, base_identity, with_absolute_paths
 from truestep.study.plan import load_study
-from truestep.study.run import Runner, base_identity, run_cells, tuning_cost
+from truestep.study.run import run_cells, tables_of, tuning_cost
 from truestep.study.table import results
 
 STAMP = {"commit": "0" * 40, "uncommitted_changes": False, "versions": {}, "hardware": {"cpu": "none"}}
@@ -38,8 +39,10 @@ class Children:
         self.orders.append(settings.name)
         if len(self.orders) > self.stop_after:
             raise RuntimeError("killed")
-        if self.fail and settings.stages and self.fail == f"{settings.stages[-1].name}-s{settings.seed}":
-            return 3, "error: it does not want to"
+        if settings.stages:
+            last, rate = settings.stages[-1].name, settings.stages[-1].optimizer.lr
+            if self.fail in (f"{last}-s{settings.seed}", f"{last}-s{settings.seed}-lr{rate:g}"):
+                return 3, "error: it does not want to"
         stages = []
         for index, stage in enumerate(settings.stages):
             folder = run / "stages" / f"{index + 1:02d}-{stage.name}"
@@ -251,3 +254,116 @@ def test_the_recipe_of_a_cell_is_complete(tmp_path: Path) -> None:
         raw = tomllib.loads(path.read_text())
         assert raw["compute"]["threads"] == 1
         assert raw["model"]["path"] == "./base/model"
+
+
+def with_arm(text: str, arm: str, before: str = "base") -> str:
+    place = f'[[arms]]\nname = "{before}"'
+    assert place in text
+    return text.replace(place, f"[[arms]]\n{arm}\n{place}")
+
+
+def test_a_base_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    analysed(runner(tmp_path, Children()))
+    again = runner(tmp_path, Children())
+    (tmp_path / "base.toml").write_text((tmp_path / "base.toml").read_text().replace("steps = 120", "steps = 121"))
+    with pytest.raises(SettingsError, match=r"was trained by another base\.toml"):
+        analysed(again)
+
+
+def test_a_file_with_other_content_makes_other_cells(tmp_path: Path) -> None:
+    generated = STUDY[STUDY.index("[run.data.test]") : STUDY.index("[run.evaluate]")]
+    text = STUDY.replace(generated, '[run.data.test]\nsource = "test.jsonl"\n\n')
+    (tmp_path / "test.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    first, second, third = Children(), Children(), Children()
+    whole = analysed(runner(tmp_path, first, text=text))
+    assert analysed(runner(tmp_path, second, text=text)) == whole
+    assert second.orders == []
+    (tmp_path / "test.jsonl").write_text('{"problem": "1+2", "answer": "3"}\n')
+    analysed(runner(tmp_path, third, text=text))
+    assert len(third.orders) == len(first.orders) - 1  # the base has met no such file
+
+
+def test_a_kept_file_that_cannot_be_read_is_run_again(tmp_path: Path) -> None:
+    r = runner(tmp_path, Children())
+    for name, made in run_cells(r).items():
+        write_cell(tmp_path / "kept/cells" / f"{name}.json", made)
+    (tmp_path / "kept/cells/sft-s2.json").write_text('{"key": "4')
+    (tmp_path / "kept/cells/sft-s1.json").write_text("[]")
+    assert analysed(runner(tmp_path, Children(), "out2", results=tmp_path / "kept"))["complete"]
+
+
+def test_a_thread_that_ends_unseen_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("truestep.study.run.match_flops", lambda *given: {}["nothing"])
+    monkeypatch.setattr("threading.excepthook", lambda given: None)
+    r = runner(tmp_path, Children())
+    assert run_cells(r) == {}
+    assert len(r.failures) == 12
+
+
+def test_a_failed_trial_is_a_rate_that_is_not_chosen(tmp_path: Path) -> None:
+    r = runner(tmp_path, Children(fail="rl-s11-lr0.002"))
+    table = analysed(r)
+    arms = {a["name"]: a for a in table["arms"]}
+    assert table["complete"]
+    assert arms["sft-rl"]["tuning"]["factor"] == 1.0
+    assert "rates whose trials failed: 2" in arms["sft-rl"]["marks"]
+    assert sorted(r.failures) == ["coin.lr2-s11", "sft-rl.lr2-s11"]
+    every = runner(tmp_path, Children(fail="rl-s11"), "out2")
+    table = analysed(every)
+    assert {name for name in table["failures"] if "lr" not in name} == {
+        f"{arm}-s{seed}" for arm in ("sft-rl", "coin", "continued") for seed in (1, 2)
+    }
+    assert "every one of its learning-rate trials has failed" in table["failures"]["sft-rl-s1"]
+
+
+def test_every_stage_has_the_rate_that_the_arm_which_ends_there_has_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = with_arm(STUDY, 'name = "sft-more"\nstages = ["sft", "more"]')
+    text = with_arm(text, 'name = "three"\nstages = ["sft", "more", "rl"]')
+    chosen = {"sft": 2.0, "sft-more": 0.5}
+    monkeypatch.setattr("truestep.study.run.chosen_factor", lambda runner, arm: chosen[arm])
+    rates = [table["optimizer"]["lr"] for table in tables_of(runner(tmp_path, Children(), text=text), "three")]
+    assert rates == [2e-2, 5e-3, 1e-3]
+
+
+def test_an_arm_with_matched_steps_owns_no_rate_and_waits_for_nobody(tmp_path: Path) -> None:
+    """It stands first, consists of the others' first stage, and is matched with an arm that begins with it."""
+    again = 'name = "again"\nstages = ["sft"]\nequal_flops = { to = "sft-rl", step_like = "sft" }'
+    table = analysed(runner(tmp_path, Children(), text=with_arm(STUDY, again)))
+    arms = {a["name"]: a for a in table["arms"]}
+    assert table["complete"]
+    assert arms["again"]["flops"]["paper"] == arms["sft-rl"]["flops"]["paper"]
+    assert arms["sft-rl"]["tuning"]["flops"]["paper"] == 2 * 3 * 500 + 2 * 10 * 100  # its sft's trials, once
+
+
+def test_a_budget_is_matched_from_what_the_arm_itself_has_spent(tmp_path: Path) -> None:
+    long = 'name = "long"\nstages = ["sft", "more"]\nset = { "sft.steps" = 20 }\n'
+    long += 'equal_flops = { to = "sft-rl", step_like = "sft" }'
+    table = analysed(runner(tmp_path, Children(), text=with_arm(STUDY, long)))
+    arms = {a["name"]: a for a in table["arms"]}
+    assert arms["long"]["flops"]["paper"] == arms["sft-rl"]["flops"]["paper"] == 20 * 100 + 5 * 100
+
+
+def test_a_primary_contrast_without_cells_is_one_of_the_family(tmp_path: Path) -> None:
+    pair = 'primary = [["sft-rl", "sft"]]'
+    r = runner(tmp_path, Children(), text=STUDY.replace(pair, 'primary = [["sft-rl", "sft"], ["sft-rl", "rejection"]]'))
+    found = {name: cell for name, cell in run_cells(r).items() if not name.startswith("rejection")}
+    made = results(r.study, found, tuning={}, failures={})["contrasts"][0]
+    assert made["p_adjusted"] == pytest.approx(min(1.0, 2 * made["all"]["p_value"]))
+
+
+def test_a_model_and_data_named_from_here_or_from_the_study_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here/model").mkdir(parents=True)
+    (tmp_path / "there/other").mkdir(parents=True)
+    (tmp_path / "here/test.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    settings = load_settings(write_study(tmp_path / "there").parent / "base.toml")
+    for path, place in (("./model", "here/model"), ("./other", "there/other"), ("./base/model", None)):
+        data = {"test": settings.data["easy"].model_copy(update={"source": "test.jsonl"})}
+        model = settings.model.model_copy(update={"path": path})
+        found = with_absolute_paths(settings.model_copy(update={"data": data, "model": model}), tmp_path / "there")
+        assert found.data["test"].source == str(tmp_path / "here/test.jsonl")
+        assert found.model.path == (str(tmp_path / place) if place else path)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from micro import STUDY
 from test_run import Children, analysed, runner
 
 from truestep import rundir
-from truestep.report.study import write_study
-from truestep.report.study_tables import as_csv, latex, markdown
+from truestep.report.study import read_cells, write_study
+from truestep.report.study_tables import as_csv, contrast_table, latex, markdown
 from truestep.settings import SettingsError
 from truestep.study.run import run_cells
 
@@ -97,6 +98,9 @@ def test_csv_reads_back_and_starts_no_formula(study: Any) -> None:
     arm = next(a for a in table["arms"] if a["name"] == "sft-rl")
     assert float(found["score"]) == arm["scores"]["test"]["value"]
     assert float(found["low"]) == arm["scores"]["test"]["low"]
+    by_seed = {r["seed"]: float(r["flops_paper"]) for r in rows if r["arm"] == "sft-rl" and r["seed"] != "all"}
+    assert by_seed == {s: spent["paper"] for s, spent in arm["flops_by_seed"].items()}
+    assert next(r for r in rows if r["arm"] == "rejection" and r["seed"] == "all")["marks"].endswith("incomplete study")
     seeds = [float(r["score"]) for r in rows if r["arm"] == "sft-rl" and r["seed"] in ("1", "2")]
     assert sum(seeds) / 2 == pytest.approx(arm["scores"]["test"]["value"])
 
@@ -121,3 +125,20 @@ def test_the_page_is_the_same_again_from_its_files(study: Any) -> None:
     for name, cell in cells.items():
         write_cell(folder / "compact" / "cells" / f"{name}.json", cell)
     assert sorted(write_study(folder).read_text().split()) == sorted(page.split())
+
+
+def test_one_seed_shows_no_statistics(tmp_path: Path) -> None:
+    text = STUDY.replace("seeds = [1, 2]", "seeds = [1]")
+    head, rows = contrast_table(analysed(runner(tmp_path, Children(), text=text)))
+    shown = dict(zip(head, rows[0], strict=True))
+    assert {shown[key] for key in ("df", "p", "p (Holm)", "p (sign flips)", "Detectable")} == {"–"}
+    assert "one seed" in shown["Verdict"]
+
+
+def test_cells_of_an_earlier_recipe_are_not_drawn(study: Any) -> None:
+    folder, table, cells = study
+    written(folder, table, cells)
+    for name in ("rejection-s2", "sft-s9"):  # failed in this recipe; of a seed that is no more
+        rundir.write_json(folder / "compact/cells" / f"{name}.json", cells["sft-rl-s1"])
+    assert "rejection" in {arm["name"] for arm in table["arms"]}
+    assert read_cells(folder, table).keys() & {"rejection-s2", "sft-s9"} == set()

@@ -23,20 +23,27 @@ def run_study(
     """Check, plan, run what is missing, analyse, report; the last line of stdout is the study directory."""
     from truestep import rundir
     from truestep.cli.progress import ConsoleReporter
-    from truestep.study import launch, plan
+    from truestep.settings import SettingsError
+    from truestep.study import launch, nodes, plan
     from truestep.study.audited import trainer_verdict
-    from truestep.study.run import Runner
 
     reporter = ConsoleReporter()
     study = plan.load_study(path)
     if workers is not None:
         study = study.model_copy(update={"workers": workers})
     folder = out or Path("runs") / f"study-{study.name}"
+    for name, place in (("--out", folder), ("--results", results)):
+        if place and place.exists() and not place.is_dir():
+            raise SettingsError(f"{name} {place}: is a file: name a folder")
+    if results and results.resolve() == folder.resolve():
+        raise SettingsError(f"--results {results} is --out as well: name a folder of its own")
     plan.check_disjoint(study, path.parent)
+    if study.base:
+        nodes.base_recipe(path, study)
     if dry_run:
         show_plan(study, path, folder, as_json)
         return
-    runner = Runner(
+    runner = nodes.Runner(
         study=study, where=path, out=folder, launch=launch.engine(engine, study.workers), workers=study.workers,
         results=results, say=reporter.say,
     )  # fmt: skip
@@ -49,7 +56,8 @@ def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
     """Run the cells, write everything, and say where it is; exit code 3 where a cell has failed."""
     from truestep import rundir
     from truestep.report.study import write_study
-    from truestep.study.run import base_identity, run_cells, tuning_cost
+    from truestep.study.nodes import base_identity
+    from truestep.study.run import run_cells, tuning_cost
     from truestep.study.table import results as tabulate
 
     found = run_cells(runner)

@@ -36,7 +36,7 @@ def load_problems(
     else:
         if settings.options:
             raise SettingsError(f"data.{name}.options: a file has none, got {', '.join(settings.options)}: remove them")
-        path = _found(name, settings.source, base_dir)
+        path = find_source(name, settings.source, base_dir)
         files = _files(name, path, settings.split)
         problems = _validated([(str(file), read_rows(file)) for file in files], "", settings, needs)
         label = str(path)
@@ -115,7 +115,7 @@ def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings)
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def _found(name: str, source: str, base_dir: Path) -> Path:
+def find_source(name: str, source: str, base_dir: Path) -> Path:
     """The file or folder: relative to the recipe's folder, else to the current one."""
     wanted = Path(source).expanduser()
     candidates = [wanted] if wanted.is_absolute() else [base_dir / wanted, wanted]

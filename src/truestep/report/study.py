@@ -28,12 +28,18 @@ def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
     if "arms" not in table:
         raise SettingsError(f"{folder}: holds no study (results.json): give the folder that truestep study has printed")
     if cells is None:
-        cells = {p.stem: read_object(p) for p in sorted(folder.glob("compact/cells/*.json"))}
+        cells = read_cells(folder, table)
     for name, write in (("md", tables.markdown), ("csv", tables.as_csv), ("tex", tables.latex)):
         write_atomic(folder / f"table.{name}", write(table))
     page = page_environment().get_template("study.html").render(_context(folder, table, cells))
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def read_cells(folder: Path, table: Row) -> dict[str, Row]:
+    """The compact cells that the results are made of; others may lie beside them, of another recipe."""
+    listed = {f"{arm['name']}-s{seed}" for arm in table["arms"] for seed in arm["seeds"]}
+    return {p.stem: read_object(p) for p in sorted(folder.glob("compact/cells/*.json")) if p.stem in listed}
 
 
 def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, Any]:

@@ -61,10 +61,11 @@ def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
         if found is None:
             rows.append([name, *[NONE] * 7, c["verdict"]])
             continue
-        rows.append([
-            name, points(found, "+"), f"{found['df']:.1f}", p_value(found["p_value"]), p_value(c["p_adjusted"]),
-            p_value(found["p_sign_flip"]), f"{100 * found['detectable']:.1f}", str(len(c["seeds"])), c["verdict"],
-        ])  # fmt: skip
+        said = [NONE] * 5
+        if found["seeds_known"]:
+            p_values = (found["p_value"], c["p_adjusted"], found["p_sign_flip"])
+            said = [f"{found['df']:.1f}", *map(p_value, p_values), f"{100 * found['detectable']:.1f}"]
+        rows.append([name, points(found, "+"), *said, str(len(c["seeds"])), c["verdict"]])
     return head, rows
 
 
@@ -80,6 +81,9 @@ def markdown(table: Row) -> str:
         if rows:
             lines = [head, ["---"] * len(head), *rows]
             parts.append("\n".join("| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines))
+    several = [name for name, hashes in table["content"].items() if len(hashes) > 1]
+    if several:
+        parts.append(f"Not one and the same in all cells: {_md(', '.join(several))}")
     parts += [f"Control left out: {_md(c)}: {_md(why)}" for c, why in table["controls_off"].items()]
     parts += [f"Failed: {_md(cell)}: {_md(why)}" for cell, why in table["failures"].items()]
     return "\n\n".join(parts) + "\n"
@@ -91,20 +95,30 @@ def _md(text: str) -> str:
 
 
 def as_csv(table: Row) -> str:
-    """One line a number: arm, seed ("all" for the mean over seeds), benchmark, score, interval, FLOPs."""
+    """One line a number: arm, seed ("all" for the mean over seeds), benchmark, score, interval, FLOPs, marks."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["arm", "control", "seed", "benchmark", "score", "low", "high", "flops_paper", "flops_full"])
+    head = ["arm", "control", "seed", "benchmark", "score", "low", "high", "flops_paper", "flops_full", "marks"]
+    writer.writerow(head)
     for arm in table["arms"]:
-        spent = [arm["flops"]["paper"], arm["flops"]["full"]]
         whole = {**arm["scores"], **({"mean": arm["mean"]} if arm["mean"] else {})}
-        lines = [["all", name, f["value"], f["low"], f["high"], *spent] for name, f in whole.items()]
+        marks = "; ".join([*arm["marks"], *([] if table["complete"] else ["incomplete study"])])
+        lines = []
+        for name, found in whole.items():
+            ends = [found["low"], found["high"]] if found["seeds_known"] else ["", ""]
+            lines.append(["all", name, found["value"], *ends, *_spent(arm["flops"]), marks])
         lines += [
-            [seed, name, score, "", "", *spent] for seed, by in arm["by_seed"].items() for name, score in by.items()
+            [seed, name, score, "", "", *_spent(arm["flops_by_seed"][seed]), ""]
+            for seed, by in arm["by_seed"].items()
+            for name, score in by.items()
         ]
         for line in lines:
             writer.writerow([_cell(v) for v in (arm["name"], arm["control"], *line)])
     return buffer.getvalue()
+
+
+def _spent(flops: Row) -> list[Any]:
+    return [flops["paper"], flops["full"]]
 
 
 def _cell(value: Any) -> Any:

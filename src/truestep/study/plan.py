@@ -10,7 +10,7 @@ import fnmatch
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -18,6 +18,8 @@ from truestep.data.problems import load_problems
 from truestep.settings import Frozen, Settings, SettingsError, parse_settings
 
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
+Seed = Annotated[int, Field(ge=0)]
+MOST_SEEDS = 20  # whose sign patterns the exact test counts one by one
 CONTROLS: tuple[Control, ...] = ("base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection")
 BASE_MODEL = "./base/model"  # where the pinned base lies, seen from the study directory
 
@@ -45,12 +47,12 @@ class Tuning(Frozen):
 
     data: str
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
-    seeds: tuple[int, ...] = (1001,)
+    seeds: tuple[Seed, ...] = Field((1001,), min_length=1)
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
-        if 1.0 not in self.factors or len(set(self.factors)) != len(self.factors):
-            raise ValueError("tuning.factors must be different and contain 1.0")
+        if 1.0 not in self.factors or len(set(self.factors)) != len(self.factors) or min(self.factors) <= 0:
+            raise ValueError("tuning.factors must be different, above 0, and contain 1.0")
         return self
 
 
@@ -58,7 +60,7 @@ class Study(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str
     declaration: str = ""  # the page that was written before anything ran
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Seed, ...] = Field(min_length=1, max_length=MOST_SEEDS)
     workers: int = Field(2, ge=1)
     flops_per_second: float = Field(2e10, gt=0)  # of one cell; for the plan's estimate of time alone
     base: str = ""  # a recipe whose last stage makes the pinned base, once
@@ -78,22 +80,42 @@ class Study(Frozen):
         if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
             raise ValueError("two arms, or two seeds, are the same: give each one of its own")
         for arm in self.arms:
-            for stage in (*arm.stages, *(key.partition(".")[0] for key in arm.set)):
-                if stage not in self.stages:
-                    raise ValueError(f"arms.{arm.name}: no [stages.{stage}]; there are {', '.join(self.stages)}")
-            if arm.equal_flops and arm.equal_flops.to not in names:
-                raise ValueError(f"arms.{arm.name}.equal_flops.to = {arm.equal_flops.to!r} is no arm")
-            goal = self.arm(arm.equal_flops.to) if arm.equal_flops else arm
-            if arm.equal_flops and (goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm))):
-                raise ValueError(
-                    f"arms.{arm.name}.equal_flops.to must be an arm with steps of its own and as many seeds"
-                )
+            self._check_arm(arm, names)
         for name in (self.reference, *(n for pair in (*self.primary, *self.secondary) for n in pair)):
             if name not in names:
                 raise ValueError(f"{name!r} is no arm; there are {', '.join(names)}")
+        if same := [a for a, b in (*self.primary, *self.secondary) if a == b]:
+            raise ValueError(f"{same[0]!r} is compared with itself: name two arms")
         if self.tuning and set(self.tuning.seeds) & set(self.seeds):
             raise ValueError("tuning.seeds must not be among the seeds that are compared: write others")
         return self
+
+    def _check_arm(self, arm: Arm, names: Sequence[str]) -> None:
+        for stage in arm.stages:
+            if stage not in self.stages:
+                raise ValueError(f"arms.{arm.name}: no [stages.{stage}]; there are {', '.join(self.stages)}")
+        for key in arm.set:
+            if key.partition(".")[0] not in arm.stages:
+                known = ", ".join(arm.stages) or "no stages"
+                raise ValueError(f"arms.{arm.name}.set: {key!r} is of no stage of the arm, which has {known}")
+        try:
+            stage_tables(self, arm)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        if arm.num_seeds > len(self.seeds):
+            raise ValueError(f"arms.{arm.name}.num_seeds = {arm.num_seeds}: the study has {len(self.seeds)} seeds")
+        if not arm.equal_flops:
+            return
+        if arm.equal_flops.to not in names:
+            raise ValueError(f"arms.{arm.name}.equal_flops.to = {arm.equal_flops.to!r} is no arm")
+        goal = self.arm(arm.equal_flops.to)
+        if goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm)):
+            raise ValueError(f"arms.{arm.name}.equal_flops.to must be an arm with steps of its own and as many seeds")
+        if not arm.stages or arm.equal_flops.step_like not in goal.stages:
+            raise ValueError(
+                f"arms.{arm.name}.equal_flops.step_like = {arm.equal_flops.step_like!r} is no stage of {goal.name}, "
+                f"which has {', '.join(goal.stages) or 'none'}, or the arm has no stage to match"
+            )
 
     @model_validator(mode="after")
     def _controls(self) -> Self:
@@ -105,6 +127,9 @@ class Study(Frozen):
                     f'the control {control!r} must be there once: write an arm with control = "{control}", or a '
                     f'reason: controls_off.{control} = "..."'
                 )
+        for arm in self.arms:
+            if arm.control and not _is_control(arm, [self.stages[s] for s in arm.stages]):
+                raise ValueError(f"arms.{arm.name} is not what control = {arm.control!r} says: {_CONTROL[arm.control]}")
         if any(not reason.strip() for reason in self.controls_off.values()):
             raise ValueError("controls_off: a reason must say something")
         return self
@@ -114,6 +139,29 @@ class Study(Frozen):
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         return self.seeds[: arm.num_seeds or None]
+
+
+_CONTROL: dict[Control, str] = {
+    "base": "it has no stages",
+    "sft": "it has SFT stages alone, at least one",
+    "sft-continued": "it has SFT stages alone, at least two",
+    "rl-from-base": "its first stage is RL",
+    "random-reward": 'it sets the reward of an RL stage to "random"',
+    "rejection": "it has a rejection stage",
+}
+
+
+def _is_control(arm: Arm, stages: Sequence[Mapping[str, Any]]) -> bool:
+    kinds = [stage.get("kind") for stage in stages]
+    random = any(key.endswith(".reward") and value == "random" for key, value in arm.set.items())
+    return {
+        "base": not kinds,
+        "sft": bool(kinds) and set(kinds) == {"sft"},
+        "sft-continued": len(kinds) > 1 and set(kinds) == {"sft"},
+        "rl-from-base": kinds[:1] == ["rl"],
+        "random-reward": random or any(stage.get("reward") == "random" for stage in stages),
+        "rejection": "rejection" in kinds,
+    }[arm.control or "base"]
 
 
 def load_study(path: Path) -> Study:
@@ -153,6 +201,8 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
                 node = table
                 for part in parents:
                     node = node.setdefault(part, {})
+                    if not isinstance(node, dict):
+                        raise SettingsError(f"arms.{arm.name}.set: {key!r}: {part} is a value, not a table")
                 node[leaf] = value
         tables.append(table)
     return tables
@@ -222,13 +272,18 @@ def check_study(study: Study, where: str) -> None:
     tested = study.run.get("evaluate", {}).get("data", [])
     if not tested:
         raise SettingsError(f'{where}: run.evaluate.data: a study compares scores: write evaluate.data = ["..."]')
-    dev = {s["dev"]["data"] for s in study.stages.values() if s.get("dev", {}).get("data")}
-    if study.tuning:
-        if study.tuning.data not in sets:
-            raise SettingsError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
-        dev.add(study.tuning.data)
-    if both := dev & set(tested):
-        raise SettingsError(f"{where}: {both.pop()!r} is tested on and chosen with: write a dev set of its own")
+    if study.tuning and study.tuning.data not in sets:
+        raise SettingsError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
+    every = [cell_settings(study, a.name, s, stage_tables(study, a), where) for a in study.arms for s in study.seeds]
+    trained = {stage.data for settings in every for stage in settings.stages}
+    chosen = dev_sets(study, every)
+    for used, tables, said in (("chosen with", chosen, "write a dev set of its own"),
+                               ("trained on", trained, "write a test set of its own")):  # fmt: skip
+        if both := tables & set(tested):
+            raise SettingsError(f"{where}: {both.pop()!r} is tested on and {used}: {said}")
+    if study.tuning and study.tuning.data in trained:
+        raise SettingsError(f"{where}: tuning.data = {study.tuning.data!r} is trained on: write a dev set of its own")
+    check_stages(study, where)
     for name, table in sets.items():
         generated = str(table.get("source", "")).startswith(("procedural:", "reasoning_gym:"))
         if generated and not isinstance(table.get("seed"), int):
@@ -238,11 +293,38 @@ def check_study(study: Study, where: str) -> None:
             )
 
 
+def check_stages(study: Study, where: str) -> None:
+    """Every arm's methods, options and faults, and its learning rate at every factor of the trials."""
+    from truestep.pipeline.prepare import check_methods
+
+    for arm in study.arms:
+        tables = stage_tables(study, arm)
+        factors = study.tuning.factors if study.tuning and tables and not arm.untuned else (1.0,)
+        for factor in factors:
+            stages = [*tables[:-1], scaled(tables[-1], factor)] if tables else []
+            try:
+                check_methods(cell_settings(study, arm.name, 0, stages, where))
+            except SettingsError as error:
+                text = str(error).removeprefix(f"{where}: ").removeprefix(f"arms.{arm.name}: ")
+                raise SettingsError(f"{where}: arms.{arm.name}: {text}") from None
+
+
+def scaled(table: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """The stage with its learning rate times a factor."""
+    rate = float(table["optimizer"]["lr"]) * factor
+    return {**table, "optimizer": {**table["optimizer"], "lr": float(f"{rate:.6g}")}}
+
+
+def dev_sets(study: Study, every: Sequence[Settings]) -> set[str]:
+    """The data sets that anything is chosen with: learning rates, or checkpoints of any arm."""
+    found = {stage.dev.data for settings in every for stage in settings.stages if stage.dev.data}
+    return found | ({study.tuning.data} if study.tuning else set())
+
+
 def check_disjoint(study: Study, base_dir: Path) -> None:
     """No problem of a dev set is a test problem. Raises SettingsError."""
-    settings = cell_settings(study, study.reference, 0, stage_tables(study, study.arm(study.reference)), study.name)
-    dev = {s["dev"]["data"] for s in study.stages.values() if s.get("dev", {}).get("data")}
-    dev |= {study.tuning.data} if study.tuning else set()
+    every = [cell_settings(study, a.name, 0, stage_tables(study, a), study.name) for a in study.arms]
+    settings, dev = every[0], dev_sets(study, every)
     texts = {
         name: {p.messages[-1].content for p in load_problems(name, settings.data[name], seed=0, base_dir=base_dir)}
         for name in {*dev, *settings.evaluate.data}

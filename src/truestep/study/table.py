@@ -29,7 +29,9 @@ def results(
     by_arm = {a.name: _cells_of(study, found, a.name) for a in study.arms}
     arms = [_arm(study, arm, by_arm, tuning.get(arm.name, {})) for arm in study.arms]
     contrasts = [_contrast(by_arm, a, b, primary=True) for a, b in study.primary]
-    adjusted = analyse.holm({f"{c['a']}|{c['b']}": c["all"]["p_value"] for c in contrasts if c["all"]})
+    # A contrast that says nothing yet (no cells, one seed) still is one of the family.
+    known = {f"{c['a']}|{c['b']}": c["all"] if c["all"] and c["all"]["seeds_known"] else None for c in contrasts}
+    adjusted = analyse.holm({name: made["p_value"] if made else 1.0 for name, made in known.items()})
     contrasts += [_contrast(by_arm, a, b, primary=False) for a, b in study.secondary]
     for contrast in contrasts:
         if contrast["all"]:
@@ -87,6 +89,7 @@ def _arm(study: Study, arm: Arm, by_arm: Mapping[str, Mapping[int, Cell]], tunin
         "seeds": seeds,
         "scores": scores,
         "mean": analyse.crossed(list(tables.values()), bounds=(0.0, 1.0)).to_json() if tables else None,
+        "flops_by_seed": {str(s): own[s]["flops"] for s in seeds},
         "by_seed": {str(s): {n: float(t[i].mean()) for n, t in tables.items()} for i, s in enumerate(seeds)},
         "sd_sample": _sample_sd(own, tables),
         "flops": {k: _mean(c["flops"][k] for c in own.values()) for k in ("paper", "full")},
@@ -148,6 +151,8 @@ def _marks(
         marks.append(f"{len(own)} of {len(study.seeds_of(arm))} seeds")
     if study.tuning and arm.stages and not row["tuning"].get("trials"):
         marks.append(f"untuned: {arm.untuned or 'no trial finished'}")
+    if failed := row["tuning"].get("failed"):
+        marks.append(f"rates whose trials failed: {', '.join(failed)}")
     mine, theirs = _sets(own), _sets(reference)
     if extra := sorted(mine - theirs):
         marks.append(f"data of its own: {', '.join(extra)}")
