@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 import tomllib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from micro import STUDY, write_study
 from truestep import rundir
 from truestep.cli.study_actions import write_cell
 from truestep.settings import SettingsError, load_settings
+from truestep.study import launch
 from truestep.study.launch import Order
 from truestep.study.nodes import Runner, base_identity, with_absolute_paths
 from truestep.study.plan import load_study
@@ -343,6 +346,8 @@ def test_a_budget_is_matched_from_what_the_arm_itself_has_spent(tmp_path: Path) 
     table = analysed(runner(tmp_path, Children(), text=with_arm(STUDY, long)))
     arms = {a["name"]: a for a in table["arms"]}
     assert arms["long"]["flops"]["paper"] == arms["sft-rl"]["flops"]["paper"] == 20 * 100 + 5 * 100
+    assert "no arm ends with, and so none tunes: sft" in arms["long"]["marks"]
+    assert not any("none tunes" in mark for mark in arms["sft-rl"]["marks"])
 
 
 def test_a_primary_contrast_without_cells_is_one_of_the_family(tmp_path: Path) -> None:
@@ -367,3 +372,25 @@ def test_a_model_and_data_named_from_here_or_from_the_study_are_found(
         found = with_absolute_paths(settings.model_copy(update={"data": data, "model": model}), tmp_path / "there")
         assert found.data["test"].source == str(tmp_path / "here/test.jsonl")
         assert found.model.path == (str(tmp_path / place) if place else path)
+
+
+class Quick:
+    """A child process that has ended as soon as it is started; who asks for its end must be alone."""
+
+    def __init__(self, target: Any, args: Any) -> None:
+        self.sentinel, ended = os.pipe()
+        os.close(ended)
+        self.exitcode = 0
+
+    def start(self) -> None:
+        assert launch.ONE_AT_A_TIME.locked()
+
+    def join(self) -> None:
+        assert launch.ONE_AT_A_TIME.locked()
+
+
+def test_exit_codes_are_read_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two threads that read the end of one child the second finds nothing: exit code 255 of a child that was well."""
+    monkeypatch.setattr(launch, "_forks", lambda: SimpleNamespace(Process=Quick))
+    (tmp_path / "run.log").write_text("said\n")
+    assert launch.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "said")

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,10 @@ def start(order: Order) -> tuple[int, str]:
             process.start()
         except EOFError:  # Ctrl-C while it was still importing
             return 130, "the process that cells are forked from has ended"
-    process.join()
+    # An exit code can be read once, and starting a process reads those of all that have ended.
+    connection.wait([process.sentinel])
+    with ONE_AT_A_TIME:
+        process.join()
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return process.exitcode or 0, said[-1] if said else ""
 

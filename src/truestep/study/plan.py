@@ -208,6 +208,12 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
     return tables
 
 
+def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
+    """The arm whose trials choose the rate of the last of these stages: the first that consists of them; "" without
+    one. An arm with matched steps has others than the table says."""
+    return next((a.name for a in study.arms if not a.equal_flops and stage_tables(study, a) == list(tables)), "")
+
+
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _copied(v) for k, v in value.items()}

@@ -15,7 +15,7 @@ from typing import Any
 from truestep.settings import Settings, SettingsError
 from truestep.study import cells
 from truestep.study.nodes import CellFailed, Runner, node, result
-from truestep.study.plan import Arm, Study, cell_settings, scaled, stage_tables
+from truestep.study.plan import Arm, cell_settings, owner_of, scaled, stage_tables
 
 NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
@@ -114,12 +114,6 @@ def tables_of(runner: Runner, arm: str) -> list[dict[str, Any]]:
         if owner := owner_of(runner.study, plain[:end]):
             tables[end - 1] = scaled(tables[end - 1], chosen_factor(runner, owner))
     return tables
-
-
-def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
-    """The arm whose trials choose the rate of the last of these stages: the first that consists of them; "" without
-    one. An arm with matched steps has others than the table says."""
-    return next((a.name for a in study.arms if not a.equal_flops and stage_tables(study, a) == list(tables)), "")
 
 
 def match_flops(

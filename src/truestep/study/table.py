@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from truestep.study import analyse, cells
-from truestep.study.plan import CONTROLS, Arm, Study, differences
+from truestep.study.plan import CONTROLS, Arm, Study, differences, owner_of, stage_tables
 
 Cell = Mapping[str, Any]
 CLOSE = 0.05  # budgets that differ by less count as equal
@@ -153,6 +153,9 @@ def _marks(
         marks.append(f"untuned: {arm.untuned or 'no trial finished'}")
     if failed := row["tuning"].get("failed"):
         marks.append(f"rates whose trials failed: {', '.join(failed)}")
+    tables = stage_tables(study, arm) if study.tuning else []
+    if loose := [t["name"] for i, t in enumerate(tables[:-1]) if not owner_of(study, tables[: i + 1])]:
+        marks.append(f"no arm ends with, and so none tunes: {', '.join(loose)}")
     mine, theirs = _sets(own), _sets(reference)
     if extra := sorted(mine - theirs):
         marks.append(f"data of its own: {', '.join(extra)}")
