@@ -390,7 +390,7 @@ class Quick:
 
 
 def test_exit_codes_are_read_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two threads that read the end of one child the second finds nothing: exit code 255 of a child that was well."""
+    """Of two threads that read the end of one child the second finds nothing: exit code 255 of one that was well."""
     monkeypatch.setattr(launch, "_forks", lambda: SimpleNamespace(Process=Quick))
     (tmp_path / "run.log").write_text("said\n")
     assert launch.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "said")
