@@ -280,7 +280,7 @@ def check_study(study: Study, where: str) -> None:
         raise SettingsError(f'{where}: run.evaluate.data: a study compares scores: write evaluate.data = ["..."]')
     if study.tuning and study.tuning.data not in sets:
         raise SettingsError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
-    every = [cell_settings(study, a.name, s, stage_tables(study, a), where) for a in study.arms for s in study.seeds]
+    every = every_arm(study, where)
     trained = {stage.data for settings in every for stage in settings.stages}
     chosen = dev_sets(study, every)
     for used, tables, said in (("chosen with", chosen, "write a dev set of its own"),
@@ -321,6 +321,11 @@ def scaled(table: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return {**table, "optimizer": {**table["optimizer"], "lr": float(f"{rate:.6g}")}}
 
 
+def every_arm(study: Study, where: str) -> list[Settings]:
+    """The settings of each arm as the file has them, before rates are chosen and budgets matched."""
+    return [cell_settings(study, arm.name, 0, stage_tables(study, arm), where) for arm in study.arms]
+
+
 def dev_sets(study: Study, every: Sequence[Settings]) -> set[str]:
     """The data sets that anything is chosen with: learning rates, or checkpoints of any arm."""
     found = {stage.dev.data for settings in every for stage in settings.stages if stage.dev.data}
@@ -329,7 +334,7 @@ def dev_sets(study: Study, every: Sequence[Settings]) -> set[str]:
 
 def check_disjoint(study: Study, base_dir: Path) -> None:
     """No problem of a dev set is a test problem. Raises SettingsError."""
-    every = [cell_settings(study, a.name, 0, stage_tables(study, a), study.name) for a in study.arms]
+    every = every_arm(study, study.name)
     settings, dev = every[0], dev_sets(study, every)
     texts = {
         name: {p.messages[-1].content for p in load_problems(name, settings.data[name], seed=0, base_dir=base_dir)}
