@@ -2,11 +2,13 @@
 
     python benchmarks/coverage_evaluate.py [--simulations 10000] [--out results/coverage-evaluate.json]
 
-Truths p from .01 to .99; 30 to 1,000 problems; 1, 4 or 32 samples of each; problems alike, beta-distributed with five
+Truths p from .01 to .99 in steps of .02; 30 to 1,000 problems; 1, 4 or 32 samples of each; problems alike, beta-distributed with five
 concentrations, or of two kinds (never solved, solved with probability .7). The numbers of problems with 0 … k correct
 samples are drawn at once (multinomial). Whether an interval of ``truestep.evaluate.interval`` holds p is asked through
-scipy's beta distribution, vectorised; at some draws of each point the product's own function must say the same. Prints
-a table; exits 1 where a point is below 94 % by more than three standard errors of the simulation.
+scipy's beta distribution, vectorised; at some draws of each point the product's own function must say the same. A point that
+comes out below 94.5 % is simulated again with twenty times as many draws, which then count: the least of thousands of
+estimates says more of their noise than of the interval. Prints a table; exits 1 where a point is below 94 %, or where
+the mean over all points is not 95 ± 1 %.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from typing import Any
 import numpy as np
 from scipy import special, stats
 
-from truestep.evaluate.interval import INWARD, PULL, binomial_interval, clustered_interval, normal_quantile
+from truestep.evaluate.interval import INWARD, PULL, alpha_of, binomial_interval, clustered_interval, normal_quantile
 
-TRUTHS = (0.01, 0.02, 0.05, *np.round(np.arange(0.1, 0.91, 0.1), 2).tolist(), 0.95, 0.98, 0.99)
+TRUTHS = np.round(np.arange(0.01, 1, 0.02), 2).tolist()
 KINDS: tuple[Any, ...] = ("alike", 20.0, 5.0, 2.0, 0.7, 0.2, "two kinds")
 
 
@@ -60,8 +62,9 @@ def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num
     mean = np.where(drawn[:, 0] == n, 0.0, np.where(drawn[:, -1] == n, 1.0, mean))
     variance = np.maximum((drawn @ shares**2 - n * mean**2) / (n - 1), 0)
     x, trials, _ = ends(mean, variance, n, k)
-    above = (x <= 0) | (special.betainc(np.maximum(x + INWARD, 1e-9), trials - x + 1 - INWARD, p) >= 0.025)
-    below = (x >= trials) | (special.betainc(x + 1 - INWARD, np.maximum(trials - x + INWARD, 1e-9), p) <= 0.975)
+    tail = alpha_of(n) / 2
+    above = (x <= 0) | (special.betainc(np.maximum(x + INWARD, 1e-9), trials - x + 1 - INWARD, p) >= tail)
+    below = (x >= trials) | (special.betainc(x + 1 - INWARD, np.maximum(trials - x + INWARD, 1e-9), p) <= 1 - tail)
     held = (above | (p >= mean)) & (below | (p <= mean))
     widths = []
     for i in range(min(15, num)):  # also: the product's own function says the same
@@ -95,6 +98,8 @@ def main() -> None:
             rows.append({"n": n, "k": 1, "kind": "-", "p": p, "coverage": coverage, "width": width})
         for k, kind, p in product((4, 32), KINDS, TRUTHS):
             coverage, width = clustered(rng, kind, n, k, p, args.simulations)
+            if coverage < 0.945:
+                coverage, width = clustered(rng, kind, n, k, p, 20 * args.simulations)
             rows.append({"n": n, "k": k, "kind": str(kind), "p": p, "coverage": coverage, "width": width})
     groups = []
     for n, k in product((30, 50, 100, 300, 1000), (1, 4, 32)):
@@ -107,16 +112,17 @@ def main() -> None:
                 "mean_p_.1_to_.9": float(np.mean(inner)),
                 "lowest": worst["coverage"], "lowest_at": [worst["kind"], worst["p"]],
                 "below_94": sum(r["coverage"] < 0.94 for r in own), "points": len(own),
-                "width_at_.5": float(np.median([r["width"] for r in own if r["p"] == 0.5])),
+                "width_at_.5": float(np.median([r["width"] for r in own if abs(r["p"] - 0.5) < 0.02])),
             }
         )  # fmt: skip
         print(groups[-1])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     points = {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
-    found = {"simulations": args.simulations, "seed": args.seed, "groups": groups, "points": points}
+    mean = float(np.mean([r["coverage"] for r in rows]))
+    print(f"{len(rows)} points, mean {mean:.4f}, lowest {min(r['coverage'] for r in rows):.4f}")
+    found = {"simulations": args.simulations, "seed": args.seed, "mean": mean, "groups": groups, "points": points}
     args.out.write_text(json.dumps(found).replace("], [", "],\n[") + "\n")
-    noise = 3 * (0.94 * 0.06 / args.simulations) ** 0.5
-    sys.exit(any(r["coverage"] < 0.94 - noise for r in rows))
+    sys.exit(any(r["coverage"] < 0.94 for r in rows) or abs(mean - 0.95) > 0.01)
 
 
 if __name__ == "__main__":
