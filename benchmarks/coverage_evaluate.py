@@ -2,13 +2,13 @@
 
     python benchmarks/coverage_evaluate.py [--simulations 10000] [--out results/coverage-evaluate.json]
 
-Truths p from .01 to .99 in steps of .02; 30 to 1,000 problems; 1, 4 or 32 samples of each; problems alike, beta-distributed with five
-concentrations, or of two kinds (never solved, solved with probability .7). The numbers of problems with 0 … k correct
-samples are drawn at once (multinomial). Whether an interval of ``truestep.evaluate.interval`` holds p is asked through
-scipy's beta distribution, vectorised; at some draws of each point the product's own function must say the same. A point that
-comes out below 94.5 % is simulated again with twenty times as many draws, which then count: the least of thousands of
-estimates says more of their noise than of the interval. Prints a table; exits 1 where a point is below 94 %, or where
-the mean over all points is not 95 ± 1 %.
+Truths p from .01 to .99 in steps of .02; 30 to 1,000 problems; 1, 4 or 32 samples of each; problems alike,
+beta-distributed with five concentrations, or of two kinds (never solved, solved with probability .7). The numbers of
+problems with 0 … k correct samples are drawn at once (multinomial). Whether an interval of
+``truestep.evaluate.interval`` holds p is asked through scipy's beta distribution, vectorised; at some draws of each
+point the product's own function must say the same. A point that comes out below 94.5 % is simulated again with twenty
+times as many draws, which then count: the least of thousands of estimates says more of their noise than of the
+interval. Prints a table; exits 1 where a point is below 94 %, or where the mean over all points is not 95 ± 1 %.
 """
 
 from __future__ import annotations
