@@ -1,11 +1,13 @@
 """The same prompts through lm-evaluation-harness and through truestep: equal tokens, equal answers?
 
     python benchmarks/lm_eval_agreement.py LM_EVAL_PYTHON DATA [--limit 20] [--benchmarks mawps,svamp,arc_challenge]
+        [--out results/lm-eval-agreement.json]
 
 Greedy, float32, batch 1, four worked examples. LM_EVAL_PYTHON is the Python of an environment with lm_eval 0.4.13 and
 torch, DATA a folder with the benchmarks. lm-eval gets our rendered prompts as a task of its own (with our
 stops), so that only generation, cutting and extraction differ; both texts go through our extraction, and both token
-sequences are compared up to the cut. Prints every difference and one JSON line; exits 1 below 99 %.
+sequences are compared up to the cut. Prints every difference and one JSON line; exits 1 below 99 %. ``--out`` is
+written after each benchmark and keeps what it holds of others.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from truestep.evaluate.ask import TokenAsker
 from truestep.evaluate.plan import EvaluationSettings, Job, make_jobs
 from truestep.evaluate.prompts import cut, messages_of, plain_text
 from truestep.grade.extract import extract_answer
+from truestep.grade.score import Grader
 from truestep.model.load import load_model, load_tokenizer, resolve
+from truestep.records import Verdict
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine
+from truestep.rundir import provenance
 from truestep.seeding import Purpose
 from truestep.train.policy import Policy
 
@@ -84,6 +89,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--benchmarks", default="mawps,svamp,arc_challenge")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     raw = {
         "model": {"path": args.model}, "benchmarks": args.benchmarks.split(","), "data": args.data,
@@ -98,17 +104,34 @@ def main() -> None:
     asker = TokenAsker(
         tokenizer=tokenizer, context_length=context, model_eos=eos, open_engine=lambda: engine, pinned_limit=True
     )
-    results = {}
+    results: dict[str, Any] = {}
     for job in make_jobs(settings, Path()):
         with tempfile.TemporaryDirectory() as folder:
             pairs = list(zip(ours(job, asker, engine), theirs(args.python, resolve(settings.model), job, Path(folder)),
                              strict=True))  # fmt: skip
         tokens = [tokenizer(a.rstrip())["input_ids"] == tokenizer(b.rstrip())["input_ids"] for a, b in pairs]
-        answers = [extract_answer(a).answer == extract_answer(b).answer for a, b in pairs]
+        found = [[extract_answer(text) for text in pair] for pair in pairs]
+        answers = [a.answer == b.answer for a, b in found]
+        with Grader() as grader:
+            scores = [
+                grader.score_answers(list(zip(job.problems, own, strict=True))) for own in zip(*found, strict=True)
+            ]
+        differences = []
         for problem, (a, b), same in zip(job.problems, pairs, tokens, strict=True):
             if not same:
+                differences.append({"id": problem.id, "ours": a, "theirs": b})
                 print(f"{job.benchmark.id} {problem.id}\n  ours   {a!r}\n  theirs {b!r}", file=sys.stderr)
-        results[job.benchmark.id] = {"n": len(pairs), "equal_tokens": sum(tokens), "equal_answers": sum(answers)}
+        results[job.benchmark.id] = {
+            "n": len(pairs), "equal_tokens": sum(tokens), "equal_answers": sum(answers),
+            "correct": [sum(score.verdict is Verdict.CORRECT for score in own) for own in scores],
+        }  # fmt: skip
+        if args.out:
+            known = json.loads(args.out.read_text()) if args.out.exists() else {}
+            known[job.benchmark.id] = {
+                **results[job.benchmark.id], "differences": differences, "model": args.model, "lm_eval": "0.4.13 hf",
+                "few_shot": FEW_SHOT, "max_new_tokens": MAX_NEW_TOKENS, "commit": provenance(0)["commit"],
+            }  # fmt: skip
+            args.out.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(results))
     worst = min(min(r["equal_tokens"], r["equal_answers"]) / r["n"] for r in results.values())
     sys.exit(worst < 0.99)
