@@ -42,7 +42,7 @@ def masses(kind: Any, k: int, p: float) -> np.ndarray:
     return found if p <= 0.5 else found[::-1]
 
 
-def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Count and effective trials of each simulation, as ``clustered_interval`` has them."""
     most = mean * (1 - mean)
     pull = PULL / (PULL + (n * most) ** 2)
@@ -50,7 +50,8 @@ def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.nda
     with np.errstate(divide="ignore", invalid="ignore"):
         trials = np.clip(np.where(spread > 0, n * most / spread, n * k), n, n * k)
     trials = np.where(most == 0, n, trials) * (normal_quantile() / stats.t.ppf(0.975, n - 1)) ** 2
-    return mean * trials, trials, most
+    trials = np.maximum(trials, n)
+    return mean * trials, trials
 
 
 def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num: int) -> tuple[float, float]:
@@ -61,10 +62,13 @@ def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num
     mean = drawn @ shares / n
     mean = np.where(drawn[:, 0] == n, 0.0, np.where(drawn[:, -1] == n, 1.0, mean))
     variance = np.maximum((drawn @ shares**2 - n * mean**2) / (n - 1), 0)
-    x, trials, _ = ends(mean, variance, n, k)
+    x, trials = ends(mean, variance, n, k)
     tail = alpha_of(n) / 2
     above = (x <= 0) | (special.betainc(np.maximum(x + INWARD, 1e-9), trials - x + 1 - INWARD, p) >= tail)
     below = (x >= trials) | (special.betainc(x + 1 - INWARD, np.maximum(trials - x + INWARD, 1e-9), p) <= 1 - tail)
+    none, every = (binomial_interval(c, n) for c in (0, n))
+    below = np.where(mean == 0, p <= none[1], below)
+    above = np.where(mean == 1, p >= every[0], above)
     held = (above | (p >= mean)) & (below | (p <= mean))
     widths = []
     for i in range(min(15, num)):  # also: the product's own function says the same

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from truestep.data.rows import RowError
 from truestep.evaluate import benchmarks
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.contamination import contamination
@@ -44,6 +45,8 @@ def test_published_layouts_of_one_question_are_one_question() -> None:
     assert len({content_hash([item_of(row, "i")]) for row in rows}) == 1
     gpqa = {"Question": "Which?", "Correct Answer": "y"} | {f"Incorrect Answer {n}": f"w{n}" for n in (1, 2, 3)}
     assert item_of(gpqa, "i").choices == ("y", "w1", "w2", "w3")
+    with pytest.raises(RowError, match="Incorrect Answer 2"):
+        item_of({k: v for k, v in gpqa.items() if k != "Incorrect Answer 2"}, "i")
     assert item_of({"question": "q", "answer": "so 3+4\n#### 7"}, "i").answer == "7"
     assert item_of({"Body": "Two eggs.", "Question": "How many?", "Answer": 2.0}, "i").answer == "2"
 
@@ -67,7 +70,10 @@ def test_unknown_content_is_recorded_once_and_held_to(tmp_path: Path, monkeypatc
     benchmarks.load(made, tmp_path)
     benchmarks.load(made, tmp_path)
     write(tmp_path / "made.jsonl", [{"problem": "2?", "answer": "1"}])
-    with pytest.raises(SettingsError, match="hash to"):
+    with pytest.raises(SettingsError, match=r"first loaded here.*remove made from .*home/benchmarks.json"):
+        benchmarks.load(made, tmp_path)
+    (tmp_path / "home" / "benchmarks.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"benchmarks.json: is no JSON"):
         benchmarks.load(made, tmp_path)
 
 
@@ -142,3 +148,6 @@ def test_contamination_is_of_bare_questions_and_says_what_it_has_not_seen(
     assert pair["ngram"]["num_evaluation"] == 1
     with pytest.raises(SettingsError):  # what is asked for by name must be there
         contamination(str(train), ["absent"], str(tmp_path / "benchmarks"))
+    write(tmp_path / "benchmarks" / "absent.jsonl", rows[:2])
+    with pytest.raises(SettingsError, match="expected the 3 rows"):  # there, but damaged: not passed over
+        contamination(str(train), [], str(tmp_path / "benchmarks"))

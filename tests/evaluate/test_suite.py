@@ -17,6 +17,8 @@ from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.bring import compare_evaluations
 from truestep.evaluate.foreign import read_evaluations
 from truestep.evaluate.sources import content_hash, file_items
+from truestep.evaluate.suite import averages
+from truestep.settings import SettingsError
 
 pytest.importorskip("torch")
 SECRET = "zebra"
@@ -113,13 +115,79 @@ def test_our_samples_come_back_from_lm_evals_layout(run: Callable[..., Any], tmp
     out, exported = tmp_path / "out", tmp_path / "exported"
     run("--benchmarks", "sums", "--samples", "1", "--out", str(out))
     CliRunner().invoke(_app(), ["eval", "export", str(out), "--out", str(exported)], catch_exceptions=False)
-    (found,) = compare_evaluations(out, exported)
+    (found,) = compare_evaluations(out, exported)["comparisons"]
     assert (found["a"]["made_by"], found["b"]["made_by"], found["difference"]) == ("truestep", "lm-eval", 0.0)
     results = json.loads((exported / "plain" / "results.json").read_text())
     assert results["results"]["sums"]["exact_match,none"] == found["a"]["score"]
     own, foreign = (read_evaluations(p)[0].rows for p in (out, exported))
     assert [r["verdict"] for r in own] == [r["verdict"] for r in foreign]
     assert [r["extracted"] for r in own] == [r["extracted"] for r in foreign]
+
+
+def test_several_samples_come_back_from_lm_evals_layout(run: Callable[..., Any], tmp_path: Path) -> None:
+    out, exported = tmp_path / "out", tmp_path / "exported"
+    run("--benchmarks", "sums", "--out", str(out))
+    path = out / "evaluations" / "plain" / "sums.samples.jsonl"
+    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["verdict"] = "correct"  # a third of the first problem
+    path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    CliRunner().invoke(_app(), ["eval", "export", str(out), "--out", str(exported)], catch_exceptions=False)
+    (found,) = compare_evaluations(out, exported)["comparisons"]
+    assert found["difference"] == 0.0
+    assert found["b"]["n"] == 15
+    own, foreign = (read_evaluations(p)[0].rows for p in (out, exported))
+    assert [(r["verdict"], r["completion"]) for r in own] == [(r["verdict"], r["completion"]) for r in foreign]
+
+
+def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path: Path) -> None:
+    out, at_once = tmp_path / "out", tmp_path / "at-once"
+    run("--benchmarks", "sums", "--limit", "2", "--samples", "1", "--out", str(out))
+    kept = files(out)["evaluations/plain/sums.samples.jsonl"].splitlines()
+    run("--benchmarks", "sums", "--limit", "4", "--out", str(out), "--resume")
+    run("--benchmarks", "sums", "--limit", "4", "--out", str(at_once))
+    assert files(out) == files(at_once)
+    assert set(kept) <= set(files(out)["evaluations/plain/sums.samples.jsonl"].splitlines())
+    before = files(out) | {"resolved": (out / "resolved.toml").read_bytes()}
+    for words, message in (
+        (("--limit", "3"), "not shrink"),
+        (("--set", "max_new_tokens=8"), "another max_new_tokens"),
+        (("--set", "temperature=0.9"), "another temperature"),
+        (("--few-shot", "1"), "another few_shot"),
+        (("--engine", "http://127.0.0.1:9/v1"), "another engine"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            run("--benchmarks", "sums", "--limit", "4", "--out", str(out), "--resume", *words)
+        assert files(out) | {"resolved": (out / "resolved.toml").read_bytes()} == before
+
+
+def test_a_password_in_the_endpoints_url_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
+    for url in ("http://user:hunter2pass@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?api_key=hunter2pass"):
+        with pytest.raises(SettingsError, match="TRUESTEP_API_KEY") as caught:
+            run("--benchmarks", "sums", "--engine", url, "--out", str(tmp_path / "out"))
+        assert "hunter2pass" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_of_zero_counts(run: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('benchmarks = ["sums"]\nfew_shot = 2\n[model]\npath = "tiny"\n')
+    data = ["--data", str(tmp_path / "data"), "--json", "--dry-run", "--set", "model.context_length=1024"]
+    counted = [
+        json.loads(CliRunner().invoke(_app(), ["eval", "model", str(recipe), *data, *w], catch_exceptions=False).stdout)
+        for w in ((), ("--few-shot", "0"))
+    ]
+    assert counted[1]["total"]["prompt_tokens"] < counted[0]["total"]["prompt_tokens"]
+
+
+def test_the_mean_of_benchmarks_has_an_interval_within_bounds() -> None:
+    members = [b.id for b in benchmarks.TABLE if b.average == "OOD"]
+    zero = [
+        {"benchmark": id, "prompt": "paper", "whole": True, "score": 0.0, "low": 0.0, "high": 0.03} for id in members
+    ]
+    (found,) = averages(zero)
+    assert (found["low"], found["score"]) == (0, 0)
+    assert found["high"] == pytest.approx(0.03 / len(members) ** 0.5)
+    assert averages(zero[:-1]) == []
 
 
 def test_a_dry_run_counts_and_writes_nothing(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -202,6 +202,23 @@ def test_majority_at_one_is_the_score_and_grows_where_the_right_answer_leads() -
     assert estimate(rows_of("ccii"), pass_at=(1, 2)).majority_at == {}
 
 
+def test_one_wrong_answer_in_several_spellings_is_one_vote_each() -> None:
+    rows = rows_of("cciii")
+    for row, answer in zip(rows, ["1/2", "0.5", "7", "7.0", "$7"], strict=True):
+        row["extracted"] = answer
+    assert estimate(rows, pass_at=(1, 5)).majority_at[5].value == 0
+    for row, answer in zip(rows, ["1/2", "0.5", "7", "8.0", "$9"], strict=True):
+        row["extracted"] = answer
+    assert estimate(rows, pass_at=(1, 5)).majority_at[5].value == 1
+
+
+def test_several_samples_are_never_less_than_one_of_each_problem() -> None:
+    """That all samples agree says as much of few problems as one sample of each would."""
+    for num_problems in (2, 4, 30):
+        one, many = (mean_interval(np.zeros(num_problems), num_trials=num_problems * k) for k in (1, 32))
+        assert many == one
+
+
 # ------------------------------------------------------------------------------------------------------ comparison
 
 

@@ -135,10 +135,11 @@ def _sizes(source: str) -> tuple[int, int, int]:
 
 def plan_of(settings: EvaluationSettings, jobs: list[Job], asker: Asker) -> dict[str, Any]:
     """For --dry-run: every prompt made and counted, no model loaded."""
-    from truestep.evaluate.plan import budget
+    from truestep.evaluate.plan import budget, remarks
 
     ready = [asker.ready(job, settings.few_shot) for job in jobs]
-    found = budget(jobs, [asking.num_prompt_tokens for asking in ready], figures(settings))
+    limits, tokens = [a.max_new_tokens for a in ready], [a.num_prompt_tokens for a in ready]
+    found = budget(jobs, limits, tokens, figures(settings))
     if "flops_at_most" in found["total"] and settings.engine == "torch":
         import torch
 
@@ -146,4 +147,4 @@ def plan_of(settings: EvaluationSettings, jobs: list[Job], asker: Asker) -> dict
 
         rate = matmul_rate(getattr(torch, settings.dtype))
         found["total"]["hours_if_all_run_to_the_limit"] = round(found["total"]["flops_at_most"] / rate / 3600, 2)
-    return {**found, "notes": [note for asking in ready for note in asking.notes]}
+    return {**found, "notes": remarks(settings, jobs) + [note for asking in ready for note in asking.notes]}

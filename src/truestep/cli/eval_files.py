@@ -10,6 +10,7 @@ import typer
 
 from truestep.cli.run import Json
 
+Metric = Annotated[str, typer.Option("--metric", help="The score that counts, where a log has several.")]
 Folder = Annotated[Path, typer.Option("--out", help="The folder to write into.", show_default=False)]
 
 
@@ -34,17 +35,21 @@ def list_benchmarks(as_json: Json = False) -> None:
 def compare(
     a: Annotated[Path, typer.Argument(help="A run directory, a samples file, or another harness's log.")],
     b: Annotated[Path, typer.Argument(help="What is compared with it, on the same problems.")],
+    metric: Metric = "",
     as_json: Json = False,
 ) -> None:
     """The paired difference b - a of every task that both have: interval, p-values, smallest detectable difference."""
     from truestep.evaluate.bring import compare_evaluations
 
-    found = compare_evaluations(a, b)
+    found = compare_evaluations(a, b, metric)
     if as_json:
-        typer.echo(json.dumps({"comparisons": found}))
+        typer.echo(json.dumps(found))
         return
-    for row in found:
+    for row in found["comparisons"]:
         typer.echo(_sentence(row))
+    for side, path in (("only_in_a", a), ("only_in_b", b)):
+        if found[side]:
+            typer.echo(f"not compared, only in {path}: {', '.join(found[side])}")
 
 
 def _sentence(row: dict[str, Any]) -> str:
@@ -64,13 +69,14 @@ def _sentence(row: dict[str, Any]) -> str:
 def import_logs(
     files: Annotated[list[Path], typer.Argument(help="Logs of lm-eval, lighteval or inspect, or folders of them.")],
     out: Folder,
+    metric: Metric = "",
     as_json: Json = False,
 ) -> None:
     """Write other harnesses' samples as a run of ours, with intervals and a page; verdicts are taken as they stand."""
     from truestep.evaluate.bring import import_evaluations
     from truestep.report.evaluation import evaluation_table, write_evaluation_report
 
-    summary = import_evaluations(files, out)
+    summary = import_evaluations(files, out, metric)
     report = write_evaluation_report(out)
     if as_json:
         typer.echo(json.dumps({"run_dir": str(out), "report": str(report), **summary}))
@@ -93,9 +99,9 @@ def export(run: Annotated[Path, typer.Argument(help="A run directory.")], out: F
 def overlap(
     source: Annotated[str, typer.Argument(help="Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")],
     benchmarks: Annotated[
-        str, typer.Option("--benchmarks", help="Comma-separated ids [default: all that are there].")
+        str, typer.Option("--benchmarks", help="Comma-separated ids; without it all that are there.")
     ] = "",
-    data: Annotated[str, typer.Option("--data", help="Folder with the benchmarks [default: the hub].")] = "",
+    data: Annotated[str, typer.Option("--data", help="Folder with the benchmarks; without it the hub.")] = "",
     as_json: Json = False,
 ) -> None:
     """How many problems of each benchmark a training set holds: equal texts, and shared runs of 13 words."""

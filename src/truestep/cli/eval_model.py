@@ -19,13 +19,15 @@ What = Annotated[
     str, typer.Argument(help="A model (folder, hub id, served name) or a recipe (.toml).", metavar="MODEL")
 ]
 Benchmarks = Annotated[str, typer.Option("--benchmarks", help="Comma-separated ids of `truestep eval list`.")]
-Data = Annotated[str, typer.Option("--data", help="Folder with ID.jsonl, .parquet or .csv [default: the hub].")]
-Limit = Annotated[int, typer.Option("--limit", min=0, help="Problems of each benchmark [default: all].")]
-Samples = Annotated[int, typer.Option("--samples", min=0, help="Samples of each problem [default: the benchmark's].")]
-Prompts = Annotated[
-    str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,odd [default: pinned].")
+Data = Annotated[str, typer.Option("--data", help="Folder with ID.jsonl, .parquet or .csv; without it the hub.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Problems of each benchmark; without it all.")]
+Samples = Annotated[
+    int | None, typer.Option("--samples", min=1, help="Samples of each problem; without it the benchmark's own.")
 ]
-FewShot = Annotated[int, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")]
+Prompts = Annotated[
+    str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,odd; without it the benchmark's own.")
+]
+FewShot = Annotated[int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")]
 Engine = Annotated[str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, count tokens and memory, ask nothing.")]
 
@@ -34,10 +36,10 @@ def evaluate(
     model: What,
     benchmarks: Benchmarks = "",
     data: Data = "",
-    limit: Limit = 0,
-    samples: Samples = 0,
+    limit: Limit = None,
+    samples: Samples = None,
     prompts: Prompts = "",
-    few_shot: FewShot = 0,
+    few_shot: FewShot = None,
     engine: Engine = "",
     overrides: Set = None,
     out: Out = None,
@@ -55,7 +57,7 @@ def evaluate(
         "few_shot": few_shot,
         "engine": engine,
     }
-    given = {key: value for key, value in given.items() if value}
+    given = {key: value for key, value in given.items() if value not in (None, "", [])}
     raw, base_dir = {"model": {"path": model}}, Path()
     if model.endswith(".toml"):
         raw, base_dir = _recipe(model, overrides), Path(model).parent
@@ -105,12 +107,15 @@ def _execute(
     from truestep.cli.eval_engines import opened, plan_of
     from truestep.cli.progress import ConsoleReporter
     from truestep.evaluate.plan import default_name, make_jobs
+    from truestep.evaluate.suite import make_plans
     from truestep.report.evaluation import write_evaluation_report
 
     folder = out or Path("runs") / default_name(settings)
     reporter = ConsoleReporter()
     if not dry_run:
         _check_folder(settings, folder, resume=resume)
+        if resume and not folder.exists():
+            reporter.say(f"nothing to resume in {folder}: starting there")
     jobs = make_jobs(settings, base_dir)
     with opened(settings) as (asker, content):
         if dry_run:
@@ -118,10 +123,11 @@ def _execute(
             typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
             return
         ready = [(job, asker.ready(job, settings.few_shot)) for job in jobs]  # what cannot be asked fails here
+        plans = make_plans(settings, ready, folder, content)
         _open_folder(settings, folder)
         try:
             with signals.deferred():
-                summary = _run(settings, ready, (asker, content), folder, reporter)
+                summary = _run(settings, ready, plans, asker, folder, reporter)
         except signals.Interrupted as stop:
             reporter.close()
             words = [word for word in sys.argv[1:] if word != "--resume"]
@@ -133,7 +139,7 @@ def _execute(
 
 
 def _run(
-    settings: EvaluationSettings, ready: list[tuple[Job, Any]], asking: tuple[Any, str], folder: Path, reporter: Any
+    settings: EvaluationSettings, ready: list[tuple[Job, Any]], plans: Any, asker: Any, folder: Path, reporter: Any
 ) -> dict[str, Any]:
     from truestep import signals
     from truestep.evaluate.suite import Graders, run_suite
@@ -143,10 +149,10 @@ def _run(
         return run_suite(
             settings,
             ready,
-            asker=asking[0],
+            plans,
+            asker=asker,
             graders=Graders(lenient=lenient.score, strict=strict.score),
             folder=folder,
-            model_content=asking[1],
             reporter=reporter,
             check_stop=signals.check,
         )
@@ -154,7 +160,8 @@ def _run(
 
 def _check_folder(settings: EvaluationSettings, folder: Path, *, resume: bool) -> None:
     """Raises SettingsError where the run directory is taken by something else. Writes nothing."""
-    from truestep.evaluate.plan import EvaluationSettings
+    from truestep import rundir
+    from truestep.evaluate.plan import EvaluationSettings, changed
     from truestep.settings import SettingsError, parse, read_recipe
 
     resolved = folder / "resolved.toml"
@@ -168,8 +175,12 @@ def _check_folder(settings: EvaluationSettings, folder: Path, *, resume: bool) -
     if "benchmarks" not in raw:
         raise SettingsError(f"{folder} holds a training run: write --out for another place")
     old = parse(EvaluationSettings, raw, where=str(resolved))
-    if (old.model, old.seed) != (settings.model, settings.seed):
-        raise SettingsError(f"{folder} evaluates {old.model.path} with seed {old.seed}: write --out for another place")
+    if names := changed(old, settings):
+        was, now = (rundir.redact(str(getattr(s, names[0]))) for s in (old, settings))
+        raise SettingsError(
+            f"{folder} was begun with another {names[0]} ({was}; now {now}): their samples cannot be mixed, write "
+            "--out for another place"
+        )
 
 
 def _open_folder(settings: EvaluationSettings, folder: Path) -> None:

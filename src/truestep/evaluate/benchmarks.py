@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from truestep.evaluate.sources import LETTERS, Item, content_hash, file_items, hub_items
+from truestep.evaluate.sources import LETTERS, Item, NotThere, content_hash, file_items, hub_items
 from truestep.records import Message, Problem
 from truestep.rundir import read_json, write_json
 from truestep.seeding import permutation
@@ -155,16 +155,18 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
             f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}: give the whole file "
             "(--limit takes a part of it)"
         )
-    found = content_hash(items)
-    expected = benchmark.content if benchmark.content != UNKNOWN else _first_seen(benchmark.id, found)
-    if found != expected:
-        raise SettingsError(
-            f"{where}: its rows hash to {found[:16]}…, those of {benchmark.id} to {expected[:16]}…: "
-            "questions or answers differ from the pinned ones, give the original file"
-        )
     if benchmark.kind == "choice" and not all(item.choices for item in items):
         number = next(n for n, item in enumerate(items, start=1) if not item.choices)
         raise SettingsError(f"{where}:{number}: choices: expected a list of choices, got none: correct the row")
+    found, expected, pinned = content_hash(items), benchmark.content, "the pinned ones, give the original file"
+    if expected == UNKNOWN:
+        expected = _first_seen(benchmark.id, found)
+        pinned = f"those first loaded here: if these are right, remove {benchmark.id} from {_record()}"
+    if found != expected:
+        raise SettingsError(
+            f"{where}: its rows hash to {found[:16]}…, those of {benchmark.id} to {expected[:16]}…: "
+            f"questions or answers differ from {pinned}"
+        )
     if bare:
         items = [replace(item, choices=()) for item in items]
     return [problem_of(benchmark, item, f"{where}:{n}") for n, item in enumerate(items, start=1)]
@@ -177,15 +179,13 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
         raise SettingsError(f"{folder}: no such folder: give --data the folder that holds {benchmark.id}.jsonl")
     found = [p for s in SUFFIXES for sub in ("", "benchmarks") if (p := folder / sub / f"{benchmark.id}{s}").is_file()]
     if not found:
-        raise SettingsError(f"{folder}: holds no {benchmark.id}.jsonl, .parquet or .csv: put the benchmark there")
+        raise NotThere(f"{folder}: holds no {benchmark.id}.jsonl, .parquet or .csv: put the benchmark there")
     return found[0]
 
 
 def _from_hub(benchmark: Benchmark) -> list[Item]:
     if not benchmark.hub:
-        raise SettingsError(
-            f"benchmark {benchmark.id}: has no hub source: give --data FOLDER with {benchmark.id}.jsonl"
-        )
+        raise NotThere(f"benchmark {benchmark.id}: has no hub source: give --data FOLDER with {benchmark.id}.jsonl")
     repository, config, split = benchmark.hub.split(":")
     return hub_items(benchmark.id, repository, config, split)
 
@@ -193,12 +193,18 @@ def _from_hub(benchmark: Benchmark) -> list[Item]:
 def _first_seen(id: str, found: str) -> str:
     """The hash that was recorded when a benchmark of unknown content was first loaded here; records this one if none
     was."""
-    home = Path(os.environ.get("TRUESTEP_HOME") or Path.home() / ".cache" / "truestep")
-    path = home / "benchmarks.json"
-    seen: dict[str, Any] = read_json(path) if path.is_file() else {}
+    path = _record()
+    try:
+        seen: dict[str, Any] = read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        raise SettingsError(f"{path}: is no JSON ({error}): correct or remove it") from None
     if id not in seen:
         write_json(path, {**seen, id: found})
     return str(seen.get(id, found))
+
+
+def _record() -> Path:
+    return Path(os.environ.get("TRUESTEP_HOME") or Path.home() / ".cache" / "truestep") / "benchmarks.json"
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:

@@ -9,7 +9,8 @@ from typing import Any
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
 from truestep.evaluate import benchmarks
-from truestep.settings import DataSettings, SettingsError
+from truestep.evaluate.sources import NotThere
+from truestep.settings import DataSettings
 
 
 def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
@@ -23,8 +24,8 @@ def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
     for id in ids or benchmarks.BY_ID:
         try:
             tested[id] = benchmarks.load(benchmarks.find(id), folder, bare=True)
-        except SettingsError:
-            if ids or (folder is not None and not folder.is_dir()):
+        except NotThere:
+            if ids:
                 raise
             missing.append(id)
     settings = DataSettings.model_validate({"source": source})

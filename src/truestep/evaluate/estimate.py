@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from truestep.evaluate.interval import Interval, mean_interval, standard_error
+from truestep.grade.equivalent import ballot
 from truestep.records import RecordError, Stop, Verdict
 from truestep.settings import SettingsError
 
@@ -40,9 +41,9 @@ class Estimate:
     incorrect: int
     unscored: int
     num_problems: int
-    truncated_rate: float
-    extracted_rate: float
-    mean_tokens: float
+    truncated_rate: float | None  # None, as the next two: the records do not say
+    extracted_rate: float | None
+    mean_tokens: float | None
     pass_at: Mapping[int, Interval]
     majority_at: Mapping[int, Interval] = field(default_factory=dict)  # empty where answers are not recorded
     strict_score: float | None = None  # only answers in the asked form count; None where that was not judged
@@ -97,13 +98,19 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
         incorrect=_count(samples, Verdict.INCORRECT),
         unscored=int(num_unscored.sum()),
         num_problems=len(groups),
-        truncated_rate=float(np.mean([row.get("stop") == Stop.LENGTH for row in samples])),
-        extracted_rate=float(np.mean([bool(row.get("extracted")) for row in samples])),
-        mean_tokens=float(np.mean([row.get("num_tokens", 0) for row in samples])),
+        truncated_rate=_mean(samples, "stop", lambda stop: stop == Stop.LENGTH),
+        extracted_rate=_mean(samples, "extracted", bool),
+        mean_tokens=_mean(samples, "num_tokens", float),
         pass_at={k: pass_interval(num_correct, sizes, k) for k in pass_at},
         majority_at=_majorities(groups, [k for k in pass_at if k > 1]),
         strict_score=_strict(groups),
     )
+
+
+def _mean(rows: Sequence[Row], field: str, value: Callable[[Any], float]) -> float | None:
+    """The mean over samples of what a field says; None where one of them does not say it."""
+    found = [row.get(field) for row in rows]
+    return None if None in found else float(np.mean([value(f) for f in found]))
 
 
 def _strict(groups: Mapping[str, Sequence[Row]]) -> float | None:
@@ -141,10 +148,10 @@ def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[
 
 
 def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
-    """Samples with a correct answer (whatever its form), with each other answer, and with none."""
+    """Samples with a correct answer (whatever its form), with each other answer (in any spelling), and with none."""
     right = _count(rows, Verdict.CORRECT)
     others = [row["extracted"] for row in rows if row["verdict"] != Verdict.CORRECT]
-    wrong = Counter(answer for answer in others if answer)
+    wrong = Counter(ballot(answer) for answer in others if answer)
     return right, sorted(wrong.values(), reverse=True), others.count("")
 
 

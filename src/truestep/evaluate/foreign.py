@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,46 +29,60 @@ _SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Samples of one task from one file. ``made_by`` is truestep, lm-eval, lighteval or inspect."""
+    """Samples of one task from one file. ``made_by`` is truestep, lm-eval, lighteval or inspect; ``metric`` names the
+    score that the verdicts are of, ``missing`` says what the log has not (unfinished, a part only)."""
 
     task: str
     made_by: str
     source: str
     rows: list[Row]
+    metric: str = ""
+    missing: str = ""
 
 
-def read_evaluations(path: Path) -> list[Evaluation]:
-    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's.
+def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
+    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; where a log has
+    several scores of a sample, ``metric`` names the one that counts.
 
     Raises SettingsError where it is none of them.
     """
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
-        files = sorted({p for pattern in patterns for p in path.rglob(pattern)})
+        files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
         if not files:
             raise SettingsError(f"{path}: holds no samples ({', '.join(patterns)}): give a run directory or a log file")
-        return [evaluation for file in files for evaluation in read_evaluations(file)]
+        return [evaluation for file in files for evaluation in read_evaluations(file, metric)]
     if not path.is_file():
         raise SettingsError(f"{path}: no such file or folder: give a run directory or a log file")
     if path.suffix == ".eval":
-        return [_inspect(path, *_unpacked(path))]
+        return [_inspect(path, *_unpacked(path), metric)]
     if path.suffix == ".parquet":
-        return [_lighteval(path)]
+        return [_lighteval(path, metric)]
     if path.suffix == ".json":
-        return [_inspect_json(path)]
-    return _jsonl(path)
+        return [_inspect_json(path, metric)]
+    return _jsonl(path, metric)
 
 
-def _jsonl(path: Path) -> list[Evaluation]:
+def _jsonl(path: Path, metric: str) -> list[Evaluation]:
     rows = []
     for number, row in read_rows(path):
         if isinstance(row, RowError):
             raise SettingsError(f"{path}:{number}: {row}: give a log as its harness wrote it")
         rows.append(row)
+    if not rows:
+        raise SettingsError(f"{path}: is empty: give a log as its harness wrote it")
+    own = bool(rows[0].get("header"))
+    fields = ("problem_id", "sample_index", "verdict") if own else ("doc_id", "filter")
+    for number, row in enumerate(rows[own:], start=1 + own):
+        lacking = [field for field in fields if field not in row]
+        if lacking and (own or number > 1):
+            raise SettingsError(f"{path}:{number}: {lacking[0]}: is missing: give a log as its harness wrote it")
+        if own and row["verdict"] not in set(Verdict):
+            raise SettingsError(f"{path}:{number}: verdict: expected one of {', '.join(Verdict)}")
     if rows[0].get("header") and "identity" in rows[0]:
         return [Evaluation(task=str(rows[0]["name"]), made_by="truestep", source=str(path), rows=rows[1:])]
     if "doc_id" in rows[0] and "filter" in rows[0]:
-        return _lm_eval(path, rows)
+        return _lm_eval(path, rows, metric)
     raise SettingsError(f"{path}:1: expected a sample of truestep or lm-eval, got the fields {sorted(rows[0])[:6]}")
 
 
@@ -80,66 +96,114 @@ def _judged(value: Any) -> Verdict:
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
     verdict = _judged(value)
     reason = f"its score is {value!r:.60}" if verdict is Verdict.UNSCORED else "as its harness judged"
-    row: Row = {
-        "problem_id": str(key[0]),
-        "sample_index": key[1],
-        "prompt": "",
-        "completion": "",
-        "extracted": "",
-        "gold": "",
-    }
-    return {**row, "verdict": verdict.value, "reason": reason, "stop": "", "num_tokens": 0, **more}
+    row: Row = {"problem_id": str(key[0]), "sample_index": key[1], "prompt": "", "completion": "", "gold": ""}
+    known = {k: v for k, v in more.items() if v is not None}  # what a log does not say is not in the row
+    return {**row, "verdict": verdict.value, "reason": reason, **known}
 
 
-def _lm_eval(path: Path, rows: Sequence[Row]) -> list[Evaluation]:
-    """One evaluation for each filter. Of several answers to a document lm-eval logs one score: the first is taken."""
+def _is_share(value: Any, num: int) -> bool:
+    """Whether a score can only be a mean over several samples: c / n."""
+    return num > 1 and isinstance(value, float) and 0 < value < 1 and abs(value * num - round(value * num)) < 1e-6
+
+
+def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any, str, str | None]]:
+    """Score, text and reason of each sample behind one score; in a log whose scores are not means that is the first.
+
+    Of c right answers among n it is not known which they are: none of them gets a text.
+    """
+    num = len(texts)
+    if not (averaged and num > 1 and (value in (0, 1) or _is_share(value, num))):
+        return [(value, texts[0] if texts else "", None)]
+    right = round(value * num)
+    if right in (0, num):
+        return [(value, text, None) for text in texts]
+    reason = f"{right} of {num} right, as its harness judged; which they are is not recorded"
+    return [(int(i < right), "", reason) for i in range(num)]
+
+
+def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
+    """One evaluation for each filter, judged by the metric that is asked for, else by math_verify where it is logged,
+    else by the first. Of several answers to a document lm-eval logs one score, their mean or the first one's."""
     name = path.stem.removeprefix("samples_")
     task = name.partition("_20")[0] if "_20" in name else name
     found: dict[str, list[Row]] = {}
+    per_filter = Counter((str(row["filter"]), str((row.get("doc") or {}).get("id"))) for row in rows)
+    has_ids = all(isinstance(row.get("doc"), dict) and "id" in row["doc"] for row in rows)
+    by_doc_id = not has_ids or max(per_filter.values()) > 1
+    logged = rows[0].get("metrics") or [m for m in _SCORES if m in rows[0]]
+    judge = _metric(path, metric, logged)
+    averaged = any(_is_share(row.get(judge), len(_replies(row))) for row in rows)
     for row in rows:
-        doc, answer = row.get("doc") or {}, row.get("filtered_resps") or [""]
-        metrics = row.get("metrics") or [m for m in _SCORES if m in row]
-        value = row.get(metrics[0]) if metrics else None
-        reply = row.get("resps") or [[""]]
-        text = reply[0][0] if isinstance(reply[0], list) and reply[0] else reply[0]
-        made = _made(
-            (doc.get("id", row["doc_id"]), 0), value, prompt=_question(doc), completion=str(text),
-            extracted="" if answer[0] == "[invalid]" else str(answer[0]), gold=str(row.get("target", "")),
-        )  # fmt: skip
-        found.setdefault(str(row["filter"]), []).append(made)
+        doc = row.get("doc") or {}
+        key = str(row["doc_id"] if by_doc_id else doc["id"])
+        own = found.setdefault(str(row["filter"]), [])
+        gold, question = str(row.get("target", "")), _question(doc)
+        answers, texts = [_text(a) for a in row.get("filtered_resps") or [""]], _replies(row)
+        if "truestep" in row:  # what we have written ourselves
+            verdicts = row["truestep"]["verdicts"]
+            for i, (verdict, text, found_answer) in enumerate(zip(verdicts, texts, answers, strict=True)):
+                made = _made((key, i), None, prompt=question, completion=text, gold=gold, extracted=found_answer)
+                own.append({**made, "verdict": Verdict(verdict).value, "reason": "as its harness judged"})
+            continue
+        for i, (score, text, reason) in enumerate(_samples(row.get(judge), texts, averaged)):
+            answer = None if reason else answers[i if i < len(answers) else 0]
+            own.append(
+                _made((key, i), score, prompt=question, completion=text, gold=gold, extracted=answer, reason=reason)
+            )
     many = len(found) > 1
     return [
-        Evaluation(task=f"{task},{f}" if many else task, made_by="lm-eval", source=str(path), rows=own)
+        Evaluation(task=f"{task},{f}" if many else task, made_by="lm-eval", source=str(path), rows=own, metric=judge)
         for f, own in found.items()
     ]
+
+
+def _text(answer: Any) -> str:
+    return "" if answer == "[invalid]" else str(answer)
+
+
+def _replies(row: Row) -> list[str]:
+    reply = row.get("resps") or [[""]]
+    return [str(text) for text in (reply[0] if isinstance(reply[0], list) and reply[0] else reply)]
+
+
+def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
+    """The score to judge by. Raises SettingsError where the log has not the one that is wanted."""
+    if wanted and wanted not in logged:
+        raise SettingsError(f"{path}: has no score {wanted}: write --metric with one of {', '.join(logged) or 'none'}")
+    return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
 
 
 def _question(doc: Mapping[str, Any]) -> str:
     return next((doc[k] for k in ("problem", "question", "query", "input") if isinstance(doc.get(k), str)), "")
 
 
-def _lighteval(path: Path) -> Evaluation:
+def _lighteval(path: Path, metric: str) -> Evaluation:
     """A details file: one row a document, ``__metric__`` (older: metrics) with one score of each kind."""
-    rows = []
+    read: list[tuple[Row, Row, Row]] = []  # document, reply, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
             raise SettingsError(f"{path}:{number}: expected a row of lighteval's details with __doc__ and __metric__")
-        doc, reply = row.get("__doc__") or row["doc"], row.get("__model_response__") or row.get("model_response") or {}
-        scores = row.get("__metric__") or row.get("metric") or {}
-        name = next((m for m in _SCORES if m in scores), next(iter(scores), ""))
-        texts = reply.get("text") or [""]
-        gold = doc.get("choices") or [""]
-        index = doc.get("gold_index")
-        index = index[0] if isinstance(index, list) else index
-        rows.append(
-            _made(
-                (doc.get("id") or number - 1, 0), scores.get(name), prompt=str(doc.get("query", "")),
-                completion=str(texts[0]), gold=str(gold[index]) if isinstance(index, int) and index < len(gold) else "",
-                num_tokens=len((reply.get("output_tokens") or [[]])[0]),
-            )
-        )  # fmt: skip
+        reply = row.get("__model_response__") or row.get("model_response") or {}
+        read.append((row.get("__doc__") or row["doc"], reply, row.get("__metric__") or row.get("metric") or {}))
+    logged = read[0][2] if read else {}
+    judge = _metric(path, metric, [m for m in _SCORES if m in logged] + [m for m in logged if m not in _SCORES])
+    replies = [list(map(str, reply.get("text") or [""])) for _, reply, _ in read]
+    averaged = any(_is_share(s.get(judge), len(texts)) for (_, _, s), texts in zip(read, replies, strict=True))
+    rows = []
+    for number, ((doc, reply, scores), texts) in enumerate(zip(read, replies, strict=True)):
+        gold, index = doc.get("choices") or [""], doc.get("gold_index")
+        index = next(iter(index), None) if isinstance(index, list) else index
+        tokens = reply.get("output_tokens") or []
+        for i, (score, text, reason) in enumerate(_samples(scores.get(judge), texts, averaged)):
+            rows.append(
+                _made(
+                    (doc.get("id") or number, i), score, prompt=str(doc.get("query", "")), completion=text,
+                    gold=str(gold[index]) if isinstance(index, int) and 0 <= index < len(gold) else "",
+                    num_tokens=len(tokens[i]) if i < len(tokens) else None, reason=reason,
+                )
+            )  # fmt: skip
     task = path.stem.removeprefix("details_").rpartition("_20")[0] or path.stem
-    return Evaluation(task=task, made_by="lighteval", source=str(path), rows=rows)
+    return Evaluation(task=task, made_by="lighteval", source=str(path), rows=rows, metric=judge)
 
 
 def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
@@ -153,43 +217,65 @@ def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
             f"{path}: is no inspect log ({type(error).__name__}): give the file that inspect wrote"
         ) from None
     members = sorted(name for name in names if name.startswith("samples/") and name.endswith(".json"))
-    return header, (json.loads(_read(archive, name, path)) for name in members)
+    return header, (_member(archive, name, path) for name in members)
+
+
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
+    try:
+        row = json.loads(_read(archive, name, path))
+    except (ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise SettingsError(f"{path}: {name}: is no JSON ({error}): give the file that inspect wrote") from None
+    if not isinstance(row, dict):
+        raise SettingsError(f"{path}: {name}: expected an object: give the file that inspect wrote")
+    return row
 
 
 def _read(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
     if archive.getinfo(name).file_size > MAX_LOG_BYTES:
         raise SettingsError(f"{path}: {name} unpacks to more than {MAX_LOG_BYTES >> 20} MiB: refused")
-    return archive.read(name)
+    try:
+        return archive.read(name)
+    except NotImplementedError:  # a compression that zipfile does not know
+        raise SettingsError(f"{path}: {name}: its compression is unknown here: inspect log convert --to json") from None
 
 
-def _inspect_json(path: Path) -> Evaluation:
-    log = read_json(path)
+def _inspect_json(path: Path, metric: str) -> Evaluation:
+    try:
+        log = read_json(path)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{path}: is no JSON ({error}): give a log as its harness wrote it") from None
     if not isinstance(log, dict) or "eval" not in log or "samples" not in log:
         hint = "give its samples_*.jsonl beside it" if isinstance(log, dict) and "results" in log else "give a log"
         raise SettingsError(f"{path}: expected an inspect log with eval and samples: {hint}")
-    return _inspect(path, log, iter(log["samples"] or []))
+    return _inspect(path, log, iter(log["samples"] or []), metric)
 
 
-def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row]) -> Evaluation:
-    rows = []
+def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metric: str) -> Evaluation:
+    rows, judge = [], ""
     for sample in samples:
         scores = sample.get("scores") or {}
-        score: Row = next(iter(scores.values()), {}) or {}
+        judge = judge or (_metric(path, metric, list(scores)) if scores else "")
+        score: Row = scores.get(judge) or {}
         output = sample.get("output") or {}
         choice = (output.get("choices") or [{}])[0]
         error = sample.get("error")
         made = _made(
             (sample.get("id"), int(sample.get("epoch", 1)) - 1), None if error else score.get("value"),
             prompt=_said(sample.get("input")), completion=_said([choice.get("message") or {}]),
-            extracted=str(score.get("answer") or ""), gold=_target(sample.get("target")),
-            num_tokens=int((output.get("usage") or {}).get("output_tokens", 0)),
-            stop={"max_tokens": "length", "stop": "stop"}.get(str(choice.get("stop_reason")), ""),
+            extracted=str(score["answer"] or "") if "answer" in score else None,
+            gold=_target(sample.get("target")), num_tokens=(output.get("usage") or {}).get("output_tokens"),
+            stop={"max_tokens": "length", "stop": "stop"}.get(str(choice.get("stop_reason"))),
         )  # fmt: skip
         rows.append(
             made | ({"reason": f"inspect: {error.get('message', '')!s:.200}"} if isinstance(error, dict) else {})
         )
-    task = str((header.get("eval") or {}).get("task", path.stem)).rpartition("/")[2]
-    return Evaluation(task=task, made_by="inspect", source=str(path), rows=rows)
+    about, status = header.get("eval") or {}, header.get("status")
+    task = str(about.get("task", path.stem)).rpartition("/")[2]
+    total, num = (about.get("dataset") or {}).get("samples"), len({row["problem_id"] for row in rows})
+    missing = f"its status is {status}" if status not in (None, "success") else ""
+    if isinstance(total, int) and num < total:
+        missing = f"{num} of {total} problems" + (f", {missing}" if missing else "")
+    return Evaluation(task=task, made_by="inspect", source=str(path), rows=rows, metric=judge, missing=missing)
 
 
 def _target(target: Any) -> str:
@@ -214,7 +300,7 @@ def write_lm_eval(run: Path, out: Path) -> list[Path]:
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
     written = []
     for folder in sorted(p for p in (run / "evaluations").glob("*") if p.is_dir()):
-        found = {p.name.removesuffix(".results.json"): read_json(p) for p in sorted(folder.glob("*.results.json"))}
+        found = {p.name.removesuffix(".results.json"): _results_of(p) for p in sorted(folder.glob("*.results.json"))}
         if not found:
             continue
         for task in found:
@@ -228,6 +314,16 @@ def write_lm_eval(run: Path, out: Path) -> list[Path]:
     if not written:
         raise SettingsError(f"{run}: holds no finished evaluation: give the folder that truestep eval printed")
     return written
+
+
+def _results_of(path: Path) -> Row:
+    samples = Path(str(path).removesuffix(".results.json") + ".samples.jsonl")
+    if not samples.is_file():
+        raise SettingsError(f"{samples}: is missing, its results are there: give a run directory that is whole")
+    try:
+        return dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"{path}: is no results file ({error}): evaluate again with --resume") from None
 
 
 def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, folder: Path) -> Row:
@@ -269,6 +365,7 @@ def _documents(rows: Sequence[Row]) -> Iterator[Row]:
             "prompt_hash": _sha(prompt),
             "target_hash": _sha(gold),
             "exact_match": sum(row["verdict"] == Verdict.CORRECT for row in group) / len(group),
+            "truestep": {"verdicts": [row["verdict"] for row in group]},
         }
 
 
@@ -277,5 +374,6 @@ def _sha(text: str) -> str:
 
 
 def is_private(task: str) -> bool:
-    """Whether a benchmark's texts must not be written."""
-    return task in BY_ID and BY_ID[task].private
+    """Whether a benchmark's texts must not be written. Other harnesses name theirs by parts of it, with its name as the
+    first word of ours: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
+    return any(b.id.partition("_")[0] in task.lower() for b in BY_ID.values() if b.private)

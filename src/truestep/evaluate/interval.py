@@ -115,20 +115,22 @@ def clustered_interval(mean: float, variance: float, num_problems: int, num_tria
 
     The effective number of trials is the one at which a proportion would have the error that the problems show: between
     the number of problems (their samples wholly alike) and that of samples (independent), and smaller by the ratio of
-    normal to Student quantile, squared, because the error is an estimate. Where few problems carry the mean their
-    spread is underestimated together with it, so it is drawn to the largest there can be, m (1 - m).
+    normal to Student quantile, squared, because the error is an estimate; but never below the number of problems, since
+    no mean of shares spreads more than that of as many verdicts. Where few problems carry the mean their spread is
+    underestimated together with it, so it is drawn to the largest there can be, m (1 - m).
 
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
     Source: Korn and Graubard 1998, Survey Methodology 24:193, for the effective number; the pull is ours
     """
     most = mean * (1 - mean)
-    effective = float(num_problems)
-    if most > 0:
-        pull = PULL / (PULL + (num_problems * most) ** 2)
-        spread = (1 - pull) * variance + pull * most
-        effective = num_problems * most / spread if spread > 0 else num_trials
-        effective = min(max(effective, num_problems), num_trials)
+    if most == 0:  # all samples agree: nothing is known of the spread
+        return binomial_interval(mean * num_problems, num_problems)
+    pull = PULL / (PULL + (num_problems * most) ** 2)
+    spread = (1 - pull) * variance + pull * most
+    effective = num_problems * most / spread if spread > 0 else num_trials
+    effective = min(max(effective, num_problems), num_trials)
     effective *= (normal_quantile() / t_quantile(0.975, num_problems - 1)) ** 2
+    effective = max(effective, num_problems)
     return _beta_ends(mean * effective, effective, alpha_of(num_problems), INWARD)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -48,6 +49,10 @@ class EvaluationSettings(Frozen):
         prompts.chosen([p for p in self.prompts if p != PINNED])
         if self.engine not in ("torch", "vllm") and not self.engine.startswith(("http://", "https://")):
             raise ValueError(f'engine = "{self.engine}": write torch, vllm, or the URL of an endpoint')
+        address = urlsplit(self.engine) if self.is_endpoint else None
+        if address and (address.username or address.password or address.query):
+            raise ValueError("engine: its URL holds a user name, a password or a query, and is written to files: "
+                             "put a key into TRUESTEP_API_KEY, and give scheme, host, port and path alone")  # fmt: skip
         if stray := [id for id in self.limits if id not in self.benchmarks]:
             raise ValueError(f"limits.{stray[0]}: is not evaluated: add it to benchmarks, or remove the limit")
         return self
@@ -68,6 +73,7 @@ class Job:
     temperature: float
     max_new_tokens: int
     content: str  # hash of the problems taken, as they are asked
+    source: str  # hash of all the benchmark's problems: a greater limit goes on with the samples of a smaller one
 
 
 def make_jobs(settings: EvaluationSettings, base_dir: Path) -> list[Job]:
@@ -98,6 +104,7 @@ def make_jobs(settings: EvaluationSettings, base_dir: Path) -> list[Job]:
                         benchmark.max_new_tokens if settings.max_new_tokens == PINNED else settings.max_new_tokens
                     ),
                     content=_hash(problems),
+                    source=_hash(every),
                 )
             )
     return jobs
@@ -119,23 +126,38 @@ def _hash(problems: Sequence[Problem]) -> str:
 
 
 def job_identity(settings: EvaluationSettings, job: Job, model_content: str) -> str:
-    """The hash of all that a sample of this job depends on."""
+    """The hash of all that a sample of this job depends on; how many problems and samples are asked for is no part."""
     t = job.template
     asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
-    sampling = (job.samples, job.temperature, settings.top_p, job.max_new_tokens, settings.seed, settings.few_shot)
+    sampling = (job.temperature, settings.top_p, job.max_new_tokens, settings.seed, settings.few_shot)
     engine = "endpoint" if settings.is_endpoint else settings.engine
-    own = (settings.dtype, engine, job.benchmark.id, job.benchmark.scorer, job.content, model_content)
+    own = (settings.dtype, engine, job.benchmark.id, job.benchmark.scorer, job.source, model_content)
     return settings_hash(settings.model, *asked, *map(str, sampling), *own)
 
 
-def budget(jobs: Sequence[Job], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None) -> dict[str, Any]:
+def changed(old: EvaluationSettings, new: EvaluationSettings) -> list[str]:
+    """The settings that a sample depends on and that differ: samples of both must not be mixed."""
+    fixed = ("model", "engine", "few_shot", "temperature", "top_p", "max_new_tokens", "dtype", "seed")
+    return [name for name in fixed if getattr(old, name) != getattr(new, name)]
+
+
+def remarks(settings: EvaluationSettings, jobs: Sequence[Job]) -> list[str]:
+    """What the settings ask for and do not get."""
+    wanted = 1 if settings.samples == PINNED else settings.samples
+    greedy = dict.fromkeys(job.benchmark.id for job in jobs if job.samples < wanted)
+    return [f"{id}: at temperature 0 every sample is the same: 1 is taken, not {wanted}" for id in greedy]
+
+
+def budget(
+    jobs: Sequence[Job], limits: Sequence[int], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What the jobs will ask for at most: tokens, and where the model's figures are known memory and arithmetic.
 
-    ``prompt_tokens`` sums each job's prompts once; ``shape`` has num_parameters, bytes_per_parameter, cache_bytes (of
-    one token of one row) and max_running.
+    ``limits`` are the tokens that each job's completions may have, ``prompt_tokens`` sums its prompts once; ``shape``
+    has num_parameters, bytes_per_parameter, cache_bytes (of one token of one row) and max_running.
     """
     rows: list[dict[str, Any]] = []
-    for job, tokens in zip(jobs, prompt_tokens, strict=True):
+    for job, limit, tokens in zip(jobs, limits, prompt_tokens, strict=True):
         num = len(job.problems) * job.samples
         rows.append(
             {
@@ -144,7 +166,7 @@ def budget(jobs: Sequence[Job], prompt_tokens: Sequence[int], shape: Mapping[str
                 "problems": len(job.problems),
                 "samples": num,
                 "prompt_tokens": tokens,
-                "generated_tokens_at_most": num * job.max_new_tokens,
+                "generated_tokens_at_most": num * limit,
             }
         )
     total: dict[str, Any] = {
@@ -155,7 +177,7 @@ def budget(jobs: Sequence[Job], prompt_tokens: Sequence[int], shape: Mapping[str
             2 * shape["num_parameters"] * (total["prompt_tokens"] + total["generated_tokens_at_most"])
         )
         longest = max(
-            job.max_new_tokens + t / max(1, len(job.problems)) for job, t in zip(jobs, prompt_tokens, strict=True)
+            limit + t / max(1, len(job.problems)) for job, limit, t in zip(jobs, limits, prompt_tokens, strict=True)
         )
         most = min(shape["max_running"], max(row["samples"] for row in rows))
         total["memory_bytes_at_most"] = round(

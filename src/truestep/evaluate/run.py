@@ -219,6 +219,22 @@ def _header(plan: EvaluationPlan) -> Row:
     return {"header": True, "schema_version": SCHEMA_VERSION, "name": plan.name, "identity": plan.identity}
 
 
+def check_kept(plan: EvaluationPlan) -> None:
+    """Raises SettingsError where going on would lose samples: made with other settings, or more than are asked for."""
+    first, *rows = read_jsonl(plan.samples_path) or [_header(plan)]
+    if rows and first != _header(plan):
+        raise SettingsError(
+            f"{plan.samples_path}: its {len(rows)} samples were made with another model, other data or other settings: "
+            "write --out for another place"
+        )
+    wanted = set(plan.sample_keys())
+    if extra := [row for row in rows if (row.get("problem_id"), row.get("sample_index")) not in wanted]:
+        raise SettingsError(
+            f"{plan.samples_path}: holds {len(rows)} samples, {len(extra)} more than are asked for: a run can grow and "
+            "not shrink, write the greater --limit and --samples, or --out for another place"
+        )
+
+
 def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
     """The samples already made under the same identity; the file is left whole, ready to be appended to."""
     first, *rows = read_jsonl(plan.samples_path) or [{}]

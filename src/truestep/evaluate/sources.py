@@ -18,6 +18,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LABEL = re.compile(r"^\(?([A-Z]|\d{1,2})[).:]\s*")
 
 
+class NotThere(SettingsError):
+    """A benchmark of which there is no file and no source here."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """A question as published. ``choices`` are bare texts ((), where the answer is free); ``answer`` is the gold
@@ -51,8 +55,8 @@ def item_of(row: Row, id: str) -> Item:
 
 def _parts(row: Row) -> tuple[str, Sequence[str], str]:
     if "Correct Answer" in row:  # GPQA
-        wrong = [row.get(f"Incorrect Answer {n}") for n in (1, 2, 3)]
-        return _text(row, "Question"), [_text(row, "Correct Answer"), *map(str, wrong)], "0"
+        wrong = [_text(row, f"Incorrect Answer {n}") for n in (1, 2, 3)]
+        return _text(row, "Question"), [_text(row, "Correct Answer"), *wrong], "0"
     if "Body" in row:  # SVAMP
         return f"{_text(row, 'Body')} {_text(row, 'Question')}", (), _text(row, "Answer")
     question = _text(row, "question" if "question" in row else "problem")
@@ -119,14 +123,14 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
     try:
         import datasets
     except ModuleNotFoundError:
-        raise SettingsError(
+        raise NotThere(
             f'{where} needs the package datasets: pip install "truestep[hub]", or give --data FOLDER with {name}.jsonl'
         ) from None
     try:
         table: Any = datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SettingsError(f"{where}: cannot be loaded ({reason}): give --data FOLDER with {name}.jsonl") from None
+        raise NotThere(f"{where}: cannot be loaded ({reason}): give --data FOLDER with {name}.jsonl") from None
     return _items(where, name, enumerate((dict(row) for row in table), start=1))
 
 

@@ -17,9 +17,9 @@ from truestep.evaluate.ask import Asker, Asking
 from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
 from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import Row
-from truestep.evaluate.interval import mean_interval, normal_quantile
-from truestep.evaluate.plan import EvaluationSettings, Job, job_identity
-from truestep.evaluate.run import EvaluationPlan, Grade, run_samples
+from truestep.evaluate.interval import mean_interval
+from truestep.evaluate.plan import EvaluationSettings, Job, job_identity, remarks
+from truestep.evaluate.run import EvaluationPlan, Grade, check_kept, run_samples
 from truestep.records import Verdict
 from truestep.rollout.engine import SamplingParameters
 
@@ -48,24 +48,34 @@ class Graders:
     strict: Grade
 
 
+def make_plans(
+    settings: EvaluationSettings, ready: Sequence[tuple[Job, Asking]], folder: Path, model_content: str
+) -> list[EvaluationPlan]:
+    """One plan for each job. Raises SettingsError where what the folder holds of one would be lost."""
+    plans = [_plan(settings, j, asking, folder, job_identity(settings, j, model_content)) for j, asking in ready]
+    for plan in plans:
+        check_kept(plan)
+    return plans
+
+
 def run_suite(
     settings: EvaluationSettings,
     ready: Sequence[tuple[Job, Asking]],
+    plans: Sequence[EvaluationPlan],
     *,
     asker: Asker,
     graders: Graders,
     folder: Path,
-    model_content: str,
     reporter: Reporter,
     check_stop: Callable[[], None],
 ) -> dict[str, Any]:
     """Evaluate what is not yet evaluated of the jobs that ``asker`` has made ready; write and return the summary."""
-    notes = [note for _, asking in ready for note in asking.notes]
+    notes = remarks(settings, [job for job, _ in ready]) + [note for _, asking in ready for note in asking.notes]
     for note in notes:
         reporter.say(note)
     scores: list[dict[str, Any]] = []
-    for number, (job, asking) in enumerate(ready, start=1):
-        plan = _plan(settings, job, asking, folder, job_identity(settings, job, model_content))
+    rundir.write_json(folder / "summary.json", _summary(settings, scores, notes, folder, "running"))
+    for number, ((job, _), plan) in enumerate(zip(ready, plans, strict=True), start=1):
         what = f"[{number}/{len(ready)}] {job.benchmark.id} · {job.template.id}"
         reporter.begin(what, len(plan.sample_keys()))
         running = _Running()
@@ -211,16 +221,19 @@ def _rows(folder: Path, score: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def averages(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The paper's plain means, for each template under which every whole benchmark of one has been evaluated. The
-    interval adds the benchmarks' variances."""
+    interval's ends lie as far off as the benchmarks' own ends do, added in quadrature.
+
+    Source: Zou and Donner 2008 (doi:10.1002/sim.3095)
+    """
     found = []
     for name in ("ID", "OOD"):
         members = {b.id for b in TABLE if b.average == name}
         for prompt in dict.fromkeys(s["prompt"] for s in scores):
             own = [s for s in scores if s["prompt"] == prompt and s["benchmark"] in members and s["whole"]]
-            if {s["benchmark"] for s in own} == members and all(s["stderr"] is not None for s in own):
+            if {s["benchmark"] for s in own} == members:
                 mean = float(np.mean([s["score"] for s in own]))
-                half = normal_quantile() * math.sqrt(sum(s["stderr"] ** 2 for s in own)) / len(own)
+                below, above = (math.hypot(*(s[end] - s["score"] for s in own)) / len(own) for end in ("low", "high"))
                 found.append(
-                    {"average": name, "prompt": prompt, "score": mean, "low": mean - half, "high": mean + half}
+                    {"average": name, "prompt": prompt, "score": mean, "low": mean - below, "high": mean + above}
                 )
     return found

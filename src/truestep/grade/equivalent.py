@@ -73,6 +73,13 @@ def decide(gold: str, found: str) -> Decision:
     return Decision(equal=None)
 
 
+def ballot(answer: str) -> str:
+    """What an answer is counted under where answers are votes: its number where it is one (7, 7.0 and $7 are one
+    vote; units are not looked at), else its canonical text."""
+    number = parse_number(plain(answer)) if len(answer) <= MAX_LENGTH else None
+    return str(number.value) if number else canonical(answer)
+
+
 def same_integer(gold: str, found: str) -> bool | None:
     """Whether two answers are the same number; None where the gold one is not a number."""
     left = parse_number(plain(gold)) or parse_number(gold)

@@ -54,7 +54,8 @@ def _pair(where: str, number: int, line: str) -> Pair:
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
         raise SettingsError(f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]')
-    fields = {name: str(row.get(name, default)) for name, default in (("id", number), ("kind", ""))}
+    given = {"id": number, "kind": ""} | {name: row[name] for name in ("id", "kind") if row.get(name) is not None}
+    fields = {name: str(value) for name, value in given.items()}
     return Pair(gold=str(row["gold"]), pred=str(row["pred"]), choices=tuple(choices), **fields)
 
 
