@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny_models import STOPS, VOCABULARY, bare_model, policy, requests, sequenc
 from truestep.model.load import keep_float64
 from truestep.records import Rollout, Stop
 from truestep.rollout.engine import SampleRequest, SamplingParameters
-from truestep.rollout.engine_torch import TorchEngine
+from truestep.rollout.engine_torch import SHARED_TOKENS, TorchEngine
 from truestep.train.assemble import pack
 from truestep.train.policy import Policy
 
@@ -211,6 +212,24 @@ def test_a_shared_prompt_is_prefilled_once(trained: Policy) -> None:
         pairs += sum(n + i for i in range(1, len(rollout.completion_ids)))
     assert cost.pairs == pairs
     assert engine.take_cost().prefill_tokens == 0, "taken is taken"
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_what_all_prompts_begin_with_is_prefilled_once(trained: Policy, samples: int) -> None:
+    """Worked examples before every problem: the same samples and log-probabilities, less work."""
+    draw = torch.Generator().manual_seed(5)
+    beginning = tuple(torch.randint(0, VOCABULARY, (SHARED_TOKENS + 7,), generator=draw).tolist())
+    asked = [
+        replace(r, prompt_ids=beginning + r.prompt_ids) for r in [*requests(6, samples), *requests(1, samples, seed=9)]
+    ]
+    asked = [replace(r, problem_id=f"{r.problem_id}-{len(r.prompt_ids)}-{r.seed}") for r in asked]
+    asked.append(replace(asked[0], problem_id="beginning", prompt_ids=beginning))  # no token of its own but the last
+    assert_same(run(trained, asked, sampling()), alone := run(trained, asked, sampling(), max_running=1))
+    assert len(alone) == len(asked)
+    engine = TorchEngine(trained.model, max_running=len(asked))
+    list(engine.generate(asked, sampling()))
+    own = {r.problem_id: len(r.prompt_ids) - len(beginning) + 1 for r in asked}
+    assert engine.take_cost().prefill_tokens == len(beginning) - 1 + sum(own.values())
 
 
 class _StoppedError(Exception):

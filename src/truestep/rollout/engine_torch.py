@@ -1,8 +1,9 @@
 """The default engine: batched sampling with a KV cache and continuous refill of finished rows, for any causal model.
 
 Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a decoding step.
-A prompt that several waiting samples share is prefilled once. Running rows occupy the first slots of the cache, so a
-decoding step reads a view of it; a finished row's slot is filled by the last one.
+A prompt that several waiting samples share is prefilled once, and so is what all prompts of a prefill begin with
+(worked examples before each problem). Running rows occupy the first slots of the cache, so a decoding step reads a view
+of it; a finished row's slot is filled by the last one.
 
 Shapes: R running rows, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFILL_TOKENS = 2048  # prompt tokens forwarded at once: memory only
+SHARED_TOKENS = 64  # the shortest beginning of all prompts that is worth a segment of its own
 ROUND_UP = 32  # cached lengths are read in multiples, so that kernels see few shapes
 
 
@@ -68,7 +70,8 @@ class KvCache:
 
 
 class _PrefillLayout(PackedLayout):
-    """Packed prompts that leave their keys and values in the cache slots of all their samples."""
+    """Packed prompts that leave their keys and values, those of a shared beginning first, in the cache slots of all
+    their samples (none, for the beginning itself)."""
 
     def __init__(self, segments: Sequence[Segment], positions: Tensor, cache: KvCache, slots: Sequence[range]) -> None:
         super().__init__(segments, positions)
@@ -79,9 +82,11 @@ class _PrefillLayout(PackedLayout):
     ) -> Tensor:
         keys, values = self.cache.of(layer, key)
         for segment, slots in zip(self.segments, self.slots, strict=True):
-            length = segment.stop - segment.start
-            keys[slots.start : slots.stop, :, :length] = key[None, :, segment.start : segment.stop]
-            values[slots.start : slots.stop, :, :length] = value[None, :, segment.start : segment.stop]
+            to = 0
+            for a, b in ((segment.prefix_start, segment.prefix_stop), (segment.start, segment.stop)):
+                keys[slots.start : slots.stop, :, to : to + b - a] = key[None, :, a:b]
+                values[slots.start : slots.stop, :, to : to + b - a] = value[None, :, a:b]
+                to += b - a
         return super().attend(layer, query, key, value, scaling, window)
 
 
@@ -230,33 +235,35 @@ class TorchEngine:
     ) -> None:
         """Prefill as many waiting rows as there are free slots; neighbours with the same prompt share one prefill."""
         shares: list[list[_Row]] = []
-        tokens = 0
+        shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
+        tokens = shared
         while waiting and free:
             prompt = waiting[0].request.prompt_ids
             if shares and shares[-1][0].request.prompt_ids == prompt:
                 shares[-1].append(waiting.popleft())
-            elif tokens and tokens + len(prompt) > PREFILL_TOKENS:
+            elif shares and tokens + len(prompt) - shared > PREFILL_TOKENS:
                 break
             else:
                 shares.append([waiting.popleft()])
-                tokens += len(prompt)
+                tokens += len(prompt) - shared
             free -= 1
-        bounds = [0]
         slots: list[range] = []
+        segments = [Segment(start=0, stop=shared)] if shared else []
+        ids = list(shares[0][0].request.prompt_ids[:shared])
         for share in shares:
-            bounds.append(bounds[-1] + len(share[0].request.prompt_ids))
+            own = share[0].request.prompt_ids[shared:]
+            segments.append(Segment(start=len(ids), stop=len(ids) + len(own), prefix_start=0, prefix_stop=shared))
             slots.append(range(len(running), len(running) + len(share)))
+            ids.extend(own)
             running.extend(share)
-        segments = [Segment(start=a, stop=b) for a, b in pairwise(bounds)]
         device = self._device()
-        ids = torch.tensor([t for share in shares for t in share[0].request.prompt_ids], device=device)
-        positions = torch.cat([torch.arange(s.stop - s.start, device=device) for s in segments])
-        hidden = hidden_states(self.model, ids, positions, _PrefillLayout(segments, positions, cache, slots))
-        self._prefilled += tokens
+        positions = torch.cat([torch.arange(s.stop - s.start, device=device) + s.prefix_stop for s in segments])
+        layout = _PrefillLayout(segments, positions, cache, [range(0)] * bool(shared) + slots)
+        hidden = hidden_states(self.model, torch.tensor(ids, device=device), positions, layout)
+        self._prefilled += len(ids)
         self._pairs += count_pairs(segments)
-        last = torch.tensor(
-            [s.stop - 1 for s, share in zip(segments, shares, strict=True) for _ in share], device=device
-        )
+        ends = [s.stop - 1 for s in segments[bool(shared) :]]
+        last = torch.tensor([end for end, share in zip(ends, shares, strict=True) for _ in share], device=device)
         fresh = [row for share in shares for row in share]
         for row in fresh:
             row.length = len(row.request.prompt_ids)
@@ -325,6 +332,14 @@ class TorchEngine:
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with, where that is worth sharing; each keeps a token of its own at least."""
+    first, last = min(prompts), max(prompts)  # what these two share, all that lie between them share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    same = min(same, min(map(len, prompts)) - 1)
+    return same if first != last and same >= SHARED_TOKENS else 0
 
 
 def _probe(prompt_ids: Sequence[int]) -> SampleRequest:
