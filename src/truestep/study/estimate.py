@@ -12,7 +12,7 @@ from truestep.settings import RejectionSettings, RlSettings, Settings, SettingsE
 from truestep.study.plan import Arm, Study, cell_settings, stage_tables
 
 PROCESS_GIB = 0.7  # an interpreter with torch and transformers, and nothing loaded
-START_SECONDS = 12.0  # of a child: imports, data, tokenizer
+START_SECONDS = 3.0  # of a forked child: data, tokenizer, evaluation set-up
 TINY_VOCABULARY = 101
 
 
