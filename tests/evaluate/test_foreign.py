@@ -248,3 +248,16 @@ def test_a_broken_file_is_one_line_with_its_name_and_leaves_nothing(tmp_path: Pa
         with pytest.raises(SettingsError, match=name):
             import_evaluations([good, tmp_path / name], tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["header.json", "samples/0_epoch_1.json"])
+def test_a_compression_that_zipfile_does_not_know_is_said(tmp_path: Path, name: str) -> None:
+    path = inspect_log(tmp_path / "a.eval", ["C", "I"])
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo(name).header_offset
+    raw, central = bytearray(path.read_bytes()), path.read_bytes().rfind(name.encode()) - 46
+    for place in (offset + 8, central + 10):  # of the method, in the local and the central header
+        raw[place : place + 2] = (99).to_bytes(2, "little")
+    path.write_bytes(raw)
+    with pytest.raises(SettingsError, match=rf"a.eval: {name}: cannot be read .*compression.*convert --to json"):
+        read_evaluations(path)

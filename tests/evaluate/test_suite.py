@@ -160,6 +160,17 @@ def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path:
         assert files(out) | {"resolved": (out / "resolved.toml").read_bytes()} == before
 
 
+def test_a_samples_file_with_a_foreign_line_is_refused_and_kept(run: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--benchmarks", "sums", "--out", str(out))
+    path = out / "evaluations" / "plain" / "sums.samples.jsonl"
+    path.write_text(path.read_text() + "[1]\n")
+    before = path.read_bytes()
+    with pytest.raises(SettingsError, match=r"sums.samples.jsonl: holds a line"):
+        run("--benchmarks", "sums", "--out", str(out), "--resume")
+    assert path.read_bytes() == before
+
+
 def test_a_password_in_the_endpoints_url_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
     for url in ("http://user:hunter2pass@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?api_key=hunter2pass"):
         with pytest.raises(SettingsError, match="TRUESTEP_API_KEY") as caught:

@@ -210,33 +210,28 @@ def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
     """The header and the samples of an inspect log, which is a zip of JSON files."""
     try:
         archive = zipfile.ZipFile(path)
-        names = archive.namelist()
-        header = json.loads(_read(archive, "header.json", path))
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except zipfile.BadZipFile as error:
+        raise SettingsError(f"{path}: is no inspect log ({error}): give the file that inspect wrote") from None
+    members = sorted(n for n in archive.namelist() if n.startswith("samples/") and n.endswith(".json"))
+    return _object(archive, "header.json", path), (_object(archive, name, path) for name in members)
+
+
+def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
+    """One JSON object of the zip. Raises SettingsError where it is missing, damaged, encrypted, compressed in a way
+    that zipfile does not know (it says so), or too large."""
+    try:
+        size = archive.getinfo(name).file_size
+        found = json.loads(archive.read(name)) if size <= MAX_LOG_BYTES else None
+    except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise SettingsError(
-            f"{path}: is no inspect log ({type(error).__name__}): give the file that inspect wrote"
+            f"{path}: {name}: cannot be read ({error}): give the file that inspect wrote, or what inspect log convert "
+            "--to json makes of it"
         ) from None
-    members = sorted(name for name in names if name.startswith("samples/") and name.endswith(".json"))
-    return header, (_member(archive, name, path) for name in members)
-
-
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
-    try:
-        row = json.loads(_read(archive, name, path))
-    except (ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise SettingsError(f"{path}: {name}: is no JSON ({error}): give the file that inspect wrote") from None
-    if not isinstance(row, dict):
-        raise SettingsError(f"{path}: {name}: expected an object: give the file that inspect wrote")
-    return row
-
-
-def _read(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    if archive.getinfo(name).file_size > MAX_LOG_BYTES:
+    if size > MAX_LOG_BYTES:
         raise SettingsError(f"{path}: {name} unpacks to more than {MAX_LOG_BYTES >> 20} MiB: refused")
-    try:
-        return archive.read(name)
-    except NotImplementedError:  # a compression that zipfile does not know
-        raise SettingsError(f"{path}: {name}: its compression is unknown here: inspect log convert --to json") from None
+    if not isinstance(found, dict):
+        raise SettingsError(f"{path}: {name}: expected an object: give the file that inspect wrote")
+    return found
 
 
 def _inspect_json(path: Path, metric: str) -> Evaluation:

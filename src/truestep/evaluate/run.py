@@ -222,6 +222,8 @@ def _header(plan: EvaluationPlan) -> Row:
 def check_kept(plan: EvaluationPlan) -> None:
     """Raises SettingsError where going on would lose samples: made with other settings, or more than are asked for."""
     first, *rows = read_jsonl(plan.samples_path) or [_header(plan)]
+    if not all(isinstance(row, dict) for row in rows):
+        raise SettingsError(f"{plan.samples_path}: holds a line that is no sample: write --out for another place")
     if rows and first != _header(plan):
         raise SettingsError(
             f"{plan.samples_path}: its {len(rows)} samples were made with another model, other data or other settings: "
