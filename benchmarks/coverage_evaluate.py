@@ -48,7 +48,7 @@ def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.nda
     pull = PULL / (PULL + (n * most) ** 2)
     spread = (1 - pull) * variance + pull * most
     with np.errstate(divide="ignore", invalid="ignore"):
-        trials = np.clip(np.where(spread > 0, n * most / spread, n * k), n, n * k)
+        trials = np.minimum(np.where(spread > 0, n * most / spread, n * k), n * k)
     trials = np.where(most == 0, n, trials) * (normal_quantile() / stats.t.ppf(0.975, n - 1)) ** 2
     trials = np.maximum(trials, n)
     return mean * trials, trials

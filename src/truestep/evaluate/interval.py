@@ -128,8 +128,7 @@ def clustered_interval(mean: float, variance: float, num_problems: int, num_tria
     pull = PULL / (PULL + (num_problems * most) ** 2)
     spread = (1 - pull) * variance + pull * most
     effective = num_problems * most / spread if spread > 0 else num_trials
-    effective = min(max(effective, num_problems), num_trials)
-    effective *= (normal_quantile() / t_quantile(0.975, num_problems - 1)) ** 2
+    effective = min(effective, num_trials) * (normal_quantile() / t_quantile(0.975, num_problems - 1)) ** 2
     effective = max(effective, num_problems)
     return _beta_ends(mean * effective, effective, alpha_of(num_problems), INWARD)
 

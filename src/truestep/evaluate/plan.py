@@ -92,6 +92,7 @@ def make_jobs(settings: EvaluationSettings, base_dir: Path) -> list[Job]:
         samples = benchmark.samples if settings.samples == PINNED else settings.samples
         if temperature == 0:
             samples = 1  # the same every time
+        content, source = _hash(problems), _hash(every)
         for template in prompts.chosen(names):
             jobs.append(
                 Job(
@@ -103,8 +104,8 @@ def make_jobs(settings: EvaluationSettings, base_dir: Path) -> list[Job]:
                     max_new_tokens=(
                         benchmark.max_new_tokens if settings.max_new_tokens == PINNED else settings.max_new_tokens
                     ),
-                    content=_hash(problems),
-                    source=_hash(every),
+                    content=content,
+                    source=source,
                 )
             )
     return jobs
