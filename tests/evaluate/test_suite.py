@@ -17,7 +17,8 @@ from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.bring import compare_evaluations
 from truestep.evaluate.foreign import read_evaluations
 from truestep.evaluate.sources import content_hash, file_items
-from truestep.evaluate.suite import averages
+from truestep.evaluate.suite import _Running, averages
+from truestep.report.evaluation import print_scores
 from truestep.settings import SettingsError
 
 pytest.importorskip("torch")
@@ -95,6 +96,29 @@ def test_an_evaluation_from_command_to_page(run: Callable[..., Any], tmp_path: P
     page = (out / "report.html").read_text()
     assert "filter-0-incorrect" in page
     assert "<script" not in page
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_breaks_no_name_and_no_interval(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    (score,) = run("--benchmarks", "sums")["scores"]
+    score |= {"benchmark": "arc_challenge", "prompt": "odd-polite", "whole": False, "n": 200, "num_problems": 200}
+    score |= {"score": 0.25, "low": 0.154, "high": 0.373, "strict_score": 1.0, "extracted_rate": 1.0}
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_scores({"name": "run", "scores": [score]})
+    shown = capsys.readouterr().out
+    for text in ("arc_challenge", "odd-polite", "25.0 %", "[15.4, 37.3]", "100.0 %", "200 × 1"):
+        assert text in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+
+
+def test_the_running_score_ends_with_all_samples() -> None:
+    running = _Running()
+    for verdict, shown in (("correct", "score 100.0 %"), ("incorrect", "score 50.0 %")):
+        running.add({"problem_id": verdict, "verdict": verdict})
+        assert running.note(last=True).startswith(shown)
 
 
 def test_a_private_benchmark_is_written_nowhere(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -221,6 +245,10 @@ def test_templates_hold_the_problem_once_and_shots_come_before_it(run: Callable[
     text = prompts.plain_text(prompts.messages_of(prompts.BY_ID["completion"], problem, "math", 1))
     assert text.endswith("\n\nQuestion: 7+1=?\nAnswer:")
     assert prompts.cut("8\n\nQuestion: more", prompts.BY_ID["completion"].stop) == "8"
+    direct = prompts.plain_text(prompts.messages_of(prompts.BY_ID["direct"], problem, "math", 4))
+    assert [line for line in direct.splitlines() if line.startswith("Answer: ")] == [
+        "Answer: 18", "Answer: 33", "Answer: 24", "Answer: 41",
+    ]  # fmt: skip
 
 
 def file_items_of(question: str, answer: str) -> Any:

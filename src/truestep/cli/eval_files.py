@@ -74,16 +74,14 @@ def import_logs(
 ) -> None:
     """Write other harnesses' samples as a run of ours, with intervals and a page; verdicts are taken as they stand."""
     from truestep.evaluate.bring import import_evaluations
-    from truestep.report.evaluation import evaluation_table, write_evaluation_report
+    from truestep.report.evaluation import print_scores, write_evaluation_report
 
     summary = import_evaluations(files, out, metric)
     report = write_evaluation_report(out)
     if as_json:
         typer.echo(json.dumps({"run_dir": str(out), "report": str(report), **summary}))
         return
-    from rich.console import Console
-
-    Console(highlight=False).print(evaluation_table(summary))
+    print_scores(summary)
     typer.echo(f"report: {report}")
     typer.echo(str(out))
 

@@ -25,7 +25,7 @@ Samples = Annotated[
     int | None, typer.Option("--samples", min=1, help="Samples of each problem; without it the benchmark's own.")
 ]
 Prompts = Annotated[
-    str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,odd; without it the benchmark's own.")
+    str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,direct,odd; without it the benchmark's own.")
 ]
 FewShot = Annotated[int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")]
 Engine = Annotated[str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")]
@@ -215,10 +215,8 @@ def _show(folder: Path, summary: dict[str, Any], report: Path, as_json: bool) ->
     if as_json:
         typer.echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
         return
-    from rich.console import Console
+    from truestep.report.evaluation import print_scores
 
-    from truestep.report.evaluation import evaluation_table
-
-    Console(highlight=False).print(evaluation_table(summary))
+    print_scores(summary)
     typer.echo(f"report: {report}")
     typer.echo(str(folder))

@@ -16,7 +16,7 @@ def report(
     """Write report.html from the files of a run directory and print its scores."""
     from rich.console import Console
 
-    from truestep.report.evaluation import evaluation_table, write_evaluation_report
+    from truestep.report.evaluation import print_scores, write_evaluation_report
     from truestep.report.html import write_report
     from truestep.report.tables import read_summary, score_table, terminal_table
     from truestep.settings import SettingsError
@@ -34,7 +34,9 @@ def report(
     if as_json:
         typer.echo(json.dumps({"run_dir": str(run), "report": str(path), **read_summary(run)}))
         return
-    table = evaluation_table(read_summary(run)) if evaluation else terminal_table(score_table(run), title=run.name)
-    Console(highlight=False).print(table)
+    if evaluation:
+        print_scores(read_summary(run))
+    else:
+        Console(highlight=False).print(terminal_table(score_table(run), title=run.name))
     typer.echo(f"report: {path}")
     typer.echo(str(run))

@@ -32,6 +32,7 @@ class Template:
     """How a problem is asked. ``suffix`` opens the model's turn; what it opens is read as the model's own text.
 
     ``chat`` False is text to go on with, without a chat template; a completion then ends at the first ``stop``.
+    ``direct`` worked examples show the answer without its reasoning.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Template:
     suffix: str = ""
     chat: bool = True
     stop: tuple[str, ...] = ()
+    direct: bool = False
     odd: bool = False
 
 
@@ -57,6 +59,10 @@ TEMPLATES: tuple[Template, ...] = (
     ),
     Template(
         id="completion", chat=False, stop=("\n\nQuestion:", "\nQuestion:", "\n\n"),
+        math="Question: {problem}\nAnswer:", choice="Question: {problem}\nAnswer:",
+    ),
+    Template(
+        id="direct", chat=False, stop=("\n",), direct=True,
         math="Question: {problem}\nAnswer:", choice="Question: {problem}\nAnswer:",
     ),
     Template(id="odd-bare", odd=True, math="{problem}", choice="{problem}"),
@@ -116,6 +122,7 @@ def messages_of(template: Template, problem: Problem, kind: str, few_shot: int) 
     body, system = (template.choice, template.choice_system) if kind == "choice" else (template.math, template.system)
     turns = [Message(role="system", content=system)] if system else []
     for question, answer in (_CHOICE_SHOTS if kind == "choice" else _MATH_SHOTS)[:few_shot]:
+        answer = answer.split("The answer is ")[1] if template.direct else answer
         thought = f"{template.suffix}{answer}\n</think>\n{answer}" if "<think>" in template.suffix else answer
         turns += [_user(body, question), Message(role="assistant", content=thought)]
     return (*turns, _user(body, problem.messages[-1].content))

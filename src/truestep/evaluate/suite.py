@@ -84,7 +84,7 @@ def run_suite(
             answer=lambda keys, plan=plan, job=job: asker.answer(plan, job.template, keys, check_stop),  # type: ignore[misc]
             grade=graders.lenient,
             grade_strictly=graders.strict,
-            progress=lambda done, total, counts, running=running: reporter.advance(done, running.note()),  # type: ignore[misc]
+            progress=lambda done, total, counts, running=running: reporter.advance(done, running.note(done == total)),  # type: ignore[misc]
             on_row=running.add,
         )
         scores.append(_score(job, results))
@@ -129,7 +129,7 @@ def _plan(settings: EvaluationSettings, job: Job, asking: Asking, folder: Path, 
 
 
 class _Running:
-    """The score so far with its interval, computed at most once a second."""
+    """The score so far with its interval, computed at most once a second, and with the last sample."""
 
     def __init__(self) -> None:
         self.problems: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -140,9 +140,9 @@ class _Running:
         counts[0] += row["verdict"] == Verdict.CORRECT
         counts[1] += 1
 
-    def note(self) -> str:
+    def note(self, last: bool) -> str:
         now = time.monotonic()
-        if self.problems and now - self.at >= REFRESH_SECONDS:
+        if self.problems and (last or now - self.at >= REFRESH_SECONDS):
             self.at = now
             counts = np.array(list(self.problems.values()), dtype=float)
             found = mean_interval(counts[:, 0] / counts[:, 1], num_trials=float(counts[:, 1].sum()))

@@ -3,20 +3,19 @@ without a script. Reads the files of a run directory and computes no statistic."
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truestep.report.html import page_environment
 from truestep.report.tables import NONE, percent, read_object, read_summary, visible, whole, with_interval
 from truestep.rundir import read_jsonl, redact, write_atomic
 from truestep.settings import SettingsError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 MOST_PROBLEMS = 300  # of one evaluation; unscored and wrong ones come before right ones
+WIDE = 95  # columns of a terminal that holds the whole table
 _ORDER = ("unscored", "incorrect", "mixed", "correct")
 FILTERS = (("all", "All"), ("incorrect", "Wrong"), ("mixed", "Sometimes right"), ("correct", "Right"),
            ("unscored", "Unscored"), ("truncated", "Cut off"), ("unanswered", "No answer found"))  # fmt: skip
@@ -98,19 +97,24 @@ def _interval(entry: Row | None) -> str:
     return with_interval(entry["value"], entry["low"], entry["high"]) if entry else NONE
 
 
-def evaluation_table(summary: Row) -> Table:
-    """The scores for a terminal."""
+def print_scores(summary: Row) -> None:
+    """The scores for a terminal; a narrow one goes without the paper's."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(str(summary.get("name", ""))))
-    shown = [HEADINGS.index(name) for name in HEADINGS if name not in ("Mean tokens", "Majority", "Unscored")]
+    console = Console(highlight=False)
+    without = {"Mean tokens", "Majority", "Unscored"} | ({HEADINGS[-1]} if console.width < WIDE else set())
+    shown = [number for number, name in enumerate(HEADINGS) if name not in without]
+    table = Table(title=Text(str(summary.get("name", ""))), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number in shown:
-        table.add_column(Text(HEADINGS[number]), justify="left" if number < 2 else "right")
-    for score in summary.get("scores") or []:
-        texts = cells(score)
-        table.add_row(*(Text(visible(texts[number])) for number in shown))
-    return table
+        heading = Text(textwrap.fill(HEADINGS[number], 11))
+        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
+    for score in summary.get("scores") or []:  # what is in brackets has a line of its own: nothing is broken
+        texts = [visible(cell).replace(" [", "\n[").replace(" (", "\n(") for cell in cells(score)]
+        table.add_row(*(Text(texts[number]) for number in shown))
+    console.print(table)
 
 
 # ------------------------------------------------------------------------------------------------------- the problems
