@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from truestep.grade.choice import choice_letter
 from truestep.grade.equivalent import decide, questions, symbolic_form
-from truestep.grade.extract import extract_answer, gold_answer
+from truestep.grade.extract import extract_answer, extract_choice, gold_answer
 from truestep.grade.policy import nearly, objection
 from truestep.grade.rational import same_formula
 
@@ -31,7 +31,7 @@ MATHEMATICS = (
     r"\right) \{ \} \\ \text{ \mathrm{ \mathbb{R} ^\circ ^{\circ} \% \$ \, \! \quad \overline{ \dot{ \ldots \emptyset "
     r"\begin{pmatrix} \end{pmatrix} \begin{cases} \binom{ \sin \log_ \approx \equiv"
 )
-MARKS = r"\boxed{ \fbox{ #### <answer> </answer> </think> <think> The answer is final réponse 答案是 不是"
+MARKS = r"\boxed{ \fbox{ #### <answer> </answer> </think> <think> The answer is final réponse 答案是 不是 ** (B) option wrong"
 WORDS = "and or not cm m km cents dollars percent million PM a.m. degrees yes no twelve hundred"
 STRANGE = "− – × ² ½ ∞ ° ７ \u200b \u202e \ud800 \x00 ∪ ٧ É 🙂"
 TOKENS = (
@@ -70,7 +70,7 @@ def examine(gold: str, answer: str) -> None:
     begin = time.process_time()
     for text in (answer, "\\boxed{" + answer + "}", "The answer is " + answer):
         found = extract_answer(text)
-        json.dumps(found.answer).encode("ascii")
+        json.dumps([found.answer, extract_choice(text).answer]).encode("ascii")
         decision = decide(gold_answer(gold), found.answer)
         symbolic_form(found.answer), choice_letter(found.answer), nearly(gold, found.answer)
         objection(gold, found.answer, found.how)

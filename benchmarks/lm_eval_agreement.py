@@ -27,8 +27,7 @@ from truestep.cli.eval_engines import context_and_eos
 from truestep.evaluate.ask import TokenAsker
 from truestep.evaluate.plan import EvaluationSettings, Job, make_jobs
 from truestep.evaluate.prompts import cut, messages_of, plain_text
-from truestep.grade.extract import extract_answer
-from truestep.grade.score import Grader
+from truestep.grade.score import Grader, find_answer
 from truestep.model.load import load_model, load_tokenizer, resolve
 from truestep.records import Verdict
 from truestep.rollout.engine import SampleRequest, SamplingParameters
@@ -110,7 +109,7 @@ def main() -> None:
             pairs = list(zip(ours(job, asker, engine), theirs(args.python, resolve(settings.model), job, Path(folder)),
                              strict=True))  # fmt: skip
         tokens = [tokenizer(a.rstrip())["input_ids"] == tokenizer(b.rstrip())["input_ids"] for a, b in pairs]
-        found = [[extract_answer(text) for text in pair] for pair in pairs]
+        found = [[find_answer(p, text) for text in pair] for p, pair in zip(job.problems, pairs, strict=True)]
         answers = [a.answer == b.answer for a, b in found]
         with Grader() as grader:
             scores = [

@@ -254,7 +254,9 @@ def test_choices(gold: str, other: str) -> None:
     if other != gold:
         assert choice_letter(f"{gold} or {other}") == choice_letter(f"{gold}{other}") == ""
         refuses(gold, other, f"({other})", rf"\text{{{other}}}")
-    assert choice_letter("I think B because x=3") == "B"
+    assert choice_letter("I think B because x=3") == choice_letter("I choose B") == "B"
+    assert choice_letter(f"Option {gold} is incorrect") == choice_letter(f"({gold}) must be wrong") == ""
+    assert choice_letter(f"({gold}) False") == gold
     assert {choice_letter(t) for t in ("2B", "B2", "P(B)", r"\overline{B}", "B - 1", "|B|", "B'", "1/B", "B = 2")} == {
         ""
     }

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truestep.grade.extract import boxes, extract_answer
+from truestep.grade.extract import boxes, extract_answer, extract_choice
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,10 @@ from truestep.grade.extract import boxes, extract_answer
         ("The answer is (C).", "answer_is", "C"),
         ("the answer is 42 apples because 6 times 7 makes 42", "answer_is", "42"),
         (r"\frac{10}{9}", "whole", r"\frac{10}{9}"),
+        ("**42**.", "whole", "42"),
+        ("*x+1*", "whole", "x+1"),
+        (r"**$\frac12$**", "whole", r"\frac{1}{2}"),
+        ("**2**3**", "whole", "^2^3^"),
         ("(3+4)*5 = 35", "whole", "(3+4)*5 = 35"),
         ("Therefore $x > 5$ solves it.", "last_formula", "x > 5"),
         ("He has 3 and gets 4 so there are 7 apples.", "last_number", "7"),
@@ -135,3 +139,33 @@ def test_a_megabyte_is_answered_in_bounded_time(name: str) -> None:
     begin = time.process_time()
     extract_answer(LONG[name])
     assert time.process_time() - begin < 2.0  # quadratic time would be hours
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The correct option is **B**.", "B"),
+        ("(A) is an oxide, (B) is copper.\nSo option (B) it is, being a metal.", "B"),
+        ("Its speed is 5 m/s, so (C).", "C"),
+        ("I choose **B. copper** from these", "B"),
+        ("Take (A).\nOn second thoughts (B) rather.", "B"),
+        ("One of these is right, so (A) or (B), I would say", ""),
+        ("The options are (A) (B) (C) (D) as given", ""),
+        ("One can see that option B is wrong here", ""),
+        ("We see that (B) cannot be what was meant", ""),
+        ("we know that a metal is (of course) option Bronze", ""),
+        ("<think> it is (B) I am sure of it", ""),
+        (r"one then has \boxed{and of the choices (B)", ""),
+    ],
+)
+def test_a_choice_that_is_only_named(text: str, letter: str) -> None:
+    found = extract_choice(text)
+    assert (found.answer if found.how == "last_choice" else "") == letter
+    assert extract_choice(text, strict=True) == extract_answer(text, strict=True)
+
+
+@given(st.sampled_from("ABCDEFGHIJ"), st.sampled_from("ABCDEFGHIJ"))
+def test_a_marked_answer_goes_before_a_named_choice(marked: str, named: str) -> None:
+    for text in (rf"\boxed{{{marked}}} rather than option ({named})", f"The answer is ({marked}).\nSee **{named}**"):
+        assert extract_choice(text) == extract_answer(text)
+        assert extract_choice(text).answer == marked

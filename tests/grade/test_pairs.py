@@ -53,6 +53,17 @@ def test_a_file_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1 + 5
 
 
+def test_a_named_choice_counts_where_the_pair_is_a_choice() -> None:
+    pairs = [
+        Pair(id=f"{kind} {text}", gold="B", pred=text, kind=kind)
+        for kind in ("choice", "")
+        for text in ("The correct option is **B**.", "Answer: b", "The correct option is **C**.")
+    ]
+    result = grade_pairs(pairs, workers=1)["samples"]
+    assert [s["verdict"] for s in result[:4]] == ["correct", "correct", "incorrect", "incorrect"]
+    assert [s["strict"] for s in result[:2]] == ["incorrect", "correct"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

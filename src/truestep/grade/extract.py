@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from truestep.grade.choice import choice_letter
 from truestep.grade.normal import normalise, typographic
 from truestep.grade.units import WORDS
 
-How = Literal["boxed", "marker", "answer_is", "whole", "last_formula", "last_number", "none"]
+How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
 STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
 
 MAX_BARE = 200  # characters of a completion that may be nothing but an answer
@@ -39,6 +40,11 @@ _LETTER = re.compile(
     r"\W{0,3}([A-J])(?:\)|(?=[.,:;*。、，]|$|\s?[\u0370-\u1fff\u3040-\uffef]|\s(?:because|since|as|not|non|nicht|no|pas)\b))"
     r"(?!,?\s*(?:and|or|,)?\s*\(?[A-J]\b)(?!\s*[=+*/^-])"  # one choice, not two of them, and no variable
 )
+_SAID_CHOICE = re.compile(  # (B), **B, option B
+    r"\(([A-J])\)|\*\*\(?([A-J])(?![\w'])|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-J])(?![\w'])"
+)
+_DENIAL = re.compile(r"\b(?:not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?)\b|n't\b", re.IGNORECASE)
+_BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
 _MATH = re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one as well
     r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
@@ -89,9 +95,7 @@ def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> 
     <think> that is never closed leaves no answer, and where the model ``thinks`` a </think> must be there."""
     if thinks and "</think>" not in text:
         return NOTHING
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
-    if "<think>" in text:
-        return NOTHING
+    text = _after_thought(text)
     rules = (_boxed, _marker, _answer_is) if strict else (_boxed, _marker, _answer_is, _whole, _last)
     for rule in rules:
         found = rule(text)
@@ -100,6 +104,26 @@ def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> 
         if found is not None and (answer := normalise(found[0])):
             return Extraction(answer=answer, how=found[1])
     return NOTHING
+
+
+def extract_choice(text: str, *, strict: bool = False) -> Extraction:
+    """The answer to a question with lettered choices: as ``extract_answer``, and unless ``strict``, where nothing marks
+    an answer, the one choice that the last line names as one: "(B)", "**B**", "option B". A line that denies a choice
+    or names several gives none."""
+    found = extract_answer(text, strict=strict)
+    if strict or found.how in STRICT or choice_letter(found.answer):
+        return found
+    lines = _after_thought(text)[-MAX_TAIL:].rstrip().rsplit("\n", 1)
+    named = {next(filter(None, groups)) for groups in _SAID_CHOICE.findall(lines[-1])}
+    if len(named) != 1 or "boxed" in text or _DENIAL.search(lines[-1]):
+        return found
+    return Extraction(answer=named.pop(), how="last_choice")
+
+
+def _after_thought(text: str) -> str:
+    """What follows the last </think>; nothing where a <think> is never closed."""
+    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    return "" if "<think>" in text else text
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -200,6 +224,8 @@ def _content(formula: re.Match[str]) -> str:
 def _whole(text: str) -> tuple[str, How] | None:
     """A short text that is nothing but an answer: one line, without words beside its numbers."""
     bare = text.strip()
+    if bold := _BOLD.fullmatch(bare[: MAX_BARE + 1]):
+        bare = bold[2] + bold[3]
     if re.match(r"not\b", bare, re.IGNORECASE):
         return None
     if not bare or len(bare) > MAX_BARE or "\n" in bare or bare.count("$") > 2 or "boxed{" in bare:

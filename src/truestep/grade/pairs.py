@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from truestep.grade.equivalent import refusal, symbolic_form
-from truestep.grade.extract import Extraction, extract_answer, gold_answer
+from truestep.grade.extract import Extraction, gold_answer
 from truestep.grade.policy import nearly, objection
-from truestep.grade.score import Grader
+from truestep.grade.score import Grader, find_answer
 from truestep.records import Message, Problem, Score, Verdict
 from truestep.settings import SettingsError
 
@@ -67,9 +67,10 @@ def grade_pairs(
     ``verdict`` is the default policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With
     ``second_opinion`` math-verify is asked about every answer that our own rules have decided, and
     ``counts["second_opinion"]`` says how often it disagrees."""
-    answers = [extract_answer(pair.pred) for pair in pairs]
+    problems = [_problem(pair) for pair in pairs]
+    answers = [find_answer(problem, pair.pred) for problem, pair in zip(problems, pairs, strict=True)]
     with Grader(workers=workers, seconds=seconds) as grader:
-        scores = grader.score_answers([(_problem(p), a) for p, a in zip(pairs, answers, strict=True)])
+        scores = grader.score_answers(list(zip(problems, answers, strict=True)))
         samples = [_sample(*each) for each in zip(pairs, answers, scores, strict=True)]
         second = _second_opinion(grader, pairs, samples) if second_opinion else None
     counts: dict[str, Any] = {"n": len(samples)}

@@ -12,7 +12,7 @@ from typing import Self
 from truestep.grade.choice import choice_letter
 from truestep.grade.countdown import check_countdown
 from truestep.grade.equivalent import decide, questions, same_integer, symbolic_form
-from truestep.grade.extract import Extraction, extract_answer, gold_answer
+from truestep.grade.extract import Extraction, extract_answer, extract_choice, gold_answer
 from truestep.grade.normal import canonical, normalise
 from truestep.grade.pool import Outcome, Pool
 from truestep.grade.rational import same_formula
@@ -28,6 +28,11 @@ class Question:
 
     parts: tuple[tuple[str, str], ...]
     extracted: str
+
+
+def find_answer(problem: Problem, text: str, *, strict: bool = False) -> Extraction:
+    """What a completion answers to a problem, by the rules for its kind."""
+    return (extract_choice if problem.checker == "choice" else extract_answer)(text, strict=strict)
 
 
 def _score(equal: bool | None, extracted: str, reason: str) -> Score:
@@ -67,6 +72,8 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
         if place is None and re.fullmatch(r"[1-9]", found) and int(found) <= len(texts):
             place = int(found) - 1
         named = "" if place is None else chr(ord("A") + place)
+    if not named and (small := re.fullmatch(r"\(?([a-j])\)?", found)):
+        named = small[1].upper()
     return _score(named == letter, found, "compared as choices")
 
 
@@ -122,7 +129,7 @@ class Grader:
 
     def score_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
         """One score per (problem, completion), in order; the same two formulas are compared once."""
-        return self.score_answers([(p, extract_answer(text, strict=self._strict)) for p, text in pairs])
+        return self.score_answers([(p, find_answer(p, text, strict=self._strict)) for p, text in pairs])
 
     def score_answers(self, pairs: Sequence[tuple[Problem, Extraction]]) -> list[Score]:
         """One score per (problem, answer that was found), in order."""
