@@ -31,8 +31,8 @@ MATHEMATICS = (
     r"\right) \{ \} \\ \text{ \mathrm{ \mathbb{R} ^\circ ^{\circ} \% \$ \, \! \quad \overline{ \dot{ \ldots \emptyset "
     r"\begin{pmatrix} \end{pmatrix} \begin{cases} \binom{ \sin \log_ \approx \equiv"
 )
-MARKS = r"\boxed{ \fbox{ #### <answer> </answer> </think> <think> The answer is final réponse 答案是 不是 ** (B) option wrong"
-WORDS = "and or not cm m km cents dollars percent million PM a.m. degrees yes no twelve hundred"
+MARKS = r"\boxed{ \fbox{ #### <answer> </answer> </think> <think> The answer is final réponse 答案是 不是 ** (B)"
+WORDS = "option wrong and or not cm m km cents dollars percent million PM a.m. degrees yes no twelve hundred"
 STRANGE = "− – × ² ½ ∞ ° ７ \u200b \u202e \ud800 \x00 ∪ ٧ É 🙂"
 TOKENS = (
     *(token for text in (NUMBERS, SIGNS, MATHEMATICS, MARKS, WORDS, STRANGE) for token in text.split(" ")),
