@@ -58,6 +58,8 @@ EDITS: tuple[tuple[str, Callable[[str], str]], ...] = (
 
 def verdict(gold: str, answer: str) -> bool | None:
     truth, found = gold_answer(gold), extract_answer("\\boxed{" + answer + "}").answer
+    if not truth:
+        return None  # which is never graded
     decision = decide(truth, found)
     if decision.equal is not None or decision.refused or not found:
         return decision.equal
@@ -88,7 +90,7 @@ def examine(gold: str, answer: str) -> None:
         or "boxed" in answer
         or "fbox" in answer
         or "think>" in answer  # which cuts the box in two
-        or answer.endswith("\\")
+        or re.search(r"\\[\u200b-\u202e]*$", answer)  # what comes behind would be escaped
     ):
         return  # an edit may then change what the box holds
     before, edited = verdict(gold, answer), answer

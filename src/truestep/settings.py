@@ -354,7 +354,7 @@ def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(f"{where}: " + one_line(error, Frozen)) from None
+        raise SettingsError(f"{where}: " + one_line(error, model)) from None
 
 
 def _apply(raw: dict[str, Any], item: str) -> None:

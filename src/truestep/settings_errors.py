@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,14 +15,14 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
-def one_line(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem: where, what was expected, what stood there. ``root``: all settings models inherit from it."""
+def one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem: where, what was expected, what stood there. ``model`` is the one that was validated."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key" + did_you_mean(loc[-1], _known_keys(root))
+        message = "unknown key" + _right_key(loc, list(_keys(model)))
     elif first["type"] == "missing":
         message = "is missing and has no default: write it"
     elif first["type"] == "union_tag_not_found":
@@ -34,9 +35,28 @@ def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     return (f"{where}: " if where else "") + message + more
 
 
-def _known_keys(root: type[BaseModel]) -> list[str]:
-    """Every key any settings model knows: enough to suggest the right spelling of a wrong one."""
-    models: list[type[BaseModel]] = [root]
-    for model in models:
-        models += model.__subclasses__()
-    return sorted({name for model in models for name in model.model_fields})
+def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
+    """The key that may have been meant, with its table where that is another one; else all keys of the table."""
+    here = [part for part in loc[:-1] if not part.isdigit()]
+
+    def is_here(table: list[str]) -> bool:
+        return len(table) == len(here) and all(a in (b, "NAME") for a, b in zip(table, here, strict=True))
+
+    siblings = [name for *table, name in (key.split(".") for key in keys) if is_here(table)]
+    if hint := did_you_mean(loc[-1], siblings):
+        return hint
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    close = difflib.get_close_matches(loc[-1], elsewhere, n=1, cutoff=0.7)
+    return f'; did you mean "{elsewhere[close[0]]}"?' if close else f": expected one of {', '.join(siblings)}"
+
+
+def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a settings model and of the tables in it, with its table: "compute.threads"."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            yield prefix + name
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+    else:
+        named = "NAME." if get_origin(annotation) is dict else ""  # [data.NAME]
+        for part in get_args(annotation):
+            yield from _keys(part, prefix + named)

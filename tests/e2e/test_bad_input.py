@@ -314,6 +314,9 @@ CASES = [
     Case("--set without =", nothing, ("--set stages.rl.steps", "key=value"), ("--set", "stages.rl.steps")),
     Case("--set unknown stage", nothing, ("--set stages.lr.steps=5", '"lr"'), ("--set", "stages.lr.steps=5")),
     Case("--set unknown key", nothing, ("sead", 'did you mean "seed"'), ("--set", "sead=5")),
+    Case("key of another table", nothing, ('did you mean "compute.threads"',), ("--set", "threads=1")),
+    Case("unknown key of a named table", nothing, ('did you mean "source"',), ("--set", "data.test.sourze=x")),
+    Case("key like no other", nothing, ("expected one of system, user, gen",), ("--set", "chat.zzz=1")),
 ]
 
 

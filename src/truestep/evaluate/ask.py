@@ -117,14 +117,15 @@ class TokenAsker:
         return Prompt(problem=problem, token_ids=made.token_ids)
 
     def _stops(self, template: Template) -> tuple[int, ...]:
-        """The tokens that end a turn; where text ends it, also every token that holds an empty line (the text is cut
-        where it should be in any case: this only saves what would follow)."""
+        """The tokens that end a turn; where a line's end or an empty line ends it, also every token that holds it (the
+        text is cut where it should be in any case: this only saves what would follow)."""
         stops = stop_token_ids(self.tokenizer, self.model_eos)
-        if "\n\n" not in template.stop:
+        ends = [text for text in template.stop if not text.strip()]
+        if not ends:
             return stops
         tokenizer: Any = self.tokenizer
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        return (*stops, *(i for i, text in enumerate(texts) if "\n\n" in text and i not in stops))
+        return (*stops, *(i for i, t in enumerate(texts) if i not in stops and any(end in t for end in ends)))
 
     def answer(
         self, plan: EvaluationPlan, template: Template, keys: Sequence[Key], check_stop: Callable[[], None]
