@@ -1,13 +1,13 @@
 """The same prompts through lm-evaluation-harness and through truestep: equal tokens, equal answers?
 
     python benchmarks/lm_eval_agreement.py LM_EVAL_PYTHON DATA [--limit 20] [--benchmarks mawps,svamp,arc_challenge]
-        [--out results/lm-eval-agreement.json]
+        [--prompt completion] [--few-shot 4] [--model FOLDER] [--label NAME] [--out results/lm-eval-agreement.json]
 
-Greedy, float32, batch 1, four worked examples. LM_EVAL_PYTHON is the Python of an environment with lm_eval 0.4.13 and
+Greedy, float32, batch 1. LM_EVAL_PYTHON is the Python of an environment with lm_eval 0.4.13 and
 torch, DATA a folder with the benchmarks. lm-eval gets our rendered prompts as a task of its own (with our
 stops), so that only generation, cutting and extraction differ; both texts go through our extraction, and both token
 sequences are compared up to the cut. Prints every difference and one JSON line; exits 1 below 99 %. ``--out`` is
-written after each benchmark and keeps what it holds of others.
+written after each benchmark and keeps what it holds of others (``--label`` tells two runs of one benchmark apart).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from truestep.cli.eval_engines import context_and_eos
 from truestep.evaluate.ask import TokenAsker
 from truestep.evaluate.plan import EvaluationSettings, Job, make_jobs
-from truestep.evaluate.prompts import cut, messages_of, plain_text
+from truestep.evaluate.prompts import cut
 from truestep.grade.score import Grader, find_answer
 from truestep.model.load import load_model, load_tokenizer, resolve
 from truestep.records import Verdict
@@ -36,7 +36,7 @@ from truestep.rundir import provenance
 from truestep.seeding import Purpose
 from truestep.train.policy import Policy
 
-FEW_SHOT, MAX_NEW_TOKENS = 4, 128
+MAX_NEW_TOKENS = 128
 TASK = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
@@ -49,10 +49,9 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 
 
-def theirs(python: str, model: str, job: Job, folder: Path) -> list[str]:
+def theirs(python: str, model: str, job: Job, prompts: list[str], folder: Path) -> list[str]:
     """What lm-eval's hf backend writes for each prompt."""
     name, file = f"agreement_{job.benchmark.id}", folder / f"{job.benchmark.id}.jsonl"
-    prompts = [plain_text(messages_of(job.template, p, job.benchmark.kind, FEW_SHOT)) for p in job.problems]
     rows = [{"prompt": text, "answer": p.answer} for text, p in zip(prompts, job.problems, strict=True)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stops = json.dumps(list(job.template.stop))
@@ -68,17 +67,24 @@ def theirs(python: str, model: str, job: Job, folder: Path) -> list[str]:
     return [row["resps"][0][0] for row in found]
 
 
-def ours(job: Job, asker: TokenAsker, engine: TorchEngine) -> list[str]:
-    ready: Any = asker.ready(job, FEW_SHOT)
-    sampling = SamplingParameters(temperature=0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=ready.stop_token_ids)
+def ours(job: Job, asked: Any, tokenizer: Any, engine: TorchEngine) -> list[str]:
+    sampling = SamplingParameters(temperature=0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=asked.stop_token_ids)
     requests = [
         SampleRequest(problem_id=p.problem.id, sample_index=0, prompt_ids=p.token_ids, seed=0,
                       purpose=Purpose.EVALUATE, step=0)
-        for p in ready.prompts
+        for p in asked.prompts
     ]  # fmt: skip
     found = {r.problem_id: r.completion_ids for r in engine.generate(requests, sampling)}
-    texts = [str(asker.tokenizer.decode(found[p.id], skip_special_tokens=True)) for p in job.problems]
+    texts = [str(tokenizer.decode(found[p.id], skip_special_tokens=True)) for p in job.problems]
     return [cut(text, job.template.stop) for text in texts]
+
+
+def as_text(tokenizer: Any, ids: tuple[int, ...]) -> str:
+    """The text that a tokenizer makes these ids of again: what lm-eval is given."""
+    text = str(tokenizer.decode(ids))
+    if tokenizer(text)["input_ids"] != list(ids):
+        raise SystemExit(f"these tokens have no text of their own: {text!r}")
+    return text
 
 
 def main() -> None:
@@ -88,11 +94,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--benchmarks", default="mawps,svamp,arc_challenge")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--prompt", default="completion")
+    parser.add_argument("--few-shot", type=int, default=4)
+    parser.add_argument("--label", default="")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     raw = {
         "model": {"path": args.model}, "benchmarks": args.benchmarks.split(","), "data": args.data,
-        "prompts": ["completion"], "limit": args.limit, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 0,
+        "prompts": [args.prompt], "limit": args.limit, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 0,
     }  # fmt: skip
     settings = EvaluationSettings.model_validate(raw)
     torch.set_num_threads(1)
@@ -106,8 +115,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     for job in make_jobs(settings, Path()):
         with tempfile.TemporaryDirectory() as folder:
-            pairs = list(zip(ours(job, asker, engine), theirs(args.python, resolve(settings.model), job, Path(folder)),
-                             strict=True))  # fmt: skip
+            asked: Any = asker.ready(job, args.few_shot)
+            own = ours(job, asked, tokenizer, engine)
+            prompts = [as_text(tokenizer, p.token_ids) for p in asked.prompts]
+            foreign = theirs(args.python, resolve(settings.model), job, prompts, Path(folder))
+            pairs = list(zip(own, foreign, strict=True))
         tokens = [tokenizer(a.rstrip())["input_ids"] == tokenizer(b.rstrip())["input_ids"] for a, b in pairs]
         found = [[find_answer(p, text) for text in pair] for p, pair in zip(job.problems, pairs, strict=True)]
         answers = [a.answer == b.answer for a, b in found]
@@ -126,9 +138,10 @@ def main() -> None:
         }  # fmt: skip
         if args.out:
             known = json.loads(args.out.read_text()) if args.out.exists() else {}
-            known[job.benchmark.id] = {
-                **results[job.benchmark.id], "differences": differences, "model": args.model, "lm_eval": "0.4.13 hf",
-                "few_shot": FEW_SHOT, "max_new_tokens": MAX_NEW_TOKENS, "commit": provenance(0)["commit"],
+            known[f"{job.benchmark.id} {args.label}".strip()] = {
+                **results[job.benchmark.id], "differences": differences, "model": args.label or args.model,
+                "lm_eval": "0.4.13 hf", "prompt": args.prompt, "few_shot": args.few_shot,
+                "max_new_tokens": MAX_NEW_TOKENS, "commit": provenance(0)["commit"],
             }  # fmt: skip
             args.out.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(results))
