@@ -147,7 +147,7 @@ def test_a_megabyte_is_answered_in_bounded_time(name: str) -> None:
         ("The correct option is **B**.", "B"),
         ("(A) is an oxide, (B) is copper.\nSo option (B) it is, being a metal.", "B"),
         ("Its speed is 5 m/s, so (C).", "C"),
-        ("I choose **B. copper** from these", "B"),
+        ("I choose **B. copper**", "B"),
         ("Take (A).\nOn second thoughts (B) rather.", "B"),
         ("One of these is right, so (A) or (B), I would say", ""),
         ("The options are (A) (B) (C) (D) as given", ""),
