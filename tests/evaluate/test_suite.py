@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -245,10 +246,19 @@ def test_templates_hold_the_problem_once_and_shots_come_before_it(run: Callable[
     text = prompts.plain_text(prompts.messages_of(prompts.BY_ID["completion"], problem, "math", 1))
     assert text.endswith("\n\nQuestion: 7+1=?\nAnswer:")
     assert prompts.cut("8\n\nQuestion: more", prompts.BY_ID["completion"].stop) == "8"
-    direct = prompts.plain_text(prompts.messages_of(prompts.BY_ID["direct"], problem, "math", 4))
-    assert [line for line in direct.splitlines() if line.startswith("Answer: ")] == [
-        "Answer: 18", "Answer: 33", "Answer: 24", "Answer: 41",
-    ]  # fmt: skip
+    brief = prompts.plain_text(prompts.messages_of(prompts.BY_ID["brief"], problem, "math", prompts.MOST_SHOTS))
+    answers = [line for line in brief.splitlines() if line.startswith("Answer: ")]
+    assert len(answers) == prompts.MOST_SHOTS == 8
+    assert answers[0] == "Answer: 7 + 5 = 12. The answer is 12"
+
+
+def test_worked_examples_are_right() -> None:
+    for question, answer in (*prompts._MATH_SHOTS, *prompts._BRIEF_SHOTS):
+        for left, operation, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", answer):
+            by_hand = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+            assert by_hand[operation](int(left), int(right)) == int(result), question
+        assert answer.endswith(f"The answer is {re.findall(r'= ([0-9]+)', answer)[-1]}")
+    assert {len(shots) for shots in (prompts._MATH_SHOTS, prompts._BRIEF_SHOTS, prompts._CHOICE_SHOTS)} == {8}
 
 
 def file_items_of(question: str, answer: str) -> Any:

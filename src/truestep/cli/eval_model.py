@@ -25,7 +25,7 @@ Samples = Annotated[
     int | None, typer.Option("--samples", min=1, help="Samples of each problem; without it the benchmark's own.")
 ]
 Prompts = Annotated[
-    str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,direct,odd; else the benchmark's own.")
+    str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,brief,odd; else the benchmark's own.")
 ]
 FewShot = Annotated[int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")]
 Engine = Annotated[str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")]

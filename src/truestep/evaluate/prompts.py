@@ -32,7 +32,7 @@ class Template:
     """How a problem is asked. ``suffix`` opens the model's turn; what it opens is read as the model's own text.
 
     ``chat`` False is text to go on with, without a chat template; a completion then ends at the first ``stop``.
-    ``direct`` worked examples show the answer without its reasoning.
+    The worked examples of a ``brief`` one are of one step and one line.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Template:
     suffix: str = ""
     chat: bool = True
     stop: tuple[str, ...] = ()
-    direct: bool = False
+    brief: bool = False
     odd: bool = False
 
 
@@ -62,7 +62,7 @@ TEMPLATES: tuple[Template, ...] = (
         math="Question: {problem}\nAnswer:", choice="Question: {problem}\nAnswer:",
     ),
     Template(
-        id="direct", chat=False, stop=("\n",), direct=True,
+        id="brief", chat=False, stop=("\n",), brief=True,
         math="Question: {problem}\nAnswer:", choice="Question: {problem}\nAnswer:",
     ),
     Template(id="odd-bare", odd=True, math="{problem}", choice="{problem}"),
@@ -93,6 +93,26 @@ _MATH_SHOTS = (
      "A third of 36 is 36 / 3 = 12 empty seats. So 36 - 12 = 24 are taken. The answer is 24"),
     ("Lena is 9 years old and her uncle is 4 times as old. How old will the uncle be in 5 years?",
      "The uncle is 4 * 9 = 36 years old. In 5 years he will be 36 + 5 = 41. The answer is 41"),
+    ("A rope of 50 metres is cut into 3 pieces of 12 metres. How long is the rest?",
+     "The pieces take 3 * 12 = 36 metres. The rest is 50 - 36 = 14 metres. The answer is 14"),
+    ("Two tickets cost $18 together. How much do 7 tickets cost?",
+     "One ticket costs 18 / 2 = 9 dollars. Seven cost 7 * 9 = 63 dollars. The answer is 63"),
+    ("A tank holds 80 litres and is half full. 15 litres are taken out. How many litres are in it then?",
+     "Half of 80 is 80 / 2 = 40 litres. After taking out 15, 40 - 15 = 25 are left. The answer is 25"),
+    ("Nora reads 20 pages on Monday and twice as many on Tuesday. How many pages does she read on both days?",
+     "On Tuesday she reads 2 * 20 = 40 pages. Together 20 + 40 = 60. The answer is 60"),
+)  # fmt: skip
+_BRIEF_SHOTS = (
+    ("Tom has 7 apples. He buys 5 more apples. How many apples does he have now?", "7 + 5 = 12. The answer is 12"),
+    ("There are 20 birds on a tree. 8 birds fly away. How many birds are left?", "20 - 8 = 12. The answer is 12"),
+    ("A box holds 6 pens. How many pens are in 4 boxes?", "6 * 4 = 24. The answer is 24"),
+    ("Mia shares 30 cards equally among 5 friends. How many cards does each friend get?",
+     "30 / 5 = 6. The answer is 6"),
+    ("Sam had 15 coins. He gave 6 coins to Ann. How many coins does Sam have left?", "15 - 6 = 9. The answer is 9"),
+    ("Lily picked 13 flowers and Rose picked 9 flowers. How many flowers did they pick in total?",
+     "13 + 9 = 22. The answer is 22"),
+    ("A book costs $8. How much do 7 books cost?", "8 * 7 = 56. The answer is 56"),
+    ("Ben needs 40 stamps. He has 25 stamps. How many more stamps does he need?", "40 - 25 = 15. The answer is 15"),
 )  # fmt: skip
 _CHOICE_SHOTS = (
     ("Which of these is a metal?\n\nA) oxygen\nB) copper\nC) salt\nD) wood", "Copper is a metal. The answer is B"),
@@ -102,6 +122,14 @@ _CHOICE_SHOTS = (
      "Insects have six legs. The answer is C"),
     ("Which unit measures a force?\n\nA) metre\nB) second\nC) kelvin\nD) newton",
      "Forces are measured in newtons. The answer is D"),
+    ("Which planet is nearest to the sun?\n\nA) Mars\nB) Earth\nC) Mercury\nD) Venus",
+     "Mercury is the nearest. The answer is C"),
+    ("What is the boiling point of water at sea level?\n\nA) 100 degrees Celsius\nB) 0 degrees Celsius\n"
+     "C) 50 degrees Celsius\nD) 200 degrees Celsius", "Water boils at 100 degrees Celsius. The answer is A"),
+    ("Which organ pumps blood?\n\nA) the lung\nB) the liver\nC) the skin\nD) the heart",
+     "The heart pumps blood. The answer is D"),
+    ("Which of these numbers is prime?\n\nA) 9\nB) 11\nC) 15\nD) 21",
+     "11 has no divisor but 1 and itself. The answer is B"),
 )  # fmt: skip
 MOST_SHOTS = len(_MATH_SHOTS)
 
@@ -121,8 +149,8 @@ def messages_of(template: Template, problem: Problem, kind: str, few_shot: int) 
     """The turns of a prompt: the system's, ``few_shot`` worked examples, the problem's."""
     body, system = (template.choice, template.choice_system) if kind == "choice" else (template.math, template.system)
     turns = [Message(role="system", content=system)] if system else []
-    for question, answer in (_CHOICE_SHOTS if kind == "choice" else _MATH_SHOTS)[:few_shot]:
-        answer = answer.split("The answer is ")[1] if template.direct else answer
+    shots = _CHOICE_SHOTS if kind == "choice" else _BRIEF_SHOTS if template.brief else _MATH_SHOTS
+    for question, answer in shots[:few_shot]:
         thought = f"{template.suffix}{answer}\n</think>\n{answer}" if "<think>" in template.suffix else answer
         turns += [_user(body, question), Message(role="assistant", content=thought)]
     return (*turns, _user(body, problem.messages[-1].content))
