@@ -139,7 +139,7 @@ def main() -> None:
         if args.out:
             known = json.loads(args.out.read_text()) if args.out.exists() else {}
             known[f"{job.benchmark.id} {args.label}".strip()] = {
-                **results[job.benchmark.id], "differences": differences, "model": args.label or args.model,
+                **results[job.benchmark.id], "differences": differences, "model": args.model,
                 "lm_eval": "0.4.13 hf", "prompt": args.prompt, "few_shot": args.few_shot,
                 "max_new_tokens": MAX_NEW_TOKENS, "commit": provenance(0)["commit"],
             }  # fmt: skip
