@@ -40,8 +40,9 @@ _LETTER = re.compile(
     r"\W{0,3}([A-J])(?:\)|(?=[.,:;*。、，]|$|\s?[\u0370-\u1fff\u3040-\uffef]|\s(?:because|since|as|not|non|nicht|no|pas)\b))"
     r"(?!,?\s*(?:and|or|,)?\s*\(?[A-J]\b)(?!\s*[=+*/^-])"  # one choice, not two of them, and no variable
 )
-_SAID_CHOICE = re.compile(  # (B), **B, option B
-    r"\(([A-J])\)|\*\*\(?([A-J])(?![\w'])|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-J])(?![\w'])"
+_SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A word**, the choice I made
+    r"(?<!\w)\(([A-J])\)|\*\*\(?([A-J])(?=[).:,]|\*\*|$)|"
+    r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))"
 )
 _DENIAL = re.compile(r"\b(?:not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?)\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
@@ -224,7 +225,7 @@ def _content(formula: re.Match[str]) -> str:
 def _whole(text: str) -> tuple[str, How] | None:
     """A short text that is nothing but an answer: one line, without words beside its numbers."""
     bare = text.strip()
-    if bold := _BOLD.fullmatch(bare[: MAX_BARE + 1]):
+    if len(bare) <= MAX_BARE and (bold := _BOLD.fullmatch(bare)):
         bare = bold[2] + bold[3]
     if re.match(r"not\b", bare, re.IGNORECASE):
         return None
