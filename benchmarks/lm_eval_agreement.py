@@ -68,7 +68,10 @@ def theirs(python: str, model: str, job: Job, prompts: list[str], folder: Path) 
 
 
 def ours(job: Job, asked: Any, tokenizer: Any, engine: TorchEngine) -> list[str]:
-    sampling = SamplingParameters(temperature=0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=asked.stop_token_ids)
+    sampling = SamplingParameters(
+        temperature=0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=asked.stop_token_ids,
+        stop_sequences=asked.stop_sequences,
+    )  # fmt: skip
     requests = [
         SampleRequest(problem_id=p.problem.id, sample_index=0, prompt_ids=p.token_ids, seed=0,
                       purpose=Purpose.EVALUATE, step=0)

@@ -150,6 +150,20 @@ def test_stop_tokens_and_the_length_limit_end_a_sample(trained: Policy) -> None:
         assert unstopped[key].completion_ids[: len(rollout.completion_ids)] == rollout.completion_ids
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_stop_sequence_ends_a_sample_where_it_first_stands(trained: Policy, packs: bool) -> None:
+    free = run(trained, requests(4, samples=4), sampling(stops=()), packs=packs)
+    middle = next(iter(free.values())).completion_ids[9:11]
+    how = replace(sampling(stops=()), stop_sequences=(middle, (-1, -1)))
+    found = run(trained, requests(4, samples=4), how, packs=packs)
+    assert {r.stop for r in found.values()} == {Stop.STOP_TOKEN, Stop.LENGTH}
+    for key, rollout in found.items():
+        ids = free[key].completion_ids
+        ends = [i + 2 for i in range(len(ids) - 1) if ids[i : i + 2] == middle]
+        assert rollout.completion_ids == ids[: ends[0] if ends else len(ids)]
+        assert (rollout.stop is Stop.STOP_TOKEN) is bool(ends)
+
+
 # -------------------------------------------------------------------------------------------- log-probabilities
 
 

@@ -14,13 +14,15 @@ from typer.testing import CliRunner
 
 from truestep.cli.main import _app
 from truestep.evaluate import benchmarks, prompts
+from truestep.evaluate.ask import TokenAsker
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.bring import compare_evaluations
 from truestep.evaluate.foreign import read_evaluations
 from truestep.evaluate.sources import content_hash, file_items
 from truestep.evaluate.suite import _Running, averages
+from truestep.model.load import load_tokenizer
 from truestep.report.evaluation import print_scores
-from truestep.settings import SettingsError
+from truestep.settings import ModelSettings, SettingsError
 
 pytest.importorskip("torch")
 SECRET = "zebra"
@@ -259,6 +261,26 @@ def test_worked_examples_are_right() -> None:
             assert by_hand[operation](int(left), int(right)) == int(result), question
         assert answer.endswith(f"The answer is {re.findall(r'= ([0-9]+)', answer)[-1]}")
     assert {len(shots) for shots in (prompts._MATH_SHOTS, prompts._BRIEF_SHOTS, prompts._CHOICE_SHOTS)} == {8}
+
+
+def test_what_a_prompt_stops_at_is_tokens_that_spell_it() -> None:
+    tokenizer = load_tokenizer(ModelSettings(path="tiny"))
+    asker = TokenAsker(
+        tokenizer=tokenizer,
+        context_length=64,
+        model_eos=None,
+        open_engine=lambda: pytest.fail("no engine is needed"),
+        pinned_limit=True,
+    )
+    for template in prompts.TEMPLATES:
+        sequences = asker._stop_sequences(template)
+        assert bool(sequences) <= bool(template.stop)
+        assert all(any(stop in tokenizer.decode(ids) for stop in template.stop) for ids in sequences)
+        singles = set(asker._stops(template)) - set(asker._stops(prompts.BY_ID["plain"]))
+        assert all(prompts.cut(str(tokenizer.decode([i])), template.stop) != tokenizer.decode([i]) for i in singles)
+        for stop in template.stop:  # whichever way the tokenizer spells it
+            ids = tuple(tokenizer(stop, add_special_tokens=False)["input_ids"])
+            assert not ids or stop not in tokenizer.decode(ids) or ids in sequences or set(ids) & singles
 
 
 def file_items_of(question: str, answer: str) -> Any:

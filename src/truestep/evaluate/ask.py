@@ -34,6 +34,7 @@ class Asking:
 
     prompts: Sequence[Asked]
     stop_token_ids: tuple[int, ...]
+    stop_sequences: tuple[tuple[int, ...], ...]
     max_new_tokens: int
     num_prompt_tokens: int
     fingerprint: str
@@ -101,6 +102,7 @@ class TokenAsker:
         return Asking(
             prompts=prompts,
             stop_token_ids=self._stops(template),
+            stop_sequences=self._stop_sequences(template),
             max_new_tokens=min(limit, room),
             num_prompt_tokens=sum(map(len, ids)),
             fingerprint=fingerprint(ids),
@@ -126,6 +128,12 @@ class TokenAsker:
         tokenizer: Any = self.tokenizer
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         return (*stops, *(i for i, t in enumerate(texts) if i not in stops and any(end in t for end in ends)))
+
+    def _stop_sequences(self, template: Template) -> tuple[tuple[int, ...], ...]:
+        """The stops as tokens, for a tokenizer that has no token for an empty line."""
+        tokenizer: Any = self.tokenizer
+        made = ((stop, tokenizer(stop, add_special_tokens=False)["input_ids"]) for stop in template.stop)
+        return tuple(tuple(ids) for stop, ids in made if len(ids) > 1 and stop in tokenizer.decode(ids))
 
     def answer(
         self, plan: EvaluationPlan, template: Template, keys: Sequence[Key], check_stop: Callable[[], None]
@@ -178,6 +186,7 @@ class EndpointAsker:
         return Asking(
             prompts=prompts,
             stop_token_ids=(),
+            stop_sequences=(),
             max_new_tokens=job.max_new_tokens,
             num_prompt_tokens=characters // 4,  # the server alone can count them
             fingerprint=fingerprint(sent),

@@ -269,7 +269,11 @@ def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
         "n-samples": {plan.name: {"original": found.num_problems, "effective": found.num_problems}},
         "estimate": found.to_json(),
         "samples_per_problem": plan.samples_per_problem,
-        "sampling": {**asdict(plan.sampling), "stop_token_ids": list(plan.sampling.stop_token_ids)},
+        "sampling": {
+            **asdict(plan.sampling),
+            "stop_token_ids": list(plan.sampling.stop_token_ids),
+            "stop_sequences": [list(ids) for ids in plan.sampling.stop_sequences],
+        },
         "seed": plan.seed,
         "identity": plan.identity,
         **plan.facts,

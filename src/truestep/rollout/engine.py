@@ -36,13 +36,21 @@ class SampleRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
-    """What distribution to sample from, and when to stop. Temperature 0 is greedy."""
+    """What distribution to sample from, and when to stop. Temperature 0 is greedy.
+
+    A completion ends with the first of ``stop_token_ids``, or with the first of ``stop_sequences`` that its last tokens
+    are (an engine may do without these: they only save what would be cut off)."""
 
     temperature: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0
     top_k: int = 0
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        """Whether these tokens, at least one, are a completion that has stopped by itself."""
+        return tokens[-1] in self.stop_token_ids or any(tuple(tokens[-len(s) :]) == s for s in self.stop_sequences)
 
 
 @dataclass(frozen=True, kw_only=True)

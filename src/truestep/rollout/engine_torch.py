@@ -296,7 +296,7 @@ class TorchEngine:
 
     def _finished(self, row: _Row, sampling: SamplingParameters) -> bool:
         full = len(row.tokens) + row.request.num_given >= sampling.max_new_tokens
-        return full or row.tokens[-1] in sampling.stop_token_ids
+        return full or sampling.ends(row.tokens)
 
     def _run_alone(self, row: _Row, sampling: SamplingParameters, check_stop: Callable[[], None]) -> _Row:
         """For models whose attention cannot be packed: their own forward pass and cache, one row at a time."""
@@ -315,7 +315,7 @@ class TorchEngine:
         return row
 
     def _rollout(self, row: _Row, sampling: SamplingParameters) -> Rollout:
-        stopped = row.tokens[-1] in sampling.stop_token_ids
+        stopped = sampling.ends(row.tokens)
         return Rollout(
             problem_id=row.request.problem_id,
             sample_index=row.request.sample_index,

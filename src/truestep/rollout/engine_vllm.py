@@ -210,7 +210,7 @@ class VllmEngine:
         logprobs: tuple[float, ...],
         error: str,
     ) -> Rollout:
-        stopped = bool(tokens) and tokens[-1] in sampling.stop_token_ids
+        stopped = bool(tokens) and sampling.ends(tokens)
         return Rollout(
             problem_id=request.problem_id,
             sample_index=request.sample_index,
