@@ -29,11 +29,13 @@ def write_evaluation_report(run: Path) -> Path:
     if summary.get("kind") != "evaluation":
         raise SettingsError(f"{run}: holds no evaluation of benchmarks: give the folder that truestep eval printed")
     scores = summary.get("scores") or []
+    rows = [[visible(cell) for cell in cells(score)] for score in scores]
+    said = [n for n in range(len(HEADINGS)) if any(row[n] != NONE for row in rows)]  # a column that says something
     page = page_environment().get_template("evaluation.html").render(
         name=summary.get("name") or run.resolve().name,
         summary=summary,
-        headings=HEADINGS,
-        rows=[[visible(cell) for cell in cells(score)] for score in scores],
+        headings=[HEADINGS[n] for n in said],
+        rows=[[row[n] for n in said] for row in rows],
         curves=[curve for score in scores if (curve := _curve(score))],
         evaluations=[_evaluation(run, number, score) for number, score in enumerate(scores)],
         filters=FILTERS,
