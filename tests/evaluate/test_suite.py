@@ -117,6 +117,27 @@ def test_the_table_breaks_no_name_and_no_interval(
     assert "…" not in shown
 
 
+@pytest.mark.parametrize(
+    ("words", "samples"),
+    [
+        ([], {"sums": 6, "hidden": 3}),
+        (["--benchmarks", "hidden"], {"hidden": 3}),
+        (["--limit", "1"], {"sums": 3, "hidden": 1}),
+    ],
+)
+def test_the_command_line_goes_before_a_recipes_limits(
+    run: Callable[..., Any], tmp_path: Path, words: list[str], samples: dict[str, int]
+) -> None:
+    del run
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'benchmarks = ["sums", "hidden"]\nlimit = 3\n[limits]\nsums = 2\n[model]\npath = "tiny"\ncontext_length = 512\n'
+    )
+    fixed = ["eval", "model", str(recipe), "--data", str(tmp_path / "data"), "--dry-run", "--json"]
+    result = CliRunner().invoke(_app(), [*fixed, *words], catch_exceptions=False)
+    assert {job["benchmark"]: job["samples"] for job in json.loads(result.stdout)["jobs"]} == samples
+
+
 def test_the_running_score_ends_with_all_samples() -> None:
     running = _Running()
     for verdict, shown in (("correct", "score 100.0 %"), ("incorrect", "score 50.0 %")):

@@ -64,6 +64,9 @@ def evaluate(
         if "benchmarks" not in raw and "benchmarks" not in given:
             _own_sets(Path(model), given, overrides, out, resume=resume, dry_run=dry_run, as_json=as_json)
             return
+    if limits := raw.get("limits"):  # a recipe's, for the benchmarks and without the limit of the command line
+        kept = {} if limit is not None else {k: v for k, v in limits.items() if k in given.get("benchmarks", limits)}
+        raw = raw | {"limits": kept}
     settings = _settings(raw | given, overrides, where=model)
     _execute(settings, base_dir, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
