@@ -112,7 +112,7 @@ def print_scores(summary: Row) -> None:
     table = Table(title=Text(str(summary.get("name", ""))), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number in shown:
         heading = Text(textwrap.fill(HEADINGS[number], 11))
-        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if number < 2 else "right")
     for score in summary.get("scores") or []:  # what is in brackets has a line of its own: nothing is broken
         texts = [visible(cell).replace(" [", "\n[").replace(" (", "\n(") for cell in cells(score)]
         table.add_row(*(Text(texts[number]) for number in shown))
