@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from truestep.cli.main import _app
+from truestep.cli.progress import ConsoleReporter
 from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.ask import TokenAsker
 from truestep.evaluate.benchmarks import Benchmark
@@ -139,10 +140,17 @@ def test_the_command_line_goes_before_a_recipes_limits(
 
 
 def test_the_running_score_ends_with_all_samples() -> None:
-    running = _Running()
-    for verdict, shown in (("correct", "score 100.0 %"), ("incorrect", "score 50.0 %")):
+    notes: list[str] = []
+
+    class Reporter(ConsoleReporter):
+        def advance(self, done: int, note: str = "") -> None:
+            notes.append(note)
+
+    running = _Running(Reporter())
+    for done, verdict in enumerate(("correct", "incorrect"), start=1):
         running.add({"problem_id": verdict, "verdict": verdict})
-        assert running.note(last=True).startswith(shown)
+        running.progress(done, 2, {})
+    assert [note.split(" [")[0] for note in notes] == ["score 100.0 %", "score 50.0 %"]
 
 
 def test_a_private_benchmark_is_written_nowhere(run: Callable[..., Any], tmp_path: Path) -> None:

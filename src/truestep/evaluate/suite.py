@@ -78,13 +78,13 @@ def run_suite(
     for number, ((job, _), plan) in enumerate(zip(ready, plans, strict=True), start=1):
         what = f"[{number}/{len(ready)}] {job.benchmark.id} · {job.template.id}"
         reporter.begin(what, len(plan.sample_keys()))
-        running = _Running()
+        running = _Running(reporter)
         results = run_samples(
             plan,
             answer=lambda keys, plan=plan, job=job: asker.answer(plan, job.template, keys, check_stop),  # type: ignore[misc]
             grade=graders.lenient,
             grade_strictly=graders.strict,
-            progress=lambda done, total, counts, running=running: reporter.advance(done, running.note(done == total)),  # type: ignore[misc]
+            progress=running.progress,
             on_row=running.add,
         )
         scores.append(_score(job, results))
@@ -132,7 +132,8 @@ def _plan(settings: EvaluationSettings, job: Job, asking: Asking, folder: Path, 
 class _Running:
     """The score so far with its interval, computed at most once a second, and with the last sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
         self.problems: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.text, self.at = "", 0.0
 
@@ -141,14 +142,15 @@ class _Running:
         counts[0] += row["verdict"] == Verdict.CORRECT
         counts[1] += 1
 
-    def note(self, last: bool) -> str:
+    def progress(self, done: int, total: int, counts: Mapping[str, int]) -> None:
+        del counts  # by verdict; the interval needs them by problem
         now = time.monotonic()
-        if self.problems and (last or now - self.at >= REFRESH_SECONDS):
+        if self.problems and (done == total or now - self.at >= REFRESH_SECONDS):
             self.at = now
-            counts = np.array(list(self.problems.values()), dtype=float)
-            found = mean_interval(counts[:, 0] / counts[:, 1], num_trials=float(counts[:, 1].sum()))
+            right, samples = np.array(list(self.problems.values()), dtype=float).T
+            found = mean_interval(right / samples, num_trials=float(samples.sum()))
             self.text = f"score {100 * found.value:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-        return self.text
+        self.reporter.advance(done, self.text)
 
 
 # ------------------------------------------------------------------------------------------------------ what it says
