@@ -2,10 +2,12 @@
 
     python benchmarks/audit_clean.py [--seeds 10] [--python PATH ...] [--out results/audit-clean/clean.json]
 
-What the file holds already is not run again (delete it to repeat everything), so that this may be interrupted.
+What the file holds already is not run again (delete it to repeat everything), so that this may be
+interrupted.
 
-A run is one configuration on one seed's rows. Seeds of a configuration share their processes: importing a framework
-costs most. Without --python the subjects of this environment are run; further environments add what it does not have.
+A run is one configuration on one seed's rows. Seeds of a configuration share their processes: importing a
+framework costs most. Without --python the subjects of this environment are run; further environments add what
+it does not have.
 """
 
 from __future__ import annotations
@@ -95,7 +97,9 @@ def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--python", action="append", default=[], help="another environment's python")
     parser.add_argument("--only", default="", help="subjects whose name holds one of these, comma-separated")

@@ -1,8 +1,10 @@
-"""Audit pinned releases from the package index, one command each, and write docs/findings.md from what was found.
+"""Audit pinned releases from the package index, one command each, and write docs/findings.md from what was
+found.
 
     python benchmarks/audit_findings.py [--only TEXT] [--table-only]
 
-Results are kept as results/audit/NAME.json; a release that has one is not run again (delete the file to repeat it).
+Results are kept as results/audit/NAME.json; a release that has one is not run again (delete the file to
+repeat it).
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def run(name: str, words: tuple[str, ...]) -> None:
     if not done.stdout:
         print(f"{name}: exit code {done.returncode}, nothing to keep", file=sys.stderr)
         return
-    write_json(FOLDER / f"{name}.json", {"command": " ".join(["truestep audit", *words]), **json.loads(done.stdout)})
+    write_json(
+        FOLDER / f"{name}.json", {"command": " ".join(["truestep audit", *words]), **json.loads(done.stdout)}
+    )
 
 
 def page(documents: dict[str, dict[str, Any]]) -> str:
@@ -82,16 +86,22 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
             if f.get("remedy"):
                 what += f". Remedy: {f['remedy']}"
             cells = [f["subject"], versions, configuration_in_words(f["configuration"]), f["verdict"], what]
-            lines.append("| " + " | ".join([*(c.replace("|", "\\|") for c in cells), shown, error, could]) + " |")
+            lines.append(
+                "| " + " | ".join([*(c.replace("|", "\\|") for c in cells), shown, error, could]) + " |"
+            )
     lines += ["", "Commands and provenance:", ""]
     for name, document in sorted(documents.items()):
         stamp, file = document["provenance"], f"results/audit/{name}.json"
-        lines.append(f"* `{document['command']}`: commit {stamp['commit'][:12]}, {stamp['hardware']['cpu']}, {file}")
+        lines.append(
+            f"* `{document['command']}`: commit {stamp['commit'][:12]}, {stamp['hardware']['cpu']}, {file}"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="targets whose name holds this text")
     parser.add_argument("--table-only", action="store_true", help="run nothing, only write the page again")
     given = parser.parse_args()

@@ -1,13 +1,14 @@
-"""Speed and memory against TRL, transformers and vLLM: same machine, model, data and dtype, ratios of the same run.
+"""Speed and memory against TRL, transformers and vLLM: same machine, model, data and dtype, ratios of the
+same run.
 
-    python benchmarks/bench.py [--only sft,rollout,rl,matmul] [--repetitions 3] [--threads 2] [--data FILE.jsonl]
-                               [--dtype float32|bfloat16] [--model PATH] [--quick] [--out results/bench/results.json]
-                               [--size rl_steps=1 ...]
+    python benchmarks/bench.py [--only sft,rollout,rl,matmul] [--repetitions 3] [--threads 2] [--data
+                               FILE.jsonl] [--dtype float32|bfloat16] [--model PATH] [--quick] [--out
+                               results/bench/results.json] [--size rl_steps=1 ...]
 
-Every repetition is a fresh process, and repetitions are interleaved (ours, peer, ours, peer, ...), so that a slow
-minute of the machine hits all. Peers live in environments of their own under .bench/, made on first use. A peer that
-cannot be installed or fails is reported, never fatal. Progress goes to stderr, one table to stdout, raw figures with
-provenance to the JSON file; sections that were not run keep what it held.
+Every repetition is a fresh process, and repetitions are interleaved (ours, peer, ours, peer, ...), so that a
+slow minute of the machine hits all. Peers live in environments of their own under .bench/, made on first use.
+A peer that cannot be installed or fails is reported, never fatal. Progress goes to stderr, one table to
+stdout, raw figures with provenance to the JSON file; sections that were not run keep what it held.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ QUICK = Sizes(
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """One process to be measured: a script of peers/, in an environment ("" is our own), with what it is told."""
+    """One process to be measured: a script of peers/, in an environment ("" is our own), with what it is
+    told."""
 
     name: str
     script: str
@@ -149,7 +151,9 @@ def rl_contestants(sizes: Sizes) -> list[Contestant]:
     }
     return [
         Contestant(name="truestep", script="ours.py", spec=spec),
-        Contestant(name="truestep, compiled layers", script="ours.py", spec={**spec, "compile": True, "warmup": 2}),
+        Contestant(
+            name="truestep, compiled layers", script="ours.py", spec={**spec, "compile": True, "warmup": 2}
+        ),
         Contestant(name="TRL GRPOTrainer", script="trl_grpo.py", spec=spec, environment="trl"),
         Contestant(
             name="TRL GRPOTrainer, its default checkpointing",
@@ -162,8 +166,8 @@ def rl_contestants(sizes: Sizes) -> list[Contestant]:
 
 
 def matmul_contestants(sizes: Sizes) -> list[Contestant]:
-    """The machine's rate, and truestep's SFT step without and with compiled layers. The compiler's cache is empty in
-    the first repetition and warm after it."""
+    """The machine's rate, and truestep's SFT step without and with compiled layers. The compiler's cache is
+    empty in the first repetition and warm after it."""
     rate = {"what": "rate", "matmul_size": sizes.matmul_size, "seconds": sizes.matmul_seconds}
     eager = dict(sft_contestants(sizes)[0].spec)
     compiled = {**eager, "compile": True, "warmup": 2}
@@ -188,19 +192,31 @@ def workload_of(section: str, sizes: Sizes, model: str, data: str) -> dict[str, 
         return sft_workload(model, data, steps * sizes.sequences_per_step, SEED)
     if section == "rollout":
         return prompt_workload(model, data, sizes.rollout_prompts, sizes.rollout_prompts, SEED)
-    return prompt_workload(model, data, (sizes.rl_steps + 2) * sizes.prompts_per_step, sizes.prompts_per_step, SEED)
+    return prompt_workload(
+        model, data, (sizes.rl_steps + 2) * sizes.prompts_per_step, sizes.prompts_per_step, SEED
+    )
 
 
-def run_section(section: str, options: argparse.Namespace, sizes: Sizes, model: str, dtype: str) -> dict[str, Any]:
+def run_section(
+    section: str, options: argparse.Namespace, sizes: Sizes, model: str, dtype: str
+) -> dict[str, Any]:
     """All repetitions of all contestants of a section, interleaved."""
     workload = workload_of(section, sizes, model, options.data)
     say(f"{section}: {describe(workload)}")
     contestants = CONTESTANTS[section](sizes)
-    results: dict[str, Any] = {c.name: {"spec": dict(c.spec), "repetitions": [], "failed": ""} for c in contestants}
+    results: dict[str, Any] = {
+        c.name: {"spec": dict(c.spec), "repetitions": [], "failed": ""} for c in contestants
+    }
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         shared = Path(folder) / "workload.json"
         write_json(shared, workload)
-        general = {"model": model, "dtype": dtype, "threads": options.threads, "seed": SEED, "workload": str(shared)}
+        general = {
+            "model": model,
+            "dtype": dtype,
+            "threads": options.threads,
+            "seed": SEED,
+            "workload": str(shared),
+        }
         for repetition in range(options.repetitions):
             for contestant in contestants:
                 result = results[contestant.name]
@@ -208,7 +224,9 @@ def run_section(section: str, options: argparse.Namespace, sizes: Sizes, model: 
                     continue
                 began = time.perf_counter()
                 try:
-                    line = run_contestant(contestant, {**general, **contestant.spec}, Path(folder), sizes.timeout)
+                    line = run_contestant(
+                        contestant, {**general, **contestant.spec}, Path(folder), sizes.timeout
+                    )
                 except NotAvailable as error:
                     result["failed"] = str(error)
                     say(f"{section}  {contestant.name}: not run ({error})")
@@ -229,7 +247,9 @@ def run_section(section: str, options: argparse.Namespace, sizes: Sizes, model: 
     }
 
 
-def run_contestant(contestant: Contestant, spec: Mapping[str, Any], folder: Path, timeout: int) -> dict[str, Any]:
+def run_contestant(
+    contestant: Contestant, spec: Mapping[str, Any], folder: Path, timeout: int
+) -> dict[str, Any]:
     """One process, one line of figures. Raises NotAvailable with one line where there are none."""
     python = interpreter(contestant.environment, say)
     path = folder / "specification.json"
@@ -241,12 +261,16 @@ def run_contestant(contestant: Contestant, spec: Mapping[str, Any], folder: Path
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # empty in a section's first repetition, warm after it
+        "TORCHINDUCTOR_CACHE_DIR": str(
+            folder / "inductor"
+        ),  # empty in a section's first repetition, warm after it
         **preload(contestant.environment),
     }
     command = [str(python), str(PEERS / contestant.script), str(path)]
     try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, timeout=timeout, check=False
+        )
     except subprocess.TimeoutExpired:
         raise NotAvailable(f"no result within {timeout} s") from None
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"figures"')]
@@ -308,12 +332,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated (default: all)")
     parser.add_argument("--repetitions", type=int, default=0, help="default 3; 1 with --quick")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", default=default_data(), help="JSONL with problem and solution (default: made up)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default: the faster one here")
+    parser.add_argument(
+        "--data", default=default_data(), help="JSONL with problem and solution (default: made up)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="default: the faster one here"
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--quick", action="store_true", help="a tiny random model and few steps: tries everything out")
-    parser.add_argument("--out", default="", help="default results/bench/results.json; .bench/quick.json with --quick")
-    parser.add_argument("--size", action="append", default=[], help="NAME=NUMBER of class Sizes; may be repeated")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny random model and few steps: tries everything out"
+    )
+    parser.add_argument(
+        "--out", default="", help="default results/bench/results.json; .bench/quick.json with --quick"
+    )
+    parser.add_argument(
+        "--size", action="append", default=[], help="NAME=NUMBER of class Sizes; may be repeated"
+    )
     options = parser.parse_args(arguments)
     options.sections = [s.strip() for s in options.only.split(",") if s.strip()]
     unknown = [s for s in options.sections if s not in SECTIONS]
@@ -326,7 +360,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--size {text}: write NAME=NUMBER with one of {', '.join(sorted(known))}")
     options.size = {name: int(value) for name, _, value in (text.partition("=") for text in options.size)}
     options.repetitions = options.repetitions or (1 if options.quick else 3)
-    options.out = Path(options.out or (FOLDER / "quick.json" if options.quick else ROOT / "results/bench/results.json"))
+    options.out = Path(
+        options.out or (FOLDER / "quick.json" if options.quick else ROOT / "results/bench/results.json")
+    )
     return options
 
 

@@ -3,12 +3,13 @@
     python benchmarks/coverage_evaluate.py [--simulations 10000] [--out results/coverage-evaluate.json]
 
 Truths p from .01 to .99 in steps of .02; 30 to 1,000 problems; 1, 4 or 32 samples of each; problems alike,
-beta-distributed with five concentrations, or of two kinds (never solved, solved with probability .7). The numbers of
-problems with 0 … k correct samples are drawn at once (multinomial). Whether an interval of
-``truestep.evaluate.interval`` holds p is asked through scipy's beta distribution, vectorised; at some draws of each
-point the product's own function must say the same. A point that comes out below 94.5 % is simulated again with twenty
-times as many draws, which then count: the least of thousands of estimates says more of their noise than of the
-interval. Prints a table; exits 1 where a point is below 94 %, or where the mean over all points is not 95 ± 1 %.
+beta-distributed with five concentrations, or of two kinds (never solved, solved with probability .7). The
+numbers of problems with 0 … k correct samples are drawn at once (multinomial). Whether an interval of
+``truestep.evaluate.interval`` holds p is asked through scipy's beta distribution, vectorised; at some draws
+of each point the product's own function must say the same. A point that comes out below 94.5 % is simulated
+again with twenty times as many draws, which then count: the least of thousands of estimates says more of
+their noise than of the interval. Prints a table; exits 1 where a point is below 94 %, or where the mean over
+all points is not 95 ± 1 %.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from typing import Any
 import numpy as np
 from scipy import special, stats
 
-from truestep.evaluate.interval import INWARD, PULL, alpha_of, binomial_interval, clustered_interval, normal_quantile
+from truestep.evaluate.interval import (
+    INWARD,
+    PULL,
+    alpha_of,
+    binomial_interval,
+    clustered_interval,
+    normal_quantile,
+)
 
 TRUTHS = np.round(np.arange(0.01, 1, 0.02), 2).tolist()
 KINDS: tuple[Any, ...] = ("alike", 20.0, 5.0, 2.0, 0.7, 0.2, "two kinds")
@@ -65,7 +73,9 @@ def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num
     x, trials = ends(mean, variance, n, k)
     tail = alpha_of(n) / 2
     above = (x <= 0) | (special.betainc(np.maximum(x + INWARD, 1e-9), trials - x + 1 - INWARD, p) >= tail)
-    below = (x >= trials) | (special.betainc(x + 1 - INWARD, np.maximum(trials - x + INWARD, 1e-9), p) <= 1 - tail)
+    below = (x >= trials) | (
+        special.betainc(x + 1 - INWARD, np.maximum(trials - x + INWARD, 1e-9), p) <= 1 - tail
+    )
     none, every = (binomial_interval(c, n) for c in (0, n))
     below = np.where(mean == 0, p <= none[1], below)
     above = np.where(mean == 1, p >= every[0], above)
@@ -80,7 +90,8 @@ def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num
 
 
 def single(n: int, p: float) -> tuple[float, float]:
-    """Exact coverage of one sample a problem (no simulation is needed), and the width at the likeliest count."""
+    """Exact coverage of one sample a problem (no simulation is needed), and the width at the likeliest
+    count."""
     chances = stats.binom.pmf(np.arange(n + 1), n, p)
     likely = np.flatnonzero(chances > 1e-7)
     found = {int(c): binomial_interval(int(c), n) for c in likely}
@@ -90,7 +101,9 @@ def single(n: int, p: float) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--simulations", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/coverage-evaluate.json"))
@@ -124,7 +137,13 @@ def main() -> None:
     points = {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
     mean = float(np.mean([r["coverage"] for r in rows]))
     print(f"{len(rows)} points, mean {mean:.4f}, lowest {min(r['coverage'] for r in rows):.4f}")
-    found = {"simulations": args.simulations, "seed": args.seed, "mean": mean, "groups": groups, "points": points}
+    found = {
+        "simulations": args.simulations,
+        "seed": args.seed,
+        "mean": mean,
+        "groups": groups,
+        "points": points,
+    }
     args.out.write_text(json.dumps(found).replace("], [", "],\n[") + "\n")
     sys.exit(any(r["coverage"] < 0.94 for r in rows) or abs(mean - 0.95) > 0.01)
 

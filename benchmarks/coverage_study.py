@@ -2,9 +2,9 @@
 
     python benchmarks/coverage_study.py [--simulations 4000] [--seed 0] [--out results/coverage/study.json]
 
-Each setting draws whole studies: training seeds and problems anew each time (that is the population an interval speaks
-of), scores as counts of correct samples from a logistic model, or normal. The truth is known: by quadrature, or set.
-Exits 1 where a setting covers less than 93.5 % or the mean is not within 95 ± 1.5 %.
+Each setting draws whole studies: training seeds and problems anew each time (that is the population an
+interval speaks of), scores as counts of correct samples from a logistic model, or normal. The truth is known:
+by quadrature, or set. Exits 1 where a setting covers less than 93.5 % or the mean is not within 95 ± 1.5 %.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ BATCH = 250  # studies drawn at once
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Spreads are standard deviations: of logits (``kind`` "score", "difference"), or of scores ("normal")."""
+    """Spreads are standard deviations: of logits (``kind`` "score", "difference"), or of scores
+    ("normal")."""
 
     name: str
     kind: str
@@ -54,8 +55,12 @@ def declared() -> list[Setting]:
         for regime, spreads in regimes:
             name = f"{regime}, {seeds} seeds"
             found.append(Setting(name=f"{name}, difference", kind="difference", seeds=seeds, **spreads))
-            found.append(Setting(name=f"{name}, normal", kind="normal", seeds=seeds, mean=(0.3, 0.0), **spreads))
-        found.append(Setting(name=f"both alike, {seeds} seeds, score", kind="score", seeds=seeds, by_seed=0.25))
+            found.append(
+                Setting(name=f"{name}, normal", kind="normal", seeds=seeds, mean=(0.3, 0.0), **spreads)
+            )
+        found.append(
+            Setting(name=f"both alike, {seeds} seeds, score", kind="score", seeds=seeds, by_seed=0.25)
+        )
         found.append(Setting(name=f"both alike, {seeds} seeds, 4 samples, 40 problems", kind="difference", seeds=seeds,
                              samples=4, problems=(40,), by_seed=0.2, by_problem=0.6))  # fmt: skip
         found.append(Setting(name=f"both alike, {seeds} seeds, three benchmarks", kind="difference", seeds=seeds,
@@ -90,7 +95,10 @@ def draw(s: Setting, num: int, rng: np.random.Generator) -> list[np.ndarray]:
         problem = rng.normal(size=(num, 1, size)) * s.shared
         scores = []
         for arm in (0, 1):
-            own = rng.normal(size=(num, 1, size)) * s.by_problem + rng.normal(size=(num, s.seeds, size)) * s.both
+            own = (
+                rng.normal(size=(num, 1, size)) * s.by_problem
+                + rng.normal(size=(num, s.seeds, size)) * s.both
+            )
             if s.kind == "normal":
                 scores.append((s.mean[0] if arm else 0.0) + (arms[arm] + own if arm else 0.0) + 0 * problem)
             else:
@@ -128,15 +136,21 @@ def cover(s: Setting, num: int, seed: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--simulations", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/coverage/study.json"))
     given = parser.parse_args()
     rows = []
     for setting in declared():
-        rows.append({**asdict(setting), "truth": truth(setting), **cover(setting, given.simulations, given.seed)})
-        shown = "  ".join(f"{r} {rows[-1][r]['coverage']:.4f} ±{rows[-1][r]['half_width']:.4f}" for r in RULES)
+        rows.append(
+            {**asdict(setting), "truth": truth(setting), **cover(setting, given.simulations, given.seed)}
+        )
+        shown = "  ".join(
+            f"{r} {rows[-1][r]['coverage']:.4f} ±{rows[-1][r]['half_width']:.4f}" for r in RULES
+        )
         print(f"{setting.name}: {shown}", flush=True)
     coverage = [row["crossed"]["coverage"] for row in rows]
     summary = {"simulations": given.simulations, "lowest": min(coverage), "mean": float(np.mean(coverage))}

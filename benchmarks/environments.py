@@ -1,4 +1,5 @@
-"""The peers' environments under ``.bench/``: made on first use with pip (vLLM: uv), or refused with one line why."""
+"""The peers' environments under ``.bench/``: made on first use with pip (vLLM: uv), or refused with one line
+why."""
 
 from __future__ import annotations
 
@@ -51,7 +52,10 @@ def preload(name: str) -> dict[str, str]:
     """The libraries that vLLM's CPU guide asks to be preloaded, as far as they are here."""
     if name != "vllm":
         return {}
-    found = [*(FOLDER / name / "lib").glob("libiomp5.so"), *sorted(Path("/usr/lib").glob("*/libtcmalloc*.so.4"))]
+    found = [
+        *(FOLDER / name / "lib").glob("libiomp5.so"),
+        *sorted(Path("/usr/lib").glob("*/libtcmalloc*.so.4")),
+    ]
     return {"LD_PRELOAD": ":".join(map(str, found))} if found else {}
 
 
@@ -65,11 +69,21 @@ def _install_trl(python: Path) -> None:
 
 
 def _install_vllm(python: Path) -> None:
-    """uv can leave a dependency out, which pip cannot; it does not read pip's settings, so it is told them."""
+    """uv can leave a dependency out, which pip cannot; it does not read pip's settings, so it is told
+    them."""
     _run(str(python), "-m", "pip", "install", "-q", "uv")
     overrides = python.parent.parent / "overrides.txt"
     overrides.write_text("".join(f'{name} ; sys_platform == "never"\n' for name in UNWANTED))
-    command = [str(python.parent / "uv"), "pip", "install", "-q", "--python", str(python), "--override", str(overrides)]
+    command = [
+        str(python.parent / "uv"),
+        "pip",
+        "install",
+        "-q",
+        "--python",
+        str(python),
+        "--override",
+        str(overrides),
+    ]
     for place in _find_links():
         command += ["--find-links", place]
     _run(*command, "-c", str(CONSTRAINTS), TORCH, VLLM)

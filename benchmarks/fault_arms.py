@@ -1,11 +1,13 @@
-"""An injected fault against the framework that really had it: step by step, each from the framework's own parameters.
+"""An injected fault against the framework that really had it: step by step, each from the framework's own
+parameters.
 
     python benchmarks/fault_arms.py [--out results/audit-injected/injected.json] [--limit 5e-5]
 
-The framework's real step runs in its audit environment (built on first use) under plain SGD in float32. Then truestep's
-step is put where the framework stood before each of its steps, given the same micro-batches, the fault by name, and the
-two updates are compared: ‖injected − real‖ / ‖real‖. The repaired step, without any fault, is compared as well: it
-shows how far the fault itself moves the update. Clean releases are compared with the step that has no fault.
+The framework's real step runs in its audit environment (built on first use) under plain SGD in float32. Then
+truestep's step is put where the framework stood before each of its steps, given the same micro-batches, the
+fault by name, and the two updates are compared: ‖injected − real‖ / ‖real‖. The repaired step, without any
+fault, is compared as well: it shows how far the fault itself moves the update. Clean releases are compared
+with the step that has no fault.
 """
 
 from __future__ import annotations
@@ -62,7 +64,13 @@ PAIRS = (
     Pair("transformers==5.23.0+deepspeed==0.18.9", "transformers Trainer + DeepSpeed", {}, 1, OFFLOAD),
     Pair("openrlhf==0.10.2", "OpenRLHF SFTTrainer", {"arch": "llama", "offload": False}, 1, MEAN),
     Pair("openrlhf==0.10.2", "OpenRLHF SFTTrainer", {"arch": "llama", "offload": False}, 2, MEAN),
-    Pair("openrlhf==0.10.2+deepspeed==0.18.9", "OpenRLHF SFTTrainer", {"arch": "llama", "offload": True}, 1, BOTH),
+    Pair(
+        "openrlhf==0.10.2+deepspeed==0.18.9",
+        "OpenRLHF SFTTrainer",
+        {"arch": "llama", "offload": True},
+        1,
+        BOTH,
+    ),
     Pair("transformers==5.23.0", "transformers Trainer", {"arch": "llama"}, 1, NONE),
     Pair("transformers==5.23.0", "transformers Trainer", {"arch": "llama"}, 2, NONE),
     Pair("transformers==5.23.0+deepspeed==0.19.8", "DeepSpeed", ZERO2, 2, NONE),
@@ -112,8 +120,11 @@ def read(policy: Policy, parameters: tuple[tuple[str, tuple[int, ...]], ...]) ->
     return np.concatenate([own[name].detach().double().numpy().ravel() for name, _ in parameters])
 
 
-def update_of(policy: Policy, case: cases.Case, seen: Observation, step: Step, fault: FaultSettings) -> np.ndarray:
-    """truestep's update from where the framework stood, with its micro-batches (rank after rank) and the fault."""
+def update_of(
+    policy: Policy, case: cases.Case, seen: Observation, step: Step, fault: FaultSettings
+) -> np.ndarray:
+    """truestep's update from where the framework stood, with its micro-batches (rank after rank) and the
+    fault."""
     place(policy, seen.parameters, step.before)
     before = read(policy, seen.parameters)
     batches = []
@@ -151,7 +162,9 @@ def compare(pair: Pair) -> dict[str, Any]:
     for step in seen.steps:
         real = step.after - step.before
         found = {
-            name: float(np.linalg.norm(update_of(policy, case, seen, step, fault) - real) / np.linalg.norm(real))
+            name: float(
+                np.linalg.norm(update_of(policy, case, seen, step, fault) - real) / np.linalg.norm(real)
+            )
             for name, fault in (("injected", pair.fault), ("no_fault", NONE))
         }
         rows.append({**found, "trained_tokens": step.counts})

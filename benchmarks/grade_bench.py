@@ -2,11 +2,11 @@
 
     python benchmarks/grade_bench.py PAIRS.jsonl --processes 2 --rounds 3
 
-math-verify runs as its documentation shows (parse, verify, its own time limits) in a process pool. Each measurement is
-made with new processes, and the two take turns at coming first. Prints JSON: wall-clock seconds, and seconds of
-processor time, which other work on the machine changes little; once with processes that have been started and
-have imported their libraries ("pairs"), that start apart ("start"), and once from nothing ("cold"); all pairs, and
-those alone that need algebra ("slow_path").
+math-verify runs as its documentation shows (parse, verify, its own time limits) in a process pool. Each
+measurement is made with new processes, and the two take turns at coming first. Prints JSON: wall-clock
+seconds, and seconds of processor time, which other work on the machine changes little; once with processes
+that have been started and have imported their libraries ("pairs"), that start apart ("start"), and once from
+nothing ("cold"); all pairs, and those alone that need algebra ("slow_path").
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def needs_algebra(pair: Pair) -> bool:
 
 
 def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:
-    """Seconds and ratios of one list of pairs: of the start, of the pairs after it, and of both from nothing."""
+    """Seconds and ratios of one list of pairs: of the start, of the pairs after it, and of both from
+    nothing."""
     ours: list[dict[str, tuple[float, float]]] = []
     other: list[dict[str, tuple[float, float]]] = []
     for number in range(rounds):
@@ -121,11 +122,15 @@ def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sample", type=int, default=0, help="so many pairs, drawn with seed 0 [default: all]")
+    parser.add_argument(
+        "--sample", type=int, default=0, help="so many pairs, drawn with seed 0 [default: all]"
+    )
     options = parser.parse_args()
     pairs = [pair for pair in read_pairs(options.pairs) if pair.kind != "choice"]
     pairs = random.Random(0).sample(pairs, options.sample) if options.sample else pairs

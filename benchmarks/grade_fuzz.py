@@ -3,8 +3,9 @@
     python benchmarks/grade_fuzz.py --engine hypothesis --cases 100000
     python benchmarks/grade_fuzz.py --engine atheris --cases 100000      # where atheris is installed
 
-Answers are made of tokens that answers are made of. What is fuzzed is all that runs in the caller's process: reading,
-normalisation, comparison, policies. Algebra runs in children whose death is an outcome, and has its own tests.
+Answers are made of tokens that answers are made of. What is fuzzed is all that runs in the caller's process:
+reading, normalisation, comparison, policies. Algebra runs in children whose death is an outcome, and has its
+own tests.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ MATHEMATICS = (
     r"\right) \{ \} \\ \text{ \mathrm{ \mathbb{R} ^\circ ^{\circ} \% \$ \, \! \quad \overline{ \dot{ \ldots \emptyset "
     r"\begin{pmatrix} \end{pmatrix} \begin{cases} \binom{ \sin \log_ \approx \equiv"
 )
-MARKS = r"\boxed{ \fbox{ #### <answer> </answer> </think> <think> The answer is final réponse 答案是 不是 ** (B)"
+MARKS = (
+    r"\boxed{ \fbox{ #### <answer> </answer> </think> <think> The answer is final réponse 答案是 不是 ** (B)"
+)
 WORDS = "option wrong and or not cm m km cents dollars percent million PM a.m. degrees yes no twelve hundred"
 STRANGE = "− – × ² ½ ∞ ° ７ \u200b \u202e \ud800 \x00 ∪ ٧ É 🙂"
 TOKENS = (
@@ -79,7 +82,9 @@ def examine(gold: str, answer: str) -> None:
         if decision.equal is None and not decision.refused:
             for part in questions(gold_answer(gold), found.answer):
                 same = same_formula(symbolic_form(part[0]), symbolic_form(part[1]))
-                assert same_formula(symbolic_form(part[1]), symbolic_form(part[0])) is same, f"one way only: {part!r}"
+                assert same_formula(symbolic_form(part[1]), symbolic_form(part[0])) is same, (
+                    f"one way only: {part!r}"
+                )
     found = extract_answer("\\boxed{" + answer + "}")
     if found.answer:
         assert decide(found.answer, found.answer).equal, f"not itself: {found.answer!r}"
@@ -152,7 +157,9 @@ def with_atheris(cases: int, seed: int) -> None:
         parts = []
         for _ in range(source.ConsumeIntInRange(0, 14)):
             use = source.ConsumeIntInRange(0, 7)
-            parts.append(source.ConsumeUnicode(3) if use == 0 else TOKENS[source.ConsumeIntInRange(0, len(TOKENS) - 1)])
+            parts.append(
+                source.ConsumeUnicode(3) if use == 0 else TOKENS[source.ConsumeIntInRange(0, len(TOKENS) - 1)]
+            )
         examine(gold, "".join(parts))
 
     atheris.Setup([sys.argv[0], f"-runs={cases}", f"-seed={seed}", "-max_len=96", "-len_control=0"], run)

@@ -1,14 +1,15 @@
-"""Kill a run at random moments, resume it, kill it again: the end must be that of the run that was never killed.
+"""Kill a run at random moments, resume it, kill it again: the end must be that of the run that was never
+killed.
 
     python benchmarks/kill.py --kills 100 [--stage sft|rl|both] [--seed 0] [--keep FOLDER]
 
-One tiny SFT→RL run goes through untouched. Then runs in fresh folders get SIGKILL at random moments and are resumed
-with ``--resume`` until they are done, until so many kills have been given. Every finished run must have the same bytes:
-exported model, optimizer state, metrics of each stage, evaluation samples. Prints where the kills landed, and one JSON
-line; exits 1 where anything differs.
+One tiny SFT→RL run goes through untouched. Then runs in fresh folders get SIGKILL at random moments and are
+resumed with ``--resume`` until they are done, until so many kills have been given. Every finished run must
+have the same bytes: exported model, optimizer state, metrics of each stage, evaluation samples. Prints where
+the kills landed, and one JSON line; exits 1 where anything differs.
 
-Start-up (importing torch and transformers) takes longer than such a run trains, so four of five kills are drawn from
-the time after training has begun, the fifth from the time before.
+Start-up (importing torch and transformers) takes longer than such a run trains, so four of five kills are
+drawn from the time after training has begun, the fifth from the time before.
 """
 
 from __future__ import annotations
@@ -131,9 +132,13 @@ def place(folder: Path) -> tuple[str, str, int]:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of all that must not depend on the kills; leftovers of killed writers are named, and must not be there."""
+    """Hashes of all that must not depend on the kills; leftovers of killed writers are named, and must not be
+    there."""
     names = [*folder.glob("stages/*/metrics.jsonl"), *folder.glob("stages/*/rollouts.jsonl")]
-    names += [*folder.glob("stages/*/export/model.safetensors"), *folder.glob("evaluations/*/*.samples.jsonl")]
+    names += [
+        *folder.glob("stages/*/export/model.safetensors"),
+        *folder.glob("evaluations/*/*.samples.jsonl"),
+    ]
     for home in folder.glob("stages/*"):
         latest = (home / "checkpoints/latest").read_text().strip()
         names += sorted((home / "checkpoints" / latest).glob("*.safetensors"))
@@ -151,8 +156,8 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
 def killed_run(
     recipe: Path, folder: Path, tally: Tally, budget: int, times: tuple[float, float], draw: random.Random
 ) -> None:
-    """One run from the beginning to its end, with up to ``budget`` kills; ``times``: the longest waits before and in
-    training."""
+    """One run from the beginning to its end, with up to ``budget`` kills; ``times``: the longest waits before
+    and in training."""
     before, after = times
     given = 0
     while True:
@@ -179,7 +184,10 @@ def killed_run(
         tally.where[what] += 1
         if stage:
             tally.steps[stage].append(step)
-        print(f"kill {tally.kills} (run {tally.runs + 1}): {what}{f', step {step}' if stage else ''}", file=sys.stderr)
+        print(
+            f"kill {tally.kills} (run {tally.runs + 1}): {what}{f', step {step}' if stage else ''}",
+            file=sys.stderr,
+        )
 
 
 def begin(folder: Path, reference: Path, stage: str) -> None:
@@ -191,7 +199,9 @@ def begin(folder: Path, reference: Path, stage: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stage", choices=["sft", "rl", "both"], default="both")
     parser.add_argument("--seed", type=int, default=0)
@@ -211,14 +221,19 @@ def main() -> None:
     finish(process, reference)
     training = time.monotonic() - start - until_training
     expected = fingerprint(reference)
-    rows = [json.loads(x) for p in reference.glob("stages/02-rl/metrics.jsonl") for x in p.read_text().splitlines()]
+    rows = [
+        json.loads(x)
+        for p in reference.glob("stages/02-rl/metrics.jsonl")
+        for x in p.read_text().splitlines()
+    ]
     learned = sum(row["rl/grad_norm"] > 0 for row in rows)
     print(f"uninterrupted: {until_training:.1f} s until training, {training:.1f} s of it, {len(expected)} hashes, "
           f"{learned} of {len(rows)} RL steps with a gradient", file=sys.stderr)  # fmt: skip
     while tally.kills < given.kills:
         folder = work / f"run-{tally.runs:03d}"
         begin(folder, reference, given.stage)
-        # A third of the training time as the longest wait: a few kills a run, and each launch still gets ahead.
+        # A third of the training time as the longest wait: a few kills a run, and each launch still gets
+        # ahead.
         killed_run(recipe, folder, tally, given.kills - tally.kills, (until_training, training / 3), draw)
         tally.runs += 1
         got = fingerprint(folder)

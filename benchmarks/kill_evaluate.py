@@ -2,9 +2,10 @@
 
     python benchmarks/kill_evaluate.py [--kills 20] [--seed 0]
 
-The built-in model on made-up sums, 48 problems x 4 samples. SIGKILL comes at a random moment after sampling has begun,
-until so many have been given; then the evaluation ends in peace. Prints one JSON line: kills, runs, samples that were
-recorded when a kill came, and whether samples and results have the same bytes; exits 1 where they differ.
+The built-in model on made-up sums, 48 problems x 4 samples. SIGKILL comes at a random moment after sampling
+has begun, until so many have been given; then the evaluation ends in peace. Prints one JSON line: kills,
+runs, samples that were recorded when a kill came, and whether samples and results have the same bytes; exits
+1 where they differ.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def run_and_kill(recipe: Path, out: Path, rng: random.Random, span: float) -> in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -90,7 +93,9 @@ def main() -> None:
             subprocess.run(command(recipe, out), check=True, capture_output=True)
             differences += hashes(out) != expected
             runs += 1
-    print(json.dumps({"kills": len(marks), "runs": runs, "recorded_at_kill": marks, "different": differences}))
+    print(
+        json.dumps({"kills": len(marks), "runs": runs, "recorded_at_kill": marks, "different": differences})
+    )
     sys.exit(differences > 0)
 
 

@@ -3,10 +3,10 @@
     python benchmarks/kill_study.py --kills 3 [--seed 0] [--work FOLDER]
     python benchmarks/kill_study.py --kills 0 --engine ray [--python PYTHON] [--work FOLDER]
 
-A micro study (tests/study/micro.py; with --small a part of it) goes through untouched, in FOLDER/reference. Then it
-is run again, gets SIGKILL at random moments (alone, or with all its children, by the toss of a coin), is started again
-each time, and runs to its end. results.json, the tables and every compact cell without its times must be equal, byte
-for byte. Prints one JSON line; exits 1 where anything differs.
+A micro study (tests/study/micro.py; with --small a part of it) goes through untouched, in FOLDER/reference.
+Then it is run again, gets SIGKILL at random moments (alone, or with all its children, by the toss of a coin),
+is started again each time, and runs to its end. results.json, the tables and every compact cell without its
+times must be equal, byte for byte. Prints one JSON line; exits 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def finish(process: subprocess.Popen[bytes], out: Path) -> None:
 
 
 def fingerprint(out: Path) -> dict[str, str]:
-    found = {name: (out / name).read_text() for name in ("results.json", "table.md", "table.csv", "table.tex")}
+    found = {
+        name: (out / name).read_text() for name in ("results.json", "table.md", "table.csv", "table.tex")
+    }
     for path in sorted(out.glob("compact/*/*.json")):
         found[str(path.relative_to(out))] = json.dumps(without_times(read_json(path)))
     for path in sorted(out.glob("cells/*/run/stages/*/export/model.safetensors")):
@@ -63,7 +65,9 @@ def fingerprint(out: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="local")

@@ -1,13 +1,15 @@
 """The same prompts through lm-evaluation-harness and through truestep: equal tokens, equal answers?
 
-    python benchmarks/lm_eval_agreement.py LM_EVAL_PYTHON DATA [--limit 20] [--benchmarks mawps,svamp,arc_challenge]
-        [--prompt completion] [--few-shot 4] [--model FOLDER] [--label NAME] [--out results/lm-eval-agreement.json]
+    python benchmarks/lm_eval_agreement.py LM_EVAL_PYTHON DATA [--limit 20] [--benchmarks
+        mawps,svamp,arc_challenge] [--prompt completion] [--few-shot 4] [--model FOLDER] [--label NAME] [--out
+        results/lm-eval-agreement.json]
 
-Greedy, float32, batch 1. LM_EVAL_PYTHON is the Python of an environment with lm_eval 0.4.13 and
-torch, DATA a folder with the benchmarks. lm-eval gets our rendered prompts as a task of its own (with our
-stops), so that only generation, cutting and extraction differ; both texts go through our extraction, and both token
-sequences are compared up to the cut. Prints every difference and one JSON line; exits 1 below 99 %. ``--out`` is
-written after each benchmark and keeps what it holds of others (``--label`` tells two runs of one benchmark apart).
+Greedy, float32, batch 1. LM_EVAL_PYTHON is the Python of an environment with lm_eval 0.4.13 and torch, DATA a
+folder with the benchmarks. lm-eval gets our rendered prompts as a task of its own (with our stops), so that
+only generation, cutting and extraction differ; both texts go through our extraction, and both token sequences
+are compared up to the cut. Prints every difference and one JSON line; exits 1 below 99 %. ``--out`` is
+written after each benchmark and keeps what it holds of others (``--label`` tells two runs of one benchmark
+apart).
 """
 
 from __future__ import annotations
@@ -56,14 +58,25 @@ def theirs(python: str, model: str, job: Job, prompts: list[str], folder: Path) 
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stops = json.dumps(list(job.template.stop))
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=file, stops=stops, limit=MAX_NEW_TOKENS))
-    words = [python, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32"]
+    words = [
+        python,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model},dtype=float32",
+    ]
     words += ["--device", "cpu", "--batch_size", "1", "--include_path", str(folder), "--tasks", name]
     words += ["--output_path", str(folder / "out"), "--log_samples"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     environment.pop("PYTHONPATH", None)
     subprocess.run(words, check=True, capture_output=True, env=environment)
     (samples,) = (folder / "out").rglob(f"samples_{name}_*.jsonl")
-    found = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    found = sorted(
+        (json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"]
+    )
     return [row["resps"][0][0] for row in found]
 
 
@@ -91,7 +104,9 @@ def as_text(tokenizer: Any, ids: tuple[int, ...]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("python")
     parser.add_argument("data")
     parser.add_argument("--limit", type=int, default=20)
@@ -113,7 +128,11 @@ def main() -> None:
     tokenizer = load_tokenizer(settings.model)
     context, eos = context_and_eos(settings)
     asker = TokenAsker(
-        tokenizer=tokenizer, context_length=context, model_eos=eos, open_engine=lambda: engine, pinned_limit=True
+        tokenizer=tokenizer,
+        context_length=context,
+        model_eos=eos,
+        open_engine=lambda: engine,
+        pinned_limit=True,
     )
     results: dict[str, Any] = {}
     for job in make_jobs(settings, Path()):
@@ -128,7 +147,8 @@ def main() -> None:
         answers = [a.answer == b.answer for a, b in found]
         with Grader() as grader:
             scores = [
-                grader.score_answers(list(zip(job.problems, own, strict=True))) for own in zip(*found, strict=True)
+                grader.score_answers(list(zip(job.problems, own, strict=True)))
+                for own in zip(*found, strict=True)
             ]
         differences = []
         for problem, (a, b), same in zip(job.problems, pairs, tokens, strict=True):

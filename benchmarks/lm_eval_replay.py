@@ -2,11 +2,12 @@
 
     python benchmarks/lm_eval_replay.py LM_EVAL_PYTHON PAIRS.jsonl [--out FILE] [--show]
 
-PAIRS holds rows with gold, pred (a whole answer), kind (response or choice), verdict (1 or 0: the label) and origin.
-Each goes through lm-eval's own task, with a model that writes down what was recorded: gsm8k (strict-match,
-flexible-extract) where the gold answer comes from GSM8K, mmlu_pro where it is a letter, minerva_math (exact_match,
-math_verify) elsewhere. LM_EVAL_PYTHON is the Python of an environment with lm_eval[math] 0.4.13. Prints JSON: for each
-task and metric how often it and truestep agree, who has the label on his side where they do not, and the ids.
+PAIRS holds rows with gold, pred (a whole answer), kind (response or choice), verdict (1 or 0: the label) and
+origin. Each goes through lm-eval's own task, with a model that writes down what was recorded: gsm8k
+(strict-match, flexible-extract) where the gold answer comes from GSM8K, mmlu_pro where it is a letter,
+minerva_math (exact_match, math_verify) elsewhere. LM_EVAL_PYTHON is the Python of an environment with
+lm_eval[math] 0.4.13. Prints JSON: for each task and metric how often it and truestep agree, who has the label
+on his side where they do not, and the ids.
 """
 
 from __future__ import annotations
@@ -68,15 +69,25 @@ def main() -> None:
             for row in members:
                 label, mine = bool(row["verdict"]), ours[row["id"]]["verdict"] == "correct"
                 other = bool(scored[row["id"]][metric]["score"])
-                side = "equal" if mine == other else "label with truestep" if mine == label else "label with lm-eval"
+                side = (
+                    "equal"
+                    if mine == other
+                    else "label with truestep"
+                    if mine == label
+                    else "label with lm-eval"
+                )
                 sides[side] += 1
                 if mine != other:
                     different.append({"id": row["id"], "side": side})
                     if options.show:
                         print(
-                            row["id"], repr(ours[row["id"]]["extracted"]), repr(scored[row["id"]][metric]["extracted"])
+                            row["id"],
+                            repr(ours[row["id"]]["extracted"]),
+                            repr(scored[row["id"]][metric]["extracted"]),
                         )
-            report.append({"task": task, "metric": metric, "n": len(members), **sides, "different": different})
+            report.append(
+                {"task": task, "metric": metric, "n": len(members), **sides, "different": different}
+            )
     text = json.dumps({"results": report}, indent=1, ensure_ascii=False)
     if options.out:
         options.out.write_text(text + "\n")

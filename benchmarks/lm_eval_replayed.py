@@ -1,4 +1,5 @@
-"""The part of lm_eval_replay.py that runs inside lm-eval's environment: FOLDER/rows.json to FOLDER/found.json."""
+"""The part of lm_eval_replay.py that runs inside lm-eval's environment: FOLDER/rows.json to
+FOLDER/found.json."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def main(folder: Path) -> None:
     for task in FILES:
         data = folder / f"{task}.jsonl"
         data.write_text("".join(json.dumps(document(row)) + "\n" for row in rows if row["task"] == task))
-        (folder / f"replay_{task}.yaml").write_text(OVERLAY.format(file=TASKS / FILES[task], task=task, data=data))
+        (folder / f"replay_{task}.yaml").write_text(
+            OVERLAY.format(file=TASKS / FILES[task], task=task, data=data)
+        )
     model = Recorded({row["id"]: row["pred"] for row in rows})
     results = lm_eval.simple_evaluate(
         model=model,
@@ -77,7 +80,9 @@ def main(folder: Path) -> None:
     for samples in results["samples"].values():
         for sample in samples:
             name, extracted = sample["filter"], sample["filtered_resps"][0]
-            metrics = {name: "exact_match"} if name != "none" else {m: m for m in ("exact_match", "math_verify")}
+            metrics = (
+                {name: "exact_match"} if name != "none" else {m: m for m in ("exact_match", "math_verify")}
+            )
             for metric, key in metrics.items():
                 found[sample["doc"]["id"]][metric] = {"score": sample[key], "extracted": extracted[-80:]}
     (folder / "found.json").write_text(json.dumps(found))

@@ -2,10 +2,11 @@
 
     python benchmarks/smollm_data.py SOURCE [TARGET=data]
 
-SOURCE holds gsm8k/train.jsonl (problem, answer, solution) and benchmarks/{mawps,asdiv,svamp,gsm8k}.jsonl (problem,
-answer). Writes gsm8k-demonstrations.jsonl and, for each word-problem set, NAME-{train,dev,test}.jsonl. ASDiv and MAWPS
-share problems, and MAWPS repeats its own: a text that has been seen in any set is dropped, and the split is decided by
-the text alone, so that no problem can stand on two sides.
+SOURCE holds gsm8k/train.jsonl (problem, answer, solution) and benchmarks/{mawps,asdiv,svamp,gsm8k}.jsonl
+(problem, answer). Writes gsm8k-demonstrations.jsonl and, for each word-problem set,
+NAME-{train,dev,test}.jsonl. ASDiv and MAWPS share problems, and MAWPS repeats its own: a text that has been
+seen in any set is dropped, and the split is decided by the text alone, so that no problem can stand on two
+sides.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def split_of(text: str) -> str:
 
 def main() -> None:
     if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "gsm8k" / "train.jsonl").is_file():
-        raise SystemExit("error: write python benchmarks/smollm_data.py SOURCE [TARGET]; SOURCE has gsm8k/train.jsonl")
+        raise SystemExit(
+            "error: write python benchmarks/smollm_data.py SOURCE [TARGET]; SOURCE has gsm8k/train.jsonl"
+        )
     source, target = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "data")
     demonstrations = [
         {"id": row["id"], "problem": row["problem"], "answer": row["answer"],

@@ -66,8 +66,8 @@ def _comparison(section: str, result: Mapping[str, Any]) -> str:
 
 
 def _matmul(result: Mapping[str, Any]) -> str:
-    """6·N·tokens/s over the measured rate, and the work that was really done (the output layer sees only the tokens
-    that are trained, and its logits are made again in the backward pass)."""
+    """6·N·tokens/s over the measured rate, and the work that was really done (the output layer sees only the
+    tokens that are trained, and its logits are made again in the backward pass)."""
     contestants = result["contestants"]
     rate = values(contestants["matmul rate"], "flops_per_second")
     lines = [f"{name}: not run ({c['failed']})" for name, c in contestants.items() if c["failed"]]
@@ -101,9 +101,14 @@ def _matmul(result: Mapping[str, Any]) -> str:
         eager, compiled = contestants["truestep, eager"], contestants["truestep, compiled"]
         ratios = [
             b / a
-            for a, b in zip(values(eager, "tokens_per_second"), values(compiled, "tokens_per_second"), strict=False)
+            for a, b in zip(
+                values(eager, "tokens_per_second"), values(compiled, "tokens_per_second"), strict=False
+            )
         ]
-        extra = [r["figures"]["step_seconds"][0] - r["figures"]["seconds_per_step"] for r in compiled["repetitions"]]
+        extra = [
+            r["figures"]["step_seconds"][0] - r["figures"]["seconds_per_step"]
+            for r in compiled["repetitions"]
+        ]
         lines.append(
             f"compiled is {_spread(ratios)} x as fast as eager; compiling took "
             + ", ".join(f"{s:.0f}" for s in extra)

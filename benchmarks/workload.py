@@ -21,7 +21,8 @@ the a of to and in is for on with as by at from or an be this that it are was ha
 three four five six seven eight nine ten time day week year man woman child home school work water food money price
 cost buy sell give take make find left right many much how what when where each other total number
 """
-# GSM8K through SmolLM2's chat template: prompt and solution tokens (mean, standard deviation), and their correlation.
+# GSM8K through SmolLM2's chat template: prompt and solution tokens (mean, standard deviation), and their
+# correlation.
 LENGTHS = ((95.0, 22.0), (93.0, 42.0), 0.49)
 SMALLEST = 20  # tokens of a solution; a prompt is at least its template
 
@@ -30,7 +31,9 @@ def load_rows(data: str, count: int, seed: int) -> list[Problem]:
     """``count`` problems with solutions: a seeded choice from a file, or made up with the same lengths."""
     if not data:
         return _made_up(count, seed)
-    found = load_problems("bench", DataSettings(source=data), seed=seed, base_dir=Path.cwd(), needs=("solution",))
+    found = load_problems(
+        "bench", DataSettings(source=data), seed=seed, base_dir=Path.cwd(), needs=("solution",)
+    )
     order = seeding.permutation(seed, 0, len(found))
     return [found[int(i)] for i in order[:count]]
 
@@ -63,15 +66,19 @@ def prompt_workload(model: str, data: str, count: int, per_step: int, seed: int)
     """Different prompts, in their own order and in that in which truestep's steps take them."""
     tokenizer = load_tokenizer(ModelSettings(path=model))
     problems = load_rows(data, count, seed)
-    prompts = [{"id": p.id, "ids": list(encode_prompt(tokenizer, p, ChatSettings()).token_ids)} for p in problems]
+    prompts = [
+        {"id": p.id, "ids": list(encode_prompt(tokenizer, p, ChatSettings()).token_ids)} for p in problems
+    ]
     in_order = [p for step in range(count // per_step) for p in window(prompts, step, per_step, seed)]
-    return {"prompts": prompts, "prompts_in_order": in_order, "stop_token_ids": list(stop_token_ids(tokenizer))}
+    return {
+        "prompts": prompts,
+        "prompts_in_order": in_order,
+        "stop_token_ids": list(stop_token_ids(tokenizer)),
+    }
 
 
 def describe(workload: dict[str, Any]) -> str:
     """The lengths, in one line."""
     key = "rows" if "rows" in workload else "prompts"
     lengths = np.array([len(row["ids"]) for row in workload[key]])
-    return (
-        f"{len(lengths)} {key}, {lengths.mean():.0f} ± {lengths.std():.0f} tokens ({lengths.min()} to {lengths.max()})"
-    )
+    return f"{len(lengths)} {key}, {lengths.mean():.0f} ± {lengths.std():.0f} tokens ({lengths.min()} to {lengths.max()})"

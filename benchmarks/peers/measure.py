@@ -1,7 +1,8 @@
 """What every contestant's script shares: its specification, its clock, and the line that it reports.
 
-A contestant is a process of its own: ``python SCRIPT SPECIFICATION.json``. The last line of its stdout that starts with
-``{"figures"`` is its result. Nothing of truestep is imported here: this runs in the peers' environments too.
+A contestant is a process of its own: ``python SCRIPT SPECIFICATION.json``. The last line of its stdout that
+starts with ``{"figures"`` is its result. Nothing of truestep is imported here: this runs in the peers'
+environments too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def specification() -> dict[str, Any]:
 
 
 class StepClock:
-    """Seconds and real tokens of every step; a step ends when the next begins, so nothing falls between two."""
+    """Seconds and real tokens of every step; a step ends when the next begins, so nothing falls between
+    two."""
 
     def __init__(self) -> None:
         self.restart()

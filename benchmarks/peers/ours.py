@@ -1,7 +1,8 @@
-"""truestep's side: the stage loop of an ordinary run (``run_stage``), its engine, and the machine's matmul rate.
+"""truestep's side: the stage loop of an ordinary run (``run_stage``), its engine, and the machine's matmul
+rate.
 
-What is timed is what a run does: take data, pack, step, publish and prove, metrics. Only evaluation and checkpoints,
-which are not part of a step, are left out.
+What is timed is what a run does: take data, pack, step, publish and prove, metrics. Only evaluation and
+checkpoints, which are not part of a step, are left out.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def sft(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         max_length=policy.context_length,
     )
     measure(run, clock, spec["warmup"] + spec["steps"])
-    trained = sum(len(r["ids"]) - r["num_prompt"] for r in spec["rows"]) / sum(len(r["ids"]) for r in spec["rows"])
+    trained = sum(len(r["ids"]) - r["num_prompt"] for r in spec["rows"]) / sum(
+        len(r["ids"]) for r in spec["rows"]
+    )
     head = policy.model.get_output_embeddings().weight.numel()
     return {
         **clock.figures(spec["warmup"]),
@@ -144,7 +147,9 @@ def rl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     sampler = Sampler(
         engine=engine,
         plan=method.plan,
-        sampling=SamplingParameters(temperature=1.0, max_new_tokens=limit, stop_token_ids=()),  # always to the limit
+        sampling=SamplingParameters(
+            temperature=1.0, max_new_tokens=limit, stop_token_ids=()
+        ),  # always to the limit
         samples_per_prompt=samples,
         decode=lambda ids: str(policy.tokenizer.decode(list(ids), skip_special_tokens=True)),
         grade=grade,
@@ -186,7 +191,9 @@ def rollout(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     del folder
     policy = make_policy(spec)
     stops = tuple(spec["stop_token_ids"])
-    engine = TorchEngine(policy.model, max_running=len(spec["prompts"]), packs=policy.packs and policy.plain_head)
+    engine = TorchEngine(
+        policy.model, max_running=len(spec["prompts"]), packs=policy.packs and policy.plain_head
+    )
 
     def generate(limit: int) -> dict[str, Any]:
         requests = [
@@ -212,7 +219,9 @@ def rollout(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 def rate(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     del folder
     size = spec["matmul_size"]
-    return {"flops_per_second": matmul_rate(getattr(torch, spec["dtype"]), size=size, seconds=spec["seconds"])}
+    return {
+        "flops_per_second": matmul_rate(getattr(torch, spec["dtype"]), size=size, seconds=spec["seconds"])
+    }
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""transformers' ``generate``: one left-padded batch of all prompts, cache on, until the last row has stopped."""
+"""transformers' ``generate``: one left-padded batch of all prompts, cache on, until the last row has
+stopped."""
 
 from __future__ import annotations
 

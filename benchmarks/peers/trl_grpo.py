@@ -1,4 +1,5 @@
-"""TRL's GRPOTrainer with transformers generation: the same prompts, samples and length as truestep's RL step."""
+"""TRL's GRPOTrainer with transformers generation: the same prompts, samples and length as truestep's RL
+step."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     texts = [tokenizer.decode(p["ids"]) for p in spec["prompts_in_order"]]
     changed = sum(
-        ids != p["ids"] for ids, p in zip(tokenizer(text=texts)["input_ids"], spec["prompts_in_order"], strict=True)
+        ids != p["ids"]
+        for ids, p in zip(tokenizer(text=texts)["input_ids"], spec["prompts_in_order"], strict=True)
     )
     if changed:
         raise SystemExit(f"{changed} of {len(texts)} prompts have other tokens after decoding and encoding")

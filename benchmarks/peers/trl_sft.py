@@ -1,7 +1,8 @@
 """TRL's SFTTrainer on the shared rows: the same token ids, labels on the completion only, in the same order.
 
-With ``trainer = "transformers"`` it is the plain Trainer, whose loss is the model's own over whole logits: TRL's fused
-output layer has its fast kernels in Triton, and on a processor falls back to one that scores prompts and padding too.
+With ``trainer = "transformers"`` it is the plain Trainer, whose loss is the model's own over whole logits:
+TRL's fused output layer has its fast kernels in Triton, and on a processor falls back to one that scores
+prompts and padding too.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     rows = [
-        {"input_ids": r["ids"], "labels": [-100] * r["num_prompt"] + r["ids"][r["num_prompt"] :]} for r in spec["rows"]
+        {"input_ids": r["ids"], "labels": [-100] * r["num_prompt"] + r["ids"][r["num_prompt"] :]}
+        for r in spec["rows"]
     ]
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
 
 
 def compute_device() -> torch.device:
@@ -55,19 +57,25 @@ def matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> fl
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear`` outside autograd, through oneDNN where torch would take MKL (float32 on a CPU).
+    """``torch.nn.functional.linear`` outside autograd, through oneDNN where torch would take MKL (float32 on
+    a CPU).
 
     Measured on an AMD EPYC at the head's shapes (49,152 columns of 576): 1.3 to 1.6 times as fast.
     Shapes: input [N, D], weight [V, D], bias [V] or None → [N, V].
     """
-    if _ONEDNN is None or input.dtype != torch.float32 or input.device.type != "cpu" or torch.is_grad_enabled():
+    if (
+        _ONEDNN is None
+        or input.dtype != torch.float32
+        or input.device.type != "cpu"
+        or torch.is_grad_enabled()
+    ):
         return torch.nn.functional.linear(input, weight, bias)
     return _ONEDNN(input, weight, bias, "none", [], "")
 
 
 def keep_free_memory() -> None:
-    """Keep freed pages for the next tensor (glibc), instead of a mapping of its own for every large one: fetching pages
-    from the system anew costs up to a tenth of a training step's processor time."""
+    """Keep freed pages for the next tensor (glibc), instead of a mapping of its own for every large one:
+    fetching pages from the system anew costs up to a tenth of a training step's processor time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -75,7 +83,8 @@ def keep_free_memory() -> None:
 
 
 def return_free_memory() -> None:
-    """Give freed pages back to the system (glibc), which holds on to what lies between tensors that live longer."""
+    """Give freed pages back to the system (glibc), which holds on to what lies between tensors that live
+    longer."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

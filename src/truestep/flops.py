@@ -1,9 +1,10 @@
 """The FLOPs ledger: tokens by kind → FLOPs, by the paper's formula and by a fuller count.
 
-Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens a forward pass costs 2ND, a backward pass
-4ND: an SFT token 6N, an on-policy rollout token 8N (2N to generate it, 6N to train on it). The paper counts response
-tokens only. The fuller count adds prompt tokens, passes that only score (proximal log-probabilities), and attention
-(4 FLOPs per query-key pair, channel and layer, forward), and leaves out what is a table look-up (the input embedding).
+Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens a forward pass costs 2ND, a
+backward pass 4ND: an SFT token 6N, an on-policy rollout token 8N (2N to generate it, 6N to train on it). The
+paper counts response tokens only. The fuller count adds prompt tokens, passes that only score (proximal
+log-probabilities), and attention (4 FLOPs per query-key pair, channel and layer, forward), and leaves out
+what is a table look-up (the input embedding).
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ class ModelShape:
     """What the formulas need to know of a model."""
 
     num_parameters: int
-    num_matmul_parameters: int  # parameters that a token is multiplied with (the head counts, the embedding does not)
+    num_matmul_parameters: (
+        int  # parameters that a token is multiplied with (the head counts, the embedding does not)
+    )
     num_layers: int
     attention_width: int  # query channels: heads x head size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Counted work of a stage. Tokens; ``*_pairs`` are query-key pairs (one layer, one head's worth of each)."""
+    """Counted work of a stage. Tokens; ``*_pairs`` are query-key pairs (one layer, one head's worth of
+    each)."""
 
     demonstration_tokens: int = 0  # trained tokens of demonstrations
     rollout_tokens: int = 0  # generated tokens
@@ -52,7 +56,9 @@ class Ledger:
     def full_flops(self, shape: ModelShape) -> float:
         """Prompt tokens, scoring passes and attention included; embedding look-ups left out."""
         n, attention = float(shape.num_matmul_parameters), 4.0 * shape.num_layers * shape.attention_width
-        matmul = n * (6 * self.trained_pass_tokens + 2 * self.generated_pass_tokens + 2 * self.scored_pass_tokens)
+        matmul = n * (
+            6 * self.trained_pass_tokens + 2 * self.generated_pass_tokens + 2 * self.scored_pass_tokens
+        )
         return matmul + attention * (3 * self.trained_pairs + self.generated_pairs + self.scored_pairs)
 
     def to_json(self) -> dict[str, int]:
@@ -63,7 +69,7 @@ class Ledger:
         return Ledger(**raw)
 
 
-# ------------------------------------------------------------------------------------------------- work from lengths
+# ------------------------------------------------------------------------------------------ work from lengths
 
 
 def sequence_work(prompt: int, completion: int) -> Ledger:
@@ -80,9 +86,11 @@ def sequence_work(prompt: int, completion: int) -> Ledger:
     )
 
 
-def group_work(prompt: int, own: Sequence[int], demonstrations: Sequence[int] = (), *, scored: bool) -> Ledger:
-    """One prompt of a rollout batch: prefilled once, every own sample decoded, and all of it trained on in one tree
-    that forwards the prompt once. ``scored`` adds the pass for the proximal log-probabilities.
+def group_work(
+    prompt: int, own: Sequence[int], demonstrations: Sequence[int] = (), *, scored: bool
+) -> Ledger:
+    """One prompt of a rollout batch: prefilled once, every own sample decoded, and all of it trained on in
+    one tree that forwards the prompt once. ``scored`` adds the pass for the proximal log-probabilities.
 
     Units: tokens; lengths count the stop token. Held by: tests/study/test_flops_plan.py
     """

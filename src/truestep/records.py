@@ -1,7 +1,8 @@
-"""The nouns that flow through truestep, as frozen keyword-only records whose lengths are checked at construction.
+"""The nouns that flow through truestep, as frozen keyword-only records whose lengths are checked at
+construction.
 
-No torch here: the audit and the report read these records in environments that have none. Where a record holds tensors
-(``TokenBatch``), they are typed by name only.
+No torch here: the audit and the report read these records in environments that have none. Where a record
+holds tensors (``TokenBatch``), they are typed by name only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def _require(condition: bool, message: str) -> None:
         raise RecordError(message)
 
 
-# ------------------------------------------------------------------------------------------ problems and their text
+# ------------------------------------------------------------------------------------ problems and their text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,10 @@ class Message:
 class Problem:
     """A task with an answer that a program can check.
 
-    ``messages`` is the prompt as chat turns (the last one is the user's); ``answer`` the gold answer; ``checker`` the
-    name of the function in ``grade.score`` that compares a completion with it ("math", or a procedural task's own);
-    ``solution`` a demonstration's text, empty where there is none; ``row`` where it came from ("file:line").
+    ``messages`` is the prompt as chat turns (the last one is the user's); ``answer`` the gold answer;
+    ``checker`` the name of the function in ``grade.score`` that compares a completion with it ("math", or a
+    procedural task's own); ``solution`` a demonstration's text, empty where there is none; ``row`` where it
+    came from ("file:line").
     """
 
     id: str
@@ -79,8 +81,9 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens. ``trained`` is True where the token enters the loss (assistant text and its stop
-    token), False on everything that is context. ``num_prompt_tokens`` counts the tokens shared with ``Prompt``."""
+    """A worked solution as tokens. ``trained`` is True where the token enters the loss (assistant text and
+    its stop token), False on everything that is context. ``num_prompt_tokens`` counts the tokens shared with
+    ``Prompt``."""
 
     problem_id: str
     token_ids: tuple[int, ...]
@@ -95,11 +98,12 @@ class Demonstration:
         )
         _require(any(self.trained), f"demonstration of {self.problem_id} trains no token")
         _require(
-            not self.trained[0], f"demonstration of {self.problem_id} trains its first token, which has no context"
+            not self.trained[0],
+            f"demonstration of {self.problem_id} trains its first token, which has no context",
         )
 
 
-# -------------------------------------------------------------------------------------------------- what is sampled
+# -------------------------------------------------------------------------------------------- what is sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +134,13 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One completion. ``behavior_logprobs`` are those of ``distribution`` (the sampled one, after temperature and
-    truncation), one per completion token, NaN where an expert wrote it. A failed sample has stop ERROR, a reason, and
-    no tokens of its own.
+    """One completion. ``behavior_logprobs`` are those of ``distribution`` (the sampled one, after temperature
+    and truncation), one per completion token, NaN where an expert wrote it. A failed sample has stop ERROR, a
+    reason, and no tokens of its own.
 
-    The first ``num_expert_tokens`` of the completion were given, not sampled; ``expert_is_context`` leaves them
-    untrained. ``prompt_ids`` is the augmented prompt that it is trained under (empty: the prompt's own)."""
+    The first ``num_expert_tokens`` of the completion were given, not sampled; ``expert_is_context`` leaves
+    them untrained. ``prompt_ids`` is the augmented prompt that it is trained under (empty: the prompt's
+    own)."""
 
     problem_id: str
     sample_index: int
@@ -150,13 +155,18 @@ class Rollout:
     prompt_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(0 <= self.num_expert_tokens <= len(self.completion_ids), "more expert tokens than there are tokens")
+        _require(
+            0 <= self.num_expert_tokens <= len(self.completion_ids),
+            "more expert tokens than there are tokens",
+        )
         _require(
             len(self.completion_ids) == len(self.behavior_logprobs),
             f"rollout {self.problem_id}/{self.sample_index}: {len(self.completion_ids)} tokens, "
             f"{len(self.behavior_logprobs)} log-probabilities",
         )
-        _require((self.stop is Stop.ERROR) == bool(self.error), "an error has a reason, and only an error has one")
+        _require(
+            (self.stop is Stop.ERROR) == bool(self.error), "an error has a reason, and only an error has one"
+        )
 
 
 class Verdict(enum.StrEnum):
@@ -175,7 +185,9 @@ class Score:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.verdict is not Verdict.UNSCORED or bool(self.reason), "an unscored sample needs a reason")
+        _require(
+            self.verdict is not Verdict.UNSCORED or bool(self.reason), "an unscored sample needs a reason"
+        )
 
     @property
     def reward(self) -> float | None:
@@ -185,8 +197,8 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """All samples of one prompt in one rollout batch, with their scores. ``num_discarded_tokens`` were sampled for it
-    and then replaced by a later round: they cost work and teach nothing."""
+    """All samples of one prompt in one rollout batch, with their scores. ``num_discarded_tokens`` were
+    sampled for it and then replaced by a later round: they cost work and teach nothing."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -201,15 +213,16 @@ class Group:
         )
 
 
-# -------------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------------------------- what is trained
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
-    """One sequence of an optimizer step, before packing. Per-token fields are aligned with ``token_ids``; they are
-    read only where ``trained`` is True. ``num_prefix_tokens`` leading tokens are shared with the other sequences of
-    the same ``group`` and may be computed once for all of them. The first ``num_expert_tokens`` trained tokens of a
-    PREFIX sequence are the expert's; a DEMO sequence is the expert's whole."""
+    """One sequence of an optimizer step, before packing. Per-token fields are aligned with ``token_ids``;
+    they are read only where ``trained`` is True. ``num_prefix_tokens`` leading tokens are shared with the
+    other sequences of the same ``group`` and may be computed once for all of them. The first
+    ``num_expert_tokens`` trained tokens of a PREFIX sequence are the expert's; a DEMO sequence is the
+    expert's whole."""
 
     token_ids: tuple[int, ...]
     trained: tuple[bool, ...]
@@ -217,7 +230,9 @@ class TrainSequence:
     group: int
     kind: Kind
     advantage: tuple[float, ...] | float = 0.0
-    behavior_logprobs: tuple[float, ...] = ()  # aligned with the trained tokens; empty where nobody sampled them
+    behavior_logprobs: tuple[
+        float, ...
+    ] = ()  # aligned with the trained tokens; empty where nobody sampled them
     weight: float = 1.0  # the gate's weight of this sequence in the loss
     correct: bool = False
     reward: float = 0.0
@@ -225,10 +240,17 @@ class TrainSequence:
 
     def __post_init__(self) -> None:
         _require(len(self.token_ids) == len(self.trained), "token_ids and trained differ in length")
-        _require(0 <= self.num_prefix_tokens < len(self.token_ids), "the shared prefix leaves nothing to train")
-        _require(not any(self.trained[: max(1, self.num_prefix_tokens)]), "a shared prefix is context, not trained")
+        _require(
+            0 <= self.num_prefix_tokens < len(self.token_ids), "the shared prefix leaves nothing to train"
+        )
+        _require(
+            not any(self.trained[: max(1, self.num_prefix_tokens)]), "a shared prefix is context, not trained"
+        )
         if self.behavior_logprobs:
-            _require(len(self.behavior_logprobs) == sum(self.trained), "one behavior log-probability per trained token")
+            _require(
+                len(self.behavior_logprobs) == sum(self.trained),
+                "one behavior log-probability per trained token",
+            )
         if isinstance(self.advantage, tuple):
             _require(len(self.advantage) == sum(self.trained), "one advantage per trained token")
 
@@ -248,7 +270,8 @@ class Segment:
     prefix_stop: int = 0
 
 
-# The fields of a TokenBatch that hold one value per trained token, and those of them that count or name something.
+# The fields of a TokenBatch that hold one value per trained token, and those of them that count or name
+# something.
 TARGET_INDICES = (
     "target_ids", "source_index", "sequence_index", "group_index", "kind", "sequence_length", "group_length",
 )  # fmt: skip
@@ -262,9 +285,9 @@ TARGET_FIELDS = (*TARGET_INDICES, *TARGET_FLAGS, *SCORED_FIELDS, "advantage", "b
 class TokenBatch:
     """One packed micro-batch without padding: N forwarded tokens, M trained (target) tokens of S sequences.
 
-    ``source_index`` says which forwarded token's hidden state predicts each target: with a shared prompt its last
-    token predicts the first token of every completion. ``sequence_index`` and ``group_index`` number sequences and
-    groups over the whole step on this rank, so that a coefficient may look at its own sequence.
+    ``source_index`` says which forwarded token's hidden state predicts each target: with a shared prompt its
+    last token predicts the first token of every completion. ``sequence_index`` and ``group_index`` number
+    sequences and groups over the whole step on this rank, so that a coefficient may look at its own sequence.
     """
 
     input_ids: Tensor  # N int64
@@ -279,18 +302,26 @@ class TokenBatch:
     behavior_logprobs: Tensor  # M float, NaN where nobody sampled the token
     proximal_logprobs: Tensor  # M float, NaN until the proximal pass has filled them
     proximal_entropy: Tensor  # M float, filled with them
-    reference_logprobs: Tensor  # M float, NaN unless the method asks for a pass of the frozen reference policy
+    reference_logprobs: (
+        Tensor  # M float, NaN unless the method asks for a pass of the frozen reference policy
+    )
     weight: Tensor  # M float
     correct: Tensor  # M bool, True where the token's sequence was judged correct
-    is_expert: Tensor  # M bool, True where an expert wrote the token: all of a demonstration, the start of a PREFIX
+    is_expert: (
+        Tensor  # M bool, True where an expert wrote the token: all of a demonstration, the start of a PREFIX
+    )
     sequence_length: Tensor  # M int64: trained tokens of the token's sequence
     group_length: Tensor  # M int64: trained tokens of the token's group over all ranks
 
     def __post_init__(self) -> None:
         num_targets = self.target_ids.shape[0]
         for name in TARGET_FIELDS:
-            _require(tuple(getattr(self, name).shape) == (num_targets,), f"{name} is not aligned with target_ids")
-        _require(self.input_ids.shape == self.position_ids.shape, "input_ids and position_ids differ in length")
+            _require(
+                tuple(getattr(self, name).shape) == (num_targets,), f"{name} is not aligned with target_ids"
+            )
+        _require(
+            self.input_ids.shape == self.position_ids.shape, "input_ids and position_ids differ in length"
+        )
         _require(
             bool(self.segments) and sum(s.stop - s.start for s in self.segments) == self.input_ids.shape[0],
             "segments do not cover the tokens",
@@ -307,10 +338,12 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTotals:
-    """The denominators of one optimizer step: for each term, its total over ALL micro-batches and ALL ranks, counted
-    before the first forward pass. No field has a default: whoever computes a loss must have counted first.
+    """The denominators of one optimizer step: for each term, its total over ALL micro-batches and ALL ranks,
+    counted before the first forward pass. No field has a default: whoever computes a loss must have counted
+    first.
 
-    ``terms`` maps a term's name to its denominator; a term whose total is 0 is absent from the step on every rank.
+    ``terms`` maps a term's name to its denominator; a term whose total is 0 is absent from the step on every
+    rank.
     """
 
     terms: Mapping[str, float]
@@ -326,7 +359,8 @@ class BatchTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one optimizer step did. ``metrics`` is deterministic at a fixed thread count; times are kept apart."""
+    """What one optimizer step did. ``metrics`` is deterministic at a fixed thread count; times are kept
+    apart."""
 
     step: int
     loss: float

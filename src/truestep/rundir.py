@@ -33,7 +33,8 @@ def redact(text: str) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader, or a machine that loses power, sees the old content or the new, never a part."""
+    """Write a file so that a reader, or a machine that loses power, sees the old content or the new, never a
+    part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -155,7 +156,16 @@ def _git(*words: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("truestep", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify", "pyarrow")
+    names = (
+        "truestep",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "math-verify",
+        "pyarrow",
+    )
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -171,7 +181,11 @@ def _hardware() -> dict[str, Any]:
                 model = line.partition(":")[2].strip()
                 break
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+    return {
+        "cpu": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+    }
 
 
 def provenance(seed: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Counter-based random generators: the only source of randomness in truestep.
 
-A generator is a pure function of (run seed, purpose, step, item). It never depends on the rank, the micro-batch or the
-order in which others were made, so world size and batch composition do not change a draw, and nothing needs saving.
+A generator is a pure function of (run seed, purpose, step, item). It never depends on the rank, the
+micro-batch or the order in which others were made, so world size and batch composition do not change a draw,
+and nothing needs saving.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Purpose(enum.StrEnum):
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, item: str | int = 0) -> np.random.Generator:
-    """A Philox generator keyed by its four coordinates (SHA-256, so that neighbouring counters are unrelated)."""
+    """A Philox generator keyed by its four coordinates (SHA-256, so that neighbouring counters are
+    unrelated)."""
     digest = hashlib.sha256(f"{seed}\x1f{purpose.value}\x1f{step}\x1f{item}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 

@@ -1,7 +1,8 @@
-"""One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with what to
-write instead; ``resolved.toml`` in the run directory shows every setting that was in force.
+"""One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with
+what to write instead; ``resolved.toml`` in the run directory shows every setting that was in force.
 
-Batch sizes are named by what they count; everything else about a batch is derived (``pipeline`` prints the table).
+Batch sizes are named by what they count; everything else about a batch is derived (``pipeline`` prints the
+table).
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class TinySettings(Frozen):
     @model_validator(mode="after")
     def _heads(self) -> Self:
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size = {self.hidden_size} is no multiple of 2 x num_heads = {2 * self.num_heads}")
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is no multiple of 2 x num_heads = {2 * self.num_heads}"
+            )
         return self
 
 
@@ -56,7 +59,9 @@ class ComputeSettings(Frozen):
     threads: int = Field(2, ge=1)  # results are bit-exact at a fixed number of threads only
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    gradient_checkpointing: bool | Literal["selective"] = False  # selective: matrix products are kept, not redone
+    gradient_checkpointing: bool | Literal["selective"] = (
+        False  # selective: matrix products are kept, not redone
+    )
     compile: bool = False
 
 
@@ -65,7 +70,9 @@ class ChatSettings(Frozen):
 
     system: str = ""
     user: str = "{problem}"
-    generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt, and is stripped from a demonstration's start
+    generation_suffix: str = (
+        ""  # e.g. "<think>\n": ends the prompt, and is stripped from a demonstration's start
+    )
 
     @model_validator(mode="after")
     def _has_problem(self) -> Self:
@@ -127,10 +134,13 @@ class DevSettings(Frozen):
 
 
 class FaultSettings(Frozen):
-    """Known faults of other frameworks, injected as wrong weights of micro-batches: arms of a study, nothing else. With
-    any of them a micro-batch is ``sequences_per_microbatch`` sequences in the order of the data."""
+    """Known faults of other frameworks, injected as wrong weights of micro-batches: arms of a study, nothing
+    else. With any of them a micro-batch is ``sequences_per_microbatch`` sequences in the order of the
+    data."""
 
-    offload_drop: Literal["none", "first_last", "first_only"] = "none"  # as measured; as the paper's prose says
+    offload_drop: Literal["none", "first_last", "first_only"] = (
+        "none"  # as measured; as the paper's prose says
+    )
     micro_mean: bool = False  # mean of micro-batch means
     dp_token_mean: bool = False  # tokens counted over ranks, but per micro-step (the paper's algorithm 2)
     others: tuple[str, ...] = ()  # further names of reference/faults.py
@@ -178,7 +188,8 @@ class SamplingSettings(Frozen):
 
 
 class RejectionSettings(StageSettings):
-    """Rejection-sampling SFT: sample from the stage's own start, keep what the checker accepts, imitate it."""
+    """Rejection-sampling SFT: sample from the stage's own start, keep what the checker accepts, imitate
+    it."""
 
     kind: Literal["rejection"]
     sampling: SamplingSettings
@@ -215,7 +226,9 @@ class RlSettings(StageSettings):
                 f"({p} / {u} = {p / u:g}): write prompts_per_step = {(p // u + 1) * u} or updates_per_rollout = 1"
             )
         if self.sampling.temperature == 0:
-            raise ValueError("rl samples at temperature 0, where every sample of a group is the same: write 1.0")
+            raise ValueError(
+                "rl samples at temperature 0, where every sample of a group is the same: write 1.0"
+            )
         if self.sampling.top_p < 1 or self.sampling.top_k:
             raise ValueError(
                 "rl with top_p < 1 or top_k > 0 samples from a truncated distribution, whose log-probabilities the "
@@ -258,7 +271,9 @@ class Settings(Frozen):
     stages: tuple[Stage, ...] = ()
     evaluate: EvaluateSettings = EvaluateSettings()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    declared: dict[str, Any] = Field(default_factory=dict)  # what a dry run without weights and data may take as given
+    declared: dict[str, Any] = Field(
+        default_factory=dict
+    )  # what a dry run without weights and data may take as given
 
     @model_validator(mode="before")
     @classmethod
@@ -266,7 +281,8 @@ class Settings(Frozen):
         """A stage without a name is called after its kind."""
         if isinstance(raw, dict) and isinstance(raw.get("stages"), list):
             stages = [
-                {**s, "name": s.get("name") or s.get("kind", "")} if isinstance(s, dict) else s for s in raw["stages"]
+                {**s, "name": s.get("name") or s.get("kind", "")} if isinstance(s, dict) else s
+                for s in raw["stages"]
             ]
             return {**raw, "stages": stages}
         return raw
@@ -279,7 +295,9 @@ class Settings(Frozen):
         names = [s.name for s in self.stages]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f'two stages are called "{name}": give each a name of its own (name = "...")')
+                raise ValueError(
+                    f'two stages are called "{name}": give each a name of its own (name = "...")'
+                )
             if name in ("base", "report") or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
                     f'stage name "{name}" is reserved or has characters other than letters, digits, - and _'
@@ -299,11 +317,13 @@ class Settings(Frozen):
                     + did_you_mean(name, list(self.data))
                 )
         if self.compute.parallel == "fsdp2" and self.compute.compile:
-            raise ValueError("compute.compile with parallel = fsdp2 has not been proven equal: write compile = false")
+            raise ValueError(
+                "compute.compile with parallel = fsdp2 has not been proven equal: write compile = false"
+            )
         return self
 
 
-# ----------------------------------------------------------------------------------------------- loading and naming
+# ----------------------------------------------------------------------------------------- loading and naming
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -313,14 +333,19 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """
     settings = parse_settings(read_recipe(path, overrides), where=str(path))
     model = settings.model.path
-    beside = Path(path).parent / model  # as for data: relative to the recipe's folder, else to the current one
+    beside = (
+        Path(path).parent / model
+    )  # as for data: relative to the recipe's folder, else to the current one
     if beside.exists() and ("/" in model or model.endswith(".gguf")) and not Path(model).is_absolute():
-        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"path": str(beside)})})
+        settings = settings.model_copy(
+            update={"model": settings.model.model_copy(update={"path": str(beside)})}
+        )
     return settings
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The table that a recipe holds, with the overrides applied. Raises SettingsError as ``load_settings``."""
+    """The table that a recipe holds, with the overrides applied. Raises SettingsError as
+    ``load_settings``."""
     path = Path(path)
     if path.is_dir():
         raise SettingsError(f"{path} is a folder: give a recipe file, e.g. {path}/run.toml")
@@ -389,4 +414,6 @@ def _child(node: Any, part: str, item: str) -> Any:
 def settings_hash(*parts: BaseModel | str | int | float) -> str:
     """12 hex digits over the canonical JSON of the given settings: the identity of a stage or a run."""
     payload = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
-    return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[
+        :12
+    ]

@@ -16,7 +16,8 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem: where, what was expected, what stood there. ``model`` is the one that was validated."""
+    """The first problem: where, what was expected, what stood there. ``model`` is the one that was
+    validated."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
@@ -36,7 +37,8 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
-    """The key that may have been meant, with its table where that is another one; else all keys of the table."""
+    """The key that may have been meant, with its table where that is another one; else all keys of the
+    table."""
     here = [part for part in loc[:-1] if not part.isdigit()]
 
     def is_here(table: list[str]) -> bool:

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: ask once, stop between two pieces of work with everything saved; ask twice, stop at once."""
+"""Ctrl-C and SIGTERM: ask once, stop between two pieces of work with everything saved; ask twice, stop at
+once."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def pending() -> int:
 
 
 def check() -> None:
-    """Raise Interrupted if a signal has arrived. Called between decoding steps, micro-batches and optimizer steps."""
+    """Raise Interrupted if a signal has arrived. Called between decoding steps, micro-batches and optimizer
+    steps."""
     if _pending:
         raise Interrupted(_pending[0])
 

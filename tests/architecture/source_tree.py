@@ -39,17 +39,29 @@ def function(path: Path, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
 
 def methods_called(node: ast.AST) -> set[str]:
     """Names after a dot that are called: {"mean"} in ``x.mean(1)`` and in ``torch.mean(x)``."""
-    return {n.func.attr for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
+    return {
+        n.func.attr for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    }
 
 
 def divisions(node: ast.AST) -> list[ast.BinOp | ast.AugAssign]:
-    """Every ``/`` and ``/=`` outside f-strings (a path's ``/`` looks the same: count only where there are none)."""
-    return [n for n in ast.walk(node) if isinstance(n, ast.BinOp | ast.AugAssign) and isinstance(n.op, ast.Div)]
+    """Every ``/`` and ``/=`` outside f-strings (a path's ``/`` looks the same: count only where there are
+    none)."""
+    return [
+        n for n in ast.walk(node) if isinstance(n, ast.BinOp | ast.AugAssign) and isinstance(n.op, ast.Div)
+    ]
 
 
 def code_tokens(path: Path) -> Iterator[tuple[int, str]]:
     """(line, token) without comments and without strings: what the interpreter runs."""
-    skipped = {tokenize.COMMENT, tokenize.STRING, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    skipped = {
+        tokenize.COMMENT,
+        tokenize.STRING,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+    }
     for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
         if token.type not in skipped:
             yield token.start[0], token.string

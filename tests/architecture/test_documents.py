@@ -33,7 +33,9 @@ def test_every_test_that_a_docstring_names_exists() -> None:
     missing = sorted({f"{where}: {named}" for where, named in pairs if not (ROOT / named).is_file()})
     assert missing == []
     mentions = sum(text.count("Held by:") for path in modules() for text in docstrings(path))
-    assert mentions == sum(len(HELD.findall(text)) for path in modules() for text in docstrings(path)), "a form unread"
+    assert mentions == sum(len(HELD.findall(text)) for path in modules() for text in docstrings(path)), (
+        "a form unread"
+    )
 
 
 def keys(table: Any, path: str = "") -> set[str]:
@@ -52,7 +54,9 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_a_recipe_loads_and_comes_back(path: Path) -> None:
     settings = load_settings(path)
-    assert parse_settings(tomllib.loads(to_toml(settings.model_dump(mode="json"))), where="resolved") == settings
+    assert (
+        parse_settings(tomllib.loads(to_toml(settings.model_dump(mode="json"))), where="resolved") == settings
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
@@ -69,7 +73,9 @@ def documents() -> list[Path]:
     return [p for p in found if p != Path(__file__).resolve()]
 
 
-FORBIDDEN = re.compile(r"issue #\d|/work/|helper session|/tmp/brief|TODO|FIXME|XXX|lorem ipsum", re.IGNORECASE)
+FORBIDDEN = re.compile(
+    r"issue #\d|/work/|helper session|/tmp/brief|TODO|FIXME|XXX|lorem ipsum", re.IGNORECASE
+)
 
 
 def test_the_project_speaks_of_itself_alone() -> None:
@@ -86,6 +92,10 @@ def test_links_between_documents_lead_somewhere() -> None:
     broken = []
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
-            if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists():
+            if (
+                "://" not in target
+                and not target.startswith("mailto:")
+                and not (path.parent / target).exists()
+            ):
                 broken.append(f"{path.relative_to(ROOT)}: {target}")
     assert broken == []

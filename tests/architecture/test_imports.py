@@ -35,7 +35,9 @@ def test_imports_go_downward_only() -> None:
 def test_every_room_has_its_layer() -> None:
     """A new folder that the contract does not name would be bound by nothing."""
     contract = (ROOT / "pyproject.toml").read_text().partition("layers = [")[2].partition("]")[0]
-    named = {word for word in contract.replace('"', " ").replace(",", " ").split() if word.startswith("truestep.")}
+    named = {
+        word for word in contract.replace('"', " ").replace(",", " ").split() if word.startswith("truestep.")
+    }
     rooms = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
     rooms |= {p.stem for p in PACKAGE.glob("*.py") if not p.name.startswith("__")}
     assert rooms == {name.removeprefix("truestep.") for name in named}
@@ -45,7 +47,11 @@ def imported(statement: str) -> set[str]:
     """The heavy packages that a statement brings into a fresh interpreter."""
     code = f"{statement}\nimport json, sys\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "80"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "80"},
     )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))

@@ -40,14 +40,19 @@ def test_the_division_is_by_the_global_total() -> None:
     assert isinstance(division, ast.BinOp)
     assert "total" in {n.id for n in ast.walk(division.right) if isinstance(n, ast.Name)}
     assert body.args.defaults == []
-    assert all(default is None for default in body.args.kw_defaults), "a total with a default would be a guess"
+    assert all(default is None for default in body.args.kw_defaults), (
+        "a total with a default would be a guess"
+    )
 
 
 def test_the_step_gets_its_loss_from_normalise_alone() -> None:
-    """The step's loss is a sum of weighted parts, each made by ``normalise``; nothing divides it on the way."""
+    """The step's loss is a sum of weighted parts, each made by ``normalise``; nothing divides it on the
+    way."""
     loss = function(PACKAGE / "train" / "step.py", "microbatch_loss")
     assert divisions(loss) == []
-    calls = [n for n in ast.walk(loss) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "normalise"]
+    calls = [
+        n for n in ast.walk(loss) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "normalise"
+    ]
     assert len(calls) == 1
     for name in ("train_step", "count_totals"):
         assert divisions(function(PACKAGE / "train" / "step.py", name)) == []
@@ -80,8 +85,9 @@ def test_no_reduction_is_asked_for(room: str) -> None:
 
 
 def test_coefficients_and_advantages_divide_no_tensor_of_a_loss() -> None:
-    """Where a division is, it is named here, with what it divides. Coefficients and rows are left out: a coefficient is
-    a function of its token and its sequence, and the relations of numerics/test_method_table.py fail if it is not."""
+    """Where a division is, it is named here, with what it divides. Coefficients and rows are left out: a
+    coefficient is a function of its token and its sequence, and the relations of
+    numerics/test_method_table.py fail if it is not."""
     allowed = {
         ("objective/advantage.py", "_mean"): 1,  # rewards of a group
         ("objective/advantage.py", "_spread"): 1,

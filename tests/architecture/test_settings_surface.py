@@ -39,7 +39,11 @@ rejection.sampling.temperature rejection.sampling.top_p rejection.sampling.top_k
 rejection.sampling.max_running
 """
 
-STAGES: dict[str, type[StageSettings]] = {"sft": SftSettings, "rl": RlSettings, "rejection": RejectionSettings}
+STAGES: dict[str, type[StageSettings]] = {
+    "sft": SftSettings,
+    "rl": RlSettings,
+    "rejection": RejectionSettings,
+}
 
 
 def leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -50,7 +54,9 @@ def leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if inner is None:
             yield prefix + name
         else:
-            yield from leaves(inner, f"{prefix}{name}." + ("*." if str(field.annotation).startswith("dict[") else ""))
+            yield from leaves(
+                inner, f"{prefix}{name}." + ("*." if str(field.annotation).startswith("dict[") else "")
+            )
 
 
 def _model(field: FieldInfo) -> type[BaseModel] | None:
@@ -82,7 +88,10 @@ def test_all_kinds_of_stages_are_looked_at() -> None:
 
 def test_only_what_a_run_must_decide_has_no_default() -> None:
     required = {
-        f"{kind}.{name}" for kind, model in STAGES.items() for name, f in model.model_fields.items() if f.is_required()
+        f"{kind}.{name}"
+        for kind, model in STAGES.items()
+        for name, f in model.model_fields.items()
+        if f.is_required()
     }
     assert required == {
         "sft.data", "sft.tokens_per_microbatch", "sft.optimizer", "sft.kind", "sft.sequences_per_step",

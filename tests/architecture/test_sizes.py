@@ -47,7 +47,17 @@ def test_no_drawer_for_everything() -> None:
 
 
 CALLS = ("eval", "exec", "compile", "parse_expr", "sympify", "__import__")
-WORDS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "trust_remote_code", "parse_expr", "sympify"}
+WORDS = {
+    "pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "marshal",
+    "shelve",
+    "trust_remote_code",
+    "parse_expr",
+    "sympify",
+}
 
 
 def test_nothing_runs_what_it_reads() -> None:
@@ -74,7 +84,8 @@ def _is_false(node: ast.expr) -> bool:
 
 
 def test_nobody_catches_everything() -> None:
-    """But the one place where errors become a line and an exit code; a clean-up that raises again is no catch."""
+    """But the one place where errors become a line and an exit code; a clean-up that raises again is no
+    catch."""
     guilty = []
     for path in modules():
         for node in ast.walk(tree(path)):
@@ -105,7 +116,8 @@ def test_a_module_says_what_it_is() -> None:
 
 
 def test_inheritance_is_rare() -> None:
-    """From Protocols, settings models, exceptions, enums and what torch asks for; hardly ever from each other."""
+    """From Protocols, settings models, exceptions, enums and what torch asks for; hardly ever from each
+    other."""
     allowed = {
         "Protocol", "Frozen", "BaseModel", "StageSettings", "nn.Module", "Mapping[str, Tensor]", "Exception",
         "ValueError", "RuntimeError", "ArithmeticError", "OSError", "SettingsError",

@@ -1,4 +1,5 @@
-"""A configuration file becomes the subject and the step that it configures; what cannot be taken over is said."""
+"""A configuration file becomes the subject and the step that it configures; what cannot be taken over is
+said."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def test_deepspeed_stage_offload_accumulation_and_clipping(tmp_path: Path) -> No
     assert configuration.options == expected
 
 
-def test_an_accumulation_that_follows_from_batch_sizes_is_used_and_its_assumption_said(tmp_path: Path) -> None:
+def test_an_accumulation_that_follows_from_batch_sizes_is_used_and_its_assumption_said(
+    tmp_path: Path,
+) -> None:
     raw = {**ZERO, "train_batch_size": 64, "train_micro_batch_size_per_gpu": 2}
     subject, notes = read(written(tmp_path, "ds.json", raw))
     assert subject.configurations[0].options["accumulation"] == 8
@@ -108,13 +111,25 @@ def test_other_tools_are_recognised(tmp_path: Path, name: str, content: str, sub
         ("args.json", '{"zero_optimization": {"offload_optimizer": "cpu"}}', "offload_optimizer is a table"),
         ("bf16.json", '{"zero_optimization": {"stage": 2}, "bf16": true}', "bf16 is a table"),
         ("under.json", '{"gradient_accumulation_steps": 4, "deepspeed": 3}', "deepspeed is a table"),
-        ("ds.json", '{"zero_optimization": {"stage": "two"}}', "stage = 'two': expected a whole number from 0 to 3"),
+        (
+            "ds.json",
+            '{"zero_optimization": {"stage": "two"}}',
+            "stage = 'two': expected a whole number from 0 to 3",
+        ),
         ("ds.json", '{"zero_optimization": {"stage": 7}}', "stage = 7: expected a whole number from 0 to 3"),
-        ("ds.json", '{"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": -3}', "steps = -3: expected"),
+        (
+            "ds.json",
+            '{"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": -3}',
+            "steps = -3: expected",
+        ),
         ("a.yaml", "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}", "zero_stage = 4"),
         ("ds.json", '{"learning_rate": 1}', "no setting of a known trainer"),
         ("a.yaml", "a: [", "not valid YAML"),
-        ("args.json", '{"per_device_train_batch_size": 1, "deepspeed": "gone.json"}', "gone.json: cannot be read"),
+        (
+            "args.json",
+            '{"per_device_train_batch_size": 1, "deepspeed": "gone.json"}',
+            "gone.json: cannot be read",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_one_line(tmp_path: Path, name: str, content: str, words: str) -> None:
@@ -136,8 +151,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             '{"gradient_accumulation_steps": 4, "optim": "adamw_torch", "weight_decay": 0.1}',
             "optim, weight_d",
         ),
-        ("ds.json", '{"train_batch_size": 32, "optimizer": {"type": "AdamW"}}', "optimizer: audited with plain SGD"),
-        ("a.yaml", "distributed_type: FSDP\ngradient_accumulation_steps: 4", "distributed_type FSDP: audited as"),
+        (
+            "ds.json",
+            '{"train_batch_size": 32, "optimizer": {"type": "AdamW"}}',
+            "optimizer: audited with plain SGD",
+        ),
+        (
+            "a.yaml",
+            "distributed_type: FSDP\ngradient_accumulation_steps: 4",
+            "distributed_type FSDP: audited as",
+        ),
         (
             "run.sh",
             "openrlhf --train.micro_batch_size 1 --train.batch_size 4 --ds.param_dtype bf16",

@@ -1,4 +1,5 @@
-"""Environments of audited releases: built once, by one process, whole or not at all. Installers here are scripts."""
+"""Environments of audited releases: built once, by one process, whole or not at all. Installers here are
+scripts."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import pytest
 from truestep.audit import environment
 from truestep.settings import SettingsError
 
-# Notes how it was called, does what UV_FAKE_DO says, "installs" every NAME==VERSION as an empty module with metadata.
+# Notes how it was called, does what UV_FAKE_DO says, "installs" every NAME==VERSION as an empty module with
+# metadata.
 FAKE_UV = """#!/bin/sh
 echo "DS=$DS_BUILD_OPS LINKS=$UV_FIND_LINKS uv $*" >> "$UV_FAKE_LOG"
 eval "$UV_FAKE_DO"
@@ -63,7 +65,9 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_python(python: Path, code: str) -> str:
-    return subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [str(python), "-I", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def start_build(text: str) -> subprocess.Popen[str]:
@@ -78,12 +82,15 @@ def wait_for(condition, seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-# ---------------------------------------------------------------------------------------------------------- the request
+# ------------------------------------------------------------------------------------------------ the request
 
 
 def test_a_request_is_exact_versions():
     assert environment.parse("deepspeed==0.18.9") == {"deepspeed": "0.18.9"}
-    assert environment.parse(" TRL==1.16.0 + Deep_Speed==0.19.0rc1") == {"trl": "1.16.0", "deep-speed": "0.19.0rc1"}
+    assert environment.parse(" TRL==1.16.0 + Deep_Speed==0.19.0rc1") == {
+        "trl": "1.16.0",
+        "deep-speed": "0.19.0rc1",
+    }
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,11 @@ def test_a_name_is_of_all_that_is_installed(monkeypatch: pytest.MonkeyPatch):
     name = environment.plan("trl==1.16.0+deepspeed==0.18.9").name
     assert name == environment.plan("deepspeed==0.18.9+trl==1.16.0").name
     assert name.startswith("deepspeed-0.18.9+trl-1.16.0-py3.")
-    others = ["deepspeed==0.18.9", "trl==1.16.0+deepspeed==0.18.8", "torch==2.12.0+trl==1.16.0+deepspeed==0.18.9"]
+    others = [
+        "deepspeed==0.18.9",
+        "trl==1.16.0+deepspeed==0.18.8",
+        "torch==2.12.0+trl==1.16.0+deepspeed==0.18.9",
+    ]
     assert len({name, *(environment.plan(text).name for text in others)}) == 4
     monkeypatch.setitem(environment.ALONE, "deepspeed", ("hjson",))
     assert environment.plan("trl==1.16.0+deepspeed==0.18.9").name != name
@@ -159,7 +170,7 @@ def test_importing_it_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
-# ------------------------------------------------------------------------------------------------------------- building
+# --------------------------------------------------------------------------------------------------- building
 
 
 def test_uv_builds_the_base_once_and_an_overlay_for_each_subject(calls: Path):
@@ -198,7 +209,9 @@ def test_an_overlay_sees_the_base_behind_its_own_packages(calls: Path, tmp_path:
     assert environment.installed(python) == {"torch": environment.TORCH, "trl": "1.16.0"}
     moved = tmp_path / "moved"
     (tmp_path / "cache").rename(moved)
-    assert "base-torch" in run_python(moved / "audit" / home.name / "bin/python", "import torch; print(torch.place)")
+    assert "base-torch" in run_python(
+        moved / "audit" / home.name / "bin/python", "import torch; print(torch.place)"
+    )
 
 
 def test_without_uv_pip_of_the_base_installs(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -226,7 +239,9 @@ def test_a_failed_build_leaves_nothing_and_says_why_in_a_line(
     calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     environment.build(f"torch=={environment.TORCH}")
-    message = "echo looking; echo 'ERROR: no trl==9.9 at https://me:secret@index/simple'; echo 'hint: none'; exit 1"
+    message = (
+        "echo looking; echo 'ERROR: no trl==9.9 at https://me:secret@index/simple'; echo 'hint: none'; exit 1"
+    )
     monkeypatch.setenv("UV_FAKE_DO", message)
     with pytest.raises(environment.BuildFailed) as caught:
         environment.build("trl==9.9")
@@ -265,7 +280,9 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_killed_build_is_waited_for_and_done_again(calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_build_is_waited_for_and_done_again(
+    calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     environment.build(f"torch=={environment.TORCH}")
     gate, reached = tmp_path / "gate", tmp_path / "reached"
     monkeypatch.setenv("UV_FAKE_DO", f"touch {reached}; while [ ! -e {gate} ]; do sleep 0.02; done")
@@ -347,7 +364,7 @@ def test_uv_is_told_what_pip_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "UV_FIND_LINKS" not in environment._uv_variables()
 
 
-# ----------------------------------------------------------------------------------------------------------- looking in
+# ------------------------------------------------------------------------------------------------- looking in
 
 
 @pytest.fixture
@@ -372,14 +389,18 @@ def test_frameworks_are_found_without_importing_or_writing(theirs: Path):
         (site / name / "__init__.py").write_text("raise SystemExit('imported')")
     (site / "verl").mkdir()  # a folder that only has the name
     (site / "greeting.py").write_text("print('hello')\n")
-    (site / "greeting.pth").write_text("import greeting\n")  # as an editable install: runs whenever this python starts
+    (site / "greeting.pth").write_text(
+        "import greeting\n"
+    )  # as an editable install: runs whenever this python starts
     before = tree(theirs.parent.parent)
     assert environment.installed(theirs) == {"transformers": "5.23.0", "trl": "unknown"}
     assert environment.versions(theirs) == {"transformers": "5.23.0", "some-other-thing": "1"}
     assert tree(theirs.parent.parent) == before
 
 
-def test_what_the_caller_has_on_its_path_is_not_found(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_the_caller_has_on_its_path_is_not_found(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "trl.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -61,15 +61,23 @@ def every_verdict() -> list[Finding]:
 
 
 def hostile() -> Finding:
-    words = {"subject": HOSTILE, "fault": HOSTILE, "versions": {HOSTILE: HOSTILE}, "cases": {HOSTILE: HOSTILE}}
+    words = {
+        "subject": HOSTILE,
+        "fault": HOSTILE,
+        "versions": {HOSTILE: HOSTILE},
+        "cases": {HOSTILE: HOSTILE},
+    }
     return dropped(**words, configuration={HOSTILE: HOSTILE, "accumulation": 4})
 
 
-# -------------------------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------------------------- JSON
 
 
 def test_a_document_reads_back_to_the_same_findings() -> None:
-    findings = [*every_verdict(), dropped(logged_loss=math.nan, condition=math.inf, weights=[[math.nan, -math.inf]])]
+    findings = [
+        *every_verdict(),
+        dropped(logged_loss=math.nan, condition=math.inf, weights=[[math.nan, -math.inf]]),
+    ]
     text = json.dumps(to_document(findings, {"command": ["truestep", "audit"]}), allow_nan=False)
     back = from_document(json.loads(text))
     assert to_document(back, {})["findings"] == to_document(findings, {})["findings"]
@@ -108,7 +116,10 @@ def test_fields_of_another_version_are_left_out() -> None:
         ({"schema": 2, "findings": []}, "schema"),
         ({"schema": 1}, "findings"),
         ({"schema": 1, "findings": ["x"]}, "row 1: subject"),
-        ({"schema": 1, "findings": [{"subject": "x", "configuration": [], "verdict": "RIGHT"}]}, "configuration"),
+        (
+            {"schema": 1, "findings": [{"subject": "x", "configuration": [], "verdict": "RIGHT"}]},
+            "configuration",
+        ),
         ({"schema": 1, "findings": [{"subject": "x", "configuration": {}, "verdict": "GOOD"}]}, "'GOOD'"),
     ],
 )
@@ -119,7 +130,7 @@ def test_a_bad_document_is_one_line(document: Any, expected: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- JUnit
+# ------------------------------------------------------------------------------------------------------ JUnit
 
 
 def test_junit_fails_for_faults_alone_and_skips_what_gave_no_answer() -> None:
@@ -152,7 +163,7 @@ def test_junit_of_hostile_names_is_xml() -> None:
     assert "<script>alert(1)</script>]]>" in suite[0].attrib["classname"]
 
 
-# ------------------------------------------------------------------------------------------------------------- SARIF
+# ------------------------------------------------------------------------------------------------------ SARIF
 
 
 def test_sarif_levels() -> None:
@@ -161,7 +172,11 @@ def test_sarif_levels() -> None:
     levels = [result["level"] for result in run["results"]]
     assert sorted(levels) == ["error", "note", "note"]
     told = run["invocations"][0]["toolExecutionNotifications"]
-    assert [t["message"]["text"].partition(":")[0] for t in told] == ["WITHIN NOISE", "NOT OBSERVABLE", "NOT RUN"]
+    assert [t["message"]["text"].partition(":")[0] for t in told] == [
+        "WITHIN NOISE",
+        "NOT OBSERVABLE",
+        "NOT RUN",
+    ]
     rules = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
     for result in run["results"]:
         assert rules[result["ruleIndex"]] == result["ruleId"]
@@ -171,7 +186,10 @@ def test_sarif_has_a_rule_for_a_kind_of_fault_not_for_each_finding() -> None:
     same = [dropped(fault=f"micro-batches dropped ({n} of 4)") for n in (2, 3)]
     other = dropped(fault="mean of micro-batch means")
     (run,) = to_sarif([*same, other])["runs"]
-    assert [r["id"] for r in run["tool"]["driver"]["rules"]] == ["mean-of-micro-batch-means", "micro-batches-dropped"]
+    assert [r["id"] for r in run["tool"]["driver"]["rules"]] == [
+        "mean-of-micro-batch-means",
+        "micro-batches-dropped",
+    ]
     assert len({r["partialFingerprints"]["truestepFinding/v1"] for r in run["results"]}) == 2
 
 
@@ -209,7 +227,7 @@ def test_a_rule_always_has_a_name() -> None:
     assert rule_of({"fault": "(1)", "verdict": "FAULT"}) == "unnamed"
 
 
-# -------------------------------------------------------------------------------------------------------------- page
+# ------------------------------------------------------------------------------------------------------- page
 
 
 class Page(HTMLParser):
@@ -255,7 +273,9 @@ def test_the_page_draws_every_weight() -> None:
 
 
 def test_bars_are_to_scale_and_end_where_the_drawing_ends() -> None:
-    drawing = draw({"verdict": "FAULT", "weights": [[1.0, 0.5, 0.0, 24.0, -7.0, math.nan]], "tokens": [[1, 2, 3]]})
+    drawing = draw(
+        {"verdict": "FAULT", "weights": [[1.0, 0.5, 0.0, 24.0, -7.0, math.nan]], "tokens": [[1, 2, 3]]}
+    )
     assert drawing is not None
     one, half, none, much, negative, unknown = drawing.bars
     assert one.height == 2 * half.height == UNIT
@@ -267,7 +287,9 @@ def test_bars_are_to_scale_and_end_where_the_drawing_ends() -> None:
     assert [b.cut for b in drawing.bars] == [False, False, False, True, True, False]
     assert unknown.label == "nan"
     assert [b.tokens for b in drawing.bars] == ["1", "2", "3", "", "", ""]
-    assert all(b.y >= 0 and b.y + b.height <= drawing.height and b.x + 26 <= drawing.width for b in drawing.bars)
+    assert all(
+        b.y >= 0 and b.y + b.height <= drawing.height and b.x + 26 <= drawing.width for b in drawing.bars
+    )
 
 
 def test_a_page_of_nothing() -> None:
@@ -280,12 +302,19 @@ def test_a_logged_loss_that_hides_a_fault_is_in_the_first_sentence() -> None:
     assert "the logged loss is right all the same" not in render_page([shown], {})
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 
 def test_a_configuration_in_words() -> None:
     words = configuration_in_words(
-        {"zero_stage": 2, "offload": True, "processes": 2, "arch": None, "packing": False, "max_grad_norm": 0.5}
+        {
+            "zero_stage": 2,
+            "offload": True,
+            "processes": 2,
+            "arch": None,
+            "packing": False,
+            "max_grad_norm": 0.5,
+        }
     )
     assert words == "ZeRO-2, offload, 2 processes, no packing, max grad norm 0.5"
 

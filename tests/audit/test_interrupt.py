@@ -1,4 +1,5 @@
-"""An audit that is told to stop: nothing is left running, what is done is shown, and secrets were never passed on."""
+"""An audit that is told to stop: nothing is left running, what is done is shown, and secrets were never
+passed on."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ def recovered(weights: np.ndarray, counts: list[list[int]]) -> Recovered:
 
 
 @pytest.mark.parametrize("name", [n for n in faults.FAULTS if n != "right"])
-@pytest.mark.parametrize("counts", [[[2, 27, 3, 17]], [[2, 27, 3, 17], [40, 5, 22, 9]]], ids=["1 rank", "2 ranks"])
+@pytest.mark.parametrize(
+    "counts", [[[2, 27, 3, 17]], [[2, 27, 3, 17], [40, 5, 22, 9]]], ids=["1 rank", "2 ranks"]
+)
 def test_every_catalogued_fault_has_words(name: str, counts: list[list[int]]) -> None:
     weights = faults.FAULTS[name][0](counts)
     if np.allclose(weights, 1):
@@ -74,11 +76,15 @@ def test_weights_that_obey_no_law_have_no_pattern() -> None:
 
 def test_a_weight_that_noise_hides_is_no_sign_of_a_drop() -> None:
     """Clipped steps in bfloat16 are read back with such errors: 1 ± 1.9 is not told from zero."""
-    noisy = replace(recovered(np.array([1.0, 1.01, 0.99, 1.0]), [[9, 2, 7, 5]]), errors=np.array([0.38, 0.1, 0.3, 0.1]))
+    noisy = replace(
+        recovered(np.array([1.0, 1.01, 0.99, 1.0]), [[9, 2, 7, 5]]), errors=np.array([0.38, 0.1, 0.3, 0.1])
+    )
     pattern = fit_pattern(noisy, "bfloat16")
     assert pattern is not None
     assert pattern.codes == ()
-    hidden = fit_pattern(replace(noisy, errors=np.full(4, 0.5)), "bfloat16")  # not one of them is told from zero
+    hidden = fit_pattern(
+        replace(noisy, errors=np.full(4, 0.5)), "bfloat16"
+    )  # not one of them is told from zero
     assert hidden is not None
     assert hidden.codes == ()
     assert hides_weights(noisy)
@@ -86,7 +92,9 @@ def test_a_weight_that_noise_hides_is_no_sign_of_a_drop() -> None:
         replace(noisy, weights=2 * noisy.weights, errors=np.array([0.38, 0.01, 0.01, 0.01])), "bfloat16"
     )
     assert doubled is not None
-    assert doubled.scale == pytest.approx(2.0, rel=0.02)  # one noisy weight does not hide what the others show
+    assert doubled.scale == pytest.approx(
+        2.0, rel=0.02
+    )  # one noisy weight does not hide what the others show
     dropped = fit_pattern(replace(noisy, weights=np.array([1.0, 0.0, 1.0, 1.0])), "bfloat16")
     assert dropped is not None
     assert dropped.codes[0] == "kept"
@@ -100,9 +108,11 @@ def test_a_constant_is_recovered(scale: float) -> None:
     assert ("accumulation_factor" in pattern.codes) == (scale in (4.0, 0.25))
 
 
-def seen_rows(rank_rows: list[list[int]], untrained: tuple[int, ...], num_rows: int, after: int = 0) -> tuple[str, ...]:
-    """The codes of a right step over one row a micro-batch, these on each rank, of so many rows that were asked for.
-    ``after``: forward passes behind it."""
+def seen_rows(
+    rank_rows: list[list[int]], untrained: tuple[int, ...], num_rows: int, after: int = 0
+) -> tuple[str, ...]:
+    """The codes of a right step over one row a micro-batch, these on each rank, of so many rows that were
+    asked for. ``after``: forward passes behind it."""
     draw = np.random.default_rng(0)
     gradients = {row: np.zeros(50) if row in untrained else draw.normal(size=50) for row in range(num_rows)}
     batches = tuple(
@@ -120,8 +130,12 @@ def seen_rows(rank_rows: list[list[int]], untrained: tuple[int, ...], num_rows: 
     )
     total = np.sum([m.gradient for m in batches], axis=0)
     used = total / sum(m.num_trained for m in batches)
-    step = Step(before=np.zeros(50), after=-used, learning_rate=1.0, microbatches=batches, control=total, extras={})
-    asked = Asked(num_rows=num_rows, untrained_rows=untrained, epochs=1, accumulation=9, rows_per_microbatch=1, steps=1)
+    step = Step(
+        before=np.zeros(50), after=-used, learning_rate=1.0, microbatches=batches, control=total, extras={}
+    )
+    asked = Asked(
+        num_rows=num_rows, untrained_rows=untrained, epochs=1, accumulation=9, rows_per_microbatch=1, steps=1
+    )
     run = Observation(
         versions={}, steps=(step,), ranks_differ=0.0, forwards_without_step=after, unmatched=0, asked=asked
     )

@@ -37,19 +37,23 @@ def _one_thread() -> None:
 
 
 def windows_of(case: Case, world_size: int) -> list[list[tuple[int, tuple[int, ...]]]]:
-    """(rank, rows) of the micro-batches of every step, as asked for: written without the trainer's own plan."""
+    """(rank, rows) of the micro-batches of every step, as asked for: written without the trainer's own
+    plan."""
     size, share = case.rows_per_microbatch, case.rows_per_microbatch * world_size
     rounds = [range(first, first + share) for first in range(0, len(case.rows), share)]
     steps = []
     for _ in range(case.epochs):
         for first in range(0, len(rounds), case.accumulation):
             window = rounds[first : first + case.accumulation]
-            steps.append([(r, tuple(part[r * size : (r + 1) * size])) for r in range(world_size) for part in window])
+            steps.append(
+                [(r, tuple(part[r * size : (r + 1) * size])) for r in range(world_size) for part in window]
+            )
     return steps
 
 
 def difference(mutant: Mutant, case: str, seen: Observation) -> float:
-    """The largest relative difference of one case from what was asked for; infinite where the grouping differs."""
+    """The largest relative difference of one case from what was asked for; infinite where the grouping
+    differs."""
     asked = build(case, world_size=mutant.world_size, accumulation=mutant.accumulation, seed=mutant.seed)
     grouped = [[(m.rank, m.rows) for m in step.microbatches] for step in seen.steps]
     if grouped != windows_of(asked, mutant.world_size) or seen.forwards_without_step or seen.unmatched:
@@ -57,7 +61,8 @@ def difference(mutant: Mutant, case: str, seen: Observation) -> float:
     found = [seen.ranks_differ / float(np.abs(seen.steps[0].before).max())]
     # Between two steps the parameters do not move: what they moved is compared with the step before.
     found += [
-        float(np.linalg.norm(b.before - a.after) / np.linalg.norm(a.after - a.before)) for a, b in pairwise(seen.steps)
+        float(np.linalg.norm(b.before - a.after) / np.linalg.norm(a.after - a.before))
+        for a, b in pairwise(seen.steps)
     ]
     for step in seen.steps:
         if not np.isfinite(step.after).all():
@@ -114,7 +119,8 @@ def test_a_clean_run_does_not(clean: Mutant, tmp_path: Path) -> None:
 
 
 def test_only_the_fault_makes_the_difference(tmp_path: Path) -> None:
-    """A mutant's configuration with the right parts is clean, and its steps have the weights that it is known by."""
+    """A mutant's configuration with the right parts is clean, and its steps have the weights that it is known
+    by."""
     offload = next(m for m in MUTANTS if m.fault == "A1" and m.names == {"kept"})
     right = dataclasses.replace(offload, trainer=Trainer())
     assert max(differences(right, tmp_path / "right").values()) <= MOST["float32"]

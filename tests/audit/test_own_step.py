@@ -40,13 +40,17 @@ class Plain(torch.nn.Module):
         self.embed, self.head = torch.nn.Embedding(64, 16), torch.nn.Linear(16, 64)
         self.shift, self.counts = shift, counts
 
-    def forward(self, input_ids, labels=None, attention_mask=None, position_ids=None, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+    def forward(
+        self, input_ids, labels=None, attention_mask=None, position_ids=None, num_items_in_batch=None
+    ):  # type: ignore[no-untyped-def]
         logits = self.head(self.embed(input_ids))
         loss = None
         if labels is not None:
             kept = input_ids.shape[1] - self.shift
             reduction = "sum" if self.counts and num_items_in_batch else "mean"
-            loss = torch.nn.functional.cross_entropy(logits[0, :kept], labels[0, self.shift :], reduction=reduction)
+            loss = torch.nn.functional.cross_entropy(
+                logits[0, :kept], labels[0, self.shift :], reduction=reduction
+            )
             loss = loss / num_items_in_batch if reduction == "sum" else loss
         return type("Out", (), {"logits": logits, "loss": loss})
 

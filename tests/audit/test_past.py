@@ -12,7 +12,7 @@ from past_folders import MEANS, OPENRLHF, OWN, STATE, SUMS, Z2, deepspeed, freez
 from truestep.audit.past import MEASURED, judge_release, look_back, release
 from truestep.audit.past_files import truth, whole
 
-# -------------------------------------------------------------------------------------------------- DeepSpeed's offload
+# ---------------------------------------------------------------------------------------- DeepSpeed's offload
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,9 @@ def test_releases_of_deepspeed(tmp_path: Path, version: str, expected: str, reas
         ({"stage": "auto"}, 4, "not affected", "offload_optimizer none"),
     ],
 )
-def test_settings_of_deepspeed(tmp_path: Path, zero: Any, accumulation: Any, expected: str, reason: str) -> None:
+def test_settings_of_deepspeed(
+    tmp_path: Path, zero: Any, accumulation: Any, expected: str, reason: str
+) -> None:
     found = offload(write(tmp_path, **deepspeed("0.18.9", zero, accumulation)))
     assert found.answer == expected
     assert any(reason in r for r in found.reasons), found.reasons
@@ -96,14 +98,16 @@ def test_a_whole_environment_without_the_package_is_not_affected(tmp_path: Path)
 
 
 def test_files_that_contradict_each_other_decide_nothing(tmp_path: Path) -> None:
-    found = offload(write(tmp_path, **deepspeed(), uv__lock='[[package]]\nname = "deepspeed"\nversion = "0.19.8"\n'))
+    found = offload(
+        write(tmp_path, **deepspeed(), uv__lock='[[package]]\nname = "deepspeed"\nversion = "0.19.8"\n')
+    )
     assert found.answer == "unknown"
     assert "contradict" in " ".join(found.reasons)
     both_bad = write(tmp_path, uv__lock='[[package]]\nname = "deepspeed"\nversion = "0.15.2"\n')
     assert offload(both_bad).answer == "affected"
 
 
-# ------------------------------------------------------------------------------------------- where a setting may stand
+# ---------------------------------------------------------------------------------- where a setting may stand
 
 ARGUMENTS = {"output_dir": "out", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
 AUTO = {"zero_optimization": Z2, "gradient_accumulation_steps": "auto"}
@@ -152,7 +156,9 @@ def test_of_several_deepspeed_files_the_named_one_counts(tmp_path: Path) -> None
 
 
 def test_an_accumulation_that_depends_on_the_processes_says_so(tmp_path: Path) -> None:
-    command = "python -m openrlhf.cli.train_sft --train_batch_size 128 --micro_train_batch_size 2 --zero_stage 2 "
+    command = (
+        "python -m openrlhf.cli.train_sft --train_batch_size 128 --micro_train_batch_size 2 --zero_stage 2 "
+    )
     found = offload(write(tmp_path, freeze__txt="deepspeed==0.18.9\n", run__sh=command + "--adam_offload\n"))
     assert found.answer == "unknown"
     assert "128 / (2 × processes) (run.sh): 3 or more on up to 21 processes" in " ".join(found.reasons)
@@ -170,12 +176,15 @@ def test_a_variable_is_no_number(tmp_path: Path) -> None:
 def test_a_comment_is_no_command(tmp_path: Path) -> None:
     text = "# deepspeed --module openrlhf.cli.train_sft --zero_stage 3\npython x.py --deepspeed z2.json\n"
     write(
-        tmp_path, freeze__txt="deepspeed==0.18.9\n", run__sh=text, z2__json={**AUTO, "gradient_accumulation_steps": 4}
+        tmp_path,
+        freeze__txt="deepspeed==0.18.9\n",
+        run__sh=text,
+        z2__json={**AUTO, "gradient_accumulation_steps": 4},
     )
     assert offload(tmp_path).answer == "affected"
 
 
-# ------------------------------------------------------------------------------------------------------------- Trainer
+# ---------------------------------------------------------------------------------------------------- Trainer
 
 
 def trainer(version: str, model: str = "LlamaForCausalLM", **arguments: Any) -> dict[str, Any]:
@@ -218,7 +227,9 @@ def test_without_accumulation_one_process_is_right_and_several_were_not_measured
 
 def test_the_config_of_a_model_that_was_only_loaded_says_nothing(tmp_path: Path) -> None:
     write(
-        tmp_path, base_in_config__json={"architectures": ["X"], "transformers_version": "4.45.2"}, args__json=ARGUMENTS
+        tmp_path,
+        base_in_config__json={"architectures": ["X"], "transformers_version": "4.45.2"},
+        args__json=ARGUMENTS,
     )
     found = look_back(tmp_path)[MEANS]
     assert found.answer == "unknown"
@@ -227,7 +238,12 @@ def test_the_config_of_a_model_that_was_only_loaded_says_nothing(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("option", "processes", "expected"),
-    [(False, 2, "affected"), (True, 2, "not affected"), (False, 1, "not affected"), (None, 2, "not affected")],
+    [
+        (False, 2, "affected"),
+        (True, 2, "not affected"),
+        (False, 1, "not affected"),
+        (None, 2, "not affected"),
+    ],
 )
 def test_tokens_of_each_process(tmp_path: Path, option: bool | None, processes: int, expected: str) -> None:
     arguments = {} if option is None else {"average_tokens_across_devices": option}
@@ -239,7 +255,7 @@ def test_tokens_of_each_process(tmp_path: Path, option: bool | None, processes: 
         assert other[OWN].answer == "unknown"
 
 
-# ------------------------------------------------------------------------------------------------------------ OpenRLHF
+# --------------------------------------------------------------------------------------------------- OpenRLHF
 
 
 @pytest.mark.parametrize(
@@ -255,16 +271,14 @@ def test_tokens_of_each_process(tmp_path: Path, option: bool | None, processes: 
     ],
 )
 def test_openrlhf(tmp_path: Path, version: str, kind: str, expected: str) -> None:
-    command = (
-        f"deepspeed --num_gpus 4 --module openrlhf.cli.train_{kind} --train_batch_size 64 --micro_train_batch_size 2"
-    )
+    command = f"deepspeed --num_gpus 4 --module openrlhf.cli.train_{kind} --train_batch_size 64 --micro_train_batch_size 2"
     found = look_back(write(tmp_path, freeze__txt=f"OpenRLHF=={version}\n", run__sh=command))
     assert found[OPENRLHF].answer == expected, found[OPENRLHF].reasons
     if version == "0.9.1":
         assert "by inference" in " ".join(found[OPENRLHF].reasons)
 
 
-# ---------------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------- the table
 
 
 def test_every_measured_release_answers_as_it_was_measured() -> None:

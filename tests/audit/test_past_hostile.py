@@ -26,7 +26,11 @@ from truestep.settings import SettingsError
         ("acc.yaml", "distributed_type: DEEPSPEED\n\t- [broken", "acc.yaml: not valid YAML"),
         ("acc.yaml", "distributed_type: " + "[" * 20_000, "acc.yaml: not valid YAML"),
         ("acc.yaml", "distributed_type: 2024-99-99", "acc.yaml: not valid YAML"),
-        ("acc.yaml", "deepspeed: !!python/object/apply:os.system ['touch owned']", "acc.yaml: not valid YAML"),
+        (
+            "acc.yaml",
+            "deepspeed: !!python/object/apply:os.system ['touch owned']",
+            "acc.yaml: not valid YAML",
+        ),
         ("uv.lock", "[[package]\nname=", "uv.lock: not valid TOML"),
         ("poetry.lock", "x = " + "[" * 100_000, "poetry.lock: not valid TOML"),
         ("trainer_state.json", "\x00\x01", "trainer_state.json: not a trainer state"),
@@ -47,7 +51,9 @@ def test_yaml_that_nobody_can_read_is_named(tmp_path: Path, monkeypatch: pytest.
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    found = offload(write(tmp_path, acc__yaml="distributed_type: DEEPSPEED\n", freeze__txt="deepspeed==0.18.9\n"))
+    found = offload(
+        write(tmp_path, acc__yaml="distributed_type: DEEPSPEED\n", freeze__txt="deepspeed==0.18.9\n")
+    )
     assert "acc.yaml: not read: YAML needs the package pyyaml" in " ".join(found.reasons)
 
 
@@ -61,12 +67,20 @@ def test_odd_values_anywhere_end_in_an_answer(tmp_path: Path, odd: Any) -> None:
         ds__json={"zero_optimization": odd, "gradient_accumulation_steps": odd, "train_batch_size": odd},
         ds2__json={"zero_optimization": {"stage": odd, "offload_optimizer": odd}},
         ds3__json={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": odd}}},
-        args__json={"deepspeed": odd, "per_device_train_batch_size": odd, "average_tokens_across_devices": odd},
+        args__json={
+            "deepspeed": odd,
+            "per_device_train_batch_size": odd,
+            "average_tokens_across_devices": odd,
+        },
         acc__json={"distributed_type": odd, "num_processes": odd, "deepspeed_config": odd},
         acc2__json={
             "distributed_type": "DEEPSPEED",
             "num_processes": 1,
-            "deepspeed_config": {"zero_stage": odd, "offload_optimizer_device": odd, "deepspeed_config_file": odd},
+            "deepspeed_config": {
+                "zero_stage": odd,
+                "offload_optimizer_device": odd,
+                "deepspeed_config_file": odd,
+            },
         },
         list__json=[{"deepspeed": odd}],
         trainer_state__json=STATE,
@@ -77,7 +91,12 @@ def test_odd_values_anywhere_end_in_an_answer(tmp_path: Path, odd: Any) -> None:
 
 
 def test_large_files_that_are_no_configuration_are_passed_over(tmp_path: Path) -> None:
-    write(tmp_path, **deepspeed(), tokenizer__json='{"vocab": "' + "x" * (3 << 20) + '"}', log__txt="y" * (3 << 20))
+    write(
+        tmp_path,
+        **deepspeed(),
+        tokenizer__json='{"vocab": "' + "x" * (3 << 20) + '"}',
+        log__txt="y" * (3 << 20),
+    )
     assert offload(tmp_path).answer == "affected"
     unknown = offload(write(tmp_path, freeze__txt="deepspeed==0.14.0\n"))
     assert unknown.answer == "unknown"
@@ -120,5 +139,7 @@ def test_looking_back_imports_nothing_that_runs_a_framework(tmp_path: Path) -> N
         "import sys; from pathlib import Path; from truestep.audit.past import look_back; look_back(Path(sys.argv[1]));"
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'pickle5', 'yaml') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == "[]", done.stderr

@@ -25,7 +25,9 @@ def finding(subject: str, configuration: Configuration) -> Finding:
     )
 
 
-@pytest.mark.parametrize("subject", [s for s in registry.TABLE if s.script in REPRODUCED], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "subject", [s for s in registry.TABLE if s.script in REPRODUCED], ids=lambda s: s.name
+)
 def test_every_configuration_has_a_short_script_that_parses(subject: registry.Subject) -> None:
     for configuration in subject.configurations:
         text = reproduce.script(finding(subject.name, configuration), subject.script)
@@ -62,7 +64,9 @@ def test_a_script_that_cannot_run_is_no_evidence(tmp_path: Path) -> None:
 def test_a_remedy_is_the_first_change_that_was_audited_to_right(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def audit_one(subject: registry.Subject, configuration: Configuration, python: Path, **_: object) -> Finding:
+    def audit_one(
+        subject: registry.Subject, configuration: Configuration, python: Path, **_: object
+    ) -> Finding:
         tried.append(dict(configuration.options))
         verdict = Verdict.FAULT if configuration.options.get("offload") else Verdict.RIGHT
         return Finding(subject=subject.name, configuration={}, verdict=verdict)
@@ -72,6 +76,9 @@ def test_a_remedy_is_the_first_change_that_was_audited_to_right(monkeypatch: pyt
     configuration = Configuration(options={"stage": 2, "offload": True, "manual": True})
     found = remedy.find(subject, configuration, Path(sys.executable), "", timeout=1)
     assert found == "no offload_optimizer"
-    assert tried == [{"stage": 2, "offload": True, "manual": False}, {"stage": 2, "offload": False, "manual": True}]
+    assert tried == [
+        {"stage": 2, "offload": True, "manual": False},
+        {"stage": 2, "offload": False, "manual": True},
+    ]
     only = Configuration(options={"stage": 2})
     assert remedy.find(subject, only, Path(sys.executable), "", timeout=1) == ""

@@ -1,4 +1,5 @@
-"""SARIF output against the schema of OASIS (2.1.0, errata 01), which a wheel of the tests' dependencies carries."""
+"""SARIF output against the schema of OASIS (2.1.0, errata 01), which a wheel of the tests' dependencies
+carries."""
 
 from __future__ import annotations
 
@@ -44,13 +45,22 @@ FINDINGS = [
     finding(Verdict.FAULT, fault="the intermediate micro-batches are dropped", codes=("kept",)),
     finding(Verdict.FAULT, fault="\x00\x1b[2J<b>\ud800]( (", codes=()),
     finding(
-        Verdict.FAULT, fault="", codes=("clip", "schedule"), remedy="deepspeed==0.19.0", reproducer="a.py shows it"
+        Verdict.FAULT,
+        fault="",
+        codes=("clip", "schedule"),
+        remedy="deepspeed==0.19.0",
+        reproducer="a.py shows it",
     ),
-    *(finding(verdict, fault="everything is multiplied by 2", reason="no such module") for verdict in Verdict),
+    *(
+        finding(verdict, fault="everything is multiplied by 2", reason="no such module")
+        for verdict in Verdict
+    ),
 ]
 
 
-@pytest.mark.parametrize("findings", [[], FINDINGS, *([f] for f in FINDINGS)], ids=lambda f: f"{len(f)} findings")
+@pytest.mark.parametrize(
+    "findings", [[], FINDINGS, *([f] for f in FINDINGS)], ids=lambda f: f"{len(f)} findings"
+)
 def test_sarif_obeys_its_schema(findings: list[Finding]) -> None:
     official = schema()
     assert official["id"] == SARIF_SCHEMA

@@ -18,7 +18,9 @@ from truestep.audit.table import BLOCKS, answers_table, bar, bars, findings_tabl
 def shown(renderable: Any, width: int = 80, colour: bool = False) -> str:
     file = io.StringIO()
     system = "standard" if colour else None
-    Console(file=file, width=width, highlight=False, force_terminal=colour, color_system=system).print(renderable)
+    Console(file=file, width=width, highlight=False, force_terminal=colour, color_system=system).print(
+        renderable
+    )
     return file.getvalue()
 
 
@@ -42,7 +44,13 @@ def finding(**more: Any) -> Finding:
 
 def test_a_fault_tells_all_that_it_should() -> None:
     text = shown(findings_table([finding()]))
-    for words in ("deepspeed==0.18.9", "ZeRO-2, offload cpu", "FAULT", "intermediate micro-batches", "torch 2.13.0"):
+    for words in (
+        "deepspeed==0.18.9",
+        "ZeRO-2, offload cpu",
+        "FAULT",
+        "intermediate micro-batches",
+        "torch 2.13.0",
+    ):
         assert words in text
     rows = {row.split()[0]: row.split()[1:] for row in text.splitlines() if row.split()}
     assert rows["weight"] == ["1", "0", "0", "1"]
@@ -52,7 +60,9 @@ def test_a_fault_tells_all_that_it_should() -> None:
 
 
 def test_each_bar_stands_above_its_number() -> None:
-    _, drawn, numbers, counts = (line.plain for line in bars(finding(weights=[[1, 0], [0.5, 6]]).to_json(), 76))
+    _, drawn, numbers, counts = (
+        line.plain for line in bars(finding(weights=[[1, 0], [0.5, 6]]).to_json(), 76)
+    )
     for column, (block, number) in enumerate([("███", "1"), (" ·", "0"), ("▄▄▄", "0.5"), ("███▲", "6")]):
         at = 8 + 7 * column
         assert drawn[at : at + 7].rstrip() == block
@@ -84,7 +94,9 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
 
 
 def test_a_rank_is_not_broken_where_it_fits() -> None:
-    heads = [t.plain.split() for t in bars(finding(weights=[[1.0] * 6] * 3, tokens=[[5] * 6] * 3).to_json(), 76)]
+    heads = [
+        t.plain.split() for t in bars(finding(weights=[[1.0] * 6] * 3, tokens=[[5] * 6] * 3).to_json(), 76)
+    ]
     assert [line for line in heads if line[0] == "rank"] == [["rank", "0"], ["rank", "1"], ["rank", "2"]]
     assert max(len(line) for line in heads) == 7
 
@@ -114,14 +126,18 @@ def test_what_did_not_run_gives_its_reason() -> None:
 
 
 def test_cases_that_differ_are_told_apart() -> None:
-    text = shown(findings_table([finding(cases={"ragged": "", "masked": "the parameters are no longer finite"})]))
+    text = shown(
+        findings_table([finding(cases={"ragged": "", "masked": "the parameters are no longer finite"})])
+    )
     assert "case masked: the parameters are no longer finite" in text
     assert "right in: ragged" in text
 
 
 def test_hostile_names_move_no_cursor_and_are_no_markup() -> None:
     evil = "[red]x[/red] \x1b[2J\x1b]0;owned\x07\u202e\x00 ]]> <script>"
-    text = shown(findings_table([finding(subject=evil, fault=evil, versions={evil: evil}, configuration={evil: evil})]))
+    text = shown(
+        findings_table([finding(subject=evil, fault=evil, versions={evil: evil}, configuration={evil: evil})])
+    )
     assert not any(c in text for c in "\x1b\x07\u202e\x00")
     assert "[red]x[/red]" in text
     assert "⟨U+001B⟩" in text

@@ -133,11 +133,15 @@ def loops(tmp_path: Path) -> dict[str, object]:
     file = tmp_path / "loops.py"
     file.write_text(RIGHT)
     load = subject_module("user_loop").load
-    return {name: load(str(file), name) for name in re.findall(r"^def (\w+)\(model, optimizer", RIGHT, re.MULTILINE)}
+    return {
+        name: load(str(file), name)
+        for name in re.findall(r"^def (\w+)\(model, optimizer", RIGHT, re.MULTILINE)
+    }
 
 
 @pytest.mark.parametrize(
-    "name", ["step", "skipping", "row_by_row", "in_one_pass", "in_one_line", "with_mask", "without_last_token"]
+    "name",
+    ["step", "skipping", "row_by_row", "in_one_pass", "in_one_line", "with_mask", "without_last_token"],
 )
 def test_a_right_step_passes(audit_step, loops, name: str) -> None:
     """However it runs the rows of its window through the model."""
@@ -181,7 +185,8 @@ def test_a_step_that_depends_on_no_split_passes(audit_step, loops) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("own_optimizer", "does not use the optimizer"), ("strange_rows", "no row of the case")]
+    ("name", "reason"),
+    [("own_optimizer", "does not use the optimizer"), ("strange_rows", "no row of the case")],
 )
 def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: str) -> None:
     finding = audit_step(loops[name], fail=False)
@@ -189,7 +194,9 @@ def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: s
     assert reason in finding.reason
 
 
-@pytest.mark.parametrize(("name", "error"), [("broken", RuntimeError), ("divided_by_zero", ZeroDivisionError)])
+@pytest.mark.parametrize(
+    ("name", "error"), [("broken", RuntimeError), ("divided_by_zero", ZeroDivisionError)]
+)
 def test_a_step_that_fails(audit_step, loops, name: str, error: type[Exception]) -> None:
     finding = audit_step(loops[name], fail=False)
     assert finding.verdict == "NOT RUN"
@@ -220,7 +227,11 @@ def test_a_wrong_step_fails_the_test(audit_step, loops) -> None:
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "truestep", "audit", *words], capture_output=True, text=True, check=False, timeout=200
+        [sys.executable, "-m", "truestep", "audit", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
 
 

@@ -28,9 +28,17 @@ def make(step: int, rank: int = 0) -> Checkpoint:
         "flags": torch.tensor([True, False, step % 2 == 0]),
         "bytes": torch.arange(3, dtype=torch.uint8),
     }
-    state = {"cursor": step * 8, "lr": 1 / 3 + step, "ledger": {"tokens": 2**60 + step}, "name": "ü", "order": [3, 1]}
+    state = {
+        "cursor": step * 8,
+        "lr": 1 / 3 + step,
+        "ledger": {"tokens": 2**60 + step},
+        "name": "ü",
+        "order": [3, 1],
+    }
     return Checkpoint(
-        step=step, tensors={"parameters": parameters, "optimizer": optimizer, "buffer.replay": {}}, state=state
+        step=step,
+        tensors={"parameters": parameters, "optimizer": optimizer, "buffer.replay": {}},
+        state=state,
     )
 
 

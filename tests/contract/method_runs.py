@@ -54,7 +54,9 @@ def start(folder: Path) -> str:
     return str(folder / "run/stages/01-sft/export")
 
 
-def recipe_of(folder: Path, model: str, method: str, *, steps: int = 2, solutions: bool = True, more: str = "") -> Path:
+def recipe_of(
+    folder: Path, model: str, method: str, *, steps: int = 2, solutions: bool = True, more: str = ""
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"id": f"q{i}", "problem": f"{i}+{j}", "answer": str(j % 2), "checker": "exact"}

@@ -119,7 +119,9 @@ def test_when_none_is_intact_it_says_so_and_never_begins_again_silently(folder: 
     for path in list_checkpoints(folder):
         (path / "manifest.json").unlink()
     said: list[str] = []
-    with pytest.raises(SettingsError, match=r"none of its 2 checkpoints is intact: .*delete the folder") as caught:
+    with pytest.raises(
+        SettingsError, match=r"none of its 2 checkpoints is intact: .*delete the folder"
+    ) as caught:
         load_latest(folder, warn=said.append)
     assert "\n" not in str(caught.value)
     assert len(said) == 2
@@ -133,7 +135,7 @@ def test_training_goes_on_past_a_damaged_one_and_replaces_it(folder: Path) -> No
     assert len(list_checkpoints(folder)) == 2
 
 
-# --------------------------------------------------------------------------------------------------------------- forged
+# ----------------------------------------------------------------------------------------------------- forged
 
 
 def forge(path: Path, change: Callable[[dict], None]) -> None:
@@ -266,7 +268,7 @@ def test_another_format_is_named_and_not_called_damaged(folder: Path) -> None:
         load_latest(folder, warn=silent)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ranks
+# ------------------------------------------------------------------------------------------------------ ranks
 
 
 def save_by_ranks(folder: Path, step: int, world_size: int, keep: int = 2) -> list[Exception | None]:

@@ -1,4 +1,5 @@
-"""A checkpoint survives every kill and a full disk: what loads is, bit for bit, what was saved before or now."""
+"""A checkpoint survives every kill and a full disk: what loads is, bit for bit, what was saved before or
+now."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def _no_spinning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-# ----------------------------------------------------------------------------------------------------------- round trip
+# ------------------------------------------------------------------------------------------------- round trip
 
 
 def test_what_is_loaded_is_what_was_saved_and_any_safetensors_reader_agrees(tmp_path: Path) -> None:
@@ -91,13 +92,15 @@ def test_only_the_newest_are_kept_and_strangers_are_left_alone(tmp_path: Path) -
         ({}, {"big": "x" * (store._MANIFEST_LIMIT // 4)}, "tensor group"),
     ],
 )
-def test_what_cannot_be_stored_is_refused_before_the_disk_is_touched(tmp_path: Path, tensors, state, expected) -> None:
+def test_what_cannot_be_stored_is_refused_before_the_disk_is_touched(
+    tmp_path: Path, tensors, state, expected
+) -> None:
     with pytest.raises(ValueError, match=expected):
         save_checkpoint(tmp_path / "new", Checkpoint(step=1, tensors=tensors, state=state), keep=1)
     assert not (tmp_path / "new").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- kills
+# ------------------------------------------------------------------------------------------------------ kills
 
 
 class Killed(BaseException):
@@ -105,12 +108,14 @@ class Killed(BaseException):
 
 
 class Disk:
-    """Counts what is done to the disk, dies at operation ``fatal`` and at every later one, and then, as a power loss
-    would, cuts what was written but never synced. A write that dies has written half."""
+    """Counts what is done to the disk, dies at operation ``fatal`` and at every later one, and then, as a
+    power loss would, cuts what was written but never synced. A write that dies has written half."""
 
     NAMES = ("write", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open")
 
-    def __init__(self, patch: pytest.MonkeyPatch, fatal: int, error: Callable[[], BaseException] = Killed) -> None:
+    def __init__(
+        self, patch: pytest.MonkeyPatch, fatal: int, error: Callable[[], BaseException] = Killed
+    ) -> None:
         self.fatal, self.error, self.trace, self.unsynced = fatal, error, [], set()
         self.real = {name: getattr(os, name) for name in self.NAMES}
         for name in self.NAMES:
@@ -120,7 +125,9 @@ class Disk:
         changes = name != "open" or args[1] & os.O_CREAT
         if not changes:
             return self.real[name](*args, **kwargs)
-        self.trace.append((name, str(args[0]) if name != "fsync" else os.readlink(f"/proc/self/fd/{args[0]}")))
+        self.trace.append(
+            (name, str(args[0]) if name != "fsync" else os.readlink(f"/proc/self/fd/{args[0]}"))
+        )
         if len(self.trace) >= self.fatal:
             if name == "write" and len(self.trace) == self.fatal:
                 self.real["write"](args[0], args[1][: len(args[1]) // 2])
@@ -181,7 +188,9 @@ def test_a_kill_at_any_operation_leaves_the_old_checkpoint_or_the_new(tmp_path: 
                 finished = False
         disk.lose_power(folder)
         loaded = load_latest(folder, warn=silent)
-        assert same(loaded, after) or (not finished and same(loaded, before)), f"{scene}: killed at {disk.trace[-1]}"
+        assert same(loaded, after) or (not finished and same(loaded, before)), (
+            f"{scene}: killed at {disk.trace[-1]}"
+        )
         for path in list_checkpoints(folder):
             store._load(path, 0, 1)  # none stands there half deleted
         again = after if fatal % 2 else make(after.step + 1)
@@ -203,7 +212,9 @@ def test_nothing_is_deleted_before_the_new_checkpoint_is_durable(tmp_path: Path)
         save_checkpoint(tmp_path, after, keep=1)
     commit = trace.index(("rename", str(tmp_path / "step_00000003.tmp-write")))
     assert trace[commit + 1] == ("fsync", str(tmp_path))
-    deleted = min(i for i, (_, path) in enumerate(trace) if "step_00000002" in path or "step_00000001" in path)
+    deleted = min(
+        i for i, (_, path) in enumerate(trace) if "step_00000002" in path or "step_00000001" in path
+    )
     assert commit + 1 < deleted
     written = {path for name, path in trace[:commit] if name == "open"}
     synced = {path for name, path in trace[:commit] if name == "fsync"}
@@ -249,7 +260,7 @@ def test_a_writer_that_is_really_killed_at_random_moments(tmp_path: Path, spawn)
         assert not [p for p in tmp_path.iterdir() if ".tmp-" in p.name]
 
 
-# ------------------------------------------------------------------------------------------------------------ full disk
+# -------------------------------------------------------------------------------------------------- full disk
 
 
 def test_a_full_disk_at_any_write_keeps_the_previous_one(tmp_path: Path) -> None:
@@ -272,7 +283,9 @@ def test_a_full_disk_at_any_write_keeps_the_previous_one(tmp_path: Path) -> None
         assert "\n" not in message
         assert str(tmp_path) in message
         assert same(load_latest(tmp_path, warn=silent), make(1))
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"], "space was not given back"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"], (
+            "space was not given back"
+        )
     assert fatal > 20
     assert same(load_latest(tmp_path, warn=silent), make(2))
 
@@ -296,7 +309,9 @@ def test_a_limit_of_the_operating_system_is_reported_as_no_space(tmp_path: Path,
     assert same(load_latest(tmp_path, warn=silent), make(1))
 
 
-def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_seen_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_checkpoint(tmp_path, make(1), keep=1)
     size = sum(t.nbytes for group in make(2).tensors.values() for t in group.values())
     usage = shutil.disk_usage(tmp_path)

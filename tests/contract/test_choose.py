@@ -124,7 +124,9 @@ def test_a_draw_on_an_edge_never_falls_on_a_token_without_weight() -> None:
         weight = (logits - logits.max()).exp()
         edges = (weight.cumsum(0) / weight.sum()).unique().tolist()
         uniforms = [u for e in edges for u in (math.nextafter(e, 0), e, math.nextafter(e, 1)) if 0 <= u < 1]
-        tokens, logprobs = choose(logits.repeat(len(uniforms), 1), uniforms, how(temperature=1.0), [-1] * len(uniforms))
+        tokens, logprobs = choose(
+            logits.repeat(len(uniforms), 1), uniforms, how(temperature=1.0), [-1] * len(uniforms)
+        )
         assert all(math.isfinite(v) for v in logprobs), seed
         assert bool((weight[tokens] > 0).all()), seed
 

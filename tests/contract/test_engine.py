@@ -1,4 +1,5 @@
-"""The engine samples what the model says, whatever it is decoded with, and its log-probabilities are the trainer's."""
+"""The engine samples what the model says, whatever it is decoded with, and its log-probabilities are the
+trainer's."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def trained(family: str) -> Policy:
     return policy(family)
 
 
-def sampling(temperature: float = 1.0, length: int = 24, stops: tuple[int, ...] = STOPS) -> SamplingParameters:
+def sampling(
+    temperature: float = 1.0, length: int = 24, stops: tuple[int, ...] = STOPS
+) -> SamplingParameters:
     return SamplingParameters(temperature=temperature, max_new_tokens=length, stop_token_ids=stops)
 
 
@@ -88,7 +91,8 @@ def test_greedy_is_what_transformers_generates(family: str, trained: Policy, pac
 def test_a_sample_does_not_depend_on_how_many_run(trained: Policy, max_running: int) -> None:
     asked = requests(4, samples=9)
     assert_same(
-        run(trained, asked, sampling(), max_running=36), run(trained, asked, sampling(), max_running=max_running)
+        run(trained, asked, sampling(), max_running=36),
+        run(trained, asked, sampling(), max_running=max_running),
     )
 
 
@@ -164,11 +168,15 @@ def test_a_stop_sequence_ends_a_sample_where_it_first_stands(trained: Policy, pa
         assert (rollout.stop is Stop.STOP_TOKEN) is bool(ends)
 
 
-# -------------------------------------------------------------------------------------------- log-probabilities
+# ------------------------------------------------------------------------------------------ log-probabilities
 
 
-def trainer_logprobs(trained: Policy, rollout: Rollout, prompt: tuple[int, ...], temperature: float) -> list[float]:
-    (batch,) = pack([sequence(prompt, rollout.completion_ids)], tokens_per_microbatch=999, dtype=torch.float64)
+def trainer_logprobs(
+    trained: Policy, rollout: Rollout, prompt: tuple[int, ...], temperature: float
+) -> list[float]:
+    (batch,) = pack(
+        [sequence(prompt, rollout.completion_ids)], tokens_per_microbatch=999, dtype=torch.float64
+    )
     with torch.no_grad():
         return trained(batch, temperature)[0].tolist()
 
@@ -209,7 +217,7 @@ def test_truncated_logprobs_belong_to_the_truncated_distribution(trained: Policy
     assert all(bent > plain for bent, plain in zip(rollout.behavior_logprobs, whole, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- work and stopping
+# ------------------------------------------------------------------------------------------ work and stopping
 
 
 def test_a_shared_prompt_is_prefilled_once(trained: Policy) -> None:
@@ -234,10 +242,13 @@ def test_what_all_prompts_begin_with_is_prefilled_once(trained: Policy, samples:
     draw = torch.Generator().manual_seed(5)
     beginning = tuple(torch.randint(0, VOCABULARY, (SHARED_TOKENS + 7,), generator=draw).tolist())
     asked = [
-        replace(r, prompt_ids=beginning + r.prompt_ids) for r in [*requests(6, samples), *requests(1, samples, seed=9)]
+        replace(r, prompt_ids=beginning + r.prompt_ids)
+        for r in [*requests(6, samples), *requests(1, samples, seed=9)]
     ]
     asked = [replace(r, problem_id=f"{r.problem_id}-{len(r.prompt_ids)}-{r.seed}") for r in asked]
-    asked.append(replace(asked[0], problem_id="beginning", prompt_ids=beginning))  # no token of its own but the last
+    asked.append(
+        replace(asked[0], problem_id="beginning", prompt_ids=beginning)
+    )  # no token of its own but the last
     assert_same(run(trained, asked, sampling()), alone := run(trained, asked, sampling(), max_running=1))
     assert len(alone) == len(asked)
     engine = TorchEngine(trained.model, max_running=len(asked))

@@ -34,7 +34,9 @@ def tiny(dtype: torch.dtype = torch.float32, seed: int = 1):
 def test_the_export_opens_with_the_same_weights_and_logits(tmp_path: Path, dtype: torch.dtype) -> None:
     loaded = tiny(dtype)
     model, tokenizer = loaded.model, loaded.tokenizer
-    model.config.dtype = "float16"  # what a config says of another time must not decide how the weights are read
+    model.config.dtype = (
+        "float16"  # what a config says of another time must not decide how the weights are read
+    )
     export_hf(tmp_path / "export", model, tokenizer, card="# card\n")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     ours, theirs = model.state_dict(), again.state_dict()
@@ -146,7 +148,7 @@ def test_a_full_disk_keeps_the_old_export(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(weight_of(tmp_path / "export"), first.model.get_input_embeddings().weight)
 
 
-# ----------------------------------------------------------------------------------------------------------------- card
+# ------------------------------------------------------------------------------------------------------- card
 
 PROVENANCE = {
     "commit": "abc123",
@@ -165,7 +167,11 @@ SCORES = [{"data": "test", "metric": "avg@8", "value": 0.5, "low": 0.4, "high": 
 
 
 def table_rows(card: str, first: str) -> list[list[str]]:
-    rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in card.splitlines() if line.startswith("|")]
+    rows = [
+        [c.strip() for c in line.strip("|").split(" | ")]
+        for line in card.splitlines()
+        if line.startswith("|")
+    ]
     return [row for row in rows if row[0] == first]
 
 
@@ -190,7 +196,9 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
 
 def test_nothing_in_a_card_is_taken_for_markup() -> None:
     evil = "<script>alert(1)</script> | x\n# y ![a](http://b) `c` --- *d*"
-    card = model_card(evil, evil, [{"name": evil, "kind": evil}], [{"data": evil}], {"commit": evil, "command": [evil]})
+    card = model_card(
+        evil, evil, [{"name": evil, "kind": evil}], [{"data": evil}], {"commit": evil, "command": [evil]}
+    )
     body = card.split("---\n", 2)[2]
     assert "<script" not in body
     assert "![" not in body

@@ -1,4 +1,5 @@
-"""N + N = 2N, bit for bit, for methods that remember: buffers, stored samples, controllers; a kill loses nothing."""
+"""N + N = 2N, bit for bit, for methods that remember: buffers, stored samples, controllers; a kill loses
+nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def last_state(folder: Path) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("name", REMEMBERING)
-def test_resumed_is_never_stopped(name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_is_never_stopped(
+    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = prepared(recipe_of(tmp_path, model, name, steps=STEPS))
     whole, stopped, killed = tmp_path / "whole", tmp_path / "stopped", tmp_path / "killed"
     with monkeypatch.context() as patch:
@@ -47,7 +50,9 @@ def test_resumed_is_never_stopped(name: str, model: str, tmp_path: Path, monkeyp
     state = last_state(whole)["memory"]
     rows = rundir.read_jsonl(whole / "stages/01-rl/metrics.jsonl")
     remembered = (
-        any(row.get("rl/buffer/waiting", 0) for row in rows) or state["replay"] or any(state["scalars"].values())
+        any(row.get("rl/buffer/waiting", 0) for row in rows)
+        or state["replay"]
+        or any(state["scalars"].values())
     )
     assert remembered, "there is nothing to remember"
 
@@ -64,7 +69,8 @@ def test_resumed_is_never_stopped(name: str, model: str, tmp_path: Path, monkeyp
     assert differing(fingerprint(stopped), fingerprint(whole)) == []
     assert last_state(stopped)["memory"] == state
 
-    # Killed after step 3 was trained and before anything of it was saved; the newest checkpoint is that of step 2.
+    # Killed after step 3 was trained and before anything of it was saved; the newest checkpoint is that of
+    # step 2.
     original = loop._log
 
     def log(run: Any, done: int, *rest: Any) -> None:

@@ -1,5 +1,5 @@
-"""Every row of the table trains, from a recipe to an exported model; what a row needs is asked for before a model is
-built."""
+"""Every row of the table trains, from a recipe to an exported model; what a row needs is asked for before a
+model is built."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def test_a_row_trains_two_steps(name: str, model: str, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert max(value for row in rows for key, value in row.items() if key.endswith("/grad_norm")) > 0
-    # What the trainer sees is what the engine sampled from: a prefix, a hint or an augmented prompt is where it was.
+    # What the trainer sees is what the engine sampled from: a prefix, a hint or an augmented prompt is where
+    # it was.
     gaps = [value for row in rows for key, value in row.items() if key.endswith("logprob_difference_max")]
     assert max(gaps, default=0.0) < 1e-4
     before, after = load_file(f"{model}/model.safetensors"), load_file(stage / "export/model.safetensors")
@@ -54,7 +55,9 @@ def test_what_the_rows_did_is_seen_in_their_metrics(model: str, tmp_path: Path) 
         rows = rundir.read_jsonl(tmp_path / name / "run/stages/01-rl/metrics.jsonl")
         found[name] = [{key.removeprefix("rl/"): value for key, value in row.items()} for row in rows]
     assert all(row["demonstrations/correct"] == 1.0 for row in found["luffy"])
-    assert all(0 < row["expert/share"] < 1 for row in found["luffy"] + found["prefix_rft"] + found["chord_mu"])
+    assert all(
+        0 < row["expert/share"] < 1 for row in found["luffy"] + found["prefix_rft"] + found["chord_mu"]
+    )
     assert any(row["statistics/prefix_entropy"] > 0 for row in found["prefix_rft"])
     assert any(row["loss/sft"] > 0 for row in found["hpt"])
     assert {row["control/imitate"] for row in found["sasr"]} >= {1.0}
@@ -106,13 +109,16 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
             prepared(recipe, f"stages.rl.method_options={options}")
 
 
-# ------------------------------------------------------------------------------------------------------ injected faults
+# -------------------------------------------------------------------------------------------- injected faults
 
 
 def test_a_fault_is_a_weight_vector_of_the_step(model: str, tmp_path: Path) -> None:
     """Under SGD the faulty step is that of the first and the last of its four sequences."""
     more = "sequences_per_step = 4"
-    sgd = ('stages.sft.optimizer={ lr = 0.5, kind = "sgd", weight_decay = 0, max_grad_norm = 0 }', "stages.sft.steps=1")
+    sgd = (
+        'stages.sft.optimizer={ lr = 0.5, kind = "sgd", weight_decay = 0, max_grad_norm = 0 }',
+        "stages.sft.steps=1",
+    )
     moved = {}
     for name, sets in {
         "right": (),
@@ -138,7 +144,8 @@ def test_a_fault_is_a_weight_vector_of_the_step(model: str, tmp_path: Path) -> N
     assert apart("offload", "right") > 0.05
     assert apart("micro", "right") > 0.05
     identities = {
-        rundir.read_json(tmp_path / name / "run/stages/01-sft/done.json")["identity"] for name in ("right", "offload")
+        rundir.read_json(tmp_path / name / "run/stages/01-sft/done.json")["identity"]
+        for name in ("right", "offload")
     }
     assert len(identities) == 2
 

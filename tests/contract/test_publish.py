@@ -26,7 +26,8 @@ SAMPLING = SamplingParameters(temperature=1.0, max_new_tokens=12, stop_token_ids
 
 
 class OwnCopy(TorchEngine):
-    """An engine with weights of its own, as one in another process has. ``leave_out`` names what never arrives."""
+    """An engine with weights of its own, as one in another process has. ``leave_out`` names what never
+    arrives."""
 
     def __init__(self, trained: Policy, *, leave_out: str = "", version_off_by: int = 0) -> None:
         super().__init__(copy.deepcopy(trained.model))
@@ -96,7 +97,8 @@ def test_one_part_left_behind_is_found_out(trained: Policy, part: str) -> None:
 
 
 def test_many_updates_too_small_to_be_seen_alone_are_found_out_together() -> None:
-    """In float32 one tiny step hides in the noise of two kernels; what an engine misses adds up until it shows."""
+    """In float32 one tiny step hides in the noise of two kernels; what an engine misses adds up until it
+    shows."""
     trained = policy(dtype=torch.float32)
     engine = OwnCopy(trained, leave_out=".")
     update(trained, 1e-6)

@@ -1,5 +1,6 @@
-"""A whole run (SFT, then RL with a penalty on the divergence from a frozen reference) as one process, as two replicas
-and as two shards: the same rewards, the same metrics and the same parameters up to float32 rounding."""
+"""A whole run (SFT, then RL with a penalty on the divergence from a frozen reference) as one process, as two
+replicas and as two shards: the same rewards, the same metrics and the same parameters up to float32
+rounding."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     recipe = write_recipe(folder)
     # Three groups an update, each a micro-batch of its own: one rank has two of them, the other one.
     text = (
-        recipe.read_text().replace("prompts_per_step = 4", "prompts_per_step = 6").replace("batch = 40", "batch = 16")
+        recipe.read_text()
+        .replace("prompts_per_step = 4", "prompts_per_step = 6")
+        .replace("batch = 40", "batch = 16")
     )
     recipe.write_text(text.replace('[[stages]]\nkind = "rl"', KL))
     found = {name: folder / name for name in ("one", "ddp", "fsdp2")}
@@ -53,7 +56,9 @@ def test_two_ranks_run_as_one(parallel: str, runs: dict[str, Path]) -> None:
     for found, step in zip(metrics(runs[parallel]), expected, strict=True):
         assert found["rl/reward"] == step["rl/reward"]
         assert found == pytest.approx(step, rel=CLOSE)
-    (one,), (two,) = ((run / "stages/02-rl/export").glob("*.safetensors") for run in (runs["one"], runs[parallel]))
+    (one,), (two,) = (
+        (run / "stages/02-rl/export").glob("*.safetensors") for run in (runs["one"], runs[parallel])
+    )
     expected_parameters, parameters = load_file(one), load_file(two)
     assert parameters.keys() == expected_parameters.keys()
     for name, tensor in expected_parameters.items():

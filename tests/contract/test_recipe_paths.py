@@ -1,4 +1,5 @@
-"""Paths in a recipe: relative to the recipe's folder, else to the current one; names and hub ids are left alone."""
+"""Paths in a recipe: relative to the recipe's folder, else to the current one; names and hub ids are left
+alone."""
 
 from __future__ import annotations
 

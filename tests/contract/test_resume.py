@@ -1,5 +1,5 @@
-"""N + N = 2N, bit for bit: wherever a run is stopped, going on gives the parameters, optimizer state and log files of
-the run that was never stopped."""
+"""N + N = 2N, bit for bit: wherever a run is stopped, going on gives the parameters, optimizer state and log
+files of the run that was never stopped."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def whole(made: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, alarm.looks
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, made: Prepared, folder: Path, look: int, *, resume: bool = False) -> None:
+def stop_at(
+    monkeypatch: pytest.MonkeyPatch, made: Prepared, folder: Path, look: int, *, resume: bool = False
+) -> None:
     with monkeypatch.context() as patch:
         interrupted_at(patch, look)
         with pytest.raises(Interrupted):
@@ -68,7 +70,12 @@ def nth(looks: list[str], place: str, n: int) -> int:
     ],
 )
 def test_stopped_anywhere_and_resumed_is_never_stopped(
-    made: Prepared, whole: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, n: int
+    made: Prepared,
+    whole: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    n: int,
 ) -> None:
     expected, looks = whole
     folder = tmp_path / "run"
@@ -97,13 +104,18 @@ def test_stopped_again_and_again_is_never_stopped(
     assert differing(fingerprint(folder), fingerprint(whole[0])) == []
 
 
-def test_a_finished_run_is_left_as_it_is(made: Prepared, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_finished_run_is_left_as_it_is(
+    made: Prepared, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
     before = {p: p.read_bytes() for p in files(folder / "stages")}
     reporter = go(made, folder, resume=True)
     assert {p: p.read_bytes() for p in files(folder / "stages")} == before
-    assert [s for s in reporter.said if "skipped" in s] == ["sft: done already, skipped", "rl: done already, skipped"]
+    assert [s for s in reporter.said if "skipped" in s] == [
+        "sft: done already, skipped",
+        "rl: done already, skipped",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "manifest"])
@@ -115,10 +127,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     damage: str,
 ) -> None:
     folder = tmp_path / "run"
-    stop_at(monkeypatch, made, folder, nth(whole[1], "step", 20))  # SFT step 10; the checkpoint before is step 6
+    stop_at(
+        monkeypatch, made, folder, nth(whole[1], "step", 20)
+    )  # SFT step 10; the checkpoint before is step 6
     older, newest = list_checkpoints(folder / "stages/01-sft/checkpoints")
     assert (older.name, newest.name) == ("step_00000006", "step_00000010")
-    victim = newest / ("manifest.json" if damage == "manifest" else "parameters.rank00000-of-00001.safetensors")
+    victim = newest / (
+        "manifest.json" if damage == "manifest" else "parameters.rank00000-of-00001.safetensors"
+    )
     raw = bytearray(victim.read_bytes())
     if damage == "cut":
         raw = raw[:-1]
@@ -141,7 +157,7 @@ def test_a_torn_last_line_of_a_log_is_written_again(
     assert differing(fingerprint(folder), fingerprint(whole[0])) == []
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +170,9 @@ def half(made: Prepared, whole: tuple[Path, list[str]], tmp_path_factory: pytest
 
 
 def command(monkeypatch: pytest.MonkeyPatch, recipe: Path, folder: Path, *words: str) -> int:
-    monkeypatch.setattr("sys.argv", ["truestep", "run", str(recipe), "--out", str(folder), "--resume", *words])
+    monkeypatch.setattr(
+        "sys.argv", ["truestep", "run", str(recipe), "--out", str(folder), "--resume", *words]
+    )
     with pytest.raises(SystemExit) as stop:
         main()
     return int(stop.value.code or 0)

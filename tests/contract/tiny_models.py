@@ -44,7 +44,9 @@ def bare_model(family: str = "llama", dtype: torch.dtype = torch.float64) -> Pre
 def policy(family: str = "llama", dtype: torch.dtype = torch.float64) -> Policy:
     model = bare_model(family, dtype)
     prepare(model, torch.device("cpu"))
-    loaded = LoadedModel(model=model, tokenizer=tiny_tokenizer(), shape=model_shape(model), context_length=256)
+    loaded = LoadedModel(
+        model=model, tokenizer=tiny_tokenizer(), shape=model_shape(model), context_length=256
+    )
     made = Policy(loaded)
     assert made.packs, made.notes
     assert made.plain_head, made.notes
@@ -55,10 +57,13 @@ def requests(num_prompts: int, samples: int = 1, *, seed: int = 0) -> list[Sampl
     """Prompts of 1 to 13 tokens, each asked for ``samples`` times."""
     draw = torch.Generator().manual_seed(seed)
     prompts = [
-        tuple(torch.randint(0, VOCABULARY, (1 + (5 * p) % 13,), generator=draw).tolist()) for p in range(num_prompts)
+        tuple(torch.randint(0, VOCABULARY, (1 + (5 * p) % 13,), generator=draw).tolist())
+        for p in range(num_prompts)
     ]
     return [
-        SampleRequest(problem_id=f"p{p}", sample_index=i, prompt_ids=ids, seed=seed, purpose=Purpose.SAMPLE, step=3)
+        SampleRequest(
+            problem_id=f"p{p}", sample_index=i, prompt_ids=ids, seed=seed, purpose=Purpose.SAMPLE, step=3
+        )
         for p, ids in enumerate(prompts)
         for i in range(samples)
     ]

@@ -1,4 +1,5 @@
-"""A whole run in a second: a model of a few thousand parameters, one-token-a-character sums, SFT and then RL."""
+"""A whole run in a second: a model of a few thousand parameters, one-token-a-character sums, SFT and then
+RL."""
 
 from __future__ import annotations
 
@@ -106,7 +107,7 @@ def go(made: Prepared, folder: Path, *, resume: bool = False) -> Silent:
     return reporter
 
 
-# ------------------------------------------------------------------------------------------------------ interruption
+# ----------------------------------------------------------------------------------------------- interruption
 
 # Where a signal is looked for, by the function that is on the stack.
 PLACES = {
@@ -120,7 +121,8 @@ PLACES = {
 
 @dataclass
 class Alarm:
-    """Stands for the list of pending signals: it stays empty until it has been looked at ``ring_at`` times."""
+    """Stands for the list of pending signals: it stays empty until it has been looked at ``ring_at``
+    times."""
 
     ring_at: int = sys.maxsize
     looks: list[str] = field(default_factory=list)
@@ -142,7 +144,7 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, ring_at: int) -> Alarm:
     return alarm
 
 
-# ------------------------------------------------------------------------------------------------------- what is left
+# ----------------------------------------------------------------------------------------------- what is left
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

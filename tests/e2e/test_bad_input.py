@@ -1,5 +1,5 @@
-"""Forty-odd ways to get a recipe, a data row or a path wrong: each is one line that names the place, exit code 2, and
-comes before any model is built."""
+"""Forty-odd ways to get a recipe, a data row or a path wrong: each is one line that names the place, exit
+code 2, and comes before any model is built."""
 
 from __future__ import annotations
 
@@ -130,22 +130,39 @@ def _not_writable(folder: Path) -> None:
 
 CASES = [
     # the recipe itself
-    Case("missing recipe", nothing, ("rum.toml", "no such recipe", 'did you mean "', "run.toml"), recipe="rum.toml"),
-    Case("recipe is a folder", _folder("folder"), ("folder is a folder", "give a recipe file"), recipe="folder"),
-    Case("TOML syntax", recipe('name = "bad"', "name = bad"), ("run.toml", "not valid TOML", "line 2")),
-    Case("duplicate key", recipe('name = "bad"', 'name = "bad"\nname = "b"'), ("run.toml", "not valid TOML", "line 3")),
     Case(
-        "not UTF-8",
-        lambda f: (f / "run.toml").write_bytes(b'name = "\xff"'),
-        ("run.toml", "UTF-8"),
+        "missing recipe",
+        nothing,
+        ("rum.toml", "no such recipe", 'did you mean "', "run.toml"),
+        recipe="rum.toml",
     ),
-    Case("unknown key", recipe("steps = 2", "stepz = 2"), ("stages.0.stepz", "unknown key", 'did you mean "steps"')),
-    Case("unknown table", recipe("[compute]", "[computer]"), ("computer", "unknown key", 'did you mean "compute"')),
+    Case(
+        "recipe is a folder", _folder("folder"), ("folder is a folder", "give a recipe file"), recipe="folder"
+    ),
+    Case("TOML syntax", recipe('name = "bad"', "name = bad"), ("run.toml", "not valid TOML", "line 2")),
+    Case(
+        "duplicate key",
+        recipe('name = "bad"', 'name = "bad"\nname = "b"'),
+        ("run.toml", "not valid TOML", "line 3"),
+    ),
+    Case("not UTF-8", lambda f: (f / "run.toml").write_bytes(b'name = "\xff"'), ("run.toml", "UTF-8")),
+    Case(
+        "unknown key",
+        recipe("steps = 2", "stepz = 2"),
+        ("stages.0.stepz", "unknown key", 'did you mean "steps"'),
+    ),
+    Case(
+        "unknown table",
+        recipe("[compute]", "[computer]"),
+        ("computer", "unknown key", 'did you mean "compute"'),
+    ),
     Case("wrong type", recipe("threads = 1", 'threads = "two"'), ("compute.threads", "integer", "'two'")),
     Case("missing key", recipe('data = "train"\n', ""), ("stages.0", "data", "missing")),
     Case("missing table", recipe('[model]\npath = "tiny"\n', "[model]\n"), ("model.path", "missing")),
     Case(
-        "negative number", recipe("lr = 1e-3", "lr = -1e-3"), ("stages.0", "optimizer.lr", "greater than 0", "-0.001")
+        "negative number",
+        recipe("lr = 1e-3", "lr = -1e-3"),
+        ("stages.0", "optimizer.lr", "greater than 0", "-0.001"),
     ),
     Case("not a number", recipe("lr = 1e-3", "lr = nan"), ("stages.0", "optimizer.lr", "nan")),
     Case(
@@ -153,9 +170,13 @@ CASES = [
         recipe("steps = 2", "steps = 2\nepochs = 1"),
         ("stages.0", "exactly one of epochs and steps"),
     ),
-    Case("neither epochs nor steps", recipe("steps = 2\n", ""), ("stages.0", "exactly one of epochs and steps")),
     Case(
-        "two stages of one name", rl('data = "train"', 'name = "sft"\ndata = "train"'), ('two stages are called "sft"',)
+        "neither epochs nor steps", recipe("steps = 2\n", ""), ("stages.0", "exactly one of epochs and steps")
+    ),
+    Case(
+        "two stages of one name",
+        rl('data = "train"', 'name = "sft"\ndata = "train"'),
+        ('two stages are called "sft"',),
     ),
     Case("no such kind", recipe('kind = "sft"', 'kind = "stf"'), ("stages.0", "'stf'", '"sft"')),
     Case(
@@ -163,13 +184,21 @@ CASES = [
         rl('data = "train"', 'data = "trian"'),
         ("stages.rl.data", '"trian"', 'did you mean "train"'),
     ),
-    Case("unknown test set", recipe('data = ["test"]', 'data = ["tset"]'), ("evaluate.data", 'did you mean "test"')),
+    Case(
+        "unknown test set",
+        recipe('data = ["test"]', 'data = ["tset"]'),
+        ("evaluate.data", 'did you mean "test"'),
+    ),
     Case(
         "dev without every_steps",
         recipe("steps = 2", 'steps = 2\ndev = { data = "test" }'),
         ("stages.0", "dev", "every_steps"),
     ),
-    Case("chat.user without problem", recipe("[compute]", '[chat]\nuser = "Hi"\n[compute]'), ("chat", "{problem}")),
+    Case(
+        "chat.user without problem",
+        recipe("[compute]", '[chat]\nuser = "Hi"\n[compute]'),
+        ("chat", "{problem}"),
+    ),
     Case("bad name", recipe('name = "bad"', 'name = "../up"'), ("name", "../up")),
     # batches and sampling that contradict each other
     Case(
@@ -177,7 +206,9 @@ CASES = [
         rl("prompts_per_step = 2", "prompts_per_step = 3"),
         ("stages.1", "prompts_per_step = 3", "write prompts_per_step = 4"),
     ),
-    Case("temperature 0 in rl", rl("8 }", "8, temperature = 0 }"), ("stages.1", "temperature 0", "write 1.0")),
+    Case(
+        "temperature 0 in rl", rl("8 }", "8, temperature = 0 }"), ("stages.1", "temperature 0", "write 1.0")
+    ),
     Case("top_p in rl", rl("8 }", "8, top_p = 0.9 }"), ("stages.1", "top_p", "write top_p = 1.0")),
     Case("top_k in rl", rl("8 }", "8, top_k = 5 }"), ("stages.1", "top_k", "top_k = 0")),
     Case(
@@ -223,7 +254,11 @@ CASES = [
         ("demonstrations", "8 tokens", "model.context_length"),
     ),
     # methods and tasks
-    Case("unknown method", rl("steps = 2", 'steps = 2\nmethod = "gpro"'), ("stages.rl", "method = 'gpro'", "grpo")),
+    Case(
+        "unknown method",
+        rl("steps = 2", 'steps = 2\nmethod = "gpro"'),
+        ("stages.rl", "method = 'gpro'", "grpo"),
+    ),
     Case(
         "unknown method option",
         rl("steps = 2", "steps = 2\nmethod_options = { clip = 0.2 }"),
@@ -240,15 +275,25 @@ CASES = [
         ("stages.rl", "refill_rounds", "2.5"),
     ),
     Case(
-        "method does not fit", rl("steps = 2", 'steps = 2\nmethod = "dft"'), ('stages.rl.method = "dft"', 'kind = "rl"')
+        "method does not fit",
+        rl("steps = 2", 'steps = 2\nmethod = "dft"'),
+        ('stages.rl.method = "dft"', 'kind = "rl"'),
     ),
-    Case("unknown task", recipe("procedural:addition", "procedural:adition"), ("data.test", 'did you mean "addition"')),
+    Case(
+        "unknown task",
+        recipe("procedural:addition", "procedural:adition"),
+        ("data.test", 'did you mean "addition"'),
+    ),
     Case(
         "unknown task option",
         recipe("limit = 3", "limit = 3\noptions = { digit = 2 }"),
         ("data.test", "options.digit", 'did you mean "digits"'),
     ),
-    Case("unknown split", recipe('split = "test"', 'split = "tests"'), ("data.test", "split", 'did you mean "test"')),
+    Case(
+        "unknown split",
+        recipe('split = "test"', 'split = "tests"'),
+        ("data.test", "split", 'did you mean "test"'),
+    ),
     Case("a task has no end", recipe("limit = 3\n", ""), ("data.test.limit", "write limit = N")),
     Case(
         "no such kind of source",
@@ -269,13 +314,17 @@ CASES = [
         ("train.jsonl:3", "problem", "5"),
     ),
     Case(
-        "no problem", row(3, '{"question": "x", "answer": "4"}'), ("train.jsonl:3", "problem", 'did you mean "problem"')
+        "no problem",
+        row(3, '{"question": "x", "answer": "4"}'),
+        ("train.jsonl:3", "problem", 'did you mean "problem"'),
     ),
     Case("missing answer", row(1, '{"problem": "1+1=?", "solution": "#### 2"}'), ("train.jsonl:1", "answer")),
     Case("missing solution", row(1, '{"problem": "1+1=?", "answer": "2"}'), ("train.jsonl:1", "solution")),
     Case(
         "duplicate ids",
-        lambda f: (f / "train.jsonl").write_text("".join(json.dumps({**r, "id": "same"}) + "\n" for r in ROWS)),
+        lambda f: (f / "train.jsonl").write_text(
+            "".join(json.dumps({**r, "id": "same"}) + "\n" for r in ROWS)
+        ),
         ("train.jsonl:2", "id", "same", "train.jsonl:1"),
     ),
     Case("empty file", lambda f: (f / "train.jsonl").write_text(""), ("train.jsonl", "empty")),
@@ -315,7 +364,9 @@ CASES = [
     Case("--set unknown stage", nothing, ("--set stages.lr.steps=5", '"lr"'), ("--set", "stages.lr.steps=5")),
     Case("--set unknown key", nothing, ("sead", 'did you mean "seed"'), ("--set", "sead=5")),
     Case("key of another table", nothing, ('did you mean "compute.threads"',), ("--set", "threads=1")),
-    Case("unknown key of a named table", nothing, ('did you mean "source"',), ("--set", "data.test.sourze=x")),
+    Case(
+        "unknown key of a named table", nothing, ('did you mean "source"',), ("--set", "data.test.sourze=x")
+    ),
     Case("key like no other", nothing, ("expected one of system, user, gen",), ("--set", "chat.zzz=1")),
 ]
 

@@ -75,7 +75,9 @@ def command(*words: str) -> list[str]:
 
 
 def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command(*words), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,9 @@ def finished(folder: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     return folder / done.stdout.splitlines()[-1], done
 
 
-def test_the_last_line_of_stdout_is_the_run_directory(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_last_line_of_stdout_is_the_run_directory(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     run, done = finished
     assert run.parent.name == "runs"
     assert run.name.startswith("small-")
@@ -113,14 +117,19 @@ def test_the_record_says_how_it_was_made(finished: tuple[Path, subprocess.Comple
 
 
 @pytest.mark.parametrize("stage", ["01-sft", "02-rl"])
-def test_the_export_opens_in_transformers(finished: tuple[Path, subprocess.CompletedProcess[str]], stage: str) -> None:
+def test_the_export_opens_in_transformers(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], stage: str
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     export = finished[0] / "stages" / stage / "export"
     tokenizer = AutoTokenizer.from_pretrained(export)
     model = AutoModelForCausalLM.from_pretrained(export)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "3+4=?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "3+4=?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     out = model.generate(**ids, max_new_tokens=5, do_sample=False)
     num_new = out.shape[1] - ids["input_ids"].shape[1]
@@ -138,15 +147,26 @@ def test_dry_run_writes_nothing(folder: Path) -> None:
     assert not (folder / "dry").exists()
 
 
-def stopped(folder: Path, words: list[str], stage: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+def stopped(
+    folder: Path, words: list[str], stage: Path, number: signal.Signals
+) -> subprocess.CompletedProcess[str]:
     """Run, and send a signal as soon as the stage has logged a step."""
     process = subprocess.Popen(
-        command(*words), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*words),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log = stage / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 120
-        while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (log.exists() and log.stat().st_size)
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.002)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
@@ -165,7 +185,16 @@ def stopped(folder: Path, words: list[str], stage: Path, number: signal.Signals)
 
 
 def test_sigterm_saves_and_says_how_to_go_on(folder: Path) -> None:
-    words = ["sft", "run.toml", "--out", "terminated", "--set", "stages.sft.steps=100000", "--set", "evaluate.data=[]"]
+    words = [
+        "sft",
+        "run.toml",
+        "--out",
+        "terminated",
+        "--set",
+        "stages.sft.steps=100000",
+        "--set",
+        "evaluate.data=[]",
+    ]
     assert stopped(folder, words, folder / "terminated/stages/01-sft", signal.SIGTERM).returncode == 143
 
 

@@ -40,9 +40,7 @@ def sum_text(rng: np.random.Generator, correct: bool) -> dict[str, Any]:
     a, b = (int(x) for x in rng.integers(100, 999, 2))
     found = a + b if correct else a + b - 10
     units = a % 10 + b % 10
-    completion = (
-        f"units: {a % 10} + {b % 10} = {units}, carry {units // 10}\ntens and hundreds follow\n\\boxed{{{found}}}"
-    )
+    completion = f"units: {a % 10} + {b % 10} = {units}, carry {units // 10}\ntens and hundreds follow\n\\boxed{{{found}}}"
     return {
         "prompt": f"What is {a} + {b}? Show your working and put the answer in \\boxed{{}}.",
         "completion": completion,
@@ -61,7 +59,10 @@ def make_run(run: Path, hostile: str = "") -> Path:
     name = "sum3-sft-rl" + hostile
     stages = [write_sft(run, rng), write_rl(run, rng, hostile)]
     scores, comparisons = [], []
-    for data, n, k, shares in (("test", 200, 4, (0.02, 0.48, 0.71)), ("longer" + hostile, 100, 4, (0.0, 0.11, 0.34))):
+    for data, n, k, shares in (
+        ("test", 200, 4, (0.02, 0.48, 0.71)),
+        ("longer" + hostile, 100, 4, (0.0, 0.11, 0.34)),
+    ):
         before: list[dict[str, Any]] = []
         for checkpoint, share in zip(("base", "sft", "rl"), shares, strict=True):
             rows = evaluation_rows(rng, n, k, share)
@@ -101,7 +102,9 @@ def make_run(run: Path, hostile: str = "") -> Path:
         "status": "done",
     }
     write_object(run / "summary.json", summary)
-    (run / "resolved.toml").write_text(f'name = "sum3"\nseed = 1\n\n[model]\npath = "tiny"\n# {hostile!r}\n' * 6)
+    (run / "resolved.toml").write_text(
+        f'name = "sum3"\nseed = 1\n\n[model]\npath = "tiny"\n# {hostile!r}\n' * 6
+    )
     stamp = {
         "commit": "4f0c2f9d6e7a",
         "uncommitted_changes": False,
@@ -118,7 +121,11 @@ def evaluation_rows(rng: np.random.Generator, n: int, k: int, share: float) -> l
     rows = []
     for problem, chance in enumerate(chances):
         for sample in range(k):
-            row = {"problem_id": f"sum-{problem:04d}", "sample_index": sample, **sum_text(rng, rng.random() < chance)}
+            row = {
+                "problem_id": f"sum-{problem:04d}",
+                "sample_index": sample,
+                **sum_text(rng, rng.random() < chance),
+            }
             if rng.random() < 0.006:
                 row |= {"verdict": "unscored", "reason": "timeout after 5 s", "extracted": ""}
             elif row["verdict"] == "incorrect" and rng.random() < 0.1:
@@ -142,7 +149,12 @@ def write_sft(run: Path, rng: np.random.Generator) -> dict[str, Any]:
             values["dev/score"] = 0.48 * (1 - math.exp(-step / 70))
         rows.append({"step": step, **{f"sft/{key}": value for key, value in values.items()}})
     write_lines(run / "stages/01-sft/metrics.jsonl", rows)
-    tokens = {"demonstration_tokens": 668_200, "prompt_tokens": 310_400, "trained_pairs": 99, "rollout_tokens": 0}
+    tokens = {
+        "demonstration_tokens": 668_200,
+        "prompt_tokens": 310_400,
+        "trained_pairs": 99,
+        "rollout_tokens": 0,
+    }
     cost = {"flops_paper": 4.2e12, "flops_full": 6.6e12, "seconds": 96.2}
     return {"name": "sft", "kind": "sft", "steps": 200, **cost, "tokens": tokens}
 
@@ -178,7 +190,9 @@ def write_rl(run: Path, rng: np.random.Generator, hostile: str) -> dict[str, Any
             if hostile and step == 150:
                 row |= {"completion": hostile + "A" * 200_000, "gold": hostile, "verdict": hostile}
             reward_of = float(row["verdict"] == "correct")
-            rollouts.append({"step": step, "problem_id": f"sum-{17 * step % 997}", "reward": reward_of, **row})
+            rollouts.append(
+                {"step": step, "problem_id": f"sum-{17 * step % 997}", "reward": reward_of, **row}
+            )
     write_lines(run / "stages/02-rl/metrics.jsonl", rows)
     write_lines(run / "stages/02-rl/rollouts.jsonl", rollouts)
     tokens = {"rollout_tokens": 1_142_000, "rollout_trained_tokens": 1_142_000, "prompt_tokens": 402_000}
@@ -188,7 +202,12 @@ def write_rl(run: Path, rng: np.random.Generator, hostile: str) -> dict[str, Any
 
 def browse(page: Path, profile: Path, *words: str) -> str:
     assert CHROMIUM is not None
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    quiet = [
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet]
     command += [f"--user-data-dir={profile}", *words, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

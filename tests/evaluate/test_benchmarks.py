@@ -30,7 +30,9 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 def made_up(folder: Path, rows: list[dict], **more: object) -> Benchmark:
     path = write(folder / "made.jsonl", rows)
-    base = Benchmark(id="made", title="made up", num_rows=len(rows), content=content_hash(file_items(path)), hub="")
+    base = Benchmark(
+        id="made", title="made up", num_rows=len(rows), content=content_hash(file_items(path)), hub=""
+    )
     return replace(base, **more)  # type: ignore[arg-type]
 
 
@@ -43,7 +45,9 @@ def test_published_layouts_of_one_question_are_one_question() -> None:
         {"question": "Which?", "options": ["x", "y"], "answer": "B", "question_id": 7},
     ]
     assert len({content_hash([item_of(row, "i")]) for row in rows}) == 1
-    gpqa = {"Question": "Which?", "Correct Answer": "y"} | {f"Incorrect Answer {n}": f"w{n}" for n in (1, 2, 3)}
+    gpqa = {"Question": "Which?", "Correct Answer": "y"} | {
+        f"Incorrect Answer {n}": f"w{n}" for n in (1, 2, 3)
+    }
     assert item_of(gpqa, "i").choices == ("y", "w1", "w2", "w3")
     with pytest.raises(RowError, match="Incorrect Answer 2"):
         item_of({k: v for k, v in gpqa.items() if k != "Incorrect Answer 2"}, "i")
@@ -64,7 +68,9 @@ def test_wrong_count_and_wrong_content_are_refused(tmp_path: Path) -> None:
     assert len(benchmarks.load(made, tmp_path)) == 4
 
 
-def test_unknown_content_is_recorded_once_and_held_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_content_is_recorded_once_and_held_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRUESTEP_HOME", str(tmp_path / "home"))
     made = made_up(tmp_path, [{"problem": "1?", "answer": "1"}], content=benchmarks.UNKNOWN)
     benchmarks.load(made, tmp_path)
@@ -113,7 +119,9 @@ def test_the_table_is_consistent() -> None:
         benchmarks.find("math_500")
 
 
-@pytest.mark.skipif("TRUESTEP_DATA" not in os.environ, reason="needs TRUESTEP_DATA, a folder with the benchmarks")
+@pytest.mark.skipif(
+    "TRUESTEP_DATA" not in os.environ, reason="needs TRUESTEP_DATA, a folder with the benchmarks"
+)
 @pytest.mark.parametrize("id", [b.id for b in benchmarks.TABLE if b.content != benchmarks.UNKNOWN])
 def test_the_real_files_are_the_pinned_ones(id: str) -> None:
     assert benchmarks.load(benchmarks.find(id), Path(os.environ["TRUESTEP_DATA"]))
@@ -122,8 +130,8 @@ def test_the_real_files_are_the_pinned_ones(id: str) -> None:
 def test_contamination_is_of_bare_questions_and_says_what_it_has_not_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Options and templates differ between a training set and a benchmark; an equal question must be found all the
-    same, and a long run of shared words as well."""
+    """Options and templates differ between a training set and a benchmark; an equal question must be found
+    all the same, and a long run of shared words as well."""
     long = "Anna has nineteen red apples and gives away four of them to each of her three younger brothers"
     rows = [
         {"id": "a", "question": "Which is it?", "choices": ["zero", "one"], "answer": "B"},

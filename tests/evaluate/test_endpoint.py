@@ -1,4 +1,5 @@
-"""The endpoint engine against servers: a flaky one made here, and llama.cpp's real one where it is installed."""
+"""The endpoint engine against servers: a flaky one made here, and llama.cpp's real one where it is
+installed."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ SECRET = "sk-verysecretkey12345"
 
 
 def request(name: str, index: int = 0) -> TextRequest:
-    return TextRequest(problem_id=name, sample_index=index, seed=1, messages=(Message(role="user", content=name),))
+    return TextRequest(
+        problem_id=name, sample_index=index, seed=1, messages=(Message(role="user", content=name),)
+    )
 
 
 class Flaky(BaseHTTPRequestHandler):
@@ -85,7 +88,9 @@ def test_retries_errors_and_texts(url: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TRUESTEP_API_KEY", SECRET)
     names = ["plain", "fail2", "never", "toolong", "garbage", "long", "thinker", "silent"]
     with connect(url, retries=2) as client:
-        found = {s.problem_id: s for s in EndpointEngine(client, "m").answer([request(n) for n in names], SAMPLING)}
+        found = {
+            s.problem_id: s for s in EndpointEngine(client, "m").answer([request(n) for n in names], SAMPLING)
+        }
     assert set(found) == set(names)
     assert {n for n, s in found.items() if s.stop is Stop.ERROR} == {"never", "toolong", "garbage", "silent"}
     assert found["fail2"].text == "answer to fail2"
@@ -130,8 +135,8 @@ def test_nobody_there_is_one_line() -> None:
 
 @pytest.mark.slow
 def test_llama_cpp_server() -> None:
-    """TRUESTEP_LLAMA_PYTHON: a Python with llama-cpp-python[server]. Greedy answers are the same twice, and are cut off
-    where they should be."""
+    """TRUESTEP_LLAMA_PYTHON: a Python with llama-cpp-python[server]. Greedy answers are the same twice, and
+    are cut off where they should be."""
     python = os.environ.get("TRUESTEP_LLAMA_PYTHON")
     if not python:
         pytest.skip("needs TRUESTEP_LLAMA_PYTHON, a Python with llama-cpp-python[server]")
@@ -149,7 +154,9 @@ def test_llama_cpp_server() -> None:
         "--port",
         str(port),
     ]
-    process = subprocess.Popen([*words, "--n_threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*words, "--n_threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(240):
             try:
@@ -161,7 +168,9 @@ def test_llama_cpp_server() -> None:
             engine = EndpointEngine(client, "any", concurrent=1)
             asked = [request("Say hello.", 0), request("Count to one hundred.", 1)]
             runs = [{s.sample_index: s for s in engine.answer(asked, SAMPLING)} for _ in range(2)]
-            text = TextRequest(problem_id="t", sample_index=0, seed=1, text="Question: 1+1?\nAnswer:", stop=("\n",))
+            text = TextRequest(
+                problem_id="t", sample_index=0, seed=1, text="Question: 1+1?\nAnswer:", stop=("\n",)
+            )
             (continued,) = engine.answer([text], SAMPLING)
     finally:
         process.terminate()

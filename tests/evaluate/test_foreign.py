@@ -40,14 +40,18 @@ def inspect_log(path: Path, values: list[Any]) -> Path:
     ]  # fmt: skip
     samples[-1]["error"] = {"message": "server gone"}
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("header.json", json.dumps({"version": 2, "status": "success", "eval": {"task": "math/sums"}}))
+        archive.writestr(
+            "header.json", json.dumps({"version": 2, "status": "success", "eval": {"task": "math/sums"}})
+        )
         for s in samples:
             archive.writestr(f"samples/{s['id']}_epoch_1.json", json.dumps(s))
     return path
 
 
 def test_lm_eval_samples_by_filter(tmp_path: Path) -> None:
-    path = lm_eval(tmp_path / "samples_sums_2026-01-02T03-04-05.6.jsonl", [1.0, 0.0, 0.5], ("strict", "flexible"))
+    path = lm_eval(
+        tmp_path / "samples_sums_2026-01-02T03-04-05.6.jsonl", [1.0, 0.0, 0.5], ("strict", "flexible")
+    )
     strict, flexible = read_evaluations(path)
     assert (strict.task, flexible.task) == ("sums,strict", "sums,flexible")
     assert [r["verdict"] for r in strict.rows] == ["correct", "incorrect", "unscored"]
@@ -133,7 +137,9 @@ def test_a_score_that_is_a_mean_over_samples_stays_one(tmp_path: Path) -> None:
     by_problem = {i: [r["verdict"] for r in found.rows if r["problem_id"] == str(i)] for i in range(3)}
     assert [v.count("correct") for v in by_problem.values()] == [1, 4, 0]
     assert all(len(v) == 4 for v in by_problem.values())
-    assert {r["completion"] for r in found.rows if r["problem_id"] == "0"} == {""}  # which one was right is not known
+    assert {r["completion"] for r in found.rows if r["problem_id"] == "0"} == {
+        ""
+    }  # which one was right is not known
     summary = import_evaluations([tmp_path / "samples_sums_2026-01-02T03.jsonl"], tmp_path / "out")
     assert summary["scores"][0]["score"] == pytest.approx(1.25 / 3)
     assert summary["scores"][0]["majority_at"] == {}
@@ -175,7 +181,9 @@ def test_what_a_log_does_not_say_is_unknown(tmp_path: Path) -> None:
 def test_texts_of_gpqa_are_not_written_whatever_it_is_called(tmp_path: Path, task: str) -> None:
     log = answered(tmp_path / f"samples_{task}_2026-01-02T03.jsonl", [1.0, 0.0], texts=1, ids="zebra {i}?")
     import_evaluations([log], tmp_path / "out")
-    assert not any(b"zebra" in p.read_bytes() or b"so 0" in p.read_bytes() for p in (tmp_path / "out").rglob("*.json*"))
+    assert not any(
+        b"zebra" in p.read_bytes() or b"so 0" in p.read_bytes() for p in (tmp_path / "out").rglob("*.json*")
+    )
 
 
 def test_nothing_is_paired_or_dropped_in_silence(tmp_path: Path) -> None:
@@ -198,13 +206,18 @@ def test_every_filter_is_compared_with_a_side_that_has_none(tmp_path: Path) -> N
     a = lm_eval(tmp_path / "a" / "samples_sums_2026-01-02T03.jsonl", [1.0, 0.0], ("strict", "flexible"))
     b = lm_eval(tmp_path / "samples_sums_2026-02-02T03.jsonl", [1.0, 1.0])
     found = compare_evaluations(a, b)["comparisons"]
-    assert [(row["task"], row["difference"]) for row in found] == [("sums,strict", 0.5), ("sums,flexible", 0.5)]
+    assert [(row["task"], row["difference"]) for row in found] == [
+        ("sums,strict", 0.5),
+        ("sums,flexible", 0.5),
+    ]
 
 
 def test_an_unfinished_side_is_not_compared(tmp_path: Path) -> None:
     path = tmp_path / "sums.samples.jsonl"
     rows = [
-        {"problem_id": str(p), "sample_index": i, "verdict": "correct"} for p, n in ((0, 3), (1, 2)) for i in range(n)
+        {"problem_id": str(p), "sample_index": i, "verdict": "correct"}
+        for p, n in ((0, 3), (1, 2))
+        for i in range(n)
     ]
     header = {"header": True, "name": "sums", "identity": "x"}
     path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
@@ -240,7 +253,9 @@ def test_a_broken_file_is_one_line_with_its_name_and_leaves_nothing(tmp_path: Pa
         archive.writestr("samples/1_epoch_1.json", "{broken")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "none.json").write_text('{"eval": {"task": "t"}, "samples": []}')
-    (tmp_path / "rowless.jsonl").write_text('{"header": true, "name": "t", "identity": "x"}\n{"problem_id": "1"}\n')
+    (tmp_path / "rowless.jsonl").write_text(
+        '{"header": true, "name": "t", "identity": "x"}\n{"problem_id": "1"}\n'
+    )
     twice = tmp_path / "twice.jsonl"
     row = json.dumps({"problem_id": "1", "sample_index": 0, "verdict": "correct"})
     twice.write_text('{"header": true, "name": "t", "identity": "x"}\n' + f"{row}\n{row}\n")
@@ -259,5 +274,7 @@ def test_a_compression_that_zipfile_does_not_know_is_said(tmp_path: Path, name: 
     for place in (offset + 8, central + 10):  # of the method, in the local and the central header
         raw[place : place + 2] = (99).to_bytes(2, "little")
     path.write_bytes(raw)
-    with pytest.raises(SettingsError, match=rf"a.eval: {name}: cannot be read .*compression.*convert --to json"):
+    with pytest.raises(
+        SettingsError, match=rf"a.eval: {name}: cannot be read .*compression.*convert --to json"
+    ):
         read_evaluations(path)

@@ -1,4 +1,5 @@
-"""A whole evaluation of the built-in model: files, resume, prompts, private benchmarks, the page, export and import."""
+"""A whole evaluation of the built-in model: files, resume, prompts, private benchmarks, the page, export and
+import."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ pytest.importorskip("torch")
 SECRET = "zebra"
 
 
-def add(folder: Path, monkeypatch: pytest.MonkeyPatch, id: str, rows: list[dict[str, Any]], **more: Any) -> None:
+def add(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, id: str, rows: list[dict[str, Any]], **more: Any
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{id}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,7 +78,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "evaluations").rglob("*.json*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "evaluations").rglob("*.json*"))
+    }
 
 
 def test_an_evaluation_from_command_to_page(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -107,7 +112,13 @@ def test_the_table_breaks_no_name_and_no_interval(
     run: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     (score,) = run("--benchmarks", "sums")["scores"]
-    score |= {"benchmark": "arc_challenge", "prompt": "odd-polite", "whole": False, "n": 200, "num_problems": 200}
+    score |= {
+        "benchmark": "arc_challenge",
+        "prompt": "odd-polite",
+        "whole": False,
+        "n": 200,
+        "num_problems": 200,
+    }
     score |= {"score": 0.25, "low": 0.154, "high": 0.373, "strict_score": 1.0, "extracted_rate": 1.0}
     monkeypatch.setenv("COLUMNS", str(width))
     print_scores({"name": "run", "scores": [score]})
@@ -156,11 +167,16 @@ def test_the_running_score_ends_with_all_samples() -> None:
 def test_a_private_benchmark_is_written_nowhere(run: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--benchmarks", "hidden", "--out", str(out))
-    CliRunner().invoke(_app(), ["eval", "export", str(out), "--out", str(out / "exported")], catch_exceptions=False)
+    CliRunner().invoke(
+        _app(), ["eval", "export", str(out), "--out", str(out / "exported")], catch_exceptions=False
+    )
     written = [p for p in out.rglob("*") if p.is_file()]
     assert any("exported" in str(p) for p in written)
     assert not any(SECRET.encode() in p.read_bytes() for p in written)
-    rows = [json.loads(line) for line in (out / "evaluations/plain/hidden.samples.jsonl").read_text().splitlines()[1:]]
+    rows = [
+        json.loads(line)
+        for line in (out / "evaluations/plain/hidden.samples.jsonl").read_text().splitlines()[1:]
+    ]
     assert {frozenset(row) for row in rows} == {
         frozenset({"problem_id", "sample_index", "verdict", "strict", "extracted", "stop", "num_tokens"})
     }
@@ -192,7 +208,9 @@ def test_several_samples_come_back_from_lm_evals_layout(run: Callable[..., Any],
     assert found["difference"] == 0.0
     assert found["b"]["n"] == 15
     own, foreign = (read_evaluations(p)[0].rows for p in (out, exported))
-    assert [(r["verdict"], r["completion"]) for r in own] == [(r["verdict"], r["completion"]) for r in foreign]
+    assert [(r["verdict"], r["completion"]) for r in own] == [
+        (r["verdict"], r["completion"]) for r in foreign
+    ]
 
 
 def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -216,7 +234,9 @@ def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path:
         assert files(out) | {"resolved": (out / "resolved.toml").read_bytes()} == before
 
 
-def test_a_samples_file_with_a_foreign_line_is_refused_and_kept(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_samples_file_with_a_foreign_line_is_refused_and_kept(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     run("--benchmarks", "sums", "--out", str(out))
     path = out / "evaluations" / "plain" / "sums.samples.jsonl"
@@ -240,7 +260,11 @@ def test_an_option_of_zero_counts(run: Callable[..., Any], tmp_path: Path) -> No
     recipe.write_text('benchmarks = ["sums"]\nfew_shot = 2\n[model]\npath = "tiny"\n')
     data = ["--data", str(tmp_path / "data"), "--json", "--dry-run", "--set", "model.context_length=1024"]
     counted = [
-        json.loads(CliRunner().invoke(_app(), ["eval", "model", str(recipe), *data, *w], catch_exceptions=False).stdout)
+        json.loads(
+            CliRunner()
+            .invoke(_app(), ["eval", "model", str(recipe), *data, *w], catch_exceptions=False)
+            .stdout
+        )
         for w in ((), ("--few-shot", "0"))
     ]
     assert counted[1]["total"]["prompt_tokens"] < counted[0]["total"]["prompt_tokens"]
@@ -249,7 +273,8 @@ def test_an_option_of_zero_counts(run: Callable[..., Any], tmp_path: Path) -> No
 def test_the_mean_of_benchmarks_has_an_interval_within_bounds() -> None:
     members = [b.id for b in benchmarks.TABLE if b.average == "OOD"]
     zero = [
-        {"benchmark": id, "prompt": "paper", "whole": True, "score": 0.0, "low": 0.0, "high": 0.03} for id in members
+        {"benchmark": id, "prompt": "paper", "whole": True, "score": 0.0, "low": 0.0, "high": 0.03}
+        for id in members
     ]
     (found,) = averages(zero)
     assert (found["low"], found["score"]) == (0, 0)
@@ -277,7 +302,9 @@ def test_templates_hold_the_problem_once_and_shots_come_before_it(run: Callable[
     text = prompts.plain_text(prompts.messages_of(prompts.BY_ID["completion"], problem, "math", 1))
     assert text.endswith("\n\nQuestion: 7+1=?\nAnswer:")
     assert prompts.cut("8\n\nQuestion: more", prompts.BY_ID["completion"].stop) == "8"
-    brief = prompts.plain_text(prompts.messages_of(prompts.BY_ID["brief"], problem, "math", prompts.MOST_SHOTS))
+    brief = prompts.plain_text(
+        prompts.messages_of(prompts.BY_ID["brief"], problem, "math", prompts.MOST_SHOTS)
+    )
     answers = [line for line in brief.splitlines() if line.startswith("Answer: ")]
     assert len(answers) == prompts.MOST_SHOTS == 8
     assert answers[0] == "Answer: 7 + 5 = 12. The answer is 12"
@@ -306,7 +333,9 @@ def test_what_a_prompt_stops_at_is_tokens_that_spell_it() -> None:
         assert bool(sequences) <= bool(template.stop)
         assert all(any(stop in tokenizer.decode(ids) for stop in template.stop) for ids in sequences)
         singles = set(asker._stops(template)) - set(asker._stops(prompts.BY_ID["plain"]))
-        assert all(prompts.cut(str(tokenizer.decode([i])), template.stop) != tokenizer.decode([i]) for i in singles)
+        assert all(
+            prompts.cut(str(tokenizer.decode([i])), template.stop) != tokenizer.decode([i]) for i in singles
+        )
         for stop in template.stop:  # whichever way the tokenizer spells it
             ids = tuple(tokenizer(stop, add_special_tokens=False)["input_ids"])
             assert not ids or stop not in tokenizer.decode(ids) or ids in sequences or set(ids) & singles

@@ -20,7 +20,9 @@ def test_without_vllm_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(not os.environ.get(ENVIRONMENT), reason=f"needs {ENVIRONMENT}, the Python of vLLM's environment")
+@pytest.mark.skipif(
+    not os.environ.get(ENVIRONMENT), reason=f"needs {ENVIRONMENT}, the Python of vLLM's environment"
+)
 def test_greedy_tokens_and_logprobs_agree_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     from truestep.model.load import load_model, resolve

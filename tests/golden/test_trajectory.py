@@ -1,7 +1,8 @@
-"""Five steps of SFT and five of RL reproduce a recorded trajectory: a change that should not alter numbers does not.
+"""Five steps of SFT and five of RL reproduce a recorded trajectory: a change that should not alter numbers
+does not.
 
-Recorded by ``python tests/golden/test_trajectory.py``; do it again only for a change that is meant to alter them, and
-say so in the change.
+Recorded by ``python tests/golden/test_trajectory.py``; do it again only for a change that is meant to alter
+them, and say so in the change.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from truestep.settings import load_settings
 from truestep.train.parallel import Ranks
 
 RECORDED = Path(__file__).with_name("trajectory.json")
-# float64, so that no sampled token hangs on a rounding; what is left between machines comes from sines in float32.
+# float64, so that no sampled token hangs on a rounding; what is left between machines comes from sines in
+# float32.
 RECIPE = """
 name = "golden"
 [model]
@@ -54,7 +56,16 @@ sampling = { max_new_tokens = 4 }
 """
 KEYS = {
     "sft": ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "nll"),
-    "rl": ("loss", "grad_norm", "num_tokens", "entropy", "reward", "mixed_groups", "clip_ratio/high", "approx_kl"),
+    "rl": (
+        "loss",
+        "grad_norm",
+        "num_tokens",
+        "entropy",
+        "reward",
+        "mixed_groups",
+        "clip_ratio/high",
+        "approx_kl",
+    ),
 }
 TOLERANCE = 1e-4  # relative
 
@@ -73,7 +84,13 @@ class Silent:
 def trajectory(folder: Path) -> dict[str, Any]:
     """Losses, gradient norms and the size of the whole parameter change, of every step that is recorded."""
     rows = [
-        {"id": f"q{i}", "problem": f"{i}+{i * 7 % 4}", "answer": str(i * 7 % 2), "checker": "exact", "solution": s}
+        {
+            "id": f"q{i}",
+            "problem": f"{i}+{i * 7 % 4}",
+            "answer": str(i * 7 % 2),
+            "checker": "exact",
+            "solution": s,
+        }
         for i in range(12)
         for s in [str(i % 2)]
     ]

@@ -16,7 +16,8 @@ from truestep.settings import SettingsError
 
 @st.composite
 def solved(draw: st.DrawFn) -> tuple[str, list[int], int]:
-    """An expression, its numbers, and its whole value: the value is built beside the text, not read from it."""
+    """An expression, its numbers, and its whole value: the value is built beside the text, not read from
+    it."""
     numbers = draw(st.lists(st.integers(1, 50), min_size=2, max_size=6))
     parts = [(str(n), Fraction(n)) for n in numbers]
     while len(parts) > 1:
@@ -27,7 +28,11 @@ def solved(draw: st.DrawFn) -> tuple[str, list[int], int]:
         parts.append((f"({left}{gap}{sign}{gap}{right})", value))
     text, value = parts[0]
     if value.denominator != 1:
-        text, value, numbers = f"{text}*{value.denominator}", value * value.denominator, [*numbers, value.denominator]
+        text, value, numbers = (
+            f"{text}*{value.denominator}",
+            value * value.denominator,
+            [*numbers, value.denominator],
+        )
     return text, numbers, int(value)
 
 
@@ -104,7 +109,9 @@ def test_through_the_grader() -> None:
     row = problem(numbers=[3, 4, 5], target=35)
     with Grader() as grader:
         for text in (r"\boxed{5*(4+3)}", "<answer>(3+4)*5</answer>", "#### (3+4)*5 = 35", "so\n(3+4)*5"):
-            expected = Verdict.INCORRECT if text.startswith("so") else Verdict.CORRECT  # a last number is no expression
+            expected = (
+                Verdict.INCORRECT if text.startswith("so") else Verdict.CORRECT
+            )  # a last number is no expression
             assert grader.score(row, text).verdict is expected, text
         assert grader.score(row, r"\boxed{35}").verdict is Verdict.INCORRECT
         assert grader.check_gold(row).verdict is Verdict.CORRECT

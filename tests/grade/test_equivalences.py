@@ -1,4 +1,5 @@
-"""Properties: other renderings of an answer are accepted, near misses are not. Answers are made up by hypothesis."""
+"""Properties: other renderings of an answer are accepted, near misses are not. Answers are made up by
+hypothesis."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from truestep.grade.normal import normalise
 from truestep.grade.policy import nearly, objection
 from truestep.grade.units import spelled_number
 
-quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)  # the same cases on every machine
+quick = settings(
+    max_examples=60, deadline=None, database=None, derandomize=True
+)  # the same cases on every machine
 whole = st.integers(-(10**6), 10**6)
 small = st.integers(1, 99)
 
@@ -37,10 +40,26 @@ def refuses(gold: str, *answers: str) -> None:
 @quick
 @given(whole)
 def test_whole_numbers(n: int) -> None:
-    accepts(str(n), f"{n:,}", f"{n}.0", f" {n} ", f"${n}$", f"{n}.", f"{n:,}".replace(",", "{,}"), rf"x = {n}")
-    accepts(str(n), str(n).replace("-", "−"), str(n).replace("-", "–"), rf"\text{{{n}}}", rf"\mathbf{{{n}}}", f"({n})")
+    accepts(
+        str(n), f"{n:,}", f"{n}.0", f" {n} ", f"${n}$", f"{n}.", f"{n:,}".replace(",", "{,}"), rf"x = {n}"
+    )
+    accepts(
+        str(n),
+        str(n).replace("-", "−"),
+        str(n).replace("-", "–"),
+        rf"\text{{{n}}}",
+        rf"\mathbf{{{n}}}",
+        f"({n})",
+    )
     refuses(
-        str(n), str(n + 1), str(n - 1), f"{n}.5", str(10 * n + 1), f"{n}, {n + 1}", f"{n} or {n + 1}", f"({n}, {n})"
+        str(n),
+        str(n + 1),
+        str(n - 1),
+        f"{n}.5",
+        str(10 * n + 1),
+        f"{n}, {n + 1}",
+        f"{n} or {n + 1}",
+        f"({n}, {n})",
     )
     if n:
         refuses(str(n), str(-n), rf"\frac{{1}}{{{n * 2}}}")
@@ -76,7 +95,11 @@ def test_fractions(a: int, b: int) -> None:
 def test_repeating_decimals(places: int, block: int) -> None:
     digits = str(block).zfill(3)
     value = Fraction(places * 999 + int(digits), 9990)
-    accepts(f"{value.numerator}/{value.denominator}", rf"0.{places}\overline{{{digits}}}", f"0.{places}{digits * 3}...")
+    accepts(
+        f"{value.numerator}/{value.denominator}",
+        rf"0.{places}\overline{{{digits}}}",
+        f"0.{places}{digits * 3}...",
+    )
     refuses(f"{value.numerator}/{value.denominator}", rf"0.{places}\overline{{{str(block + 1).zfill(3)}}}")
 
 
@@ -87,7 +110,9 @@ def test_decimals_with_a_comma(whole_part: int, cents: int) -> None:
     accepts(point, f"{whole_part},{cents:02d}", f"{whole_part:,}.{cents:02d}")
     accepts(f"{whole_part},{cents:02d}", point)
     # Two equal numbers with a comma between ("10,10") are left to algebra, which refuses them too.
-    assert equal(point, f"{whole_part},{cents + 1:02d}") is (None if f"{cents + 1:02d}" == str(whole_part) else False)
+    assert equal(point, f"{whole_part},{cents + 1:02d}") is (
+        None if f"{cents + 1:02d}" == str(whole_part) else False
+    )
     assert equal(point, f"{whole_part}, {cents}") is not True
     if whole_part >= 1000:
         accepts(point, f"{whole_part:,}".replace(",", ".") + f",{cents:02d}")
@@ -99,9 +124,14 @@ def test_scientific_notation(digits: int, power: int) -> None:
     value = Fraction(digits, 100) * Fraction(10) ** power
     gold = f"{value.numerator}/{value.denominator}" if value.denominator > 1 else str(value.numerator)
     mantissa = f"{digits // 100}.{digits % 100:02d}"
-    accepts(gold, rf"{mantissa} \times 10^{{{power}}}", rf"{mantissa}\cdot 10^{{{power}}}", f"{mantissa}e{power}")
+    accepts(
+        gold, rf"{mantissa} \times 10^{{{power}}}", rf"{mantissa}\cdot 10^{{{power}}}", f"{mantissa}e{power}"
+    )
     refuses(
-        gold, rf"{mantissa} \times 10^{{{power + 1}}}", rf"-{mantissa} \times 10^{{{power}}}", f"{mantissa}e{power - 1}"
+        gold,
+        rf"{mantissa} \times 10^{{{power + 1}}}",
+        rf"-{mantissa} \times 10^{{{power}}}",
+        f"{mantissa}e{power - 1}",
     )
 
 
@@ -127,7 +157,9 @@ UNITS = {
 @quick
 @given(st.integers(2, 999), st.sampled_from(sorted(UNITS)), st.sampled_from(sorted(UNITS)))
 def test_units(n: int, unit: str, other: str) -> None:
-    accepts(f"{n}{unit}", str(n), *(f"{n} {spelling}" for spelling in UNITS[unit] if not spelling.startswith("h")))
+    accepts(
+        f"{n}{unit}", str(n), *(f"{n} {spelling}" for spelling in UNITS[unit] if not spelling.startswith("h"))
+    )
     accepts(str(n), f"{n}{unit}")
     refuses(f"{n}{unit}", f"{n + 1}{unit}", f"-{n}{unit}")
     if other != unit:
@@ -174,9 +206,16 @@ def test_unions(ends: tuple[int, int], gap: int) -> None:
     low, high = ends[0], ends[1] + gap
     union = rf"(-\infty,{low})\cup[{high},\infty)"
     accepts(
-        union, rf"x < {low} \text{{ or }} x \geq {high}", rf"[{high}, +\infty) \cup (-\infty, {low})", rf"x \in {union}"
+        union,
+        rf"x < {low} \text{{ or }} x \geq {high}",
+        rf"[{high}, +\infty) \cup (-\infty, {low})",
+        rf"x \in {union}",
     )
-    for wrong in (rf"(-\infty,{low}]\cup[{high},\infty)", rf"(-\infty,{low})\cup({high},\infty)", rf"(-\infty,{low})"):
+    for wrong in (
+        rf"(-\infty,{low}]\cup[{high},\infty)",
+        rf"(-\infty,{low})\cup({high},\infty)",
+        rf"(-\infty,{low})",
+    ):
         assert equal(union, wrong) is not True
     assert equal(union, rf"x < {low} \text{{ or }} x > {high}") is not True
 
@@ -187,15 +226,31 @@ def test_sets_and_tuples(values: list[int], random: object) -> None:
     texts = [str(v) for v in values]
     turned = texts[1:] + texts[:1]
     accepts(
-        rf"\{{{','.join(texts)}\}}", ", ".join(turned), " and ".join(turned), rf"\left\{{ {', '.join(turned)} \right\}}"
+        rf"\{{{','.join(texts)}\}}",
+        ", ".join(turned),
+        " and ".join(turned),
+        rf"\left\{{ {', '.join(turned)} \right\}}",
     )
-    accepts(", ".join(texts), rf"x \in \{{{', '.join(turned)}\}}", r" \text{ or } ".join(f"x = {v}" for v in turned))
     accepts(
-        f"({','.join(texts)})", rf"\left({', '.join(texts)}\right)", ", ".join(texts), rf"(x, y) = ({'; '.join(texts)})"
+        ", ".join(texts),
+        rf"x \in \{{{', '.join(turned)}\}}",
+        r" \text{ or } ".join(f"x = {v}" for v in turned),
     )
-    refuses(f"({','.join(texts)})", f"({','.join(turned)})", ", ".join(turned), f"[{','.join(texts)}]", texts[0])
+    accepts(
+        f"({','.join(texts)})",
+        rf"\left({', '.join(texts)}\right)",
+        ", ".join(texts),
+        rf"(x, y) = ({'; '.join(texts)})",
+    )
     refuses(
-        ", ".join(texts), ", ".join(texts[1:]), ", ".join([*texts, "100"]), ", ".join([*texts[1:], "100"]), texts[0]
+        f"({','.join(texts)})", f"({','.join(turned)})", ", ".join(turned), f"[{','.join(texts)}]", texts[0]
+    )
+    refuses(
+        ", ".join(texts),
+        ", ".join(texts[1:]),
+        ", ".join([*texts, "100"]),
+        ", ".join([*texts[1:], "100"]),
+        texts[0],
     )
     refuses(texts[0], ", ".join(texts), rf"\{{{','.join(texts)}\}}")
 
@@ -203,7 +258,9 @@ def test_sets_and_tuples(values: list[int], random: object) -> None:
 @quick
 @given(st.integers(-99, 99), st.integers(-99, 99))
 def test_assignments_are_tuples_in_the_order_of_their_names(a: int, b: int) -> None:
-    accepts(f"({a},{b})", f"x={a}, y={b}", f"y={b}, x={a}", rf"x={a} \text{{ and }} y={b}", f"(x,y)=({a},{b})")
+    accepts(
+        f"({a},{b})", f"x={a}, y={b}", f"y={b}, x={a}", rf"x={a} \text{{ and }} y={b}", f"(x,y)=({a},{b})"
+    )
     accepts(f"p={a},q={b}; p={b},q={a}", f"({a},{b}),({b},{a})", f"({b},{a}),({a},{b})")
     if a != b:
         refuses(f"({a},{b})", f"x={b}, y={a}", f"(x,y)=({b},{a})")
@@ -213,8 +270,14 @@ def test_assignments_are_tuples_in_the_order_of_their_names(a: int, b: int) -> N
 @given(st.lists(st.integers(-9, 9), min_size=4, max_size=4, unique=True))
 def test_matrices(v: list[int]) -> None:
     gold = rf"\begin{{pmatrix}}{v[0]}&{v[1]}\\{v[2]}&{v[3]}\end{{pmatrix}}"
-    accepts(gold, gold.replace("pmatrix", "bmatrix").replace("&", " & "), f"[[{v[0]},{v[1]}],[{v[2]},{v[3]}]]")
-    refuses(gold, gold.replace(f"{v[0]}&{v[1]}", f"{v[1]}&{v[0]}"), rf"\begin{{pmatrix}}{v[0]}&{v[1]}\end{{pmatrix}}")
+    accepts(
+        gold, gold.replace("pmatrix", "bmatrix").replace("&", " & "), f"[[{v[0]},{v[1]}],[{v[2]},{v[3]}]]"
+    )
+    refuses(
+        gold,
+        gold.replace(f"{v[0]}&{v[1]}", f"{v[1]}&{v[0]}"),
+        rf"\begin{{pmatrix}}{v[0]}&{v[1]}\end{{pmatrix}}",
+    )
     column = rf"\begin{{pmatrix}}{v[0]}\\{v[1]}\end{{pmatrix}}"
     accepts(column, f"({v[0]}, {v[1]})")
     refuses(column, f"({v[1]}, {v[0]})", rf"\begin{{pmatrix}}{v[0]}&{v[1]}\end{{pmatrix}}")
@@ -257,9 +320,9 @@ def test_choices(gold: str, other: str) -> None:
     assert choice_letter("I think B because x=3") == choice_letter("I choose B") == "B"
     assert choice_letter(f"Option {gold} is incorrect") == choice_letter(f"({gold}) must be wrong") == ""
     assert choice_letter(f"({gold}) False") == gold
-    assert {choice_letter(t) for t in ("2B", "B2", "P(B)", r"\overline{B}", "B - 1", "|B|", "B'", "1/B", "B = 2")} == {
-        ""
-    }
+    assert {
+        choice_letter(t) for t in ("2B", "B2", "P(B)", r"\overline{B}", "B - 1", "|B|", "B'", "1/B", "B = 2")
+    } == {""}
     assert choice_letter("a cat") == choice_letter(f"{gold} + 1") == choice_letter("Dog") == ""
 
 

@@ -153,7 +153,13 @@ ANSWERS = st.one_of(
 @settings(max_examples=200, deadline=None)
 def test_spaces_around_an_answer_change_nothing(gold: str, found: str, space: str) -> None:
     assert decided(gold, gold) is True
-    for edited in (space + found, found + space, f"${space}{found}{space}$", f" {found}.", found.replace(",", ", ")):
+    for edited in (
+        space + found,
+        found + space,
+        f"${space}{found}{space}$",
+        f" {found}.",
+        found.replace(",", ", "),
+    ):
         assert decided(gold, edited) == decided(gold, found)
         assert decided(edited, gold) == decided(found, gold)
     if parse_number(gold) and parse_number(found):

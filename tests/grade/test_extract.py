@@ -172,6 +172,9 @@ def test_a_choice_that_is_only_named(text: str, letter: str) -> None:
 
 @given(st.sampled_from("ABCDEFGHIJ"), st.sampled_from("ABCDEFGHIJ"))
 def test_a_marked_answer_goes_before_a_named_choice(marked: str, named: str) -> None:
-    for text in (rf"\boxed{{{marked}}} rather than option ({named})", f"The answer is ({marked}).\nSee **{named}**"):
+    for text in (
+        rf"\boxed{{{marked}}} rather than option ({named})",
+        f"The answer is ({marked}).\nSee **{named}**",
+    ):
         assert extract_choice(text) == extract_answer(text)
         assert extract_choice(text).answer == marked

@@ -1,4 +1,5 @@
-"""No hostile answer hangs, takes memory, runs anything or is rewarded; a sitecustomize in the workers watches them."""
+"""No hostile answer hangs, takes memory, runs anything or is rewarded; a sitecustomize in the workers watches
+them."""
 
 from __future__ import annotations
 
@@ -73,7 +74,10 @@ def test_the_watch_sees_what_it_forbids(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WATCH)
     for code in ("import os; os.system('true')", "eval('open(1)')", "open('x', 'w')", "import os; os.fork()"):
         done = subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path), "AT_ONCE": "1"}, cwd=tmp_path, check=False
+            [sys.executable, "-c", code],
+            env={"PYTHONPATH": str(tmp_path), "AT_ONCE": "1"},
+            cwd=tmp_path,
+            check=False,
         )
         assert done.returncode == EXIT, code
     assert not (tmp_path / "x").exists()

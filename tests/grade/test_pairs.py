@@ -23,7 +23,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(stop.value.code or 0)
 
 
-def test_a_file_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [
         {"gold": "1/2", "pred": "0.5"},
         {"id": "b", "gold": "1/2", "pred": r"\boxed{\frac{2}{4}}"},
@@ -44,7 +46,17 @@ def test_a_file_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     right, wrong, neither = "correct", "incorrect", "unscored"
     verdicts = [right, right, right, wrong, right, right, right, neither, wrong]
     assert [sample["verdict"] for sample in samples] == verdicts
-    assert [sample["strict"] for sample in samples] == [right, wrong, wrong, wrong, right, right, right, neither, wrong]
+    assert [sample["strict"] for sample in samples] == [
+        right,
+        wrong,
+        wrong,
+        wrong,
+        right,
+        right,
+        right,
+        neither,
+        wrong,
+    ]
     assert [sample["lenient"] for sample in samples] == [*verdicts[:3], right, *verdicts[4:]]
     assert all(sample["reason"] for sample in samples)
     assert result["counts"]["n"] == sum(result["counts"]["verdict"].values()) == len(rows)
@@ -105,7 +117,10 @@ def test_the_second_opinion_is_asked_about_what_we_decided() -> None:
 
 
 def test_the_table_obeys_no_answer() -> None:
-    sample = dict.fromkeys(("verdict", "strict", "lenient"), "correct") | {"id": "\x1b[2J", "reason": "a\x07b"}
+    sample = dict.fromkeys(("verdict", "strict", "lenient"), "correct") | {
+        "id": "\x1b[2J",
+        "reason": "a\x07b",
+    }
     assert "\x1b" not in table({"samples": [sample], "counts": {"n": 1}})
     assert "\x07" not in table({"samples": [sample], "counts": {"n": 1}})
 
@@ -113,5 +128,11 @@ def test_the_table_obeys_no_answer() -> None:
 def test_eval_with_a_recipe_is_still_eval() -> None:
     assert with_default(["eval", "run.toml", "--json"]) == ["eval", DEFAULT, "run.toml", "--json"]
     assert with_default(["eval", "--set", "a=1", "run.toml"]) == ["eval", DEFAULT, "--set", "a=1", "run.toml"]
-    for words in (["eval"], ["eval", "--help"], ["run", "x.toml"], [], *(["eval", name, "x"] for name in COMMANDS)):
+    for words in (
+        ["eval"],
+        ["eval", "--help"],
+        ["run", "x.toml"],
+        [],
+        *(["eval", name, "x"] for name in COMMANDS),
+    ):
         assert with_default(words) == words

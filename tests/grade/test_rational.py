@@ -67,7 +67,13 @@ def test_equal(gold: str, found: str) -> None:
 
 @pytest.mark.parametrize(
     ("gold", "found"),
-    [("x+1", "x+2"), (r"9\sqrt{2}", "18"), (r"2\pi", r"2\pi+1"), (r"\sqrt{6}", r"\sqrt{2}+\sqrt{3}"), ("2x", "2y")],
+    [
+        ("x+1", "x+2"),
+        (r"9\sqrt{2}", "18"),
+        (r"2\pi", r"2\pi+1"),
+        (r"\sqrt{6}", r"\sqrt{2}+\sqrt{3}"),
+        ("2x", "2y"),
+    ],
 )
 def test_different(gold: str, found: str) -> None:
     assert same_formula(gold, found) is False

@@ -23,7 +23,9 @@ BOUND = 2.0  # seconds of processor time for any one answer
 
 
 def problem(answer: str, checker: str = "math") -> Problem:
-    return Problem(id="p", messages=(Message(role="user", content="?"),), answer=answer, checker=checker, row="file:3")
+    return Problem(
+        id="p", messages=(Message(role="user", content="?"),), answer=answer, checker=checker, row="file:3"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,11 @@ def grader() -> Iterator[Grader]:
         (r"\sqrt{2}+\sqrt{5}", r"\boxed{\sqrt5+\sqrt2}", "correct"),
         ("2**(1/4)", r"\boxed{\sqrt{\sqrt{2}}}", "correct"),
         (r"\frac{3\sqrt{5}}{7}", "(3*sqrt(5))/7", "correct"),
-        (r"\begin{pmatrix} 1 \\ \frac12 \end{pmatrix}", r"\boxed{\begin{pmatrix} 1 \\ 0.5 \end{pmatrix}}", "correct"),
+        (
+            r"\begin{pmatrix} 1 \\ \frac12 \end{pmatrix}",
+            r"\boxed{\begin{pmatrix} 1 \\ 0.5 \end{pmatrix}}",
+            "correct",
+        ),
         ("2>x", r"\boxed{x<2}", "correct"),
         (r"(-\infty,1]\cup[10,\infty)", r"\boxed{x \in (-\infty, 1] \cup [10, +\infty)}", "correct"),
         (r"\{1\pm\sqrt{5},-2\}", r"\boxed{-2, 1+\sqrt5, 1-\sqrt{5}}", "correct"),
@@ -163,7 +169,9 @@ def test_hostile_answers_are_answered_in_time(
     assert (score.verdict is Verdict.UNSCORED) <= bool(score.reason)
     json.dumps(score.extracted, ensure_ascii=False).encode("utf-8")
     assert not list(tmp_path.iterdir())  # nothing was run: the canary is not there
-    assert grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", grader).verdict is Verdict.CORRECT  # and the pool lives
+    assert (
+        grade_pair(r"\sin x+1", r"\boxed{1+\sin x}", grader).verdict is Verdict.CORRECT
+    )  # and the pool lives
     assert grade_pair(r"\sin x+1", r"\boxed{1-\sin x}", grader).verdict is Verdict.INCORRECT
 
 
@@ -182,7 +190,11 @@ def test_a_comparison_that_runs_out_of_memory_is_unscored() -> None:
 
 def test_numbers_and_words_start_no_process() -> None:
     with Grader() as fast:
-        pairs = [(problem("7"), r"\boxed{7.0}"), (problem("1/2"), "#### 0.5"), (problem("C"), "The answer is (C).")]
+        pairs = [
+            (problem("7"), r"\boxed{7.0}"),
+            (problem("1/2"), "#### 0.5"),
+            (problem("C"), "The answer is (C)."),
+        ]
         assert {score.verdict for score in fast.score_many(pairs)} == {Verdict.CORRECT}
         assert fast.score(problem("7", "integer"), r"\boxed{x+7}").verdict is Verdict.INCORRECT
         assert fast.score(problem("x+1", "exact"), r"\boxed{1+x}").verdict is Verdict.INCORRECT
@@ -211,7 +223,9 @@ def test_a_worker_killed_at_work_loses_nothing() -> None:
         )
         killer.join()
         assert [score.verdict.value for score in scores] == ["unscored", "correct", "incorrect"]
-        assert scores[0].reason == "symbolic comparison timed out"  # on the second worker, which nobody killed
+        assert (
+            scores[0].reason == "symbolic comparison timed out"
+        )  # on the second worker, which nobody killed
         assert first not in slow.pool.process_ids
 
 
@@ -245,7 +259,9 @@ def test_order_and_counts_are_kept_over_workers() -> None:
     assert counts["n"] == len(pairs) == counts["correct"] + counts["incorrect"] + counts["unscored"]
 
 
-def test_a_file_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_the_working_directory_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("sympy", "math_verify", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('hijacked')")

@@ -15,7 +15,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from step_cases import FAMILIES, LLAMAS, PLAIN_SGD, demonstrations, make_policy, one_each, plan_for, rollouts, run_step
+from step_cases import (
+    FAMILIES,
+    LLAMAS,
+    PLAIN_SGD,
+    demonstrations,
+    make_policy,
+    one_each,
+    plan_for,
+    rollouts,
+    run_step,
+)
 from torch import Tensor
 
 from truestep.objective.schedule import learning_rate
@@ -25,7 +35,9 @@ from truestep.train.optim import MasterOptimizer
 from truestep.train.parallel import Ranks, full, is_sharded, join, leave, replicate, shard
 from truestep.train.step import count_totals
 
-ADAMW = OptimizerSettings(lr=1e-2, schedule="cosine", warmup_fraction=0.5, weight_decay=0.1, max_grad_norm=0.5)
+ADAMW = OptimizerSettings(
+    lr=1e-2, schedule="cosine", warmup_fraction=0.5, weight_decay=0.1, max_grad_norm=0.5
+)
 CLIPPED_SGD = OptimizerSettings(kind="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=0.5)
 
 
@@ -48,8 +60,13 @@ def cases() -> list[Case]:
     found = []
     for parallel in ("ddp", "fsdp2"):
         for family in ("sft", "paper"):
-            found += [Case(family=family, cut=c, optimizer="adamw", parallel=parallel) for c in ("uneven", "one idle")]
-            found.append(Case(family=family, cut="uneven", optimizer="sgd", parallel=parallel, dtype=torch.float32))
+            found += [
+                Case(family=family, cut=c, optimizer="adamw", parallel=parallel)
+                for c in ("uneven", "one idle")
+            ]
+            found.append(
+                Case(family=family, cut="uneven", optimizer="sgd", parallel=parallel, dtype=torch.float32)
+            )
         found.append(Case(family="grpo", cut="uneven", optimizer="clipped", parallel=parallel))
         found.append(Case(family="dr_grpo", cut="one idle", optimizer="sgd", parallel=parallel, model="tied"))
     return found
@@ -85,13 +102,17 @@ def run_case(case: Case, ranks: Ranks) -> tuple[dict[str, Tensor], list[dict[str
     before = {name: full(p.detach()).clone() for name, p in policy.named_parameters()}
     settings, num_steps = OPTIMIZERS[case.optimizer]
     optimizer = MasterOptimizer(policy, settings)
-    rate = learning_rate(peak=settings.lr, kind=settings.schedule, total_steps=4, warmup_fraction=0.5, min_ratio=0.1)
+    rate = learning_rate(
+        peak=settings.lr, kind=settings.schedule, total_steps=4, warmup_fraction=0.5, min_ratio=0.1
+    )
     reports = []
     for step in range(num_steps):
         batches = one_each(dealt(case, sequences_of(case, step), ranks), case.dtype)
         # A large update is read from float32 parameters with a small rounding.
         speed = rate(step) if case.optimizer == "adamw" else 1.0 if case.dtype is torch.float64 else 1024.0
-        plan = plan_for(family.method, step=step, learning_rate=speed, ranks=ranks, sharded=is_sharded(policy))
+        plan = plan_for(
+            family.method, step=step, learning_rate=speed, ranks=ranks, sharded=is_sharded(policy)
+        )
         totals = count_totals(plan.terms, batches, ranks)
         report = run_step(policy, optimizer, batches, plan)
         reports.append({"totals": asdict(totals), "report": asdict(report), "num_batches": len(batches)})

@@ -1,4 +1,5 @@
-"""Tiny models as twins (the policy that is trained, and an untouched float64 copy for the reference), and steps."""
+"""Tiny models as twins (the policy that is trained, and an untouched float64 copy for the reference), and
+steps."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ SINGLE = 2e-5  # float32 against float64
 VOCABULARY = 40
 MAX_LENGTH = 32
 PLAIN_SGD = OptimizerSettings(kind="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=0.0)
-LARGEST: dict[str, tuple[float, int]] = {}  # family → (largest error, comparisons), for the summary of the test run
+LARGEST: dict[
+    str, tuple[float, int]
+] = {}  # family → (largest error, comparisons), for the summary of the test run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +59,20 @@ FAMILIES = {
         Family(name="dft", method=build("dft", {}), reference="dft", kind=Kind.DEMO),
         Family(name="paper", method=build("paper", {}), reference="paper", kind=Kind.ON, advantage="mean"),
         Family(name="grpo", method=build("grpo", {}), reference="grpo", kind=Kind.ON, advantage="mean_std"),
-        Family(name="dr_grpo", method=build("dr_grpo", {}), reference="dr_grpo", kind=Kind.ON, advantage="mean"),
+        Family(
+            name="dr_grpo", method=build("dr_grpo", {}), reference="dr_grpo", kind=Kind.ON, advantage="mean"
+        ),
         Family(name="dapo", method=build("dapo", {}), reference="dapo", kind=Kind.ON, advantage="mean_std"),
     )
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------- models
 
 
-def llama(*, hidden: int = 16, heads: int = 2, kv_heads: int = 2, layers: int = 2, **more: Any) -> LlamaConfig:
+def llama(
+    *, hidden: int = 16, heads: int = 2, kv_heads: int = 2, layers: int = 2, **more: Any
+) -> LlamaConfig:
     sizes = {"vocab_size": VOCABULARY, "intermediate_size": 2 * hidden, "max_position_embeddings": 64, **more}
     return LlamaConfig(
         hidden_size=hidden,
@@ -99,7 +106,9 @@ def make_policy(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0, 
     model = make_model(config, seed).to(dtype)
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     prepare(model, torch.device("cpu"))
-    shape = model_shape(make_model(LLAMAS["tied"])) if not hasattr(model.config, "num_attention_heads") else None
+    shape = (
+        model_shape(make_model(LLAMAS["tied"])) if not hasattr(model.config, "num_attention_heads") else None
+    )
     loaded = LoadedModel(
         model=model,
         tokenizer=None,  # type: ignore[arg-type]  # token ids only
@@ -117,7 +126,7 @@ def twins(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> tup
     return make_policy(config, dtype, seed), make_model(config, seed).double()
 
 
-# ---------------------------------------------------------------------------------------------------------- sequences
+# -------------------------------------------------------------------------------------------------- sequences
 
 
 def demonstrations(lengths: Sequence[int], seed: int = 0, holes: bool = True) -> list[TrainSequence]:
@@ -197,7 +206,7 @@ def sequences_of(family: Family, lengths: Sequence[int] = EVEN, seed: int = 0) -
     return rollouts([lengths[i : i + size] for i in range(0, len(lengths), size)], family, seed)
 
 
-# -------------------------------------------------------------------------------------------------------- micro-batches
+# ---------------------------------------------------------------------------------------------- micro-batches
 
 
 def limit_for(sequences: Sequence[TrainSequence], num_batches: int, share_prefix: bool = True) -> int:
@@ -242,7 +251,7 @@ def with_proximal(batch: TokenBatch, rows: Sequence[Sequence[float]]) -> TokenBa
     return replace(batch, proximal_logprobs=filled)
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
+# ------------------------------------------------------------------------------------------------------ steps
 
 
 def parameters_of(policy: nn.Module) -> dict[str, Tensor]:
@@ -256,7 +265,8 @@ def plan_for(method: Method, **options: Any) -> StepPlan:
 
 
 def sgd_gradient(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan) -> dict[str, Tensor]:
-    """What one plain SGD step moved the parameters by, over its learning rate; they are put back afterwards."""
+    """What one plain SGD step moved the parameters by, over its learning rate; they are put back
+    afterwards."""
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     run_step(policy, MasterOptimizer(policy, PLAIN_SGD), batches, plan)
     moved = {}
@@ -267,7 +277,9 @@ def sgd_gradient(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan) 
     return moved
 
 
-def run_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[TokenBatch], plan: StepPlan) -> StepReport:
+def run_step(
+    policy: Policy, optimizer: MasterOptimizer, batches: Sequence[TokenBatch], plan: StepPlan
+) -> StepReport:
     """One step, in the arithmetic of the reference where the policy is in float64."""
     if next(policy.parameters()).dtype is not torch.float64:
         return train_step(policy, optimizer, batches, plan)
@@ -293,7 +305,9 @@ def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], fl
     return float((flat(got) - flat(expected)).norm()) / max(size, floor)
 
 
-def close(family: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float = EXACT) -> None:
+def close(
+    family: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float = EXACT
+) -> None:
     """Assert that the relative error over all parameters is within ``limit``, and remember it."""
     check(family, relative_error(got, expected), limit)
 

@@ -64,7 +64,8 @@ def sequences(
 
 @functools.cache
 def policies() -> tuple[Policy, Policy, Policy]:
-    """The policy, the proximal policy a step behind it, and the frozen reference further away: all in float64."""
+    """The policy, the proximal policy a step behind it, and the frozen reference further away: all in
+    float64."""
     found = [make_policy(LLAMAS[MODEL]) for _ in range(3)]
     for policy, model in zip(found, models(), strict=True):
         with torch.no_grad():
@@ -88,7 +89,9 @@ def models() -> tuple[nn.Module, nn.Module, nn.Module]:
     return found[0], found[1], found[2]
 
 
-def scored(method: Method, batches: Sequence[TokenBatch], ranks: Ranks) -> tuple[list[TokenBatch], dict[str, float]]:
+def scored(
+    method: Method, batches: Sequence[TokenBatch], ranks: Ranks
+) -> tuple[list[TokenBatch], dict[str, float]]:
     """The batches after the passes that a step makes before its first update, and the statistics."""
     _, proximal, reference = policies()
     plan = plan_for(method, ranks=ranks)

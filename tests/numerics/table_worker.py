@@ -1,5 +1,5 @@
-"""What each rank of test_method_table.py runs: every row, with 3 sequences on one rank and 9, the demonstrations and
-expert prefixes among them, on the other.
+"""What each rank of test_method_table.py runs: every row, with 3 sequences on one rank and 9, the
+demonstrations and expert prefixes among them, on the other.
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python table_worker.py FOLDER
 """

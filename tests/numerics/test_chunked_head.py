@@ -1,4 +1,5 @@
-"""The chunked head equals the plain one in value and gradient, and never holds the logits of a whole micro-batch."""
+"""The chunked head equals the plain one in value and gradient, and never holds the logits of a whole
+micro-batch."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ M, D, V = 13, 5, 11
 def inputs(bias: bool, num_tokens: int = M, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
     shapes = [(num_tokens, D), (V, D), *([(V,)] if bias else [])]
-    return [(2 * torch.randn(s, generator=draw, dtype=torch.float64)).to(dtype).requires_grad_() for s in shapes]
+    return [
+        (2 * torch.randn(s, generator=draw, dtype=torch.float64)).to(dtype).requires_grad_() for s in shapes
+    ]
 
 
 def targets(num_tokens: int = M) -> Tensor:
@@ -53,7 +56,9 @@ def test_value_and_gradient(
     found = []
     for function in (chunked_logprobs, plain):
         tensors = inputs(bias)
-        logprobs, entropy = function(tensors[0], tensors[1], tensors[2] if bias else None, targets(), temperature)
+        logprobs, entropy = function(
+            tensors[0], tensors[1], tensors[2] if bias else None, targets(), temperature
+        )
         used = {"both": (1, 1), "logprobs": (1, 0), "entropy": (0, 1)}[outputs]
         loss = sum((w * x).sum() for w, x, use in zip(weights, (logprobs, entropy), used, strict=True) if use)
         found.append([logprobs, entropy, *torch.autograd.grad(loss, tensors)])
@@ -113,7 +118,8 @@ def test_extreme_logits_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bfloat16_reduces_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log-probabilities come out in float32, and the sum over chunks of the weight's gradient is not taken in bf16."""
+    """Log-probabilities come out in float32, and the sum over chunks of the weight's gradient is not taken in
+    bf16."""
     chunks_of(monkeypatch, 1)
     narrow = inputs(False, 400, torch.bfloat16)
     wide = [t.detach().double().requires_grad_() for t in narrow]
@@ -122,7 +128,8 @@ def test_bfloat16_reduces_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     logprobs.sum().backward()
     plain(*wide, None, targets(400), 1.0)[0].sum().backward()
     assert narrow[1].grad.dtype is torch.bfloat16
-    # 400 single-token chunks: each rounded to bf16 (2^-9), their sum in float32. Summed in bf16 it is several percent.
+    # 400 single-token chunks: each rounded to bf16 (2^-9), their sum in float32. Summed in bf16 it is several
+    # percent.
     assert error(narrow[1].grad.double(), wide[1].grad) < 2**-8
 
 
@@ -159,13 +166,16 @@ def test_the_logits_never_exist_at_once(temperature: float, monkeypatch: pytest.
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_the_fast_product_is_the_product(rows: int, bias: bool) -> None:
-    """float32 on a CPU goes another way than float64: held to it, the bias included. Largest error seen: 1.4e-7."""
+    """float32 on a CPU goes another way than float64: held to it, the bias included. Largest error seen:
+    1.4e-7."""
     draw = torch.Generator().manual_seed(rows)
     x, weight, added = (torch.randn(*shape, generator=draw) for shape in ((rows, 48), (200, 48), (200,)))
     given = added if bias else None
     with torch.no_grad():
         got = device.linear(x, weight, given)
-    wanted = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
+    wanted = torch.nn.functional.linear(
+        x.double(), weight.double(), None if given is None else given.double()
+    )
     assert float((got - wanted).norm() / wanted.norm()) < 2e-6
     x.requires_grad_()
     assert device.linear(x, weight, given).requires_grad  # where a gradient is asked for there is one

@@ -25,8 +25,8 @@ Losses = Callable[[ScoredSequence], list[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A closed form and its surrogate. ``uniform``: one advantage for the whole sequence, as such methods have;
-    0 draws one for each token."""
+    """A closed form and its surrogate. ``uniform``: one advantage for the whole sequence, as such methods
+    have; 0 draws one for each token."""
 
     coefficient: Coefficient
     losses: Losses
@@ -69,7 +69,9 @@ CASES: dict[str, Case] = {
         losses=partial(surrogate.iw_sft, level="token", low=0.2, high=1.8),
     ),
     "advantage": Case(coefficient=coefficients.advantage, losses=surrogate.reinforce, kind=Kind.ON),
-    "importance": Case(coefficient=coefficients.importance, losses=partial(surrogate.luffy, gamma=0.1), kind=Kind.ON),
+    "importance": Case(
+        coefficient=coefficients.importance, losses=partial(surrogate.luffy, gamma=0.1), kind=Kind.ON
+    ),
     "clipped_ratio 0.2 0.28": clipped(0.2, 0.28),
     "clipped_ratio 0.2 0.2": clipped(0.2, 0.2),
     "clipped_ratio 0.1 0.5": clipped(0.1, 0.5),
@@ -97,14 +99,20 @@ CASES: dict[str, Case] = {
         kind=Kind.ON,
         uniform=0.8,
     ),
-    "unshaped_demonstration": Case(coefficient=coefficients.unshaped_demonstration, losses=surrogate.unshaped),
+    "unshaped_demonstration": Case(
+        coefficient=coefficients.unshaped_demonstration, losses=surrogate.unshaped
+    ),
     "shaped_replay": Case(
-        coefficient=coefficients.shaped_replay(0.1), losses=partial(surrogate.exgrpo, beta=0.1), kind=Kind.REPLAY
+        coefficient=coefficients.shaped_replay(0.1),
+        losses=partial(surrogate.exgrpo, beta=0.1),
+        kind=Kind.REPLAY,
     ),
     "mixed_importance": Case(
         coefficient=coefficients.mixed_importance(0.5), losses=partial(surrogate.rl_plus, gamma=0.5)
     ),
-    "where_uncertain": Case(coefficient=coefficients.where_uncertain(coefficients.ones, "threshold"), losses=masked),
+    "where_uncertain": Case(
+        coefficient=coefficients.where_uncertain(coefficients.ones, "threshold"), losses=masked
+    ),
 }
 for gamma in (0.1, 0.5):
     CASES[f"shaped_demonstration {gamma}"] = Case(
@@ -140,7 +148,9 @@ for correct in (True, False):
     )
 for kl in ("k1", "k2", "k3"):
     CASES[f"kl_{kl}"] = Case(
-        coefficient=getattr(coefficients, f"kl_{kl}"), losses=partial(surrogate.kl_terms, kind=kl), kind=Kind.ON
+        coefficient=getattr(coefficients, f"kl_{kl}"),
+        losses=partial(surrogate.kl_terms, kind=kl),
+        kind=Kind.ON,
     )
 
 NOT_COEFFICIENTS = {"bounded_exp"}
@@ -148,7 +158,8 @@ NOT_COEFFICIENTS = {"bounded_exp"}
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Log-probabilities from certain to near impossible, ratios in and out of every clip range, both signs of A."""
+    """Log-probabilities from certain to near impossible, ratios in and out of every clip range, both signs of
+    A."""
 
     policy: Tensor
     proximal: Tensor
@@ -235,7 +246,9 @@ def test_every_coefficient_is_tested() -> None:
     public = {
         name
         for name, value in vars(coefficients).items()
-        if callable(value) and not isinstance(value, type) and getattr(value, "__module__", "") == coefficients.__name__
+        if callable(value)
+        and not isinstance(value, type)
+        and getattr(value, "__module__", "") == coefficients.__name__
     }
     public = {name for name in public if not name.startswith("_")} - NOT_COEFFICIENTS
     assert public == {name.split()[0] for name in CASES}

@@ -28,7 +28,9 @@ from truestep.seeding import Purpose
 LAYERS = torch._dynamo.config.recompile_limit + 2  # compiled one by one, they would pass the compiler's limit
 CONFIG = llama(hidden=32, heads=4, kv_heads=2, layers=LAYERS)
 
-pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,12 @@ def strict() -> Iterator[None]:
 def sampled(policy: Any) -> list[Any]:
     requests = [
         SampleRequest(
-            problem_id=str(i), sample_index=0, prompt_ids=(3, 4, 5 + i), seed=1, purpose=Purpose.SAMPLE, step=0
+            problem_id=str(i),
+            sample_index=0,
+            prompt_ids=(3, 4, 5 + i),
+            seed=1,
+            purpose=Purpose.SAMPLE,
+            step=0,
         )
         for i in range(3)
     ]

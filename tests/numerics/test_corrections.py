@@ -1,4 +1,5 @@
-"""What is laid over coefficients: weights for the disagreement of engine and trainer, KL in the reward, whitening."""
+"""What is laid over coefficients: weights for the disagreement of engine and trainer, KL in the reward,
+whitening."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def is_fresh(c: Context, i: int) -> bool:
 
 
 Weight = Callable[[float, list[float], int], float]
-BY_HAND: dict[str, Weight] = {  # (ρ of the token, log ρ of its sequence's fresh tokens, trained tokens of the sequence)
+BY_HAND: dict[
+    str, Weight
+] = {  # (ρ of the token, log ρ of its sequence's fresh tokens, trained tokens of the sequence)
     "truncate": lambda rho, logs, n: min(rho, HIGH),
     "clamp": lambda rho, logs, n: min(max(rho, LOW), HIGH),
     "drop": lambda rho, logs, n: rho if LOW <= rho <= HIGH else 0.0,

@@ -1,4 +1,5 @@
-"""Two processes make the update of one: summed all-reduce and FSDP2, uneven and idle ranks, clipping, AdamW."""
+"""Two processes make the update of one: summed all-reduce and FSDP2, uneven and idle ranks, clipping,
+AdamW."""
 
 from __future__ import annotations
 

@@ -31,7 +31,13 @@ from truestep.train.assemble import pack
 from truestep.train.policy import Policy
 
 VOCABULARY = 9
-NORMALISERS = {"tokens": "tok", "sequences": "seq", "sequence_sums": "sum", "max_length": "drg", "groups": "grp"}
+NORMALISERS = {
+    "tokens": "tok",
+    "sequences": "seq",
+    "sequence_sums": "sum",
+    "max_length": "drg",
+    "groups": "grp",
+}
 ROWS = ("sft", "dft", "paper", "grpo", "dr_grpo", "dapo")
 
 
@@ -103,14 +109,18 @@ def pair() -> tuple[Policy, nn.Module]:
 def method_of(case: Case) -> tuple[Method, dict[str, Any]]:
     """The row here, and what the reference is asked for. DAPO's gate works on rewards, before the step."""
     if case.row == "sft":
-        return build("sft", {"normaliser": case.normaliser}), {"options": {"normaliser": NORMALISERS[case.normaliser]}}
+        return build("sft", {"normaliser": case.normaliser}), {
+            "options": {"normaliser": NORMALISERS[case.normaliser]}
+        }
     return build(case.row, {}), {"method": "paper" if case.row == "dapo" else case.row}
 
 
 def packed(case: Case) -> list[TokenBatch]:
     lengths = [len(s.token_ids) for s in case.sequences]
     limit = round(case.tightness * max(lengths) + (1 - case.tightness) * sum(lengths))
-    return pack(case.sequences, tokens_per_microbatch=limit, share_prefix=case.share_prefix, dtype=torch.float64)
+    return pack(
+        case.sequences, tokens_per_microbatch=limit, share_prefix=case.share_prefix, dtype=torch.float64
+    )
 
 
 def error_of(case: Case) -> float:
@@ -120,7 +130,9 @@ def error_of(case: Case) -> float:
     rows = None
     if case.shifts:
         rows = frozen_logprobs(model, case.sequences, case.temperature)
-        rows = [[x + case.shifts[(i + j) % len(case.shifts)] for j, x in enumerate(r)] for i, r in enumerate(rows)]
+        rows = [
+            [x + case.shifts[(i + j) % len(case.shifts)] for j, x in enumerate(r)] for i, r in enumerate(rows)
+        ]
         batches = [with_proximal(b, rows) for b in batches]
     method, asked = method_of(case)
     kind = Kind.DEMO if case.row in ("sft", "dft") else Kind.ON
@@ -140,7 +152,8 @@ def error_of(case: Case) -> float:
     )
     weights = case.weights[: len(batches)]
     plan = plan_for(method, temperature=case.temperature, microbatch_weights=weights)
-    # Opposite advantages may cancel to nothing; then the error is judged against a small gradient of this model.
+    # Opposite advantages may cancel to nothing; then the error is judged against a small gradient of this
+    # model.
     return relative_error(sgd_gradient(policy, batches, plan), expected, floor=1e-2)
 
 

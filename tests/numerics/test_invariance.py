@@ -1,4 +1,5 @@
-"""The update is the one that was asked for, however the batch is cut, ordered, packed or padded: float64 decides."""
+"""The update is the one that was asked for, however the batch is cut, ordered, packed or padded: float64
+decides."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def expected(model: str, family: str, temperature: float, lengths: tuple[int, ..
     return expected_gradient(pair(model)[1], sequences, FAMILIES[family], temperature=temperature)
 
 
-# ------------------------------------------------------------------------------------------------ cutting and ordering
+# --------------------------------------------------------------------------------------- cutting and ordering
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -80,7 +81,9 @@ def test_very_unequal_lengths_one_sequence_a_microbatch(family: str) -> None:
     batches = one_each(sequences_of(f, UNEQUAL))
     assert max(b.num_targets for b in batches) >= 8 * min(b.num_targets for b in batches)
     close(
-        f"unequal, {family}", sgd_gradient(policy, batches, plan_for(f.method)), expected("tied", family, 1.0, UNEQUAL)
+        f"unequal, {family}",
+        sgd_gradient(policy, batches, plan_for(f.method)),
+        expected("tied", family, 1.0, UNEQUAL),
     )
 
 
@@ -88,7 +91,9 @@ def test_very_unequal_lengths_one_sequence_a_microbatch(family: str) -> None:
 def test_order_prefix_sharing_and_packing_do_not_matter(family: str) -> None:
     policy, f = pair("gqa")[0], FAMILIES[family]
     sequences, plan, right = sequences_of(f), plan_for(f.method), expected("gqa", family, 1.0)
-    backwards = [sequences[i] for i in torch.randperm(len(sequences), generator=torch.Generator().manual_seed(3))]
+    backwards = [
+        sequences[i] for i in torch.randperm(len(sequences), generator=torch.Generator().manual_seed(3))
+    ]
     close(f"permuted, {family}", sgd_gradient(policy, batches_of(backwards, num_batches=3), plan), right)
     for share_prefix in (True, False):
         batches = batches_of(sequences, num_batches=2, share_prefix=share_prefix)
@@ -130,7 +135,11 @@ def test_bucket_padding_does_not_matter(family: str, monkeypatch: pytest.MonkeyP
 def test_every_sequence_twice_gives_the_same_gradient(family: str) -> None:
     policy, f = pair("tied")[0], FAMILIES[family]
     batches = batches_of([*sequences_of(f), *sequences_of(f)], num_batches=3)
-    close(f"duplicated, {family}", sgd_gradient(policy, batches, plan_for(f.method)), expected("tied", family, 1.0))
+    close(
+        f"duplicated, {family}",
+        sgd_gradient(policy, batches, plan_for(f.method)),
+        expected("tied", family, 1.0),
+    )
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -138,8 +147,12 @@ def test_nothing_to_train_adds_nothing(family: str) -> None:
     """A sequence without trained tokens, and a micro-batch without targets, first, between and last."""
     policy, f = pair("tied")[0], FAMILIES[family]
     sequences, plan, right = sequences_of(f), plan_for(f.method), expected("tied", family, 1.0)
-    masked = TrainSequence(token_ids=(3, 4, 5, 6), trained=(False,) * 4, num_prefix_tokens=0, group=90, kind=f.kind)
-    close(f"all masked, {family}", sgd_gradient(policy, batches_of([masked, *sequences, masked]), plan), right)
+    masked = TrainSequence(
+        token_ids=(3, 4, 5, 6), trained=(False,) * 4, num_prefix_tokens=0, group=90, kind=f.kind
+    )
+    close(
+        f"all masked, {family}", sgd_gradient(policy, batches_of([masked, *sequences, masked]), plan), right
+    )
     dummy = dummy_batch(torch.float64, "cpu")
     first, second = batches_of(sequences, num_batches=2)
     batches = [dummy, first, dummy, second, dummy]
@@ -178,27 +191,35 @@ def test_a_step_without_any_target_is_a_step_of_zero() -> None:
 def test_microbatch_weights_multiply_numerators_only() -> None:
     policy, model = pair("tied")
     sequences, weights = demonstrations(UNEQUAL), [1.0, 0.0, 0.5, -2.0]
-    right = expected_gradient(model, sequences, FAMILIES["sft"], microbatches=[([i], w) for i, w in enumerate(weights)])
+    right = expected_gradient(
+        model, sequences, FAMILIES["sft"], microbatches=[([i], w) for i, w in enumerate(weights)]
+    )
     plan = plan_for(FAMILIES["sft"].method, microbatch_weights=weights)
     close("micro-batch weights", sgd_gradient(policy, one_each(sequences), plan), right)
 
 
 def test_tokens_of_other_kinds_are_not_selected() -> None:
-    """Demonstrations in the batch change neither the numerator nor the denominator of the policy term, nor the other
-    way round."""
+    """Demonstrations in the batch change neither the numerator nor the denominator of the policy term, nor
+    the other way round."""
     policy, model = pair("gqa")
     own, shown = sequences_of(FAMILIES["grpo"]), demonstrations((5, 3, 9), seed=8)
     shown = [replace(s, group=s.group + 50) for s in shown]
     batches = batches_of([*shown[:2], *own, shown[2]], num_batches=2)
-    close("mixed kinds", sgd_gradient(policy, batches, plan_for(FAMILIES["grpo"].method)), expected("gqa", "grpo", 1.0))
+    close(
+        "mixed kinds",
+        sgd_gradient(policy, batches, plan_for(FAMILIES["grpo"].method)),
+        expected("gqa", "grpo", 1.0),
+    )
     right = expected_gradient(model, shown, FAMILIES["sft"])
     close("mixed kinds", sgd_gradient(policy, batches, plan_for(FAMILIES["sft"].method)), right)
 
 
-# ------------------------------------------------------------------------------------------------- the second update
+# ------------------------------------------------------------------------------------------ the second update
 
 
-def stale(model: nn.Module, sequences: list[TrainSequence], temperature: float, spread: float) -> list[list[float]]:
+def stale(
+    model: nn.Module, sequences: list[TrainSequence], temperature: float, spread: float
+) -> list[list[float]]:
     """Proximal log-probabilities: the policy's own, moved by up to ``spread``."""
     draw = torch.Generator().manual_seed(11)
     rows = frozen_logprobs(model, sequences, temperature)
@@ -229,19 +250,22 @@ def test_proximal_values_mix_with_those_still_missing() -> None:
     given = [row if i % 2 else None for i, row in enumerate(proximal)]
     right = expected_gradient(model, sequences, f, proximal=given)
     nan = float("nan")
-    rows = [row if row is not None else [nan] * s.num_trained for row, s in zip(given, sequences, strict=True)]
+    rows = [
+        row if row is not None else [nan] * s.num_trained for row, s in zip(given, sequences, strict=True)
+    ]
     batches = [with_proximal(b, rows) for b in batches_of(sequences, num_batches=2)]
     close("second update, partly given", sgd_gradient(policy, batches, plan_for(f.method)), right)
 
 
-# ------------------------------------------------------------------------------------------------------------ float32
+# ---------------------------------------------------------------------------------------------------- float32
 
 
 @pytest.mark.parametrize("model", list(LLAMAS))
 @pytest.mark.parametrize("family", ALL)
 def test_float32_is_as_close_as_float32_can_be(family: str, model: str) -> None:
     policy, f = pair(model, torch.float32)[0], FAMILIES[family]
-    # A learning rate of 1024: the update is large against the rounding of the parameters that it is read from.
+    # A learning rate of 1024: the update is large against the rounding of the parameters that it is read
+    # from.
     plan = plan_for(f.method, learning_rate=1024.0, temperature=0.6)
     for num_batches in (1, 4):
         batches = batches_of(sequences_of(f), num_batches=num_batches, dtype=torch.float32)
@@ -249,7 +273,7 @@ def test_float32_is_as_close_as_float32_can_be(family: str, model: str) -> None:
         close(f"float32, {family}", got, expected(model, family, 0.6), SINGLE)
 
 
-# -------------------------------------------------------------------------------------------------------- three steps
+# ------------------------------------------------------------------------------------------------ three steps
 
 ADAMW = OptimizerSettings(
     lr=1e-2, schedule="cosine", warmup_fraction=0.2, min_lr_ratio=0.1, weight_decay=0.1, max_grad_norm=0.5
@@ -263,7 +287,9 @@ def data_of(family: Family, step: int) -> list[TrainSequence]:
 
 def reference_run(model: nn.Module, family: Family) -> list[StepResult]:
     losses = [
-        lambda m, step=step: reference_loss(m, referred(data_of(family, step), family), method=family.reference)
+        lambda m, step=step: reference_loss(
+            m, referred(data_of(family, step), family), method=family.reference
+        )
         for step in range(3)
     ]
     return reference_steps(model, losses, ADAMW, TOTAL_STEPS)
@@ -271,8 +297,13 @@ def reference_run(model: nn.Module, family: Family) -> list[StepResult]:
 
 def own_run(policy: Policy, family: Family, num_batches: int) -> dict[str, Tensor]:
     """Three steps, then what they moved; the parameters are put back."""
-    rate = learning_rate(peak=ADAMW.lr, kind="cosine", total_steps=TOTAL_STEPS, warmup_fraction=0.2, min_ratio=0.1)
-    optimizer, before = MasterOptimizer(policy, ADAMW), {n: p.detach().clone() for n, p in policy.named_parameters()}
+    rate = learning_rate(
+        peak=ADAMW.lr, kind="cosine", total_steps=TOTAL_STEPS, warmup_fraction=0.2, min_ratio=0.1
+    )
+    optimizer, before = (
+        MasterOptimizer(policy, ADAMW),
+        {n: p.detach().clone() for n, p in policy.named_parameters()},
+    )
     dtype = next(policy.parameters()).dtype
     norms = []
     for step in range(3):

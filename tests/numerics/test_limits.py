@@ -122,13 +122,16 @@ def test_power_sft_between_likelihood_and_dft(options: dict[str, Any], other: st
 
 @pytest.mark.parametrize("penalty", [0.0, -0.3])
 def test_one_token_rollouts_are_dft_in_expectation(penalty: float) -> None:
-    """REINFORCE on tokens drawn from the policy, 1 for the demonstration's and β < 0 for others (arXiv:2509.26313), has
-    the expected coefficient (1 − β)·p: DFT at another learning rate, which is why OTR is no row of its own."""
+    """REINFORCE on tokens drawn from the policy, 1 for the demonstration's and β < 0 for others
+    (arXiv:2509.26313), has the expected coefficient (1 − β)·p: DFT at another learning rate, which is why OTR
+    is no row of its own."""
     logits = torch.randn(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     logprobs = logits.log_softmax(-1)
     rewards = torch.full((9,), penalty, dtype=torch.float64)
     rewards[4] = 1.0
-    (expected,) = torch.autograd.grad((logprobs.exp().detach() * rewards * logprobs).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(
+        (logprobs.exp().detach() * rewards * logprobs).sum(), logits, retain_graph=True
+    )
     (found,) = torch.autograd.grad((1 - penalty) * logprobs[4].exp().detach() * logprobs[4], logits)
     assert float((found - expected).norm() / expected.norm()) < 1e-12
 
@@ -147,7 +150,11 @@ def test_nft_at_the_first_update_is_dr_grpo() -> None:
 
 def test_entropy_sft_of_all_tokens_is_sft() -> None:
     demos = of(Kind.DEMO)
-    close("limit, entropy_sft", row_gradient("entropy_sft", demos, options={"share": 1.0}), row_gradient("sft", demos))
+    close(
+        "limit, entropy_sft",
+        row_gradient("entropy_sft", demos, options={"share": 1.0}),
+        row_gradient("sft", demos),
+    )
 
 
 def test_iw_sft_with_a_closed_clamp_is_sft() -> None:

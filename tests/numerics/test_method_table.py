@@ -1,5 +1,5 @@
-"""Every row of the table makes the step that its paper asks for, however the batch is cut, ordered, packed or dealt to
-ranks. A row that is added to the table is tested here without a line."""
+"""Every row of the table makes the step that its paper asks for, however the batch is cut, ordered, packed or
+dealt to ranks. A row that is added to the table is tested here without a line."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_three_policies_differ_enough() -> None:
     assert policies()[0] is not policies()[1]
 
 
-# ------------------------------------------------------------------------------------------------------------- mutants
+# ---------------------------------------------------------------------------------------------------- mutants
 
 
 def of_first_batch(patch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,9 @@ def of_first_batch(patch: pytest.MonkeyPatch) -> None:
 
 
 def over_the_microbatch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(coefficients, "sequence_mean", lambda values, batch: values.sum() / values.numel() + 0 * values)
+    patch.setattr(
+        coefficients, "sequence_mean", lambda values, batch: values.sum() / values.numel() + 0 * values
+    )
 
 
 def in_terms(change: Callable[[Term], Term]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -122,9 +124,15 @@ def forget_behavior(term: Term) -> Term:
 
 
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
-    "statistics of one micro-batch": (of_first_batch, ("reinforce_pp", "reinforce_pp_baseline", "entropy_sft")),
+    "statistics of one micro-batch": (
+        of_first_batch,
+        ("reinforce_pp", "reinforce_pp_baseline", "entropy_sft"),
+    ),
     "a mean over the micro-batch": (over_the_microbatch, ("gspo", "srft", "iw_sft")),
-    "each part its own total": (in_terms(lambda t: replace(t, counted=None)), ("luffy", "trapo", "prefix_rft")),
+    "each part its own total": (
+        in_terms(lambda t: replace(t, counted=None)),
+        ("luffy", "trapo", "prefix_rft"),
+    ),
     "expert tokens taken for own": (
         in_terms(lambda t: replace(t, select=row.ALL) if t.select is row.OWN else t),
         ("luffy", "uft", "exgrpo", "hpt"),
@@ -134,7 +142,10 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]]
         ("prefix_rft", "uft", "trapo"),
     ),
     "the stored policy forgotten": (in_terms(forget_behavior), ("exgrpo",)),
-    "schedules forgotten": (in_terms(lambda t: replace(t, weight=row.ALWAYS_ONE)), ("chord_mu", "chord_phi", "uft")),
+    "schedules forgotten": (
+        in_terms(lambda t: replace(t, weight=row.ALWAYS_ONE)),
+        ("chord_mu", "chord_phi", "uft"),
+    ),
 }
 
 
@@ -147,8 +158,8 @@ def test_a_broken_row_is_seen(mutant: str, name: str, monkeypatch: pytest.Monkey
 
 
 def test_rows_differ_from_each_other() -> None:
-    """A table of one and the same objective would pass everything above. Those that share their terms differ in plan,
-    gate or advantage."""
+    """A table of one and the same objective would pass everything above. Those that share their terms differ
+    in plan, gate or advantage."""
     same = {
         frozenset(pair)
         for pair in (

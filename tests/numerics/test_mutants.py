@@ -1,4 +1,5 @@
-"""Known faults, put into this very step one at a time: the comparison with the reference must go red for each.
+"""Known faults, put into this very step one at a time: the comparison with the reference must go red for
+each.
 
 What a mutant leaves behind in the weights of the micro-batches is recovered, too, where it has a fingerprint.
 """
@@ -59,7 +60,7 @@ def pair() -> tuple[Policy, nn.Module]:
     return twins(LLAMAS["gqa"])
 
 
-# ------------------------------------------------------------------------------------------------------------ the check
+# -------------------------------------------------------------------------------------------------- the check
 
 
 @functools.cache
@@ -90,7 +91,8 @@ def batches_for(family: Family, sequences: Sequence[TrainSequence], packed: bool
 
 
 def check_against_reference(family: str, *, packed: bool = False, mutate: Callable[..., Any] = list) -> None:
-    """Assert that the step's gradient is the reference's. ``mutate`` is the mutant of the data, if it is one."""
+    """Assert that the step's gradient is the reference's. ``mutate`` is the mutant of the data, if it is
+    one."""
     f = FAMILIES[family]
     batches = batches_for(f, mutate(sequences_of(f, UNEQUAL)), packed)
     try:
@@ -101,13 +103,15 @@ def check_against_reference(family: str, *, packed: bool = False, mutate: Callab
     assert error <= EXACT, f"relative error {error:.1e}"
 
 
-# ---------------------------------------------------------------------------------------------------------- the mutants
+# ------------------------------------------------------------------------------------------------ the mutants
 
 
 def own_mean(patch: Patch, scale: Callable[[int], float]) -> None:
     """Every micro-batch divides by its own number of tokens, then by ``scale`` of nothing but its own."""
 
-    def mutant(values: Tensor, *, normaliser: Any, batch: TokenBatch, total: float, max_length: int) -> Tensor:
+    def mutant(
+        values: Tensor, *, normaliser: Any, batch: TokenBatch, total: float, max_length: int
+    ) -> Tensor:
         return values.sum() / scale(batch.num_targets)
 
     patch.setattr(step_module, "normalise", mutant)
@@ -137,7 +141,9 @@ def empty_counts_one(patch: Patch) -> None:
 def seen_by_forward(patch: Patch, change: Callable[[TokenBatch, float], tuple[TokenBatch, float]]) -> None:
     """The forward pass gets another batch or temperature than the rest of the step."""
     original = Policy.forward
-    patch.setattr(Policy, "forward", lambda self, batch, temperature: original(self, *change(batch, temperature)))
+    patch.setattr(
+        Policy, "forward", lambda self, batch, temperature: original(self, *change(batch, temperature))
+    )
 
 
 def shifted(by: int) -> Callable[[TokenBatch, float], tuple[TokenBatch, float]]:
@@ -163,7 +169,9 @@ def positions_do_not_restart(batch: TokenBatch, temperature: float) -> tuple[Tok
 def in_loss(patch: Patch, change: Callable[[TokenBatch], TokenBatch]) -> None:
     """The loss gets another batch; the totals were counted from the right one."""
     original = step_module.microbatch_loss
-    patch.setattr(step_module, "microbatch_loss", lambda policy, batch, *rest: original(policy, change(batch), *rest))
+    patch.setattr(
+        step_module, "microbatch_loss", lambda policy, batch, *rest: original(policy, change(batch), *rest)
+    )
 
 
 def scaled_logprobs(patch: Patch) -> None:
@@ -180,7 +188,9 @@ def no_proximal(batch: TokenBatch) -> TokenBatch:
     return replace(batch, proximal_logprobs=torch.full_like(batch.proximal_logprobs, torch.nan))
 
 
-def retrained(change: Callable[[list[bool]], list[bool]]) -> Callable[[list[TrainSequence]], list[TrainSequence]]:
+def retrained(
+    change: Callable[[list[bool]], list[bool]],
+) -> Callable[[list[TrainSequence]], list[TrainSequence]]:
     """Other tokens are trained: a fault of the data, before anything is counted."""
 
     def mutate(sequences: list[TrainSequence]) -> list[TrainSequence]:
@@ -230,7 +240,9 @@ MUTANTS = {
     "A10 padded width counted": Mutant(
         install=lambda p: scaled(p, NUM_TOKENS / (len(UNEQUAL) * max(UNEQUAL))), families=TOKEN_MEANS
     ),
-    "A11 an empty micro-batch counts as one": Mutant(install=empty_counts_one, families=("sft", "grpo", "paper")),
+    "A11 an empty micro-batch counts as one": Mutant(
+        install=empty_counts_one, families=("sft", "grpo", "paper")
+    ),
     "A11 an empty micro-batch is 0/0": Mutant(
         install=lambda p: own_mean(p, lambda n: torch.tensor(float(n))), families=("sft",)
     ),
@@ -270,10 +282,12 @@ def test_mutant_is_killed(name: str, family: str, monkeypatch: Patch) -> None:
     check_against_reference(family, packed=mutant.packed)
 
 
-# --------------------------------------------------------------------------------------------------------- fingerprints
+# ----------------------------------------------------------------------------------------------- fingerprints
 
 
-def recovered(batches: Sequence[TokenBatch], observed: dict[str, Tensor] | None = None, **options: Any) -> np.ndarray:
+def recovered(
+    batches: Sequence[TokenBatch], observed: dict[str, Tensor] | None = None, **options: Any
+) -> np.ndarray:
     """The weight that every micro-batch of the SFT step really had; nothing else may be in the step."""
     policy, model = pair()
     got = observed or sgd_gradient(policy, batches, plan_for(FAMILIES["sft"].method, **options))
@@ -291,7 +305,11 @@ FINGERPRINTS: dict[str, tuple[Callable[[Patch], None], dict[str, Any], faults.We
     "right": (no_patch, {}, faults.right),
     "A1": (no_patch, {"microbatch_weights": [1.0, 0.0, 0.0, 1.0]}, faults.offload_first_last),
     "A3": (MUTANTS["A3 mean of micro-batch means"].install, {}, faults.micro_mean),
-    "A3 and A5": (MUTANTS["A3 and A5 sum of micro-batch means"].install, {}, faults.micro_mean_without_1_over_k),
+    "A3 and A5": (
+        MUTANTS["A3 and A5 sum of micro-batch means"].install,
+        {},
+        faults.micro_mean_without_1_over_k,
+    ),
     "A5 forgotten": (MUTANTS["A5 1/k forgotten"].install, {}, faults.one_over_k_forgotten),
     "A5 twice": (MUTANTS["A5 1/k twice"].install, {}, faults.one_over_k_twice),
     "A9": (zero_grad_inside, {}, faults.last_only),
@@ -318,13 +336,15 @@ def test_a1_offload_drop_is_killed() -> None:
 
 @pytest.mark.parametrize("mutated", [False, True], ids=["right", "A4 rank-wise mean"])
 def test_a4_rank_wise_mean(mutated: bool, monkeypatch: Patch) -> None:
-    """Two ranks with 4 and 44 tokens, each run here in turn: their gradients are summed (right) or, each divided by
-    its own tokens, averaged."""
+    """Two ranks with 4 and 44 tokens, each run here in turn: their gradients are summed (right) or, each
+    divided by its own tokens, averaged."""
     policy, batches = pair()[0], one_each(demonstrations(UNEQUAL))
     parts = [[batches[0], batches[2]], [batches[1], batches[3]]]
     original = step_module.count_totals
     if not mutated:
-        monkeypatch.setattr(step_module, "count_totals", lambda terms, _, ranks: original(terms, batches, ranks))
+        monkeypatch.setattr(
+            step_module, "count_totals", lambda terms, _, ranks: original(terms, batches, ranks)
+        )
     found = [sgd_gradient(policy, part, plan_for(FAMILIES["sft"].method)) for part in parts]
     summed = {name: (found[0][name] + found[1][name]) / (2 if mutated else 1) for name in found[0]}
     got = recovered(batches, summed)
@@ -334,7 +354,7 @@ def test_a4_rank_wise_mean(mutated: bool, monkeypatch: Patch) -> None:
     assert (float(np.abs(got - 1).max()) > 0.1) == mutated
 
 
-# ----------------------------------------------------------------------------------------------------- clipping (A12)
+# --------------------------------------------------------------------------------------------- clipping (A12)
 
 CLIPPED = OptimizerSettings(kind="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=0.3)
 
@@ -379,7 +399,9 @@ def clip_every_tensor(patch: Patch) -> None:
 def clip_by_local_norm(patch: Patch) -> None:
     """A norm of half of the gradient, as of one shard of two."""
     original = step_module.global_norm
-    patch.setattr(step_module, "global_norm", lambda gradients, *a, **k: original(list(gradients)[::2], *a, **k))
+    patch.setattr(
+        step_module, "global_norm", lambda gradients, *a, **k: original(list(gradients)[::2], *a, **k)
+    )
 
 
 @pytest.mark.parametrize("install", [clip_every_microbatch, clip_every_tensor, clip_by_local_norm])
@@ -392,7 +414,10 @@ def test_a12_wrong_clip_is_killed(install: Callable[[Patch], None], monkeypatch:
 
 def test_the_reference_arithmetic_is_needed() -> None:
     """Outside ``exact_float64`` transformers' own float32 casts would hide anything below 1e-7."""
-    policy, batches = pair()[0], pack(demonstrations(UNEQUAL), tokens_per_microbatch=1000, dtype=torch.float64)
+    policy, batches = (
+        pair()[0],
+        pack(demonstrations(UNEQUAL), tokens_per_microbatch=1000, dtype=torch.float64),
+    )
     with torch.no_grad():
         narrow, _ = policy(batches[0], 1.0)
         with exact_float64():

@@ -1,4 +1,5 @@
-"""A NaN or an infinity anywhere stops the step before the optimizer, is named, and leaves the batch behind."""
+"""A NaN or an infinity anywhere stops the step before the optimizer, is named, and leaves the batch
+behind."""
 
 from __future__ import annotations
 
@@ -73,8 +74,12 @@ def test_in_the_batch(field: str, value: float, tmp_path: Path) -> None:
     given[1] = replace(given[1], **{field: spoilt})
     saved = stopped(policy, optimizer, given, "micro-batch 1: loss is not finite", tmp_path)
     torch.testing.assert_close(saved[f"0.{field}"], spoilt, equal_nan=True, rtol=0, atol=0)
-    assert torch.equal(saved["0.input_ids"], given[1].input_ids), "the batch that did it is the one that is saved"
-    run_step(policy, optimizer, batches(), plan_for(PAPER.method, learning_rate=1e-2))  # the next good step goes
+    assert torch.equal(saved["0.input_ids"], given[1].input_ids), (
+        "the batch that did it is the one that is saved"
+    )
+    run_step(
+        policy, optimizer, batches(), plan_for(PAPER.method, learning_rate=1e-2)
+    )  # the next good step goes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -116,7 +121,9 @@ def test_in_a_gradient(value: float, dtype: torch.dtype, tmp_path: Path) -> None
     given = batches()
     saved = stopped(policy, optimizer, given, f"gradient of {name}", tmp_path)
     handle.remove()
-    assert {key.split(".")[0] for key in saved} == {str(i) for i in range(len(given))}, "any of them may have done it"
+    assert {key.split(".")[0] for key in saved} == {str(i) for i in range(len(given))}, (
+        "any of them may have done it"
+    )
 
 
 def test_without_a_folder_the_error_is_the_same() -> None:

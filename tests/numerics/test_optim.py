@@ -1,4 +1,5 @@
-"""The optimizer: nothing small is lost, one clip by the global norm, state that goes on bit for bit, the schedule."""
+"""The optimizer: nothing small is lost, one clip by the global norm, state that goes on bit for bit, the
+schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +7,17 @@ import math
 
 import pytest
 import torch
-from step_cases import EXACT, FAMILIES, LLAMAS, batches_of, check, make_policy, plan_for, run_step, sequences_of
+from step_cases import (
+    EXACT,
+    FAMILIES,
+    LLAMAS,
+    batches_of,
+    check,
+    make_policy,
+    plan_for,
+    run_step,
+    sequences_of,
+)
 from torch import Tensor, nn
 
 from truestep.objective.schedule import learning_rate
@@ -32,7 +43,7 @@ def apply(module: nn.Module, optimizer: MasterOptimizer, gradient: Tensor, rate:
     optimizer.step(optimizer.gradients(), rate)
 
 
-# -------------------------------------------------------------------------------------------------------------- bf16
+# ------------------------------------------------------------------------------------------------------- bf16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -63,10 +74,14 @@ def test_a_millionth_a_step_is_not_lost_in_bf16() -> None:
     expected = torch.tensor(start) * (1 - 1e-3)
     master = optimizer.state_tensors()["master/w"]
     assert master.dtype is torch.float32
-    torch.testing.assert_close(master, expected, rtol=1e-4, atol=0)  # 1000 float32 roundings; the loss would be 1e-3
+    torch.testing.assert_close(
+        master, expected, rtol=1e-4, atol=0
+    )  # 1000 float32 roundings; the loss would be 1e-3
     assert torch.equal(module.w.detach(), master.to(torch.bfloat16))
 
-    only = torch.tensor(start, dtype=torch.bfloat16)  # the control: bf16 parameters without masters never move
+    only = torch.tensor(
+        start, dtype=torch.bfloat16
+    )  # the control: bf16 parameters without masters never move
     for _ in range(1000):
         only -= 1e-6 * torch.tensor(start, dtype=torch.bfloat16)
     assert torch.equal(only, torch.tensor(start, dtype=torch.bfloat16))
@@ -114,7 +129,7 @@ def test_a_tied_weight_in_bf16_gets_both_gradients() -> None:
     assert norms[0] == pytest.approx(norms[1], rel=0.03)
 
 
-# -------------------------------------------------------------------------------------------------------------- clip
+# ------------------------------------------------------------------------------------------------------- clip
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 3.0, 1e6])
@@ -157,7 +172,7 @@ def test_the_norm_is_one_over_all_microbatches() -> None:
     check("clipped update", float((found[0][1] - found[1][1]).norm() / found[0][1].norm()), EXACT)
 
 
-# ------------------------------------------------------------------------------------------------------------- state
+# ------------------------------------------------------------------------------------------------------ state
 
 
 def steps(policy: Policy, optimizer: MasterOptimizer, first: int, last: int) -> None:
@@ -195,7 +210,7 @@ def test_saved_state_goes_on_bit_for_bit(dtype: torch.dtype, settings: Optimizer
     assert any(n.startswith("master/") for n in saved) == (dtype is torch.bfloat16)
 
 
-# ------------------------------------------------------------------------------------------------- sgd and schedule
+# ------------------------------------------------------------------------------------------- sgd and schedule
 
 
 def test_sgd_is_plain() -> None:
@@ -204,7 +219,9 @@ def test_sgd_is_plain() -> None:
     optimizer = MasterOptimizer(module, SGD)
     for _ in range(2):
         apply(module, optimizer, torch.tensor([0.5, 0.25]), 0.1)
-    torch.testing.assert_close(module.w.detach(), torch.tensor([0.9, -2.05], dtype=torch.float64), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        module.w.detach(), torch.tensor([0.9, -2.05], dtype=torch.float64), rtol=1e-15, atol=0
+    )
     assert optimizer.state_tensors() == {}
     with pytest.raises(ValueError, match="weight_decay = 0"):
         OptimizerSettings(kind="sgd", lr=0.1, weight_decay=0.01)

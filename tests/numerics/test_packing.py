@@ -1,4 +1,5 @@
-"""Packed rows do not see each other, in any architecture that is packed; one that cannot be packed says so."""
+"""Packed rows do not see each other, in any architecture that is packed; one that cannot be packed says
+so."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ PACKED = {
         query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "gpt2": GPT2Config(**GPT2, bos_token_id=None, eos_token_id=None),  # dropout of 0.1 in modules, off after loading
+    "gpt2": GPT2Config(
+        **GPT2, bos_token_id=None, eos_token_id=None
+    ),  # dropout of 0.1 in modules, off after loading
     "opt": OPTConfig(  # dropout of 0.1 as plain numbers
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -82,7 +85,9 @@ PACKED = {
     ),
 }
 REFUSED = {
-    "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=3, query_pre_attn_scalar=8, attn_logit_softcapping=1.0),
+    "gemma2": Gemma2Config(
+        **SIZES, head_dim=8, sliding_window=3, query_pre_attn_scalar=8, attn_logit_softcapping=1.0
+    ),
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2),
     "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4),
 }
@@ -166,7 +171,11 @@ def test_every_architecture_gives_the_reference_gradient(name: str) -> None:
         expected = expected_gradient(model, sequences, f, temperature=0.7)
         for share_prefix in (True, False):
             batches = batches_of(sequences, num_batches=2, share_prefix=share_prefix)
-            close(f"architecture, {name}", sgd_gradient(policy, batches, plan_for(f.method, temperature=0.7)), expected)
+            close(
+                f"architecture, {name}",
+                sgd_gradient(policy, batches, plan_for(f.method, temperature=0.7)),
+                expected,
+            )
 
 
 def twins_reference(config: Any) -> Any:

@@ -22,14 +22,18 @@ def batches(limit: int, seed: int = 0) -> list[TokenBatch]:
     packed = pack(sequences(seed), tokens_per_microbatch=limit, dtype=torch.float64)
     return [
         replace(
-            b, proximal_entropy=torch.sin(b.target_ids.double() + 10 * b.sequence_index), proximal_logprobs=b.weight
+            b,
+            proximal_entropy=torch.sin(b.target_ids.double() + 10 * b.sequence_index),
+            proximal_logprobs=b.weight,
         )
         for b in packed
     ]
 
 
 def statistic(reduce: str, level: float = 0.0) -> Statistic:
-    return Statistic(name="x", select=ALL, values=lambda c: c.batch.proximal_entropy, reduce=reduce, level=level)
+    return Statistic(
+        name="x", select=ALL, values=lambda c: c.batch.proximal_entropy, reduce=reduce, level=level
+    )
 
 
 def everything(found: Sequence[TokenBatch]) -> np.ndarray:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 
 def launch(words: Sequence[str], *, seconds: float, world_size: int = 2) -> None:
-    """Run ``python WORDS`` on every rank to its end; the last words of a rank that fails are the assertion's."""
+    """Run ``python WORDS`` on every rank to its end; the last words of a rank that fails are the
+    assertion's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,5 @@
-"""A study of a few seconds a cell: a model of some thousand parameters, one-digit addition, and the controls."""
+"""A study of a few seconds a cell: a model of some thousand parameters, one-digit addition, and the
+controls."""
 
 from __future__ import annotations
 

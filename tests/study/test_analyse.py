@@ -1,4 +1,5 @@
-"""The statistics against scipy and statsmodels, and against what they must say in cases that can be worked out."""
+"""The statistics against scipy and statsmodels, and against what they must say in cases that can be worked
+out."""
 
 from __future__ import annotations
 

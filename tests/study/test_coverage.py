@@ -18,7 +18,8 @@ RESULT = ROOT / "results" / "coverage" / "study.json"
 
 @pytest.mark.parametrize("seeds", [5, 8])
 def test_mixed_settings_where_simpler_intervals_fail(seeds: int) -> None:
-    """1,000 studies: a standard error of 0.7 points around 95 %, so 92.5 % is more than three of them away."""
+    """1,000 studies: a standard error of 0.7 points around 95 %, so 92.5 % is more than three of them
+    away."""
     setting = coverage_study.Setting(
         name="t", kind="difference", seeds=seeds, problems=(60,), by_seed=0.3, by_problem=1.0
     )
@@ -28,9 +29,15 @@ def test_mixed_settings_where_simpler_intervals_fail(seeds: int) -> None:
 
 
 def test_the_truth_of_a_setting_is_the_mean_of_many_draws() -> None:
-    setting = coverage_study.Setting(name="t", kind="difference", seeds=5, problems=(50,), by_seed=0.3, by_problem=0.5)
-    draws = coverage_study.draw(setting, 2000, coverage_study.generator(0, coverage_study.Purpose.BOOTSTRAP))[0]
-    assert draws.mean() == pytest.approx(coverage_study.truth(setting), abs=4 * draws.mean((1, 2)).std() / 2000**0.5)
+    setting = coverage_study.Setting(
+        name="t", kind="difference", seeds=5, problems=(50,), by_seed=0.3, by_problem=0.5
+    )
+    draws = coverage_study.draw(setting, 2000, coverage_study.generator(0, coverage_study.Purpose.BOOTSTRAP))[
+        0
+    ]
+    assert draws.mean() == pytest.approx(
+        coverage_study.truth(setting), abs=4 * draws.mean((1, 2)).std() / 2000**0.5
+    )
 
 
 def test_the_committed_result_meets_the_bar() -> None:

@@ -105,4 +105,6 @@ def test_a_group_is_its_parts() -> None:
 
 
 def test_times() -> None:
-    assert group_work(5, [7, 3], scored=True).times(3) == sum([group_work(5, [7, 3], scored=True)] * 3, Ledger())
+    assert group_work(5, [7, 3], scored=True).times(3) == sum(
+        [group_work(5, [7, 3], scored=True)] * 3, Ledger()
+    )

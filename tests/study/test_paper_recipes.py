@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from truestep.objective.methods import METHODS
-from truestep.pipeline.declared import declared_plan, flops_of, meta_model, read_config, read_declared, shape_of
+from truestep.pipeline.declared import (
+    declared_plan,
+    flops_of,
+    meta_model,
+    read_config,
+    read_declared,
+    shape_of,
+)
 from truestep.rundir import to_toml
 from truestep.settings import Settings, SettingsError, load_settings, parse_settings
 from truestep.study.budget import flops_table, sentences
@@ -35,7 +42,9 @@ def test_there_is_a_recipe_for_every_arm_of_both_models() -> None:
 def test_a_recipe_reads_back(path: Path) -> None:
     settings = load_settings(path)
     assert settings.name == path.stem
-    assert parse_settings(tomllib.loads(to_toml(settings.model_dump(mode="json"))), where="resolved") == settings
+    assert (
+        parse_settings(tomllib.loads(to_toml(settings.model_dump(mode="json"))), where="resolved") == settings
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -77,7 +86,11 @@ def test_table_6() -> None:
     assert found[f"{QWEN}-luffy"] == pytest.approx(6.65e19, rel=0.01)
     assert found[f"{QWEN}-relift"] == pytest.approx(8.76e19, rel=0.01)
     assert found[f"{QWEN}-sft-rl-500"] == pytest.approx(1.45e20, rel=0.01)
-    assert all(arm["flops_full"] > arm["flops_paper_formula"] for arm in table["arms"] if arm["name"].startswith(QWEN))
+    assert all(
+        arm["flops_full"] > arm["flops_paper_formula"]
+        for arm in table["arms"]
+        if arm["name"].startswith(QWEN)
+    )
 
 
 def test_where_the_claim_of_fewer_flops_holds() -> None:
@@ -109,8 +122,12 @@ def test_doubling_what_counts_doubles_the_flops() -> None:
     assert paper(settings.model_copy(update={"stages": (stage,)})) == 2 * once
     lengths = {"rl": {**settings.declared["stages"]["rl"], "rollout_tokens": 4400}}
     assert paper(doubled(settings, demonstration_tokens=8400, stages=lengths)) == 2 * once
-    full = flops_of(doubled(settings, demonstration_tokens=8400, stages=lengths), path.parent, "")["flops_full"]
-    assert full > 2 * flops_of(settings, path.parent, "")["flops_full"] * 0.97  # prompts stay, attention grows faster
+    full = flops_of(doubled(settings, demonstration_tokens=8400, stages=lengths), path.parent, "")[
+        "flops_full"
+    ]
+    assert (
+        full > 2 * flops_of(settings, path.parent, "")["flops_full"] * 0.97
+    )  # prompts stay, attention grows faster
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The runner, with children that make up their results: what is run, in which order, how often, and what is kept."""
+"""The runner, with children that make up their results: what is run, in which order, how often, and what is
+kept."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ class Children:
     def _evaluate(self, run: Path, checkpoint: str, data: str, settings: Any) -> None:
         level = {"base": 1, "sft": 4, "rl": 7, "more": 4, "rejection": 6}.get(checkpoint, 5)
         if settings.stages and checkpoint == settings.stages[-1].name and checkpoint == "rl":
-            level += 1 if settings.stages[-1].optimizer.lr > 1.5e-3 else 0  # the greater rate is the better one
+            level += (
+                1 if settings.stages[-1].optimizer.lr > 1.5e-3 else 0
+            )  # the greater rate is the better one
         rows = [
             {"problem_id": f"p{i}", "sample_index": k, "stop": "stop", "num_tokens": 5,
              "verdict": "correct" if (i * 3 + settings.seed + k) % 10 < level else "incorrect"}
@@ -87,7 +90,9 @@ class Children:
             rundir.append_jsonl(path, [{"header": True}, *rows])
 
 
-def runner(folder: Path, children: Any, out: str = "out", text: str = STUDY, results: Path | None = None) -> Runner:
+def runner(
+    folder: Path, children: Any, out: str = "out", text: str = STUDY, results: Path | None = None
+) -> Runner:
     path = write_study(folder, text)
     return Runner(study=load_study(path), where=path, out=folder / out, launch=children, workers=2, results=results,
                   say=lambda text: None)  # fmt: skip
@@ -105,7 +110,10 @@ def test_what_cells_share_is_trained_once(tmp_path: Path) -> None:
     assert table["complete"]
     assert set(children.trained.values()) == {1}
     assert children.trained["sft-s1-lr0.01"] == 1  # four arms begin with it
-    assert {name for name in children.trained if name.startswith("rl-s1-")} == {"rl-s1-lr0.002", "rl-s1-lr0.002-coin"}
+    assert {name for name in children.trained if name.startswith("rl-s1-")} == {
+        "rl-s1-lr0.002",
+        "rl-s1-lr0.002-coin",
+    }
     assert (tmp_path / "out/base/model/model.safetensors").is_file()
 
 
@@ -188,10 +196,16 @@ def test_other_settings_are_other_cells(tmp_path: Path) -> None:
     assert any(name.startswith("rl-s1-") for name in children.trained)
     base = Children()
     path = write_study(tmp_path)
-    (tmp_path / "base.toml").write_text((tmp_path / "base.toml").read_text().replace("limit = 30", "limit = 31"))
-    r = Runner(study=load_study(path), where=path, out=tmp_path / "out2", launch=base, workers=2, say=lambda t: None)
+    (tmp_path / "base.toml").write_text(
+        (tmp_path / "base.toml").read_text().replace("limit = 30", "limit = 31")
+    )
+    r = Runner(
+        study=load_study(path), where=path, out=tmp_path / "out2", launch=base, workers=2, say=lambda t: None
+    )
     run_cells(r)
-    assert base.trained["sft-s1-lr0.01"] + base.trained["sft-s1-lr0.02"] == 1  # another base, another checkpoint
+    assert (
+        base.trained["sft-s1-lr0.01"] + base.trained["sft-s1-lr0.02"] == 1
+    )  # another base, another checkpoint
 
 
 def test_no_two_children_in_one_folder(tmp_path: Path) -> None:
@@ -268,7 +282,9 @@ def with_arm(text: str, arm: str, before: str = "base") -> str:
 def test_a_base_of_another_recipe_is_refused(tmp_path: Path) -> None:
     analysed(runner(tmp_path, Children()))
     again = runner(tmp_path, Children())
-    (tmp_path / "base.toml").write_text((tmp_path / "base.toml").read_text().replace("steps = 120", "steps = 121"))
+    (tmp_path / "base.toml").write_text(
+        (tmp_path / "base.toml").read_text().replace("steps = 120", "steps = 121")
+    )
     with pytest.raises(SettingsError, match=r"was trained by another base\.toml"):
         analysed(again)
 
@@ -326,12 +342,15 @@ def test_every_stage_has_the_rate_that_the_arm_which_ends_there_has_chosen(
     text = with_arm(text, 'name = "three"\nstages = ["sft", "more", "rl"]')
     chosen = {"sft": 2.0, "sft-more": 0.5}
     monkeypatch.setattr("truestep.study.run.chosen_factor", lambda runner, arm: chosen[arm])
-    rates = [table["optimizer"]["lr"] for table in tables_of(runner(tmp_path, Children(), text=text), "three")]
+    rates = [
+        table["optimizer"]["lr"] for table in tables_of(runner(tmp_path, Children(), text=text), "three")
+    ]
     assert rates == [2e-2, 5e-3, 1e-3]
 
 
 def test_an_arm_with_matched_steps_owns_no_rate_and_waits_for_nobody(tmp_path: Path) -> None:
-    """It stands first, consists of the others' first stage, and is matched with an arm that begins with it."""
+    """It stands first, consists of the others' first stage, and is matched with an arm that begins with
+    it."""
     again = 'name = "again"\nstages = ["sft"]\nequal_flops = { to = "sft-rl", step_like = "sft" }'
     table = analysed(runner(tmp_path, Children(), text=with_arm(STUDY, again)))
     arms = {a["name"]: a for a in table["arms"]}
@@ -352,7 +371,11 @@ def test_a_budget_is_matched_from_what_the_arm_itself_has_spent(tmp_path: Path) 
 
 def test_a_primary_contrast_without_cells_is_one_of_the_family(tmp_path: Path) -> None:
     pair = 'primary = [["sft-rl", "sft"]]'
-    r = runner(tmp_path, Children(), text=STUDY.replace(pair, 'primary = [["sft-rl", "sft"], ["sft-rl", "rejection"]]'))
+    r = runner(
+        tmp_path,
+        Children(),
+        text=STUDY.replace(pair, 'primary = [["sft-rl", "sft"], ["sft-rl", "rejection"]]'),
+    )
     found = {name: cell for name, cell in run_cells(r).items() if not name.startswith("rejection")}
     made = results(r.study, found, tuning={}, failures={})["contrasts"][0]
     assert made["p_adjusted"] == pytest.approx(min(1.0, 2 * made["all"]["p_value"]))
@@ -369,7 +392,9 @@ def test_a_model_and_data_named_from_here_or_from_the_study_are_found(
     for path, place in (("./model", "here/model"), ("./other", "there/other"), ("./base/model", None)):
         data = {"test": settings.data["easy"].model_copy(update={"source": "test.jsonl"})}
         model = settings.model.model_copy(update={"path": path})
-        found = with_absolute_paths(settings.model_copy(update={"data": data, "model": model}), tmp_path / "there")
+        found = with_absolute_paths(
+            settings.model_copy(update={"data": data, "model": model}), tmp_path / "there"
+        )
         assert found.data["test"].source == str(tmp_path / "here/test.jsonl")
         assert found.model.path == (str(tmp_path / place) if place else path)
 
@@ -390,7 +415,8 @@ class Quick:
 
 
 def test_exit_codes_are_read_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two threads that read the end of one child the second finds nothing: exit code 255 of one that was well."""
+    """Of two threads that read the end of one child the second finds nothing: exit code 255 of one that was
+    well."""
     monkeypatch.setattr(launch, "_forks", lambda: SimpleNamespace(Process=Quick))
     (tmp_path / "run.log").write_text("said\n")
     assert launch.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "said")

@@ -33,7 +33,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 def written(folder: Path, table: dict[str, Any], cells: dict[str, Any]) -> str:
     rundir.write_json(folder / "results.json", table)
-    rundir.write_json(folder / "provenance.json", {"commit": "abc", "trainer_audit": "RIGHT: every token counts once"})
+    rundir.write_json(
+        folder / "provenance.json", {"commit": "abc", "trainer_audit": "RIGHT: every token counts once"}
+    )
     return write_study(folder, cells).read_text(encoding="utf-8")
 
 
@@ -98,9 +100,13 @@ def test_csv_reads_back_and_starts_no_formula(study: Any) -> None:
     arm = next(a for a in table["arms"] if a["name"] == "sft-rl")
     assert float(found["score"]) == arm["scores"]["test"]["value"]
     assert float(found["low"]) == arm["scores"]["test"]["low"]
-    by_seed = {r["seed"]: float(r["flops_paper"]) for r in rows if r["arm"] == "sft-rl" and r["seed"] != "all"}
+    by_seed = {
+        r["seed"]: float(r["flops_paper"]) for r in rows if r["arm"] == "sft-rl" and r["seed"] != "all"
+    }
     assert by_seed == {s: spent["paper"] for s, spent in arm["flops_by_seed"].items()}
-    assert next(r for r in rows if r["arm"] == "rejection" and r["seed"] == "all")["marks"].endswith("incomplete study")
+    assert next(r for r in rows if r["arm"] == "rejection" and r["seed"] == "all")["marks"].endswith(
+        "incomplete study"
+    )
     seeds = [float(r["score"]) for r in rows if r["arm"] == "sft-rl" and r["seed"] in ("1", "2")]
     assert sum(seeds) / 2 == pytest.approx(arm["scores"]["test"]["value"])
 

@@ -36,7 +36,9 @@ def sampler(made: plan.Plan, engine: ScriptedEngine, samples: int = 4, **more: A
     )  # fmt: skip
 
 
-def source(method: str, engine: ScriptedEngine, options: dict[str, Any], *, per_step: int = 4) -> RolloutSource:
+def source(
+    method: str, engine: ScriptedEngine, options: dict[str, Any], *, per_step: int = 4
+) -> RolloutSource:
     row = build(method, options)
     assert row.plan is not None
     return RolloutSource(
@@ -49,7 +51,7 @@ def flat(minibatches: Sequence[Sequence[TrainSequence]]) -> list[TrainSequence]:
     return [s for part in minibatches for s in part]
 
 
-# --------------------------------------------------------------------------------------------------- kinds of samples
+# ------------------------------------------------------------------------------------------- kinds of samples
 
 
 def test_a_prefix_is_given_and_continued() -> None:
@@ -63,7 +65,11 @@ def test_a_prefix_is_given_and_continued() -> None:
     asked = engine.asked[-1]
     assert (asked.prompt_ids, asked.num_given) == ((5, 10, 7, 3, 4), 3)
     (sequence,) = [s for s in sequences_of([group], build("prefix_rft", {}), 10) if s.kind is Kind.PREFIX]
-    assert (sequence.token_ids, sequence.num_trained, sequence.num_expert_tokens) == ((5, 10, 7, 3, 4, 8, 1), 5, 3)
+    assert (sequence.token_ids, sequence.num_trained, sequence.num_expert_tokens) == (
+        (5, 10, 7, 3, 4, 8, 1),
+        5,
+        3,
+    )
     assert np.isnan(sequence.behavior_logprobs).tolist() == [True] * 3 + [False] * 2
 
 
@@ -132,7 +138,7 @@ def test_a_prefix_leaves_room_for_a_token_of_its_own() -> None:
     assert group.rollouts[0].num_expert_tokens == len(TRACE) - 1
 
 
-# ---------------------------------------------------------------------------------------------------- streams, buffers
+# ------------------------------------------------------------------------------------------- streams, buffers
 
 
 def test_chord_s_stream_is_a_fifth_of_each_update() -> None:

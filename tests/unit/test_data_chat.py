@@ -1,4 +1,5 @@
-"""Prompts and demonstrations as tokens: one prefix, the right roles, a stop token that is trained, nothing doubled."""
+"""Prompts and demonstrations as tokens: one prefix, the right roles, a stop token that is trained, nothing
+doubled."""
 
 from __future__ import annotations
 
@@ -109,7 +110,9 @@ def test_prompt_is_what_the_template_writes(make: Any) -> None:
     tokenizer = make()
     chat = ChatSettings(system="be brief", user="work out {problem}")
     expected = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "work out 2+3=?"}]
-    ids = tokenizer.apply_chat_template(expected, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        expected, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     assert list(encode_prompt(tokenizer, problem(), chat).token_ids) == ids
 
 
@@ -120,7 +123,9 @@ def test_generation_suffix_ends_the_prompt_and_is_not_doubled() -> None:
     repeated = encode_demonstration(tokenizer, problem(solution="<think>\n2+3=5\n#### 5"), chat)
     assert repeated == plain
     assert decoded(tokenizer, plain.token_ids[: plain.num_prompt_tokens]).endswith("<|assistant|><think>\n")
-    by_template = encode_demonstration(byte_level(THINKING), problem(solution="<think>\n2+3=5\n#### 5"), ChatSettings())
+    by_template = encode_demonstration(
+        byte_level(THINKING), problem(solution="<think>\n2+3=5\n#### 5"), ChatSettings()
+    )
     assert decoded(tokenizer, by_template.token_ids) == decoded(tokenizer, plain.token_ids)
     kept = encode_demonstration(tokenizer, problem(solution="<think>\n5"), ChatSettings())
     assert decoded(tokenizer, kept.token_ids).endswith("<|assistant|><think>\n5<|end|>")
@@ -141,7 +146,13 @@ def test_roles_say_who_wrote_each_token() -> None:
     assert written[Role.SYSTEM] == "sys"
     assert written[Role.USER] == "aacc"
     assert written[Role.ASSISTANT] == "bbdd<|end|>"
-    marks = ["<|system|>", "<|end|>\n<|user|>", "<|end|>\n<|assistant|>", "<|end|>\n<|user|>", "<|end|>\n<|assistant|>"]
+    marks = [
+        "<|system|>",
+        "<|end|>\n<|user|>",
+        "<|end|>\n<|assistant|>",
+        "<|end|>\n<|user|>",
+        "<|end|>\n<|assistant|>",
+    ]
     assert written[Role.TEMPLATE] == "".join(marks)
     trained = [t for t, keep in zip(demonstration.token_ids, demonstration.trained, strict=True) if keep]
     assert decoded(tokenizer, trained) == "dd<|end|>"  # the earlier assistant turn is context
@@ -221,7 +232,10 @@ def test_stop_tokens_are_the_templates_then_the_tokenizers_then_the_models() -> 
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
             "ends the assistant's turn with ''",
         ),
-        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}", r"turn with '\\n'"),
+        (
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}",
+            r"turn with '\\n'",
+        ),
         (
             "{% for m in messages %}{{ messages|length ~ m['content'] + '<|end|>' }}{% endfor %}",
             "data.jsonl:7: .*differently",
@@ -257,7 +271,9 @@ def test_texts_that_would_not_be_what_they_say() -> None:
         encode_demonstration(characters(), problem(solution="5é"), ChatSettings())
     for empty in ("", "<think>\n"):
         with pytest.raises(SettingsError, match=r"data\.jsonl:7: solution: .*got none"):
-            encode_demonstration(byte_level(), problem(solution=empty), ChatSettings(generation_suffix="<think>\n"))
+            encode_demonstration(
+                byte_level(), problem(solution=empty), ChatSettings(generation_suffix="<think>\n")
+            )
 
 
 @pytest.mark.parametrize("make", [byte_level, characters])
@@ -277,7 +293,9 @@ def test_what_does_not_fit_is_named_not_cut() -> None:
     assert [(d.problem_id, d.row, d.num_tokens) for d in result.dropped] == [
         (p.id, p.row, n) for p, n in zip(problems[1::2], lengths[1::2], strict=True)
     ]
-    with pytest.raises(SettingsError, match=rf"none of the 6 .* fits into 5 tokens, the shortest has {min(lengths)}"):
+    with pytest.raises(
+        SettingsError, match=rf"none of the 6 .* fits into 5 tokens, the shortest has {min(lengths)}"
+    ):
         encode_demonstrations(problems, tokenizer, ChatSettings(), context_length=5)
 
 

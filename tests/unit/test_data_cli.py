@@ -51,14 +51,17 @@ def recipe(tmp_path: Path) -> Path:
     (tmp_path / "train.jsonl").write_text(
         '{"problem": "1+1=?", "solution": "#### 2"}\n{"problem": "x", "solution": "y"}\n'
     )
-    (tmp_path / "test.jsonl").write_text('{"problem": "1+1=?", "answer": 2}\n{"problem": "2+2=?", "answer": "bad"}\n')
+    (tmp_path / "test.jsonl").write_text(
+        '{"problem": "1+1=?", "answer": 2}\n{"problem": "2+2=?", "answer": "bad"}\n'
+    )
     (tmp_path / "run.toml").write_text(RECIPE)
     return tmp_path / "run.toml"
 
 
 @pytest.fixture(autouse=True)
 def grader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in that refuses the gold "bad", so that these tests are about what the command does with verdicts."""
+    """A stand-in that refuses the gold "bad", so that these tests are about what the command does with
+    verdicts."""
 
     class Stub:
         def __enter__(self) -> Self:
@@ -119,7 +122,9 @@ def test_check_asks_of_a_row_what_the_stages_need(recipe: Path) -> None:
     for name, field in (("train", "solution"), ("test", "answer")):
         path = recipe.parent / f"{name}.jsonl"
         before = path.read_text()
-        path.write_text(before + json.dumps({"problem": "x", {"solution": "answer", "answer": "solution"}[field]: "1"}))
+        path.write_text(
+            before + json.dumps({"problem": "x", {"solution": "answer", "answer": "solution"}[field]: "1"})
+        )
         result = run("check", recipe)
         assert isinstance(result.exception, SettingsError)
         assert f"{path}:3: {field}: " in str(result.exception)

@@ -11,7 +11,12 @@ from truestep.records import Message, Problem
 
 def problems(prefix: str, *texts: str) -> list[Problem]:
     return [
-        Problem(id=f"{prefix}{i}", messages=(Message(role="user", content=t),), answer=str(i), row=f"{prefix}:{i + 1}")
+        Problem(
+            id=f"{prefix}{i}",
+            messages=(Message(role="user", content=t),),
+            answer=str(i),
+            row=f"{prefix}:{i + 1}",
+        )
         for i, t in enumerate(texts)
     ]
 
@@ -26,7 +31,10 @@ def test_equal_texts_are_found_whatever_their_case_and_spaces() -> None:
     report = overlap_report({"train": train}, {"test": judged})
     (pair,) = report["pairs"]
     assert pair["exact"]["num_evaluation"] == 2
-    assert pair["exact"]["examples"] == [{"evaluation": "e0", "train": "t1"}, {"evaluation": "e1", "train": "t2"}]
+    assert pair["exact"]["examples"] == [
+        {"evaluation": "e0", "train": "t1"},
+        {"evaluation": "e1", "train": "t2"},
+    ]
     assert pair["ngram"] == {"num_evaluation": 0, "num_train": 0, "num_short": 3, "examples": []}
     assert json.loads(json.dumps(report)) == report
 
@@ -55,7 +63,8 @@ def test_every_pair_of_sets_is_judged_by_itself() -> None:
         {"a": problems("x", shared, own), "c": problems("c", words(80, 20))},
     )
     found = {
-        (p["train"], p["evaluation"]): (p["exact"]["num_evaluation"], p["ngram"]["num_train"]) for p in report["pairs"]
+        (p["train"], p["evaluation"]): (p["exact"]["num_evaluation"], p["ngram"]["num_train"])
+        for p in report["pairs"]
     }
     assert found == {("a", "a"): (1, 1), ("a", "c"): (0, 0), ("b", "a"): (1, 1), ("b", "c"): (0, 0)}
 

@@ -192,7 +192,9 @@ def test_character_set_is_exactly_what_the_tasks_write() -> None:
 
 
 def test_traces_of_the_defaults_are_short() -> None:
-    longest = {task: max(len(make_problem(task, "train", i, {}, 0).solution) for i in range(200)) for task in TASKS}
+    longest = {
+        task: max(len(make_problem(task, "train", i, {}, 0).solution) for i in range(200)) for task in TASKS
+    }
     assert longest["addition"] < 60
     assert max(longest.values()) < 80
 
@@ -204,7 +206,10 @@ def test_wrong_names_and_values_are_named() -> None:
 
     refused(r'no procedural task is called "additon"; .*did you mean "addition"', task="additon")
     refused(r'no split is called "tset"; .*did you mean "test"', split="tset")
-    refused(r'options\.digit: no option of procedural:addition is called "digit"; .*did you mean "digits"', digit=3)
+    refused(
+        r'options\.digit: no option of procedural:addition is called "digit"; .*did you mean "digits"',
+        digit=3,
+    )
     for wrong in (0, 13, 2.0, "3", True, [3]):
         refused(r"options\.digits: expected a whole number from 1 to 12, got ", digits=wrong)
 

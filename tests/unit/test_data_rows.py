@@ -136,7 +136,9 @@ def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2**20)
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + row(problem="x" * 3 * 2**20, answer="2") + b"\n" + b"nonsense\n")
-    with pytest.raises(SettingsError, match=r"data\.jsonl:2: row: expected at most 1 MB.*and 1 more bad row\)"):
+    with pytest.raises(
+        SettingsError, match=r"data\.jsonl:2: row: expected at most 1 MB.*and 1 more bad row\)"
+    ):
         load(path)
     path.write_bytes(row(problem="x" * 2**19, answer="2") + b"\n" + GOOD)
     assert len(load(path)) == 2
@@ -190,7 +192,11 @@ def test_every_shape_of_a_good_row(tmp_path: Path) -> None:
     lines = [
         row(problem="p", answer=2, difficulty=float("nan"), source={"any": [1]}),
         row(prompt="p", answer="2", solution="s", checker="exact", id=7),
-        row(prompt=chat, reward_model={"ground_truth": 2, "style": "rule-math"}, target=turns(("assistant", "t"))),
+        row(
+            prompt=chat,
+            reward_model={"ground_truth": 2, "style": "rule-math"},
+            target=turns(("assistant", "t")),
+        ),
         row(messages=[*chat, *turns(("assistant", "a"), ("user", "v"), ("assistant", "b"))], answer="2"),
         row(problem="p", answer="3*8", checker="countdown", numbers=[3, 8], target=24),
     ]
@@ -230,7 +236,9 @@ def test_parquet_is_read_as_jsonl_is(tmp_path: Path) -> None:
 
 
 def test_broken_parquet_rows_are_named(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", {"problem": ["x", "y", None], "answer": [1.5, float("nan"), 2.0]})
+    path = write_parquet(
+        tmp_path / "a.parquet", {"problem": ["x", "y", None], "answer": [1.5, float("nan"), 2.0]}
+    )
     with pytest.raises(SettingsError, match=r"a\.parquet:2: answer: .*finite.*and 1 more bad row\)"):
         load(path)
     not_text = pa.Array.from_buffers(pa.binary(), 2, pa.array([b"ok", b"\xff"]).buffers()).view(pa.string())

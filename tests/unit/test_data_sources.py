@@ -1,4 +1,5 @@
-"""Where problems come from: paths, folders, the hub and reasoning-gym; skip and limit; the real files where given."""
+"""Where problems come from: paths, folders, the hub and reasoning-gym; skip and limit; the real files where
+given."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def load(source: str, base_dir: Path = Path("/nonexistent"), **settings: Any) ->
 
 def write(path: Path, num: int = 3, start: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"problem": f"{i}+0=?", "answer": i}) + "\n" for i in range(start, start + num)))
+    path.write_text(
+        "".join(json.dumps({"problem": f"{i}+0=?", "answer": i}) + "\n" for i in range(start, start + num))
+    )
     return path
 
 
@@ -138,10 +141,14 @@ def test_reasoning_gym_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reasoning_gym_golds_are_confirmed_by_our_own_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_dataset(task: str, seed: int, size: int, wrong: int = -1) -> list[dict[str, str]]:
         assert task == "chain_sum"
-        return [{"question": f"Work out: 4 - 1 + {i} =", "answer": str(3 + i + (i == wrong))} for i in range(size)]
+        return [
+            {"question": f"Work out: 4 - 1 + {i} =", "answer": str(3 + i + (i == wrong))} for i in range(size)
+        ]
 
     monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create_dataset))
-    sets = {split: load("reasoning_gym:chain_sum", split=split, limit=20) for split in ("train", "dev", "test")}
+    sets = {
+        split: load("reasoning_gym:chain_sum", split=split, limit=20) for split in ("train", "dev", "test")
+    }
     texts = {split: {p.messages[0].content for p in problems} for split, problems in sets.items()}
     assert all(len(t) == 20 for t in texts.values())
     assert not texts["train"] & texts["test"]
@@ -159,7 +166,11 @@ def test_reasoning_gym_golds_are_confirmed_by_our_own_arithmetic(monkeypatch: py
         ("chain_sum", "State the final answer to the following arithmetic problem: 4 - 1 - -7 =", 10),
         ("products", "Solve the following multiplication: 18271 * 43432. Give only the result.", 793546072),
         ("products", "Solve: 2 * -3 * 4.", -24),
-        ("gcd", "Find the Greatest Common Divisor (GCD) of these numbers: 780, 460, 40. Give only the GCD.", 20),
+        (
+            "gcd",
+            "Find the Greatest Common Divisor (GCD) of these numbers: 780, 460, 40. Give only the GCD.",
+            20,
+        ),
         ("lcm", "Find the Least Common Multiple (LCM) of these numbers: 98, 58", 2842),
     ],
 )

@@ -28,7 +28,7 @@ def rows_of(*problems: str, **more: object) -> list[dict]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ accounting
+# ------------------------------------------------------------------------------------------------- accounting
 
 
 def test_every_sample_is_accounted_for_and_an_unscored_one_is_not_correct() -> None:
@@ -61,7 +61,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
         Estimate(**{**vars(estimate(rows_of("ci"))), "incorrect": 0})
 
 
-# ------------------------------------------------------------------------------------------------------ values
+# ----------------------------------------------------------------------------------------------------- values
 
 
 def test_student_distribution_agrees_with_scipy() -> None:
@@ -69,7 +69,9 @@ def test_student_distribution_agrees_with_scipy() -> None:
         for t in (-40.0, -3.0, -0.5, 0.0, 1e-4, 1.0, 2.5, 8.0):
             assert t_cdf(t, df) == pytest.approx(stats.t.cdf(t, df), rel=1e-9, abs=1e-14)
         for probability in (0.5, 0.8, 0.975, 0.999):
-            assert t_quantile(probability, df) == pytest.approx(stats.t.ppf(probability, df), rel=1e-9, abs=1e-9)
+            assert t_quantile(probability, df) == pytest.approx(
+                stats.t.ppf(probability, df), rel=1e-9, abs=1e-9
+            )
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_correct_sample() -> None:
@@ -84,7 +86,10 @@ def test_pass_at_k_is_unbiased() -> None:
     """Averaged over all outcomes of n independent samples it is 1 - (1 - p)^k."""
     n, k, p = 7, 3, 0.3
     mean = sum(
-        math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_interval(np.array([float(c)]), np.array([float(n)]), k).value
+        math.comb(n, c)
+        * p**c
+        * (1 - p) ** (n - c)
+        * pass_interval(np.array([float(c)]), np.array([float(n)]), k).value
         for c in range(n + 1)
     )
     assert mean == pytest.approx(1 - (1 - p) ** k, abs=1e-14)
@@ -97,7 +102,7 @@ def test_pass_at_1_is_the_score_with_the_same_interval() -> None:
     assert found.pass_at[1].value < found.pass_at[2].value < found.pass_at[4].value == 0.75
 
 
-# ------------------------------------------------------------------------------------------------------ intervals
+# -------------------------------------------------------------------------------------------------- intervals
 
 
 def blaker(correct: int, n: int, alpha: float) -> tuple[float, float]:
@@ -105,7 +110,10 @@ def blaker(correct: int, n: int, alpha: float) -> tuple[float, float]:
     points = np.linspace(0, 1, 4001)
     counts = np.arange(n + 1)[:, None]
     tails = np.minimum(stats.binom.cdf(counts, n, points), stats.binom.sf(counts - 1, n, points))
-    accepted = np.where(tails <= tails[correct] * (1 + 1e-9), stats.binom.pmf(counts, n, points), 0).sum(axis=0) > alpha
+    accepted = (
+        np.where(tails <= tails[correct] * (1 + 1e-9), stats.binom.pmf(counts, n, points), 0).sum(axis=0)
+        > alpha
+    )
     return points[accepted][0], points[accepted][-1]
 
 
@@ -127,7 +135,9 @@ def test_many_trials_give_clopper_and_pearsons_interval() -> None:
 def test_beta_quantile_agrees_with_scipy() -> None:
     for a, b in ((0.7, 30.2), (12.0, 4.5), (900.0, 200.3)):
         for probability in (0.025, 0.5, 0.975):
-            assert beta_quantile(probability, a, b) == pytest.approx(stats.beta.ppf(probability, a, b), rel=1e-8)
+            assert beta_quantile(probability, a, b) == pytest.approx(
+                stats.beta.ppf(probability, a, b), rel=1e-8
+            )
 
 
 def test_many_problems_away_from_the_edges_give_the_t_interval_of_the_problem_means() -> None:
@@ -137,10 +147,15 @@ def test_many_problems_away_from_the_edges_give_the_t_interval_of_the_problem_me
     assert (found.low, found.high) == pytest.approx(expected, abs=2e-4)
 
 
-@pytest.mark.parametrize("problems", [("c",), ("i", "i"), ("cccc",), ("iiii", "iiii"), ("ci", "ic"), ("ci",) * 40])
+@pytest.mark.parametrize(
+    "problems", [("c",), ("i", "i"), ("cccc",), ("iiii", "iiii"), ("ci", "ic"), ("ci",) * 40]
+)
 def test_no_interval_has_width_zero_and_each_holds_its_value(problems: tuple[str, ...]) -> None:
     found = estimate(rows_of(*problems), pass_at=range(1, len(problems[0]) + 1))
-    for value, low, high in [(found.score, found.low, found.high), *(vars(i).values() for i in found.pass_at.values())]:
+    for value, low, high in [
+        (found.score, found.low, found.high),
+        *(vars(i).values() for i in found.pass_at.values()),
+    ]:
         assert 0 <= low <= value <= high <= 1
         assert high - low > 0.05
 
@@ -167,7 +182,8 @@ def test_coverage_of_single_samples_is_nominal() -> None:
 
 
 def test_coverage_of_several_samples_is_nominal_where_naive_pooling_fails() -> None:
-    """400 simulations each (benchmarks/coverage_evaluate.py: many more); problems differ and have 4 samples."""
+    """400 simulations each (benchmarks/coverage_evaluate.py: many more); problems differ and have 4
+    samples."""
     coverage, pooled, rng, k = [], [], np.random.default_rng(7), 4
     for n, p in itertools.product((30, 500), (0.05, 0.5, 0.95)):
         values = rng.binomial(k, rng.beta(5 * p, 5 * (1 - p), (400, n))) / k
@@ -219,7 +235,7 @@ def test_several_samples_are_never_less_than_one_of_each_problem() -> None:
         assert many == one
 
 
-# ------------------------------------------------------------------------------------------------------ comparison
+# ------------------------------------------------------------------------------------------------- comparison
 
 
 def test_paired_difference_is_the_paired_t_test() -> None:
@@ -244,11 +260,14 @@ def test_swapping_the_sides_changes_the_sign_only() -> None:
 
 def test_exact_p_is_mcnemars_for_single_samples_and_counts_all_sign_flips() -> None:
     for better, worse in ((9, 2), (5, 5), (1, 0)):
-        found = compare(rows_of(*"i" * better, *"c" * worse, *"c" * 7), rows_of(*"c" * better, *"i" * worse, *"c" * 7))
+        found = compare(
+            rows_of(*"i" * better, *"c" * worse, *"c" * 7), rows_of(*"c" * better, *"i" * worse, *"c" * 7)
+        )
         assert found.p_exact == pytest.approx(stats.binomtest(better, better + worse).pvalue)
     whole = [3, -1, 2, 2, -4, 1]
     sums = [
-        abs(sum(s * w for s, w in zip(signs, whole, strict=True))) for signs in itertools.product((1, -1), repeat=6)
+        abs(sum(s * w for s, w in zip(signs, whole, strict=True)))
+        for signs in itertools.product((1, -1), repeat=6)
     ]
     assert sign_flip_p(whole) == pytest.approx(np.mean([s >= abs(sum(whole)) for s in sums]))
 
@@ -285,5 +304,7 @@ def test_comparison_coverage_is_nominal() -> None:
 
 
 def test_different_problems_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"problem p1 is in the second evaluation and not in the first \(2 such"):
+    with pytest.raises(
+        SettingsError, match=r"problem p1 is in the second evaluation and not in the first \(2 such"
+    ):
         compare(rows_of("c"), rows_of("c", "c", "i"))

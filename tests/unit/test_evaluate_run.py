@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from truestep.evaluate.run import EvaluationPlan, run_evaluation
-from truestep.records import Distribution, Message, Problem, Prompt, RecordError, Rollout, Score, Stop, Verdict
+from truestep.records import (
+    Distribution,
+    Message,
+    Problem,
+    Prompt,
+    RecordError,
+    Rollout,
+    Score,
+    Stop,
+    Verdict,
+)
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
 from truestep.settings import SettingsError
 
@@ -18,7 +28,8 @@ SAMPLING = SamplingParameters(temperature=0.6, max_new_tokens=4, stop_token_ids=
 
 
 class FakeEngine:
-    """Answers in reverse order with tokens drawn from the request's own generator; notes what it was asked."""
+    """Answers in reverse order with tokens drawn from the request's own generator; notes what it was
+    asked."""
 
     policy_version = 0
 
@@ -36,7 +47,9 @@ class FakeEngine:
             check_stop()
             self.asked.append((request.problem_id, request.sample_index))
             broken = request.problem_id in self.broken
-            ids = () if broken else tuple((request.uniforms(sampling.max_new_tokens) * 3).astype(int).tolist())
+            ids = (
+                () if broken else tuple((request.uniforms(sampling.max_new_tokens) * 3).astype(int).tolist())
+            )
             yield Rollout(
                 problem_id=request.problem_id,
                 sample_index=request.sample_index,
@@ -67,7 +80,9 @@ def grade(problem: Problem, text: str) -> Score:
 
 
 def prompt_of(name: str, row: str = "") -> Prompt:
-    problem = Problem(id=name, messages=(Message(role="user", content=f"what is {name}?"),), answer="1", row=row)
+    problem = Problem(
+        id=name, messages=(Message(role="user", content=f"what is {name}?"),), answer="1", row=row
+    )
     return Prompt(problem=problem, token_ids=(1, 2, 3))
 
 
@@ -175,7 +190,9 @@ def test_a_sample_the_engine_could_not_make_is_unscored_not_wrong(tmp_path: Path
     assert found["unscored"] == 3
     assert found["score_if_unscored_correct"] == pytest.approx(found["score"] + 1 / 6)
     failed = [r for r in rows_in(plan)[1:] if r["verdict"] == "unscored"]
-    assert {(r["problem_id"], r["reason"], r["stop"]) for r in failed} == {("p2", "engine: out of memory", "error")}
+    assert {(r["problem_id"], r["reason"], r["stop"]) for r in failed} == {
+        ("p2", "engine: out of memory", "error")
+    }
 
 
 class Liar(FakeEngine):
@@ -195,7 +212,9 @@ class Liar(FakeEngine):
         (lambda found: [replace(found[0], problem_id="other"), *found[1:]], "other/2, which is not open"),
     ],
 )
-def test_an_engine_that_answers_something_else_is_caught(tmp_path: Path, change: Callable, message: str) -> None:
+def test_an_engine_that_answers_something_else_is_caught(
+    tmp_path: Path, change: Callable, message: str
+) -> None:
     with pytest.raises(RecordError, match=message):
         run(plan_in(tmp_path), Liar(change))
     assert not plan_in(tmp_path).results_path.exists()

@@ -19,7 +19,9 @@ ON, DEMO, PREFIX, HINT, REPLAY = Kind.ON, Kind.DEMO, Kind.PREFIX, Kind.HINT, Kin
 Judge = Callable[[Round, int], float]  # (round, sample) → its reward
 
 
-def play(made: Plan, judge: Judge, *, samples: int = 8, **asked: object) -> tuple[list[Round], tuple[int, ...]]:
+def play(
+    made: Plan, judge: Judge, *, samples: int = 8, **asked: object
+) -> tuple[list[Round], tuple[int, ...]]:
     """All rounds that a plan asks for, and which of them it keeps."""
     history: list[Outcome] = []
     for _ in range(20):
@@ -27,7 +29,9 @@ def play(made: Plan, judge: Judge, *, samples: int = 8, **asked: object) -> tupl
         if isinstance(answer, Keep):
             rounds = [o.round for o in history]
             return rounds, answer.rounds or tuple(range(len(rounds)))
-        history += [Outcome(round=r, rewards=tuple(judge(r, i) for i in range(r.num_samples))) for r in answer]
+        history += [
+            Outcome(round=r, rewards=tuple(judge(r, i) for i in range(r.num_samples))) for r in answer
+        ]
     raise AssertionError("the plan has no end")
 
 
@@ -72,7 +76,12 @@ def test_the_number_of_shown_parts_is_binomial() -> None:
 def test_trapo_guides_where_too_few_were_right() -> None:
     made = build("trapo", {}).plan
     assert made is not None
-    assert shape(play(made, never)[0]) == [(ON, 4, 0.0), (PREFIX, 2, 0.25), (PREFIX, 1, 0.5), (PREFIX, 1, 1.0)]
+    assert shape(play(made, never)[0]) == [
+        (ON, 4, 0.0),
+        (PREFIX, 2, 0.25),
+        (PREFIX, 1, 0.5),
+        (PREFIX, 1, 1.0),
+    ]
     assert shape(play(made, always)[0]) == [(ON, 4, 0.0), (ON, 2, 0.0), (ON, 1, 0.0), (ON, 1, 0.0)]
     two = shape(play(made, lambda r, i: float(r.num_samples == 4 and i < 2))[0])  # 2 of 4, then none
     assert two == [(ON, 4, 0.0), (ON, 2, 0.0), (PREFIX, 1, 0.5), (PREFIX, 1, 1.0)]
@@ -117,7 +126,7 @@ def test_ghpo_shows_more_until_one_is_right() -> None:
     assert play(made, never)[1] == (3,)
 
 
-# ------------------------------------------------------------------------------------------------ gates and advantages
+# --------------------------------------------------------------------------------------- gates and advantages
 
 
 def members(rewards: Sequence[float | None], kinds: Sequence[Kind] = ()) -> Members:
@@ -173,7 +182,7 @@ def test_unscored_members_never_have_an_advantage() -> None:
         assert [a is None for a in found] == [False, True, False, False], name
 
 
-# --------------------------------------------------------------------------------------------- controllers, schedules
+# ------------------------------------------------------------------------------------- controllers, schedules
 
 
 def test_sasr_s_phases() -> None:
@@ -215,12 +224,17 @@ def test_chord_s_schedule() -> None:
 
 
 def test_rows_that_ask_for_demonstrations_say_so() -> None:
-    """A plan, a stream or a buffer that uses one is declared, so that its lack is found before a model is built."""
+    """A plan, a stream or a buffer that uses one is declared, so that its lack is found before a model is
+    built."""
     for name, row in METHODS.items():
         made = row()
         if made.plan is None:
             continue
         controls = {"imitate": 1.0}
         rounds = play(made.plan, never, controls=controls, draw=0.9)[0]
-        uses = any(r.kind in (DEMO, PREFIX, HINT) for r in rounds) or bool(made.stream_share) or made.buffer is not None
+        uses = (
+            any(r.kind in (DEMO, PREFIX, HINT) for r in rounds)
+            or bool(made.stream_share)
+            or made.buffer is not None
+        )
         assert uses == made.needs_demonstrations, name

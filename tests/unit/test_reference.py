@@ -49,7 +49,8 @@ def model() -> LlamaForCausalLM:
 
 
 def make_sequences() -> list[TrainSequence]:
-    """Three groups, very unequal lengths; the last group's rewards are all equal; one demonstration, one replay."""
+    """Three groups, very unequal lengths; the last group's rewards are all equal; one demonstration, one
+    replay."""
     draw = np.random.default_rng(0)
     sequences = []
     shapes = [(0, 3, Kind.ON), (0, 9, Kind.DEMO), (0, 1, Kind.REPLAY), (1, 5, Kind.ON), (1, 2, Kind.DEMO)]
@@ -96,7 +97,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-# ---------------------------------------------------------------------------------------------------- the model's words
+# ------------------------------------------------------------------------------------------ the model's words
 
 
 def test_log_probabilities_are_float64_throughout(model: LlamaForCausalLM) -> None:
@@ -148,8 +149,12 @@ def test_temperature_divides_the_logits(model: LlamaForCausalLM) -> None:
     with torch.no_grad():
         cooled.lm_head.weight /= 0.7
     at_temperature = frozen_logprobs(model, SEQUENCES, temperature=0.7)
-    assert np.allclose(np.concatenate(at_temperature), np.concatenate(frozen_logprobs(cooled, SEQUENCES)), rtol=1e-12)
-    assert not np.allclose(np.concatenate(at_temperature), np.concatenate(frozen_logprobs(model, SEQUENCES)), rtol=1e-2)
+    assert np.allclose(
+        np.concatenate(at_temperature), np.concatenate(frozen_logprobs(cooled, SEQUENCES)), rtol=1e-12
+    )
+    assert not np.allclose(
+        np.concatenate(at_temperature), np.concatenate(frozen_logprobs(model, SEQUENCES)), rtol=1e-2
+    )
 
 
 def test_dropout_is_off_and_the_mode_of_the_model_stays(model: LlamaForCausalLM) -> None:
@@ -165,7 +170,7 @@ def test_a_model_in_float32_is_refused(model: LlamaForCausalLM) -> None:
         reference_loss(copy.deepcopy(model).float(), SEQUENCES)
 
 
-# ----------------------------------------------------------------------------------- surrogates = coefficient × ∇ log π
+# ------------------------------------------------------------------------- surrogates = coefficient × ∇ log π
 
 
 def ppo(r: float, a: float, low: float, high: float) -> float:
@@ -183,7 +188,8 @@ def on_or(special: Kind, coefficient: Callable[..., float], **token: float) -> f
     return coefficient(**token) if token["kind"] == special else token["a"] * token["r"]
 
 
-# p: the policy's probability; q: the proximal one; b: the behavior one; r = p/q; s: the sequence's ratio; a: advantage
+# p: the policy's probability; q: the proximal one; b: the behavior one; r = p/q; s: the sequence's ratio; a:
+# advantage
 COEFFICIENTS: dict[str, Callable[..., float]] = {
     "sft": lambda **_: 1.0,
     "sft_sequence_mean": lambda **_: 1.0,
@@ -218,7 +224,9 @@ def coefficient_gradient(
         z = {"tok": num_tokens, "seq": length * len(kept), "sum": len(kept), "drg": len(kept) * LONGEST}
         policy = trained_logprobs(model, sequence)
         log_ratio = sum(x.item() - y for x, y in zip(policy, proximal[i], strict=True)) / length
-        advantage = sequence.advantage if isinstance(sequence.advantage, tuple) else [sequence.advantage] * length
+        advantage = (
+            sequence.advantage if isinstance(sequence.advantage, tuple) else [sequence.advantage] * length
+        )
         for t, logprob in enumerate(policy):
             p, q = math.exp(logprob.item()), math.exp(proximal[i][t])
             b, s = math.exp(sequence.behavior_logprobs[t]), math.exp(log_ratio)
@@ -242,27 +250,33 @@ def test_surrogates_have_the_gradient_of_their_closed_form(
     assert distance(ours, theirs) < 1e-12
     unweighted = [replace(s, weight=1.0) for s in SEQUENCES]
     assert (
-        distance(flat(reference_gradient(model, unweighted, proximal, method=method, max_length=LONGEST)), ours) > 0.01
+        distance(
+            flat(reference_gradient(model, unweighted, proximal, method=method, max_length=LONGEST)), ours
+        )
+        > 0.01
     )
 
 
-def test_dual_clip_silences_what_one_clip_lets_grow(model: LlamaForCausalLM, proximal: list[list[float]]) -> None:
+def test_dual_clip_silences_what_one_clip_lets_grow(
+    model: LlamaForCausalLM, proximal: list[list[float]]
+) -> None:
     far = [
         [x + (0.3 if t % 2 else -1.5) for t, x in enumerate(row)] for row in proximal
     ]  # ratios on all sides of 1.28 and 3
-    both = flat(coefficient_gradient(model, far, "paper", lambda r, a, **_: ppo(r, a, 0.2, 0.28) * (a > 0 or r <= 3)))
+    both = flat(
+        coefficient_gradient(model, far, "paper", lambda r, a, **_: ppo(r, a, 0.2, 0.28) * (a > 0 or r <= 3))
+    )
     options = {"dual_clip": 3.0}
-    assert distance(flat(reference_gradient(model, SEQUENCES, far, method="paper", options=options)), both) < 1e-12
+    assert (
+        distance(flat(reference_gradient(model, SEQUENCES, far, method="paper", options=options)), both)
+        < 1e-12
+    )
     assert distance(flat(reference_gradient(model, SEQUENCES, far, method="paper")), both) > 0.1
 
 
 @pytest.mark.parametrize(
     ("kind", "coefficient"),
-    [
-        ("k1", lambda d: -1.0),
-        ("k2", lambda d: -d),
-        ("k3", lambda d: -(1 - math.exp(-d))),
-    ],
+    [("k1", lambda d: -1.0), ("k2", lambda d: -d), ("k3", lambda d: -(1 - math.exp(-d)))],
 )
 def test_kl_terms_are_added_with_their_coefficient(
     model: LlamaForCausalLM, proximal: list[list[float]], kind: str, coefficient: Callable[[float], float]
@@ -270,7 +284,9 @@ def test_kl_terms_are_added_with_their_coefficient(
     options = {"kl": kind, "kl_coef": 0.3, "reference_logprobs": proximal}
     ours = flat(reference_gradient(model, SEQUENCES, method="reinforce", options=options))
     theirs = flat(
-        coefficient_gradient(model, proximal, "reinforce", lambda r, a, **_: a + 0.3 * coefficient(math.log(r)))
+        coefficient_gradient(
+            model, proximal, "reinforce", lambda r, a, **_: a + 0.3 * coefficient(math.log(r))
+        )
     )
     assert distance(ours, theirs) < 1e-12
 
@@ -279,7 +295,8 @@ def test_kl_terms_are_added_with_their_coefficient(
 def test_losses_have_the_slope_of_their_gradient(
     model: LlamaForCausalLM, proximal: list[list[float]], method: str
 ) -> None:
-    """Central differences along a random direction: the loss that is reported is the loss that is differentiated."""
+    """Central differences along a random direction: the loss that is reported is the loss that is
+    differentiated."""
     probe = copy.deepcopy(model)
     loss = partial(reference_loss, probe, SEQUENCES, proximal, method=method, max_length=LONGEST)
     torch.manual_seed(3)
@@ -298,7 +315,9 @@ def test_losses_have_the_slope_of_their_gradient(
     assert (at(1e-6) - at(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
-def test_log_probabilities_of_other_tokens_are_refused(model: LlamaForCausalLM, proximal: list[list[float]]) -> None:
+def test_log_probabilities_of_other_tokens_are_refused(
+    model: LlamaForCausalLM, proximal: list[list[float]]
+) -> None:
     with pytest.raises(ValueError, match="2 proximal log-probabilities for 3 trained tokens"):
         reference_loss(model, SEQUENCES, [proximal[0][:2], *proximal[1:]], method="paper")
 
@@ -311,7 +330,7 @@ def test_without_proximal_the_ratio_is_one(model: LlamaForCausalLM) -> None:
     assert distance(first, flat(reference_gradient(model, SEQUENCES, method="reinforce"))) < 1e-12
 
 
-# ---------------------------------------------------------------------------------- denominators, groups, micro-batches
+# ------------------------------------------------------------------------ denominators, groups, micro-batches
 
 
 def test_denominators_count_the_whole_step() -> None:

@@ -1,4 +1,5 @@
-"""The fault catalogue: its closed forms, and the recovery of every weight vector from gradients of a tiny model."""
+"""The fault catalogue: its closed forms, and the recovery of every weight vector from gradients of a tiny
+model."""
 
 from __future__ import annotations
 
@@ -116,7 +117,9 @@ def shares(model: LlamaForCausalLM) -> tuple[list[np.ndarray], list[list[int]]]:
 def test_right_weights_give_the_sft_gradient(
     model: LlamaForCausalLM, shares: tuple[list[np.ndarray], list[list[int]]]
 ) -> None:
-    assert np.allclose(sum(shares[0]), flat(reference_gradient(model, SEQUENCES, method="sft")), rtol=0, atol=1e-14)
+    assert np.allclose(
+        sum(shares[0]), flat(reference_gradient(model, SEQUENCES, method="sft")), rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("name", faults.FAULTS)
@@ -140,7 +143,9 @@ def test_residual_tells_what_no_weights_explain(shares: tuple[list[np.ndarray], 
     assert np.allclose(found, 1, atol=0.05)
 
 
-def test_micro_batches_that_cannot_be_told_apart_are_said_so(shares: tuple[list[np.ndarray], list[list[int]]]) -> None:
+def test_micro_batches_that_cannot_be_told_apart_are_said_so(
+    shares: tuple[list[np.ndarray], list[list[int]]],
+) -> None:
     parts, _ = shares
     for hopeless in (parts[0] * 0, parts[0] - 2 * parts[1]):
         assert faults.recover_weights(sum(parts), [*parts[:2], hopeless])[2] == math.inf

@@ -86,7 +86,9 @@ def test_clipping_is_torchs(max_norm: float) -> None:
     norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
     clipped, own_norm = clip_by_global_norm(g, max_norm)
     assert own_norm == pytest.approx(float(norm), rel=1e-15)
-    assert all(torch.allclose(c, p.grad, rtol=1e-14, atol=0) for c, p in zip(clipped.values(), theirs, strict=True))
+    assert all(
+        torch.allclose(c, p.grad, rtol=1e-14, atol=0) for c, p in zip(clipped.values(), theirs, strict=True)
+    )
 
 
 def test_zero_means_no_clipping() -> None:

@@ -25,7 +25,9 @@ VOID = {"meta", "br", "link", "path", "use", "rect"}
 def write(path: Path, value: Any) -> None:
     """A list as JSON lines, anything else as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(v) + "\n" for v in value) if isinstance(value, list) else json.dumps(value))
+    path.write_text(
+        "".join(json.dumps(v) + "\n" for v in value) if isinstance(value, list) else json.dumps(value)
+    )
 
 
 def score(checkpoint: str, value: float, data: str = "test", **more: Any) -> dict[str, Any]:
@@ -44,29 +46,52 @@ def metrics(stage: str, **values: list[float]) -> list[dict[str, float]]:
 
 
 def sample(step: int, verdict: str, text: str = "so \\boxed{4}", problem: str = "p1") -> dict[str, Any]:
-    return {"step": step, "problem_id": problem, "completion": text, "gold": "4", "verdict": verdict, "num_tokens": 5}
+    return {
+        "step": step,
+        "problem_id": problem,
+        "completion": text,
+        "gold": "4",
+        "verdict": verdict,
+        "num_tokens": 5,
+    }
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    summary = {"name": "demo", "seed": 3, "status": "done", "model": {"path": "tiny", "num_parameters": 1000000}}
+    summary = {
+        "name": "demo",
+        "seed": 3,
+        "status": "done",
+        "model": {"path": "tiny", "num_parameters": 1000000},
+    }
     summary["scores"] = [
         score("base", 0.125),
         score("rl", 0.714, pass_at={"4": {"value": 0.9, "low": 0.86, "high": 0.93}}),
     ]
-    stage = {"name": "rl", "kind": "rl", "steps": 3, "flops_paper": 3.2e15, "flops_full": 4.75e15, "seconds": 4332}
+    stage = {
+        "name": "rl",
+        "kind": "rl",
+        "steps": 3,
+        "flops_paper": 3.2e15,
+        "flops_full": 4.75e15,
+        "seconds": 4332,
+    }
     summary["stages"] = [{**stage, "tokens": {"rollout_tokens": 123456, "trained_pairs": 7}}]
     write(tmp_path / "summary.json", summary)
     write(
         tmp_path / "stages/01-rl/metrics.jsonl",
         metrics("rl", loss=[0.3, 0.2, 0.1], reward=[0.1, 0.4, 0.7], flops_paper=[1e15, 2e15, 3.2e15]),
     )
-    write(tmp_path / "stages/01-rl/rollouts.jsonl", [sample(1, "correct"), sample(3, "incorrect", "wrong at last")])
+    write(
+        tmp_path / "stages/01-rl/rollouts.jsonl",
+        [sample(1, "correct"), sample(3, "incorrect", "wrong at last")],
+    )
     samples = [{"header": True, "identity": "x"}, sample(0, "incorrect", "a readable wrong answer")]
     write(tmp_path / "evaluations/rl/test.samples.jsonl", samples)
     (tmp_path / "resolved.toml").write_text('name = "demo"\ntoken = "hf_abcdefghijklmnop"\n')
     write(
-        tmp_path / "provenance.json", {"commit": "abc", "versions": {"torch": "2.10"}, "command": ["truestep", "run"]}
+        tmp_path / "provenance.json",
+        {"commit": "abc", "versions": {"torch": "2.10"}, "command": ["truestep", "run"]},
     )
     return tmp_path
 
@@ -113,10 +138,26 @@ def page_of(run: Path) -> Page:
 
 def test_the_page_says_what_the_files_say(run: Path) -> None:
     page = page_of(run)
-    assert "After rl, 71.4 % [66.4, 76.4] of test is answered correctly; base had 12.5 % [7.5, 17.5]." in page.text
-    for text in ("90.0 % [86.0, 93.0]", "3.20 × 10¹⁵", "4.75 × 10¹⁵", "123,456 rollout", "1 h 12 min", "1,000,000"):
+    assert (
+        "After rl, 71.4 % [66.4, 76.4] of test is answered correctly; base had 12.5 % [7.5, 17.5]."
+        in page.text
+    )
+    for text in (
+        "90.0 % [86.0, 93.0]",
+        "3.20 × 10¹⁵",
+        "4.75 × 10¹⁵",
+        "123,456 rollout",
+        "1 h 12 min",
+        "1,000,000",
+    ):
         assert text in page.text, text
-    for text in ("a readable wrong answer", "wrong at last", 'name = "demo"', "versions · torch", "truestep run"):
+    for text in (
+        "a readable wrong answer",
+        "wrong at last",
+        'name = "demo"',
+        "versions · torch",
+        "truestep run",
+    ):
         assert text in page.text, text
     assert "hf_abcdefghijklmnop" not in page.text
     assert "trained pairs" not in page.text
@@ -153,7 +194,11 @@ HOSTILE = [
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_text_is_text_wherever_it_comes_from(run: Path, hostile: str) -> None:
     summary = json.loads((run / "summary.json").read_text())
-    summary |= {"name": hostile, "status": hostile, "overlap": {"pairs": [{"train": hostile, "evaluation": hostile}]}}
+    summary |= {
+        "name": hostile,
+        "status": hostile,
+        "overlap": {"pairs": [{"train": hostile, "evaluation": hostile}]},
+    }
     summary["scores"] += [score(hostile, 0.5, data=hostile)]
     summary["stages"][0] |= {"kind": hostile, "tokens": {hostile + "_tokens": 3}}
     summary["model"] = {"path": hostile}
@@ -240,7 +285,9 @@ def test_the_report_is_written_without_torch_and_imported_without_matplotlib(run
 
 
 def test_rollouts_are_of_the_first_middle_and_last_step_one_of_each_verdict() -> None:
-    rows = [sample(step, verdict) for step in range(1, 8) for verdict in ("correct", "incorrect", "incorrect")]
+    rows = [
+        sample(step, verdict) for step in range(1, 8) for verdict in ("correct", "incorrect", "incorrect")
+    ]
     picked = pick_rollouts(rows)
     assert [(row["step"], row["verdict"]) for row in picked] == [
         (step, verdict) for step in (1, 4, 7) for verdict in ("correct", "incorrect")
@@ -250,7 +297,9 @@ def test_rollouts_are_of_the_first_middle_and_last_step_one_of_each_verdict() ->
 
 def test_evaluation_samples_start_with_wrong_ones_of_different_problems() -> None:
     rows = [sample(0, "correct", problem=f"p{i}") for i in range(5)]
-    rows += [sample(0, "incorrect", problem=f"q{i // 4}") for i in range(40)] + [sample(0, "unscored", problem="r")]
+    rows += [sample(0, "incorrect", problem=f"q{i // 4}") for i in range(40)] + [
+        sample(0, "unscored", problem="r")
+    ]
     picked = pick_samples(rows)
     assert [(row["verdict"], row["problem_id"]) for row in picked] == [
         ("incorrect", "q0"),
@@ -262,7 +311,12 @@ def test_evaluation_samples_start_with_wrong_ones_of_different_problems() -> Non
 
 
 def test_points_leave_out_what_is_not_a_finite_number() -> None:
-    rows = [{"step": 1, "a/x": 2}, {"step": 2}, {"step": 3, "a/x": float("nan")}, {"step": 4, "a/x": None, "b/x": 9}]
+    rows = [
+        {"step": 1, "a/x": 2},
+        {"step": 2},
+        {"step": 3, "a/x": float("nan")},
+        {"step": 4, "a/x": None, "b/x": 9},
+    ]
     assert points(rows, "a", "x") == [(1.0, 2.0)]
 
 
@@ -293,7 +347,10 @@ def test_score_rows_come_from_the_summary_or_else_from_the_results(run: Path) ->
     (run / "summary.json").unlink()
     assert score_table(run) == []
     for checkpoint in ("rl", "base"):
-        write(run / f"evaluations/{checkpoint}/test.results.json", {"estimate": {"score": 0.5, "num_problems": 3}})
+        write(
+            run / f"evaluations/{checkpoint}/test.results.json",
+            {"estimate": {"score": 0.5, "num_problems": 3}},
+        )
     assert [(r.checkpoint, r.data, r.score, r.n) for r in score_table(run)] == [
         ("base", "test", 0.5, None),
         ("rl", "test", 0.5, None),
@@ -302,7 +359,15 @@ def test_score_rows_come_from_the_summary_or_else_from_the_results(run: Path) ->
 
 def test_terminal_and_markdown_show_the_same_cells_and_no_markup() -> None:
     rows = [
-        ScoreRow(checkpoint="[red]a|b[/]\x1b[31m", data="<i>*x*", score=0.714, low=0.68, high=0.746, n=200, unscored=2),
+        ScoreRow(
+            checkpoint="[red]a|b[/]\x1b[31m",
+            data="<i>*x*",
+            score=0.714,
+            low=0.68,
+            high=0.746,
+            n=200,
+            unscored=2,
+        ),
         ScoreRow(checkpoint="base", data="t", pass_at={"8": {"value": 1.0, "low": 0.9, "high": 1.0}}),
     ]
     written = io.StringIO()
@@ -319,7 +384,9 @@ def test_terminal_and_markdown_show_the_same_cells_and_no_markup() -> None:
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert tables.percent(None) == tables.whole(None) == tables.duration(None) == tables.scientific(None) == "–"
+    assert (
+        tables.percent(None) == tables.whole(None) == tables.duration(None) == tables.scientific(None) == "–"
+    )
     assert (tables.percent(0.0), tables.scientific(0)) == ("0.0 %", "0")
     assert tables.with_interval(0.5, None, None) == "50.0 %"
     assert [tables.duration(s) for s in (0.25, 59.9, 61, 3599.7, 7322)] == [

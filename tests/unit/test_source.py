@@ -93,7 +93,9 @@ def test_windows_visit_every_item_equally_often(num_items: int, size: int, num_s
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 60))
 def test_a_limit_ends_the_last_window_exactly(num_items: int, size: int, limit: int) -> None:
     steps = -(-limit // size)
-    assert sum(len(window(list(range(num_items)), s, size, seed=1, limit=limit)) for s in range(steps)) == limit
+    assert (
+        sum(len(window(list(range(num_items)), s, size, seed=1, limit=limit)) for s in range(steps)) == limit
+    )
 
 
 def test_a_prompt_that_a_batch_holds_twice_has_two_groups_of_its_own() -> None:

@@ -1,7 +1,8 @@
-"""The same question to AdamW, whose first steps hide every scale: which weights explain the observed parameters?
+"""The same question to AdamW, whose first steps hide every scale: which weights explain the observed
+parameters?
 
-From the exact gradients of every step the textbook update is computed for each known weight vector; the one that comes
-closest names what happened. Shapes: P parameters.
+From the exact gradients of every step the textbook update is computed for each known weight vector; the one
+that comes closest names what happened. Shapes: P parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def predicted(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
-    """Each step's Δ [P] under AdamW without weight decay, with the fault's gradients; None where it has none."""
+    """Each step's Δ [P] under AdamW without weight decay, with the fault's gradients; None where it has
+    none."""
     first = second = np.zeros(1)
     changes = []
     for number, step in enumerate(steps, start=1):
@@ -27,7 +29,9 @@ def predicted(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
         except ValueError:
             return None
         used = [m.gradient for m in step.microbatches if m.num_trained]
-        gradient = np.sum([w * g for w, g in zip(weights, used, strict=True)], axis=0) / max(1, step.num_trained)
+        gradient = np.sum([w * g for w, g in zip(weights, used, strict=True)], axis=0) / max(
+            1, step.num_trained
+        )
         first = BETAS[0] * first + (1 - BETAS[0]) * gradient
         second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
         mean, variance = first / (1 - BETAS[0] ** number), second / (1 - BETAS[1] ** number)

@@ -1,7 +1,7 @@
 """First and last faulty release between two, found by running them; nothing here knows any version.
 
-Both ends right: releases between them are tried from the middle outwards until one is faulty. It is assumed that the
-faulty releases are one contiguous interval.
+Both ends right: releases between them are tried from the middle outwards until one is faulty. It is assumed
+that the faulty releases are one contiguous interval.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Interval:
 
 
 def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interval:
-    """``releases`` in order, the two ends included. Raises SettingsError where ``known_bad`` is none of them."""
+    """``releases`` in order, the two ends included. Raises SettingsError where ``known_bad`` is none of
+    them."""
     if known_bad and known_bad not in releases:
         raise SettingsError(f"--known-bad {known_bad}: it is not between {releases[0]} and {releases[-1]}")
     seen: dict[int, bool | None] = {}
@@ -71,7 +72,8 @@ def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
 
 
 def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
-    """The outermost faulty release on the way from a faulty to a right one; those that cannot run are stepped over."""
+    """The outermost faulty release on the way from a faulty to a right one; those that cannot run are stepped
+    over."""
     while abs(right - bad) > 1:
         middle = (bad + right) // 2
         around = sorted(range(min(bad, right) + 1, max(bad, right)), key=lambda i: abs(i - middle))
@@ -98,7 +100,8 @@ def parse_range(text: str) -> tuple[str, str]:
 
 
 def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
-    """All final releases of a package between two, as its index lists them. Raises SettingsError where it cannot."""
+    """All final releases of a package between two, as its index lists them. Raises SettingsError where it
+    cannot."""
     if _key(first) > _key(last):
         raise SettingsError(f"--bisect {first}..{last}: the older release comes first: {last}..{first}")
     found = _releases(python, package)
@@ -122,7 +125,9 @@ def _releases(python: Path, package: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     listed = re.search(r"Available versions:(.*)", done.stdout)
     if done.returncode or not listed:
-        raise SettingsError(f"{package}: its releases cannot be listed: {(done.stderr.strip() or 'no answer')[-200:]}")
+        raise SettingsError(
+            f"{package}: its releases cannot be listed: {(done.stderr.strip() or 'no answer')[-200:]}"
+        )
     return [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]
 
 

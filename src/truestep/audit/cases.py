@@ -1,7 +1,7 @@
 """The rows that every subject is given: random tokens, very unequal numbers of them trained.
 
-Equal lengths hide a mean of means, two accumulation steps hide a dropped micro-batch and one rank hides a rank-wise
-mean, so no case has any of these. Rows are plain integers: nothing here needs torch.
+Equal lengths hide a mean of means, two accumulation steps hide a dropped micro-batch and one rank hides a
+rank-wise mean, so no case has any of these. Rows are plain integers: nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from truestep.seeding import Purpose, generator
 
 VOCABULARY = 64
 FIRST_TOKEN = 3  # 0, 1 and 2 are padding, begin and end
-# Trained tokens of consecutive rows: neighbours differ by an order of magnitude, and no two are equal, so that any
-# window of any shuffle is told apart from its mean.
+# Trained tokens of consecutive rows: neighbours differ by an order of magnitude, and no two are equal, so
+# that any window of any shuffle is told apart from its mean.
 TRAINED = (2, 27, 3, 17, 40, 5, 22, 9, 33, 4, 14, 30, 6, 19, 36, 11, 25, 7, 44, 13, 1, 29, 8, 38)
 SHORTEST = 6
 CLIPPED_TO = 0.1  # below the norm of every step's gradient, and of most micro-batches'
@@ -37,7 +37,8 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained on, and how it is asked to be grouped. ``steps`` is what a right trainer makes of it."""
+    """What is trained on, and how it is asked to be grouped. ``steps`` is what a right trainer makes of
+    it."""
 
     name: str
     rows: tuple[Row, ...]
@@ -56,7 +57,8 @@ class Case:
 
 
 def make_rows(counts: Sequence[int], *, seed: int = 0, prompt: int = 3, turns: int = 1) -> tuple[Row, ...]:
-    """Rows of random tokens with ``counts`` trained ones (0: all masked), split into ``turns`` answers of a chat."""
+    """Rows of random tokens with ``counts`` trained ones (0: all masked), split into ``turns`` answers of a
+    chat."""
     rows = []
     for index, count in enumerate(counts):
         draw = generator(seed, Purpose.PROBE, index, "audit")
@@ -81,7 +83,8 @@ def ragged(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: 
 
 
 def unsplit(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
-    """The same rows in one micro-batch a step: what differs from ``ragged`` depends on how a batch is split."""
+    """The same rows in one micro-batch a step: what differs from ``ragged`` depends on how a batch is
+    split."""
     base = ragged(world_size=world_size, accumulation=accumulation, steps=steps, seed=seed)
     return Case(name="unsplit", rows=base.rows, accumulation=1, rows_per_microbatch=accumulation, steps=steps)
 
@@ -104,7 +107,9 @@ def window(*, world_size: int = 1, accumulation: int = 4, seed: int = 0) -> Case
 def chat(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
     """Several answers a row, each after a prompt that is not trained."""
     counts = [max(3, c) for c in counts_of(world_size * accumulation * steps)]
-    return Case(name="chat", rows=make_rows(counts, seed=seed, turns=3), accumulation=accumulation, steps=steps)
+    return Case(
+        name="chat", rows=make_rows(counts, seed=seed, turns=3), accumulation=accumulation, steps=steps
+    )
 
 
 def clipped(*, world_size: int = 1, accumulation: int = 4, steps: int = 2, seed: int = 0) -> Case:
@@ -114,8 +119,8 @@ def clipped(*, world_size: int = 1, accumulation: int = 4, steps: int = 2, seed:
 
 
 def scheduled(*, world_size: int = 1, accumulation: int = 3, seed: int = 0) -> Case:
-    """A learning rate that falls in a line: no other number of ticks a step gives the same rates. The window stays
-    shorter than the schedule, so that one tick a micro-batch does not end it after the first step."""
+    """A learning rate that falls in a line: no other number of ticks a step gives the same rates. The window
+    stays shorter than the schedule, so that one tick a micro-batch does not end it after the first step."""
     base = ragged(world_size=world_size, accumulation=min(accumulation, 3), steps=4, seed=seed)
     return replace(base, name="scheduled", decay=True)
 

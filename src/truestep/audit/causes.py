@@ -1,4 +1,5 @@
-"""What is in a step besides weights of its micro-batches: the one addition, or the one law, that explains the rest.
+"""What is in a step besides weights of its micro-batches: the one addition, or the one law, that explains the
+rest.
 
 Shapes: P parameters.
 """
@@ -75,7 +76,8 @@ def _frozen(step: Step, found: Recovered, parameters: Parameters, limit: float) 
 
 
 def _rounded(step: Step, found: Recovered, parameters: Parameters, limit: float) -> Cause | None:
-    """Parameters that lie on bfloat16's grid although they are stored in float32, or small updates that are lost."""
+    """Parameters that lie on bfloat16's grid although they are stored in float32, or small updates that are
+    lost."""
     bits = np.ascontiguousarray(step.after, dtype=np.float32).view(np.uint32)
     if not (bits & 0xFFFF).any() and step.after.any():
         return "rounding", "parameters are rounded to bfloat16 at every step"

@@ -1,7 +1,7 @@
 """A user's own configuration file → the subject that it configures, and the step as it is configured there.
 
-Only what reaches the optimizer step is taken over; the model becomes a tiny one, the optimizer plain SGD, and what no
-CPU can do is said in the notes. The file is read, never executed.
+Only what reaches the optimizer step is taken over; the model becomes a tiny one, the optimizer plain SGD, and
+what no CPU can do is said in the notes. The file is read, never executed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from truestep.settings import SettingsError
 MOST_MICROBATCHES = 8
 TRL_KEYS = ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "max_seq_length")
 FACTORY_KEYS = ("finetuning_type", "dataset_dir", "cutoff_len")
-EXPECTED = "DeepSpeed JSON, TrainingArguments JSON or YAML, an accelerate or LLaMA-Factory YAML, an OpenRLHF command"
+EXPECTED = (
+    "DeepSpeed JSON, TrainingArguments JSON or YAML, an accelerate or LLaMA-Factory YAML, an OpenRLHF command"
+)
 LLAMA = {"arch": "llama"}
 NOT_TAKEN_OVER = ("optim", "weight_decay", "label_smoothing_factor", "neftune_noise_alpha")
 
@@ -52,7 +54,9 @@ def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6
     """A whole number; None where the file leaves it open (nothing, "auto", a variable)."""
     value = found.get(key)
     number = whole(value)
-    if value is None or (number is None and isinstance(value, str) and re.match(r"auto$|[$<{]", value.strip())):
+    if value is None or (
+        number is None and isinstance(value, str) and re.match(r"auto$|[$<{]", value.strip())
+    ):
         return None
     if number is None or not least <= number <= most:
         raise _Wrong(f"{key} = {value!r}: expected a whole number from {least} to {most}")
@@ -79,7 +83,10 @@ def read(path: Path) -> tuple[Subject, list[str]]:
     elif configured.options.get("packing"):
         cases = ("ragged", "unsplit")
     one = Configuration(
-        options=configured.options, world_size=configured.processes, documented=configured.documented, only=cases
+        options=configured.options,
+        world_size=configured.processes,
+        documented=configured.documented,
+        only=cases,
     )
     return Subject(
         name=subject.name,
@@ -127,7 +134,9 @@ def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
 
 def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str) -> Configured:
     zero = _table(found, "zero_optimization")
-    offload = _table(zero, "offload_optimizer") or {"device": "cpu" if truth(zero.get("cpu_offload")) else "none"}
+    offload = _table(zero, "offload_optimizer") or {
+        "device": "cpu" if truth(zero.get("cpu_offload")) else "none"
+    }
     device = str(offload.get("device", "none")).lower()
     configured.options |= {stage_key: _count(zero, "stage", 0, 3) or 0, "offload": device != "none"}
     if device == "nvme":
@@ -154,7 +163,13 @@ def _accelerate(found: Mapping[str, Any], path: Path) -> Configured:
     kind = str(found["distributed_type"]).upper()
     under = kind == "DEEPSPEED"
     configured = Configured(subject="DeepSpeed" if under else "accelerate")
-    if kind not in ("DEEPSPEED", "NO", "FALSE", "MULTI_CPU", "MULTI_GPU"):  # YAML reads an unquoted NO as false
+    if kind not in (
+        "DEEPSPEED",
+        "NO",
+        "FALSE",
+        "MULTI_CPU",
+        "MULTI_GPU",
+    ):  # YAML reads an unquoted NO as false
         configured.notes.append(
             f"distributed_type {kind}: audited as accelerate's loop without it (torch FSDP2 has a row)"
         )
@@ -191,14 +206,17 @@ def _openrlhf(found: Mapping[str, Any]) -> Configured:
 
 
 def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
-    """transformers' TrainingArguments, TRL's SFTConfig, or LLaMA-Factory's YAML, with or without DeepSpeed."""
+    """transformers' TrainingArguments, TRL's SFTConfig, or LLaMA-Factory's YAML, with or without
+    DeepSpeed."""
     inner = found.get("deepspeed")
     if isinstance(inner, str) and inner.strip():
         inner = _beside(inner, path)
     trl = any(key in found for key in TRL_KEYS)
     factory = any(key in found for key in FACTORY_KEYS)
     name = "LLaMA-Factory" if factory else "TRL SFTTrainer" if trl else "transformers Trainer"
-    configured = Configured(subject=f"{name} + DeepSpeed" if inner and not factory else name, options=dict(LLAMA))
+    configured = Configured(
+        subject=f"{name} + DeepSpeed" if inner and not factory else name, options=dict(LLAMA)
+    )
     if inner:
         configured.needs = ("deepspeed",)
         _deepspeed(configured, _table({"deepspeed": inner}, "deepspeed"), "zero_stage")

@@ -1,7 +1,9 @@
-"""Isolated, cached environments for the releases that are audited, and what an environment that exists already holds.
+"""Isolated, cached environments for the releases that are audited, and what an environment that exists
+already holds.
 
-One base environment per torch release holds what is large. Each subject has an environment of its own with only its
-packages; a ``.pth`` file lets it see the base behind them. Nothing is ever installed into a user's environment.
+One base environment per torch release holds what is large. Each subject has an environment of its own with
+only its packages; a ``.pth`` file lets it see the base behind them. Nothing is ever installed into a user's
+environment.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ FRAMEWORKS = (
     "torchtune",
     "datasets",  # no framework, but what a subject needs
 )
-# setuptools 81 dropped pkg_resources, which older releases import; wheel: their source archives build with it.
+# setuptools 81 dropped pkg_resources, which older releases import; wheel: their source archives build with
+# it.
 BASE = ("numpy", "setuptools<81", "wheel")
-# Audited processes write no bytecode: without this (pip does it unasked) each of them would compile torch again.
+# Audited processes write no bytecode: without this (pip does it unasked) each of them would compile torch
+# again.
 UV_INSTALL = ("pip", "install", "--compile-bytecode")
 EXAMPLE = "deepspeed==0.18.9 or trl==1.16.0+deepspeed==0.18.9"
 _PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([0-9][0-9A-Za-z.]*)")
@@ -82,12 +86,14 @@ class Plan:
     @property
     def name(self) -> str:
         """The folder: readable, and another one whenever anything that is installed differs."""
-        digest = hashlib.sha256(json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(
+            json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
+        ).hexdigest()[:8]
         shown = "+".join(f"{k}-{v}" for k, v in sorted(self.pins.items()))
         return f"{shown}-{PYTHON_TAG}-{digest}"
 
 
-# ---------------------------------------------------------------------------------------------------------- the request
+# ------------------------------------------------------------------------------------------------ the request
 
 
 def parse(text: str) -> dict[str, str]:
@@ -99,10 +105,14 @@ def parse(text: str) -> dict[str, str]:
     for part in text.split("+"):
         match = _PIN.fullmatch(part.strip())
         if match is None:
-            raise SettingsError(f"requirement {text!r}: {part.strip()!r} is no NAME==VERSION: write {EXAMPLE}")
+            raise SettingsError(
+                f"requirement {text!r}: {part.strip()!r} is no NAME==VERSION: write {EXAMPLE}"
+            )
         name = _normal(match[1])
         if pins.setdefault(name, match[2]) != match[2]:
-            raise SettingsError(f"requirement {text!r}: {name} has two versions: write one, such as {name}=={match[2]}")
+            raise SettingsError(
+                f"requirement {text!r}: {name} has two versions: write one, such as {name}=={match[2]}"
+            )
     return pins
 
 
@@ -142,11 +152,12 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# ------------------------------------------------------------------------------------------------------------- building
+# --------------------------------------------------------------------------------------------------- building
 
 
 def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The python of an environment that holds ``text``; built if the cache has none yet. ``say`` is told what goes on.
+    """The python of an environment that holds ``text``; built if the cache has none yet. ``say`` is told what
+    goes on.
 
     Raises: SettingsError for a bad text; BuildFailed where it cannot be built.
     """
@@ -173,7 +184,8 @@ Do = Callable[..., None]  # run a command of a build: (command, **extra environm
 
 
 def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[Path, Do], None]) -> Path:
-    """The python of ``cache/name``: made under another name and renamed when complete, by one process at a time."""
+    """The python of ``cache/name``: made under another name and renamed when complete, by one process at a
+    time."""
     home, temporary, log = cache / name, cache / f"{name}.building", cache / f"{name}.log"
     python = home / "bin" / "python"
     if python.exists():
@@ -199,7 +211,8 @@ def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[
 
 @contextlib.contextmanager
 def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
-    """Held by this process and by the installers that it starts: one that outlives a killed audit still writes."""
+    """Held by this process and by the installers that it starts: one that outlives a killed audit still
+    writes."""
     deadline = time.monotonic() + BUILD_TIMEOUT
     with path.open("w") as file:
         waiting = False
@@ -209,7 +222,9 @@ def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    message = f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s: end that one"
+                    message = (
+                        f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s: end that one"
+                    )
                     raise BuildFailed(f"{message}, or set TRUESTEP_CACHE to another folder") from None
                 if not waiting:
                     say(f"waiting for another audit that builds {name}")
@@ -218,7 +233,9 @@ def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
         yield file.fileno()
 
 
-def _execute(command: Sequence[str | Path], variables: Mapping[str, str], name: str, out: IO[str], lock: int) -> None:
+def _execute(
+    command: Sequence[str | Path], variables: Mapping[str, str], name: str, out: IO[str], lock: int
+) -> None:
     """Run one command of a build; what it prints goes to the log."""
     environment = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
     try:
@@ -232,7 +249,9 @@ def _execute(command: Sequence[str | Path], variables: Mapping[str, str], name: 
             pass_fds=(lock,),
         )
     except OSError as error:
-        raise BuildFailed(f"{name}: {command[0]} cannot be run ({error.strerror}): install uv or pip") from None
+        raise BuildFailed(
+            f"{name}: {command[0]} cannot be run ({error.strerror}): install uv or pip"
+        ) from None
     try:
         code = process.wait(BUILD_TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -245,24 +264,31 @@ def _execute(command: Sequence[str | Path], variables: Mapping[str, str], name: 
         process.wait()
     if code:
         words = _last_words(Path(out.name))
-        raise BuildFailed(f"{name} could not be built: {words}: check names, versions and network; log: {out.name}")
+        raise BuildFailed(
+            f"{name} could not be built: {words}: check names, versions and network; log: {out.name}"
+        )
 
 
 def _last_words(log: Path) -> str:
     """The installer's own error line, else the last one."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
-    return redact(re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", (errors or lines or ["it said nothing"])[-1]))[
-        :240
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
     ]
+    errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
+    return redact(
+        re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", (errors or lines or ["it said nothing"])[-1])
+    )[:240]
 
 
-# ----------------------------------------------------------------------------------------------------------- installing
+# ------------------------------------------------------------------------------------------------- installing
 
 
 def _fill_base(wanted: Plan, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
-    # Scripts in bin keep the name that the folder was built under: nothing here runs any, always ``python -m``.
+    # Scripts in bin keep the name that the folder was built under: nothing here runs any, always ``python
+    # -m``.
     do([sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), home])
     packages = [f"torch=={wanted.torch}", *BASE]
     if uv:
@@ -275,7 +301,8 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
     do([sys.executable, "-m", "venv", "--without-pip", home])
     site = home / "lib" / f"python{PYTHON_TAG[2:]}" / "site-packages"
-    # Relative, and the same before and after the folder is renamed; a folder named by .pth comes after this one.
+    # Relative, and the same before and after the folder is renamed; a folder named by .pth comes after this
+    # one.
     behind = base.parent.parent / site.relative_to(home)
     (site / "truestep-base.pth").write_text(os.path.relpath(behind, site) + "\n", encoding="utf-8")
     (home / "constraints.txt").write_text(f"torch=={wanted.torch}\n", encoding="utf-8")
@@ -292,13 +319,19 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     if wanted.resolved:
         do([*install, *extra, *wanted.resolved], **variables)
     if wanted.alone:
-        # Not through the installer's cache: a wheel that was built beside this torch must not reach other environments.
+        # Not through the installer's cache: a wheel that was built beside this torch must not reach other
+        # environments.
         fresh = "--no-cache" if uv else "--no-cache-dir"
-        do([*install, "--no-deps", "--no-build-isolation", fresh, *wanted.alone], DS_BUILD_OPS="0", **variables)
+        do(
+            [*install, "--no-deps", "--no-build-isolation", fresh, *wanted.alone],
+            DS_BUILD_OPS="0",
+            **variables,
+        )
 
 
 def _uv_variables() -> dict[str, str]:
-    """uv does not read pip's configuration: what says where packages are found is passed on, where uv has no own."""
+    """uv does not read pip's configuration: what says where packages are found is passed on, where uv has no
+    own."""
     found: dict[str, str] = {}
     for pip in ([sys.executable, "-m", "pip"], ["pip"]):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -322,11 +355,12 @@ def _uv_variables() -> dict[str, str]:
         for key, (name, joint) in names.items()
         if key in found and name not in os.environ
     }
-    # pip takes the best version of all its indexes; uv by default stops at the first index that has the package.
+    # pip takes the best version of all its indexes; uv by default stops at the first index that has the
+    # package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match", **told_uv} if "UV_INDEX" in told_uv else told_uv
 
 
-# ----------------------------------------------------------------------------------------------------------- looking in
+# ------------------------------------------------------------------------------------------------- looking in
 
 
 def versions(python: Path) -> dict[str, str]:
@@ -348,17 +382,28 @@ def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
         raise SettingsError(f"--python {python}: no such program: write {hint}")
-    # -I: as the audited process, which sees neither PYTHONPATH nor the user's own site folder; -B: no bytecode.
+    # -I: as the audited process, which sees neither PYTHONPATH nor the user's own site folder; -B: no
+    # bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
-    environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")}
+    environment = {
+        k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+    }
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=True
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+            check=True,
         )
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         words = redact(said[-1] if said else "it said nothing")[:200]
         message = f"--python {python}: does not run as a Python 3.8 or later ({words})"
-        raise SettingsError(f"{message}: write the path of an interpreter, such as .venv/bin/python") from None
+        raise SettingsError(
+            f"{message}: write the path of an interpreter, such as .venv/bin/python"
+        ) from None
     return {str(k): str(v) for k, v in found.items()}

@@ -1,6 +1,7 @@
 """Findings in words and in files: the JSON document, JUnit XML and SARIF 2.1.0.
 
-Names of subjects, faults and reasons come from audited programs: nothing in them may break a format or a terminal.
+Names of subjects, faults and reasons come from audited programs: nothing in them may break a format or a
+terminal.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Row = Mapping[str, Any]  # a finding as ``to_json`` gives it
 
-# ------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 
 def visible(text: object) -> str:
     """Text whose every character shows, and that XML allows: what would not becomes its number."""
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩" for c in str(text)
+        c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩"
+        for c in str(text)
     )
 
 
@@ -66,7 +68,8 @@ def small(value: Any) -> str:
 
 
 def configuration_in_words(configuration: Row) -> str:
-    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; keys that nobody foresaw as they are."""
+    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; keys that nobody foresaw as they
+    are."""
     parts = []
     for key, value in configuration.items():
         name = line(key, 60).replace("_", " ")
@@ -101,7 +104,9 @@ def versions_in_words(row: Row) -> str:
 def found_in_words(row: Row) -> str:
     """What was found, or why nothing was."""
     if is_right(row):
-        return line("every token counts once" + (f"; not seen: {row['reason']}" if row.get("reason") else ""), 600)
+        return line(
+            "every token counts once" + (f"; not seen: {row['reason']}" if row.get("reason") else ""), 600
+        )
     return line(row.get("fault") or row.get("reason") or "", 600)
 
 
@@ -110,7 +115,9 @@ def loss_in_words(row: Row) -> str:
     could = row.get("logged_loss_could_show_it")
     if could is None:
         return "no loss was logged for this step, so it could not have shown it"
-    values = f"the logged loss is {_loss(row.get('logged_loss'))}, the right one {_loss(row.get('true_loss'))}"
+    values = (
+        f"the logged loss is {_loss(row.get('logged_loss'))}, the right one {_loss(row.get('true_loss'))}"
+    )
     return f"{values}: {'it could have shown it' if could else 'it could not have shown it'}"
 
 
@@ -145,11 +152,12 @@ def as_text(row: Row) -> str:
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------------------------- JSON
 
 
 def to_document(findings: Sequence[Finding], provenance: Row) -> dict[str, Any]:
-    """The whole audit as one JSON object. Numbers that JSON does not know are the strings NaN and ±Infinity."""
+    """The whole audit as one JSON object. Numbers that JSON does not know are the strings NaN and
+    ±Infinity."""
     document = {
         "schema": SCHEMA,
         "tool": {"name": "truestep", "version": __version__},
@@ -185,7 +193,9 @@ def from_document(document: Any, name: str = "document") -> list[Finding]:
     """
     if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
         got = document.get("schema") if isinstance(document, Mapping) else type(document).__name__
-        raise SettingsError(f"{name}: schema: expected {SCHEMA}, got {got!r}; give what truestep audit --json wrote")
+        raise SettingsError(
+            f"{name}: schema: expected {SCHEMA}, got {got!r}; give what truestep audit --json wrote"
+        )
     rows = document.get("findings")
     if not isinstance(rows, list):
         raise SettingsError(f"{name}: findings: expected a list; give what truestep audit --json wrote")
@@ -200,7 +210,9 @@ def _finding(row: Any, where: str) -> Finding:
     try:
         verdict = Verdict(row["verdict"])
     except ValueError:
-        raise SettingsError(f"{where}: verdict: {row['verdict']!r}: write one of {', '.join(Verdict)}") from None
+        raise SettingsError(
+            f"{where}: verdict: {row['verdict']!r}: write one of {', '.join(Verdict)}"
+        ) from None
     known = {f.name for f in fields(Finding)} - {"verdict"}
     return Finding(verdict=verdict, **{k: _numbers(v) for k, v in row.items() if k in known})
 
@@ -211,7 +223,7 @@ def _numbers(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-# ------------------------------------------------------------------------------------------------------------- JUnit
+# ------------------------------------------------------------------------------------------------------ JUnit
 
 
 def to_junit(findings: Sequence[Finding]) -> str:
@@ -222,7 +234,9 @@ def to_junit(findings: Sequence[Finding]) -> str:
     for row in rows:
         seconds = f"{sum(v for v in (row.get('seconds') or {}).values() if isinstance(v, int | float)):.3f}"
         name = configuration_in_words(row["configuration"])
-        case = ElementTree.SubElement(suite, "testcase", classname=line(row["subject"]), name=name, time=seconds)
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=line(row["subject"]), name=name, time=seconds
+        )
         verdict = row["verdict"]
         if verdict == Verdict.FAULT:
             counts["failures"] += 1
@@ -240,7 +254,7 @@ def to_junit(findings: Sequence[Finding]) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------- SARIF
+# ------------------------------------------------------------------------------------------------------ SARIF
 
 _LEVELS = {Verdict.FAULT: "error", Verdict.DEFAULT: "note", Verdict.DOCUMENTED_CHOICE: "note"}
 
@@ -260,7 +274,9 @@ def to_sarif(findings: Sequence[Finding]) -> dict[str, Any]:
                     "driver": {
                         "name": "truestep",
                         "version": __version__,
-                        "rules": [{"id": i, "shortDescription": {"text": text}} for i, text in sorted(rules.items())],
+                        "rules": [
+                            {"id": i, "shortDescription": {"text": text}} for i, text in sorted(rules.items())
+                        ],
                     }
                 },
                 "invocations": [
@@ -279,7 +295,8 @@ def to_sarif(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def rule_of(row: Row) -> str:
-    """The kind of a fault: its main code, or its words without numbers and without what stands in brackets."""
+    """The kind of a fault: its main code, or its words without numbers and without what stands in
+    brackets."""
     codes = row.get("codes") or [_rule_text(row)]
     words = re.findall(r"[a-z0-9]+" if row.get("codes") else r"[a-z]+", str(codes[0]).lower())
     return "-".join(words)[:80].rstrip("-") or "unnamed"
@@ -298,19 +315,28 @@ def _sarif_text(row: Row, lead: str = "") -> str:
 def _sarif_result(row: Row, rules: list[str]) -> dict[str, Any]:
     rule = rule_of(row)
     identity = repr((rule, row["subject"], sorted((str(k), str(v)) for k, v in row["configuration"].items())))
-    place: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": line(row["subject"]), "kind": "module"}]}
+    place: dict[str, Any] = {
+        "logicalLocations": [{"fullyQualifiedName": line(row["subject"]), "kind": "module"}]
+    }
     where = location_of(row)
     if where:
         file, number_of_line = where
-        place["physicalLocation"] = {"artifactLocation": {"uri": file}, "region": {"startLine": number_of_line}}
+        place["physicalLocation"] = {
+            "artifactLocation": {"uri": file},
+            "region": {"startLine": number_of_line},
+        }
     return {
         "ruleId": rule,
         "ruleIndex": rules.index(rule),
         "level": _LEVELS[row["verdict"]],
         "message": {"text": _sarif_text(row)},
         "locations": [place],
-        "partialFingerprints": {"truestepFinding/v1": hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()},
-        "properties": _plain({key: row.get(key) for key in ("versions", "weights", "relative_error", "residual")}),
+        "partialFingerprints": {
+            "truestepFinding/v1": hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()
+        },
+        "properties": _plain(
+            {key: row.get(key) for key in ("versions", "weights", "relative_error", "residual")}
+        ),
     }
 
 

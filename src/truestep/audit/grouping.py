@@ -1,7 +1,8 @@
 """Was the optimizer stepped when it was asked to be, on all trained rows, each as often as there are epochs?
 
-Rows are counted, never forward passes: how many of them a pass holds does not change the step, and a row without
-trained tokens adds nothing to it. Frameworks shuffle: a step is told by its number of rows, not by which they are.
+Rows are counted, never forward passes: how many of them a pass holds does not change the step, and a row
+without trained tokens adds nothing to it. Frameworks shuffle: a step is told by its number of rows, not by
+which they are.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def find(run: Observation) -> list[Cause]:
         asked = _asked_sizes(run, run.asked.num_rows)
         filtered = _asked_sizes(run, run.asked.num_rows - never)  # left out before rows were put into windows
         if sizes != filtered and not _skipped(sizes, asked, never * epochs):
-            lost_whole = sizes == [n for n in filtered if n == run.asked.accumulation * run.asked.rows_per_microbatch]
+            lost_whole = sizes == [
+                n for n in filtered if n == run.asked.accumulation * run.asked.rows_per_microbatch
+            ]
             text = f"steps were taken after {_listed(sizes)} rows, asked for were {_listed(filtered)}"
             found.append(("grouping", text))
     twice = sum(max(0, seen[row] - epochs) for row in trained)

@@ -1,4 +1,5 @@
-"""The audit of a step function in this process, for tests: the same cases, recorder and judge, without a child.
+"""The audit of a step function in this process, for tests: the same cases, recorder and judge, without a
+child.
 
 Needs torch. Imported by the pytest plugin only when a test asks for it.
 """
@@ -29,8 +30,8 @@ _LOADED: dict[str, ModuleType] = {}
 def subject_module(name: str) -> Any:
     """A module of subjects/, which are scripts that import each other by their bare names.
 
-    Neither their folder nor their names stay behind: a caller may have a ``kit`` of its own, and a subject must not
-    hide the framework that it is named after.
+    Neither their folder nor their names stay behind: a caller may have a ``kit`` of its own, and a subject
+    must not hide the framework that it is named after.
     """
     if name not in _LOADED:
         ours = {path.stem for path in SUBJECTS.glob("*.py")}
@@ -49,7 +50,12 @@ def subject_module(name: str) -> Any:
 
 
 def audit_function(
-    step: Callable[..., Any], *, arch: str = "plain", names: Sequence[str] = CASES, accumulation: int = 4, seed: int = 0
+    step: Callable[..., Any],
+    *,
+    arch: str = "plain",
+    names: Sequence[str] = CASES,
+    accumulation: int = 4,
+    seed: int = 0,
 ) -> Finding:
     """Judge ``step(model, optimizer, microbatches)`` (its contract: subjects/user_loop.py) on one process.
 
@@ -70,5 +76,7 @@ def audit_function(
                 runs[name] = load(place, case=case, learning_rate=LEARNING_RATE["sgd"])
             except ObservationError as error:
                 hidden = Verdict.NOT_OBSERVABLE
-                return Finding(subject=subject, configuration=configuration, verdict=hidden, reason=str(error))
+                return Finding(
+                    subject=subject, configuration=configuration, verdict=hidden, reason=str(error)
+                )
     return judge(subject, configuration, runs)

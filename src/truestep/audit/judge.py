@@ -1,8 +1,8 @@
 """From observations to a verdict and a name.
 
-FAULT: the update depends on how the same batch is split, sharded, padded or packed, or data is lost. DEFAULT: it does
-not, and yet is not the textbook step (clipping, weight decay, a constant scale). DOCUMENTED CHOICE: a fault's pattern
-that the user asked for by an option away from its default.
+FAULT: the update depends on how the same batch is split, sharded, padded or packed, or data is lost. DEFAULT:
+it does not, and yet is not the textbook step (clipping, weight decay, a constant scale). DOCUMENTED CHOICE: a
+fault's pattern that the user asked for by an option away from its default.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Finding:
         return {**asdict(self), "verdict": self.verdict.value}
 
 
-# ------------------------------------------------------------------------------------------------------------ one step
+# --------------------------------------------------------------------------------------------------- one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +116,16 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: causes.Parame
         return Seen(codes=pattern.codes[:-1], text=text, recovered=found)
     if pattern is not None:
         hidden = not pattern.codes and hides_weights(found)
-        return Seen(codes=pattern.codes, text=pattern.text, recovered=found, scale=pattern.scale, hidden=hidden)
+        return Seen(
+            codes=pattern.codes, text=pattern.text, recovered=found, scale=pattern.scale, hidden=hidden
+        )
     cause = causes.clipped_parts(step, found)
     shown = ", ".join(f"{w:.3g}" for w in found.weights)
     code, text = cause or ("unknown_weights", f"an unknown pattern of weights [{shown}]")
     return Seen(codes=(code,), text=text, recovered=found)
 
 
-# ------------------------------------------------------------------------------------------------------------ one case
+# --------------------------------------------------------------------------------------------------- one case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,8 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
     # A schedule that has reached zero moves nothing any more: the rows after that are lost to it.
     stopped = len(run.steps) < run.asked.steps and any("schedule" in s.codes for s in steps)
     order = [] if stopped else grouping.find(run)
-    # A step on other rows than asked, divided by the tokens of those that were asked for, is off by a constant.
+    # A step on other rows than asked, divided by the tokens of those that were asked for, is off by a
+    # constant.
     regrouped = any(code == "grouping" for code, _ in order)
     named = [s for s in steps if s.codes and not (regrouped and set(s.codes) <= CONSTANTS)]
     texts = list(dict.fromkeys(s.text for s in named))
@@ -158,7 +161,8 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
 
 
 def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> list[Seen]:
-    """Steps with what became of the clip, the schedule and a resume in place of the constants that these look like."""
+    """Steps with what became of the clip, the schedule and a resume in place of the constants that these look
+    like."""
     named: dict[int, causes.Cause] = {}
     if found := relations.resume(run, RESIDUAL[dtype]):
         named = dict.fromkeys(range(run.asked.resume_after, len(steps)), found)
@@ -192,7 +196,7 @@ def _layout_code(run: Observation) -> str:
     return "padding" if any(len(m.lines) > 1 for m in batches) else "unexplained"
 
 
-# --------------------------------------------------------------------------------------------------------- the verdict
+# ------------------------------------------------------------------------------------------------ the verdict
 
 
 def judge(
@@ -203,9 +207,9 @@ def judge(
     documented: str = "",
     without: Mapping[str, str] = MappingProxyType({}),
 ) -> Finding:
-    """All cases of one configuration together. ``documented`` names the option that the user has set away from its
-    default, if it is known to change how a step is normalised; ``without`` the cases that it has no way to run, and
-    why."""
+    """All cases of one configuration together. ``documented`` names the option that the user has set away
+    from its default, if it is known to change how a step is normalised; ``without`` the cases that it has no
+    way to run, and why."""
     if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
         configuration = {**configuration, "autocast": autocast}
     general: dict[str, Any] = {"subject": subject, "configuration": configuration}
@@ -225,7 +229,10 @@ def judge(
         return _judge_adamw(general, usable, broken)
     dtype = str(configuration.get("dtype", "float32"))
     seen = {name: see_case(run, dtype) for name, run in usable.items()}
-    if any(_layout_code(run) == "unexplained" and "unexplained" in seen[name].codes for name, run in usable.items()):
+    if any(
+        _layout_code(run) == "unexplained" and "unexplained" in seen[name].codes
+        for name, run in usable.items()
+    ):
         seen = {
             name: CaseSeen(
                 steps=case.steps,
@@ -238,7 +245,9 @@ def judge(
     verdict, codes, fault = _verdict(every, documented)
     general["cases"] = {name: case.text for name, case in every.items()}
     noisy = [
-        f"{n}: rounding in {dtype} hides single weights" for n, c in seen.items() if any(s.hidden for s in c.steps)
+        f"{n}: rounding in {dtype} hides single weights"
+        for n, c in seen.items()
+        if any(s.hidden for s in c.steps)
     ]
     general["reason"] = "; ".join([*hidden, *(f"{name}: {why}" for name, why in without.items()), *noisy])
     if not seen:
@@ -272,12 +281,16 @@ def _shown(seen: Mapping[str, CaseSeen]) -> tuple[str, int]:
 
 
 def _unusable(run: Observation, some_moved: bool) -> causes.Cause | None:
-    """What makes single steps not worth judging: (code of a fault or "", why). ``some_moved``: in any of the cases."""
+    """What makes single steps not worth judging: (code of a fault or "", why). ``some_moved``: in any of the
+    cases."""
     if run.not_run:
         return "", f"not run ({run.not_run})"
     if not run.steps:
         if run.forwards_without_step and some_moved:
-            return "data_lost", f"no optimizer step was taken: {run.forwards_without_step} micro-batches are lost"
+            return (
+                "data_lost",
+                f"no optimizer step was taken: {run.forwards_without_step} micro-batches are lost",
+            )
         if run.forwards_without_step:
             return "stale_parameters", "no parameter moved: the optimizer does not hold what the model uses"
         return "", "the model was never run in training mode"
@@ -303,7 +316,9 @@ def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tu
     first = next(iter(wrong.values()))
     codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
     for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale")):
-        if telling in codes:  # it shows as something simpler where a micro-batch has one row, or no step was before
+        if (
+            telling in codes
+        ):  # it shows as something simpler where a micro-batch has one row, or no step was before
             told = next(case for case in wrong.values() if telling in case.codes)
             first = told if implied in first.codes else first
             codes = (telling, *(c for c in codes if c not in (telling, implied)))
@@ -316,7 +331,11 @@ def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tu
         return Verdict.DOCUMENTED_CHOICE, codes, f"{first.text} ({documented})"
     scales = [s.scale for case in plain.values() for s in case.steps]
     if set(codes) == {"scale"} and everywhere and len(plain) > 1 and np.ptp(scales) <= 0.01 * abs(scales[0]):
-        return Verdict.DEFAULT, codes, f"everything is multiplied by {scales[0]:.4g}, however a batch is split"
+        return (
+            Verdict.DEFAULT,
+            codes,
+            f"everything is multiplied by {scales[0]:.4g}, however a batch is split",
+        )
     if set(codes) <= {"clip", "weight_decay"} and everywhere and "own norm" not in first.text:
         return Verdict.DEFAULT, codes, first.text
     return Verdict.FAULT, codes, text
@@ -325,7 +344,8 @@ def _verdict(seen: Mapping[str, CaseSeen], documented: str) -> tuple[Verdict, tu
 def _judge_adamw(
     general: Mapping[str, Any], runs: Mapping[str, Observation], broken: Mapping[str, CaseSeen]
 ) -> Finding:
-    """The known weight vector whose textbook AdamW updates come closest to the observed ones, over all cases."""
+    """The known weight vector whose textbook AdamW updates come closest to the observed ones, over all
+    cases."""
     texts = {name: case.text for name, case in broken.items()}
     codes, worst = [], 0.0
     for name, run in runs.items():

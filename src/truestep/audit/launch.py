@@ -1,4 +1,5 @@
-"""Run a subject in a child process, or one per rank, with a folder of its own, a scrubbed environment and limits.
+"""Run a subject in a child process, or one per rank, with a folder of its own, a scrubbed environment and
+limits.
 
 A subject that hangs, crashes or eats the memory is a finding, never the end of the audit.
 """
@@ -72,7 +73,8 @@ def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict
 
 
 def run(job: Job) -> dict[str, Observation]:
-    """Case → what was observed. Raises SubjectFailed, or ObservationError where what it left cannot be read."""
+    """Case → what was observed. Raises SubjectFailed, or ObservationError where what it left cannot be
+    read."""
     with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
         folder = Path(name)
         home = folder / "home"
@@ -81,7 +83,10 @@ def run(job: Job) -> dict[str, Observation]:
         spec = {"cases": cases, "options": dict(job.options), "learning_rate": job.learning_rate}
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         _run_ranks(job, folder, home)
-        return {case["name"]: load(folder / case["name"], case=case, learning_rate=job.learning_rate) for case in cases}
+        return {
+            case["name"]: load(folder / case["name"], case=case, learning_rate=job.learning_rate)
+            for case in cases
+        }
 
 
 def _run_ranks(job: Job, folder: Path, home: Path) -> None:
@@ -127,7 +132,9 @@ _PR_SET_PDEATHSIG = 1
 
 def _limit() -> None:
     if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing would hold it to its time after this process is killed
+        _LIBC.prctl(
+            _PR_SET_PDEATHSIG, signal.SIGKILL
+        )  # nothing would hold it to its time after this process is killed
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -141,5 +148,9 @@ def free_port() -> int:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     # The line of the error itself, not a warning that a library prints on its way out.
-    errors = [line for line in lines if re.match(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    errors = [
+        line
+        for line in lines
+        if re.match(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b", line)
+    ]
     return redact((errors or lines or ["it said nothing"])[-1])[:300]

@@ -1,4 +1,5 @@
-"""``truestep audit models``: what every causal language model class of a transformers does with its own loss."""
+"""``truestep audit models``: what every causal language model class of a transformers does with its own
+loss."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
 
 
 def wrong(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Classes whose loss is not the shifted cross-entropy of their logits, or that take a token count and ignore it."""
+    """Classes whose loss is not the shifted cross-entropy of their logits, or that take a token count and
+    ignore it."""
     ran = [row for row in document["models"] if "not_run" not in row]
     return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]
 
@@ -49,7 +51,9 @@ def wrong(document: dict[str, Any]) -> list[dict[str, Any]]:
 def as_text(document: dict[str, Any]) -> str:
     """What is unusual, class by class, and how the others answered."""
     ran = [row for row in document["models"] if "not_run" not in row]
-    lines = [f"transformers {document['transformers']}: {len(ran)} of {len(document['models'])} classes were run"]
+    lines = [
+        f"transformers {document['transformers']}: {len(ran)} of {len(document['models'])} classes were run"
+    ]
     for row in wrong(document):
         lines.append(f"  {row['class']}: labels at shift {row['shift']}, num_items_in_batch {row['count']}")
     for question in QUESTIONS:

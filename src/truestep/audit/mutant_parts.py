@@ -32,7 +32,7 @@ from truestep.audit.mutant_trainer import (
 )
 from truestep.seeding import Purpose, integer
 
-# ------------------------------------------------------------------------------- what a row's summed loss is divided by
+# --------------------------------------------------------------------- what a row's summed loss is divided by
 
 Share = Callable[[Window, int, int, int], float]
 
@@ -48,14 +48,22 @@ def scaled(factor: Callable[[Window], float]) -> Share:
 
 micro_mean = divided_by(lambda w, r, k, row: w.num_ranks * w.num_micro * max(1.0, w.of_micro(r, k)))
 sum_of_means = divided_by(lambda w, r, k, row: w.num_ranks * w.of_micro(r, k))
-micro_step_mean = divided_by(lambda w, r, k, row: w.num_micro * sum(w.of_micro(i, k) for i in range(w.num_ranks)))
+micro_step_mean = divided_by(
+    lambda w, r, k, row: w.num_micro * sum(w.of_micro(i, k) for i in range(w.num_ranks))
+)
 rank_mean = divided_by(lambda w, r, k, row: w.num_ranks * w.of_rank(r))
 own_mean = divided_by(lambda w, r, k, row: w.of_rank(r))
-sequence_mean = divided_by(lambda w, r, k, row: sum(len(m) for d in w.rows for m in d) * max(1.0, w.tokens[row]))
+sequence_mean = divided_by(
+    lambda w, r, k, row: sum(len(m) for d in w.rows for m in d) * max(1.0, w.tokens[row])
+)
 slot_mean = divided_by(lambda w, r, k, row: w.num_ranks * w.num_micro * w.slots(r, k))
 slot_sum = divided_by(lambda w, r, k, row: w.num_ranks * w.slots(r, k))
-all_slots = divided_by(lambda w, r, k, row: sum(w.slots(i, j) for i, d in enumerate(w.rows) for j in range(len(d))))
-empty_row_is_one = divided_by(lambda w, r, k, row: sum(max(1.0, w.tokens[i]) for d in w.rows for m in d for i in m))
+all_slots = divided_by(
+    lambda w, r, k, row: sum(w.slots(i, j) for i, d in enumerate(w.rows) for j in range(len(d)))
+)
+empty_row_is_one = divided_by(
+    lambda w, r, k, row: sum(max(1.0, w.tokens[i]) for d in w.rows for m in d for i in m)
+)
 
 
 def empty_is_one(window: Window, rank: int, k: int, row: int) -> float:
@@ -72,7 +80,7 @@ def one_row(factor: float, place: int, stride: int) -> Share:
     return lambda window, rank, k, row: (factor if row % stride == place else 1.0) / window.total
 
 
-# --------------------------------------------------------------------------- how micro-batches and ranks are added up
+# ------------------------------------------------------------------- how micro-batches and ranks are added up
 
 
 def kept(which: Callable[[int, int, int], bool]) -> Combine:
@@ -100,7 +108,8 @@ def running_average(gradients: Gradients, index: int) -> list[Tensor]:
 
 
 def unsynced(reduced: Callable[[int, int], bool]) -> Combine:
-    """Each rank steps on its own gradient of the micro-batches that are not ``reduced(k, K)``, on all of the others."""
+    """Each rank steps on its own gradient of the micro-batches that are not ``reduced(k, K)``, on all of the
+    others."""
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         shared = [g for rank in gradients for k, g in enumerate(rank) if reduced(k, len(rank))]
@@ -154,7 +163,7 @@ def noisy(seed: int) -> Combine:
     return combine
 
 
-# -------------------------------------------------------------------------------------------- what the optimizer does
+# ------------------------------------------------------------------------------------ what the optimizer does
 
 Update = Callable[[Replica, Tensor, int], None]
 
@@ -170,7 +179,9 @@ def momentum(factor: float, *, nesterov: bool = False) -> Update:
 
 def decay(strength: float, *, matrices: bool = False) -> Update:
     def update(replica: Replica, gradient: Tensor, index: int) -> None:
-        where = torch.cat([torch.full((p.numel(),), float(p.dim() > 1 or not matrices)) for p in replica.parameters])
+        where = torch.cat(
+            [torch.full((p.numel(),), float(p.dim() > 1 or not matrices)) for p in replica.parameters]
+        )
         replica.move(gradient + strength * where * replica.theta)
 
     return update
@@ -218,7 +229,7 @@ def frozen(number: int) -> Update:
     return update
 
 
-# ------------------------------------------------------------------------------------------- which windows, which rows
+# ---------------------------------------------------------------------------------- which windows, which rows
 
 
 def whole_only(num: int, size: int, epochs: int) -> Plan:
@@ -272,7 +283,7 @@ def start_repeated(batches: list[list[list[int]]]) -> list[list[list[int]]]:
     return [[*rank[:-1], rank[0]] for rank in batches]
 
 
-# ----------------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------------------------- what is trained
 
 Targets = Callable[[Any, int], list[float]]
 
@@ -322,7 +333,7 @@ def focal(logits: Tensor, targets: Tensor) -> Tensor:
     return losses * torch.exp(-losses.detach())
 
 
-# ------------------------------------------------------------------------------------- what the model does in training
+# ---------------------------------------------------------------------------- what the model does in training
 
 
 def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], Layout]:
@@ -348,7 +359,10 @@ def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
         right, _ = pad_right(spec, rows)
         shifts = [right["input_ids"].shape[1] - len(spec.rows[row]["ids"]) for row in rows]
-        inputs = {k: torch.stack([line.roll(n) for line, n in zip(v, shifts, strict=True)]) for k, v in right.items()}
+        inputs = {
+            k: torch.stack([line.roll(n) for line, n in zip(v, shifts, strict=True)])
+            for k, v in right.items()
+        }
         if not masked:
             inputs = {"input_ids": inputs["input_ids"]}
         return inputs, list(enumerate(shifts))
@@ -360,7 +374,9 @@ def begun_twice(spec: Any, rows: Sequence[int]) -> Layout:
     """One more begin token before every row."""
     inputs, places = pad_right(spec, rows)
     front = torch.ones(len(rows), 1, dtype=torch.int64)
-    return {k: torch.cat([front, v], 1) for k, v in inputs.items()}, [(line, start + 1) for line, start in places]
+    return {k: torch.cat([front, v], 1) for k, v in inputs.items()}, [
+        (line, start + 1) for line, start in places
+    ]
 
 
 def dropping(share: float) -> Callable[[Replica, int], None]:
@@ -378,10 +394,13 @@ def dropping(share: float) -> Callable[[Replica, int], None]:
 
 
 def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Replica, int], None]:
-    """The optimizer starts from other values; ``published``: so does the model; ``ranks``: others on every rank."""
+    """The optimizer starts from other values; ``published``: so does the model; ``ranks``: others on every
+    rank."""
 
     def prepare(replica: Replica, seed: int) -> None:
-        random = torch.Generator().manual_seed(integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start"))
+        random = torch.Generator().manual_seed(
+            integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start")
+        )
         replica.theta = replica.theta + scale * torch.randn(replica.theta.shape, generator=random)
         if published:
             replica.publish()

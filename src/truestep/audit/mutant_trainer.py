@@ -1,9 +1,10 @@
 """A reference trainer with replaceable parts: right as it stands, and whatever fault replaces one of them.
 
-One process plays all ranks: a replica of the model and a recorder each. A right step is plain SGD on the mean over all
-trained tokens of its window. Needs torch, so nothing but the mutants imports this.
+One process plays all ranks: a replica of the model and a recorder each. A right step is plain SGD on the mean
+over all trained tokens of its window. Needs torch, so nothing but the mutants imports this.
 
-Shapes: P parameters, T tokens of a row, M predicted tokens of a row, V vocabulary, K micro-batches of a rank, D ranks.
+Shapes: P parameters, T tokens of a row, M predicted tokens of a row, V vocabulary, K micro-batches of a rank,
+D ranks.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ CASES = ("ragged", "unsplit", "masked", "window")
 kit = subject_module("kit")
 
 
-# ------------------------------------------------------------------------------------------------------ what parts see
+# --------------------------------------------------------------------------------------------- what parts see
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The micro-batches between two optimizer steps, and how many of its tokens the trainer believes to be trained."""
+    """The micro-batches between two optimizer steps, and how many of its tokens the trainer believes to be
+    trained."""
 
     rows: tuple[tuple[tuple[int, ...], ...], ...]  # rank, micro-batch, row number
     tokens: dict[int, float]  # of a row
@@ -89,14 +91,18 @@ class Replica:
         self.publish()
 
 
-Plan = list[tuple[list[int], bool]]  # windows of micro-batches counted over all epochs, and whether a step follows
+Plan = list[
+    tuple[list[int], bool]
+]  # windows of micro-batches counted over all epochs, and whether a step follows
 Gradients = list[list[Tensor]]  # rank, micro-batch: P
 Combine = Callable[[Gradients, int], list[Tensor]]
 Limit = Callable[[Gradients, Combine, int, float], list[Tensor]]
-Layout = tuple[dict[str, Tensor], list[tuple[int, int]]]  # the model's input; line and first column of each row
+Layout = tuple[
+    dict[str, Tensor], list[tuple[int, int]]
+]  # the model's input; line and first column of each row
 
 
-# ------------------------------------------------------------------------------------------------------ the right parts
+# -------------------------------------------------------------------------------------------- the right parts
 
 
 def aligned(num: int, size: int, epochs: int) -> Plan:
@@ -131,7 +137,8 @@ def trained(spec: Any, row: int) -> list[float]:
 
 
 def token_mean(window: Window, rank: int, k: int, row: int) -> float:
-    """Factor of a row's summed loss: 1 / N, N all trained tokens of the window. Nothing is trained where N is 0."""
+    """Factor of a row's summed loss: 1 / N, N all trained tokens of the window. Nothing is trained where N is
+    0."""
     return 1 / window.total if window.total else 0.0
 
 
@@ -181,7 +188,9 @@ class Trainer:
     """The parts of a step; a fault replaces one or two of them."""
 
     plan: Callable[[int, int, int], Plan] = aligned
-    order: Callable[[list[list[list[int]]]], list[list[list[int]]]] = list  # rank, micro-batch, rows of an epoch
+    order: Callable[[list[list[list[int]]]], list[list[list[int]]]] = (
+        list  # rank, micro-batch, rows of an epoch
+    )
     prepare: Callable[[Replica, int], None] = unprepared
     layout: Callable[[Any, Sequence[int]], Layout] = pad_right
     targets: Callable[[Any, int], list[float]] = trained
@@ -212,7 +221,7 @@ class Mutant:
     cases: tuple[str, ...] = CASES
 
 
-# ---------------------------------------------------------------------------------------------------------- the trainer
+# ------------------------------------------------------------------------------------------------ the trainer
 
 
 def observe(mutant: Mutant, folder: Path) -> dict[str, Observation]:
@@ -239,7 +248,8 @@ def _train(mutant: Mutant, folder: Path, case: dict[str, Any]) -> None:
         theta = kit.flat(parameters).to(torch.promote_types(spec.dtype, torch.float32))
         replica = Replica(spec=spec, model=model.to(spec.dtype), parameters=parameters, theta=theta)
         trainer.prepare(replica, mutant.seed)
-        # With bfloat16 the parameters are the float32 ones that the optimizer holds, not the model's rounded copies.
+        # With bfloat16 the parameters are the float32 ones that the optimizer holds, not the model's rounded
+        # copies.
         held = (lambda replica=replica: replica.theta.double()) if mutant.dtype == "bfloat16" else None
         recorders.append(kit.Recorder(spec, model, held))
         replicas.append(replica)
@@ -280,7 +290,9 @@ def _windows(trainer: Trainer, specs: list[Any]) -> list[Window]:
     ]
 
 
-def _gradient(trainer: Trainer, replicas: list[Replica], window: Window, index: int) -> tuple[float, list[Tensor]]:
+def _gradient(
+    trainer: Trainer, replicas: list[Replica], window: Window, index: int
+) -> tuple[float, list[Tensor]]:
     """Forward and backward over a window: its loss, and the gradient that each rank's optimizer is given."""
     loss, gradients = 0.0, []
     for rank, replica in enumerate(replicas):
@@ -302,7 +314,9 @@ def _backward(trainer: Trainer, replica: Replica, window: Window, rank: int, k: 
         where = torch.arange(max(1, trainer.shift), len(weights)) + start
         values = trainer.nll(logits[line, where - trainer.shift].to(replica.theta.dtype), ids[line, where])
         factor = trainer.share(window, rank, k, row)
-        losses.append((values * torch.tensor(weights[max(1, trainer.shift) :]).to(values.dtype) * factor).sum())
+        losses.append(
+            (values * torch.tensor(weights[max(1, trainer.shift) :]).to(values.dtype) * factor).sum()
+        )
     loss = torch.stack(losses).sum()
     parts = torch.autograd.grad(loss, replica.parameters)
     return float(loss.detach()), torch.cat([part.reshape(-1) for part in parts]).to(replica.theta.dtype)

@@ -1,8 +1,8 @@
 """Faults put into the reference trainer, with parameters drawn at random: what an audit must find and name.
 
-A fault carries the class under which frameworks went wrong that way (A: how micro-batches and ranks are added up, B:
-what is trained, C: what the model does in training, D: what the optimizer does), X where there is none. ``CLEAN`` are
-configurations without a fault. Needs torch: no other part of the audit imports this.
+A fault carries the class under which frameworks went wrong that way (A: how micro-batches and ranks are added
+up, B: what is trained, C: what the model does in training, D: what the optimizer does), X where there is
+none. ``CLEAN`` are configurations without a fault. Needs torch: no other part of the audit imports this.
 
 Shapes: K micro-batches of a rank, D ranks.
 """
@@ -40,11 +40,13 @@ class Draw:
 
 
 def draw(name: str, ranks: tuple[int, int]) -> Draw:
-    """3 … 6 micro-batches, and ranks as the fault needs them; never K = D, which would make their factors one. Keyed by
-    the mutant's name: a new one does not change the others."""
+    """3 … 6 micro-batches, and ranks as the fault needs them; never K = D, which would make their factors
+    one. Keyed by the mutant's name: a new one does not change the others."""
     random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
-    accumulation = int(random.integers(*{1: (3, 7), 2: (3, 5), 3: (4, 5)}[world_size]))  # more rows take longer
+    accumulation = int(
+        random.integers(*{1: (3, 7), 2: (3, 5), 3: (4, 5)}[world_size])
+    )  # more rows take longer
     return Draw(
         seed=int(random.integers(1000)),
         accumulation=accumulation,
@@ -258,7 +260,8 @@ def _mutants() -> tuple[Mutant, ...]:
 
 
 def _clean() -> tuple[Mutant, ...]:
-    """(model, dtype, K, D, seed); the last of each attention model packs its rows, each seeing itself alone."""
+    """(model, dtype, K, D, seed); the last of each attention model packs its rows, each seeing itself
+    alone."""
     table = [
         *(("plain", "float32", k, ranks, 10 * k + ranks) for k in (3, 4, 5, 6) for ranks in (1, 2)),
         *(("plain", "float32", k, 3, k) for k in (3, 4, 5)),

@@ -136,7 +136,8 @@ class Observation:
 
 
 def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observation:
-    """Read all ranks' files. Raises ObservationError where a rank is missing or ranks disagree on the steps."""
+    """Read all ranks' files. Raises ObservationError where a rank is missing or ranks disagree on the
+    steps."""
     asked = Asked(
         num_rows=len(case["rows"]),
         untrained_rows=tuple(i for i, row in enumerate(case["rows"]) if not any(row["trained"][1:])),
@@ -145,14 +146,22 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
     if (refused := folder / "not-run.txt").exists():
         why = refused.read_text(encoding="utf-8")
         return Observation(
-            versions={}, steps=(), ranks_differ=0.0, forwards_without_step=0, unmatched=0, asked=asked, not_run=why
+            versions={},
+            steps=(),
+            ranks_differ=0.0,
+            forwards_without_step=0,
+            unmatched=0,
+            asked=asked,
+            not_run=why,
         )
     paths = sorted(folder.glob("rank-*.json"), key=lambda p: int(p.stem.split("-")[1]))
     if not paths:
         raise ObservationError("the subject ended early and left no observation: does its code call exit?")
     ranks = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
     if any(r["schema"] != SCHEMA for r in ranks) or len(ranks) != ranks[0]["world_size"]:
-        raise ObservationError(f"{len(ranks)} of {ranks[0]['world_size']} ranks left an observation of schema {SCHEMA}")
+        raise ObservationError(
+            f"{len(ranks)} of {ranks[0]['world_size']} ranks left an observation of schema {SCHEMA}"
+        )
     num_steps = {len(r["steps"]) for r in ranks}
     if len(num_steps) > 1:
         raise ObservationError(f"ranks saw different numbers of optimizer steps: {sorted(num_steps)}")
@@ -174,9 +183,14 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
                 learning_rate=rate,
                 max_grad_norm=asked.max_grad_norm,
                 carried=asked.momentum * steps[-1].direction if steps and asked.momentum else 0.0,
-                microbatches=tuple(m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)),
+                microbatches=tuple(
+                    m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)
+                ),
                 control=np.sum([_read(folder, p["control"]) for p in parts], axis=0),
-                extras={k: np.sum([_read(folder, p["extras"][k]) for p in parts], axis=0) for k in parts[0]["extras"]},
+                extras={
+                    k: np.sum([_read(folder, p["extras"][k]) for p in parts], axis=0)
+                    for k in parts[0]["extras"]
+                },
                 logged_loss=_at(logged["loss"], index),
                 reported_norm=_at(logged["grad_norm"], index),
             )

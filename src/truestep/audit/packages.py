@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-# (package, first release that no longer needs it, what goes with the releases before that); a pin of the user wins.
+# (package, first release that no longer needs it, what goes with the releases before that); a pin of the user
+# wins.
 COMPANIONS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("verl", (0, 7), ("transformers==4.56.1",)),
     ("openrlhf", (0, 11), ("deepspeed==0.18.9", "transformers==5.5.4")),
     ("openrlhf", (999,), ("deepspeed==0.19.6", "transformers==5.15.0")),
-    ("torchtune", (999,), ("torchao==0.9.0",)),  # which it needs without saying so; later ones lack what it imports
+    (
+        "torchtune",
+        (999,),
+        ("torchao==0.9.0",),
+    ),  # which it needs without saying so; later ones lack what it imports
     ("trl", (0, 12), ("transformers==4.45.2", "peft==0.13.2")),
     ("trl", (0, 20), ("datasets<4",)),
     ("transformers", (4, 48), ("accelerate==1.0.1", "huggingface-hub<1")),

@@ -1,6 +1,7 @@
 """The findings as one HTML page that holds everything, asks for nothing and runs nothing.
 
-Every text of a finding is untrusted: ``formats.line`` shows its invisible characters, the environment escapes it.
+Every text of a finding is untrusted: ``formats.line`` shows its invisible characters, the environment escapes
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from truestep.audit.table import CLOSE
 # The second folder is there for its style sheet: one look for all pages.
 TEMPLATES = (Path(__file__).parent / "templates", Path(__file__).parents[1] / "report" / "templates")
 UNIT, HIGHEST, LOWEST = 44, 2.0, -0.5  # pixels of weight 1; what is beyond is cut off, and marked
-STEP, WIDTH, GAP, HEAD = 46, 26, 26, 32  # pixels: a bar with its space, the bar, between ranks, above the bars
+STEP, WIDTH, GAP, HEAD = (
+    46,
+    26,
+    26,
+    32,
+)  # pixels: a bar with its space, the bar, between ranks, above the bars
 KINDS = {
     Verdict.RIGHT: "right",
     Verdict.FAULT: "fault",
@@ -111,7 +117,9 @@ def _entry(row: Row) -> dict[str, Any]:
         "found": formats.found_in_words(row),
         "drawing": draw(row),
         "facts": {name: small(value) for name, value in facts.items() if value is not None},
-        "loss": "" if formats.is_right(row) or row.get("relative_error") is None else formats.loss_in_words(row),
+        "loss": ""
+        if formats.is_right(row) or row.get("relative_error") is None
+        else formats.loss_in_words(row),
         "cases": {line(name, 80): line(text, 600) or "right" for name, text in cases.items()},
         "remedy": line(row.get("remedy") or "", 600),
         "reproducer": line(row.get("reproducer") or "", 600),

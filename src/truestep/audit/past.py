@@ -1,9 +1,11 @@
-"""Was a past run hit? Answered from the files that it left, for every fault that was measured; nothing is executed.
+"""Was a past run hit? Answered from the files that it left, for every fault that was measured; nothing is
+executed.
 
-Read are: pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed configurations
-(also inside TrainingArguments, accelerate and LLaMA-Factory files), command lines in scripts, trainer_state.json and
-the config.json beside it. An answer is a conjunction of conditions in three values: one that is surely not met means
-"not affected", all met means "affected", anything else is "unknown". Files that contradict each other make unknown.
+Read are: pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed
+configurations (also inside TrainingArguments, accelerate and LLaMA-Factory files), command lines in scripts,
+trainer_state.json and the config.json beside it. An answer is a conjunction of conditions in three values:
+one that is surely not met means "not affected", all met means "affected", anything else is "unknown". Files
+that contradict each other make unknown.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Answer:
 
 
 def look_back(folder: Path) -> list[Answer]:
-    """One answer a measured fault, in the order of ``MEASURED``. Raises SettingsError where there is no such folder."""
+    """One answer a measured fault, in the order of ``MEASURED``. Raises SettingsError where there is no such
+    folder."""
     evidence = gather(folder)
     return [answer(measured, evidence) for measured in MEASURED]
 
@@ -76,7 +79,10 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
         verdict, told = "affected", [c.reason for c in checks]
     else:
         unmet = [c.reason for c in checks if c.met is None]
-        verdict, told = "unknown", [*unmet, *evidence.problems[:MOST_PROBLEMS], *(c.reason for c in checks if c.met)]
+        verdict, told = (
+            "unknown",
+            [*unmet, *evidence.problems[:MOST_PROBLEMS], *(c.reason for c in checks if c.met)],
+        )
         if len(evidence.problems) > MOST_PROBLEMS:
             told.append(f"and {len(evidence.problems) - MOST_PROBLEMS} more files could not be read")
     # File names and versions come from whoever made the files.
@@ -84,7 +90,7 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
     return Answer(finding=measured.finding, answer=verdict, reasons=reasons, source=measured.source)
 
 
-# ---------------------------------------------------------------------------------------------------------- releases
+# --------------------------------------------------------------------------------------------------- releases
 
 
 def release(version: str) -> tuple[int, ...] | None:
@@ -104,7 +110,9 @@ def judge_release(measured: Measured, version: str) -> Check:
     own = release(version)
     if own is None:
         return Check(met=None, reason=f"{name} is no release, and was not measured")
-    points = sorted((release(v) or (), v, faulty) for faulty in (True, False) for v in _releases(measured, faulty))
+    points = sorted(
+        (release(v) or (), v, faulty) for faulty in (True, False) for v in _releases(measured, faulty)
+    )
     for numbers, _, faulty in points:
         if numbers == own:
             return Check(met=faulty, reason=f"{name} was measured: {_word(faulty)}")
@@ -112,15 +120,21 @@ def judge_release(measured: Measured, version: str) -> Check:
     if not below:
         _, oldest, faulty = above[0]
         if faulty and measured.older_too:
-            return Check(met=True, reason=f"{name} by inference: older than {oldest}, which was measured faulty")
+            return Check(
+                met=True, reason=f"{name} by inference: older than {oldest}, which was measured faulty"
+            )
         return Check(met=None, reason=f"{name} is older than {oldest}, the oldest that was measured")
     _, low, low_faulty = below[-1]
     if not above:
-        return Check(met=None, reason=f"{name} is newer than {low} ({_word(low_faulty)}), the newest that was measured")
+        return Check(
+            met=None, reason=f"{name} is newer than {low} ({_word(low_faulty)}), the newest that was measured"
+        )
     _, high, high_faulty = above[0]
     if low_faulty == high_faulty:
         word = _word(low_faulty)
-        return Check(met=low_faulty, reason=f"{name} by inference: between {low} and {high}, both measured {word}")
+        return Check(
+            met=low_faulty, reason=f"{name} by inference: between {low} and {high}, both measured {word}"
+        )
     between = f"{low} ({_word(low_faulty)}) and {high} ({_word(high_faulty)})"
     return Check(met=None, reason=f"{name} was not measured: it lies between {between}")
 
@@ -154,7 +168,7 @@ def _together(answers: Sequence[bool | None], told: str) -> Check:
     return Check(met=None, reason=f"the files contradict each other: {told}")
 
 
-# -------------------------------------------------------------------------------------------------------- conditions
+# ------------------------------------------------------------------------------------------------- conditions
 
 
 def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Callable[[Evidence], Check]:
@@ -167,7 +181,9 @@ def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Ca
         answers = [test(value) for value in found]
         told = ", ".join(f"{value} ({file})" for value, file in found.items())
         checked = _together(answers, f"{NAMES[key]} {told}")
-        return checked if checked.met or not note else Check(met=checked.met, reason=f"{checked.reason}; {note}")
+        return (
+            checked if checked.met or not note else Check(met=checked.met, reason=f"{checked.reason}; {note}")
+        )
 
     return check
 
@@ -178,18 +194,25 @@ def _three_micro_batches(evidence: Evidence) -> Check:
     checked = _setting("accumulation", lambda k: k >= 3)(found)
     if checked.met is False:
         two = 2 in found.settings["accumulation"]
-        note = "with 2 the first and the last are all there is, and nothing is dropped" if two else "nothing is dropped"
+        note = (
+            "with 2 the first and the last are all there is, and nothing is dropped"
+            if two
+            else "nothing is dropped"
+        )
         return Check(met=False, reason=f"{checked.reason}: {note}")
     return checked if found.settings.get("accumulation") else Check(met=None, reason=_arithmetic(evidence))
 
 
 def _boundary_by_hand(evidence: Evidence) -> Check:
     """It is the training loop that calls it, and no file of a run shows a loop."""
-    return Check(met=None, reason="no file shows whether the loop calls set_gradient_accumulation_boundary itself")
+    return Check(
+        met=None, reason="no file shows whether the loop calls set_gradient_accumulation_boundary itself"
+    )
 
 
 def _several_micro_batches(evidence: Evidence) -> Check:
-    """A mean of means needs two of them; without accumulation only one process makes the mean surely right."""
+    """A mean of means needs two of them; without accumulation only one process makes the mean surely
+    right."""
     found = _accumulation(evidence)
     if not found.settings.get("accumulation"):
         return Check(met=None, reason=_arithmetic(evidence))
@@ -233,17 +256,23 @@ def _trained_by(trainer: str) -> Callable[[Evidence], Check]:
 
 def _own_tokens(evidence: Evidence) -> Check:
     """The default of 5.23.0 averages; of other releases it is not known here."""
-    if not evidence.settings.get("average_tokens") and set(evidence.versions.get("transformers", {})) == {"5.23.0"}:
-        return Check(met=False, reason="average_tokens_across_devices is set nowhere; 5.23.0 averages by default")
+    if not evidence.settings.get("average_tokens") and set(evidence.versions.get("transformers", {})) == {
+        "5.23.0"
+    }:
+        return Check(
+            met=False, reason="average_tokens_across_devices is set nowhere; 5.23.0 averages by default"
+        )
     return _setting("average_tokens", lambda on: not on)(evidence)
 
 
-# ------------------------------------------------------------------------------------------------- what was measured
+# ------------------------------------------------------------------------------------------ what was measured
 
 _RAN = "recovered weights of the real step on a CPU: "
 _OFFLOADED = (
     _setting("zero_stage", lambda stage: stage == 2, "only stage 2 was measured faulty"),
-    _setting("offload", lambda device: {"cpu": True, "none": False}.get(device), "measured with cpu and none"),
+    _setting(
+        "offload", lambda device: {"cpu": True, "none": False}.get(device), "measured with cpu and none"
+    ),
 )
 MEASURED: tuple[Measured, ...] = (
     Measured(
@@ -252,7 +281,8 @@ MEASURED: tuple[Measured, ...] = (
         faulty=("0.15.2", "0.18.9"),
         right=("0.15.1", "0.19.0", "0.19.8"),
         conditions=(*_OFFLOADED, _three_micro_batches),
-        source=_RAN + "0.15.2 and 0.18.9 [1, 0, 0, 1]; 0.15.1, 0.19.0, 0.19.8, stages 1 and 3, no offload: ones",
+        source=_RAN
+        + "0.15.2 and 0.18.9 [1, 0, 0, 1]; 0.15.1, 0.19.0, 0.19.8, stages 1 and 3, no offload: ones",
     ),
     Measured(
         finding="transformers Trainer takes the mean of micro-batch means",
@@ -260,7 +290,8 @@ MEASURED: tuple[Measured, ...] = (
         faulty=("4.45.2",),
         right=("5.23.0",),
         conditions=(_trained_by(TRAINER), _several_micro_batches),
-        source=_RAN + "4.45.2 Llama, tokens 2, 17, 27, 2: [6, .706, .444, 6]; 5.23.0 Llama, GPT-2, Gemma-3: ones",
+        source=_RAN
+        + "4.45.2 Llama, tokens 2, 17, 27, 2: [6, .706, .444, 6]; 5.23.0 Llama, GPT-2, Gemma-3: ones",
     ),
     Measured(
         finding="transformers Trainer sums micro-batch means of a model class that takes no loss arguments",
@@ -269,10 +300,13 @@ MEASURED: tuple[Measured, ...] = (
         right=("5.23.0",),
         conditions=(
             _trained_by(TRAINER),
-            _setting("architecture", lambda name: name == "GPT2LMHeadModel" or None, "only GPT-2 was measured"),
+            _setting(
+                "architecture", lambda name: name == "GPT2LMHeadModel" or None, "only GPT-2 was measured"
+            ),
             _several_micro_batches,
         ),
-        source=_RAN + "4.46.3 GPT-2, tokens 2, 17, 27, 2: [24, 2.8, 1.8, 24], logged loss right; 5.23.0: ones",
+        source=_RAN
+        + "4.46.3 GPT-2, tokens 2, 17, 27, 2: [24, 2.8, 1.8, 24], logged loss right; 5.23.0: ones",
     ),
     Measured(
         finding="transformers Trainer with average_tokens_across_devices off divides by each process's own tokens",
@@ -306,6 +340,7 @@ MEASURED: tuple[Measured, ...] = (
         faulty=("0.6.0",),
         right=("0.9.1",),
         conditions=(_several_micro_batches,),
-        source=_RAN + "its function in a loop of ours, 0.6.0, tokens 2, 27, 3, 17: [6.1, .45, 4.1, .72]; 0.9.1: ones",
+        source=_RAN
+        + "its function in a loop of ours, 0.6.0, tokens 2, 27, 3, 17: [6.1, .45, 4.1, .72]; 0.9.1: ones",
     ),
 )

@@ -1,5 +1,5 @@
-"""What the files of a past run say about versions and settings. Text, JSON, TOML and plain YAML are read; pickles are
-not opened, links are not followed, and what is too large or broken is named instead of read.
+"""What the files of a past run say about versions and settings. Text, JSON, TOML and plain YAML are read;
+pickles are not opened, links are not followed, and what is too large or broken is named instead of read.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ class Broken(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Values with the file that gave each first. Settings: see ``past.NAMES``; also batch_size, micro_batch_size and
-    trainer."""
+    """Values with the file that gave each first. Settings: see ``past.NAMES``; also batch_size,
+    micro_batch_size and trainer."""
 
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file
     ranges: dict[str, str] = field(default_factory=dict)  # package → what asks for it without a version
-    complete: dict[str, int] = field(default_factory=dict)  # files that pin a whole environment → packages in them
+    complete: dict[str, int] = field(
+        default_factory=dict
+    )  # files that pin a whole environment → packages in them
     settings: dict[str, dict[Any, str]] = field(default_factory=dict)  # name → value → file
     problems: list[str] = field(default_factory=list)
     deepspeed: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # file → a configuration of its own
@@ -177,11 +179,17 @@ def parse_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise Broken(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:  # of odd scalars, or depth
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # of odd scalars, or depth
         raise Broken(f"not valid YAML: {type(error).__name__}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------- versions
+# --------------------------------------------------------------------------------------------------- versions
 
 
 def _package(name: str) -> str:
@@ -233,7 +241,7 @@ def _model(path: Path, name: str, evidence: Evidence) -> None:
         evidence.add("architecture", str(classes[0]) if isinstance(classes, list) and classes else None, name)
 
 
-# ---------------------------------------------------------------------------------------------------------- settings
+# --------------------------------------------------------------------------------------------------- settings
 
 
 def whole(value: Any) -> int | None:
@@ -307,7 +315,9 @@ def _deepspeed(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
     zero = found.get("zero_optimization", {})
     if isinstance(zero, Mapping):
         evidence.add("zero_stage", whole(zero.get("stage", 0)), name)
-        offload = zero.get("offload_optimizer") or {"device": "cpu" if zero.get("cpu_offload") is True else "none"}
+        offload = zero.get("offload_optimizer") or {
+            "device": "cpu" if zero.get("cpu_offload") is True else "none"
+        }
         if isinstance(offload, Mapping):
             evidence.add("offload", _word(offload.get("device") or "none") or None, name)
     evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
@@ -326,10 +336,12 @@ def _choose_deepspeed(evidence: Evidence) -> None:
         for name in fitting:
             _deepspeed(evidence.deepspeed[name], name, evidence)
         if wanted and not fitting:
-            evidence.problems.append(f"{by}: names {wanted[:200]}, which is not in the folder or cannot be read")
+            evidence.problems.append(
+                f"{by}: names {wanted[:200]}, which is not in the folder or cannot be read"
+            )
 
 
-# ---------------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def _commands(text: str, name: str, evidence: Evidence) -> None:
@@ -348,7 +360,9 @@ def _commands(text: str, name: str, evidence: Evidence) -> None:
         if trainer and "openrlhf" in line.lower():
             evidence.add("trainer", f"OpenRLHF {trainer[1]}", name)
             evidence.add("zero_stage", whole(_first(flags, "zero_stage", "ds.zero_stage")), name)
-            evidence.add("offload", "cpu" if _first(flags, "adam_offload", "ds.adam_offload") else "none", name)
+            evidence.add(
+                "offload", "cpu" if _first(flags, "adam_offload", "ds.adam_offload") else "none", name
+            )
             evidence.add("batch_size", whole(_first(flags, "train_batch_size", "train.batch_size")), name)
             micro = _first(flags, "micro_train_batch_size", "train.micro_batch_size")
             evidence.add("micro_batch_size", whole(micro), name)
@@ -370,7 +384,9 @@ def _flags(line: str) -> dict[str, str]:
 
 def flags_of(text: str) -> dict[str, str]:
     """The flags of all lines of a script."""
-    lines = re.sub(r"\\[ \t]*\n", " ", "\n".join(x for x in text.splitlines() if not x.lstrip().startswith("#")))
+    lines = re.sub(
+        r"\\[ \t]*\n", " ", "\n".join(x for x in text.splitlines() if not x.lstrip().startswith("#"))
+    )
     return {key: value for line in lines.splitlines() for key, value in _flags(line).items()}
 
 

@@ -38,7 +38,8 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
     weights, errors = recovered.weights, np.maximum(5 * recovered.errors, TOLERANCE[dtype])
     seen = np.abs(weights) > np.maximum(errors, 0.02 * np.abs(weights).max())
     every = np.ones_like(seen)
-    # Nothing is wrong or dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no sign of it.
+    # Nothing is wrong or dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no
+    # sign of it.
     if (np.abs(weights - 1.0) <= errors).all():
         return Pattern(kept=_by_rank(every, recovered), normaliser="global", scale=1.0, codes=(), text="")
     if not seen.any():
@@ -99,7 +100,8 @@ def describe_scale(scale: float, recovered: Recovered, kept: np.ndarray, normali
         ("accumulation_factor", "divided by the accumulation steps twice", 1 / asked),
         ("rank_factor", "summed over ranks instead of averaged", float(ranks)),
         ("rank_factor", "divided by the number of ranks twice", 1 / ranks),
-        # On one process these are the factors of the accumulation alone, on one micro-batch those of the ranks.
+        # On one process these are the factors of the accumulation alone, on one micro-batch those of the
+        # ranks.
         (
             "rank_factor",
             "multiplied by ranks and accumulation steps",
@@ -110,11 +112,17 @@ def describe_scale(scale: float, recovered: Recovered, kept: np.ndarray, normali
             "divided by ranks and accumulation steps twice",
             1 / (ranks * asked) if ranks > 1 < asked else 1.0,
         ),
-        ("kept", "divided by the tokens that were kept", total / sum(n for n, k in zip(flat, kept, strict=True) if k)),
+        (
+            "kept",
+            "divided by the tokens that were kept",
+            total / sum(n for n, k in zip(flat, kept, strict=True) if k),
+        ),
         ("empty_counted", "micro-batches without trained tokens count as one token", total / (total + empty)),
     ]
     if normaliser == "micro_mean":
-        known.append(("empty_counted", "micro-batches without trained tokens count as a mean of zero", used / asked))
+        known.append(
+            ("empty_counted", "micro-batches without trained tokens count as a mean of zero", used / asked)
+        )
     fitting = [(c, t) for c, t, value in known if value != 1.0 and abs(scale - value) <= 0.002 * abs(value)]
     if not fitting:
         return "scale", f"everything is multiplied by {scale:.4g}"

@@ -14,13 +14,17 @@ NOT_SAVED = (("resumed", "its checkpoints are made by its command, which needs a
 EPOCHS_SAVED = (("resumed", "its checkpoints hold whole epochs and weight files of its own"),)
 OWN_LOOP = "only the loss is the framework's: clip, schedule and checkpoint are not"
 FUNCTION = tuple((name, OWN_LOOP) for name in RELATED)
-ADDRESSED = (("scheduled", "its step is told its learning rate"), ("resumed", "held by its own tests of the run"))
+ADDRESSED = (
+    ("scheduled", "its step is told its learning rate"),
+    ("resumed", "held by its own tests of the run"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One way to use a framework. ``documented``: the option, away from its default, that changes the step on purpose;
-    ``only``: the cases that make sense here; ``without``: relations that cannot be seen here, and why."""
+    """One way to use a framework. ``documented``: the option, away from its default, that changes the step on
+    purpose; ``only``: the cases that make sense here; ``without``: relations that cannot be seen here, and
+    why."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     world_size: int = 1
@@ -57,7 +61,10 @@ def _zero(stage: int, *, offload: bool, **options: Any) -> dict[str, Any]:
 ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 LLAMA = {"arch": "llama"}
 TORCH = Subject(
-    name="torch loop", script="torch_loop", needs=("torch",), configurations=[Configuration(only=CASES + RELATED)]
+    name="torch loop",
+    script="torch_loop",
+    needs=("torch",),
+    configurations=[Configuration(only=CASES + RELATED)],
 )
 TABLE: tuple[Subject, ...] = (
     TORCH,
@@ -80,7 +87,9 @@ TABLE: tuple[Subject, ...] = (
         configurations=[
             Configuration(options=LLAMA, only=ENGINE + CLIP, without=ADDRESSED),
             Configuration(options=LLAMA, world_size=2, only=ENGINE + CLIP, without=ADDRESSED),
-            Configuration(options={**LLAMA, "parallel": "fsdp2"}, world_size=2, only=ENGINE + CLIP, without=ADDRESSED),
+            Configuration(
+                options={**LLAMA, "parallel": "fsdp2"}, world_size=2, only=ENGINE + CLIP, without=ADDRESSED
+            ),
         ],
     ),
     Subject(
@@ -175,7 +184,9 @@ TABLE: tuple[Subject, ...] = (
         name="TRL SFTTrainer + DeepSpeed",
         script="trl_sft",
         needs=("trl", "deepspeed", "transformers", "accelerate", "datasets", "torch"),
-        configurations=[Configuration(options=_zero(2, offload=True, assistant_only=True, **LLAMA), only=("chat",))],
+        configurations=[
+            Configuration(options=_zero(2, offload=True, assistant_only=True, **LLAMA), only=("chat",))
+        ],
     ),
 )
 
@@ -186,13 +197,15 @@ def applicable(installed: Mapping[str, str]) -> list[Subject]:
 
 
 def meant_by(names: Sequence[str]) -> list[Subject]:
-    """The subjects that a requirement is about: all of the named packages are theirs, one of them is what is audited,
-    and no framework comes in that was not named."""
+    """The subjects that a requirement is about: all of the named packages are theirs, one of them is what is
+    audited, and no framework comes in that was not named."""
     frameworks = {s.needs[0] for s in TABLE} - {"torch", "accelerate", "transformers"}
     return [
         s
         for s in TABLE
-        if set(names) <= {*s.needs, *s.brings} and s.needs[0] in names and not (set(s.needs) & frameworks) - set(names)
+        if set(names) <= {*s.needs, *s.brings}
+        and s.needs[0] in names
+        and not (set(s.needs) & frameworks) - set(names)
     ]
 
 

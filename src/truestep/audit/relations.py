@@ -1,7 +1,9 @@
-"""What was asked of a step besides its gradient, and what became of it: the clip, the learning rate, a resume.
+"""What was asked of a step besides its gradient, and what became of it: the clip, the learning rate, a
+resume.
 
-A right step is known exactly (observe.Step: clip scale, asked rate, carried momentum), so that one that is the same
-however its batch is split or sharded needs no second run to be compared with. Here deviations get their names.
+A right step is known exactly (observe.Step: clip scale, asked rate, carried momentum), so that one that is
+the same however its batch is split or sharded needs no second run to be compared with. Here deviations get
+their names.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ def used_length(step: Step) -> float:
 
 def reaches_clip(step: Step) -> bool:
     """Whether the used gradient is exactly as long as it was asked to be at most."""
-    return bool(step.max_grad_norm) and abs(used_length(step) - step.max_grad_norm) <= CLOSE * step.max_grad_norm
+    return (
+        bool(step.max_grad_norm) and abs(used_length(step) - step.max_grad_norm) <= CLOSE * step.max_grad_norm
+    )
 
 
 def clip(run: Observation, scaled: Sequence[int]) -> Named:
-    """Steps that only a constant separates from right ones: clipped unasked, otherwise than asked, or not at all."""
+    """Steps that only a constant separates from right ones: clipped unasked, otherwise than asked, or not at
+    all."""
     lengths = [used_length(run.steps[i]) for i in scaled]
     wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
     asked = run.asked.max_grad_norm
@@ -48,10 +53,11 @@ def clip(run: Observation, scaled: Sequence[int]) -> Named:
 
 
 def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
-    """A clip of micro-batches, of what had been added up after each of them, or of ranks: whose prediction the step is.
+    """A clip of micro-batches, of what had been added up after each of them, or of ranks: whose prediction
+    the step is.
 
-    A part may have been as long as it is in the mean over the step, or longer by the steps or the ranks that it is
-    divided by afterwards; the constant that is left of this is free.
+    A part may have been as long as it is in the mean over the step, or longer by the steps or the ranks that
+    it is divided by afterwards; the constant that is left of this is free.
     """
     used = step.direction - step.carried
     ranks = sorted({m.rank for m in step.microbatches})
@@ -108,7 +114,9 @@ def schedule(run: Observation, scales: Scales) -> Named:
         return {}
     if np.allclose(rates, early, atol=CLOSE):
         text = "the schedule is one step ahead"
-    elif np.allclose(rates, [rates[0] * max(0.0, 1 - speed * i / asked.steps) for i in range(len(rates))], atol=CLOSE):
+    elif np.allclose(
+        rates, [rates[0] * max(0.0, 1 - speed * i / asked.steps) for i in range(len(rates))], atol=CLOSE
+    ):
         text = _speed(run, speed)
     else:
         text = f"the learning rates are {', '.join(f'{r:.3g}' for r in rates)} of the first, asked for were "
@@ -136,7 +144,8 @@ def _speed(run: Observation, speed: float) -> str:
 
 
 def resume(run: Observation, limit: float) -> Cause | None:
-    """What did not survive the checkpoint; of the first step after it, from its gradients and the step before."""
+    """What did not survive the checkpoint; of the first step after it, from its gradients and the step
+    before."""
     at = run.asked.resume_after
     if not at or len(run.steps) <= at:
         return None
@@ -154,6 +163,10 @@ def resume(run: Observation, limit: float) -> Cause | None:
         texts.append(("momentum_lost", "the optimizer's momentum is lost"))
     if abs(rate - 1) > CLOSE and (texts or abs(kept - rate * run.asked.momentum) <= CLOSE):
         anew = abs(rate * run.asked.rate(at) - run.asked.rate(0)) <= CLOSE
-        words = "the schedule starts anew" if anew else f"the learning rate is {rate:.3g} times what was asked for"
+        words = (
+            "the schedule starts anew"
+            if anew
+            else f"the learning rate is {rate:.3g} times what was asked for"
+        )
         texts.append(("schedule", words))
     return (texts[0][0], f"after the resume {' and '.join(text for _, text in texts)}") if texts else None

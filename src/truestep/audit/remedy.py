@@ -1,4 +1,5 @@
-"""What would have been right instead: another option, or the newest release, audited again until one is RIGHT.
+"""What would have been right instead: another option, or the newest release, audited again until one is
+RIGHT.
 
 Nothing is advised that has not been run.
 """
@@ -32,7 +33,9 @@ def find(subject: Subject, configuration: Configuration, python: Path, target: s
     ``target`` is the requirement that was audited, "" for a user's own environment: only options are tried.
     """
     for changes, words in OPTIONS:
-        changed = {k: v for k, v in changes.items() if k in configuration.options and configuration.options[k] != v}
+        changed = {
+            k: v for k, v in changes.items() if k in configuration.options and configuration.options[k] != v
+        }
         if changed:
             other = replace(configuration, options={**configuration.options, **changed}, documented="")
             if audit_one(subject, other, python, timeout=timeout).verdict is Verdict.RIGHT:
@@ -47,7 +50,8 @@ def find(subject: Subject, configuration: Configuration, python: Path, target: s
 
 
 def _newer(name: str, pins: Mapping[str, str]) -> tuple[str, Path] | None:
-    """``name==newest`` and a python that has it beside the other pins; None where that is not newer or cannot be."""
+    """``name==newest`` and a python that has it beside the other pins; None where that is not newer or cannot
+    be."""
     try:
         newest = newest_release(Path(sys.executable), name)
         if newest == pins[name]:

@@ -53,15 +53,11 @@ def make_model():
 def logits_of(output):
     return output"""
 MODELS = {"plain": PLAIN, "llama": LLAMA, "gpt2": GPT2}
-ONE_STEP = (
-    """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it. Right is 1 each."""
-)
+ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it. Right is 1 each."""
 TWO_EPOCHS = """Two epochs of six micro-batches, four to a step; prints the weights in the second epoch's first step.
 Right is 1 for its own four and 0 for the two that the first epoch left over."""
 OF_TORCHTUNE = {"says": TWO_EPOCHS, "rows": "6", "model": TORCHTUNE}
-WITHOUT_COMPILER = (
-    'import deepspeed.ops\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then'
-)
+WITHOUT_COMPILER = 'import deepspeed.ops\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then'
 
 
 def script(finding: Finding, which: str) -> str:
@@ -148,5 +144,7 @@ def run(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool | None, 
             process.kill()
     shown = [line for line in said[0].splitlines() if line.startswith("weights [")]
     if not shown:
-        return None, next((line for line in reversed(said[0].splitlines()) if line.strip()), "it said nothing")[:200]
+        return None, next(
+            (line for line in reversed(said[0].splitlines()) if line.strip()), "it said nothing"
+        )[:200]
     return processes[0].returncode == 1, shown[-1]

@@ -13,17 +13,13 @@ from truestep.audit.launch import run as run_job
 from truestep.audit.observe import ObservationError
 from truestep.audit.registry import Configuration, Subject
 
-# A large SGD step reads its gradient back more exactly; AdamW's step is its learning rate, whatever the gradient.
+# A large SGD step reads its gradient back more exactly; AdamW's step is its learning rate, whatever the
+# gradient.
 LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-2}
 
 
 def audit_one(
-    subject: Subject,
-    configuration: Configuration,
-    python: Path,
-    *,
-    seed: int = 0,
-    timeout: float = 120.0,
+    subject: Subject, configuration: Configuration, python: Path, *, seed: int = 0, timeout: float = 120.0
 ) -> Finding:
     """One subject in one configuration, all of its cases."""
     began = time.monotonic()
@@ -45,10 +41,18 @@ def audit_one(
     try:
         runs = run_job(job)
         finding = judge(
-            subject.name, shown, runs, documented=configuration.documented, without=dict(configuration.without)
+            subject.name,
+            shown,
+            runs,
+            documented=configuration.documented,
+            without=dict(configuration.without),
         )
     except SubjectFailed as error:
-        finding = Finding(subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reason=str(error))
+        finding = Finding(
+            subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reason=str(error)
+        )
     except ObservationError as error:
-        finding = Finding(subject=subject.name, configuration=shown, verdict=Verdict.NOT_OBSERVABLE, reason=str(error))
+        finding = Finding(
+            subject=subject.name, configuration=shown, verdict=Verdict.NOT_OBSERVABLE, reason=str(error)
+        )
     return replace(finding, seconds={**finding.seconds, "total": time.monotonic() - began})

@@ -1,4 +1,5 @@
-"""Findings, and answers about past runs, for a terminal of 80 columns or more. Nothing in a cell is markup."""
+"""Findings, and answers about past runs, for a terminal of 80 columns or more. Nothing in a cell is
+markup."""
 
 from __future__ import annotations
 
@@ -75,14 +76,18 @@ def _row(row: Row, width: int) -> RenderableType:
     below += bars(row, width - 2)
     if verdict in (Verdict.FAULT, Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE):
         below += [Text(text, "dim") for text in _details(row)]
-    return Group(_columns([subject, words, Text(verdict, COLOURS[verdict])]), Padding(Group(*below), (0, 0, 0, 2)))
+    return Group(
+        _columns([subject, words, Text(verdict, COLOURS[verdict])]), Padding(Group(*below), (0, 0, 0, 2))
+    )
 
 
 def _details(row: Row) -> list[str]:
     texts = []
     if row.get("relative_error") is not None:
         sizes = {"relative error": "relative_error", "residual": "residual", "noise of a right step": "noise"}
-        texts = [" · ".join(f"{name} {small(row[key])}" for name, key in sizes.items() if row.get(key) is not None)]
+        texts = [
+            " · ".join(f"{name} {small(row[key])}" for name, key in sizes.items() if row.get(key) is not None)
+        ]
         texts.append(formats.loss_in_words(row))
     cases: dict[str, str] = row.get("cases") or {}
     good = [line(name, 60) for name, text in cases.items() if not text]
@@ -97,7 +102,7 @@ def _details(row: Row) -> list[str]:
     return texts
 
 
-# -------------------------------------------------------------------------------------------------------------- bars
+# ------------------------------------------------------------------------------------------------------- bars
 
 
 def bar(weight: Any) -> str:
@@ -114,7 +119,8 @@ def bar(weight: Any) -> str:
 
 
 def bars(row: Row, width: int) -> list[Text]:
-    """Bars, numbers and, where it is not right, the tokens of each micro-batch, grouped by rank, within ``width``."""
+    """Bars, numbers and, where it is not right, the tokens of each micro-batch, grouped by rank, within
+    ``width``."""
     weights, tokens = formats.by_rank(row, "weights"), formats.by_rank(row, "tokens")
     if not any(weights):
         return []
@@ -126,7 +132,11 @@ def bars(row: Row, width: int) -> list[Text]:
         if len(weights) > 1:
             heads = [f"rank {rank}".ljust(CELL * (stop - start)) for rank, start, stop in group]
             lines.append(Text(" " * LABEL + "".join(heads).rstrip(), "dim"))
-        drawn, numbers, counts = Text(" " * LABEL), Text("weight".ljust(LABEL)), Text("tokens".ljust(LABEL), "dim")
+        drawn, numbers, counts = (
+            Text(" " * LABEL),
+            Text("weight".ljust(LABEL)),
+            Text("tokens".ljust(LABEL), "dim"),
+        )
         for rank, index in cells:
             weight = weights[rank][index]
             good = verdict is Verdict.RIGHT or (isinstance(weight, int | float) and abs(weight - 1) <= CLOSE)
@@ -143,7 +153,8 @@ def bars(row: Row, width: int) -> list[Text]:
 
 
 def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[int, int, int]]]:
-    """Stretches (rank, start, stop) that share a line: a rank is broken only where it alone is longer than a line."""
+    """Stretches (rank, start, stop) that share a line: a rank is broken only where it alone is longer than a
+    line."""
     lines: list[list[tuple[int, int, int]]] = []
     free = 0
     for rank, values in enumerate(weights):
@@ -157,7 +168,7 @@ def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[
     return lines
 
 
-# --------------------------------------------------------------------------------------------------------- past runs
+# -------------------------------------------------------------------------------------------------- past runs
 
 ANSWER_COLOURS = {"affected": "bold red", "not affected": "green", "unknown": "yellow"}
 
@@ -169,5 +180,7 @@ def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
     table.add_column("Measured finding, and why")
     for answer in answers:
         reasons = [Text("· " + line(reason, 500), "dim", overflow="fold") for reason in answer.reasons]
-        table.add_row(Text(answer.answer, ANSWER_COLOURS[answer.answer]), Group(Text(answer.finding, "bold"), *reasons))
+        table.add_row(
+            Text(answer.answer, ANSWER_COLOURS[answer.answer]), Group(Text(answer.finding, "bold"), *reasons)
+        )
     return table

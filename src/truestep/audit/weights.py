@@ -1,8 +1,9 @@
 """From an observed step to the weight that each micro-batch's tokens really had, with a standard error.
 
-Under plain SGD the used gradient is (before − after) / lr. It is written as Σ w_i · g_i / N, with g_i the exact
-gradient sum of micro-batch i and N all trained tokens: ones are right. The noise is measured, not assumed: the same
-rows once in the subject's own precision, plus what reading a small change back from stored parameters costs.
+Under plain SGD the used gradient is (before − after) / lr. It is written as Σ w_i · g_i / N, with g_i the
+exact gradient sum of micro-batch i and N all trained tokens: ones are right. The noise is measured, not
+assumed: the same rows once in the subject's own precision, plus what reading a small change back from stored
+parameters costs.
 
 Shapes: P parameters, M micro-batches (those with trained tokens).
 """
@@ -37,13 +38,14 @@ class Recovered:
 
 
 def observed_gradient(step: Step) -> np.ndarray:
-    """(before − after) / lr without what momentum and clipping were asked to do. Units: of the loss per parameter."""
+    """(before − after) / lr without what momentum and clipping were asked to do. Units: of the loss per
+    parameter."""
     return np.asarray((step.direction - step.carried) / step.clip_scale)
 
 
 def noise_of(step: Step, dtype: str) -> float:
-    """Relative error of a right step in this precision: measured on the same rows, plus the rounding of the read-back
-    (each stored parameter is off by up to half a unit in its last place, before and after)."""
+    """Relative error of a right step in this precision: measured on the same rows, plus the rounding of the
+    read-back (each stored parameter is off by up to half a unit in its last place, before and after)."""
     exact = step.expected * step.num_trained
     size = float(np.linalg.norm(exact))
     if size == 0:
@@ -78,7 +80,9 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
     covariance = np.linalg.pinv(np.stack(parts, axis=1).T @ np.stack(parts, axis=1))
     # The noise vector is spread over P directions; only its part along the g_i reaches the weights.
     spread = np.sqrt(np.diag(covariance)) * noise * size / math.sqrt(len(observed))
-    drift = np.abs(recover_weights(step.control / step.num_trained, parts)[0] - 1.0)  # of a right path's own weights
+    drift = np.abs(
+        recover_weights(step.control / step.num_trained, parts)[0] - 1.0
+    )  # of a right path's own weights
     ranks = sorted({m.rank for m in step.microbatches})
     return Recovered(
         weights=weights,

@@ -1,5 +1,5 @@
-"""The finished model as a Hugging Face folder that transformers, vLLM and lm-eval open, with a card that says how it
-was made."""
+"""The finished model as a Hugging Face folder that transformers, vLLM and lm-eval open, with a card that says
+how it was made."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ from truestep.settings import SettingsError
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_MARK = "truestep_export.json"  # only a folder that holds it may be replaced: nobody's own model is overwritten
+_MARK = (
+    "truestep_export.json"  # only a folder that holds it may be replaced: nobody's own model is overwritten
+)
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises SettingsError where the folder holds anything else, OutOfSpace where the disk is
-    too full.
+    Replaces an older export. Raises SettingsError where the folder holds anything else, OutOfSpace where the
+    disk is too full.
     """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder / _MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"{folder} is there and is no export of truestep: name a folder that does not exist yet")
+        raise SettingsError(
+            f"{folder} is there and is no export of truestep: name a folder that does not exist yet"
+        )
     if temporary.exists():
         shutil.rmtree(temporary)
     require_space(folder.parent, sum(p.nbytes for p in model.parameters()))
@@ -46,8 +50,12 @@ def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         code = error.errno if isinstance(error, OSError) else None
-        if code in NO_SPACE or "(os error 28)" in str(error) or "(os error 27)" in str(error):  # as safetensors says it
-            raise OutOfSpace(f"{folder}: no space for the exported model: free disk space and export again") from error
+        if (
+            code in NO_SPACE or "(os error 28)" in str(error) or "(os error 27)" in str(error)
+        ):  # as safetensors says it
+            raise OutOfSpace(
+                f"{folder}: no space for the exported model: free disk space and export again"
+            ) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,9 +77,11 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's generation config, with every token that ends a turn (its own and the tokenizer's) as a stop.
+    """The model's generation config, with every token that ends a turn (its own and the tokenizer's) as a
+    stop.
 
-    A model that stops training turns at ``<|im_end|>`` but whose config names only ``<|endoftext|>`` would talk on.
+    A model that stops training turns at ``<|im_end|>`` but whose config names only ``<|endoftext|>`` would
+    talk on.
     """
     from transformers import GenerationConfig
 
@@ -81,11 +91,13 @@ def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if any(getattr(config, name, None) is not None for name in _SAMPLING):
-        config.do_sample = True  # sampling values without it are refused when saved; some published models have that
+        config.do_sample = (
+            True  # sampling values without it are refused when saved; some published models have that
+        )
     return config
 
 
-# ------------------------------------------------------------------------------------------------------- the model card
+# --------------------------------------------------------------------------------------------- the model card
 
 
 def model_card(
@@ -97,14 +109,22 @@ def model_card(
 ) -> str:
     """The README.md of an export: Markdown with YAML front matter.
 
-    Of a stage it shows name, kind, method, data, seed, steps and flops; of a score data, metric, value, low, high,
-    num_problems and num_samples; "–" where one is absent. ``provenance`` is what ``rundir.provenance`` returns.
+    Of a stage it shows name, kind, method, data, seed, steps and flops; of a score data, metric, value, low,
+    high, num_problems and num_samples; "–" where one is absent. ``provenance`` is what ``rundir.provenance``
+    returns.
     """
     seed = provenance.get("seed")
     rows = [{"seed": seed, **stage} for stage in stages]
-    training = [(*_row(s, "name", "kind", "method", "data", "seed", "steps"), _flops(s.get("flops"))) for s in rows]
+    training = [
+        (*_row(s, "name", "kind", "method", "data", "seed", "steps"), _flops(s.get("flops"))) for s in rows
+    ]
     tested = [
-        (*_row(s, "data", "metric"), _number(s.get("value")), _interval(s), *_row(s, "num_problems", "num_samples"))
+        (
+            *_row(s, "data", "metric"),
+            _number(s.get("value")),
+            _interval(s),
+            *_row(s, "num_problems", "num_samples"),
+        )
         for s in scores
     ]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
@@ -152,7 +172,9 @@ def _flops(value: Any) -> str:
 
 
 def _provenance_lines(provenance: Mapping[str, Any]) -> list[str]:
-    commit = str(provenance.get("commit") or "") + (", changed" if provenance.get("uncommitted_changes") else "")
+    commit = str(provenance.get("commit") or "") + (
+        ", changed" if provenance.get("uncommitted_changes") else ""
+    )
     versions = ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items())
     hardware = ", ".join(f"{k} {v}" for k, v in (provenance.get("hardware") or {}).items())
     shown = {

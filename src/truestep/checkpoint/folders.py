@@ -1,4 +1,5 @@
-"""Folders that are there whole or not at all, one writer at a time, and never half of one for want of space."""
+"""Folders that are there whole or not at all, one writer at a time, and never half of one for want of
+space."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class OutOfSpace(RuntimeError):
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder in place of another, durably; a kill in between leaves the old one as NAME.aside."""
+    """Put a finished folder in place of another, durably; a kill in between leaves the old one as
+    NAME.aside."""
     aside = final.with_name(f"{final.name}.aside")
     if final.exists():
         if aside.exists():  # of an earlier kill; what stands in its place is whole
@@ -48,14 +50,17 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """Raises OutOfSpace unless twice that many bytes are free: others write to the disk as well."""
     free = shutil.disk_usage(folder).free
     if free < 2 * num_bytes:
-        sizes = f"{free / 2**30:.2f} GiB are free, {2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
+        sizes = (
+            f"{free / 2**30:.2f} GiB are free, {2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
+        )
         raise OutOfSpace(f"{folder}: {sizes}: free disk space and resume")
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float) -> Iterator[bool]:
-    """Hold the folder's lock, which the kernel drops when its holder dies. Yields False where the file system of some
-    clusters knows no locks. Raises SettingsError where another process still holds it after ``patience`` seconds."""
+    """Hold the folder's lock, which the kernel drops when its holder dies. Yields False where the file system
+    of some clusters knows no locks. Raises SettingsError where another process still holds it after
+    ``patience`` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -72,7 +77,9 @@ def _lock(descriptor: int, folder: Path, deadline: float) -> bool:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 remedy = "stop it, or give this run a folder of its own"
-                raise SettingsError(f"{folder}: another process is saving checkpoints here: {remedy}") from None
+                raise SettingsError(
+                    f"{folder}: another process is saving checkpoints here: {remedy}"
+                ) from None
         except OSError:
             return False
         time.sleep(0.05)

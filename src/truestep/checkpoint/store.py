@@ -7,8 +7,8 @@
     step_00000012.aside/        the old version while the same step is replaced: read if nothing newer is there
     latest                      the newest one's name, for people; loading does not trust it
 
-Ranks share one file system. Every rank reaches every barrier whatever happens to it, so that the disk of one rank
-being full cannot hang the others.
+Ranks share one file system. Every rank reaches every barrier whatever happens to it, so that the disk of one
+rank being full cannot hang the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from safetensors import SafetensorError
 from torch import Tensor
 
-from truestep.checkpoint.folders import NO_SPACE, OutOfSpace, discard_folder, exclusive, replace_folder, require_space
+from truestep.checkpoint.folders import (
+    NO_SPACE,
+    OutOfSpace,
+    discard_folder,
+    exclusive,
+    replace_folder,
+    require_space,
+)
 from truestep.rundir import fsync_folder, write_atomic
 from truestep.settings import SettingsError
 
@@ -55,7 +62,8 @@ class _Corrupt(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The whole state of a stage between two optimizer steps: named groups of tensors, and what JSON can hold."""
+    """The whole state of a stage between two optimizer steps: named groups of tensors, and what JSON can
+    hold."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -78,7 +86,7 @@ class _Manifest(BaseModel):
     state: dict[str, Any]
 
 
-# ----------------------------------------------------------------------------------------------------------------- save
+# ------------------------------------------------------------------------------------------------------- save
 
 
 def save_checkpoint(
@@ -92,10 +100,11 @@ def save_checkpoint(
 ) -> Path:
     """Write and commit a checkpoint, then delete older ones beyond ``keep`` (this one counts).
 
-    Every rank calls it with its own local tensors and the same step, state and group names; state is taken from rank 0.
+    Every rank calls it with its own local tensors and the same step, state and group names; state is taken
+    from rank 0.
 
-    Raises: OutOfSpace; SettingsError where another process is saving into the folder; RuntimeError on the ranks that
-    did their part where another rank did not; ValueError for what cannot be stored.
+    Raises: OutOfSpace; SettingsError where another process is saving into the folder; RuntimeError on the
+    ranks that did their part where another rank did not; ValueError for what cannot be stored.
     """
     state = _checked(checkpoint, keep, rank, world_size)
     final = folder / f"step_{checkpoint.step:08d}"
@@ -107,11 +116,14 @@ def save_checkpoint(
             stack.enter_context(exclusive(folder, _PATIENCE))
             remove_leftovers(folder)
             temporary.mkdir()
-            stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # after a failure: give the space back
+            stack.callback(
+                shutil.rmtree, temporary, ignore_errors=True
+            )  # after a failure: give the space back
 
     def write() -> None:
         require_space(
-            folder, world_size * sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
+            folder,
+            world_size * sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values()),
         )
         for group, tensors in checkpoint.tensors.items():
             name = f"{group}.rank{rank:05d}-of-{world_size:05d}.safetensors"
@@ -121,7 +133,13 @@ def save_checkpoint(
     def commit() -> None:
         if rank == 0:
             files = _gather_parts(temporary, world_size)
-            body = {"format": FORMAT, "step": checkpoint.step, "world_size": world_size, "files": files, "state": state}
+            body = {
+                "format": FORMAT,
+                "step": checkpoint.step,
+                "world_size": world_size,
+                "files": files,
+                "state": state,
+            }
             document = json.dumps({"sha256": _digest(body), **body}, indent=1)
             _write_file(temporary / "manifest.json", [document.encode()])
             fsync_folder(temporary)
@@ -149,12 +167,15 @@ def save_checkpoint(
 
 
 def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> dict[str, Any]:
-    """The state as JSON will give it back; ValueError for what cannot be stored, before anything is touched."""
+    """The state as JSON will give it back; ValueError for what cannot be stored, before anything is
+    touched."""
     if checkpoint.step < 0 or keep < 1 or not 0 <= rank < world_size:
         raise ValueError(f"step {checkpoint.step}, keep {keep}, rank {rank} of {world_size}: out of range")
     for group, tensors in checkpoint.tensors.items():
         if not _GROUP.fullmatch(group):
-            raise ValueError(f"{group!r} cannot name a group of tensors: letters, digits, '.', '_' and '-' only")
+            raise ValueError(
+                f"{group!r} cannot name a group of tensors: letters, digits, '.', '_' and '-' only"
+            )
         for name, tensor in tensors.items():
             if (
                 tensor.dtype not in _DTYPES
@@ -172,8 +193,11 @@ def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> d
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file piece by piece: no second copy of the model in memory, tied and strided tensors welcome."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # widest first keeps all aligned
+    """A safetensors file piece by piece: no second copy of the model in memory, tied and strided tensors
+    welcome."""
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # widest first keeps all aligned
     header, stop = {}, 0
     for name in order:
         start, stop = stop, stop + tensors[name].nbytes
@@ -187,7 +211,8 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write and fsync a new file; its size and SHA-256 are those of what was meant, not of what the disk gives back."""
+    """Write and fsync a new file; its size and SHA-256 are those of what was meant, not of what the disk
+    gives back."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -234,13 +259,15 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
         discard_folder(path)
 
 
-# ---------------------------------------------------------------------------------------------- folders and their names
+# ------------------------------------------------------------------------------------ folders and their names
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """All committed checkpoints by their names, oldest step first."""
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: (_step_of(p), not p.suffix))
+    return sorted(
+        (p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: (_step_of(p), not p.suffix)
+    )
 
 
 def _step_of(path: Path) -> int:
@@ -250,7 +277,8 @@ def _step_of(path: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers have left. Only for who holds the folder's lock: a live writer's look the same."""
+    """Remove what killed writers have left. Only for who holds the folder's lock: a live writer's look the
+    same."""
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if not _LEFTOVER.fullmatch(path.name):
             continue
@@ -260,14 +288,17 @@ def remove_leftovers(folder: Path) -> None:
             os.unlink(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- load
+# ------------------------------------------------------------------------------------------------------- load
 
 
-def load_latest(folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose every file is what was written, on the CPU; None where there is none at all.
+def load_latest(
+    folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest checkpoint whose every file is what was written, on the CPU; None where there is none at
+    all.
 
-    Every rank verifies the files of all ranks, so that all of them choose the same one without talking. One saved by a
-    single process is read whole by any rank.
+    Every rank verifies the files of all ranks, so that all of them choose the same one without talking. One
+    saved by a single process is read whole by any rank.
 
     Raises: SettingsError where checkpoints exist and none is intact, or for another world size or format.
     """
@@ -292,7 +323,9 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
     manifest = _read_manifest(path)
     if (saved := manifest.world_size) not in (1, world_size):
         remedy = f"launch {saved} processes, or export the model and start from it"
-        raise SettingsError(f"{path} was saved by {saved} processes and cannot be cut anew for {world_size}: {remedy}")
+        raise SettingsError(
+            f"{path} was saved by {saved} processes and cannot be cut anew for {world_size}: {remedy}"
+        )
     for name, entry in manifest.files.items():
         _verify(path / name, entry)
     tensors = {}

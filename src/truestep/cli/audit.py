@@ -29,11 +29,15 @@ def audit(
     ] = "",
     config: Annotated[
         Path | None,
-        typer.Option(help="Audit the step as this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF file configures it."),
+        typer.Option(
+            help="Audit the step as this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF file configures it."
+        ),
     ] = None,
     bisect: Annotated[str, typer.Option(help="FIRST..LAST: first and last faulty release of NAME.")] = "",
     known_bad: Annotated[str, typer.Option(help="A release that is known to be faulty, for --bisect.")] = "",
-    past: Annotated[Path | None, typer.Option(help="A past run's folder: was it hit? Executes nothing.")] = None,
+    past: Annotated[
+        Path | None, typer.Option(help="A past run's folder: was it hit? Executes nothing.")
+    ] = None,
     remedy: Annotated[
         bool, typer.Option("--remedy", help="For a fault, audit other options and releases too.")
     ] = False,
@@ -58,13 +62,17 @@ def audit(
 
     if past is not None:
         if dry_run or junit or sarif or html:
-            raise SettingsError("--past reads files and has one output more, --json: leave out the other options")
+            raise SettingsError(
+                "--past reads files and has one output more, --json: leave out the other options"
+            )
         actions.past(past, as_json=as_json)
         return
     if dry_run and (bisect or target == "models"):
         raise SettingsError("--dry-run lists the configurations of an audit: it has nothing to list here")
     if bisect:
-        actions.bisect(target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json)
+        actions.bisect(
+            target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json
+        )
         return
     if target == "models":
         actions.models(python, timeout=timeout, as_json=as_json)
@@ -72,7 +80,9 @@ def audit(
     if dry_run:
         actions.show_plan(target, python, only=only, arch=arch, config=config, as_json=as_json)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: children are ended, what is done is shown
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: children are ended, what is done is shown
     subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
     findings = actions.run(
         subjects,

@@ -46,7 +46,9 @@ def select(
         raise SettingsError(f"{target}: for a loop of your own write FILE.py:FUNCTION")
     if ".py:" in target:
         if config is not None or only:
-            raise SettingsError(f"{target}: your own loop has one configuration: leave out --config and --only")
+            raise SettingsError(
+                f"{target}: your own loop has one configuration: leave out --config and --only"
+            )
         return [_own_loop(target, arch)], _program(python)
     if target and python is not None:
         raise SettingsError("give a requirement or --python, one of them")
@@ -92,14 +94,18 @@ def _own_loop(target: str, arch: str) -> Subject:
         raise SettingsError(f"{file}: no such file: write FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
     configuration = registry.Configuration(options=options)
-    return Subject(name=f"{path.name}:{function}", script="user_loop", needs=("torch",), configurations=[configuration])
+    return Subject(
+        name=f"{path.name}:{function}", script="user_loop", needs=("torch",), configurations=[configuration]
+    )
 
 
 def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
     found = [s for s in subjects if only.lower() in s.name.lower()]
     if not found:
         known = ", ".join(s.name for s in (subjects or registry.TABLE))
-        raise SettingsError(f"{where}: nothing to audit{f' whose name holds {only!r}' if only else ''}; known: {known}")
+        raise SettingsError(
+            f"{where}: nothing to audit{f' whose name holds {only!r}' if only else ''}; known: {known}"
+        )
     return found
 
 
@@ -112,8 +118,11 @@ def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
     return [registry.with_arch(s, arch) for s in subjects]
 
 
-def show_plan(target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool) -> None:
-    """What would be run. Builds nothing: the releases of a requirement that no cache has yet are only named."""
+def show_plan(
+    target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool
+) -> None:
+    """What would be run. Builds nothing: the releases of a requirement that no cache has yet are only
+    named."""
     if target and ".py:" not in target and config is None and python is None:
         subjects, where = _named(registry.meant_by(list(environment.parse(target))), only, target), target
         subjects = _on(arch, subjects)
@@ -139,14 +148,19 @@ def run(
     remedies_for: str | None = None,
     reproducers: Path | None = None,
 ) -> list[Finding]:
-    """All findings, with progress and the time left on stderr. ``remedies_for``: the target, if remedies are wanted;
-    ``reproducers``: a folder for a script per fault. After Ctrl-C or SIGTERM what was not run is NOT RUN."""
+    """All findings, with progress and the time left on stderr. ``remedies_for``: the target, if remedies are
+    wanted; ``reproducers``: a folder for a script per fault. After Ctrl-C or SIGTERM what was not run is NOT
+    RUN."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []
     began = time.monotonic()
     try:
         for index, (subject, configuration) in enumerate(pairs):
-            left = f", about {(time.monotonic() - began) / index * (len(pairs) - index):.0f} s left" if index else ""
+            left = (
+                f", about {(time.monotonic() - began) / index * (len(pairs) - index):.0f} s left"
+                if index
+                else ""
+            )
             words = formats.configuration_in_words(configuration.to_json())
             say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {words}{left}")
             finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
@@ -162,7 +176,9 @@ def run(
         for subject, configuration in pairs[len(findings) :]:
             shown = configuration.to_json()
             findings.append(
-                Finding(subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reason=INTERRUPTED)
+                Finding(
+                    subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reason=INTERRUPTED
+                )
             )
     return findings
 
@@ -190,10 +206,14 @@ def absent(python: Path, only: str) -> list[Finding]:
     found = environment.installed(python)
     return [
         Finding(
-            subject=s.name, configuration={}, verdict=Verdict.NOT_RUN, reason=f"not installed: {', '.join(missing)}"
+            subject=s.name,
+            configuration={},
+            verdict=Verdict.NOT_RUN,
+            reason=f"not installed: {', '.join(missing)}",
         )
         for s in registry.TABLE
-        if only.lower() in s.name.lower() and (missing := [n for n in (*s.needs, *s.brings) if n not in found])
+        if only.lower() in s.name.lower()
+        and (missing := [n for n in (*s.needs, *s.brings) if n not in found])
     ]
 
 
@@ -262,20 +282,26 @@ def past(folder: Path, *, as_json: bool) -> None:
     raise typer.Exit(1 if "affected" in found else 4 if "unknown" in found else 0)
 
 
-def bisect(target: str, text: str, *, known_bad: str, only: str, seed: int, timeout: float, as_json: bool) -> None:
+def bisect(
+    target: str, text: str, *, known_bad: str, only: str, seed: int, timeout: float, as_json: bool
+) -> None:
     """Search releases of one package; each is judged by its subject's first configuration."""
     if not target or "=" in target:
         raise SettingsError(f"--bisect needs a package name alone, such as deepspeed, not {target!r}")
     first, last = bisection.parse_range(text)
     releases = bisection.releases_between(Path(sys.executable), target, first, last)
-    say(f"{len(releases)} releases from {first} to {last}; assuming that the faulty ones are one contiguous interval")
+    say(
+        f"{len(releases)} releases from {first} to {last}; assuming that the faulty ones are one contiguous interval"
+    )
 
     def probe(version: str) -> bool | None:
         subjects, python = select(f"{target}=={version}", None, only=only, arch="")
         finding = audit_one(subjects[0], subjects[0].configurations[0], python, seed=seed, timeout=timeout)
         say(f"{target} {version}: {finding.verdict}  {finding.fault or finding.reason}")
         return (
-            None if finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE) else finding.verdict == Verdict.FAULT
+            None
+            if finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
+            else finding.verdict == Verdict.FAULT
         )
 
     found = bisection.search(releases, probe, known_bad)
@@ -283,7 +309,9 @@ def bisect(target: str, text: str, *, known_bad: str, only: str, seed: int, time
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
-        typer.echo(f"first bad {found.first_bad}, last bad {found.last_bad} ({len(found.tried)} releases run)")
+        typer.echo(
+            f"first bad {found.first_bad}, last bad {found.last_bad} ({len(found.tried)} releases run)"
+        )
     else:
         typer.echo(f"no faulty release found ({len(found.tried)} of {len(releases)} run)")
     raise typer.Exit(1 if found.first_bad else 0)

@@ -1,4 +1,5 @@
-"""``truestep data check`` validates every row of a file or a recipe; ``truestep data show`` prints what is trained."""
+"""``truestep data check`` validates every row of a file or a recipe; ``truestep data show`` prints what is
+trained."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document alo
 
 @app.command()
 def check(
-    source: Annotated[str, typer.Argument(help="A recipe (.toml), a .jsonl or .parquet file, or a folder of them.")],
+    source: Annotated[
+        str, typer.Argument(help="A recipe (.toml), a .jsonl or .parquet file, or a folder of them.")
+    ],
     overrides: _Set = None,
     gold: Annotated[bool, typer.Option(help="Let the checker judge every gold answer by itself.")] = True,
     as_json: _Json = False,

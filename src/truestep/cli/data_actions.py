@@ -44,7 +44,9 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
             described[name]["gold"] = _judge_golds(problems)
     num_refused = sum(len(d.get("gold", {}).get("refused", ())) for d in described.values())
     if as_json:
-        typer.echo(json.dumps({"data": described, "overlap": report["pairs"], "num_refused_golds": num_refused}))
+        typer.echo(
+            json.dumps({"data": described, "overlap": report["pairs"], "num_refused_golds": num_refused})
+        )
     else:
         _print_check(Console(soft_wrap=True), described, report["pairs"])
     if num_refused:
@@ -59,7 +61,9 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     from truestep.model.load import load_tokenizer
 
     if not recipe.endswith(".toml"):
-        raise SettingsError(f"{recipe}: expected a recipe (.toml), which names the model whose tokens are shown")
+        raise SettingsError(
+            f"{recipe}: expected a recipe (.toml), which names the model whose tokens are shown"
+        )
     settings = load_settings(recipe, overrides)
     tokenizer = load_tokenizer(settings.model)
     console = Console(soft_wrap=True)
@@ -70,7 +74,9 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
             documents.append({"data": name, **document})
             if not as_json:
                 counts = f"{document['num_trained']} of {document['num_tokens']} tokens trained"
-                console.print(Text(f"{name} {problem.id} ({problem.row}): {counts}; answer {problem.answer}", "bold"))
+                console.print(
+                    Text(f"{name} {problem.id} ({problem.row}): {counts}; answer {problem.answer}", "bold")
+                )
                 console.print(spans, end="\n\n")
     if as_json:
         typer.echo(json.dumps({"examples": documents}))
@@ -84,20 +90,24 @@ def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
 
 
 def _needs(settings: Settings, name: str) -> set[str]:
-    """What the uses of a data set need of every row: SFT a solution; RL, rejection and evaluation an answer."""
+    """What the uses of a data set need of every row: SFT a solution; RL, rejection and evaluation an
+    answer."""
     needs = {"solution" if s.kind == "sft" else "answer" for s in settings.stages if s.data == name}
     judged = {*settings.evaluate.data, *(s.dev.data for s in settings.stages)}
     return needs | ({"answer"} if name in judged else set())
 
 
-def _train_and_evaluation(settings: Settings, sets: dict[str, list[Problem]]) -> list[dict[str, list[Problem]]]:
+def _train_and_evaluation(
+    settings: Settings, sets: dict[str, list[Problem]]
+) -> list[dict[str, list[Problem]]]:
     train = {s.data: sets[s.data] for s in settings.stages}
     judged = [*settings.evaluate.data, *(s.dev.data for s in settings.stages if s.dev.data)]
     return [train, {name: sets[name] for name in judged}]
 
 
 def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Every gold answer given to its own checker: one that it does not accept would turn right samples into wrong."""
+    """Every gold answer given to its own checker: one that it does not accept would turn right samples into
+    wrong."""
     from rich.console import Console
     from rich.progress import track
 
@@ -122,8 +132,12 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
     for name, d in described.items():
         lengths = [d[key] for key in ("problem_characters", "solution_characters") if d[key]]
         refused = str(len(d["gold"]["refused"])) if "gold" in d else "not judged"
-        counts = [str(d[key]) for key in ("num_problems", "num_answers", "num_solutions", "num_duplicate_texts")]
-        table.add_row(name, *counts, " + ".join(f"{found['min']}-{found['max']}" for found in lengths), refused)
+        counts = [
+            str(d[key]) for key in ("num_problems", "num_answers", "num_solutions", "num_duplicate_texts")
+        ]
+        table.add_row(
+            name, *counts, " + ".join(f"{found['min']}-{found['max']}" for found in lengths), refused
+        )
     console.print(table)
     for name, d in described.items():
         if d["num_contradictory_texts"]:
@@ -141,8 +155,11 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
         )
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings) -> tuple[Text, dict[str, Any]]:
-    """One problem as coloured text, and as counts and spans for JSON; a run of tokens of one kind is one span."""
+def _example(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings
+) -> tuple[Text, dict[str, Any]]:
+    """One problem as coloured text, and as counts and spans for JSON; a run of tokens of one kind is one
+    span."""
     from itertools import groupby
 
     from rich.text import Text
@@ -159,7 +176,9 @@ def _example(tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Set
         trained = (False,) * len(ids)
     styles = {Role.SYSTEM: "magenta", Role.USER: "cyan", Role.ASSISTANT: "yellow", Role.TEMPLATE: "dim"}
     text, spans = Text(), []
-    for (role, is_trained), group in groupby(zip(ids, roles, trained, strict=True), key=lambda t: (t[1], t[2])):
+    for (role, is_trained), group in groupby(
+        zip(ids, roles, trained, strict=True), key=lambda t: (t[1], t[2])
+    ):
         words = str(tokenizer.decode([token for token, _, _ in group], clean_up_tokenization_spaces=False))
         text.append(f"⟦{words}⟧" if is_trained else words, style="bold green" if is_trained else styles[role])
         spans.append({"role": role.name.lower(), "trained": is_trained, "text": words})

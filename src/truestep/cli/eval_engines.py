@@ -46,7 +46,9 @@ def _token_asker(settings: EvaluationSettings, stack: ExitStack) -> TokenAsker:
         tokenizer=load_tokenizer(settings.model),
         context_length=context,
         model_eos=eos,
-        open_engine=lambda: _vllm(settings, context, stack) if settings.engine == "vllm" else _torch(settings),
+        open_engine=lambda: (
+            _vllm(settings, context, stack) if settings.engine == "vllm" else _torch(settings)
+        ),
         pinned_limit=settings.max_new_tokens == PINNED,
     )
 
@@ -69,7 +71,9 @@ def _config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise SettingsError(
+            f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _torch(settings: EvaluationSettings) -> Engine:
@@ -84,7 +88,9 @@ def _torch(settings: EvaluationSettings) -> Engine:
     make_deterministic()
     dtype = getattr(torch, settings.dtype)
     policy = Policy(load_model(settings.model, dtype=dtype, device=compute_device(), seed=settings.seed))
-    return TorchEngine(policy.model, max_running=settings.max_running, packs=policy.packs and policy.plain_head)
+    return TorchEngine(
+        policy.model, max_running=settings.max_running, packs=policy.packs and policy.plain_head
+    )
 
 
 def _vllm(settings: EvaluationSettings, context: int, stack: ExitStack) -> Engine:
@@ -93,8 +99,12 @@ def _vllm(settings: EvaluationSettings, context: int, stack: ExitStack) -> Engin
 
     source = resolve(settings.model)
     if source == "tiny":
-        raise SettingsError('engine = "vllm" needs a model folder: the built-in model is made in memory, write torch')
-    server = VllmServer(model=source, dtype=settings.dtype, context_length=context, max_running=settings.max_running)
+        raise SettingsError(
+            'engine = "vllm" needs a model folder: the built-in model is made in memory, write torch'
+        )
+    server = VllmServer(
+        model=source, dtype=settings.dtype, context_length=context, max_running=settings.max_running
+    )
     return stack.enter_context(serve(server))
 
 
@@ -146,5 +156,7 @@ def plan_of(settings: EvaluationSettings, jobs: list[Job], asker: Asker) -> dict
         from truestep.device import matmul_rate
 
         rate = matmul_rate(getattr(torch, settings.dtype))
-        found["total"]["hours_if_all_run_to_the_limit"] = round(found["total"]["flops_at_most"] / rate / 3600, 2)
+        found["total"]["hours_if_all_run_to_the_limit"] = round(
+            found["total"]["flops_at_most"] / rate / 3600, 2
+        )
     return {**found, "notes": remarks(settings, jobs) + [note for asking in ready for note in asking.notes]}

@@ -38,7 +38,8 @@ def compare(
     metric: Metric = "",
     as_json: Json = False,
 ) -> None:
-    """The paired difference b - a of every task that both have: interval, p-values, smallest detectable difference."""
+    """The paired difference b - a of every task that both have: interval, p-values, smallest detectable
+    difference."""
     from truestep.evaluate.bring import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
@@ -55,7 +56,9 @@ def compare(
 def _sentence(row: dict[str, Any]) -> str:
     def side(s: dict[str, Any]) -> str:
         seed = "" if s["seed"] is None else f", seed {s['seed']}"
-        return f"{100 * s['score']:.1f} % [{100 * s['low']:.1f}, {100 * s['high']:.1f}] ({s['made_by']}{seed})"
+        return (
+            f"{100 * s['score']:.1f} % [{100 * s['low']:.1f}, {100 * s['high']:.1f}] ({s['made_by']}{seed})"
+        )
 
     least = "unknown" if row["detectable"] is None else f"{100 * row['detectable']:.1f}"
     return (
@@ -67,12 +70,15 @@ def _sentence(row: dict[str, Any]) -> str:
 
 
 def import_logs(
-    files: Annotated[list[Path], typer.Argument(help="Logs of lm-eval, lighteval or inspect, or folders of them.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Logs of lm-eval, lighteval or inspect, or folders of them.")
+    ],
     out: Folder,
     metric: Metric = "",
     as_json: Json = False,
 ) -> None:
-    """Write other harnesses' samples as a run of ours, with intervals and a page; verdicts are taken as they stand."""
+    """Write other harnesses' samples as a run of ours, with intervals and a page; verdicts are taken as they
+    stand."""
     from truestep.evaluate.bring import import_evaluations
     from truestep.report.evaluation import print_scores, write_evaluation_report
 
@@ -86,7 +92,9 @@ def import_logs(
     typer.echo(str(out))
 
 
-def export(run: Annotated[Path, typer.Argument(help="A run directory.")], out: Folder, as_json: Json = False) -> None:
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")], out: Folder, as_json: Json = False
+) -> None:
     """Write a run's results and samples in lm-evaluation-harness's layout."""
     from truestep.evaluate.foreign import write_lm_eval
 
@@ -95,7 +103,9 @@ def export(run: Annotated[Path, typer.Argument(help="A run directory.")], out: F
 
 
 def overlap(
-    source: Annotated[str, typer.Argument(help="Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")],
+    source: Annotated[
+        str, typer.Argument(help="Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")
+    ],
     benchmarks: Annotated[
         str, typer.Option("--benchmarks", help="Comma-separated ids; without it all that are there.")
     ] = "",

@@ -10,12 +10,17 @@ import typer
 
 
 def grade(
-    pairs: Annotated[Path, typer.Argument(help="JSON lines with the fields gold and pred.", show_default=False)],
+    pairs: Annotated[
+        Path, typer.Argument(help="JSON lines with the fields gold and pred.", show_default=False)
+    ],
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes for the algebra.")] = 2,
-    second: Annotated[bool, typer.Option("--second", help="Ask math-verify about all answers as well.")] = False,
+    second: Annotated[
+        bool, typer.Option("--second", help="Ask math-verify about all answers as well.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
 ) -> None:
-    """Grade every (gold, pred) pair of a file; no model is loaded. Optional fields: id, kind (choice), choices."""
+    """Grade every (gold, pred) pair of a file; no model is loaded. Optional fields: id, kind (choice),
+    choices."""
     from truestep.grade.pairs import grade_pairs, read_pairs, table
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)

@@ -1,4 +1,5 @@
-"""``truestep eval MODEL`` and ``truestep eval RECIPE``: a model on pinned benchmarks, or a recipe's own data sets."""
+"""``truestep eval MODEL`` and ``truestep eval RECIPE``: a model on pinned benchmarks, or a recipe's own data
+sets."""
 
 from __future__ import annotations
 
@@ -19,17 +20,31 @@ What = Annotated[
     str, typer.Argument(help="A model (folder, hub id, served name) or a recipe (.toml).", metavar="MODEL")
 ]
 Benchmarks = Annotated[str, typer.Option("--benchmarks", help="Comma-separated ids of `truestep eval list`.")]
-Data = Annotated[str, typer.Option("--data", help="Folder with ID.jsonl, .parquet or .csv; without it the hub.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Problems of each benchmark; without it all.")]
+Data = Annotated[
+    str, typer.Option("--data", help="Folder with ID.jsonl, .parquet or .csv; without it the hub.")
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Problems of each benchmark; without it all.")
+]
 Samples = Annotated[
-    int | None, typer.Option("--samples", min=1, help="Samples of each problem; without it the benchmark's own.")
+    int | None,
+    typer.Option("--samples", min=1, help="Samples of each problem; without it the benchmark's own."),
 ]
 Prompts = Annotated[
-    str, typer.Option("--prompts", help="Templates: paper,qwen,plain,completion,brief,odd; else the benchmark's own.")
+    str,
+    typer.Option(
+        "--prompts", help="Templates: paper,qwen,plain,completion,brief,odd; else the benchmark's own."
+    ),
 ]
-FewShot = Annotated[int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")]
-Engine = Annotated[str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, count tokens and memory, ask nothing.")]
+FewShot = Annotated[
+    int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")
+]
+Engine = Annotated[
+    str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, count tokens and memory, ask nothing.")
+]
 
 
 def evaluate(
@@ -47,7 +62,8 @@ def evaluate(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model on benchmarks. --set changes any other setting: --set temperature=0 --set max_new_tokens=512."""
+    """Evaluate a model on benchmarks. --set changes any other setting: --set temperature=0 --set
+    max_new_tokens=512."""
     given: dict[str, Any] = {
         "benchmarks": _words(benchmarks),
         "data": data,
@@ -64,8 +80,14 @@ def evaluate(
         if "benchmarks" not in raw and "benchmarks" not in given:
             _own_sets(Path(model), given, overrides, out, resume=resume, dry_run=dry_run, as_json=as_json)
             return
-    if limits := raw.get("limits"):  # a recipe's, for the benchmarks and without the limit of the command line
-        kept = {} if limit is not None else {k: v for k, v in limits.items() if k in given.get("benchmarks", limits)}
+    if limits := raw.get(
+        "limits"
+    ):  # a recipe's, for the benchmarks and without the limit of the command line
+        kept = (
+            {}
+            if limit is not None
+            else {k: v for k, v in limits.items() if k in given.get("benchmarks", limits)}
+        )
         raw = raw | {"limits": kept}
     settings = _settings(raw | given, overrides, where=model)
     _execute(settings, base_dir, out, resume=resume, dry_run=dry_run, as_json=as_json)
@@ -88,23 +110,35 @@ def _settings(raw: dict[str, Any], overrides: list[str] | None, where: str) -> E
     if "benchmarks" not in raw:
         from truestep.settings import SettingsError
 
-        raise SettingsError(f"{where}: what on? write --benchmarks gsm8k,math500 (truestep eval list names them all)")
+        raise SettingsError(
+            f"{where}: what on? write --benchmarks gsm8k,math500 (truestep eval list names them all)"
+        )
     return parse(EvaluationSettings, override(raw, overrides or ()), where=where)
 
 
-def _own_sets(recipe: Path, given: dict[str, Any], overrides: list[str] | None, out: Path | None, **more: bool) -> None:
+def _own_sets(
+    recipe: Path, given: dict[str, Any], overrides: list[str] | None, out: Path | None, **more: bool
+) -> None:
     """A training recipe: its own evaluation sets."""
     from truestep.cli.run import execute, only_evaluation
     from truestep.settings import SettingsError, load_settings
 
     if given:
         option = next(iter(given)).replace("_", "-")
-        raise SettingsError(f"--{option}: {recipe} evaluates its own data sets: write --benchmarks, or leave it out")
+        raise SettingsError(
+            f"--{option}: {recipe} evaluates its own data sets: write --benchmarks, or leave it out"
+        )
     execute(only_evaluation(load_settings(recipe, overrides or ()), recipe), recipe, out, **more)
 
 
 def _execute(
-    settings: EvaluationSettings, base_dir: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
+    settings: EvaluationSettings,
+    base_dir: Path,
+    out: Path | None,
+    *,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     from truestep import signals
     from truestep.cli.eval_engines import opened, plan_of
@@ -125,7 +159,9 @@ def _execute(
             plan = plan_of(settings, jobs, asker)
             typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
             return
-        ready = [(job, asker.ready(job, settings.few_shot)) for job in jobs]  # what cannot be asked fails here
+        ready = [
+            (job, asker.ready(job, settings.few_shot)) for job in jobs
+        ]  # what cannot be asked fails here
         plans = make_plans(settings, ready, folder, content)
         _open_folder(settings, folder)
         try:
@@ -134,7 +170,9 @@ def _execute(
         except signals.Interrupted as stop:
             reporter.close()
             words = [word for word in sys.argv[1:] if word != "--resume"]
-            reporter.say(f"{stop}; every sample is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}")
+            reporter.say(
+                f"{stop}; every sample is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}"
+            )
             raise typer.Exit(128 + stop.signum) from None
         finally:
             reporter.close()
@@ -142,7 +180,12 @@ def _execute(
 
 
 def _run(
-    settings: EvaluationSettings, ready: list[tuple[Job, Any]], plans: Any, asker: Any, folder: Path, reporter: Any
+    settings: EvaluationSettings,
+    ready: list[tuple[Job, Any]],
+    plans: Any,
+    asker: Any,
+    folder: Path,
+    reporter: Any,
 ) -> dict[str, Any]:
     from truestep import signals
     from truestep.evaluate.suite import Graders, run_suite
@@ -173,7 +216,9 @@ def _check_folder(settings: EvaluationSettings, folder: Path, *, resume: bool) -
             raise SettingsError(f"{folder} exists and is no evaluation: write --out for another place")
         return
     if not resume:
-        raise SettingsError(f"{folder} holds one already: write --resume to go on with it, or --out for another place")
+        raise SettingsError(
+            f"{folder} holds one already: write --resume to go on with it, or --out for another place"
+        )
     raw = read_recipe(resolved)
     if "benchmarks" not in raw:
         raise SettingsError(f"{folder} holds a training run: write --out for another place")
@@ -195,7 +240,9 @@ def _open_folder(settings: EvaluationSettings, folder: Path) -> None:
         rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
         rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
     except OSError as error:
-        raise SettingsError(f"{folder}: cannot be written: {error.strerror}: write --out for another place") from None
+        raise SettingsError(
+            f"{folder}: cannot be written: {error.strerror}: write --out for another place"
+        ) from None
 
 
 def _plan_text(plan: dict[str, Any], folder: Path) -> str:

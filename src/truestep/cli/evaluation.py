@@ -8,7 +8,9 @@ import typer
 
 DEFAULT = "model"  # what ``truestep eval WORD`` means where WORD names no command
 COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
-HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or one of these commands."
+HELP = (
+    "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or one of these commands."
+)
 
 
 def app() -> typer.Typer:

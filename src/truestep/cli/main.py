@@ -31,9 +31,12 @@ def _app() -> typer.Typer:
 
     @app.callback()
     def root(
-        version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+        version: bool = typer.Option(
+            False, "--version", callback=_version, is_eager=True, help="Print the version."
+        ),
     ) -> None:
-        """Exit codes: 0 done · 2 usage, settings, data · 3 could not run · 5 resources · 130/143 interrupted, saved."""
+        """Exit codes: 0 done · 2 usage, settings, data · 3 could not run · 5 resources · 130/143 interrupted,
+        saved."""
 
     app.command("run")(verbs.run)
     app.command("sft")(verbs.sft)
@@ -60,7 +63,9 @@ def main() -> None:
         _app()(args=with_default(sys.argv[1:]))
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("truestep"):
-            _fail(f'this needs the package {error.name}: pip install "truestep[train]"', EXIT["could not run"])
+            _fail(
+                f'this needs the package {error.name}: pip install "truestep[train]"', EXIT["could not run"]
+            )
         raise
     except MemoryError:
         _fail(

@@ -25,10 +25,14 @@ def report(
         from truestep.report.study import write_study
 
         page = write_study(run)
-        typer.echo(json.dumps({"study_dir": str(run), "report": str(page)}) if as_json else f"report: {page}\n{run}")
+        typer.echo(
+            json.dumps({"study_dir": str(run), "report": str(page)}) if as_json else f"report: {page}\n{run}"
+        )
         return
     if not (run / "resolved.toml").is_file():
-        raise SettingsError(f"{run}: is no run directory (it has no resolved.toml): give the folder that a run printed")
+        raise SettingsError(
+            f"{run}: is no run directory (it has no resolved.toml): give the folder that a run printed"
+        )
     evaluation = read_summary(run).get("kind") == "evaluation"
     path = write_evaluation_report(run) if evaluation else write_report(run)
     if as_json:

@@ -20,7 +20,8 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: stages.rl.steps=50. May be repeated.")
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="The run directory [default: runs/NAME-HASH].", show_default=False)
+    Path | None,
+    typer.Option("--out", help="The run directory [default: runs/NAME-HASH].", show_default=False),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")]
@@ -38,7 +39,14 @@ def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Calla
         dry_run: DryRun = False,
         as_json: Json = False,
     ) -> None:
-        execute(select(_load(recipe, overrides), recipe), recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+        execute(
+            select(_load(recipe, overrides), recipe),
+            recipe,
+            out,
+            resume=resume,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
 
     command.__doc__ = help_text
     return command
@@ -74,7 +82,9 @@ sft = _verb("Run only the sft stages of a recipe.", lambda s, recipe: only(s, "s
 rl = _verb("Run only the rl stages of a recipe, from model.path.", lambda s, recipe: only(s, "rl", recipe))
 
 
-def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool) -> None:
+def execute(
+    settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
+) -> None:
     """Check, print the plan, run, report; the last line of stdout is the run directory."""
     from truestep import signals
     from truestep.cli.progress import ConsoleReporter
@@ -111,8 +121,14 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, resume: bool,
     except signals.Interrupted as stop:
         reporter.close()
         words = [word for word in sys.argv[1:] if word != "--resume"]
-        start = ["truestep"] if world_size == 1 else ["torchrun", f"--nproc-per-node={world_size}", "-m", "truestep"]
-        reporter.say(f"{stop}; everything finished is saved. Go on with: {shlex.join([*start, *words, '--resume'])}")
+        start = (
+            ["truestep"]
+            if world_size == 1
+            else ["torchrun", f"--nproc-per-node={world_size}", "-m", "truestep"]
+        )
+        reporter.say(
+            f"{stop}; everything finished is saved. Go on with: {shlex.join([*start, *words, '--resume'])}"
+        )
         if rank == 0:
             write_report(folder)
         raise typer.Exit(128 + stop.signum) from None
@@ -137,7 +153,9 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
         f"{model['rope_theta']:g}; {plan['flops_paper_formula']:.3g} FLOPs (fuller count {plan['flops_full']:.3g}) on "
         f"{plan['num_gpus']} GPUs; as declared, without weights and data"
     )
-    typer.echo(json.dumps({"recipe": str(recipe), "run_dir": str(folder), **plan}) if as_json else str(folder))
+    typer.echo(
+        json.dumps({"recipe": str(recipe), "run_dir": str(folder), **plan}) if as_json else str(folder)
+    )
 
 
 def _rows(prepared: Prepared, world_size: int) -> list[Any]:

@@ -14,15 +14,20 @@ Paths = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The study directory [default: runs/study-NAME].")]
 Keep = Annotated[
-    Path | None, typer.Option("--results", help="A folder of compact results: read first, written at the end.")
+    Path | None,
+    typer.Option("--results", help="A folder of compact results: read first, written at the end."),
 ]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Cells at once [default: the study's].")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Cells at once [default: the study's].")
+]
 EngineName = Annotated[str, typer.Option("--engine", help="local | ray")]
 
 
 def study(
     paths: Paths,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
     out: Out = None,
     results: Keep = None,

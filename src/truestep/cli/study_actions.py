@@ -88,7 +88,9 @@ def write_cell(path: Path, cell: dict[str, Any]) -> None:
     """One short line a key: small, and still a readable difference under version control."""
     from truestep import rundir
 
-    lines = [f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in cell.items()]
+    lines = [
+        f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in cell.items()
+    ]
     rundir.write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 

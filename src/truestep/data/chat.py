@@ -1,12 +1,13 @@
-"""Messages ⇄ tokens, through the tokenizer's own chat template only, the same for training, sampling and evaluation.
+"""Messages ⇄ tokens, through the tokenizer's own chat template only, the same for training, sampling and
+evaluation.
 
-A prompt is the template's text up to where the assistant speaks, plus ``chat.generation_suffix``. A demonstration is
-that same prompt, then the solution's text tokenised by itself (as if it had been sampled), then the token with which
-the template ends the assistant's turn. What is trained is said by ``trained``, never by a token id, so a tokenizer
-whose padding token is its stop token is no special case.
+A prompt is the template's text up to where the assistant speaks, plus ``chat.generation_suffix``. A
+demonstration is that same prompt, then the solution's text tokenised by itself (as if it had been sampled),
+then the token with which the template ends the assistant's turn. What is trained is said by ``trained``,
+never by a token id, so a tokenizer whose padding token is its stop token is no special case.
 
-A tokenizer without a chat template (a base model) gets a plain one: the system text and the turns with an empty line
-between them, then a newline; ``has_chat_template`` tells.
+A tokenizer without a chat template (a base model) gets a plain one: the system text and the turns with an
+empty line between them, then a newline; ``has_chat_template`` tells.
 """
 
 from __future__ import annotations
@@ -30,11 +31,15 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]:
-    """The turns of the prompt: ``chat.user`` around a bare problem text, ``chat.system`` where the row has none."""
+    """The turns of the prompt: ``chat.user`` around a bare problem text, ``chat.system`` where the row has
+    none."""
     messages = problem.messages
     if not problem.meta.get("turns_given"):
         last = messages[-1]
-        messages = (*messages[:-1], Message(role=last.role, content=chat.user.replace("{problem}", last.content)))
+        messages = (
+            *messages[:-1],
+            Message(role=last.role, content=chat.user.replace("{problem}", last.content)),
+        )
     if chat.system and messages[0].role != "system":
         messages = (Message(role="system", content=chat.system), *messages)
     return messages
@@ -48,14 +53,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: Ch
     return Prompt(problem=problem, token_ids=tuple(_prompt(tokenizer, problem, chat)[0]))
 
 
-def encode_demonstration(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings) -> Demonstration:
+def encode_demonstration(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings
+) -> Demonstration:
     """The prompt, the solution and the stop token; only the solution and the stop token are trained.
 
-    A solution that repeats what the prompt ends with (``<think>``, by the template or by ``generation_suffix``) loses
-    that beginning.
+    A solution that repeats what the prompt ends with (``<think>``, by the template or by
+    ``generation_suffix``) loses that beginning.
 
-    Raises SettingsError as ``encode_prompt``; where there is no solution; where the template writes an answered prompt
-    otherwise than an open one; where no stop token would be trained.
+    Raises SettingsError as ``encode_prompt``; where there is no solution; where the template writes an
+    answered prompt otherwise than an open one; where no stop token would be trained.
     """
     prompt_ids, roles = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
@@ -85,7 +92,9 @@ def encode_demonstration(tokenizer: PreTrainedTokenizerBase, problem: Problem, c
     )
 
 
-def prompt_roles(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings) -> tuple[Role, ...]:
+def prompt_roles(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings
+) -> tuple[Role, ...]:
     """Who wrote each token of the prompt; a token that straddles two turns goes with its first character."""
     return tuple(_prompt(tokenizer, problem, chat)[1])
 
@@ -110,9 +119,12 @@ def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[
 
 
 def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
-    """The owner of every character, from the same turns with a mark for each content: looking for the content itself
-    would find it in the template too. Empty for a template that changes what it is given."""
-    for contents in ([m.content for m in messages], [m.content.strip() for m in messages]):  # some templates strip
+    """The owner of every character, from the same turns with a mark for each content: looking for the content
+    itself would find it in the template too. Empty for a template that changes what it is given."""
+    for contents in (
+        [m.content for m in messages],
+        [m.content.strip() for m in messages],
+    ):  # some templates strip
         rebuilt, rest, owners = "", outline, []
         for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
             before, _, rest = rest.partition(f"{_PLACE}{i}.")
@@ -123,8 +135,11 @@ def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
     return []
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_eos: int | Sequence[int] | None = ()) -> tuple[int, ...]:
-    """The tokens at which sampling stops: what ends a turn in the chat template, the tokenizer's and the model's eos.
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, model_eos: int | Sequence[int] | None = ()
+) -> tuple[int, ...]:
+    """The tokens at which sampling stops: what ends a turn in the chat template, the tokenizer's and the
+    model's eos.
 
     Raises SettingsError where there is none.
     """
@@ -133,7 +148,9 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_eos: int | Sequence
     found = [end, tokenizer.eos_token_id, *([model_eos] if isinstance(model_eos, int) else model_eos or ())]
     stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
     if not stops:
-        raise SettingsError("neither the tokenizer, its chat template nor the model has a token that ends a sample")
+        raise SettingsError(
+            "neither the tokenizer, its chat template nor the model has a token that ends a sample"
+        )
     return stops
 
 
@@ -144,7 +161,8 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]
 
 
 def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answer: str | None = None) -> str:
-    """The text of the turns: open for the assistant, or, given an answer, with the assistant's turn closed."""
+    """The text of the turns: open for the assistant, or, given an answer, with the assistant's turn
+    closed."""
     if not has_chat_template(tokenizer):
         text = "\n\n".join(m.content for m in messages) + "\n"
         return text if answer is None else text + answer + (tokenizer.eos_token or "")
@@ -156,12 +174,14 @@ def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answe
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
     except (TemplateError, ValueError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SettingsError(f"{_where(problem)}: messages: the chat template refuses these turns: {reason}") from None
+        raise SettingsError(
+            f"{_where(problem)}: messages: the chat template refuses these turns: {reason}"
+        ) from None
 
 
 def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, str]:
-    """What the template itself puts before the assistant's text when it opens the turn (``<think>``), and what it puts
-    after that text."""
+    """What the template itself puts before the assistant's text when it opens the turn (``<think>``), and
+    what it puts after that text."""
     prompt = _render(tokenizer, problem, messages)
     before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
@@ -183,15 +203,16 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _bos(tokenizer: Any) -> list[int]:
-    """A chat template writes its own bos; the plain one takes it from tokenizers that start every text with it."""
+    """A chat template writes its own bos; the plain one takes it from tokenizers that start every text with
+    it."""
     if has_chat_template(tokenizer) or tokenizer.bos_token_id is None:
         return []
     return [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
 def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Sequence[int]) -> None:
-    """A special token in a text would end a turn inside it; an unknown character would be trained on as <unk>. ``ids``
-    are those of the text or of a rendering that holds it."""
+    """A special token in a text would end a turn inside it; an unknown character would be trained on as
+    <unk>. ``ids`` are those of the text or of a rendering that holds it."""
     where = f"{_where(problem)}: {field}"
     for token in tokenizer.all_special_tokens:
         if token in text:
@@ -199,9 +220,13 @@ def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Se
                 f'{where}: expected plain text, got the tokenizer\'s special token "{token}": remove it'
             )
     unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in ids and unknown in _ids(tokenizer, text):  # a template may hold it as its bos
+    if (
+        unknown is not None and unknown in ids and unknown in _ids(tokenizer, text)
+    ):  # a template may hold it as its bos
         found = next((c for c in text if unknown in _ids(tokenizer, c)), text[:60])
-        raise SettingsError(f"{where}: expected text that the tokenizer knows, got the character {found!r}: replace it")
+        raise SettingsError(
+            f"{where}: expected text that the tokenizer knows, got the character {found!r}: replace it"
+        )
 
 
 def _where(problem: Problem) -> str:

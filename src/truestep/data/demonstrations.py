@@ -52,9 +52,14 @@ def load_demonstrations(
 
 
 def encode_demonstrations(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, chat: ChatSettings, *, context_length: int
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatSettings,
+    *,
+    context_length: int,
 ) -> Demonstrations:
-    """Those of at most ``context_length`` tokens (prompt, solution and stop token), in order, and the others' names."""
+    """Those of at most ``context_length`` tokens (prompt, solution and stop token), in order, and the others'
+    names."""
     kept, dropped = [], []
     for problem in problems:
         demonstration = encode_demonstration(tokenizer, problem, chat)

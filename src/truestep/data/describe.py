@@ -12,7 +12,8 @@ from truestep.records import Problem
 
 
 def describe(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Counts, lengths in characters, and duplicate texts (contradictory where their answers differ), ready for JSON."""
+    """Counts, lengths in characters, and duplicate texts (contradictory where their answers differ), ready
+    for JSON."""
     rows: defaultdict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         rows[problem_text(problem)].append(problem)

@@ -1,4 +1,5 @@
-"""Questions of the optional package reasoning-gym. Only tasks whose answer our own arithmetic can confirm are taken."""
+"""Questions of the optional package reasoning-gym. Only tasks whose answer our own arithmetic can confirm are
+taken."""
 
 from __future__ import annotations
 
@@ -44,9 +45,11 @@ TASKS: dict[str, Callable[[str], int]] = {
 
 
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
-    """``num`` different questions of a split; the question's text decides which split it is in, whatever the seed.
+    """``num`` different questions of a split; the question's text decides which split it is in, whatever the
+    seed.
 
-    Raises SettingsError for an unknown task or option, where the package is missing, or where its answer is not ours.
+    Raises SettingsError for an unknown task or option, where the package is missing, or where its answer is
+    not ours.
     """
     if task not in TASKS:
         raise SettingsError(unknown_name("reasoning_gym task", task, TASKS))
@@ -54,7 +57,9 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
     try:
         import reasoning_gym
     except ModuleNotFoundError:
-        raise SettingsError('needs the package reasoning-gym: pip install "truestep[reasoning-gym]"') from None
+        raise SettingsError(
+            'needs the package reasoning-gym: pip install "truestep[reasoning-gym]"'
+        ) from None
     tries = _TRIES_PER_PROBLEM * num
     rng = integer(seed, Purpose.PROCEDURAL, item=f"reasoning_gym/{task}") % 2**31
     try:
@@ -68,7 +73,9 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         if split_of(text) != split or text in found:
             continue
         if str(TASKS[task](text)) != gold:
-            raise SettingsError(f"reasoning_gym:{task}: its answer to {text!r} is {gold}, ours is {TASKS[task](text)}")
+            raise SettingsError(
+                f"reasoning_gym:{task}: its answer to {text!r} is {gold}, ours is {TASKS[task](text)}"
+            )
         where = f"reasoning_gym:{task}[{split}]:{len(found) + 1}"
         turn = Message(role="user", content=text)
         name = f"{task}-{sha256(text.encode()).hexdigest()[:12]}"

@@ -1,4 +1,5 @@
-"""How much of the evaluation problems was already in the training problems: equal texts, and runs of 13 words."""
+"""How much of the evaluation problems was already in the training problems: equal texts, and runs of 13
+words."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ def overlap_report(
 ) -> dict[str, Any]:
     """Counts and example ids for every pair of a training and an evaluation set, ready for JSON.
 
-    ``exact`` counts evaluation problems whose text some training problem has; ``ngram`` those that share a run of 13
-    words with one (equal texts of at least 13 words are counted in both). The ``num_short`` ones have fewer words than
-    that, so only ``exact`` speaks of them.
+    ``exact`` counts evaluation problems whose text some training problem has; ``ngram`` those that share a
+    run of 13 words with one (equal texts of at least 13 words are counted in both). The ``num_short`` ones
+    have fewer words than that, so only ``exact`` speaks of them.
     """
     texts = {name: [problem_text(p) for p in problems] for name, problems in evaluation.items()}
     grams = {name: [ngram_hashes(text) for text in of_set] for name, of_set in texts.items()}
@@ -48,7 +49,9 @@ def overlap_report(
                 first_gram.setdefault(gram, problem.id)
         for name, judged in evaluation.items():
             exact = [
-                (p.id, first_text[text]) for p, text in zip(judged, texts[name], strict=True) if text in first_text
+                (p.id, first_text[text])
+                for p, text in zip(judged, texts[name], strict=True)
+                if text in first_text
             ]
             holders = [{first_gram[gram] for gram in own if gram in first_gram} for own in grams[name]]
             shared = [(p.id, min(ids)) for p, ids in zip(judged, holders, strict=True) if ids]

@@ -1,4 +1,5 @@
-"""Where problems come from: files, folders, the hub, or a program. All rows are validated before any is returned."""
+"""Where problems come from: files, folders, the hub, or a program. All rows are validated before any is
+returned."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def load_problems(
 ) -> list[Problem]:
     """The problems of ``[data.NAME]``: ``skip`` left out, at most ``limit``.
 
-    ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), both, or, if empty, either.
+    ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), both, or, if empty,
+    either.
 
     Raises SettingsError with one line that names the file, the row (1-based) and the field, or the setting.
     """
@@ -32,10 +34,14 @@ def load_problems(
         return _generated(name, scheme, rest, settings, seed, needs)
     if scheme == "hub":
         label = f"hub:{rest}[{settings.split}]"
-        problems = _validated([(label, _hub_rows(name, rest, settings))], rest.split("/")[-1], settings, needs)
+        problems = _validated(
+            [(label, _hub_rows(name, rest, settings))], rest.split("/")[-1], settings, needs
+        )
     else:
         if settings.options:
-            raise SettingsError(f"data.{name}.options: a file has none, got {', '.join(settings.options)}: remove them")
+            raise SettingsError(
+                f"data.{name}.options: a file has none, got {', '.join(settings.options)}: remove them"
+            )
         path = find_source(name, settings.source, base_dir)
         files = _files(name, path, settings.split)
         problems = _validated([(str(file), read_rows(file)) for file in files], "", settings, needs)
@@ -49,9 +55,13 @@ def _generated(
     """Problems that a program writes; it has no end, so their number must be given."""
     where = f"data.{name}"
     if settings.limit == "all":
-        raise SettingsError(f"{where}.limit: {scheme} has no last problem: write limit = N, e.g. limit = 1000")
+        raise SettingsError(
+            f"{where}.limit: {scheme} has no last problem: write limit = N, e.g. limit = 1000"
+        )
     if settings.checker != "auto":
-        raise SettingsError(f'{where}.checker: {scheme} tasks bring their own: write checker = "auto" or leave it out')
+        raise SettingsError(
+            f'{where}.checker: {scheme} tasks bring their own: write checker = "auto" or leave it out'
+        )
     if scheme == "reasoning_gym" and "solution" in needs:
         raise SettingsError(
             f"{where}.source: reasoning_gym has no worked solutions, which this use needs: use procedural"
@@ -82,9 +92,13 @@ def _validated(
             try:
                 if isinstance(row, RowError):
                     raise row
-                problem = problem_of(row, id=f"{prefix}-{number}", where=where, checker=settings.checker, needs=needs)
+                problem = problem_of(
+                    row, id=f"{prefix}-{number}", where=where, checker=settings.checker, needs=needs
+                )
                 if problem.id in used:
-                    raise RowError("id", f'expected one of its own, got "{problem.id}", which {used[problem.id]} has')
+                    raise RowError(
+                        "id", f'expected one of its own, got "{problem.id}", which {used[problem.id]} has'
+                    )
             except RowError as error:
                 first = first or f"{where}: {error}"
                 num_bad += 1
@@ -102,7 +116,9 @@ def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings)
         raise SettingsError(f"{label}: expected at least one row, got none")
     available = len(problems) - settings.skip
     if available <= 0:
-        raise SettingsError(f"data.{name}.skip = {settings.skip} leaves nothing of the {len(problems)} rows of {label}")
+        raise SettingsError(
+            f"data.{name}.skip = {settings.skip} leaves nothing of the {len(problems)} rows of {label}"
+        )
     if settings.limit != "all" and settings.limit > available:
         after = f" after skip = {settings.skip}" if settings.skip else ""
         raise SettingsError(
@@ -112,7 +128,7 @@ def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings)
     return problems[settings.skip :][: None if settings.limit == "all" else settings.limit]
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def find_source(name: str, source: str, base_dir: Path) -> Path:
@@ -125,9 +141,15 @@ def find_source(name: str, source: str, base_dir: Path) -> Path:
     scheme, colon, _ = source.partition(":")
     close = difflib.get_close_matches(scheme, SCHEMES, n=1) if colon else []
     if close:
-        raise SettingsError(f'data.{name}.source = "{source}": no such kind of source; did you mean "{close[0]}:..."?')
+        raise SettingsError(
+            f'data.{name}.source = "{source}": no such kind of source; did you mean "{close[0]}:..."?'
+        )
     siblings = [
-        str(p) for c in candidates if c.parent.is_dir() for p in c.parent.iterdir() if p.is_dir() or _readable(p)
+        str(p)
+        for c in candidates
+        if c.parent.is_dir()
+        for p in c.parent.iterdir()
+        if p.is_dir() or _readable(p)
     ]
     near = [m for c in candidates for m in difflib.get_close_matches(str(c), siblings, n=1, cutoff=0.6)]
     hint = f'; did you mean "{near[0]}"?' if near else ""
@@ -139,7 +161,8 @@ def _readable(path: Path) -> bool:
 
 
 def _files(name: str, path: Path, split: str) -> list[Path]:
-    """The files of a source. A folder whose files are named after splits gives the files of ``split`` alone."""
+    """The files of a source. A folder whose files are named after splits gives the files of ``split``
+    alone."""
     if not path.is_dir():
         if not _readable(path):
             raise SettingsError(
@@ -148,7 +171,9 @@ def _files(name: str, path: Path, split: str) -> list[Path]:
         return [path]
     files = sorted(p for p in path.iterdir() if _readable(p) and p.is_file())
     if not files:
-        raise SettingsError(f"{path}: expected .jsonl or .parquet files in this folder (data.{name}.source), got none")
+        raise SettingsError(
+            f"{path}: expected .jsonl or .parquet files in this folder (data.{name}.source), got none"
+        )
     named = {file: file.stem.split("-")[0] for file in files}
     chosen = [file for file in files if split in (named[file], file.stem)]
     present = sorted({s for s in named.values() if s in SPLIT_NAMES})
@@ -159,7 +184,7 @@ def _files(name: str, path: Path, split: str) -> list[Path]:
     return chosen or files
 
 
-# ---------------------------------------------------------------------------------------------------------------- hub
+# -------------------------------------------------------------------------------------------------------- hub
 
 
 def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tuple[int, Row]]:
@@ -167,7 +192,9 @@ def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tu
     where = f'data.{name}.source = "hub:{repository}"'
     unknown = [key for key in settings.options if key != "config"]
     if unknown:
-        raise SettingsError(f"data.{name}.options.{unknown[0]}: a hub source knows only config (the data set's subset)")
+        raise SettingsError(
+            f"data.{name}.options.{unknown[0]}: a hub source knows only config (the data set's subset)"
+        )
     try:
         import datasets
     except ModuleNotFoundError:

@@ -1,7 +1,9 @@
-"""Problems that a program writes, with a worked trace each: endless, local, and checked by their own arithmetic.
+"""Problems that a program writes, with a worked trace each: endless, local, and checked by their own
+arithmetic.
 
-Train, dev and test are disjoint by construction: the hash of a problem's content decides which of them it is in. It
-does not depend on the seed, so the test problems of any run are never the training problems of any other.
+Train, dev and test are disjoint by construction: the hash of a problem's content decides which of them it is
+in. It does not depend on the seed, so the test problems of any run are never the training problems of any
+other.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from truestep.settings import SettingsError
 
 # A problem is in the split that its hash modulo 10 belongs to.
 SPLITS = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}
-OPTIONS = {"plain_percent": (100, 0, 100)}  # of every task: the share of problems asked for plainly, not as "do ..."
+OPTIONS = {
+    "plain_percent": (100, 0, 100)
+}  # of every task: the share of problems asked for plainly, not as "do ..."
 _MAX_DRAWS = 2000  # for one problem of the wanted split
 _MAX_REPEATS = 1000  # problems in a row that the set already has, before its space counts as used up
 
@@ -37,7 +41,8 @@ def split_of(canonical: str) -> str:
 def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], seed: int) -> Problem:
     """Problem number ``index`` of a split: a pure function of its arguments.
 
-    Raises SettingsError for an unknown task, split or option, and where the split has hardly any such problem.
+    Raises SettingsError for an unknown task, split or option, and where the split has hardly any such
+    problem.
     """
     check_split(split)
     chosen = _task(task)

@@ -1,8 +1,8 @@
-"""The embedded tasks: how a problem is drawn, solved and written down. Short ASCII, one regular line a step, so that a
-character-level model of a million parameters can learn it.
+"""The embedded tasks: how a problem is drawn, solved and written down. Short ASCII, one regular line a step,
+so that a character-level model of a million parameters can learn it.
 
-Each ``draw_*`` takes a generator and the task's options, and returns one ``Drawn``. ``wN`` writes a digit, ``cN``
-carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``.
+Each ``draw_*`` takes a generator and the task's options, and returns one ``Drawn``. ``wN`` writes a digit,
+``cN`` carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.random import Generator
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A problem before it has a split. ``canonical`` is the same for problems that are one and the same exercise
-    (12+34 and 34+12): its hash decides the split."""
+    """A problem before it has a split. ``canonical`` is the same for problems that are one and the same
+    exercise (12+34 and 34+12): its hash decides the split."""
 
     canonical: str
     text: str
@@ -78,7 +78,8 @@ def subtraction_steps(a: int, b: int) -> list[str]:
 
 
 def multiplication_steps(a: int, b: int) -> list[str]:
-    """Each digit of b from the right times a, column by column; then the shifted products are added up one by one."""
+    """Each digit of b from the right times a, column by column; then the shifted products are added up one by
+    one."""
     lines: list[str] = []
     total = 0
     for shift, y in enumerate(_digits(b, len(str(b)))):
@@ -99,24 +100,32 @@ def multiplication_steps(a: int, b: int) -> list[str]:
 def draw_addition(rng: Generator, options: Mapping[str, int]) -> Drawn:
     a, b = _numbers(rng, options)
     low, high = sorted((a, b))
-    return Drawn(canonical=f"{low}+{high}", text=f"{a}+{b}=?", answer=str(a + b), steps=tuple(addition_steps(a, b)))
+    return Drawn(
+        canonical=f"{low}+{high}", text=f"{a}+{b}=?", answer=str(a + b), steps=tuple(addition_steps(a, b))
+    )
 
 
 def draw_subtraction(rng: Generator, options: Mapping[str, int]) -> Drawn:
     b, a = sorted(_numbers(rng, options))
-    return Drawn(canonical=f"{a}-{b}", text=f"{a}-{b}=?", answer=str(a - b), steps=tuple(subtraction_steps(a, b)))
+    return Drawn(
+        canonical=f"{a}-{b}", text=f"{a}-{b}=?", answer=str(a - b), steps=tuple(subtraction_steps(a, b))
+    )
 
 
 def draw_multiplication(rng: Generator, options: Mapping[str, int]) -> Drawn:
     a, b = _operand(rng, options["digits_a"]), _operand(rng, options["digits_b"])
     low, high = sorted((a, b))
     return Drawn(
-        canonical=f"{low}*{high}", text=f"{a}*{b}=?", answer=str(a * b), steps=tuple(multiplication_steps(a, b))
+        canonical=f"{low}*{high}",
+        text=f"{a}*{b}=?",
+        answer=str(a * b),
+        steps=tuple(multiplication_steps(a, b)),
     )
 
 
 def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Terms joined by + - *; no product has more than two factors, so that a table of the small numbers is enough."""
+    """Terms joined by + - *; no product has more than two factors, so that a table of the small numbers is
+    enough."""
     numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["terms"])]
     signs: list[str] = []
     for _ in numbers[1:]:
@@ -140,7 +149,8 @@ def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Numbers and a target that all of them together can reach: two values at a time are joined until one is left."""
+    """Numbers and a target that all of them together can reach: two values at a time are joined until one is
+    left."""
     while True:
         numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["numbers"])]
         values = [(n, str(n), "") for n in numbers]  # value, expression, its outermost operation
@@ -166,7 +176,12 @@ def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 def _possible(x: int, y: int) -> str:
     """The operations that give a positive whole number, and change something."""
-    return "+" + ("-" if x > y else "") + ("*" if x > 1 and y > 1 else "") + ("/" if y > 1 and x % y == 0 else "")
+    return (
+        "+"
+        + ("-" if x > y else "")
+        + ("*" if x > 1 and y > 1 else "")
+        + ("/" if y > 1 and x % y == 0 else "")
+    )
 
 
 def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tuple[int, str, str]:
@@ -179,7 +194,8 @@ def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tupl
 
 
 def draw_letters(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Put letters in order, the smallest that is left first; a line shows what is left, what is taken, what remains."""
+    """Put letters in order, the smallest that is left first; a line shows what is left, what is taken, what
+    remains."""
     alphabet = "abcdefghij"[: options["alphabet"]]
     word = "".join(alphabet[int(i)] for i in rng.integers(len(alphabet), size=options["length"]))
     left, steps = word, []

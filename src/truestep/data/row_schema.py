@@ -12,7 +12,17 @@ from truestep.data.rows import Row, RowError, shown
 from truestep.records import Message, Problem
 
 PROMPT_COLUMNS = ("problem", "prompt", "messages")
-COLUMNS = (*PROMPT_COLUMNS, "answer", "reward_model", "solution", "target", "id", "checker", "numbers", "choices")
+COLUMNS = (
+    *PROMPT_COLUMNS,
+    "answer",
+    "reward_model",
+    "solution",
+    "target",
+    "id",
+    "checker",
+    "numbers",
+    "choices",
+)
 CHECKERS = ("math", "exact", "integer", "choice", "countdown")
 ROLES = ("system", "user", "assistant")
 # What others call our columns, for "did you mean"; never read.
@@ -26,7 +36,8 @@ ALIASES = {
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
-    """The problem that a row holds. ``needs`` names what must be there: "answer", "solution", both or (empty) either.
+    """The problem that a row holds. ``needs`` names what must be there: "answer", "solution", both or (empty)
+    either.
 
     Raises RowError with the first thing that is wrong.
     """
@@ -36,10 +47,13 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     for field, value in (("answer", answer), ("solution", solution)):
         if field in needs and not value:
             raise RowError(
-                field, f"expected {'one' if field == 'answer' else 'a worked one'}, got none" + _near(row, field)
+                field,
+                f"expected {'one' if field == 'answer' else 'a worked one'}, got none" + _near(row, field),
             )
     if not answer and not solution:
-        raise RowError("answer", "expected an answer or a solution, got neither" + _near(row, "answer", "solution"))
+        raise RowError(
+            "answer", "expected an answer or a solution, got neither" + _near(row, "answer", "solution")
+        )
     checker = _checker(row) if checker == "auto" else checker
     meta: dict[str, Any] = {"turns_given": True} if given else {}
     if checker == "countdown":
@@ -51,7 +65,9 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
         if isinstance(number, bool) or not isinstance(number, str | int):
             raise RowError("id", f"expected text or a whole number, got {shown(number)}")
         id = _text(str(number), "id")
-    return Problem(id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta)
+    return Problem(
+        id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta
+    )
 
 
 def _choices(value: Any) -> list[str]:
@@ -61,7 +77,8 @@ def _choices(value: Any) -> list[str]:
 
 
 def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
-    """The prompt's turns, the solution where the turns end with one, and whether the row gave turns or bare text."""
+    """The prompt's turns, the solution where the turns end with one, and whether the row gave turns or bare
+    text."""
     present = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
     if not present:
         raise RowError(
@@ -81,7 +98,11 @@ def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
         solution = last.content
     if not messages or messages[-1].role != "user":
         found = f"the {messages[-1].role}'s" if messages else "none"
-        where = "before the assistant's solution" if solution else 'at the end (a worked answer goes into "solution")'
+        where = (
+            "before the assistant's solution"
+            if solution
+            else 'at the end (a worked answer goes into "solution")'
+        )
         raise RowError(column, f"expected the user's turn {where}, got {found}")
     return tuple(messages), solution, True
 
@@ -101,15 +122,20 @@ def _messages(value: Any, column: str) -> list[Message]:
                 raise RowError(f"{field}.{key}", "expected text, got nothing" + _near(turn, key))
         if turn["role"] not in ROLES:
             hint = _did_you_mean(str(turn["role"]), ROLES)
-            raise RowError(f"{field}.role", f"expected system, user or assistant, got {shown(turn['role'])}{hint}")
+            raise RowError(
+                f"{field}.role", f"expected system, user or assistant, got {shown(turn['role'])}{hint}"
+            )
         if turn["role"] == "system" and i:
-            raise RowError(f"{field}.role", "expected the system's turn first, got it later: move or remove it")
+            raise RowError(
+                f"{field}.role", "expected the system's turn first, got it later: move or remove it"
+            )
         messages.append(Message(role=turn["role"], content=_text(turn["content"], f"{field}.content")))
     return messages
 
 
 def _solution(row: Row, from_turns: str) -> str:
-    """The demonstration: ``solution``, the last assistant turn of ``messages``, or ``target`` as a list of turns."""
+    """The demonstration: ``solution``, the last assistant turn of ``messages``, or ``target`` as a list of
+    turns."""
     found = {"messages": from_turns} if from_turns else {}
     if row.get("solution") is not None:
         found["solution"] = _text(row["solution"], "solution")
@@ -131,14 +157,20 @@ def _answer(row: Row) -> str:
     if reward is None:
         return answer
     if not isinstance(reward, dict):
-        raise RowError("reward_model", f'expected {{"ground_truth": ..., "style": "rule"}}, got {shown(reward)}')
+        raise RowError(
+            "reward_model", f'expected {{"ground_truth": ..., "style": "rule"}}, got {shown(reward)}'
+        )
     style = reward.get("style")
     if style is not None and not str(style).startswith("rule"):
-        raise RowError("reward_model.style", f'expected "rule" (a program checks the answer), got {shown(style)}')
+        raise RowError(
+            "reward_model.style", f'expected "rule" (a program checks the answer), got {shown(style)}'
+        )
     if reward.get("ground_truth") is None:
         if answer:
             return answer
-        raise RowError("reward_model.ground_truth", "expected an answer, got nothing" + _near(reward, "ground_truth"))
+        raise RowError(
+            "reward_model.ground_truth", "expected an answer, got nothing" + _near(reward, "ground_truth")
+        )
     truth = _scalar(reward["ground_truth"], "reward_model.ground_truth")
     if answer and answer != truth:
         raise RowError("answer", f"expected reward_model's {shown(truth)}, got {shown(answer)}: keep one")
@@ -164,12 +196,16 @@ def _text(value: Any, field: str) -> str:
     if not value.strip():
         raise RowError(field, "expected text, got an empty string")
     if "\0" in value:
-        raise RowError(field, f"expected text, got a NUL character at character {value.index(chr(0)) + 1}: remove it")
+        raise RowError(
+            field, f"expected text, got a NUL character at character {value.index(chr(0)) + 1}: remove it"
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = f"U+{ord(value[error.start]):04X}"
-        raise RowError(field, f"expected text, got the lone surrogate {code} at character {error.start + 1}") from None
+        raise RowError(
+            field, f"expected text, got the lone surrogate {code} at character {error.start + 1}"
+        ) from None
     return value
 
 
@@ -187,7 +223,9 @@ def _countdown(row: Row) -> dict[str, Any]:
     """What the countdown checker needs besides an answer: the numbers to use and the target to reach."""
     numbers, target = row.get("numbers"), row.get("target")
     if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
-        raise RowError("numbers", f"expected a list of whole numbers (checker countdown), got {shown(numbers)}")
+        raise RowError(
+            "numbers", f"expected a list of whole numbers (checker countdown), got {shown(numbers)}"
+        )
     if type(target) is not int:
         raise RowError("target", f"expected a whole number (checker countdown), got {shown(target)}")
     return {"numbers": numbers, "target": target}

@@ -31,7 +31,8 @@ def shown(value: Any) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
-    """Yield (1-based row number, row or what is wrong with it) for every row of a file; blank lines are no rows.
+    """Yield (1-based row number, row or what is wrong with it) for every row of a file; blank lines are no
+    rows.
 
     Raises SettingsError where the file as a whole cannot be read.
     """
@@ -83,7 +84,9 @@ def _parsed(line: bytes) -> Row | RowError:
     except ValueError:
         return RowError("JSON", "expected numbers of at most 4300 digits, got a longer one: write it as text")
     if not isinstance(value, dict):
-        return RowError("JSON", f'expected an object such as {{"problem": "...", "answer": "..."}}, got {shown(value)}')
+        return RowError(
+            "JSON", f'expected an object such as {{"problem": "...", "answer": "..."}}, got {shown(value)}'
+        )
     return value
 
 
@@ -125,6 +128,8 @@ def _parquet_row(batch: Any, index: int) -> Row | RowError:
             row[name] = column[0].as_py()
         except UnicodeDecodeError:
             return RowError(name, "expected UTF-8 text, got other bytes: write the column as UTF-8")
-        except ValueError:  # a date or a duration that Python cannot hold: no column that we read has such a type
+        except (
+            ValueError
+        ):  # a date or a duration that Python cannot hold: no column that we read has such a type
             row[name] = None
     return row

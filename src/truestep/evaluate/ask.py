@@ -29,8 +29,8 @@ LEAST_ROOM = 8  # tokens that a completion must have beside the longest prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """A job made ready. ``fingerprint`` hashes what is sent, prompt by prompt, so that two engines can be told to have
-    been asked the same."""
+    """A job made ready. ``fingerprint`` hashes what is sent, prompt by prompt, so that two engines can be
+    told to have been asked the same."""
 
     prompts: Sequence[Asked]
     stop_token_ids: tuple[int, ...]
@@ -60,13 +60,13 @@ def fingerprint(prompts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------------- tokens
+# ----------------------------------------------------------------------------------------------------- tokens
 
 
 @dataclass(kw_only=True)
 class TokenAsker:
-    """Through the model's tokenizer and an engine of ours, which ``open_engine`` makes when the first sample is asked
-    for."""
+    """Through the model's tokenizer and an engine of ours, which ``open_engine`` makes when the first sample
+    is asked for."""
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
@@ -119,8 +119,8 @@ class TokenAsker:
         return Prompt(problem=problem, token_ids=made.token_ids)
 
     def _stops(self, template: Template) -> tuple[int, ...]:
-        """The tokens that end a turn; where a line's end or an empty line ends it, also every token that holds it (the
-        text is cut where it should be in any case: this only saves what would follow)."""
+        """The tokens that end a turn; where a line's end or an empty line ends it, also every token that
+        holds it (the text is cut where it should be in any case: this only saves what would follow)."""
         stops = stop_token_ids(self.tokenizer, self.model_eos)
         ends = [text for text in template.stop if not text.strip()]
         if not ends:
@@ -150,7 +150,7 @@ class TokenAsker:
             yield replace(sample, text=text, stop=Stop.STOP_TOKEN if was_cut else sample.stop)
 
 
-# ----------------------------------------------------------------------------------------------------------- endpoint
+# --------------------------------------------------------------------------------------------------- endpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,9 @@ class EndpointAsker:
         for sample in self.engine.answer(requests, plan.sampling, check_stop):
             yield replace(sample, text=cut(sample.text, template.stop))
 
-    def _request(self, plan: EvaluationPlan, prompt: TextPrompt, index: int, template: Template) -> TextRequest:
+    def _request(
+        self, plan: EvaluationPlan, prompt: TextPrompt, index: int, template: Template
+    ) -> TextRequest:
         seed = text_seed(
             SampleRequest(
                 problem_id=prompt.problem.id, sample_index=index, prompt_ids=(), seed=plan.seed,

@@ -1,8 +1,9 @@
-"""The benchmarks, pinned: where each comes from, how many rows it has, what they hash to, and how it is scored.
+"""The benchmarks, pinned: where each comes from, how many rows it has, what they hash to, and how it is
+scored.
 
-A hash is of the rows' content (``sources.content_hash``). "unknown" is said of what this table has not seen: it is then
-recorded at the first load, and held to from there on. Where a published figure stands, it is the paper's (Table 1,
-Qwen2.5-Math-7B), in points.
+A hash is of the rows' content (``sources.content_hash``). "unknown" is said of what this table has not seen:
+it is then recorded at the first load, and held to from there on. Where a published figure stands, it is the
+paper's (Table 1, Qwen2.5-Math-7B), in points.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SHUFFLE_SEED = 0  # of the options of multiple choice, and of the order in which
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One row of the table. ``average`` names the paper's average that it enters. A ``private`` benchmark's questions,
-    answers and completions are never written."""
+    """One row of the table. ``average`` names the paper's average that it enters. A ``private`` benchmark's
+    questions, answers and completions are never written."""
 
     id: str
     title: str
@@ -140,8 +141,8 @@ def find(id: str) -> Benchmark:
 
 
 def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
-    """All problems of a benchmark, its rows counted and their content checked against the table; ``bare`` ones have
-    their question alone, without options.
+    """All problems of a benchmark, its rows counted and their content checked against the table; ``bare``
+    ones have their question alone, without options.
 
     Raises SettingsError where they are not the pinned ones.
     """
@@ -157,8 +158,14 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
         )
     if benchmark.kind == "choice" and not all(item.choices for item in items):
         number = next(n for n, item in enumerate(items, start=1) if not item.choices)
-        raise SettingsError(f"{where}:{number}: choices: expected a list of choices, got none: correct the row")
-    found, expected, pinned = content_hash(items), benchmark.content, "the pinned ones, give the original file"
+        raise SettingsError(
+            f"{where}:{number}: choices: expected a list of choices, got none: correct the row"
+        )
+    found, expected, pinned = (
+        content_hash(items),
+        benchmark.content,
+        "the pinned ones, give the original file",
+    )
     if expected == UNKNOWN:
         expected = _first_seen(benchmark.id, found)
         pinned = f"those first loaded here: if these are right, remove {benchmark.id} from {_record()}"
@@ -176,8 +183,15 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     if not folder.is_dir():
-        raise SettingsError(f"{folder}: no such folder: give --data the folder that holds {benchmark.id}.jsonl")
-    found = [p for s in SUFFIXES for sub in ("", "benchmarks") if (p := folder / sub / f"{benchmark.id}{s}").is_file()]
+        raise SettingsError(
+            f"{folder}: no such folder: give --data the folder that holds {benchmark.id}.jsonl"
+        )
+    found = [
+        p
+        for s in SUFFIXES
+        for sub in ("", "benchmarks")
+        if (p := folder / sub / f"{benchmark.id}{s}").is_file()
+    ]
     if not found:
         raise NotThere(f"{folder}: holds no {benchmark.id}.jsonl, .parquet or .csv: put the benchmark there")
     return found[0]
@@ -185,14 +199,16 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
 
 def _from_hub(benchmark: Benchmark) -> list[Item]:
     if not benchmark.hub:
-        raise NotThere(f"benchmark {benchmark.id}: has no hub source: give --data FOLDER with {benchmark.id}.jsonl")
+        raise NotThere(
+            f"benchmark {benchmark.id}: has no hub source: give --data FOLDER with {benchmark.id}.jsonl"
+        )
     repository, config, split = benchmark.hub.split(":")
     return hub_items(benchmark.id, repository, config, split)
 
 
 def _first_seen(id: str, found: str) -> str:
-    """The hash that was recorded when a benchmark of unknown content was first loaded here; records this one if none
-    was."""
+    """The hash that was recorded when a benchmark of unknown content was first loaded here; records this one
+    if none was."""
     path = _record()
     try:
         seen: dict[str, Any] = read_json(path) if path.is_file() else {}
@@ -208,10 +224,13 @@ def _record() -> Path:
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
-    """The problem as it is asked: options shuffled by the recorded seed and lettered anew, the gold with them."""
+    """The problem as it is asked: options shuffled by the recorded seed and lettered anew, the gold with
+    them."""
     text, answer, meta = item.question, item.answer, {}
     if item.choices:
-        order = permutation(SHUFFLE_SEED, 0, len(item.choices), item=f"options/{benchmark.id}/{item.id}").tolist()
+        order = permutation(
+            SHUFFLE_SEED, 0, len(item.choices), item=f"options/{benchmark.id}/{item.id}"
+        ).tolist()
         lines = [f"{LETTERS[n]}) {item.choices[position]}" for n, position in enumerate(order)]
         text, answer = "\n".join([f"{text}\n", *lines]), LETTERS[order.index(int(answer))]
         meta = {"num_choices": len(order), "option_order": order}
@@ -222,8 +241,8 @@ def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
 
 
 def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) -> list[Problem]:
-    """The first ``limit`` problems in an order that is drawn once for each benchmark, so that a small part is no corner
-    of the file and a greater one holds it; in the order of the file."""
+    """The first ``limit`` problems in an order that is drawn once for each benchmark, so that a small part is
+    no corner of the file and a greater one holds it; in the order of the file."""
     if limit == "all" or limit >= len(problems):
         return list(problems)
     order = permutation(SHUFFLE_SEED, 0, len(problems), item=f"limit/{name}")

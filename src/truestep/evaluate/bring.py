@@ -19,7 +19,8 @@ _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
 
 def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> dict[str, Any]:
-    """Write foreign evaluations as a run directory; returns its summary. Nothing is written before all is read.
+    """Write foreign evaluations as a run directory; returns its summary. Nothing is written before all is
+    read.
 
     Raises SettingsError where the directory is taken, or an evaluation is there twice.
     """
@@ -48,7 +49,9 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
         if evaluation.missing:
             notes.append(f"{task}: a part: {evaluation.missing}")
         if found["unscored"]:
-            notes.append(f"{task}: {found['unscored']} of {found['n']} samples have no verdict: counted as not correct")
+            notes.append(
+                f"{task}: {found['unscored']} of {found['n']} samples have no verdict: counted as not correct"
+            )
         whole = not evaluation.missing and (task not in BY_ID or BY_ID[task].num_rows == len(groups))
         scores.append(
             {
@@ -57,10 +60,18 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
             }
         )  # fmt: skip
         results = {
-            task: {"alias": task, "exact_match,none": found["score"], "exact_match_stderr,none": found["stderr"]}
+            task: {
+                "alias": task,
+                "exact_match,none": found["score"],
+                "exact_match_stderr,none": found["stderr"],
+            }
         }
         num = {"original": len(groups), "effective": len(groups)}
-        more = {"samples_per_problem": found["n"] // len(groups), "estimate": found, "source": evaluation.source}
+        more = {
+            "samples_per_problem": found["n"] // len(groups),
+            "estimate": found,
+            "source": evaluation.source,
+        }
         write_json(folder / f"{task}.results.json", {"results": results, "n-samples": {task: num}, **more})
     summary = {
         "schema_version": 1, "kind": "evaluation", "name": out.name, "status": "done", "model": "as in the logs",
@@ -78,7 +89,12 @@ def _brought(evaluation: Evaluation) -> tuple[Evaluation, str, dict[str, list[An
     try:
         groups = by_problem([_without_texts(row) if private else row for row in evaluation.rows])
         rows = [row for group in groups.values() for row in group]
-        return evaluation, task, groups, estimate(rows, range(1, min(map(len, groups.values())) + 1)).to_json()
+        return (
+            evaluation,
+            task,
+            groups,
+            estimate(rows, range(1, min(map(len, groups.values())) + 1)).to_json(),
+        )
     except (SettingsError, RecordError) as error:
         raise SettingsError(f"{evaluation.source}: {error}") from None
 
@@ -95,14 +111,16 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
-    """``comparisons``, b - a for every task that both have, paired by problem: by id where the texts agree, else by the
-    problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over.
+    """``comparisons``, b - a for every task that both have, paired by problem: by id where the texts agree,
+    else by the problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over.
 
     Raises SettingsError where no task, or not the same problems, are in both, or one side is unfinished.
     """
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
-    for task in dict.fromkeys(map(_task, left)):  # other templates, harnesses or filters: where one side has one only
+    for task in dict.fromkeys(
+        map(_task, left)
+    ):  # other templates, harnesses or filters: where one side has one only
         own, other = ([k for k in side if _task(k) == task] for side in (left, right))
         if not any(k in right for k in own) and 1 in (len(own), len(other)):
             pairs += [(x, y) for x in own for y in other]
@@ -175,8 +193,8 @@ def _grouped(evaluation: Evaluation) -> dict[str, list[Any]]:
 
 
 def _same_problems(a: Sequence[Row], b: Sequence[Row]) -> bool:
-    """Whether equal ids mean equal problems: some are equal, and where both sides have a text, most texts agree (the
-    one may hold the other: harnesses differ in what they wrap around a question)."""
+    """Whether equal ids mean equal problems: some are equal, and where both sides have a text, most texts
+    agree (the one may hold the other: harnesses differ in what they wrap around a question)."""
     left, right = ({row["problem_id"]: _spaced(row.get("prompt")) for row in rows} for rows in (a, b))
     common = left.keys() & right.keys()
     texts = [(left[id], right[id]) for id in common if left[id] and right[id]]

@@ -19,10 +19,10 @@ from truestep.settings import SettingsError
 class Comparison:
     """How much better ``b`` is than ``a`` on the same problems.
 
-    ``difference`` is the mean over problems of (share of correct samples of b) - (that of a), with its 95 % interval;
-    ``p_value`` is the paired t test's, ``p_exact`` the sign-flip permutation test's (McNemar's with one sample a
-    problem). ``detectable`` is the smallest true difference that problems like these would show with 80 % power at the
-    5 % level: None, and the interval [-1, 1], where there is one problem only.
+    ``difference`` is the mean over problems of (share of correct samples of b) - (that of a), with its 95 %
+    interval; ``p_value`` is the paired t test's, ``p_exact`` the sign-flip permutation test's (McNemar's with
+    one sample a problem). ``detectable`` is the smallest true difference that problems like these would show
+    with 80 % power at the 5 % level: None, and the interval [-1, 1], where there is one problem only.
     """
 
     difference: float
@@ -53,7 +53,8 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
         )
     scale = math.lcm(*(n for counts in (counts_a, counts_b) for _, n in counts.values()))
     whole = [
-        counts_b[p][0] * (scale // counts_b[p][1]) - counts_a[p][0] * (scale // counts_a[p][1]) for p in counts_a
+        counts_b[p][0] * (scale // counts_b[p][1]) - counts_a[p][0] * (scale // counts_a[p][1])
+        for p in counts_a
     ]  # differences in units of 1 / scale: whole numbers, so that the exact test is exact
     difference, low, high, p_value, detectable = paired_t(np.array(whole) / scale, 1 / scale)
     p_exact = sign_flip_p([w // math.gcd(*whole) for w in whole] if any(whole) else [])
@@ -78,9 +79,9 @@ def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, float | None, float | None]:
     """Mean, interval, p-value and detectable difference of paired differences.
 
-    Where all differences are equal the spread says nothing, and pseudo-observations are added: half of +unit, half of
-    -unit and one of 0 (with one sample a problem, the interval of Agresti and Min 2005, doi:10.1002/sim.1781). There is
-    then no t statistic, hence no p-value.
+    Where all differences are equal the spread says nothing, and pseudo-observations are added: half of +unit,
+    half of -unit and one of 0 (with one sample a problem, the interval of Agresti and Min 2005,
+    doi:10.1002/sim.1781). There is then no t statistic, hence no p-value.
     """
     mean, n = float(values.mean()), len(values)
     if n == 1:
@@ -99,8 +100,8 @@ def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, floa
 
 
 def sign_flip_p(whole: list[int]) -> float:
-    """Two-sided p-value of the sum of whole-number differences when each sign is a fair coin: the exact distribution,
-    built one difference at a time. ``chance[i]`` is the probability of the sum i - reach."""
+    """Two-sided p-value of the sum of whole-number differences when each sign is a fair coin: the exact
+    distribution, built one difference at a time. ``chance[i]`` is the probability of the sum i - reach."""
     reach = sum(abs(w) for w in whole)
     chance = np.zeros(2 * reach + 1)
     chance[reach] = 1.0

@@ -14,10 +14,11 @@ from truestep.settings import DataSettings
 
 
 def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
-    """The overlap of a training set with each benchmark, by bare question: options and templates would hide equal ones.
+    """The overlap of a training set with each benchmark, by bare question: options and templates would hide
+    equal ones.
 
-    Without ``ids`` every benchmark whose file is in the folder ``data`` is looked at, and the others are listed as
-    missing. Examples name ids only, so private benchmarks are safe here.
+    Without ``ids`` every benchmark whose file is in the folder ``data`` is looked at, and the others are
+    listed as missing. Examples name ids only, so private benchmarks are safe here.
     """
     folder = Path(data) if data else None
     tested, missing = {}, []

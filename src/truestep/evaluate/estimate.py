@@ -1,7 +1,7 @@
 """Scores with intervals: avg@k, the unbiased pass@k and majority@k, clustered by problem.
 
-Problems are the sampled unit: the samples of one problem are alike, so counting them as independent would promise more
-than the data know. Every interval here has a width greater than 0, also where all samples agree.
+Problems are the sampled unit: the samples of one problem are alike, so counting them as independent would
+promise more than the data know. Every interval here has a width greater than 0, also where all samples agree.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from truestep.grade.equivalent import ballot
 from truestep.records import RecordError, Stop, Verdict
 from truestep.settings import SettingsError
 
-Row = Mapping[str, Any]  # one sample: problem_id, sample_index, verdict, and where known stop, extracted, num_tokens
+Row = Mapping[
+    str, Any
+]  # one sample: problem_id, sample_index, verdict, and where known stop, extracted, num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a set of samples says about a model. n = correct + incorrect + unscored.
 
-    ``score`` is the mean over problems of the share of correct samples; an unscored sample counts as not correct, and
-    ``score_if_unscored_correct`` says how much that could have cost. ``stderr`` is None where one problem leaves it
-    unknown.
+    ``score`` is the mean over problems of the share of correct samples; an unscored sample counts as not
+    correct, and ``score_if_unscored_correct`` says how much that could have cost. ``stderr`` is None where
+    one problem leaves it unknown.
     """
 
     score: float
@@ -61,19 +63,23 @@ class Estimate:
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The samples of each problem. Raises SettingsError where there are none, RecordError where one is there twice."""
+    """The samples of each problem. Raises SettingsError where there are none, RecordError where one is there
+    twice."""
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["sample_index"] in groups[row["problem_id"]]:
             raise RecordError(f"sample {row['problem_id']}/{row['sample_index']} is there twice")
         groups[row["problem_id"]][row["sample_index"]] = row
     if not groups:
-        raise SettingsError("no samples to score: expected at least one problem, write a data set with limit >= 1")
+        raise SettingsError(
+            "no samples to score: expected at least one problem, write a data set with limit >= 1"
+        )
     return {problem: list(samples.values()) for problem, samples in groups.items()}
 
 
 def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
-    """The score of per-sample records with its interval, pass@k for each k of ``pass_at``, and what became of them all.
+    """The score of per-sample records with its interval, pass@k for each k of ``pass_at``, and what became of
+    them all.
 
     Raises SettingsError where a problem has fewer than k samples.
     """
@@ -148,7 +154,8 @@ def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[
 
 
 def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
-    """Samples with a correct answer (whatever its form), with each other answer (in any spelling), and with none."""
+    """Samples with a correct answer (whatever its form), with each other answer (in any spelling), and with
+    none."""
     right = _count(rows, Verdict.CORRECT)
     others = [row["extracted"] for row in rows if row["verdict"] != Verdict.CORRECT]
     wrong = Counter(ballot(answer) for answer in others if answer)
@@ -156,11 +163,11 @@ def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
 
 
 def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
-    """The chance that the most frequent answer of k samples, drawn without replacement, is the correct one; ties are
-    broken by a fair draw, samples without an answer do not vote.
+    """The chance that the most frequent answer of k samples, drawn without replacement, is the correct one;
+    ties are broken by a fair draw, samples without an answer do not vote.
 
-    Exact: ``ways[v][t]`` counts the ways to draw v samples of the wrong answers such that none has more than j votes
-    and t of them have j.
+    Exact: ``ways[v][t]`` counts the ways to draw v samples of the wrong answers such that none has more than
+    j votes and t of them have j.
     """
     total = 0.0
     for j in range(1, min(right, k) + 1):

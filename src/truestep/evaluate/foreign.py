@@ -1,7 +1,8 @@
-"""Results of other harnesses as rows of ours: lm-evaluation-harness, lighteval, inspect; and ours as lm-eval's.
+"""Results of other harnesses as rows of ours: lm-evaluation-harness, lighteval, inspect; and ours as
+lm-eval's.
 
-A foreign verdict is taken as it stands: nothing is graded again. What a log does not say (a failed sample, a score that
-is neither right nor wrong) is unscored, with the reason.
+A foreign verdict is taken as it stands: nothing is graded again. What a log does not say (a failed sample, a
+score that is neither right nor wrong) is unscored, with the reason.
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ from truestep.settings import SettingsError
 
 MAX_LOG_BYTES = 2**30  # of one unpacked file inside an inspect log
 Row = dict[str, Any]
-_SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", "em", "quasi_exact_match", "pass@1")
+_SCORES = (
+    "exact_match",
+    "acc",
+    "acc_norm",
+    "math_verify",
+    "extractive_match",
+    "em",
+    "quasi_exact_match",
+    "pass@1",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Samples of one task from one file. ``made_by`` is truestep, lm-eval, lighteval or inspect; ``metric`` names the
-    score that the verdicts are of, ``missing`` says what the log has not (unfinished, a part only)."""
+    """Samples of one task from one file. ``made_by`` is truestep, lm-eval, lighteval or inspect; ``metric``
+    names the score that the verdicts are of, ``missing`` says what the log has not (unfinished, a part
+    only)."""
 
     task: str
     made_by: str
@@ -41,8 +52,8 @@ class Evaluation:
 
 
 def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
-    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; where a log has
-    several scores of a sample, ``metric`` names the one that counts.
+    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; where a log
+    has several scores of a sample, ``metric`` names the one that counts.
 
     Raises SettingsError where it is none of them.
     """
@@ -50,7 +61,9 @@ def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
         if not files:
-            raise SettingsError(f"{path}: holds no samples ({', '.join(patterns)}): give a run directory or a log file")
+            raise SettingsError(
+                f"{path}: holds no samples ({', '.join(patterns)}): give a run directory or a log file"
+            )
         return [evaluation for file in files for evaluation in read_evaluations(file, metric)]
     if not path.is_file():
         raise SettingsError(f"{path}: no such file or folder: give a run directory or a log file")
@@ -76,21 +89,28 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
     for number, row in enumerate(rows[own:], start=1 + own):
         lacking = [field for field in fields if field not in row]
         if lacking and (own or number > 1):
-            raise SettingsError(f"{path}:{number}: {lacking[0]}: is missing: give a log as its harness wrote it")
+            raise SettingsError(
+                f"{path}:{number}: {lacking[0]}: is missing: give a log as its harness wrote it"
+            )
         if own and row["verdict"] not in set(Verdict):
             raise SettingsError(f"{path}:{number}: verdict: expected one of {', '.join(Verdict)}")
     if rows[0].get("header") and "identity" in rows[0]:
         return [Evaluation(task=str(rows[0]["name"]), made_by="truestep", source=str(path), rows=rows[1:])]
     if "doc_id" in rows[0] and "filter" in rows[0]:
         return _lm_eval(path, rows, metric)
-    raise SettingsError(f"{path}:1: expected a sample of truestep or lm-eval, got the fields {sorted(rows[0])[:6]}")
+    raise SettingsError(
+        f"{path}:1: expected a sample of truestep or lm-eval, got the fields {sorted(rows[0])[:6]}"
+    )
 
 
 def _judged(value: Any) -> Verdict:
-    """What a foreign score means: 1, true and C are right; 0, false, I and N wrong; anything else is no verdict."""
+    """What a foreign score means: 1, true and C are right; 0, false, I and N wrong; anything else is no
+    verdict."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return Verdict.CORRECT if value else Verdict.INCORRECT
-    return {"C": Verdict.CORRECT, "I": Verdict.INCORRECT, "N": Verdict.INCORRECT}.get(str(value), Verdict.UNSCORED)
+    return {"C": Verdict.CORRECT, "I": Verdict.INCORRECT, "N": Verdict.INCORRECT}.get(
+        str(value), Verdict.UNSCORED
+    )
 
 
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
@@ -103,11 +123,17 @@ def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
 
 def _is_share(value: Any, num: int) -> bool:
     """Whether a score can only be a mean over several samples: c / n."""
-    return num > 1 and isinstance(value, float) and 0 < value < 1 and abs(value * num - round(value * num)) < 1e-6
+    return (
+        num > 1
+        and isinstance(value, float)
+        and 0 < value < 1
+        and abs(value * num - round(value * num)) < 1e-6
+    )
 
 
 def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any, str, str | None]]:
-    """Score, text and reason of each sample behind one score; in a log whose scores are not means that is the first.
+    """Score, text and reason of each sample behind one score; in a log whose scores are not means that is the
+    first.
 
     Of c right answers among n it is not known which they are: none of them gets a text.
     """
@@ -122,8 +148,9 @@ def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any
 
 
 def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
-    """One evaluation for each filter, judged by the metric that is asked for, else by math_verify where it is logged,
-    else by the first. Of several answers to a document lm-eval logs one score, their mean or the first one's."""
+    """One evaluation for each filter, judged by the metric that is asked for, else by math_verify where it is
+    logged, else by the first. Of several answers to a document lm-eval logs one score, their mean or the
+    first one's."""
     name = path.stem.removeprefix("samples_")
     task = name.partition("_20")[0] if "_20" in name else name
     found: dict[str, list[Row]] = {}
@@ -142,17 +169,29 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
         if "truestep" in row:  # what we have written ourselves
             verdicts = row["truestep"]["verdicts"]
             for i, (verdict, text, found_answer) in enumerate(zip(verdicts, texts, answers, strict=True)):
-                made = _made((key, i), None, prompt=question, completion=text, gold=gold, extracted=found_answer)
+                made = _made(
+                    (key, i), None, prompt=question, completion=text, gold=gold, extracted=found_answer
+                )
                 own.append({**made, "verdict": Verdict(verdict).value, "reason": "as its harness judged"})
             continue
         for i, (score, text, reason) in enumerate(_samples(row.get(judge), texts, averaged)):
             answer = None if reason else answers[i if i < len(answers) else 0]
             own.append(
-                _made((key, i), score, prompt=question, completion=text, gold=gold, extracted=answer, reason=reason)
+                _made(
+                    (key, i),
+                    score,
+                    prompt=question,
+                    completion=text,
+                    gold=gold,
+                    extracted=answer,
+                    reason=reason,
+                )
             )
     many = len(found) > 1
     return [
-        Evaluation(task=f"{task},{f}" if many else task, made_by="lm-eval", source=str(path), rows=own, metric=judge)
+        Evaluation(
+            task=f"{task},{f}" if many else task, made_by="lm-eval", source=str(path), rows=own, metric=judge
+        )
         for f, own in found.items()
     ]
 
@@ -169,12 +208,16 @@ def _replies(row: Row) -> list[str]:
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
     """The score to judge by. Raises SettingsError where the log has not the one that is wanted."""
     if wanted and wanted not in logged:
-        raise SettingsError(f"{path}: has no score {wanted}: write --metric with one of {', '.join(logged) or 'none'}")
+        raise SettingsError(
+            f"{path}: has no score {wanted}: write --metric with one of {', '.join(logged) or 'none'}"
+        )
     return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
 
 
 def _question(doc: Mapping[str, Any]) -> str:
-    return next((doc[k] for k in ("problem", "question", "query", "input") if isinstance(doc.get(k), str)), "")
+    return next(
+        (doc[k] for k in ("problem", "question", "query", "input") if isinstance(doc.get(k), str)), ""
+    )
 
 
 def _lighteval(path: Path, metric: str) -> Evaluation:
@@ -182,13 +225,21 @@ def _lighteval(path: Path, metric: str) -> Evaluation:
     read: list[tuple[Row, Row, Row]] = []  # document, reply, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
-            raise SettingsError(f"{path}:{number}: expected a row of lighteval's details with __doc__ and __metric__")
+            raise SettingsError(
+                f"{path}:{number}: expected a row of lighteval's details with __doc__ and __metric__"
+            )
         reply = row.get("__model_response__") or row.get("model_response") or {}
-        read.append((row.get("__doc__") or row["doc"], reply, row.get("__metric__") or row.get("metric") or {}))
+        read.append(
+            (row.get("__doc__") or row["doc"], reply, row.get("__metric__") or row.get("metric") or {})
+        )
     logged = read[0][2] if read else {}
-    judge = _metric(path, metric, [m for m in _SCORES if m in logged] + [m for m in logged if m not in _SCORES])
+    judge = _metric(
+        path, metric, [m for m in _SCORES if m in logged] + [m for m in logged if m not in _SCORES]
+    )
     replies = [list(map(str, reply.get("text") or [""])) for _, reply, _ in read]
-    averaged = any(_is_share(s.get(judge), len(texts)) for (_, _, s), texts in zip(read, replies, strict=True))
+    averaged = any(
+        _is_share(s.get(judge), len(texts)) for (_, _, s), texts in zip(read, replies, strict=True)
+    )
     rows = []
     for number, ((doc, reply, scores), texts) in enumerate(zip(read, replies, strict=True)):
         gold, index = doc.get("choices") or [""], doc.get("gold_index")
@@ -211,14 +262,16 @@ def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise SettingsError(f"{path}: is no inspect log ({error}): give the file that inspect wrote") from None
+        raise SettingsError(
+            f"{path}: is no inspect log ({error}): give the file that inspect wrote"
+        ) from None
     members = sorted(n for n in archive.namelist() if n.startswith("samples/") and n.endswith(".json"))
     return _object(archive, "header.json", path), (_object(archive, name, path) for name in members)
 
 
 def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
-    """One JSON object of the zip. Raises SettingsError where it is missing, damaged, encrypted, compressed in a way
-    that zipfile does not know (it says so), or too large."""
+    """One JSON object of the zip. Raises SettingsError where it is missing, damaged, encrypted, compressed in
+    a way that zipfile does not know (it says so), or too large."""
     try:
         size = archive.getinfo(name).file_size
         found = json.loads(archive.read(name)) if size <= MAX_LOG_BYTES else None
@@ -240,7 +293,11 @@ def _inspect_json(path: Path, metric: str) -> Evaluation:
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: is no JSON ({error}): give a log as its harness wrote it") from None
     if not isinstance(log, dict) or "eval" not in log or "samples" not in log:
-        hint = "give its samples_*.jsonl beside it" if isinstance(log, dict) and "results" in log else "give a log"
+        hint = (
+            "give its samples_*.jsonl beside it"
+            if isinstance(log, dict) and "results" in log
+            else "give a log"
+        )
         raise SettingsError(f"{path}: expected an inspect log with eval and samples: {hint}")
     return _inspect(path, log, iter(log["samples"] or []), metric)
 
@@ -262,7 +319,8 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
             stop={"max_tokens": "length", "stop": "stop"}.get(str(choice.get("stop_reason"))),
         )  # fmt: skip
         rows.append(
-            made | ({"reason": f"inspect: {error.get('message', '')!s:.200}"} if isinstance(error, dict) else {})
+            made
+            | ({"reason": f"inspect: {error.get('message', '')!s:.200}"} if isinstance(error, dict) else {})
         )
     about, status = header.get("eval") or {}, header.get("status")
     task = str(about.get("task", path.stem)).rpartition("/")[2]
@@ -270,7 +328,9 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
     missing = f"its status is {status}" if status not in (None, "success") else ""
     if isinstance(total, int) and num < total:
         missing = f"{num} of {total} problems" + (f", {missing}" if missing else "")
-    return Evaluation(task=task, made_by="inspect", source=str(path), rows=rows, metric=judge, missing=missing)
+    return Evaluation(
+        task=task, made_by="inspect", source=str(path), rows=rows, metric=judge, missing=missing
+    )
 
 
 def _target(target: Any) -> str:
@@ -285,36 +345,45 @@ def _said(turns: Any) -> str:
     return str(content)
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 def write_lm_eval(run: Path, out: Path) -> list[Path]:
-    """A run's evaluations as lm-evaluation-harness writes them: one folder a template, in it one results file and the
-    samples of each task. Texts of a private benchmark are not there, as in the run itself."""
+    """A run's evaluations as lm-evaluation-harness writes them: one folder a template, in it one results file
+    and the samples of each task. Texts of a private benchmark are not there, as in the run itself."""
     provenance = read_json(run / "provenance.json") if (run / "provenance.json").is_file() else {}
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
     written = []
     for folder in sorted(p for p in (run / "evaluations").glob("*") if p.is_dir()):
-        found = {p.name.removesuffix(".results.json"): _results_of(p) for p in sorted(folder.glob("*.results.json"))}
+        found = {
+            p.name.removesuffix(".results.json"): _results_of(p)
+            for p in sorted(folder.glob("*.results.json"))
+        }
         if not found:
             continue
         for task in found:
             rows = [row for row in read_jsonl(folder / f"{task}.samples.jsonl") if "verdict" in row]
             path = out / folder.name / f"samples_{task}.jsonl"
-            write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _documents(rows)))
+            write_atomic(
+                path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _documents(rows))
+            )
             written.append(path)
         path = out / folder.name / "results.json"
         write_json(path, _lm_eval_results(found, summary, provenance, folder))
         written.append(path)
     if not written:
-        raise SettingsError(f"{run}: holds no finished evaluation: give the folder that truestep eval printed")
+        raise SettingsError(
+            f"{run}: holds no finished evaluation: give the folder that truestep eval printed"
+        )
     return written
 
 
 def _results_of(path: Path) -> Row:
     samples = Path(str(path).removesuffix(".results.json") + ".samples.jsonl")
     if not samples.is_file():
-        raise SettingsError(f"{samples}: is missing, its results are there: give a run directory that is whole")
+        raise SettingsError(
+            f"{samples}: is missing, its results are there: give a run directory that is whole"
+        )
     try:
         return dict(read_json(path))
     except (ValueError, TypeError) as error:
@@ -369,6 +438,6 @@ def _sha(text: str) -> str:
 
 
 def is_private(task: str) -> bool:
-    """Whether a benchmark's texts must not be written. Other harnesses name theirs by parts of it, with its name as the
-    first word of ours: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
+    """Whether a benchmark's texts must not be written. Other harnesses name theirs by parts of it, with its
+    name as the first word of ours: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
     return any(b.id.partition("_")[0] in task.lower() for b in BY_ID.values() if b.private)

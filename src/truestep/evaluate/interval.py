@@ -1,7 +1,8 @@
 """95 % intervals of a mean of values in [0, 1], one value a problem; and the distributions they need.
 
-One sample a problem is a binomial count, and gets Blaker's exact interval. Several get Clopper and Pearson's at an
-effective number of trials, as in complex surveys. Coverage is measured by benchmarks/coverage_evaluate.py.
+One sample a problem is a binomial count, and gets Blaker's exact interval. Several get Clopper and Pearson's
+at an effective number of trials, as in complex surveys. Coverage is measured by
+benchmarks/coverage_evaluate.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from functools import lru_cache
 import numpy as np
 
 BLAKER_UP_TO = 2_000  # trials; above, Clopper and Pearson's interval is hardly wider
-GRID = (200, 30)  # points at which an exact interval's end is looked for: between its bounds, then between two of these
+GRID = (
+    200,
+    30,
+)  # points at which an exact interval's end is looked for: between its bounds, then between two of these
 PULL = 0.5  # how strongly a spread that few problems carry is drawn to the largest there can be
 INWARD = 0.2  # of one trial: how far the clustered interval is drawn in from Clopper and Pearson's
 
@@ -60,8 +64,8 @@ def binomial_interval(correct: float, num: int) -> tuple[float, float]:
 def alpha_of(num_problems: int) -> float:
     """One minus the level at which the ends are computed: 94 % for the smallest sets, tending to 95 %.
 
-    Ends that hold the truth in no less than 94 % of cases wherever it lies hold it more often than that on average;
-    at a level of 95 % it would be 96.4 % for 30 problems.
+    Ends that hold the truth in no less than 94 % of cases wherever it lies hold it more often than that on
+    average; at a level of 95 % it would be 96.4 % for 30 problems.
 
     Equation: alpha = 5 % + min(1 %, 30 % / n)
     """
@@ -70,7 +74,8 @@ def alpha_of(num_problems: int) -> float:
 
 @lru_cache(maxsize=4096)
 def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
-    """The ends of {p: P(as unlikely a tail as this one's, or less likely) > alpha}, each to a grid point outside."""
+    """The ends of {p: P(as unlikely a tail as this one's, or less likely) > alpha}, each to a grid point
+    outside."""
     outer = _beta_ends(float(correct), float(num), alpha, 0.0)  # Blaker's interval lies within
     share = correct / num
     ends = []
@@ -88,7 +93,8 @@ def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
 
 
 def _acceptability(correct: int, num: int, points: np.ndarray) -> np.ndarray:
-    """Blaker's acceptability of a count at each p: the probability of the counts whose smaller tail is no greater."""
+    """Blaker's acceptability of a count at each p: the probability of the counts whose smaller tail is no
+    greater."""
     counts = np.arange(num + 1)
     log_choose = _log_choose(num)
     points = np.clip(points, 1e-12, 1 - 1e-12)
@@ -100,7 +106,9 @@ def _acceptability(correct: int, num: int, points: np.ndarray) -> np.ndarray:
         below = np.minimum(np.cumsum(mass, axis=1), 1.0)
         above = np.minimum(np.cumsum(mass[:, ::-1], axis=1)[:, ::-1], 1.0)
         tail = np.minimum(below, above)
-        found[start : start + step] = np.where(tail <= tail[:, correct, None] * (1 + 1e-9), mass, 0.0).sum(axis=1)
+        found[start : start + step] = np.where(tail <= tail[:, correct, None] * (1 + 1e-9), mass, 0.0).sum(
+            axis=1
+        )
     return found
 
 
@@ -110,14 +118,17 @@ def _log_choose(num: int) -> np.ndarray:
     return logs[num] - logs - logs[::-1]
 
 
-def clustered_interval(mean: float, variance: float, num_problems: int, num_trials: float) -> tuple[float, float]:
+def clustered_interval(
+    mean: float, variance: float, num_problems: int, num_trials: float
+) -> tuple[float, float]:
     """Interval of the mean of problem shares that have several samples each.
 
-    The effective number of trials is the one at which a proportion would have the error that the problems show: between
-    the number of problems (their samples wholly alike) and that of samples (independent), and smaller by the ratio of
-    normal to Student quantile, squared, because the error is an estimate; but never below the number of problems, since
-    no mean of shares spreads more than that of as many verdicts. Where few problems carry the mean their spread is
-    underestimated together with it, so it is drawn to the largest there can be, m (1 - m).
+    The effective number of trials is the one at which a proportion would have the error that the problems
+    show: between the number of problems (their samples wholly alike) and that of samples (independent), and
+    smaller by the ratio of normal to Student quantile, squared, because the error is an estimate; but never
+    below the number of problems, since no mean of shares spreads more than that of as many verdicts. Where
+    few problems carry the mean their spread is underestimated together with it, so it is drawn to the largest
+    there can be, m (1 - m).
 
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
     Source: Korn and Graubard 1998, Survey Methodology 24:193, for the effective number; the pull is ours
@@ -136,11 +147,13 @@ def clustered_interval(mean: float, variance: float, num_problems: int, num_tria
 def _beta_ends(correct: float, num: float, alpha: float, inward: float) -> tuple[float, float]:
     """Clopper and Pearson's ends for a count that need not be whole, drawn in by ``inward`` of a trial."""
     low = 0.0 if correct <= 0 else beta_quantile(alpha / 2, correct + inward, num - correct + 1 - inward)
-    high = 1.0 if correct >= num else beta_quantile(1 - alpha / 2, correct + 1 - inward, num - correct + inward)
+    high = (
+        1.0 if correct >= num else beta_quantile(1 - alpha / 2, correct + 1 - inward, num - correct + inward)
+    )
     return low, high
 
 
-# ------------------------------------------------------------------------------------------------------ distributions
+# ---------------------------------------------------------------------------------------------- distributions
 
 
 def normal_quantile() -> float:
@@ -180,8 +193,8 @@ def _solve(rising: Callable[[float], float], wanted: float, low: float, high: fl
 
 
 def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
-    """Regularised incomplete beta function I_x(a, b) by its continued fraction (modified Lentz). ``y`` is 1 - x, which
-    the caller knows to more digits than a subtraction leaves.
+    """Regularised incomplete beta function I_x(a, b) by its continued fraction (modified Lentz). ``y`` is 1 -
+    x, which the caller knows to more digits than a subtraction leaves.
 
     Source: NIST DLMF 8.17.22
     """

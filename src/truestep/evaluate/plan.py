@@ -1,4 +1,5 @@
-"""What is to be evaluated: settings → jobs (a benchmark under a template), each with its problems and its limits."""
+"""What is to be evaluated: settings → jobs (a benchmark under a template), each with its problems and its
+limits."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class EvaluationSettings(Frozen):
-    """One evaluation, as a recipe or the command line gives it. "benchmark" takes what the table has pinned."""
+    """One evaluation, as a recipe or the command line gives it. "benchmark" takes what the table has
+    pinned."""
 
     name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
     model: ModelSettings
@@ -54,7 +56,9 @@ class EvaluationSettings(Frozen):
             raise ValueError("engine: its URL holds a user name, a password or a query, and is written to files: "
                              "put a key into TRUESTEP_API_KEY, and give scheme, host, port and path alone")  # fmt: skip
         if stray := [id for id in self.limits if id not in self.benchmarks]:
-            raise ValueError(f"limits.{stray[0]}: is not evaluated: add it to benchmarks, or remove the limit")
+            raise ValueError(
+                f"limits.{stray[0]}: is not evaluated: add it to benchmarks, or remove the limit"
+            )
         return self
 
     @property
@@ -73,7 +77,9 @@ class Job:
     temperature: float
     max_new_tokens: int
     content: str  # hash of the problems taken, as they are asked
-    source: str  # hash of all the benchmark's problems: a greater limit goes on with the samples of a smaller one
+    source: (
+        str  # hash of all the benchmark's problems: a greater limit goes on with the samples of a smaller one
+    )
 
 
 def make_jobs(settings: EvaluationSettings, base_dir: Path) -> list[Job]:
@@ -102,7 +108,9 @@ def make_jobs(settings: EvaluationSettings, base_dir: Path) -> list[Job]:
                     samples=samples,
                     temperature=temperature,
                     max_new_tokens=(
-                        benchmark.max_new_tokens if settings.max_new_tokens == PINNED else settings.max_new_tokens
+                        benchmark.max_new_tokens
+                        if settings.max_new_tokens == PINNED
+                        else settings.max_new_tokens
                     ),
                     content=content,
                     source=source,
@@ -127,7 +135,8 @@ def _hash(problems: Sequence[Problem]) -> str:
 
 
 def job_identity(settings: EvaluationSettings, job: Job, model_content: str) -> str:
-    """The hash of all that a sample of this job depends on; how many problems and samples are asked for is no part."""
+    """The hash of all that a sample of this job depends on; how many problems and samples are asked for is no
+    part."""
     t = job.template
     asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
     sampling = (job.temperature, settings.top_p, job.max_new_tokens, settings.seed, settings.few_shot)
@@ -152,10 +161,11 @@ def remarks(settings: EvaluationSettings, jobs: Sequence[Job]) -> list[str]:
 def budget(
     jobs: Sequence[Job], limits: Sequence[int], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the jobs will ask for at most: tokens, and where the model's figures are known memory and arithmetic.
+    """What the jobs will ask for at most: tokens, and where the model's figures are known memory and
+    arithmetic.
 
-    ``limits`` are the tokens that each job's completions may have, ``prompt_tokens`` sums its prompts once; ``shape``
-    has num_parameters, bytes_per_parameter, cache_bytes (of one token of one row) and max_running.
+    ``limits`` are the tokens that each job's completions may have, ``prompt_tokens`` sums its prompts once;
+    ``shape`` has num_parameters, bytes_per_parameter, cache_bytes (of one token of one row) and max_running.
     """
     rows: list[dict[str, Any]] = []
     for job, limit, tokens in zip(jobs, limits, prompt_tokens, strict=True):
@@ -178,7 +188,8 @@ def budget(
             2 * shape["num_parameters"] * (total["prompt_tokens"] + total["generated_tokens_at_most"])
         )
         longest = max(
-            limit + t / max(1, len(job.problems)) for job, limit, t in zip(jobs, limits, prompt_tokens, strict=True)
+            limit + t / max(1, len(job.problems))
+            for job, limit, t in zip(jobs, limits, prompt_tokens, strict=True)
         )
         most = min(shape["max_running"], max(row["samples"] for row in rows))
         total["memory_bytes_at_most"] = round(
@@ -189,5 +200,7 @@ def budget(
 
 def default_name(settings: EvaluationSettings) -> str:
     """A name for the run directory: the model's, and a hash of the settings that change a sample."""
-    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(settings.model.path).name).strip(".-")
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(settings.model.path).name).strip(
+        ".-"
+    )
     return f"{settings.name or 'eval-' + (stem or 'model')}-{settings_hash(settings)[:8]}"

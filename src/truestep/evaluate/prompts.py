@@ -1,7 +1,7 @@
 """Prompt templates, by name: the paper's, Qwen's, a plain one, a bare completion, and deliberately odd ones.
 
-A score that moves between reasonable templates says as much about the template as about the model: ``--prompts`` asks
-under several and reports the spread.
+A score that moves between reasonable templates says as much about the template as about the model:
+``--prompts`` asks under several and reports the spread.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _LETTER = " The final answer is the letter of the right choice alone."
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a problem is asked. ``suffix`` opens the model's turn; what it opens is read as the model's own text.
+    """How a problem is asked. ``suffix`` opens the model's turn; what it opens is read as the model's own
+    text.
 
-    ``chat`` False is text to go on with, without a chat template; a completion then ends at the first ``stop``.
-    The worked examples of a ``brief`` one are of one step and one line.
+    ``chat`` False is text to go on with, without a chat template; a completion then ends at the first
+    ``stop``. The worked examples of a ``brief`` one are of one step and one line.
     """
 
     id: str
@@ -135,7 +136,8 @@ MOST_SHOTS = len(_MATH_SHOTS)
 
 
 def chosen(names: Sequence[str]) -> list[Template]:
-    """The templates of those names, without repetition; "odd" stands for all odd ones. Raises SettingsError."""
+    """The templates of those names, without repetition; "odd" stands for all odd ones. Raises
+    SettingsError."""
     found: dict[str, Template] = {}
     for name in names:
         group = [t for t in TEMPLATES if t.odd] if name == "odd" else [BY_ID[name]] if name in BY_ID else []
@@ -147,7 +149,9 @@ def chosen(names: Sequence[str]) -> list[Template]:
 
 def messages_of(template: Template, problem: Problem, kind: str, few_shot: int) -> tuple[Message, ...]:
     """The turns of a prompt: the system's, ``few_shot`` worked examples, the problem's."""
-    body, system = (template.choice, template.choice_system) if kind == "choice" else (template.math, template.system)
+    body, system = (
+        (template.choice, template.choice_system) if kind == "choice" else (template.math, template.system)
+    )
     turns = [Message(role="system", content=system)] if system else []
     shots = _CHOICE_SHOTS if kind == "choice" else _BRIEF_SHOTS if template.brief else _MATH_SHOTS
     for question, answer in shots[:few_shot]:
@@ -161,7 +165,8 @@ def _user(body: str, question: str) -> Message:
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """The turns as text to go on with: answers follow their question after a space, an empty line ends each pair."""
+    """The turns as text to go on with: answers follow their question after a space, an empty line ends each
+    pair."""
     blocks: list[str] = []
     for message in messages:
         if message.role == "assistant":

@@ -1,4 +1,5 @@
-"""Evaluate a model on a set of problems: sampled once, graded once, written as it comes, resumable per sample."""
+"""Evaluate a model on a set of problems: sampled once, graded once, written as it comes, resumable per
+sample."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ class Asked(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """What is evaluated and where it is written. ``identity`` is a hash of all that a sample depends on (model, data,
-    chat, sampling, seed): samples of another identity are never mixed with these."""
+    """What is evaluated and where it is written. ``identity`` is a hash of all that a sample depends on
+    (model, data, chat, sampling, seed): samples of another identity are never mixed with these."""
 
     name: str  # the data set's
     prompts: Sequence[Asked]
@@ -52,10 +53,14 @@ class EvaluationPlan:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise SettingsError(f"data.{self.name}: it names a file: write letters, digits, '.', '_' and '-' only")
+            raise SettingsError(
+                f"data.{self.name}: it names a file: write letters, digits, '.', '_' and '-' only"
+            )
         ids = Counter(prompt.problem.id for prompt in self.prompts)
         if not ids:
-            raise SettingsError(f"{self.name}: no problems: expected at least one, write a data set with limit >= 1")
+            raise SettingsError(
+                f"{self.name}: no problems: expected at least one, write a data set with limit >= 1"
+            )
         problem_id, times = ids.most_common(1)[0]
         if times > 1:
             rows = [p.problem.row or "?" for p in self.prompts if p.problem.id == problem_id]
@@ -118,10 +123,10 @@ def run_samples(
 ) -> dict[str, Any]:
     """Sample, grade and record what is not yet recorded; write and return the results.
 
-    ``answer`` yields one sample of each key that it is asked for, in any order. ``progress`` gets the samples done, all
-    of them, and the counts by verdict so far; ``on_row`` every sample, those recorded earlier included. What raises
-    between two samples leaves the finished ones, which the next call does not repeat. A sample that could not be made
-    is unscored, and is asked for again by the next call.
+    ``answer`` yields one sample of each key that it is asked for, in any order. ``progress`` gets the samples
+    done, all of them, and the counts by verdict so far; ``on_row`` every sample, those recorded earlier
+    included. What raises between two samples leaves the finished ones, which the next call does not repeat. A
+    sample that could not be made is unscored, and is asked for again by the next call.
 
     Raises RecordError where the answers are not those asked for, or one comes twice, or not at all.
     """
@@ -194,7 +199,9 @@ def _request(plan: EvaluationPlan, prompt: Prompt, index: int) -> SampleRequest:
     )
 
 
-def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, grade: Grade, strictly: Grade | None) -> Row:
+def _row(
+    plan: EvaluationPlan, problem: Problem, sample: TextSample, grade: Grade, strictly: Grade | None
+) -> Row:
     failed = sample.stop is Stop.ERROR
     text = plan.opening + sample.text
     unscored = Score(verdict=Verdict.UNSCORED, reason=f"engine: {sample.error}")
@@ -211,7 +218,11 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, grade: Grad
     if strictly is not None:
         row["strict"] = (unscored if failed else strictly(problem, text)).verdict.value
     if plan.private:
-        return row | {"extracted": bool(score.extracted), "stop": sample.stop.value, "num_tokens": sample.num_tokens}
+        return row | {
+            "extracted": bool(score.extracted),
+            "stop": sample.stop.value,
+            "num_tokens": sample.num_tokens,
+        }
     return row | {"reason": score.reason, "stop": sample.stop.value, "num_tokens": sample.num_tokens}
 
 
@@ -220,10 +231,13 @@ def _header(plan: EvaluationPlan) -> Row:
 
 
 def check_kept(plan: EvaluationPlan) -> None:
-    """Raises SettingsError where going on would lose samples: made with other settings, or more than are asked for."""
+    """Raises SettingsError where going on would lose samples: made with other settings, or more than are
+    asked for."""
     first, *rows = read_jsonl(plan.samples_path) or [_header(plan)]
     if not all(isinstance(row, dict) for row in rows):
-        raise SettingsError(f"{plan.samples_path}: holds a line that is no sample: write --out for another place")
+        raise SettingsError(
+            f"{plan.samples_path}: holds a line that is no sample: write --out for another place"
+        )
     if rows and first != _header(plan):
         raise SettingsError(
             f"{plan.samples_path}: its {len(rows)} samples were made with another model, other data or other settings: "

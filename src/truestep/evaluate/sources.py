@@ -24,8 +24,8 @@ class NotThere(SettingsError):
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A question as published. ``choices`` are bare texts ((), where the answer is free); ``answer`` is the gold
-    answer, or the position of the right choice as a decimal number."""
+    """A question as published. ``choices`` are bare texts ((), where the answer is free); ``answer`` is the
+    gold answer, or the position of the right choice as a decimal number."""
 
     id: str
     question: str
@@ -34,14 +34,15 @@ class Item:
 
 
 def content_hash(items: Iterable[Item]) -> str:
-    """SHA-256 over questions, choices and answers. Neither ids nor the order of the rows enter: the same questions from
-    another place are the same benchmark."""
+    """SHA-256 over questions, choices and answers. Neither ids nor the order of the rows enter: the same
+    questions from another place are the same benchmark."""
     lines = sorted(json.dumps([i.question, list(i.choices), i.answer], ensure_ascii=False) for i in items)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def item_of(row: Row, id: str) -> Item:
-    """Reads the layouts of the published data sets and the plain one (problem or question, answer, optional choices).
+    """Reads the layouts of the published data sets and the plain one (problem or question, answer, optional
+    choices).
 
     Raises RowError that never quotes the row: some benchmarks must not appear in plain text.
     """
@@ -50,7 +51,9 @@ def item_of(row: Row, id: str) -> Item:
     for field, value in (("question", question), ("answer", answer)):
         if not value.strip():
             raise RowError(field, "expected text, got nothing")
-    return Item(id=id, question=question.strip(), answer=answer.strip(), choices=tuple(c.strip() for c in choices))
+    return Item(
+        id=id, question=question.strip(), answer=answer.strip(), choices=tuple(c.strip() for c in choices)
+    )
 
 
 def _parts(row: Row) -> tuple[str, Sequence[str], str]:
@@ -108,7 +111,9 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
     kept = [c for c in given if c != "N/A"]
     if answer not in labels or labels.index(answer) >= len(given):
         raise RowError(key, f"expected the label of one of the {len(given)} choices")
-    return kept, str(kept.index(given[list(labels).index(answer)]) if len(kept) < len(given) else labels.index(answer))
+    return kept, str(
+        kept.index(given[list(labels).index(answer)]) if len(kept) < len(given) else labels.index(answer)
+    )
 
 
 def file_items(path: Path) -> list[Item]:
@@ -130,7 +135,9 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
         table: Any = datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotThere(f"{where}: cannot be loaded ({reason}): give --data FOLDER with {name}.jsonl") from None
+        raise NotThere(
+            f"{where}: cannot be loaded ({reason}): give --data FOLDER with {name}.jsonl"
+        ) from None
     return _items(where, name, enumerate((dict(row) for row in table), start=1))
 
 

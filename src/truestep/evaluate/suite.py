@@ -52,7 +52,9 @@ def make_plans(
     settings: EvaluationSettings, ready: Sequence[tuple[Job, Asking]], folder: Path, model_content: str
 ) -> list[EvaluationPlan]:
     """One plan for each job. Raises SettingsError where what the folder holds of one would be lost."""
-    plans = [_plan(settings, j, asking, folder, job_identity(settings, j, model_content)) for j, asking in ready]
+    plans = [
+        _plan(settings, j, asking, folder, job_identity(settings, j, model_content)) for j, asking in ready
+    ]
     for plan in plans:
         check_kept(plan)
     return plans
@@ -69,8 +71,11 @@ def run_suite(
     reporter: Reporter,
     check_stop: Callable[[], None],
 ) -> dict[str, Any]:
-    """Evaluate what is not yet evaluated of the jobs that ``asker`` has made ready; write and return the summary."""
-    notes = remarks(settings, [job for job, _ in ready]) + [note for _, asking in ready for note in asking.notes]
+    """Evaluate what is not yet evaluated of the jobs that ``asker`` has made ready; write and return the
+    summary."""
+    notes = remarks(settings, [job for job, _ in ready]) + [
+        note for _, asking in ready for note in asking.notes
+    ]
     for note in notes:
         reporter.say(note)
     scores: list[dict[str, Any]] = []
@@ -99,7 +104,9 @@ def run_suite(
     return summary
 
 
-def _plan(settings: EvaluationSettings, job: Job, asking: Asking, folder: Path, identity: str) -> EvaluationPlan:
+def _plan(
+    settings: EvaluationSettings, job: Job, asking: Asking, folder: Path, identity: str
+) -> EvaluationPlan:
     b, t = job.benchmark, job.template
     return EvaluationPlan(
         name=b.id,
@@ -153,7 +160,7 @@ class _Running:
         self.reporter.advance(done, self.text)
 
 
-# ------------------------------------------------------------------------------------------------------ what it says
+# ----------------------------------------------------------------------------------------------- what it says
 
 
 def _score(job: Job, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +177,11 @@ def _score(job: Job, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _summary(
-    settings: EvaluationSettings, scores: Sequence[Mapping[str, Any]], notes: Sequence[str], folder: Path, status: str
+    settings: EvaluationSettings,
+    scores: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+    folder: Path,
+    status: str,
 ) -> dict[str, Any]:
     return {
         "schema_version": 1,
@@ -188,8 +199,8 @@ def _summary(
 
 
 def spread(scores: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """For each benchmark asked under several templates: the range of its scores, and each template against the first,
-    paired by problem."""
+    """For each benchmark asked under several templates: the range of its scores, and each template against
+    the first, paired by problem."""
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for score in scores:
         groups[score["benchmark"]].append(score)
@@ -223,8 +234,8 @@ def _rows(folder: Path, score: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def averages(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The paper's plain means, for each template under which every whole benchmark of one has been evaluated. The
-    interval's ends lie as far off as the benchmarks' own ends do, added in quadrature.
+    """The paper's plain means, for each template under which every whole benchmark of one has been evaluated.
+    The interval's ends lie as far off as the benchmarks' own ends do, added in quadrature.
 
     Source: Zou and Donner 2008 (doi:10.1002/sim.3095)
     """
@@ -235,8 +246,16 @@ def averages(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             own = [s for s in scores if s["prompt"] == prompt and s["benchmark"] in members and s["whole"]]
             if {s["benchmark"] for s in own} == members:
                 mean = float(np.mean([s["score"] for s in own]))
-                below, above = (math.hypot(*(s[end] - s["score"] for s in own)) / len(own) for end in ("low", "high"))
+                below, above = (
+                    math.hypot(*(s[end] - s["score"] for s in own)) / len(own) for end in ("low", "high")
+                )
                 found.append(
-                    {"average": name, "prompt": prompt, "score": mean, "low": mean - below, "high": mean + above}
+                    {
+                        "average": name,
+                        "prompt": prompt,
+                        "score": mean,
+                        "low": mean - below,
+                        "high": mean + above,
+                    }
                 )
     return found

@@ -1,1 +1,2 @@
-"""From a completion to a verdict: find the answer, compare it with the gold one, never hang and never guess."""
+"""From a completion to a verdict: find the answer, compare it with the gold one, never hang and never
+guess."""

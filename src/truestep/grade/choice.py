@@ -21,7 +21,8 @@ _ARTICLE = re.compile(r"\b[AI](?= (?!or\b|and\b)[a-z])")
 
 
 def choice_letter(text: str) -> str:
-    """The letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" where it names none or several."""
+    """The letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" where it names none or
+    several."""
     text = plain(text[:MAX_LENGTH])
     if "\\" in text:
         return ""  # a formula, in which a letter is a variable

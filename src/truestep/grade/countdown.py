@@ -1,4 +1,5 @@
-"""Countdown: reach a target with every given number exactly once. A parser of its own, and exact fractions."""
+"""Countdown: reach a target with every given number exactly once. A parser of its own, and exact
+fractions."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class NotArithmetic(ValueError):
 
 
 def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
-    """Why an expression does not solve a countdown problem; "" if it does. "= target" may stand at its end."""
+    """Why an expression does not solve a countdown problem; "" if it does. "= target" may stand at its
+    end."""
     for spelling, sign in _SPELLINGS:
         answer = answer.replace(spelling, sign)
     expression, equals, claimed = answer.partition("=")
@@ -45,7 +47,8 @@ def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
-    """The exact value of an arithmetic expression, and the numbers it uses. Raises NotArithmetic, ZeroDivisionError."""
+    """The exact value of an arithmetic expression, and the numbers it uses. Raises NotArithmetic,
+    ZeroDivisionError."""
     tokens = _tokens(text)
     value, position = _sum(tokens, 0, 0)
     if position != len(tokens):

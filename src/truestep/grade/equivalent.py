@@ -1,6 +1,7 @@
 """Whether two answers are the same, as far as that is decided without algebra; and what algebra may be asked.
 
-Three values everywhere: True, False, and None for "not decided here". Both answers come normalised (``grade.normal``).
+Three values everywhere: True, False, and None for "not decided here". Both answers come normalised
+(``grade.normal``).
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ _ARITHMETIC = re.compile(r"(?:[\d\s.+*/^()-]|\\times|\\cdot|\\div)+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
 _TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
-_EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")  # one that may be many
+_EXPANDING = re.compile(
+    r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]"
+)  # one that may be many
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
 _INDEX_WORD = re.compile(r"_\{?([a-z]{3,8})\}?$")
 _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
@@ -49,8 +52,8 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``equal`` is None where only algebra can tell. ``reason`` says how it was decided; ``refused`` why algebra must
-    not be asked ("" where it may)."""
+    """``equal`` is None where only algebra can tell. ``reason`` says how it was decided; ``refused`` why
+    algebra must not be asked ("" where it may)."""
 
     equal: bool | None
     reason: str = ""
@@ -74,8 +77,8 @@ def decide(gold: str, found: str) -> Decision:
 
 
 def ballot(answer: str) -> str:
-    """What an answer is counted under where answers are votes: its number where it is one (7, 7.0 and $7 are one
-    vote; units are not looked at), else its canonical text."""
+    """What an answer is counted under where answers are votes: its number where it is one (7, 7.0 and $7 are
+    one vote; units are not looked at), else its canonical text."""
     number = parse_number(plain(answer)) if len(answer) <= MAX_LENGTH else None
     return str(number.value) if number else canonical(answer)
 
@@ -141,7 +144,8 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
-    """The same part of the line, said by intervals, or by relations in one answer and by intervals in the other."""
+    """The same part of the line, said by intervals, or by relations in one answer and by intervals in the
+    other."""
     left, right = region(gold), region(found)
     if left is None or right is None or (left.by_relation and right.by_relation):
         return None
@@ -156,12 +160,14 @@ def _same_region(gold: str, found: str, depth: int) -> bool | None:
         return False if False in ends else True if all(ends) else None
 
     indices = range(len(left.stretches))
-    return _matching([[same(i, j) for j in indices] for i in indices]) or (False if len(indices) == 1 else None)
+    return _matching([[same(i, j) for j in indices] for i in indices]) or (
+        False if len(indices) == 1 else None
+    )
 
 
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
-    """What algebra has to say yes to, every part of it, for two undecided answers to be equal: the undecided entries of
-    tuples, intervals and matrices, or the whole."""
+    """What algebra has to say yes to, every part of it, for two undecided answers to be equal: the undecided
+    entries of tuples, intervals and matrices, or the whole."""
     stripped = _without_left_side(gold, found)
     if stripped is not None and depth < MAX_DEPTH:
         return questions(*stripped, depth + 1)
@@ -221,8 +227,9 @@ def _same_spelled(gold: str, found: str) -> bool | None:
 
 
 def _same_european(gold: str, found: str, left: Number | None, right: Number | None) -> bool:
-    """Whether one is the other's number in the spelling that uses the comma as its point. A comma in an answer may be
-    read so wherever the gold answer is the same digits with a point; in a gold answer only where a list is unlikely."""
+    """Whether one is the other's number in the spelling that uses the comma as its point. A comma in an
+    answer may be read so wherever the gold answer is the same digits with a point; in a gold answer only
+    where a list is unlikely."""
     if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,\d+", found):
         return gold == found.replace(",", ".")
     ours, theirs = european(gold) or left, european(found) or right
@@ -231,7 +238,8 @@ def _same_european(gold: str, found: str, left: Number | None, right: Number | N
 
 
 def _same_base(gold: str, found: str) -> bool | None:
-    """Numbers with their base as index: 204_5 is 204_5, or 204 where the gold answer names the base; 7 is 111_2."""
+    """Numbers with their base as index: 204_5 is 204_5, or 204 where the gold answer names the base; 7 is
+    111_2."""
     left, right = (_BASED.fullmatch(_INDEX_WORD.sub(_index, canonical(text))) for text in (gold, found))
     if left is None or right is None or not (left[2] or right[2]):
         return None
@@ -261,7 +269,9 @@ def _same_words(gold_raw: str, found_raw: str) -> bool | None:
     if not (_WORDS_ONLY.match(gold) and _WORDS_ONLY.match(found)):
         return None
     is_text = any(re.match(TEXT_COMMAND, raw) for raw in (gold_raw, found_raw))
-    if is_text or max(len(word) for word in f"{gold} {found}".split()) > 3:  # shorter ones may be products of variables
+    if (
+        is_text or max(len(word) for word in f"{gold} {found}".split()) > 3
+    ):  # shorter ones may be products of variables
         return _word_form(gold) == _word_form(found)
     return None
 

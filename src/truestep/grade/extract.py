@@ -44,13 +44,17 @@ _SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A
     r"(?<!\w)\(([A-J])\)|\*\*\(?([A-J])(?=[).:,]|\*\*|$)|"
     r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))"
 )
-_DENIAL = re.compile(r"\b(?:not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?)\b|n't\b", re.IGNORECASE)
+_DENIAL = re.compile(
+    r"\b(?:not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?)\b|n't\b", re.IGNORECASE
+)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
-_MATH = re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one as well
-    r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
-    r"(?<![\\$])\$ ((?:[^$\n\\]|\\.){1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
-    re.DOTALL,
+_MATH = (
+    re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one as well
+        r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
+        r"(?<![\\$])\$ ((?:[^$\n\\]|\\.){1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
+        re.DOTALL,
+    )
 )
 _NUMBER = re.compile(
     r"(?<![A-Za-z_.\d])(?:(?<![\w)\]}])-)?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+(?:,\d{1,2}(?![\d,]))?)?"
@@ -91,9 +95,10 @@ NOTHING = Extraction(answer="", how="none")
 
 
 def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
-    r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and unless
-    ``strict`` the whole of a short text, or its last formula or number. Only what follows the last </think> counts; a
-    <think> that is never closed leaves no answer, and where the model ``thinks`` a </think> must be there."""
+    r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and
+    unless ``strict`` the whole of a short text, or its last formula or number. Only what follows the last
+    </think> counts; a <think> that is never closed leaves no answer, and where the model ``thinks`` a
+    </think> must be there."""
     if thinks and "</think>" not in text:
         return NOTHING
     text = _after_thought(text)
@@ -108,9 +113,9 @@ def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> 
 
 
 def extract_choice(text: str, *, strict: bool = False) -> Extraction:
-    """The answer to a question with lettered choices: as ``extract_answer``, and unless ``strict``, where nothing marks
-    an answer, the one choice that the last line names as one: "(B)", "**B**", "option B". A line that denies a choice
-    or names several gives none."""
+    """The answer to a question with lettered choices: as ``extract_answer``, and unless ``strict``, where
+    nothing marks an answer, the one choice that the last line names as one: "(B)", "**B**", "option B". A
+    line that denies a choice or names several gives none."""
     found = extract_answer(text, strict=strict)
     if strict or found.how in STRICT or choice_letter(found.answer):
         return found
@@ -134,7 +139,9 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 def _scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
     """The boxes of a text, and whether one was opened and never closed."""
-    stack: list[tuple[int, int]] = []  # (where the token starts, where its content starts; -1 for a plain brace)
+    stack: list[
+        tuple[int, int]
+    ] = []  # (where the token starts, where its content starts; -1 for a plain brace)
     found: list[tuple[int, int, str]] = []
     for token in _BRACES.finditer(text):
         if token[0] == "{":
@@ -151,8 +158,8 @@ def _scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
 
 
 def _boxed(text: str) -> tuple[str, How] | None:
-    """The last box, with those before it that "and", "or" or a comma joins to it into one answer. Where the only box is
-    never closed, the answer was cut off: there is none."""
+    """The last box, with those before it that "and", "or" or a comma joins to it into one answer. Where the
+    only box is never closed, the answer was cut off: there is none."""
     if "boxed" not in text and "fbox" not in text:
         return None
     found, unclosed = _scan_boxes(text)
@@ -172,8 +179,8 @@ def _boxed(text: str) -> tuple[str, How] | None:
 
 
 def gold_answer(text: str) -> str:
-    """The answer that a gold text is or contains: its boxes, also one that is never closed; the answer that a whole
-    solution ends with; or the text itself."""
+    """The answer that a gold text is or contains: its boxes, also one that is never closed; the answer that a
+    whole solution ends with; or the text itself."""
     found, unclosed = _scan_boxes(text)
     if found:
         return extract_answer(text, strict=True).answer
@@ -196,7 +203,8 @@ def _marker(text: str) -> tuple[str, How] | None:
 
 
 def _answer_is(text: str) -> tuple[str, How] | None:
-    """What follows the last "answer is" or "answer:" up to the end of its formula, bold span, sentence or line."""
+    """What follows the last "answer is" or "answer:" up to the end of its formula, bold span, sentence or
+    line."""
     end = -1
     for match in _ANSWER_IS.finditer(text):
         end = match.end()

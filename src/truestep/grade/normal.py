@@ -9,7 +9,9 @@ import re
 
 _WIDE = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width forms of the printable ASCII characters
 _SPACES = dict.fromkeys([*range(0x2000, 0x200B), 0x00A0, 0x1680, 0x202F, 0x205F, 0x3000], " ")
-_INVISIBLE = dict.fromkeys([0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF])
+_INVISIBLE = dict.fromkeys(
+    [0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF]
+)
 _BROKEN = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # a lone surrogate cannot be written to a UTF-8 file
 _SIGNS = {ord(a): b for a, b in zip("−‐‑–—﹣’‘“”。，", "------''\"\".,", strict=True)}
 _TYPOGRAPHY = {**_WIDE, **_SPACES, **_INVISIBLE, **_BROKEN, **_SIGNS}
@@ -61,8 +63,8 @@ def typographic(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    r"""An answer in one spelling: typography, LaTeX spacing and fraction forms, no ``$…$`` around it, no final full
-    stop. ``\text{…}`` stays, so that a unit can be told from a variable."""
+    r"""An answer in one spelling: typography, LaTeX spacing and fraction forms, no ``$…$`` around it, no
+    final full stop. ``\text{…}`` stays, so that a unit can be told from a variable."""
     text = typographic(text)
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)

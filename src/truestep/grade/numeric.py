@@ -1,4 +1,5 @@
-"""Numbers as they are written in answers, read exactly: integers, decimals, fractions, mixed numbers, powers, units."""
+"""Numbers as they are written in answers, read exactly: integers, decimals, fractions, mixed numbers, powers,
+units."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ ROUNDED_DIGITS = 6  # a decimal of at least so many digits may stand for a fract
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _SIGNED = rf"\s*[-+]?\s*{_DECIMAL}\s*"
 _EXPONENT = r"(?:\{\s*([-+]?\d{1,5})\s*\}|([-+]?\d{1,5}))"
-_UNIT = re.compile(rf"\s*(?:{TEXT_COMMAND}\{{([^{{}}]*)\}}|([A-Za-z][A-Za-z ./]*))(\^\{{?[0-9]\}}?)?\s*$", re.ASCII)
+_UNIT = re.compile(
+    rf"\s*(?:{TEXT_COMMAND}\{{([^{{}}]*)\}}|([A-Za-z][A-Za-z ./]*))(\^\{{?[0-9]\}}?)?\s*$", re.ASCII
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """``value`` as written, before its unit. ``places`` counts the digits after the decimal point, None where the
-    number was not written as a decimal; ``digits`` the significant ones."""
+    """``value`` as written, before its unit. ``places`` counts the digits after the decimal point, None where
+    the number was not written as a decimal; ``digits`` the significant ones."""
 
     value: Fraction
     places: int | None = None
@@ -41,7 +44,9 @@ def _decimal(text: str) -> Number:
     whole, point, rest = text.lstrip("+-").partition(".")
     digits = len((whole + rest).lstrip("0"))
     value = Fraction(int((whole + rest) or "0"), 10 ** len(rest))
-    return Number(value=-value if text.startswith("-") else value, places=len(rest) if point else None, digits=digits)
+    return Number(
+        value=-value if text.startswith("-") else value, places=len(rest) if point else None, digits=digits
+    )
 
 
 def _quotient(match: re.Match[str]) -> Number | None:
@@ -96,9 +101,11 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
 
 
 def parse_number(text: str, *, letters: bool = False) -> Number | None:
-    """The number that a normalised answer is, with its unit; None where it is anything else, or more than that.
+    """The number that a normalised answer is, with its unit; None where it is anything else, or more than
+    that.
 
-    With ``letters`` a bare letter may be a unit: 5 m is five metres where the other answer has a unit as well."""
+    With ``letters`` a bare letter may be a unit: 5 m is five metres where the other answer has a unit as
+    well."""
     text, sign, unit = text.strip(), 1, ""
     if len(text) > MAX_DIGITS + 100 or re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return None
@@ -110,7 +117,9 @@ def parse_number(text: str, *, letters: bool = False) -> Number | None:
         elif text[:1] in tuple(CURRENCIES):
             unit, text = text[0], text[1:].strip()
         elif (
-            (text[:1], text[-1:]) in (("(", ")"), ("{", "}")) and text[0] not in text[1:] and text[-1] not in text[:-1]
+            (text[:1], text[-1:]) in (("(", ")"), ("{", "}"))
+            and text[0] not in text[1:]
+            and text[-1] not in text[:-1]
         ):
             text = text[1:-1].strip()
         else:
@@ -155,9 +164,9 @@ def _unit(rest: str, *, letters: bool) -> str | None:
 def same_number(gold: Number, found: Number) -> bool:
     """Whether two numbers as written are the same answer.
 
-    Exact, with three allowances: a decimal of at least six digits may round a fraction; a unit may be left out or be
-    converted, but not be another one; a percent sign may be left out where the bare number, being at least 1, cannot
-    be the fraction.
+    Exact, with three allowances: a decimal of at least six digits may round a fraction; a unit may be left
+    out or be converted, but not be another one; a percent sign may be left out where the bare number, being
+    at least 1, cannot be the fraction.
     """
     left, right = gold.value, found.value
     if gold.unit == PERCENT or found.unit == PERCENT:
@@ -174,8 +183,8 @@ def same_number(gold: Number, found: Number) -> bool:
 
 
 def european(text: str) -> Number | None:
-    """A number with a comma for its decimal point or points between its thousands, where that is the only reading
-    beside a list: 1.234.567, 1.234,56, 0,5, 1,22; not 1,5 and not 1,234."""
+    """A number with a comma for its decimal point or points between its thousands, where that is the only
+    reading beside a list: 1.234.567, 1.234,56, 0,5, 1,22; not 1,5 and not 1,234."""
     sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
     if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", digits, re.ASCII):
         digits = digits.replace(".", "")

@@ -1,4 +1,5 @@
-"""Child processes that do algebra, forked from one that has imported it: a new one costs milliseconds, not a second."""
+"""Child processes that do algebra, forked from one that has imported it: a new one costs milliseconds, not a
+second."""
 
 from __future__ import annotations
 
@@ -53,11 +54,13 @@ class Worker:
         return [json.loads(line) for line in lines]
 
     def end(self) -> int | None:
-        """Kill it, if it lives, and wait for its end: its exit status, minus the signal if that was one; None where the
-        nursery, which alone can tell, has ended before."""
+        """Kill it, if it lives, and wait for its end: its exit status, minus the signal if that was one; None
+        where the nursery, which alone can tell, has ended before."""
         self._channel.close()
         try:
-            os.kill(self.pid, signal.SIGKILL)  # the process id is its own until the nursery is asked to reap it
+            os.kill(
+                self.pid, signal.SIGKILL
+            )  # the process id is its own until the nursery is asked to reap it
         except OSError:
             return None
         try:
@@ -117,10 +120,13 @@ class Nursery:
         return Worker(pid, near_end, self)
 
     def ask(self, request: dict[str, Any], *descriptors: int) -> dict[str, Any]:
-        """The reply to a request; one to an earlier request, at which the caller was interrupted, is passed over."""
+        """The reply to a request; one to an earlier request, at which the caller was interrupted, is passed
+        over."""
         self._asked += 1
         try:
-            socket.send_fds(self._control, [json.dumps({"id": self._asked, **request}).encode() + b"\n"], descriptors)
+            socket.send_fds(
+                self._control, [json.dumps({"id": self._asked, **request}).encode() + b"\n"], descriptors
+            )
         except OSError:
             raise WorkerDied("its channel is closed") from None
         while True:

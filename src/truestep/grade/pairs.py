@@ -29,7 +29,8 @@ class Pair:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file of JSON lines: gold, pred, and id (else the row number), kind, choices where given."""
+    """The pairs of a file of JSON lines: gold, pred, and id (else the row number), kind, choices where
+    given."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -50,11 +51,17 @@ def _pair(where: str, number: int, line: str) -> Pair:
     for name in ("gold", "pred"):
         if type(row.get(name)) not in (str, int, float):
             found = f"found {row[name]!r:.60}" if name in row else "it is missing"
-            raise SettingsError(f'{where}: field {name}: expected a text or a number, {found}: write "{name}": "1/2"')
+            raise SettingsError(
+                f'{where}: field {name}: expected a text or a number, {found}: write "{name}": "1/2"'
+            )
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
-        raise SettingsError(f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]')
-    given = {"id": number, "kind": ""} | {name: row[name] for name in ("id", "kind") if row.get(name) is not None}
+        raise SettingsError(
+            f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]'
+        )
+    given = {"id": number, "kind": ""} | {
+        name: row[name] for name in ("id", "kind") if row.get(name) is not None
+    }
     fields = {name: str(value) for name, value in given.items()}
     return Pair(gold=str(row["gold"]), pred=str(row["pred"]), choices=tuple(choices), **fields)
 
@@ -85,7 +92,11 @@ def _problem(pair: Pair) -> Problem:
     checker = "choice" if pair.kind == "choice" or pair.choices else "math"
     messages = (Message(role="user", content=""),)
     return Problem(
-        id=pair.id or "?", messages=messages, answer=pair.gold, checker=checker, meta={"choices": pair.choices}
+        id=pair.id or "?",
+        messages=messages,
+        answer=pair.gold,
+        checker=checker,
+        meta={"choices": pair.choices},
     )
 
 
@@ -107,7 +118,9 @@ def _sample(pair: Pair, answer: Extraction, score: Score) -> dict[str, Any]:
 
 
 def _second_opinion(grader: Grader, pairs: Sequence[Pair], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    asked = [(p, s) for p, s in zip(pairs, samples, strict=True) if s["extracted"] and "algebra" not in s["reason"]]
+    asked = [
+        (p, s) for p, s in zip(pairs, samples, strict=True) if s["extracted"] and "algebra" not in s["reason"]
+    ]
     texts = [(symbolic_form(gold_answer(p.gold)), symbolic_form(s["extracted"])) for p, s in asked]
     safe = [i for i, pair in enumerate(texts) if not refusal(pair)]
     outcomes = grader.pool.compare_many([texts[i] for i in safe]) if safe else []
@@ -127,7 +140,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{_inert(s['id'][:24]):<{width}}  {policies}  {_inert(s['reason'])}")
     for name, count in result["counts"].items():
         lines.append(
-            f"{name}: " + (", ".join(f"{k} {v}" for k, v in count.items()) if type(count) is dict else str(count))
+            f"{name}: "
+            + (", ".join(f"{k} {v}" for k, v in count.items()) if type(count) is dict else str(count))
         )
     return "\n".join(lines)
 

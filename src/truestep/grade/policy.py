@@ -1,4 +1,5 @@
-"""Where careful people differ: what a strict reader refuses of right answers, a lenient one accepts of wrong ones.
+"""Where careful people differ: what a strict reader refuses of right answers, a lenient one accepts of wrong
+ones.
 
 The verdict itself (``grade.score``) is the default between the two."""
 
@@ -16,11 +17,14 @@ from truestep.grade.structure import brackets, elements, matrix
 EXPLICIT: tuple[How, ...] = ("boxed", "marker", "answer_is", "whole")
 ROUNDED_DIGITS = 3  # significant ones, of a decimal that a lenient reader takes for what it rounds
 
-_FRACTION = re.compile(r"\\frac\{\s*(\d{1,18})\s*\}\{\s*(\d{1,18})\s*\}|(?<![\d.])(\d{1,18})\s*/\s*(\d{1,18})(?![\d.])")
+_FRACTION = re.compile(
+    r"\\frac\{\s*(\d{1,18})\s*\}\{\s*(\d{1,18})\s*\}|(?<![\d.])(\d{1,18})\s*/\s*(\d{1,18})(?![\d.])"
+)
 
 
 def objection(gold: str, found: str, how: How) -> str:
-    """Why a strict reader refuses an answer that is right: "" where it does not. Both answers are normalised."""
+    """Why a strict reader refuses an answer that is right: "" where it does not. Both answers are
+    normalised."""
     if how not in EXPLICIT:
         return "strict: the answer is not marked as one"
     left, right = parse_number(gold), parse_number(found)
@@ -38,7 +42,8 @@ def objection(gold: str, found: str, how: How) -> str:
 
 
 def nearly(gold: str, found: str) -> bool:
-    """Whether an answer that is wrong rounds the gold one, all of its parts to three significant digits or more."""
+    """Whether an answer that is wrong rounds the gold one, all of its parts to three significant digits or
+    more."""
     rows = matrix(gold), matrix(found)
     if rows[0] is not None and rows[1] is not None:
         parts = [[entry for row in side for entry in row] for side in rows if side is not None]

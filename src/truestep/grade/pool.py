@@ -1,4 +1,5 @@
-"""Algebra in processes that can be killed: a deadline, new workers from a warm process, and no comparison ever lost."""
+"""Algebra in processes that can be killed: a deadline, new workers from a warm process, and no comparison
+ever lost."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class _Job:
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time of a process so far; infinite where the system does not tell, so that nobody waits for it."""
+    """Processor time of a process so far; infinite where the system does not tell, so that nobody waits for
+    it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
@@ -86,8 +88,9 @@ class Pool:
         self._busy, self._idle, self._nursery = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of the clock
-        where the machine gives the process a core: a verdict must not depend on what else the machine does."""
+        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of
+        the clock where the machine gives the process a core: a verdict must not depend on what else the
+        machine does."""
         outcomes: list[Outcome | None] = [None] * len(pairs)
         waiting = deque((number, 0) for number in range(len(pairs)))
         try:
@@ -112,7 +115,9 @@ class Pool:
         worker = self._take()
         gold, found = pairs[number]
         now, work = time.monotonic(), processor_seconds(worker.pid)
-        self._busy[worker] = _Job(number=number, deadline=now + self.seconds, attempt=attempt, begun=now, work=work)
+        self._busy[worker] = _Job(
+            number=number, deadline=now + self.seconds, attempt=attempt, begun=now, work=work
+        )
         try:
             worker.send({"id": number, "gold": gold, "found": found})
         except WorkerDied:
@@ -139,7 +144,9 @@ class Pool:
         job.deadline += max(left, 0.05)  # sooner it cannot have used it up
         return left > 0.05 and job.deadline - job.begun <= PATIENCE * self.seconds
 
-    def _hear(self, worker: Worker, job: _Job, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]) -> None:
+    def _hear(
+        self, worker: Worker, job: _Job, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]
+    ) -> None:
         try:
             replies = worker.receive()
         except WorkerDied:
@@ -163,7 +170,9 @@ class Pool:
         elif job.attempt + 1 < ATTEMPTS:
             waiting.appendleft((job.number, job.attempt + 1))
         else:
-            outcomes[job.number] = Outcome(equal=None, reason=f"symbolic comparison crashed (status {status})")
+            outcomes[job.number] = Outcome(
+                equal=None, reason=f"symbolic comparison crashed (status {status})"
+            )
 
     def _drop(self, worker: Worker) -> int | None:
         del self._busy[worker]

@@ -1,8 +1,9 @@
 """Exact comparison of rational functions: formulas of +, -, *, /, whole powers and square roots of numbers.
 
-A formula becomes a quotient of polynomials with rational coefficients in its variables, π, and the square roots of
-primes, which are independent over the rationals: two formulas are equal where cross-multiplied they have the same
-coefficients. What is ambiguous (1/2x, a mixed number, f(x)), unknown or large is not decided here.
+A formula becomes a quotient of polynomials with rational coefficients in its variables, π, and the square
+roots of primes, which are independent over the rationals: two formulas are equal where cross-multiplied they
+have the same coefficients. What is ambiguous (1/2x, a mixed number, f(x)), unknown or large is not decided
+here.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class _NotRead(Exception):
 
 
 def same_formula(gold: str, found: str) -> bool | None:
-    """Whether two formulas, or two relations, say the same; None where that is not decided here. Relations are the same
-    where one is the other times a number; whether others have the same solutions is not decided."""
+    """Whether two formulas, or two relations, say the same; None where that is not decided here. Relations
+    are the same where one is the other times a number; whether others have the same solutions is not
+    decided."""
     if re.fullmatch(r"[A-Za-z\s]*", gold) or re.fullmatch(r"[A-Za-z\s]*", found):  # a word is no product
         return None
     try:
@@ -57,7 +59,9 @@ def same_formula(gold: str, found: str) -> bool | None:
         return None
     text = gold + found
     names = {name for polynomial in (*left[1], *right[1]) for term in polynomial for name, _ in term}
-    is_open = "." in text or "i" in names or {"e", r"\pi"} <= names  # a rounded value, √-1, and nobody knows of e + π
+    is_open = (
+        "." in text or "i" in names or {"e", r"\pi"} <= names
+    )  # a rounded value, √-1, and nobody knows of e + π
     is_name = any(re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\S{1,20})?\s*", side) for side in (gold, found))
     return None if is_open or is_name else False
 
@@ -70,7 +74,7 @@ def _proportional(left: Formula, right: Formula) -> bool | None:
     return True if len(ratios) == 1 and (left[0] == "=" or min(ratios) > 0) else None
 
 
-# ------------------------------------------------------------------------------------------------------ polynomials
+# ------------------------------------------------------------------------------------------------ polynomials
 
 
 def _add(left: Quotient, right: Quotient) -> Quotient:
@@ -147,7 +151,7 @@ def _root(quotient: Quotient) -> Quotient:
     return {tuple(sorted((f"√{prime}", 1) for prime in free)): whole}, _number(Fraction(1))
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 @lru_cache(maxsize=256)
@@ -170,7 +174,9 @@ def _read_side(text: str) -> Quotient:
         match = _TOKEN.match(text, place)
         if match is None or (match[2] or "")[:1] == "d":  # a differential
             raise _NotRead
-        tokens.append(("number", match[1]) if match[1] else ("name", match[2]) if match[2] else (match[3], ""))
+        tokens.append(
+            ("number", match[1]) if match[1] else ("name", match[2]) if match[2] else (match[3], "")
+        )
         place = match.end()
     tokens.reverse()  # the next one is the last
     found = _sum(tokens, 0)

@@ -55,7 +55,11 @@ def _check_exact(problem: Problem, found: str) -> Score | Question:
 
 def _check_integer(problem: Problem, found: str) -> Score | Question:
     equal = same_integer(gold_answer(problem.answer), found)
-    reason = "compared as numbers" if equal is not None else f"the gold answer {problem.answer[:80]!r} is not a number"
+    reason = (
+        "compared as numbers"
+        if equal is not None
+        else f"the gold answer {problem.answer[:80]!r} is not a number"
+    )
     return _score(equal, found, reason)
 
 
@@ -64,7 +68,9 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
     letter = choice_letter(gold)
     if not letter:
         equal = same_integer(gold, found)  # choices that are numbered
-        return _score(equal, found, "compared as choices" if equal is not None else f"{gold[:80]!r} names no choice")
+        return _score(
+            equal, found, "compared as choices" if equal is not None else f"{gold[:80]!r} names no choice"
+        )
     named = choice_letter(found)
     if not named and isinstance(choices, list | tuple):  # the text of a choice, or its number
         texts = [canonical(normalise(str(choice))) for choice in choices]
@@ -79,7 +85,11 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
 
 def _check_countdown(problem: Problem, found: str) -> Score | Question:
     numbers, target = problem.meta.get("numbers"), problem.meta.get("target")
-    if not isinstance(numbers, list | tuple) or not all(type(n) is int for n in numbers) or type(target) is not int:
+    if (
+        not isinstance(numbers, list | tuple)
+        or not all(type(n) is int for n in numbers)
+        or type(target) is not int
+    ):
         raise SettingsError(
             f'{problem.row or problem.id}: checker "countdown" expected meta numbers (whole numbers) and target '
             '(a whole number): write "numbers": [3, 4, 5], "target": 35'
@@ -98,17 +108,12 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 
 
 class Grader:
-    """Scores completions. Algebra runs in child processes, which are started when it is first needed, have ``seconds``
-    of processor time for one comparison and may take ``memory_mb`` on top of what its libraries take. ``strict``
-    accepts boxed, "####" and "answer is" answers alone. Not for use from several threads."""
+    """Scores completions. Algebra runs in child processes, which are started when it is first needed, have
+    ``seconds`` of processor time for one comparison and may take ``memory_mb`` on top of what its libraries
+    take. ``strict`` accepts boxed, "####" and "answer is" answers alone. Not for use from several threads."""
 
     def __init__(
-        self,
-        workers: int = 1,
-        seconds: float = 1.5,
-        memory_mb: int = 384,
-        *,
-        strict: bool = False,
+        self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384, *, strict: bool = False
     ) -> None:
         self._strict = strict
         self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
@@ -124,7 +129,8 @@ class Grader:
         self.pool.close()
 
     def score(self, problem: Problem, completion: str) -> Score:
-        """The verdict on one completion. Raises SettingsError for a problem that no completion could be scored on."""
+        """The verdict on one completion. Raises SettingsError for a problem that no completion could be
+        scored on."""
         return self.score_many([(problem, completion)])[0]
 
     def score_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
@@ -139,17 +145,21 @@ class Grader:
             results.append(result := self._check(problem, found))
             for part in result.parts if isinstance(result, Question) else ():
                 if part not in outcomes:
-                    outcomes[part] = Outcome(equal=same_formula(*part), reason="compared as rational functions")
+                    outcomes[part] = Outcome(
+                        equal=same_formula(*part), reason="compared as rational functions"
+                    )
                     if outcomes[part].equal is None:
                         self.pool.prepare()  # it gets ready while the rest is looked at
         asked = [part for part, outcome in outcomes.items() if outcome.equal is None]
         outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
         return [
-            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r.parts], r.extracted) for r in results
+            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r.parts], r.extracted)
+            for r in results
         ]
 
     def check_gold(self, problem: Problem) -> Score:
-        """The gold answer graded as if it were a completion: where it is not correct, the row of data is bad."""
+        """The gold answer graded as if it were a completion: where it is not correct, the row of data is
+        bad."""
         if problem.checker == "countdown" and problem.answer.strip() == str(problem.meta.get("target")):
             return _score(True, problem.answer, "the row names its target, not a solution")
         gold = Extraction(answer=gold_answer(problem.answer), how="whole")

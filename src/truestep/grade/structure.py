@@ -1,4 +1,5 @@
-"""Answers that have parts: brackets, lists, regions of the line, assignments, matrices. Text alone, no algebra."""
+"""Answers that have parts: brackets, lists, regions of the line, assignments, matrices. Text alone, no
+algebra."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ def elements(text: str) -> list[str]:
 
 
 def brackets(text: str) -> tuple[str, str, str]:
-    r"""The brackets around the whole of a text, and what they hold: intervals keep their two kinds. ``\{ \}`` is a set;
-    braces alone only group in LaTeX."""
+    r"""The brackets around the whole of a text, and what they hold: intervals keep their two kinds. ``\{ \}``
+    is a set; braces alone only group in LaTeX."""
     text = text.strip()
     is_set = text.startswith(r"\{") and text.endswith(r"\}")
     bare = "{" + text[2:-2] + "}" if is_set else text
@@ -79,9 +80,12 @@ class Region:
 
 
 def region(text: str) -> Region | None:
-    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions of them."""
+    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions of
+    them."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
-    builder = re.fullmatch(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}", text)
+    builder = re.fullmatch(
+        r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}", text
+    )
     text = builder[2] if builder else text
     if re.fullmatch(r"\\(?:mathbb|mathbf|Bbb)\s*\{?\s*R\s*\}?", text.strip()):
         return Region(stretches=(_stretch(r"-\infty", r"\infty"),), by_relation=False)
@@ -121,7 +125,11 @@ def _from_relation(text: str) -> Stretch | None:
     closed = [sign == r"\leq" for sign in signs]
     if len(terms) == 3:
         low, middle, high = terms
-        return _stretch(low, high, *closed) if _VARIABLE.fullmatch(middle) and _is_end(low) and _is_end(high) else None
+        return (
+            _stretch(low, high, *closed)
+            if _VARIABLE.fullmatch(middle) and _is_end(low) and _is_end(high)
+            else None
+        )
     low, high = terms
     if _VARIABLE.fullmatch(low) and _is_end(high) and not _is_end(low):
         return _stretch(r"-\infty", high, False, closed[0])
@@ -132,13 +140,16 @@ def _from_relation(text: str) -> Stretch | None:
 
 def _is_end(text: str) -> bool:
     """Whether a text has no variable: an end of a stretch."""
-    bare = re.sub(r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])|(?<![A-Za-z])[e](?![A-Za-z])", "", text)
+    bare = re.sub(
+        r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])|(?<![A-Za-z])[e](?![A-Za-z])", "", text
+    )
     return bool(text) and not re.search(r"[A-Za-z,]", bare)
 
 
 def as_tuples(text: str) -> str | None:
-    """Assignments as tuples in the alphabetical order of their names, or in the order that "(y, x) =" gives: p=5, q=2;
-    p=7, q=2 is (5,2), (7,2). None for anything but whole groups of assignments to the same two to six names."""
+    """Assignments as tuples in the alphabetical order of their names, or in the order that "(y, x) =" gives:
+    p=5, q=2; p=7, q=2 is (5,2), (7,2). None for anything but whole groups of assignments to the same two to
+    six names."""
     found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
     if len(found) < 2 or len(found) > 60 or None in found:
         return None

@@ -1,9 +1,10 @@
 """The processes that do algebra: ``python -m truestep.grade.symbolic DESCRIPTOR SECONDS MEMORY_MB``.
 
-The first one imports the algebra, says on the socket DESCRIPTOR that it is ready, and forks a worker for each socket
-that it is sent. A worker reads one JSON object a line, {"id", "gold", "found"}, and answers {"id", "equal", "note"}. It
-may be killed at any moment: it keeps nothing. Limits: the CPU time of each comparison (so that an orphan ends too), the
-address space on top of what the libraries take, and no writing to files at all.
+The first one imports the algebra, says on the socket DESCRIPTOR that it is ready, and forks a worker for each
+socket that it is sent. A worker reads one JSON object a line, {"id", "gold", "found"}, and answers {"id",
+"equal", "note"}. It may be killed at any moment: it keeps nothing. Limits: the CPU time of each comparison
+(so that an orphan ends too), the address space on top of what the libraries take, and no writing to files at
+all.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def main() -> int:
     gc.freeze()  # a collection in a worker then does not copy what is shared
     _say(control, {"ready": os.getpid()})
     while True:
-        line, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)  # one request at a time, of a few bytes
+        line, descriptors, _, _ = socket.recv_fds(
+            control, 1 << 12, 1
+        )  # one request at a time, of a few bytes
         if not line:
             return 0
         request = json.loads(line)
@@ -77,7 +80,8 @@ def _work(channel: socket.socket, compare: Compare, seconds: float, memory_mb: i
             equal, note = compare(request["gold"], request["found"])
         except MemoryError:
             note = OUT_OF_MEMORY
-        # The algebra swallows a MemoryError and answers "different": a peak close to the limit is read as one.
+        # The algebra swallows a MemoryError and answers "different": a peak close to the limit is read as
+        # one.
         if not equal and _memory("VmPeak") > floor:
             note = OUT_OF_MEMORY
         _say(channel, {"id": request["id"], "equal": equal, "note": note})
@@ -96,7 +100,11 @@ def _comparison() -> Compare:
         # One formula, all of it or nothing: no hunting for a piece of the text that can be read.
         return list(
             parse(
-                f"${text}$", reading, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None
+                f"${text}$",
+                reading,
+                fallback_mode="no_fallback",
+                extraction_mode="first_match",
+                parsing_timeout=None,
             )
         )
 
@@ -115,8 +123,9 @@ def _comparison() -> Compare:
 
 
 def _clearly_different(left: Any, right: Any) -> bool:
-    """Whether two formulas have values far apart, so that no proof that they are equal need be sought: their own where
-    they have no variables; else where each variable is a prime of its own, which every assumption on it allows."""
+    """Whether two formulas have values far apart, so that no proof that they are equal need be sought: their
+    own where they have no variables; else where each variable is a prime of its own, which every assumption
+    on it allows."""
     from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
 
     if (
@@ -125,7 +134,9 @@ def _clearly_different(left: Any, right: Any) -> bool:
         or isinstance(right, Symbol)
     ):
         return False
-    if left.has(UnevaluatedExpr) or right.has(UnevaluatedExpr):  # a percentage, which may be meant without its sign
+    if left.has(UnevaluatedExpr) or right.has(
+        UnevaluatedExpr
+    ):  # a percentage, which may be meant without its sign
         return False
     variables = left.free_symbols | right.free_symbols
     if variables and not (_is_elementary(left) and _is_elementary(right)):
@@ -142,11 +153,22 @@ def _clearly_different(left: Any, right: Any) -> bool:
 
 
 def _is_elementary(formula: Any) -> bool:
-    """Whether it is made of numbers, variables, powers and elementary functions alone: no sum, limit or f(x)."""
+    """Whether it is made of numbers, variables, powers and elementary functions alone: no sum, limit or
+    f(x)."""
     import sympy
 
     atoms = (sympy.Number, sympy.NumberSymbol, sympy.Symbol)
-    operations = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Abs, sympy.exp, sympy.log, sympy.sin, sympy.cos, sympy.tan)
+    operations = (
+        sympy.Add,
+        sympy.Mul,
+        sympy.Pow,
+        sympy.Abs,
+        sympy.exp,
+        sympy.log,
+        sympy.sin,
+        sympy.cos,
+        sympy.tan,
+    )
     return all(isinstance(part, (*atoms, *operations)) for part in sympy.preorder_traversal(formula))
 
 
@@ -164,7 +186,8 @@ def _limit(kind: int, value: int, *, keep_hard: bool = False) -> None:
 
 
 def _memory(field: str) -> int:
-    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB where the system does not tell."""
+    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB where the system does not
+    tell."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 2**30)

@@ -1,8 +1,9 @@
 """Attention without padding: one flat row of tokens, and a ``Layout`` that says who sees whom.
 
-Every decoder of transformers that looks its attention up in ``ALL_ATTENTION_FUNCTIONS`` passes keyword arguments
-through to it. truestep registers one such function and hands it a layout: packed training rows (with a prompt that the
-samples of a group share), prefill and decoding are three layouts of the same forward pass.
+Every decoder of transformers that looks its attention up in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
+arguments through to it. truestep registers one such function and hands it a layout: packed training rows
+(with a prompt that the samples of a group share), prefill and decoding are three layouts of the same forward
+pass.
 
 Shapes: N flat tokens, H query heads, K key-value heads, D head size, L tokens of a segment.
 """
@@ -42,13 +43,16 @@ def attention_forward(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls in every attention layer; without a layout, plain scaled dot product."""
+    """The function that transformers calls in every attention layer; without a layout, plain scaled dot
+    product."""
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         window = kwargs.get("sliding_window")
         if attention_mask is None and window is not None and query.shape[2] == key.shape[2] > window:
-            positions = torch.arange(query.shape[2], device=query.device)  # the mask that ``register`` leaves out
+            positions = torch.arange(
+                query.shape[2], device=query.device
+            )  # the mask that ``register`` leaves out
             attention_mask = visible(positions, positions, window)[None, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     unsupported = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
@@ -73,21 +77,23 @@ def register() -> None:
             else (sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False}))
         )
 
-    # A compiler that traces into it takes the layer's number for a constant: every layer would be compiled anew, until
-    # the compiler gives up and runs the others uncompiled.
+    # A compiler that traces into it takes the layer's number for a constant: every layer would be compiled
+    # anew, until the compiler gives up and runs the others uncompiled.
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask)
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Boolean mask [queries, keys]: True where the query sees the key (causal, and within the window if any)."""
+    """Boolean mask [queries, keys]: True where the query sees the key (causal, and within the window if
+    any)."""
     distance = query_positions[:, None] - key_positions[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Segments of similar size, padded to one batch. ``mask`` is None where plain causality is all there is."""
+    """Segments of similar size, padded to one batch. ``mask`` is None where plain causality is all there
+    is."""
 
     queries: Tensor  # S L, flat indices (padding points at token 0)
     keys: Tensor  # S (prefix + L)
@@ -97,7 +103,8 @@ class _Bucket:
 class PackedLayout:
     """Segments that see themselves causally and their shared prefix wholly; nothing else.
 
-    Segments of similar size run as one padded batch inside the attention only: one kernel call instead of one each.
+    Segments of similar size run as one padded batch inside the attention only: one kernel call instead of one
+    each.
     """
 
     MOST_PADDING = 1.25  # padded work per real work inside a bucket
@@ -122,12 +129,15 @@ class PackedLayout:
             q = query[bucket.queries].transpose(1, 2)  # S H L D
             k, v = key[bucket.keys].transpose(1, 2), value[bucket.keys].transpose(1, 2)
             causal = bucket.mask is None
-            out = scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, is_causal=causal, scale=scaling)
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=bucket.mask, is_causal=causal, scale=scaling
+            )
             pieces.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(pieces)[order]
 
     def _plan(self, window: int | None) -> tuple[list[_Bucket], Tensor]:
-        """The buckets, and each flat token's place in their concatenated outputs; made once, used by all layers."""
+        """The buckets, and each flat token's place in their concatenated outputs; made once, used by all
+        layers."""
         if window not in self._plans:
             groups = self._group(window)
             buckets = [self._bucket(group, window) for group in groups]

@@ -19,7 +19,8 @@ from truestep.settings import SettingsError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# How far packed hidden states may be from separate ones, relative to their norm: ten times the measured noise.
+# How far packed hidden states may be from separate ones, relative to their norm: ten times the measured
+# noise.
 PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
@@ -28,16 +29,21 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(model.base_model, name, None), torch.nn.ModuleList):
             return list(found)
-    raise SettingsError(f"{type(model).__name__} has no list of layers: write compute.compile = false, parallel = ddp")
+    raise SettingsError(
+        f"{type(model).__name__} has no list of layers: write compute.compile = false, parallel = ddp"
+    )
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states [N, D] of a packed row. Raises RuntimeError where packed attention has been switched off
-    behind our back: the layout would be ignored, and rows would see each other."""
+    """Last hidden states [N, D] of a packed row. Raises RuntimeError where packed attention has been switched
+    off behind our back: the layout would be ignored, and rows would see each other."""
     if model.config._attn_implementation != IMPLEMENTATION:
         raise RuntimeError(f"packed attention is not installed, but {model.config._attn_implementation!r}")
     out = model.base_model(
-        input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, layout=layout
+        input_ids=input_ids.unsqueeze(0),
+        position_ids=position_ids.unsqueeze(0),
+        use_cache=False,
+        layout=layout,
     )
     return out.last_hidden_state[0]
 
@@ -45,7 +51,8 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
 def hidden_states_by_segment(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, segments: Sequence[Segment]
 ) -> Tensor:
-    """The same for a model that cannot be packed: every segment alone, its prefix before it. Slow and safe."""
+    """The same for a model that cannot be packed: every segment alone, its prefix before it. Slow and
+    safe."""
     pieces = []
     for s in segments:
         ids = torch.cat([input_ids[s.prefix_start : s.prefix_stop], input_ids[s.start : s.stop]])
@@ -56,7 +63,8 @@ def hidden_states_by_segment(
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does not.
+    """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does
+    not.
 
     Two rows with a shared prefix and a third of its own are run packed and one by one on random tokens.
     """
@@ -82,7 +90,9 @@ def install_packing(model: PreTrainedModel) -> str:
         else:
             difference = float((got - expected).norm() / expected.norm())
             limit = PACKING_TOLERANCE[expected.dtype]
-            reason = "" if difference <= limit else f"packed rows differ by {difference:.1e} (limit {limit:.0e})"
+            reason = (
+                "" if difference <= limit else f"packed rows differ by {difference:.1e} (limit {limit:.0e})"
+            )
     if reason:
         model.set_attn_implementation(plain)
     return reason

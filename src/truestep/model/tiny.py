@@ -1,4 +1,5 @@
-"""The built-in model: a Llama made from a config (about 1 M parameters) with a real, saved character tokenizer."""
+"""The built-in model: a Llama made from a config (about 1 M parameters) with a real, saved character
+tokenizer."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(settings: TinySettings, vocabulary_size: int, context_length: int, seed: int) -> PreTrainedModel:
+def tiny_model(
+    settings: TinySettings, vocabulary_size: int, context_length: int, seed: int
+) -> PreTrainedModel:
     """A freshly initialised Llama; a function of the seed alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

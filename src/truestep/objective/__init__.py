@@ -1,1 +1,2 @@
-"""Objectives as data: log-probabilities, detached coefficients, one division, the table of methods. Pure functions."""
+"""Objectives as data: log-probabilities, detached coefficients, one division, the table of methods. Pure
+functions."""

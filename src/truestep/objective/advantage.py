@@ -1,4 +1,5 @@
-"""Advantages from the rewards of a group. Pure functions of floats; an unscored member (None) has no advantage.
+"""Advantages from the rewards of a group. Pure functions of floats; an unscored member (None) has no
+advantage.
 
 Shapes: G members of one prompt.
 """
@@ -33,7 +34,11 @@ class Members:
     @property
     def own(self) -> list[float]:
         """Rewards of the scored members that the current policy sampled."""
-        return [r for r, kind in zip(self.rewards, self.kinds, strict=True) if r is not None and kind not in NOT_OWN]
+        return [
+            r
+            for r, kind in zip(self.rewards, self.kinds, strict=True)
+            if r is not None and kind not in NOT_OWN
+        ]
 
     @property
     def is_degenerate(self) -> bool:
@@ -64,8 +69,8 @@ def group_mean(members: Members) -> list[float | None]:
 
 
 def group_mean_std(members: Members) -> list[float | None]:
-    """A_i = (R_i − mean(R)) / (std(R) + 1e-6), unbiased std; 0 in a group of one. Source: GRPO (arXiv:2402.03300), as
-    verl computes it."""
+    """A_i = (R_i − mean(R)) / (std(R) + 1e-6), unbiased std; 0 in a group of one. Source: GRPO
+    (arXiv:2402.03300), as verl computes it."""
     scored = members.scored
     if len(scored) < 2:
         return [None if r is None else 0.0 for r in members.rewards]

@@ -1,8 +1,8 @@
 """One function per closed form: the detached coefficient C_t of −Σ sg(C_t)·log π_t / Z.
 
-The gradient of nearly every objective in the field has this form; the loss's value does not matter for the update.
-Every input is detached and per token. p is the policy's probability of the token, r its ratio to the proximal policy, A
-the advantage. Shapes: M trained tokens.
+The gradient of nearly every objective in the field has this form; the loss's value does not matter for the
+update. Every input is detached and per token. p is the policy's probability of the token, r its ratio to the
+proximal policy, A the advantage. Shapes: M trained tokens.
 Held by: tests/numerics/test_coefficients.py (each against autograd of the paper's own surrogate).
 """
 
@@ -29,7 +29,9 @@ class Context:
     entropy: Tensor  # M, detached
     batch: TokenBatch
     step: int
-    statistics: Mapping[str, float] = field(default_factory=dict)  # of all tokens on all ranks, before the first update
+    statistics: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of all tokens on all ranks, before the first update
 
     @property
     def ratio(self) -> Tensor:
@@ -53,7 +55,7 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
 Coefficient = Callable[[Context], Tensor]
 
 
-# ------------------------------------------------------------------------------------------------- demonstrations alone
+# --------------------------------------------------------------------------------------- demonstrations alone
 
 
 def ones(context: Context) -> Tensor:
@@ -82,12 +84,14 @@ def trusted(alpha: float) -> Coefficient:
 
 
 def proximal_likelihood(clip_high: float) -> Coefficient:
-    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1; its lower clip is inert."""
+    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1; its lower clip is
+    inert."""
     return lambda context: context.ratio * (context.ratio <= 1 + clip_high)
 
 
 def sequence_weighted(temperature: float, low: float, high: float) -> Coefficient:
-    """C = clamp(exp(τ·mean_t(log π − log π_reference)), low, high), one a sequence: iw-SFT (arXiv:2507.12856)."""
+    """C = clamp(exp(τ·mean_t(log π − log π_reference)), low, high), one a sequence: iw-SFT
+    (arXiv:2507.12856)."""
 
     def coefficient(context: Context) -> Tensor:
         gain = context.policy_logprobs - context.batch.reference_logprobs
@@ -98,7 +102,9 @@ def sequence_weighted(temperature: float, low: float, high: float) -> Coefficien
 
 def token_weighted(low: float, high: float) -> Coefficient:
     """C = clamp(π/π_reference, low, high): iw-SFT's form by token (arXiv:2507.12856)."""
-    return lambda context: bounded_exp(context.policy_logprobs - context.batch.reference_logprobs).clamp(low, high)
+    return lambda context: bounded_exp(context.policy_logprobs - context.batch.reference_logprobs).clamp(
+        low, high
+    )
 
 
 def entropy_weighted(scale: float, sign: float) -> Coefficient:
@@ -106,7 +112,7 @@ def entropy_weighted(scale: float, sign: float) -> Coefficient:
     return lambda context: scale * torch.exp(sign * sequence_mean(context.entropy, context.batch))
 
 
-# ------------------------------------------------------------------------------------------------------- own samples
+# ------------------------------------------------------------------------------------------------ own samples
 
 
 def advantage(context: Context) -> Tensor:
@@ -122,8 +128,8 @@ def importance(context: Context) -> Tensor:
 def clipped_ratio(clip_low: float, clip_high: float, dual_clip: float = 0.0) -> Coefficient:
     """C = A·r where the clipped surrogate still has a gradient: r ≤ 1+ε_high if A > 0, r ≥ 1−ε_low if A < 0.
 
-    With ``dual_clip`` c > 0 a token with A < 0 has none above r = c either. The log-ratio is clamped to ±20 first,
-    which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
+    With ``dual_clip`` c > 0 a token with A < 0 has none above r = c either. The log-ratio is clamped to ±20
+    first, which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
     Source: PPO (arXiv:1707.06347), asymmetric as in DAPO (arXiv:2503.14476), dual clip (arXiv:1912.09729).
     """
 
@@ -143,7 +149,8 @@ def clipped_weight(clip_low: float, clip_high: float) -> Coefficient:
 
 
 def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
-    """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)) of the sequence: GSPO (arXiv:2507.18071).
+    """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)) of the sequence: GSPO
+    (arXiv:2507.18071).
 
     The 1/|y| of the ratio's own gradient is that of the ``sequences`` normaliser.
     """
@@ -157,8 +164,8 @@ def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
 
 
 def softly_gated(temperature_right: float, temperature_wrong: float) -> Coefficient:
-    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), a soft gate in the place of
-    the clip."""
+    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), a soft gate in the
+    place of the clip."""
 
     def coefficient(context: Context) -> Tensor:
         gain, ratio, moved = context.advantage, context.ratio, context.ratio - 1
@@ -169,8 +176,9 @@ def softly_gated(temperature_right: float, temperature_wrong: float) -> Coeffici
 
 
 def implicit_negative(low: float, high: float) -> Coefficient:
-    """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on another, q the group's share of correct ones:
-    NFT (arXiv:2505.18116). With rewards of 0 and 1, R − q is the advantage, which gives q back; it is clamped."""
+    """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on another, q the group's share of
+    correct ones: NFT (arXiv:2505.18116). With rewards of 0 and 1, R − q is the advantage, which gives q back;
+    it is clamped."""
 
     def coefficient(context: Context) -> Tensor:
         gain, correct, ratio = context.advantage, context.batch.correct, context.ratio
@@ -182,8 +190,8 @@ def implicit_negative(low: float, high: float) -> Coefficient:
 
 
 def signed_by_verdict(scale: float) -> Coefficient:
-    """C = scale·exp(H) on a correct sample, −1 on another, H the mean entropy of the sequence: SRFT's own samples
-    (arXiv:2506.19767)."""
+    """C = scale·exp(H) on a correct sample, −1 on another, H the mean entropy of the sequence: SRFT's own
+    samples (arXiv:2506.19767)."""
 
     def coefficient(context: Context) -> Tensor:
         weight = scale * torch.exp(sequence_mean(context.entropy, context.batch))
@@ -192,7 +200,7 @@ def signed_by_verdict(scale: float) -> Coefficient:
     return coefficient
 
 
-# ------------------------------------------------------------------------------------- demonstrations with an advantage
+# --------------------------------------------------------------------------- demonstrations with an advantage
 
 
 def unshaped_demonstration(context: Context) -> Tensor:
@@ -221,8 +229,8 @@ def shaped_replay(beta: float) -> Coefficient:
 
 
 def mixed_importance(exponent: float) -> Coefficient:
-    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222), a demonstration's ratio to the mixture of the
-    proximal policy and a behavior policy of ½(p_proximal+1), its advantage greater where p is small."""
+    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222), a demonstration's ratio to the mixture of
+    the proximal policy and a behavior policy of ½(p_proximal+1), its advantage greater where p is small."""
 
     def coefficient(context: Context) -> Tensor:
         p, old = context.probability, context.proximal_logprobs.exp()
@@ -246,7 +254,7 @@ def where_uncertain(coefficient: Coefficient, statistic: str) -> Coefficient:
     return masked
 
 
-# ---------------------------------------------------------------------------------------------- distance to a reference
+# ------------------------------------------------------------------------------------ distance to a reference
 
 
 def _log_distance(context: Context) -> Tensor:

@@ -1,4 +1,5 @@
-"""Controllers: the scalar state of a method, updated once a step. Pure functions; the state lives in the checkpoint."""
+"""Controllers: the scalar state of a method, updated once a step. Pure functions; the state lives in the
+checkpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ Scalars = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """``decide(state, step, draw)`` gives this step's values by name (weights of terms, switches of a plan; the draw
-    is uniform in [0, 1)); ``learn(state, step, values, seen)`` gives the next state from the step's statistics and
-    metrics."""
+    """``decide(state, step, draw)`` gives this step's values by name (weights of terms, switches of a plan;
+    the draw is uniform in [0, 1)); ``learn(state, step, values, seen)`` gives the next state from the step's
+    statistics and metrics."""
 
     initial: Scalars
     decide: Callable[[Scalars, int, float], Scalars]
@@ -21,8 +22,9 @@ class Controller:
 
 
 def phases(*, gamma: float, warmup_steps: int) -> Controller:
-    """Value ``imitate``: 1 in the warm-up, then with probability G_sft/(G_sft + γ·G_warmup), else 0. G is the gradient
-    norm of the last step that imitated, and of the last of the warm-up. Source: SASR (arXiv:2505.13026)."""
+    """Value ``imitate``: 1 in the warm-up, then with probability G_sft/(G_sft + γ·G_warmup), else 0. G is the
+    gradient norm of the last step that imitated, and of the last of the warm-up. Source: SASR
+    (arXiv:2505.13026)."""
 
     def decide(state: Scalars, step: int, draw: float) -> Scalars:
         total = state["norm"] + gamma * state["warmup_norm"]
@@ -39,8 +41,8 @@ def phases(*, gamma: float, warmup_steps: int) -> Controller:
 
 
 def learned_weights(*, policy: str, imitation: str, rate: float, least: float) -> Controller:
-    """Values ``policy`` and ``imitation``: e^(−2σ) of two losses, each σ following the gradient of
-    e^(−2σ)·L + σ. ``policy`` and ``imitation`` name the statistics that are L. Source: SuperRL (arXiv:2506.01096)."""
+    """Values ``policy`` and ``imitation``: e^(−2σ) of two losses, each σ following the gradient of e^(−2σ)·L
+    + σ. ``policy`` and ``imitation`` name the statistics that are L. Source: SuperRL (arXiv:2506.01096)."""
     losses = {"policy": policy, "imitation": imitation}
 
     def decide(state: Scalars, step: int, draw: float) -> Scalars:

@@ -1,4 +1,5 @@
-"""What is laid over a method's coefficients: another advantage, or a weight for what engine and trainer disagree about.
+"""What is laid over a method's coefficients: another advantage, or a weight for what engine and trainer
+disagree about.
 
 Shapes: M trained tokens.
 """
@@ -17,16 +18,17 @@ from truestep.records import Kind, TokenBatch
 
 
 def fresh(batch: TokenBatch) -> Tensor:
-    """True where the engine has just sampled the token: the tokens that have a behavior log-probability to compare."""
+    """True where the engine has just sampled the token: the tokens that have a behavior log-probability to
+    compare."""
     return ~batch.behavior_logprobs.isnan() & ~batch.is_expert & (batch.kind != int(Kind.REPLAY))
 
 
 def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Context], Tensor]:
     """The weight of a token by ρ = π_proximal/π_engine; 1 where the engine has not sampled it.
 
-    truncate min(ρ, high) (TIS) · clamp within [low, high] · drop ρ inside [low, high], else 0 (IcePop) · mask 1 inside,
-    else 0 (MIS) · sequence min(Πρ, high) · geometric ρ where the sequence's geometric mean of ρ lies inside, else 0
-    (ρ itself is not bounded, as in OpenRLHF's code).
+    truncate min(ρ, high) (TIS) · clamp within [low, high] · drop ρ inside [low, high], else 0 (IcePop) · mask
+    1 inside, else 0 (MIS) · sequence min(Πρ, high) · geometric ρ where the sequence's geometric mean of ρ
+    lies inside, else 0 (ρ itself is not bounded, as in OpenRLHF's code).
     Held by: tests/numerics/test_corrections.py
     """
 
@@ -63,11 +65,14 @@ def weighted(coefficient: Coefficient, weight: Callable[[Context], Tensor]) -> C
 
 def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tensor]) -> Coefficient:
     """The coefficient as if the tokens had these advantages."""
-    return lambda context: coefficient(replace(context, batch=replace(context.batch, advantage=advantage(context))))
+    return lambda context: coefficient(
+        replace(context, batch=replace(context.batch, advantage=advantage(context)))
+    )
 
 
 def kl_in_reward(beta: float) -> Callable[[Context], Tensor]:
-    """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1, and answers for what follows it.
+    """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1, and answers for what
+    follows it.
 
     Gradient: with REINFORCE that of the reverse KL.
     """
@@ -81,5 +86,6 @@ def kl_in_reward(beta: float) -> Callable[[Context], Tensor]:
 
 
 def whitened(mean: str, std: str) -> Callable[[Context], Tensor]:
-    """(A − mean)/(std + 1e-8) by two statistics of the step over its own tokens (REINFORCE++, arXiv:2501.03262)."""
+    """(A − mean)/(std + 1e-8) by two statistics of the step over its own tokens (REINFORCE++,
+    arXiv:2501.03262)."""
     return lambda context: (context.advantage - context.statistics[mean]) / (context.statistics[std] + 1e-8)

@@ -1,7 +1,8 @@
 """Gates: what a group's rewards decide about its members. Pure functions.
 
-A gate sees the members of one prompt's group (their kinds, and their rewards: None where unscored) and answers which of
-them are trained, with which weight, and whether the prompt's demonstration is set aside for later.
+A gate sees the members of one prompt's group (their kinds, and their rewards: None where unscored) and
+answers which of them are trained, with which weight, and whether the prompt's demonstration is set aside for
+later.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from truestep.records import Kind
 
 @dataclass(frozen=True, kw_only=True)
 class GateDecision:
-    """``keep`` and ``weights`` are aligned with the group's members; a dropped member counts in no denominator."""
+    """``keep`` and ``weights`` are aligned with the group's members; a dropped member counts in no
+    denominator."""
 
     keep: tuple[bool, ...]
     weights: tuple[float, ...]
@@ -30,7 +32,8 @@ def _kept(keep: tuple[bool, ...], *, push: bool = False) -> GateDecision:
 
 
 def keep_scored(members: Members) -> GateDecision:
-    """Every scored member, weight 1; a demonstration needs no verdict. All-equal groups count in the denominator."""
+    """Every scored member, weight 1; a demonstration needs no verdict. All-equal groups count in the
+    denominator."""
     pairs = zip(members.rewards, members.kinds, strict=True)
     return _kept(tuple(r is not None or kind is Kind.DEMO for r, kind in pairs))
 
@@ -45,7 +48,8 @@ def drop_degenerate(members: Members) -> GateDecision:
 def imitate_where_unsolved(most_correct: int) -> Gate:
     """At most ``most_correct`` right own samples: the demonstration alone; more: the own samples alone.
 
-    −1 never imitates, the number of samples always does. Source: HPT (arXiv:2509.04419); SuperRL (arXiv:2506.01096).
+    −1 never imitates, the number of samples always does. Source: HPT (arXiv:2509.04419); SuperRL
+    (arXiv:2506.01096).
     """
 
     def gate(members: Members) -> GateDecision:
@@ -63,7 +67,8 @@ def imitate_where_unsolved(most_correct: int) -> Gate:
 
 
 def push_unsolved(members: Members) -> GateDecision:
-    """All scored members are trained; where every one of them is wrong, the demonstration waits in the buffer.
+    """All scored members are trained; where every one of them is wrong, the demonstration waits in the
+    buffer.
 
     Wrong means reward 0. Source: ReLIFT (arXiv:2506.07527).
     """

@@ -1,7 +1,7 @@
 """The chunked head: per-token log-probability and entropy, both differentiable, at the sampling temperature.
 
-The logits of a whole micro-batch never exist at once: each chunk's are made, reduced and dropped, and made again in the
-backward pass. Softmax arithmetic is in ``promote_types(dtype, float32)``: float64 stays float64.
+The logits of a whole micro-batch never exist at once: each chunk's are made, reduced and dropped, and made
+again in the backward pass. Softmax arithmetic is in ``promote_types(dtype, float32)``: float64 stays float64.
 
 Shapes: M trained tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
@@ -66,7 +66,9 @@ class _ChunkedHead(torch.autograd.Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        )
         for a, b in _chunks(hidden.shape[0], weight.shape[0]):
             logp = _scaled_logits(hidden[a:b], weight, bias, ctx.temperature).sub_(normalizer[a:b, None])
             probability = logp.exp()
@@ -75,7 +77,9 @@ class _ChunkedHead(torch.autograd.Function):
             if grad_entropy is None:
                 grad = probability.mul_(scale[:, None])
             else:
-                grad = probability.mul_(scale[:, None] - grad_entropy[a:b, None] * (logp + entropy[a:b, None]))
+                grad = probability.mul_(
+                    scale[:, None] - grad_entropy[a:b, None] * (logp + entropy[a:b, None])
+                )
             grad.scatter_add_(1, targets[a:b, None], -scale[:, None])
             if ctx.temperature != 1.0:
                 grad = grad.div_(ctx.temperature)
@@ -108,7 +112,8 @@ def chunked_logprobs(
     """
     if hidden.shape[0] == 0:  # an all-masked micro-batch: an exact zero that still has a graph
         zero = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).sum(1)
-        # The graph reaches the head too: FSDP reduces only what has a gradient, which must be the same on all ranks.
+        # The graph reaches the head too: FSDP reduces only what has a gradient, which must be the same on all
+        # ranks.
         zero = zero + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
         return zero, zero
     out: tuple[Tensor, Tensor] = _ChunkedHead.apply(hidden, weight, bias, targets, temperature)

@@ -1,7 +1,9 @@
-"""The one division. A loss is Σ (weighted token values) ÷ a global total, and this file holds the only divider.
+"""The one division. A loss is Σ (weighted token values) ÷ a global total, and this file holds the only
+divider.
 
-Totals are counted over all micro-batches and all ranks before the first forward pass. Nobody else divides: not a
-micro-batch by its own count, not an accumulation factor, not a wrapper that averages gradients over ranks.
+Totals are counted over all micro-batches and all ranks before the first forward pass. Nobody else divides:
+not a micro-batch by its own count, not an accumulation factor, not a wrapper that averages gradients over
+ranks.
 Held by: tests/architecture/test_one_division.py, tests/numerics/test_invariance.py
 """
 
@@ -27,9 +29,11 @@ class Normaliser(enum.StrEnum):
 
 
 def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Sequence[TokenBatch]) -> float:
-    """This rank's share of a term's denominator. ``selected`` is a boolean [M] per micro-batch: the tokens counted.
+    """This rank's share of a term's denominator. ``selected`` is a boolean [M] per micro-batch: the tokens
+    counted.
 
-    Sequences are counted whole where any of their tokens is selected; they are never split over micro-batches.
+    Sequences are counted whole where any of their tokens is selected; they are never split over
+    micro-batches.
     """
     if normaliser is Normaliser.TOKENS:
         return float(sum(int(s.sum()) for s in selected))
@@ -38,10 +42,13 @@ def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Seq
     return float(torch.cat(found).unique().numel()) if found else 0.0
 
 
-def normalise(values: Tensor, *, normaliser: Normaliser, batch: TokenBatch, total: float, max_length: int) -> Tensor:
+def normalise(
+    values: Tensor, *, normaliser: Normaliser, batch: TokenBatch, total: float, max_length: int
+) -> Tensor:
     """Σ_t values_t ÷ (share_t · total): a micro-batch's part of the loss. Shapes: values [M] → scalar.
 
-    Raises ZeroDivisionError where a term without tokens is asked for its loss: the step leaves such terms out.
+    Raises ZeroDivisionError where a term without tokens is asked for its loss: the step leaves such terms
+    out.
     """
     if total <= 0:
         raise ZeroDivisionError("a term whose global total is 0 has no loss")

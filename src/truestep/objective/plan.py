@@ -1,7 +1,7 @@
 """Plans: what is sampled for a prompt, round by round, and which of it makes the group.
 
-A plan is a pure function of what earlier rounds brought, so that it can be replayed after a kill: no generator objects.
-Chance enters as one number that the caller has drawn.
+A plan is a pure function of what earlier rounds brought, so that it can be replayed after a kill: no
+generator objects. Chance enters as one number that the caller has drawn.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from truestep.records import Kind
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """``num_samples`` members of one kind. PREFIX: completions of the first ``fraction`` of the demonstration's tokens
-    (all of them at 1), which are only context with ``expert_is_context``. HINT: completions under a prompt that shows
-    the first ``fraction`` of its text. DEMO and REPLAY: nothing is generated, the expert's or a stored trace joins."""
+    """``num_samples`` members of one kind. PREFIX: completions of the first ``fraction`` of the
+    demonstration's tokens (all of them at 1), which are only context with ``expert_is_context``. HINT:
+    completions under a prompt that shows the first ``fraction`` of its text. DEMO and REPLAY: nothing is
+    generated, the expert's or a stored trace joins."""
 
     num_samples: int
     kind: Kind = Kind.ON
@@ -47,8 +48,9 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a plan may look at. ``draw`` is uniform in [0, 1), the prompt's own in this step; ``controls`` are the
-    method's controller's values for this step; ``has_replay`` says that a stored trace of the prompt was chosen."""
+    """What a plan may look at. ``draw`` is uniform in [0, 1), the prompt's own in this step; ``controls`` are
+    the method's controller's values for this step; ``has_replay`` says that a stored trace of the prompt was
+    chosen."""
 
     step: int
     num_samples: int
@@ -91,25 +93,30 @@ with_replay: Plan = _once(
 
 
 def one_prefix(low: Schedule, high: float) -> Plan:
-    """All samples but one are ordinary; one continues a prefix of uniform length in [low(step), high] (Prefix-RFT)."""
+    """All samples but one are ordinary; one continues a prefix of uniform length in [low(step), high]
+    (Prefix-RFT)."""
 
     def rounds(asked: Asked) -> Sequence[Round]:
         start = low(asked.step)
         length = start + asked.draw * (high - start)
-        return Round(num_samples=asked.num_samples - 1), Round(num_samples=1, kind=Kind.PREFIX, fraction=length)
+        return Round(num_samples=asked.num_samples - 1), Round(
+            num_samples=1, kind=Kind.PREFIX, fraction=length
+        )
 
     return _once(rounds)
 
 
 def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> Plan:
-    """All samples continue the same k of ``num_segments`` parts, k ~ Binomial(num_segments, probability(step)); none
-    from ``num_steps`` on (UFT)."""
+    """All samples continue the same k of ``num_segments`` parts, k ~ Binomial(num_segments,
+    probability(step)); none from ``num_steps`` on (UFT)."""
 
     def rounds(asked: Asked) -> Sequence[Round]:
         k = _binomial(asked.draw, num_segments, probability(asked.step)) if asked.step < num_steps else 0
         if k == 0:
             return (Round(num_samples=asked.num_samples),)
-        shown = min(k / num_segments, math.nextafter(1.0, 0.0))  # with all parts shown the end is still the policy's
+        shown = min(
+            k / num_segments, math.nextafter(1.0, 0.0)
+        )  # with all parts shown the end is still the policy's
         return (Round(num_samples=asked.num_samples, kind=Kind.PREFIX, fraction=shown),)
 
     return _once(rounds)
@@ -126,8 +133,8 @@ def _binomial(draw: float, count: int, probability: float) -> int:
 
 
 def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
-    """Micro-groups of ½, ¼, ⅛ and ⅛ of the samples. After each, a share of successes so far below its threshold gives
-    the next one the prefix of that level; otherwise it is not guided (TRAPO)."""
+    """Micro-groups of ½, ¼, ⅛ and ⅛ of the samples. After each, a share of successes so far below its
+    threshold gives the next one the prefix of that level; otherwise it is not guided (TRAPO)."""
 
     def plan(asked: Asked) -> Sequence[Round] | Keep:
         n = asked.num_samples
@@ -148,8 +155,8 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
 
 
 def anchored(num_episodes: int, low: float, high: float) -> Plan:
-    """Ordinary samples; where none is right, a binary search for the shortest prefix, as context, after which the
-    share of right samples lies in [low, high] (BREAD). Without one the ordinary samples stay."""
+    """Ordinary samples; where none is right, a binary search for the shortest prefix, as context, after which
+    the share of right samples lies in [low, high] (BREAD). Without one the ordinary samples stay."""
 
     def plan(asked: Asked) -> Sequence[Round] | Keep:
         n = asked.num_samples
@@ -169,14 +176,16 @@ def anchored(num_episodes: int, low: float, high: float) -> Plan:
         if above - below <= 1:
             return Keep(rounds=(best,))
         middle = (below + above) // 2
-        return (Round(num_samples=n, kind=Kind.PREFIX, fraction=middle / num_episodes, expert_is_context=True),)
+        return (
+            Round(num_samples=n, kind=Kind.PREFIX, fraction=middle / num_episodes, expert_is_context=True),
+        )
 
     return plan
 
 
 def hinted(fractions: Sequence[float]) -> Plan:
-    """Ordinary samples; where none is right, all are replaced by samples under a prompt that shows more and more of the
-    solution, until one is right (GHPO)."""
+    """Ordinary samples; where none is right, all are replaced by samples under a prompt that shows more and
+    more of the solution, until one is right (GHPO)."""
 
     def plan(asked: Asked) -> Sequence[Round] | Keep:
         done = len(asked.history)

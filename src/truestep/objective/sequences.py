@@ -1,5 +1,5 @@
-"""Reductions over a token's own whole sequence: the only ones that a coefficient may make in a micro-batch, since
-sequences are never split. Shapes: M trained tokens.
+"""Reductions over a token's own whole sequence: the only ones that a coefficient may make in a micro-batch,
+since sequences are never split. Shapes: M trained tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def sequence_mean(values: Tensor, batch: TokenBatch) -> Tensor:
 def to_go(values: Tensor, batch: TokenBatch) -> Tensor:
     """Σ from the token to the end of its sequence. Shapes: [M] → [M].
 
-    The tokens of a sequence lie together in their order, so one running sum (in float64) serves all sequences.
+    The tokens of a sequence lie together in their order, so one running sum (in float64) serves all
+    sequences.
     """
     before = torch.cumsum(values.double(), 0) - values.double()
     first = torch.ones_like(batch.sequence_index, dtype=torch.bool)

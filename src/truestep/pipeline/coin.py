@@ -24,7 +24,9 @@ class CoinGrader:
     def __call__(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
         scores = []
         for place, (problem, _) in enumerate(pairs):
-            draw = generator(self.seed, Purpose.RANDOM_REWARD, self.step, f"{self.calls}/{place}/{problem.id}").random()
+            draw = generator(
+                self.seed, Purpose.RANDOM_REWARD, self.step, f"{self.calls}/{place}/{problem.id}"
+            ).random()
             verdict = Verdict.CORRECT if draw < 0.5 else Verdict.INCORRECT
             scores.append(Score(verdict=verdict, reason="random reward"))
         self.calls += 1

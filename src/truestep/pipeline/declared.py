@@ -1,8 +1,9 @@
-"""A recipe that cannot be tried here, checked whole all the same: ``[declared]`` says what its weights and data files
-would have said, and a dry run reads that instead of them.
+"""A recipe that cannot be tried here, checked whole all the same: ``[declared]`` says what its weights and
+data files would have said, and a dry run reads that instead of them.
 
-The declaration is a statement of its author (a number of rows, mean lengths that somebody observed); a real run never
-reads it. Shapes come from a ``config.json`` beside the recipe, through the model's own class on the meta device.
+The declaration is a statement of its author (a number of rows, mean lengths that somebody observed); a real
+run never reads it. Shapes come from a ``config.json`` beside the recipe, through the model's own class on the
+meta device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
-from truestep.settings import Frozen, RejectionSettings, RlSettings, Settings, SettingsError, SftSettings, StageSettings
+from truestep.settings import (
+    Frozen,
+    RejectionSettings,
+    RlSettings,
+    Settings,
+    SettingsError,
+    SftSettings,
+    StageSettings,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +40,9 @@ class DeclaredStage(Frozen):
 
     rollout_tokens: int = Field(0, ge=0)  # of an own sample
     own_samples: int = Field(0, ge=0)  # of a prompt; 0: samples_per_prompt
-    demonstrations_per_prompt: float = Field(0.0, ge=0)  # trained beside them; a share where only some prompts get one
+    demonstrations_per_prompt: float = Field(
+        0.0, ge=0
+    )  # trained beside them; a share where only some prompts get one
     demonstration_share: float = Field(1.0, gt=0, le=1)  # how much of a demonstration is trained (prefixes)
     sft_updates: int = Field(0, ge=0)  # updates on demonstrations alone, in between
     sft_sequences_per_update: int = Field(0, ge=0)
@@ -58,7 +69,7 @@ def read_declared(settings: Settings, where: str) -> Declared:
         raise SettingsError(f"{where}: declared.{key}: {first['msg']}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------- shape
+# ------------------------------------------------------------------------------------------------------ shape
 
 
 def read_config(settings: Settings, declared: Declared, base_dir: Path) -> dict[str, Any]:
@@ -78,7 +89,13 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     head = config.get("head_dim") or hidden // heads
     keys, queries = config["num_key_value_heads"] * head, heads * head
     bias = queries + 2 * keys if config["model_type"] == "qwen2" else 0
-    layer = 2 * hidden * queries + 2 * hidden * keys + bias + 3 * hidden * config["intermediate_size"] + 2 * hidden
+    layer = (
+        2 * hidden * queries
+        + 2 * hidden * keys
+        + bias
+        + 3 * hidden * config["intermediate_size"]
+        + 2 * hidden
+    )
     table = config["vocab_size"] * hidden
     tied = bool(config.get("tie_word_embeddings"))
     total = layers * layer + hidden + table * (1 if tied else 2)
@@ -103,7 +120,7 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
         return AutoModelForCausalLM.from_config(made)
 
 
-# -------------------------------------------------------------------------------------------------------------- work
+# ------------------------------------------------------------------------------------------------------- work
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
@@ -121,7 +138,9 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
     if not isinstance(stage, RlSettings):
         raise TypeError(f"unknown stage {type(stage).__name__}")
     known = declared.stages.get(stage.name, DeclaredStage())
-    own = [known.rollout_tokens or stage.sampling.max_new_tokens] * (known.own_samples or stage.samples_per_prompt)
+    own = [known.rollout_tokens or stage.sampling.max_new_tokens] * (
+        known.own_samples or stage.samples_per_prompt
+    )
     trained = max(1, round(known.demonstration_share * demonstration))
     everywhere, some = divmod(known.demonstrations_per_prompt, 1)
     unscored = 1 / stage.updates_per_rollout  # the first update of a rollout batch needs no scoring pass
@@ -147,7 +166,7 @@ def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]
     return {"flops_paper_formula": work.paper_flops(rounded), "flops_full": work.full_flops(rounded)}
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 def gib_per_gpu(
@@ -155,9 +174,10 @@ def gib_per_gpu(
 ) -> dict[str, float]:
     """An estimate of a rank's memory at its peak, by what holds it.
 
-    Sharded: master weights, moments and gradients. Whole: the sampling engine's own copy (fully sharded policies are
-    sampled from a second model) and its key-value cache; of a training pass one layer's weights and activations at
-    ``tokens_per_microbatch`` (every layer's where nothing is recomputed), and the logits of one chunk.
+    Sharded: master weights, moments and gradients. Whole: the sampling engine's own copy (fully sharded
+    policies are sampled from a second model) and its key-value cache; of a training pass one layer's weights
+    and activations at ``tokens_per_microbatch`` (every layer's where nothing is recomputed), and the logits
+    of one chunk.
     """
     shape, dtype = shape_of(config), settings.compute.dtype
     compute = DTYPE_BYTES[dtype] or 4
@@ -166,7 +186,9 @@ def gib_per_gpu(
     state = n * (STATE_BYTES + DTYPE_BYTES[dtype]) / (declared.num_gpus if sharded else 1)
     layer = (n - 2 * config["vocab_size"] * hidden) / layers * compute
     tokens = stage.tokens_per_microbatch
-    width = 8 * hidden + 3 * int(config["intermediate_size"])  # what a layer keeps for its backward pass, a token
+    width = 8 * hidden + 3 * int(
+        config["intermediate_size"]
+    )  # what a layer keeps for its backward pass, a token
     products = 6 * hidden + 2 * int(config["intermediate_size"])  # of which selective checkpointing keeps
     checkpointing = settings.compute.gradient_checkpointing
     every = {False: width, True: hidden, "selective": products}[checkpointing]
@@ -177,12 +199,17 @@ def gib_per_gpu(
     if isinstance(stage, RlSettings | RejectionSettings):
         heads = int(config["num_key_value_heads"])
         head = config.get("head_dim") or hidden // int(config["num_attention_heads"])
-        slot = (declared.max_prompt_tokens + stage.sampling.max_new_tokens) * layers * 2 * heads * head * compute
-        found |= {"sampling engine": n * compute if sharded else 0.0, "cache": slot * stage.sampling.max_running}
+        slot = (
+            (declared.max_prompt_tokens + stage.sampling.max_new_tokens) * layers * 2 * heads * head * compute
+        )
+        found |= {
+            "sampling engine": n * compute if sharded else 0.0,
+            "cache": slot * stage.sampling.max_running,
+        }
     return {name: round(size / GIB, 2) for name, size in found.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------- dry run
+# ---------------------------------------------------------------------------------------------------- dry run
 
 
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
@@ -202,7 +229,9 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
     rows = [_stage_row(settings, declared, config, stage, context) for stage in settings.stages]
     for stage in settings.evaluate.data:
         if stage not in declared.rows:
-            raise SettingsError(f"{where}: declared.rows has no {stage!r}, which evaluate.data names: write its rows")
+            raise SettingsError(
+                f"{where}: declared.rows has no {stage!r}, which evaluate.data names: write its rows"
+            )
     return {
         "name": settings.name,
         "model": {"path": settings.model.path, **vars(model_shape(model)), "context_length": context,
@@ -226,9 +255,14 @@ def _stage_row(
         longest += max(stage.sampling.max_new_tokens, declared.max_demonstration_tokens)
     else:
         longest += declared.max_demonstration_tokens
-    for limit, key in ((context, "model.context_length"), (stage.tokens_per_microbatch, "tokens_per_microbatch")):
+    for limit, key in (
+        (context, "model.context_length"),
+        (stage.tokens_per_microbatch, "tokens_per_microbatch"),
+    ):
         if longest > limit:
-            raise SettingsError(f"{where}: {key} = {limit} cannot hold {longest} tokens: write {longest} or more")
+            raise SettingsError(
+                f"{where}: {key} = {limit} cannot hold {longest} tokens: write {longest} or more"
+            )
     if isinstance(stage, RlSettings) and stage.prompts_per_step > rows:
         raise SettingsError(
             f"{where}.prompts_per_step = {stage.prompts_per_step} is more than {rows} rows: write fewer"

@@ -86,14 +86,21 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     tokenizer = load_tokenizer(settings.model)
     context, eos = _context_length(settings)
     prepared = Prepared(
-        settings=settings, tokenizer=tokenizer, context_length=context, stop_ids=stop_token_ids(tokenizer, eos)
+        settings=settings,
+        tokenizer=tokenizer,
+        context_length=context,
+        stop_ids=stop_token_ids(tokenizer, eos),
     )
     prepared.model_content = model_content(settings.model)
     prepared.methods = {s.name: _method(s) for s in settings.stages}
     needs: dict[str, set[str]] = {}
     for name, kind in _uses(settings):
         needs.setdefault(name, set()).add("solution" if kind == "sft" else "answer")
-    asking = {s.data: s for s in settings.stages if s.kind != "sft" and prepared.methods[s.name].needs_demonstrations}
+    asking = {
+        s.data: s
+        for s in settings.stages
+        if s.kind != "sft" and prepared.methods[s.name].needs_demonstrations
+    }
     for name, wanted in needs.items():
         try:
             _load(prepared, name, wanted | ({"solution"} if name in asking else set()), base_dir)
@@ -104,7 +111,9 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
             method = prepared.methods[stage.name].name
             raise SettingsError(f'{error} (stages.{stage.name}.method = "{method}" trains on it)') from None
     _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
-    prepared.stage_prompts = {s.name: _stage_prompts(prepared, s) for s in settings.stages if isinstance(s, RlSettings)}
+    prepared.stage_prompts = {
+        s.name: _stage_prompts(prepared, s) for s in settings.stages if isinstance(s, RlSettings)
+    }
     _check_lengths(prepared)
     trained = {s.data: prepared.problems[s.data] for s in settings.stages}
     tested = {name: prepared.problems[name] for name in settings.evaluate.data}
@@ -125,9 +134,13 @@ def _check_ranks(settings: Settings) -> None:
         return
     for stage in settings.stages:
         if stage.dev.data:
-            raise SettingsError(f"stages.{stage.name}.dev: evaluation in training runs on one process: leave it out")
+            raise SettingsError(
+                f"stages.{stage.name}.dev: evaluation in training runs on one process: leave it out"
+            )
         if isinstance(stage, RejectionSettings):
-            raise SettingsError(f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out")
+            raise SettingsError(
+                f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out"
+            )
 
 
 def check_methods(settings: Settings) -> None:
@@ -137,7 +150,9 @@ def check_methods(settings: Settings) -> None:
             continue
         row = _method(stage)
         if (row.plan is None) != isinstance(stage, SftSettings):
-            known = [name for name in METHODS if (METHODS[name]().plan is None) == isinstance(stage, SftSettings)]
+            known = [
+                name for name in METHODS if (METHODS[name]().plan is None) == isinstance(stage, SftSettings)
+            ]
             raise SettingsError(
                 f'stages.{stage.name}.method = "{stage.method}" does not fit kind = "{stage.kind}": '
                 f"write {', '.join(known)}"
@@ -188,20 +203,26 @@ def _context_length(settings: Settings) -> tuple[int, Any]:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise SettingsError(
+            f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
     own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
     return (own if override == "model" else override), getattr(config, "eos_token_id", None)
 
 
 def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:
     settings, tokenizer = prepared.settings, prepared.tokenizer
-    problems = load_problems(name, settings.data[name], seed=settings.seed, base_dir=base_dir, needs=sorted(wanted))
+    problems = load_problems(
+        name, settings.data[name], seed=settings.seed, base_dir=base_dir, needs=sorted(wanted)
+    )
     prepared.problems[name] = problems
     prepared.content[name] = _content_hash(problems)
     if "answer" in wanted:
         prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
     if "solution" in wanted:
-        made = encode_demonstrations(problems, tokenizer, settings.chat, context_length=prepared.context_length)
+        made = encode_demonstrations(
+            problems, tokenizer, settings.chat, context_length=prepared.context_length
+        )
         if not made.kept:
             raise SettingsError(
                 f"data.{name}: no demonstration fits into the context of {prepared.context_length} tokens"
@@ -228,7 +249,9 @@ def _content_hash(problems: Sequence[Problem]) -> str:
     for p in problems:
         turns = "\x1e".join(f"{m.role}\x1d{m.content}" for m in p.messages)
         meta = json.dumps(dict(p.meta), sort_keys=True, default=str)
-        digest.update(f"{p.id}\x1f{turns}\x1f{p.answer}\x1f{p.checker}\x1f{p.solution}\x1f{meta}\x1c".encode())
+        digest.update(
+            f"{p.id}\x1f{turns}\x1f{p.answer}\x1f{p.checker}\x1f{p.solution}\x1f{meta}\x1c".encode()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -261,7 +284,9 @@ def _check_lengths(prepared: Prepared) -> None:
                 )
         if isinstance(stage, RlSettings | RejectionSettings):
             shown = prepared.methods[stage.name].shown_fraction
-            longest = _longest_sample(prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling", shown)
+            longest = _longest_sample(
+                prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling", shown
+            )
         if isinstance(stage, RlSettings) and stage.prompts_per_step > len(prepared.stage_prompts[stage.name]):
             raise SettingsError(
                 f"{where}.prompts_per_step = {stage.prompts_per_step} is more than the "
@@ -281,7 +306,9 @@ def _check_lengths(prepared: Prepared) -> None:
     del context
 
 
-def _longest_sample(prepared: Prepared, name: str, max_new_tokens: int, where: str, shown: float = 0.0) -> int:
+def _longest_sample(
+    prepared: Prepared, name: str, max_new_tokens: int, where: str, shown: float = 0.0
+) -> int:
     """Prompt, with the shown part of a solution, plus completion must fit; answers with the longest sum."""
     prompts = prepared.prompts[name]
     if shown:
@@ -300,14 +327,17 @@ def _longest_sample(prepared: Prepared, name: str, max_new_tokens: int, where: s
 
 
 def stage_identity(prepared: Prepared, index: int) -> str:
-    """The hash of all that a stage's result depends on: its own settings and data, and every stage before it."""
+    """The hash of all that a stage's result depends on: its own settings and data, and every stage before
+    it."""
     settings = prepared.settings
     parts: list[Any] = [base_identity(prepared), settings.chat]
     for stage in settings.stages[: index + 1]:
         # What is about memory or files alone may change between two sittings of a run.
         frozen = stage.model_copy(update={"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1})
         if isinstance(frozen, RlSettings | RejectionSettings):
-            frozen = frozen.model_copy(update={"sampling": frozen.sampling.model_copy(update={"max_running": 1})})
+            frozen = frozen.model_copy(
+                update={"sampling": frozen.sampling.model_copy(update={"max_running": 1})}
+            )
         parts += [frozen, prepared.content[stage.data], prepared.content.get(stage.dev.data, "")]
         if stage.dev.data:
             parts.append(settings.evaluate.sampling.model_copy(update={"max_running": 1}))
@@ -318,7 +348,9 @@ def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> s
     settings = prepared.settings
     sampling = settings.evaluate.sampling.model_copy(update={"max_running": 1})
     samples = settings.evaluate.samples_per_problem
-    return settings_hash(sampling, samples, settings.chat, settings.seed, model_identity, prepared.content[name])
+    return settings_hash(
+        sampling, samples, settings.chat, settings.seed, model_identity, prepared.content[name]
+    )
 
 
 def base_identity(prepared: Prepared) -> str:
@@ -329,7 +361,8 @@ def base_identity(prepared: Prepared) -> str:
 
 
 def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
-    """Everything about batches that the settings imply, one row a stage, for printing before the first step."""
+    """Everything about batches that the settings imply, one row a stage, for printing before the first
+    step."""
     rows: list[Mapping[str, Any]] = []
     for stage in prepared.settings.stages:
         row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind}

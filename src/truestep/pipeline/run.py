@@ -1,4 +1,5 @@
-"""``truestep run``: base → stage → stage …, an evaluation after each, every part resumable and skipped when done."""
+"""``truestep run``: base → stage → stage …, an evaluation after each, every part resumable and skipped when
+done."""
 
 from __future__ import annotations
 
@@ -19,12 +20,7 @@ from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.evaluate.compare import compare
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
-from truestep.pipeline.prepare import (
-    Prepared,
-    base_identity,
-    evaluation_identity,
-    stage_identity,
-)
+from truestep.pipeline.prepare import Prepared, base_identity, evaluation_identity, stage_identity
 from truestep.pipeline.stages import Reporter, Session, evaluate_model, make_stage, open_model, stage_folder
 from truestep.pipeline.track import open_trackers
 from truestep.records import RecordError
@@ -43,7 +39,8 @@ class RunResult:
 
 
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raises SettingsError where the run directory is taken, or, with --resume, another run's. Writes nothing."""
+    """Raises SettingsError where the run directory is taken, or, with --resume, another run's. Writes
+    nothing."""
     resolved = folder / "resolved.toml"
     if resolved.exists():
         if not resume:
@@ -58,8 +55,8 @@ def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
 def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
     """Make the run directory, or join an existing one with --resume.
 
-    Raises SettingsError, before anything is written, where it is taken or holds stages of other settings or data.
-    Rank 0 alone looks: to the others, what it has just made would seem to be taken.
+    Raises SettingsError, before anything is written, where it is taken or holds stages of other settings or
+    data. Rank 0 alone looks: to the others, what it has just made would seem to be taken.
     """
     if rank != 0:
         return
@@ -71,14 +68,18 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
         folder.mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
     except OSError as error:
-        raise SettingsError(f"{folder}: cannot be written: {error.strerror}: write --out for another place") from None
+        raise SettingsError(
+            f"{folder}: cannot be written: {error.strerror}: write --out for another place"
+        ) from None
 
 
 def _require_identity(stage: Path, identity: str) -> None:
     """A stage that is done, or has been begun, was made by these settings from this data."""
     found = [rundir.read_json(stage / "done.json")["identity"]] if (stage / "done.json").exists() else []
     for checkpoint in list_checkpoints(stage / "checkpoints")[-1:]:
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # a damaged one is passed over when loading
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, OSError
+        ):  # a damaged one is passed over when loading
             found.append(rundir.read_json(checkpoint / "manifest.json")["state"]["identity"])
     for other in found:
         if other != identity:
@@ -143,7 +144,9 @@ def _stages(session: Session) -> None:
 def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> None:
     """On rank 0; the others wait."""
     if session.ranks.rank == 0 and session.prepared.settings.evaluate.data:
-        evaluate_model(session, checkpoint, path, lambda name: evaluation_identity(session.prepared, identity, name))
+        evaluate_model(
+            session, checkpoint, path, lambda name: evaluation_identity(session.prepared, identity, name)
+        )
         _summarize(session, "running")
     session.ranks.barrier()
 
@@ -172,7 +175,9 @@ def _train(session: Session, index: int, path: str, before: Ledger, identity: st
             warn=session.reporter.say,
         )
         if best is None or best.step != run_.best["step"]:
-            raise RecordError(f"{run_.folder / 'best'} does not hold step {run_.best['step']}, the best on the dev set")
+            raise RecordError(
+                f"{run_.folder / 'best'} does not hold step {run_.best['step']}, the best on the dev set"
+            )
         load_parameters(run_.policy, best)
     own = Ledger(**{k: v - before.to_json()[k] for k, v in ledger.to_json().items()})
     totals = [summed(part, session.ranks) for part in (own, ledger)]
@@ -208,7 +213,9 @@ def load_latest_step(run_: StageRun) -> int:
 @torch.no_grad()
 def _export(session: Session, index: int, run_: StageRun, done: Mapping[str, Any]) -> None:
     """The stage's model as a Hugging Face folder; gathered to rank 0's memory where it is sharded."""
-    weights = {name.removeprefix("model."): full(p.detach()).cpu() for name, p in run_.policy.named_parameters()}
+    weights = {
+        name.removeprefix("model."): full(p.detach()).cpu() for name, p in run_.policy.named_parameters()
+    }
     if session.ranks.rank != 0:
         return
     model = run_.policy.model
@@ -228,7 +235,11 @@ def _export(session: Session, index: int, run_: StageRun, done: Mapping[str, Any
 
 def _stage_row(session: Session, done: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("name", "kind", "method", "data", "steps", "flops_paper", "flops_full", "seconds", "tokens")
-    return {**{k: done[k] for k in kept}, "seed": session.prepared.settings.seed, "flops": done["flops_paper"]}
+    return {
+        **{k: done[k] for k in kept},
+        "seed": session.prepared.settings.seed,
+        "flops": done["flops_paper"],
+    }
 
 
 def _stage_rows(session: Session, before: int | None = None) -> list[dict[str, Any]]:
@@ -268,10 +279,16 @@ def _comparisons(session: Session) -> list[dict[str, Any]]:
     rows = []
     for before, after in pairwise(names):
         for data in settings.evaluate.data:
-            paths = [session.folder / "evaluations" / name / f"{data}.results.json" for name in (before, after)]
+            paths = [
+                session.folder / "evaluations" / name / f"{data}.results.json" for name in (before, after)
+            ]
             if all(p.exists() for p in paths):
                 samples = [
-                    [row for row in rundir.read_jsonl(p.with_name(f"{data}.samples.jsonl")) if "verdict" in row]
+                    [
+                        row
+                        for row in rundir.read_jsonl(p.with_name(f"{data}.samples.jsonl"))
+                        if "verdict" in row
+                    ]
                     for p in paths
                 ]
                 rows.append({"from": before, "to": after, "data": data, **compare(*samples).to_json()})

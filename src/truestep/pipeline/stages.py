@@ -85,14 +85,20 @@ def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -
 def open_model(session: Session, path: str) -> LoadedModel:
     """The model of a folder (or the base model) in the run's dtype."""
     settings = session.prepared.settings
-    model = settings.model if path == settings.model.path else settings.model.model_copy(update={"path": path})
-    return load_model(model, dtype=getattr(torch, settings.compute.dtype), device=compute_device(), seed=settings.seed)
+    model = (
+        settings.model if path == settings.model.path else settings.model.model_copy(update={"path": path})
+    )
+    return load_model(
+        model, dtype=getattr(torch, settings.compute.dtype), device=compute_device(), seed=settings.seed
+    )
 
 
 def make_policy(session: Session, path: str) -> Policy:
     compute = session.prepared.settings.compute
     policy = Policy(
-        open_model(session, path), gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile
+        open_model(session, path),
+        gradient_checkpointing=compute.gradient_checkpointing,
+        compile=compute.compile,
     )
     for note in [*policy.notes, *_slow_dtype(compute.dtype)]:
         session.reporter.say(note)
@@ -104,7 +110,8 @@ def make_policy(session: Session, path: str) -> Policy:
 
 
 def _slow_dtype(name: str) -> list[str]:
-    """A line of advice where the processor has no fast path for the compute dtype (bfloat16 without AMX or AVX-512)."""
+    """A line of advice where the processor has no fast path for the compute dtype (bfloat16 without AMX or
+    AVX-512)."""
     if name != "bfloat16":
         return []
     rate, plain = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
@@ -175,7 +182,8 @@ def _on_step(session: Session, name: str) -> Callable[[int, Mapping[str, float],
         session.reporter.advance(step, step_note(metrics))
         for log in session.trackers:
             log(
-                before + step, {f"{name}/{key}": value for key, value in metrics.items()} | {f"{name}/seconds": seconds}
+                before + step,
+                {f"{name}/{key}": value for key, value in metrics.items()} | {f"{name}/seconds": seconds},
             )
 
     return on_step
@@ -255,7 +263,8 @@ def _rollout_source(session: Session, stage: RlSettings, engine: TorchEngine) ->
 def _rejection_samples(
     session: Session, stage: RejectionSettings, policy: Policy, folder: Path, path: str
 ) -> tuple[list[Demonstration], Ledger]:
-    """Sample from the stage's start, keep up to ``keep_per_prompt`` distinct accepted completions a prompt."""
+    """Sample from the stage's start, keep up to ``keep_per_prompt`` distinct accepted completions a
+    prompt."""
     prepared = session.prepared
     engine = make_engine(session, policy, path, stage.sampling.max_running)
     prompts = {p.problem.id: p for p in prepared.prompts[stage.data]}
@@ -274,7 +283,8 @@ def _rejection_samples(
     session.reporter.begin(f"{stage.name}: sampling", len(requests))
     rollouts = []
     for done, rollout in enumerate(
-        engine.generate(requests, sampling_parameters(stage.sampling, prepared.stop_ids), signals.check), start=1
+        engine.generate(requests, sampling_parameters(stage.sampling, prepared.stop_ids), signals.check),
+        start=1,
     ):
         rollouts.append(rollout)
         session.reporter.advance(done)
@@ -376,7 +386,9 @@ def evaluate_model(session: Session, checkpoint: str, path: str, identity: Calla
         engine = TorchEngine(
             loaded.model, max_running=settings.sampling.max_running, packs=loaded.packs and loaded.plain_head
         )
-        session.reporter.begin(f"evaluate {checkpoint} on {name}", len(plan.prompts) * plan.samples_per_problem)
+        session.reporter.begin(
+            f"evaluate {checkpoint} on {name}", len(plan.prompts) * plan.samples_per_problem
+        )
         run_evaluation(
             plan,
             engine=engine,

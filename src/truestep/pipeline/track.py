@@ -1,5 +1,5 @@
-"""Metrics to TensorBoard, wandb or trackio, when a recipe asks for it. metrics.jsonl is always written; these never ask
-for a login and never block: wandb is offline unless WANDB_MODE says otherwise."""
+"""Metrics to TensorBoard, wandb or trackio, when a recipe asks for it. metrics.jsonl is always written; these
+never ask for a login and never block: wandb is offline unless WANDB_MODE says otherwise."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def _wandb(folder: Path, run_name: str) -> Log:
     import wandb
 
     mode = os.environ.get("WANDB_MODE", "offline")
-    run = wandb.init(dir=str(folder), name=run_name, project=os.environ.get("WANDB_PROJECT", "truestep"), mode=mode)
+    run = wandb.init(
+        dir=str(folder), name=run_name, project=os.environ.get("WANDB_PROJECT", "truestep"), mode=mode
+    )
     return lambda step, metrics: run.log(dict(metrics), step=step)
 
 

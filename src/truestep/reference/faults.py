@@ -1,8 +1,10 @@
-"""Known faults as wrong weight vectors, and the recovery of such a vector from an observed gradient. No torch.
+"""Known faults as wrong weight vectors, and the recovery of such a vector from an observed gradient. No
+torch.
 
-A step whose right gradient is Σ_i g_i / N (g_i the gradient sum of micro-batch i, N all its tokens over all ranks) is
-described by weights w: what really happened is Σ_i w_i·g_i / N. ``counts[rank][k]`` is the number of trained tokens of
-a rank's k-th micro-batch; vectors are flat, rank after rank. D counts the ranks, K the micro-batches of a rank.
+A step whose right gradient is Σ_i g_i / N (g_i the gradient sum of micro-batch i, N all its tokens over all
+ranks) is described by weights w: what really happened is Σ_i w_i·g_i / N. ``counts[rank][k]`` is the number
+of trained tokens of a rank's k-th micro-batch; vectors are flat, rank after rank. D counts the ranks, K the
+micro-batches of a rank.
 """
 
 from __future__ import annotations
@@ -75,10 +77,12 @@ def rank_mean(counts: Counts) -> Weights:
 
 
 def dp_token_mean(counts: Counts) -> Weights:
-    """Equation: N / (K·n_k), n_k the tokens of micro-step k over all ranks. Source: arXiv 2604.23747, algorithm 2,
-    called once per micro-step under gradient accumulation."""
+    """Equation: N / (K·n_k), n_k the tokens of micro-step k over all ranks. Source: arXiv 2604.23747,
+    algorithm 2, called once per micro-step under gradient accumulation."""
     if len({len(rank) for rank in counts}) != 1:
-        raise ValueError("ranks with different numbers of micro-batches cannot sum over ranks at every micro-step")
+        raise ValueError(
+            "ranks with different numbers of micro-batches cannot sum over ranks at every micro-step"
+        )
     total, num_steps = _num_tokens(counts), len(counts[0])
     per_step = [sum(rank[k] for rank in counts) for k in range(num_steps)]
     if not all(per_step):
@@ -125,14 +129,23 @@ def combine(*faults: WeightsOf) -> WeightsOf:
 
 FAULTS: dict[str, tuple[WeightsOf, str]] = {
     "right": (right, "every micro-batch counts once"),
-    "offload_first_last": (offload_first_last, "the offloaded optimizer dropped the intermediate micro-batches"),
+    "offload_first_last": (
+        offload_first_last,
+        "the offloaded optimizer dropped the intermediate micro-batches",
+    ),
     "first_only": (first_only, "only the first micro-batch reached the optimizer"),
     "last_only": (last_only, "every backward overwrote the one before"),
     "micro_mean": (micro_mean, "mean of micro-batch means instead of one mean over all tokens"),
-    "micro_mean_without_1_over_k": (micro_mean_without_1_over_k, "sum of micro-batch means: 1/K forgotten as well"),
+    "micro_mean_without_1_over_k": (
+        micro_mean_without_1_over_k,
+        "sum of micro-batch means: 1/K forgotten as well",
+    ),
     "rank_mean": (rank_mean, "each rank divides by its own tokens"),
     "dp_token_mean": (dp_token_mean, "tokens are counted over ranks, but per micro-step"),
-    "one_over_k_forgotten": (one_over_k_forgotten, "scale: the division by the accumulation steps is missing"),
+    "one_over_k_forgotten": (
+        one_over_k_forgotten,
+        "scale: the division by the accumulation steps is missing",
+    ),
     "one_over_k_twice": (one_over_k_twice, "scale: divided by the accumulation steps twice"),
     "summed_over_ranks": (summed_over_ranks, "scale: summed where the loss expects a mean over ranks"),
     "averaged_over_ranks_twice": (averaged_over_ranks_twice, "scale: divided by the number of ranks twice"),
@@ -146,9 +159,10 @@ FAULTS: dict[str, tuple[WeightsOf, str]] = {
 def recover_weights(observed: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[Weights, float, float]:
     """The weights w for which Σ w_i·parts_i comes closest to ``observed``, as (weights, residual, condition).
 
-    ``parts`` are flat gradients on the scale of ``observed``: g_i / N for the weights above. ``residual`` is what the
-    weights do not explain, relative to ``observed``. ``condition`` is that of the parts at unit length: the factor by
-    which noise grows; infinite where one part is zero or a mixture of the others, whose weights then mean nothing.
+    ``parts`` are flat gradients on the scale of ``observed``: g_i / N for the weights above. ``residual`` is
+    what the weights do not explain, relative to ``observed``. ``condition`` is that of the parts at unit
+    length: the factor by which noise grows; infinite where one part is zero or a mixture of the others, whose
+    weights then mean nothing.
     """
     matrix = np.stack([np.asarray(part, dtype=np.float64).ravel() for part in parts], axis=1)
     target = np.asarray(observed, dtype=np.float64).ravel()

@@ -1,4 +1,5 @@
-"""The loss of an optimizer step: float64, token by token, each sequence alone, the whole batch in one graph."""
+"""The loss of an optimizer step: float64, token by token, each sequence alone, the whole batch in one
+graph."""
 
 from __future__ import annotations
 
@@ -20,18 +21,22 @@ LogprobRows = Sequence[Sequence[float] | None]  # one row a sequence, one number
 Microbatches = Sequence[tuple[Sequence[int], float]]  # (indices of its sequences, its weight)
 
 
-# ---------------------------------------------------------------------------------------------------- log-probabilities
+# ------------------------------------------------------------------------------------------ log-probabilities
 
 
 class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes by inheritance only
     """Inside, whatever asks for float32 gets float64.
 
-    Model code casts norms, softmaxes and losses to float32 whatever the weights are, so a model in float64 is otherwise
-    right to 1e-7 only, and the rounding is not even smooth.
+    Model code casts norms, softmaxes and losses to float32 whatever the weights are, so a model in float64 is
+    otherwise right to 1e-7 only, and the rounding is not even smooth.
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.Tensor.float:
             func = torch.Tensor.double
@@ -41,7 +46,8 @@ class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes
 
 
 def trained_logprobs(model: nn.Module, sequence: TrainSequence, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probabilities, with gradient, of the trained tokens of one sequence, run alone, unpadded, without dropout.
+    """Log-probabilities, with gradient, of the trained tokens of one sequence, run alone, unpadded, without
+    dropout.
 
     Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t.
     Raises: ValueError where the model is not in float64.
@@ -58,7 +64,9 @@ def trained_tokens(
     """
     narrow = [name for name, p in model.named_parameters() if p.dtype is not torch.float64]
     if narrow:
-        raise ValueError(f"the reference works in float64, but {narrow[0]} is not: call model.double() on a copy")
+        raise ValueError(
+            f"the reference works in float64, but {narrow[0]} is not: call model.double() on a copy"
+        )
     row = torch.tensor(sequence.token_ids, dtype=torch.int64, device=next(model.parameters()).device)
     was_training = model.training
     model.eval()
@@ -84,7 +92,7 @@ def frozen_logprobs(
         return [[logprob.item() for logprob in trained_logprobs(model, s, temperature)] for s in sequences]
 
 
-# ---------------------------------------------------------------------------------------------- methods and normalisers
+# ------------------------------------------------------------------------------------ methods and normalisers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +112,30 @@ METHODS: dict[str, Method] = {
     "chord_phi": Method(token_losses=surrogate.chord_phi, normaliser="tok"),
     "trsft": Method(token_losses=surrogate.trsft, normaliser="tok", options={"alpha": 0.1}),
     "psft": Method(token_losses=surrogate.psft, normaliser="tok", options={"eps_low": 0.2, "eps_high": 0.28}),
-    "paper": Method(token_losses=surrogate.ppo_clip, normaliser="tok", options={"eps_low": 0.2, "eps_high": 0.28}),
-    "grpo": Method(token_losses=surrogate.ppo_clip, normaliser="seq", options={"eps_low": 0.2, "eps_high": 0.2}),
-    "dr_grpo": Method(token_losses=surrogate.ppo_clip, normaliser="drg", options={"eps_low": 0.2, "eps_high": 0.2}),
+    "paper": Method(
+        token_losses=surrogate.ppo_clip, normaliser="tok", options={"eps_low": 0.2, "eps_high": 0.28}
+    ),
+    "grpo": Method(
+        token_losses=surrogate.ppo_clip, normaliser="seq", options={"eps_low": 0.2, "eps_high": 0.2}
+    ),
+    "dr_grpo": Method(
+        token_losses=surrogate.ppo_clip, normaliser="drg", options={"eps_low": 0.2, "eps_high": 0.2}
+    ),
     "dapo": Method(
         token_losses=surrogate.ppo_clip,
         normaliser="tok",
         options={"eps_low": 0.2, "eps_high": 0.28},
         drop_equal_groups=True,
     ),
-    "gspo": Method(token_losses=surrogate.gspo, normaliser="seq", options={"eps_low": 3e-4, "eps_high": 4e-4}),
-    "cispo": Method(token_losses=surrogate.cispo, normaliser="tok", options={"eps_low": 0.2, "eps_high": 0.28}),
-    "sapo": Method(token_losses=surrogate.sapo, normaliser="seq", options={"tau_positive": 1.0, "tau_negative": 1.05}),
+    "gspo": Method(
+        token_losses=surrogate.gspo, normaliser="seq", options={"eps_low": 3e-4, "eps_high": 4e-4}
+    ),
+    "cispo": Method(
+        token_losses=surrogate.cispo, normaliser="tok", options={"eps_low": 0.2, "eps_high": 0.28}
+    ),
+    "sapo": Method(
+        token_losses=surrogate.sapo, normaliser="seq", options={"tau_positive": 1.0, "tau_negative": 1.05}
+    ),
     "reinforce": Method(token_losses=surrogate.reinforce, normaliser="tok"),
     "rloo": Method(token_losses=surrogate.reinforce, normaliser="sum"),
     "luffy": Method(token_losses=surrogate.luffy, normaliser="drg", options={"gamma": 0.1}),
@@ -125,11 +145,15 @@ METHODS: dict[str, Method] = {
 
 
 def denominator(
-    sequence: TrainSequence, sequences: Sequence[TrainSequence], normaliser: str, max_length: int | None = None
+    sequence: TrainSequence,
+    sequences: Sequence[TrainSequence],
+    normaliser: str,
+    max_length: int | None = None,
 ) -> float:
     """What a token of ``sequence`` is divided by; all ``sequences`` of the step count, whatever their weight.
 
-    Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L · grp Σ_group|y|·N_groups, L = ``max_length``.
+    Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L · grp Σ_group|y|·N_groups, L =
+    ``max_length``.
     """
     if normaliser == "tok":
         return sum(s.num_trained for s in sequences)
@@ -148,7 +172,8 @@ def denominator(
 
 
 def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
-    """Without the groups whose rewards are all equal: neither their losses nor their tokens count. Source: DAPO."""
+    """Without the groups whose rewards are all equal: neither their losses nor their tokens count. Source:
+    DAPO."""
     kept = []
     for item in scored:
         rewards = {other.sequence.reward for other in scored if other.sequence.group == item.sequence.group}
@@ -180,11 +205,14 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
     return advantages
 
 
-# -------------------------------------------------------------------------------------------- the loss and its gradient
+# ---------------------------------------------------------------------------------- the loss and its gradient
 
 
-def weight_microbatches(sequences: Sequence[TrainSequence], microbatches: Microbatches) -> list[TrainSequence]:
-    """The sequences with their weights multiplied by that of their micro-batch. No micro-batches: as they are.
+def weight_microbatches(
+    sequences: Sequence[TrainSequence], microbatches: Microbatches
+) -> list[TrainSequence]:
+    """The sequences with their weights multiplied by that of their micro-batch. No micro-batches: as they
+    are.
 
     Raises: ValueError where a sequence is in no micro-batch or in two.
     """
@@ -210,9 +238,10 @@ def reference_loss(
 ) -> Tensor:
     """The loss of one optimizer step over the whole batch, with its graph.
 
-    A row of ``proximal`` that is None is the policy's own, detached: the first update after a rollout. ``options``
-    overrides the method's numbers, its ``normaliser``, and adds a KL term: ``kl`` (k1, k2, k3), ``kl_coef`` and
-    ``reference_logprobs``. Weights, of sequences and of micro-batches, multiply numerators only.
+    A row of ``proximal`` that is None is the policy's own, detached: the first update after a rollout.
+    ``options`` overrides the method's numbers, its ``normaliser``, and adds a KL term: ``kl`` (k1, k2, k3),
+    ``kl_coef`` and ``reference_logprobs``. Weights, of sequences and of micro-batches, multiply numerators
+    only.
     Equation: Σ_sequences weight Σ_tokens (surrogate + kl_coef · kl) / denominator.
     """
     row = METHODS[method]
@@ -236,9 +265,13 @@ def reference_loss(
     for item in scored:
         losses = row.token_losses(item, **numbers)
         if kl is not None:
-            losses = [loss + kl_coef * term for loss, term in zip(losses, surrogate.kl_terms(item, kl), strict=True)]
+            losses = [
+                loss + kl_coef * term for loss, term in zip(losses, surrogate.kl_terms(item, kl), strict=True)
+            ]
         for loss in losses:
-            total = total + item.sequence.weight * loss / denominator(item.sequence, kept, normaliser, max_length)
+            total = total + item.sequence.weight * loss / denominator(
+                item.sequence, kept, normaliser, max_length
+            )
     return total
 
 
@@ -262,7 +295,8 @@ def reference_gradient(
     options: Mapping[str, Any] | None = None,
     microbatches: Microbatches = (),
 ) -> dict[str, Tensor]:
-    """Σ_i w_i·g_i, g_i the gradient of micro-batch i's share of the globally normalised ``reference_loss``."""
+    """Σ_i w_i·g_i, g_i the gradient of micro-batch i's share of the globally normalised
+    ``reference_loss``."""
     loss = reference_loss(
         model,
         sequences,

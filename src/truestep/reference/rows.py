@@ -1,7 +1,7 @@
 """The objectives of the papers, part by part, as a whole optimizer step over sequences of several kinds.
 
-Written from the papers' formulas with the surrogates of ``reference.surrogate``; every part is differentiated as it
-stands and divided by counts of the whole step.
+Written from the papers' formulas with the surrogates of ``reference.surrogate``; every part is differentiated
+as it stands and divided by counts of the whole step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from truestep.reference import surrogate
 from truestep.reference.loss import trained_tokens
 from truestep.reference.surrogate import ScoredSequence
 
-About = Callable[[TrainSequence, int], bool]  # (sequence, number of its trained token) → whether a part means it
+About = Callable[
+    [TrainSequence, int], bool
+]  # (sequence, number of its trained token) → whether a part means it
 TokenLosses = Callable[[ScoredSequence], list[Tensor]]
 
 
@@ -46,8 +48,9 @@ def anything(sequence: TrainSequence, i: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Σ over the tokens it is about ÷ a count: tok of its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L, where N_seq
-    counts sequences with a token that ``counted`` means. ``top_share``: only tokens of the highest proximal entropy."""
+    """Σ over the tokens it is about ÷ a count: tok of its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L,
+    where N_seq counts sequences with a token that ``counted`` means. ``top_share``: only tokens of the
+    highest proximal entropy."""
 
     about: About
     losses: TokenLosses
@@ -92,7 +95,9 @@ ROWS: dict[str, Row] = {
     "sft": Row(parts=(_IMITATE,)),
     "dft": Row(parts=(_part(demonstration, surrogate.dft, "tok"),)),
     "psft": Row(parts=(_part(demonstration, surrogate.psft, "tok", eps_low=0.2, eps_high=0.28),)),
-    "iw_sft": Row(parts=(_part(demonstration, surrogate.iw_sft, "tok", level="sequence", low=0.0, high=16.0),)),
+    "iw_sft": Row(
+        parts=(_part(demonstration, surrogate.iw_sft, "tok", level="sequence", low=0.0, high=16.0),)
+    ),
     "trsft": Row(parts=(_part(demonstration, surrogate.trsft, "tok", alpha=0.1),)),
     "power_sft": Row(parts=(_part(demonstration, surrogate.power, "tok", alpha=0.5),)),
     "entropy_sft": Row(parts=(_part(demonstration, surrogate.nll, "tok", top_share=0.2, weight=5.0),)),
@@ -120,10 +125,7 @@ ROWS: dict[str, Row] = {
         )
     ),
     "prefix_rft": Row(
-        parts=(
-            _clipped(0.2, 0.2, **_SHARED),
-            _clipped(0.2, 0.2, about=expert, top_share=0.2, **_SHARED),
-        )
+        parts=(_clipped(0.2, 0.2, **_SHARED), _clipped(0.2, 0.2, about=expert, top_share=0.2, **_SHARED))
     ),
     "hpt": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
     "trapo": Row(parts=(_ON, _part(expert, surrogate.trsft, alpha=0.1, **_SHARED), _BONUS)),
@@ -153,7 +155,8 @@ ROWS: dict[str, Row] = {
 def score(
     policy: nn.Module, proximal: nn.Module, reference: nn.Module, sequences: Sequence[TrainSequence]
 ) -> list[ScoredSequence]:
-    """The sequences with what the three models say about their trained tokens; the policy's with its graph."""
+    """The sequences with what the three models say about their trained tokens; the policy's with its
+    graph."""
     found = []
     for sequence in sequences:
         logprobs, entropies = trained_tokens(policy, sequence)
@@ -181,7 +184,9 @@ def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Ten
     for part in row.parts:
         counted = part.counted or part.about
         num_tokens = sum(counted(s.sequence, i) for s in scored for i in range(s.sequence.num_trained))
-        num_sequences = sum(any(counted(s.sequence, i) for i in range(s.sequence.num_trained)) for s in scored)
+        num_sequences = sum(
+            any(counted(s.sequence, i) for i in range(s.sequence.num_trained)) for s in scored
+        )
         threshold = _threshold(part, scored)
         for item in scored:
             sequence = item.sequence
@@ -206,9 +211,14 @@ def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Ten
 def _threshold(part: Part, scored: Sequence[ScoredSequence]) -> float:
     """The entropy that the top share of the part's tokens reaches."""
     entropies = sorted(
-        entropy for item in scored for i, entropy in enumerate(item.proximal_entropies) if part.about(item.sequence, i)
+        entropy
+        for item in scored
+        for i, entropy in enumerate(item.proximal_entropies)
+        if part.about(item.sequence, i)
     )
-    return entropies[math.floor((1 - part.top_share) * len(entropies))] if part.top_share and entropies else 0.0
+    return (
+        entropies[math.floor((1 - part.top_share) * len(entropies))] if part.top_share and entropies else 0.0
+    )
 
 
 def _whitened(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
@@ -218,7 +228,9 @@ def _whitened(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
     return [
         replace(
             item,
-            sequence=replace(item.sequence, advantage=tuple((a - mean) / (std + 1e-8) for a in item.advantages)),
+            sequence=replace(
+                item.sequence, advantage=tuple((a - mean) / (std + 1e-8) for a in item.advantages)
+            ),
         )
         for item in scored
     ]

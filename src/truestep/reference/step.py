@@ -1,4 +1,5 @@
-"""The textbook optimizer step over name → float64 tensor: one clip, one update, no state but what is handed in."""
+"""The textbook optimizer step over name → float64 tensor: one clip, one update, no state but what is handed
+in."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of step 0 … total_steps − 1.
 
-    Equation: W = round(warmup_fraction · T). s < W: peak·(s+1)/W. Then constant: peak; or cosine:
-    floor + (peak−floor)·½(1+cos(π(s−W)/(T−W))), floor = min_lr_ratio·peak. So step W−1 and step W have the peak, and
+    Equation: W = round(warmup_fraction · T). s < W: peak·(s+1)/W. Then constant: peak; or cosine: floor +
+    (peak−floor)·½(1+cos(π(s−W)/(T−W))), floor = min_lr_ratio·peak. So step W−1 and step W have the peak, and
     the floor would be reached at step T, one after the last.
     """
     if not 0 <= step < total_steps:
@@ -65,7 +66,8 @@ def learning_rate(
 
 
 def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
-    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 leaves them as they are.
+    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 leaves them as they
+    are.
 
     Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
     """
@@ -87,7 +89,8 @@ def adamw(
 ) -> tuple[dict[str, Tensor], AdamState]:
     """AdamW on every tensor alike; ``state`` None is the state before the first step.
 
-    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), m̂ = m/(1−β1^t), v̂ = v/(1−β2^t).
+    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), m̂ = m/(1−β1^t), v̂ =
+    v/(1−β2^t).
     Source: arXiv 1711.05101, algorithm 2.
     """
     beta1, beta2 = settings.betas
@@ -101,7 +104,9 @@ def adamw(
         v = beta2 * v_before + (1 - beta2) * g * g
         m_hat = m / (1 - beta1**t)
         v_hat = v / (1 - beta2**t)
-        moved[name] = theta - lr * settings.weight_decay * theta - lr * m_hat / (torch.sqrt(v_hat) + settings.eps)
+        moved[name] = (
+            theta - lr * settings.weight_decay * theta - lr * m_hat / (torch.sqrt(v_hat) + settings.eps)
+        )
         first[name], second[name] = m, v
     return moved, AdamState(step=t, first=first, second=second)
 
@@ -123,9 +128,11 @@ def reference_steps(
     settings: OptimizerSettings,
     total_steps: int,
 ) -> list[StepResult]:
-    """Consecutive steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: one loss function a step.
+    """Consecutive steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: one loss function a
+    step.
 
-    A loss function is called with the copy as it then stands, e.g. ``lambda m: reference_loss(m, sequences)``.
+    A loss function is called with the copy as it then stands, e.g. ``lambda m: reference_loss(m,
+    sequences)``.
     """
     model = copy.deepcopy(model)
     state: AdamState | None = None
@@ -142,6 +149,8 @@ def reference_steps(
             for name, p in model.named_parameters():
                 p.copy_(moved[name])
         results.append(
-            StepResult(loss=loss.item(), grad_norm=norm, learning_rate=lr, gradient=gradients, parameters=moved)
+            StepResult(
+                loss=loss.item(), grad_norm=norm, learning_rate=lr, gradient=gradients, parameters=moved
+            )
         )
     return results

@@ -1,8 +1,9 @@
 """What each trained token contributes to a loss: the surrogates of the papers, as they are written there.
 
-Every one is differentiated as it stands, never a detached coefficient times a log-probability, so that it can disagree
-with code that works with coefficients. Log-probabilities: ``policy`` of the current weights, with gradient;
-``proximal`` frozen at the start of the update; ``behavior`` of what sampled; ``reference`` of the KL anchor.
+Every one is differentiated as it stands, never a detached coefficient times a log-probability, so that it can
+disagree with code that works with coefficients. Log-probabilities: ``policy`` of the current weights, with
+gradient; ``proximal`` frozen at the start of the update; ``behavior`` of what sampled; ``reference`` of the
+KL anchor.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from truestep.records import Kind, TrainSequence
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredSequence:
-    """A sequence with its log-probabilities, and where a method looks at them the entropies of the distributions they
-    belong to, each aligned with the trained tokens."""
+    """A sequence with its log-probabilities, and where a method looks at them the entropies of the
+    distributions they belong to, each aligned with the trained tokens."""
 
     sequence: TrainSequence
     policy: Sequence[Tensor]
@@ -134,8 +135,9 @@ def sapo(scored: ScoredSequence, *, tau_positive: float, tau_negative: float) ->
 
 
 def nft(scored: ScoredSequence, *, low: float, high: float) -> list[Tensor]:
-    """Equation: −(1−q) log r on a right sample; −(1−q) log max((1−qr)/(1−q), 1) on a wrong one, where the maximum
-    replaces the value and lets the gradient through; q = the group's share of right ones. Source: arXiv 2505.18116."""
+    """Equation: −(1−q) log r on a right sample; −(1−q) log max((1−qr)/(1−q), 1) on a wrong one, where the
+    maximum replaces the value and lets the gradient through; q = the group's share of right ones. Source:
+    arXiv 2505.18116."""
     losses = []
     for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
         q = min(max(1 - advantage if scored.sequence.correct else -advantage, low), high)
@@ -170,7 +172,8 @@ def luffy(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
 
 
 def exgrpo(scored: ScoredSequence, *, beta: float) -> list[Tensor]:
-    """Equation: −A w/(w+β), w = π/π_behavior, on replayed samples; −rA elsewhere. Source: arXiv 2510.02245."""
+    """Equation: −A w/(w+β), w = π/π_behavior, on replayed samples; −rA elsewhere. Source: arXiv
+    2510.02245."""
     if scored.sequence.kind is not Kind.REPLAY:
         return _importance(scored)
     losses = []
@@ -195,11 +198,14 @@ def rl_plus(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
 
 
 def unshaped(scored: ScoredSequence) -> list[Tensor]:
-    """Equation: −A π: importance sampling with behavior probability 1. Source: arXiv 2506.19767, demonstrations."""
+    """Equation: −A π: importance sampling with behavior probability 1. Source: arXiv 2506.19767,
+    demonstrations."""
     return [-advantage * torch.exp(x) for x, advantage in zip(scored.policy, scored.advantages, strict=True)]
 
 
-def iw_sft(scored: ScoredSequence, *, level: str, low: float, high: float, temperature: float = 1.0) -> list[Tensor]:
+def iw_sft(
+    scored: ScoredSequence, *, level: str, low: float, high: float, temperature: float = 1.0
+) -> list[Tensor]:
     """Equation: −sg(w) log π, w = clamp(exp(τ·mean(log π − log π_reference)), low, high) of the sequence, or
     clamp(π/π_reference, low, high) of the token. Source: arXiv 2507.12856."""
     gains = [logprob.item() - anchor for logprob, anchor in zip(scored.policy, scored.reference, strict=True)]
@@ -234,7 +240,8 @@ def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: 
 
 
 def kl_terms(scored: ScoredSequence, kind: str) -> list[Tensor]:
-    """Equation, with d = log π − log π_reference: k1 = d; k2 = d²/2; k3 = e^(−d) + d − 1. Source: Schulman 2020."""
+    """Equation, with d = log π − log π_reference: k1 = d; k2 = d²/2; k3 = e^(−d) + d − 1. Source: Schulman
+    2020."""
     terms = []
     for logprob, anchor in zip(scored.policy, scored.reference, strict=True):
         d = logprob - anchor

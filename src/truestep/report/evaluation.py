@@ -1,5 +1,5 @@
-"""The page of an evaluation: scores with intervals, the spread over prompts, and every problem that fits, filtered
-without a script. Reads the files of a run directory and computes no statistic."""
+"""The page of an evaluation: scores with intervals, the spread over prompts, and every problem that fits,
+filtered without a script. Reads the files of a run directory and computes no statistic."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ def write_evaluation_report(run: Path) -> Path:
     """Write RUN/report.html. Raises SettingsError where the folder holds no evaluation."""
     summary = read_summary(run)
     if summary.get("kind") != "evaluation":
-        raise SettingsError(f"{run}: holds no evaluation of benchmarks: give the folder that truestep eval printed")
+        raise SettingsError(
+            f"{run}: holds no evaluation of benchmarks: give the folder that truestep eval printed"
+        )
     scores = summary.get("scores") or []
     rows = [[visible(cell) for cell in cells(score)] for score in scores]
-    said = [n for n in range(len(HEADINGS)) if any(row[n] != NONE for row in rows)]  # a column that says something
+    said = [
+        n for n in range(len(HEADINGS)) if any(row[n] != NONE for row in rows)
+    ]  # a column that says something
     page = page_environment().get_template("evaluation.html").render(
         name=summary.get("name") or run.resolve().name,
         summary=summary,
@@ -50,7 +54,7 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-# --------------------------------------------------------------------------------------------------------- the scores
+# ------------------------------------------------------------------------------------------------- the scores
 
 HEADINGS = ("Benchmark", "Prompt", "Score [95 % interval]", "Strict", "Majority", "Problems × samples", "Unscored",
             "Cut off", "Answer found", "Mean tokens", "The paper's SFT→RL")  # fmt: skip
@@ -109,7 +113,9 @@ def print_scores(summary: Row) -> None:
     console = Console(highlight=False)
     without = {"Mean tokens", "Majority", "Unscored"} | ({HEADINGS[-1]} if console.width < WIDE else set())
     shown = [number for number, name in enumerate(HEADINGS) if name not in without]
-    table = Table(title=Text(str(summary.get("name", ""))), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=Text(str(summary.get("name", ""))), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for number in shown:
         heading = Text(textwrap.fill(HEADINGS[number], 11))
         table.add_column(heading, justify="left" if number < 2 else "right")
@@ -119,14 +125,16 @@ def print_scores(summary: Row) -> None:
     console.print(table)
 
 
-# ------------------------------------------------------------------------------------------------------- the problems
+# ----------------------------------------------------------------------------------------------- the problems
 
 
 def _evaluation(run: Path, number: int, score: Row) -> dict[str, Any]:
     path = run / "evaluations" / str(score["prompt"]) / f"{score['benchmark']}.samples.jsonl"
     rows = [row for row in read_jsonl(path) if "verdict" in row]
     problems = [_problem(list(group)) for _, group in groupby(rows, key=lambda row: row["problem_id"])]
-    counts = {name: sum(name in p["classes"] for p in problems) for name, _ in FILTERS[1:]} | {"all": len(problems)}
+    counts = {name: sum(name in p["classes"] for p in problems) for name, _ in FILTERS[1:]} | {
+        "all": len(problems)
+    }
     kept = sorted(problems, key=lambda p: _ORDER.index(p["classes"][0]))[:MOST_PROBLEMS]
     return {
         "number": number,
@@ -157,4 +165,9 @@ def _problem(rows: Sequence[Row]) -> dict[str, Any]:
     classes += ["truncated"] if any(row.get("stop") == "length" for row in rows) else []
     classes += ["unanswered"] if any(not row.get("extracted") for row in rows) else []
     right = next((row for row in rows if row["verdict"] == "correct" and row is not telling), None)
-    return {"classes": classes, "rows": [telling, *([right] if right else [])], "correct": correct, "n": len(rows)}
+    return {
+        "classes": classes,
+        "rows": [telling, *([right] if right else [])],
+        "correct": correct,
+        "n": len(rows),
+    }

@@ -1,7 +1,7 @@
 """Figures as inline SVG that take their colours from the page, so that they suit light and dark alike.
 
-Matplotlib is imported where a figure is drawn; where it is not installed there are no figures. The same data give the
-same bytes.
+Matplotlib is imported where a figure is drawn; where it is not installed there are no figures. The same data
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# drawn in these colours, which become the page's own (--ink and so on); in no other place of an SVG do they occur
+# drawn in these colours, which become the page's own (--ink and so on); in no other place of an SVG do they
+# occur
 _COLOURS = {
     "#010203": "ink",
     "#010204": "muted",
@@ -89,7 +90,9 @@ def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
 
 
 @styled
-def curve(name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False) -> Markup:
+def curve(
+    name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False
+) -> Markup:
     """Lines over steps (or FLOPs). Empty where no series has a point."""
     series = {label: thin(points) for label, points in series.items() if points}
     if not series:
@@ -99,17 +102,27 @@ def curve(name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step
     for colour, (label, points) in zip(SERIES, series.items(), strict=False):
         xs, ys = [x for x, _ in points], [factor * y for _, y in points]
         axes.plot(
-            xs, ys, color=colour, label=visible(label)[:40], marker="o" if len(xs) <= 12 else None, markersize=3.5
+            xs,
+            ys,
+            color=colour,
+            label=visible(label)[:40],
+            marker="o" if len(xs) <= 12 else None,
+            markersize=3.5,
         )
     values = [y for points in series.values() for _, y in points]
     _scale_y(
-        axes, factor * min(values), factor * max(values), math.inf if y_percent else 10 if len(series) > 1 else 300
+        axes,
+        factor * min(values),
+        factor * max(values),
+        math.inf if y_percent else 10 if len(series) > 1 else 300,
     )
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}{' %' if y_percent else ''}")
     _label_x(axes, x_label, max(x for points in series.values() for x, _ in points))
     if len(series) > 1:
         axes.legend(loc="best", handlelength=1.2, borderaxespad=0.2)
-    last = "; ".join(f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in series.items())
+    last = "; ".join(
+        f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in series.items()
+    )
     return to_svg(figure, name, f"{name} against {x_label}: {last}")
 
 
@@ -140,7 +153,8 @@ def _label_x(axes: Axes, label: str, highest: float) -> None:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most about ``limit`` points: of each stretch its lowest and its highest, so that no spike is lost."""
+    """At most about ``limit`` points: of each stretch its lowest and its highest, so that no spike is
+    lost."""
     if len(points) <= limit:
         return list(points)
     width = math.ceil(len(points) / (limit // 2))
@@ -161,12 +175,16 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
     several = len({row.data for row in rows}) > 1
     ordered = sorted(rows, key=lambda row: [r.data for r in rows].index(row.data))
     names = [visible(f"{row.data} · {row.checkpoint}" if several else row.checkpoint)[:40] for row in ordered]
-    figure, axes = new_figure(7.6, 0.5 + 0.36 * len(ordered), left=0.25 + 0.078 * max(map(len, names)), bottom=0.28)
+    figure, axes = new_figure(
+        7.6, 0.5 + 0.36 * len(ordered), left=0.25 + 0.078 * max(map(len, names)), bottom=0.28
+    )
     for y, row in enumerate(ordered):
         score, low, high = _percents(row)
         axes.plot([low, high], [y, y], color=BLUE, linewidth=2.2, solid_capstyle="round")
         axes.plot([score], [y], "o", color=BLUE, markersize=7, clip_on=False, zorder=3)
-        axes.annotate(f"{score:.1f} %", (high, y), (7, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            f"{score:.1f} %", (high, y), (7, 0), textcoords="offset points", va="center", fontsize=9
+        )
         if several and y and ordered[y - 1].data != row.data:
             axes.axhline(y - 0.5, color=LINE, linewidth=0.8)
     axes.set_yticks(range(len(ordered)), names, fontsize=9.5, color=INK)
@@ -178,18 +196,25 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    spoken = "; ".join(f"{n} {with_interval(r.score, r.low, r.high)}" for n, r in zip(names, ordered, strict=True))
+    spoken = "; ".join(
+        f"{n} {with_interval(r.score, r.low, r.high)}" for n, r in zip(names, ordered, strict=True)
+    )
     return to_svg(figure, "scores", f"Scores with 95 % intervals: {spoken}")
 
 
 def _percents(row: ScoreRow) -> tuple[float, float, float]:
     score = row.score or 0.0
-    return 100 * score, 100 * (score if row.low is None else row.low), 100 * (score if row.high is None else row.high)
+    return (
+        100 * score,
+        100 * (score if row.low is None else row.low),
+        100 * (score if row.high is None else row.high),
+    )
 
 
 @styled
 def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Markup:
-    """Scores with whiskers against the FLOPs that were spent up to each checkpoint, a line for each data set."""
+    """Scores with whiskers against the FLOPs that were spent up to each checkpoint, a line for each data
+    set."""
     rows = [(flops, row) for flops, row in rows if row.score is not None]
     if len(rows) < 2:
         return Markup("")
@@ -197,12 +222,23 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
     for colour, data in zip(SERIES, dict.fromkeys(row.data for _, row in rows), strict=False):
         points = [(flops, *_percents(row)) for flops, row in rows if row.data == data]
         axes.plot(
-            [p[0] for p in points], [p[1] for p in points], "-o", color=colour, markersize=4.5, label=visible(data)[:24]
+            [p[0] for p in points],
+            [p[1] for p in points],
+            "-o",
+            color=colour,
+            markersize=4.5,
+            label=visible(data)[:24],
         )
         for flops, _, low, high in points:
             axes.plot([flops, flops], [low, high], color=colour, linewidth=1.2)
     for flops, (row, high) in {flops: (row, _percents(row)[2]) for flops, row in reversed(rows)}.items():
-        place: Any = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": MUTED}
+        place: Any = {
+            "xytext": (0, 4),
+            "textcoords": "offset points",
+            "ha": "center",
+            "fontsize": 8,
+            "color": MUTED,
+        }
         axes.annotate(visible(row.checkpoint)[:20], (flops, high), **place)
     axes.margins(x=0.1, y=0.16)
     _label_x(axes, x_label, max(flops for flops, _ in rows))
@@ -220,7 +256,9 @@ def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 
 
     figure = Figure(figsize=(width, height))
     FigureCanvasSVG(figure)
-    figure.subplots_adjust(left=left / width, right=1 - 0.08 / width, bottom=bottom / height, top=1 - 0.08 / height)
+    figure.subplots_adjust(
+        left=left / width, right=1 - 0.08 / width, bottom=bottom / height, top=1 - 0.08 / height
+    )
     return figure, figure.add_subplot()
 
 

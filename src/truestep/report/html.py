@@ -1,7 +1,7 @@
 """report.html: one page that holds everything, asks for nothing, and runs nothing.
 
-Every text of a run is untrusted (models write it). The environment, not the templates, escapes all of it and shows its
-invisible characters; the templates clip it. The page's policy forbids scripts and requests.
+Every text of a run is untrusted (models write it). The environment, not the templates, escapes all of it and
+shows its invisible characters; the templates clip it. The page's policy forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every stage that has a folder or an entry in the summary, in order of the folders."""
-    folders = {path.name.partition("-")[2]: path for path in sorted(run.glob("stages/[0-9]*-*")) if path.is_dir()}
+    folders = {
+        path.name.partition("-")[2]: path for path in sorted(run.glob("stages/[0-9]*-*")) if path.is_dir()
+    }
     entries = {str(entry.get("name")): entry for entry in summary.get("stages") or []}
     found = []
     for name in dict.fromkeys([*folders, *entries]):
@@ -162,7 +164,9 @@ def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "seconds": entry.get("seconds"),
                 "flops_paper": entry.get("flops_paper"),
                 "flops_full": entry.get("flops_full"),
-                "tokens": {key.removesuffix("_tokens").replace("_", " "): count for key, count in tokens.items()},
+                "tokens": {
+                    key.removesuffix("_tokens").replace("_", " "): count for key, count in tokens.items()
+                },
                 "metrics": metrics,
                 "panels": _panels(name, metrics),
                 "samples": pick_rollouts(rollouts),
@@ -187,7 +191,9 @@ def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
     for title, keys, share in PANELS:
         series = {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}
         if series:
-            last = [f"{100 * found[-1][1]:.1f} %" if share else f"{found[-1][1]:.3g}" for found in series.values()]
+            last = [
+                f"{100 * found[-1][1]:.1f} %" if share else f"{found[-1][1]:.3g}" for found in series.values()
+            ]
             figure = figures.curve(f"{stage} {title}", series, y_percent=share)
             panels.append({"title": title, "last": " · ".join(last), "figure": figure})
     return panels
@@ -237,7 +243,8 @@ def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]
     """A few samples of each evaluation, in the order of the score table."""
     order = {(row.checkpoint, row.data): number for number, row in enumerate(rows)}
     paths = [
-        (p.parent.name, p.name.removesuffix(".samples.jsonl"), p) for p in run.glob("evaluations/*/*.samples.jsonl")
+        (p.parent.name, p.name.removesuffix(".samples.jsonl"), p)
+        for p in run.glob("evaluations/*/*.samples.jsonl")
     ]
     for checkpoint, data, path in sorted(paths, key=lambda e: (order.get(e[:2], len(order)), e[:2])):
         if samples := pick_samples(_lines(path)):

@@ -1,4 +1,5 @@
-"""report.html of a study, and its tables as Markdown, CSV and LaTeX. Shows what the results say; computes nothing."""
+"""report.html of a study, and its tables as Markdown, CSV and LaTeX. Shows what the results say; computes
+nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
     """
     table = read_object(folder / "results.json")
     if "arms" not in table:
-        raise SettingsError(f"{folder}: holds no study (results.json): give the folder that truestep study has printed")
+        raise SettingsError(
+            f"{folder}: holds no study (results.json): give the folder that truestep study has printed"
+        )
     if cells is None:
         cells = read_cells(folder, table)
     for name, write in (("md", tables.markdown), ("csv", tables.as_csv), ("tex", tables.latex)):

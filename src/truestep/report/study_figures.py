@@ -1,4 +1,5 @@
-"""The figures of a study: every seed a dot, every interval a whisker; one small picture an arm where many clash."""
+"""The figures of a study: every seed a dot, every interval a whisker; one small picture an arm where many
+clash."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def dots(arms: Sequence[Row], benchmark: str) -> Markup:
     if not rows:
         return Markup("")
     names = [visible(a["name"])[:40] for a, _ in rows]
-    figure, axes = new_figure(7.6, 0.55 + 0.34 * len(rows), left=0.25 + 0.078 * max(map(len, names)), bottom=0.3)
+    figure, axes = new_figure(
+        7.6, 0.55 + 0.34 * len(rows), left=0.25 + 0.078 * max(map(len, names)), bottom=0.3
+    )
     for y, (arm, found) in enumerate(rows):
         colour = MUTED if arm["control"] else BLUE
         if found["seeds_known"]:
@@ -36,7 +39,9 @@ def dots(arms: Sequence[Row], benchmark: str) -> Markup:
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     spoken = "; ".join(f"{n} {100 * f['value']:.1f} %" for n, (_, f) in zip(names, rows, strict=True))
-    return to_svg(figure, f"dots {benchmark}", f"{benchmark}, score by arm with 95 % interval and seeds: {spoken}")
+    return to_svg(
+        figure, f"dots {benchmark}", f"{benchmark}, score by arm with 95 % interval and seeds: {spoken}"
+    )
 
 
 @styled
@@ -48,12 +53,20 @@ def bars(arms: Sequence[Row]) -> Markup:
     figure, axes = new_figure(7.6, 2.9, left=0.5, bottom=0.95)
     for x, arm in enumerate(rows):
         found, control = arm["mean"], bool(arm["control"])
-        axes.bar(x, 100 * found["value"], width=0.62, color=LINE if control else BLUE, alpha=0.9 if control else 0.55)
+        axes.bar(
+            x,
+            100 * found["value"],
+            width=0.62,
+            color=LINE if control else BLUE,
+            alpha=0.9 if control else 0.55,
+        )
         if found["seeds_known"]:
             axes.plot([x, x], [100 * found["low"], 100 * found["high"]], color=INK, linewidth=1.4)
         seeds = [100 * sum(by.values()) / len(by) for by in arm["by_seed"].values() if by]
         axes.plot([x + 0.2] * len(seeds), seeds, "o", color=INK, markersize=2.8, alpha=0.7)
-    axes.set_xticks(range(len(rows)), [visible(a["name"])[:22] for a in rows], rotation=32, ha="right", fontsize=8)
+    axes.set_xticks(
+        range(len(rows)), [visible(a["name"])[:22] for a in rows], rotation=32, ha="right", fontsize=8
+    )
     axes.grid(False, axis="x")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
@@ -65,7 +78,8 @@ def bars(arms: Sequence[Row]) -> Markup:
 def by_flops(arms: Sequence[Row], highlighted: str, benchmark: str) -> Markup:
     """Score of every checkpoint on the way against FLOPs; one arm stands out of all the others."""
     paths = {
-        a["name"]: [(p["flops_paper"], 100 * p["score"]) for p in a["path"] if p["data"] == benchmark] for a in arms
+        a["name"]: [(p["flops_paper"], 100 * p["score"]) for p in a["path"] if p["data"] == benchmark]
+        for a in arms
     }
     paths = {name: path for name, path in paths.items() if path}
     if highlighted not in paths:

@@ -23,7 +23,9 @@ def points(found: Row | None, sign: str = "") -> str:
         return NONE
     if not found["seeds_known"]:
         return f"{100 * found['value']:{sign}.1f} (one seed)"
-    return f"{100 * found['value']:{sign}.1f} [{100 * found['low']:{sign}.1f}, {100 * found['high']:{sign}.1f}]"
+    return (
+        f"{100 * found['value']:{sign}.1f} [{100 * found['low']:{sign}.1f}, {100 * found['high']:{sign}.1f}]"
+    )
 
 
 def flops(value: float | None) -> str:
@@ -38,7 +40,17 @@ def method_table(table: Row) -> tuple[list[str], list[list[str]]]:
     """Heading and rows: every arm with its scores, seeds, budget, trials, and what is unequal."""
     names = table["benchmarks"]
     mean = ["Mean"] if len(names) > 1 else []
-    head = ["Arm", *names, *mean, "Seeds", "FLOPs (paper)", "FLOPs (fuller)", "Trials: FLOPs", "Checkpoint", "Marks"]
+    head = [
+        "Arm",
+        *names,
+        *mean,
+        "Seeds",
+        "FLOPs (paper)",
+        "FLOPs (fuller)",
+        "Trials: FLOPs",
+        "Checkpoint",
+        "Marks",
+    ]
     rows = []
     for arm in table["arms"]:
         label = arm["name"] + (f" (control: {arm['control']})" if arm["control"] else "")
@@ -53,7 +65,17 @@ def method_table(table: Row) -> tuple[list[str], list[list[str]]]:
 
 
 def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
-    head = ["Contrast", "Difference [95 %]", "df", "p", "p (Holm)", "p (sign flips)", "Detectable", "Seeds", "Verdict"]
+    head = [
+        "Contrast",
+        "Difference [95 %]",
+        "df",
+        "p",
+        "p (Holm)",
+        "p (sign flips)",
+        "Detectable",
+        "Seeds",
+        "Verdict",
+    ]
     rows = []
     for c in table["contrasts"]:
         found = c["all"]
@@ -71,9 +93,7 @@ def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
 
 def markdown(table: Row) -> str:
     parts = [f"# {_md(table['name'])}", _md(table["question"])]
-    note = (
-        "Score in %, mean over seeds and problems [95 % over both]; differences paired by seed and problem, in points."
-    )
+    note = "Score in %, mean over seeds and problems [95 % over both]; differences paired by seed and problem, in points."
     if not table["complete"]:
         note += " **Incomplete.**"
     parts.append(note)
@@ -95,10 +115,22 @@ def _md(text: str) -> str:
 
 
 def as_csv(table: Row) -> str:
-    """One line a number: arm, seed ("all" for the mean over seeds), benchmark, score, interval, FLOPs, marks."""
+    """One line a number: arm, seed ("all" for the mean over seeds), benchmark, score, interval, FLOPs,
+    marks."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    head = ["arm", "control", "seed", "benchmark", "score", "low", "high", "flops_paper", "flops_full", "marks"]
+    head = [
+        "arm",
+        "control",
+        "seed",
+        "benchmark",
+        "score",
+        "low",
+        "high",
+        "flops_paper",
+        "flops_full",
+        "marks",
+    ]
     writer.writerow(head)
     for arm in table["arms"]:
         whole = {**arm["scores"], **({"mean": arm["mean"]} if arm["mean"] else {})}

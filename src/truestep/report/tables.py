@@ -23,8 +23,11 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
 def visible(text: str) -> str:
-    """Text whose every character shows: what would move a cursor, turn the direction or hide becomes its number."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩" for c in text)
+    """Text whose every character shows: what would move a cursor, turn the direction or hide becomes its
+    number."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩" for c in text
+    )
 
 
 def clip(text: str, limit: int = 1600) -> str:
@@ -97,7 +100,8 @@ class ScoreRow:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """summary.json, or {} where the run has not written one. Raises SettingsError where it is not a JSON object."""
+    """summary.json, or {} where the run has not written one. Raises SettingsError where it is not a JSON
+    object."""
     return read_object(run / "summary.json")
 
 
@@ -107,9 +111,13 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except ValueError as error:
-        raise SettingsError(f"{path}: not valid JSON: {error}; restore the file or run the stage again") from None
+        raise SettingsError(
+            f"{path}: not valid JSON: {error}; restore the file or run the stage again"
+        ) from None
     if not isinstance(value, dict):
-        raise SettingsError(f"{path}: expected a JSON object, got {type(value).__name__}; run the stage again")
+        raise SettingsError(
+            f"{path}: expected a JSON object, got {type(value).__name__}; run the stage again"
+        )
     return value
 
 
@@ -199,13 +207,16 @@ def _all_columns(rows: Sequence[ScoreRow]) -> list[Column]:
 
 
 def terminal_table(rows: Sequence[ScoreRow], title: str = "") -> Table:
-    """The scores for a terminal of 80 columns (the page has the rest). Cells are plain text: nothing in them is markup
-    or moves the cursor."""
+    """The scores for a terminal of 80 columns (the page has the rest). Cells are plain text: nothing in them
+    is markup or moves the cursor."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title) if title else None)
-    counts: Column = ("Right/wrong/unscored", lambda r: f"{whole(r.correct)}/{whole(r.incorrect)}/{whole(r.unscored)}")
+    counts: Column = (
+        "Right/wrong/unscored",
+        lambda r: f"{whole(r.correct)}/{whole(r.incorrect)}/{whole(r.unscored)}",
+    )
     columns = [
         *score_columns(rows)[:3],
         *pass_columns(rows)[2:],

@@ -16,20 +16,24 @@ BLOCK = 256
 
 
 class NonFiniteLogitsError(ArithmeticError):
-    """A model that cannot be sampled from: its samples would be noise, and a wrong answer would be blamed on it."""
+    """A model that cannot be sampled from: its samples would be noise, and a wrong answer would be blamed on
+    it."""
 
 
 def choose(
     logits: Tensor, uniforms: Sequence[float], sampling: SamplingParameters, forced: Sequence[int]
 ) -> tuple[list[int], list[float]]:
-    """Inverse-CDF sampling; ``forced[r]`` ≥ 0 is taken instead of a draw. At temperature 0 the greatest logit wins,
-    with log-probability 0 (the distribution is a point).
+    """Inverse-CDF sampling; ``forced[r]`` ≥ 0 is taken instead of a draw. At temperature 0 the greatest logit
+    wins, with log-probability 0 (the distribution is a point).
 
-    Shapes: logits [R, V] → R tokens, R log-probabilities of the bent (temperature, top-k, top-p) distribution.
+    Shapes: logits [R, V] → R tokens, R log-probabilities of the bent (temperature, top-k, top-p)
+    distribution.
     Raises NonFiniteLogitsError where a row has NaN, plus infinity, or no finite logit at all.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top = logits.amax(1)  # NaN where any logit is; a logit of minus infinity is a token that a model rules out
+    top = logits.amax(
+        1
+    )  # NaN where any logit is; a logit of minus infinity is a token that a model rules out
     if not bool(torch.isfinite(top).all()):
         raise NonFiniteLogitsError("the model's logits are not finite: a weight is NaN or infinite")
     if sampling.temperature == 0:
@@ -43,7 +47,9 @@ def choose(
     blocks = _in_blocks(exponent)
     block_sums = blocks.sum(2, dtype=torch.float64)  # R B
     total = block_sums.sum(1)
-    tokens = _invert(blocks, block_sums, torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * total)
+    tokens = _invert(
+        blocks, block_sums, torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * total
+    )
     given = torch.tensor(list(forced), device=logits.device)
     tokens = torch.where(given >= 0, given, tokens)
     logprobs = shifted.gather(1, tokens[:, None])[:, 0].double() - total.log()
@@ -51,7 +57,8 @@ def choose(
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """[R, V] → [R, B, BLOCK], zero-padded: the CDF is searched in two short steps, not one long cumulative sum."""
+    """[R, V] → [R, B, BLOCK], zero-padded: the CDF is searched in two short steps, not one long cumulative
+    sum."""
     padding = -values.shape[1] % BLOCK
     return torch.nn.functional.pad(values, (0, padding)).view(values.shape[0], -1, BLOCK)
 
@@ -59,7 +66,8 @@ def _in_blocks(values: Tensor) -> Tensor:
 def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:
     """The token at which the cumulative weight first exceeds ``target`` [R]."""
     edges = block_sums.cumsum(1)
-    # Rounding may put the target on the last edge, or just before a block: neither may end where no weight is.
+    # Rounding may put the target on the last edge, or just before a block: neither may end where no weight
+    # is.
     target = torch.minimum(target, edges[:, -1].nextafter(torch.zeros_like(target)))
     block = (edges <= target[:, None]).sum(1)
     rows = torch.arange(blocks.shape[0], device=blocks.device)
@@ -72,7 +80,8 @@ def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:
 
 
 def _truncate(logits: Tensor, sampling: SamplingParameters) -> Tensor:
-    """Minus infinity outside the top k and outside the smallest set of mass ≥ top_p (at least one token stays)."""
+    """Minus infinity outside the top k and outside the smallest set of mass ≥ top_p (at least one token
+    stays)."""
     ordered, order = logits.sort(dim=1, descending=True)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if sampling.top_k:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """One completion to be sampled. Its random numbers depend on these coordinates alone, so neither the batch it is
-    decoded with nor the rank that decodes it changes them. The last ``num_given`` tokens of ``prompt_ids`` are the
-    beginning of the completion itself: they count towards its length limit."""
+    """One completion to be sampled. Its random numbers depend on these coordinates alone, so neither the
+    batch it is decoded with nor the rank that decodes it changes them. The last ``num_given`` tokens of
+    ``prompt_ids`` are the beginning of the completion itself: they count towards its length limit."""
 
     problem_id: str
     sample_index: int
@@ -31,15 +31,17 @@ class SampleRequest:
 
     def uniforms(self, count: int) -> np.ndarray:
         """``count`` float64 uniforms in [0, 1), one per token."""
-        return generator(self.seed, self.purpose, self.step, f"{self.problem_id}/{self.sample_index}").random(count)
+        return generator(self.seed, self.purpose, self.step, f"{self.problem_id}/{self.sample_index}").random(
+            count
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
     """What distribution to sample from, and when to stop. Temperature 0 is greedy.
 
-    A completion ends with the first of ``stop_token_ids``, or with the first of ``stop_sequences`` that its last tokens
-    are (an engine may do without these: they only save what would be cut off)."""
+    A completion ends with the first of ``stop_token_ids``, or with the first of ``stop_sequences`` that its
+    last tokens are (an engine may do without these: they only save what would be cut off)."""
 
     temperature: float
     max_new_tokens: int
@@ -50,12 +52,15 @@ class SamplingParameters:
 
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether these tokens, at least one, are a completion that has stopped by itself."""
-        return tokens[-1] in self.stop_token_ids or any(tuple(tokens[-len(s) :]) == s for s in self.stop_sequences)
+        return tokens[-1] in self.stop_token_ids or any(
+            tuple(tokens[-len(s) :]) == s for s in self.stop_sequences
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationCost:
-    """Tokens and query-key pairs that an engine has computed since it was last asked (for the FLOPs ledger)."""
+    """Tokens and query-key pairs that an engine has computed since it was last asked (for the FLOPs
+    ledger)."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -63,7 +68,8 @@ class GenerationCost:
 
 
 class Engine(Protocol):
-    """Samples completions with a published set of weights. Two implementations exist or are planned: torch, vLLM."""
+    """Samples completions with a published set of weights. Two implementations exist or are planned: torch,
+    vLLM."""
 
     policy_version: int
 
@@ -73,8 +79,9 @@ class Engine(Protocol):
         sampling: SamplingParameters,
         check_stop: Callable[[], None] = lambda: None,
     ) -> Iterator[Rollout]:
-        """Yield one Rollout per request, each as soon as it is finished (any order). ``check_stop`` is called between
-        decoding steps and may raise. A request that cannot be sampled yields a Rollout with stop ERROR."""
+        """Yield one Rollout per request, each as soon as it is finished (any order). ``check_stop`` is called
+        between decoding steps and may raise. A request that cannot be sampled yields a Rollout with stop
+        ERROR."""
         ...
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -82,7 +89,8 @@ class Engine(Protocol):
         ...
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's own weights: a publish's proof."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's own weights: a publish's
+        proof."""
         ...
 
     def take_cost(self) -> GenerationCost:

@@ -1,7 +1,9 @@
-"""Any OpenAI-compatible endpoint: text in, text out. For models that somebody else serves; it cannot be trained from.
+"""Any OpenAI-compatible endpoint: text in, text out. For models that somebody else serves; it cannot be
+trained from.
 
-The openai client does the waiting, the retries with backoff and what Retry-After says. A request that fails for good is
-a sample with an error, never an empty answer. The key comes from the environment alone and is written nowhere.
+The openai client does the waiting, the retries with backoff and what Retry-After says. A request that fails
+for good is a sample with an error, never an empty answer. The key comes from the environment alone and is
+written nowhere.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class TextRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSample:
-    """What came of a request. ``num_tokens`` is what the server counted (0 where it does not say); a failed one has
-    stop ERROR, a reason, and no text. ``token_ids`` are known where an engine of ours made them."""
+    """What came of a request. ``num_tokens`` is what the server counted (0 where it does not say); a failed
+    one has stop ERROR, a reason, and no text. ``token_ids`` are known where an engine of ours made them."""
 
     problem_id: str
     sample_index: int
@@ -70,14 +72,20 @@ def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) 
     try:
         import openai
     except ModuleNotFoundError:
-        raise SettingsError(f'engine = "{url}" needs the package openai: pip install "truestep[endpoint]"') from None
+        raise SettingsError(
+            f'engine = "{url}" needs the package openai: pip install "truestep[endpoint]"'
+        ) from None
     base = url.rstrip("/")
     base = base if "/" in base.partition("://")[2] else f"{base}/v1"
-    with openai.OpenAI(base_url=base, api_key=_key() or "none", timeout=timeout, max_retries=retries) as client:
+    with openai.OpenAI(
+        base_url=base, api_key=_key() or "none", timeout=timeout, max_retries=retries
+    ) as client:
         try:
             client.with_options(timeout=min(timeout, 30.0), max_retries=1).models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError):
-            raise SettingsError(f"engine = {redact(url)!r}: refuses the key: set {' or '.join(KEY_NAMES)}") from None
+            raise SettingsError(
+                f"engine = {redact(url)!r}: refuses the key: set {' or '.join(KEY_NAMES)}"
+            ) from None
         except openai.APIConnectionError as error:
             raise SettingsError(
                 f"engine = {redact(url)!r}: nothing answers there ({_reason(error)}): start it, or correct the URL"
@@ -103,8 +111,8 @@ class EndpointEngine:
         sampling: SamplingParameters,
         check_stop: Callable[[], None] = lambda: None,
     ) -> Iterator[TextSample]:
-        """Yield one sample per request as they come (any order). ``check_stop`` is called between them and may raise:
-        what is under way is then dropped."""
+        """Yield one sample per request as they come (any order). ``check_stop`` is called between them and
+        may raise: what is under way is then dropped."""
         pool = concurrent.futures.ThreadPoolExecutor(max_workers=self.concurrent)
         waiting = iter(requests)
         running: set[concurrent.futures.Future[TextSample]] = set()
@@ -153,7 +161,9 @@ class EndpointEngine:
         found: Any = self.client.chat.completions.create(messages=turns, **self._options(request, sampling))
         choice = found.choices[0]
         text = choice.message.content
-        thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
+        thought = getattr(choice.message, "reasoning_content", None) or getattr(
+            choice.message, "reasoning", None
+        )
         if thought:
             text = f"<think>\n{thought}\n</think>\n{text or ''}" if text else f"<think>\n{thought}"
         return _sample(request, text, choice.finish_reason, found.usage)

@@ -1,9 +1,10 @@
-"""The default engine: batched sampling with a KV cache and continuous refill of finished rows, for any causal model.
+"""The default engine: batched sampling with a KV cache and continuous refill of finished rows, for any causal
+model.
 
-Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a decoding step.
-A prompt that several waiting samples share is prefilled once, and so is what all prompts of a prefill begin with
-(worked examples before each problem). Running rows occupy the first slots of the cache, so a decoding step reads a view
-of it; a finished row's slot is filled by the last one.
+Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a
+decoding step. A prompt that several waiting samples share is prefilled once, and so is what all prompts of a
+prefill begin with (worked examples before each problem). Running rows occupy the first slots of the cache, so
+a decoding step reads a view of it; a finished row's slot is filled by the last one.
 
 Shapes: R running rows, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
 """
@@ -37,7 +38,8 @@ ROUND_UP = 32  # cached lengths are read in multiples, so that kernels see few s
 
 @dataclass
 class _Row:
-    """A running sample. ``length`` counts its cached tokens; ``forced`` tokens are scored instead of sampled."""
+    """A running sample. ``length`` counts its cached tokens; ``forced`` tokens are scored instead of
+    sampled."""
 
     request: SampleRequest
     uniforms: Sequence[float] | np.ndarray
@@ -51,7 +53,8 @@ class _Row:
 
 
 class KvCache:
-    """Keys and values of all slots, one pair of tensors [slots, K, T, D] a layer, made when a layer first writes."""
+    """Keys and values of all slots, one pair of tensors [slots, K, T, D] a layer, made when a layer first
+    writes."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
@@ -70,10 +73,12 @@ class KvCache:
 
 
 class _PrefillLayout(PackedLayout):
-    """Packed prompts that leave their keys and values, those of a shared beginning first, in the cache slots of all
-    their samples (none, for the beginning itself)."""
+    """Packed prompts that leave their keys and values, those of a shared beginning first, in the cache slots
+    of all their samples (none, for the beginning itself)."""
 
-    def __init__(self, segments: Sequence[Segment], positions: Tensor, cache: KvCache, slots: Sequence[range]) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], positions: Tensor, cache: KvCache, slots: Sequence[range]
+    ) -> None:
         super().__init__(segments, positions)
         self.cache, self.slots = cache, slots
 
@@ -108,8 +113,8 @@ class _DecodeLayout:
         keys, values = self.cache.of(layer, key)
         keys[self.rows, :, self.position] = key.transpose(0, 1)
         values[self.rows, :, self.position] = value.transpose(0, 1)
-        # The query heads that share a key-value head become rows of one product: no repeated keys. Two plain products
-        # are faster than a fused kernel here: it is made for many queries a row, and there is one.
+        # The query heads that share a key-value head become rows of one product: no repeated keys. Two plain
+        # products are faster than a fused kernel here: it is made for many queries a row, and there is one.
         heads = num_rows * kv_heads
         grouped = (query.transpose(0, 1) * scaling).reshape(heads, -1, query.shape[2])
         scores = torch.bmm(grouped, self._cached(keys, heads).transpose(1, 2))
@@ -132,14 +137,15 @@ class _DecodeLayout:
 
 
 class TorchEngine:
-    """Samples with the given model. ``packs`` False falls back to one row at a time through the model's own cache."""
+    """Samples with the given model. ``packs`` False falls back to one row at a time through the model's own
+    cache."""
 
     def __init__(self, model: PreTrainedModel, *, max_running: int = 64, packs: bool = True) -> None:
         self.model, self.max_running, self.packs = model, max_running, packs
         self.policy_version = 0
         self._prefilled = self._decoded = self._pairs = 0
 
-    # ------------------------------------------------------------------------------------------------------ the seam
+    # ----------------------------------------------------------------------------------------------- the seam
 
     @torch.no_grad()
     def generate(
@@ -150,8 +156,8 @@ class TorchEngine:
     ) -> Iterator[Rollout]:
         """Yield one Rollout per request, in the order in which they finish.
 
-        A sample's random numbers are its own, but its tokens may differ between batch compositions where a kernel's
-        rounding depends on its shape.
+        A sample's random numbers are its own, but its tokens may differ between batch compositions where a
+        kernel's rounding depends on its shape.
         """
         rows = deque(self._row(r, sampling) for r in requests)
         was_training = self.model.training
@@ -170,7 +176,9 @@ class TorchEngine:
         """Copy the weights in, unless they are this model's own tensors already."""
         own = dict(self.model.named_parameters())
         if set(own) != set(weights):
-            raise KeyError(f"published weights do not match the engine's: {sorted(set(own) ^ set(weights))[:3]}")
+            raise KeyError(
+                f"published weights do not match the engine's: {sorted(set(own) ^ set(weights))[:3]}"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 if parameter.data_ptr() != weights[name].data_ptr():
@@ -179,10 +187,16 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` through the engine's own prefill and decoding."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` through the engine's own prefill and
+        decoding."""
         forced = tuple(token_ids[num_prompt_tokens:])
         sampling = SamplingParameters(temperature=temperature, max_new_tokens=len(forced), stop_token_ids=())
-        row = _Row(request=_probe(token_ids[:num_prompt_tokens]), uniforms=[0.0] * len(forced), length=0, forced=forced)
+        row = _Row(
+            request=_probe(token_ids[:num_prompt_tokens]),
+            uniforms=[0.0] * len(forced),
+            length=0,
+            forced=forced,
+        )
         was_training, cost = self.model.training, (self._prefilled, self._decoded, self._pairs)
         self.model.eval()
         try:
@@ -201,7 +215,7 @@ class TorchEngine:
         self._prefilled = self._decoded = self._pairs = 0
         return cost
 
-    # ---------------------------------------------------------------------------------------------------- the machine
+    # -------------------------------------------------------------------------------------------- the machine
 
     def _row(self, request: SampleRequest, sampling: SamplingParameters) -> _Row:
         return _Row(request=request, uniforms=request.uniforms(sampling.max_new_tokens), length=0)
@@ -231,9 +245,15 @@ class TorchEngine:
                     running.pop()
 
     def _admit(
-        self, waiting: deque[_Row], running: list[_Row], free: int, cache: KvCache, sampling: SamplingParameters
+        self,
+        waiting: deque[_Row],
+        running: list[_Row],
+        free: int,
+        cache: KvCache,
+        sampling: SamplingParameters,
     ) -> None:
-        """Prefill as many waiting rows as there are free slots; neighbours with the same prompt share one prefill."""
+        """Prefill as many waiting rows as there are free slots; neighbours with the same prompt share one
+        prefill."""
         shares: list[list[_Row]] = []
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
         tokens = shared
@@ -252,18 +272,24 @@ class TorchEngine:
         ids = list(shares[0][0].request.prompt_ids[:shared])
         for share in shares:
             own = share[0].request.prompt_ids[shared:]
-            segments.append(Segment(start=len(ids), stop=len(ids) + len(own), prefix_start=0, prefix_stop=shared))
+            segments.append(
+                Segment(start=len(ids), stop=len(ids) + len(own), prefix_start=0, prefix_stop=shared)
+            )
             slots.append(range(len(running), len(running) + len(share)))
             ids.extend(own)
             running.extend(share)
         device = self._device()
-        positions = torch.cat([torch.arange(s.stop - s.start, device=device) + s.prefix_stop for s in segments])
+        positions = torch.cat(
+            [torch.arange(s.stop - s.start, device=device) + s.prefix_stop for s in segments]
+        )
         layout = _PrefillLayout(segments, positions, cache, [range(0)] * bool(shared) + slots)
         hidden = hidden_states(self.model, torch.tensor(ids, device=device), positions, layout)
         self._prefilled += len(ids)
         self._pairs += count_pairs(segments)
         ends = [s.stop - 1 for s in segments[bool(shared) :]]
-        last = torch.tensor([end for end, share in zip(ends, shares, strict=True) for _ in share], device=device)
+        last = torch.tensor(
+            [end for end, share in zip(ends, shares, strict=True) for _ in share], device=device
+        )
         fresh = [row for share in shares for row in share]
         for row in fresh:
             row.length = len(row.request.prompt_ids)
@@ -299,7 +325,8 @@ class TorchEngine:
         return full or sampling.ends(row.tokens)
 
     def _run_alone(self, row: _Row, sampling: SamplingParameters, check_stop: Callable[[], None]) -> _Row:
-        """For models whose attention cannot be packed: their own forward pass and cache, one row at a time."""
+        """For models whose attention cannot be packed: their own forward pass and cache, one row at a
+        time."""
         ids = torch.tensor([row.request.prompt_ids], device=self._device())
         past = None
         while not row.tokens or not self._finished(row, sampling):
@@ -335,9 +362,12 @@ class TorchEngine:
 
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens all prompts begin with, where that is worth sharing; each keeps a token of its own at least."""
+    """How many tokens all prompts begin with, where that is worth sharing; each keeps a token of its own at
+    least."""
     first, last = min(prompts), max(prompts)  # what these two share, all that lie between them share
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+    )
     same = min(same, min(map(len, prompts)) - 1)
     return same if first != last and same >= SHARED_TOKENS else 0
 
@@ -346,5 +376,10 @@ def _probe(prompt_ids: Sequence[int]) -> SampleRequest:
     from truestep.seeding import Purpose
 
     return SampleRequest(
-        problem_id="probe", sample_index=0, prompt_ids=tuple(prompt_ids), seed=0, purpose=Purpose.PROBE, step=0
+        problem_id="probe",
+        sample_index=0,
+        prompt_ids=tuple(prompt_ids),
+        seed=0,
+        purpose=Purpose.PROBE,
+        step=0,
     )

@@ -1,7 +1,9 @@
-"""vLLM in an environment and a process of its own, spoken to over HTTP on this machine: token ids in, token ids out.
+"""vLLM in an environment and a process of its own, spoken to over HTTP on this machine: token ids in, token
+ids out.
 
-It evaluates; it does not train: weights cannot be published into it from here. Each request has a seed of its own
-coordinates, but vLLM's draws are not truestep's: the same distribution, other samples. Greedy tokens agree.
+It evaluates; it does not train: weights cannot be published into it from here. Each request has a seed of its
+own coordinates, but vLLM's draws are not truestep's: the same distribution, other samples. Greedy tokens
+agree.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def python_with_vllm() -> str:
     named = os.environ.get(ENVIRONMENT, "")
     if named:
         if not os.access(named, os.X_OK):
-            raise SettingsError(f"{ENVIRONMENT} = {named}: is no Python: give the interpreter of vLLM's environment")
+            raise SettingsError(
+                f"{ENVIRONMENT} = {named}: is no Python: give the interpreter of vLLM's environment"
+            )
         return named
     if importlib.util.find_spec("vllm") is None:
         raise SettingsError(
@@ -70,7 +74,15 @@ def serve(server: VllmServer) -> Iterator[VllmEngine]:
     Raises SettingsError with its last words where it does not start.
     """
     python, port = python_with_vllm(), _free_port()
-    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", server.model, "--served-model-name", SERVED]
+    words = [
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        server.model,
+        "--served-model-name",
+        SERVED,
+    ]
     words += ["--dtype", server.dtype, "--max-model-len", str(server.context_length)]
     words += ["--max-num-seqs", str(server.max_running), "--host", "127.0.0.1", "--port", str(port)]
     words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *server.options]
@@ -160,12 +172,15 @@ class VllmEngine:
         raise SettingsError('engine = "vllm" evaluates only: train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` at temperature 1, which is all that vLLM scores at."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` at temperature 1, which is all that vLLM
+        scores at."""
         if temperature != 1.0:
             raise SettingsError('engine = "vllm" scores at temperature 1 only')
         body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
         entries = self._post(body)["choices"][0]["prompt_logprobs"]
-        return [float(entries[i][str(token_ids[i])]["logprob"]) for i in range(num_prompt_tokens, len(token_ids))]
+        return [
+            float(entries[i][str(token_ids[i])]["logprob"]) for i in range(num_prompt_tokens, len(token_ids))
+        ]
 
     def take_cost(self) -> GenerationCost:
         cost, self._cost = self._cost, GenerationCost()

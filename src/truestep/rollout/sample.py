@@ -6,7 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from truestep.objective.plan import Asked, Keep, Outcome, Plan, Round
-from truestep.records import Distribution, Group, Kind, Problem, Prompt, RecordError, Rollout, Score, Stop, Verdict
+from truestep.records import (
+    Distribution,
+    Group,
+    Kind,
+    Problem,
+    Prompt,
+    RecordError,
+    Rollout,
+    Score,
+    Stop,
+    Verdict,
+)
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.seeding import Purpose, generator
 
@@ -17,10 +28,11 @@ NOT_SAMPLED = float("nan")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Everything that turns prompts into groups; a function of (seed, step, prompt, sample) given the weights.
+    """Everything that turns prompts into groups; a function of (seed, step, prompt, sample) given the
+    weights.
 
-    ``demonstrations`` holds the expert's completion (with its stop token) by problem id; ``hinted`` makes a prompt that
-    shows the first part of the problem's solution.
+    ``demonstrations`` holds the expert's completion (with its stop token) by problem id; ``hinted`` makes a
+    prompt that shows the first part of the problem's solution.
     """
 
     engine: Engine
@@ -45,9 +57,9 @@ class Sampler:
     ) -> list[Group]:
         """One graded group per prompt, in order; rounds are batched over prompts.
 
-        ``repeats`` says of each prompt how often the whole batch, over all ranks, has held it before (none by default):
-        its second group has sample numbers, and so random numbers, of its own. ``replays`` are stored traces by place
-        in ``prompts``.
+        ``repeats`` says of each prompt how often the whole batch, over all ranks, has held it before (none by
+        default): its second group has sample numbers, and so random numbers, of its own. ``replays`` are
+        stored traces by place in ``prompts``.
         """
         places = [
             _Place(
@@ -59,7 +71,9 @@ class Sampler:
             for index, (prompt, count) in enumerate(zip(prompts, repeats or [0] * len(prompts), strict=True))
         ]
         while True:
-            asking = [place for place in places if place.kept is None and self._ask(place, step, controls or {})]
+            asking = [
+                place for place in places if place.kept is None and self._ask(place, step, controls or {})
+            ]
             if not asking:
                 return [_merge(place) for place in places]
             self._sample(asking, step)
@@ -109,11 +123,14 @@ class Sampler:
             index, given = owner[rollout.problem_id, rollout.sample_index]
             found[index][rollout.sample_index] = _continued(given, rollout)
         every = [
-            (place, number, r) for place, rs in zip(asking, found, strict=True) for number, r in sorted(rs.items())
+            (place, number, r)
+            for place, rs in zip(asking, found, strict=True)
+            for number, r in sorted(rs.items())
         ]
         scores = self.grade([(place.prompt.problem, self.decode(r.completion_ids)) for place, _, r in every])
         graded = {
-            (id(place), number): _score(r, score) for (place, number, r), score in zip(every, scores, strict=True)
+            (id(place), number): _score(r, score)
+            for (place, number, r), score in zip(every, scores, strict=True)
         }
         for place, rollouts, spans in zip(asking, found, numbers, strict=True):
             for span in spans:

@@ -1,10 +1,10 @@
 """What a table of scores says: seeds × problems, crossed; the samples of a cell nested in it.
 
-Every seed of an arm answers the same problems, so a score has two sources of error that do not average out together:
-the training seed and the choice of problems. An interval over problems alone promises what another seed would break,
-and one over seeds alone what other problems would. Here both are counted, with the degrees of freedom that few seeds
-leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples, one array a benchmark; a paired
-difference is such a table too.
+Every seed of an arm answers the same problems, so a score has two sources of error that do not average out
+together: the training seed and the choice of problems. An interval over problems alone promises what another
+seed would break, and one over seeds alone what other problems would. Here both are counted, with the degrees
+of freedom that few seeds leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples,
+one array a benchmark; a paired difference is such a table too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
 class Crossed:
     """A mean over seeds and problems with its 95 % interval and the p-value of the mean being 0.
 
-    ``detectable`` is the smallest true value that such a table would show with 80 % power at the 5 % level. ``df`` are
-    the effective degrees of freedom; with one seed nothing is known of seeds, ``low`` and ``high`` are over problems
-    alone and ``seeds_known`` is False.
+    ``detectable`` is the smallest true value that such a table would show with 80 % power at the 5 % level.
+    ``df`` are the effective degrees of freedom; with one seed nothing is known of seeds, ``low`` and ``high``
+    are over problems alone and ``seeds_known`` is False.
     """
 
     value: float
@@ -56,7 +56,8 @@ class Crossed:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The variance of a mean by source. ``seeds`` and ``problems`` each hold the residual once, hence the third."""
+    """The variance of a mean by source. ``seeds`` and ``problems`` each hold the residual once, hence the
+    third."""
 
     mean: np.ndarray
     seeds: np.ndarray
@@ -72,8 +73,9 @@ def parts(tables: Sequence[np.ndarray]) -> Parts:
     """Mean over benchmarks of the mean over seeds and problems, and the variance of it by source.
 
     Shapes: tables of [..., S, P_b], results of [...]
-    Equation: of one benchmark: var_s(row means)/S + var_p(column means)/P - MS_residual/(S P); over benchmarks rows are
-    averaged (a seed is the same seed everywhere) and the other two are summed with weights 1/B² (problems are not).
+    Equation: of one benchmark: var_s(row means)/S + var_p(column means)/P - MS_residual/(S P); over
+    benchmarks rows are averaged (a seed is the same seed everywhere) and the other two are summed with
+    weights 1/B² (problems are not).
     Source: the two-way random model (Cornfield and Tukey 1956); unbiased for σ²_s/S + σ²_p/P + σ²_e/(SP)
     """
     num_seeds, num = tables[0].shape[-2], len(tables)
@@ -104,9 +106,10 @@ def parts(tables: Sequence[np.ndarray]) -> Parts:
 def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
     """The variance of the mean and its effective degrees of freedom.
 
-    The difference of mean squares is unbiased but can fall below either of its parts by chance; it is not let.
-    Satterthwaite's df are too many where a part with few of its own carries some of the variance (94.0 % at five seeds
-    that carry 90 % of it); seven tenths of them, and never fewer than the seeds leave, hold 94.9 to 95.6 %.
+    The difference of mean squares is unbiased but can fall below either of its parts by chance; it is not
+    let. Satterthwaite's df are too many where a part with few of its own carries some of the variance (94.0 %
+    at five seeds that carry 90 % of it); seven tenths of them, and never fewer than the seeds leave, hold
+    94.9 to 95.6 %.
     Equation: V = max(V_s, V_p, V_s + V_p - V_e); df = max(S - 1, 0.7 V² / Σ V_i²/df_i)
     Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py
     """
@@ -121,18 +124,22 @@ def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0, 1.0)) -> Crossed:
-    """The mean of the tables' means, with its interval. Raises SettingsError where the tables have no common seeds.
+    """The mean of the tables' means, with its interval. Raises SettingsError where the tables have no common
+    seeds.
 
     Shapes: [S, P_b] each
     """
     if not tables or len({t.shape[0] for t in tables}) != 1 or min(t.size for t in tables) == 0:
-        raise SettingsError("a comparison needs at least one seed and one problem, the same seeds on every benchmark")
+        raise SettingsError(
+            "a comparison needs at least one seed and one problem, the same seeds on every benchmark"
+        )
     found = parts([t.astype(float) for t in tables])
     num_seeds, num_problems = tables[0].shape[0], sum(t.shape[1] for t in tables)
     variance, df = (float(x) for x in variance_and_df(found))
     value, degenerate = float(found.mean), variance < 1e-30
     if degenerate:
-        # The table says nothing of its own error: as if one problem more were answered otherwise by every seed.
+        # The table says nothing of its own error: as if one problem more were answered otherwise by every
+        # seed.
         _, low, high, _, detectable = paired_t(np.full(max(2, num_problems), value), 1.0)
         stderr, p_value = (high - low) / (2 * t_quantile(LEVEL, df)), 1.0 if value == 0 else 0.0
         detectable = detectable or 1.0
@@ -140,13 +147,17 @@ def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0
         stderr = math.sqrt(variance)
         half, p_value = t_quantile(LEVEL, df) * stderr, 2 * t_cdf(-abs(value) / stderr, df)
         if num_seeds == 2 and found.seeds > 0:
-            # Two seeds leave one degree of freedom, which no mixture of df does justice to (coverage down to 90 %).
+            # Two seeds leave one degree of freedom, which no mixture of df does justice to (coverage down to
+            # 90 %).
             alone = math.sqrt(float(found.seeds))
             half = max(half, t_quantile(LEVEL, 1) * alone)
             p_value = max(p_value, 2 * t_cdf(-abs(value) / alone, 1))
         low, high = value - half, value + half
         detectable = (t_quantile(LEVEL, df) + t_quantile(POWER, df)) * stderr
-    excess = [float(found.seeds - found.residual) * num_seeds, float(found.problems - found.residual) * num_problems]
+    excess = [
+        float(found.seeds - found.residual) * num_seeds,
+        float(found.problems - found.residual) * num_problems,
+    ]
     return Crossed(
         value=value,
         low=max(bounds[0], low),
@@ -190,8 +201,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def sample_sd(correct: Sequence[np.ndarray], samples: Sequence[int]) -> float | None:
     """Standard deviation of one decoding sample around its cell's chance; None with one sample a problem.
 
-    Shapes: correct [S, P_b] counts. Decoding samples are no training seeds: more of them make this part smaller, and
-    nothing else.
+    Shapes: correct [S, P_b] counts. Decoding samples are no training seeds: more of them make this part
+    smaller, and nothing else.
     """
     pooled = [c / k * (1 - c / k) * k / (k - 1) for c, k in zip(correct, samples, strict=True) if k > 1]
     return math.sqrt(float(np.mean(np.concatenate([p.ravel() for p in pooled])))) if pooled else None

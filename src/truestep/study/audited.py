@@ -11,7 +11,8 @@ from truestep.audit.run import audit_one
 
 
 def trainer_verdict() -> str:
-    """truestep's own step, audited here and now in one process as any framework's: the verdict, and what was found."""
+    """truestep's own step, audited here and now in one process as any framework's: the verdict, and what was
+    found."""
     (subject,) = (s for s in registry.TABLE if s.name == "truestep")
     finding = audit_one(subject, subject.configurations[0], Path(sys.executable))
     words = found_in_words(finding.to_json())

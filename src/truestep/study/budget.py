@@ -21,7 +21,8 @@ def recipe_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
-    """FLOPs of every recipe by both counts, and what follows for SFT-then-RL against the others of the same model.
+    """FLOPs of every recipe by both counts, and what follows for SFT-then-RL against the others of the same
+    model.
 
     Source: arXiv:2604.23747, table 6 (6ND a demonstration token, 8ND an own token). Held by:
     tests/study/test_paper_recipes.py
@@ -31,7 +32,9 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
     for path in recipe_files(paths):
         settings = load_settings(path)
         if not settings.declared:
-            raise SettingsError(f"{path}: has no [declared] lengths to count with: write them, or give other recipes")
+            raise SettingsError(
+                f"{path}: has no [declared] lengths to count with: write them, or give other recipes"
+            )
         loaded[settings.name] = settings, path
         arms.append({
             "name": settings.name, "model": settings.model.path, "kinds": [s.kind for s in settings.stages],
@@ -43,7 +46,8 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
 def _claims(
     arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], loaded: Mapping[str, tuple[Settings, Path]]
 ) -> list[dict[str, Any]]:
-    """Where an SFT-then-RL arm spends fewer FLOPs than an arm of RL alone, and up to how many RL steps it would."""
+    """Where an SFT-then-RL arm spends fewer FLOPs than an arm of RL alone, and up to how many RL steps it
+    would."""
     if arm["kinds"] != ["sft", "rl"]:
         return []
     settings, path = loaded[arm["name"]]
@@ -63,7 +67,9 @@ def _claims(
                 "fewer": arm[key] < other[key],
                 "equal_at_steps": max(0.0, (other[key] - alone) / ((arm[key] - alone) / rl.steps)),
             }
-        row["own_tokens_per_prompt"] = stage_work(rl, declared).rollout_tokens / (rl.steps * rl.prompts_per_step)
+        row["own_tokens_per_prompt"] = stage_work(rl, declared).rollout_tokens / (
+            rl.steps * rl.prompts_per_step
+        )
         claims.append(row)
     return claims
 
@@ -81,6 +87,8 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
         for key, name in COUNTS.items():
             found = claim[key]
             word = "fewer" if found["fewer"] else "more"
-            parts.append(f"{found['ratio']:.2f}x by {name} ({word}; equal at {found['equal_at_steps']:.0f} RL steps)")
+            parts.append(
+                f"{found['ratio']:.2f}x by {name} ({word}; equal at {found['equal_at_steps']:.0f} RL steps)"
+            )
         lines.append(f"{claim['arm']} against {claim['against']}: " + ", ".join(parts))
     return lines

@@ -23,20 +23,24 @@ WHEN = ("provenance", "seconds")  # what two runs of one cell need not have in c
 
 
 def cell_key(settings: Settings, base: str) -> str:
-    """The identity of a cell: everything that its scores depend on, and no path or name. ``base`` is the identity of
-    the pinned base ("" without one)."""
+    """The identity of a cell: everything that its scores depend on, and no path or name. ``base`` is the
+    identity of the pinned base ("" without one)."""
     stages = [
         s.model_copy(update={"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1})
         for s in settings.stages
     ]
-    return settings_hash(settings.model_copy(update={"name": "cell", "stages": tuple(stages), "trackers": ()}), base)
+    return settings_hash(
+        settings.model_copy(update={"name": "cell", "stages": tuple(stages), "trackers": ()}), base
+    )
 
 
 def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
     """The finished run directory as a cell."""
     summary = read_json(run / "summary.json")
     if summary["status"] != "done":
-        raise SettingsError(f"{run}: is not finished (its summary says {summary['status']}): run the study again")
+        raise SettingsError(
+            f"{run}: is not finished (its summary says {summary['status']}): run the study again"
+        )
     checkpoint = summary["stages"][-1]["name"] if summary["stages"] else "base"
     spent = {kind: sum(float(s[f"flops_{kind}"]) for s in summary["stages"]) for kind in ("paper", "full")}
     folders = sorted((run / "stages").glob("[0-9]*-*")) if summary["stages"] else []
@@ -105,10 +109,13 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def dynamics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """A few curves of a stage: [step, value], at most ``MOST_POINTS`` each, the mean of a stretch at its end."""
+    """A few curves of a stage: [step, value], at most ``MOST_POINTS`` each, the mean of a stretch at its
+    end."""
     found: dict[str, list[list[float]]] = {}
     for name in DYNAMICS:
-        points = [(row["step"], value) for row in metrics for k, value in row.items() if k.partition("/")[2] == name]
+        points = [
+            (row["step"], value) for row in metrics for k, value in row.items() if k.partition("/")[2] == name
+        ]
         points = [(s, v) for s, v in points if math.isfinite(v)]
         width = max(1, math.ceil(len(points) / MOST_POINTS))
         cuts = [points[i : i + width] for i in range(0, len(points), width)]

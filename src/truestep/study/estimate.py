@@ -17,13 +17,16 @@ TINY_VOCABULARY = 101
 
 
 def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
-    """Rows by arm and their sum. Own samples are taken to be as long as a demonstration where there are some, else as
-    long as allowed; what a method adds of its own (demonstrations in groups, further rounds) is not counted."""
+    """Rows by arm and their sum. Own samples are taken to be as long as a demonstration where there are some,
+    else as long as allowed; what a method adds of its own (demonstrations in groups, further rounds) is not
+    counted."""
     lengths: dict[str, tuple[int, int]] = {}
     rows: list[dict[str, Any]] = []
     for arm in study.arms:
         settings = cell_settings(study, arm.name, 0, stage_tables(study, arm), study.name)
-        per_seed = sum((_stage(settings, i, base_dir, lengths) for i in range(len(settings.stages))), Ledger())
+        per_seed = sum(
+            (_stage(settings, i, base_dir, lengths) for i in range(len(settings.stages))), Ledger()
+        )
         last = _stage(settings, len(settings.stages) - 1, base_dir, lengths) if settings.stages else Ledger()
         shape = _shape(settings)
         tuned = bool(study.tuning and arm.stages and not arm.untuned)
@@ -53,11 +56,15 @@ def _matched(arm: Arm) -> str:
     return f"steps of {arm.stages[-1]} as {arm.equal_flops.to} has spent" if arm.equal_flops else ""
 
 
-def _lengths(settings: Settings, name: str, base_dir: Path, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Mean tokens of prompt and worked solution (0: none): a character is a token for the built-in model, about a
-    quarter of one for others."""
+def _lengths(
+    settings: Settings, name: str, base_dir: Path, known: dict[str, tuple[int, int]]
+) -> tuple[int, int]:
+    """Mean tokens of prompt and worked solution (0: none): a character is a token for the built-in model,
+    about a quarter of one for others."""
     if name not in known:
-        problems = load_problems(name, settings.data[name], seed=settings.seed, base_dir=base_dir, needs=("answer",))
+        problems = load_problems(
+            name, settings.data[name], seed=settings.seed, base_dir=base_dir, needs=("answer",)
+        )
         unit = 1.0 if settings.model.path in ("tiny", "./base/model") else 0.25
         prompt = sum(len(settings.chat.system) + len(settings.chat.user) - 9 + len(p.messages[-1].content)
                      for p in problems) / len(problems)  # fmt: skip
@@ -85,7 +92,9 @@ def _stage(settings: Settings, index: int, base_dir: Path, known: dict[str, tupl
     return sequence_work(prompt, solution or 64).times(count)
 
 
-def _evaluation_seconds(study: Study, settings: Settings, base_dir: Path, known: dict[str, tuple[int, int]]) -> float:
+def _evaluation_seconds(
+    study: Study, settings: Settings, base_dir: Path, known: dict[str, tuple[int, int]]
+) -> float:
     shape, work = _shape(settings), Ledger()
     for name in settings.evaluate.data:
         prompt, solution = _lengths(settings, name, base_dir, known)
@@ -93,9 +102,9 @@ def _evaluation_seconds(study: Study, settings: Settings, base_dir: Path, known:
         rows = settings.data[name].limit
         num = (int(rows) if rows != "all" else 500) * settings.evaluate.samples_per_problem
         group = group_work(prompt, [length], scored=False)
-        work += Ledger(generated_pass_tokens=group.generated_pass_tokens, generated_pairs=group.generated_pairs).times(
-            num
-        )
+        work += Ledger(
+            generated_pass_tokens=group.generated_pass_tokens, generated_pairs=group.generated_pairs
+        ).times(num)
     return work.full_flops(shape) / study.flops_per_second
 
 

@@ -1,8 +1,8 @@
 """One cell is one child process, ``truestep run``, on one thread; who starts it changes nothing in it.
 
-The children are forked from one process that has imported everything: importing takes as long as a sixth of a small
-cell. A lock file is held by the child itself, so a study that was killed and started again waits for a child that is
-still at work instead of writing beside it.
+The children are forked from one process that has imported everything: importing takes as long as a sixth of a
+small cell. A lock file is held by the child itself, so a study that was killed and started again waits for a
+child that is still at work instead of writing beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from typing import Any
 
 from truestep.settings import SettingsError
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,8 @@ ONE_AT_A_TIME = threading.Lock()
 
 @functools.cache
 def _forks() -> ForkServerContext:
-    """Where children are forked from; started once, on one thread, with this package wherever it was found."""
+    """Where children are forked from; started once, on one thread, with this package wherever it was
+    found."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     mine = dict(os.environ)
@@ -116,7 +122,8 @@ def local(workers: int) -> Launch:
 
 
 def ray(workers: int) -> Launch:
-    """The same children, started by Ray's workers, one processor each; all nodes must share the study directory."""
+    """The same children, started by Ray's workers, one processor each; all nodes must share the study
+    directory."""
     try:
         import ray as cluster
     except ModuleNotFoundError:

@@ -1,8 +1,8 @@
 """What a study is made of, each part once: runs, the pinned base, and what earlier days have left.
 
-Each task is asked for by name and made by whoever asks first; a run asks for the run that it starts from. Tasks are
-threads that mostly wait; at most ``workers`` of them have a child process at a time. State is files alone:
-cells/KEY/cell.json says that a run is done.
+Each task is asked for by name and made by whoever asks first; a run asks for the run that it starts from.
+Tasks are threads that mostly wait; at most ``workers`` of them have a child process at a time. State is files
+alone: cells/KEY/cell.json says that a run is done.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Runner:
     results: Path | None = None
     say: Callable[[str], None] = print
     failures: dict[str, str] = field(default_factory=dict)
-    stopped: threading.Event = field(default_factory=threading.Event)  # by Ctrl-C: no child is started any more
+    stopped: threading.Event = field(
+        default_factory=threading.Event
+    )  # by Ctrl-C: no child is started any more
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     _made: dict[str, Future[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -66,7 +68,8 @@ class Runner:
 
 
 def result(runner: Runner, settings: Settings, name: str, seed: int) -> dict[str, Any]:
-    """The compact result of these settings: from an earlier day's folder if it is there, else by running them."""
+    """The compact result of these settings: from an earlier day's folder if it is there, else by running
+    them."""
     key = cells.cell_key(settings, given_identity(runner))
     for kind in ("cells", "trials"):
         old = kept(runner.results / kind / f"{name}.json") if runner.results else {}
@@ -111,7 +114,10 @@ def _node(runner: Runner, settings: Settings, name: str, seed: int, key: str) ->
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
         rundir.write_atomic(home / "name", f"{name}\n")
-        child(runner, Order(study=str(runner.out.resolve()), recipe=f"cells/{key}/recipe.toml", run=f"cells/{key}/run"))
+        child(
+            runner,
+            Order(study=str(runner.out.resolve()), recipe=f"cells/{key}/recipe.toml", run=f"cells/{key}/run"),
+        )
         made = cells.compact(home / "run", arm=name.rpartition("-s")[0], seed=seed, key=key)
         rundir.write_json(done, made)
     return made
@@ -128,7 +134,8 @@ def child(runner: Runner, order: Order) -> None:
 def _parent(runner: Runner, settings: Settings, seed: int) -> Settings | None:
     """The settings of the run that this one goes on from: all stages but the last. Made first, and once.
 
-    Two arms that begin with the same stages at the same seed have one parent: an SFT checkpoint is trained once.
+    Two arms that begin with the same stages at the same seed have one parent: an SFT checkpoint is trained
+    once.
     """
     if not settings.stages:
         return None
@@ -143,7 +150,8 @@ def _label(runner: Runner, settings: Settings, seed: int) -> str:
 
 
 def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
-    """Data files and a model folder, named relative to the study file or to the current folder, found from anywhere."""
+    """Data files and a model folder, named relative to the study file or to the current folder, found from
+    anywhere."""
     found = {name: (one, local_source(name, one.source, base_dir)) for name, one in settings.data.items()}
     data = {
         name: one.model_copy(update={"source": str(path.resolve())}) if path else one
@@ -161,14 +169,16 @@ def local_source(name: str, source: str, base_dir: Path) -> Path | None:
 
 
 def local_model(path: str, base_dir: Path) -> Path | None:
-    """The model's folder or file where it is one, as ``load_settings`` finds it; the pinned base is not meant."""
+    """The model's folder or file where it is one, as ``load_settings`` finds it; the pinned base is not
+    meant."""
     if path == BASE_MODEL or not ("/" in path or path.endswith(".gguf")):
         return None
     return next((p for p in (base_dir / path, Path(path)) if p.exists()), None)
 
 
 def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
-    """Give a run the stages and evaluations that its parent has made; ``truestep run`` checks their identities."""
+    """Give a run the stages and evaluations that its parent has made; ``truestep run`` checks their
+    identities."""
     if not (run / "resolved.toml").exists():
         rundir.write_atomic(run / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
     names = [s.name for s in settings.stages[:num_stages]]
@@ -179,7 +189,9 @@ def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
             aside = target.with_name(f".{target.name}.{os.getpid()}")
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(folder, aside, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints", "best"))
+            shutil.copytree(
+                folder, aside, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints", "best")
+            )
             aside.rename(target)
 
 
@@ -194,7 +206,7 @@ def _link(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
-# -------------------------------------------------------------------------------------------------------- pinned base
+# ------------------------------------------------------------------------------------------------ pinned base
 
 
 def base_recipe(where: Path, study: Study) -> Settings:
@@ -215,7 +227,8 @@ def base_identity(runner: Runner) -> str:
 
 
 def given_identity(runner: Runner) -> str:
-    """Of what a cell is given beside its settings: the base, and the content of files, which a path does not tell."""
+    """Of what a cell is given beside its settings: the base, and the content of files, which a path does not
+    tell."""
 
     def make() -> str:
         settings = cell_settings(runner.study, runner.study.reference, 0, (), str(runner.where))
@@ -245,7 +258,11 @@ def base_folder(runner: Runner) -> Path:
 
 
 def _base(runner: Runner) -> Path:
-    link, home, settings = runner.out / BASE_MODEL, runner.out / "base", base_recipe(runner.where, runner.study)
+    link, home, settings = (
+        runner.out / BASE_MODEL,
+        runner.out / "base",
+        base_recipe(runner.where, runner.study),
+    )
     identity = home / "identity"
     if link.exists():
         if identity.exists() and identity.read_text(encoding="utf-8").strip() != base_identity(runner):

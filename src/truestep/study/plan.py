@@ -1,7 +1,8 @@
-"""A study as one TOML file: arms × seeds, what they share, and how they may differ. All checks before anything runs.
+"""A study as one TOML file: arms × seeds, what they share, and how they may differ. All checks before
+anything runs.
 
-An arm is a list of stages out of the study's own. What an arm changes in them (``set``) must be among the keys that
-``may_differ`` declares; everything else is equal by construction.
+An arm is a list of stages out of the study's own. What an arm changes in them (``set``) must be among the
+keys that ``may_differ`` declares; everything else is equal by construction.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ BASE_MODEL = "./base/model"  # where the pinned base lies, seen from the study d
 
 
 class EqualFlops(Frozen):
-    """The steps of an arm's last stage are chosen so that the whole arm spends what arm ``to`` spends; a step is
-    assumed to cost, for each of its sequences, what one of stage ``step_like`` of arm ``to`` costs."""
+    """The steps of an arm's last stage are chosen so that the whole arm spends what arm ``to`` spends; a step
+    is assumed to cost, for each of its sequences, what one of stage ``step_like`` of arm ``to`` costs."""
 
     to: str
     step_like: str
@@ -103,14 +104,18 @@ class Study(Frozen):
         except SettingsError as error:
             raise ValueError(str(error)) from None
         if arm.num_seeds > len(self.seeds):
-            raise ValueError(f"arms.{arm.name}.num_seeds = {arm.num_seeds}: the study has {len(self.seeds)} seeds")
+            raise ValueError(
+                f"arms.{arm.name}.num_seeds = {arm.num_seeds}: the study has {len(self.seeds)} seeds"
+            )
         if not arm.equal_flops:
             return
         if arm.equal_flops.to not in names:
             raise ValueError(f"arms.{arm.name}.equal_flops.to = {arm.equal_flops.to!r} is no arm")
         goal = self.arm(arm.equal_flops.to)
         if goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm)):
-            raise ValueError(f"arms.{arm.name}.equal_flops.to must be an arm with steps of its own and as many seeds")
+            raise ValueError(
+                f"arms.{arm.name}.equal_flops.to must be an arm with steps of its own and as many seeds"
+            )
         if not arm.stages or arm.equal_flops.step_like not in goal.stages:
             raise ValueError(
                 f"arms.{arm.name}.equal_flops.step_like = {arm.equal_flops.step_like!r} is no stage of {goal.name}, "
@@ -129,7 +134,9 @@ class Study(Frozen):
                 )
         for arm in self.arms:
             if arm.control and not _is_control(arm, [self.stages[s] for s in arm.stages]):
-                raise ValueError(f"arms.{arm.name} is not what control = {arm.control!r} says: {_CONTROL[arm.control]}")
+                raise ValueError(
+                    f"arms.{arm.name} is not what control = {arm.control!r} says: {_CONTROL[arm.control]}"
+                )
         if any(not reason.strip() for reason in self.controls_off.values()):
             raise ValueError("controls_off: a reason must say something")
         return self
@@ -186,7 +193,7 @@ def parse_study(raw: Mapping[str, Any], where: str) -> Study:
     return study
 
 
-# ----------------------------------------------------------------------------------------------------------- settings
+# --------------------------------------------------------------------------------------------------- settings
 
 
 def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
@@ -209,9 +216,11 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
 
 
 def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
-    """The arm whose trials choose the rate of the last of these stages: the first that consists of them; "" without
-    one. An arm with matched steps has others than the table says."""
-    return next((a.name for a in study.arms if not a.equal_flops and stage_tables(study, a) == list(tables)), "")
+    """The arm whose trials choose the rate of the last of these stages: the first that consists of them; ""
+    without one. An arm with matched steps has others than the table says."""
+    return next(
+        (a.name for a in study.arms if not a.equal_flops and stage_tables(study, a) == list(tables)), ""
+    )
 
 
 def _copied(value: Any) -> Any:
@@ -220,9 +229,11 @@ def _copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
-def cell_settings(study: Study, arm: str, seed: int, stages: Sequence[Mapping[str, Any]], where: str) -> Settings:
-    """A run of the given stages: what all cells share, one thread, and the seed. Children run in the study directory,
-    so that no path of this machine is in what identifies a stage."""
+def cell_settings(
+    study: Study, arm: str, seed: int, stages: Sequence[Mapping[str, Any]], where: str
+) -> Settings:
+    """A run of the given stages: what all cells share, one thread, and the seed. Children run in the study
+    directory, so that no path of this machine is in what identifies a stage."""
     raw = _copied(study.run)
     if study.base:
         raw["model"] = {**raw.get("model", {}), "path": BASE_MODEL}
@@ -243,9 +254,11 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Settings in which a stage of the arm differs from the reference's stage of its kind: KIND.key → (reference's,
-    own). A stage whose kind the reference does not have is compared with nothing."""
-    reference = cell_settings(study, study.reference, 0, stage_tables(study, study.arm(study.reference)), where)
+    """Settings in which a stage of the arm differs from the reference's stage of its kind: KIND.key →
+    (reference's, own). A stage whose kind the reference does not have is compared with nothing."""
+    reference = cell_settings(
+        study, study.reference, 0, stage_tables(study, study.arm(study.reference)), where
+    )
     own = cell_settings(study, arm.name, 0, stage_tables(study, arm), where)
     kinds = {s.kind: s for s in reversed(reference.stages)}
     found: dict[str, tuple[Any, Any]] = {}
@@ -260,7 +273,7 @@ def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any,
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
+# ----------------------------------------------------------------------------------------------------- checks
 
 
 def check_study(study: Study, where: str) -> None:
@@ -277,7 +290,9 @@ def check_study(study: Study, where: str) -> None:
     sets = study.run.get("data", {})
     tested = study.run.get("evaluate", {}).get("data", [])
     if not tested:
-        raise SettingsError(f'{where}: run.evaluate.data: a study compares scores: write evaluate.data = ["..."]')
+        raise SettingsError(
+            f'{where}: run.evaluate.data: a study compares scores: write evaluate.data = ["..."]'
+        )
     if study.tuning and study.tuning.data not in sets:
         raise SettingsError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
     every = every_arm(study, where)
@@ -288,7 +303,9 @@ def check_study(study: Study, where: str) -> None:
         if both := tables & set(tested):
             raise SettingsError(f"{where}: {both.pop()!r} is tested on and {used}: {said}")
     if study.tuning and study.tuning.data in trained:
-        raise SettingsError(f"{where}: tuning.data = {study.tuning.data!r} is trained on: write a dev set of its own")
+        raise SettingsError(
+            f"{where}: tuning.data = {study.tuning.data!r} is trained on: write a dev set of its own"
+        )
     check_stages(study, where)
     for name, table in sets.items():
         generated = str(table.get("source", "")).startswith(("procedural:", "reasoning_gym:"))
@@ -337,10 +354,15 @@ def check_disjoint(study: Study, base_dir: Path) -> None:
     every = every_arm(study, study.name)
     settings, dev = every[0], dev_sets(study, every)
     texts = {
-        name: {p.messages[-1].content for p in load_problems(name, settings.data[name], seed=0, base_dir=base_dir)}
+        name: {
+            p.messages[-1].content
+            for p in load_problems(name, settings.data[name], seed=0, base_dir=base_dir)
+        }
         for name in {*dev, *settings.evaluate.data}
     }
     for a in dev:
         for b in settings.evaluate.data:
             if shared := texts[a] & texts[b]:
-                raise SettingsError(f"data.{a} and data.{b} share {len(shared)} problems: a dev set must be disjoint")
+                raise SettingsError(
+                    f"data.{a} and data.{b} share {len(shared)} problems: a dev set must be disjoint"
+                )

@@ -1,8 +1,8 @@
 """Run a study: every cell once, what cells have in common once, and after a kill only what is missing.
 
-A cell's settings are known once its learning rates are chosen and its budget is matched: the last stage of an arm is
-tuned by the arm's own trials, a stage before it by those of the arm that ends there. Trials are cells of their own,
-evaluated on the dev set.
+A cell's settings are known once its learning rates are chosen and its budget is matched: the last stage of an
+arm is tuned by the arm's own trials, a stage before it by those of the arm that ends there. Trials are cells
+of their own, evaluated on the dev set.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
 
     def stop() -> None:
         runner.stopped.set()
-        runner.say("interrupted: waiting until the cells at work have saved what they did (Ctrl-C again: do not wait)")
+        runner.say(
+            "interrupted: waiting until the cells at work have saved what they did (Ctrl-C again: do not wait)"
+        )
 
     problems = in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop)
     if problems:
@@ -85,7 +87,7 @@ def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
     return result(runner, settled(runner, arm, seed), f"{arm}-s{seed}", seed)
 
 
-# ----------------------------------------------------------------------------------------- learning rates and budgets
+# --------------------------------------------------------------------------------- learning rates and budgets
 
 
 def settled(runner: Runner, arm: str, seed: int) -> Settings:
@@ -123,8 +125,9 @@ def match_flops(
     settings: Callable[[Sequence[Mapping[str, Any]]], Settings],
     other: Callable[[str], Mapping[str, Any]],
 ) -> None:
-    """Set the last stage's steps so that the arm spends what the other has spent; the table shows how well. What the
-    stages before it cost is the other's cost where they are the same, and is measured where they are not."""
+    """Set the last stage's steps so that the arm spends what the other has spent; the table shows how well.
+    What the stages before it cost is the other's cost where they are the same, and is measured where they are
+    not."""
     goal = runner.study.arm(arm).equal_flops
     if not goal:
         return
@@ -203,13 +206,15 @@ def trial_settings(runner: Runner, arm: str, factor: float, seed: int) -> Settin
         made = cell_settings(runner.study, arm, seed, stages, str(runner.where))
         return made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"data": dev})})
 
-    match_flops(runner, arm, tables, settings, lambda other: trial(runner, other, chosen_factor(runner, other), seed))
+    match_flops(
+        runner, arm, tables, settings, lambda other: trial(runner, other, chosen_factor(runner, other), seed)
+    )
     return settings(tables)
 
 
 def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
-    """For each arm: its trials' scores, the factor chosen, and the FLOPs of all trials that it profits from (those of
-    its last stage, and those of the arms that have chosen the rates of the stages before it)."""
+    """For each arm: its trials' scores, the factor chosen, and the FLOPs of all trials that it profits from
+    (those of its last stage, and those of the arms that have chosen the rates of the stages before it)."""
     own = {arm.name: _own_cost(runner, arm) for arm in arms}
     found = {}
     for arm in arms:
@@ -223,7 +228,14 @@ def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]
 def _own_cost(runner: Runner, arm: Arm) -> dict[str, Any]:
     tuning = runner.study.tuning
     if not tuning or not arm.stages or arm.untuned:
-        return {"trials": 0, "factor": 1.0, "scores": {}, "failed": [], "flops": NO_FLOPS, "reason": arm.untuned}
+        return {
+            "trials": 0,
+            "factor": 1.0,
+            "scores": {},
+            "failed": [],
+            "flops": NO_FLOPS,
+            "reason": arm.untuned,
+        }
     made = {f: trials(runner, arm.name, f) for f in tuning.factors}
     stages = [t["stages"][-1] for ts in made.values() for t in ts]
     return {

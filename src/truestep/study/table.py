@@ -25,12 +25,15 @@ def results(
     failures: Mapping[str, str],
     base: str = "",
 ) -> dict[str, Any]:
-    """Everything that the report and the exports show. Cells by "ARM-sSEED"; a missing cell is a failure, never 0."""
+    """Everything that the report and the exports show. Cells by "ARM-sSEED"; a missing cell is a failure,
+    never 0."""
     by_arm = {a.name: _cells_of(study, found, a.name) for a in study.arms}
     arms = [_arm(study, arm, by_arm, tuning.get(arm.name, {})) for arm in study.arms]
     contrasts = [_contrast(by_arm, a, b, primary=True) for a, b in study.primary]
     # A contrast that says nothing yet (no cells, one seed) still is one of the family.
-    known = {f"{c['a']}|{c['b']}": c["all"] if c["all"] and c["all"]["seeds_known"] else None for c in contrasts}
+    known = {
+        f"{c['a']}|{c['b']}": c["all"] if c["all"] and c["all"]["seeds_known"] else None for c in contrasts
+    }
     adjusted = analyse.holm({name: made["p_value"] if made else 1.0 for name, made in known.items()})
     contrasts += [_contrast(by_arm, a, b, primary=False) for a, b in study.secondary]
     for contrast in contrasts:
@@ -74,10 +77,12 @@ def _tables(by_seed: Mapping[int, Cell], seeds: Sequence[int]) -> dict[str, np.n
     return {name: np.stack([share(by_seed[s], name) for s in seeds]) for name in names}
 
 
-# --------------------------------------------------------------------------------------------------------------- arms
+# ------------------------------------------------------------------------------------------------------- arms
 
 
-def _arm(study: Study, arm: Arm, by_arm: Mapping[str, Mapping[int, Cell]], tuning: Mapping[str, Any]) -> dict[str, Any]:
+def _arm(
+    study: Study, arm: Arm, by_arm: Mapping[str, Mapping[int, Cell]], tuning: Mapping[str, Any]
+) -> dict[str, Any]:
     own, reference = by_arm[arm.name], by_arm[study.reference]
     seeds = list(own)
     tables = _tables(own, seeds)
@@ -96,7 +101,9 @@ def _arm(study: Study, arm: Arm, by_arm: Mapping[str, Mapping[int, Cell]], tunin
         "tuning": dict(tuning),
         "path": _path(own),
         "unscored": sum(sum(b["unscored"].values()) for c in own.values() for b in c["benchmarks"].values()),
-        "samples": sum(b["samples"] * b["num_problems"] for c in own.values() for b in c["benchmarks"].values()),
+        "samples": sum(
+            b["samples"] * b["num_problems"] for c in own.values() for b in c["benchmarks"].values()
+        ),
         "truncated": _mean(b["truncated"] for c in own.values() for b in c["benchmarks"].values()),
         "mean_tokens": _mean(b["mean_tokens"] for c in own.values() for b in c["benchmarks"].values()),
         "differs": {k: [repr(a), repr(b)] for k, (a, b) in differences(study, arm).items()},
@@ -126,7 +133,11 @@ def _path(own: Mapping[int, Cell]) -> list[dict[str, Any]]:
         for point in cell["path"]:
             rows.setdefault((point["checkpoint"], point["data"]), []).append(point)
     return [
-        {"checkpoint": c, "data": d, **{k: _mean(p[k] for p in points) for k in ("score", "flops_paper", "flops_full")}}
+        {
+            "checkpoint": c,
+            "data": d,
+            **{k: _mean(p[k] for p in points) for k in ("score", "flops_paper", "flops_full")},
+        }
         for (c, d), points in rows.items()
     ]
 
@@ -138,7 +149,9 @@ def _data(own: Mapping[int, Cell]) -> dict[str, Any]:
         for stage in cell["stages"]:
             for kind in ("demonstration_tokens", "rollout_tokens"):
                 if stage["tokens"][kind]:
-                    seen.setdefault(f"{stage['data']}: {kind.replace('_', ' ')}", []).append(stage["tokens"][kind])
+                    seen.setdefault(f"{stage['data']}: {kind.replace('_', ' ')}", []).append(
+                        stage["tokens"][kind]
+                    )
     return {key: sum(values) / len(own) for key, values in seen.items()}
 
 
@@ -176,7 +189,8 @@ def _sets(own: Mapping[int, Cell]) -> set[str]:
 
 
 def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
-    """Hashes of the base model and of every data set, over all cells: more than one of a name is an unequal study."""
+    """Hashes of the base model and of every data set, over all cells: more than one of a name is an unequal
+    study."""
     seen: dict[str, set[str]] = {}
     for cell in found.values():
         for name, value in cell["content"].items():
@@ -184,7 +198,7 @@ def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
     return {name: sorted(values) for name, values in sorted(seen.items())}
 
 
-# ---------------------------------------------------------------------------------------------------------- contrasts
+# -------------------------------------------------------------------------------------------------- contrasts
 
 
 def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, primary: bool) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Training sequences → packed micro-batches. Memory only: no choice made here changes the update.
 
-The samples of a group share their prompt: it is forwarded once per micro-batch that holds any of them, and each sample
-sees it as its prefix. A token whose hidden state predicts nothing that is trained is not forwarded at all.
+The samples of a group share their prompt: it is forwarded once per micro-batch that holds any of them, and
+each sample sees it as its prefix. A token whose hidden state predicts nothing that is trained is not
+forwarded at all.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def pack(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> list[TokenBatch]:
-    """Pack sequences into as few micro-batches of at most ``tokens_per_microbatch`` forwarded tokens as first-fit
-    decreasing finds. Raises ValueError where one sequence alone is longer."""
+    """Pack sequences into as few micro-batches of at most ``tokens_per_microbatch`` forwarded tokens as
+    first-fit decreasing finds. Raises ValueError where one sequence alone is longer."""
     trees = _trees(sequences, tokens_per_microbatch, share_prefix)
     bins: list[list[_Tree]] = []
     space: list[int] = []
@@ -112,14 +113,18 @@ def _batch(
                 positions += range(num_prefix, stop)
                 segments.append(
                     Segment(
-                        start=start, stop=len(ids), prefix_start=prefix_start, prefix_stop=prefix_start + num_prefix
+                        start=start,
+                        stop=len(ids),
+                        prefix_start=prefix_start,
+                        prefix_stop=prefix_start + num_prefix,
                     )
                 )
             targets = [i for i, t in enumerate(sequence.trained) if t]
             count = len(targets)
             columns["target_ids"] += [sequence.token_ids[i] for i in targets]
             columns["source_index"] += [
-                start + i - 1 - num_prefix if i > num_prefix else prefix_start + num_prefix - 1 for i in targets
+                start + i - 1 - num_prefix if i > num_prefix else prefix_start + num_prefix - 1
+                for i in targets
             ]
             columns["sequence_index"] += [index] * count
             columns["group_index"] += [sequence.group] * count
@@ -135,7 +140,8 @@ def _batch(
             columns["group_length"] += [group_lengths[sequence.group]] * count
     tensors = {
         name: torch.tensor(
-            values, dtype=torch.int64 if name in TARGET_INDICES else torch.bool if name in TARGET_FLAGS else dtype
+            values,
+            dtype=torch.int64 if name in TARGET_INDICES else torch.bool if name in TARGET_FLAGS else dtype,
         )
         for name, values in columns.items()
     }
@@ -150,10 +156,13 @@ def _batch(
 
 
 def dummy_batch(dtype: torch.dtype, device: torch.device | str) -> TokenBatch:
-    """Two tokens and no target: what a rank without work runs, so that collectives inside the model still match."""
+    """Two tokens and no target: what a rank without work runs, so that collectives inside the model still
+    match."""
     sequence = TrainSequence(
         token_ids=(0, 0, 0), trained=(False, False, True), num_prefix_tokens=0, group=0, kind=Kind.ON
     )
     batch = _batch([_Tree((), (0,), 2)], [sequence], {0: 1}, dtype, device)
     empty = {name: getattr(batch, name)[:0] for name in TARGET_FIELDS}
-    return TokenBatch(input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, **empty)
+    return TokenBatch(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, **empty
+    )

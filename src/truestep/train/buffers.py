@@ -1,7 +1,8 @@
 """What a method remembers from step to step: its controller's state, waiting demonstrations, stored samples.
 
-One immutable record. A step makes the next one and the loop keeps it once the step is done, so that an interrupted step
-leaves nothing behind; a checkpoint holds it as JSON and one group of tensors. It is the same on every rank.
+One immutable record. A step makes the next one and the loop keeps it once the step is done, so that an
+interrupted step leaves nothing behind; a checkpoint holds it as JSON and one group of tensors. It is the same
+on every rank.
 Held by: tests/contract/test_method_resume.py
 """
 
@@ -21,7 +22,8 @@ from truestep.records import Distribution, Kind, Rollout, Stop
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What is known of a problem: how many of its latest own samples were right, and right ones, newest first."""
+    """What is known of a problem: how many of its latest own samples were right, and right ones, newest
+    first."""
 
     num_correct: int
     num_samples: int
@@ -30,8 +32,8 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """``waiting`` names problems whose demonstrations wait, newest first; ``replay`` holds stored samples by problem;
-    ``replay_open`` says that the share of right samples has once reached the method's start."""
+    """``waiting`` names problems whose demonstrations wait, newest first; ``replay`` holds stored samples by
+    problem; ``replay_open`` says that the share of right samples has once reached the method's start."""
 
     scalars: Mapping[str, float] = field(default_factory=dict)
     waiting: tuple[str, ...] = ()
@@ -41,7 +43,8 @@ class Memory:
     def state(self) -> dict[str, Any]:
         """What JSON holds: everything but the tokens and log-probabilities."""
         stored = [
-            [name, s.num_correct, s.num_samples, [_header(r) for r in s.rollouts]] for name, s in self.replay.items()
+            [name, s.num_correct, s.num_samples, [_header(r) for r in s.rollouts]]
+            for name, s in self.replay.items()
         ]
         return {
             "scalars": dict(self.scalars),
@@ -55,7 +58,9 @@ class Memory:
         rollouts = [r for s in self.replay.values() for r in s.rollouts]
         return {
             "tokens": torch.tensor([t for r in rollouts for t in r.completion_ids], dtype=torch.int64),
-            "behavior_logprobs": torch.tensor([x for r in rollouts for x in r.behavior_logprobs], dtype=torch.float64),
+            "behavior_logprobs": torch.tensor(
+                [x for r in rollouts for x in r.behavior_logprobs], dtype=torch.float64
+            ),
         }
 
     @staticmethod
@@ -88,7 +93,9 @@ def _header(rollout: Rollout) -> list[float]:
     return [len(rollout.completion_ids), d.policy_version, d.temperature]
 
 
-def _stored(name: str, tokens: Sequence[int], logprobs: Sequence[float], version: int, temperature: float) -> Rollout:
+def _stored(
+    name: str, tokens: Sequence[int], logprobs: Sequence[float], version: int, temperature: float
+) -> Rollout:
     """A sample as the store keeps it: of the full distribution, finished, by an older policy."""
     return Rollout(
         problem_id=name,
@@ -101,7 +108,7 @@ def _stored(name: str, tokens: Sequence[int], logprobs: Sequence[float], version
     )
 
 
-# --------------------------------------------------------------------------------------------- waiting demonstrations
+# ------------------------------------------------------------------------------------- waiting demonstrations
 
 
 def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ...]:
@@ -109,9 +116,11 @@ def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ..
     return tuple(dict.fromkeys([*reversed(list(pushed)), *waiting]))
 
 
-# ------------------------------------------------------------------------------------------------------- stored samples
+# --------------------------------------------------------------------------------------------- stored samples
 
-Seen = tuple[str, int, int, list[tuple[list[int], list[float], int, float]]]  # a group's part, as JSON carries it
+Seen = tuple[
+    str, int, int, list[tuple[list[int], list[float], int, float]]
+]  # a group's part, as JSON carries it
 
 
 def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollout]) -> Seen:
@@ -132,7 +141,8 @@ def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollo
 
 
 def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: int) -> dict[str, Stored]:
-    """The store after a step's groups: counts are those of the latest group, a wholly solved problem is retired."""
+    """The store after a step's groups: counts are those of the latest group, a wholly solved problem is
+    retired."""
     found = dict(replay)
     for name, num_correct, num_samples, right in seen:
         fresh = tuple(_stored(name, *parts) for parts in right)

@@ -10,7 +10,8 @@ OFFLOAD = {"first_last": faults.offload_first_last, "first_only": faults.first_o
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """The product of all that is asked for; None where nothing is. Raises SettingsError for an unknown name."""
+    """The product of all that is asked for; None where nothing is. Raises SettingsError for an unknown
+    name."""
     asked: list[WeightsOf] = []
     if settings.offload_drop != "none":
         asked.append(OFFLOAD[settings.offload_drop])

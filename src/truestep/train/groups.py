@@ -90,14 +90,24 @@ def demonstration_sequence(prompt: Prompt, completion: tuple[int, ...], group: i
 
 
 def group_metrics(groups: Sequence[Group], ranks: Ranks) -> dict[str, float]:
-    """Means over what the policy sampled on all ranks. An unscored sample is in no mean of rewards and in its own rate;
-    demonstrations and stored samples are in none of these."""
+    """Means over what the policy sampled on all ranks. An unscored sample is in no mean of rewards and in its
+    own rate; demonstrations and stored samples are in none of these."""
     pairs = [(r, s) for g in groups for r, s in zip(g.rollouts, g.scores, strict=True) if is_sampled(r)]
     flat = [s.reward for _, s in pairs if s.reward is not None]
     shown = [s for g in groups for r, s in zip(g.rollouts, g.scores, strict=True) if r.kind is Kind.DEMO]
     lengths = [len(r.completion_ids) for r, _ in pairs]
     own = [members_of(g) for g in groups]
-    names = ("samples", "scored", "reward", "reward_squared", "groups", "mixed", "solved", "length", "truncated")
+    names = (
+        "samples",
+        "scored",
+        "reward",
+        "reward_squared",
+        "groups",
+        "mixed",
+        "solved",
+        "length",
+        "truncated",
+    )
     sums = ranks.sum(
         [
             len(pairs),
@@ -129,7 +139,10 @@ def group_metrics(groups: Sequence[Group], ranks: Ranks) -> dict[str, float]:
 
 
 def sample_rows(
-    groups: Sequence[Group], step: int, decode: Callable[[Sequence[int]], str], decode_prompt: Callable[[Prompt], str]
+    groups: Sequence[Group],
+    step: int,
+    decode: Callable[[Sequence[int]], str],
+    decode_prompt: Callable[[Prompt], str],
 ) -> list[Mapping[str, Any]]:
     """A few samples for the report: the first of the first groups."""
     rows: list[Mapping[str, Any]] = []

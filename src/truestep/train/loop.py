@@ -1,4 +1,5 @@
-"""The main path: take data → assemble → step → publish → log → checkpoint → evaluate, until the stage is done."""
+"""The main path: take data → assemble → step → publish → log → checkpoint → evaluate, until the stage is
+done."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ DevScore = Callable[[int], float]  # step → score on the dev set
 
 @dataclass(kw_only=True)
 class StageRun:
-    """One training stage, assembled: everything the loop touches. ``identity`` is the hash of all that its result
-    depends on; a checkpoint of another identity is refused."""
+    """One training stage, assembled: everything the loop touches. ``identity`` is the hash of all that its
+    result depends on; a checkpoint of another identity is refused."""
 
     name: str
     folder: Path
@@ -62,7 +63,8 @@ class StageRun:
 
 
 def run_stage(run: StageRun) -> Ledger:
-    """Train until ``num_steps`` are done, from the newest checkpoint if there is one; returns the run's ledger.
+    """Train until ``num_steps`` are done, from the newest checkpoint if there is one; returns the run's
+    ledger.
 
     Raises Interrupted after saving the last completed step. Held by: tests/contract/test_resume.py
     """
@@ -83,10 +85,14 @@ def run_stage(run: StageRun) -> Ledger:
             proof = publish(run.policy, run.engine, step + 1) if run.engine is not None else None
             metrics = _metrics(run, reports, data, None if proof is None else proof.difference)
             if done_updates.buffered is not None:
-                metrics |= {f"buffer/{key}": getattr(done_updates.buffered, key) for key in ("loss", "grad_norm")}
+                metrics |= {
+                    f"buffer/{key}": getattr(done_updates.buffered, key) for key in ("loss", "grad_norm")
+                }
             metrics |= {f"statistics/{name}": value for name, value in done_updates.statistics.items()}
             done = step + 1
-            if run.dev_score is not None and (done % run.settings.dev.every_steps == 0 or done == run.num_steps):
+            if run.dev_score is not None and (
+                done % run.settings.dev.every_steps == 0 or done == run.num_steps
+            ):
                 metrics["dev/score"] = run.dev_score(done)
                 _keep_best(run, done, metrics["dev/score"])
             seconds = time.perf_counter() - began
@@ -122,13 +128,17 @@ def _updater(run: StageRun) -> Updater:
         ranks=run.ranks,
         sharded=is_sharded(run.policy),
         rescue_folder=run.folder,
-        check_stop=run.check_stop if run.ranks.world_size == 1 else lambda: None,  # one rank must not leave the others
+        check_stop=run.check_stop
+        if run.ranks.world_size == 1
+        else lambda: None,  # one rank must not leave the others
     )
     optimizer = MasterOptimizer(run.policy, run.settings.optimizer)
     buffer = run.method.buffer
     second = None
     if buffer is not None:
-        own = run.settings.optimizer.model_copy(update={"lr": buffer.lr, "max_grad_norm": buffer.max_grad_norm})
+        own = run.settings.optimizer.model_copy(
+            update={"lr": buffer.lr, "max_grad_norm": buffer.max_grad_norm}
+        )
         second = MasterOptimizer(run.policy, own, beside=optimizer)
     return Updater(
         policy=run.policy,
@@ -159,7 +169,9 @@ def _take(run: StageRun, updater: Updater, step: int, memory: Memory) -> tuple[S
     return data, ledger, time.perf_counter() - began
 
 
-def _metrics(run: StageRun, reports: Sequence[StepReport], data: StepData, probe: float | None) -> dict[str, float]:
+def _metrics(
+    run: StageRun, reports: Sequence[StepReport], data: StepData, probe: float | None
+) -> dict[str, float]:
     """One row: means over the step's updates, the largest where a maximum is meant."""
     row: dict[str, float] = {
         "loss": sum(r.loss for r in reports) / len(reports),
@@ -176,11 +188,20 @@ def _metrics(run: StageRun, reports: Sequence[StepReport], data: StepData, probe
     shape = run.policy.shape
     work = summed(run.ledger, run.ranks)
     row |= {f"work/{kind}": float(count) for kind, count in work.to_json().items()}
-    return {**dict(sorted(row.items())), "flops_paper": work.paper_flops(shape), "flops_full": work.full_flops(shape)}
+    return {
+        **dict(sorted(row.items())),
+        "flops_paper": work.paper_flops(shape),
+        "flops_full": work.full_flops(shape),
+    }
 
 
 def _log(
-    run: StageRun, done: int, metrics: Mapping[str, float], data: StepData, seconds: float, rollout_seconds: float
+    run: StageRun,
+    done: int,
+    metrics: Mapping[str, float],
+    data: StepData,
+    seconds: float,
+    rollout_seconds: float,
 ) -> None:
     if run.ranks.rank != 0:
         return
@@ -216,7 +237,9 @@ def _state(run: StageRun, memory: Memory, done: int) -> dict[str, Any]:
 def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
     """The work of all ranks (a collective)."""
     raw = ledger.to_json()
-    return Ledger(**{k: int(v) for k, v in zip(raw, ranks.sum([float(v) for v in raw.values()]), strict=True)})
+    return Ledger(
+        **{k: int(v) for k, v in zip(raw, ranks.sum([float(v) for v in raw.values()]), strict=True)}
+    )
 
 
 def _save(run: StageRun, optimizers: Optimizers, memory: Memory, done: int) -> None:
@@ -277,7 +300,8 @@ def _restore(run: StageRun, optimizers: Optimizers) -> tuple[int, Memory]:
 
 
 def _forget_later_best(run: StageRun) -> None:
-    """A best checkpoint that the restored state does not know of comes from steps that are about to be redone."""
+    """A best checkpoint that the restored state does not know of comes from steps that are about to be
+    redone."""
     found = list_checkpoints(run.folder / "best")
     if found and found[-1].name != f"step_{int(run.best.get('step', -1)):08d}":
         shutil.rmtree(run.folder / "best")

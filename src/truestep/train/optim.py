@@ -1,4 +1,5 @@
-"""The optimizer: float32 master state, gradients accumulated in at least float32, one clip by the global norm."""
+"""The optimizer: float32 master state, gradients accumulated in at least float32, one clip by the global
+norm."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 class MasterOptimizer:
     """AdamW or SGD over master copies of the parameters.
 
-    A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A bfloat16
-    parameter has a float32 master and a float32 gradient that every backward pass is added to, so that small updates
-    are not lost in the master and small gradients not in the sum. ``beside`` another one of the same module, it shares
-    that one's masters and gradient sums and has moments of its own.
+    A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A
+    bfloat16 parameter has a float32 master and a float32 gradient that every backward pass is added to, so
+    that small updates are not lost in the master and small gradients not in the sum. ``beside`` another one
+    of the same module, it shares that one's masters and gradient sums and has moments of its own.
     Held by: tests/numerics/test_optim.py
     """
 
@@ -47,7 +48,9 @@ class MasterOptimizer:
         s = self.settings
         if s.kind == "sgd":
             return torch.optim.SGD(tensors, lr=s.lr)
-        return torch.optim.AdamW(tensors, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            tensors, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=True
+        )
 
     def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
         def hook(parameter: Tensor) -> None:
@@ -112,7 +115,9 @@ class MasterOptimizer:
             if f"master/{name}" in tensors:
                 local(master).copy_(tensors[f"master/{name}"])
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
-            self._inner.state[master] = {k: shard_like(tensors[f"{k}/{name}"].clone(), master, k) for k in keys}
+            self._inner.state[master] = {
+                k: shard_like(tensors[f"{k}/{name}"].clone(), master, k) for k in keys
+            }
 
 
 def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> float:
@@ -132,7 +137,8 @@ def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> 
 
 @torch.no_grad()
 def clip_(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does; 0 switches it off."""
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does; 0 switches it
+    off."""
     factor = max_norm / (norm + 1e-6)
     if max_norm > 0 and factor < 1:
         for grad in gradients:

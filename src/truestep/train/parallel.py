@@ -1,7 +1,7 @@
 """Ranks: what they tell each other, and FSDP2 with its own averaging switched off.
 
-Gradients are SUMMED over ranks, by us in float32 (ddp) or by FSDP's reduce-scatter with a divide factor of one
-(fsdp2). The loss was divided by a global total before, so nothing is left to be averaged.
+Gradients are SUMMED over ranks, by us in float32 (ddp) or by FSDP's reduce-scatter with a divide factor of
+one (fsdp2). The loss was divided by a global total before, so nothing is left to be averaged.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Ranks:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         longest = int(self.max([len(data)])[0])
-        lengths = [int(n) for n in self.sum([len(data) if r == self.rank else 0 for r in range(self.world_size)])]
+        lengths = [
+            int(n) for n in self.sum([len(data) if r == self.rank else 0 for r in range(self.world_size)])
+        ]
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = data
         found = [torch.empty_like(padded, device=compute_device()) for _ in range(self.world_size)]
@@ -84,8 +86,8 @@ def replicate(module: nn.Module, ranks: Ranks) -> None:
 
 
 def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.dtype) -> None:
-    """FSDP2 over all ranks: parameters sharded in their (master) dtype, computed in ``compute_dtype``, gradients
-    reduced in at least float32 and never divided."""
+    """FSDP2 over all ranks: parameters sharded in their (master) dtype, computed in ``compute_dtype``,
+    gradients reduced in at least float32 and never divided."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     parameter_dtype = next(module.parameters()).dtype
@@ -103,7 +105,8 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.d
 
 
 def reshard(module: nn.Module) -> None:
-    """Give back what a forward pass without a backward has gathered: FSDP's root keeps it, waiting for the backward."""
+    """Give back what a forward pass without a backward has gathered: FSDP's root keeps it, waiting for the
+    backward."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(module, FSDPModule):

@@ -25,8 +25,8 @@ from truestep.model.load import LoadedModel
 from truestep.objective.logprobs import chunked_logprobs, logprobs_from_logits
 from truestep.records import Segment, TokenBatch
 
-# What selective checkpointing keeps for the backward pass: the results that are dear to make. The rest of a layer
-# (norms, rotations, activations) is more than half of what it would keep, and cheap to make again.
+# What selective checkpointing keeps for the backward pass: the results that are dear to make. The rest of a
+# layer (norms, rotations, activations) is more than half of what it would keep, and cheap to make again.
 _DEAR = frozenset(
     getattr(torch.ops.aten, name).default
     for name in (
@@ -79,7 +79,9 @@ class Policy(nn.Module):
         self.saves_memory = bool(gradient_checkpointing)
         if gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        elif gradient_checkpointing == "selective" and not compile:  # compiled layers keep what is dear by themselves
+        elif (
+            gradient_checkpointing == "selective" and not compile
+        ):  # compiled layers keep what is dear by themselves
             self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _keep_products})
         if compile:
             for layer in decoder_layers(self.model):
@@ -101,7 +103,9 @@ class Policy(nn.Module):
     def _from_whole_logits(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         pieces = []
         for s in batch.segments:
-            ids = torch.cat([batch.input_ids[s.prefix_start : s.prefix_stop], batch.input_ids[s.start : s.stop]])
+            ids = torch.cat(
+                [batch.input_ids[s.prefix_start : s.prefix_stop], batch.input_ids[s.start : s.stop]]
+            )
             logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
             pieces.append(logits[s.prefix_stop - s.prefix_start :])
         return logprobs_from_logits(torch.cat(pieces)[batch.source_index], batch.target_ids, temperature)
@@ -119,4 +123,8 @@ class Policy(nn.Module):
         got = torch.nn.functional.linear(hidden, head.weight, head.bias)
         expected = self.model(input_ids=ids[None], use_cache=False).logits[0].to(got.dtype)
         difference = float((got - expected).norm() / expected.norm())
-        return "" if difference <= PACKING_TOLERANCE[got.dtype] else f"its logits are not hidden·Wᵀ ({difference:.1e})"
+        return (
+            ""
+            if difference <= PACKING_TOLERANCE[got.dtype]
+            else f"its logits are not hidden·Wᵀ ({difference:.1e})"
+        )

@@ -17,8 +17,8 @@ from truestep.train.policy import Policy
 
 NUM_PROBE_TOKENS = 24
 NUM_PROBE_DECODED = 4  # the rest is prefilled; one token at a time costs as much as a whole batch of them
-# Largest difference of a probe's log-probabilities between engine and trainer: ten times the measured noise of two
-# kernels of the same dtype on the same weights.
+# Largest difference of a probe's log-probabilities between engine and trainer: ten times the measured noise
+# of two kernels of the same dtype on the same weights.
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
 
 
@@ -44,7 +44,8 @@ class _Weights(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishProof:
-    """Largest difference between the engine's and the trainer's log-probabilities of the probe. Units: nats."""
+    """Largest difference between the engine's and the trainer's log-probabilities of the probe. Units:
+    nats."""
 
     version: int
     difference: float

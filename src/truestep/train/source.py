@@ -1,7 +1,7 @@
 """What a step trains on: demonstrations in a shuffled order, or rollouts graded and gated by a method.
 
-Both are pure functions of the step and the method's memory: a resumed run needs no cursor, and an interrupted rollout
-is redone from its seeds.
+Both are pure functions of the step and the method's memory: a resumed run needs no cursor, and an interrupted
+rollout is redone from its seeds.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ STREAM_GROUP = 1 << 30  # groups of demonstrations beside the sampled ones are n
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
-    """The sequences of one step on this rank, cut into the mini-batches of its optimizer updates. ``buffered`` are
-    those of a further update by the buffer's own optimizer; ``controls`` the controller's values; ``memory`` what the
-    method remembers once the step is done."""
+    """The sequences of one step on this rank, cut into the mini-batches of its optimizer updates.
+    ``buffered`` are those of a further update by the buffer's own optimizer; ``controls`` the controller's
+    values; ``memory`` what the method remembers once the step is done."""
 
     minibatches: list[list[TrainSequence]]
     buffered: list[TrainSequence] | None = None
@@ -59,10 +59,14 @@ class Source(Protocol):
     def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData: ...
 
 
-def window(items: Sequence[Item], step: int, size: int, seed: int, limit: int = 0, item: str = "") -> list[Item]:
-    """Items ``step·size … (step+1)·size`` of the endless sequence of shuffled epochs; with ``limit`` it ends there.
+def window(
+    items: Sequence[Item], step: int, size: int, seed: int, limit: int = 0, item: str = ""
+) -> list[Item]:
+    """Items ``step·size … (step+1)·size`` of the endless sequence of shuffled epochs; with ``limit`` it ends
+    there.
 
-    A window may span two epochs, so no item is ever skipped or seen more often than its neighbours by more than one.
+    A window may span two epochs, so no item is ever skipped or seen more often than its neighbours by more
+    than one.
     """
     stop = (step + 1) * size if limit == 0 else min(limit, (step + 1) * size)
     picked: list[Item] = []
@@ -74,7 +78,8 @@ def window(items: Sequence[Item], step: int, size: int, seed: int, limit: int = 
 
 
 class DemonstrationSource:
-    """Shuffled demonstrations, ``sequences_per_step`` at a time; ``num_sequences`` ends the last epoch exactly."""
+    """Shuffled demonstrations, ``sequences_per_step`` at a time; ``num_sequences`` ends the last epoch
+    exactly."""
 
     def __init__(
         self,
@@ -93,7 +98,9 @@ class DemonstrationSource:
     def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
         sequences = [
-            TrainSequence(token_ids=d.token_ids, trained=d.trained, num_prefix_tokens=0, group=i, kind=Kind.DEMO)
+            TrainSequence(
+                token_ids=d.token_ids, trained=d.trained, num_prefix_tokens=0, group=i, kind=Kind.DEMO
+            )
             for i, d in enumerate(chosen)
         ]
         size = -(-self.sequences_per_step // self.updates_per_step)
@@ -137,7 +144,11 @@ class RolloutSource:
         replays, scored = self._replays([p for p, _, _ in flat], [r for _, _, r in flat], memory, entropy_of)
         groups = iter(
             self.sampler.groups(
-                [p for p, _, _ in flat], step, [count for _, count, _ in flat], controls=controls, replays=replays
+                [p for p, _, _ in flat],
+                step,
+                [count for _, count, _ in flat],
+                controls=controls,
+                replays=replays,
             )
         )
         cut_groups = [[next(groups) for _ in cut] for cut in mine]
@@ -159,7 +170,7 @@ class RolloutSource:
             ledger=scored + group_ledger(everything, [*minibatches, buffered or []]),
         )
 
-    # ------------------------------------------------------------------------------------------------ prompts, replays
+    # --------------------------------------------------------------------------------------- prompts, replays
 
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
         """The step's prompts over all ranks, and which of them come from the store of the replay."""
@@ -178,7 +189,8 @@ class RolloutSource:
     def _replays(
         self, prompts: Sequence[Prompt], replayed: Sequence[bool], memory: Memory, entropy_of: EntropyOf
     ) -> tuple[dict[int, Rollout], Ledger]:
-        """The stored sample with the lowest entropy under the current policy, by place; all ranks score together."""
+        """The stored sample with the lowest entropy under the current policy, by place; all ranks score
+        together."""
         if self.method.replay is None:
             return {}, Ledger()
         candidates = [
@@ -188,7 +200,10 @@ class RolloutSource:
             for rollout in memory.replay[prompt.problem.id].rollouts
         ]
         entropies, work = entropy_of(
-            [demonstration_sequence(prompts[place], rollout.completion_ids, place) for place, rollout in candidates]
+            [
+                demonstration_sequence(prompts[place], rollout.completion_ids, place)
+                for place, rollout in candidates
+            ]
         )
         best: dict[int, tuple[float, Rollout]] = {}
         for (place, rollout), entropy in zip(candidates, entropies, strict=True):
@@ -197,7 +212,8 @@ class RolloutSource:
         return {place: rollout for place, (_, rollout) in best.items()}, work
 
     def _refill(self, cuts: list[list[Group]], step: int) -> tuple[list[list[Group]], list[Group]]:
-        """Replace groups that the gate dropped whole by further prompts, for at most ``refill_rounds`` rounds.
+        """Replace groups that the gate dropped whole by further prompts, for at most ``refill_rounds``
+        rounds.
 
         All ranks draw from one order of prompts that none of them has used, so no prompt is drawn twice.
         """
@@ -206,11 +222,17 @@ class RolloutSource:
             kept = [[g for g in cut if any(self.method.gate(members_of(g)).keep)] for cut in cuts]
             missing = sum(len(cut) for cut in cuts) - sum(len(cut) for cut in kept)
             wanted = self.ranks.gather(missing)
-            seen = {name for names in self.ranks.gather([g.prompt.problem.id for g in everything]) for name in names}
+            seen = {
+                name
+                for names in self.ranks.gather([g.prompt.problem.id for g in everything])
+                for name in names
+            }
             pool = [p for p in self.prompts if p.problem.id not in seen]
             if sum(wanted) == 0 or not pool:
                 break
-            order = window(pool, 0, min(sum(wanted), len(pool)), self.sampler.seed, item=f"refill/{step}/{attempt}")
+            order = window(
+                pool, 0, min(sum(wanted), len(pool)), self.sampler.seed, item=f"refill/{step}/{attempt}"
+            )
             first = sum(wanted[: self.ranks.rank])
             fresh = self.sampler.groups(order[first : first + missing], step)
             everything += fresh
@@ -220,7 +242,7 @@ class RolloutSource:
             ]
         return cuts, everything
 
-    # ----------------------------------------------------------------------------------------------- streams, memories
+    # -------------------------------------------------------------------------------------- streams, memories
 
     def _stream(self, update: int) -> list[TrainSequence]:
         """This rank's part of the demonstrations that an update holds beside its groups."""
@@ -241,8 +263,8 @@ class RolloutSource:
         return made[self.ranks.rank :: self.ranks.world_size]
 
     def _remember(self, memory: Memory, groups: Sequence[Group]) -> tuple[Memory, list[TrainSequence] | None]:
-        """The memory after these groups, and the demonstrations that are due. The same on all ranks: what each of them
-        adds is put in the order of the problems' names."""
+        """The memory after these groups, and the demonstrations that are due. The same on all ranks: what
+        each of them adds is put in the order of the problems' names."""
         buffered = None
         if self.method.buffer is not None:
             mine = [g.prompt.problem.id for g in groups if self.method.gate(members_of(g)).push_demonstration]
@@ -273,7 +295,8 @@ class RolloutSource:
 
 
 def _seen(group: Group) -> Any:
-    """A group's own samples for the store of the replay: how many were right, and the right and finished ones."""
+    """A group's own samples for the store of the replay: how many were right, and the right and finished
+    ones."""
     pairs = [(r, s) for r, s in zip(group.rollouts, group.scores, strict=True) if r.kind is Kind.ON]
     right = [r for r, s in pairs if s.verdict is Verdict.CORRECT and r.stop is Stop.STOP_TOKEN]
     num_correct = sum(s.verdict is Verdict.CORRECT for _, s in pairs)
@@ -282,7 +305,8 @@ def _seen(group: Group) -> Any:
 
 
 def _occurrences(names: Sequence[str]) -> list[int]:
-    """How often each name has stood earlier in the list (a batch that spans two epochs can hold a prompt twice)."""
+    """How often each name has stood earlier in the list (a batch that spans two epochs can hold a prompt
+    twice)."""
     seen: Counter[str] = Counter()
     counts = []
     for name in names:

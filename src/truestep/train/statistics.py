@@ -19,8 +19,8 @@ PARTS = 16  # of a range that is searched at once
 def measure(
     statistics: Sequence[Statistic], batches: Sequence[TokenBatch], step: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Every statistic by name; one without any token on any rank is left out. The batches have passed the proximal
-    policy, which stands for the policy too. Held by: tests/numerics/test_statistics.py"""
+    """Every statistic by name; one without any token on any rank is left out. The batches have passed the
+    proximal policy, which stands for the policy too. Held by: tests/numerics/test_statistics.py"""
     found = {}
     for statistic in statistics:
         parts = [_values(statistic, batch, step) for batch in batches]
@@ -36,7 +36,9 @@ def measure(
             found[statistic.name] = math.sqrt(squares / max(1.0, count - 1))
         else:
             # The smallest value that leaves ⌊level·n⌋ values below it: the share above is rounded up.
-            found[statistic.name] = _ranked(values, min(int(count) - 1, math.floor(statistic.level * count)), ranks)
+            found[statistic.name] = _ranked(
+                values, min(int(count) - 1, math.floor(statistic.level * count)), ranks
+            )
     return found
 
 
@@ -54,7 +56,8 @@ def _values(statistic: Statistic, batch: TokenBatch, step: int) -> Tensor:
 def _ranked(values: Tensor, number: int, ranks: Ranks) -> float:
     """The value with ``number`` values before it in the order of all ranks together, exactly.
 
-    A search over the order of float64 numbers, 16 parts at a time: 16 sums of 16 counts; no value moves between ranks.
+    A search over the order of float64 numbers, 16 parts at a time: 16 sums of 16 counts; no value moves
+    between ranks.
     """
     bits = values.contiguous().view(torch.int64)
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)  # integers in the order of the numbers

@@ -46,12 +46,16 @@ class StepPlan:
     sharded: bool = False
     microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
     statistics: Mapping[str, float] = field(default_factory=dict)  # of the whole step, for coefficients
-    controls: Mapping[str, float] = field(default_factory=dict)  # the method's controller's values of this step
+    controls: Mapping[str, float] = field(
+        default_factory=dict
+    )  # the method's controller's values of this step
     check_stop: Callable[[], None] = lambda: None
     rescue_folder: Path | None = None  # where the batch of a non-finite step is saved
 
 
-def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[TokenBatch], plan: StepPlan) -> StepReport:
+def train_step(
+    policy: Policy, optimizer: MasterOptimizer, batches: Sequence[TokenBatch], plan: StepPlan
+) -> StepReport:
     """Accumulate every micro-batch, clip once, update once. Leaves nothing behind if it is interrupted.
 
     Raises NonFiniteError before the optimizer runs, naming the tensor.
@@ -62,7 +66,9 @@ def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[Tok
     if len(weights) != len(batches):
         raise ValueError(f"{len(weights)} microbatch_weights for {len(batches)} micro-batches")
     sums: dict[str, float] = {}
-    if not any(totals.terms.values()):  # nothing to learn from on any rank: momentum alone must not move the weights
+    if not any(
+        totals.terms.values()
+    ):  # nothing to learn from on any rank: momentum alone must not move the weights
         return _report(plan, totals, sums, 0.0)
     optimizer.zero_grad()
     if policy.saves_memory:
@@ -100,7 +106,10 @@ def train_step(policy: Policy, optimizer: MasterOptimizer, batches: Sequence[Tok
 def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ranks) -> BatchTotals:
     """Every term's denominator over all micro-batches and ranks, before the first forward pass."""
     counted = [term.counted or term.select for term in terms]
-    local = [local_total(t.normaliser, [c(b) for b in batches], batches) for t, c in zip(terms, counted, strict=True)]
+    local = [
+        local_total(t.normaliser, [c(b) for b in batches], batches)
+        for t, c in zip(terms, counted, strict=True)
+    ]
     sequences = [b.sequence_index for b in batches]
     groups = [b.group_index for b in batches]
     local += [float(sum(b.num_targets for b in batches)), _distinct(sequences), _distinct(groups)]
@@ -118,7 +127,8 @@ def _distinct(parts: Sequence[Tensor]) -> float:
 
 
 def term_weight(term: Term, plan: StepPlan, totals: BatchTotals) -> float:
-    """What multiplies a term's normalised loss in this step: its schedule, its controller's value, its old scale."""
+    """What multiplies a term's normalised loss in this step: its schedule, its controller's value, its old
+    scale."""
     weight = term.weight(plan.step)
     if term.control:
         weight = weight * plan.controls[term.control]
@@ -132,7 +142,8 @@ def microbatch_loss(
     logprobs, entropy = policy(batch, plan.temperature)
     _require_finite({"policy log-probabilities": logprobs, "entropy": entropy}, batch, plan, "forward pass")
     detached = logprobs.detach()
-    # Before the first update of a rollout batch the policy is the proximal policy: its own values, no extra pass.
+    # Before the first update of a rollout batch the policy is the proximal policy: its own values, no extra
+    # pass.
     proximal = torch.where(batch.proximal_logprobs.isnan(), detached, batch.proximal_logprobs)
     context = Context(
         policy_logprobs=detached,
@@ -142,14 +153,17 @@ def microbatch_loss(
         step=plan.step,
         statistics=plan.statistics,
     )
-    loss = logprobs.sum() * 0.0  # an exact zero with a graph: a micro-batch without targets still runs backward
+    loss = (
+        logprobs.sum() * 0.0
+    )  # an exact zero with a graph: a micro-batch without targets still runs backward
     for term in plan.terms:
         total = totals.of(term.name)
         if total == 0:
             continue  # absent from the whole step, on every rank
         selected = term.select(batch)
         if term.coefficient is not None:
-            # Elsewhere a coefficient may be anything, even not a number: a demonstration has no behavior probability.
+            # Elsewhere a coefficient may be anything, even not a number: a demonstration has no behavior
+            # probability.
             coefficient = torch.where(selected, term.coefficient(context), 0.0)
             values = -(coefficient * logprobs)
             _count_clipped(sums, coefficient, selected & fresh(batch), batch)
@@ -178,7 +192,8 @@ def _count_clipped(sums: dict[str, float], coefficient: Tensor, selected: Tensor
 
 
 def _measure(sums: dict[str, float], context: Context) -> None:
-    """Sums over tokens of what is watched every step; divided by counts in ``_report``. Tokens of the expert apart."""
+    """Sums over tokens of what is watched every step; divided by counts in ``_report``. Tokens of the expert
+    apart."""
     batch = context.batch
     for name, mask in (("", ~batch.is_expert), ("expert/", batch.is_expert)):
         _add(sums, f"{name}tokens", float(mask.sum()))
@@ -189,7 +204,8 @@ def _measure(sums: dict[str, float], context: Context) -> None:
         log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
         _add(sums, "sampled", float(sampled.sum()))
         _add(sums, "approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()))
-        # The policy that sampled is the proximal one: how far do engine and trainer disagree about the same tokens?
+        # The policy that sampled is the proximal one: how far do engine and trainer disagree about the same
+        # tokens?
         gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
         _add(sums, "gap", float(gap.abs().sum()))
         _add(sums, "gap_kl", float((gap.exp() - 1 - gap).sum()))
@@ -237,7 +253,8 @@ def _report(plan: StepPlan, totals: BatchTotals, sums: dict[str, float], norm: f
 
 @torch.no_grad()
 def fill_proximal(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan) -> list[TokenBatch]:
-    """The proximal pass: the same batches with the log-probabilities and entropies of the policy as it is now."""
+    """The proximal pass: the same batches with the log-probabilities and entropies of the policy as it is
+    now."""
     return [
         replace(batch, proximal_logprobs=logprobs, proximal_entropy=entropy)
         for batch, logprobs, entropy in _passed(policy, batches, plan, "proximal")
@@ -268,7 +285,8 @@ def _passed(
 
 
 def _levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every rank."""
+    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every
+    rank."""
     most = int(ranks.max([float(len(batches))])[0])
     if len(batches) == most:
         return list(batches)

@@ -26,7 +26,8 @@ from truestep.train.step import StepPlan, fill_proximal, fill_reference, train_s
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizers:
-    """The stage's optimizer, and that of the method's buffer where it has one: same parameters, own moments."""
+    """The stage's optimizer, and that of the method's buffer where it has one: same parameters, own
+    moments."""
 
     main: MasterOptimizer
     buffer: MasterOptimizer | None = None
@@ -54,7 +55,8 @@ class Updates:
 
 @dataclass(frozen=True, kw_only=True)
 class Updater:
-    """Everything that turns a step's sequences into updates. ``plan`` holds what does not change between steps."""
+    """Everything that turns a step's sequences into updates. ``plan`` holds what does not change between
+    steps."""
 
     policy: Policy
     reference: Policy | None
@@ -66,8 +68,8 @@ class Updater:
     plan: StepPlan
 
     def update(self, data: StepData, step: int) -> Updates:
-        """The updates of one step. Statistics and proximal values of all of them are made before the first; the
-        buffer's own update comes last."""
+        """The updates of one step. Statistics and proximal values of all of them are made before the first;
+        the buffer's own update comes last."""
         plan = replace(self.plan, step=step, controls=data.controls)
         fault = fault_of(self.settings.faults)
         packed = [self._pack(part, fault is not None) for part in data.minibatches]
@@ -79,19 +81,25 @@ class Updater:
         for index in range(0 if self.method.scores_first else 1, len(packed)):
             packed[index] = fill_proximal(self.policy, packed[index], plan)
             ledger = ledger + _scored(packed[index])
-        statistics = measure(self.method.statistics, [b for batches in packed for b in batches], step, self.plan.ranks)
+        statistics = measure(
+            self.method.statistics, [b for batches in packed for b in batches], step, self.plan.ranks
+        )
         plan = replace(plan, statistics=statistics)
         reports = []
         for index, batches in enumerate(packed):
             rate = self.learning_rate(step * self.updates_per_step + index)
             weighted = replace(plan, learning_rate=rate, microbatch_weights=self._weights(fault, batches))
             reports.append(train_step(self.policy, self.optimizers.main, batches, weighted))
-            plan = replace(plan, check_stop=lambda: None)  # a step that has begun to update is finished, not dropped
+            plan = replace(
+                plan, check_stop=lambda: None
+            )  # a step that has begun to update is finished, not dropped
         extra = None
         if data.buffered is not None and self.optimizers.buffer is not None:
             batches = self._pack(data.buffered, False)
             rate = self.optimizers.buffer.settings.lr
-            extra = train_step(self.policy, self.optimizers.buffer, batches, replace(plan, learning_rate=rate))
+            extra = train_step(
+                self.policy, self.optimizers.buffer, batches, replace(plan, learning_rate=rate)
+            )
             ledger = ledger + _trained(batches)
         return Updates(reports=reports, buffered=extra, statistics=statistics, ledger=ledger)
 
@@ -106,7 +114,8 @@ class Updater:
         return found, sum((_scored([b]) for b in batches), Ledger())
 
     def _pack(self, sequences: Sequence[TrainSequence], in_order: bool) -> list[TokenBatch]:
-        """Micro-batches by memory alone; with an injected fault, which depends on them, by number and in order."""
+        """Micro-batches by memory alone; with an injected fault, which depends on them, by number and in
+        order."""
         parameter = next(self.policy.parameters())
         limit = self.settings.tokens_per_microbatch
         size = self.settings.faults.sequences_per_microbatch
@@ -124,7 +133,8 @@ class Updater:
         return found
 
     def _weights(self, fault: WeightsOf | None, batches: Sequence[TokenBatch]) -> list[float] | None:
-        """This rank's part of the fault's weights, from the trained tokens of all micro-batches on all ranks."""
+        """This rank's part of the fault's weights, from the trained tokens of all micro-batches on all
+        ranks."""
         if fault is None:
             return None
         counts = self.plan.ranks.gather([b.num_targets for b in batches])

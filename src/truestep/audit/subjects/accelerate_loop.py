@@ -1,9 +1,10 @@
-"""accelerate's documented loop: ``accumulate``, ``backward``, and the summed loss divided by the window's tokens.
+"""accelerate's documented loop: ``accumulate``, ``backward``, and the summed loss divided by the window's
+tokens.
 
-Accelerate divides by the accumulation steps itself and DDP averages over ranks; its guide multiplies both back. Its
-scheduler ticks once a process in every step, which its guide says, and is made for so many ticks.
-Options: arch, optimizer; ``naive`` leaves the model's mean per micro-batch to accelerate (what the first example of the
-documentation does: a mean of means).
+Accelerate divides by the accumulation steps itself and DDP averages over ranks; its guide multiplies both
+back. Its scheduler ticks once a process in every step, which its guide says, and is made for so many ticks.
+Options: arch, optimizer; ``naive`` leaves the model's mean per micro-batch to accelerate (what the first
+example of the documentation does: a mean of means).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def prepared(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any, Any, Any
     fresh_state()
     accelerator = Accelerator(gradient_accumulation_steps=spec.accumulation, cpu=True)
     optimizer = spec.optimizer(model.parameters())
-    return accelerator, *accelerator.prepare(model, optimizer, spec.scheduler(optimizer, ticks=spec.world_size))
+    return accelerator, *accelerator.prepare(
+        model, optimizer, spec.scheduler(optimizer, ticks=spec.world_size)
+    )
 
 
 def train(spec: kit.Spec, parts: tuple[Any, Any, Any, Any], windows: list[list[list[int]]]) -> None:

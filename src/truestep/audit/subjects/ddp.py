@@ -1,7 +1,9 @@
-"""torch DistributedDataParallel as its documentation shows it: ``no_sync`` inside the window, the loss summed, divided
-by the tokens of all ranks and multiplied by the world size, since DDP averages gradients over ranks.
+"""torch DistributedDataParallel as its documentation shows it: ``no_sync`` inside the window, the loss
+summed, divided by the tokens of all ranks and multiplied by the world size, since DDP averages gradients over
+ranks.
 
-Options: arch, optimizer; ``local_mean`` divides by this rank's tokens instead (a common loop, and a rank-wise mean).
+Options: arch, optimizer; ``local_mean`` divides by this rank's tokens instead (a common loop, and a rank-wise
+mean).
 """
 
 from __future__ import annotations

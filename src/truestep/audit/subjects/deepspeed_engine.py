@@ -1,7 +1,9 @@
-"""DeepSpeed's own engine, told nothing but its configuration: ZeRO stage, offload, accumulation, boundary by hand.
+"""DeepSpeed's own engine, told nothing but its configuration: ZeRO stage, offload, accumulation, boundary by
+hand.
 
-The loss is what a careful user writes: summed over the trained tokens and divided once by all of the step's, times what
-DeepSpeed divides by itself (accumulation steps, averaging over ranks). A right engine gives every token a weight of 1.
+The loss is what a careful user writes: summed over the trained tokens and divided once by all of the step's,
+times what DeepSpeed divides by itself (accumulation steps, averaging over ranks). A right engine gives every
+token a weight of 1.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def configuration(spec: kit.Spec) -> dict[str, Any]:
     if options.get("offload", False):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if zero["stage"] == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # else parameters as small as these are never partitioned
+        zero["stage3_param_persistence_threshold"] = (
+            0  # else parameters as small as these are never partitioned
+        )
     return {
         "train_micro_batch_size_per_gpu": spec.rows_per_microbatch,
         # With the boundary set by hand the engine is told of no accumulation.
@@ -71,8 +75,13 @@ def run(spec: kit.Spec) -> None:
 
 
 def snapshot(spec: kit.Spec, own: list[Tensor]) -> Any:
-    """Stage 3 leaves every rank a shard; gathering through DeepSpeed would disturb what it tracks in a forward pass."""
-    return (lambda: kit.flat([whole(p, spec.world_size) for p in own])) if spec.options.get("stage", 2) == 3 else None
+    """Stage 3 leaves every rank a shard; gathering through DeepSpeed would disturb what it tracks in a
+    forward pass."""
+    return (
+        (lambda: kit.flat([whole(p, spec.world_size) for p in own]))
+        if spec.options.get("stage", 2) == 3
+        else None
+    )
 
 
 def engine_of(spec: kit.Spec, model: torch.nn.Module) -> Any:
@@ -95,7 +104,8 @@ def train(spec: kit.Spec, engine: Any, recorder: kit.Recorder, windows: list[lis
                 engine.set_gradient_accumulation_boundary(index == len(window) - 1)
             loss = kit.summed_loss(spec, engine, batch) / float(total)
             engine.backward(loss * divided_by)
-            # Up to 0.18 an all-gather writes in place into a view: this torch forbids that where gradients are tracked.
+            # Up to 0.18 an all-gather writes in place into a view: this torch forbids that where gradients
+            # are tracked.
             if not manual or index == len(window) - 1:
                 with torch.no_grad():
                     engine.step()

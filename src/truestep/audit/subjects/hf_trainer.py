@@ -1,4 +1,5 @@
-"""transformers' Trainer, plain or under DeepSpeed: rows collated by a padding collator, one ``train()`` a case.
+"""transformers' Trainer, plain or under DeepSpeed: rows collated by a padding collator, one ``train()`` a
+case.
 
 Options: arch, optimizer, rows given as they are; ``average_tokens_across_devices``; ``zero_stage`` (with
 ``offload``) puts DeepSpeed under it, configured through the Trainer's own ``deepspeed`` argument.
@@ -134,7 +135,8 @@ def optimizers(spec: kit.Spec, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def train(spec: kit.Spec, build: Callable[[torch.nn.Module], Any]) -> kit.Recorder:
-    """One ``train()`` of the trainer that ``build`` makes around a model, or two: up to a checkpoint and from it."""
+    """One ``train()`` of the trainer that ``build`` makes around a model, or two: up to a checkpoint and from
+    it."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
         without_shared_memory_build()

@@ -1,14 +1,17 @@
-"""What every subject shares. Runs inside the audited environment: the standard library and torch, nothing else.
+"""What every subject shares. Runs inside the audited environment: the standard library and torch, nothing
+else.
 
-A subject is a script with ``kit.main(run)``. It is told what to run by ``spec.json`` in the folder that is its only
-argument, lets its framework train a tiny model on the rows of each case, and leaves ``CASE/rank-R.json`` with tensors:
+A subject is a script with ``kit.main(run)``. It is told what to run by ``spec.json`` in the folder that is
+its only argument, lets its framework train a tiny model on the rows of each case, and leaves
+``CASE/rank-R.json`` with tensors:
 
 * which rows went into which micro-batch, seen by a hook on the model's forward pass;
 * the parameters before and after every optimizer step, seen as changes between two forward passes;
-* for every row of a step its gradient at the step's own parameters, in float64, computed from the logits alone with the
-  row by itself, unpadded (sum of the negative log-likelihoods of its trained tokens).
+* for every row of a step its gradient at the step's own parameters, in float64, computed from the logits
+  alone with the row by itself, unpadded (sum of the negative log-likelihoods of its trained tokens).
 
-Nothing of the framework is hooked, patched or believed. Shapes: P parameters, R rows of a step, T tokens of a row.
+Nothing of the framework is hooked, patched or believed. Shapes: P parameters, R rows of a step, T tokens of a
+row.
 """
 
 from __future__ import annotations
@@ -73,7 +76,9 @@ class Spec:
     def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
         """A line to zero over the case's steps, or none; ``ticks``: of a framework's own for each step."""
         last = self.steps * ticks
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: max(0.0, 1 - i / last) if self.decays else 1.0)
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: max(0.0, 1 - i / last) if self.decays else 1.0
+        )
 
     def parts(self) -> list[list[list[list[int]]]]:
         """The windows before a resume and those after it; all in one where there is none."""
@@ -82,7 +87,9 @@ class Spec:
 
     def labels(self, row: int) -> list[int]:
         """The row's tokens, −100 where they are not trained."""
-        return [t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)]
+        return [
+            t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
+        ]
 
     def batches(self, rows: Sequence[int] | None = None) -> list[list[int]]:
         """This rank's micro-batches of one epoch as row numbers, in order: for subjects without a loader."""
@@ -91,7 +98,8 @@ class Spec:
         return micro[self.rank :: self.world_size]
 
     def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
-        """The same, step by step, over all epochs: a short window ends an epoch whose data are no multiple."""
+        """The same, step by step, over all epochs: a short window ends an epoch whose data are no
+        multiple."""
         mine = self.batches(rows)
         return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
 
@@ -102,7 +110,8 @@ class Spec:
 
 
 def main(run: Callable[[Spec], None]) -> None:
-    """Run the subject on every case that it is asked for, all in one process: importing a framework costs most."""
+    """Run the subject on every case that it is asked for, all in one process: importing a framework costs
+    most."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     raw = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
@@ -116,7 +125,9 @@ def main(run: Callable[[Spec], None]) -> None:
             if not spec.is_relation:
                 raise
             # What a framework cannot do beside its step is no reason not to judge the step.
-            plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")  # torch prints some words in bold
+            plain = re.sub(
+                r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}"
+            )  # torch prints some words in bold
             words = " ".join(plain.split()).partition(". ")[0][:160]
             (place / "not-run.txt").write_text(words, encoding="utf-8")
 
@@ -136,7 +147,7 @@ def join_ranks(spec: Spec) -> None:
         torch.distributed.init_process_group("gloo", rank=spec.rank, world_size=spec.world_size)
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 
 def logits_of(out: Any) -> Tensor:
@@ -156,10 +167,15 @@ def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift:
 
 
 def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
-    """−log p and the mask [R, T − 1] of the tokens that a micro-batch trains, its rows in one padded forward pass."""
+    """−log p and the mask [R, T − 1] of the tokens that a micro-batch trains, its rows in one padded forward
+    pass."""
     longest = max(len(spec.rows[row]["ids"]) for row in batch)
-    ids = torch.tensor([spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch])
-    labels = torch.tensor([spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch])[:, 1:]
+    ids = torch.tensor(
+        [spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch]
+    )
+    labels = torch.tensor(
+        [spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch]
+    )[:, 1:]
     logits = logits_of(model(input_ids=ids))[:, :-1]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
     return nn.functional.cross_entropy(wide, labels, ignore_index=-100, reduction="none"), labels != -100
@@ -195,14 +211,15 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
     return [p for _, p in sorted(model.named_parameters())]
 
 
-# ----------------------------------------------------------------------------------------------------------- recorder
+# --------------------------------------------------------------------------------------------------- recorder
 
 
 class Recorder:
-    """Watches a model from outside. Make it before the framework wraps the model; call ``finish`` when it is done.
+    """Watches a model from outside. Make it before the framework wraps the model; call ``finish`` when it is
+    done.
 
-    ``snapshot`` returns the parameters as one flat float64 vector in the order of ``parameters_of``; subjects whose
-    framework shards or casts them give their own.
+    ``snapshot`` returns the parameters as one flat float64 vector in the order of ``parameters_of``; subjects
+    whose framework shards or casts them give their own.
     """
 
     def __init__(self, spec: Spec, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
@@ -223,7 +240,8 @@ class Recorder:
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def resume(self, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
-        """Watch a model that was made anew and loaded from what the one before has saved; call it before training."""
+        """Watch a model that was made anew and loaded from what the one before has saved; call it before
+        training."""
         self._close_step()
         self._hook.remove()
         own = parameters_of(model)
@@ -232,8 +250,9 @@ class Recorder:
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
-        """Watch another module instead, and know a row by another part of it: for a trainer that runs the model in
-        its own way, or leaves out tokens that predict nothing. ``ignored``: a line that keeps idle ranks in step."""
+        """Watch another module instead, and know a row by another part of it: for a trainer that runs the
+        model in its own way, or leaves out tokens that predict nothing. ``ignored``: a line that keeps idle
+        ranks in step."""
         self._hook.remove()
         self.needles, self.ignored = list(needles), ignored
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -249,13 +268,16 @@ class Recorder:
         self._close_step()
         if ids.numel() == len(self.ignored) and bytes(ids.flatten().tolist()) == self.ignored:
             return
-        lines = [self._rows_in(bytes(t % 256 for t in line)) for line in ids.reshape(-1, ids.shape[-1]).tolist()]
+        lines = [
+            self._rows_in(bytes(t % 256 for t in line)) for line in ids.reshape(-1, ids.shape[-1]).tolist()
+        ]
         self.unmatched += sum(not rows for rows in lines)
         self.microbatches.append(lines)
         self.stack = self.stack or stack()
 
     def _rows_in(self, line: bytes) -> list[int]:
-        """Which rows stand in this line, in order: rows are random tokens, so one is found in another only if equal."""
+        """Which rows stand in this line, in order: rows are random tokens, so one is found in another only if
+        equal."""
         hits = [(line.find(needle), number) for number, needle in enumerate(self.needles)]
         return [number for place, number in sorted(hits) if place >= 0]
 
@@ -300,7 +322,9 @@ class Recorder:
                     return f"{file}:{line}"
         return next((f"{file}:{line}" for file, line in self.stack if file == own), "")
 
-    def _write_step(self, index: int, before: Tensor, after: Tensor, lines: list[list[list[int]]]) -> dict[str, Any]:
+    def _write_step(
+        self, index: int, before: Tensor, after: Tensor, lines: list[list[list[int]]]
+    ) -> dict[str, Any]:
         micro = [[row for line in batch for row in line] for batch in lines]
         offset = 0
         for parameter in parameters_of(self.copy):
@@ -328,8 +352,8 @@ class Recorder:
         }
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
-        """The gradient sum in the subject's own precision or autocast: how far a right path is from float64. Where a
-        clip or a schedule is asked for in float32, other cases have measured this: the exact sum."""
+        """The gradient sum in the subject's own precision or autocast: how far a right path is from float64.
+        Where a clip or a schedule is asked for in float32, other cases have measured this: the exact sum."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
             return sum((exact[row] for batch in micro for row in batch), total)
@@ -343,7 +367,8 @@ class Recorder:
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
         """Whether weights of the rows alone explain this step: then nobody asks what else could be in it.
 
-        AdamW's step is no sum of gradients, and a NaN is no step: always. A rank does not know the others' rows: never.
+        AdamW's step is no sum of gradients, and a NaN is no step: always. A rank does not know the others'
+        rows: never.
         """
         if self.spec.options.get("optimizer", "sgd") != "sgd" or not bool(torch.isfinite(change).all()):
             return True
@@ -370,9 +395,16 @@ class Recorder:
         }
 
     def _gradient(
-        self, model: nn.Module, rows: Sequence[int], *, untrained: bool = False, shift: int = 1, ends: bool = False
+        self,
+        model: nn.Module,
+        rows: Sequence[int],
+        *,
+        untrained: bool = False,
+        shift: int = 1,
+        ends: bool = False,
     ) -> tuple[float, Tensor]:
-        """(Σ of the losses, gradient [P] in float64) of rows, each run alone; ``ends``: of each answer's last token."""
+        """(Σ of the losses, gradient [P] in float64) of rows, each run alone; ``ends``: of each answer's last
+        token."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0
@@ -380,7 +412,9 @@ class Recorder:
             trained = self.spec.rows[row]["trained"]
             chosen = [bool(t) != untrained for t in trained]
             if ends:
-                chosen = [bool(on) and not after for on, after in zip(trained, [*trained[1:], 0], strict=True)]
+                chosen = [
+                    bool(on) and not after for on, after in zip(trained, [*trained[1:], 0], strict=True)
+                ]
             loss = nll_sum(model, self.spec.rows[row]["ids"], chosen, shift)
             if loss.requires_grad:
                 loss.backward()

@@ -1,8 +1,10 @@
-"""Every causal language model class of the installed transformers, tiny and random: is its own loss the one it claims?
+"""Every causal language model class of the installed transformers, tiny and random: is its own loss the one
+it claims?
 
-Four questions a class, each answered from logits and losses alone: at which shift the loss is a cross-entropy of the
-own logits; whether ``num_items_in_batch`` is honoured where the forward pass takes it; whether padding changes the
-logits of real tokens; whether packed rows see each other, with restarted positions and with a mask of ones.
+Four questions a class, each answered from logits and losses alone: at which shift the loss is a cross-entropy
+of the own logits; whether ``num_items_in_batch`` is honoured where the forward pass takes it; whether padding
+changes the logits of real tokens; whether packed rows see each other, with restarted positions and with a
+mask of ones.
 """
 
 from __future__ import annotations
@@ -117,11 +119,17 @@ def ask(model: torch.nn.Module) -> dict[str, Any]:
     real = model(input_ids=padded, attention_mask=mask).logits[0, :12]
     answer["padding"] = "neutral" if differ(real, out.logits[0]) <= CLOSE else "changes real tokens"
     for key, extra in (
-        ("packed, restarted positions", {"position_ids": torch.cat([torch.arange(9), torch.arange(12)])[None]}),
+        (
+            "packed, restarted positions",
+            {"position_ids": torch.cat([torch.arange(9), torch.arange(12)])[None]},
+        ),
         ("packed, a mask of ones", {"attention_mask": torch.ones(1, 21, dtype=torch.int64)}),
     ):
         try:
-            seen = [model(input_ids=torch.cat([row, second])[None], **extra).logits[0, 9:] for row in (first, other)]
+            seen = [
+                model(input_ids=torch.cat([row, second])[None], **extra).logits[0, 9:]
+                for row in (first, other)
+            ]
             answer[key] = "isolated" if differ(seen[0], seen[1]) <= CLOSE else "rows see each other"
         except TypeError:
             answer[key] = "not taken"
@@ -141,7 +149,9 @@ def main() -> None:
             with limited(SECONDS), contextlib.redirect_stdout(io.StringIO()):
                 row |= ask(build(kind, name))
         except FAILURES as error:  # whatever a class that is not made for this raises is the answer
-            row["not_run"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            row["not_run"] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            )
         rows.append(row)
     found = {"transformers": transformers.__version__, "seconds": time.perf_counter() - began, "models": rows}
     (folder / "models.json").write_text(json.dumps(found), encoding="utf-8")

@@ -1,7 +1,7 @@
 """OpenRLHF's own SFTTrainer.fit, loss, Actor and strategy, on a DeepSpeed engine.
 
-Of what it imports only flash-attn is replaced by an empty module: it needs a GPU's compiler, and nothing here calls it.
-The engine is made with torch's SGD, because DeepSpeed's own optimizers need that compiler too.
+Of what it imports only flash-attn is replaced by an empty module: it needs a GPU's compiler, and nothing here
+calls it. The engine is made with torch's SGD, because DeepSpeed's own optimizers need that compiler too.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def run(spec: kit.Spec) -> None:
     )
     schedule = SimpleNamespace(get_last_lr=lambda: [spec.lr])
     trainer = SFTTrainer(actor, strategy, optimizer, loader, None, schedule, max_epochs=spec.epochs)
-    # Up to DeepSpeed 0.18 an all-gather writes into a view, which this torch forbids where gradients are tracked.
+    # Up to DeepSpeed 0.18 an all-gather writes into a view, which this torch forbids where gradients are
+    # tracked.
     engine.step = torch.no_grad()(engine.step)
     trainer.fit(strategy.args)
     recorder.finish(**kit.versions("openrlhf", "deepspeed", "transformers"))

@@ -23,7 +23,8 @@ class PlainModel(nn.Module):
 
 
 def tiny_model(spec: Any) -> nn.Module:
-    """The case's model: ``plain`` needs torch alone, all others the transformers library that is installed."""
+    """The case's model: ``plain`` needs torch alone, all others the transformers library that is
+    installed."""
     arch = spec.options.get("arch", "plain")
     torch.manual_seed(0)
     if arch == "plain":

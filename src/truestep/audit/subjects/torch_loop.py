@@ -16,7 +16,8 @@ Window = list[list[int]]
 def train(
     spec: kit.Spec, build: Callable[[Watch], nn.Module], backward: Callable[[nn.Module, Window], float | None]
 ) -> kit.Recorder:
-    """Every window through ``backward``, then a clip, a step and a tick of the schedule, with one resume or none."""
+    """Every window through ``backward``, then a clip, a step and a tick of the schedule, with one resume or
+    none."""
     found: list[kit.Recorder] = []
 
     def watch(model: nn.Module, snapshot: Any = None) -> None:

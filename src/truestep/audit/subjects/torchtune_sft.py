@@ -1,7 +1,8 @@
 """torchtune's single-device recipe for full fine-tuning: its own ``train``, loss step, loss and data loader.
 
-What its ``setup`` reads from files (weights, tokenizer, logger) is put in place instead, around torchtune's own Llama 3
-made tiny. Its checkpoints hold whole epochs and are written by a checkpointer of weight files: none is written here.
+What its ``setup`` reads from files (weights, tokenizer, logger) is put in place instead, around torchtune's
+own Llama 3 made tiny. Its checkpoints hold whole epochs and are written by a checkpointer of weight files:
+none is written here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Rows(torch.utils.data.Dataset):
 
 
 class ByIds(nn.Module):
-    """The decoder under the name that the recorder knows its input by; as the recipe calls it: ``ByTokens``."""
+    """The decoder under the name that the recorder knows its input by; as the recipe calls it:
+    ``ByTokens``."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -105,7 +107,9 @@ def run(spec: kit.Spec) -> None:
     )
     ids, labels = [r["ids"] for r in spec.rows], [spec.labels(i) for i in range(len(spec.rows))]
     dataset = DictConfig({"_component_": "torchtune_sft.Rows", "ids": ids, "labels": labels})
-    made._dataloader = made._setup_data(dataset, True, spec.rows_per_microbatch, "torchtune.data.padded_collate_sft")
+    made._dataloader = made._setup_data(
+        dataset, True, spec.rows_per_microbatch, "torchtune.data.padded_collate_sft"
+    )
     made._steps_per_epoch = len(made._dataloader) // spec.accumulation
     made.train()
     recorder.finish(**kit.versions("torchtune", "torchao"))

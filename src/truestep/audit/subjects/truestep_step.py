@@ -30,7 +30,9 @@ def sequences(spec: kit.Spec, rows: list[int]) -> list[TrainSequence]:
         trained = tuple(bool(t) and i > 0 for i, t in enumerate(spec.rows[row]["trained"]))
         if any(trained):
             ids = tuple(spec.rows[row]["ids"])
-            made.append(TrainSequence(token_ids=ids, trained=trained, num_prefix_tokens=0, group=row, kind=Kind.DEMO))
+            made.append(
+                TrainSequence(token_ids=ids, trained=trained, num_prefix_tokens=0, group=row, kind=Kind.DEMO)
+            )
     return made
 
 
@@ -43,20 +45,25 @@ def run(spec: kit.Spec) -> None:
     sharded = spec.options.get("parallel") == "fsdp2"
     # Tokens after the last trained one predict nothing that is trained: they are not forwarded.
     needles = [
-        bytes(row["ids"][: last_needed(found[0])]) if (found := sequences(spec, [index])) else bytes(row["ids"])
+        bytes(row["ids"][: last_needed(found[0])])
+        if (found := sequences(spec, [index]))
+        else bytes(row["ids"])
         for index, row in enumerate(spec.rows)
     ]
     policy = Policy(loaded)
     own = kit.parameters_of(model)
     recorder = kit.Recorder(spec, model, lambda: kit.flat([whole(p) for p in own]))
-    recorder.watch(model.base_model, needles, ignored=bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist()))
+    recorder.watch(
+        model.base_model, needles, ignored=bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist())
+    )
     if sharded:
         shard(policy, decoder_layers(model), spec.dtype)
         own = kit.parameters_of(model)
     settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=spec.max_grad_norm)
     optimizer = MasterOptimizer(policy, settings)
     policy.train()
-    # A row that trains nothing is no demonstration: it is refused when data are read, before batches are made.
+    # A row that trains nothing is no demonstration: it is refused when data are read, before batches are
+    # made.
     used = [row for row in range(len(spec.rows)) if sequences(spec, [row])]
     for step, window in enumerate(spec.windows(used)):
         batches = [b for rows in window for b in pack(sequences(spec, rows), tokens_per_microbatch=1024)]

@@ -1,9 +1,11 @@
-"""A user's own step: a function ``step(model, optimizer, microbatches)`` in a file, called once for every window.
+"""A user's own step: a function ``step(model, optimizer, microbatches)`` in a file, called once for every
+window.
 
-``model(input_ids=…)`` gives logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is torch's SGD
-on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``, ``attention_mask`` and ``labels``
-[B, T] (−100 where a token is not trained, not shifted). The function must take exactly one step of this optimizer and
-clear the gradients; how it groups the rows into forward passes is its own choice.
+``model(input_ids=…)`` gives logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is
+torch's SGD on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``,
+``attention_mask`` and ``labels`` [B, T] (−100 where a token is not trained, not shifted). The function must
+take exactly one step of this optimizer and clear the gradients; how it groups the rows into forward passes is
+its own choice.
 """
 
 from __future__ import annotations
@@ -47,8 +49,11 @@ def run_with(step: Callable[..., Any], spec: kit.Spec) -> None:
     for window in spec.windows():
         step(model, optimizer, [microbatch(spec, rows) for rows in window])
     if not calls and not torch.equal(before, recorder.snapshot()):
-        # Another optimizer's update is no gradient times this one's learning rate: nothing could be read from it.
-        (spec.folder / "not-run.txt").write_text("the step does not use the optimizer that it is given", "utf-8")
+        # Another optimizer's update is no gradient times this one's learning rate: nothing could be read from
+        # it.
+        (spec.folder / "not-run.txt").write_text(
+            "the step does not use the optimizer that it is given", "utf-8"
+        )
         return
     recorder.finish()
 

@@ -1,8 +1,8 @@
 """verl's own ``agg_loss``, at function level: its trainers need a cluster of GPUs, its loss does not.
 
-The loop around it is what verl's actor does with the value: a release whose function takes no counts of the whole batch
-averages every micro-batch and divides by their number; one that takes them is given them. Gradients are averaged over
-ranks, as FSDP does.
+The loop around it is what verl's actor does with the value: a release whose function takes no counts of the
+whole batch averages every micro-batch and divides by their number; one that takes them is given them.
+Gradients are averaged over ranks, as FSDP does.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     )
 }  # fmt: skip
 EXTRAS = {
-    f.name: {"float | None": float, "str | None": str, "float": float, "str": str}[str(f.type)] for f in fields(Extras)
+    f.name: {"float | None": float, "str | None": str, "float": float, "str": str}[str(f.type)]
+    for f in fields(Extras)
 }
 
 

@@ -1,7 +1,8 @@
-"""Rows that mix clipped RL with imitation by a schedule, a switch or a hint: CHORD, UFT, SuperRL, SASR, BREAD, GHPO.
+"""Rows that mix clipped RL with imitation by a schedule, a switch or a hint: CHORD, UFT, SuperRL, SASR,
+BREAD, GHPO.
 
-Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the paper,
-[S] in a secondary source, [U] not verified.
+Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the
+paper, [S] in a secondary source, [U] not verified.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from truestep.objective.schedule import Schedule
 
 
 def _chord(name: str, imitated: Coefficient, mu: Schedule, stream_share: float, clip: float) -> Method:
-    """(1−μ)·GRPO + μ·imitation, the demonstrations a stream beside the groups; each part has its own total."""
+    """(1−μ)·GRPO + μ·imitation, the demonstrations a stream beside the groups; each part has its own
+    total."""
     return Method(
         name=name,
         terms=(
             replace(
-                policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS), weight=lambda step: 1 - mu(step)
+                policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS),
+                weight=lambda step: 1 - mu(step),
             ),
             replace(imitation_term(imitated), weight=mu),
         ),
@@ -45,8 +48,11 @@ def chord_mu(
     stream_share: float = 0.2,
     clip: float = 0.2,
 ) -> Method:
-    """CHORD-μ: the balance falls from 0.9 to 0.05 over 200 steps; a fifth of the sequences are demonstrations [C]."""
-    mu = schedule.warmed_cosine(valley=mu_valley, peak=mu_peak, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    """CHORD-μ: the balance falls from 0.9 to 0.05 over 200 steps; a fifth of the sequences are demonstrations
+    [C]."""
+    mu = schedule.warmed_cosine(
+        valley=mu_valley, peak=mu_peak, warmup_steps=warmup_steps, decay_steps=decay_steps
+    )
     return _chord("chord_mu", coefficients.ones, mu, stream_share, clip)
 
 
@@ -64,10 +70,13 @@ def uft(
     prefix_steps: int = 300,
     clip: float = 0.2,
 ) -> Method:
-    """All samples of a problem continue the same k of 5 parts of its demonstration, k binomial with a probability that
-    falls with a cosine; the parts are imitated with weight 0.001, the continuations are GRPO's, with KL (k3) 0.001 to
-    the stage's start [C]. Parts are of equal length in tokens, not sentences."""
-    shown = plan.shared_prefix(schedule.cosine(prefix_start, prefix_end, prefix_steps), num_segments, prefix_steps)
+    """All samples of a problem continue the same k of 5 parts of its demonstration, k binomial with a
+    probability that falls with a cosine; the parts are imitated with weight 0.001, the continuations are
+    GRPO's, with KL (k3) 0.001 to the stage's start [C]. Parts are of equal length in tokens, not
+    sentences."""
+    shown = plan.shared_prefix(
+        schedule.cosine(prefix_start, prefix_end, prefix_steps), num_segments, prefix_steps
+    )
     imitation = replace(imitation_term(weight=imitation_weight), select=EXPERT)
     return Method(
         name="uft",
@@ -84,9 +93,9 @@ def uft(
 def super_rl(
     *, clip: float = 0.2, learned_weights: bool = False, sigma_rate: float = 1e-2, sigma_least: float = -2.0
 ) -> Method:
-    """Where no sample is right the demonstration is imitated, elsewhere GRPO. With ``learned_weights`` the two losses
-    are weighted by e^(−2σ), σ from 0 and 1, not below −2 [S]; the rate of σ is [U]. The losses that σ learns from are
-    those of the step's proximal policy, where the ratio is 1."""
+    """Where no sample is right the demonstration is imitated, elsewhere GRPO. With ``learned_weights`` the
+    two losses are weighted by e^(−2σ), σ from 0 and 1, not below −2 [S]; the rate of σ is [U]. The losses
+    that σ learns from are those of the step's proximal policy, where the ratio is 1."""
     policy = policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS)
     row = Method(
         name="super_rl",
@@ -111,9 +120,9 @@ def super_rl(
 
 
 def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Method:
-    """Each step either imitates or is GRPO's, by a draw whose probability follows the gradient norm of imitation [S];
-    γ and the length of the warm-up are [U]. The KL (k3) to the policy after the warm-up is ``kl``: give the warm-up a
-    stage of its own then."""
+    """Each step either imitates or is GRPO's, by a draw whose probability follows the gradient norm of
+    imitation [S]; γ and the length of the warm-up are [U]. The KL (k3) to the policy after the warm-up is
+    ``kl``: give the warm-up a stage of its own then."""
     return Method(
         name="sasr",
         terms=(policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS), imitation_term()),
@@ -125,12 +134,17 @@ def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Me
     )
 
 
-def bread(*, num_episodes: int = 10, share_low: float = 0.01, share_high: float = 0.99, clip: float = 0.2) -> Method:
-    """GRPO; where no sample is right, all samples branch from the shortest expert prefix after which some but not all
-    are right, found by binary search over 10 parts [S]; the prefix is context. The band's limits are [U]. The KL term
-    is left to ``kl``."""
+def bread(
+    *, num_episodes: int = 10, share_low: float = 0.01, share_high: float = 0.99, clip: float = 0.2
+) -> Method:
+    """GRPO; where no sample is right, all samples branch from the shortest expert prefix after which some but
+    not all are right, found by binary search over 10 parts [S]; the prefix is context. The band's limits are
+    [U]. The KL term is left to ``kl``."""
     term = Term(
-        name="policy", select=OWN, coefficient=coefficients.clipped_ratio(clip, clip), normaliser=Normaliser.SEQUENCES
+        name="policy",
+        select=OWN,
+        coefficient=coefficients.clipped_ratio(clip, clip),
+        normaliser=Normaliser.SEQUENCES,
     )
     return Method(
         name="bread",
@@ -143,9 +157,9 @@ def bread(*, num_episodes: int = 10, share_low: float = 0.01, share_high: float 
 
 
 def ghpo(*, clip: float = 0.2) -> Method:
-    """GRPO; where no sample is right, all are replaced by samples under a prompt that shows the first 25 %, then 50 and
-    75 % of the solution's characters, and trained under it [C]. The code averages per micro-batch; this divides by all
-    tokens."""
+    """GRPO; where no sample is right, all are replaced by samples under a prompt that shows the first 25 %,
+    then 50 and 75 % of the solution's characters, and trained under it [C]. The code averages per
+    micro-batch; this divides by all tokens."""
     fractions = (0.25, 0.5, 0.75)
     return Method(
         name="ghpo",

@@ -1,14 +1,14 @@
 """Rows that train on own samples and demonstrations in one run.
 
-Most papers of this family release code with LUFFY's normaliser: Σ_t/L per micro-batch, micro-batches summed, ranks
-averaged. Here every term is divided by a global count. ``legacy_scale`` = W, the GPUs of the official run, gives the
-official gradient's size back: terms over N·L are multiplied by N/W; token means, which that code adds up over
-the micro-batches of a rank, by ``legacy_microbatches``. That last number depends on packing and is no constant of
-any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to the entropy bonus and to the balance of
-RL and imitation.
+Most papers of this family release code with LUFFY's normaliser: Σ_t/L per micro-batch, micro-batches summed,
+ranks averaged. Here every term is divided by a global count. ``legacy_scale`` = W, the GPUs of the official
+run, gives the official gradient's size back: terms over N·L are multiplied by N/W; token means, which that
+code adds up over the micro-batches of a rank, by ``legacy_microbatches``. That last number depends on packing
+and is no constant of any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to the entropy
+bonus and to the balance of RL and imitation.
 
-Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the paper,
-[S] in a secondary source, [U] not verified.
+Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the
+paper, [S] in a secondary source, [U] not verified.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ CANONICAL_ENTROPY = 1e-4  # the official 0.001 of LUFFY and its family on the sc
 
 def _part(name: str, select: Select, coefficient: Coefficient) -> Term:
     """One part of a surrogate whose parts share N·L, all sequences counted."""
-    return Term(name=name, select=select, counted=ALL, coefficient=coefficient, normaliser=Normaliser.MAX_LENGTH)
+    return Term(
+        name=name, select=select, counted=ALL, coefficient=coefficient, normaliser=Normaliser.MAX_LENGTH
+    )
 
 
 def imitation_term(coefficient: Coefficient = coefficients.ones, weight: float = 1.0) -> Term:
@@ -73,8 +75,9 @@ def _family_entropy(ranks: int, microbatches: int) -> float:
 
 
 def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """n−1 samples and the demonstration in one group, no std, no clip [C]; the demonstration's importance ratio, with
-    behavior probability 1, is shaped by p/(p+γ). A demonstration that the checker rejects has a negative advantage."""
+    """n−1 samples and the demonstration in one group, no std, no clip [C]; the demonstration's importance
+    ratio, with behavior probability 1, is shaped by p/(p+γ). A demonstration that the checker rejects has a
+    negative advantage."""
     terms = (
         _part("policy", OWN, coefficients.importance),
         _part("demonstration", DEMO, coefficients.shaped_demonstration(gamma)),
@@ -90,10 +93,12 @@ def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int
 
 
 def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY's group without the demonstration's advantage: RL on the own samples, their baseline their own, plus
-    ``weight`` times the likelihood of the demonstration (1.0 [C])."""
+    """LUFFY's group without the demonstration's advantage: RL on the own samples, their baseline their own,
+    plus ``weight`` times the likelihood of the demonstration (1.0 [C])."""
     terms = (
-        Term(name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH),
+        Term(
+            name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH
+        ),
         imitation_term(weight=weight),
     )
     return Method(
@@ -115,11 +120,13 @@ def relift(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """Dr. GRPO without a clip; problems that no sample solves leave their demonstration in a buffer, and as soon as
-    ``buffer_size`` wait, one update imitates the newest, with an AdamW of its own [C]. The official code divides that
-    update by 8 times too much, which AdamW hides; this does not."""
+    """Dr. GRPO without a clip; problems that no sample solves leave their demonstration in a buffer, and as
+    soon as ``buffer_size`` wait, one update imitates the newest, with an AdamW of its own [C]. The official
+    code divides that update by 8 times too much, which AdamW hides; this does not."""
     terms = (
-        Term(name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH),
+        Term(
+            name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH
+        ),
         imitation_term(),
     )
     return Method(
@@ -141,9 +148,9 @@ def srft(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """Three parts at once: the demonstration's likelihood weighted by ½·exp(sign·H), its advantage times p, and the own
-    samples by their verdict alone (0.1·exp(H) or −1). H is a sequence's mean entropy, as in HPT's re-implementation
-    [C]; the sign is the paper's (−1 [P]; the official code is reported to have +1 [S])."""
+    """Three parts at once: the demonstration's likelihood weighted by ½·exp(sign·H), its advantage times p,
+    and the own samples by their verdict alone (0.1·exp(H) or −1). H is a sequence's mean entropy, as in HPT's
+    re-implementation [C]; the sign is the paper's (−1 [P]; the official code is reported to have +1 [S])."""
     terms = (
         imitation_term(coefficients.entropy_weighted(imitation_weight, entropy_sign)),
         _part("demonstration", DEMO, coefficients.unshaped_demonstration),
@@ -170,10 +177,10 @@ def prefix_rft(
     prefix_high: float = 0.95,
     prefix_steps: int = 500,
 ) -> Method:
-    """n−1 samples and one continuation of an expert prefix, whose length is uniform between a bound that falls with a
-    cosine and 0.95. All tokens are in the clipped surrogate with the group's advantage; of the prefix only the
-    ``entropy_share`` with the highest entropy over the whole step (the code takes it per micro-batch [C]). Masked
-    tokens still count in the total."""
+    """n−1 samples and one continuation of an expert prefix, whose length is uniform between a bound that
+    falls with a cosine and 0.95. All tokens are in the clipped surrogate with the group's advantage; of the
+    prefix only the ``entropy_share`` with the highest entropy over the whole step (the code takes it per
+    micro-batch [C]). Masked tokens still count in the total."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     statistic = Statistic(
         name="prefix_entropy",
@@ -196,12 +203,19 @@ def prefix_rft(
 
 
 def hpt(
-    *, most_correct: int = 0, imitation_weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8
+    *,
+    most_correct: int = 0,
+    imitation_weight: float = 1.0,
+    legacy_scale: int = 0,
+    legacy_microbatches: int = 8,
 ) -> Method:
-    """A switch by problem: with at most ``most_correct`` right samples (0 for Qwen, 2 for Llama [C]) the demonstration
-    is imitated and the samples are dropped, otherwise Dr. GRPO without a clip. Totals count what is kept."""
+    """A switch by problem: with at most ``most_correct`` right samples (0 for Qwen, 2 for Llama [C]) the
+    demonstration is imitated and the samples are dropped, otherwise Dr. GRPO without a clip. Totals count
+    what is kept."""
     terms = (
-        Term(name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH),
+        Term(
+            name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH
+        ),
         imitation_term(weight=imitation_weight),
     )
     return Method(
@@ -217,10 +231,10 @@ def hpt(
 
 
 def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """Micro-groups one after another, each guided by an expert prefix where too few samples so far were right: lengths
-    0.25, 0.5 and 1 below shares 1/2, 2/3 and 1 [C] (the paper has 0.2, 0.5, 1 at 0.5, 0.7, 0.9). Expert tokens are
-    imitated by TrSFT with advantage 1. The code leaves one of two guided samples unimitated and ends prefixes with
-    clauses; this does neither."""
+    """Micro-groups one after another, each guided by an expert prefix where too few samples so far were
+    right: lengths 0.25, 0.5 and 1 below shares 1/2, 2/3 and 1 [C] (the paper has 0.2, 0.5, 1 at 0.5, 0.7,
+    0.9). Expert tokens are imitated by TrSFT with advantage 1. The code leaves one of two guided samples
+    unimitated and ends prefixes with clauses; this does neither."""
     terms = (
         _part("policy", OWN, coefficients.importance),
         _part("prefix", EXPERT, coefficients.trusted(alpha)),
@@ -245,9 +259,9 @@ def exgrpo(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """Half of the prompts come from a store of problems solved in part, each with one stored own sample in its group,
-    weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds the store ([U]: the code
-    keeps all)."""
+    """Half of the prompts come from a store of problems solved in part, each with one stored own sample in
+    its group, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds the
+    store ([U]: the code keeps all)."""
     terms = (
         _part("policy", OWN, coefficients.importance),
         _part("replay", REPLAY, coefficients.shaped_replay(beta)),
@@ -263,8 +277,8 @@ def exgrpo(
 
 
 def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows where the
-    policy is unlikely to go. No std and no clip, as in the code [C] (the paper has a std)."""
+    """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows
+    where the policy is unlikely to go. No std and no clip, as in the code [C] (the paper has a std)."""
     terms = (
         _part("policy", OWN, coefficients.importance),
         _part("demonstration", DEMO, coefficients.mixed_importance(exponent)),

@@ -15,14 +15,15 @@ def policy_term(coefficient: Coefficient, normaliser: Normaliser) -> Term:
 
 
 def paper(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: R − group mean, asymmetric clipping, token-level global mean, no KL. All-equal groups count."""
+    """The paper's RL: R − group mean, asymmetric clipping, token-level global mean, no KL. All-equal groups
+    count."""
     term = policy_term(coefficients.clipped_ratio(clip_low, clip_high), Normaliser.TOKENS)
     return Method(name="paper", terms=(term,), source="arXiv:2604.23747, app. A")
 
 
 def grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """Group-normalised advantages, mean over each sequence, then over sequences. The KL term (β = 0.04, k3) is left to
-    the options ``kl`` and ``kl_coef``."""
+    """Group-normalised advantages, mean over each sequence, then over sequences. The KL term (β = 0.04, k3)
+    is left to the options ``kl`` and ``kl_coef``."""
     term = policy_term(coefficients.clipped_ratio(clip_low, clip_high), Normaliser.SEQUENCES)
     return Method(name="grpo", terms=(term,), advantage=group_mean_std, source="arXiv:2402.03300, eq. 3")
 
@@ -50,23 +51,27 @@ def dapo(
 
 
 def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0) -> Method:
-    """PPO's clipped surrogate with the second clip for A < 0 that verl has on by default [C], token mean; no critic:
-    the group's mean is the baseline."""
+    """PPO's clipped surrogate with the second clip for A < 0 that verl has on by default [C], token mean; no
+    critic: the group's mean is the baseline."""
     term = policy_term(coefficients.clipped_ratio(clip_low, clip_high, dual_clip), Normaliser.TOKENS)
     return Method(name="ppo", terms=(term,), source="arXiv:1707.06347, eq. 7; arXiv:1912.09729")
 
 
 def rloo() -> Method:
-    """The mean of the other samples as the baseline, unclipped, summed over a sequence, mean over sequences."""
+    """The mean of the other samples as the baseline, unclipped, summed over a sequence, mean over
+    sequences."""
     term = policy_term(coefficients.importance, Normaliser.SEQUENCE_SUMS)
     return Method(name="rloo", terms=(term,), advantage=leave_one_out, source="arXiv:2402.14740")
 
 
 def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float) -> Method:
-    """Advantages whitened over all own tokens of the step: long samples weigh more in the moments (verl [C])."""
+    """Advantages whitened over all own tokens of the step: long samples weigh more in the moments (verl
+    [C])."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     coefficient = corrections.with_advantage(clipped, corrections.whitened("mean", "std"))
-    moments = tuple(Statistic(name=m, select=OWN, values=coefficients.advantage, reduce=m) for m in ("mean", "std"))
+    moments = tuple(
+        Statistic(name=m, select=OWN, values=coefficients.advantage, reduce=m) for m in ("mean", "std")
+    )
     return Method(
         name=name,
         terms=(policy_term(coefficient, Normaliser.TOKENS),),
@@ -77,8 +82,8 @@ def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float
 
 
 def reinforce_pp(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """REINFORCE++: the reward, whitened over the batch's tokens, in the clipped surrogate; its KL in the reward is
-    ``kl = "reward"``."""
+    """REINFORCE++: the reward, whitened over the batch's tokens, in the clipped surrogate; its KL in the
+    reward is ``kl = "reward"``."""
     return _whitened("reinforce_pp", raw_reward, clip_low, clip_high)
 
 
@@ -94,21 +99,23 @@ def gspo(*, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Method:
 
 
 def cispo(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The clipped ratio as a weight on log π: no token loses its gradient. Both sides are clipped, relative to 1, as in
-    verl [C] (TRL's number is an absolute upper bound)."""
+    """The clipped ratio as a weight on log π: no token loses its gradient. Both sides are clipped, relative
+    to 1, as in verl [C] (TRL's number is an absolute upper bound)."""
     term = policy_term(coefficients.clipped_weight(clip_low, clip_high), Normaliser.TOKENS)
     return Method(name="cispo", terms=(term,), advantage=group_mean_std, source="arXiv:2506.13585, eq. 4")
 
 
 def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
-    """Negative-aware fine-tuning: likelihood of correct samples, and of what wrong ones leave for correct ones, scaled
-    by 1 − q (``normalize`` = 1 in the code [C]); all-equal groups are dropped. With one update per rollout batch it is
-    Dr. GRPO. The code sums over 1,000 tokens a sequence instead of the length limit [C]. For rewards of 0 and 1."""
+    """Negative-aware fine-tuning: likelihood of correct samples, and of what wrong ones leave for correct
+    ones, scaled by 1 − q (``normalize`` = 1 in the code [C]); all-equal groups are dropped. With one update
+    per rollout batch it is Dr. GRPO. The code sums over 1,000 tokens a sequence instead of the length limit
+    [C]. For rewards of 0 and 1."""
     term = policy_term(coefficients.implicit_negative(share_low, share_high), Normaliser.MAX_LENGTH)
     return Method(name="nft", terms=(term,), gate=drop_degenerate, source="arXiv:2505.18116")
 
 
 def sapo(*, temperature_right: float = 1.0, temperature_wrong: float = 1.05) -> Method:
-    """A soft gate around r = 1 in the place of the clip, narrower where A < 0; sequence mean of token means [C]."""
+    """A soft gate around r = 1 in the place of the clip, narrower where A < 0; sequence mean of token means
+    [C]."""
     term = policy_term(coefficients.softly_gated(temperature_right, temperature_wrong), Normaliser.SEQUENCES)
     return Method(name="sapo", terms=(term,), advantage=group_mean_std, source="arXiv:2511.20347")

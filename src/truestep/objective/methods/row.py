@@ -1,4 +1,5 @@
-"""What a row of the table is made of: terms, statistics, and what a method asks of data, buffers and scoring passes."""
+"""What a row of the table is made of: terms, statistics, and what a method asks of data, buffers and scoring
+passes."""
 
 from __future__ import annotations
 
@@ -43,12 +44,13 @@ OWN: Select = lambda batch: ~batch.is_expert & (batch.kind != int(Kind.REPLAY)) 
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One part of a loss: weight(step) · Σ_selected values ÷ total. Exactly one of coefficient and value is given;
-    with a coefficient the values are −sg(C)·log π.
+    """One part of a loss: weight(step) · Σ_selected values ÷ total. Exactly one of coefficient and value is
+    given; with a coefficient the values are −sg(C)·log π.
 
-    ``counted`` says which tokens make the total where these are more than the selected ones: parts that one surrogate
-    of the paper sums under one denominator. ``control`` names a value of the method's controller that multiplies the
-    weight. ``scale`` multiplies it by a function of the step's global totals (``legacy_scale`` only).
+    ``counted`` says which tokens make the total where these are more than the selected ones: parts that one
+    surrogate of the paper sums under one denominator. ``control`` names a value of the method's controller
+    that multiplies the weight. ``scale`` multiplies it by a function of the step's global totals
+    (``legacy_scale`` only).
     """
 
     name: str
@@ -68,8 +70,9 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """One number of the whole step: over the selected tokens of all its updates on all ranks, by the proximal policy,
-    before the first update. ``reduce`` is mean, std (unbiased) or quantile (``level``; a value that occurs)."""
+    """One number of the whole step: over the selected tokens of all its updates on all ranks, by the proximal
+    policy, before the first update. ``reduce`` is mean, std (unbiased) or quantile (``level``; a value that
+    occurs)."""
 
     name: str
     select: Select
@@ -80,8 +83,8 @@ class Statistic:
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationBuffer:
-    """Demonstrations that a gate has set aside; as soon as ``size`` of them wait, the newest are one update of their
-    own, after the step's others, with an optimizer of their own at ``lr`` and ``max_grad_norm``."""
+    """Demonstrations that a gate has set aside; as soon as ``size`` of them wait, the newest are one update
+    of their own, after the step's others, with an optimizer of their own at ``lr`` and ``max_grad_norm``."""
 
     size: int
     lr: float
@@ -91,8 +94,8 @@ class DemonstrationBuffer:
 @dataclass(frozen=True, kw_only=True)
 class Replay:
     """Correct own samples are stored by problem. From the first step on whose share of right samples reached
-    ``start``, ``share`` of a step's prompts come from the store: partly solved ones, by N(k; K/2, σ) of the number k
-    right of K the last time, each with its stored sample of the lowest entropy."""
+    ``start``, ``share`` of a step's prompts come from the store: partly solved ones, by N(k; K/2, σ) of the
+    number k right of K the last time, each with its stored sample of the lowest entropy."""
 
     share: float
     start: float
@@ -104,10 +107,11 @@ class Replay:
 class Method:
     """A row of the table.
 
-    ``plan`` None: nothing is sampled, demonstrations alone are trained on (an SFT stage). ``refill_rounds`` lets a
-    gate that drops groups ask for more prompts; ``needs_proximal`` asks for a scoring pass even where one update per
-    rollout batch would not need it, as statistics always do. ``stream_share`` of a step's sequences are demonstrations
-    from a stream beside the groups. ``updates_per_step`` cuts an SFT step into updates that share one proximal policy.
+    ``plan`` None: nothing is sampled, demonstrations alone are trained on (an SFT stage). ``refill_rounds``
+    lets a gate that drops groups ask for more prompts; ``needs_proximal`` asks for a scoring pass even where
+    one update per rollout batch would not need it, as statistics always do. ``stream_share`` of a step's
+    sequences are demonstrations from a stream beside the groups. ``updates_per_step`` cuts an SFT step into
+    updates that share one proximal policy.
     """
 
     name: str
@@ -154,8 +158,11 @@ KL_TERMS = {"k1": coefficients.kl_k1, "k2": coefficients.kl_k2, "k3": coefficien
 
 
 def complete(row: Method, extras: Extras) -> Method:
-    """The row with its entropy bonus, KL and correction laid over its terms. Raises ValueError for unknown names."""
-    given = {k: getattr(extras, k) for k in ("entropy_bonus", "kl", "kl_coef") if getattr(extras, k) is not None}
+    """The row with its entropy bonus, KL and correction laid over its terms. Raises ValueError for unknown
+    names."""
+    given = {
+        k: getattr(extras, k) for k in ("entropy_bonus", "kl", "kl_coef") if getattr(extras, k) is not None
+    }
     row = replace(row, **given)
     if row.kl not in ("none", "reward", *KL_TERMS):
         raise ValueError(f"method_options.kl: expected none, {', '.join(KL_TERMS)} or reward, got {row.kl!r}")
@@ -172,7 +179,9 @@ def complete(row: Method, extras: Extras) -> Method:
     if row.kl == "reward":
         charge = corrections.kl_in_reward(row.kl_coef)
         terms = tuple(_recoefficient(t, lambda c: corrections.with_advantage(c, charge)) for t in terms)
-        statistics = tuple(replace(s, values=corrections.with_advantage(s.values, charge)) for s in statistics)
+        statistics = tuple(
+            replace(s, values=corrections.with_advantage(s.values, charge)) for s in statistics
+        )
     elif row.kl != "none":
         terms = (*terms, _own_term("kl", row.kl_coef, coefficient=KL_TERMS[row.kl]))
     if row.entropy_bonus:
@@ -185,7 +194,9 @@ def _recoefficient(term: Term, change: Callable[[Coefficient], Coefficient]) -> 
     return term if term.coefficient is None else replace(term, coefficient=change(term.coefficient))
 
 
-def _own_term(name: str, weight: float, *, coefficient: Coefficient | None = None, value: Value | None = None) -> Term:
+def _own_term(
+    name: str, weight: float, *, coefficient: Coefficient | None = None, value: Value | None = None
+) -> Term:
     """A term over own tokens, token mean."""
     return Term(
         name=name,
