@@ -31,9 +31,10 @@ from table import section_table
 from workload import describe, prompt_workload, sft_workload
 
 from truestep.device import matmul_rate, set_threads
+from truestep.errors import UserError
 from truestep.model.load import resolve
 from truestep.rundir import provenance, read_json, write_json
-from truestep.settings import ModelSettings, SettingsError
+from truestep.settings import ModelSettings
 
 SECTIONS = ("sft", "rollout", "rl", "matmul")
 SEED = 0
@@ -383,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.out, written)
             tables.append(section_table(section, result))
-    except SettingsError as error:
+    except UserError as error:
         say(str(error))
         return 2
     print("\n\n".join(tables))

@@ -17,11 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from truestep.settings_errors import did_you_mean, one_line
-
-
-class SettingsError(ValueError):
-    """Bad settings, data or paths: exit code 2. The message is one line that says what to write instead."""
+from truestep.errors import UserError, did_you_mean, one_line
 
 
 class Frozen(BaseModel):
@@ -329,7 +325,7 @@ class Settings(Frozen):
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe and apply ``--set key=value`` overrides (values in TOML syntax; a bare word is a string).
 
-    Raises SettingsError with one line naming the file, the key and what was expected.
+    Raises UserError with one line naming the file, the key and what was expected.
     """
     settings = parse_settings(read_recipe(path, overrides), where=str(path))
     model = settings.model.path
@@ -344,22 +340,22 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The table that a recipe holds, with the overrides applied. Raises SettingsError as
+    """The table that a recipe holds, with the overrides applied. Raises UserError as
     ``load_settings``."""
     path = Path(path)
     if path.is_dir():
-        raise SettingsError(f"{path} is a folder: give a recipe file, e.g. {path}/run.toml")
+        raise UserError(f"{path} is a folder: give a recipe file, e.g. {path}/run.toml")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise SettingsError(f"{path}: no such recipe" + did_you_mean(str(path), siblings)) from None
+        raise UserError(f"{path}: no such recipe" + did_you_mean(str(path), siblings)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{path}: not valid TOML: {error}") from None
+        raise UserError(f"{path}: not valid TOML: {error}") from None
     return override(raw, overrides)
 
 
@@ -375,17 +371,17 @@ def parse_settings(raw: dict[str, Any], *, where: str) -> Settings:
 
 
 def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
-    """A table as a settings model. Raises SettingsError with one line that names the key."""
+    """A table as a settings model. Raises UserError with one line that names the key."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(f"{where}: " + one_line(error, model)) from None
+        raise UserError(f"{where}: " + one_line(error, model)) from None
 
 
 def _apply(raw: dict[str, Any], item: str) -> None:
     key, sep, text = item.partition("=")
     if not sep or not key.strip():
-        raise SettingsError(f"--set {item}: write --set key=value, e.g. --set stages.rl.steps=50")
+        raise UserError(f"--set {item}: write --set key=value, e.g. --set stages.rl.steps=50")
     text = text.strip()
     try:
         value = tomllib.loads(f"x = {text}")["x"]
@@ -396,7 +392,7 @@ def _apply(raw: dict[str, Any], item: str) -> None:
     for part in parents:
         node = _child(node, part, item)
     if not isinstance(node, dict):
-        raise SettingsError(f"--set {item}: {'.'.join(parents)} is not a table")
+        raise UserError(f"--set {item}: {'.'.join(parents)} is not a table")
     node[leaf] = value
 
 
@@ -405,10 +401,10 @@ def _child(node: Any, part: str, item: str) -> Any:
         for i, entry in enumerate(node):
             if isinstance(entry, dict) and part in (entry.get("name"), entry.get("kind"), str(i)):
                 return entry
-        raise SettingsError(f'--set {item}: no stage is called "{part}"')
+        raise UserError(f'--set {item}: no stage is called "{part}"')
     if isinstance(node, dict):
         return node.setdefault(part, {})
-    raise SettingsError(f"--set {item}: {part} is inside a value, not a table")
+    raise UserError(f"--set {item}: {part} is inside a value, not a table")
 
 
 def settings_hash(*parts: BaseModel | str | int | float) -> str:

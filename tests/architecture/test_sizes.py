@@ -120,7 +120,7 @@ def test_inheritance_is_rare() -> None:
     other."""
     allowed = {
         "Protocol", "Frozen", "BaseModel", "StageSettings", "nn.Module", "Mapping[str, Tensor]", "Exception",
-        "ValueError", "RuntimeError", "ArithmeticError", "OSError", "SettingsError",
+        "ValueError", "RuntimeError", "ArithmeticError", "OSError", "UserError",
         "enum.Enum", "enum.IntEnum", "enum.StrEnum", "torch.autograd.Function", "PackedLayout", "TorchFunctionMode",
         "torch.utils.data.Dataset",
     }  # fmt: skip

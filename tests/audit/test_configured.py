@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from truestep.audit.configured import read
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 
 def written(folder: Path, name: str, content: object) -> Path:
@@ -133,13 +133,13 @@ def test_other_tools_are_recognised(tmp_path: Path, name: str, content: str, sub
     ],
 )
 def test_what_cannot_be_used_is_one_line(tmp_path: Path, name: str, content: str, words: str) -> None:
-    with pytest.raises(SettingsError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         read(written(tmp_path, name, content))
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"nothing\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"nothing\.json: cannot be read"):
         read(tmp_path / "nothing.json")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from truestep.audit import environment
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 # Notes how it was called, does what UV_FAKE_DO says, "installs" every NAME==VERSION as an empty module with
 # metadata.
@@ -108,7 +108,7 @@ def test_a_request_is_exact_versions():
     ],
 )
 def test_anything_else_is_refused_with_what_to_write(text: str, named: str):
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         environment.plan(text)
     message = str(caught.value)
     assert named in message
@@ -415,7 +415,7 @@ def test_a_python_that_is_none_says_what_to_write(theirs: Path, tmp_path: Path):
         (broken, "no way"),
         (script(tmp_path / "silent", "#!/bin/sh\n"), "does not run as a Python"),
     ):
-        with pytest.raises(SettingsError) as caught:
+        with pytest.raises(UserError) as caught:
             environment.installed(path)
         assert expected in str(caught.value)
         assert "write" in str(caught.value)

@@ -23,7 +23,7 @@ from truestep.audit.formats import (
 )
 from truestep.audit.judge import Finding, Verdict
 from truestep.audit.page import HIGHEST, LOWEST, UNIT, draw, render_page
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 HOSTILE = (
     "<script>alert(1)</script>]]><!--\"'&\x00\x1b[2J\x1b]0;owned\x07\u202eright to left\ud800\ufffe\r"
@@ -124,7 +124,7 @@ def test_fields_of_another_version_are_left_out() -> None:
     ],
 )
 def test_a_bad_document_is_one_line(document: Any, expected: str) -> None:
-    with pytest.raises(SettingsError, match=expected) as caught:
+    with pytest.raises(UserError, match=expected) as caught:
         from_document(document, "old.json")
     assert str(caught.value).startswith("old.json: ")
     assert "\n" not in str(caught.value)

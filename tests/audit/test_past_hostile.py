@@ -14,7 +14,7 @@ import pytest
 from past_folders import STATE, deepspeed, offload, write
 
 from truestep.audit.past import MEASURED, look_back
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_hostile_names_show_as_text(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="expected a folder"):
+    with pytest.raises(UserError, match="expected a folder"):
         look_back(tmp_path / "gone")
 
 

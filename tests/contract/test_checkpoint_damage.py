@@ -20,7 +20,7 @@ from checkpoint_cases import make, same, silent
 
 from truestep.checkpoint import store
 from truestep.checkpoint.store import Checkpoint, OutOfSpace, list_checkpoints, load_latest, save_checkpoint
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 torch.set_num_threads(1)
 NUM_FLIPS = 150
@@ -120,7 +120,7 @@ def test_when_none_is_intact_it_says_so_and_never_begins_again_silently(folder: 
         (path / "manifest.json").unlink()
     said: list[str] = []
     with pytest.raises(
-        SettingsError, match=r"none of its 2 checkpoints is intact: .*delete the folder"
+        UserError, match=r"none of its 2 checkpoints is intact: .*delete the folder"
     ) as caught:
         load_latest(folder, warn=said.append)
     assert "\n" not in str(caught.value)
@@ -224,7 +224,7 @@ def test_no_manifest_leads_out_of_its_folder(folder: Path, name: str) -> None:
 def test_a_manifest_of_another_shape_is_reported(folder: Path, change: Callable[[dict], None]) -> None:
     forge(newest(folder), change)
     if json.loads((newest(folder) / "manifest.json").read_bytes()).get("world_size") == 2**70:
-        with pytest.raises(SettingsError, match="processes"):
+        with pytest.raises(UserError, match="processes"):
             load_latest(folder, warn=silent)
     else:
         assert_passed_over(folder)
@@ -264,7 +264,7 @@ def test_links_and_pipes_are_not_followed(folder: Path) -> None:
 
 def test_another_format_is_named_and_not_called_damaged(folder: Path) -> None:
     forge(newest(folder), lambda body: body.update(format=2))
-    with pytest.raises(SettingsError, match="another version of truestep"):
+    with pytest.raises(UserError, match="another version of truestep"):
         load_latest(folder, warn=silent)
 
 
@@ -297,7 +297,7 @@ def test_each_rank_gets_its_own_tensors_back(tmp_path: Path) -> None:
     for rank in (0, 1):
         assert same(load_latest(tmp_path, rank=rank, world_size=2, warn=silent), make(3, rank))
     for world_size in (1, 3):
-        with pytest.raises(SettingsError, match="saved by 2 processes"):
+        with pytest.raises(UserError, match="saved by 2 processes"):
             load_latest(tmp_path, world_size=world_size, warn=silent)
 
 
@@ -348,7 +348,7 @@ def test_a_second_writer_is_refused_and_a_reader_leaves_a_living_writers_files(
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     assert same(load_latest(folder, warn=silent), make(2))
-    with pytest.raises(SettingsError, match="another process is saving"):
+    with pytest.raises(UserError, match="another process is saving"):
         save_checkpoint(folder, make(3), keep=1)
     assert writing.exists()
     os.close(descriptor)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from truestep.checkpoint.export import export_hf, model_card
 from truestep.checkpoint.store import OutOfSpace
+from truestep.errors import UserError
 from truestep.model.load import load_model
-from truestep.settings import ModelSettings, SettingsError, TinySettings
+from truestep.settings import ModelSettings, TinySettings
 
 torch.set_num_threads(1)
 TINY = TinySettings(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
@@ -85,7 +86,7 @@ def test_an_older_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None
     first.model.save_pretrained(foreign)
     (tmp_path / "file").write_text("precious")
     for path in (foreign, tmp_path / "file"):
-        with pytest.raises(SettingsError, match="no export of truestep"):
+        with pytest.raises(UserError, match="no export of truestep"):
             export_hf(path, second.model, second.tokenizer, card="")
     assert torch.equal(weight_of(foreign), first.model.get_input_embeddings().weight)
     (tmp_path / "empty").mkdir()

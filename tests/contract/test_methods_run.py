@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_runs import files, go, prepared
 
 from truestep import rundir
+from truestep.errors import UserError
 from truestep.objective.methods import METHODS
-from truestep.settings import SettingsError
 
 torch.set_num_threads(1)
 # One of each kind of machinery; the others have the marker slow.
@@ -74,7 +74,7 @@ def test_what_the_rows_did_is_seen_in_their_metrics(model: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", NEEDY)
 def test_demonstrations_are_asked_for_before_a_model_is_built(name: str, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "tiny", name, solutions=False)
-    with pytest.raises(SettingsError) as refused:
+    with pytest.raises(UserError) as refused:
         prepared(recipe)
     message = str(refused.value)
     assert "\n" not in message
@@ -94,7 +94,7 @@ def test_a_demonstration_that_is_too_long_leaves_its_problem_out(tmp_path: Path)
     short = recipe_of(tmp_path / "all", "tiny", "luffy")
     rows = (tmp_path / "all/train.jsonl").read_text().replace('"solution": "', '"solution": "00000')
     (tmp_path / "all/train.jsonl").write_text(rows)
-    with pytest.raises(SettingsError, match="prompts_per_step = 4 is more than the 0 problems"):
+    with pytest.raises(UserError, match="prompts_per_step = 4 is more than the 0 problems"):
         prepared(short)
 
 
@@ -105,7 +105,7 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
         ('{kl = "k3"}', "give both or neither"),
         ('{correction = "tis"}', "truncate"),
     ):
-        with pytest.raises(SettingsError, match=words):
+        with pytest.raises(UserError, match=words):
             prepared(recipe, f"stages.rl.method_options={options}")
 
 
@@ -152,7 +152,7 @@ def test_a_fault_is_a_weight_vector_of_the_step(model: str, tmp_path: Path) -> N
 
 def test_faults_that_cannot_be(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "tiny", "sft")
-    with pytest.raises(SettingsError, match="write one of them"):
+    with pytest.raises(UserError, match="write one of them"):
         prepared(recipe, "stages.sft.faults.micro_mean=true", "stages.sft.faults.dp_token_mean=true")
-    with pytest.raises(SettingsError, match="offload_first_last"):
+    with pytest.raises(UserError, match="offload_first_last"):
         prepared(recipe, 'stages.sft.faults.others=["offload"]')

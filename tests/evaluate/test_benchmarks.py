@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from truestep.data.rows import RowError
+from truestep.errors import UserError
 from truestep.evaluate import benchmarks
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.contamination import contamination
 from truestep.evaluate.sources import content_hash, file_items, item_of
-from truestep.settings import SettingsError
 
 CHOICES = [
     {"id": f"c{i}", "question": f"Which is {i}?", "choices": ["zero", "one", "two"], "answer": "ABC"[i]}
@@ -59,10 +59,10 @@ def test_wrong_count_and_wrong_content_are_refused(tmp_path: Path) -> None:
     rows = [{"problem": f"{i}+1?", "answer": str(i + 1)} for i in range(4)]
     made = made_up(tmp_path, rows)
     assert [p.answer for p in benchmarks.load(made, tmp_path)] == ["1", "2", "3", "4"]
-    with pytest.raises(SettingsError, match="expected the 5 rows of made, got 4"):
+    with pytest.raises(UserError, match="expected the 5 rows of made, got 4"):
         benchmarks.load(replace(made, num_rows=5), tmp_path)
     write(tmp_path / "made.jsonl", [*rows[:3], {"problem": "3+1?", "answer": "5"}])
-    with pytest.raises(SettingsError, match="hash to"):
+    with pytest.raises(UserError, match="hash to"):
         benchmarks.load(made, tmp_path)
     write(tmp_path / "made.jsonl", rows[::-1])  # another order is the same benchmark
     assert len(benchmarks.load(made, tmp_path)) == 4
@@ -76,10 +76,10 @@ def test_unknown_content_is_recorded_once_and_held_to(
     benchmarks.load(made, tmp_path)
     benchmarks.load(made, tmp_path)
     write(tmp_path / "made.jsonl", [{"problem": "2?", "answer": "1"}])
-    with pytest.raises(SettingsError, match=r"first loaded here.*remove made from .*home/benchmarks.json"):
+    with pytest.raises(UserError, match=r"first loaded here.*remove made from .*home/benchmarks.json"):
         benchmarks.load(made, tmp_path)
     (tmp_path / "home" / "benchmarks.json").write_text("{")
-    with pytest.raises(SettingsError, match=r"benchmarks.json: is no JSON"):
+    with pytest.raises(UserError, match=r"benchmarks.json: is no JSON"):
         benchmarks.load(made, tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_a_greater_limit_holds_the_smaller_one(tmp_path: Path) -> None:
 
 def test_a_bad_row_is_named_and_never_quoted(tmp_path: Path) -> None:
     write(tmp_path / "made.jsonl", [CHOICES[0], {**CHOICES[1], "question": "secret text", "answer": "Q"}])
-    with pytest.raises(SettingsError, match=r"made.jsonl:2: answer: expected the label") as found:
+    with pytest.raises(UserError, match=r"made.jsonl:2: answer: expected the label") as found:
         file_items(tmp_path / "made.jsonl")
     assert "secret" not in str(found.value)
 
@@ -115,7 +115,7 @@ def test_the_table_is_consistent() -> None:
     assert {b.id: b.num_rows for b in benchmarks.TABLE}["mmlu_pro"] == 12032
     assert [b.id for b in benchmarks.TABLE if b.samples == 32] == ["aime24", "aime25", "amc22_23"]
     assert [b.id for b in benchmarks.TABLE if b.private] == ["gpqa_diamond"]
-    with pytest.raises(SettingsError, match='did you mean "math500"'):
+    with pytest.raises(UserError, match='did you mean "math500"'):
         benchmarks.find("math_500")
 
 
@@ -154,8 +154,8 @@ def test_contamination_is_of_bare_questions_and_says_what_it_has_not_seen(
     assert report["missing"] == ["absent"]
     assert pair["exact"]["num_evaluation"] == 1
     assert pair["ngram"]["num_evaluation"] == 1
-    with pytest.raises(SettingsError):  # what is asked for by name must be there
+    with pytest.raises(UserError):  # what is asked for by name must be there
         contamination(str(train), ["absent"], str(tmp_path / "benchmarks"))
     write(tmp_path / "benchmarks" / "absent.jsonl", rows[:2])
-    with pytest.raises(SettingsError, match="expected the 3 rows"):  # there, but damaged: not passed over
+    with pytest.raises(UserError, match="expected the 3 rows"):  # there, but damaged: not passed over
         contamination(str(train), [], str(tmp_path / "benchmarks"))

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from truestep.errors import UserError
 from truestep.records import Message, Stop
 from truestep.rollout.engine import SamplingParameters
 from truestep.rollout.engine_endpoint import EndpointEngine, TextRequest, connect
-from truestep.settings import SettingsError
 
 pytest.importorskip("openai")
 SAMPLING = SamplingParameters(temperature=0.0, max_new_tokens=8, stop_token_ids=())
@@ -129,7 +129,7 @@ def test_nobody_there_is_one_line() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(SettingsError, match="nothing answers there"), connect(f"http://127.0.0.1:{port}"):
+    with pytest.raises(UserError, match="nothing answers there"), connect(f"http://127.0.0.1:{port}"):
         pass
 
 

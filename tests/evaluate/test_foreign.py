@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from truestep.errors import UserError
 from truestep.evaluate.bring import compare_evaluations, import_evaluations
 from truestep.evaluate.foreign import read_evaluations
-from truestep.settings import SettingsError
 
 
 def lm_eval(path: Path, scores: list[Any], filters: tuple[str, ...] = ("none",)) -> Path:
@@ -118,7 +118,7 @@ def test_what_is_no_log_is_one_line(tmp_path: Path) -> None:
         ("z.json", "samples_"),
         ("w", "no such"),
     ):
-        with pytest.raises(SettingsError, match=words):
+        with pytest.raises(UserError, match=words):
             read_evaluations(tmp_path / name)
 
 
@@ -189,9 +189,9 @@ def test_texts_of_gpqa_are_not_written_whatever_it_is_called(tmp_path: Path, tas
 def test_nothing_is_paired_or_dropped_in_silence(tmp_path: Path) -> None:
     a = answered(tmp_path / "samples_sums_2026-01-02T03.jsonl", [1.0, 0.0], texts=1)
     other = answered(tmp_path / "samples_sums_2026-02-02T03.jsonl", [1.0, 0.0], texts=1, ids="quark {i}?")
-    with pytest.raises(SettingsError, match="in the first evaluation and not in the second"):
+    with pytest.raises(UserError, match="in the first evaluation and not in the second"):
         compare_evaluations(a, other)  # the same doc_ids, other questions
-    with pytest.raises(SettingsError, match="is also in"):
+    with pytest.raises(UserError, match="is also in"):
         compare_evaluations(tmp_path, a)  # two files of one task in one folder
     more = answered(tmp_path / "samples_more_2026-02-02T03.jsonl", [1.0], texts=1)
     other.unlink()
@@ -221,7 +221,7 @@ def test_an_unfinished_side_is_not_compared(tmp_path: Path) -> None:
     ]
     header = {"header": True, "name": "sums", "identity": "x"}
     path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
-    with pytest.raises(SettingsError, match="has 2 to 3 samples of a problem"):
+    with pytest.raises(UserError, match="has 2 to 3 samples of a problem"):
         compare_evaluations(path, path)
 
 
@@ -241,7 +241,7 @@ def test_the_metric_is_named_and_can_be_chosen(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [(e.metric, e.rows[0]["verdict"]) for e in read_evaluations(path)] == [("math_verify", "correct")]
     assert read_evaluations(path, "exact_match")[0].rows[0]["verdict"] == "incorrect"
-    with pytest.raises(SettingsError, match="has no score f1"):
+    with pytest.raises(UserError, match="has no score f1"):
         read_evaluations(path, "f1")
 
 
@@ -260,7 +260,7 @@ def test_a_broken_file_is_one_line_with_its_name_and_leaves_nothing(tmp_path: Pa
     row = json.dumps({"problem_id": "1", "sample_index": 0, "verdict": "correct"})
     twice.write_text('{"header": true, "name": "t", "identity": "x"}\n' + f"{row}\n{row}\n")
     for name in ("bad.eval", "broken.json", "none.json", "rowless.jsonl", "twice.jsonl"):
-        with pytest.raises(SettingsError, match=name):
+        with pytest.raises(UserError, match=name):
             import_evaluations([good, tmp_path / name], tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
@@ -274,7 +274,5 @@ def test_a_compression_that_zipfile_does_not_know_is_said(tmp_path: Path, name: 
     for place in (offset + 8, central + 10):  # of the method, in the local and the central header
         raw[place : place + 2] = (99).to_bytes(2, "little")
     path.write_bytes(raw)
-    with pytest.raises(
-        SettingsError, match=rf"a.eval: {name}: cannot be read .*compression.*convert --to json"
-    ):
+    with pytest.raises(UserError, match=rf"a.eval: {name}: cannot be read .*compression.*convert --to json"):
         read_evaluations(path)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from truestep.cli.main import _app
 from truestep.cli.progress import ConsoleReporter
+from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.ask import TokenAsker
 from truestep.evaluate.benchmarks import Benchmark
@@ -24,7 +25,7 @@ from truestep.evaluate.sources import content_hash, file_items
 from truestep.evaluate.suite import _Running, averages
 from truestep.model.load import load_tokenizer
 from truestep.report.evaluation import print_scores
-from truestep.settings import ModelSettings, SettingsError
+from truestep.settings import ModelSettings
 
 pytest.importorskip("torch")
 SECRET = "zebra"
@@ -229,7 +230,7 @@ def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path:
         (("--few-shot", "1"), "another few_shot"),
         (("--engine", "http://127.0.0.1:9/v1"), "another engine"),
     ):
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(UserError, match=message):
             run("--benchmarks", "sums", "--limit", "4", "--out", str(out), "--resume", *words)
         assert files(out) | {"resolved": (out / "resolved.toml").read_bytes()} == before
 
@@ -242,14 +243,14 @@ def test_a_samples_file_with_a_foreign_line_is_refused_and_kept(
     path = out / "evaluations" / "plain" / "sums.samples.jsonl"
     path.write_text(path.read_text() + "[1]\n")
     before = path.read_bytes()
-    with pytest.raises(SettingsError, match=r"sums.samples.jsonl: holds a line"):
+    with pytest.raises(UserError, match=r"sums.samples.jsonl: holds a line"):
         run("--benchmarks", "sums", "--out", str(out), "--resume")
     assert path.read_bytes() == before
 
 
 def test_a_password_in_the_endpoints_url_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
     for url in ("http://user:hunter2pass@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?api_key=hunter2pass"):
-        with pytest.raises(SettingsError, match="TRUESTEP_API_KEY") as caught:
+        with pytest.raises(UserError, match="TRUESTEP_API_KEY") as caught:
             run("--benchmarks", "sums", "--engine", url, "--out", str(tmp_path / "out"))
         assert "hunter2pass" not in str(caught.value)
     assert not (tmp_path / "out").exists()

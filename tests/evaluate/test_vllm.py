@@ -6,15 +6,16 @@ import os
 
 import pytest
 
+from truestep.errors import UserError
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_vllm import ENVIRONMENT, VllmServer, python_with_vllm, serve
 from truestep.seeding import Purpose
-from truestep.settings import ModelSettings, SettingsError
+from truestep.settings import ModelSettings
 
 
 def test_without_vllm_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "/nowhere/python")
-    with pytest.raises(SettingsError, match=f"{ENVIRONMENT} = /nowhere/python: is no Python"):
+    with pytest.raises(UserError, match=f"{ENVIRONMENT} = /nowhere/python: is no Python"):
         python_with_vllm()
 
 

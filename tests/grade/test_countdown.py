@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from truestep.errors import UserError
 from truestep.grade.countdown import check_countdown, evaluate
 from truestep.grade.score import Grader
 from truestep.records import Message, Problem, Verdict
-from truestep.settings import SettingsError
 
 
 @st.composite
@@ -123,5 +123,5 @@ def test_through_the_grader() -> None:
     "meta", [{}, {"numbers": [3, 4, 5]}, {"numbers": ["3"], "target": 3}, {"numbers": [3], "target": "3"}]
 )
 def test_a_row_without_numbers_says_what_to_write(meta: dict[str, object]) -> None:
-    with Grader() as grader, pytest.raises(SettingsError, match=r"f:1.*numbers.*target"):
+    with Grader() as grader, pytest.raises(UserError, match=r"f:1.*numbers.*target"):
         grader.score(problem(**meta), r"\boxed{3}")

@@ -10,8 +10,8 @@ import pytest
 
 from truestep.cli.evaluation import COMMANDS, DEFAULT, with_default
 from truestep.cli.main import main
+from truestep.errors import UserError
 from truestep.grade.pairs import Pair, grade_pairs, read_pairs, table
-from truestep.settings import SettingsError
 
 pytest.importorskip("math_verify")
 
@@ -102,7 +102,7 @@ def test_a_bad_row_is_named(
 def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b'{"gold": "\xff"}')
     for path in (tmp_path, tmp_path / "absent", tmp_path / "latin"):
-        with pytest.raises(SettingsError, match=r"cannot be read"):
+        with pytest.raises(UserError, match=r"cannot be read"):
             read_pairs(path)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from truestep.errors import UserError
 from truestep.grade.pairs import grade_pairs, read_pairs
 from truestep.grade.score import Grader, grade_pair
 from truestep.records import Message, Problem, Verdict, conserve
-from truestep.settings import SettingsError
 
 pytest.importorskip("math_verify")
 
@@ -290,7 +290,7 @@ def test_closing_ends_every_process() -> None:
 
 
 def test_an_unknown_checker_says_what_to_write(grader: Grader) -> None:
-    with pytest.raises(SettingsError, match=r"file:3.*'maths'.*math, exact, integer, choice, countdown"):
+    with pytest.raises(UserError, match=r"file:3.*'maths'.*math, exact, integer, choice, countdown"):
         grader.score(problem("7", "maths"), "7")
 
 

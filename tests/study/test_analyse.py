@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 from truestep.study.analyse import crossed, holm, parts, sample_sd, sign_flip, variance_and_df, verdict
 
 
@@ -108,7 +108,7 @@ def test_sign_flips_can_do_no_better_than_two_in_two_to_the_seeds() -> None:
     assert sign_flip(np.array([0.2, 0.3, 0.1, 0.2, 0.3])) == pytest.approx(2 / 2**5)
     assert sign_flip(np.array([0.2, 0.3, 0.1, 0.2, 0.3, 0.1, 0.2, 0.1])) == pytest.approx(2 / 2**8)
     assert sign_flip(np.array([0.2, -0.2])) == 1.0
-    with pytest.raises(SettingsError, match="out of reach"):
+    with pytest.raises(UserError, match="out of reach"):
         sign_flip(np.ones(30))
 
 
@@ -133,9 +133,9 @@ def test_decoding_samples_are_kept_apart() -> None:
 
 
 def test_unequal_seeds_are_refused() -> None:
-    with pytest.raises(SettingsError, match="the same seeds"):
+    with pytest.raises(UserError, match="the same seeds"):
         crossed([np.zeros((5, 10)), np.zeros((4, 10))])
-    with pytest.raises(SettingsError, match="at least one"):
+    with pytest.raises(UserError, match="at least one"):
         crossed([])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from truestep.errors import UserError
 from truestep.objective.methods import METHODS
 from truestep.pipeline.declared import (
     declared_plan,
@@ -17,7 +18,7 @@ from truestep.pipeline.declared import (
     shape_of,
 )
 from truestep.rundir import to_toml
-from truestep.settings import Settings, SettingsError, load_settings, parse_settings
+from truestep.settings import Settings, load_settings, parse_settings
 from truestep.study.budget import flops_table, sentences
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "paper"
@@ -142,7 +143,7 @@ def test_doubling_what_counts_doubles_the_flops() -> None:
 )
 def test_a_declaration_that_contradicts_the_settings_is_refused(change: dict, named: str) -> None:  # type: ignore[type-arg]
     path = FOLDER / f"{QWEN}-sft-rl-50.toml"
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         declared_plan(doubled(load_settings(path), **change), path.parent, str(path))
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from micro import STUDY, write_study
 
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 from truestep.study.estimate import estimate
 from truestep.study.plan import (
     CONTROLS,
@@ -93,7 +93,7 @@ COIN = {"rl.reward": "random"}
     ],
 )
 def test_what_is_refused(path: str, value: Any, said: str) -> None:
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         parse_study(changed(path, value), "micro.toml")
     assert said in str(caught.value)
     assert str(caught.value).startswith("micro.toml: ")
@@ -105,7 +105,7 @@ def test_a_dev_set_of_one_arm_alone_is_looked_at(tmp_path: Path) -> None:
     raw = changed("arms/4/set", {**COIN, "rl.dev.data": "again", "rl.dev.every_steps": 1})
     raw["run"]["data"]["again"] = {**raw["run"]["data"]["test"], "limit": 3}
     study = parse_study({**raw, "may_differ": [*raw["may_differ"], "rl.dev.*"]}, "micro.toml")
-    with pytest.raises(SettingsError, match="share 3 problems"):
+    with pytest.raises(UserError, match="share 3 problems"):
         check_disjoint(study, tmp_path)
 
 
@@ -119,7 +119,7 @@ def test_a_declared_difference_is_allowed_and_shown() -> None:
 def test_a_dev_set_that_shares_problems_with_the_test_set_is_refused(tmp_path: Path) -> None:
     raw = changed("run/data/dev", {"source": "procedural:addition", "seed": 0, "split": "test", "limit": 3,
                                    "options": {"digits": 1}})  # fmt: skip
-    with pytest.raises(SettingsError, match="share 3 problems"):
+    with pytest.raises(UserError, match="share 3 problems"):
         check_disjoint(parse_study(raw, "micro.toml"), tmp_path)
 
 

@@ -18,7 +18,8 @@ from micro import STUDY, write_study
 
 from truestep import rundir
 from truestep.cli.study_actions import write_cell
-from truestep.settings import SettingsError, load_settings
+from truestep.errors import UserError
+from truestep.settings import load_settings
 from truestep.study import launch
 from truestep.study.launch import Order
 from truestep.study.nodes import Runner, base_identity, with_absolute_paths
@@ -285,7 +286,7 @@ def test_a_base_of_another_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(
         (tmp_path / "base.toml").read_text().replace("steps = 120", "steps = 121")
     )
-    with pytest.raises(SettingsError, match=r"was trained by another base\.toml"):
+    with pytest.raises(UserError, match=r"was trained by another base\.toml"):
         analysed(again)
 
 

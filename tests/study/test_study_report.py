@@ -15,9 +15,9 @@ from micro import STUDY
 from test_run import Children, analysed, runner
 
 from truestep import rundir
+from truestep.errors import UserError
 from truestep.report.study import read_cells, write_study
 from truestep.report.study_tables import as_csv, contrast_table, latex, markdown
-from truestep.settings import SettingsError
 from truestep.study.run import run_cells
 
 EVIL = "<script>alert(1)</script>|=1+1\\input{x}&%$#_{}~^"
@@ -119,7 +119,7 @@ def test_latex_has_as_many_cells_in_every_line(study: Any) -> None:
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="holds no study"):
+    with pytest.raises(UserError, match="holds no study"):
         write_study(tmp_path)
 
 

@@ -23,8 +23,9 @@ from truestep.data.chat import (
 )
 from truestep.data.demonstrations import encode_demonstrations, load_demonstrations
 from truestep.data.procedural import character_set, make_problem
+from truestep.errors import UserError
 from truestep.records import Message, Problem, Role
-from truestep.settings import ChatSettings, DataSettings, SettingsError
+from truestep.settings import ChatSettings, DataSettings
 
 MARKED = (
     "{{ bos_token or '' }}{% for m in messages %}"
@@ -221,7 +222,7 @@ def test_stop_tokens_are_the_templates_then_the_tokenizers_then_the_models() -> 
     assert stop_token_ids(tokenizer, [eos, 9, end]) == (end, eos, 9)
     assert encode_demonstration(tokenizer, problem(), ChatSettings()).token_ids[-1] == end
     assert stop_token_ids(byte_level(pad_token="<|end|>")) == (end,)
-    with pytest.raises(SettingsError, match="neither the tokenizer, its chat template"):
+    with pytest.raises(UserError, match="neither the tokenizer, its chat template"):
         stop_token_ids(byte_level(None, eos_token=None))
 
 
@@ -247,7 +248,7 @@ def test_stop_tokens_are_the_templates_then_the_tokenizers_then_the_models() -> 
     ],
 )
 def test_templates_that_cannot_be_trained_with(template: str, match: str) -> None:
-    with pytest.raises(SettingsError, match=match):
+    with pytest.raises(UserError, match=match):
         encode_demonstration(byte_level(template), problem(), ChatSettings())
 
 
@@ -258,19 +259,19 @@ def test_a_template_without_a_stop_token_can_still_be_sampled_from() -> None:
 
 def test_slow_tokenizers_are_refused() -> None:
     slow: Any = types.SimpleNamespace(is_fast=False)
-    with pytest.raises(SettingsError, match=r"tokenizer\.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         encode_prompt(slow, problem(), ChatSettings())
 
 
 def test_texts_that_would_not_be_what_they_say() -> None:
-    with pytest.raises(SettingsError, match=r'data\.jsonl:7: solution: .*special token "<\|end\|>"'):
+    with pytest.raises(UserError, match=r'data\.jsonl:7: solution: .*special token "<\|end\|>"'):
         encode_demonstration(byte_level(), problem(solution="5<|end|>6"), ChatSettings())
-    with pytest.raises(SettingsError, match=r'data\.jsonl:7: problem: .*special token "<\|assistant\|>"'):
+    with pytest.raises(UserError, match=r'data\.jsonl:7: problem: .*special token "<\|assistant\|>"'):
         encode_prompt(byte_level(), problem(text="<|assistant|>"), ChatSettings())
-    with pytest.raises(SettingsError, match=r"data\.jsonl:7: solution: .*the character 'é'"):
+    with pytest.raises(UserError, match=r"data\.jsonl:7: solution: .*the character 'é'"):
         encode_demonstration(characters(), problem(solution="5é"), ChatSettings())
     for empty in ("", "<think>\n"):
-        with pytest.raises(SettingsError, match=r"data\.jsonl:7: solution: .*got none"):
+        with pytest.raises(UserError, match=r"data\.jsonl:7: solution: .*got none"):
             encode_demonstration(
                 byte_level(), problem(solution=empty), ChatSettings(generation_suffix="<think>\n")
             )
@@ -294,7 +295,7 @@ def test_what_does_not_fit_is_named_not_cut() -> None:
         (p.id, p.row, n) for p, n in zip(problems[1::2], lengths[1::2], strict=True)
     ]
     with pytest.raises(
-        SettingsError, match=rf"none of the 6 .* fits into 5 tokens, the shortest has {min(lengths)}"
+        UserError, match=rf"none of the 6 .* fits into 5 tokens, the shortest has {min(lengths)}"
     ):
         encode_demonstrations(problems, tokenizer, ChatSettings(), context_length=5)
 
@@ -310,5 +311,5 @@ def test_demonstrations_from_a_file(tmp_path: Path) -> None:
         )
 
     assert [d.problem_id for d in load(1).kept] == ["some-1"]
-    with pytest.raises(SettingsError, match=r"some\.jsonl:2: solution: expected a worked one, got none"):
+    with pytest.raises(UserError, match=r"some\.jsonl:2: solution: expected a worked one, got none"):
         load(2)

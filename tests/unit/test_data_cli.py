@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from truestep.cli.data import app
+from truestep.errors import UserError
 from truestep.records import Problem, Score, Verdict
-from truestep.settings import SettingsError
 
 RECIPE = """
 name = "r"
@@ -126,7 +126,7 @@ def test_check_asks_of_a_row_what_the_stages_need(recipe: Path) -> None:
             before + json.dumps({"problem": "x", {"solution": "answer", "answer": "solution"}[field]: "1"})
         )
         result = run("check", recipe)
-        assert isinstance(result.exception, SettingsError)
+        assert isinstance(result.exception, UserError)
         assert f"{path}:3: {field}: " in str(result.exception)
         path.write_text(before)
     result = run("check", recipe.parent / "train.jsonl", "--set", "seed=1")

@@ -15,9 +15,10 @@ import pytest
 
 from truestep.data.problems import load_problems
 from truestep.data.procedural import SPLITS, TASKS, character_set, make_problem, make_problems, split_of
+from truestep.errors import UserError
 from truestep.grade.score import Grader
 from truestep.records import Problem, Verdict
-from truestep.settings import DataSettings, SettingsError
+from truestep.settings import DataSettings
 
 CASES: list[tuple[str, dict[str, int]]] = [
     ("addition", {}),
@@ -174,7 +175,7 @@ def test_a_problem_is_a_function_of_its_coordinates() -> None:
 
 
 def test_a_space_that_is_too_small_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"about \d+ different train problems .* 1000 are asked for"):
+    with pytest.raises(UserError, match=r"about \d+ different train problems .* 1000 are asked for"):
         make_problems("addition", "train", 1000, {"digits": 1}, 0)
     pairs = {(a, b) for a in range(10) for b in range(a, 10) if split_of(f"{a}+{b}") == "train"}
     assert len(make_problems("addition", "train", len(pairs), {"digits": 1}, 0)) == len(pairs)
@@ -201,7 +202,7 @@ def test_traces_of_the_defaults_are_short() -> None:
 
 def test_wrong_names_and_values_are_named() -> None:
     def refused(match: str, task: str = "addition", split: str = "train", **options: Any) -> None:
-        with pytest.raises(SettingsError, match=match):
+        with pytest.raises(UserError, match=match):
             make_problem(task, split, 0, options, 0)
 
     refused(r'no procedural task is called "additon"; .*did you mean "addition"', task="additon")
@@ -220,11 +221,11 @@ def test_through_the_settings() -> None:
         return load_problems("d", data, seed=1, base_dir=Path(), needs=("answer", "solution"))
 
     assert load(limit=5, skip=3) == load(limit=8)[3:]
-    with pytest.raises(SettingsError, match=r"data\.d\.limit: .* write limit = N"):
+    with pytest.raises(UserError, match=r"data\.d\.limit: .* write limit = N"):
         load()
-    with pytest.raises(SettingsError, match=r"data\.d\.checker: "):
+    with pytest.raises(UserError, match=r"data\.d\.checker: "):
         load(limit=5, checker="math")
-    with pytest.raises(SettingsError, match=r"^data\.d: options\.digits: "):
+    with pytest.raises(UserError, match=r"^data\.d: options\.digits: "):
         load(limit=5, options={"digits": 99})
 
 

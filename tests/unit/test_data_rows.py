@@ -12,9 +12,10 @@ import pytest
 
 from truestep.data import row_schema, rows
 from truestep.data.problems import load_problems
+from truestep.errors import UserError
 from truestep.grade import score
 from truestep.records import Problem
-from truestep.settings import DataSettings, SettingsError
+from truestep.settings import DataSettings
 
 GOOD = b'{"problem": "1+1=?", "answer": "2"}\n'
 
@@ -122,7 +123,7 @@ def test_broken_row_is_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     good_with_id = row(problem="0+0=?", answer="0", id="first")
     path.write_bytes(good_with_id + b"\n\n" + line + b"\n" + GOOD)
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         load(path)
     message = str(caught.value)
     assert message.startswith(f"{path}:3: {field}: "), message
@@ -136,9 +137,7 @@ def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2**20)
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + row(problem="x" * 3 * 2**20, answer="2") + b"\n" + b"nonsense\n")
-    with pytest.raises(
-        SettingsError, match=r"data\.jsonl:2: row: expected at most 1 MB.*and 1 more bad row\)"
-    ):
+    with pytest.raises(UserError, match=r"data\.jsonl:2: row: expected at most 1 MB.*and 1 more bad row\)"):
         load(path)
     path.write_bytes(row(problem="x" * 2**19, answer="2") + b"\n" + GOOD)
     assert len(load(path)) == 2
@@ -147,7 +146,7 @@ def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_other_bad_rows_are_counted_and_nothing_is_returned(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + row(problem="x") + b"\n" + b"{\n" + GOOD + row(answer="1") + b"\n")
-    with pytest.raises(SettingsError, match=r"data\.jsonl:2: answer: .*\(and 2 more bad rows\)$"):
+    with pytest.raises(UserError, match=r"data\.jsonl:2: answer: .*\(and 2 more bad rows\)$"):
         load(path)
 
 
@@ -156,13 +155,13 @@ def test_needs_decides_what_is_missing(tmp_path: Path) -> None:
     path.write_bytes(row(problem="x", solution="so y") + b"\n")
     assert load(path, needs=("solution",))[0].answer == ""
     assert load(path, needs=())[0].solution == "so y"
-    with pytest.raises(SettingsError, match=r":1: answer: "):
+    with pytest.raises(UserError, match=r":1: answer: "):
         load(path, needs=("solution", "answer"))
     path.write_bytes(row(problem="x", answer="y", soluton="z") + b"\n")
-    with pytest.raises(SettingsError, match=r':1: solution: .*has "soluton", did you mean "solution"'):
+    with pytest.raises(UserError, match=r':1: solution: .*has "soluton", did you mean "solution"'):
         load(path, needs=("solution",))
     path.write_bytes(row(problem="x") + b"\n")
-    with pytest.raises(SettingsError, match=r":1: answer: expected an answer or a solution, got neither"):
+    with pytest.raises(UserError, match=r":1: answer: expected an answer or a solution, got neither"):
         load(path, needs=())
 
 
@@ -239,19 +238,19 @@ def test_broken_parquet_rows_are_named(tmp_path: Path) -> None:
     path = write_parquet(
         tmp_path / "a.parquet", {"problem": ["x", "y", None], "answer": [1.5, float("nan"), 2.0]}
     )
-    with pytest.raises(SettingsError, match=r"a\.parquet:2: answer: .*finite.*and 1 more bad row\)"):
+    with pytest.raises(UserError, match=r"a\.parquet:2: answer: .*finite.*and 1 more bad row\)"):
         load(path)
     not_text = pa.Array.from_buffers(pa.binary(), 2, pa.array([b"ok", b"\xff"]).buffers()).view(pa.string())
     path = write_parquet(tmp_path / "b.parquet", {"problem": not_text, "answer": ["1", "2"]})
-    with pytest.raises(SettingsError, match=r"b\.parquet:2: problem: expected UTF-8"):
+    with pytest.raises(UserError, match=r"b\.parquet:2: problem: expected UTF-8"):
         load(path)
 
 
 def test_parquet_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     path.write_bytes(b"PAR1 not really")
-    with pytest.raises(SettingsError, match=r"data\.parquet: expected a parquet file"):
+    with pytest.raises(UserError, match=r"data\.parquet: expected a parquet file"):
         load(path)
     write_parquet(path, {"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
-    with pytest.raises(SettingsError, match=r"data\.parquet: expected at least one row"):
+    with pytest.raises(UserError, match=r"data\.parquet: expected at least one row"):
         load(path)

@@ -16,8 +16,9 @@ import pytest
 
 from truestep.data import gym, procedural
 from truestep.data.problems import load_problems
+from truestep.errors import UserError
 from truestep.records import Problem
-from truestep.settings import DataSettings, SettingsError
+from truestep.settings import DataSettings
 
 
 def load(source: str, base_dir: Path = Path("/nonexistent"), **settings: Any) -> list[Problem]:
@@ -52,29 +53,29 @@ def test_skip_and_limit(tmp_path: Path) -> None:
     assert answers(load(path, skip=3)) == ["3", "4"]
     assert answers(load(path, limit=5)) == answers(load(path))
     with pytest.raises(
-        SettingsError, match=r'd\.limit = 5 .* the 3 rows .* after skip = 2: write limit = 3 or limit = "all'
+        UserError, match=r'd\.limit = 5 .* the 3 rows .* after skip = 2: write limit = 3 or limit = "all'
     ):
         load(path, skip=2, limit=5)
-    with pytest.raises(SettingsError, match=r"d\.skip = 5 leaves nothing of the 5 rows"):
+    with pytest.raises(UserError, match=r"d\.skip = 5 leaves nothing of the 5 rows"):
         load(path, skip=5)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl")
-    with pytest.raises(SettingsError, match=r'trian\.jsonl: no such file .*did you mean ".*/train\.jsonl"'):
+    with pytest.raises(UserError, match=r'trian\.jsonl: no such file .*did you mean ".*/train\.jsonl"'):
         load("trian.jsonl", tmp_path)
-    with pytest.raises(SettingsError, match=r'did you mean "procedural:'):
+    with pytest.raises(UserError, match=r'did you mean "procedural:'):
         load("procedual:addition")
     (tmp_path / "a.csv").write_text("problem,answer\n")
-    with pytest.raises(SettingsError, match=r"a\.csv: expected a \.jsonl or \.parquet file, got \.csv"):
+    with pytest.raises(UserError, match=r"a\.csv: expected a \.jsonl or \.parquet file, got \.csv"):
         load("a.csv", tmp_path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
-    with pytest.raises(SettingsError, match=r"empty\.jsonl: .*got an empty file"):
+    with pytest.raises(UserError, match=r"empty\.jsonl: .*got an empty file"):
         load("empty.jsonl", tmp_path)
     (tmp_path / "blank.jsonl").write_bytes(b"\n \n")
-    with pytest.raises(SettingsError, match=r"blank\.jsonl: expected at least one row"):
+    with pytest.raises(UserError, match=r"blank\.jsonl: expected at least one row"):
         load("blank.jsonl", tmp_path)
-    with pytest.raises(SettingsError, match=r"d\.options: a file has none, got digits"):
+    with pytest.raises(UserError, match=r"d\.options: a file has none, got digits"):
         load("train.jsonl", tmp_path, options={"digits": 3})
 
 
@@ -90,23 +91,23 @@ def test_a_folder_is_its_files_or_those_of_its_split(tmp_path: Path) -> None:
     write(tmp_path / "split" / "test.jsonl", 1, start=7)
     assert answers(load("split", tmp_path)) == ["1", "2"]
     assert answers(load("split", tmp_path, split="test")) == ["7"]
-    with pytest.raises(SettingsError, match=r'no file of split "dev" .* has test, train'):
+    with pytest.raises(UserError, match=r'no file of split "dev" .* has test, train'):
         load("split", tmp_path, split="dev")
     (tmp_path / "none").mkdir()
-    with pytest.raises(SettingsError, match=r"none: expected \.jsonl or \.parquet files"):
+    with pytest.raises(UserError, match=r"none: expected \.jsonl or \.parquet files"):
         load("none", tmp_path)
 
 
 def test_ids_are_unique_over_all_files_of_a_folder(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"problem": "x", "answer": 1, "id": "same"}\n')
-    with pytest.raises(SettingsError, match=r'b\.jsonl:1: id: .*"same", which .*a\.jsonl:1 has'):
+    with pytest.raises(UserError, match=r'b\.jsonl:1: id: .*"same", which .*a\.jsonl:1 has'):
         load(str(tmp_path))
 
 
 def test_hub_rows_are_checked_as_file_rows_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SettingsError, match=r'hub:org/set".*pip install "truestep\[hub\]"'):
+    with pytest.raises(UserError, match=r'hub:org/set".*pip install "truestep\[hub\]"'):
         load("hub:org/set")
     asked = []
 
@@ -117,24 +118,24 @@ def test_hub_rows_are_checked_as_file_rows_are(monkeypatch: pytest.MonkeyPatch) 
         return [{"problem": "x", "answer": "1"}, {"problem": "y", "answer": ""}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(SettingsError, match=r"^hub:org/set\[test\]:2: answer: "):
+    with pytest.raises(UserError, match=r"^hub:org/set\[test\]:2: answer: "):
         load("hub:org/set", split="test", options={"config": "main"})
     assert asked == [("org/set", "main", "test")]
-    with pytest.raises(SettingsError, match=r"org/absent.*cannot be loaded: offline, and not in the cache$"):
+    with pytest.raises(UserError, match=r"org/absent.*cannot be loaded: offline, and not in the cache$"):
         load("hub:org/absent")
-    with pytest.raises(SettingsError, match=r"options\.subset: a hub source knows only config"):
+    with pytest.raises(UserError, match=r"options\.subset: a hub source knows only config"):
         load("hub:org/set", options={"subset": "main"})
 
 
 def test_reasoning_gym_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(SettingsError, match=r'pip install "truestep\[reasoning-gym\]"'):
+    with pytest.raises(UserError, match=r'pip install "truestep\[reasoning-gym\]"'):
         load("reasoning_gym:gcd", limit=3)
-    with pytest.raises(SettingsError, match=r'no reasoning_gym task is called "lcn"; .*did you mean "lcm"'):
+    with pytest.raises(UserError, match=r'no reasoning_gym task is called "lcn"; .*did you mean "lcm"'):
         load("reasoning_gym:lcn", limit=3)
-    with pytest.raises(SettingsError, match=r"write limit = N"):
+    with pytest.raises(UserError, match=r"write limit = N"):
         load("reasoning_gym:gcd")
-    with pytest.raises(SettingsError, match=r"no worked solutions"):
+    with pytest.raises(UserError, match=r"no worked solutions"):
         load("reasoning_gym:gcd", limit=3, needs=("solution",))
 
 
@@ -154,9 +155,9 @@ def test_reasoning_gym_golds_are_confirmed_by_our_own_arithmetic(monkeypatch: py
     assert not texts["train"] & texts["test"]
     assert not texts["dev"] & texts["test"]
     first = int(sets["train"][0].answer) - 3
-    with pytest.raises(SettingsError, match=rf"its answer to .* is {4 + first}, ours is {3 + first}"):
+    with pytest.raises(UserError, match=rf"its answer to .* is {4 + first}, ours is {3 + first}"):
         load("reasoning_gym:chain_sum", limit=20, options={"wrong": first})
-    with pytest.raises(SettingsError, match=r"reasoning_gym:chain_sum options: .*colour"):
+    with pytest.raises(UserError, match=r"reasoning_gym:chain_sum options: .*colour"):
         load("reasoning_gym:chain_sum", limit=20, options={"colour": 1})
 
 

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 
+from truestep.errors import UserError
 from truestep.evaluate.compare import compare, paired_t, sign_flip_p
 from truestep.evaluate.estimate import Estimate, estimate, majority, pass_interval
 from truestep.evaluate.interval import beta_quantile, mean_interval, t_cdf, t_quantile
 from truestep.records import RecordError
-from truestep.settings import SettingsError
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -51,9 +51,9 @@ def test_rates_and_mean_length_are_over_all_samples() -> None:
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
-    with pytest.raises(SettingsError, match="no samples"):
+    with pytest.raises(UserError, match="no samples"):
         estimate([])
-    with pytest.raises(SettingsError, match="pass_at = 3 needs samples_per_problem >= 3, got 2"):
+    with pytest.raises(UserError, match="pass_at = 3 needs samples_per_problem >= 3, got 2"):
         estimate(rows_of("ccc", "cc"), pass_at=(1, 3))
     with pytest.raises(RecordError, match="twice"):
         estimate(rows_of("c") + rows_of("c"))
@@ -305,6 +305,6 @@ def test_comparison_coverage_is_nominal() -> None:
 
 def test_different_problems_are_refused() -> None:
     with pytest.raises(
-        SettingsError, match=r"problem p1 is in the second evaluation and not in the first \(2 such"
+        UserError, match=r"problem p1 is in the second evaluation and not in the first \(2 such"
     ):
         compare(rows_of("c"), rows_of("c", "c", "i"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from truestep.errors import UserError
 from truestep.evaluate.run import EvaluationPlan, run_evaluation
 from truestep.records import (
     Distribution,
@@ -22,7 +23,6 @@ from truestep.records import (
     Verdict,
 )
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
-from truestep.settings import SettingsError
 
 SAMPLING = SamplingParameters(temperature=0.6, max_new_tokens=4, stop_token_ids=(0,))
 
@@ -223,11 +223,11 @@ def test_an_engine_that_answers_something_else_is_caught(
 def test_plans_that_cannot_be_run_are_refused(tmp_path: Path) -> None:
     plan = plan_in(tmp_path)
     twins = [prompt_of("a", "x.jsonl:1"), prompt_of("b", "x.jsonl:2"), prompt_of("a", "x.jsonl:3")]
-    with pytest.raises(SettingsError, match=r"^x.jsonl:3: id: 'a' is also the id of x.jsonl:1"):
+    with pytest.raises(UserError, match=r"^x.jsonl:3: id: 'a' is also the id of x.jsonl:1"):
         replace(plan, prompts=twins)
-    with pytest.raises(SettingsError, match="no problems"):
+    with pytest.raises(UserError, match="no problems"):
         replace(plan, prompts=[])
-    with pytest.raises(SettingsError, match="pass_at = 4 needs samples_per_problem >= 4, got 3"):
+    with pytest.raises(UserError, match="pass_at = 4 needs samples_per_problem >= 4, got 3"):
         replace(plan, pass_at=(1, 4))
-    with pytest.raises(SettingsError, match="names a file"):
+    with pytest.raises(UserError, match="names a file"):
         replace(plan, name="../test")

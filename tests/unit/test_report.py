@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from truestep.errors import UserError
 from truestep.report import figures, tables
 from truestep.report.html import pick_rollouts, pick_samples, points, write_report
 from truestep.report.tables import ScoreRow, clip, markdown_table, score_table, terminal_table, visible
-from truestep.settings import SettingsError
 
 VOID = {"meta", "br", "link", "path", "use", "rect"}
 
@@ -255,10 +255,10 @@ def test_an_interrupted_run_says_so_and_shows_what_it_has(run: Path) -> None:
 
 
 def test_what_is_not_a_run_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"not a run directory: expected resolved.toml"):
+    with pytest.raises(UserError, match=r"not a run directory: expected resolved.toml"):
         write_report(tmp_path)
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(SettingsError, match=r"summary.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"summary.json: not valid JSON"):
         write_report(tmp_path)
 
 

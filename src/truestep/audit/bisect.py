@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 Probe = Callable[[str], bool | None]  # version → faulty, right, or None: it could not be run
 
@@ -29,10 +29,10 @@ class Interval:
 
 
 def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interval:
-    """``releases`` in order, the two ends included. Raises SettingsError where ``known_bad`` is none of
+    """``releases`` in order, the two ends included. Raises UserError where ``known_bad`` is none of
     them."""
     if known_bad and known_bad not in releases:
-        raise SettingsError(f"--known-bad {known_bad}: it is not between {releases[0]} and {releases[-1]}")
+        raise UserError(f"--known-bad {known_bad}: it is not between {releases[0]} and {releases[-1]}")
     seen: dict[int, bool | None] = {}
 
     def faulty(index: int) -> bool | None:
@@ -92,31 +92,31 @@ def _tried(releases: Sequence[str], seen: dict[int, bool | None]) -> tuple[tuple
 
 
 def parse_range(text: str) -> tuple[str, str]:
-    """``0.15.0..0.19.8`` → the two ends. Raises SettingsError where it is something else."""
+    """``0.15.0..0.19.8`` → the two ends. Raises UserError where it is something else."""
     match = re.fullmatch(r"\s*(\d[\w.]*?)\s*\.\.\s*(\d[\w.]*)\s*", text)
     if not match:
-        raise SettingsError(f"--bisect {text!r}: write two versions, such as 0.15.0..0.19.8")
+        raise UserError(f"--bisect {text!r}: write two versions, such as 0.15.0..0.19.8")
     return match[1], match[2]
 
 
 def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
-    """All final releases of a package between two, as its index lists them. Raises SettingsError where it
+    """All final releases of a package between two, as its index lists them. Raises UserError where it
     cannot."""
     if _key(first) > _key(last):
-        raise SettingsError(f"--bisect {first}..{last}: the older release comes first: {last}..{first}")
+        raise UserError(f"--bisect {first}..{last}: the older release comes first: {last}..{first}")
     found = _releases(python, package)
     inside = sorted((v for v in found if _key(first) <= _key(v) <= _key(last)), key=_key)
     for end in (first, last):
         if end not in inside:
-            raise SettingsError(f"{package} has no release {end}: its index lists {', '.join(found[:8])} …")
+            raise UserError(f"{package} has no release {end}: its index lists {', '.join(found[:8])} …")
     return inside
 
 
 def newest_release(python: Path, package: str) -> str:
-    """The newest final release. Raises SettingsError where the index has none or does not answer."""
+    """The newest final release. Raises UserError where the index has none or does not answer."""
     found = _releases(python, package)
     if not found:
-        raise SettingsError(f"{package}: its index lists no final release")
+        raise UserError(f"{package}: its index lists no final release")
     return max(found, key=_key)
 
 
@@ -125,7 +125,7 @@ def _releases(python: Path, package: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     listed = re.search(r"Available versions:(.*)", done.stdout)
     if done.returncode or not listed:
-        raise SettingsError(
+        raise UserError(
             f"{package}: its releases cannot be listed: {(done.stderr.strip() or 'no answer')[-200:]}"
         )
     return [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]

@@ -15,7 +15,7 @@ from typing import Any
 from truestep.audit import past_files
 from truestep.audit.past_files import truth, whole
 from truestep.audit.registry import CASES, ENGINE, TABLE, Configuration, Subject
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 MOST_MICROBATCHES = 8
 TRL_KEYS = ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "max_seq_length")
@@ -66,12 +66,12 @@ def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6
 def read(path: Path) -> tuple[Subject, list[str]]:
     """The subject with the one configuration that the file describes, and the notes.
 
-    Raises SettingsError where the file is missing, cannot be read or configures nothing that is known.
+    Raises UserError where the file is missing, cannot be read or configures nothing that is known.
     """
     try:
         configured = _recognise(_load(path), path)
     except _Wrong as error:
-        raise SettingsError(f"--config {path}: {error}") from None
+        raise UserError(f"--config {path}: {error}") from None
     _reduce(configured)
     subject = next(s for s in TABLE if s.name == configured.subject)
     loop = configured.subject in ("DeepSpeed", "accelerate", "OpenRLHF SFTTrainer")
@@ -102,7 +102,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise SettingsError(f"--config {path}: cannot be read ({why}): give {EXPECTED}") from None
+        raise UserError(f"--config {path}: cannot be read ({why}): give {EXPECTED}") from None
     try:
         if path.suffix.lower() in (".yaml", ".yml"):
             found = past_files.parse_yaml(text)
@@ -111,9 +111,9 @@ def _load(path: Path) -> Mapping[str, Any]:
         else:
             found = past_files.parse_json(text)
     except past_files.Broken as error:
-        raise SettingsError(f"--config {path}: {error}") from None
+        raise UserError(f"--config {path}: {error}") from None
     if not isinstance(found, Mapping):
-        raise SettingsError(f"--config {path}: expected a table of settings, got {type(found).__name__}")
+        raise UserError(f"--config {path}: expected a table of settings, got {type(found).__name__}")
     return found
 
 
@@ -129,7 +129,7 @@ def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
         return _openrlhf(found)
     if any(key in found for key in ("per_device_train_batch_size", "gradient_accumulation_steps", *TRL_KEYS)):
         return _arguments(found, path)
-    raise SettingsError(f"--config {path}: no setting of a known trainer in it: give {EXPECTED}")
+    raise UserError(f"--config {path}: no setting of a known trainer in it: give {EXPECTED}")
 
 
 def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str) -> Configured:

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import IO
 
 from truestep.audit.packages import ALONE, COMPANIONS
+from truestep.errors import UserError
 from truestep.rundir import redact
-from truestep.settings import SettingsError
 
 TORCH = "2.13.0"
 BUILD_TIMEOUT = 1800.0  # seconds: of one install command, and of waiting for another audit's build
@@ -99,25 +99,23 @@ class Plan:
 def parse(text: str) -> dict[str, str]:
     """Package → version of a text such as ``trl==1.16.0+deepspeed==0.18.9``.
 
-    Raises: SettingsError where a part is no exact version.
+    Raises: UserError where a part is no exact version.
     """
     pins: dict[str, str] = {}
     for part in text.split("+"):
         match = _PIN.fullmatch(part.strip())
         if match is None:
-            raise SettingsError(
-                f"requirement {text!r}: {part.strip()!r} is no NAME==VERSION: write {EXAMPLE}"
-            )
+            raise UserError(f"requirement {text!r}: {part.strip()!r} is no NAME==VERSION: write {EXAMPLE}")
         name = _normal(match[1])
         if pins.setdefault(name, match[2]) != match[2]:
-            raise SettingsError(
+            raise UserError(
                 f"requirement {text!r}: {name} has two versions: write one, such as {name}=={match[2]}"
             )
     return pins
 
 
 def plan(text: str) -> Plan:
-    """All that an environment for ``text`` holds. Raises: SettingsError as ``parse`` does."""
+    """All that an environment for ``text`` holds. Raises: UserError as ``parse`` does."""
     pins = parse(text)
     wanted = {name: f"{name}=={version}" for name, version in pins.items() if name != "torch"}
     for name, before, companions in COMPANIONS:
@@ -159,7 +157,7 @@ def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
     """The python of an environment that holds ``text``; built if the cache has none yet. ``say`` is told what
     goes on.
 
-    Raises: SettingsError for a bad text; BuildFailed where it cannot be built.
+    Raises: UserError for a bad text; BuildFailed where it cannot be built.
     """
     wanted = plan(text)
     cache = cache_folder()
@@ -364,14 +362,14 @@ def _uv_variables() -> dict[str, str]:
 
 
 def versions(python: Path) -> dict[str, str]:
-    """Package → version of all that this python finds. Raises: SettingsError where it cannot be run."""
+    """Package → version of all that this python finds. Raises: UserError where it cannot be run."""
     return _probe(python, ())
 
 
 def installed(python: Path) -> dict[str, str]:
     """Framework → version ("unknown": a folder without metadata). Imports none of them and writes nothing.
 
-    Raises: SettingsError where this python cannot be run.
+    Raises: UserError where this python cannot be run.
     """
     found = _probe(python, FRAMEWORKS)
     return {name: found[name] for name in FRAMEWORKS if name in found}
@@ -381,7 +379,7 @@ def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
     if not python.is_file():
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
-        raise SettingsError(f"--python {python}: no such program: write {hint}")
+        raise UserError(f"--python {python}: no such program: write {hint}")
     # -I: as the audited process, which sees neither PYTHONPATH nor the user's own site folder; -B: no
     # bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
@@ -403,7 +401,5 @@ def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         words = redact(said[-1] if said else "it said nothing")[:200]
         message = f"--python {python}: does not run as a Python 3.8 or later ({words})"
-        raise SettingsError(
-            f"{message}: write the path of an interpreter, such as .venv/bin/python"
-        ) from None
+        raise UserError(f"{message}: write the path of an interpreter, such as .venv/bin/python") from None
     return {str(k): str(v) for k, v in found.items()}

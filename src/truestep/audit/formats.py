@@ -20,8 +20,8 @@ from xml.etree import ElementTree
 
 from truestep import __version__
 from truestep.audit.judge import Finding, Verdict
+from truestep.errors import UserError
 from truestep.rundir import redact
-from truestep.settings import SettingsError
 
 SCHEMA = 1
 SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -189,16 +189,16 @@ def _text(text: str) -> str:
 def from_document(document: Any, name: str = "document") -> list[Finding]:
     """The findings of a document; fields that this version does not know are left out.
 
-    Raises SettingsError naming ``name``, the row and the field.
+    Raises UserError naming ``name``, the row and the field.
     """
     if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
         got = document.get("schema") if isinstance(document, Mapping) else type(document).__name__
-        raise SettingsError(
+        raise UserError(
             f"{name}: schema: expected {SCHEMA}, got {got!r}; give what truestep audit --json wrote"
         )
     rows = document.get("findings")
     if not isinstance(rows, list):
-        raise SettingsError(f"{name}: findings: expected a list; give what truestep audit --json wrote")
+        raise UserError(f"{name}: findings: expected a list; give what truestep audit --json wrote")
     return [_finding(row, f"{name}: findings row {number}") for number, row in enumerate(rows, 1)]
 
 
@@ -206,13 +206,11 @@ def _finding(row: Any, where: str) -> Finding:
     for key, kind in (("subject", str), ("configuration", Mapping), ("verdict", str)):
         if not isinstance(row, Mapping) or not isinstance(row.get(key), kind):
             expected = "an object" if kind is Mapping else "a text"
-            raise SettingsError(f"{where}: {key}: expected {expected}; run the audit again")
+            raise UserError(f"{where}: {key}: expected {expected}; run the audit again")
     try:
         verdict = Verdict(row["verdict"])
     except ValueError:
-        raise SettingsError(
-            f"{where}: verdict: {row['verdict']!r}: write one of {', '.join(Verdict)}"
-        ) from None
+        raise UserError(f"{where}: verdict: {row['verdict']!r}: write one of {', '.join(Verdict)}") from None
     known = {f.name for f in fields(Finding)} - {"verdict"}
     return Finding(verdict=verdict, **{k: _numbers(v) for k, v in row.items() if k in known})
 

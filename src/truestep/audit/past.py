@@ -63,7 +63,7 @@ class Answer:
 
 
 def look_back(folder: Path) -> list[Answer]:
-    """One answer a measured fault, in the order of ``MEASURED``. Raises SettingsError where there is no such
+    """One answer a measured fault, in the order of ``MEASURED``. Raises UserError where there is no such
     folder."""
     evidence = gather(folder)
     return [answer(measured, evidence) for measured in MEASURED]

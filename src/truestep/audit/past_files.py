@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 PACKAGES = ("deepspeed", "transformers", "openrlhf", "verl")
 LOCKS = ("uv.lock", "poetry.lock", "pdm.lock", "pylock.toml")
@@ -65,9 +65,9 @@ class Evidence:
 
 
 def gather(folder: Path) -> Evidence:
-    """Read a run's folder. Raises SettingsError where there is none."""
+    """Read a run's folder. Raises UserError where there is none."""
     if not folder.is_dir():
-        raise SettingsError(f"{folder}: expected a folder with the files of a past run, give one that exists")
+        raise UserError(f"{folder}: expected a folder with the files of a past run, give one that exists")
     evidence = Evidence()
     states: set[Path] = set()
     configs: list[Path] = []

@@ -17,7 +17,7 @@ from truestep.audit.bisect import newest_release
 from truestep.audit.judge import Verdict
 from truestep.audit.registry import Configuration, Subject
 from truestep.audit.run import audit_one
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 # (options that differ, words), in the order in which they are tried where they change anything.
 OPTIONS: tuple[tuple[Mapping[str, Any], str], ...] = (
@@ -58,5 +58,5 @@ def _newer(name: str, pins: Mapping[str, str]) -> tuple[str, Path] | None:
             return None
         together = "+".join(f"{k}=={newest if k == name else v}" for k, v in pins.items())
         return f"{name}=={newest}", environment.build(together)
-    except (SettingsError, environment.BuildFailed):
+    except (UserError, environment.BuildFailed):
         return None

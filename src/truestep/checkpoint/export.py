@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from truestep.checkpoint.folders import NO_SPACE, OutOfSpace, replace_folder, require_space
+from truestep.errors import UserError
 from truestep.rundir import fsync_folder
-from truestep.settings import SettingsError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,14 +31,14 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises SettingsError where the folder holds anything else, OutOfSpace where the
+    Replaces an older export. Raises UserError where the folder holds anything else, OutOfSpace where the
     disk is too full.
     """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder / _MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(
+        raise UserError(
             f"{folder} is there and is no export of truestep: name a folder that does not exist yet"
         )
     if temporary.exists():

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from truestep.errors import UserError
 from truestep.rundir import fsync_folder
-from truestep.settings import SettingsError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -59,7 +59,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float) -> Iterator[bool]:
     """Hold the folder's lock, which the kernel drops when its holder dies. Yields False where the file system
-    of some clusters knows no locks. Raises SettingsError where another process still holds it after
+    of some clusters knows no locks. Raises UserError where another process still holds it after
     ``patience`` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -77,9 +77,7 @@ def _lock(descriptor: int, folder: Path, deadline: float) -> bool:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 remedy = "stop it, or give this run a folder of its own"
-                raise SettingsError(
-                    f"{folder}: another process is saving checkpoints here: {remedy}"
-                ) from None
+                raise UserError(f"{folder}: another process is saving checkpoints here: {remedy}") from None
         except OSError:
             return False
         time.sleep(0.05)

@@ -40,8 +40,8 @@ from truestep.checkpoint.folders import (
     replace_folder,
     require_space,
 )
+from truestep.errors import UserError
 from truestep.rundir import fsync_folder, write_atomic
-from truestep.settings import SettingsError
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -103,7 +103,7 @@ def save_checkpoint(
     Every rank calls it with its own local tensors and the same step, state and group names; state is taken
     from rank 0.
 
-    Raises: OutOfSpace; SettingsError where another process is saving into the folder; RuntimeError on the
+    Raises: OutOfSpace; UserError where another process is saving into the folder; RuntimeError on the
     ranks that did their part where another rank did not; ValueError for what cannot be stored.
     """
     state = _checked(checkpoint, keep, rank, world_size)
@@ -153,7 +153,7 @@ def save_checkpoint(
             try:
                 if failure is None:
                     phase()
-            except (OSError, RuntimeError, SettingsError) as error:
+            except (OSError, RuntimeError, UserError) as error:
                 failure = error
             barrier()
         if failure is None and not _holds(final, part):
@@ -300,11 +300,11 @@ def load_latest(
     Every rank verifies the files of all ranks, so that all of them choose the same one without talking. One
     saved by a single process is read whole by any rank.
 
-    Raises: SettingsError where checkpoints exist and none is intact, or for another world size or format.
+    Raises: UserError where checkpoints exist and none is intact, or for another world size or format.
     """
     if rank == 0 and folder.is_dir():
         # A writer at work, or a read-only disk, is no matter.
-        with contextlib.suppress(SettingsError, OSError), exclusive(folder, patience=0) as locked:
+        with contextlib.suppress(UserError, OSError), exclusive(folder, patience=0) as locked:
             if locked:
                 remove_leftovers(folder)
     candidates = list_checkpoints(folder)
@@ -315,7 +315,7 @@ def load_latest(
             warn(f"{path} is damaged and was passed over: {error}")
     if candidates:
         remedy = "restore one from a backup, or delete the folder to begin the stage again"
-        raise SettingsError(f"{folder}: none of its {len(candidates)} checkpoints is intact: {remedy}")
+        raise UserError(f"{folder}: none of its {len(candidates)} checkpoints is intact: {remedy}")
     return None
 
 
@@ -323,7 +323,7 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
     manifest = _read_manifest(path)
     if (saved := manifest.world_size) not in (1, world_size):
         remedy = f"launch {saved} processes, or export the model and start from it"
-        raise SettingsError(
+        raise UserError(
             f"{path} was saved by {saved} processes and cannot be cut anew for {world_size}: {remedy}"
         )
     for name, entry in manifest.files.items():
@@ -375,11 +375,11 @@ def _read_manifest(path: Path) -> _Manifest:
         if not isinstance(body, dict) or body.pop("sha256", "") != _digest(body):
             raise _Corrupt("manifest.json is not what was written (SHA-256 differs)")
         if body.get("format") != FORMAT:
-            raise SettingsError(
+            raise UserError(
                 f"{path} was written by another version of truestep (format {body.get('format')!r}): use it"
             )
         manifest = _Manifest.model_validate(body)
-    except SettingsError:
+    except UserError:
         raise
     except (ValueError, RecursionError) as error:
         raise _Corrupt(f"manifest.json cannot be read: {str(error).splitlines()[0]}") from None

@@ -58,17 +58,15 @@ def audit(
     130 interrupted.
     """
     from truestep.cli import audit_actions as actions
-    from truestep.settings import SettingsError
+    from truestep.errors import UserError
 
     if past is not None:
         if dry_run or junit or sarif or html:
-            raise SettingsError(
-                "--past reads files and has one output more, --json: leave out the other options"
-            )
+            raise UserError("--past reads files and has one output more, --json: leave out the other options")
         actions.past(past, as_json=as_json)
         return
     if dry_run and (bisect or target == "models"):
-        raise SettingsError("--dry-run lists the configurations of an audit: it has nothing to list here")
+        raise UserError("--dry-run lists the configurations of an audit: it has nothing to list here")
     if bisect:
         actions.bisect(
             target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json

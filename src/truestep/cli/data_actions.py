@@ -12,8 +12,9 @@ import typer
 from truestep.data.describe import describe
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
+from truestep.errors import UserError
 from truestep.records import Problem, Verdict, conserve
-from truestep.settings import DataSettings, Settings, SettingsError, load_settings
+from truestep.settings import DataSettings, Settings, load_settings
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -30,7 +31,7 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
         report = overlap_report(*_train_and_evaluation(settings, sets))
     else:
         if overrides:
-            raise SettingsError("--set changes a recipe's settings, but a data file is checked: leave it out")
+            raise UserError("--set changes a recipe's settings, but a data file is checked: leave it out")
         name = Path(source).stem
         sets = {
             name: load_problems(
@@ -61,9 +62,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     from truestep.model.load import load_tokenizer
 
     if not recipe.endswith(".toml"):
-        raise SettingsError(
-            f"{recipe}: expected a recipe (.toml), which names the model whose tokens are shown"
-        )
+        raise UserError(f"{recipe}: expected a recipe (.toml), which names the model whose tokens are shown")
     settings = load_settings(recipe, overrides)
     tokenizer = load_tokenizer(settings.model)
     console = Console(soft_wrap=True)

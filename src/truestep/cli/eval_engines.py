@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from truestep.errors import UserError
 from truestep.evaluate.ask import Asker, EndpointAsker, TokenAsker
 from truestep.evaluate.plan import PINNED, EvaluationSettings, Job
-from truestep.settings import SettingsError
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -71,9 +71,7 @@ def _config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _torch(settings: EvaluationSettings) -> Engine:
@@ -99,7 +97,7 @@ def _vllm(settings: EvaluationSettings, context: int, stack: ExitStack) -> Engin
 
     source = resolve(settings.model)
     if source == "tiny":
-        raise SettingsError(
+        raise UserError(
             'engine = "vllm" needs a model folder: the built-in model is made in memory, write torch'
         )
     server = VllmServer(

@@ -108,9 +108,9 @@ def _settings(raw: dict[str, Any], overrides: list[str] | None, where: str) -> E
     from truestep.settings import override, parse
 
     if "benchmarks" not in raw:
-        from truestep.settings import SettingsError
+        from truestep.errors import UserError
 
-        raise SettingsError(
+        raise UserError(
             f"{where}: what on? write --benchmarks gsm8k,math500 (truestep eval list names them all)"
         )
     return parse(EvaluationSettings, override(raw, overrides or ()), where=where)
@@ -121,11 +121,12 @@ def _own_sets(
 ) -> None:
     """A training recipe: its own evaluation sets."""
     from truestep.cli.run import execute, only_evaluation
-    from truestep.settings import SettingsError, load_settings
+    from truestep.errors import UserError
+    from truestep.settings import load_settings
 
     if given:
         option = next(iter(given)).replace("_", "-")
-        raise SettingsError(
+        raise UserError(
             f"--{option}: {recipe} evaluates its own data sets: write --benchmarks, or leave it out"
         )
     execute(only_evaluation(load_settings(recipe, overrides or ()), recipe), recipe, out, **more)
@@ -205,27 +206,28 @@ def _run(
 
 
 def _check_folder(settings: EvaluationSettings, folder: Path, *, resume: bool) -> None:
-    """Raises SettingsError where the run directory is taken by something else. Writes nothing."""
+    """Raises UserError where the run directory is taken by something else. Writes nothing."""
     from truestep import rundir
+    from truestep.errors import UserError
     from truestep.evaluate.plan import EvaluationSettings, changed
-    from truestep.settings import SettingsError, parse, read_recipe
+    from truestep.settings import parse, read_recipe
 
     resolved = folder / "resolved.toml"
     if not resolved.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SettingsError(f"{folder} exists and is no evaluation: write --out for another place")
+            raise UserError(f"{folder} exists and is no evaluation: write --out for another place")
         return
     if not resume:
-        raise SettingsError(
+        raise UserError(
             f"{folder} holds one already: write --resume to go on with it, or --out for another place"
         )
     raw = read_recipe(resolved)
     if "benchmarks" not in raw:
-        raise SettingsError(f"{folder} holds a training run: write --out for another place")
+        raise UserError(f"{folder} holds a training run: write --out for another place")
     old = parse(EvaluationSettings, raw, where=str(resolved))
     if names := changed(old, settings):
         was, now = (rundir.redact(str(getattr(s, names[0]))) for s in (old, settings))
-        raise SettingsError(
+        raise UserError(
             f"{folder} was begun with another {names[0]} ({was}; now {now}): their samples cannot be mixed, write "
             "--out for another place"
         )
@@ -233,14 +235,14 @@ def _check_folder(settings: EvaluationSettings, folder: Path, *, resume: bool) -
 
 def _open_folder(settings: EvaluationSettings, folder: Path) -> None:
     from truestep import rundir
-    from truestep.settings import SettingsError
+    from truestep.errors import UserError
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
         rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
     except OSError as error:
-        raise SettingsError(
+        raise UserError(
             f"{folder}: cannot be written: {error.strerror}: write --out for another place"
         ) from None
 

@@ -73,7 +73,7 @@ def main() -> None:
             EXIT["resources"],
         )
     except Exception as error:
-        if isinstance(error, _lazily("truestep.settings", "SettingsError")):
+        if isinstance(error, _lazily("truestep.settings", "UserError")):
             _fail(str(error), EXIT["settings"])
         if isinstance(error, _lazily("truestep.checkpoint.store", "OutOfSpace")):
             _fail(str(error), EXIT["resources"])

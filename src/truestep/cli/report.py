@@ -16,10 +16,10 @@ def report(
     """Write report.html from the files of a run directory and print its scores."""
     from rich.console import Console
 
+    from truestep.errors import UserError
     from truestep.report.evaluation import print_scores, write_evaluation_report
     from truestep.report.html import write_report
     from truestep.report.tables import read_summary, score_table, terminal_table
-    from truestep.settings import SettingsError
 
     if (run / "results.json").is_file():
         from truestep.report.study import write_study
@@ -30,7 +30,7 @@ def report(
         )
         return
     if not (run / "resolved.toml").is_file():
-        raise SettingsError(
+        raise UserError(
             f"{run}: is no run directory (it has no resolved.toml): give the folder that a run printed"
         )
     evaluation = read_summary(run).get("kind") == "evaluation"

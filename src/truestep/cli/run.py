@@ -60,19 +60,19 @@ def _load(recipe: Path, overrides: list[str] | None) -> Settings:
 
 
 def only(settings: Settings, kind: str, recipe: Path) -> Settings:
-    from truestep.settings import SettingsError
+    from truestep.errors import UserError
 
     stages = tuple(s for s in settings.stages if s.kind == kind)
     if not stages:
-        raise SettingsError(f'{recipe}: has no stage of kind {kind}: write [[stages]] with kind = "{kind}"')
+        raise UserError(f'{recipe}: has no stage of kind {kind}: write [[stages]] with kind = "{kind}"')
     return settings.model_copy(update={"stages": stages})
 
 
 def only_evaluation(settings: Settings, recipe: Path) -> Settings:
-    from truestep.settings import SettingsError
+    from truestep.errors import UserError
 
     if not settings.evaluate.data:
-        raise SettingsError(f'{recipe}: evaluate.data is empty: write evaluate.data = ["..."]')
+        raise UserError(f'{recipe}: evaluate.data is empty: write evaluate.data = ["..."]')
     evaluation = settings.evaluate.model_copy(update={"before": True})
     return settings.model_copy(update={"stages": (), "evaluate": evaluation})
 

@@ -39,10 +39,10 @@ def study(
         flops([Path(p) for p in paths[1:]], as_json)
         return
     from truestep.cli.study_actions import run_study
-    from truestep.settings import SettingsError
+    from truestep.errors import UserError
 
     if len(paths) != 1:
-        raise SettingsError(f"study: expected one study file, got {len(paths)}: run them one after the other")
+        raise UserError(f"study: expected one study file, got {len(paths)}: run them one after the other")
     run_study(Path(paths[0]), out, results, engine=engine, workers=workers, dry_run=dry_run, as_json=as_json)
 
 
@@ -50,11 +50,11 @@ def flops(paths: list[Path], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from truestep.settings import SettingsError
+    from truestep.errors import UserError
     from truestep.study.budget import flops_table, sentences
 
     if not paths:
-        raise SettingsError("study flops: expected recipes: write truestep study flops recipes/paper")
+        raise UserError("study flops: expected recipes: write truestep study flops recipes/paper")
     table = flops_table(paths)
     if as_json:
         typer.echo(json.dumps(table))

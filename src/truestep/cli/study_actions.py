@@ -23,7 +23,7 @@ def run_study(
     """Check, plan, run what is missing, analyse, report; the last line of stdout is the study directory."""
     from truestep import rundir
     from truestep.cli.progress import ConsoleReporter
-    from truestep.settings import SettingsError
+    from truestep.errors import UserError
     from truestep.study import launch, nodes, plan
     from truestep.study.audited import trainer_verdict
 
@@ -34,9 +34,9 @@ def run_study(
     folder = out or Path("runs") / f"study-{study.name}"
     for name, place in (("--out", folder), ("--results", results)):
         if place and place.exists() and not place.is_dir():
-            raise SettingsError(f"{name} {place}: is a file: name a folder")
+            raise UserError(f"{name} {place}: is a file: name a folder")
     if results and results.resolve() == folder.resolve():
-        raise SettingsError(f"--results {results} is --out as well: name a folder of its own")
+        raise UserError(f"--results {results} is --out as well: name a folder of its own")
     plan.check_disjoint(study, path.parent)
     if study.base:
         nodes.base_recipe(path, study)

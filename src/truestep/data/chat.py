@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from truestep.errors import UserError
 from truestep.records import Demonstration, Message, Problem, Prompt, Role
-from truestep.settings import ChatSettings, SettingsError
+from truestep.settings import ChatSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings) -> Prompt:
     """The problem as the token ids that every sample of it starts from.
 
-    Raises SettingsError where a text holds a special token, or a character that the tokenizer does not know.
+    Raises UserError where a text holds a special token, or a character that the tokenizer does not know.
     """
     return Prompt(problem=problem, token_ids=tuple(_prompt(tokenizer, problem, chat)[0]))
 
@@ -61,7 +62,7 @@ def encode_demonstration(
     A solution that repeats what the prompt ends with (``<think>``, by the template or by
     ``generation_suffix``) loses that beginning.
 
-    Raises SettingsError as ``encode_prompt``; where there is no solution; where the template writes an
+    Raises UserError as ``encode_prompt``; where there is no solution; where the template writes an
     answered prompt otherwise than an open one; where no stop token would be trained.
     """
     prompt_ids, roles = _prompt(tokenizer, problem, chat)
@@ -69,7 +70,7 @@ def encode_demonstration(
     opening, after = _answered(tokenizer, problem, messages)
     stop_id = _turn_end(tokenizer, after)
     if stop_id is None:
-        raise SettingsError(
+        raise UserError(
             f"the chat template ends the assistant's turn with {after[:20]!r}, which is no special token, so no "
             "stop token would be trained: end it with the eos token, e.g. {{ message['content'] + eos_token }}"
         )
@@ -79,7 +80,7 @@ def encode_demonstration(
             solution = solution.removeprefix(start)
             break
     if not solution.strip():
-        raise SettingsError(f"{_where(problem)}: solution: expected a worked solution to train on, got none")
+        raise UserError(f"{_where(problem)}: solution: expected a worked solution to train on, got none")
     solution_ids = _ids(tokenizer, solution)
     _check_text(tokenizer, problem, "solution", solution, solution_ids)
     num_prompt, num_trained = len(prompt_ids), len(solution_ids) + 1
@@ -102,7 +103,7 @@ def prompt_roles(
 def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[int], list[Role]]:
     """Token ids and roles of the prompt."""
     if not tokenizer.is_fast:
-        raise SettingsError(
+        raise UserError(
             "the tokenizer is a slow one, without offsets: use a model folder that has a tokenizer.json"
         )
     messages = prompt_messages(problem, chat)
@@ -141,14 +142,14 @@ def stop_token_ids(
     """The tokens at which sampling stops: what ends a turn in the chat template, the tokenizer's and the
     model's eos.
 
-    Raises SettingsError where there is none.
+    Raises UserError where there is none.
     """
     problem = Problem(id="stop token", messages=(Message(role="user", content="1+1=?"),), answer="2")
     end = _turn_end(tokenizer, _answered(tokenizer, problem, problem.messages)[1])
     found = [end, tokenizer.eos_token_id, *([model_eos] if isinstance(model_eos, int) else model_eos or ())]
     stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
     if not stops:
-        raise SettingsError(
+        raise UserError(
             "neither the tokenizer, its chat template nor the model has a token that ends a sample"
         )
     return stops
@@ -174,7 +175,7 @@ def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answe
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
     except (TemplateError, ValueError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SettingsError(
+        raise UserError(
             f"{_where(problem)}: messages: the chat template refuses these turns: {reason}"
         ) from None
 
@@ -185,7 +186,7 @@ def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> 
     prompt = _render(tokenizer, problem, messages)
     before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
-        raise SettingsError(
+        raise UserError(
             f"{_where(problem)}: messages: the chat template writes these turns differently once they are answered, "
             "so a demonstration could not start with the prompt that is sampled from: use one that keeps earlier turns"
         )
@@ -216,7 +217,7 @@ def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Se
     where = f"{_where(problem)}: {field}"
     for token in tokenizer.all_special_tokens:
         if token in text:
-            raise SettingsError(
+            raise UserError(
                 f'{where}: expected plain text, got the tokenizer\'s special token "{token}": remove it'
             )
     unknown = tokenizer.unk_token_id
@@ -224,7 +225,7 @@ def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Se
         unknown is not None and unknown in ids and unknown in _ids(tokenizer, text)
     ):  # a template may hold it as its bos
         found = next((c for c in text if unknown in _ids(tokenizer, c)), text[:60])
-        raise SettingsError(
+        raise UserError(
             f"{where}: expected text that the tokenizer knows, got the character {found!r}: replace it"
         )
 

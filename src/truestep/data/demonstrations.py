@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from truestep.data.chat import encode_demonstration
 from truestep.data.problems import load_problems
+from truestep.errors import UserError
 from truestep.records import Demonstration, Problem
-from truestep.settings import ChatSettings, DataSettings, SettingsError
+from truestep.settings import ChatSettings, DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ def load_demonstrations(
 ) -> Demonstrations:
     """The demonstrations of ``[data.NAME]``; every row must have a solution.
 
-    Raises SettingsError as ``load_problems`` and ``encode_demonstration``, and where none fits.
+    Raises UserError as ``load_problems`` and ``encode_demonstration``, and where none fits.
     """
     problems = load_problems(name, settings, seed=seed, base_dir=base_dir, needs=("solution",))
     return encode_demonstrations(problems, tokenizer, chat, context_length=context_length)
@@ -70,7 +71,7 @@ def encode_demonstrations(
             dropped.append(TooLong(problem_id=problem.id, row=problem.row, num_tokens=num_tokens))
     if dropped and not kept:
         shortest = min(d.num_tokens for d in dropped)
-        raise SettingsError(
+        raise UserError(
             f"none of the {len(dropped)} demonstrations fits into {context_length} tokens, the shortest has "
             f"{shortest}: raise model.context_length or use shorter ones"
         )

@@ -10,9 +10,9 @@ from hashlib import sha256
 from typing import Any
 
 from truestep.data.procedural import check_split, split_of, unknown_name
+from truestep.errors import UserError
 from truestep.records import Message, Problem
 from truestep.seeding import Purpose, integer
-from truestep.settings import SettingsError
 
 _EXPRESSION = re.compile(r"-?\d+(?: [-+*] -?\d+)+")
 _LIST = re.compile(r"(?<=: )\d+(?:, \d+)+")
@@ -48,24 +48,22 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
     """``num`` different questions of a split; the question's text decides which split it is in, whatever the
     seed.
 
-    Raises SettingsError for an unknown task or option, where the package is missing, or where its answer is
+    Raises UserError for an unknown task or option, where the package is missing, or where its answer is
     not ours.
     """
     if task not in TASKS:
-        raise SettingsError(unknown_name("reasoning_gym task", task, TASKS))
+        raise UserError(unknown_name("reasoning_gym task", task, TASKS))
     check_split(split)
     try:
         import reasoning_gym
     except ModuleNotFoundError:
-        raise SettingsError(
-            'needs the package reasoning-gym: pip install "truestep[reasoning-gym]"'
-        ) from None
+        raise UserError('needs the package reasoning-gym: pip install "truestep[reasoning-gym]"') from None
     tries = _TRIES_PER_PROBLEM * num
     rng = integer(seed, Purpose.PROCEDURAL, item=f"reasoning_gym/{task}") % 2**31
     try:
         questions = reasoning_gym.create_dataset(task, seed=rng, size=tries, **options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise SettingsError(f"reasoning_gym:{task} options: {str(error).splitlines()[0]}") from None
+        raise UserError(f"reasoning_gym:{task} options: {str(error).splitlines()[0]}") from None
     found: dict[str, Problem] = {}
     for i in range(tries):
         entry = questions[i]
@@ -73,7 +71,7 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         if split_of(text) != split or text in found:
             continue
         if str(TASKS[task](text)) != gold:
-            raise SettingsError(
+            raise UserError(
                 f"reasoning_gym:{task}: its answer to {text!r} is {gold}, ours is {TASKS[task](text)}"
             )
         where = f"reasoning_gym:{task}[{split}]:{len(found) + 1}"
@@ -82,7 +80,7 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         found[text] = Problem(id=name, messages=(turn,), answer=gold, checker="integer", row=where)
         if len(found) == num:
             return list(found.values())
-    raise SettingsError(
+    raise UserError(
         f"reasoning_gym:{task} has about {len(found)} different {split} problems, {num} are asked for: lower limit "
         "(or skip), or choose options with larger numbers"
     )

@@ -11,8 +11,9 @@ from typing import Any
 from truestep.data import gym, procedural
 from truestep.data.row_schema import problem_of
 from truestep.data.rows import SUFFIXES, Row, RowError, read_rows
+from truestep.errors import UserError
 from truestep.records import Problem
-from truestep.settings import DataSettings, SettingsError
+from truestep.settings import DataSettings
 
 SCHEMES = ("procedural", "reasoning_gym", "hub")
 # Names that a file of a split goes by; a folder that has such files is asked for one of them.
@@ -27,7 +28,7 @@ def load_problems(
     ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), both, or, if empty,
     either.
 
-    Raises SettingsError with one line that names the file, the row (1-based) and the field, or the setting.
+    Raises UserError with one line that names the file, the row (1-based) and the field, or the setting.
     """
     scheme, _, rest = settings.source.partition(":")
     if scheme in ("procedural", "reasoning_gym"):
@@ -39,7 +40,7 @@ def load_problems(
         )
     else:
         if settings.options:
-            raise SettingsError(
+            raise UserError(
                 f"data.{name}.options: a file has none, got {', '.join(settings.options)}: remove them"
             )
         path = find_source(name, settings.source, base_dir)
@@ -55,15 +56,13 @@ def _generated(
     """Problems that a program writes; it has no end, so their number must be given."""
     where = f"data.{name}"
     if settings.limit == "all":
-        raise SettingsError(
-            f"{where}.limit: {scheme} has no last problem: write limit = N, e.g. limit = 1000"
-        )
+        raise UserError(f"{where}.limit: {scheme} has no last problem: write limit = N, e.g. limit = 1000")
     if settings.checker != "auto":
-        raise SettingsError(
+        raise UserError(
             f'{where}.checker: {scheme} tasks bring their own: write checker = "auto" or leave it out'
         )
     if scheme == "reasoning_gym" and "solution" in needs:
-        raise SettingsError(
+        raise UserError(
             f"{where}.source: reasoning_gym has no worked solutions, which this use needs: use procedural"
         )
     make = procedural.make_problems if scheme == "procedural" else gym.make_problems
@@ -71,8 +70,8 @@ def _generated(
     try:
         own = seed if settings.seed == "run" else settings.seed
         return make(task, settings.split, stop, settings.options, own)[settings.skip :]
-    except SettingsError as error:
-        raise SettingsError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _validated(
@@ -107,21 +106,21 @@ def _validated(
                 problems.append(problem)
     if num_bad:
         more = f" (and {num_bad - 1} more bad row{'s' if num_bad > 2 else ''})" if num_bad > 1 else ""
-        raise SettingsError(first + more)
+        raise UserError(first + more)
     return problems
 
 
 def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings) -> list[Problem]:
     if not problems:
-        raise SettingsError(f"{label}: expected at least one row, got none")
+        raise UserError(f"{label}: expected at least one row, got none")
     available = len(problems) - settings.skip
     if available <= 0:
-        raise SettingsError(
+        raise UserError(
             f"data.{name}.skip = {settings.skip} leaves nothing of the {len(problems)} rows of {label}"
         )
     if settings.limit != "all" and settings.limit > available:
         after = f" after skip = {settings.skip}" if settings.skip else ""
-        raise SettingsError(
+        raise UserError(
             f"data.{name}.limit = {settings.limit} is more than the {available} rows that {label} has{after}: "
             f'write limit = {available} or limit = "all"'
         )
@@ -141,7 +140,7 @@ def find_source(name: str, source: str, base_dir: Path) -> Path:
     scheme, colon, _ = source.partition(":")
     close = difflib.get_close_matches(scheme, SCHEMES, n=1) if colon else []
     if close:
-        raise SettingsError(
+        raise UserError(
             f'data.{name}.source = "{source}": no such kind of source; did you mean "{close[0]}:..."?'
         )
     siblings = [
@@ -153,7 +152,7 @@ def find_source(name: str, source: str, base_dir: Path) -> Path:
     ]
     near = [m for c in candidates for m in difflib.get_close_matches(str(c), siblings, n=1, cutoff=0.6)]
     hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise SettingsError(f"{candidates[0]}: no such file or folder (data.{name}.source){hint}")
+    raise UserError(f"{candidates[0]}: no such file or folder (data.{name}.source){hint}")
 
 
 def _readable(path: Path) -> bool:
@@ -165,20 +164,20 @@ def _files(name: str, path: Path, split: str) -> list[Path]:
     alone."""
     if not path.is_dir():
         if not _readable(path):
-            raise SettingsError(
+            raise UserError(
                 f"{path}: expected a .jsonl or .parquet file, got {path.suffix or 'no extension'}: convert it"
             )
         return [path]
     files = sorted(p for p in path.iterdir() if _readable(p) and p.is_file())
     if not files:
-        raise SettingsError(
+        raise UserError(
             f"{path}: expected .jsonl or .parquet files in this folder (data.{name}.source), got none"
         )
     named = {file: file.stem.split("-")[0] for file in files}
     chosen = [file for file in files if split in (named[file], file.stem)]
     present = sorted({s for s in named.values() if s in SPLIT_NAMES})
     if not chosen and present:
-        raise SettingsError(
+        raise UserError(
             f'{path}: no file of split "{split}" (data.{name}.split); this folder has {", ".join(present)}'
         )
     return chosen or files
@@ -192,17 +191,17 @@ def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tu
     where = f'data.{name}.source = "hub:{repository}"'
     unknown = [key for key in settings.options if key != "config"]
     if unknown:
-        raise SettingsError(
+        raise UserError(
             f"data.{name}.options.{unknown[0]}: a hub source knows only config (the data set's subset)"
         )
     try:
         import datasets
     except ModuleNotFoundError:
-        raise SettingsError(f'{where} needs the package datasets: pip install "truestep[hub]"') from None
+        raise UserError(f'{where} needs the package datasets: pip install "truestep[hub]"') from None
     try:
         table: Any = datasets.load_dataset(repository, settings.options.get("config"), split=settings.split)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SettingsError(f"{where}: cannot be loaded: {reason}") from None
+        raise UserError(f"{where}: cannot be loaded: {reason}") from None
     for number, row in enumerate(table, start=1):
         yield number, dict(row)

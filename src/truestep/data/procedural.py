@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from truestep.data.procedural_tasks import TASKS, Task
+from truestep.errors import UserError
 from truestep.records import Message, Problem
 from truestep.seeding import Purpose, generator
-from truestep.settings import SettingsError
 
 # A problem is in the split that its hash modulo 10 belongs to.
 SPLITS = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}
@@ -41,7 +41,7 @@ def split_of(canonical: str) -> str:
 def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], seed: int) -> Problem:
     """Problem number ``index`` of a split: a pure function of its arguments.
 
-    Raises SettingsError for an unknown task, split or option, and where the split has hardly any such
+    Raises UserError for an unknown task, split or option, and where the split has hardly any such
     problem.
     """
     check_split(split)
@@ -61,13 +61,13 @@ def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], 
                 row=f"procedural:{task}[{split}]:{index + 1}",
                 meta={"task": task, **drawn.meta},
             )
-    raise SettingsError(f"procedural:{task} has no {split} problem with options {values}: choose larger ones")
+    raise UserError(f"procedural:{task} has no {split} problem with options {values}: choose larger ones")
 
 
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
     """The first ``num`` different problems of a split.
 
-    Raises SettingsError as ``make_problem``, and where there are not so many different ones.
+    Raises UserError as ``make_problem``, and where there are not so many different ones.
     """
     found: dict[str, Problem] = {}
     index = repeats = 0
@@ -77,7 +77,7 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         repeats = repeats + 1 if problem.id in found else 0
         found.setdefault(problem.id, problem)
         if repeats == _MAX_REPEATS:
-            raise SettingsError(
+            raise UserError(
                 f"procedural:{task} has about {len(found)} different {split} problems with options "
                 f"{_option_values(task, _task(task), options)}, {num} are asked for: lower limit (or skip), or choose "
                 "larger options"
@@ -87,7 +87,7 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
 
 def check_split(split: str) -> None:
     if split not in SPLITS:
-        raise SettingsError("split: " + unknown_name("split", split, SPLITS))
+        raise UserError("split: " + unknown_name("split", split, SPLITS))
 
 
 def unknown_name(kind: str, word: str, known: Iterable[str]) -> str:
@@ -99,7 +99,7 @@ def unknown_name(kind: str, word: str, known: Iterable[str]) -> str:
 
 def _task(name: str) -> Task:
     if name not in TASKS:
-        raise SettingsError(unknown_name("procedural task", name, TASKS))
+        raise UserError(unknown_name("procedural task", name, TASKS))
     return TASKS[name]
 
 
@@ -109,9 +109,9 @@ def _option_values(name: str, task: Task, options: Mapping[str, Any]) -> dict[st
     values = {key: default for key, (default, _, _) in known.items()}
     for key, value in options.items():
         if key not in known:
-            raise SettingsError(f"options.{key}: " + unknown_name(f"option of procedural:{name}", key, known))
+            raise UserError(f"options.{key}: " + unknown_name(f"option of procedural:{name}", key, known))
         _, low, high = known[key]
         if type(value) is not int or not low <= value <= high:
-            raise SettingsError(f"options.{key}: expected a whole number from {low} to {high}, got {value!r}")
+            raise UserError(f"options.{key}: expected a whole number from {low} to {high}, got {value!r}")
         values[key] = value
     return values

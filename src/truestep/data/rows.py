@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 MAX_ROW_BYTES = 10 * 2**20
 SUFFIXES = (".jsonl", ".parquet")
@@ -34,14 +34,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
     """Yield (1-based row number, row or what is wrong with it) for every row of a file; blank lines are no
     rows.
 
-    Raises SettingsError where the file as a whole cannot be read.
+    Raises UserError where the file as a whole cannot be read.
     """
     try:
         if path.stat().st_size == 0:
-            raise SettingsError(f"{path}: expected one JSON object a line, got an empty file")
+            raise UserError(f"{path}: expected one JSON object a line, got an empty file")
         yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
@@ -104,7 +104,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise SettingsError(f'{path}: reading parquet needs pyarrow: pip install "truestep[train]"') from None
+        raise UserError(f'{path}: reading parquet needs pyarrow: pip install "truestep[train]"') from None
     try:
         number = 0
         with pq.ParquetFile(path) as file:
@@ -113,7 +113,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
                     number += 1
                     yield number, _parquet_row(batch, i)
     except pa.ArrowException as error:
-        raise SettingsError(f"{path}: expected a parquet file, got {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: expected a parquet file, got {str(error).splitlines()[0]}") from None
 
 
 def _parquet_row(batch: Any, index: int) -> Row | RowError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from truestep.data.chat import completion_text, encode_prompt, has_chat_template, stop_token_ids
+from truestep.errors import UserError
 from truestep.evaluate.plan import Job
 from truestep.evaluate.prompts import Template, cut, messages_of, plain_text
 from truestep.evaluate.run import Asked, EvaluationPlan, Key, token_samples
@@ -19,7 +20,7 @@ from truestep.records import Message, Problem, Prompt, Stop
 from truestep.rollout.engine import Engine, SampleRequest
 from truestep.rollout.engine_endpoint import EndpointEngine, TextRequest, TextSample, text_seed
 from truestep.seeding import Purpose
-from truestep.settings import ChatSettings, SettingsError
+from truestep.settings import ChatSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ class Asker(Protocol):
     """Turns jobs into samples."""
 
     def ready(self, job: Job, few_shot: int) -> Asking:
-        """The job's prompts. Raises SettingsError where they do not fit the model."""
+        """The job's prompts. Raises UserError where they do not fit the model."""
         ...
 
     def answer(
@@ -82,7 +83,7 @@ class TokenAsker:
         room = self.context_length - len(longest.token_ids)
         limit = job.max_new_tokens
         if room < (LEAST_ROOM if self.pinned_limit else limit):
-            raise SettingsError(
+            raise UserError(
                 f"{job.benchmark.id}: the longest prompt ({longest.problem.id}) has {len(longest.token_ids)} of "
                 f"{self.context_length} tokens, which leaves {max(0, room)} of max_new_tokens = {limit}: "
                 "write fewer, a shorter prompt, or a greater model.context_length"

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from truestep.errors import UserError
 from truestep.evaluate.sources import LETTERS, Item, NotThere, content_hash, file_items, hub_items
 from truestep.records import Message, Problem
 from truestep.rundir import read_json, write_json
 from truestep.seeding import permutation
-from truestep.settings import SettingsError
 
 UNKNOWN = "unknown"
 SUFFIXES = (".jsonl", ".parquet", ".csv")
@@ -130,13 +130,13 @@ BY_ID = {b.id: b for b in TABLE}
 
 
 def find(id: str) -> Benchmark:
-    """The benchmark of that id. Raises SettingsError with the nearest one."""
+    """The benchmark of that id. Raises UserError with the nearest one."""
     if id not in BY_ID:
         import difflib
 
         close = difflib.get_close_matches(id, BY_ID, n=1, cutoff=0.5)
         hint = f'; did you mean "{close[0]}"?' if close else ""
-        raise SettingsError(f'benchmarks: "{id}" is not one of {", ".join(BY_ID)}{hint}')
+        raise UserError(f'benchmarks: "{id}" is not one of {", ".join(BY_ID)}{hint}')
     return BY_ID[id]
 
 
@@ -144,7 +144,7 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
     """All problems of a benchmark, its rows counted and their content checked against the table; ``bare``
     ones have their question alone, without options.
 
-    Raises SettingsError where they are not the pinned ones.
+    Raises UserError where they are not the pinned ones.
     """
     path = _file(benchmark, folder)
     if path is None:
@@ -152,15 +152,13 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
     else:
         items, where = file_items(path), str(path)
     if len(items) != benchmark.num_rows:
-        raise SettingsError(
+        raise UserError(
             f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}: give the whole file "
             "(--limit takes a part of it)"
         )
     if benchmark.kind == "choice" and not all(item.choices for item in items):
         number = next(n for n, item in enumerate(items, start=1) if not item.choices)
-        raise SettingsError(
-            f"{where}:{number}: choices: expected a list of choices, got none: correct the row"
-        )
+        raise UserError(f"{where}:{number}: choices: expected a list of choices, got none: correct the row")
     found, expected, pinned = (
         content_hash(items),
         benchmark.content,
@@ -170,7 +168,7 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
         expected = _first_seen(benchmark.id, found)
         pinned = f"those first loaded here: if these are right, remove {benchmark.id} from {_record()}"
     if found != expected:
-        raise SettingsError(
+        raise UserError(
             f"{where}: its rows hash to {found[:16]}…, those of {benchmark.id} to {expected[:16]}…: "
             f"questions or answers differ from {pinned}"
         )
@@ -183,9 +181,7 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     if not folder.is_dir():
-        raise SettingsError(
-            f"{folder}: no such folder: give --data the folder that holds {benchmark.id}.jsonl"
-        )
+        raise UserError(f"{folder}: no such folder: give --data the folder that holds {benchmark.id}.jsonl")
     found = [
         p
         for s in SUFFIXES
@@ -213,7 +209,7 @@ def _first_seen(id: str, found: str) -> str:
     try:
         seen: dict[str, Any] = read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise SettingsError(f"{path}: is no JSON ({error}): correct or remove it") from None
+        raise UserError(f"{path}: is no JSON ({error}): correct or remove it") from None
     if id not in seen:
         write_json(path, {**seen, id: found})
     return str(seen.get(id, found))

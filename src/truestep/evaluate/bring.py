@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from truestep.errors import UserError
 from truestep.evaluate.benchmarks import BY_ID
 from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import by_problem, estimate
 from truestep.evaluate.foreign import Evaluation, Row, is_private, read_evaluations
 from truestep.records import RecordError
 from truestep.rundir import provenance, read_json, write_atomic, write_json
-from truestep.settings import SettingsError
 
 _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
@@ -22,15 +22,15 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
     """Write foreign evaluations as a run directory; returns its summary. Nothing is written before all is
     read.
 
-    Raises SettingsError where the directory is taken, or an evaluation is there twice.
+    Raises UserError where the directory is taken, or an evaluation is there twice.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError(f"{out} exists and is no empty folder: write --out for another place")
+        raise UserError(f"{out} exists and is no empty folder: write --out for another place")
     read = [_brought(evaluation) for path in paths for evaluation in read_evaluations(path, metric)]
     sources: dict[tuple[str, str], str] = {}
     for evaluation, task, _, _ in read:
         if (key := (evaluation.made_by, task)) in sources:
-            raise SettingsError(
+            raise UserError(
                 f"{evaluation.source}: {task} of {evaluation.made_by} is also in {sources[key]}: import them apart"
             )
         sources[key] = evaluation.source
@@ -95,8 +95,8 @@ def _brought(evaluation: Evaluation) -> tuple[Evaluation, str, dict[str, list[An
             groups,
             estimate(rows, range(1, min(map(len, groups.values())) + 1)).to_json(),
         )
-    except (SettingsError, RecordError) as error:
-        raise SettingsError(f"{evaluation.source}: {error}") from None
+    except (UserError, RecordError) as error:
+        raise UserError(f"{evaluation.source}: {error}") from None
 
 
 def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
     """``comparisons``, b - a for every task that both have, paired by problem: by id where the texts agree,
     else by the problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over.
 
-    Raises SettingsError where no task, or not the same problems, are in both, or one side is unfinished.
+    Raises UserError where no task, or not the same problems, are in both, or one side is unfinished.
     """
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
@@ -128,7 +128,7 @@ def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
         pairs = [(next(iter(left)), next(iter(right)))]
     if not pairs:
         names = [", ".join(sorted({k[0] for k in side})) for side in (left, right)]
-        raise SettingsError(
+        raise UserError(
             f"{a} has {names[0]}, {b} has {names[1]}: expected a task that both have, give single files"
         )
     return {
@@ -147,7 +147,7 @@ def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
         ours = evaluation.made_by == "truestep"
         key = (evaluation.task, Path(evaluation.source).parent.name if ours else evaluation.made_by)
         if key in found:
-            raise SettingsError(
+            raise UserError(
                 f"{evaluation.source}: {key[0]} of {key[1]} is also in {found[key].source}: give single files, or "
                 "folders with one evaluation of each"
             )
@@ -163,7 +163,7 @@ def _task(key: Key) -> str:
 def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
     for evaluation in (x, y):
         if len(sizes := set(map(len, _grouped(evaluation).values()))) > 1:
-            raise SettingsError(
+            raise UserError(
                 f"{evaluation.source}: has {min(sizes)} to {max(sizes)} samples of a problem: expected one number for "
                 "all, go on with truestep eval … --resume if it is unfinished"
             )
@@ -172,8 +172,8 @@ def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
         rows_x, rows_y, paired_by = _by_text(rows_x), _by_text(rows_y), "text"
     try:
         found = compare(rows_x, rows_y).to_json()
-    except SettingsError as error:
-        raise SettingsError(f"{x.source} and {y.source}: {task}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{x.source} and {y.source}: {task}: {error}") from None
     scores = [estimate(rows).to_json() for rows in (rows_x, rows_y)]
     kept = ("score", "low", "high", "n", "unscored")
     return {
@@ -188,8 +188,8 @@ def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
 def _grouped(evaluation: Evaluation) -> dict[str, list[Any]]:
     try:
         return by_problem(evaluation.rows)
-    except (SettingsError, RecordError) as error:
-        raise SettingsError(f"{evaluation.source}: {error}") from None
+    except (UserError, RecordError) as error:
+        raise UserError(f"{evaluation.source}: {error}") from None
 
 
 def _same_problems(a: Sequence[Row], b: Sequence[Row]) -> bool:

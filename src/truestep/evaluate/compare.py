@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from truestep.errors import UserError
 from truestep.evaluate.estimate import Row, by_problem
 from truestep.evaluate.interval import standard_error, t_cdf, t_quantile
 from truestep.records import Verdict
-from truestep.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ class Comparison:
 def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
     """The paired difference b - a of per-sample records.
 
-    Raises SettingsError where the two are not samples of the same problems.
+    Raises UserError where the two are not samples of the same problems.
     """
     counts_a, counts_b = _correct_of(a), _correct_of(b)
     if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):
         have, lack = ("first", "second") if unpaired[0] in counts_a else ("second", "first")
-        raise SettingsError(
+        raise UserError(
             f"problem {unpaired[0]} is in the {have} evaluation and not in the {lack} ({len(unpaired)} such problems): "
             "expected the same problems, evaluate both on the same data"
         )

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from truestep.errors import UserError
 from truestep.evaluate.interval import Interval, mean_interval, standard_error
 from truestep.grade.equivalent import ballot
 from truestep.records import RecordError, Stop, Verdict
-from truestep.settings import SettingsError
 
 Row = Mapping[
     str, Any
@@ -63,7 +63,7 @@ class Estimate:
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The samples of each problem. Raises SettingsError where there are none, RecordError where one is there
+    """The samples of each problem. Raises UserError where there are none, RecordError where one is there
     twice."""
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
@@ -71,7 +71,7 @@ def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
             raise RecordError(f"sample {row['problem_id']}/{row['sample_index']} is there twice")
         groups[row["problem_id"]][row["sample_index"]] = row
     if not groups:
-        raise SettingsError(
+        raise UserError(
             "no samples to score: expected at least one problem, write a data set with limit >= 1"
         )
     return {problem: list(samples.values()) for problem, samples in groups.items()}
@@ -81,7 +81,7 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
     """The score of per-sample records with its interval, pass@k for each k of ``pass_at``, and what became of
     them all.
 
-    Raises SettingsError where a problem has fewer than k samples.
+    Raises UserError where a problem has fewer than k samples.
     """
     groups = by_problem(rows)
     samples = [row for group in groups.values() for row in group]
@@ -90,7 +90,7 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
     sizes = np.array([len(group) for group in groups.values()], dtype=float)
     for k in pass_at:
         if not 1 <= k <= sizes.min():
-            raise SettingsError(f"pass_at = {k} needs samples_per_problem >= {k}, got {int(sizes.min())}")
+            raise UserError(f"pass_at = {k} needs samples_per_problem >= {k}, got {int(sizes.min())}")
     means = num_correct / sizes
     score = mean_interval(means, num_trials=sizes.sum())
     return Estimate(

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from truestep.data.rows import RowError, read_rows
+from truestep.errors import UserError
 from truestep.evaluate.benchmarks import BY_ID
 from truestep.records import Verdict
 from truestep.rundir import file_sha256, read_json, read_jsonl, write_atomic, write_json
-from truestep.settings import SettingsError
 
 MAX_LOG_BYTES = 2**30  # of one unpacked file inside an inspect log
 Row = dict[str, Any]
@@ -55,18 +55,18 @@ def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
     """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; where a log
     has several scores of a sample, ``metric`` names the one that counts.
 
-    Raises SettingsError where it is none of them.
+    Raises UserError where it is none of them.
     """
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
         if not files:
-            raise SettingsError(
+            raise UserError(
                 f"{path}: holds no samples ({', '.join(patterns)}): give a run directory or a log file"
             )
         return [evaluation for file in files for evaluation in read_evaluations(file, metric)]
     if not path.is_file():
-        raise SettingsError(f"{path}: no such file or folder: give a run directory or a log file")
+        raise UserError(f"{path}: no such file or folder: give a run directory or a log file")
     if path.suffix == ".eval":
         return [_inspect(path, *_unpacked(path), metric)]
     if path.suffix == ".parquet":
@@ -80,25 +80,23 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
     rows = []
     for number, row in read_rows(path):
         if isinstance(row, RowError):
-            raise SettingsError(f"{path}:{number}: {row}: give a log as its harness wrote it")
+            raise UserError(f"{path}:{number}: {row}: give a log as its harness wrote it")
         rows.append(row)
     if not rows:
-        raise SettingsError(f"{path}: is empty: give a log as its harness wrote it")
+        raise UserError(f"{path}: is empty: give a log as its harness wrote it")
     own = bool(rows[0].get("header"))
     fields = ("problem_id", "sample_index", "verdict") if own else ("doc_id", "filter")
     for number, row in enumerate(rows[own:], start=1 + own):
         lacking = [field for field in fields if field not in row]
         if lacking and (own or number > 1):
-            raise SettingsError(
-                f"{path}:{number}: {lacking[0]}: is missing: give a log as its harness wrote it"
-            )
+            raise UserError(f"{path}:{number}: {lacking[0]}: is missing: give a log as its harness wrote it")
         if own and row["verdict"] not in set(Verdict):
-            raise SettingsError(f"{path}:{number}: verdict: expected one of {', '.join(Verdict)}")
+            raise UserError(f"{path}:{number}: verdict: expected one of {', '.join(Verdict)}")
     if rows[0].get("header") and "identity" in rows[0]:
         return [Evaluation(task=str(rows[0]["name"]), made_by="truestep", source=str(path), rows=rows[1:])]
     if "doc_id" in rows[0] and "filter" in rows[0]:
         return _lm_eval(path, rows, metric)
-    raise SettingsError(
+    raise UserError(
         f"{path}:1: expected a sample of truestep or lm-eval, got the fields {sorted(rows[0])[:6]}"
     )
 
@@ -206,9 +204,9 @@ def _replies(row: Row) -> list[str]:
 
 
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
-    """The score to judge by. Raises SettingsError where the log has not the one that is wanted."""
+    """The score to judge by. Raises UserError where the log has not the one that is wanted."""
     if wanted and wanted not in logged:
-        raise SettingsError(
+        raise UserError(
             f"{path}: has no score {wanted}: write --metric with one of {', '.join(logged) or 'none'}"
         )
     return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
@@ -225,7 +223,7 @@ def _lighteval(path: Path, metric: str) -> Evaluation:
     read: list[tuple[Row, Row, Row]] = []  # document, reply, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
-            raise SettingsError(
+            raise UserError(
                 f"{path}:{number}: expected a row of lighteval's details with __doc__ and __metric__"
             )
         reply = row.get("__model_response__") or row.get("model_response") or {}
@@ -262,28 +260,26 @@ def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise SettingsError(
-            f"{path}: is no inspect log ({error}): give the file that inspect wrote"
-        ) from None
+        raise UserError(f"{path}: is no inspect log ({error}): give the file that inspect wrote") from None
     members = sorted(n for n in archive.namelist() if n.startswith("samples/") and n.endswith(".json"))
     return _object(archive, "header.json", path), (_object(archive, name, path) for name in members)
 
 
 def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
-    """One JSON object of the zip. Raises SettingsError where it is missing, damaged, encrypted, compressed in
+    """One JSON object of the zip. Raises UserError where it is missing, damaged, encrypted, compressed in
     a way that zipfile does not know (it says so), or too large."""
     try:
         size = archive.getinfo(name).file_size
         found = json.loads(archive.read(name)) if size <= MAX_LOG_BYTES else None
     except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise SettingsError(
+        raise UserError(
             f"{path}: {name}: cannot be read ({error}): give the file that inspect wrote, or what inspect log convert "
             "--to json makes of it"
         ) from None
     if size > MAX_LOG_BYTES:
-        raise SettingsError(f"{path}: {name} unpacks to more than {MAX_LOG_BYTES >> 20} MiB: refused")
+        raise UserError(f"{path}: {name} unpacks to more than {MAX_LOG_BYTES >> 20} MiB: refused")
     if not isinstance(found, dict):
-        raise SettingsError(f"{path}: {name}: expected an object: give the file that inspect wrote")
+        raise UserError(f"{path}: {name}: expected an object: give the file that inspect wrote")
     return found
 
 
@@ -291,14 +287,14 @@ def _inspect_json(path: Path, metric: str) -> Evaluation:
     try:
         log = read_json(path)
     except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{path}: is no JSON ({error}): give a log as its harness wrote it") from None
+        raise UserError(f"{path}: is no JSON ({error}): give a log as its harness wrote it") from None
     if not isinstance(log, dict) or "eval" not in log or "samples" not in log:
         hint = (
             "give its samples_*.jsonl beside it"
             if isinstance(log, dict) and "results" in log
             else "give a log"
         )
-        raise SettingsError(f"{path}: expected an inspect log with eval and samples: {hint}")
+        raise UserError(f"{path}: expected an inspect log with eval and samples: {hint}")
     return _inspect(path, log, iter(log["samples"] or []), metric)
 
 
@@ -372,22 +368,18 @@ def write_lm_eval(run: Path, out: Path) -> list[Path]:
         write_json(path, _lm_eval_results(found, summary, provenance, folder))
         written.append(path)
     if not written:
-        raise SettingsError(
-            f"{run}: holds no finished evaluation: give the folder that truestep eval printed"
-        )
+        raise UserError(f"{run}: holds no finished evaluation: give the folder that truestep eval printed")
     return written
 
 
 def _results_of(path: Path) -> Row:
     samples = Path(str(path).removesuffix(".results.json") + ".samples.jsonl")
     if not samples.is_file():
-        raise SettingsError(
-            f"{samples}: is missing, its results are there: give a run directory that is whole"
-        )
+        raise UserError(f"{samples}: is missing, its results are there: give a run directory that is whole")
     try:
         return dict(read_json(path))
     except (ValueError, TypeError) as error:
-        raise SettingsError(f"{path}: is no results file ({error}): evaluate again with --resume") from None
+        raise UserError(f"{path}: is no results file ({error}): evaluate again with --resume") from None
 
 
 def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, folder: Path) -> Row:

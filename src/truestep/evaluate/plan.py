@@ -85,7 +85,7 @@ class Job:
 def make_jobs(settings: EvaluationSettings, base_dir: Path) -> list[Job]:
     """Every benchmark loaded and checked, and every template of it.
 
-    Raises SettingsError where a benchmark's rows are not the pinned ones, or the settings contradict it.
+    Raises UserError where a benchmark's rows are not the pinned ones, or the settings contradict it.
     """
     folder = _folder(settings.data, base_dir)
     jobs = []

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from truestep.errors import UserError
 from truestep.records import Message, Problem
-from truestep.settings import SettingsError
 
 _PAPER = (  # the paper's figure 5, word by word
     "Your task is to follow a systematic, thorough reasoning process before providing the final "
@@ -137,12 +137,12 @@ MOST_SHOTS = len(_MATH_SHOTS)
 
 def chosen(names: Sequence[str]) -> list[Template]:
     """The templates of those names, without repetition; "odd" stands for all odd ones. Raises
-    SettingsError."""
+    UserError."""
     found: dict[str, Template] = {}
     for name in names:
         group = [t for t in TEMPLATES if t.odd] if name == "odd" else [BY_ID[name]] if name in BY_ID else []
         if not group:
-            raise SettingsError(f'prompts: "{name}" is not one of {", ".join(BY_ID)}, odd')
+            raise UserError(f'prompts: "{name}" is not one of {", ".join(BY_ID)}, odd')
         found |= {t.id: t for t in group}
     return list(found.values())
 

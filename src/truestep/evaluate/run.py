@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from truestep.errors import UserError
 from truestep.evaluate.estimate import Estimate, estimate
 from truestep.records import Problem, Prompt, RecordError, Rollout, Score, Stop, Verdict
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, read_jsonl, write_atomic, write_json
 from truestep.seeding import Purpose
-from truestep.settings import SettingsError
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -53,23 +53,23 @@ class EvaluationPlan:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise SettingsError(
+            raise UserError(
                 f"data.{self.name}: it names a file: write letters, digits, '.', '_' and '-' only"
             )
         ids = Counter(prompt.problem.id for prompt in self.prompts)
         if not ids:
-            raise SettingsError(
+            raise UserError(
                 f"{self.name}: no problems: expected at least one, write a data set with limit >= 1"
             )
         problem_id, times = ids.most_common(1)[0]
         if times > 1:
             rows = [p.problem.row or "?" for p in self.prompts if p.problem.id == problem_id]
-            raise SettingsError(
+            raise UserError(
                 f"{rows[1]}: id: {problem_id!r} is also the id of {rows[0]}: expected an id of its own for each problem"
             )
         bad = [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]
         if bad:
-            raise SettingsError(
+            raise UserError(
                 f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {self.samples_per_problem}"
             )
 
@@ -231,21 +231,19 @@ def _header(plan: EvaluationPlan) -> Row:
 
 
 def check_kept(plan: EvaluationPlan) -> None:
-    """Raises SettingsError where going on would lose samples: made with other settings, or more than are
+    """Raises UserError where going on would lose samples: made with other settings, or more than are
     asked for."""
     first, *rows = read_jsonl(plan.samples_path) or [_header(plan)]
     if not all(isinstance(row, dict) for row in rows):
-        raise SettingsError(
-            f"{plan.samples_path}: holds a line that is no sample: write --out for another place"
-        )
+        raise UserError(f"{plan.samples_path}: holds a line that is no sample: write --out for another place")
     if rows and first != _header(plan):
-        raise SettingsError(
+        raise UserError(
             f"{plan.samples_path}: its {len(rows)} samples were made with another model, other data or other settings: "
             "write --out for another place"
         )
     wanted = set(plan.sample_keys())
     if extra := [row for row in rows if (row.get("problem_id"), row.get("sample_index")) not in wanted]:
-        raise SettingsError(
+        raise UserError(
             f"{plan.samples_path}: holds {len(rows)} samples, {len(extra)} more than are asked for: a run can grow and "
             "not shrink, write the greater --limit and --samples, or --out for another place"
         )

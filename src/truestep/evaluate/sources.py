@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from truestep.data.rows import Row, RowError, read_rows
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LABEL = re.compile(r"^\(?([A-Z]|\d{1,2})[).:]\s*")
 
 
-class NotThere(SettingsError):
+class NotThere(UserError):
     """A benchmark of which there is no file and no source here."""
 
 
@@ -117,7 +117,7 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
 
 
 def file_items(path: Path) -> list[Item]:
-    """The items of a .jsonl, .parquet or .csv file. Raises SettingsError with file, row and field."""
+    """The items of a .jsonl, .parquet or .csv file. Raises UserError with file, row and field."""
     rows: Iterable[tuple[int, Row | RowError]] = _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
     return _items(str(path), path.stem, rows)
 
@@ -151,7 +151,7 @@ def _items(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) ->
             if item.id in used:
                 raise RowError("id", "expected one of its own, got one that an earlier row has")
         except RowError as error:
-            raise SettingsError(f"{label}:{number}: {error}: correct the row") from None
+            raise UserError(f"{label}:{number}: {error}: correct the row") from None
         used.add(item.id)
         items.append(item)
     return items
@@ -162,4 +162,4 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from enumerate((dict(row) for row in csv.DictReader(file)), start=1)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SettingsError(f"{path}: cannot be read as CSV: {type(error).__name__}") from None
+        raise UserError(f"{path}: cannot be read as CSV: {type(error).__name__}") from None

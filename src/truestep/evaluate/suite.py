@@ -51,7 +51,7 @@ class Graders:
 def make_plans(
     settings: EvaluationSettings, ready: Sequence[tuple[Job, Asking]], folder: Path, model_content: str
 ) -> list[EvaluationPlan]:
-    """One plan for each job. Raises SettingsError where what the folder holds of one would be lost."""
+    """One plan for each job. Raises UserError where what the folder holds of one would be lost."""
     plans = [
         _plan(settings, j, asking, folder, job_identity(settings, j, model_content)) for j, asking in ready
     ]

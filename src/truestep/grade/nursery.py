@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 START_SECONDS = 300.0  # to import the algebra, on a machine that is busy
 
@@ -102,7 +102,7 @@ class Nursery:
         while not self._ready:
             reply = self._hear()
             if "missing" in reply:
-                raise SettingsError(
+                raise UserError(
                     f'the checker "math" needs the package {reply["missing"]}: write pip install "truestep[train]"'
                 )
             self._ready = "ready" in reply

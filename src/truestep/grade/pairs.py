@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from truestep.errors import UserError
 from truestep.grade.equivalent import refusal, symbolic_form
 from truestep.grade.extract import Extraction, gold_answer
 from truestep.grade.policy import nearly, objection
 from truestep.grade.score import Grader, find_answer
 from truestep.records import Message, Problem, Score, Verdict
-from truestep.settings import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ def read_pairs(path: Path) -> list[Pair]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read ({error}): give a UTF-8 file of JSON lines") from None
+        raise UserError(f"{path}: cannot be read ({error}): give a UTF-8 file of JSON lines") from None
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise SettingsError(f'{path}: is empty: write one {{"gold": "1/2", "pred": "0.5"}} on each line')
+        raise UserError(f'{path}: is empty: write one {{"gold": "1/2", "pred": "0.5"}} on each line')
     return [_pair(f"{path}: row {number}", number, line) for number, line in rows]
 
 
@@ -45,20 +45,18 @@ def _pair(where: str, number: int, line: str) -> Pair:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{where}: is no JSON ({error}): write one object on a line") from None
+        raise UserError(f"{where}: is no JSON ({error}): write one object on a line") from None
     if not isinstance(row, dict):
-        raise SettingsError(f'{where}: expected an object: write {{"gold": "1/2", "pred": "0.5"}}')
+        raise UserError(f'{where}: expected an object: write {{"gold": "1/2", "pred": "0.5"}}')
     for name in ("gold", "pred"):
         if type(row.get(name)) not in (str, int, float):
             found = f"found {row[name]!r:.60}" if name in row else "it is missing"
-            raise SettingsError(
+            raise UserError(
                 f'{where}: field {name}: expected a text or a number, {found}: write "{name}": "1/2"'
             )
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
-        raise SettingsError(
-            f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]'
-        )
+        raise UserError(f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]')
     given = {"id": number, "kind": ""} | {
         name: row[name] for name in ("id", "kind") if row.get(name) is not None
     }

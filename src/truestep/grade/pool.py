@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from truestep.errors import UserError
 from truestep.grade.nursery import Nursery, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY
-from truestep.settings import SettingsError
 
 PATIENCE = 20.0  # times its limit of processor time that a comparison may take on the clock of a busy machine
 ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
@@ -195,6 +195,6 @@ class Pool:
                 reason = str(death)
                 self._nursery.close()
                 self._nursery = None
-        raise SettingsError(
+        raise UserError(
             f"the symbolic grader cannot be started ({reason}): run python -c 'import math_verify' to see why"
         )

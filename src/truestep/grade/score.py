@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from truestep.errors import UserError
 from truestep.grade.choice import choice_letter
 from truestep.grade.countdown import check_countdown
 from truestep.grade.equivalent import decide, questions, same_integer, symbolic_form
@@ -17,7 +18,6 @@ from truestep.grade.normal import canonical, normalise
 from truestep.grade.pool import Outcome, Pool
 from truestep.grade.rational import same_formula
 from truestep.records import Message, Problem, Score, Verdict
-from truestep.settings import SettingsError
 
 MAX_SHOWN = 2_000  # characters of an answer that a score keeps
 
@@ -90,7 +90,7 @@ def _check_countdown(problem: Problem, found: str) -> Score | Question:
         or not all(type(n) is int for n in numbers)
         or type(target) is not int
     ):
-        raise SettingsError(
+        raise UserError(
             f'{problem.row or problem.id}: checker "countdown" expected meta numbers (whole numbers) and target '
             '(a whole number): write "numbers": [3, 4, 5], "target": 35'
         )
@@ -129,7 +129,7 @@ class Grader:
         self.pool.close()
 
     def score(self, problem: Problem, completion: str) -> Score:
-        """The verdict on one completion. Raises SettingsError for a problem that no completion could be
+        """The verdict on one completion. Raises UserError for a problem that no completion could be
         scored on."""
         return self.score_many([(problem, completion)])[0]
 
@@ -168,7 +168,7 @@ class Grader:
     def _check(self, problem: Problem, found: Extraction) -> Score | Question:
         if problem.checker not in CHECKERS:
             known = ", ".join(CHECKERS)
-            raise SettingsError(
+            raise UserError(
                 f"{problem.row or problem.id}: checker {problem.checker!r} is not known: write one of {known}"
             )
         if not problem.answer.strip() and problem.checker != "countdown":

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from truestep.errors import UserError
 from truestep.model.attention import IMPLEMENTATION, Layout, PackedLayout
 from truestep.records import Segment
 from truestep.seeding import Purpose, generator
-from truestep.settings import SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,11 +25,11 @@ PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
-    """The repeated blocks of the model. Raises SettingsError where they have no known name."""
+    """The repeated blocks of the model. Raises UserError where they have no known name."""
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(model.base_model, name, None), torch.nn.ModuleList):
             return list(found)
-    raise SettingsError(
+    raise UserError(
         f"{type(model).__name__} has no list of layers: write compute.compile = false, parallel = ddp"
     )
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from truestep.errors import UserError
 from truestep.flops import ModelShape
 from truestep.model import attention
 from truestep.model.tiny import tiny_model, tiny_tokenizer
 from truestep.rundir import file_sha256
-from truestep.settings import ModelSettings, SettingsError
+from truestep.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,17 +56,17 @@ def resolve(settings: ModelSettings) -> str:
         return str(_converted(_packaged_gguf(path)))
     if path.endswith(".gguf"):
         if not Path(path).is_file():
-            raise SettingsError(f"model.path = {path!r}: no such GGUF file")
+            raise UserError(f"model.path = {path!r}: no such GGUF file")
         return str(_converted(Path(path)))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            raise SettingsError(
+            raise UserError(
                 f"model.path = {path!r}: the folder has no config.json, so it is no Hugging Face model"
             )
         return path
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists():
         known = ", ".join(["tiny", *PACKAGED])
-        raise SettingsError(
+        raise UserError(
             f"model.path = {path!r}: no such folder; write {known}, a folder, a .gguf file or org/name"
         )
     return path
@@ -102,7 +103,7 @@ def load_model(
 ) -> LoadedModel:
     """Load, override, switch dropout off, install packed attention.
 
-    Raises SettingsError where the model cannot be found or an override cannot be applied.
+    Raises UserError where the model cannot be found or an override cannot be applied.
     """
     from transformers.utils import logging
 
@@ -181,14 +182,14 @@ def override(config: Any, settings: ModelSettings) -> None:
     """Context length and RoPE theta, as both stages and the exported model will have them."""
     if settings.context_length != "model":
         if not hasattr(config, "max_position_embeddings"):
-            raise SettingsError(
+            raise UserError(
                 f"model.context_length: {config.model_type} has no max_position_embeddings to override"
             )
         config.max_position_embeddings = settings.context_length
     if settings.rope_theta != "model":
         parameters = getattr(config, "rope_parameters", None)
         if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-            raise SettingsError(f"model.rope_theta: {config.model_type} has no single RoPE theta to override")
+            raise UserError(f"model.rope_theta: {config.model_type} has no single RoPE theta to override")
         config.rope_parameters = {**parameters, "rope_theta": settings.rope_theta}
 
 
@@ -197,19 +198,19 @@ def _from_hub(auto_class: Any, source: str, options: dict[str, Any]) -> Any:
         return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SettingsError(f"model.path = {source!r}: cannot be loaded: {first}") from None
+        raise UserError(f"model.path = {source!r}: cannot be loaded: {first}") from None
 
 
 def _packaged_gguf(name: str) -> Path:
     package, extra, pattern = PACKAGED[name]
     if importlib.util.find_spec(package) is None:
-        raise SettingsError(
+        raise UserError(
             f'model.path = "{name}" needs the package {package}: pip install "truestep[train,{extra}]"'
         )
     root = Path(str(importlib.resources.files(package)))
     found = sorted(root.rglob(pattern))
     if not found:
-        raise SettingsError(f'model.path = "{name}": the package {package} holds no {pattern} file')
+        raise UserError(f'model.path = "{name}": the package {package} holds no {pattern} file')
     return found[0]
 
 

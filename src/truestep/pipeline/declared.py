@@ -16,16 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
+from truestep.errors import UserError
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
-from truestep.settings import (
-    Frozen,
-    RejectionSettings,
-    RlSettings,
-    Settings,
-    SettingsError,
-    SftSettings,
-    StageSettings,
-)
+from truestep.settings import Frozen, RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +59,7 @@ def read_declared(settings: Settings, where: str) -> Declared:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(p) for p in first["loc"])
-        raise SettingsError(f"{where}: declared.{key}: {first['msg']}") from None
+        raise UserError(f"{where}: declared.{key}: {first['msg']}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ shape
@@ -77,7 +70,7 @@ def read_config(settings: Settings, declared: Declared, base_dir: Path) -> dict[
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{path}: declared.config: cannot be read as a config.json: {error}") from None
+        raise UserError(f"{path}: declared.config: cannot be read as a config.json: {error}") from None
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
@@ -134,7 +127,7 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
         sequences = stage.epochs * rows if stage.epochs else stage.steps * stage.sequences_per_step
         return sequence_work(prompt, demonstration).times(sequences)
     if isinstance(stage, RejectionSettings):
-        raise SettingsError(f"stages.{stage.name}: what a rejection stage keeps cannot be declared")
+        raise UserError(f"stages.{stage.name}: what a rejection stage keeps cannot be declared")
     if not isinstance(stage, RlSettings):
         raise TypeError(f"unknown stage {type(stage).__name__}")
     known = declared.stages.get(stage.name, DeclaredStage())
@@ -215,7 +208,7 @@ def gib_per_gpu(
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
     """Everything a dry run can say of a recipe without its weights and data.
 
-    Raises SettingsError as ``prepare`` would, wherever the declared figures already contradict the settings.
+    Raises UserError as ``prepare`` would, wherever the declared figures already contradict the settings.
     """
     from truestep.model.load import model_shape
     from truestep.pipeline.prepare import check_methods
@@ -229,7 +222,7 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
     rows = [_stage_row(settings, declared, config, stage, context) for stage in settings.stages]
     for stage in settings.evaluate.data:
         if stage not in declared.rows:
-            raise SettingsError(
+            raise UserError(
                 f"{where}: declared.rows has no {stage!r}, which evaluate.data names: write its rows"
             )
     return {
@@ -249,7 +242,7 @@ def _stage_row(
 ) -> dict[str, Any]:
     where = f"stages.{stage.name}"
     if stage.data not in declared.rows:
-        raise SettingsError(f"{where}.data: declared.rows has no {stage.data!r}: write its number of rows")
+        raise UserError(f"{where}.data: declared.rows has no {stage.data!r}: write its number of rows")
     rows, longest = declared.rows[stage.data], declared.max_prompt_tokens
     if isinstance(stage, RlSettings | RejectionSettings):
         longest += max(stage.sampling.max_new_tokens, declared.max_demonstration_tokens)
@@ -260,11 +253,9 @@ def _stage_row(
         (stage.tokens_per_microbatch, "tokens_per_microbatch"),
     ):
         if longest > limit:
-            raise SettingsError(
-                f"{where}: {key} = {limit} cannot hold {longest} tokens: write {longest} or more"
-            )
+            raise UserError(f"{where}: {key} = {limit} cannot hold {longest} tokens: write {longest} or more")
     if isinstance(stage, RlSettings) and stage.prompts_per_step > rows:
-        raise SettingsError(
+        raise UserError(
             f"{where}.prompts_per_step = {stage.prompts_per_step} is more than {rows} rows: write fewer"
         )
     held = gib_per_gpu(settings, declared, config, stage)

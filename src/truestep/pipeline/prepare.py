@@ -15,6 +15,7 @@ from truestep.data.demonstrations import Demonstrations, encode_demonstrations
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
 from truestep.device import world
+from truestep.errors import UserError
 from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
 from truestep.objective.methods import METHODS, Method, build
@@ -24,7 +25,6 @@ from truestep.settings import (
     RejectionSettings,
     RlSettings,
     Settings,
-    SettingsError,
     SftSettings,
     StageSettings,
     settings_hash,
@@ -78,7 +78,7 @@ def num_steps(stage: SftSettings | RejectionSettings, available: int) -> int:
 def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     """Load and check everything that a run will need, in seconds and without a model.
 
-    Raises SettingsError naming file, row and field, or the setting, and what to write instead.
+    Raises UserError naming file, row and field, or the setting, and what to write instead.
     """
     check_methods(settings)
     _check_ranks(settings)
@@ -104,12 +104,12 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     for name, wanted in needs.items():
         try:
             _load(prepared, name, wanted | ({"solution"} if name in asking else set()), base_dir)
-        except SettingsError as error:
+        except UserError as error:
             if name not in asking or "solution" not in str(error):
                 raise
             stage = asking[name]
             method = prepared.methods[stage.name].name
-            raise SettingsError(f'{error} (stages.{stage.name}.method = "{method}" trains on it)') from None
+            raise UserError(f'{error} (stages.{stage.name}.method = "{method}" trains on it)') from None
     _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
     prepared.stage_prompts = {
         s.name: _stage_prompts(prepared, s) for s in settings.stages if isinstance(s, RlSettings)
@@ -134,13 +134,11 @@ def _check_ranks(settings: Settings) -> None:
         return
     for stage in settings.stages:
         if stage.dev.data:
-            raise SettingsError(
+            raise UserError(
                 f"stages.{stage.name}.dev: evaluation in training runs on one process: leave it out"
             )
         if isinstance(stage, RejectionSettings):
-            raise SettingsError(
-                f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out"
-            )
+            raise UserError(f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out")
 
 
 def check_methods(settings: Settings) -> None:
@@ -153,12 +151,12 @@ def check_methods(settings: Settings) -> None:
             known = [
                 name for name in METHODS if (METHODS[name]().plan is None) == isinstance(stage, SftSettings)
             ]
-            raise SettingsError(
+            raise UserError(
                 f'stages.{stage.name}.method = "{stage.method}" does not fit kind = "{stage.kind}": '
                 f"write {', '.join(known)}"
             )
         if isinstance(stage, SftSettings) and stage.sequences_per_step % row.updates_per_step:
-            raise SettingsError(
+            raise UserError(
                 f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be cut into the "
                 f'{row.updates_per_step} equal updates of method = "{row.name}": write a multiple'
             )
@@ -189,7 +187,7 @@ def _method(stage: StageSettings) -> Method:
     try:
         return build(name, getattr(stage, "method_options", {}))
     except (ValueError, TypeError) as error:
-        raise SettingsError(f"stages.{stage.name}.{error}") from None
+        raise UserError(f"stages.{stage.name}.{error}") from None
 
 
 def _context_length(settings: Settings) -> tuple[int, Any]:
@@ -203,9 +201,7 @@ def _context_length(settings: Settings) -> tuple[int, Any]:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
     own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
     return (own if override == "model" else override), getattr(config, "eos_token_id", None)
 
@@ -224,7 +220,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
             problems, tokenizer, settings.chat, context_length=prepared.context_length
         )
         if not made.kept:
-            raise SettingsError(
+            raise UserError(
                 f"data.{name}: no demonstration fits into the context of {prepared.context_length} tokens"
             )
         prepared.demonstrations[name] = made
@@ -262,7 +258,7 @@ def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
             for problem in prepared.problems[name]:
                 score = grader.check_gold(problem)
                 if score.verdict is not Verdict.CORRECT:
-                    raise SettingsError(
+                    raise UserError(
                         f"{problem.row or name}: answer: the checker {problem.checker!r} does not accept the gold "
                         f"answer {problem.answer[:60]!r} ({score.reason or score.verdict.value}): correct or "
                         "remove the row"
@@ -278,7 +274,7 @@ def _check_lengths(prepared: Prepared) -> None:
             kept = prepared.demonstrations[stage.data].kept
             longest = max(len(d.token_ids) for d in kept)
             if stage.sequences_per_step > num_sequences(stage, len(kept)):
-                raise SettingsError(
+                raise UserError(
                     f"{where}.sequences_per_step = {stage.sequences_per_step} is more than the "
                     f"{num_sequences(stage, len(kept))} sequences of the whole stage: write fewer"
                 )
@@ -288,13 +284,13 @@ def _check_lengths(prepared: Prepared) -> None:
                 prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling", shown
             )
         if isinstance(stage, RlSettings) and stage.prompts_per_step > len(prepared.stage_prompts[stage.name]):
-            raise SettingsError(
+            raise UserError(
                 f"{where}.prompts_per_step = {stage.prompts_per_step} is more than the "
                 f"{len(prepared.stage_prompts[stage.name])} problems of data.{stage.data} that can be trained on: "
                 "write fewer"
             )
         if stage.tokens_per_microbatch < longest:
-            raise SettingsError(
+            raise UserError(
                 f"{where}.tokens_per_microbatch = {stage.tokens_per_microbatch} cannot hold the longest "
                 f"sequence of {longest} tokens: write {longest} or more"
             )
@@ -317,7 +313,7 @@ def _longest_sample(
     total = len(longest.token_ids) + max_new_tokens
     if total > prepared.context_length:
         room = prepared.context_length - len(longest.token_ids)
-        raise SettingsError(
+        raise UserError(
             f"{where}.max_new_tokens = {max_new_tokens} does not fit: the longest prompt of data.{name} "
             f"({longest.problem.row or longest.problem.id}) has {len(longest.token_ids)} of "
             f"{prepared.context_length} tokens: write max_new_tokens = {max(1, room)} or less, "

@@ -17,6 +17,7 @@ from truestep import rundir
 from truestep.checkpoint.export import export_hf, model_card
 from truestep.checkpoint.store import list_checkpoints, load_latest
 from truestep.device import keep_free_memory, make_deterministic, set_threads
+from truestep.errors import UserError
 from truestep.evaluate.compare import compare
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
@@ -24,7 +25,7 @@ from truestep.pipeline.prepare import Prepared, base_identity, evaluation_identi
 from truestep.pipeline.stages import Reporter, Session, evaluate_model, make_stage, open_model, stage_folder
 from truestep.pipeline.track import open_trackers
 from truestep.records import RecordError
-from truestep.settings import Settings, SettingsError, StageSettings, load_settings
+from truestep.settings import Settings, StageSettings, load_settings
 from truestep.signals import Interrupted
 from truestep.train.loop import StageRun, load_parameters, run_stage, summed
 from truestep.train.parallel import Ranks, full, is_sharded
@@ -39,23 +40,23 @@ class RunResult:
 
 
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raises SettingsError where the run directory is taken, or, with --resume, another run's. Writes
+    """Raises UserError where the run directory is taken, or, with --resume, another run's. Writes
     nothing."""
     resolved = folder / "resolved.toml"
     if resolved.exists():
         if not resume:
-            raise SettingsError(
+            raise UserError(
                 f"{folder} holds a run already: write --resume to go on with it, or --out for another place"
             )
         _require_same_stages(settings, load_settings(resolved), folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"{folder} exists and is no run of truestep: write --out for another place")
+        raise UserError(f"{folder} exists and is no run of truestep: write --out for another place")
 
 
 def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
     """Make the run directory, or join an existing one with --resume.
 
-    Raises SettingsError, before anything is written, where it is taken or holds stages of other settings or
+    Raises UserError, before anything is written, where it is taken or holds stages of other settings or
     data. Rank 0 alone looks: to the others, what it has just made would seem to be taken.
     """
     if rank != 0:
@@ -68,7 +69,7 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
         folder.mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
     except OSError as error:
-        raise SettingsError(
+        raise UserError(
             f"{folder}: cannot be written: {error.strerror}: write --out for another place"
         ) from None
 
@@ -83,7 +84,7 @@ def _require_identity(stage: Path, identity: str) -> None:
             found.append(rundir.read_json(checkpoint / "manifest.json")["state"]["identity"])
     for other in found:
         if other != identity:
-            raise SettingsError(
+            raise UserError(
                 f"{stage}: was made with other settings or data (identity {other}, now {identity}): "
                 "write another --out, or delete that folder to train the stage again"
             )
@@ -92,7 +93,7 @@ def _require_identity(stage: Path, identity: str) -> None:
 def _require_same_stages(new: Settings, old: Settings, folder: Path) -> None:
     for index, (a, b) in enumerate(zip(new.stages, old.stages, strict=False)):
         if a.name != b.name:
-            raise SettingsError(
+            raise UserError(
                 f"{folder}: stage {index + 1} is called {b.name!r} there and {a.name!r} here: write another --out"
             )
 

@@ -12,6 +12,7 @@ import torch
 from truestep import rundir, signals
 from truestep.data.chat import completion_text
 from truestep.device import compute_device, matmul_rate
+from truestep.errors import UserError
 from truestep.evaluate.run import EvaluationPlan, run_evaluation
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
@@ -26,14 +27,7 @@ from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine
 from truestep.rollout.sample import Sampler
 from truestep.seeding import Purpose
-from truestep.settings import (
-    RejectionSettings,
-    RlSettings,
-    SamplingSettings,
-    SettingsError,
-    SftSettings,
-    StageSettings,
-)
+from truestep.settings import RejectionSettings, RlSettings, SamplingSettings, SftSettings, StageSettings
 from truestep.train.loop import StageRun
 from truestep.train.parallel import Ranks, replicate, shard
 from truestep.train.policy import Policy
@@ -312,7 +306,7 @@ def _rejection_samples(
         },
     )
     if len(kept) < stage.sequences_per_step:
-        raise SettingsError(
+        raise UserError(
             f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were accepted, fewer than "
             f"sequences_per_step = {stage.sequences_per_step}: sample more, or start from a better model"
         )

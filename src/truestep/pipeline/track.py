@@ -8,17 +8,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 Log = Callable[[int, Mapping[str, float]], None]
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raises SettingsError for a tracker whose package is missing, before anything is trained."""
+    """Raises UserError for a tracker whose package is missing, before anything is trained."""
     for name in names:
         if importlib.util.find_spec(MODULES[name]) is None:
-            raise SettingsError(
+            raise UserError(
                 f'trackers = ["{name}"] needs the package {MODULES[name]}: pip install "truestep[track]"'
             )
 

@@ -9,10 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from truestep.errors import UserError
 from truestep.report.html import page_environment
 from truestep.report.tables import NONE, percent, read_object, read_summary, visible, whole, with_interval
 from truestep.rundir import read_jsonl, redact, write_atomic
-from truestep.settings import SettingsError
 
 MOST_PROBLEMS = 300  # of one evaluation; unscored and wrong ones come before right ones
 WIDE = 95  # columns of a terminal that holds the whole table
@@ -24,10 +24,10 @@ Row = Mapping[str, Any]
 
 
 def write_evaluation_report(run: Path) -> Path:
-    """Write RUN/report.html. Raises SettingsError where the folder holds no evaluation."""
+    """Write RUN/report.html. Raises UserError where the folder holds no evaluation."""
     summary = read_summary(run)
     if summary.get("kind") != "evaluation":
-        raise SettingsError(
+        raise UserError(
             f"{run}: holds no evaluation of benchmarks: give the folder that truestep eval printed"
         )
     scores = summary.get("scores") or []

@@ -14,10 +14,10 @@ from typing import Any
 
 import jinja2
 
+from truestep.errors import UserError
 from truestep.report import figures, tables
 from truestep.report.tables import ScoreRow, clip, duration, percent, scientific, visible, whole
 from truestep.rundir import read_jsonl, redact, write_atomic
-from truestep.settings import SettingsError
 
 Row = Mapping[str, Any]
 
@@ -46,10 +46,10 @@ _SEARCHED = 20_000  # lines that are searched for them
 def write_report(run: Path) -> Path:
     """Write RUN/report.html from whatever files the run has so far.
 
-    Raises SettingsError where the folder is not a run directory.
+    Raises UserError where the folder is not a run directory.
     """
     if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
-        raise SettingsError(
+        raise UserError(
             f"{run}: not a run directory: expected resolved.toml in it, give the folder a run has printed"
         )
     page = page_environment().get_template("report.html").render(_context(run))

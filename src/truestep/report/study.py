@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from truestep.errors import UserError
 from truestep.report import study_figures as figures
 from truestep.report import study_tables as tables
 from truestep.report.figures import can_draw
 from truestep.report.html import flat, page_environment
 from truestep.report.tables import read_object
 from truestep.rundir import write_atomic
-from truestep.settings import SettingsError
 
 Row = Mapping[str, Any]
 CURVES = {"reward": "Reward", "completions/mean_length": "Completion length", "entropy": "Entropy",
@@ -23,11 +23,11 @@ CURVES = {"reward": "Reward", "completions/mean_length": "Completion length", "e
 def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
     """Write FOLDER/report.html, table.md, table.csv and table.tex from its results.json and compact cells.
 
-    Raises SettingsError where there are no results.
+    Raises UserError where there are no results.
     """
     table = read_object(folder / "results.json")
     if "arms" not in table:
-        raise SettingsError(
+        raise UserError(
             f"{folder}: holds no study (results.json): give the folder that truestep study has printed"
         )
     if cells is None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truestep.errors import UserError
 from truestep.rundir import read_json
-from truestep.settings import SettingsError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +100,7 @@ class ScoreRow:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """summary.json, or {} where the run has not written one. Raises SettingsError where it is not a JSON
+    """summary.json, or {} where the run has not written one. Raises UserError where it is not a JSON
     object."""
     return read_object(run / "summary.json")
 
@@ -111,13 +111,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except ValueError as error:
-        raise SettingsError(
-            f"{path}: not valid JSON: {error}; restore the file or run the stage again"
-        ) from None
+        raise UserError(f"{path}: not valid JSON: {error}; restore the file or run the stage again") from None
     if not isinstance(value, dict):
-        raise SettingsError(
-            f"{path}: expected a JSON object, got {type(value).__name__}; run the stage again"
-        )
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}; run the stage again")
     return value
 
 

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from truestep.errors import UserError
 from truestep.records import Message, RecordError, Stop
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rundir import redact
 from truestep.seeding import integer
-from truestep.settings import SettingsError
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -68,11 +68,11 @@ def text_seed(request: SampleRequest) -> int:
 
 @contextmanager
 def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) -> Iterator[OpenAI]:
-    """A client of the endpoint. Raises SettingsError where nothing answers there or the key is refused."""
+    """A client of the endpoint. Raises UserError where nothing answers there or the key is refused."""
     try:
         import openai
     except ModuleNotFoundError:
-        raise SettingsError(
+        raise UserError(
             f'engine = "{url}" needs the package openai: pip install "truestep[endpoint]"'
         ) from None
     base = url.rstrip("/")
@@ -83,11 +83,11 @@ def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) 
         try:
             client.with_options(timeout=min(timeout, 30.0), max_retries=1).models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError):
-            raise SettingsError(
+            raise UserError(
                 f"engine = {redact(url)!r}: refuses the key: set {' or '.join(KEY_NAMES)}"
             ) from None
         except openai.APIConnectionError as error:
-            raise SettingsError(
+            raise UserError(
                 f"engine = {redact(url)!r}: nothing answers there ({_reason(error)}): start it, or correct the URL"
             ) from None
         except openai.APIError:
@@ -137,7 +137,7 @@ class EndpointEngine:
         try:
             return self._chat(request, sampling) if request.messages else self._completion(request, sampling)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise SettingsError(f"model {self.model!r}: the endpoint refuses it: {_reason(error)}") from None
+            raise UserError(f"model {self.model!r}: the endpoint refuses it: {_reason(error)}") from None
         except (openai.APIError, ValueError, TypeError, AttributeError, LookupError) as error:
             return _failed(request, _reason(error))  # the last four: an answer that is none
 

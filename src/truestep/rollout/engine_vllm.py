@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truestep.errors import UserError
 from truestep.records import Distribution, Rollout, Stop
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import text_seed
-from truestep.settings import SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,16 +52,16 @@ class VllmServer:
 
 
 def python_with_vllm() -> str:
-    """The interpreter that can import vLLM. Raises SettingsError where there is none."""
+    """The interpreter that can import vLLM. Raises UserError where there is none."""
     named = os.environ.get(ENVIRONMENT, "")
     if named:
         if not os.access(named, os.X_OK):
-            raise SettingsError(
+            raise UserError(
                 f"{ENVIRONMENT} = {named}: is no Python: give the interpreter of vLLM's environment"
             )
         return named
     if importlib.util.find_spec("vllm") is None:
-        raise SettingsError(
+        raise UserError(
             f'engine = "vllm": it is not installed here: make an environment for it and set {ENVIRONMENT} to its Python'
         )
     return sys.executable
@@ -71,7 +71,7 @@ def python_with_vllm() -> str:
 def serve(server: VllmServer) -> Iterator[VllmEngine]:
     """Start vLLM, wait until it answers, and end it with all its children.
 
-    Raises SettingsError with its last words where it does not start.
+    Raises UserError with its last words where it does not start.
     """
     python, port = python_with_vllm(), _free_port()
     words = [
@@ -110,13 +110,13 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         if process.poll() is not None:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             telling = [line for line in lines if "Error" in line] or lines or ["it said nothing"]
-            raise SettingsError(f'engine = "vllm": it did not start: {telling[-1].strip()[-300:]}')
+            raise UserError(f'engine = "vllm": it did not start: {telling[-1].strip()[-300:]}')
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.5)
-    raise SettingsError(f'engine = "vllm": it did not answer within {START_SECONDS:.0f} s of its start')
+    raise UserError(f'engine = "vllm": it did not answer within {START_SECONDS:.0f} s of its start')
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -168,14 +168,14 @@ class VllmEngine:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Not possible from here. Raises SettingsError."""
-        raise SettingsError('engine = "vllm" evaluates only: train with the torch engine')
+        """Not possible from here. Raises UserError."""
+        raise UserError('engine = "vllm" evaluates only: train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         """Log-probabilities of ``token_ids[num_prompt_tokens:]`` at temperature 1, which is all that vLLM
         scores at."""
         if temperature != 1.0:
-            raise SettingsError('engine = "vllm" scores at temperature 1 only')
+            raise UserError('engine = "vllm" scores at temperature 1 only')
         body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
         entries = self._post(body)["choices"][0]["prompt_logprobs"]
         return [

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from truestep.errors import UserError
 from truestep.evaluate.compare import paired_t
 from truestep.evaluate.interval import t_cdf, t_quantile
-from truestep.settings import SettingsError
 
 LEVEL, POWER = 0.975, 0.8
 DF_SHARE = 0.7  # of Satterthwaite's degrees of freedom; see variance_and_df
@@ -124,13 +124,13 @@ def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0, 1.0)) -> Crossed:
-    """The mean of the tables' means, with its interval. Raises SettingsError where the tables have no common
+    """The mean of the tables' means, with its interval. Raises UserError where the tables have no common
     seeds.
 
     Shapes: [S, P_b] each
     """
     if not tables or len({t.shape[0] for t in tables}) != 1 or min(t.size for t in tables) == 0:
-        raise SettingsError(
+        raise UserError(
             "a comparison needs at least one seed and one problem, the same seeds on every benchmark"
         )
     found = parts([t.astype(float) for t in tables])
@@ -180,7 +180,7 @@ def sign_flip(by_seed: np.ndarray) -> float:
     """Exact two-sided p-value of the mean over seeds when each sign is a fair coin: at best 2 / 2^S."""
     size = len(by_seed)
     if size > MOST_FLIPPED:
-        raise SettingsError(f"an exact test over {size} seeds is out of reach: {MOST_FLIPPED} at most")
+        raise UserError(f"an exact test over {size} seeds is out of reach: {MOST_FLIPPED} at most")
     signs = np.array(list(itertools.product((1.0, -1.0), repeat=size)))
     sums, seen = np.abs(signs @ by_seed), abs(by_seed.sum())
     return float((sums >= seen - 1e-12).mean())

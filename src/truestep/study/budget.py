@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from truestep.errors import UserError
 from truestep.pipeline.declared import flops_of, read_declared, stage_work
-from truestep.settings import RlSettings, Settings, SettingsError, SftSettings, load_settings
+from truestep.settings import RlSettings, Settings, SftSettings, load_settings
 
 COUNTS = {"flops_paper_formula": "the paper's formula", "flops_full": "the fuller count"}
 
 
 def recipe_files(paths: Sequence[Path]) -> list[Path]:
-    """The recipes of the given files and folders, in order. Raises SettingsError where there are none."""
+    """The recipes of the given files and folders, in order. Raises UserError where there are none."""
     found = [file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])]
     if not found:
-        raise SettingsError(f"{', '.join(map(str, paths))}: no recipe (.toml) there: give a folder or files")
+        raise UserError(f"{', '.join(map(str, paths))}: no recipe (.toml) there: give a folder or files")
     return found
 
 
@@ -32,7 +33,7 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
     for path in recipe_files(paths):
         settings = load_settings(path)
         if not settings.declared:
-            raise SettingsError(
+            raise UserError(
                 f"{path}: has no [declared] lengths to count with: write them, or give other recipes"
             )
         loaded[settings.name] = settings, path

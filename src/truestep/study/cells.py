@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from truestep.errors import UserError
 from truestep.records import Stop, Verdict
 from truestep.rundir import read_json, read_jsonl
-from truestep.settings import Settings, SettingsError, settings_hash
+from truestep.settings import Settings, settings_hash
 
 SCHEMA = 1
 DYNAMICS = ("reward", "completions/mean_length", "entropy", "grad_norm", "loss", "dev/score", "flops_paper")
@@ -38,9 +39,7 @@ def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
     """The finished run directory as a cell."""
     summary = read_json(run / "summary.json")
     if summary["status"] != "done":
-        raise SettingsError(
-            f"{run}: is not finished (its summary says {summary['status']}): run the study again"
-        )
+        raise UserError(f"{run}: is not finished (its summary says {summary['status']}): run the study again")
     checkpoint = summary["stages"][-1]["name"] if summary["stages"] else "base"
     spent = {kind: sum(float(s[f"flops_{kind}"]) for s in summary["stages"]) for kind in ("paper", "full")}
     folders = sorted((run / "stages").glob("[0-9]*-*")) if summary["stages"] else []
@@ -96,7 +95,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         correct[row["problem_id"]] += row["verdict"] == Verdict.CORRECT
         unscored[row["problem_id"]] += row["verdict"] == Verdict.UNSCORED
     if not order or len(samples) % len(order):
-        raise SettingsError("an evaluation has problems with unequal numbers of samples: run the cell again")
+        raise UserError("an evaluation has problems with unequal numbers of samples: run the cell again")
     return {
         "problems": settings_hash(*order),
         "num_problems": len(order),

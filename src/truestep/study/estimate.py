@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from truestep.data.problems import load_problems
+from truestep.errors import UserError
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
 from truestep.pipeline.declared import GIB, STATE_BYTES, shape_of
-from truestep.settings import RejectionSettings, RlSettings, Settings, SettingsError, SftSettings
+from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings
 from truestep.study.plan import Arm, Study, cell_settings, stage_tables
 
 PROCESS_GIB = 0.7  # an interpreter with torch and transformers, and nothing loaded
@@ -87,7 +88,7 @@ def _stage(settings: Settings, index: int, base_dir: Path, known: dict[str, tupl
         raise TypeError(f"unknown stage {type(stage).__name__}")
     rows = settings.data[stage.data].limit
     if stage.epochs and rows == "all":
-        raise SettingsError(f"data.{stage.data}.limit: an estimate needs a number of rows: write limit = N")
+        raise UserError(f"data.{stage.data}.limit: an estimate needs a number of rows: write limit = N")
     count = stage.epochs * int(rows) if stage.epochs else stage.steps * stage.sequences_per_step
     return sequence_work(prompt, solution or 64).times(count)
 

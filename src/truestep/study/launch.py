@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from truestep.settings import SettingsError
+from truestep.errors import UserError
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -127,7 +127,7 @@ def ray(workers: int) -> Launch:
     try:
         import ray as cluster
     except ModuleNotFoundError:
-        raise SettingsError('--engine ray needs the package ray: pip install "truestep[ray]"') from None
+        raise UserError('--engine ray needs the package ray: pip install "truestep[ray]"') from None
     if not cluster.is_initialized():
         address: Any = os.environ.get("RAY_ADDRESS")
         here = environment(os.environ)["PYTHONPATH"]
@@ -147,5 +147,5 @@ ENGINES: dict[str, Callable[[int], Launch]] = {"local": local, "ray": ray}
 
 def engine(name: str, workers: int) -> Launch:
     if name not in ENGINES:
-        raise SettingsError(f"--engine {name}: there are {', '.join(ENGINES)}")
+        raise UserError(f"--engine {name}: there are {', '.join(ENGINES)}")
     return ENGINES[name](workers)

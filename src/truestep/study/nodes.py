@@ -19,7 +19,8 @@ from typing import Any
 
 from truestep import rundir
 from truestep.data.problems import find_source
-from truestep.settings import Settings, SettingsError, load_settings, settings_hash
+from truestep.errors import UserError
+from truestep.settings import Settings, load_settings, settings_hash
 from truestep.study import cells
 from truestep.study.launch import Launch, Order
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
@@ -210,10 +211,10 @@ def _link(source: str, target: str) -> None:
 
 
 def base_recipe(where: Path, study: Study) -> Settings:
-    """Raises SettingsError where it cannot be read or has no stage."""
+    """Raises UserError where it cannot be read or has no stage."""
     settings = load_settings(where.parent / study.base)
     if not settings.stages:
-        raise SettingsError(f"{where.parent / study.base}: a base recipe needs a stage: write [[stages]]")
+        raise UserError(f"{where.parent / study.base}: a base recipe needs a stage: write [[stages]]")
     return settings
 
 
@@ -266,7 +267,7 @@ def _base(runner: Runner) -> Path:
     identity = home / "identity"
     if link.exists():
         if identity.exists() and identity.read_text(encoding="utf-8").strip() != base_identity(runner):
-            raise SettingsError(
+            raise UserError(
                 f"{home}: was trained by another {runner.study.base}: write another --out, or remove it"
             )
         return link

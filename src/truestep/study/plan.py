@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from truestep.data.problems import load_problems
-from truestep.settings import Frozen, Settings, SettingsError, parse_settings
+from truestep.errors import UserError
+from truestep.settings import Frozen, Settings, parse_settings
 
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
 Seed = Annotated[int, Field(ge=0)]
@@ -101,7 +102,7 @@ class Study(Frozen):
                 raise ValueError(f"arms.{arm.name}.set: {key!r} is of no stage of the arm, which has {known}")
         try:
             stage_tables(self, arm)
-        except SettingsError as error:
+        except UserError as error:
             raise ValueError(str(error)) from None
         if arm.num_seeds > len(self.seeds):
             raise ValueError(
@@ -172,13 +173,13 @@ def _is_control(arm: Arm, stages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def load_study(path: Path) -> Study:
-    """Raises SettingsError with one line that names the file and the key."""
+    """Raises UserError with one line that names the file and the key."""
     try:
         return parse_study(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
-        raise SettingsError(f"{path}: no such study") from None
+        raise UserError(f"{path}: no such study") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{path}: not a readable TOML file: {error}") from None
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
 
 
 def parse_study(raw: Mapping[str, Any], where: str) -> Study:
@@ -188,7 +189,7 @@ def parse_study(raw: Mapping[str, Any], where: str) -> Study:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(p) for p in first["loc"])
         message = str(first["msg"]).removeprefix("Value error, ")
-        raise SettingsError(f"{where}: {key + ': ' if key else ''}{message}") from None
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}") from None
     check_study(study, where)
     return study
 
@@ -209,7 +210,7 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
                 for part in parents:
                     node = node.setdefault(part, {})
                     if not isinstance(node, dict):
-                        raise SettingsError(f"arms.{arm.name}.set: {key!r}: {part} is a value, not a table")
+                        raise UserError(f"arms.{arm.name}.set: {key!r}: {part} is a value, not a table")
                 node[leaf] = value
         tables.append(table)
     return tables
@@ -281,36 +282,34 @@ def check_study(study: Study, where: str) -> None:
     for arm in study.arms:
         for key, (theirs, own) in differences(study, arm, where).items():
             if not any(fnmatch.fnmatch(key, pattern) for pattern in study.may_differ):
-                raise SettingsError(
+                raise UserError(
                     f"{where}: arms.{arm.name}: {key} = {own!r} differs from {theirs!r} of {study.reference} and is "
                     f'not declared: write may_differ = ["{key}"], or make them equal'
                 )
         if arm.untuned and not study.tuning:
-            raise SettingsError(f"{where}: arms.{arm.name}.untuned: the study has no trials: leave it out")
+            raise UserError(f"{where}: arms.{arm.name}.untuned: the study has no trials: leave it out")
     sets = study.run.get("data", {})
     tested = study.run.get("evaluate", {}).get("data", [])
     if not tested:
-        raise SettingsError(
-            f'{where}: run.evaluate.data: a study compares scores: write evaluate.data = ["..."]'
-        )
+        raise UserError(f'{where}: run.evaluate.data: a study compares scores: write evaluate.data = ["..."]')
     if study.tuning and study.tuning.data not in sets:
-        raise SettingsError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
+        raise UserError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
     every = every_arm(study, where)
     trained = {stage.data for settings in every for stage in settings.stages}
     chosen = dev_sets(study, every)
     for used, tables, said in (("chosen with", chosen, "write a dev set of its own"),
                                ("trained on", trained, "write a test set of its own")):  # fmt: skip
         if both := tables & set(tested):
-            raise SettingsError(f"{where}: {both.pop()!r} is tested on and {used}: {said}")
+            raise UserError(f"{where}: {both.pop()!r} is tested on and {used}: {said}")
     if study.tuning and study.tuning.data in trained:
-        raise SettingsError(
+        raise UserError(
             f"{where}: tuning.data = {study.tuning.data!r} is trained on: write a dev set of its own"
         )
     check_stages(study, where)
     for name, table in sets.items():
         generated = str(table.get("source", "")).startswith(("procedural:", "reasoning_gym:"))
         if generated and not isinstance(table.get("seed"), int):
-            raise SettingsError(
+            raise UserError(
                 f"{where}: run.data.{name}.seed: seeds and problems are crossed, so the problems must be the same for "
                 f"all seeds: write run.data.{name}.seed = 0"
             )
@@ -327,9 +326,9 @@ def check_stages(study: Study, where: str) -> None:
             stages = [*tables[:-1], scaled(tables[-1], factor)] if tables else []
             try:
                 check_methods(cell_settings(study, arm.name, 0, stages, where))
-            except SettingsError as error:
+            except UserError as error:
                 text = str(error).removeprefix(f"{where}: ").removeprefix(f"arms.{arm.name}: ")
-                raise SettingsError(f"{where}: arms.{arm.name}: {text}") from None
+                raise UserError(f"{where}: arms.{arm.name}: {text}") from None
 
 
 def scaled(table: Mapping[str, Any], factor: float) -> dict[str, Any]:
@@ -350,7 +349,7 @@ def dev_sets(study: Study, every: Sequence[Settings]) -> set[str]:
 
 
 def check_disjoint(study: Study, base_dir: Path) -> None:
-    """No problem of a dev set is a test problem. Raises SettingsError."""
+    """No problem of a dev set is a test problem. Raises UserError."""
     every = every_arm(study, study.name)
     settings, dev = every[0], dev_sets(study, every)
     texts = {
@@ -363,6 +362,6 @@ def check_disjoint(study: Study, base_dir: Path) -> None:
     for a in dev:
         for b in settings.evaluate.data:
             if shared := texts[a] & texts[b]:
-                raise SettingsError(
+                raise UserError(
                     f"data.{a} and data.{b} share {len(shared)} problems: a dev set must be disjoint"
                 )

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from truestep.settings import Settings, SettingsError
+from truestep.errors import UserError
+from truestep.settings import Settings
 from truestep.study import cells
 from truestep.study.nodes import CellFailed, Runner, node, result
 from truestep.study.plan import Arm, cell_settings, owner_of, scaled, stage_tables
@@ -62,7 +63,7 @@ def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], No
     def guarded(task: Callable[[], None]) -> None:
         try:
             task()
-        except (SettingsError, OSError, RuntimeError) as error:
+        except (UserError, OSError, RuntimeError) as error:
             raised.append(error)
 
     threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]

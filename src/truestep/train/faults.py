@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from truestep.errors import UserError
 from truestep.reference import faults
 from truestep.reference.faults import FAULTS, WeightsOf
-from truestep.settings import FaultSettings, SettingsError
+from truestep.settings import FaultSettings
 
 OFFLOAD = {"first_last": faults.offload_first_last, "first_only": faults.first_only}
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """The product of all that is asked for; None where nothing is. Raises SettingsError for an unknown
+    """The product of all that is asked for; None where nothing is. Raises UserError for an unknown
     name."""
     asked: list[WeightsOf] = []
     if settings.offload_drop != "none":
@@ -21,6 +22,6 @@ def fault_of(settings: FaultSettings) -> WeightsOf | None:
         asked.append(faults.dp_token_mean)
     for name in settings.others:
         if name not in FAULTS:
-            raise SettingsError(f"faults.others: {name!r} is not one of {', '.join(FAULTS)}")
+            raise UserError(f"faults.others: {name!r} is not one of {', '.join(FAULTS)}")
         asked.append(FAULTS[name][0])
     return faults.combine(*asked) if asked else None

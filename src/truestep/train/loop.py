@@ -15,12 +15,13 @@ import torch
 from truestep import rundir, signals
 from truestep.checkpoint.store import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from truestep.device import peak_memory_bytes
+from truestep.errors import UserError
 from truestep.flops import Ledger
 from truestep.objective.methods import Method
 from truestep.objective.schedule import Schedule
 from truestep.records import StepReport
 from truestep.rollout.engine import Engine
-from truestep.settings import SettingsError, StageSettings
+from truestep.settings import StageSettings
 from truestep.signals import Interrupted
 from truestep.train.buffers import Memory, first_memory
 from truestep.train.controllers import learn
@@ -277,7 +278,7 @@ def _restore(run: StageRun, optimizers: Optimizers) -> tuple[int, Memory]:
     step = 0
     if found is not None:
         if found.state["identity"] != run.identity:
-            raise SettingsError(
+            raise UserError(
                 f"{folder}: its checkpoints belong to other settings (identity {found.state['identity']}, now "
                 f"{run.identity}): write another --out, or delete the folder"
             )
@@ -309,11 +310,11 @@ def _forget_later_best(run: StageRun) -> None:
 
 @torch.no_grad()
 def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's parameters into the policy. Raises SettingsError where it is another model's."""
+    """Copy a checkpoint's parameters into the policy. Raises UserError where it is another model's."""
     saved = checkpoint.tensors["parameters"]
     own = dict(policy.named_parameters())
     if set(saved) != set(own):
-        raise SettingsError(
+        raise UserError(
             f"the checkpoint holds another model's parameters ({sorted(set(saved) ^ set(own))[:2]} ...)"
         )
     for name, parameter in own.items():

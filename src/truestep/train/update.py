@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from truestep.errors import UserError
 from truestep.flops import Ledger
 from truestep.model.attention import count_pairs
 from truestep.objective.methods import Method
 from truestep.objective.schedule import Schedule
 from truestep.records import StepReport, TokenBatch, TrainSequence
 from truestep.reference.faults import WeightsOf
-from truestep.settings import SettingsError, StageSettings
+from truestep.settings import StageSettings
 from truestep.train.assemble import pack
 from truestep.train.faults import fault_of
 from truestep.train.optim import MasterOptimizer
@@ -141,7 +142,7 @@ class Updater:
         try:
             weights = [float(w) for w in fault(counts)]
         except ValueError as error:
-            raise SettingsError(f"faults: {error}: write another faults.sequences_per_microbatch") from None
+            raise UserError(f"faults: {error}: write another faults.sequences_per_microbatch") from None
         start = sum(len(rank) for rank in counts[: self.plan.ranks.rank])
         return weights[start : start + len(batches)]
 

@@ -1,4 +1,4 @@
-"""A settings error as the one line that a user reads."""
+"""What a user can mend, as the one line that a user reads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
+
+class UserError(ValueError):
+    """Bad settings, data or paths: exit code 2. The message is one line that says what to write instead."""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
