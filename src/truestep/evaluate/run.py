@@ -214,7 +214,7 @@ def _row(
             "extracted": score.extracted,
             "gold": problem.answer,
         }
-    row["verdict"] = score.verdict.value
+    row["verdict"] = score.label
     if strictly is not None:
         row["strict"] = (unscored if failed else strictly(problem, text)).verdict.value
     if plan.private:

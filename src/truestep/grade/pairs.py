@@ -106,7 +106,7 @@ def _sample(pair: Pair, answer: Extraction, score: Score) -> dict[str, Any]:
         lenient, notes = Verdict.CORRECT, ["lenient: a rounded value"]
     return {
         "id": pair.id,
-        "verdict": score.verdict.value,
+        "verdict": score.label,
         "strict": strict.value,
         "lenient": lenient.value,
         "reason": "; ".join([score.reason, *notes]),

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.rollout.engine import Engine
 from truestep.seeding import Purpose, generator
-from truestep.train.assemble import pack
+from truestep.train.packing import pack
 from truestep.train.parallel import full, reshard
 from truestep.train.policy import Policy
 
@@ -64,10 +64,9 @@ def publish(policy: Policy, engine: Engine, version: int) -> PublishProof:
     num_prompt = NUM_PROBE_TOKENS - NUM_PROBE_DECODED
     sequence = TrainSequence(
         token_ids=tuple(ids),
-        trained=(False,) * num_prompt + (True,) * NUM_PROBE_DECODED,
+        origin=(Origin.CONTEXT,) * num_prompt + (Origin.POLICY,) * NUM_PROBE_DECODED,
         num_prefix_tokens=0,
         group=0,
-        kind=Kind.ON,
     )
     (batch,) = pack([sequence], tokens_per_microbatch=NUM_PROBE_TOKENS, device=parameter.device)
     with torch.no_grad():

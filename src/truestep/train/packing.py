@@ -12,15 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from truestep.records import (
-    SCORED_FIELDS,
-    TARGET_FIELDS,
-    TARGET_FLAGS,
-    TARGET_INDICES,
-    Kind,
-    Segment,
-    TokenBatch,
-    TrainSequence,
+from truestep.records import TARGET_FIELDS, Origin, Segment, TokenBatch, TrainSequence
+
+# Integers stay integers; every other column is a float of the policy's precision, at least float32.
+INTEGERS = {"origin": torch.int8, "policy_version": torch.int32, "solved": torch.bool} | dict.fromkeys(
+    ("target_ids", "source_index", "sequence_index", "sequence_length"), torch.int64
 )
 
 
@@ -38,11 +34,13 @@ def pack(
     *,
     tokens_per_microbatch: int,
     share_prefix: bool = True,
+    first_sequence: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> list[TokenBatch]:
     """Pack sequences into as few micro-batches of at most ``tokens_per_microbatch`` forwarded tokens as
-    first-fit decreasing finds. Raises ValueError where one sequence alone is longer."""
+    first-fit decreasing finds. Sequences are numbered from ``first_sequence``: those of one step need different
+    numbers, also over several calls. Raises ValueError if one sequence is longer than a micro-batch."""
     trees = _trees(sequences, tokens_per_microbatch, share_prefix)
     bins: list[list[_Tree]] = []
     space: list[int] = []
@@ -54,22 +52,19 @@ def pack(
             slot = len(bins) - 1
         bins[slot].append(tree)
         space[slot] -= tree.size
-    group_lengths: dict[int, int] = {}
-    for s in sequences:
-        group_lengths[s.group] = group_lengths.get(s.group, 0) + s.num_trained
-    return [_batch(trees, sequences, group_lengths, dtype, device) for trees in bins]
+    return [_batch(trees, sequences, first_sequence, dtype, device) for trees in bins]
 
 
 def last_needed(sequence: TrainSequence) -> int:
     """How many leading tokens must be forwarded: all before the last trained token."""
-    return max(i for i, t in enumerate(sequence.trained) if t)
+    return max(i for i, origin in enumerate(sequence.origin) if origin is not Origin.CONTEXT)
 
 
 def _trees(sequences: Sequence[TrainSequence], limit: int, share_prefix: bool) -> list[_Tree]:
     trees: list[_Tree] = []
     open_tree: dict[tuple[int, tuple[int, ...]], int] = {}  # (group, prefix) → the tree still being filled
     for index, sequence in enumerate(sequences):
-        if not any(sequence.trained):
+        if not sequence.num_trained:
             continue  # all masked: it adds nothing to the numerator, and totals never counted it
         prefix = sequence.token_ids[: sequence.num_prefix_tokens] if share_prefix else ()
         own = last_needed(sequence) - len(prefix)
@@ -91,14 +86,16 @@ def _trees(sequences: Sequence[TrainSequence], limit: int, share_prefix: bool) -
 def _batch(
     trees: Sequence[_Tree],
     sequences: Sequence[TrainSequence],
-    group_lengths: dict[int, int],
+    first_sequence: int,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> TokenBatch:
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    columns: dict[str, list[float]] = {name: [] for name in TARGET_FIELDS if name not in SCORED_FIELDS}
+    columns: dict[str, list[float]] = {name: [] for name in TARGET_FIELDS}
+    behavior: list[float] = []
+    has_behavior = False
     for tree in trees:
         prefix_start, num_prefix = len(ids), len(tree.prefix)
         if num_prefix:
@@ -119,49 +116,50 @@ def _batch(
                         prefix_stop=prefix_start + num_prefix,
                     )
                 )
-            targets = [i for i, t in enumerate(sequence.trained) if t]
+            targets = [i for i, origin in enumerate(sequence.origin) if origin is not Origin.CONTEXT]
             count = len(targets)
             columns["target_ids"] += [sequence.token_ids[i] for i in targets]
             columns["source_index"] += [
                 start + i - 1 - num_prefix if i > num_prefix else prefix_start + num_prefix - 1
                 for i in targets
             ]
-            columns["sequence_index"] += [index] * count
-            columns["group_index"] += [sequence.group] * count
-            columns["kind"] += [int(sequence.kind)] * count
-            given = sequence.advantage
-            columns["advantage"] += given if isinstance(given, tuple) else [given] * count
-            columns["behavior_logprobs"] += sequence.behavior_logprobs or [float("nan")] * count
-            columns["weight"] += [sequence.weight] * count
-            columns["correct"] += [sequence.correct] * count
-            num_expert = count if sequence.kind is Kind.DEMO else sequence.num_expert_tokens
-            columns["is_expert"] += [True] * num_expert + [False] * (count - num_expert)
+            columns["sequence_index"] += [first_sequence + index] * count
             columns["sequence_length"] += [count] * count
-            columns["group_length"] += [group_lengths[sequence.group]] * count
+            columns["origin"] += [sequence.origin[i] for i in targets]
+            columns["policy_version"] += _spread(sequence.policy_version, count)
+            columns["advantage"] += _spread(sequence.advantage, count)
+            columns["weight"] += [sequence.weight] * count
+            columns["solved"] += [sequence.solved] * count
+            behavior += sequence.behavior_logprobs or [0.0] * count
+            has_behavior = has_behavior or sequence.behavior_logprobs is not None
     tensors = {
-        name: torch.tensor(
-            values,
-            dtype=torch.int64 if name in TARGET_INDICES else torch.bool if name in TARGET_FLAGS else dtype,
-        )
+        name: torch.tensor(values, dtype=INTEGERS.get(name, dtype), device=device)
         for name, values in columns.items()
     }
-    unscored = torch.full((len(columns["weight"]),), float("nan"), dtype=dtype, device=device)
     return TokenBatch(
         input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
         position_ids=torch.tensor(positions, dtype=torch.int64, device=device),
         segments=tuple(segments),
-        **{name: unscored.clone() for name in SCORED_FIELDS},  # a saved batch shares no memory
-        **{name: tensor.to(device) for name, tensor in tensors.items()},
+        behavior_logprobs=torch.tensor(behavior, dtype=dtype, device=device) if has_behavior else None,
+        **tensors,
     )
+
+
+def _spread(value: Sequence[float] | float, count: int) -> Sequence[float]:
+    """One value per trained token."""
+    return value if isinstance(value, Sequence) else [value] * count
 
 
 def dummy_batch(dtype: torch.dtype, device: torch.device | str) -> TokenBatch:
     """Two tokens and no target: what a rank without work runs, so that collectives inside the model still
     match."""
     sequence = TrainSequence(
-        token_ids=(0, 0, 0), trained=(False, False, True), num_prefix_tokens=0, group=0, kind=Kind.ON
+        token_ids=(0, 0, 0),
+        origin=(Origin.CONTEXT, Origin.CONTEXT, Origin.POLICY),
+        num_prefix_tokens=0,
+        group=0,
     )
-    batch = _batch([_Tree((), (0,), 2)], [sequence], {0: 1}, dtype, device)
+    batch = _batch([_Tree((), (0,), 2)], [sequence], 0, dtype, device)
     empty = {name: getattr(batch, name)[:0] for name in TARGET_FIELDS}
     return TokenBatch(
         input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, **empty

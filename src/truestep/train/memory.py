@@ -9,15 +9,17 @@ Held by: tests/contract/test_method_resume.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from truestep.objective.controller import Controller
 from truestep.objective.methods.row import Method, Replay
-from truestep.records import Distribution, Kind, Rollout, Stop
+from truestep.records import Distribution, Origin, Rollout, Stop
+from truestep.seeding import Purpose, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +60,24 @@ class Memory:
         rollouts = [r for s in self.replay.values() for r in s.rollouts]
         return {
             "tokens": torch.tensor([t for r in rollouts for t in r.completion_ids], dtype=torch.int64),
+            "policy_version": torch.tensor(
+                [v for r in rollouts for v in r.policy_version], dtype=torch.int32
+            ),
             "behavior_logprobs": torch.tensor(
-                [x for r in rollouts for x in r.behavior_logprobs], dtype=torch.float64
+                [x for r in rollouts for x in r.behavior_logprobs or ()], dtype=torch.float64
             ),
         }
 
     @staticmethod
     def load(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Memory:
-        tokens, logprobs = tensors["tokens"].tolist(), tensors["behavior_logprobs"].tolist()
+        columns = [tensors[name].tolist() for name in ("tokens", "policy_version", "behavior_logprobs")]
         replay: dict[str, Stored] = {}
         start = 0
         for name, num_correct, num_samples, headers in state["replay"]:
             rollouts = []
-            for length, version, temperature in headers:
+            for length, temperature in headers:
                 stop = start + length
-                rollouts.append(_stored(name, tokens[start:stop], logprobs[start:stop], version, temperature))
+                rollouts.append(_stored(name, *(column[start:stop] for column in columns), temperature=temperature))
                 start = stop
             replay[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=tuple(rollouts))
         return Memory(
@@ -85,27 +90,51 @@ class Memory:
 
 def first_memory(method: Method) -> Memory:
     """Before the first step."""
-    return Memory(scalars={} if method.controller is None else dict(method.controller.initial))
+    controller = method.part(Controller)
+    return Memory(scalars={} if controller is None else dict(controller.initial))
 
 
 def _header(rollout: Rollout) -> list[float]:
-    d = rollout.distribution
-    return [len(rollout.completion_ids), d.policy_version, d.temperature]
+    return [len(rollout.completion_ids), rollout.distribution.temperature]
 
 
 def _stored(
-    name: str, tokens: Sequence[int], logprobs: Sequence[float], version: int, temperature: float
+    name: str, tokens: Sequence[int], versions: Sequence[int], logprobs: Sequence[float], temperature: float
 ) -> Rollout:
     """A sample as the store keeps it: of the full distribution, finished, by an older policy."""
     return Rollout(
         problem_id=name,
         sample_index=0,
         completion_ids=tuple(tokens),
+        origin=(Origin.STORED,) * len(tokens),
+        policy_version=tuple(versions),
         behavior_logprobs=tuple(logprobs),
-        distribution=Distribution(policy_version=version, temperature=temperature),
+        distribution=Distribution(temperature=temperature),
         stop=Stop.STOP_TOKEN,
-        kind=Kind.REPLAY,
     )
+
+
+# ------------------------------------------------------------------------------------------------- controllers
+
+
+def decide(method: Method, memory: Memory, step: int, seed: int) -> dict[str, float]:
+    """The controller's values of this step by name; none without a controller."""
+    controller = method.part(Controller)
+    if controller is None:
+        return {}
+    draw = float(generator(seed, Purpose.PLAN, step, "controller").random())
+    return dict(controller.decide(memory.scalars, step, draw))
+
+
+def learn(
+    method: Method, memory: Memory, step: int, values: Mapping[str, float], seen: Mapping[str, float]
+) -> Memory:
+    """The memory after the step. ``seen`` holds the statistics of its data and the gradient norm of its last
+    update."""
+    controller = method.part(Controller)
+    if controller is None:
+        return memory
+    return replace(memory, scalars=dict(controller.learn(memory.scalars, step, values, seen)))
 
 
 # ------------------------------------------------------------------------------------- waiting demonstrations
@@ -119,8 +148,8 @@ def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ..
 # --------------------------------------------------------------------------------------------- stored samples
 
 Seen = tuple[
-    str, int, int, list[tuple[list[int], list[float], int, float]]
-]  # a group's part, as JSON carries it
+    str, int, int, list[tuple[list[int], list[int], list[float], float]]
+]  # of a group, as JSON carries it
 
 
 def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollout]) -> Seen:
@@ -131,8 +160,8 @@ def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollo
         [
             (
                 list(r.completion_ids),
-                list(r.behavior_logprobs),
-                r.distribution.policy_version,
+                list(r.policy_version),
+                list(r.behavior_logprobs or ()),
                 r.distribution.temperature,
             )
             for r in right
@@ -145,7 +174,7 @@ def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: in
     retired."""
     found = dict(replay)
     for name, num_correct, num_samples, right in seen:
-        fresh = tuple(_stored(name, *parts) for parts in right)
+        fresh = tuple(_stored(name, *columns, temperature=temperature) for *columns, temperature in right)
         old = found.pop(name, None)
         kept = (*fresh, *(old.rollouts if old else ()))[:most_stored]
         if num_correct < num_samples and kept:
