@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from truestep import rundir
-from truestep.evaluate.ask import Asker, Asking
 from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
 from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import Row
 from truestep.evaluate.interval import mean_interval
+from truestep.evaluate.model_adapters import Asker, Asking
 from truestep.evaluate.plan import EvaluationSettings, Job, job_identity, remarks
 from truestep.evaluate.run import EvaluationPlan, Grade, check_kept, run_samples
 from truestep.progress import Reporter
