@@ -80,7 +80,7 @@ def main() -> None:
         for module, name in (
             ("truestep.train.step", "NonFiniteError"),
             ("truestep.train.publish", "StaleWeightsError"),
-            ("truestep.rollout.choose", "NonFiniteLogitsError"),
+            ("truestep.rollout.sampling", "NonFiniteLogitsError"),
             ("truestep.audit.environment", "BuildFailed"),
         ):
             if isinstance(error, _lazily(module, name)):

@@ -22,8 +22,9 @@ from truestep.evaluate.compare import compare
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
 from truestep.pipeline.prepare import Prepared, base_identity, evaluation_identity, stage_identity
-from truestep.pipeline.stages import Reporter, Session, evaluate_model, make_stage, open_model, stage_folder
+from truestep.pipeline.stages import Session, evaluate, make_stage, open_model, stage_folder
 from truestep.pipeline.track import open_trackers
+from truestep.progress import Reporter
 from truestep.records import RecordError
 from truestep.settings import Settings, StageSettings, load_settings
 from truestep.signals import Interrupted
@@ -145,7 +146,7 @@ def _stages(session: Session) -> None:
 def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> None:
     """On rank 0; the others wait."""
     if session.ranks.rank == 0 and session.prepared.settings.evaluate.data:
-        evaluate_model(
+        evaluate(
             session, checkpoint, path, lambda name: evaluation_identity(session.prepared, identity, name)
         )
         _summarize(session, "running")

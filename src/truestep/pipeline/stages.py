@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -13,38 +12,26 @@ from truestep import rundir, signals
 from truestep.data.chat import completion_text
 from truestep.device import compute_device, matmul_rate
 from truestep.errors import UserError
-from truestep.evaluate.run import EvaluationPlan, run_evaluation
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model
 from truestep.objective.schedule import Schedule, learning_rate
 from truestep.pipeline.coin import CoinGrader, CoinSource
+from truestep.pipeline.evaluation import dev_score, evaluate_model, sampling_parameters
 from truestep.pipeline.prepare import Prepared, hinted_prompt, num_sequences, num_steps, stage_identity
 from truestep.pipeline.track import Log
+from truestep.progress import Reporter
 from truestep.records import Demonstration, Prompt, Role, Stop, Verdict
-from truestep.rollout.engine import SampleRequest, SamplingParameters
+from truestep.rollout.engine import SampleRequest
 from truestep.rollout.engine_torch import TorchEngine
 from truestep.rollout.sample import Sampler
 from truestep.seeding import Purpose
-from truestep.settings import RejectionSettings, RlSettings, SamplingSettings, SftSettings, StageSettings
+from truestep.settings import RejectionSettings, RlSettings, SftSettings, StageSettings
 from truestep.train.loop import StageRun
 from truestep.train.parallel import Ranks, replicate, shard
 from truestep.train.policy import Policy
 from truestep.train.source import DemonstrationSource, RolloutSource, Source
-
-
-class Reporter(Protocol):
-    """Where progress goes; the command line's writes to stderr."""
-
-    def say(self, text: str) -> None:
-        """One line of information."""
-
-    def begin(self, what: str, total: int, done: int = 0) -> None:
-        """A piece of work of ``total`` units starts."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """``done`` units of it are finished."""
 
 
 @dataclass(kw_only=True)
@@ -64,16 +51,6 @@ class Session:
 
     def decode_prompt(self, prompt: Prompt) -> str:
         return str(self.prepared.tokenizer.decode(list(prompt.token_ids)))
-
-
-def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -> SamplingParameters:
-    return SamplingParameters(
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
-        stop_token_ids=stop_ids,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-    )
 
 
 def open_model(session: Session, path: str) -> LoadedModel:
@@ -333,66 +310,26 @@ def _as_demonstration(prompt: Prompt, completion: tuple[int, ...]) -> Demonstrat
 def _dev_score(
     session: Session, index: int, policy: Policy, engine: TorchEngine | None, folder: Path
 ) -> Callable[[int], float] | None:
-    """Step → score on the stage's dev set, by the run's own evaluation (kept beside the stage)."""
-    stage, identity = session.prepared.settings.stages[index], stage_identity(session.prepared, index)
-    if not stage.dev.data:
+    prepared = session.prepared
+    if not prepared.settings.stages[index].dev.data:
         return None
-    prepared = session.prepared
     shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.sampling.max_running)
-    limits = prepared.settings.evaluate.sampling.model_copy(update={"temperature": stage.dev.temperature})
-
-    def score(step: int) -> float:
-        plan = EvaluationPlan(
-            name=stage.dev.data,
-            prompts=prepared.prompts[stage.dev.data],
-            sampling=sampling_parameters(limits, prepared.stop_ids),
-            samples_per_problem=stage.dev.samples_per_problem,
-            seed=prepared.settings.seed,
-            folder=folder / "dev" / f"step_{step:08d}",
-            identity=f"{identity}/{step}",
-        )
-        results = run_evaluation(plan, engine=shared, grade=session.grader.score, decode=session.decode)
-        shared.take_cost()  # evaluation is not training: it is in no ledger
-        return float(results["estimate"]["score"])
-
-    return score
+    return dev_score(prepared, index, engine=shared, grader=session.grader, folder=folder)
 
 
-def evaluate_model(session: Session, checkpoint: str, path: str, identity: Callable[[str], str]) -> None:
-    """Evaluate the model in ``path`` on every test set; what is done already is not sampled again."""
-    prepared = session.prepared
-    settings = prepared.settings.evaluate
-    loaded: Policy | None = None
-    for name in settings.data:
-        folder = session.folder / "evaluations" / checkpoint
-        plan = EvaluationPlan(
-            name=name,
-            prompts=prepared.prompts[name],
-            sampling=sampling_parameters(settings.sampling, prepared.stop_ids),
-            samples_per_problem=settings.samples_per_problem,
-            seed=prepared.settings.seed,
-            folder=folder,
-            identity=identity(name),
-            pass_at=settings.pass_at,
-        )
-        if loaded is None:
-            loaded = Policy(open_model(session, path))
-        engine = TorchEngine(
-            loaded.model, max_running=settings.sampling.max_running, packs=loaded.packs and loaded.plain_head
-        )
-        session.reporter.begin(
-            f"evaluate {checkpoint} on {name}", len(plan.prompts) * plan.samples_per_problem
-        )
-        run_evaluation(
-            plan,
-            engine=engine,
-            grade=session.grader.score,
-            decode=session.decode,
-            progress=lambda done, total, counts: session.reporter.advance(done, running_score(counts)),
-            check_stop=signals.check,
-        )
+def evaluate(session: Session, checkpoint: str, path: str, identity: Callable[[str], str]) -> None:
+    """Evaluate the model in ``path`` on every test set."""
 
+    def open_engine() -> TorchEngine:
+        policy = Policy(open_model(session, path))
+        running = session.prepared.settings.evaluate.sampling.max_running
+        return TorchEngine(policy.model, max_running=running, packs=policy.packs and policy.plain_head)
 
-def running_score(counts: Mapping[str, int]) -> str:
-    done = sum(counts.values())
-    return f"score {counts.get('correct', 0) / done:.3f}" if done else ""
+    evaluate_model(
+        session.prepared,
+        folder=session.folder / "evaluations" / checkpoint,
+        identity=identity,
+        open_engine=open_engine,
+        grader=session.grader,
+        reporter=session.reporter,
+    )

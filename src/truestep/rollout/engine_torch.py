@@ -25,8 +25,8 @@ from truestep.device import linear
 from truestep.model.attention import PackedLayout, count_pairs
 from truestep.model.forward import hidden_states
 from truestep.records import Rollout, Segment
-from truestep.rollout.choose import choose
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
+from truestep.rollout.sampling import sample_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -293,7 +293,7 @@ class TorchEngine:
         fresh = [row for share in shares for row in share]
         for row in fresh:
             row.length = len(row.request.prompt_ids)
-        self._choose(hidden[last], fresh, sampling)
+        self._sample(hidden[last], fresh, sampling)
 
     def _decode(self, running: list[_Row], cache: KvCache, sampling: SamplingParameters) -> None:
         device = self._device()
@@ -305,9 +305,9 @@ class TorchEngine:
         self._pairs += sum(lengths) + len(lengths)
         for row in running:
             row.length += 1
-        self._choose(hidden, running, sampling)
+        self._sample(hidden, running, sampling)
 
-    def _choose(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
+    def _sample(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         """Append the next token, and its log-probability, to each row. Shapes: hidden [R, D]."""
         head: Any = self.model.get_output_embeddings()
         self._take(linear(hidden, head.weight, head.bias), rows, sampling)
@@ -315,7 +315,7 @@ class TorchEngine:
     def _take(self, logits: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         forced = [row.forced[len(row.tokens)] if row.forced else -1 for row in rows]
         uniforms = [row.next_uniform() for row in rows]
-        tokens, logprobs = choose(logits, uniforms, sampling, forced)
+        tokens, logprobs = sample_tokens(logits, uniforms, sampling, forced)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from truestep.rollout.choose import BLOCK, NonFiniteLogitsError, choose
 from truestep.rollout.engine import SamplingParameters
+from truestep.rollout.sampling import BLOCK, NonFiniteLogitsError, sample_tokens
 
 torch.set_num_threads(1)
 
@@ -58,7 +58,7 @@ def some_logits(size: int, seed: int) -> Tensor:
 def test_logprobs_are_those_of_the_bent_distribution(size: int, bending: dict[str, float]) -> None:
     logits = some_logits(size, 3)
     expected = exact(logits.tolist(), **bending)  # type: ignore[arg-type]
-    _, logprobs = choose(logits.repeat(size, 1), [0.5] * size, how(**bending), list(range(size)))
+    _, logprobs = sample_tokens(logits.repeat(size, 1), [0.5] * size, how(**bending), list(range(size)))
     got = [math.exp(v) for v in logprobs]
     assert sum(got) == pytest.approx(1.0, abs=1e-12)
     assert got == pytest.approx(expected, abs=1e-12)
@@ -70,7 +70,7 @@ def test_frequencies_are_the_probabilities(bending: dict[str, float]) -> None:
     draws, size = 20_000, 12
     logits = some_logits(size, 8)
     uniforms = np.random.default_rng(2).random(draws)
-    tokens, _ = choose(logits.repeat(draws, 1), uniforms.tolist(), how(**bending), [-1] * draws)
+    tokens, _ = sample_tokens(logits.repeat(draws, 1), uniforms.tolist(), how(**bending), [-1] * draws)
     expected: np.ndarray = np.array(exact(logits.tolist(), **bending)) * draws  # type: ignore[arg-type]
     observed = np.bincount(tokens, minlength=size)
     assert (observed[expected == 0] == 0).all(), "a token of probability zero was chosen"
@@ -87,7 +87,7 @@ def test_a_wrong_temperature_would_be_seen() -> None:
     draws, size = 20_000, 12
     logits = some_logits(size, 8)
     uniforms = np.random.default_rng(2).random(draws)
-    tokens, _ = choose(logits.repeat(draws, 1), uniforms.tolist(), how(temperature=1.05), [-1] * draws)
+    tokens, _ = sample_tokens(logits.repeat(draws, 1), uniforms.tolist(), how(temperature=1.05), [-1] * draws)
     wanted = np.array(exact(logits.tolist(), 1.0))
     assert stats.chisquare(np.bincount(tokens, minlength=size), wanted * draws).pvalue < 1e-4
 
@@ -96,7 +96,7 @@ def test_draws_follow_the_cumulative_distribution_in_token_order() -> None:
     logits = some_logits(2 * BLOCK + 37, 4)
     edges = np.cumsum(exact(logits.tolist(), 1.0))
     uniforms = np.linspace(0, 0.9999, 400)
-    tokens, _ = choose(logits.repeat(400, 1), uniforms.tolist(), how(temperature=1.0), [-1] * 400)
+    tokens, _ = sample_tokens(logits.repeat(400, 1), uniforms.tolist(), how(temperature=1.0), [-1] * 400)
     assert tokens == np.searchsorted(edges, uniforms, side="right").tolist()
 
 
@@ -109,7 +109,7 @@ def test_the_ends_of_the_interval_give_tokens_that_have_weight(size: int, dtype:
         first, last = sorted(np.random.default_rng(seed).integers(0, size, 2).tolist())
         logits[:first] = float("-inf")
         logits[last + 1 :] = float("-inf")
-        tokens, logprobs = choose(logits.repeat(2, 1), [0.0, LAST], how(temperature=1.0), [-1, -1])
+        tokens, logprobs = sample_tokens(logits.repeat(2, 1), [0.0, LAST], how(temperature=1.0), [-1, -1])
         assert tokens == [first, last], seed
         assert all(math.isfinite(v) for v in logprobs)
 
@@ -124,7 +124,7 @@ def test_a_draw_on_an_edge_never_falls_on_a_token_without_weight() -> None:
         weight = (logits - logits.max()).exp()
         edges = (weight.cumsum(0) / weight.sum()).unique().tolist()
         uniforms = [u for e in edges for u in (math.nextafter(e, 0), e, math.nextafter(e, 1)) if 0 <= u < 1]
-        tokens, logprobs = choose(
+        tokens, logprobs = sample_tokens(
             logits.repeat(len(uniforms), 1), uniforms, how(temperature=1.0), [-1] * len(uniforms)
         )
         assert all(math.isfinite(v) for v in logprobs), seed
@@ -133,12 +133,12 @@ def test_a_draw_on_an_edge_never_falls_on_a_token_without_weight() -> None:
 
 def test_greedy_is_a_point() -> None:
     logits = some_logits(40, 1)[None]
-    assert choose(logits, [0.9], how(temperature=0.0), [-1]) == ([int(logits.argmax())], [0.0])
+    assert sample_tokens(logits, [0.9], how(temperature=0.0), [-1]) == ([int(logits.argmax())], [0.0])
 
 
 def test_a_forced_token_is_taken() -> None:
     logits = some_logits(40, 1).repeat(2, 1)
-    tokens, _ = choose(logits, [0.0, 0.0], how(temperature=1.0), [33, -1])
+    tokens, _ = sample_tokens(logits, [0.0, 0.0], how(temperature=1.0), [33, -1])
     assert tokens == [33, 0]
 
 
@@ -148,6 +148,6 @@ def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
     logits[0, 4] = bad
     for temperature in (0.0, 1.0):  # greedy too: a broken model must not be scored as a wrong one
         with pytest.raises(NonFiniteLogitsError, match="not finite"):
-            choose(logits, [0.5], how(temperature=temperature), [-1])
+            sample_tokens(logits, [0.5], how(temperature=temperature), [-1])
         with pytest.raises(NonFiniteLogitsError, match="not finite"):
-            choose(torch.full((1, 9), float("-inf")), [0.5], how(temperature=temperature), [-1])
+            sample_tokens(torch.full((1, 9), float("-inf")), [0.5], how(temperature=temperature), [-1])

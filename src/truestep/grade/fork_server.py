@@ -25,9 +25,9 @@ class WorkerDied(Exception):
 class Worker:
     """One process that compares formulas, and what it has said so far."""
 
-    def __init__(self, pid: int, channel: socket.socket, nursery: Nursery) -> None:
+    def __init__(self, pid: int, channel: socket.socket, server: ForkServer) -> None:
         self.pid = pid
-        self._channel, self._nursery, self._said = channel, nursery, b""
+        self._channel, self._server, self._said = channel, server, b""
 
     def fileno(self) -> int:
         return self._channel.fileno()
@@ -55,21 +55,21 @@ class Worker:
 
     def end(self) -> int | None:
         """Kill it, if it lives, and wait for its end: its exit status, minus the signal if that was one; None
-        where the nursery, which alone can tell, has ended before."""
+        where the fork server, which alone can tell, has ended before."""
         self._channel.close()
         try:
             os.kill(
                 self.pid, signal.SIGKILL
-            )  # the process id is its own until the nursery is asked to reap it
+            )  # the process id is its own until the fork server is asked to reap it
         except OSError:
             return None
         try:
-            return int(self._nursery.ask({"reap": self.pid})["status"])
+            return int(self._server.ask({"reap": self.pid})["status"])
         except WorkerDied:
             return None
 
 
-class Nursery:
+class ForkServer:
     """The process that has imported the algebra and forks workers when asked to. It never sees a question."""
 
     def __init__(self, seconds: float, memory_mb: int) -> None:
@@ -108,7 +108,7 @@ class Nursery:
             self._ready = "ready" in reply
 
     def start(self) -> Worker:
-        """A new worker. Raises WorkerDied where the nursery has ended."""
+        """A new worker. Raises WorkerDied where the fork server has ended."""
         self.wait_ready()
         near_end, far_end = socket.socketpair()
         try:

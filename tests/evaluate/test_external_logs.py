@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from truestep.errors import UserError
-from truestep.evaluate.bring import compare_evaluations, import_evaluations
-from truestep.evaluate.foreign import read_evaluations
+from truestep.evaluate.external_logs import read_evaluations
+from truestep.evaluate.import_compare import compare_evaluations, import_evaluations
 
 
 def lm_eval(path: Path, scores: list[Any], filters: tuple[str, ...] = ("none",)) -> Path:

@@ -11,7 +11,7 @@ from truestep.errors import UserError
 from truestep.evaluate.benchmarks import BY_ID
 from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import by_problem, estimate
-from truestep.evaluate.foreign import Evaluation, Row, is_private, read_evaluations
+from truestep.evaluate.external_logs import Evaluation, Row, is_private, read_evaluations
 from truestep.records import RecordError
 from truestep.rundir import provenance, read_json, write_atomic, write_json
 

@@ -21,7 +21,7 @@ from truestep import rundir
 from truestep.data.problems import find_source
 from truestep.errors import UserError
 from truestep.settings import Settings, load_settings, settings_hash
-from truestep.study import cells
+from truestep.study import cell_results
 from truestep.study.launch import Launch, Order
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
 
@@ -71,7 +71,7 @@ class Runner:
 def result(runner: Runner, settings: Settings, name: str, seed: int) -> dict[str, Any]:
     """The compact result of these settings: from an earlier day's folder if it is there, else by running
     them."""
-    key = cells.cell_key(settings, given_identity(runner))
+    key = cell_results.cell_key(settings, given_identity(runner))
     for kind in ("cells", "trials"):
         old = kept(runner.results / kind / f"{name}.json") if runner.results else {}
         if old.get("key") == key:
@@ -91,12 +91,12 @@ def kept(path: Path) -> dict[str, Any]:
 
 def node(runner: Runner, settings: Settings, name: str, seed: int) -> dict[str, Any]:
     """Run these settings, once, in a folder that their identity names; the compact result."""
-    key = cells.cell_key(settings, given_identity(runner))
+    key = cell_results.cell_key(settings, given_identity(runner))
     return dict(runner.once(f"node {key}", lambda: _node(runner, settings, name, seed, key)))
 
 
 def node_folder(runner: Runner, settings: Settings) -> Path:
-    return runner.out / "cells" / cells.cell_key(settings, given_identity(runner))
+    return runner.out / "cells" / cell_results.cell_key(settings, given_identity(runner))
 
 
 def _node(runner: Runner, settings: Settings, name: str, seed: int, key: str) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _node(runner: Runner, settings: Settings, name: str, seed: int, key: str) ->
             runner,
             Order(study=str(runner.out.resolve()), recipe=f"cells/{key}/recipe.toml", run=f"cells/{key}/run"),
         )
-        made = cells.compact(home / "run", arm=name.rpartition("-s")[0], seed=seed, key=key)
+        made = cell_results.compact(home / "run", arm=name.rpartition("-s")[0], seed=seed, key=key)
         rundir.write_json(done, made)
     return made
 
@@ -224,7 +224,7 @@ def base_identity(runner: Runner) -> str:
         return ""
     folder = (runner.where.parent / runner.study.base).parent
     recipe = base_recipe(runner.where, runner.study)
-    return str(runner.once("base identity", lambda: cells.cell_key(recipe, files_of(recipe, folder))))
+    return str(runner.once("base identity", lambda: cell_results.cell_key(recipe, files_of(recipe, folder))))
 
 
 def given_identity(runner: Runner) -> str:

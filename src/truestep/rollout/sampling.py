@@ -20,7 +20,7 @@ class NonFiniteLogitsError(ArithmeticError):
     it."""
 
 
-def choose(
+def sample_tokens(
     logits: Tensor, uniforms: Sequence[float], sampling: SamplingParameters, forced: Sequence[int]
 ) -> tuple[list[int], list[float]]:
     """Inverse-CDF sampling; ``forced[r]`` ≥ 0 is taken instead of a draw. At temperature 0 the greatest logit
