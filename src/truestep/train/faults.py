@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from truestep import faults
 from truestep.errors import UserError
-from truestep.reference import faults
-from truestep.reference.faults import FAULTS, WeightsOf
+from truestep.faults import FAULTS, WeightsOf
 from truestep.settings import FaultSettings
 
 OFFLOAD = {"first_last": faults.offload_first_last, "first_only": faults.first_only}

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from truestep.errors import UserError
+from truestep.faults import WeightsOf
 from truestep.flops import Ledger
 from truestep.model.attention import count_pairs
 from truestep.objective.methods import Method
 from truestep.objective.schedule import Schedule
 from truestep.records import StepReport, TokenBatch, TrainSequence
-from truestep.reference.faults import WeightsOf
 from truestep.settings import StageSettings
 from truestep.train.assemble import pack
 from truestep.train.faults import fault_of
