@@ -139,7 +139,7 @@ class FaultSettings(Frozen):
     )
     micro_mean: bool = False  # mean of micro-batch means
     dp_token_mean: bool = False  # tokens counted over ranks, but per micro-step (the paper's algorithm 2)
-    others: tuple[str, ...] = ()  # further names of reference/faults.py
+    others: tuple[str, ...] = ()  # further names of faults.FAULTS
     sequences_per_microbatch: int = Field(1, ge=1)
 
     @model_validator(mode="after")

@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("torch")
 
+from truestep import faults
 from truestep.audit.judge import Verdict, judge, see_case
-from truestep.audit.mutants import CLEAN, MUTANTS, observe
 from truestep.audit.observe import Asked, MicroBatch, Observation, Step
 from truestep.audit.patterns import fit_pattern, hides_weights
 from truestep.audit.weights import Recovered
-from truestep.reference import faults
+from truestep.testing.mutants import CLEAN, MUTANTS, observe
 
 # Detected, but named otherwise by the evidence: each with the reason.
 MISNAMED: dict[str, str] = {}

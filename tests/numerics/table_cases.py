@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from truestep.objective.methods import Method, build
 from truestep.records import Kind, TokenBatch, TrainSequence
-from truestep.reference.loss import exact_float64
+from truestep.testing.reference.loss import exact_float64
 from truestep.train.assemble import pack
 from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy

@@ -14,8 +14,8 @@ from torch import Tensor
 from truestep.objective import coefficients
 from truestep.objective.coefficients import Coefficient, Context
 from truestep.records import Kind, TrainSequence
-from truestep.reference import surrogate
-from truestep.reference.surrogate import ScoredSequence
+from truestep.testing.reference import surrogate
+from truestep.testing.reference.surrogate import ScoredSequence
 from truestep.train.assemble import pack
 
 NUM = 60

@@ -26,7 +26,7 @@ from torch import nn
 
 from truestep.objective.methods import Method, build
 from truestep.records import Kind, TokenBatch, TrainSequence
-from truestep.reference.loss import frozen_logprobs, reference_gradient
+from truestep.testing.reference.loss import frozen_logprobs, reference_gradient
 from truestep.train.assemble import pack
 from truestep.train.policy import Policy
 

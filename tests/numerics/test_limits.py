@@ -17,9 +17,9 @@ from truestep.objective.advantage import Members
 from truestep.objective.methods import build
 from truestep.objective.plan import Asked, Keep, Round
 from truestep.records import Kind, TrainSequence
-from truestep.reference.loss import gradient
-from truestep.reference.rows import ROWS, Part, Row, demonstration, own, row_loss, score
-from truestep.reference.surrogate import reinforce, unshaped
+from truestep.testing.reference.loss import gradient
+from truestep.testing.reference.rows import ROWS, Part, Row, demonstration, own, row_loss, score
+from truestep.testing.reference.surrogate import reinforce, unshaped
 from truestep.train.assemble import pack
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from truestep.audit.observe import Step
-from truestep.reference.faults import FAULTS
+from truestep.faults import FAULTS
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from truestep.audit.observe import Step
 from truestep.audit.weights import Recovered, observed_gradient
-from truestep.reference.faults import recover_weights
+from truestep.faults import recover_weights
 
 Cause = tuple[str, str]  # code, words
 Parameters = Sequence[tuple[str, tuple[int, ...]]]

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from truestep import faults
 from truestep.audit import causes, grouping, relations
 from truestep.audit.adamw import errors
 from truestep.audit.cases import RELATIONS
 from truestep.audit.observe import Observation, Step
 from truestep.audit.patterns import fit_pattern, hides_weights
 from truestep.audit.weights import Recovered, condition_of, recover
-from truestep.reference import faults
 
 NOISE_FACTOR = 10.0  # a right path's error may be so many times the measured noise
 RESIDUAL = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.2}  # beyond this something else is in the step

@@ -82,7 +82,7 @@ class Step:
 
     @property
     def counts(self) -> list[list[int]]:
-        """Trained tokens of each rank's micro-batches, as ``reference.faults`` wants them."""
+        """Trained tokens of each rank's micro-batches, as ``truestep.faults`` wants them."""
         ranks = sorted({m.rank for m in self.microbatches})
         return [[m.num_trained for m in self.microbatches if m.rank == r] for r in ranks]
 

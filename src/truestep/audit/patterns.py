@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from truestep import faults
 from truestep.audit.weights import Recovered
-from truestep.reference import faults
 
 TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "bfloat16": 0.15}  # of a weight; real faults start at 6e-2
 NORMALISERS: dict[str, tuple[faults.WeightsOf, str]] = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from truestep.audit.causes import Cause
 from truestep.audit.observe import Observation, Step
-from truestep.reference.faults import recover_weights
+from truestep.faults import recover_weights
 
 Scales = Sequence[float | None]  # of each step that weights explain: the constant on top of them
 Named = Mapping[int, Cause]  # step → what it really was

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from truestep.audit.observe import Step
-from truestep.reference.faults import recover_weights
+from truestep.faults import recover_weights
 
 EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
 CLIP_EPSILON = 1e-6  # torch's and DeepSpeed's

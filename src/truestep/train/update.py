@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from truestep import faults
 from truestep.errors import UserError
+from truestep.faults import FAULTS, WeightsOf
 from truestep.flops import Ledger
 from truestep.objective.methods import Method
 from truestep.objective.schedule import Schedule
 from truestep.records import RecordError, StepReport, TokenBatch, TrainSequence
-from truestep.reference import faults
-from truestep.reference.faults import FAULTS, WeightsOf
 from truestep.settings import FaultSettings
 from truestep.train.metrics import combine
 from truestep.train.optim import MasterOptimizer

@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from truestep.audit import mutant_parts as parts
-from truestep.audit import mutant_relations as related
 from truestep.audit.cases import RELATIONS
-from truestep.audit.mutant_trainer import CASES, Mutant, Trainer, observe
 from truestep.seeding import Purpose, generator
+from truestep.testing import mutant_parts as parts
+from truestep.testing import mutant_relations as related
+from truestep.testing.mutant_trainer import CASES, Mutant, Trainer, observe
 
 __all__ = ["CLEAN", "MUTANTS", "Mutant", "observe"]
 

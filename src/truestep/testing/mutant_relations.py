@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from truestep.audit.mutant_trainer import (
+from truestep.testing.mutant_trainer import (
     Combine,
     Gradients,
     Limit,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from truestep.records import TrainSequence
-from truestep.reference import surrogate
-from truestep.reference.surrogate import ScoredSequence
+from truestep.testing.reference import surrogate
+from truestep.testing.reference.surrogate import ScoredSequence
 
 LogprobRows = Sequence[Sequence[float] | None]  # one row a sequence, one number a trained token
 Microbatches = Sequence[tuple[Sequence[int], float]]  # (indices of its sequences, its weight)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
-from truestep.audit.mutant_trainer import (
+from truestep.seeding import Purpose, integer
+from truestep.testing.mutant_trainer import (
     LEARNING_RATE,
     Combine,
     Gradients,
@@ -30,7 +31,6 @@ from truestep.audit.mutant_trainer import (
     pad_right,
     trained,
 )
-from truestep.seeding import Purpose, integer
 
 # --------------------------------------------------------------------- what a row's summed loss is divided by
 

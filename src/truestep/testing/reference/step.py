@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from truestep.reference.loss import gradient
 from truestep.settings import OptimizerSettings
+from truestep.testing.reference.loss import gradient
 
 Tensors = Mapping[str, Tensor]
 

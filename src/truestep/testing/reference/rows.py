@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from truestep.records import Kind, TrainSequence
-from truestep.reference import surrogate
-from truestep.reference.loss import trained_tokens
-from truestep.reference.surrogate import ScoredSequence
+from truestep.testing.reference import surrogate
+from truestep.testing.reference.loss import trained_tokens
+from truestep.testing.reference.surrogate import ScoredSequence
 
 About = Callable[
     [TrainSequence, int], bool
