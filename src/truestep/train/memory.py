@@ -77,7 +77,9 @@ class Memory:
             rollouts = []
             for length, temperature in headers:
                 stop = start + length
-                rollouts.append(_stored(name, *(column[start:stop] for column in columns), temperature=temperature))
+                rollouts.append(
+                    _stored(name, *(column[start:stop] for column in columns), temperature=temperature)
+                )
                 start = stop
             replay[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=tuple(rollouts))
         return Memory(
