@@ -207,17 +207,14 @@ class FunctionPool:
 
     def check_failures(self) -> None:
         """Raises UserError with the first failure's traceback if more than the declared share has failed."""
-        if self._too_many():
+        allowed = self.entry.max_failure_share * self._samples + 1e-9
+        if self._samples >= MIN_SAMPLES and len(self._failures) > allowed:
             first = self._failures[0]
             raise UserError(
                 f'reward "{self.entry.name}" failed on {len(self._failures)} of {self._samples} samples (step {self._step}), '
                 f"more than max_failure_share = {self.entry.max_failure_share:g}; the first failure: {first.reason}"
                 + (f"\n{first.detail.rstrip()}" if first.detail else "")
             )
-
-    def _too_many(self) -> bool:
-        allowed = self.entry.max_failure_share * self._samples + 1e-9
-        return self._samples >= MIN_SAMPLES and len(self._failures) > allowed
 
     def _batch(self, samples: Sequence[RewardInput]) -> list[Answer]:
         reply = self._ask(samples)
@@ -229,7 +226,8 @@ class FunctionPool:
             return [reply]
         answers, until = list[Answer](), time.monotonic() + RETRY_TIME * self.entry.timeout_seconds
         for number, sample in enumerate(samples):
-            if time.monotonic() > until or self._too_many():
+            self.check_failures()
+            if time.monotonic() > until:
                 rest = [replace(reply, reason=f"its batch failed: {reply.reason}")] * (len(samples) - number)
                 self._failures += rest
                 return answers + rest
