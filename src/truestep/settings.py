@@ -15,14 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from truestep.errors import UserError, did_you_mean, one_line
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
+from truestep.frozen import Frozen
+from truestep.reward_settings import RewardSettings, reward_entries
 
 M = TypeVar("M", bound=Frozen)
 
@@ -150,6 +147,7 @@ class FaultSettings(Frozen):
 
 
 class StageSettings(Frozen):
+    kind: str
     name: str = ""
     data: str
     tokens_per_microbatch: int = Field(ge=1)  # memory only; never changes the update
@@ -209,12 +207,22 @@ class RlSettings(StageSettings):
     samples_per_prompt: int = Field(8, ge=2)
     updates_per_rollout: int = Field(2, ge=1)  # the batch is cut by prompt into that many mini-batches
     sampling: SamplingSettings
-    reward: Literal["checker", "random"] = "checker"  # random: a coin for each sample, a control
+    reward: str = (
+        "checker"  # checker, random (a coin for each sample, a control), or one of rewards' functions
+    )
+    rewards: tuple[RewardSettings, ...] = ()  # several, with weights
+    solved_at: float = 1.0  # without a checker, the reward from which on a sample solves its problem
     method: str = "paper"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
+    @property
+    def reward_entries(self) -> tuple[RewardSettings, ...]:
+        """The rewards in force."""
+        return reward_entries(self.reward, self.rewards)
+
     @model_validator(mode="after")
     def _arithmetic(self) -> Self:
+        _ = self.reward_entries  # raises for a reward that does not exist
         p, u = self.prompts_per_step, self.updates_per_rollout
         if p % u:
             raise ValueError(

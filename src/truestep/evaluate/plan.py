@@ -15,8 +15,9 @@ from pydantic import Field, model_validator
 from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.prompts import MOST_SHOTS, Template
+from truestep.frozen import Frozen
 from truestep.records import Problem
-from truestep.settings import Frozen, ModelSettings, settings_hash
+from truestep.settings import ModelSettings, settings_hash
 
 PINNED: Literal["benchmark"] = "benchmark"
 Positive = Annotated[int, Field(ge=1)]

@@ -9,7 +9,8 @@ from truestep import signals
 from truestep.data.chat import completion_text
 from truestep.evaluate.run import EvaluationPlan, run_evaluation
 from truestep.grade.score import Grader
-from truestep.pipeline.prepare import Prepared, stage_identity
+from truestep.pipeline.identity import stage_identity
+from truestep.pipeline.prepare import Prepared
 from truestep.progress import Reporter
 from truestep.rollout.engine import Engine, SamplingParameters
 from truestep.settings import SamplingSettings

@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError
 
 from truestep.errors import UserError
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
-from truestep.settings import Frozen, RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
+from truestep.frozen import Frozen
+from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -250,7 +250,7 @@ def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
                 if score.verdict is not Verdict.CORRECT:
                     raise UserError(
                         f"{problem.row or name}: answer: the checker {problem.checker!r} does not accept the gold "
-                        f"answer {problem.answer[:60]!r} ({score.reason or score.verdict.value}): correct or "
+                        f"answer {problem.answer[:60]!r} ({score.reason or score.label}): correct or "
                         "remove the row"
                     )
 

@@ -207,15 +207,25 @@ class VllmEngine:
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
+        tokens: tuple[int, ...] = ()
+        logprobs: tuple[float, ...] = ()
+        error = "vllm: sent no token"
         try:
             choice = self._post(body)["choices"][0]
             tokens = tuple(int(t) for t in choice["token_ids"])
             logprobs = tuple(float(v) for v in choice["logprobs"]["token_logprobs"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            return self._answer(request, sampling, (), (), f"vllm: {_reason(error)}")
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as failure:
+            tokens, logprobs, error = (), (), f"vllm: {_reason(failure)}"
         if sampling.temperature == 0:
             logprobs = (0.0,) * len(tokens)  # the distribution is a point
-        return self._answer(request, sampling, tokens, logprobs, "" if tokens else "vllm: sent no token")
+        return sampled_rollout(
+            request,
+            sampling,
+            tokens=tokens,
+            logprobs=logprobs,
+            policy_version=self.policy_version,
+            error="" if tokens else error,
+        )
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
         data = json.dumps({"model": SERVED, **body}).encode()
@@ -231,20 +241,3 @@ def _reason(error: Exception) -> str:
     """One line; for an answer with an HTTP status, what the server says about it."""
     text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
     return " ".join(text.split())[:300] or type(error).__name__
-
-    def _answer(
-        self,
-        request: SampleRequest,
-        sampling: SamplingParameters,
-        tokens: tuple[int, ...],
-        logprobs: tuple[float, ...],
-        error: str,
-    ) -> Rollout:
-        return sampled_rollout(
-            request,
-            sampling,
-            tokens=tokens,
-            logprobs=logprobs,
-            policy_version=self.policy_version,
-            error=error,
-        )

@@ -14,6 +14,7 @@ from truestep import rundir
 from truestep.checkpoint.store import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from truestep.errors import UserError
 from truestep.flops import Ledger
+from truestep.records import RecordError
 from truestep.train.memory import Memory, first_memory
 from truestep.train.parallel import Ranks, local
 from truestep.train.policy import Policy
@@ -125,6 +126,15 @@ def _forget_later_best(spec: StageSpec, state: TrainState) -> None:
     found = list_checkpoints(spec.folder / "best")
     if found and found[-1].name != f"step_{int(state.best.get('step', -1)):08d}":
         shutil.rmtree(spec.folder / "best")
+
+
+def load_best(spec: StageSpec, state: TrainState) -> None:
+    """Put the weights of the best dev checkpoint into the policy."""
+    folder, ranks = spec.folder / "best", spec.ranks
+    best = load_latest(folder, rank=ranks.rank, world_size=ranks.world_size, warn=spec.warn)
+    if best is None or best.step != state.best["step"]:
+        raise RecordError(f"{folder} does not hold step {state.best['step']}, the best on the dev set")
+    load_parameters(spec.policy, best)
 
 
 @torch.no_grad()

@@ -77,9 +77,8 @@ class Memory:
             rollouts = []
             for length, temperature in headers:
                 stop = start + length
-                rollouts.append(
-                    _stored(name, *(column[start:stop] for column in columns), temperature=temperature)
-                )
+                ids, versions, logprobs = (column[start:stop] for column in columns)
+                rollouts.append(_stored(name, ids, versions, logprobs, temperature))
                 start = stop
             replay[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=tuple(rollouts))
         return Memory(
@@ -176,7 +175,7 @@ def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: in
     retired."""
     found = dict(replay)
     for name, num_correct, num_samples, right in seen:
-        fresh = tuple(_stored(name, *columns, temperature=temperature) for *columns, temperature in right)
+        fresh = tuple(_stored(name, *parts) for parts in right)
         old = found.pop(name, None)
         kept = (*fresh, *(old.rollouts if old else ()))[:most_stored]
         if num_correct < num_samples and kept:

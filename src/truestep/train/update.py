@@ -23,7 +23,6 @@ from truestep.train.source import StepData
 from truestep.train.statistics import measure
 from truestep.train.step import StepPlan, train_step
 
-
 NO_FAULTS = FaultSettings()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from truestep.records import TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.testing.reference import surrogate
 from truestep.testing.reference.surrogate import ScoredSequence
 
@@ -77,7 +77,7 @@ def trained_tokens(
         model.train(was_training)
     logprobs, entropies = [], []
     for t in range(1, len(sequence.token_ids)):
-        if sequence.trained[t]:
+        if sequence.origin[t] is not Origin.CONTEXT:
             every = torch.log_softmax(logits[t - 1] / temperature, dim=-1)
             logprobs.append(every[sequence.token_ids[t]])
             entropies.append(-(torch.exp(every) * every).sum())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.testing.reference import surrogate
 from truestep.testing.reference.loss import trained_tokens
 from truestep.testing.reference.surrogate import ScoredSequence
@@ -26,20 +26,14 @@ About = Callable[
 TokenLosses = Callable[[ScoredSequence], list[Tensor]]
 
 
-def expert(sequence: TrainSequence, i: int) -> bool:
-    return sequence.kind is Kind.DEMO or i < sequence.num_expert_tokens
+def _of(origin: Origin) -> About:
+    def about(sequence: TrainSequence, i: int) -> bool:
+        return [o for o in sequence.origin if o is not Origin.CONTEXT][i] is origin
+
+    return about
 
 
-def own(sequence: TrainSequence, i: int) -> bool:
-    return not expert(sequence, i) and sequence.kind is not Kind.REPLAY
-
-
-def demonstration(sequence: TrainSequence, i: int) -> bool:
-    return sequence.kind is Kind.DEMO
-
-
-def replayed(sequence: TrainSequence, i: int) -> bool:
-    return sequence.kind is Kind.REPLAY
+expert, own, replayed = _of(Origin.EXPERT), _of(Origin.POLICY), _of(Origin.STORED)
 
 
 def anything(sequence: TrainSequence, i: int) -> bool:
@@ -89,18 +83,16 @@ _BONUS = _part(own, _entropy_bonus, "tok", weight=1e-4)
 _SHARED: dict[str, Any] = {"normaliser": "drg", "counted": anything}
 _ON = _part(own, _importance, **_SHARED)
 _ON_ALONE = _part(own, _importance, "drg")
-_IMITATE = _part(demonstration, surrogate.nll, "tok")
+_IMITATE = _part(expert, surrogate.nll, "tok")
 
 ROWS: dict[str, Row] = {
     "sft": Row(parts=(_IMITATE,)),
-    "dft": Row(parts=(_part(demonstration, surrogate.dft, "tok"),)),
-    "psft": Row(parts=(_part(demonstration, surrogate.psft, "tok", eps_low=0.2, eps_high=0.28),)),
-    "iw_sft": Row(
-        parts=(_part(demonstration, surrogate.iw_sft, "tok", level="sequence", low=0.0, high=16.0),)
-    ),
-    "trsft": Row(parts=(_part(demonstration, surrogate.trsft, "tok", alpha=0.1),)),
-    "power_sft": Row(parts=(_part(demonstration, surrogate.power, "tok", alpha=0.5),)),
-    "entropy_sft": Row(parts=(_part(demonstration, surrogate.nll, "tok", top_share=0.2, weight=5.0),)),
+    "dft": Row(parts=(_part(expert, surrogate.dft, "tok"),)),
+    "psft": Row(parts=(_part(expert, surrogate.psft, "tok", eps_low=0.2, eps_high=0.28),)),
+    "iw_sft": Row(parts=(_part(expert, surrogate.iw_sft, "tok", level="sequence", low=0.0, high=16.0),)),
+    "trsft": Row(parts=(_part(expert, surrogate.trsft, "tok", alpha=0.1),)),
+    "power_sft": Row(parts=(_part(expert, surrogate.power, "tok", alpha=0.5),)),
+    "entropy_sft": Row(parts=(_part(expert, surrogate.nll, "tok", top_share=0.2, weight=5.0),)),
     "paper": Row(parts=(_clipped(0.2, 0.28, "tok"),)),
     "grpo": Row(parts=(_clipped(0.2, 0.2, "seq"),)),
     "dr_grpo": Row(parts=(_clipped(0.2, 0.2, "drg"),)),
@@ -113,13 +105,13 @@ ROWS: dict[str, Row] = {
     "cispo": Row(parts=(_part(own, surrogate.cispo, "tok", eps_low=0.2, eps_high=0.28),)),
     "nft": Row(parts=(_part(own, surrogate.nft, "drg", low=0.02, high=0.98),)),
     "sapo": Row(parts=(_part(own, surrogate.sapo, "seq", tau_positive=1.0, tau_negative=1.05),)),
-    "luffy": Row(parts=(_ON, _part(demonstration, surrogate.luffy, gamma=0.1, **_SHARED), _BONUS)),
+    "luffy": Row(parts=(_ON, _part(expert, surrogate.luffy, gamma=0.1, **_SHARED), _BONUS)),
     "multi_task": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
     "relift": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
     "srft": Row(
         parts=(
-            _part(demonstration, surrogate.srft_imitation, "tok", scale=0.5, sign=-1.0),
-            _part(demonstration, surrogate.unshaped, **_SHARED),
+            _part(expert, surrogate.srft_imitation, "tok", scale=0.5, sign=-1.0),
+            _part(expert, surrogate.unshaped, **_SHARED),
             _part(own, surrogate.srft_samples, scale=0.1, **_SHARED),
             _BONUS,
         )
@@ -130,13 +122,10 @@ ROWS: dict[str, Row] = {
     "hpt": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
     "trapo": Row(parts=(_ON, _part(expert, surrogate.trsft, alpha=0.1, **_SHARED), _BONUS)),
     "exgrpo": Row(parts=(_ON, _part(replayed, surrogate.exgrpo, beta=0.1, **_SHARED), _BONUS)),
-    "rl_plus": Row(parts=(_ON, _part(demonstration, surrogate.rl_plus, gamma=0.5, **_SHARED), _BONUS)),
+    "rl_plus": Row(parts=(_ON, _part(expert, surrogate.rl_plus, gamma=0.5, **_SHARED), _BONUS)),
     "chord_mu": Row(parts=(_clipped(0.2, 0.2, "tok", weight=1 - 0.9), replace(_IMITATE, weight=0.9))),
     "chord_phi": Row(
-        parts=(
-            _clipped(0.2, 0.2, "tok", weight=0.9),
-            _part(demonstration, surrogate.chord_phi, "tok", weight=0.1),
-        )
+        parts=(_clipped(0.2, 0.2, "tok", weight=0.9), _part(expert, surrogate.chord_phi, "tok", weight=0.1))
     ),
     "uft": Row(
         parts=(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,10 @@ class ScoredSequence:
     def advantages(self) -> list[float]:
         given = self.sequence.advantage
         return list(given) if isinstance(given, tuple) else [given] * self.sequence.num_trained
+
+    def is_all(self, origin: Origin) -> bool:
+        """Whether all trained tokens have this origin."""
+        return self.sequence.count(origin) == self.sequence.num_trained
 
     @property
     def ratios(self) -> list[Tensor]:
@@ -140,8 +144,8 @@ def nft(scored: ScoredSequence, *, low: float, high: float) -> list[Tensor]:
     arXiv 2505.18116."""
     losses = []
     for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
-        q = min(max(1 - advantage if scored.sequence.correct else -advantage, low), high)
-        if scored.sequence.correct:
+        q = min(max(1 - advantage if scored.sequence.solved else -advantage, low), high)
+        if scored.sequence.solved:
             likelihood = ratio
         else:
             likelihood = (1 - q * ratio) / (1 - q)
@@ -162,7 +166,7 @@ def _importance(scored: ScoredSequence) -> list[Tensor]:
 
 def luffy(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
     """Equation: −A π/(π+γ) on demonstrations, −rA elsewhere. Source: arXiv 2504.14945."""
-    if scored.sequence.kind is not Kind.DEMO:
+    if not scored.is_all(Origin.EXPERT):
         return _importance(scored)
     losses = []
     for logprob, advantage in zip(scored.policy, scored.advantages, strict=True):
@@ -174,11 +178,11 @@ def luffy(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
 def exgrpo(scored: ScoredSequence, *, beta: float) -> list[Tensor]:
     """Equation: −A w/(w+β), w = π/π_behavior, on replayed samples; −rA elsewhere. Source: arXiv
     2510.02245."""
-    if scored.sequence.kind is not Kind.REPLAY:
+    if not scored.is_all(Origin.STORED):
         return _importance(scored)
     losses = []
     for logprob, past, advantage in zip(
-        scored.policy, scored.sequence.behavior_logprobs, scored.advantages, strict=True
+        scored.policy, scored.sequence.behavior_logprobs or (), scored.advantages, strict=True
     ):
         w = torch.exp(logprob - past)
         losses.append(-advantage * w / (w + beta))
@@ -188,7 +192,7 @@ def exgrpo(scored: ScoredSequence, *, beta: float) -> list[Tensor]:
 def rl_plus(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
     """Equation: −A sg(1−π)^γ · 2π/(π_proximal + ½(π_proximal+1)) on demonstrations, −rA elsewhere.
     Source: arXiv 2508.00222."""
-    if scored.sequence.kind is not Kind.DEMO:
+    if not scored.is_all(Origin.EXPERT):
         return _importance(scored)
     losses = []
     for logprob, old, advantage in zip(scored.policy, scored.proximal, scored.advantages, strict=True):
@@ -227,7 +231,7 @@ def srft_imitation(scored: ScoredSequence, *, scale: float, sign: float) -> list
 
 def srft_samples(scored: ScoredSequence, *, scale: float) -> list[Tensor]:
     """Equation: −scale·sg(e^H) log π on a right sample, +log π on a wrong one. Source: arXiv 2506.19767."""
-    if scored.sequence.correct:
+    if scored.sequence.solved:
         weight = scale * math.exp(_mean_entropy(scored))
         return [-weight * logprob for logprob in scored.policy]
     return list(scored.policy)
