@@ -52,7 +52,7 @@ def test_length() -> None:
 def test_overlong_is_dapos_penalty_bit_for_bit() -> None:
     """At penalty ½ what the method "dapo" subtracts; at 1 the paper's: 0, then down to −1 over the last fifth."""
     dapo = build("dapo", {})
-    for n in range(0, 130):
+    for n in range(130):
         (penalty,) = overlong_penalty([long(n)])
         assert 1.0 + penalty == shaped_reward(dapo, 1.0, n, 100)
     assert overlong_penalty([long(n) for n in (80, 90, 100, 120)], penalty=1.0) == [0, -0.5, -1, -1]

@@ -203,7 +203,7 @@ def test_a_function_that_hangs_on_all_ends_in_bounded_time(tmp_path: Path) -> No
     began = time.monotonic()
     with (
         opened(tmp_path, timeout_seconds=0.5) as scorer,
-        pytest.raises(UserError, match="timeout_seconds = 0.5"),
+        pytest.raises(UserError, match=r"timeout_seconds = 0\.5"),
     ):
         scorer.score([sample(BAD)] * 64)
     assert time.monotonic() - began < 60
