@@ -148,7 +148,9 @@ def test_reasons_say_what_happened(tmp_path: Path) -> None:
     (29, 100, 0.29, False), (30, 100, 0.29, True), (1, 20, 0.0, True), (0, 20, 0.0, False),
     (20, 20, 1.0, False), (19, 19, 0.05, False),
 ])  # fmt: skip
-def test_the_share_of_failures_that_stops_a_run(tmp_path: Path, bad: int, of: int, share: float, stops: bool) -> None:
+def test_the_share_of_failures_that_stops_a_run(
+    tmp_path: Path, bad: int, of: int, share: float, stops: bool
+) -> None:
     write(tmp_path, "raise ValueError('boom')")
     samples = [sample(BAD if n < bad else 100 + n) for n in range(of)]
     with opened(tmp_path, max_failure_share=share) as scorer:
@@ -199,7 +201,10 @@ def test_an_unreadable_answer_is_no_failure(tmp_path: Path) -> None:
 def test_a_function_that_hangs_on_all_ends_in_bounded_time(tmp_path: Path) -> None:
     write(tmp_path, "time.sleep(3600)")
     began = time.monotonic()
-    with opened(tmp_path, timeout_seconds=0.5) as scorer, pytest.raises(UserError, match="timeout_seconds = 0.5"):
+    with (
+        opened(tmp_path, timeout_seconds=0.5) as scorer,
+        pytest.raises(UserError, match=r"timeout_seconds = 0\.5"),
+    ):
         scorer.score([sample(BAD)] * 64)
     assert time.monotonic() - began < 60
     write(tmp_path, "time.sleep(3600)")
@@ -237,7 +242,10 @@ def test_state_is_loaded_once_for_each_worker(tmp_path: Path) -> None:
 
 def test_workers_end_with_the_program_that_started_them(tmp_path: Path) -> None:
     """Also if that is killed and can tell nobody, while the function hangs and has a child."""
-    write(tmp_path, f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{os.fork()}}'); time.sleep(600)")
+    write(
+        tmp_path,
+        f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{os.fork()}}'); time.sleep(600)",
+    )
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})

@@ -37,16 +37,13 @@ def find_source(named: str, base: Path) -> Source:
             hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.py")])
             raise UserError(f'reward "{named}": {path} does not exist{hint}')
     else:
-        if str(base.resolve()) not in sys.path:
-            sys.path.append(str(base.resolve()))
-        module, path = place, _module_file(place, named)
+        module, path = place, _module_file(place, [*sys.path, str(base.resolve())], named)
     sha256 = "" if named in SHIPPED else file_sha256(path)
     return Source(path=str(path), module=module, function=function, sha256=sha256)
 
 
-def _module_file(module: str, named: str) -> Path:
+def _module_file(module: str, places: Sequence[str], named: str) -> Path:
     """A module's file, found without importing its packages."""
-    places: Sequence[str] | None = None
     name = ""
     for part in module.split("."):
         name = f"{name}.{part}".lstrip(".")

@@ -174,10 +174,10 @@ class Worker:
 class FunctionPool:
     """All workers of one entry. Not for use from several threads."""
 
-    def __init__(self, entry: RewardSettings, source: Source, *, folder: Path) -> None:
+    def __init__(self, entry: RewardSettings, source: Source, *, base: Path, folder: Path) -> None:
         self.entry, self._idle, self._all, self._closed = entry, list[Worker](), set[Worker](), False
         self._setup = {
-            "source": asdict(source), "options": entry.options, "path": sys.path,
+            "source": asdict(source), "options": entry.options, "path": [*sys.path, str(base.resolve())],
             "folder": str(folder.resolve()),
         }  # fmt: skip
         self._threads = concurrent.futures.ThreadPoolExecutor(max_workers=entry.workers)

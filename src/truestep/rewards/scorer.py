@@ -39,7 +39,7 @@ class RewardScorer:
         self._entries, self._grade, self._stack = tuple(entries), grade, ExitStack()
         self.sources = sources(entries, base)
         self._pools = {
-            e.name: FunctionPool(e, self.sources[e.name], folder=folder)
+            e.name: FunctionPool(e, self.sources[e.name], base=base, folder=folder)
             for e in entries
             if e.name in self.sources
         }
