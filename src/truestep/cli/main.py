@@ -81,7 +81,7 @@ def main() -> None:
             ("truestep.train.step", "NonFiniteError"),
             ("truestep.train.publish", "StaleWeightsError"),
             ("truestep.rollout.choose", "NonFiniteLogitsError"),
-            ("truestep.audit.environment", "BuildFailed"),
+            ("truestep.audit.environments.virtual", "BuildFailed"),
         ):
             if isinstance(error, _lazily(module, name)):
                 _fail(str(error), EXIT["could not run"])
