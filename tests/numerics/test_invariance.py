@@ -34,6 +34,7 @@ from step_cases import (
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from truestep.train.assemble import dummy_batch
 
 from truestep.model.attention import PackedLayout
 from truestep.objective.schedule import learning_rate
@@ -41,7 +42,6 @@ from truestep.records import TrainSequence
 from truestep.settings import OptimizerSettings
 from truestep.testing.reference.loss import frozen_logprobs, reference_loss
 from truestep.testing.reference.step import StepResult, reference_steps
-from truestep.train.assemble import dummy_batch
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
 

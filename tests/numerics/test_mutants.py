@@ -34,6 +34,7 @@ from step_cases import (
     with_proximal,
 )
 from torch import Tensor, nn
+from truestep.train.assemble import dummy_batch, pack
 
 from truestep import faults
 from truestep.model.attention import PackedLayout
@@ -44,7 +45,6 @@ from truestep.testing.reference.loss import exact_float64, frozen_logprobs, per_
 from truestep.testing.reference.step import reference_step
 from truestep.train import policy as policy_module
 from truestep.train import step as step_module
-from truestep.train.assemble import dummy_batch, pack
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
 from truestep.train.step import NonFiniteError

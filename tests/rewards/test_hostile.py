@@ -16,10 +16,10 @@ from reward_samples import same_text, sample
 
 from truestep.errors import UserError
 from truestep.records import Stop
+from truestep.reward_settings import RewardSettings
 from truestep.rewards.pool import processes
 from truestep.rewards.record import RewardInput, Score
 from truestep.rewards.scorer import RewardScorer
-from truestep.reward_settings import RewardSettings
 
 BAD = 13  # the sample that the function fails on
 

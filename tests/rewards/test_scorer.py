@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from reward_samples import same_text, sample
+from truestep.rewards.settings import BUILT_IN, RewardSettings, reward_entries
 
 from truestep.errors import UserError
 from truestep.records import Verdict
 from truestep.rewards.record import RewardInput
 from truestep.rewards.scorer import RewardScorer, fair_coin, sources
-from truestep.rewards.settings import BUILT_IN, RewardSettings, reward_entries
 from truestep.signals import Interrupted, deferred
 
 

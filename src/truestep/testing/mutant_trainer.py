@@ -9,7 +9,6 @@ D ranks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from truestep.audit.cases import build
-from truestep.audit.inside import subject_module
-from truestep.audit.observe import Observation, load
+from truestep.audit.environments.in_process import subject_module
+from truestep.audit.measure.cases import build
+from truestep.audit.measure.observations import Observation, load
 
 LEARNING_RATE = 0.5
 CASES = ("ragged", "unsplit", "masked", "window")
@@ -228,12 +227,11 @@ def observe(mutant: Mutant, folder: Path) -> dict[str, Observation]:
     """Train the mutant on every case and read back what the recorders saw, by the name of the case."""
     seen = {}
     for name in mutant.cases:
-        made = build(name, world_size=mutant.world_size, accumulation=mutant.accumulation, seed=mutant.seed)
-        case = json.loads(json.dumps(made.to_json()))
+        case = build(name, world_size=mutant.world_size, accumulation=mutant.accumulation, seed=mutant.seed)
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
-        _train(mutant, place, case)
-        seen[name] = load(place, case=case, learning_rate=LEARNING_RATE)
+        _train(mutant, place, case.to_json())
+        seen[name] = load(place, case, learning_rate=LEARNING_RATE)
     return seen
 
 

@@ -6,21 +6,19 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from truestep.audit.launch import SUBJECTS, SubjectFailed, child_environment, free_port
+from truestep.audit.environments.launch import SubjectFailed, child_environment, free_port
+from truestep.audit.subjects import FOLDER
 from truestep.rundir import redact
-
-QUESTIONS = ("shift", "count", "padding", "packed, restarted positions", "packed, a mask of ones")
 
 
 def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
     """Version, seconds and one row a class. Raises SubjectFailed where the child left nothing."""
     with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
         folder = Path(name)
-        command = [str(python), str(SUBJECTS / "model_sweep.py"), str(folder)]
+        command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
         try:
             done = subprocess.run(
                 command,
@@ -46,18 +44,3 @@ def wrong(document: dict[str, Any]) -> list[dict[str, Any]]:
     ignore it."""
     ran = [row for row in document["models"] if "not_run" not in row]
     return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]
-
-
-def as_text(document: dict[str, Any]) -> str:
-    """What is unusual, class by class, and how the others answered."""
-    ran = [row for row in document["models"] if "not_run" not in row]
-    lines = [
-        f"transformers {document['transformers']}: {len(ran)} of {len(document['models'])} classes were run"
-    ]
-    for row in wrong(document):
-        lines.append(f"  {row['class']}: labels at shift {row['shift']}, num_items_in_batch {row['count']}")
-    for question in QUESTIONS:
-        counted = Counter(str(row[question]) for row in ran)
-        lines.append(f"{question}: " + ", ".join(f"{answer} {n}" for answer, n in counted.most_common()))
-    lines += [f"NOT RUN {row['class']}: {row['not_run']}" for row in document["models"] if "not_run" in row]
-    return "\n".join(lines)

@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from truestep.audit.measure.cases import Case
+from truestep.audit.measure.findings import cause
+
 SCHEMA = 1
-ASKED = (
-    *("epochs", "accumulation", "rows_per_microbatch", "steps"),
-    *("max_grad_norm", "decay", "momentum", "resume_after"),
-)
 
 
 class ObservationError(ValueError):
-    """The subject ran, but what it left cannot be judged; says why."""
+    """The subject ran, but what it left cannot be judged."""
+
+    def __init__(self, kind: str, **values: Any) -> None:
+        super().__init__(kind, values)
+        self.cause = cause("", kind, **values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,35 +101,15 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the case wanted."""
-
-    num_rows: int
-    untrained_rows: tuple[int, ...]  # rows without a trained token: a framework may leave them out
-    epochs: int
-    accumulation: int
-    rows_per_microbatch: int
-    steps: int
-    max_grad_norm: float = 0.0
-    decay: bool = False
-    momentum: float = 0.0
-    resume_after: int = 0
-
-    def rate(self, step: float) -> float:
-        """The share of the learning rate that step (from 0) was to have."""
-        return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Observation:
     """One run of a subject."""
 
-    versions: dict[str, str]
-    steps: tuple[Step, ...]
-    ranks_differ: float  # largest difference of a parameter between two ranks after any step
-    forwards_without_step: int
-    unmatched: int
-    asked: Asked
+    asked: Case
+    versions: dict[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    ranks_differ: float = 0.0  # largest difference of a parameter between two ranks after any step
+    forwards_without_step: int = 0
+    unmatched: int = 0
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
     notes: tuple[str, ...] = ()
     location: str = ""  # FILE:LINE where what is audited runs the model
@@ -134,37 +117,24 @@ class Observation:
     not_run: str = ""  # why this case alone could not be run
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def num_ranks(self) -> int:
+        return 1 + max(m.rank for s in self.steps for m in s.microbatches)
 
-def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observation:
-    """Read all ranks' files. Raises ObservationError where a rank is missing or ranks disagree on the
-    steps."""
-    asked = Asked(
-        num_rows=len(case["rows"]),
-        untrained_rows=tuple(i for i, row in enumerate(case["rows"]) if not any(row["trained"][1:])),
-        **{key: case[key] for key in ASKED},
-    )
+
+def load(folder: Path, case: Case, *, learning_rate: float) -> Observation:
+    """Read all ranks' files. Raises ObservationError if a rank is missing or ranks disagree on the steps."""
     if (refused := folder / "not-run.txt").exists():
-        why = refused.read_text(encoding="utf-8")
-        return Observation(
-            versions={},
-            steps=(),
-            ranks_differ=0.0,
-            forwards_without_step=0,
-            unmatched=0,
-            asked=asked,
-            not_run=why,
-        )
+        return Observation(asked=case, not_run=refused.read_text(encoding="utf-8"))
     paths = sorted(folder.glob("rank-*.json"), key=lambda p: int(p.stem.split("-")[1]))
     if not paths:
-        raise ObservationError("the subject ended early and left no observation: does its code call exit?")
+        raise ObservationError("no_observation")
     ranks = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
     if any(r["schema"] != SCHEMA for r in ranks) or len(ranks) != ranks[0]["world_size"]:
-        raise ObservationError(
-            f"{len(ranks)} of {ranks[0]['world_size']} ranks left an observation of schema {SCHEMA}"
-        )
+        raise ObservationError("ranks_missing", ranks=len(ranks), of=ranks[0]["world_size"], schema=SCHEMA)
     num_steps = {len(r["steps"]) for r in ranks}
     if len(num_steps) > 1:
-        raise ObservationError(f"ranks saw different numbers of optimizer steps: {sorted(num_steps)}")
+        raise ObservationError("ranks_disagree", steps=sorted(num_steps))
     steps: list[Step] = []
     worst = 0.0
     for index in range(num_steps.pop()):
@@ -172,17 +142,16 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
         afters = [_read(folder, p["after"]) for p in parts]
         worst = max([worst, *(float(np.abs(a - afters[0]).max()) for a in afters)])
         logged = ranks[0]["logged"]
-        rates = logged["learning_rate"]
-        rate = learning_rate * asked.rate(min(index, asked.steps - 1))
-        if not asked.decay and index < len(rates) and rates[index]:
-            rate = rates[index]
+        rate = learning_rate * case.rate(min(index, case.steps - 1))
+        if not case.decay:
+            rate = _at(logged["learning_rate"], index) or rate
         steps.append(
             Step(
                 before=_read(folder, parts[0]["before"]),
                 after=afters[0],
                 learning_rate=rate,
-                max_grad_norm=asked.max_grad_norm,
-                carried=asked.momentum * steps[-1].direction if steps and asked.momentum else 0.0,
+                max_grad_norm=case.max_grad_norm,
+                carried=case.momentum * steps[-1].direction if steps and case.momentum else 0.0,
                 microbatches=tuple(
                     m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)
                 ),
@@ -201,7 +170,7 @@ def load(folder: Path, *, case: dict[str, Any], learning_rate: float) -> Observa
         ranks_differ=worst,
         forwards_without_step=max(r["forwards_without_step"] for r in ranks),
         unmatched=sum(r["unmatched_lines"] for r in ranks),
-        asked=asked,
+        asked=case,
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
         location=ranks[0]["location"],
         autocast=ranks[0]["autocast"],
@@ -219,12 +188,12 @@ def _read(folder: Path, header: dict[str, Any]) -> np.ndarray:
     return values.reshape(header["shape"]).astype(np.float64)
 
 
-def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: dict[str, Any]) -> list[MicroBatch]:
+def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> list[MicroBatch]:
     if part["gradients"] is None:
-        raise ObservationError("no row of the case was found in what the model was given")
+        raise ObservationError("no_row_found")
     gradients = dict(zip(part["rows"], _read(folder, part["gradients"]), strict=True))
     losses = dict(zip(part["rows"], part["row_losses"], strict=True))
-    counts = {row: sum(case["rows"][row]["trained"][1:]) for row in part["rows"]}
+    counts = {row: case.rows[row].num_trained for row in part["rows"]}
     size = next(iter(gradients.values())).shape[0]
     found = []
     for index, lines in enumerate(part["microbatches"]):

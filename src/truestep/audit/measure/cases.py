@@ -6,6 +6,7 @@ rank-wise mean, so no case has any of these. Rows are plain integers: nothing he
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -52,8 +53,19 @@ class Case:
     momentum: float = 0.0
     resume_after: int = 0  # steps, after which everything is saved, made anew and loaded
 
+    @property
+    def untrained_rows(self) -> tuple[int, ...]:
+        """Rows without a trained token: a framework may leave them out."""
+        return tuple(i for i, row in enumerate(self.rows) if not row.num_trained)
+
+    def rate(self, step: float) -> float:
+        """The share of the learning rate that step (from 0) was to have."""
+        return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON reads it back."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return document
 
 
 def make_rows(counts: Sequence[int], *, seed: int = 0, prompt: int = 3, turns: int = 1) -> tuple[Row, ...]:

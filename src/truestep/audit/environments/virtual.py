@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from truestep.audit.packages import ALONE, COMPANIONS
+from truestep.audit.environments.packages import ALONE, COMPANIONS
 from truestep.errors import UserError
 from truestep.rundir import redact
 

@@ -41,7 +41,7 @@ class Broken(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Values with the file that gave each first. Settings: see ``past.NAMES``; also batch_size,
+    """Values with the file that gave each first. Settings: see ``present.words.SETTINGS``; also batch_size,
     micro_batch_size and trainer."""
 
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file

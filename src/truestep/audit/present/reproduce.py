@@ -6,17 +6,15 @@ It shares no code with the audit: whoever doubts a finding, or reports it upstre
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from truestep.audit.judge import Finding
-from truestep.audit.launch import child_environment, free_port
+from truestep.audit.measure.findings import Finding
+from truestep.audit.present.words import row_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-TIMEOUT = 180.0
 
 PLAIN = """class Model(torch.nn.Module):
     def __init__(self):
@@ -71,7 +69,7 @@ def script(finding: Finding, which: str) -> str:
     options = finding.configuration
     ranks = int(options.get("processes", 1))
     found = ", ".join(f"{k} {v}" for k, v in finding.versions.items())
-    title = re.sub(r'["\\\n]', " ", f"{finding.subject} ({found}): {finding.fault}.")
+    title = re.sub(r'["\\\n]', " ", f"{finding.subject} ({found}): {row_of(finding)['fault']}.")
     words = {
         "title": title[:118],
         "run": f"torchrun --nproc-per-node {ranks} FILE" if ranks > 1 else "python FILE",
@@ -117,34 +115,3 @@ def _of_trainer(options: Mapping[str, Any]) -> dict[str, str]:
         }
         extra.append("\n    deepspeed=" + repr(config).replace("'ZERO'", _of_deepspeed(options)["zero"]))
     return {"extra": ", ".join(extra), "prepare": WITHOUT_COMPILER if under else ""}
-
-
-def run(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool | None, str]:
-    """Whether the script shows the difference (None: it did not run), and the line that it printed."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [str(python), str(path.absolute())],
-            env=child_environment(ranks, home, rank, port),
-            cwd=home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        said = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
-    except subprocess.TimeoutExpired:
-        return None, f"no end within {TIMEOUT:.0f} s"
-    finally:
-        for process in processes:
-            process.kill()
-    shown = [line for line in said[0].splitlines() if line.startswith("weights [")]
-    if not shown:
-        return None, next(
-            (line for line in reversed(said[0].splitlines()) if line.strip()), "it said nothing"
-        )[:200]
-    return processes[0].returncode == 1, shown[-1]

@@ -1,6 +1,6 @@
 """The findings as one HTML page that holds everything, asks for nothing and runs nothing.
 
-Every text of a finding is untrusted: ``formats.line`` shows its invisible characters, the environment escapes
+Every text of a finding is untrusted: ``words.line`` shows its invisible characters, the environment escapes
 it.
 """
 
@@ -15,13 +15,12 @@ from typing import Any
 
 import jinja2
 
-from truestep.audit import formats
-from truestep.audit.formats import Row, line, number, small
-from truestep.audit.judge import Finding, Verdict
-from truestep.audit.table import CLOSE
+from truestep import pages
+from truestep.audit.measure.findings import Verdict
+from truestep.audit.present import words
+from truestep.audit.present.table import CLOSE
+from truestep.audit.present.words import Row, line, number, small
 
-# The second folder is there for its style sheet: one look for all pages.
-TEMPLATES = (Path(__file__).parent / "templates", Path(__file__).parents[1] / "report" / "templates")
 UNIT, HIGHEST, LOWEST = 44, 2.0, -0.5  # pixels of weight 1; what is beyond is cut off, and marked
 STEP, WIDTH, GAP, HEAD = (
     46,
@@ -64,14 +63,13 @@ class Drawing:
     spoken: str
 
 
-def render_page(findings: Sequence[Finding], provenance: Row) -> str:
+def render_page(rows: Sequence[Row], provenance: Row) -> str:
     """The whole page as text."""
-    rows = [f.to_json() for f in findings]
     counts = Counter(row["verdict"] for row in rows)
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=pages.loader(Path(__file__).parent / "templates"),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -92,7 +90,7 @@ def _outcome(rows: Sequence[Row]) -> str:
     if not rows:
         return "Nothing was audited."
     if not faulty:
-        right = sum(formats.is_right(row) for row in rows)
+        right = sum(words.is_right(row) for row in rows)
         return f"No fault was found; {right} of {len(rows)} configurations took exactly the step that was asked for."
     silent = sum(row.get("logged_loss_could_show_it") is False for row in faulty)
     hidden = f" In {silent} of them the logged loss is right all the same." if silent else ""
@@ -110,16 +108,14 @@ def _entry(row: Row) -> dict[str, Any]:
     }
     return {
         "subject": line(row["subject"], 160),
-        "versions": formats.versions_in_words(row),
-        "configuration": formats.configuration_in_words(row["configuration"]),
+        "versions": words.versions_in_words(row),
+        "configuration": words.configuration_in_words(row["configuration"]),
         "verdict": row["verdict"],
         "kind": _kind(row["verdict"]),
-        "found": formats.found_in_words(row),
+        "found": words.found_in_words(row),
         "drawing": draw(row),
         "facts": {name: small(value) for name, value in facts.items() if value is not None},
-        "loss": ""
-        if formats.is_right(row) or row.get("relative_error") is None
-        else formats.loss_in_words(row),
+        "loss": "" if words.is_right(row) or row.get("relative_error") is None else words.loss_in_words(row),
         "cases": {line(name, 80): line(text, 600) or "right" for name, text in cases.items()},
         "remedy": line(row.get("remedy") or "", 600),
         "reproducer": line(row.get("reproducer") or "", 600),
@@ -128,7 +124,7 @@ def _entry(row: Row) -> dict[str, Any]:
 
 def draw(row: Row) -> Drawing | None:
     """Where each bar goes; None where no weights were recovered."""
-    weights, tokens = formats.by_rank(row, "weights"), formats.by_rank(row, "tokens")
+    weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     flat = [w for rank in weights for w in rank if isinstance(w, int | float) and math.isfinite(w)]
     if not flat:
         return None
@@ -140,7 +136,7 @@ def draw(row: Row) -> Drawing | None:
         starts.append((x, f"rank {rank}"))
         for index, weight in enumerate(values):
             count = tokens[rank][index] if rank < len(tokens) and index < len(tokens[rank]) else None
-            bars.append(_bar(weight, count, x, top, formats.is_right(row)))
+            bars.append(_bar(weight, count, x, top, words.is_right(row)))
             x += STEP
         x += GAP
     spoken = "; ".join(f"rank {r}: {', '.join(map(number, values))}" for r, values in enumerate(weights))

@@ -11,32 +11,36 @@ that contradict each other make unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from truestep.audit.formats import line
-from truestep.audit.past_files import Evidence, gather
+from truestep.audit.postmortem.run_files import Evidence, gather
 
 TRAINER, OPENRLHF_SFT = "transformers Trainer", "OpenRLHF sft"
 MOST_PROBLEMS = 5  # unread files that an answer names
-NAMES = {
-    "zero_stage": "ZeRO stage",
-    "offload": "offload_optimizer",
-    "accumulation": "gradient accumulation",
-    "processes": "processes",
-    "average_tokens": "average_tokens_across_devices",
-    "architecture": "model class",
-}
+Values = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Reason:
+    """One thing that the files say, or do not say; ``present.words`` makes the sentence of its kind."""
+
+    kind: str
+    values: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Check:
-    """Whether one condition of a fault was met: True, False, or None where the files do not say."""
+    """Whether one condition of a fault was met: True, False, or None if the files do not say."""
 
     met: bool | None
-    reason: str
+    reason: Reason
+
+
+def check(met: bool | None, kind: str, **values: Any) -> Check:
+    return Check(met, Reason(kind, values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +62,12 @@ class Answer:
 
     finding: str
     answer: Literal["affected", "not affected", "unknown"]
-    reasons: tuple[str, ...]
+    reasons: tuple[Reason, ...]
     source: str
 
 
 def look_back(folder: Path) -> list[Answer]:
-    """One answer a measured fault, in the order of ``MEASURED``. Raises UserError where there is no such
+    """One answer a measured fault, in the order of ``MEASURED``. Raises UserError if there is no such
     folder."""
     evidence = gather(folder)
     return [answer(measured, evidence) for measured in MEASURED]
@@ -72,22 +76,18 @@ def look_back(folder: Path) -> list[Answer]:
 def answer(measured: Measured, evidence: Evidence) -> Answer:
     """The conjunction of the release and all conditions."""
     checks = [_release_check(measured, evidence), *(condition(evidence) for condition in measured.conditions)]
+    by = {met: [c.reason for c in checks if c.met is met] for met in (True, False, None)}
     verdict: Literal["affected", "not affected", "unknown"]
-    if any(c.met is False for c in checks):
-        verdict, told = "not affected", [c.reason for c in checks if c.met is False]
-    elif all(c.met for c in checks):
-        verdict, told = "affected", [c.reason for c in checks]
+    if by[False]:
+        verdict, told = "not affected", by[False]
+    elif not by[None]:
+        verdict, told = "affected", by[True]
     else:
-        unmet = [c.reason for c in checks if c.met is None]
-        verdict, told = (
-            "unknown",
-            [*unmet, *evidence.problems[:MOST_PROBLEMS], *(c.reason for c in checks if c.met)],
-        )
-        if len(evidence.problems) > MOST_PROBLEMS:
-            told.append(f"and {len(evidence.problems) - MOST_PROBLEMS} more files could not be read")
-    # File names and versions come from whoever made the files.
-    reasons = tuple(line(text, 500) for text in told)
-    return Answer(finding=measured.finding, answer=verdict, reasons=reasons, source=measured.source)
+        unread = [Reason("said", {"text": text}) for text in evidence.problems[:MOST_PROBLEMS]]
+        verdict, told = "unknown", [*by[None], *unread, *by[True]]
+        if (more := len(evidence.problems) - MOST_PROBLEMS) > 0:
+            told.append(Reason("more_unread", {"files": more}))
+    return Answer(finding=measured.finding, answer=verdict, reasons=tuple(told), source=measured.source)
 
 
 # --------------------------------------------------------------------------------------------------- releases
@@ -106,108 +106,86 @@ def release(version: str) -> tuple[int, ...] | None:
 
 def judge_release(measured: Measured, version: str) -> Check:
     """Whether this release has the fault: as measured, or between two releases that were measured alike."""
-    name = f"{measured.package} {version}"
+    name: Values = {"package": measured.package, "version": version}
     own = release(version)
     if own is None:
-        return Check(met=None, reason=f"{name} is no release, and was not measured")
-    points = sorted(
-        (release(v) or (), v, faulty) for faulty in (True, False) for v in _releases(measured, faulty)
-    )
+        return check(None, "no_release", **name)
+    releases = {True: measured.faulty, False: measured.right}
+    points = sorted((release(v) or (), v, faulty) for faulty in releases for v in releases[faulty])
     for numbers, _, faulty in points:
         if numbers == own:
-            return Check(met=faulty, reason=f"{name} was measured: {_word(faulty)}")
+            return check(faulty, "measured", faulty=faulty, **name)
     below, above = [p for p in points if p[0] < own], [p for p in points if p[0] > own]
     if not below:
         _, oldest, faulty = above[0]
-        if faulty and measured.older_too:
-            return Check(
-                met=True, reason=f"{name} by inference: older than {oldest}, which was measured faulty"
-            )
-        return Check(met=None, reason=f"{name} is older than {oldest}, the oldest that was measured")
+        older = faulty and measured.older_too
+        return check(True if older else None, "older_is_faulty" if older else "older", oldest=oldest, **name)
     _, low, low_faulty = below[-1]
     if not above:
-        return Check(
-            met=None, reason=f"{name} is newer than {low} ({_word(low_faulty)}), the newest that was measured"
-        )
+        return check(None, "newer", newest=low, faulty=low_faulty, **name)
     _, high, high_faulty = above[0]
+    between: Values = {"low": low, "high": high, "faulty": low_faulty, **name}
     if low_faulty == high_faulty:
-        word = _word(low_faulty)
-        return Check(
-            met=low_faulty, reason=f"{name} by inference: between {low} and {high}, both measured {word}"
-        )
-    between = f"{low} ({_word(low_faulty)}) and {high} ({_word(high_faulty)})"
-    return Check(met=None, reason=f"{name} was not measured: it lies between {between}")
-
-
-def _releases(measured: Measured, faulty: bool) -> tuple[str, ...]:
-    return measured.faulty if faulty else measured.right
-
-
-def _word(faulty: bool) -> str:
-    return "faulty" if faulty else "right"
+        return check(low_faulty, "between_alike", **between)
+    return check(None, "between_different", **between)
 
 
 def _release_check(measured: Measured, evidence: Evidence) -> Check:
-    found = evidence.versions.get(measured.package, {})
+    found, package = evidence.versions.get(measured.package, {}), measured.package
     if not found:
-        asked = evidence.ranges.get(measured.package)
+        asked = evidence.ranges.get(package)
         if evidence.complete and not asked:
             file, size = next(iter(evidence.complete.items()))
-            return Check(met=False, reason=f"{measured.package} is not among the {size} packages of {file}")
-        more = f" ({asked})" if asked else ""
-        return Check(met=None, reason=f"no file pins the version of {measured.package}{more}")
+            return check(False, "not_in_environment", package=package, packages=size, file=file)
+        return check(None, "not_pinned", package=package, asked=asked or "")
     judged = [judge_release(measured, version) for version in found]
-    told = "; ".join(f"{c.reason} ({file})" for c, file in zip(judged, found.values(), strict=True))
-    return _together([c.met for c in judged], told)
+    told = [
+        Reason(c.reason.kind, {**c.reason.values, "file": file})
+        for c, file in zip(judged, found.values(), strict=True)
+    ]
+    return _together([c.met for c in judged], "releases", reasons=told)
 
 
-def _together(answers: Sequence[bool | None], told: str) -> Check:
+def _together(answers: Sequence[bool | None], kind: str, **values: Any) -> Check:
     """Several values of one thing: they decide only if they all decide the same."""
-    if len(set(answers)) == 1:
-        return Check(met=answers[0], reason=told)
-    return Check(met=None, reason=f"the files contradict each other: {told}")
+    agree = len(set(answers)) == 1
+    return check(answers[0] if agree else None, kind, agree=agree, **values)
 
 
 # ------------------------------------------------------------------------------------------------- conditions
 
 
 def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Callable[[Evidence], Check]:
-    """The condition that a setting passes a test; ``note`` is added where it does not."""
+    """The condition that a setting passes a test; ``note`` names a sentence that is added if it does not."""
 
-    def check(evidence: Evidence) -> Check:
+    def condition(evidence: Evidence) -> Check:
         found = evidence.settings.get(key, {})
         if not found:
-            return Check(met=None, reason=f"{NAMES[key]}: no file says")
-        answers = [test(value) for value in found]
-        told = ", ".join(f"{value} ({file})" for value, file in found.items())
-        checked = _together(answers, f"{NAMES[key]} {told}")
-        return (
-            checked if checked.met or not note else Check(met=checked.met, reason=f"{checked.reason}; {note}")
-        )
+            return check(None, "not_said", setting=key)
+        together = _together([test(value) for value in found], "setting", setting=key, found=found)
+        return together if together.met or not note else _noted(together, note)
 
-    return check
+    return condition
+
+
+def _noted(checked: Check, note: str) -> Check:
+    return Check(checked.met, Reason(checked.reason.kind, {**checked.reason.values, "note": note}))
 
 
 def _three_micro_batches(evidence: Evidence) -> Check:
     """The offload fault drops what is neither first nor last."""
     found = _accumulation(evidence)
+    if not found.settings.get("accumulation"):
+        return _arithmetic(evidence)
     checked = _setting("accumulation", lambda k: k >= 3)(found)
     if checked.met is False:
-        two = 2 in found.settings["accumulation"]
-        note = (
-            "with 2 the first and the last are all there is, and nothing is dropped"
-            if two
-            else "nothing is dropped"
-        )
-        return Check(met=False, reason=f"{checked.reason}: {note}")
-    return checked if found.settings.get("accumulation") else Check(met=None, reason=_arithmetic(evidence))
+        return _noted(checked, "two_drop_nothing" if 2 in found.settings["accumulation"] else "drops_nothing")
+    return checked
 
 
 def _boundary_by_hand(evidence: Evidence) -> Check:
     """It is the training loop that calls it, and no file of a run shows a loop."""
-    return Check(
-        met=None, reason="no file shows whether the loop calls set_gradient_accumulation_boundary itself"
-    )
+    return check(None, "boundary_not_shown")
 
 
 def _several_micro_batches(evidence: Evidence) -> Check:
@@ -215,16 +193,15 @@ def _several_micro_batches(evidence: Evidence) -> Check:
     right."""
     found = _accumulation(evidence)
     if not found.settings.get("accumulation"):
-        return Check(met=None, reason=_arithmetic(evidence))
+        return _arithmetic(evidence)
     checked = _setting("accumulation", lambda k: k >= 2)(found)
     if checked.met is False and set(evidence.settings.get("processes", {})) != {1}:
-        text = f"{checked.reason}: right on one process; on several nothing was measured without accumulation"
-        return Check(met=None, reason=text)
+        return Check(None, _noted(checked, "several_not_measured").reason)
     return checked
 
 
 def _accumulation(evidence: Evidence) -> Evidence:
-    """Evidence whose accumulation is worked out from the batch sizes, where only they are given."""
+    """Evidence whose accumulation is worked out from the batch sizes, if only they are given."""
     batch, micro, processes = (evidence.only(k) for k in ("batch_size", "micro_batch_size", "processes"))
     if evidence.settings.get("accumulation") or None in (batch, micro, processes) or not micro * processes:
         return evidence
@@ -233,35 +210,30 @@ def _accumulation(evidence: Evidence) -> Evidence:
     return Evidence(settings={**evidence.settings, "accumulation": {steps: file}})
 
 
-def _arithmetic(evidence: Evidence) -> str:
+def _arithmetic(evidence: Evidence) -> Check:
     """Why the accumulation is not known, and what would decide it."""
     batch, micro = evidence.only("batch_size"), evidence.only("micro_batch_size")
     if batch is None or not micro:
-        return "gradient accumulation: no file says"
-    file = next(iter(evidence.settings["batch_size"].values()))
-    most = batch // (3 * micro)
-    return f"gradient accumulation is {batch} / ({micro} × processes) ({file}): 3 or more on up to {most} processes"
+        return check(None, "not_said", setting="accumulation")
+    file, most = next(iter(evidence.settings["batch_size"].values())), batch // (3 * micro)
+    return check(None, "depends_on_processes", batch=batch, micro=micro, file=file, most=most)
 
 
 def _trained_by(trainer: str) -> Callable[[Evidence], Check]:
-    def check(evidence: Evidence) -> Check:
+    def condition(evidence: Evidence) -> Check:
         found = evidence.settings.get("trainer", {})
-        told = ", ".join(f"{name} ({file})" for name, file in found.items())
         if not found:
-            return Check(met=None, reason=f"no file shows whether the {trainer} was used")
-        return Check(met=trainer in found, reason=f"trained by {told}")
+            return check(None, "trainer_not_shown", trainer=trainer)
+        return check(trainer in found, "trained_by", found=found)
 
-    return check
+    return condition
 
 
 def _own_tokens(evidence: Evidence) -> Check:
     """The default of 5.23.0 averages; of other releases it is not known here."""
-    if not evidence.settings.get("average_tokens") and set(evidence.versions.get("transformers", {})) == {
-        "5.23.0"
-    }:
-        return Check(
-            met=False, reason="average_tokens_across_devices is set nowhere; 5.23.0 averages by default"
-        )
+    told = evidence.settings.get("average_tokens")
+    if not told and set(evidence.versions.get("transformers", {})) == {"5.23.0"}:
+        return check(False, "averages_by_default")
     return _setting("average_tokens", lambda on: not on)(evidence)
 
 
@@ -269,10 +241,8 @@ def _own_tokens(evidence: Evidence) -> Check:
 
 _RAN = "recovered weights of the real step on a CPU: "
 _OFFLOADED = (
-    _setting("zero_stage", lambda stage: stage == 2, "only stage 2 was measured faulty"),
-    _setting(
-        "offload", lambda device: {"cpu": True, "none": False}.get(device), "measured with cpu and none"
-    ),
+    _setting("zero_stage", lambda stage: stage == 2, "only_stage_2"),
+    _setting("offload", lambda device: {"cpu": True, "none": False}.get(device), "cpu_and_none"),
 )
 MEASURED: tuple[Measured, ...] = (
     Measured(
@@ -300,9 +270,7 @@ MEASURED: tuple[Measured, ...] = (
         right=("5.23.0",),
         conditions=(
             _trained_by(TRAINER),
-            _setting(
-                "architecture", lambda name: name == "GPT2LMHeadModel" or None, "only GPT-2 was measured"
-            ),
+            _setting("architecture", lambda name: name == "GPT2LMHeadModel" or None, "only_gpt2"),
             _several_micro_batches,
         ),
         source=_RAN
@@ -326,7 +294,7 @@ MEASURED: tuple[Measured, ...] = (
         older_too=True,
     ),
     Measured(
-        finding="DeepSpeed ZeRO-2 with an offloaded optimizer keeps the last micro-batch alone, in loops that set the "
+        finding="DeepSpeed ZeRO-2 with an offloaded optimizer keeps only the last micro-batch, in loops that set the "
         "accumulation boundary by hand",
         package="deepspeed",
         faulty=("0.15.1", "0.15.2", "0.18.9"),

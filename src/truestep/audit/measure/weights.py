@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from truestep.audit.observe import Step
+from truestep.audit.measure.observations import Step
 from truestep.faults import recover_weights
 
 EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}

@@ -7,7 +7,6 @@ Needs torch. Imported by the pytest plugin only when a test asks for it.
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 
-from truestep.audit import cases
-from truestep.audit.judge import Finding, Verdict, judge
-from truestep.audit.launch import SUBJECTS
-from truestep.audit.observe import ObservationError, load
-from truestep.audit.registry import CASES
-from truestep.audit.run import LEARNING_RATE
+from truestep.audit.environments.launch import LEARNING_RATE
+from truestep.audit.measure import cases
+from truestep.audit.measure.findings import Finding, Verdict
+from truestep.audit.measure.observations import ObservationError, load
+from truestep.audit.measure.verdict import judge
+from truestep.audit.subjects import CASES, FOLDER
 
 _LOADED: dict[str, ModuleType] = {}
 
@@ -34,15 +33,15 @@ def subject_module(name: str) -> Any:
     must not hide the framework that it is named after.
     """
     if name not in _LOADED:
-        ours = {path.stem for path in SUBJECTS.glob("*.py")}
+        ours = {path.stem for path in FOLDER.glob("*.py")}
         hidden = {other: sys.modules.pop(other) for other in ours if other in sys.modules}
         sys.modules.update(_LOADED)
-        sys.path.insert(0, str(SUBJECTS))
+        sys.path.insert(0, str(FOLDER))
         try:
             importlib.import_module(name)
             _LOADED.update({other: sys.modules[other] for other in ours if other in sys.modules})
         finally:
-            sys.path.remove(str(SUBJECTS))
+            sys.path.remove(str(FOLDER))
             for other in ours:
                 sys.modules.pop(other, None)
             sys.modules.update(hidden)
@@ -66,17 +65,18 @@ def audit_function(
     runs = {}
     with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="truestep-audit-") as folder:
         for name in names:
-            made = cases.build(name, world_size=1, accumulation=accumulation, seed=seed)
-            case = json.loads(json.dumps(made.to_json()))
+            case = cases.build(name, world_size=1, accumulation=accumulation, seed=seed)
             place = Path(folder) / name
             place.mkdir()
             raw = {"options": {"arch": arch}, "learning_rate": LEARNING_RATE["sgd"]}
-            user_loop.run_with(step, kit.Spec(place, case, raw))
+            user_loop.run_with(step, kit.Spec(place, case.to_json(), raw))
             try:
-                runs[name] = load(place, case=case, learning_rate=LEARNING_RATE["sgd"])
+                runs[name] = load(place, case, learning_rate=LEARNING_RATE["sgd"])
             except ObservationError as error:
-                hidden = Verdict.NOT_OBSERVABLE
                 return Finding(
-                    subject=subject, configuration=configuration, verdict=hidden, reason=str(error)
+                    subject=subject,
+                    configuration=configuration,
+                    verdict=Verdict.NOT_OBSERVABLE,
+                    reasons=(error.cause,),
                 )
     return judge(subject, configuration, runs)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -14,19 +14,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from truestep.audit import formats
-from truestep.audit.formats import Row, line, number, small
-from truestep.audit.judge import Finding, Verdict
-
-if TYPE_CHECKING:
-    from truestep.audit.past import Answer
+from truestep.audit.measure.findings import Verdict
+from truestep.audit.postmortem.answers import Answer
+from truestep.audit.present import words
+from truestep.audit.present.words import Row, line, number, small
 
 COLOURS = {
     Verdict.RIGHT: "green",
     Verdict.FAULT: "bold red",
     Verdict.DEFAULT: "yellow",
     Verdict.DOCUMENTED_CHOICE: "yellow",
-    Verdict.WITHIN_NOISE: "cyan",
     Verdict.NOT_OBSERVABLE: "magenta",
     Verdict.NOT_RUN: "magenta",
 }
@@ -35,20 +32,20 @@ CELL, LABEL = 7, 8  # columns
 CLOSE = 0.02  # of a weight: as good as right
 
 
-def findings_table(findings: Sequence[Finding], width: int = 80) -> RenderableType:
+def findings_table(rows: Sequence[Row], width: int = 80) -> RenderableType:
     """One row a finding, its weights below it, and below the rows how many there are of each verdict."""
-    if not findings:
+    if not rows:
         return Text("nothing was audited")
     table = Table(box=box.HORIZONTALS, show_lines=True, width=width, padding=0)
     table.add_column(_columns([Text(t) for t in ("Subject", "Configuration", "Verdict")]))
-    absent = [f for f in findings if f.verdict is Verdict.NOT_RUN and not f.configuration]
-    for finding in findings:
-        if finding not in absent:
-            table.add_row(_row(finding.to_json(), width - 4))
-    for finding in absent:  # one line each: nothing is known of them but that they are not there
-        table.add_row(Text(f"{line(finding.subject, 60)}: NOT RUN, {line(finding.reason, 120)}", "dim"))
-    counts = Counter(f.verdict for f in findings)
-    total = Text(f"{len(findings)} finding{'s' if len(findings) > 1 else ''}: ")
+    absent = [r for r in rows if r["verdict"] == Verdict.NOT_RUN and not r["configuration"]]
+    for row in rows:
+        if row not in absent:
+            table.add_row(_row(row, width - 4))
+    for row in absent:  # one line each: nothing is known of them but that they are not there
+        table.add_row(Text(f"{line(row['subject'], 60)}: NOT RUN, {line(row['reason'], 120)}", "dim"))
+    counts = Counter(r["verdict"] for r in rows)
+    total = Text(f"{len(rows)} finding{'s' if len(rows) > 1 else ''}: ")
     parts = [Text(f"{counts[v]} {v}", COLOURS[v]) for v in Verdict if counts[v]]
     return Group(table, total + Text(", ").join(parts))
 
@@ -65,11 +62,11 @@ def _columns(cells: Sequence[RenderableType]) -> Table:
 def _row(row: Row, width: int) -> RenderableType:
     verdict = Verdict(row["verdict"])
     subject = Text(line(row["subject"], 120), "bold", overflow="fold")
-    words = Text(formats.configuration_in_words(row["configuration"]), overflow="fold")
+    configuration = Text(words.configuration_in_words(row["configuration"]), overflow="fold")
     below: list[RenderableType] = []
     for text, style in (
-        (formats.versions_in_words(row), "dim"),
-        (formats.found_in_words(row), "" if verdict is Verdict.RIGHT else COLOURS[verdict]),
+        (words.versions_in_words(row), "dim"),
+        (words.found_in_words(row), "" if verdict is Verdict.RIGHT else COLOURS[verdict]),
     ):
         if text:
             below.append(Text(text, style, overflow="fold"))
@@ -77,7 +74,8 @@ def _row(row: Row, width: int) -> RenderableType:
     if verdict in (Verdict.FAULT, Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE):
         below += [Text(text, "dim") for text in _details(row)]
     return Group(
-        _columns([subject, words, Text(verdict, COLOURS[verdict])]), Padding(Group(*below), (0, 0, 0, 2))
+        _columns([subject, configuration, Text(verdict, COLOURS[verdict])]),
+        Padding(Group(*below), (0, 0, 0, 2)),
     )
 
 
@@ -88,7 +86,7 @@ def _details(row: Row) -> list[str]:
         texts = [
             " · ".join(f"{name} {small(row[key])}" for name, key in sizes.items() if row.get(key) is not None)
         ]
-        texts.append(formats.loss_in_words(row))
+        texts.append(words.loss_in_words(row))
     cases: dict[str, str] = row.get("cases") or {}
     good = [line(name, 60) for name, text in cases.items() if not text]
     others = {name: text for name, text in cases.items() if text and text != row.get("fault")}
@@ -121,7 +119,7 @@ def bar(weight: Any) -> str:
 def bars(row: Row, width: int) -> list[Text]:
     """Bars, numbers and, where it is not right, the tokens of each micro-batch, grouped by rank, within
     ``width``."""
-    weights, tokens = formats.by_rank(row, "weights"), formats.by_rank(row, "tokens")
+    weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     if not any(weights):
         return []
     verdict = Verdict(row["verdict"])
@@ -179,7 +177,8 @@ def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
     table.add_column("Answer", width=12)
     table.add_column("Measured finding, and why")
     for answer in answers:
-        reasons = [Text("· " + line(reason, 500), "dim", overflow="fold") for reason in answer.reasons]
+        row = words.answer_row(answer)
+        reasons = [Text(f"· {reason}", "dim", overflow="fold") for reason in row["reasons"]]
         table.add_row(
             Text(answer.answer, ANSWER_COLOURS[answer.answer]), Group(Text(answer.finding, "bold"), *reasons)
         )

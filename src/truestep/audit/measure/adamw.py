@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from truestep.audit.observe import Step
+from truestep.audit.measure.observations import Step
 from truestep.faults import FAULTS
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from truestep.audit import environment
-from truestep.audit.bisect import newest_release
-from truestep.audit.judge import Verdict
-from truestep.audit.registry import Configuration, Subject
-from truestep.audit.run import audit_one
+from truestep.audit.environments import virtual as environment
+from truestep.audit.environments.bisect import newest_release
+from truestep.audit.environments.launch import audit_one
+from truestep.audit.measure.findings import Verdict
+from truestep.audit.subjects import Configuration, Subject
 from truestep.errors import UserError
 
 # (options that differ, words), in the order in which they are tried where they change anything.

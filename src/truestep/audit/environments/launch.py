@@ -1,5 +1,4 @@
-"""Run a subject in a child process, or one per rank, with a folder of its own, a scrubbed environment and
-limits.
+"""Run a subject in a child process, or one per rank, with its own folder, a scrubbed environment and limits.
 
 A subject that hangs, crashes or eats the memory is a finding, never the end of the audit.
 """
@@ -19,15 +18,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from truestep.audit.cases import Case
-from truestep.audit.observe import Observation, load
+from truestep.audit.measure import cases
+from truestep.audit.measure.cases import Case
+from truestep.audit.measure.findings import Finding, Verdict, cause
+from truestep.audit.measure.observations import Observation, ObservationError, load
+from truestep.audit.measure.verdict import judge
+from truestep.audit.subjects import FOLDER, Configuration, Subject
 from truestep.rundir import redact
 
-SUBJECTS = Path(__file__).parent / "subjects"
+# A large SGD step reads its gradient back more exactly; AdamW's step is its learning rate, whatever the gradient.
+LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-2}
+SCRIPT_TIMEOUT = 180.0  # seconds, of a reproducer
 MEMORY = 12 << 30  # bytes of address space a rank may map; torch alone maps several GiB
 KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ", "SSL_CERT_FILE", "TORCH_EXTENSIONS_DIR")
 
@@ -72,20 +77,47 @@ def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict
     }
 
 
+def audit_one(
+    subject: Subject, configuration: Configuration, python: Path, *, seed: int = 0, timeout: float = 120.0
+) -> Finding:
+    """One subject in one configuration, all of its cases. One that cannot run is a finding too."""
+    began = time.monotonic()
+    options = configuration.options
+    size = {"world_size": configuration.world_size, "accumulation": int(options.get("accumulation", 4))}
+    job = Job(
+        script=subject.script,
+        python=python,
+        cases=[cases.build(name, **size, seed=seed) for name in configuration.only],
+        options=options,
+        learning_rate=LEARNING_RATE[str(options.get("optimizer", "sgd"))],
+        world_size=configuration.world_size,
+        timeout=timeout,
+    )
+    nothing = Finding(subject=subject.name, configuration=configuration.to_json(), verdict=Verdict.NOT_RUN)
+    documented, without = configuration.documented, dict(configuration.without)
+    try:
+        finding = judge(subject.name, nothing.configuration, run(job), documented=documented, without=without)
+    except SubjectFailed as error:
+        finding = replace(nothing, reasons=(cause("", "said", text=str(error)),))
+    except ObservationError as error:
+        finding = replace(nothing, verdict=Verdict.NOT_OBSERVABLE, reasons=(error.cause,))
+    return replace(finding, seconds={**finding.seconds, "total": time.monotonic() - began})
+
+
 def run(job: Job) -> dict[str, Observation]:
-    """Case → what was observed. Raises SubjectFailed, or ObservationError where what it left cannot be
-    read."""
+    """Case → what was observed. Raises SubjectFailed, or ObservationError if what it left cannot be read."""
     with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
         folder = Path(name)
-        home = folder / "home"
-        home.mkdir()
-        cases = [json.loads(json.dumps(case.to_json())) for case in job.cases]
-        spec = {"cases": cases, "options": dict(job.options), "learning_rate": job.learning_rate}
+        (folder / "home").mkdir()
+        spec = {
+            "cases": [case.to_json() for case in job.cases],
+            "options": dict(job.options),
+            "learning_rate": job.learning_rate,
+        }
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        _run_ranks(job, folder, home)
+        _run_ranks(job, folder, folder / "home")
         return {
-            case["name"]: load(folder / case["name"], case=case, learning_rate=job.learning_rate)
-            for case in cases
+            case.name: load(folder / case.name, case, learning_rate=job.learning_rate) for case in job.cases
         }
 
 
@@ -99,7 +131,7 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
             with log.open("wb") as file:
                 processes.append(
                     subprocess.Popen(
-                        [str(job.python), str(SUBJECTS / f"{job.script}.py"), str(folder)],
+                        [str(job.python), str(FOLDER / f"{job.script}.py"), str(folder)],
                         env=child_environment(job.world_size, home, rank, port) | dict(job.environment or {}),
                         cwd=home,
                         stdin=subprocess.DEVNULL,
@@ -124,6 +156,37 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its own children too
             process.wait()
+
+
+def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool | None, str]:
+    """Whether the script shows the difference (None: it did not run), and the line that it printed."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [str(python), str(path.absolute())],
+            env=child_environment(ranks, home, rank, port),
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=SCRIPT_TIMEOUT)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        return None, f"no end within {SCRIPT_TIMEOUT:.0f} s"
+    finally:
+        for process in processes:
+            process.kill()
+    shown = [line for line in said[0].splitlines() if line.startswith("weights [")]
+    if not shown:
+        return None, next(
+            (line for line in reversed(said[0].splitlines()) if line.strip()), "it said nothing"
+        )[:200]
+    return processes[0].returncode == 1, shown[-1]
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

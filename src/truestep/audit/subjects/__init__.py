@@ -1,10 +1,14 @@
-"""The table of subjects: which script steps which framework, and in which configurations it is audited."""
+"""What is audited: one adapter a framework, a script that runs in a child process (they import each other by bare
+names), and the table of which script steps which framework, in which configurations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+FOLDER = Path(__file__).parent
 
 CASES = ("ragged", "unsplit", "masked", "window")
 ENGINE = ("ragged", "unsplit", "masked")  # an engine is fed by a loop: the end of an epoch is not its own

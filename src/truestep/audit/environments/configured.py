@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truestep.audit import past_files
-from truestep.audit.past_files import truth, whole
-from truestep.audit.registry import CASES, ENGINE, TABLE, Configuration, Subject
+from truestep.audit.postmortem import run_files as past_files
+from truestep.audit.postmortem.run_files import truth, whole
+from truestep.audit.subjects import CASES, ENGINE, TABLE, Configuration, Subject
 from truestep.errors import UserError
 
 MOST_MICROBATCHES = 8
