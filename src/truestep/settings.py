@@ -49,7 +49,8 @@ class ModelSettings(Frozen):
 
 
 class ComputeSettings(Frozen):
-    threads: int = Field(2, ge=1)  # results are bit-exact at a fixed number of threads only
+    # Results are bit-exact at a fixed number only. auto: the cores that this process may use.
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
     gradient_checkpointing: bool | Literal["selective"] = (

@@ -42,7 +42,7 @@ class EvaluationSettings(Frozen):
     max_new_tokens: Positive | Literal["benchmark"] = PINNED
     max_running: int = Field(64, ge=1)  # rows decoded, or requests sent, at once
     dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: int = Field(2, ge=1)
+    threads: Positive | Literal["auto"] = "auto"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -104,11 +104,13 @@ def _require_same_stages(new: Settings, old: Settings, folder: Path) -> None:
 def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> RunResult:
     """Do what is not yet done of a prepared run. Raises Interrupted with everything saved."""
     settings = prepared.settings
-    set_threads(settings.compute.threads)
+    threads = set_threads(settings.compute.threads)
     make_deterministic()
     keep_free_memory()
     if ranks.rank == 0:
-        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
+        rundir.write_json(
+            folder / "provenance.json", {**rundir.provenance(settings.seed), "threads": threads}
+        )
     with Grader() as grader:
         trackers = open_trackers(settings.trackers, folder, settings.name) if ranks.rank == 0 else []
         session = Session(

@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from truestep import rundir
 from truestep.audit.environments.packages import ALONE, COMPANIONS
 from truestep.errors import UserError
-from truestep.rundir import redact
 
 TORCH = "2.13.0"
 BUILD_TIMEOUT = 1800.0  # seconds: of one install command, and of waiting for another audit's build
@@ -138,12 +138,8 @@ def plan(text: str) -> Plan:
 
 
 def cache_folder() -> Path:
-    """$TRUESTEP_CACHE/audit, else $XDG_CACHE_HOME/truestep/audit, else ~/.cache/truestep/audit."""
-    if own := os.environ.get("TRUESTEP_CACHE"):
-        return Path(own).expanduser().absolute() / "audit"
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).absolute() / "truestep" / "audit"
-    return Path("~/.cache/truestep/audit").expanduser()
+    """Where environments are kept, in truestep's cache."""
+    return rundir.cache_folder() / "audit"
 
 
 def _normal(name: str) -> str:
@@ -275,7 +271,7 @@ def _last_words(log: Path) -> str:
         if line.strip()
     ]
     errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
-    return redact(
+    return rundir.redact(
         re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", (errors or lines or ["it said nothing"])[-1])
     )[:240]
 
@@ -399,7 +395,7 @@ def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        words = redact(said[-1] if said else "it said nothing")[:200]
+        words = rundir.redact(said[-1] if said else "it said nothing")[:200]
         message = f"--python {python}: does not run as a Python 3.8 or later ({words})"
         raise UserError(f"{message}: write the path of an interpreter, such as .venv/bin/python") from None
     return {str(k): str(v) for k, v in found.items()}
