@@ -80,6 +80,8 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
 
     Raises UserError naming file, row and field, or the setting, and what to write instead.
     """
+    if settings.evaluate.benchmarks:
+        raise UserError("evaluate.benchmarks: a run evaluates only evaluate.data: use truestep eval RECIPE")
     check_methods(settings)
     _check_ranks(settings)
     require_trackers(settings.trackers)
@@ -295,10 +297,10 @@ def _check_lengths(prepared: Prepared) -> None:
                 f"sequence of {longest} tokens: write {longest} or more"
             )
         if stage.dev.data:
-            limit = settings.evaluate.sampling.max_new_tokens
+            limit = settings.evaluate.data_sampling.max_new_tokens
             _longest_sample(prepared, stage.dev.data, limit, "evaluate.sampling")
     for name in settings.evaluate.data:
-        _longest_sample(prepared, name, settings.evaluate.sampling.max_new_tokens, "evaluate.sampling")
+        _longest_sample(prepared, name, settings.evaluate.data_sampling.max_new_tokens, "evaluate.sampling")
     del context
 
 
@@ -336,14 +338,14 @@ def stage_identity(prepared: Prepared, index: int) -> str:
             )
         parts += [frozen, prepared.content[stage.data], prepared.content.get(stage.dev.data, "")]
         if stage.dev.data:
-            parts.append(settings.evaluate.sampling.model_copy(update={"max_running": 1}))
+            parts.append(settings.evaluate.data_sampling.model_copy(update={"max_running": 1}))
     return settings_hash(*parts)
 
 
 def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
     settings = prepared.settings
-    sampling = settings.evaluate.sampling.model_copy(update={"max_running": 1})
-    samples = settings.evaluate.samples_per_problem
+    sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
+    samples = settings.evaluate.data_samples
     return settings_hash(
         sampling, samples, settings.chat, settings.seed, model_identity, prepared.content[name]
     )

@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from truestep.checkpoint.export import export_hf, model_card
 from truestep.checkpoint.store import list_checkpoints, load_latest
 from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.errors import UserError
-from truestep.evaluate.compare import compare
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
+from truestep.pipeline.evaluation import comparisons, score_rows
 from truestep.pipeline.prepare import Prepared, base_identity, evaluation_identity, stage_identity
 from truestep.pipeline.stages import Session, evaluate, make_stage, open_model, stage_folder
 from truestep.pipeline.track import open_trackers
@@ -229,7 +228,7 @@ def _export(session: Session, index: int, run_: StageRun, done: Mapping[str, Any
         session.prepared.settings.name,
         session.prepared.settings.model.path,
         [*_stage_rows(session, index), _stage_row(session, done)],
-        _score_rows(session),
+        score_rows(*_evaluated(session)),
         rundir.provenance(session.prepared.settings.seed),
     )
     export_hf(run_.folder / "export", model, session.prepared.tokenizer, card=card)
@@ -253,48 +252,14 @@ def _stage_rows(session: Session, before: int | None = None) -> list[dict[str, A
     return rows
 
 
-def _score_rows(session: Session) -> list[dict[str, Any]]:
+def _evaluated(session: Session) -> tuple[Path, list[str], tuple[str, ...]]:
+    """Where the evaluations are, of which checkpoints, on what."""
     settings = session.prepared.settings
-    rows = []
-    for checkpoint in ["base", *[s.name for s in settings.stages]]:
-        for name in settings.evaluate.data:
-            path = session.folder / "evaluations" / checkpoint / f"{name}.results.json"
-            if path.exists():
-                found = rundir.read_json(path)["estimate"]
-                rows.append(
-                    {
-                        "checkpoint": checkpoint,
-                        "data": name,
-                        **found,
-                        "metric": f"avg@{settings.evaluate.samples_per_problem}",
-                        "value": found["score"],
-                        "num_samples": found["n"],
-                    }
-                )
-    return rows
-
-
-def _comparisons(session: Session) -> list[dict[str, Any]]:
-    """Each checkpoint against the one before it, paired by problem."""
-    settings = session.prepared.settings
-    names = ["base", *[s.name for s in settings.stages]]
-    rows = []
-    for before, after in pairwise(names):
-        for data in settings.evaluate.data:
-            paths = [
-                session.folder / "evaluations" / name / f"{data}.results.json" for name in (before, after)
-            ]
-            if all(p.exists() for p in paths):
-                samples = [
-                    [
-                        row
-                        for row in rundir.read_jsonl(p.with_name(f"{data}.samples.jsonl"))
-                        if "verdict" in row
-                    ]
-                    for p in paths
-                ]
-                rows.append({"from": before, "to": after, "data": data, **compare(*samples).to_json()})
-    return rows
+    return (
+        session.folder / "evaluations",
+        ["base", *(s.name for s in settings.stages)],
+        settings.evaluate.data,
+    )
 
 
 def _summarize(session: Session, status: str) -> dict[str, Any]:
@@ -306,8 +271,8 @@ def _summarize(session: Session, status: str) -> dict[str, Any]:
         "status": status,
         "model": {"path": rundir.redact(settings.model.path), **(shapes[0] if shapes else {})},
         "stages": _stage_rows(session),
-        "scores": _score_rows(session),
-        "comparisons": _comparisons(session),
+        "scores": score_rows(*_evaluated(session)),
+        "comparisons": comparisons(*_evaluated(session)),
         "content": {"model": session.prepared.model_content, **session.prepared.content},
         "overlap": session.prepared.overlap or None,
         "notes": session.prepared.notes,

@@ -18,7 +18,7 @@ from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model
 from truestep.objective.schedule import Schedule, learning_rate
 from truestep.pipeline.coin import CoinGrader, CoinSource
-from truestep.pipeline.evaluation import dev_score, evaluate_model, sampling_parameters
+from truestep.pipeline.evaluation import dev_score, evaluate_checkpoint, sampling_parameters
 from truestep.pipeline.prepare import Prepared, hinted_prompt, num_sequences, num_steps, stage_identity
 from truestep.pipeline.track import Log
 from truestep.progress import Reporter
@@ -313,7 +313,7 @@ def _dev_score(
     prepared = session.prepared
     if not prepared.settings.stages[index].dev.data:
         return None
-    shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.sampling.max_running)
+    shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.data_sampling.max_running)
     return dev_score(prepared, index, engine=shared, grader=session.grader, folder=folder)
 
 
@@ -322,10 +322,10 @@ def evaluate(session: Session, checkpoint: str, path: str, identity: Callable[[s
 
     def open_engine() -> TorchEngine:
         policy = Policy(open_model(session, path))
-        running = session.prepared.settings.evaluate.sampling.max_running
+        running = session.prepared.settings.evaluate.data_sampling.max_running
         return TorchEngine(policy.model, max_running=running, packs=policy.packs and policy.plain_head)
 
-    evaluate_model(
+    evaluate_checkpoint(
         session.prepared,
         folder=session.folder / "evaluations" / checkpoint,
         identity=identity,
