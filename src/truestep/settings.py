@@ -473,7 +473,7 @@ def _child(node: Any, part: str, item: str) -> Any:
     raise UserError(f"--set {item}: {part} is inside a value, not a table")
 
 
-def settings_hash(*parts: BaseModel | str | int | float) -> str:
+def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:
     """12 hex digits over the canonical JSON of the given settings: the identity of a stage or a run."""
     payload = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
     return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[
