@@ -66,6 +66,8 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
 
     Raises UserError naming file, row and field, or the setting, and what to write instead.
     """
+    if settings.evaluate.benchmarks:
+        raise UserError("evaluate.benchmarks: a run evaluates only evaluate.data: use truestep eval RECIPE")
     check_methods(settings)
     _check_ranks(settings)
     require_trackers(settings.trackers)
@@ -286,10 +288,10 @@ def _check_lengths(prepared: Prepared) -> None:
                 f"sequence of {longest} tokens: write {longest} or more"
             )
         if stage.dev.data:
-            limit = settings.evaluate.sampling.max_new_tokens
+            limit = settings.evaluate.data_sampling.max_new_tokens
             _longest_sample(prepared, stage.dev.data, limit, "evaluate.sampling")
     for name in settings.evaluate.data:
-        _longest_sample(prepared, name, settings.evaluate.sampling.max_new_tokens, "evaluate.sampling")
+        _longest_sample(prepared, name, settings.evaluate.data_sampling.max_new_tokens, "evaluate.sampling")
 
 
 def _longest_sample(
