@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "study
 from micro import STUDY, write_study
 
 from truestep.rundir import read_json, to_toml
-from truestep.study.cells import without_times
+from truestep.study.cell_results import without_times
 
 
 def small(text: str) -> str:

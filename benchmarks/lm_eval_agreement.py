@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from truestep.cli.eval_engines import context_and_eos
-from truestep.evaluate.ask import TokenAsker
+from truestep.evaluate.model_adapters import TokenAsker
 from truestep.evaluate.plan import EvaluationSettings, Job, make_jobs
 from truestep.evaluate.prompts import cut
 from truestep.grade.score import Grader, find_answer

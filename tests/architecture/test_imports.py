@@ -65,7 +65,8 @@ import truestep.data.procedural, truestep.data.chat, truestep.evaluate.estimate,
 import truestep.cli.main, truestep.cli.run, truestep.cli.data, truestep.cli.report
 import truestep.cli.study, truestep.cli.study_actions, truestep.report.study
 import truestep.study.plan, truestep.study.run, truestep.study.table, truestep.study.analyse, truestep.study.budget
-import truestep.study.estimate, truestep.study.launch, truestep.study.cells
+import truestep.study.estimate, truestep.study.launch, truestep.study.cell_results
+import truestep.rewards.scorer, truestep.rewards.worker, truestep.rewards.functions, truestep.rewards.judge
 """
 
 
@@ -88,7 +89,7 @@ except SystemExit as stop:
 
 
 def test_heavy_imports_would_be_seen() -> None:
-    assert "torch" in imported("import truestep.rollout.choose")
+    assert "torch" in imported("import truestep.rollout.sampling")
 
 
 def test_only_device_names_an_accelerator() -> None:

@@ -17,10 +17,10 @@ from truestep.cli.main import _app
 from truestep.cli.progress import ConsoleReporter
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
-from truestep.evaluate.ask import TokenAsker
 from truestep.evaluate.benchmarks import Benchmark
-from truestep.evaluate.bring import compare_evaluations
-from truestep.evaluate.foreign import read_evaluations
+from truestep.evaluate.external_logs import read_evaluations
+from truestep.evaluate.import_compare import compare_evaluations
+from truestep.evaluate.model_adapters import TokenAsker
 from truestep.evaluate.sources import content_hash, file_items
 from truestep.evaluate.suite import _Running, averages
 from truestep.model.load import load_tokenizer

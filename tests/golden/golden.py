@@ -40,7 +40,17 @@ FLOOR = 1e-9  # absolute: differences of float64 log-probabilities that are zero
 # A metric that was renamed: recorded key → key now.
 RENAMED: dict[str, str] = {}
 # Values that were wrong when they were recorded: "RUN/KEY" (RUN may be *) → why. They are not compared.
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    f"{run}/clip_ratio/{side}": why
+    for run, why in (
+        ("reference", "the zeros of the KL term were counted as clipped tokens"),
+        ("demonstration", "a surrogate without a clip has no clipped tokens"),
+        ("switch", "a surrogate without a clip has no clipped tokens"),
+        ("replay", "a surrogate without a clip has no clipped tokens"),
+        ("buffer", "a surrogate without a clip has no clipped tokens"),
+    )
+    for side in ("low", "high")
+}
 
 # float64, so that no sampled token and no value at 1e-6 hangs on a rounding; two runs in the other dtypes.
 HEAD = """

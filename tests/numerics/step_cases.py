@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+from truestep.train.assemble import pack
 
 from truestep.model.load import LoadedModel, model_shape, prepare
 from truestep.objective.advantage import Members
 from truestep.objective.methods import Method, build
 from truestep.records import Kind, StepReport, TokenBatch, TrainSequence
-from truestep.reference.loss import METHODS as REFERENCE_METHODS
-from truestep.reference.loss import exact_float64, group_advantages, reference_gradient
 from truestep.settings import OptimizerSettings
-from truestep.train.assemble import pack
+from truestep.testing.reference.loss import METHODS as REFERENCE_METHODS
+from truestep.testing.reference.loss import exact_float64, group_advantages, reference_gradient
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
 from truestep.train.step import StepPlan, train_step

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from step_cases import LLAMAS, MAX_LENGTH, make_model, make_policy, plan_for, sgd_gradient
 from torch import Tensor, nn
+from truestep.train.assemble import pack
 
 from truestep.objective.methods import Method, build
 from truestep.records import Kind, TokenBatch, TrainSequence
-from truestep.reference.loss import exact_float64
-from truestep.train.assemble import pack
+from truestep.testing.reference.loss import exact_float64
 from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
 from truestep.train.statistics import measure

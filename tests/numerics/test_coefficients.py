@@ -10,13 +10,13 @@ import pytest
 import torch
 from step_cases import EXACT, check
 from torch import Tensor
+from truestep.train.assemble import pack
 
 from truestep.objective import coefficients
 from truestep.objective.coefficients import Coefficient, Context
 from truestep.records import Kind, TrainSequence
-from truestep.reference import surrogate
-from truestep.reference.surrogate import ScoredSequence
-from truestep.train.assemble import pack
+from truestep.testing.reference import surrogate
+from truestep.testing.reference.surrogate import ScoredSequence
 
 NUM = 60
 THRESHOLD = 1.1  # nats: some entropies of the draws reach it

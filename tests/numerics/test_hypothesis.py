@@ -23,11 +23,11 @@ from step_cases import (
     with_proximal,
 )
 from torch import nn
+from truestep.train.assemble import pack
 
 from truestep.objective.methods import Method, build
 from truestep.records import Kind, TokenBatch, TrainSequence
-from truestep.reference.loss import frozen_logprobs, reference_gradient
-from truestep.train.assemble import pack
+from truestep.testing.reference.loss import frozen_logprobs, reference_gradient
 from truestep.train.policy import Policy
 
 VOCABULARY = 9

@@ -34,14 +34,14 @@ from step_cases import (
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from truestep.train.assemble import dummy_batch
 
 from truestep.model.attention import PackedLayout
 from truestep.objective.schedule import learning_rate
 from truestep.records import TrainSequence
-from truestep.reference.loss import frozen_logprobs, reference_loss
-from truestep.reference.step import StepResult, reference_steps
 from truestep.settings import OptimizerSettings
-from truestep.train.assemble import dummy_batch
+from truestep.testing.reference.loss import frozen_logprobs, reference_loss
+from truestep.testing.reference.step import StepResult, reference_steps
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
 

@@ -11,16 +11,16 @@ from step_cases import MAX_LENGTH, check, close, flat, plan_for, relative_error,
 from table_cases import models, policies, row_gradient, sequences
 from test_coefficients import CASES, context_of, draws
 from torch import Tensor
+from truestep.train.assemble import pack
 
 from truestep.objective import coefficients, plan
 from truestep.objective.advantage import Members
 from truestep.objective.methods import build
 from truestep.objective.plan import Asked, Keep, Round
 from truestep.records import Kind, TrainSequence
-from truestep.reference.loss import gradient
-from truestep.reference.rows import ROWS, Part, Row, demonstration, own, row_loss, score
-from truestep.reference.surrogate import reinforce, unshaped
-from truestep.train.assemble import pack
+from truestep.testing.reference.loss import gradient
+from truestep.testing.reference.rows import ROWS, Part, Row, demonstration, own, row_loss, score
+from truestep.testing.reference.surrogate import reinforce, unshaped
 
 
 def reference(parts: tuple[Part, ...], given: list[TrainSequence]) -> dict[str, Tensor]:

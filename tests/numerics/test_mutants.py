@@ -34,17 +34,17 @@ from step_cases import (
     with_proximal,
 )
 from torch import Tensor, nn
+from truestep.train.assemble import dummy_batch, pack
 
+from truestep import faults
 from truestep.model.attention import PackedLayout
 from truestep.objective.normalise import local_total, normalise
 from truestep.records import Segment, TokenBatch, TrainSequence
-from truestep.reference import faults
-from truestep.reference.loss import exact_float64, frozen_logprobs, per_microbatch_gradients
-from truestep.reference.step import reference_step
 from truestep.settings import OptimizerSettings
+from truestep.testing.reference.loss import exact_float64, frozen_logprobs, per_microbatch_gradients
+from truestep.testing.reference.step import reference_step
 from truestep.train import policy as policy_module
 from truestep.train import step as step_module
-from truestep.train.assemble import dummy_batch, pack
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
 from truestep.train.step import NonFiniteError

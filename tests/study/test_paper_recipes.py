@@ -9,7 +9,7 @@ import pytest
 
 from truestep.errors import UserError
 from truestep.objective.methods import METHODS
-from truestep.pipeline.declared import (
+from truestep.pipeline.paper_plan import (
     declared_plan,
     flops_of,
     meta_model,

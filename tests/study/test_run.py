@@ -21,8 +21,8 @@ from truestep.cli.study_actions import write_cell
 from truestep.errors import UserError
 from truestep.settings import load_settings
 from truestep.study import launch
+from truestep.study.cell_runner import Runner, base_identity, with_absolute_paths
 from truestep.study.launch import Order
-from truestep.study.nodes import Runner, base_identity, with_absolute_paths
 from truestep.study.plan import load_study
 from truestep.study.run import run_cells, tables_of, tuning_cost
 from truestep.study.table import results

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from truestep.records import Kind, TrainSequence
-from truestep.reference.loss import (
+from truestep.testing.reference.loss import (
     METHODS,
     denominator,
     exact_float64,

@@ -117,7 +117,7 @@ def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
         progress = track(answered, "golds", console=Console(stderr=True), transient=True)
         scores = [grader.check_gold(problem) for problem in progress]
     refused = [
-        {"id": p.id, "row": p.row, "answer": p.answer, "verdict": s.verdict.value, "reason": s.reason}
+        {"id": p.id, "row": p.row, "answer": p.answer, "verdict": s.label, "reason": s.reason}
         for p, s in zip(answered, scores, strict=True)
         if s.verdict is not Verdict.CORRECT
     ]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
-from truestep.evaluate.ask import Asker, EndpointAsker, TokenAsker
+from truestep.evaluate.model_adapters import Asker, EndpointAsker, TokenAsker
 from truestep.evaluate.plan import PINNED, EvaluationSettings, Job
 
 if TYPE_CHECKING:

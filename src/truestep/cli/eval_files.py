@@ -40,7 +40,7 @@ def compare(
 ) -> None:
     """The paired difference b - a of every task that both have: interval, p-values, smallest detectable
     difference."""
-    from truestep.evaluate.bring import compare_evaluations
+    from truestep.evaluate.import_compare import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
     if as_json:
@@ -79,7 +79,7 @@ def import_logs(
 ) -> None:
     """Write other harnesses' samples as a run of ours, with intervals and a page; verdicts are taken as they
     stand."""
-    from truestep.evaluate.bring import import_evaluations
+    from truestep.evaluate.import_compare import import_evaluations
     from truestep.report.evaluation import print_scores, write_evaluation_report
 
     summary = import_evaluations(files, out, metric)
@@ -96,7 +96,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")], out: Folder, as_json: Json = False
 ) -> None:
     """Write a run's results and samples in lm-evaluation-harness's layout."""
-    from truestep.evaluate.foreign import write_lm_eval
+    from truestep.evaluate.external_logs import write_lm_eval
 
     written = [str(path) for path in write_lm_eval(run, out)]
     typer.echo(json.dumps({"files": written}) if as_json else "\n".join(written))

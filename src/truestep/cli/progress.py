@@ -20,7 +20,7 @@ HEARTBEAT_SECONDS = 15.0
 
 
 class ConsoleReporter:
-    """Satisfies pipeline.stages.Reporter."""
+    """A ``progress.Reporter`` on stderr."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)

@@ -142,7 +142,7 @@ def execute(
 
 def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:
     """A dry run of a recipe that says itself what its weights and data hold."""
-    from truestep.pipeline.declared import declared_plan
+    from truestep.pipeline.paper_plan import declared_plan
 
     plan = declared_plan(settings, recipe.parent, str(recipe))
     shown = [{**row, "flops_full": f"{row['flops_full']:.3g}"} for row in plan["stages"]]

@@ -24,7 +24,7 @@ def run_study(
     from truestep import rundir
     from truestep.cli.progress import ConsoleReporter
     from truestep.errors import UserError
-    from truestep.study import launch, nodes, plan
+    from truestep.study import cell_runner, launch, plan
     from truestep.study.audited import trainer_verdict
 
     reporter = ConsoleReporter()
@@ -39,11 +39,11 @@ def run_study(
         raise UserError(f"--results {results} is --out as well: name a folder of its own")
     plan.check_disjoint(study, path.parent)
     if study.base:
-        nodes.base_recipe(path, study)
+        cell_runner.base_recipe(path, study)
     if dry_run:
         show_plan(study, path, folder, as_json)
         return
-    runner = nodes.Runner(
+    runner = cell_runner.Runner(
         study=study, where=path, out=folder, launch=launch.engine(engine, study.workers), workers=study.workers,
         results=results, say=reporter.say,
     )  # fmt: skip
@@ -56,7 +56,7 @@ def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
     """Run the cells, write everything, and say where it is; exit code 3 where a cell has failed."""
     from truestep import rundir
     from truestep.report.study import write_study
-    from truestep.study.nodes import base_identity
+    from truestep.study.cell_runner import base_identity
     from truestep.study.run import run_cells, tuning_cost
     from truestep.study.table import results as tabulate
 

@@ -15,8 +15,9 @@ from pydantic import Field, model_validator
 from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.prompts import MOST_SHOTS, Template
+from truestep.frozen import Frozen
 from truestep.records import Problem
-from truestep.settings import Frozen, ModelSettings, settings_hash
+from truestep.settings import ModelSettings, settings_hash
 
 PINNED: Literal["benchmark"] = "benchmark"
 Positive = Annotated[int, Field(ge=1)]
@@ -41,7 +42,7 @@ class EvaluationSettings(Frozen):
     max_new_tokens: Positive | Literal["benchmark"] = PINNED
     max_running: int = Field(64, ge=1)  # rows decoded, or requests sent, at once
     dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: int = Field(2, ge=1)
+    threads: Positive | Literal["auto"] = "auto"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from truestep.errors import UserError
 from truestep.evaluate.estimate import Estimate, estimate
-from truestep.records import Problem, Prompt, RecordError, Rollout, Score, Stop, Verdict
+from truestep.records import Problem, Prompt, RecordError, Rollout, Score, Stop, Verdict, judged
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, read_jsonl, write_atomic, write_json
@@ -204,7 +204,7 @@ def _row(
 ) -> Row:
     failed = sample.stop is Stop.ERROR
     text = plan.opening + sample.text
-    unscored = Score(verdict=Verdict.UNSCORED, reason=f"engine: {sample.error}")
+    unscored = judged(Verdict.UNSCORED, reason=f"engine: {sample.error}")
     score = unscored if failed else grade(problem, text)
     row: Row = {"problem_id": sample.problem_id, "sample_index": sample.sample_index}
     if not plan.private:
@@ -214,9 +214,9 @@ def _row(
             "extracted": score.extracted,
             "gold": problem.answer,
         }
-    row["verdict"] = score.verdict.value
+    row["verdict"] = score.label
     if strictly is not None:
-        row["strict"] = (unscored if failed else strictly(problem, text)).verdict.value
+        row["strict"] = (unscored if failed else strictly(problem, text)).label
     if plan.private:
         return row | {
             "extracted": bool(score.extracted),

@@ -8,36 +8,24 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from truestep import rundir
-from truestep.evaluate.ask import Asker, Asking
 from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
 from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import Row
 from truestep.evaluate.interval import mean_interval
+from truestep.evaluate.model_adapters import Asker, Asking
 from truestep.evaluate.plan import EvaluationSettings, Job, job_identity, remarks
 from truestep.evaluate.run import EvaluationPlan, Grade, check_kept, run_samples
+from truestep.progress import Reporter
 from truestep.records import Verdict
 from truestep.rollout.engine import SamplingParameters
 
 REFRESH_SECONDS = 1.0  # how often the running interval is computed anew
 FEW_EXTRACTED = 0.9  # below this share of samples with an answer, the score says little about the model
-
-
-class Reporter(Protocol):
-    """Where progress goes."""
-
-    def say(self, text: str) -> None:
-        """One line of information."""
-
-    def begin(self, what: str, total: int, done: int = 0) -> None:
-        """A piece of work of ``total`` units starts."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """``done`` units of it are finished."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,16 +99,16 @@ def _problem(pair: Pair) -> Problem:
 
 
 def _sample(pair: Pair, answer: Extraction, score: Score) -> dict[str, Any]:
-    gold, strict, lenient, notes = gold_answer(pair.gold), score.verdict, score.verdict, []
+    gold, strict, lenient, notes = gold_answer(pair.gold), score.label, score.label, []
     if score.verdict is Verdict.CORRECT and (reason := objection(gold, answer.answer, answer.how)):
-        strict, notes = Verdict.INCORRECT, [reason]
+        strict, notes = Verdict.INCORRECT.value, [reason]
     if score.verdict is Verdict.INCORRECT and answer.answer and nearly(gold, answer.answer):
-        lenient, notes = Verdict.CORRECT, ["lenient: a rounded value"]
+        lenient, notes = Verdict.CORRECT.value, ["lenient: a rounded value"]
     return {
         "id": pair.id,
-        "verdict": score.verdict.value,
-        "strict": strict.value,
-        "lenient": lenient.value,
+        "verdict": score.label,
+        "strict": strict,
+        "lenient": lenient,
         "reason": "; ".join([score.reason, *notes]),
         "extracted": score.extracted,
         "how": answer.how,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from truestep.errors import UserError
-from truestep.grade.nursery import Nursery, Worker, WorkerDied
+from truestep.grade.fork_server import ForkServer, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY
 
 PATIENCE = 20.0  # times its limit of processor time that a comparison may take on the clock of a busy machine
@@ -57,7 +57,7 @@ class Pool:
     def __init__(self, *, workers: int, seconds: float, memory_mb: int) -> None:
         self._num_workers, self.seconds, self._memory_mb = workers, seconds, memory_mb
         self._idle: list[Worker] = []
-        self._nursery: Nursery | None = None
+        self._server: ForkServer | None = None
         self._busy: dict[Worker, _Job] = {}
 
     def __enter__(self) -> Self:
@@ -70,11 +70,11 @@ class Pool:
     def process_ids(self) -> list[int]:
         """The child processes that are alive, the one that forks the others last."""
         alive = [worker.pid for worker in (*self._busy, *self._idle)]
-        return [*alive, *([self._nursery.pid] if self._nursery else [])]
+        return [*alive, *([self._server.pid] if self._server else [])]
 
     def prepare(self) -> None:
         """Start the import of the algebra, if that has not been done, and do not wait for it."""
-        self._nursery = self._nursery or Nursery(self.seconds, self._memory_mb)
+        self._server = self._server or ForkServer(self.seconds, self._memory_mb)
 
     def warm(self) -> None:
         """Have a worker ready: the next comparison, and one after a kill, wait for no import."""
@@ -83,9 +83,9 @@ class Pool:
     def close(self) -> None:
         for worker in (*self._busy, *self._idle):
             worker.end()
-        if self._nursery is not None:
-            self._nursery.close()
-        self._busy, self._idle, self._nursery = {}, [], None
+        if self._server is not None:
+            self._server.close()
+        self._busy, self._idle, self._server = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
         """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of
@@ -188,13 +188,13 @@ class Pool:
         reason = ""
         for _ in range(3):
             self.prepare()
-            assert self._nursery is not None
+            assert self._server is not None
             try:
-                return self._nursery.start()
+                return self._server.start()
             except WorkerDied as death:
                 reason = str(death)
-                self._nursery.close()
-                self._nursery = None
+                self._server.close()
+                self._server = None
         raise UserError(
             f"the symbolic grader cannot be started ({reason}): run python -c 'import math_verify' to see why"
         )

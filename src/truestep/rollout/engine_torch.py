@@ -24,9 +24,9 @@ from torch import Tensor
 from truestep.device import linear
 from truestep.model.attention import PackedLayout, count_pairs
 from truestep.model.forward import hidden_states
-from truestep.records import Distribution, Rollout, Segment, Stop
-from truestep.rollout.choose import choose
-from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
+from truestep.records import Rollout, Segment
+from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
+from truestep.rollout.sampling import sample_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -293,7 +293,7 @@ class TorchEngine:
         fresh = [row for share in shares for row in share]
         for row in fresh:
             row.length = len(row.request.prompt_ids)
-        self._choose(hidden[last], fresh, sampling)
+        self._sample(hidden[last], fresh, sampling)
 
     def _decode(self, running: list[_Row], cache: KvCache, sampling: SamplingParameters) -> None:
         device = self._device()
@@ -305,9 +305,9 @@ class TorchEngine:
         self._pairs += sum(lengths) + len(lengths)
         for row in running:
             row.length += 1
-        self._choose(hidden, running, sampling)
+        self._sample(hidden, running, sampling)
 
-    def _choose(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
+    def _sample(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         """Append the next token, and its log-probability, to each row. Shapes: hidden [R, D]."""
         head: Any = self.model.get_output_embeddings()
         self._take(linear(hidden, head.weight, head.bias), rows, sampling)
@@ -315,7 +315,7 @@ class TorchEngine:
     def _take(self, logits: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         forced = [row.forced[len(row.tokens)] if row.forced else -1 for row in rows]
         uniforms = [row.next_uniform() for row in rows]
-        tokens, logprobs = choose(logits, uniforms, sampling, forced)
+        tokens, logprobs = sample_tokens(logits, uniforms, sampling, forced)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
@@ -342,19 +342,12 @@ class TorchEngine:
         return row
 
     def _rollout(self, row: _Row, sampling: SamplingParameters) -> Rollout:
-        stopped = sampling.ends(row.tokens)
-        return Rollout(
-            problem_id=row.request.problem_id,
-            sample_index=row.request.sample_index,
-            completion_ids=tuple(row.tokens),
-            behavior_logprobs=tuple(row.logprobs),
-            distribution=Distribution(
-                policy_version=self.policy_version,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-            ),
-            stop=Stop.STOP_TOKEN if stopped else Stop.LENGTH,
+        return sampled_rollout(
+            row.request,
+            sampling,
+            tokens=row.tokens,
+            logprobs=row.logprobs,
+            policy_version=self.policy_version,
         )
 
     def _device(self) -> torch.device:

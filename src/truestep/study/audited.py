@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from truestep.audit import registry
-from truestep.audit.formats import found_in_words
-from truestep.audit.run import audit_one
+from truestep.audit import subjects as registry
+from truestep.audit.environments.launch import audit_one
+from truestep.audit.present.words import found_in_words, row_of
 
 
 def trainer_verdict() -> str:
@@ -15,5 +15,5 @@ def trainer_verdict() -> str:
     found."""
     (subject,) = (s for s in registry.TABLE if s.name == "truestep")
     finding = audit_one(subject, subject.configurations[0], Path(sys.executable))
-    words = found_in_words(finding.to_json())
+    words = found_in_words(row_of(finding))
     return f"{finding.verdict}: {words}" if words else str(finding.verdict)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.errors import UserError
-from truestep.pipeline.declared import flops_of, read_declared, stage_work
+from truestep.pipeline.paper_plan import flops_of, read_declared, stage_work
 from truestep.settings import RlSettings, Settings, SftSettings, load_settings
 
 COUNTS = {"flops_paper_formula": "the paper's formula", "flops_full": "the fuller count"}

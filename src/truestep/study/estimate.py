@@ -8,7 +8,7 @@ from typing import Any
 from truestep.data.problems import load_problems
 from truestep.errors import UserError
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
-from truestep.pipeline.declared import GIB, STATE_BYTES, shape_of
+from truestep.pipeline.paper_plan import GIB, STATE_BYTES, shape_of
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings
 from truestep.study.plan import Arm, Study, cell_settings, stage_tables
 

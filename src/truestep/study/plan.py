@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from truestep.data.problems import load_problems
 from truestep.errors import UserError
-from truestep.settings import Frozen, Settings, parse_settings
+from truestep.frozen import Frozen
+from truestep.settings import Settings, parse_settings
 
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
 Seed = Annotated[int, Field(ge=0)]

@@ -14,8 +14,8 @@ from typing import Any
 
 from truestep.errors import UserError
 from truestep.settings import Settings
-from truestep.study import cells
-from truestep.study.nodes import CellFailed, Runner, node, result
+from truestep.study import cell_results
+from truestep.study.cell_runner import CellFailed, Runner, node, result
 from truestep.study.plan import Arm, cell_settings, owner_of, scaled, stage_tables
 
 NO_FLOPS = {"paper": 0.0, "full": 0.0}
@@ -171,7 +171,7 @@ def _chosen(runner: Runner, arm: str) -> float:
 
 
 def _mean(results: Iterable[Mapping[str, Any]]) -> float:
-    values = [cells.score(r, b) for r in results for b in r["benchmarks"]]
+    values = [cell_results.score(r, b) for r in results for b in r["benchmarks"]]
     return sum(values) / len(values)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from truestep.study import analyse, cells
+from truestep.study import analyse, cell_results
 from truestep.study.plan import CONTROLS, Arm, Study, differences, owner_of, stage_tables
 
 Cell = Mapping[str, Any]
@@ -68,7 +68,7 @@ def _benchmarks(found: Mapping[str, Cell]) -> list[str]:
 
 
 def share(cell: Cell, benchmark: str) -> np.ndarray:
-    return cells.counts(cell, benchmark) / cell["benchmarks"][benchmark]["samples"]
+    return cell_results.counts(cell, benchmark) / cell["benchmarks"][benchmark]["samples"]
 
 
 def _tables(by_seed: Mapping[int, Cell], seeds: Sequence[int]) -> dict[str, np.ndarray]:

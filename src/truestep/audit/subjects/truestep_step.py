@@ -14,10 +14,10 @@ from truestep.model import attention
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, model_shape
 from truestep.objective.methods import build
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.train.assemble import dummy_batch, last_needed, pack
 from truestep.train.optim import MasterOptimizer
+from truestep.train.packing import dummy_batch, last_needed, pack
 from truestep.train.parallel import Ranks, shard
 from truestep.train.policy import Policy
 from truestep.train.step import StepPlan, train_step
@@ -30,9 +30,8 @@ def sequences(spec: kit.Spec, rows: list[int]) -> list[TrainSequence]:
         trained = tuple(bool(t) and i > 0 for i, t in enumerate(spec.rows[row]["trained"]))
         if any(trained):
             ids = tuple(spec.rows[row]["ids"])
-            made.append(
-                TrainSequence(token_ids=ids, trained=trained, num_prefix_tokens=0, group=row, kind=Kind.DEMO)
-            )
+            origin = tuple(Origin.EXPERT if t else Origin.CONTEXT for t in trained)
+            made.append(TrainSequence(token_ids=ids, origin=origin, num_prefix_tokens=0, group=row))
     return made
 
 

@@ -1,0 +1,222 @@
+"""Evaluations brought together: foreign ones written as a run of ours, and any two compared."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from truestep.errors import UserError
+from truestep.evaluate.benchmarks import BY_ID
+from truestep.evaluate.compare import compare
+from truestep.evaluate.estimate import by_problem, estimate
+from truestep.evaluate.external_logs import Evaluation, Row, is_private, read_evaluations
+from truestep.records import RecordError
+from truestep.rundir import provenance, read_json, write_atomic, write_json
+
+_TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
+
+
+def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> dict[str, Any]:
+    """Write foreign evaluations as a run directory; returns its summary. Nothing is written before all is
+    read.
+
+    Raises UserError where the directory is taken, or an evaluation is there twice.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no empty folder: write --out for another place")
+    read = [_brought(evaluation) for path in paths for evaluation in read_evaluations(path, metric)]
+    sources: dict[tuple[str, str], str] = {}
+    for evaluation, task, _, _ in read:
+        if (key := (evaluation.made_by, task)) in sources:
+            raise UserError(
+                f"{evaluation.source}: {task} of {evaluation.made_by} is also in {sources[key]}: import them apart"
+            )
+        sources[key] = evaluation.source
+    notes = ["imported: verdicts as the other harness gave them, nothing graded again"]
+    scores = []
+    for evaluation, task, groups, found in read:
+        folder = out / "evaluations" / evaluation.made_by
+        header = {
+            "header": True,
+            "schema_version": 1,
+            "name": task,
+            "identity": f"{evaluation.made_by}:{evaluation.source}",
+        }
+        rows = [row for group in groups.values() for row in group]
+        write_atomic(folder / f"{task}.samples.jsonl", "".join(_lines([header, *rows])))
+        if evaluation.missing:
+            notes.append(f"{task}: a part: {evaluation.missing}")
+        if found["unscored"]:
+            notes.append(
+                f"{task}: {found['unscored']} of {found['n']} samples have no verdict: counted as not correct"
+            )
+        whole = not evaluation.missing and (task not in BY_ID or BY_ID[task].num_rows == len(groups))
+        scores.append(
+            {
+                "benchmark": task, "prompt": evaluation.made_by, "metric": evaluation.metric or "as judged there",
+                "whole": whole, "private": is_private(task), "published": {}, **found,
+            }
+        )  # fmt: skip
+        results = {
+            task: {
+                "alias": task,
+                "exact_match,none": found["score"],
+                "exact_match_stderr,none": found["stderr"],
+            }
+        }
+        num = {"original": len(groups), "effective": len(groups)}
+        more = {
+            "samples_per_problem": found["n"] // len(groups),
+            "estimate": found,
+            "source": evaluation.source,
+        }
+        write_json(folder / f"{task}.results.json", {"results": results, "n-samples": {task: num}, **more})
+    summary = {
+        "schema_version": 1, "kind": "evaluation", "name": out.name, "status": "done", "model": "as in the logs",
+        "engine": "imported", "seeds": {}, "scores": scores, "spread": [], "averages": [], "notes": notes,
+    }  # fmt: skip
+    write_json(out / "summary.json", summary)
+    write_json(out / "provenance.json", provenance(0))
+    return summary
+
+
+def _brought(evaluation: Evaluation) -> tuple[Evaluation, str, dict[str, list[Any]], dict[str, Any]]:
+    """An evaluation with the task's name as a file's, its samples by problem, and its estimate."""
+    task = "".join(c if c.isalnum() or c in "._-" else "-" for c in evaluation.task).strip(".-") or "task"
+    private = is_private(evaluation.task)
+    try:
+        groups = by_problem([_without_texts(row) if private else row for row in evaluation.rows])
+        rows = [row for group in groups.values() for row in group]
+        return (
+            evaluation,
+            task,
+            groups,
+            estimate(rows, range(1, min(map(len, groups.values())) + 1)).to_json(),
+        )
+    except (UserError, RecordError) as error:
+        raise UserError(f"{evaluation.source}: {error}") from None
+
+
+def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in row.items() if k not in _TEXTS}
+    return kept | ({"extracted": bool(row["extracted"])} if "extracted" in row else {})
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    import json
+
+    return [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+
+
+def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
+    """``comparisons``, b - a for every task that both have, paired by problem: by id where the texts agree,
+    else by the problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over.
+
+    Raises UserError where no task, or not the same problems, are in both, or one side is unfinished.
+    """
+    left, right = _by_key(a, metric), _by_key(b, metric)
+    pairs = [(key, key) for key in left if key in right]
+    for task in dict.fromkeys(
+        map(_task, left)
+    ):  # other templates, harnesses or filters: where one side has one only
+        own, other = ([k for k in side if _task(k) == task] for side in (left, right))
+        if not any(k in right for k in own) and 1 in (len(own), len(other)):
+            pairs += [(x, y) for x in own for y in other]
+    if not pairs and len(left) == len(right) == 1:  # one file each: the user says that they belong together
+        pairs = [(next(iter(left)), next(iter(right)))]
+    if not pairs:
+        names = [", ".join(sorted({k[0] for k in side})) for side in (left, right)]
+        raise UserError(
+            f"{a} has {names[0]}, {b} has {names[1]}: expected a task that both have, give single files"
+        )
+    return {
+        "comparisons": [_compared(max(x[0], y[0], key=len), left[x], right[y]) for x, y in pairs],
+        "only_in_a": sorted({k[0] for k in left} - {x[0] for x, _ in pairs}),
+        "only_in_b": sorted({k[0] for k in right} - {y[0] for _, y in pairs}),
+    }
+
+
+Key = tuple[str, str]  # task, and who asked: the template where it is ours, else the harness
+
+
+def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
+    found: dict[Key, Evaluation] = {}
+    for evaluation in read_evaluations(path, metric):
+        ours = evaluation.made_by == "truestep"
+        key = (evaluation.task, Path(evaluation.source).parent.name if ours else evaluation.made_by)
+        if key in found:
+            raise UserError(
+                f"{evaluation.source}: {key[0]} of {key[1]} is also in {found[key].source}: give single files, or "
+                "folders with one evaluation of each"
+            )
+        found[key] = evaluation
+    return found
+
+
+def _task(key: Key) -> str:
+    """The task without lm-eval's filter."""
+    return key[0].partition(",")[0]
+
+
+def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
+    for evaluation in (x, y):
+        if len(sizes := set(map(len, _grouped(evaluation).values()))) > 1:
+            raise UserError(
+                f"{evaluation.source}: has {min(sizes)} to {max(sizes)} samples of a problem: expected one number for "
+                "all, go on with truestep eval … --resume if it is unfinished"
+            )
+    rows_x, rows_y, paired_by = x.rows, y.rows, "id"
+    if not _same_problems(rows_x, rows_y):
+        rows_x, rows_y, paired_by = _by_text(rows_x), _by_text(rows_y), "text"
+    try:
+        found = compare(rows_x, rows_y).to_json()
+    except UserError as error:
+        raise UserError(f"{x.source} and {y.source}: {task}: {error}") from None
+    scores = [estimate(rows).to_json() for rows in (rows_x, rows_y)]
+    kept = ("score", "low", "high", "n", "unscored")
+    return {
+        "task": task,
+        "a": {"path": x.source, "made_by": x.made_by, "seed": _seed(x), **{k: scores[0][k] for k in kept}},
+        "b": {"path": y.source, "made_by": y.made_by, "seed": _seed(y), **{k: scores[1][k] for k in kept}},
+        "paired_by": paired_by,
+        **found,
+    }
+
+
+def _grouped(evaluation: Evaluation) -> dict[str, list[Any]]:
+    try:
+        return by_problem(evaluation.rows)
+    except (UserError, RecordError) as error:
+        raise UserError(f"{evaluation.source}: {error}") from None
+
+
+def _same_problems(a: Sequence[Row], b: Sequence[Row]) -> bool:
+    """Whether equal ids mean equal problems: some are equal, and where both sides have a text, most texts
+    agree (the one may hold the other: harnesses differ in what they wrap around a question)."""
+    left, right = ({row["problem_id"]: _spaced(row.get("prompt")) for row in rows} for rows in (a, b))
+    common = left.keys() & right.keys()
+    texts = [(left[id], right[id]) for id in common if left[id] and right[id]]
+    return bool(common) and 2 * sum(x in y or y in x for x, y in texts) >= len(texts)
+
+
+def _by_text(rows: Sequence[Row]) -> list[Row]:
+    """The samples under their problem's text; a text that several problems have is numbered."""
+    ids: dict[str, dict[str, int]] = defaultdict(dict)  # text -> id of a problem -> its number
+    found = []
+    for row in rows:
+        text = _spaced(row.get("prompt")) or row["problem_id"]
+        number = ids[text].setdefault(row["problem_id"], len(ids[text]) + 1)
+        found.append({**row, "problem_id": text if number == 1 else f"{text} ({number})"})
+    return found
+
+
+def _spaced(text: Any) -> str:
+    return " ".join(str(text or "").split())
+
+
+def _seed(evaluation: Evaluation) -> int | None:
+    """The sampling seed, where the results file beside our samples says it."""
+    path = Path(evaluation.source.removesuffix(".samples.jsonl") + ".results.json")
+    return read_json(path).get("seed") if evaluation.made_by == "truestep" and path.is_file() else None

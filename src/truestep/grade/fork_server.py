@@ -1,0 +1,156 @@
+"""Child processes that do algebra, forked from one that has imported it: a new one costs milliseconds, not a
+second."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from truestep.errors import UserError
+
+START_SECONDS = 300.0  # to import the algebra, on a machine that is busy
+
+
+class WorkerDied(Exception):
+    """A child process ended on its own, or was ended by somebody else."""
+
+
+class Worker:
+    """One process that compares formulas, and what it has said so far."""
+
+    def __init__(self, pid: int, channel: socket.socket, server: ForkServer) -> None:
+        self.pid = pid
+        self._channel, self._server, self._said = channel, server, b""
+
+    def fileno(self) -> int:
+        return self._channel.fileno()
+
+    def is_silent(self) -> bool:
+        """Whether nothing has come from it, its end included: what is true of an idle worker that lives."""
+        return not select.select([self], [], [], 0)[0]
+
+    def send(self, request: dict[str, Any]) -> None:
+        try:
+            self._channel.sendall(json.dumps(request).encode("ascii") + b"\n")
+        except OSError:
+            raise WorkerDied("its channel is closed") from None
+
+    def receive(self) -> list[dict[str, Any]]:
+        """The whole replies that have come; raises WorkerDied at the end of the channel."""
+        try:
+            chunk = self._channel.recv(1 << 16)
+        except OSError:
+            chunk = b""
+        if not chunk:
+            raise WorkerDied("it ended")
+        *lines, self._said = (self._said + chunk).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def end(self) -> int | None:
+        """Kill it, if it lives, and wait for its end: its exit status, minus the signal if that was one; None
+        where the fork server, which alone can tell, has ended before."""
+        self._channel.close()
+        try:
+            os.kill(
+                self.pid, signal.SIGKILL
+            )  # the process id is its own until the fork server is asked to reap it
+        except OSError:
+            return None
+        try:
+            return int(self._server.ask({"reap": self.pid})["status"])
+        except WorkerDied:
+            return None
+
+
+class ForkServer:
+    """The process that has imported the algebra and forks workers when asked to. It never sees a question."""
+
+    def __init__(self, seconds: float, memory_mb: int) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
+        self._control, far_end = socket.socketpair()
+        self._control.settimeout(START_SECONDS)
+        self._asked, self._said, self._ready = 0, b"", False
+        with far_end:
+            self._process = subprocess.Popen(
+                # -P: a file called sympy.py in the working directory is not imported
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "truestep.grade.symbolic",
+                    *map(str, (far_end.fileno(), seconds, memory_mb)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path},
+                pass_fds=(far_end.fileno(),),
+                start_new_session=True,  # Ctrl-C is for the parent, which then closes the pool
+            )
+        self.pid = self._process.pid
+
+    def wait_ready(self) -> None:
+        """Wait until the algebra is imported; not counted into any comparison's time."""
+        while not self._ready:
+            reply = self._hear()
+            if "missing" in reply:
+                raise UserError(
+                    f'the checker "math" needs the package {reply["missing"]}: write pip install "truestep[train]"'
+                )
+            self._ready = "ready" in reply
+
+    def start(self) -> Worker:
+        """A new worker. Raises WorkerDied where the fork server has ended."""
+        self.wait_ready()
+        near_end, far_end = socket.socketpair()
+        try:
+            with far_end:
+                pid = self.ask({"start": True}, far_end.fileno())["pid"]
+        except BaseException:
+            near_end.close()
+            raise
+        return Worker(pid, near_end, self)
+
+    def ask(self, request: dict[str, Any], *descriptors: int) -> dict[str, Any]:
+        """The reply to a request; one to an earlier request, at which the caller was interrupted, is passed
+        over."""
+        self._asked += 1
+        try:
+            socket.send_fds(
+                self._control, [json.dumps({"id": self._asked, **request}).encode() + b"\n"], descriptors
+            )
+        except OSError:
+            raise WorkerDied("its channel is closed") from None
+        while True:
+            reply = self._hear()
+            if reply.get("id") == self._asked:
+                return reply
+
+    def _hear(self) -> dict[str, Any]:
+        while b"\n" not in self._said:
+            try:
+                chunk = self._control.recv(1 << 12)
+            except TimeoutError:
+                raise WorkerDied(f"no word from it in {START_SECONDS:.0f} s") from None
+            except OSError:
+                chunk = b""
+            if not chunk:
+                raise WorkerDied(f"ended with status {self._process.wait()}")
+            self._said += chunk
+        line, _, self._said = self._said.partition(b"\n")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End it; its workers are to be ended before."""
+        self._control.close()
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,285 @@
+"""A recipe that cannot be tried here, checked whole all the same: ``[declared]`` says what its weights and
+data files would have said, and a dry run reads that instead of them.
+
+The declaration is a statement of its author (a number of rows, mean lengths that somebody observed); a real
+run never reads it. Shapes come from a ``config.json`` beside the recipe, through the model's own class on the
+meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError
+
+from truestep.errors import UserError
+from truestep.flops import Ledger, ModelShape, group_work, sequence_work
+from truestep.frozen import Frozen
+from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GIB = 2.0**30
+# bytes a parameter: float32 master, two Adam moments, float32 gradient; and the copy in the compute dtype
+STATE_BYTES, DTYPE_BYTES = 16, {"bfloat16": 2, "float32": 0, "float64": 16}
+
+
+class DeclaredStage(Frozen):
+    """Mean lengths and counts of a stage, in tokens; what a recipe cannot know and a run would observe."""
+
+    rollout_tokens: int = Field(0, ge=0)  # of an own sample
+    own_samples: int = Field(0, ge=0)  # of a prompt; 0: samples_per_prompt
+    demonstrations_per_prompt: float = Field(
+        0.0, ge=0
+    )  # trained beside them; a share where only some prompts get one
+    demonstration_share: float = Field(1.0, gt=0, le=1)  # how much of a demonstration is trained (prefixes)
+    sft_updates: int = Field(0, ge=0)  # updates on demonstrations alone, in between
+    sft_sequences_per_update: int = Field(0, ge=0)
+
+
+class Declared(Frozen):
+    config: str  # a config.json, relative to the recipe
+    formula_parameters: float = Field(gt=0)  # N of the paper's formula
+    num_gpus: int = Field(1, ge=1)
+    rows: dict[str, int]
+    prompt_tokens: int = Field(ge=1)
+    max_prompt_tokens: int = Field(ge=1)
+    demonstration_tokens: int = Field(ge=1)
+    max_demonstration_tokens: int = Field(ge=1)
+    stages: dict[str, DeclaredStage] = Field(default_factory=dict)
+
+
+def read_declared(settings: Settings, where: str) -> Declared:
+    try:
+        return Declared.model_validate(settings.declared)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(p) for p in first["loc"])
+        raise UserError(f"{where}: declared.{key}: {first['msg']}") from None
+
+
+# ------------------------------------------------------------------------------------------------------ shape
+
+
+def read_config(settings: Settings, declared: Declared, base_dir: Path) -> dict[str, Any]:
+    path = base_dir / declared.config
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: declared.config: cannot be read as a config.json: {error}") from None
+
+
+def shape_of(config: Mapping[str, Any]) -> ModelShape:
+    """The shape of a Llama or Qwen2 from its config, by arithmetic alone.
+
+    Held by: tests/study/test_paper_recipes.py (equal to the model's own class on the meta device)
+    """
+    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    keys, queries = config["num_key_value_heads"] * head, heads * head
+    bias = queries + 2 * keys if config["model_type"] == "qwen2" else 0
+    layer = (
+        2 * hidden * queries
+        + 2 * hidden * keys
+        + bias
+        + 3 * hidden * config["intermediate_size"]
+        + 2 * hidden
+    )
+    table = config["vocab_size"] * hidden
+    tied = bool(config.get("tie_word_embeddings"))
+    total = layers * layer + hidden + table * (1 if tied else 2)
+    return ModelShape(
+        num_parameters=total,
+        num_matmul_parameters=total - (0 if tied else table),
+        num_layers=layers,
+        attention_width=queries,
+    )
+
+
+def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel:
+    """The model itself without any memory, with the recipe's overrides applied as a real run applies them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from truestep.model.load import override
+
+    made = AutoConfig.for_model(**config)
+    override(made, settings.model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(made)
+
+
+# ------------------------------------------------------------------------------------------------------- work
+
+
+def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
+    """What a stage would cost, from its settings and the declared mean lengths.
+
+    Attention is counted at the mean lengths, which is a little less than the mean over lengths.
+    """
+    prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
+    if isinstance(stage, SftSettings):
+        rows = declared.rows[stage.data]
+        sequences = stage.epochs * rows if stage.epochs else stage.steps * stage.sequences_per_step
+        return sequence_work(prompt, demonstration).times(sequences)
+    if isinstance(stage, RejectionSettings):
+        raise UserError(f"stages.{stage.name}: what a rejection stage keeps cannot be declared")
+    if not isinstance(stage, RlSettings):
+        raise TypeError(f"unknown stage {type(stage).__name__}")
+    known = declared.stages.get(stage.name, DeclaredStage())
+    own = [known.rollout_tokens or stage.sampling.max_new_tokens] * (
+        known.own_samples or stage.samples_per_prompt
+    )
+    trained = max(1, round(known.demonstration_share * demonstration))
+    everywhere, some = divmod(known.demonstrations_per_prompt, 1)
+    unscored = 1 / stage.updates_per_rollout  # the first update of a rollout batch needs no scoring pass
+    total = sequence_work(prompt, demonstration).times(known.sft_updates * known.sft_sequences_per_update)
+    for share, extra in ((1 - some, int(everywhere)), (some, int(everywhere) + 1)):
+        for scored, part in ((False, unscored), (True, 1 - unscored)):
+            work = group_work(prompt, own, [trained] * extra, scored=scored)
+            total = total + work.times(stage.steps * stage.prompts_per_step * share * part)
+    return total
+
+
+def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]:
+    """The FLOPs of a whole recipe by the paper's formula (with its N) and by the fuller count."""
+    declared = read_declared(settings, where)
+    shape = shape_of(read_config(settings, declared, base_dir))
+    rounded = ModelShape(
+        num_parameters=int(declared.formula_parameters),
+        num_matmul_parameters=shape.num_matmul_parameters,
+        num_layers=shape.num_layers,
+        attention_width=shape.attention_width,
+    )
+    work = sum((stage_work(s, declared) for s in settings.stages), Ledger())
+    return {"flops_paper_formula": work.paper_flops(rounded), "flops_full": work.full_flops(rounded)}
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def gib_per_gpu(
+    settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings
+) -> dict[str, float]:
+    """An estimate of a rank's memory at its peak, by what holds it.
+
+    Sharded: master weights, moments and gradients. Whole: the sampling engine's own copy (fully sharded
+    policies are sampled from a second model) and its key-value cache; of a training pass one layer's weights
+    and activations at ``tokens_per_microbatch`` (every layer's where nothing is recomputed), and the logits
+    of one chunk.
+    """
+    shape, dtype = shape_of(config), settings.compute.dtype
+    compute = DTYPE_BYTES[dtype] or 4
+    sharded = settings.compute.parallel == "fsdp2"
+    n, layers, hidden = shape.num_parameters, shape.num_layers, int(config["hidden_size"])
+    state = n * (STATE_BYTES + DTYPE_BYTES[dtype]) / (declared.num_gpus if sharded else 1)
+    layer = (n - 2 * config["vocab_size"] * hidden) / layers * compute
+    tokens = stage.tokens_per_microbatch
+    width = 8 * hidden + 3 * int(
+        config["intermediate_size"]
+    )  # what a layer keeps for its backward pass, a token
+    products = 6 * hidden + 2 * int(config["intermediate_size"])  # of which selective checkpointing keeps
+    checkpointing = settings.compute.gradient_checkpointing
+    every = {False: width, True: hidden, "selective": products}[checkpointing]
+    kept = tokens * compute * (every * layers + (width if checkpointing else 0))
+    logits = 1024 * int(config["vocab_size"]) * 4 * 3 + 2 * config["vocab_size"] * hidden * compute
+    found = {"weights, moments, gradients": state, "gathered layer": 2 * layer if sharded else 0.0,
+             "activations": kept, "head and logits": logits}  # fmt: skip
+    if isinstance(stage, RlSettings | RejectionSettings):
+        heads = int(config["num_key_value_heads"])
+        head = config.get("head_dim") or hidden // int(config["num_attention_heads"])
+        slot = (
+            (declared.max_prompt_tokens + stage.sampling.max_new_tokens) * layers * 2 * heads * head * compute
+        )
+        found |= {
+            "sampling engine": n * compute if sharded else 0.0,
+            "cache": slot * stage.sampling.max_running,
+        }
+    return {name: round(size / GIB, 2) for name, size in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- dry run
+
+
+def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
+    """Everything a dry run can say of a recipe without its weights and data.
+
+    Raises UserError as ``prepare`` would, wherever the declared figures already contradict the settings.
+    """
+    from truestep.model.load import model_shape
+    from truestep.pipeline.prepare import check_methods
+
+    declared = read_declared(settings, where)
+    check_methods(settings)
+    config = read_config(settings, declared, base_dir)
+    model = meta_model(settings, config)
+    context = int(model.config.max_position_embeddings)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    rows = [_stage_row(settings, declared, config, stage, context) for stage in settings.stages]
+    for stage in settings.evaluate.data:
+        if stage not in declared.rows:
+            raise UserError(
+                f"{where}: declared.rows has no {stage!r}, which evaluate.data names: write its rows"
+            )
+    return {
+        "name": settings.name,
+        "model": {"path": settings.model.path, **vars(model_shape(model)), "context_length": context,
+                  "rope_theta": rope.get("rope_theta")},
+        "template": f"{settings.chat.system}\n{settings.chat.user}\n{settings.chat.generation_suffix}",
+        "rows": declared.rows,
+        "num_gpus": declared.num_gpus,
+        "stages": rows,
+        **flops_of(settings, base_dir, where),
+    }  # fmt: skip
+
+
+def _stage_row(
+    settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings, context: int
+) -> dict[str, Any]:
+    where = f"stages.{stage.name}"
+    if stage.data not in declared.rows:
+        raise UserError(f"{where}.data: declared.rows has no {stage.data!r}: write its number of rows")
+    rows, longest = declared.rows[stage.data], declared.max_prompt_tokens
+    if isinstance(stage, RlSettings | RejectionSettings):
+        longest += max(stage.sampling.max_new_tokens, declared.max_demonstration_tokens)
+    else:
+        longest += declared.max_demonstration_tokens
+    for limit, key in (
+        (context, "model.context_length"),
+        (stage.tokens_per_microbatch, "tokens_per_microbatch"),
+    ):
+        if longest > limit:
+            raise UserError(f"{where}: {key} = {limit} cannot hold {longest} tokens: write {longest} or more")
+    if isinstance(stage, RlSettings) and stage.prompts_per_step > rows:
+        raise UserError(
+            f"{where}.prompts_per_step = {stage.prompts_per_step} is more than {rows} rows: write fewer"
+        )
+    held = gib_per_gpu(settings, declared, config, stage)
+    work, shape = stage_work(stage, declared), shape_of(config)
+    steps, per_update, updates, epochs = _arithmetic(stage, rows)
+    return {
+        "stage": stage.name,
+        "kind": getattr(stage, "kind", ""), "method": getattr(stage, "method", ""), "rows": rows, "steps": steps,
+        "optimizer updates": updates, "sequences per update": per_update, "epochs": round(epochs, 2),
+        "tokens per micro-batch": stage.tokens_per_microbatch,
+        "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
+        "longest sequence": longest, "flops_full": work.full_flops(shape), "gib": held,
+        "gib_per_gpu": round(sum(held.values()), 1),
+    }  # fmt: skip
+
+
+def _arithmetic(stage: StageSettings, rows: int) -> tuple[int, int, int, float]:
+    """Steps, sequences of an update, updates, epochs."""
+    if isinstance(stage, RlSettings):
+        u = stage.updates_per_rollout
+        per_update = stage.prompts_per_step // u * stage.samples_per_prompt
+        return stage.steps, per_update, stage.steps * u, stage.steps * stage.prompts_per_step / rows
+    assert isinstance(stage, SftSettings | RejectionSettings)
+    size = stage.sequences_per_step
+    steps = stage.steps or math.ceil(stage.epochs * rows / size)
+    return steps, size, steps, steps * size / rows

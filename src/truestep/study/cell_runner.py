@@ -1,0 +1,281 @@
+"""What a study is made of, each part once: runs, the pinned base, and what earlier days have left.
+
+Each task is asked for by name and made by whoever asks first; a run asks for the run that it starts from.
+Tasks are threads that mostly wait; at most ``workers`` of them have a child process at a time. State is files
+alone: cells/KEY/cell.json says that a run is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from truestep import rundir
+from truestep.data.problems import find_source
+from truestep.errors import UserError
+from truestep.settings import Settings, load_settings, settings_hash
+from truestep.study import cell_results
+from truestep.study.launch import Launch, Order
+from truestep.study.plan import BASE_MODEL, Study, cell_settings
+
+
+class CellFailed(RuntimeError):
+    """A cell's process ended with an error; the study goes on without it."""
+
+
+@dataclass(kw_only=True)
+class Runner:
+    """The state of one sitting. ``results`` is a folder of finished cells from earlier days, or None."""
+
+    study: Study
+    where: Path  # the study file
+    out: Path
+    launch: Launch
+    workers: int
+    results: Path | None = None
+    say: Callable[[str], None] = print
+    failures: dict[str, str] = field(default_factory=dict)
+    stopped: threading.Event = field(
+        default_factory=threading.Event
+    )  # by Ctrl-C: no child is started any more
+    trials: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _made: dict[str, Future[Any]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _gate: threading.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._gate = threading.Semaphore(self.workers)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of a task, made by whoever asks first."""
+        with self._lock:
+            future, first = self._made.get(name), name not in self._made
+            if future is None:
+                future = self._made[name] = Future()
+        if first:
+            try:
+                future.set_result(make())
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        return future.result()
+
+
+def result(runner: Runner, settings: Settings, name: str, seed: int) -> dict[str, Any]:
+    """The compact result of these settings: from an earlier day's folder if it is there, else by running
+    them."""
+    key = cell_results.cell_key(settings, given_identity(runner))
+    for kind in ("cells", "trials"):
+        old = kept(runner.results / kind / f"{name}.json") if runner.results else {}
+        if old.get("key") == key:
+            return old
+    made = node(runner, settings, name, seed)
+    return {**made, "arm": name.rpartition("-s")[0]}  # two arms with equal settings share one run
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """A compact result of an earlier day; {} where there is none that can be read."""
+    try:
+        found = rundir.read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def node(runner: Runner, settings: Settings, name: str, seed: int) -> dict[str, Any]:
+    """Run these settings, once, in a folder that their identity names; the compact result."""
+    key = cell_results.cell_key(settings, given_identity(runner))
+    return dict(runner.once(f"node {key}", lambda: _node(runner, settings, name, seed, key)))
+
+
+def node_folder(runner: Runner, settings: Settings) -> Path:
+    return runner.out / "cells" / cell_results.cell_key(settings, given_identity(runner))
+
+
+def _node(runner: Runner, settings: Settings, name: str, seed: int, key: str) -> dict[str, Any]:
+    home = runner.out / "cells" / key
+    done = home / "cell.json"
+    if done.exists():
+        return dict(rundir.read_json(done))
+    parent = _parent(runner, settings, seed)
+    if runner.study.base:
+        base_folder(runner)
+    with runner._gate:
+        if parent is not None:
+            adopt(node_folder(runner, parent) / "run", home / "run", len(parent.stages), settings)
+        # named by its key: which of the arms that share it asks first is chance
+        named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
+        absolute = with_absolute_paths(named, runner.where.parent)
+        rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
+        rundir.write_atomic(home / "name", f"{name}\n")
+        child(
+            runner,
+            Order(study=str(runner.out.resolve()), recipe=f"cells/{key}/recipe.toml", run=f"cells/{key}/run"),
+        )
+        made = cell_results.compact(home / "run", arm=name.rpartition("-s")[0], seed=seed, key=key)
+        rundir.write_json(done, made)
+    return made
+
+
+def child(runner: Runner, order: Order) -> None:
+    if runner.stopped.is_set():
+        raise CellFailed(f"{order.run}: not started")
+    code, words = runner.launch(order)
+    if code != 0:
+        raise CellFailed(f"{order.run}: exit code {code}: {rundir.redact(words)[:300]}")
+
+
+def _parent(runner: Runner, settings: Settings, seed: int) -> Settings | None:
+    """The settings of the run that this one goes on from: all stages but the last. Made first, and once.
+
+    Two arms that begin with the same stages at the same seed have one parent: an SFT checkpoint is trained
+    once.
+    """
+    if not settings.stages:
+        return None
+    before = settings.model_copy(update={"stages": settings.stages[:-1]})
+    node(runner, before, _label(runner, before, seed), seed)
+    return before
+
+
+def _label(runner: Runner, settings: Settings, seed: int) -> str:
+    stages = "-".join(s.name for s in settings.stages) or "start"
+    return f"shared.{stages}-s{seed}"
+
+
+def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
+    """Data files and a model folder, named relative to the study file or to the current folder, found from
+    anywhere."""
+    found = {name: (one, local_source(name, one.source, base_dir)) for name, one in settings.data.items()}
+    data = {
+        name: one.model_copy(update={"source": str(path.resolve())}) if path else one
+        for name, (one, path) in found.items()
+    }
+    model = settings.model
+    if path := local_model(model.path, base_dir):
+        model = model.model_copy(update={"path": str(path.resolve())})
+    return settings.model_copy(update={"data": data, "model": model})
+
+
+def local_source(name: str, source: str, base_dir: Path) -> Path | None:
+    """The file or folder of a data set; None where it is generated or comes from a hub."""
+    return None if ":" in source and not (base_dir / source).exists() else find_source(name, source, base_dir)
+
+
+def local_model(path: str, base_dir: Path) -> Path | None:
+    """The model's folder or file where it is one, as ``load_settings`` finds it; the pinned base is not
+    meant."""
+    if path == BASE_MODEL or not ("/" in path or path.endswith(".gguf")):
+        return None
+    return next((p for p in (base_dir / path, Path(path)) if p.exists()), None)
+
+
+def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
+    """Give a run the stages and evaluations that its parent has made; ``truestep run`` checks their
+    identities."""
+    if not (run / "resolved.toml").exists():
+        rundir.write_atomic(run / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
+    names = [s.name for s in settings.stages[:num_stages]]
+    stages = [parent / "stages" / f"{i + 1:02d}-{name}" for i, name in enumerate(names)]
+    for folder in (*stages, *(parent / "evaluations" / name for name in ("base", *names))):
+        target = run / folder.relative_to(parent)
+        if folder.exists() and not target.exists():
+            aside = target.with_name(f".{target.name}.{os.getpid()}")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(
+                folder, aside, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints", "best")
+            )
+            aside.rename(target)
+
+
+def _link(source: str, target: str) -> None:
+    """Weights are linked (nobody writes into them), everything else is copied."""
+    if source.endswith(".safetensors"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copy2(source, target)
+
+
+# ------------------------------------------------------------------------------------------------ pinned base
+
+
+def base_recipe(where: Path, study: Study) -> Settings:
+    """Raises UserError where it cannot be read or has no stage."""
+    settings = load_settings(where.parent / study.base)
+    if not settings.stages:
+        raise UserError(f"{where.parent / study.base}: a base recipe needs a stage: write [[stages]]")
+    return settings
+
+
+def base_identity(runner: Runner) -> str:
+    """Of the base's recipe and of the content of the files that it names."""
+    if not runner.study.base:
+        return ""
+    folder = (runner.where.parent / runner.study.base).parent
+    recipe = base_recipe(runner.where, runner.study)
+    return str(runner.once("base identity", lambda: cell_results.cell_key(recipe, files_of(recipe, folder))))
+
+
+def given_identity(runner: Runner) -> str:
+    """Of what a cell is given beside its settings: the base, and the content of files, which a path does not
+    tell."""
+
+    def make() -> str:
+        settings = cell_settings(runner.study, runner.study.reference, 0, (), str(runner.where))
+        base, files = base_identity(runner), files_of(settings, runner.where.parent)
+        return settings_hash(base, files) if files else base
+
+    return str(runner.once("given identity", make))
+
+
+def files_of(settings: Settings, base_dir: Path) -> str:
+    """A hash of the files that data sets and the model are read from; "" where there are none."""
+    places = {name: local_source(name, one.source, base_dir) for name, one in settings.data.items()}
+    places["model"] = local_model(settings.model.path, base_dir)
+    parts = []
+    for name, place in places.items():
+        if place is None:
+            continue
+        for path in sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]:
+            with path.open("rb") as file:
+                parts.append(f"{name} {path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return settings_hash(*parts) if parts else ""
+
+
+def base_folder(runner: Runner) -> Path:
+    """The pinned base, trained once by its own recipe; ./base/model leads to what it exported."""
+    return Path(runner.once("base", lambda: _base(runner)))
+
+
+def _base(runner: Runner) -> Path:
+    link, home, settings = (
+        runner.out / BASE_MODEL,
+        runner.out / "base",
+        base_recipe(runner.where, runner.study),
+    )
+    identity = home / "identity"
+    if link.exists():
+        if identity.exists() and identity.read_text(encoding="utf-8").strip() != base_identity(runner):
+            raise UserError(
+                f"{home}: was trained by another {runner.study.base}: write another --out, or remove it"
+            )
+        return link
+    made = with_absolute_paths(settings, (runner.where.parent / runner.study.base).parent)
+    rundir.write_atomic(home / "recipe.toml", rundir.to_toml(made.model_dump(mode="json")))
+    rundir.write_atomic(identity, base_identity(runner) + "\n")
+    with runner._gate:
+        child(runner, Order(study=str(runner.out.resolve()), recipe="base/recipe.toml", run="base/run"))
+    last = f"{len(settings.stages):02d}-{settings.stages[-1].name}"
+    link.symlink_to(Path("run") / "stages" / last / "export")
+    return link
