@@ -347,15 +347,20 @@ def compare_demo(base: Path, head: Path, sets: Sequence[str]) -> list[str]:
             found[name] = {"demo": steps_of(Path(folder) / "demo")}
             summary = json.loads((Path(folder) / "demo/summary.json").read_text())
             scores = {f"{row['checkpoint']}/{row['data']}": row["value"] for row in summary["scores"]}
-            print(f"{name}: {len(found[name]['demo'])} entries, scores {scores}")
+            rewards = [v for step in found[name]["demo"] for k, v in step["values"].items() if k == "reward"]
+            print(f"{name}: {len(found[name]['demo'])} entries, rewards {rewards}, scores {scores}")
             found[name]["demo"].append({"at": "evaluation", "sha256": "", "norm": 0.0, "values": scores})
     return differences(found["base"], found["head"], True, tolerance=0.0)
 
 
+# Sums of one digit, so that a few steps of SFT leave something for RL to work on.
 SHORT = (
-    "stages.sft.steps=6", "stages.sft.save_every=1", "stages.sft.keep_checkpoints=100",
-    "stages.rl.steps=3", "stages.rl.save_every=1", "stages.rl.keep_checkpoints=100",
-    "stages.rl.prompts_per_step=8", "data.test.limit=40",
+    "data.demonstrations.options={ digits = 1 }", "data.demonstrations.limit=40",
+    "data.problems.options={ digits = 1 }", "data.problems.skip=0", "data.problems.limit=40",
+    "data.test.options={ digits = 1 }", "data.test.limit=10",
+    "stages.sft.steps=60", "stages.sft.save_every=1", "stages.sft.keep_checkpoints=100",
+    "stages.rl.steps=4", "stages.rl.save_every=1", "stages.rl.keep_checkpoints=100",
+    "stages.rl.prompts_per_step=8",
 )  # fmt: skip
 
 
