@@ -103,9 +103,8 @@ def _number(value: Any) -> float:
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{type(value).__name__} {value!r:.60}" if isinstance(value, str | Mapping) else type(value).__name__
-    )
+    name = type(value).__name__
+    return f"{name} {value!r:.60}" if isinstance(value, str | Mapping) else name
 
 
 def _die_with_parent(parent: int) -> NoReturn:
@@ -123,9 +122,7 @@ def serve(channel: socket.socket) -> None:
     def prepare() -> Answer:
         function = load(Source(**setup["source"]), setup["path"])
         options = with_folder(function, setup["options"], setup["folder"])
-        if not setup["source"][
-            "sha256"
-        ]:  # ours: options that it refuses are found before anything is sampled
+        if not setup["source"]["sha256"]:  # ours: it checks its options, before anything is sampled
             function([], **options)
         state.update(function=function, options=options)
         return Answer()
