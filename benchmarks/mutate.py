@@ -85,14 +85,25 @@ class Sites(ast.NodeVisitor):
         self.generic_visit(ast.parse(source))
 
     def span(self, node: Any) -> tuple[int, int]:
-        return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
+        return self.starts[node.lineno - 1] + node.col_offset, self.starts[
+            node.end_lineno - 1
+        ] + node.end_col_offset
 
     def add(self, operator: str, start: int, end: int, now: str) -> None:
         was = self.source[start:end].decode()
         now += "\n" * (was.count("\n") - now.count("\n"))  # later lines keep their numbers
         line = self.source[:start].count(b"\n") + 1
         self.found.append(
-            Mutant(file=self.file, line=line, start=start, end=end, was=was, now=now, operator=operator, reach=self.reach)
+            Mutant(
+                file=self.file,
+                line=line,
+                start=start,
+                end=end,
+                was=was,
+                now=now,
+                operator=operator,
+                reach=self.reach,
+            )
         )
 
     def between(self, kind: Any, left: Any, right: Any) -> None:
@@ -222,12 +233,29 @@ def copied(folder: Path) -> Path:
 def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = "") -> tuple[int | None, str]:
     """The exit code (None: out of time) and the output of the fast tests of these files; no child outlives it."""
     how = ["-m", "coverage", "run", f"--rcfile={trace}"] if trace else []
-    words = [sys.executable, *how, "-m", "pytest", "-x", "-q", "--timeout=150", "-m", "not slow and not gpu", *files]
+    words = [
+        sys.executable,
+        *how,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--timeout=150",
+        "-m",
+        "not slow and not gpu",
+        *files,
+    ]
     path = os.pathsep.join([str(folder / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                    "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     with tempfile.TemporaryFile("w+") as output:
-        limited = ["sh", "-c", 'ulimit -v 33554432; exec "$@"', "sh", *words]  # KiB: a mutant may allocate without end
+        limited = [
+            "sh",
+            "-c",
+            'ulimit -v 33554432; exec "$@"',
+            "sh",
+            *words,
+        ]  # KiB: a mutant may allocate without end
         child = subprocess.Popen(limited, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
                                  start_new_session=True)  # fmt: skip
         try:
@@ -269,7 +297,9 @@ def reach_of(folder: Path, test: str) -> dict[str, Any]:
 def judges(mutant: Mutant, reach: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The test files that run the mutant's lines: the golden runs first, then the quick ones."""
     first, last = mutant.reach
-    found = [r for r in reach if r["passes"] and any(first <= n <= last for n in r["lines"].get(mutant.file, ()))]
+    found = [
+        r for r in reach if r["passes"] and any(first <= n <= last for n in r["lines"].get(mutant.file, ()))
+    ]
     return sorted(found, key=lambda r: (r["test"] != FIRST, r["seconds"]))
 
 
@@ -282,12 +312,22 @@ def judge(mutant: Mutant, folder: Path, reach: list[dict[str, Any]]) -> dict[str
         source = path.read_bytes()
         path.write_bytes(mutated(source, mutant))
         try:
-            code, text = pytest_in(folder, [r["test"] for r in chosen], 120 + 3 * sum(r["seconds"] for r in chosen))
+            code, text = pytest_in(
+                folder, [r["test"] for r in chosen], 120 + 3 * sum(r["seconds"] for r in chosen)
+            )
         finally:
             path.write_bytes(source)
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
         row["outcome"] = "timeout" if code is None else "survived" if code == 0 else "killed"
-        row["by"] = failed[0] if failed else "" if code == 0 else text.strip().splitlines()[-1][:200] if text.strip() else ""
+        row["by"] = (
+            failed[0]
+            if failed
+            else ""
+            if code == 0
+            else text.strip().splitlines()[-1][:200]
+            if text.strip()
+            else ""
+        )
     return {**row, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -315,18 +355,28 @@ class Log:
             self.free.append(copy)
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(row.get("outcome", "reach"), row.get("name", row.get("test")), row.get("by", ""), row["seconds"], flush=True)
+            print(
+                row.get("outcome", "reach"),
+                row.get("name", row.get("test")),
+                row.get("by", ""),
+                row["seconds"],
+                flush=True,
+            )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mutants", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=300, help="begin no further mutant after that")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="of the drawn mutants, those whose name holds this text")
     parser.add_argument("--list", action="store_true", help="print the drawn mutants and run nothing")
     given = parser.parse_args()
-    seed = subprocess.check_output(["git", "-C", str(ROOT), "log", "-1", "--format=%H", "--", "tests"], text=True).strip()
+    seed = subprocess.check_output(
+        ["git", "-C", str(ROOT), "log", "-1", "--format=%H", "--", "tests"], text=True
+    ).strip()
     every = list(all_mutants(ROOT))
     drawn = random.Random(seed).sample(every, min(given.mutants, len(every)))
     drawn = [mutant for mutant in drawn if given.only in mutant.name]
@@ -354,7 +404,9 @@ def main() -> int:
             pool.shutdown(wait=False, cancel_futures=True)
             stop = 0.0
             raise
-    return summary([row for row in rows_of(path) if row["name"] in {m.name for m in drawn}], reach, len(drawn))
+    return summary(
+        [row for row in rows_of(path) if row["name"] in {m.name for m in drawn}], reach, len(drawn)
+    )
 
 
 def summary(rows: list[dict[str, Any]], reach: list[dict[str, Any]], wanted: int) -> int:
@@ -365,7 +417,9 @@ def summary(rows: list[dict[str, Any]], reach: list[dict[str, Any]], wanted: int
     num, bad = len(counted), len(survivors)
     for row in survivors:
         was, now = changed_lines(row)
-        print(f"\n{row['file']}:{row['line']} ({row['operator']}; {row['tests']} test files reach it)\n- {was}\n+ {now}")
+        print(
+            f"\n{row['file']}:{row['line']} ({row['operator']}; {row['tests']} test files reach it)\n- {was}\n+ {now}"
+        )
     failing = [r["test"] for r in reach if not r["passes"]]
     if failing:
         print(f"\nnot used, because they fail without a mutant: {', '.join(failing)}")
