@@ -20,6 +20,8 @@ def stage_identity(prepared: Prepared, index: int) -> str:
             frozen = frozen.model_copy(
                 update={"sampling": frozen.sampling.model_copy(update={"max_running": 1})}
             )
+        if code := prepared.code[stage.name]:
+            parts.append(str(sorted(code.items())))
         parts += [frozen, prepared.content[stage.data], prepared.content.get(stage.dev.data, "")]
         if stage.dev.data:
             parts.append(settings.evaluate.data_sampling.model_copy(update={"max_running": 1}))

@@ -49,6 +49,7 @@ def summarize(session: Session, status: str) -> dict[str, Any]:
         "scores": score_rows(*evaluated(session)),
         "comparisons": comparisons(*evaluated(session)),
         "content": {"model": session.prepared.model_content, **session.prepared.content},
+        "code": {name: code for name, code in session.prepared.code.items() if code},
         "overlap": session.prepared.overlap or None,
         "notes": session.prepared.notes,
     }

@@ -24,9 +24,9 @@ from typing import Any
 from truestep.errors import UserError
 from truestep.records import RewardInput
 from truestep.reward_settings import RewardSettings
-from truestep.rewards.load import Source
 from truestep.rewards.record import Answer, to_json
 from truestep.rundir import redact
+from truestep.user_code import Source
 
 POLL_SECONDS = 0.1  # between two looks at a worker's memory
 START_SECONDS = 600.0  # to load a function and its state
