@@ -19,7 +19,7 @@ def _version(wanted: bool) -> None:
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, evaluation, report, study
+    from truestep.cli import audit, data, evaluation, method, report, study
     from truestep.cli import run as verbs
 
     app = typer.Typer(
@@ -45,6 +45,7 @@ def _app() -> typer.Typer:
     app.command("audit")(audit.audit)
     app.command("report")(report.report)
     app.add_typer(data.app, name="data")
+    app.add_typer(method.app, name="method")
     app.add_typer(evaluation.app(), name="eval")
     return app
 
