@@ -119,7 +119,7 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
             runner,
             Order(study=str(runner.out.resolve()), recipe=f"cells/{key}/recipe.toml", run=f"cells/{key}/run"),
         )
-        made = cell_results.compact(home / "run", arm=arm, key=key)
+        made = cell_results.compact(home / "run", arm=arm, seed=settings.seed, key=key)
         rundir.write_json(done, made)
     return made
 
