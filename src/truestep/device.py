@@ -39,10 +39,12 @@ def set_threads(wanted: int | Literal["auto"]) -> int:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if wanted == "auto":
         given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] if ranks == 1 else ""
-        wanted = int(given) if given.isdigit() and int(given) else max(1, usable_cores() // ranks)
-    if torch.get_num_threads() != wanted:
-        torch.set_num_threads(wanted)
-    return wanted
+        number = int(given) if given.isdigit() and int(given) else max(1, usable_cores() // ranks)
+    else:
+        number = wanted
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
+    return number
 
 
 def usable_cores() -> int:

@@ -12,8 +12,7 @@ import pytest
 from truestep.data.rows import RowError
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks
-from truestep.evaluate.benchmarks import Benchmark
-from truestep.evaluate.contamination import contamination
+from truestep.evaluate.benchmarks import Benchmark, contamination
 from truestep.evaluate.sources import content_hash, file_items, item_of
 
 CHOICES = [

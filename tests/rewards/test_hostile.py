@@ -135,7 +135,7 @@ def test_reasons_say_what_happened(tmp_path: Path) -> None:
     said = {
         "raise": "ValueError: boom", "hang": "timeout_seconds = 1.5", "nan": "returned nan", "huge": "returned inf",
         "text": "expected a number", "too_many": "returned 2 values for 1", "nothing": "returned NoneType",
-        "gigabyte": "memory_mb = 300", "os_exit": "exit status 3", "killed": "SIGKILL", "exit": "SystemExit: 3",
+        "gigabyte": "memory_mb = 300", "os_exit": "exit status 3", "killed": "signal 9", "exit": "SystemExit: 3",
     }  # fmt: skip
     for kind, words in said.items():
         write(tmp_path, HOSTILE[kind])
@@ -185,6 +185,26 @@ def test_rounds_of_a_step_are_counted_together(tmp_path: Path) -> None:
         assert sum(r.failed for r in scorer.score([sample(BAD)] * 3)) == 3  # 3 of 63
         with pytest.raises(UserError, match="failed on 4 of 64"):
             scorer.score([sample(BAD)])
+
+
+def test_a_worker_that_ends_between_two_calls_is_no_failure(tmp_path: Path) -> None:
+    write(tmp_path, "threading.Timer(0.2, os._exit, (1,)).start()")
+    with opened(tmp_path) as scorer:
+        for _ in range(2):
+            assert [r.reward for r in scorer.score([sample(BAD)])] == [BAD]
+            time.sleep(1.0)
+
+
+def test_what_a_function_printed_is_shown_without_keys(tmp_path: Path) -> None:
+    write(
+        tmp_path, "print('before', 'sk-' + 'a' * 20, file=sys.stderr); raise ValueError('key hf_' + 'b' * 20)"
+    )
+    with opened(tmp_path, max_failure_share=0.0) as scorer, pytest.raises(UserError) as caught:
+        scorer.score([sample(BAD), *[sample(n) for n in range(100, 119)]])
+    assert "The function printed:\nbefore [redacted]" in str(caught.value)
+    assert "ValueError: key [redacted]" in str(caught.value)
+    assert "aaaa" not in str(caught.value)
+    assert "bbbb" not in str(caught.value)
 
 
 def test_an_unreadable_answer_is_no_failure(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def audit_step() -> Callable[..., Finding]:
 
         try:
             finding = audit_function(step, **options)
-        except subject_module("kit").FAILURES as error:
+        except subject_module("harness").FAILURES as error:
             if fail:
                 raise
             name, why = getattr(step, "__qualname__", "step"), f"{type(error).__name__}: {error}"

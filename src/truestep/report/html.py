@@ -121,12 +121,12 @@ def _context(run: Path) -> dict[str, Any]:
         "stages": stages,
         "evaluations": list(_evaluations(run, rows)),
         "overlap": summary.get("overlap") or tables.read_object(run / "data" / "overlap.json"),
-        "settings": redact(_text(run / "resolved.toml")),
+        "settings": redact(text_of(run / "resolved.toml")),
         "provenance": flat(tables.read_object(run / "provenance.json")),
     }
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 

@@ -17,23 +17,23 @@ from typing import Any
 import torch
 
 from truestep.audit.environments.launch import LEARNING_RATE
-from truestep.audit.measure import cases
+from truestep.audit.measure import cases, recorder
 from truestep.audit.measure.findings import Finding, Verdict
 from truestep.audit.measure.observations import ObservationError, load
 from truestep.audit.measure.verdict import judge
 from truestep.audit.subjects import CASES, FOLDER
 
-_LOADED: dict[str, ModuleType] = {}
+_LOADED: dict[str, ModuleType] = {"recorder": recorder}
 
 
 def subject_module(name: str) -> Any:
     """A module of subjects/, which are scripts that import each other by their bare names.
 
-    Neither their folder nor their names stay behind: a caller may have a ``kit`` of its own, and a subject
+    Neither their folder nor their names stay behind: a caller may have a ``harness`` of its own, and a subject
     must not hide the framework that it is named after.
     """
     if name not in _LOADED:
-        ours = {path.stem for path in FOLDER.glob("*.py")}
+        ours = {"recorder", *(path.stem for path in FOLDER.glob("*.py"))}
         hidden = {other: sys.modules.pop(other) for other in ours if other in sys.modules}
         sys.modules.update(_LOADED)
         sys.path.insert(0, str(FOLDER))
@@ -60,7 +60,7 @@ def audit_function(
 
     The caller's random numbers go on as if nothing had been audited.
     """
-    kit, user_loop = subject_module("kit"), subject_module("user_loop")
+    harness, user_loop = subject_module("harness"), subject_module("user_loop")
     subject, configuration = getattr(step, "__qualname__", "step"), {"arch": arch, "processes": 1}
     runs = {}
     with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="truestep-audit-") as folder:
@@ -69,7 +69,7 @@ def audit_function(
             place = Path(folder) / name
             place.mkdir()
             raw = {"options": {"arch": arch}, "learning_rate": LEARNING_RATE["sgd"]}
-            user_loop.run_with(step, kit.Spec(place, case.to_json(), raw))
+            user_loop.run_with(step, harness.Spec(place, case.to_json(), raw))
             try:
                 runs[name] = load(place, case, learning_rate=LEARNING_RATE["sgd"])
             except ObservationError as error:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -52,7 +53,6 @@ class Job:
     learning_rate: float = 0.5
     world_size: int = 1
     timeout: float = 120.0
-    environment: Mapping[str, str] | None = None
 
 
 def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict[str, str]:
@@ -109,6 +109,8 @@ def run(job: Job) -> dict[str, Observation]:
     with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
         folder = Path(name)
         (folder / "home").mkdir()
+        (folder / "modules").mkdir()  # beside the script, all that a subject can import from here
+        shutil.copy(Path(cases.__file__).with_name("recorder.py"), folder / "modules")
         spec = {
             "cases": [case.to_json() for case in job.cases],
             "options": dict(job.options),
@@ -132,7 +134,10 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
                 processes.append(
                     subprocess.Popen(
                         [str(job.python), str(FOLDER / f"{job.script}.py"), str(folder)],
-                        env=child_environment(job.world_size, home, rank, port) | dict(job.environment or {}),
+                        env={
+                            **child_environment(job.world_size, home, rank, port),
+                            "PYTHONPATH": str(folder / "modules"),
+                        },
                         cwd=home,
                         stdin=subprocess.DEVNULL,
                         stdout=file,

@@ -27,24 +27,13 @@ from typing import IO
 
 from truestep import rundir
 from truestep.audit.environments.packages import ALONE, COMPANIONS
+from truestep.audit.subjects import TABLE
 from truestep.errors import UserError
 
 TORCH = "2.13.0"
 BUILD_TIMEOUT = 1800.0  # seconds: of one install command, and of waiting for another audit's build
 PYTHON_TAG = f"py{sys.version_info.major}.{sys.version_info.minor}"
-FRAMEWORKS = (
-    "truestep",
-    "torch",
-    "transformers",
-    "accelerate",
-    "trl",
-    "deepspeed",
-    "openrlhf",
-    "llamafactory",
-    "verl",
-    "torchtune",
-    "datasets",  # no framework, but what a subject needs
-)
+FRAMEWORKS = tuple(dict.fromkeys(name for s in TABLE for name in (*s.needs, *s.brings)))
 # setuptools 81 dropped pkg_resources, which older releases import; wheel: their source archives build with
 # it.
 BASE = ("numpy", "setuptools<81", "wheel")

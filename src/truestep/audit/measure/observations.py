@@ -63,7 +63,6 @@ class Step:
     control: np.ndarray  # P: the whole step's gradient sum in the subject's own precision
     extras: dict[str, np.ndarray]  # what a wrong mask or a wrong shift would have added
     logged_loss: float | None = None
-    reported_norm: float | None = None
     max_grad_norm: float = 0.0  # asked for
     carried: np.ndarray | float = 0.0  # P: what momentum was asked to add to the gradient
 
@@ -111,7 +110,6 @@ class Observation:
     forwards_without_step: int = 0
     unmatched: int = 0
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
-    notes: tuple[str, ...] = ()
     location: str = ""  # FILE:LINE where what is audited runs the model
     autocast: str = ""  # the dtype that the model was run in, where it is another than its parameters'
     not_run: str = ""  # why this case alone could not be run
@@ -161,7 +159,6 @@ def load(folder: Path, case: Case, *, learning_rate: float) -> Observation:
                     for k in parts[0]["extras"]
                 },
                 logged_loss=_at(logged["loss"], index),
-                reported_norm=_at(logged["grad_norm"], index),
             )
         )
     return Observation(
@@ -174,7 +171,6 @@ def load(folder: Path, case: Case, *, learning_rate: float) -> Observation:
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
         location=ranks[0]["location"],
         autocast=ranks[0]["autocast"],
-        notes=tuple(dict.fromkeys(n for r in ranks for n in r["notes"])),
         seconds=ranks[0]["seconds"],
     )
 

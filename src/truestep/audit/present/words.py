@@ -175,8 +175,9 @@ def sentence(cause: Cause) -> str:
 
 def differences_in_words(found: Differences) -> str:
     steps = dict.fromkeys(", and ".join(map(sentence, step)) for step in found.steps)
-    rest = [] if found.in_every_step else ["(not in every step)"]
-    return "; ".join([*map(sentence, found.data), *steps, *rest])
+    return "; ".join([*map(sentence, found.data), *steps]) + (
+        "" if found.in_every_step else " (not in every step)"
+    )
 
 
 def row_of(finding: Finding) -> Row:

@@ -1,27 +1,27 @@
-"""What is audited: one adapter a framework, a script that runs in a child process (they import each other by bare
-names), and the table of which script steps which framework, in which configurations."""
+"""What is audited: an adapter for each framework, and the table of how each one is audited.
+
+An adapter is one file: a script for a child process (adapters import each other by bare names) with a literal
+``SUBJECTS``. This table is read from these literals, without importing any framework. An entry has
+
+* name, and needs: the distributions without which the script cannot run; the first one is what is audited;
+* brings: frameworks that come with it whether they are named or not;
+* configurations: options of the script, beside the keys processes (one number or several), cases, without and
+  documented, which the entry itself may set for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-
 CASES = ("ragged", "unsplit", "masked", "window")
-ENGINE = ("ragged", "unsplit", "masked")  # an engine is fed by a loop: the end of an epoch is not its own
-CLIP, CLIP_RATE = ("clipped",), ("clipped", "scheduled")
-RELATED = ("clipped", "scheduled", "resumed")
-NOT_SAVED = (("resumed", "its checkpoints are made by its command, which needs a GPU"),)
-EPOCHS_SAVED = (("resumed", "its checkpoints hold whole epochs and weight files of its own"),)
-OWN_LOOP = "only the loss is the framework's: clip, schedule and checkpoint are not"
-FUNCTION = tuple((name, OWN_LOOP) for name in RELATED)
-ADDRESSED = (
-    ("scheduled", "its step is told its learning rate"),
-    ("resumed", "held by its own tests of the run"),
-)
+ENGINE = ("ragged", "unsplit", "masked")  # an engine is fed by a loop: it never sees the end of an epoch
+GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed")}
+ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,156 +43,52 @@ class Configuration:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``needs``: the distributions without which the script cannot run; the first one is what is audited."""
+    """An entry of the table; ``script`` is the adapter's file without its suffix."""
 
     name: str
     script: str
     needs: tuple[str, ...]
     configurations: Sequence[Configuration]
-    brings: tuple[str, ...] = ()  # frameworks that come with it whether they are named or not
+    brings: tuple[str, ...] = ()
 
 
-def _both(**options: Any) -> tuple[Configuration, Configuration]:
-    """The same on one and on two processes, relations included."""
-    one = Configuration(options=options, only=CASES + RELATED)
-    return one, replace(one, world_size=2)
+def read(folder: Path) -> tuple[Subject, ...]:
+    """The subjects of all adapters in a folder."""
+    return tuple(s for path in sorted(folder.glob("*.py")) for s in _subjects_of(path))
 
 
-def _zero(stage: int, *, offload: bool, **options: Any) -> dict[str, Any]:
-    return {"zero_stage": stage, "offload": offload, **options}
+def _subjects_of(path: Path) -> Iterator[Subject]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUBJECTS":
+            for entry in ast.literal_eval(node.value):
+                shared = {
+                    key: entry[key] for key in ("processes", "cases", "without", "documented") if key in entry
+                }
+                own = entry.get("configurations", [{}])
+                yield Subject(
+                    name=entry["name"],
+                    script=path.stem,
+                    needs=tuple(entry["needs"]),
+                    brings=tuple(entry.get("brings", ())),
+                    configurations=[one for options in own for one in _configurations({**shared, **options})],
+                )
 
 
-ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
-LLAMA = {"arch": "llama"}
-TORCH = Subject(
-    name="torch loop",
-    script="torch_loop",
-    needs=("torch",),
-    configurations=[Configuration(only=CASES + RELATED)],
-)
-TABLE: tuple[Subject, ...] = (
-    TORCH,
-    Subject(
-        name="torch DDP",
-        script="ddp",
-        needs=("torch",),
-        configurations=[Configuration(world_size=2, only=CASES + RELATED)],
-    ),
-    Subject(
-        name="torch FSDP2",
-        script="fsdp2",
-        needs=("torch",),
-        configurations=[Configuration(world_size=2, only=CASES + RELATED)],
-    ),
-    Subject(
-        name="truestep",
-        script="truestep_step",
-        needs=("truestep", "transformers", "torch"),
-        configurations=[
-            Configuration(options=LLAMA, only=ENGINE + CLIP, without=ADDRESSED),
-            Configuration(options=LLAMA, world_size=2, only=ENGINE + CLIP, without=ADDRESSED),
-            Configuration(
-                options={**LLAMA, "parallel": "fsdp2"}, world_size=2, only=ENGINE + CLIP, without=ADDRESSED
-            ),
-        ],
-    ),
-    Subject(
-        name="accelerate",
-        script="accelerate_loop",
-        needs=("accelerate", "torch"),
-        configurations=[
-            Configuration(only=ENGINE + RELATED),
-            Configuration(world_size=2, only=ENGINE + RELATED),
-        ],
-    ),
-    Subject(
-        name="transformers Trainer",
-        script="hf_trainer",
-        needs=("transformers", "accelerate", "torch"),
-        configurations=[
-            *_both(**LLAMA),
-            Configuration(options={"arch": "gpt2"}),
-            Configuration(options={**LLAMA, "optimizer": "adamw"}),
-            Configuration(
-                options={**LLAMA, "average_tokens_across_devices": False},
-                world_size=2,
-                documented="average_tokens_across_devices = false",
-            ),
-        ],
-    ),
-    Subject(
-        name="TRL SFTTrainer",
-        script="trl_sft",
-        needs=("trl", "transformers", "accelerate", "datasets", "torch"),
-        configurations=[
-            *_both(**LLAMA),
-            Configuration(options={**LLAMA, "packing": True}, only=("ragged", "unsplit")),
-            Configuration(options={**LLAMA, "assistant_only": True}, only=("chat",)),
-        ],
-    ),
-    Subject(
-        name="LLaMA-Factory",
-        script="llamafactory_sft",
-        needs=("llamafactory", "transformers", "accelerate", "torch"),
-        brings=("trl",),
-        configurations=[*_both(**LLAMA), Configuration(options={"arch": "gpt2"})],
-    ),
-    Subject(
-        name="DeepSpeed",
-        script="deepspeed_engine",
-        needs=("deepspeed", "torch"),
-        configurations=[
-            Configuration(options={"stage": 2, "offload": True}, only=ENGINE + RELATED),
-            Configuration(options={"stage": 2, "offload": True}, world_size=2, only=ENGINE + RELATED),
-            Configuration(options={"stage": 2, "offload": True, "manual": True}, only=ENGINE + RELATED),
-            Configuration(options={"stage": 2, "offload": False}, only=ENGINE + RELATED),
-            Configuration(options={"stage": 1, "offload": True}, only=ENGINE + RELATED),
-            Configuration(options={"stage": 3, "offload": True}, only=ENGINE + RELATED),
-        ],
-    ),
-    Subject(
-        name="OpenRLHF SFTTrainer",
-        script="openrlhf_sft",
-        needs=("openrlhf", "transformers", "torch"),
-        brings=("deepspeed",),
-        configurations=[
-            Configuration(options={"offload": False, **LLAMA}, only=ENGINE + CLIP_RATE, without=NOT_SAVED),
-            Configuration(
-                options={"offload": False, **LLAMA}, world_size=2, only=ENGINE + CLIP_RATE, without=NOT_SAVED
-            ),
-            Configuration(options={"offload": True, **LLAMA}, only=ENGINE + CLIP_RATE, without=NOT_SAVED),
-        ],
-    ),
-    Subject(
-        name="torchtune SFT recipe",
-        script="torchtune_sft",
-        needs=("torchtune", "torch"),
-        configurations=[Configuration(only=CASES + CLIP_RATE, without=EPOCHS_SAVED)],
-    ),
-    Subject(
-        name="verl agg_loss (function level)",
-        script="verl_agg_loss",
-        needs=("verl", "torch"),
-        configurations=[
-            Configuration(only=ENGINE, without=FUNCTION),
-            Configuration(world_size=2, only=ENGINE, without=FUNCTION),
-        ],
-    ),
-    Subject(
-        name="transformers Trainer + DeepSpeed",
-        script="hf_trainer",
-        needs=("transformers", "deepspeed", "accelerate", "torch"),
-        configurations=[Configuration(options=_zero(2, offload=True, **LLAMA))],
-    ),
-    Subject(
-        name="TRL SFTTrainer + DeepSpeed",
-        script="trl_sft",
-        needs=("trl", "deepspeed", "transformers", "accelerate", "datasets", "torch"),
-        configurations=[
-            Configuration(options=_zero(2, offload=True, assistant_only=True, **LLAMA), only=("chat",))
-        ],
-    ),
-)
+def _configurations(options: dict[str, Any]) -> Iterator[Configuration]:
+    """One for each number of processes."""
+    processes, cases = options.pop("processes", 1), options.pop("cases", ["CASES"])
+    without = options.pop("without", {})
+    one = Configuration(
+        documented=options.pop("documented", ""),
+        only=tuple(name for case in cases for name in GROUPS.get(case, (case,))),
+        without=tuple((name, why) for names, why in without.items() for name in names.split(", ")),
+        options=options,
+    )
+    for number in [processes] if isinstance(processes, int) else processes:
+        yield replace(one, world_size=number)
+
+
+TABLE = read(FOLDER)
 
 
 def applicable(installed: Mapping[str, str]) -> list[Subject]:

@@ -1,11 +1,16 @@
-"""From the name of a function in a recipe to its file and, in a worker, to the function."""
+"""Code of a recipe: from FILE.py:NAME or PACKAGE.MODULE:NAME to the file and its hash, and to the function.
+
+It is the user's own code and runs as such; its content hash is part of a run's identity and provenance.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +18,6 @@ from types import ModuleType
 from typing import Any
 
 from truestep.errors import UserError, did_you_mean
-from truestep.reward_settings import SHIPPED
 from truestep.rundir import file_sha256
 
 
@@ -28,21 +32,22 @@ class Source:
     sha256: str
 
 
-def find_source(named: str, base: Path) -> Source:
-    """Find the file without running it. ``base`` is the recipe's folder. Raises UserError if there is none."""
-    place, _, function = SHIPPED.get(named, named).rpartition(":")
+def find_source(named: str, base: Path, *, what: str, shipped: str = "") -> Source:
+    """Find the file without running it. ``base`` is the recipe's folder, ``what`` the word for the thing in errors,
+    ``shipped`` the place of one that ships with truestep. Raises UserError if there is none."""
+    place, _, function = (shipped or named).rpartition(":")
     if place.endswith(".py"):
         module, path = "", (base / Path(place).expanduser()).resolve()
         if not path.is_file():
             hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.py")])
-            raise UserError(f'reward "{named}": {path} does not exist{hint}')
+            raise UserError(f'{what} "{named}": {path} does not exist{hint}')
     else:
-        module, path = place, _module_file(place, [*sys.path, str(base.resolve())], named)
-    sha256 = "" if named in SHIPPED else file_sha256(path)
+        module, path = place, _module_file(place, [*sys.path, str(base.resolve())], f'{what} "{named}"')
+    sha256 = "" if shipped else file_sha256(path)
     return Source(path=str(path), module=module, function=function, sha256=sha256)
 
 
-def _module_file(module: str, places: Sequence[str], named: str) -> Path:
+def _module_file(module: str, places: Sequence[str], what: str) -> Path:
     """A module's file, found without importing its packages."""
     name = ""
     for part in module.split("."):
@@ -52,9 +57,7 @@ def _module_file(module: str, places: Sequence[str], named: str) -> Path:
             break
         places = spec.submodule_search_locations or []
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise UserError(
-            f'reward "{named}": module {name} does not exist; install it or put it beside the recipe'
-        )
+        raise UserError(f"{what}: module {name} does not exist; install it or put it beside the recipe")
     return Path(spec.origin)
 
 
@@ -65,7 +68,7 @@ def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
         if folder not in sys.path:
             sys.path.append(folder)
     if source.sha256 and file_sha256(Path(source.path)) != source.sha256:
-        raise UserError(f"{source.path} has changed since the run was started: start the run again")
+        raise UserError(f"{source.path} has changed since the run was started; start the run again")
     module = importlib.import_module(source.module) if source.module else _import_file(Path(source.path))
     function = getattr(module, source.function, None)
     if not callable(function):
@@ -77,7 +80,7 @@ def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = path.stem if path.stem not in sys.modules else f"reward_{path.stem}"
+    name = path.stem if path.stem not in sys.modules else f"recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -103,3 +106,47 @@ def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder
         wrong = [did_you_mean(key, known) for key in options if key not in known]
         raise UserError(f"options: {error}{''.join(wrong[:1])}") from None
     return given
+
+
+# ------------------------------------------------------------------------------------------- when it is called
+
+MAX_DETAIL = 6000  # characters of a traceback
+OWN = os.getpid()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """What the user's code raised: one line, and its traceback."""
+
+    reason: str
+    detail: str
+
+
+def attempt(work: Callable[..., Any], *given: Any) -> Any:
+    """What the user's code returns, or a ``Raised``: the only place that catches everything, ``sys.exit`` too. A
+    process that the code has forked and that comes back here ends."""
+    try:
+        result = work(*given)
+    except BaseException as error:  # noqa: BLE001
+        result = raised(error)
+    if os.getpid() != OWN:
+        os._exit(0)
+    return result
+
+
+def raised(error: BaseException) -> Raised:
+    """An exception of the user's code in words; frames of truestep that called it are left out."""
+    package = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    while frames and (frames[0].filename.startswith(package) or "importlib" in frames[0].filename):
+        del frames[0]
+    if isinstance(error, UserError):
+        return Raised(reason=str(error), detail="")
+    only = traceback.format_exception_only(error)
+    reason = only[-1].strip()
+    if isinstance(error, SyntaxError):
+        reason += f" ({error.filename}, line {error.lineno})"
+    elif frames:
+        reason += f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})"
+    detail = "".join([*traceback.format_list(frames), *only])
+    return Raised(reason=reason[:1000], detail=detail[-MAX_DETAIL:])

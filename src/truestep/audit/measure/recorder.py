@@ -1,9 +1,7 @@
-"""What every subject shares. Runs inside the audited environment: the standard library and torch, nothing
-else.
+"""Watches a model from outside while something trains it. Copied into the audited environment, where it runs with
+the standard library and torch, nothing else; imported as it is by whoever audits in his own process.
 
-A subject is a script with ``kit.main(run)``. It is told what to run by ``spec.json`` in the folder that is
-its only argument, lets its framework train a tiny model on the rows of each case, and leaves
-``CASE/rank-R.json`` with tensors:
+What is left behind is ``CASE/rank-R.json`` with tensors:
 
 * which rows went into which micro-batch, seen by a hook on the model's forward pass;
 * the parameters before and after every optimizer step, seen as changes between two forward passes;
@@ -19,135 +17,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import importlib.metadata
 import json
 import math
-import os
-import re
 import sys
 import time
-from _pickle import UnpicklingError  # only the name of what a framework's own loading may raise
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from tiny import tiny_model
 from torch import Tensor, nn
 
-__all__ = ["Recorder", "Spec", "tiny_model"]
 SCHEMA = 1
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, AssertionError,
-            NotImplementedError, UnpicklingError, SystemExit, ArithmeticError)  # fmt: skip
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-class Spec:
-    """One case in one configuration, and the folder for what is observed."""
-
-    def __init__(self, folder: Path, case: dict[str, Any], raw: dict[str, Any]) -> None:
-        self.folder, self.case = folder, case
-        self.options: dict[str, Any] = raw["options"]
-        self.rows: list[dict[str, list[int]]] = case["rows"]
-        self.accumulation: int = case["accumulation"]
-        self.rows_per_microbatch: int = case["rows_per_microbatch"]
-        self.epochs: int = case["epochs"]
-        self.steps: int = case["steps"]
-        self.vocabulary: int = case["vocabulary"]
-        self.lr: float = raw["learning_rate"]
-        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.dtype = DTYPES[self.options.get("dtype", "float32")]
-
-    @property
-    def max_grad_norm(self) -> float:
-        """The clip that is asked for; 0 is none."""
-        return float(self.case.get("max_grad_norm") or self.options.get("max_grad_norm") or 0.0)
-
-    @property
-    def decays(self) -> bool:
-        return bool(self.case.get("decay"))
-
-    @property
-    def is_relation(self) -> bool:
-        """Whether the case asks for more than a step."""
-        return self.decays or bool(self.case.get("max_grad_norm"))
-
-    def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
-        """A line to zero over the case's steps, or none; ``ticks``: of a framework's own for each step."""
-        last = self.steps * ticks
-        return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: max(0.0, 1 - i / last) if self.decays else 1.0
-        )
-
-    def parts(self) -> list[list[list[list[int]]]]:
-        """The windows before a resume and those after it; all in one where there is none."""
-        windows, at = self.windows(), self.case.get("resume_after", 0)
-        return [windows[:at], windows[at:]] if at else [windows]
-
-    def labels(self, row: int) -> list[int]:
-        """The row's tokens, −100 where they are not trained."""
-        return [
-            t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
-        ]
-
-    def batches(self, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """This rank's micro-batches of one epoch as row numbers, in order: for subjects without a loader."""
-        size, chosen = self.rows_per_microbatch, range(len(self.rows)) if rows is None else rows
-        micro = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        return micro[self.rank :: self.world_size]
-
-    def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
-        """The same, step by step, over all epochs: a short window ends an epoch whose data are no
-        multiple."""
-        mine = self.batches(rows)
-        return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
-
-    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        if self.options.get("optimizer", "sgd") == "sgd":
-            return torch.optim.SGD(parameters, lr=self.lr, momentum=self.case.get("momentum", 0.0))
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
-
-
-def main(run: Callable[[Spec], None]) -> None:
-    """Run the subject on every case that it is asked for, all in one process: importing a framework costs
-    most."""
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    raw = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-    for case in raw["cases"]:
-        place = folder / case["name"]
-        place.mkdir(exist_ok=True)
-        spec = Spec(place, case, raw)
-        try:
-            run(spec)
-        except FAILURES as error:
-            if not spec.is_relation:
-                raise
-            # What a framework cannot do beside its step is no reason not to judge the step.
-            plain = re.sub(
-                r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}"
-            )  # torch prints some words in bold
-            words = " ".join(plain.split()).partition(". ")[0][:160]
-            (place / "not-run.txt").write_text(words, encoding="utf-8")
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Those of the named distributions that are installed."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def join_ranks(spec: Spec) -> None:
-    """A gloo group of all ranks, once; with one rank too, for frameworks that want one."""
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", rank=spec.rank, world_size=spec.world_size)
-
-
-# ----------------------------------------------------------------------------------------------------- losses
+EXPLAINED = 1e-4  # relative: what weights of the rows leave of a right step
 
 
 def logits_of(out: Any) -> Tensor:
@@ -164,26 +46,6 @@ def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift:
     targets = [t for t in range(max(1, shift), len(ids)) if chosen[t]]
     where = torch.tensor(targets, dtype=torch.int64)
     return -logp[where - shift, tokens[0][where]].sum()
-
-
-def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
-    """−log p and the mask [R, T − 1] of the tokens that a micro-batch trains, its rows in one padded forward
-    pass."""
-    longest = max(len(spec.rows[row]["ids"]) for row in batch)
-    ids = torch.tensor(
-        [spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch]
-    )
-    labels = torch.tensor(
-        [spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch]
-    )[:, 1:]
-    logits = logits_of(model(input_ids=ids))[:, :-1]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-    return nn.functional.cross_entropy(wide, labels, ignore_index=-100, reduction="none"), labels != -100
-
-
-def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
-    """−Σ log p over the trained tokens of a micro-batch, all of its rows in one padded forward pass."""
-    return token_losses(spec, model, batch)[0].sum()
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -211,9 +73,6 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
     return [p for _, p in sorted(model.named_parameters())]
 
 
-# --------------------------------------------------------------------------------------------------- recorder
-
-
 class Recorder:
     """Watches a model from outside. Make it before the framework wraps the model; call ``finish`` when it is
     done.
@@ -222,7 +81,7 @@ class Recorder:
     whose framework shards or casts them give their own.
     """
 
-    def __init__(self, spec: Spec, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
+    def __init__(self, spec: Any, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
         self.spec, self.began = spec, time.perf_counter()
         self.copy = copy.deepcopy(model).double()
         self.copy.eval()
@@ -234,8 +93,7 @@ class Recorder:
         self.steps: list[tuple[Tensor, Tensor, list[list[list[int]]]]] = []
         self.unmatched = 0
         self.autocast: torch.dtype | None = None  # that the model was run under
-        self.logged: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": []}
-        self.notes: list[str] = []
+        self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
         self.stack: list[tuple[str, int]] = []  # of the first forward pass, from within
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
@@ -304,7 +162,6 @@ class Recorder:
             "unmatched_lines": self.unmatched,
             "autocast": str(self.autocast).removeprefix("torch.") if self.autocast else "",
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
-            "notes": self.notes,
             "location": self._location(versions),
             "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
             "seconds": {"run": trained - self.began, "reference": time.process_time() - started},
@@ -378,7 +235,7 @@ class Recorder:
             return False
         columns = torch.stack(list(gradients), dim=1)
         rest = change - columns @ torch.linalg.lstsq(columns, change[:, None], driver="gelsd").solution[:, 0]
-        return bool(rest.norm() <= 1e-4 * change.norm())
+        return bool(rest.norm() <= EXPLAINED * change.norm())
 
     def _extras(self, micro: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """What a wrong mask or a wrong shift would have added to the step's gradient sum."""
