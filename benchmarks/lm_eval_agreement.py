@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from truestep.cli.eval_engines import context_and_eos
-from truestep.evaluate.model_adapters import TokenAsker
-from truestep.evaluate.plan import EvaluationSettings, Job, make_jobs
+from truestep.evaluate.jobs import Job, evaluation_settings, make_jobs
+from truestep.evaluate.model_adapters import TokenAdapter
 from truestep.evaluate.prompts import cut
 from truestep.grade.score import Grader, find_answer
 from truestep.model.load import load_model, load_tokenizer, resolve
@@ -121,13 +121,13 @@ def main() -> None:
         "model": {"path": args.model}, "benchmarks": args.benchmarks.split(","), "data": args.data,
         "prompts": [args.prompt], "limit": args.limit, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 0,
     }  # fmt: skip
-    settings = EvaluationSettings.model_validate(raw)
+    settings = evaluation_settings(raw, "the options")
     torch.set_num_threads(1)
     loaded = load_model(settings.model, dtype=torch.float32, device=torch.device("cpu"), seed=0)
     engine = TorchEngine(Policy(loaded).model, max_running=1)  # the policy installs the packed attention
     tokenizer = load_tokenizer(settings.model)
     context, eos = context_and_eos(settings)
-    asker = TokenAsker(
+    adapter = TokenAdapter(
         tokenizer=tokenizer,
         context_length=context,
         model_eos=eos,
@@ -137,7 +137,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for job in make_jobs(settings, Path()):
         with tempfile.TemporaryDirectory() as folder:
-            asked: Any = asker.ready(job, args.few_shot)
+            asked: Any = adapter.ready(job, args.few_shot)
             own = ours(job, asked, tokenizer, engine)
             prompts = [as_text(tokenizer, p.token_ids) for p in asked.prompts]
             foreign = theirs(args.python, resolve(settings.model), job, prompts, Path(folder))

@@ -2,7 +2,7 @@
 what to write instead; ``resolved.toml`` in the run directory shows every setting that was in force.
 
 Batch sizes are named by what they count; everything else about a batch is derived (``pipeline`` prints the
-table).
+table). The file is longer than others because every model refers to others of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -22,6 +23,10 @@ from truestep.frozen import Frozen
 from truestep.reward_settings import RewardSettings, reward_entries
 
 M = TypeVar("M", bound=Frozen)
+Positive = Annotated[int, Field(ge=1)]
+Pinned = Literal["benchmark"]  # the table of benchmarks says it
+Checker = Literal["math", "exact", "integer", "choice", "countdown"]  # the functions: grade.score.CHECKERS
+CHECKERS: tuple[Checker, ...] = get_args(Checker)
 
 
 class TinySettings(Frozen):
@@ -49,7 +54,8 @@ class ModelSettings(Frozen):
 
 
 class ComputeSettings(Frozen):
-    threads: int = Field(2, ge=1)  # results are bit-exact at a fixed number of threads only
+    # Results are bit-exact at a fixed number only. auto: the cores that this process may use.
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
     gradient_checkpointing: bool | Literal["selective"] = (
@@ -80,7 +86,7 @@ class DataSettings(Frozen):
     seed: Annotated[int, Field(ge=0)] | Literal["run"] = "run"  # what a program draws its problems with
     skip: int = Field(0, ge=0)
     limit: int | Literal["all"] = "all"
-    checker: Literal["auto", "math", "exact"] = "auto"
+    checker: Literal["auto"] | Checker = "auto"
     options: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -244,23 +250,84 @@ class RlSettings(StageSettings):
 Stage = Annotated[SftSettings | RlSettings | RejectionSettings, Field(discriminator="kind")]
 
 
+class EvaluationSampling(Frozen):
+    """Sampling of an evaluation. "benchmark": what the table of benchmarks pins for each of them."""
+
+    temperature: Annotated[float, Field(ge=0)] | Pinned = "benchmark"
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: Positive | Pinned = "benchmark"
+    max_running: int = Field(64, ge=1)  # rows decoded, or requests sent, at once: memory only
+
+    def resolved(self, temperature: float, max_new_tokens: int) -> SamplingSettings:
+        """With these values in place of "benchmark"."""
+        pinned = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        given = {key: value for key, value in self.model_dump().items() if value != "benchmark"}
+        return SamplingSettings.model_validate(pinned | given)
+
+
 class EvaluateSettings(Frozen):
+    """How models are evaluated: a run's checkpoints on its data sets, and with ``truestep eval`` any model on
+    pinned benchmarks. With ``benchmarks``, ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
+
     data: tuple[str, ...] = ()
-    samples_per_problem: int = Field(1, ge=1)
-    pass_at: tuple[int, ...] = (1,)
-    sampling: SamplingSettings = SamplingSettings(temperature=0.6, max_new_tokens=256)
     before: bool = True  # also evaluate the base model
+    samples_per_problem: Positive | Pinned = 1
+    pass_at: tuple[int, ...] = (1,)  # of data sets; a benchmark gets every k
+    sampling: EvaluationSampling = EvaluationSampling(temperature=0.6, max_new_tokens=256)
+    benchmarks: tuple[str, ...] = ()
+    folder: str = ""  # with ID.jsonl, .parquet or .csv of each benchmark; "": the Hugging Face hub
+    engine: str = "torch"  # torch | vllm | the URL of an OpenAI-compatible endpoint
+    prompts: tuple[str, ...] = ("benchmark",)
+    few_shot: int = Field(0, ge=0, le=8)
+    limit: Positive | Literal["all"] = "all"
+    limits: dict[str, Positive] = Field(default_factory=dict)  # by benchmark, instead of limit
+
+    @model_validator(mode="before")
+    @classmethod
+    def _benchmark_defaults(cls, raw: Any) -> Any:
+        pinned = {"samples_per_problem": "benchmark", "sampling": {}}
+        return pinned | raw if isinstance(raw, dict) and raw.get("benchmarks") else raw
 
     @model_validator(mode="after")
-    def _pass_at(self) -> Self:
-        bad = [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]
-        if bad:
+    def _consistent(self) -> Self:
+        samples, limit = self.samples_per_problem, self.sampling.max_new_tokens
+        if self.data and self.benchmarks:
+            raise ValueError("data and benchmarks cannot be evaluated together: remove one of them")
+        for key, value in (("samples_per_problem", samples), ("sampling.max_new_tokens", limit)):
+            if value == "benchmark" and not self.benchmarks:
+                raise ValueError(f"{key}: expected a whole number, because no benchmarks are given")
+        if samples != "benchmark" and not self.benchmarks:
+            if bad := [k for k in self.pass_at if not 1 <= k <= samples]:
+                raise ValueError(f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {samples}")
+            if self.sampling.temperature == 0 and samples > 1:
+                raise ValueError(
+                    "temperature 0 gives the same sample every time: set samples_per_problem = 1"
+                )
+        if not self.is_endpoint and self.engine not in ("torch", "vllm"):
+            raise ValueError(f'engine = "{self.engine}": expected torch, vllm, or the URL of an endpoint')
+        address = urlsplit(self.engine)
+        if address.username or address.password or address.query:
             raise ValueError(
-                f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {self.samples_per_problem}"
+                "engine: the URL must not hold a user name, a password or a query, because it is written to files; "
+                "set TRUESTEP_API_KEY, and give only scheme, host, port and path"
             )
-        if self.sampling.temperature == 0 and self.samples_per_problem > 1:
-            raise ValueError("temperature 0 gives the same sample every time: write samples_per_problem = 1")
+        if stray := [id for id in self.limits if id not in self.benchmarks]:
+            raise ValueError(f"limits.{stray[0]}: is not in benchmarks: add it there, or remove the limit")
         return self
+
+    @property
+    def is_endpoint(self) -> bool:
+        return self.engine.startswith(("http://", "https://"))
+
+    @property
+    def data_sampling(self) -> SamplingSettings:
+        """Of the recipe's own data sets."""
+        return self.sampling.resolved(temperature=1.0, max_new_tokens=256)  # a number: see _consistent
+
+    @property
+    def data_samples(self) -> int:
+        return 1 if self.samples_per_problem == "benchmark" else self.samples_per_problem
 
 
 class Settings(Frozen):
@@ -415,7 +482,7 @@ def _child(node: Any, part: str, item: str) -> Any:
     raise UserError(f"--set {item}: {part} is inside a value, not a table")
 
 
-def settings_hash(*parts: BaseModel | str | int | float) -> str:
+def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:
     """12 hex digits over the canonical JSON of the given settings: the identity of a stage or a run."""
     payload = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
     return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[

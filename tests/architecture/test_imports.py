@@ -63,9 +63,10 @@ import truestep.signals, truestep.report.html, truestep.report.tables, truestep.
 import truestep.grade.score, truestep.grade.extract, truestep.grade.equivalent, truestep.data.problems
 import truestep.data.procedural, truestep.data.chat, truestep.evaluate.estimate, truestep.evaluate.compare
 import truestep.cli.main, truestep.cli.run, truestep.cli.data, truestep.cli.report
-import truestep.cli.study, truestep.cli.study_actions, truestep.report.study
+import truestep.cli.study, truestep.report.study
 import truestep.study.plan, truestep.study.run, truestep.study.table, truestep.study.analyse, truestep.study.budget
 import truestep.study.estimate, truestep.study.launch, truestep.study.cell_results
+import truestep.rewards.scorer, truestep.rewards.worker, truestep.rewards.functions, truestep.rewards.judge
 """
 
 

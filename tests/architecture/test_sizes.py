@@ -84,9 +84,8 @@ def _is_false(node: ast.expr) -> bool:
 
 
 def test_nobody_catches_everything() -> None:
-    """But the one place where errors become a line and an exit code; a clean-up that raises again is no
-    catch."""
-    guilty = []
+    """Except where a user's reward function is called. A clean-up that raises again does not count."""
+    guilty, users_code = [], []
     for path in modules():
         for node in ast.walk(tree(path)):
             if not isinstance(node, ast.ExceptHandler):
@@ -95,8 +94,10 @@ def test_nobody_catches_everything() -> None:
             if re.search(r"\b(everything|Exception|BaseException)\b", caught):
                 again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
                 if not again:
-                    guilty.append(f"{short(path)}:{node.lineno} {caught}")
+                    found = users_code if short(path) == "rewards/worker.py" else guilty
+                    found.append(f"{short(path)}:{node.lineno} {caught}")
     assert guilty == []
+    assert len(users_code) == 1, "one place only"
 
 
 def test_records_are_frozen() -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from truestep.audit.cases import Case, build
-from truestep.audit.observe import Observation
-from truestep.audit.weights import observed_gradient, recover
+from truestep.audit.measure.cases import Case, build
+from truestep.audit.measure.observations import Observation
+from truestep.audit.measure.weights import observed_gradient, recover
 from truestep.testing.mutant_trainer import Trainer
 from truestep.testing.mutants import CLEAN, MUTANTS, Mutant, observe
 

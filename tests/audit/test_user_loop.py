@@ -14,7 +14,8 @@ pytest.importorskip("torch")
 
 import torch
 
-from truestep.audit.inside import subject_module
+from truestep.audit.environments.in_process import subject_module
+from truestep.audit.present.words import row_of
 
 RIGHT = """
 import torch
@@ -191,7 +192,7 @@ def test_a_step_that_depends_on_no_split_passes(audit_step, loops) -> None:
 def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: str) -> None:
     finding = audit_step(loops[name], fail=False)
     assert finding.verdict == "NOT OBSERVABLE"
-    assert reason in finding.reason
+    assert reason in row_of(finding)["reason"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: s
 def test_a_step_that_fails(audit_step, loops, name: str, error: type[Exception]) -> None:
     finding = audit_step(loops[name], fail=False)
     assert finding.verdict == "NOT RUN"
-    assert finding.reason.startswith(error.__name__)
+    assert row_of(finding)["reason"].startswith(error.__name__)
     with pytest.raises(error):
         audit_step(loops[name])
 
@@ -216,7 +217,7 @@ def test_random_numbers_go_on_as_if_nothing_was_audited(audit_step, loops) -> No
 def test_wrong_windows_are_said_once(audit_step, loops) -> None:
     """And not in how far each of their steps is off."""
     finding = audit_step(loops["step_after_each"], fail=False)
-    assert finding.fault == "steps were taken after 1, 1, 1, 1, 1, 1 … rows, asked for were 4, 4, 4"
+    assert row_of(finding)["fault"] == "steps were taken after 1, 1, 1, 1, 1, 1 … rows; expected 4, 4, 4"
     assert finding.codes == ("grouping",)
 
 

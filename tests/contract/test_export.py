@@ -164,7 +164,7 @@ STAGES = [
     {"name": "warm", "kind": "sft", "data": "sums", "steps": 200, "flops": 1.25e15},
     {"name": "rl", "kind": "rl", "method": "paper", "data": "sums", "steps": 50, "seed": 9},
 ]
-SCORES = [{"data": "test", "metric": "avg@8", "value": 0.5, "low": 0.4, "high": 0.6123, "num_problems": 30}]
+SCORES = [{"data": "test", "metric": "avg@8", "score": 0.5, "low": 0.4, "high": 0.6123, "num_problems": 30}]
 
 
 def table_rows(card: str, first: str) -> list[list[str]]:

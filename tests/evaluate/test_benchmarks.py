@@ -12,8 +12,7 @@ import pytest
 from truestep.data.rows import RowError
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks
-from truestep.evaluate.benchmarks import Benchmark
-from truestep.evaluate.contamination import contamination
+from truestep.evaluate.benchmarks import Benchmark, contamination
 from truestep.evaluate.sources import content_hash, file_items, item_of
 
 CHOICES = [
@@ -71,7 +70,7 @@ def test_wrong_count_and_wrong_content_are_refused(tmp_path: Path) -> None:
 def test_unknown_content_is_recorded_once_and_held_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRUESTEP_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRUESTEP_CACHE", str(tmp_path / "home"))
     made = made_up(tmp_path, [{"problem": "1?", "answer": "1"}], content=benchmarks.UNKNOWN)
     benchmarks.load(made, tmp_path)
     benchmarks.load(made, tmp_path)

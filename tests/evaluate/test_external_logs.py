@@ -221,7 +221,7 @@ def test_an_unfinished_side_is_not_compared(tmp_path: Path) -> None:
     ]
     header = {"header": True, "name": "sums", "identity": "x"}
     path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
-    with pytest.raises(UserError, match="has 2 to 3 samples of a problem"):
+    with pytest.raises(UserError, match="has 2 to 3 samples per problem"):
         compare_evaluations(path, path)
 
 

@@ -14,17 +14,17 @@ import pytest
 from typer.testing import CliRunner
 
 from truestep.cli.main import _app
-from truestep.cli.progress import ConsoleReporter
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.external_logs import read_evaluations
 from truestep.evaluate.import_compare import compare_evaluations
-from truestep.evaluate.model_adapters import TokenAsker
+from truestep.evaluate.model_adapters import TokenAdapter
+from truestep.evaluate.run import RunningScore
 from truestep.evaluate.sources import content_hash, file_items
-from truestep.evaluate.suite import _Running, averages
+from truestep.evaluate.suite import averages
 from truestep.model.load import load_tokenizer
-from truestep.report.evaluation import print_scores
+from truestep.report.tables import ScoreRow, print_scores
 from truestep.settings import ModelSettings
 
 pytest.importorskip("torch")
@@ -88,7 +88,7 @@ def test_an_evaluation_from_command_to_page(run: Callable[..., Any], tmp_path: P
     out = tmp_path / "out"
     words = ["--benchmarks", "sums,hidden", "--prompts", "plain,odd-bare", "--out", str(out)]
     summary = run(*words)
-    assert [(s["benchmark"], s["prompt"]) for s in summary["scores"]] == [
+    assert [(s["data"], s["prompt"]) for s in summary["scores"]] == [
         ("sums", "plain"), ("sums", "odd-bare"), ("hidden", "plain"), ("hidden", "odd-bare"),
     ]  # fmt: skip
     sums = summary["scores"][0]
@@ -113,16 +113,11 @@ def test_the_table_breaks_no_name_and_no_interval(
     run: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     (score,) = run("--benchmarks", "sums")["scores"]
-    score |= {
-        "benchmark": "arc_challenge",
-        "prompt": "odd-polite",
-        "whole": False,
-        "n": 200,
-        "num_problems": 200,
-    }
+    score |= {"data": "arc_challenge", "prompt": "odd-polite", "whole": False, "n": 200, "num_problems": 200}
     score |= {"score": 0.25, "low": 0.154, "high": 0.373, "strict_score": 1.0, "extracted_rate": 1.0}
     monkeypatch.setenv("COLUMNS", str(width))
-    print_scores({"name": "run", "scores": [score]})
+    known = ScoreRow.__dataclass_fields__
+    print_scores([ScoreRow(**{k: v for k, v in score.items() if k in known})], "run")
     shown = capsys.readouterr().out
     for text in ("arc_challenge", "odd-polite", "25.0 %", "[15.4, 37.3]", "100.0 %", "200 × 1"):
         assert text in shown
@@ -148,20 +143,15 @@ def test_the_command_line_goes_before_a_recipes_limits(
     )
     fixed = ["eval", "model", str(recipe), "--data", str(tmp_path / "data"), "--dry-run", "--json"]
     result = CliRunner().invoke(_app(), [*fixed, *words], catch_exceptions=False)
-    assert {job["benchmark"]: job["samples"] for job in json.loads(result.stdout)["jobs"]} == samples
+    assert {job["data"]: job["samples"] for job in json.loads(result.stdout)["jobs"]} == samples
 
 
 def test_the_running_score_ends_with_all_samples() -> None:
-    notes: list[str] = []
-
-    class Reporter(ConsoleReporter):
-        def advance(self, done: int, note: str = "") -> None:
-            notes.append(note)
-
-    running = _Running(Reporter())
+    running = RunningScore()
+    notes = []
     for done, verdict in enumerate(("correct", "incorrect"), start=1):
         running.add({"problem_id": verdict, "verdict": verdict})
-        running.progress(done, 2, {})
+        notes.append(running.text(last=done == 2))
     assert [note.split(" [")[0] for note in notes] == ["score 100.0 %", "score 50.0 %"]
 
 
@@ -179,7 +169,9 @@ def test_a_private_benchmark_is_written_nowhere(run: Callable[..., Any], tmp_pat
         for line in (out / "evaluations/plain/hidden.samples.jsonl").read_text().splitlines()[1:]
     ]
     assert {frozenset(row) for row in rows} == {
-        frozenset({"problem_id", "sample_index", "verdict", "strict", "extracted", "stop", "num_tokens"})
+        frozenset(
+            {"problem_id", "sample_index", "verdict", "strict", "lenient", "extracted", "stop", "num_tokens"}
+        )
     }
     assert all(isinstance(row["extracted"], bool) for row in rows)
 
@@ -225,10 +217,10 @@ def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path:
     before = files(out) | {"resolved": (out / "resolved.toml").read_bytes()}
     for words, message in (
         (("--limit", "3"), "not shrink"),
-        (("--set", "max_new_tokens=8"), "another max_new_tokens"),
-        (("--set", "temperature=0.9"), "another temperature"),
-        (("--few-shot", "1"), "another few_shot"),
-        (("--engine", "http://127.0.0.1:9/v1"), "another engine"),
+        (("--set", "max_new_tokens=8"), r"another evaluate.sampling.max_new_tokens"),
+        (("--set", "temperature=0.9"), r"another evaluate.sampling.temperature"),
+        (("--few-shot", "1"), r"another evaluate.few_shot"),
+        (("--engine", "http://127.0.0.1:9/v1"), r"another evaluate.engine"),
     ):
         with pytest.raises(UserError, match=message):
             run("--benchmarks", "sums", "--limit", "4", "--out", str(out), "--resume", *words)
@@ -274,7 +266,7 @@ def test_an_option_of_zero_counts(run: Callable[..., Any], tmp_path: Path) -> No
 def test_the_mean_of_benchmarks_has_an_interval_within_bounds() -> None:
     members = [b.id for b in benchmarks.TABLE if b.average == "OOD"]
     zero = [
-        {"benchmark": id, "prompt": "paper", "whole": True, "score": 0.0, "low": 0.0, "high": 0.03}
+        {"data": id, "prompt": "paper", "whole": True, "score": 0.0, "low": 0.0, "high": 0.03}
         for id in members
     ]
     (found,) = averages(zero)
@@ -322,7 +314,7 @@ def test_worked_examples_are_right() -> None:
 
 def test_what_a_prompt_stops_at_is_tokens_that_spell_it() -> None:
     tokenizer = load_tokenizer(ModelSettings(path="tiny"))
-    asker = TokenAsker(
+    asker = TokenAdapter(
         tokenizer=tokenizer,
         context_length=64,
         model_eos=None,

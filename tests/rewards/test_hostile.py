@@ -16,10 +16,10 @@ from reward_samples import same_text, sample
 
 from truestep.errors import UserError
 from truestep.records import Stop
+from truestep.reward_settings import RewardSettings
 from truestep.rewards.pool import processes
 from truestep.rewards.record import RewardInput, Score
 from truestep.rewards.scorer import RewardScorer
-from truestep.reward_settings import RewardSettings
 
 BAD = 13  # the sample that the function fails on
 
@@ -135,7 +135,7 @@ def test_reasons_say_what_happened(tmp_path: Path) -> None:
     said = {
         "raise": "ValueError: boom", "hang": "timeout_seconds = 1.5", "nan": "returned nan", "huge": "returned inf",
         "text": "expected a number", "too_many": "returned 2 values for 1", "nothing": "returned NoneType",
-        "gigabyte": "memory_mb = 300", "os_exit": "exit status 3", "killed": "SIGKILL", "exit": "SystemExit: 3",
+        "gigabyte": "memory_mb = 300", "os_exit": "exit status 3", "killed": "signal 9", "exit": "SystemExit: 3",
     }  # fmt: skip
     for kind, words in said.items():
         write(tmp_path, HOSTILE[kind])
@@ -148,7 +148,9 @@ def test_reasons_say_what_happened(tmp_path: Path) -> None:
     (29, 100, 0.29, False), (30, 100, 0.29, True), (1, 20, 0.0, True), (0, 20, 0.0, False),
     (20, 20, 1.0, False), (19, 19, 0.05, False),
 ])  # fmt: skip
-def test_the_share_of_failures_that_stops_a_run(tmp_path: Path, bad: int, of: int, share: float, stops: bool) -> None:
+def test_the_share_of_failures_that_stops_a_run(
+    tmp_path: Path, bad: int, of: int, share: float, stops: bool
+) -> None:
     write(tmp_path, "raise ValueError('boom')")
     samples = [sample(BAD if n < bad else 100 + n) for n in range(of)]
     with opened(tmp_path, max_failure_share=share) as scorer:
@@ -185,6 +187,26 @@ def test_rounds_of_a_step_are_counted_together(tmp_path: Path) -> None:
             scorer.score([sample(BAD)])
 
 
+def test_a_worker_that_ends_between_two_calls_is_no_failure(tmp_path: Path) -> None:
+    write(tmp_path, "threading.Timer(0.2, os._exit, (1,)).start()")
+    with opened(tmp_path) as scorer:
+        for _ in range(2):
+            assert [r.reward for r in scorer.score([sample(BAD)])] == [BAD]
+            time.sleep(1.0)
+
+
+def test_what_a_function_printed_is_shown_without_keys(tmp_path: Path) -> None:
+    write(
+        tmp_path, "print('before', 'sk-' + 'a' * 20, file=sys.stderr); raise ValueError('key hf_' + 'b' * 20)"
+    )
+    with opened(tmp_path, max_failure_share=0.0) as scorer, pytest.raises(UserError) as caught:
+        scorer.score([sample(BAD), *[sample(n) for n in range(100, 119)]])
+    assert "The function printed:\nbefore [redacted]" in str(caught.value)
+    assert "ValueError: key [redacted]" in str(caught.value)
+    assert "aaaa" not in str(caught.value)
+    assert "bbbb" not in str(caught.value)
+
+
 def test_an_unreadable_answer_is_no_failure(tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(
         "from truestep.rewards.record import Unscored\n"
@@ -199,7 +221,10 @@ def test_an_unreadable_answer_is_no_failure(tmp_path: Path) -> None:
 def test_a_function_that_hangs_on_all_ends_in_bounded_time(tmp_path: Path) -> None:
     write(tmp_path, "time.sleep(3600)")
     began = time.monotonic()
-    with opened(tmp_path, timeout_seconds=0.5) as scorer, pytest.raises(UserError, match="timeout_seconds = 0.5"):
+    with (
+        opened(tmp_path, timeout_seconds=0.5) as scorer,
+        pytest.raises(UserError, match=r"timeout_seconds = 0\.5"),
+    ):
         scorer.score([sample(BAD)] * 64)
     assert time.monotonic() - began < 60
     write(tmp_path, "time.sleep(3600)")
@@ -237,7 +262,10 @@ def test_state_is_loaded_once_for_each_worker(tmp_path: Path) -> None:
 
 def test_workers_end_with_the_program_that_started_them(tmp_path: Path) -> None:
     """Also if that is killed and can tell nobody, while the function hangs and has a child."""
-    write(tmp_path, f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{os.fork()}}'); time.sleep(600)")
+    write(
+        tmp_path,
+        f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{os.fork()}}'); time.sleep(600)",
+    )
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})

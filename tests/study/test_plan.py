@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from micro import STUDY, write_study
 
 from truestep.errors import UserError
+from truestep.study.cell_results import cell_key
+from truestep.study.cell_runner import Runner, given_identity
 from truestep.study.estimate import estimate
 from truestep.study.plan import (
     CONTROLS,
@@ -146,3 +149,14 @@ def test_the_declared_studies_load(path: Path) -> None:
     used = {t.get("method", "") for a in study.arms for t in stage_tables(study, a)} - {""}
     if missing := used - set(METHODS):
         pytest.skip(f"the table of methods has no {', '.join(sorted(missing))} yet")
+
+
+@pytest.mark.parametrize("name", ["demo", "staircase", "letters", "open"])
+def test_committed_cells_are_recognized(name: str) -> None:
+    """A study continues from results/: the key of a cell is what it was when the cell was made."""
+    path = ROOT / "recipes" / "study" / f"{name}.toml"
+    study = load_study(path)
+    runner = Runner(study=study, where=path, out=ROOT, launch=lambda order: (1, ""), workers=1)
+    settings = cell_settings(study, "base", study.seeds[0], (), str(path))
+    made = ROOT / "results" / "study" / name / "cells" / f"base-s{study.seeds[0]}.json"
+    assert cell_key(settings, given_identity(runner)) == json.loads(made.read_text())["key"]

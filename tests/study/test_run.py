@@ -17,7 +17,7 @@ import pytest
 from micro import STUDY, write_study
 
 from truestep import rundir
-from truestep.cli.study_actions import write_cell
+from truestep.cli.study import write_cell
 from truestep.errors import UserError
 from truestep.settings import load_settings
 from truestep.study import launch

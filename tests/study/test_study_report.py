@@ -124,7 +124,7 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_page_is_the_same_again_from_its_files(study: Any) -> None:
-    from truestep.cli.study_actions import write_cell
+    from truestep.cli.study import write_cell
 
     folder, table, cells = study
     page = written(folder, table, cells)

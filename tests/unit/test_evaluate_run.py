@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from truestep.errors import UserError
-from truestep.evaluate.run import EvaluationPlan, run_evaluation
+from truestep.evaluate.run import EvaluationPlan, engine_answers, run_evaluation
+from truestep.grade.extract import NOTHING
+from truestep.grade.policy import Judgment
 from truestep.records import (
     Distribution,
     Message,
@@ -74,9 +76,11 @@ def decode(ids: Sequence[int]) -> str:
     return " ".join(map(str, ids))
 
 
-def grade(problem: Problem, text: str) -> Score:
+def judge(problem: Problem, text: str) -> Judgment:
     last = text.split()[-1]
-    return Score(verdict=Verdict.CORRECT if last == problem.answer else Verdict.INCORRECT, extracted=last)
+    verdict = Verdict.CORRECT if last == problem.answer else Verdict.INCORRECT
+    score = Score(verdict=verdict, extracted=last)
+    return Judgment(score=score, strict=verdict, lenient=verdict, answer=NOTHING, reason="")
 
 
 def prompt_of(name: str, row: str = "") -> Prompt:
@@ -103,8 +107,30 @@ def rows_in(plan: EvaluationPlan) -> list[dict]:
     return [json.loads(line) for line in plan.samples_path.read_text().splitlines()]
 
 
-def run(plan: EvaluationPlan, engine: FakeEngine, **more: Callable) -> dict:
-    return run_evaluation(plan, engine=engine, grade=grade, decode=decode, **more)
+class Progress:
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int, int]] = []
+        self.done: list[int] = []
+
+    def say(self, text: str) -> None:
+        raise AssertionError(text)
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        self.begun.append((what, total, done))
+
+    def advance(self, done: int, note: str = "") -> None:
+        assert note.startswith("score ")
+        self.done.append(done)
+
+
+def run(
+    plan: EvaluationPlan,
+    engine: FakeEngine,
+    reporter: Progress | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> dict:
+    answer = engine_answers(plan, lambda: engine, decode, check_stop)
+    return run_evaluation(plan, answer=answer, judge=judge, reporter=reporter)
 
 
 class Killed(BaseException):
@@ -122,10 +148,10 @@ def stop_after(count: int) -> Callable[[], None]:
 
 
 def test_every_sample_is_written_and_counted(tmp_path: Path) -> None:
-    plan, engine, seen = plan_in(tmp_path), FakeEngine(), []
-    results = run(plan, engine, progress=lambda *now: seen.append(now))
+    plan, engine, progress = plan_in(tmp_path), FakeEngine(), Progress()
+    results = run(plan, engine, progress)
     header, *rows = rows_in(plan)
-    assert header == {"header": True, "schema_version": 1, "name": "test", "identity": "abc"}
+    assert header == {"header": True, "schema_version": 2, "name": "test", "identity": "abc"}
     assert [(r["problem_id"], r["sample_index"]) for r in rows] == plan.sample_keys()
     assert sorted(engine.asked) == sorted(plan.sample_keys())
     assert rows[0]["prompt"] == "what is p0?"
@@ -136,9 +162,8 @@ def test_every_sample_is_written_and_counted(tmp_path: Path) -> None:
     assert results["results"]["test"]["exact_match,none"] == found["score"]
     assert results["results"]["test"]["pass@3,none"] == found["pass_at"]["3"]["value"] >= found["score"]
     assert results == json.loads(plan.results_path.read_text())
-    assert seen[0] == (0, 18, {"correct": 0, "incorrect": 0, "unscored": 0})
-    assert [now[0] for now in seen] == list(range(19))
-    assert all(sum(now[2].values()) == now[0] for now in seen)
+    assert progress.begun == [("test", 18, 0)]
+    assert progress.done == list(range(1, 19))
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -195,6 +220,18 @@ def test_a_sample_the_engine_could_not_make_is_unscored_not_wrong(tmp_path: Path
     }
 
 
+def test_a_sample_the_engine_could_not_make_is_asked_for_again(tmp_path: Path) -> None:
+    run(plan_in(tmp_path), FakeEngine(broken=frozenset({"p2"})))
+    engine, progress = FakeEngine(), Progress()
+    resumed = run(plan_in(tmp_path), engine, progress)
+    assert sorted(engine.asked) == [("p2", index) for index in range(3)]
+    assert progress.begun == [("test", 18, 15)]
+    assert resumed == run(plan_in(tmp_path / "whole"), FakeEngine())
+    assert (tmp_path / "test.samples.jsonl").read_bytes() == (
+        tmp_path / "whole/test.samples.jsonl"
+    ).read_bytes()
+
+
 class Liar(FakeEngine):
     def __init__(self, change: Callable[[list[Rollout]], list[Rollout]]) -> None:
         super().__init__()
@@ -229,5 +266,5 @@ def test_plans_that_cannot_be_run_are_refused(tmp_path: Path) -> None:
         replace(plan, prompts=[])
     with pytest.raises(UserError, match="pass_at = 4 needs samples_per_problem >= 4, got 3"):
         replace(plan, pass_at=(1, 4))
-    with pytest.raises(UserError, match="names a file"):
+    with pytest.raises(UserError, match="the name is a file name"):
         replace(plan, name="../test")

@@ -109,8 +109,8 @@ def model_card(
 ) -> str:
     """The README.md of an export: Markdown with YAML front matter.
 
-    Of a stage it shows name, kind, method, data, seed, steps and flops; of a score data, metric, value, low,
-    high, num_problems and num_samples; "–" where one is absent. ``provenance`` is what ``rundir.provenance``
+    Of a stage it shows name, kind, method, data, seed, steps and flops; of a score data, metric, score, low,
+    high, num_problems and n; "–" if one is absent. ``provenance`` is what ``rundir.provenance``
     returns.
     """
     seed = provenance.get("seed")
@@ -119,12 +119,7 @@ def model_card(
         (*_row(s, "name", "kind", "method", "data", "seed", "steps"), _flops(s.get("flops"))) for s in rows
     ]
     tested = [
-        (
-            *_row(s, "data", "metric"),
-            _number(s.get("value")),
-            _interval(s),
-            *_row(s, "num_problems", "num_samples"),
-        )
+        (*_row(s, "data", "metric"), _number(s.get("score")), _interval(s), *_row(s, "num_problems", "n"))
         for s in scores
     ]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]

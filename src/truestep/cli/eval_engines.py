@@ -1,4 +1,4 @@
-"""The engine that an evaluation asks, made from its settings."""
+"""The engine of ``truestep eval``, made from its settings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
-from truestep.evaluate.model_adapters import Asker, EndpointAsker, TokenAsker
-from truestep.evaluate.plan import PINNED, EvaluationSettings, Job
+from truestep.evaluate.jobs import Job
+from truestep.evaluate.model_adapters import EndpointAdapter, ModelAdapter, TokenAdapter
+from truestep.settings import Settings
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -17,44 +18,46 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened(settings: EvaluationSettings) -> Iterator[tuple[Asker, str]]:
-    """What turns jobs into samples, and a hash of the model behind it ("" where an endpoint hides it)."""
+def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
+    """The adapter that turns jobs into samples, and a hash of the model ("" for an endpoint, which hides it)."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
-        if settings.is_endpoint:
+        if settings.evaluate.is_endpoint:
             from truestep.rollout.engine_endpoint import EndpointEngine, connect
 
-            client = stack.enter_context(connect(settings.engine))
-            engine = EndpointEngine(client, settings.model.path, concurrent=settings.max_running)
-            yield EndpointAsker(engine=engine), ""
+            client = stack.enter_context(connect(settings.evaluate.engine))
+            engine = EndpointEngine(
+                client, settings.model.path, concurrent=settings.evaluate.sampling.max_running
+            )
+            yield EndpointAdapter(engine=engine), ""
             return
-        yield _token_asker(settings, stack), _content(settings)
+        yield _token_adapter(settings, stack), _content(settings)
 
 
-def _content(settings: EvaluationSettings) -> str:
+def _content(settings: Settings) -> str:
     from truestep.model.load import model_content
 
     return model_content(settings.model)
 
 
-def _token_asker(settings: EvaluationSettings, stack: ExitStack) -> TokenAsker:
+def _token_adapter(settings: Settings, stack: ExitStack) -> TokenAdapter:
     from truestep.model.load import load_tokenizer
 
     context, eos = context_and_eos(settings)
-    return TokenAsker(
+    return TokenAdapter(
         tokenizer=load_tokenizer(settings.model),
         context_length=context,
         model_eos=eos,
         open_engine=lambda: (
-            _vllm(settings, context, stack) if settings.engine == "vllm" else _torch(settings)
+            _vllm(settings, context, stack) if settings.evaluate.engine == "vllm" else _torch(settings)
         ),
-        pinned_limit=settings.max_new_tokens == PINNED,
+        pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
     )
 
 
-def context_and_eos(settings: EvaluationSettings) -> tuple[int, Any]:
-    """The model's context after the override, and its eos ids, from the config alone."""
+def context_and_eos(settings: Settings) -> tuple[int, Any]:
+    """The model's context after the override, and its eos ids, from the config only."""
     from truestep.model.load import TINY_CONTEXT, resolve
 
     source, override = resolve(settings.model), settings.model.context_length
@@ -74,7 +77,7 @@ def _config(source: str) -> Any:
         raise UserError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def _torch(settings: EvaluationSettings) -> Engine:
+def _torch(settings: Settings) -> Engine:
     import torch
 
     from truestep.device import compute_device, make_deterministic, set_threads
@@ -82,38 +85,43 @@ def _torch(settings: EvaluationSettings) -> Engine:
     from truestep.rollout.engine_torch import TorchEngine
     from truestep.train.policy import Policy
 
-    set_threads(settings.threads)
+    set_threads(settings.compute.threads)
     make_deterministic()
-    dtype = getattr(torch, settings.dtype)
+    dtype = getattr(torch, settings.compute.dtype)
     policy = Policy(load_model(settings.model, dtype=dtype, device=compute_device(), seed=settings.seed))
     return TorchEngine(
-        policy.model, max_running=settings.max_running, packs=policy.packs and policy.plain_head
+        policy.model,
+        max_running=settings.evaluate.sampling.max_running,
+        packs=policy.packs and policy.plain_head,
     )
 
 
-def _vllm(settings: EvaluationSettings, context: int, stack: ExitStack) -> Engine:
+def _vllm(settings: Settings, context: int, stack: ExitStack) -> Engine:
     from truestep.model.load import resolve
     from truestep.rollout.engine_vllm import VllmServer, serve
 
     source = resolve(settings.model)
     if source == "tiny":
         raise UserError(
-            'engine = "vllm" needs a model folder: the built-in model is made in memory, write torch'
+            'engine = "vllm" needs a model folder, and the built-in model has none: use engine = "torch"'
         )
     server = VllmServer(
-        model=source, dtype=settings.dtype, context_length=context, max_running=settings.max_running
+        model=source,
+        dtype=settings.compute.dtype,
+        context_length=context,
+        max_running=settings.evaluate.sampling.max_running,
     )
     return stack.enter_context(serve(server))
 
 
-def figures(settings: EvaluationSettings) -> dict[str, Any] | None:
-    """What memory and arithmetic depend on, from the config alone; None where an endpoint hides it."""
-    if settings.is_endpoint:
+def figures(settings: Settings) -> dict[str, Any] | None:
+    """What memory and arithmetic depend on, from the config only; None for an endpoint."""
+    if settings.evaluate.is_endpoint:
         return None
     from truestep.model.load import resolve
 
     source = resolve(settings.model)
-    width = 4 if settings.dtype == "float32" else 2
+    width = 4 if settings.compute.dtype == "float32" else 2
     if source == "tiny":
         t = settings.model.tiny
         layers, cached, parameters = t.num_layers, 2 * t.hidden_size, 4 * t.hidden_size**2 * t.num_layers
@@ -124,7 +132,7 @@ def figures(settings: EvaluationSettings) -> dict[str, Any] | None:
         "num_parameters": parameters,
         "bytes_per_parameter": width,
         "cache_bytes": cached * layers * width,
-        "max_running": settings.max_running,
+        "max_running": settings.evaluate.sampling.max_running,
     }
 
 
@@ -141,19 +149,19 @@ def _sizes(source: str) -> tuple[int, int, int]:
     return sum(p.numel() for p in model.parameters()), config.num_hidden_layers, 2 * heads * size
 
 
-def plan_of(settings: EvaluationSettings, jobs: list[Job], asker: Asker) -> dict[str, Any]:
+def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:
     """For --dry-run: every prompt made and counted, no model loaded."""
-    from truestep.evaluate.plan import budget, remarks
+    from truestep.evaluate.jobs import budget, remarks
 
-    ready = [asker.ready(job, settings.few_shot) for job in jobs]
+    ready = [adapter.ready(job, settings.evaluate.few_shot) for job in jobs]
     limits, tokens = [a.max_new_tokens for a in ready], [a.num_prompt_tokens for a in ready]
     found = budget(jobs, limits, tokens, figures(settings))
-    if "flops_at_most" in found["total"] and settings.engine == "torch":
+    if "flops_at_most" in found["total"] and settings.evaluate.engine == "torch":
         import torch
 
         from truestep.device import matmul_rate
 
-        rate = matmul_rate(getattr(torch, settings.dtype))
+        rate = matmul_rate(getattr(torch, settings.compute.dtype))
         found["total"]["hours_if_all_run_to_the_limit"] = round(
             found["total"]["flops_at_most"] / rate / 3600, 2
         )

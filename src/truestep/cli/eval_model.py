@@ -1,5 +1,4 @@
-"""``truestep eval MODEL`` and ``truestep eval RECIPE``: a model on pinned benchmarks, or a recipe's own data
-sets."""
+"""``truestep eval MODEL`` and ``truestep eval RECIPE``: pinned benchmarks, or a recipe's own data sets."""
 
 from __future__ import annotations
 
@@ -11,39 +10,63 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from truestep.cli.run import Json, Out, Resume, Set
+from truestep.cli.evaluation import Json, show, words_of
 
 if TYPE_CHECKING:
-    from truestep.evaluate.plan import EvaluationSettings, Job
+    from truestep.evaluate.jobs import Job
+    from truestep.settings import Settings
 
 What = Annotated[
-    str, typer.Argument(help="A model (folder, hub id, served name) or a recipe (.toml).", metavar="MODEL")
+    str,
+    typer.Argument(
+        help="A model (folder, hub id, or the name on a server), or a recipe (.toml).",
+        metavar="MODEL",
+        show_default=False,
+    ),
 ]
-Benchmarks = Annotated[str, typer.Option("--benchmarks", help="Comma-separated ids of `truestep eval list`.")]
+Benchmarks = Annotated[
+    str,
+    typer.Option("--benchmarks", help="Comma-separated benchmark ids; truestep eval list shows them all."),
+]
 Data = Annotated[
-    str, typer.Option("--data", help="Folder with ID.jsonl, .parquet or .csv; without it the hub.")
+    str,
+    typer.Option(
+        "--data",
+        help="Folder with ID.jsonl, .parquet or .csv of each benchmark. Default: the Hugging Face hub.",
+    ),
 ]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Problems of each benchmark; without it all.")
-]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Problems per benchmark. Default: all.")]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", min=1, help="Samples of each problem; without it the benchmark's own."),
+    typer.Option("--samples", min=1, help="Samples per problem. Default: the benchmark's own number."),
 ]
 Prompts = Annotated[
     str,
     typer.Option(
-        "--prompts", help="Templates: paper,qwen,plain,completion,brief,odd; else the benchmark's own."
+        "--prompts",
+        help="Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd. Default: the benchmark's own.",
     ),
 ]
 FewShot = Annotated[
-    int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")
+    int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem. Default: 0.")
 ]
 Engine = Annotated[
-    str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")
+    str,
+    typer.Option(
+        "--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint. Default: torch."
+    ),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change any other setting, e.g. --set temperature=0. May be repeated."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="The run directory. Default: runs/eval-MODEL-HASH.", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an evaluation in its run directory.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, count tokens and memory, ask nothing.")
+    bool, typer.Option("--dry-run", help="Check everything and count tokens and memory, but sample nothing.")
 ]
 
 
@@ -62,58 +85,36 @@ def evaluate(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model on benchmarks. --set changes any other setting: --set temperature=0 --set
-    max_new_tokens=512."""
+    """Evaluate a model on benchmarks, or a training recipe's model on the recipe's own data sets."""
     given: dict[str, Any] = {
-        "benchmarks": _words(benchmarks),
-        "data": data,
-        "limit": limit,
-        "samples": samples,
-        "prompts": _words(prompts),
-        "few_shot": few_shot,
-        "engine": engine,
-    }
+        "benchmarks": words_of(benchmarks), "folder": data, "limit": limit, "samples_per_problem": samples,
+        "prompts": words_of(prompts), "few_shot": few_shot, "engine": engine,
+    }  # fmt: skip
     given = {key: value for key, value in given.items() if value not in (None, "", [])}
-    raw, base_dir = {"model": {"path": model}}, Path()
-    if model.endswith(".toml"):
-        raw, base_dir = _recipe(model, overrides), Path(model).parent
-        if "benchmarks" not in raw and "benchmarks" not in given:
-            _own_sets(Path(model), given, overrides, out, resume=resume, dry_run=dry_run, as_json=as_json)
-            return
-    if limits := raw.get(
-        "limits"
-    ):  # a recipe's, for the benchmarks and without the limit of the command line
-        kept = (
-            {}
-            if limit is not None
-            else {k: v for k, v in limits.items() if k in given.get("benchmarks", limits)}
-        )
-        raw = raw | {"limits": kept}
-    settings = _settings(raw | given, overrides, where=model)
+    raw, base_dir = _raw(model, overrides), Path(model).parent if model.endswith(".toml") else Path()
+    table = raw.get("evaluate", {})
+    if model.endswith(".toml") and not ({"benchmarks"} & {*raw, *table, *given}):
+        _own_sets(Path(model), given, overrides, out, resume=resume, dry_run=dry_run, as_json=as_json)
+        return
+    limits = raw.pop("limits", None) or table.get("limits")
+    if limits:  # a recipe's, for the benchmarks and without the limit of the command line
+        named = given.get("benchmarks", limits)
+        table = table | {"limits": {k: v for k, v in limits.items() if k in named and limit is None}}
+    from truestep.evaluate.jobs import evaluation_settings
+
+    # The options come last: they go before the recipe's keys.
+    settings = evaluation_settings(
+        {k: v for k, v in raw.items() if k != "evaluate"} | {"evaluate": table | given}, model
+    )
     _execute(settings, base_dir, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _raw(model: str, overrides: list[str] | None) -> dict[str, Any]:
+    from truestep.settings import override, read_recipe
 
-
-def _recipe(path: str, overrides: list[str] | None) -> dict[str, Any]:
-    from truestep.settings import read_recipe
-
-    return read_recipe(path, overrides or ())
-
-
-def _settings(raw: dict[str, Any], overrides: list[str] | None, where: str) -> EvaluationSettings:
-    from truestep.evaluate.plan import EvaluationSettings
-    from truestep.settings import override, parse
-
-    if "benchmarks" not in raw:
-        from truestep.errors import UserError
-
-        raise UserError(
-            f"{where}: what on? write --benchmarks gsm8k,math500 (truestep eval list names them all)"
-        )
-    return parse(EvaluationSettings, override(raw, overrides or ()), where=where)
+    if model.endswith(".toml"):
+        return read_recipe(model, overrides or ())
+    return override({"model": {"path": model}}, overrides or ())
 
 
 def _own_sets(
@@ -125,115 +126,98 @@ def _own_sets(
     from truestep.settings import load_settings
 
     if given:
-        option = next(iter(given)).replace("_", "-")
         raise UserError(
-            f"--{option}: {recipe} evaluates its own data sets: write --benchmarks, or leave it out"
+            f"{next(iter(given))}: {recipe} names no benchmarks, so its own data sets are evaluated: pass "
+            "--benchmarks, or leave this option out"
         )
     execute(only_evaluation(load_settings(recipe, overrides or ()), recipe), recipe, out, **more)
 
 
 def _execute(
-    settings: EvaluationSettings,
-    base_dir: Path,
-    out: Path | None,
-    *,
-    resume: bool,
-    dry_run: bool,
-    as_json: bool,
+    settings: Settings, base_dir: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
     from truestep import signals
     from truestep.cli.eval_engines import opened, plan_of
     from truestep.cli.progress import ConsoleReporter
-    from truestep.evaluate.plan import default_name, make_jobs
+    from truestep.evaluate.jobs import make_jobs
     from truestep.evaluate.suite import make_plans
     from truestep.report.evaluation import write_evaluation_report
+    from truestep.settings import settings_hash
 
-    folder = out or Path("runs") / default_name(settings)
+    folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
     reporter = ConsoleReporter()
     if not dry_run:
         _check_folder(settings, folder, resume=resume)
         if resume and not folder.exists():
-            reporter.say(f"nothing to resume in {folder}: starting there")
+            reporter.say(f"{folder} does not exist yet: starting there")
     jobs = make_jobs(settings, base_dir)
-    with opened(settings) as (asker, content):
+    with opened(settings) as (adapter, content):
         if dry_run:
-            plan = plan_of(settings, jobs, asker)
+            plan = plan_of(settings, jobs, adapter)
             typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
             return
-        ready = [
-            (job, asker.ready(job, settings.few_shot)) for job in jobs
-        ]  # what cannot be asked fails here
+        ready = [(job, adapter.ready(job, settings.evaluate.few_shot)) for job in jobs]
         plans = make_plans(settings, ready, folder, content)
         _open_folder(settings, folder)
         try:
             with signals.deferred():
-                summary = _run(settings, ready, plans, asker, folder, reporter)
+                summary = _run(settings, ready, plans, adapter, folder, reporter)
         except signals.Interrupted as stop:
             reporter.close()
             words = [word for word in sys.argv[1:] if word != "--resume"]
-            reporter.say(
-                f"{stop}; every sample is saved. Go on with: {shlex.join(['truestep', *words, '--resume'])}"
-            )
+            command = shlex.join(["truestep", *words, "--resume"])
+            reporter.say(f"{stop}; every finished sample is saved. To continue: {command}")
             raise typer.Exit(128 + stop.signum) from None
         finally:
             reporter.close()
-    _show(folder, summary, write_evaluation_report(folder), as_json)
+    show(folder, summary, write_evaluation_report(folder), as_json)
 
 
 def _run(
-    settings: EvaluationSettings,
-    ready: list[tuple[Job, Any]],
-    plans: Any,
-    asker: Any,
-    folder: Path,
-    reporter: Any,
+    settings: Settings, ready: list[tuple[Job, Any]], plans: Any, adapter: Any, folder: Path, reporter: Any
 ) -> dict[str, Any]:
     from truestep import signals
-    from truestep.evaluate.suite import Graders, run_suite
+    from truestep.evaluate.suite import run_suite
     from truestep.grade.score import Grader
 
-    with Grader() as lenient, Grader(strict=True) as strict:
+    with Grader() as grader:
         return run_suite(
             settings,
             ready,
             plans,
-            asker=asker,
-            graders=Graders(lenient=lenient.score, strict=strict.score),
+            adapter=adapter,
+            judge=grader.judge,
             folder=folder,
             reporter=reporter,
             check_stop=signals.check,
         )
 
 
-def _check_folder(settings: EvaluationSettings, folder: Path, *, resume: bool) -> None:
-    """Raises UserError where the run directory is taken by something else. Writes nothing."""
+def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
+    """Raises UserError if the run directory is taken by something else. Writes nothing."""
     from truestep import rundir
     from truestep.errors import UserError
-    from truestep.evaluate.plan import EvaluationSettings, changed
-    from truestep.settings import parse, read_recipe
+    from truestep.evaluate.jobs import changed, evaluation_settings
+    from truestep.settings import read_recipe
 
-    resolved = folder / "resolved.toml"
+    resolved, elsewhere = folder / "resolved.toml", "pass --out with a different path"
     if not resolved.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is no evaluation: write --out for another place")
+            raise UserError(f"{folder} exists and is not an evaluation: {elsewhere}")
         return
     if not resume:
-        raise UserError(
-            f"{folder} holds one already: write --resume to go on with it, or --out for another place"
-        )
+        raise UserError(f"{folder} already holds an evaluation: pass --resume to continue it, or {elsewhere}")
     raw = read_recipe(resolved)
-    if "benchmarks" not in raw:
-        raise UserError(f"{folder} holds a training run: write --out for another place")
-    old = parse(EvaluationSettings, raw, where=str(resolved))
-    if names := changed(old, settings):
-        was, now = (rundir.redact(str(getattr(s, names[0]))) for s in (old, settings))
+    if not (raw.get("benchmarks") or raw.get("evaluate", {}).get("benchmarks")):
+        raise UserError(f"{folder} holds a training run, not an evaluation: {elsewhere}")
+    for key, was, now in changed(evaluation_settings(raw, str(resolved)), settings):
         raise UserError(
-            f"{folder} was begun with another {names[0]} ({was}; now {now}): their samples cannot be mixed, write "
-            "--out for another place"
+            f"{folder} was started with another {key} ({rundir.redact(str(was))}; now {rundir.redact(str(now))}), and "
+            f"samples of both must not be mixed: {elsewhere}"
         )
 
 
-def _open_folder(settings: EvaluationSettings, folder: Path) -> None:
+def _open_folder(settings: Settings, folder: Path) -> None:
     from truestep import rundir
     from truestep.errors import UserError
 
@@ -243,14 +227,14 @@ def _open_folder(settings: EvaluationSettings, folder: Path) -> None:
         rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written: {error.strerror}: write --out for another place"
+            f"{folder}: cannot be written ({error.strerror}): pass --out with a different path"
         ) from None
 
 
 def _plan_text(plan: dict[str, Any], folder: Path) -> str:
-    """The dry run for people."""
+    """The dry run as text."""
     lines = [
-        f"{j['benchmark']:<16} {j['prompt']:<12} {j['problems']:>6} problems {j['samples']:>7} samples "
+        f"{j['data']:<16} {j['prompt']:<12} {j['problems']:>6} problems {j['samples']:>7} samples "
         f"{j['prompt_tokens']:>9} prompt tokens, at most {j['generated_tokens_at_most']} generated"
         for j in plan["jobs"]
     ]
@@ -259,16 +243,5 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
         lines.append(f"memory: at most about {total['memory_bytes_at_most'] / 2**30:.1f} GiB")
     if "hours_if_all_run_to_the_limit" in total:
         hours = total["hours_if_all_run_to_the_limit"]
-        lines.append(f"time: {hours} h at this machine's matrix rate, if every completion ran to its limit")
+        lines.append(f"time: {hours} h if every completion runs to its limit, at this machine's matrix rate")
     return "\n".join([*lines, *plan["notes"], str(folder)])
-
-
-def _show(folder: Path, summary: dict[str, Any], report: Path, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
-        return
-    from truestep.report.evaluation import print_scores
-
-    print_scores(summary)
-    typer.echo(f"report: {report}")
-    typer.echo(str(folder))

@@ -1,40 +1,202 @@
-"""``truestep eval MODEL``, ``truestep eval RECIPE`` and the commands beside them: one line here for each."""
+"""``truestep eval``: the group of commands, and those that work on files without a model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-DEFAULT = "model"  # what ``truestep eval WORD`` means where WORD names no command
-COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
+DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
 HELP = (
     "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or one of these commands."
 )
+COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
+Metric = Annotated[
+    str, typer.Option("--metric", help="The score to use if a log has several. Default: the first it has.")
+]
+Folder = Annotated[
+    Path, typer.Option("--out", help="The folder to write into (required).", show_default=False)
+]
 
 
 def app() -> typer.Typer:
     """The group of ``eval`` commands."""
-    from truestep.cli import eval_files, eval_grade, eval_model
+    from truestep.cli.eval_model import evaluate
 
     group = typer.Typer(help=HELP, no_args_is_help=True)
-    functions: dict[str, Callable[..., None]] = {
-        DEFAULT: eval_model.evaluate,
-        "list": eval_files.list_benchmarks,
-        "compare": eval_files.compare,
-        "import": eval_files.import_logs,
-        "export": eval_files.export,
-        "overlap": eval_files.overlap,
-        "grade": eval_grade.grade,
-    }
-    for name in COMMANDS:
-        group.command(name)(functions[name])
+    functions: tuple[Callable[..., None], ...] = (
+        evaluate, list_benchmarks, compare, import_logs, export, overlap, grade,
+    )  # fmt: skip
+    for name, function in zip(COMMANDS, functions, strict=True):
+        group.command(name)(function)
     return group
 
 
 def with_default(words: Sequence[str]) -> list[str]:
     """A command line in which ``eval MODEL`` names its command."""
-    known = (*COMMANDS, "--help")
-    if len(words) > 1 and words[0] == "eval" and words[1] not in known:
+    if len(words) > 1 and words[0] == "eval" and words[1] not in (*COMMANDS, "--help"):
         return ["eval", DEFAULT, *words[1:]]
     return list(words)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a comma-separated option."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def list_benchmarks(as_json: Json = False) -> None:
+    """List the pinned benchmarks: rows, content hash, source, template, samples, published figures."""
+    from dataclasses import asdict
+
+    from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
+
+    if as_json:
+        typer.echo(json.dumps({"shuffle_seed": SHUFFLE_SEED, "benchmarks": [asdict(b) for b in TABLE]}))
+        return
+    for b in TABLE:
+        source = f"hub:{b.hub.rstrip(':')}" if b.hub else "local file only"
+        published = f"; the paper's SFT→RL: {b.published['SFT→RL']}" if b.published else ""
+        typer.echo(
+            f"{b.id:<14} {b.num_rows:>6} rows {b.content[:12]:<12} avg@{b.samples:<2} {b.prompt:<5} {source}{published}"
+            + (f"; note: {b.mind}" if b.mind else "")
+        )
+
+
+def compare(
+    a: Annotated[
+        Path,
+        typer.Argument(
+            help="A run directory, a samples file, or a log of another harness.", show_default=False
+        ),
+    ],
+    b: Annotated[Path, typer.Argument(help="The same, to be compared with A.", show_default=False)],
+    metric: Metric = "",
+    as_json: Json = False,
+) -> None:
+    """Compare two evaluations of the same problems: the paired difference B - A of every task that both have, with
+    its 95 % interval, p-values and the smallest detectable difference."""
+    from truestep.evaluate.import_compare import compare_evaluations
+
+    found = compare_evaluations(a, b, metric)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for row in found["comparisons"]:
+        typer.echo(_sentence(row))
+    for side, path in (("only_in_a", a), ("only_in_b", b)):
+        if found[side]:
+            typer.echo(f"not compared, only in {path}: {', '.join(found[side])}")
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    def side(s: dict[str, Any]) -> str:
+        seed = "" if s["seed"] is None else f", seed {s['seed']}"
+        return (
+            f"{100 * s['score']:.1f} % [{100 * s['low']:.1f}, {100 * s['high']:.1f}] ({s['made_by']}{seed})"
+        )
+
+    least = "unknown" if row["detectable"] is None else f"{100 * row['detectable']:.1f}"
+    return (
+        f"{row['task']}: {side(row['a'])} → {side(row['b'])}: {100 * row['difference']:+.1f} points "
+        f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}], p = {row['p_value']:.3g} (exact {row['p_exact']:.3g}), "
+        f"detectable with 80 % power: {least} points; {row['num_problems']} problems, {row['num_better']} better, "
+        f"{row['num_worse']} worse, paired by {row['paired_by']}"
+    )
+
+
+def import_logs(
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Logs of lm-eval, lighteval or inspect, or folders of them.", show_default=False),
+    ],
+    out: Folder,
+    metric: Metric = "",
+    as_json: Json = False,
+) -> None:
+    """Import logs of other harnesses as a run directory with intervals and a report. Verdicts are kept as they are;
+    nothing is graded again."""
+    from truestep.evaluate.import_compare import import_evaluations
+    from truestep.report.evaluation import write_evaluation_report
+
+    summary = import_evaluations(files, out, metric)
+    show(out, summary, write_evaluation_report(out), as_json)
+
+
+def show(folder: Path, summary: dict[str, Any], report: Path, as_json: bool) -> None:
+    """What an evaluation prints on stdout."""
+    if as_json:
+        typer.echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
+        return
+    from truestep.report.tables import print_scores, score_table
+
+    print_scores(score_table(folder), title=folder.name)
+    typer.echo(f"report: {report}")
+    typer.echo(str(folder))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    out: Folder,
+    as_json: Json = False,
+) -> None:
+    """Write the results and samples of a run in the layout of lm-evaluation-harness."""
+    from truestep.evaluate.external_logs import write_lm_eval
+
+    written = [str(path) for path in write_lm_eval(run, out)]
+    typer.echo(json.dumps({"files": written}) if as_json else "\n".join(written))
+
+
+def overlap(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Training data: a .jsonl or .parquet file, a folder, or hub:org/name.", show_default=False
+        ),
+    ],
+    benchmarks: Annotated[
+        str, typer.Option("--benchmarks", help="Comma-separated ids. Default: all that --data holds.")
+    ] = "",
+    data: Annotated[
+        str, typer.Option("--data", help="Folder with the benchmarks. Default: the Hugging Face hub.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of 13
+    words."""
+    from truestep.evaluate.benchmarks import contamination
+
+    report = contamination(source, words_of(benchmarks), data)
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    for pair in report["pairs"]:
+        typer.echo(
+            f"{pair['evaluation']:<16} {pair['num_evaluation']:>6} problems: {pair['exact']['num_evaluation']} equal, "
+            f"{pair['ngram']['num_evaluation']} share {report['ngram_words']} words, "
+            f"{pair['ngram']['num_short']} too short"
+        )
+    for id in report["missing"]:
+        typer.echo(f"{id:<16} not checked: it has no file here")
+
+
+def grade(
+    pairs: Annotated[
+        Path, typer.Argument(help="A file of JSON lines with the fields gold and pred.", show_default=False)
+    ],
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes for symbolic algebra.")] = 2,
+    second: Annotated[
+        bool,
+        typer.Option("--second", help="Also grade every answer with math-verify, and count disagreements."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Grade every (gold, pred) pair of a file, without a model. Optional fields: id, kind (choice), choices."""
+    from truestep.grade.pairs import grade_pairs, read_pairs, table
+
+    result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)
+    typer.echo(json.dumps(result) if as_json else table(result))

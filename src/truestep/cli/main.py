@@ -73,15 +73,15 @@ def main() -> None:
             EXIT["resources"],
         )
     except Exception as error:
-        if isinstance(error, _lazily("truestep.settings", "UserError")):
+        if isinstance(error, _lazily("truestep.errors", "UserError")):
             _fail(str(error), EXIT["settings"])
         if isinstance(error, _lazily("truestep.checkpoint.store", "OutOfSpace")):
             _fail(str(error), EXIT["resources"])
         for module, name in (
             ("truestep.train.step", "NonFiniteError"),
-            ("truestep.train.publish", "StaleWeightsError"),
+            ("truestep.train.weight_sync", "StaleWeightsError"),
             ("truestep.rollout.sampling", "NonFiniteLogitsError"),
-            ("truestep.audit.environment", "BuildFailed"),
+            ("truestep.audit.environments.virtual", "BuildFailed"),
         ):
             if isinstance(error, _lazily(module, name)):
                 _fail(str(error), EXIT["could not run"])

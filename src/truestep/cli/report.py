@@ -14,12 +14,10 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
 ) -> None:
     """Write report.html from the files of a run directory and print its scores."""
-    from rich.console import Console
-
     from truestep.errors import UserError
-    from truestep.report.evaluation import print_scores, write_evaluation_report
+    from truestep.report.evaluation import write_evaluation_report
     from truestep.report.html import write_report
-    from truestep.report.tables import read_summary, score_table, terminal_table
+    from truestep.report.tables import print_scores, read_summary, score_table
 
     if (run / "results.json").is_file():
         from truestep.report.study import write_study
@@ -38,9 +36,6 @@ def report(
     if as_json:
         typer.echo(json.dumps({"run_dir": str(run), "report": str(path), **read_summary(run)}))
         return
-    if evaluation:
-        print_scores(read_summary(run))
-    else:
-        Console(highlight=False).print(terminal_table(score_table(run), title=run.name))
+    print_scores(score_table(run), title=run.name)
     typer.echo(f"report: {path}")
     typer.echo(str(run))

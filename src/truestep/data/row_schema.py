@@ -10,6 +10,7 @@ from typing import Any
 
 from truestep.data.rows import Row, RowError, shown
 from truestep.records import Message, Problem
+from truestep.settings import CHECKERS
 
 PROMPT_COLUMNS = ("problem", "prompt", "messages")
 COLUMNS = (
@@ -23,7 +24,6 @@ COLUMNS = (
     "numbers",
     "choices",
 )
-CHECKERS = ("math", "exact", "integer", "choice", "countdown")
 ROLES = ("system", "user", "assistant")
 # What others call our columns, for "did you mean"; never read.
 ALIASES = {

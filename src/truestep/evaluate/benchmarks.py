@@ -1,24 +1,26 @@
 """The benchmarks, pinned: where each comes from, how many rows it has, what they hash to, and how it is
 scored.
 
-A hash is of the rows' content (``sources.content_hash``). "unknown" is said of what this table has not seen:
-it is then recorded at the first load, and held to from there on. Where a published figure stands, it is the
-paper's (Table 1, Qwen2.5-Math-7B), in points.
+A hash is of the rows' content (``sources.content_hash``). "unknown": this table has not seen the rows; the
+hash is recorded at the first load, and later loads must match it. Published figures are the paper's (Table 1,
+Qwen2.5-Math-7B), in points.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from truestep.errors import UserError
+from truestep.data.overlap import overlap_report
+from truestep.data.problems import load_problems
+from truestep.errors import UserError, did_you_mean
 from truestep.evaluate.sources import LETTERS, Item, NotThere, content_hash, file_items, hub_items
 from truestep.records import Message, Problem
-from truestep.rundir import read_json, write_json
+from truestep.rundir import cache_folder, read_json, write_json
 from truestep.seeding import permutation
+from truestep.settings import DataSettings
 
 UNKNOWN = "unknown"
 SUFFIXES = (".jsonl", ".parquet", ".csv")
@@ -132,11 +134,7 @@ BY_ID = {b.id: b for b in TABLE}
 def find(id: str) -> Benchmark:
     """The benchmark of that id. Raises UserError with the nearest one."""
     if id not in BY_ID:
-        import difflib
-
-        close = difflib.get_close_matches(id, BY_ID, n=1, cutoff=0.5)
-        hint = f'; did you mean "{close[0]}"?' if close else ""
-        raise UserError(f'benchmarks: "{id}" is not one of {", ".join(BY_ID)}{hint}')
+        raise UserError(f'benchmarks: "{id}" is not one of {", ".join(BY_ID)}{did_you_mean(id, list(BY_ID))}')
     return BY_ID[id]
 
 
@@ -216,7 +214,7 @@ def _first_seen(id: str, found: str) -> str:
 
 
 def _record() -> Path:
-    return Path(os.environ.get("TRUESTEP_HOME") or Path.home() / ".cache" / "truestep") / "benchmarks.json"
+    return cache_folder() / "benchmarks.json"
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
@@ -243,3 +241,24 @@ def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) ->
         return list(problems)
     order = permutation(SHUFFLE_SEED, 0, len(problems), item=f"limit/{name}")
     return [problems[i] for i in sorted(order[:limit].tolist())]
+
+
+def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
+    """The overlap of a training set with each benchmark, by bare question: options and templates would hide
+    equal ones.
+
+    Without ``ids``, every benchmark that the folder ``data`` holds; the others are listed as missing. Examples
+    are ids only, so private benchmarks stay private.
+    """
+    folder = Path(data) if data else None
+    tested, missing = {}, []
+    for id in ids or BY_ID:
+        try:
+            tested[id] = load(find(id), folder, bare=True)
+        except NotThere:
+            if ids:
+                raise
+            missing.append(id)
+    settings = DataSettings(source=source)
+    trained = {source: load_problems("train", settings, seed=0, base_dir=Path(), needs=())}
+    return {**overlap_report(trained, tested), "missing": missing}

@@ -48,7 +48,8 @@ class Estimate:
     mean_tokens: float | None
     pass_at: Mapping[int, Interval]
     majority_at: Mapping[int, Interval] = field(default_factory=dict)  # empty where answers are not recorded
-    strict_score: float | None = None  # only answers in the asked form count; None where that was not judged
+    strict_score: float | None = None  # the score of grade.policy's strict and lenient readers; None if the
+    lenient_score: float | None = None  # records do not say
 
     def __post_init__(self) -> None:
         if self.n != self.correct + self.incorrect + self.unscored:
@@ -109,7 +110,8 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
         mean_tokens=_mean(samples, "num_tokens", float),
         pass_at={k: pass_interval(num_correct, sizes, k) for k in pass_at},
         majority_at=_majorities(groups, [k for k in pass_at if k > 1]),
-        strict_score=_strict(groups),
+        strict_score=_score_by(groups, "strict"),
+        lenient_score=_score_by(groups, "lenient"),
     )
 
 
@@ -119,10 +121,11 @@ def _mean(rows: Sequence[Row], field: str, value: Callable[[Any], float]) -> flo
     return None if None in found else float(np.mean([value(f) for f in found]))
 
 
-def _strict(groups: Mapping[str, Sequence[Row]]) -> float | None:
-    shares = [np.mean([row.get("strict") == Verdict.CORRECT for row in group]) for group in groups.values()]
-    judged = all("strict" in row for group in groups.values() for row in group)
-    return float(np.mean(shares)) if judged else None
+def _score_by(groups: Mapping[str, Sequence[Row]], policy: str) -> float | None:
+    if not all(policy in row for group in groups.values() for row in group):
+        return None
+    shares = [np.mean([row[policy] == Verdict.CORRECT for row in group]) for group in groups.values()]
+    return float(np.mean(shares))
 
 
 def _count(rows: Iterable[Row], verdict: Verdict) -> int:

@@ -20,11 +20,11 @@ from typing import Any
 from truestep.data.rows import RowError, read_rows
 from truestep.errors import UserError
 from truestep.evaluate.benchmarks import BY_ID
+from truestep.evaluate.files import Row, read_samples, results_file, samples_file
 from truestep.records import Verdict
-from truestep.rundir import file_sha256, read_json, read_jsonl, write_atomic, write_json
+from truestep.rundir import file_sha256, read_json, write_atomic, write_json
 
 MAX_LOG_BYTES = 2**30  # of one unpacked file inside an inspect log
-Row = dict[str, Any]
 _SCORES = (
     "exact_match",
     "acc",
@@ -345,41 +345,41 @@ def _said(turns: Any) -> str:
 
 
 def write_lm_eval(run: Path, out: Path) -> list[Path]:
-    """A run's evaluations as lm-evaluation-harness writes them: one folder a template, in it one results file
-    and the samples of each task. Texts of a private benchmark are not there, as in the run itself."""
-    provenance = read_json(run / "provenance.json") if (run / "provenance.json").is_file() else {}
-    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
+    """A run's evaluations as lm-evaluation-harness writes them: one folder per template or checkpoint, in it one
+    results file and the samples of each task. Texts of a private benchmark are left out, as in the run itself."""
+    provenance, summary = (
+        read_json(run / name) if (run / name).is_file() else {}
+        for name in ("provenance.json", "summary.json")
+    )
     written = []
     for folder in sorted(p for p in (run / "evaluations").glob("*") if p.is_dir()):
-        found = {
-            p.name.removesuffix(".results.json"): _results_of(p)
-            for p in sorted(folder.glob("*.results.json"))
-        }
+        tasks = [p.name.removesuffix(".results.json") for p in sorted(folder.glob("*.results.json"))]
+        found = {task: _results_of(folder, task) for task in tasks}
         if not found:
             continue
         for task in found:
-            rows = [row for row in read_jsonl(folder / f"{task}.samples.jsonl") if "verdict" in row]
+            lines = _documents(read_samples(samples_file(folder, task)))
             path = out / folder.name / f"samples_{task}.jsonl"
-            write_atomic(
-                path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _documents(rows))
-            )
+            write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             written.append(path)
         path = out / folder.name / "results.json"
         write_json(path, _lm_eval_results(found, summary, provenance, folder))
         written.append(path)
     if not written:
-        raise UserError(f"{run}: holds no finished evaluation: give the folder that truestep eval printed")
+        raise UserError(f"{run}: holds no finished evaluation: pass the folder that truestep eval printed")
     return written
 
 
-def _results_of(path: Path) -> Row:
-    samples = Path(str(path).removesuffix(".results.json") + ".samples.jsonl")
-    if not samples.is_file():
-        raise UserError(f"{samples}: is missing, its results are there: give a run directory that is whole")
+def _results_of(folder: Path, task: str) -> Row:
+    if not samples_file(folder, task).is_file():
+        raise UserError(
+            f"{samples_file(folder, task)}: is missing, but its results exist: pass a complete run directory"
+        )
+    path = results_file(folder, task)
     try:
         return dict(read_json(path))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: is no results file ({error}): evaluate again with --resume") from None
+        raise UserError(f"{path}: is not a results file ({error}): evaluate again with --resume") from None
 
 
 def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, folder: Path) -> Row:
@@ -396,7 +396,7 @@ def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, fo
         "n-samples": {task: r["n-samples"][task] for task, r in found.items()},
         "config": {"model": "truestep", "model_args": {"pretrained": summary.get("model", "")}},
         "git_hash": provenance.get("commit"),
-        "task_hashes": {task: file_sha256(folder / f"{task}.samples.jsonl") for task in found},
+        "task_hashes": {task: file_sha256(samples_file(folder, task)) for task in found},
         "model_name": summary.get("model", ""),
     }
 

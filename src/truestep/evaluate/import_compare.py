@@ -1,7 +1,8 @@
-"""Evaluations brought together: foreign ones written as a run of ours, and any two compared."""
+"""Logs of other harnesses imported as a run directory, and any two evaluations compared."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from truestep.evaluate.benchmarks import BY_ID
 from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import by_problem, estimate
 from truestep.evaluate.external_logs import Evaluation, Row, is_private, read_evaluations
+from truestep.evaluate.files import SCHEMA_VERSION, results_file, samples_file, score_row
+from truestep.evaluate.run import task_results
 from truestep.records import RecordError
 from truestep.rundir import provenance, read_json, write_atomic, write_json
 
@@ -19,60 +22,48 @@ _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
 
 def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> dict[str, Any]:
-    """Write foreign evaluations as a run directory; returns its summary. Nothing is written before all is
+    """Write external evaluations as a run directory; returns its summary. Nothing is written before all is
     read.
 
-    Raises UserError where the directory is taken, or an evaluation is there twice.
+    Raises UserError if the directory is taken, or an evaluation is there twice.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is no empty folder: write --out for another place")
-    read = [_brought(evaluation) for path in paths for evaluation in read_evaluations(path, metric)]
+        raise UserError(f"{out} is not an empty folder: pass --out with a different path")
+    read = [(e, *_estimated(e)) for path in paths for e in read_evaluations(path, metric)]
     sources: dict[tuple[str, str], str] = {}
     for evaluation, task, _, _ in read:
         if (key := (evaluation.made_by, task)) in sources:
             raise UserError(
-                f"{evaluation.source}: {task} of {evaluation.made_by} is also in {sources[key]}: import them apart"
+                f"{evaluation.source}: {task} of {evaluation.made_by} is also in {sources[key]}: import them separately"
             )
         sources[key] = evaluation.source
     notes = ["imported: verdicts as the other harness gave them, nothing graded again"]
     scores = []
-    for evaluation, task, groups, found in read:
+    for evaluation, task, rows, found in read:
         folder = out / "evaluations" / evaluation.made_by
-        header = {
-            "header": True,
-            "schema_version": 1,
-            "name": task,
-            "identity": f"{evaluation.made_by}:{evaluation.source}",
-        }
-        rows = [row for group in groups.values() for row in group]
-        write_atomic(folder / f"{task}.samples.jsonl", "".join(_lines([header, *rows])))
+        identity = f"{evaluation.made_by}:{evaluation.source}"
+        header = {"header": True, "schema_version": SCHEMA_VERSION, "name": task, "identity": identity}
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in (header, *rows))
+        write_atomic(samples_file(folder, task), "".join(lines))
         if evaluation.missing:
-            notes.append(f"{task}: a part: {evaluation.missing}")
+            notes.append(f"{task}: incomplete: {evaluation.missing}")
         if found["unscored"]:
             notes.append(
                 f"{task}: {found['unscored']} of {found['n']} samples have no verdict: counted as not correct"
             )
-        whole = not evaluation.missing and (task not in BY_ID or BY_ID[task].num_rows == len(groups))
-        scores.append(
-            {
-                "benchmark": task, "prompt": evaluation.made_by, "metric": evaluation.metric or "as judged there",
-                "whole": whole, "private": is_private(task), "published": {}, **found,
-            }
-        )  # fmt: skip
+        size = BY_ID[task].num_rows if task in BY_ID else found["num_problems"]
         results = {
-            task: {
-                "alias": task,
-                "exact_match,none": found["score"],
-                "exact_match_stderr,none": found["stderr"],
-            }
-        }
-        num = {"original": len(groups), "effective": len(groups)}
-        more = {
-            "samples_per_problem": found["n"] // len(groups),
+            "schema_version": SCHEMA_VERSION,
+            **task_results(task, found),
             "estimate": found,
+            "samples_per_problem": found["n"] // found["num_problems"],
             "source": evaluation.source,
+            "metric": evaluation.metric or "as judged there",
+            "whole": not evaluation.missing and found["num_problems"] == size,
+            "private": is_private(task),
         }
-        write_json(folder / f"{task}.results.json", {"results": results, "n-samples": {task: num}, **more})
+        write_json(results_file(folder, task), results)
+        scores.append(score_row(task, results, prompt=evaluation.made_by))
     summary = {
         "schema_version": 1, "kind": "evaluation", "name": out.name, "status": "done", "model": "as in the logs",
         "engine": "imported", "seeds": {}, "scores": scores, "spread": [], "averages": [], "notes": notes,
@@ -82,19 +73,14 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
     return summary
 
 
-def _brought(evaluation: Evaluation) -> tuple[Evaluation, str, dict[str, list[Any]], dict[str, Any]]:
-    """An evaluation with the task's name as a file's, its samples by problem, and its estimate."""
+def _estimated(evaluation: Evaluation) -> tuple[str, list[Any], dict[str, Any]]:
+    """The task's name as a file name, the samples in order of their problems, and the estimate."""
     task = "".join(c if c.isalnum() or c in "._-" else "-" for c in evaluation.task).strip(".-") or "task"
     private = is_private(evaluation.task)
     try:
         groups = by_problem([_without_texts(row) if private else row for row in evaluation.rows])
         rows = [row for group in groups.values() for row in group]
-        return (
-            evaluation,
-            task,
-            groups,
-            estimate(rows, range(1, min(map(len, groups.values())) + 1)).to_json(),
-        )
+        return task, rows, estimate(rows, range(1, min(map(len, groups.values())) + 1)).to_json()
     except (UserError, RecordError) as error:
         raise UserError(f"{evaluation.source}: {error}") from None
 
@@ -104,32 +90,25 @@ def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
     return kept | ({"extracted": bool(row["extracted"])} if "extracted" in row else {})
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    import json
-
-    return [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-
-
 def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
-    """``comparisons``, b - a for every task that both have, paired by problem: by id where the texts agree,
-    else by the problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over.
+    """``comparisons``, b - a for every task that both have, paired by problem: by id if the texts agree, else
+    by the problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over.
 
-    Raises UserError where no task, or not the same problems, are in both, or one side is unfinished.
+    Raises UserError if no task, or not the same problems, are in both, or one side is unfinished.
     """
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
-    for task in dict.fromkeys(
-        map(_task, left)
-    ):  # other templates, harnesses or filters: where one side has one only
+    # Other templates, harnesses or filters are compared if one side has only one.
+    for task in dict.fromkeys(map(_task, left)):
         own, other = ([k for k in side if _task(k) == task] for side in (left, right))
         if not any(k in right for k in own) and 1 in (len(own), len(other)):
             pairs += [(x, y) for x in own for y in other]
-    if not pairs and len(left) == len(right) == 1:  # one file each: the user says that they belong together
+    if not pairs and len(left) == len(right) == 1:  # one file each: compared, whatever their names
         pairs = [(next(iter(left)), next(iter(right)))]
     if not pairs:
         names = [", ".join(sorted({k[0] for k in side})) for side in (left, right)]
         raise UserError(
-            f"{a} has {names[0]}, {b} has {names[1]}: expected a task that both have, give single files"
+            f"{a} has {names[0]}, {b} has {names[1]}: no task is in both: pass single files to compare them all the same"
         )
     return {
         "comparisons": [_compared(max(x[0], y[0], key=len), left[x], right[y]) for x, y in pairs],
@@ -138,7 +117,7 @@ def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
     }
 
 
-Key = tuple[str, str]  # task, and who asked: the template where it is ours, else the harness
+Key = tuple[str, str]  # task, and the template of a truestep run, or else the harness
 
 
 def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
@@ -148,7 +127,7 @@ def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
         key = (evaluation.task, Path(evaluation.source).parent.name if ours else evaluation.made_by)
         if key in found:
             raise UserError(
-                f"{evaluation.source}: {key[0]} of {key[1]} is also in {found[key].source}: give single files, or "
+                f"{evaluation.source}: {key[0]} of {key[1]} is also in {found[key].source}: pass single files, or "
                 "folders with one evaluation of each"
             )
         found[key] = evaluation
@@ -164,8 +143,8 @@ def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
     for evaluation in (x, y):
         if len(sizes := set(map(len, _grouped(evaluation).values()))) > 1:
             raise UserError(
-                f"{evaluation.source}: has {min(sizes)} to {max(sizes)} samples of a problem: expected one number for "
-                "all, go on with truestep eval … --resume if it is unfinished"
+                f"{evaluation.source}: has {min(sizes)} to {max(sizes)} samples per problem: expected the same number "
+                "for all; finish it with truestep eval … --resume"
             )
     rows_x, rows_y, paired_by = x.rows, y.rows, "id"
     if not _same_problems(rows_x, rows_y):
@@ -217,6 +196,7 @@ def _spaced(text: Any) -> str:
 
 
 def _seed(evaluation: Evaluation) -> int | None:
-    """The sampling seed, where the results file beside our samples says it."""
-    path = Path(evaluation.source.removesuffix(".samples.jsonl") + ".results.json")
+    """The sampling seed, if a results file beside the samples says it."""
+    source = Path(evaluation.source)
+    path = results_file(source.parent, source.name.removesuffix(".samples.jsonl"))
     return read_json(path).get("seed") if evaluation.made_by == "truestep" and path.is_file() else None

@@ -1,6 +1,6 @@
-"""How problems reach a model: as tokens through an engine of ours, or as turns through an endpoint.
+"""How problems reach a model: as tokens through an engine of truestep, or as turns through an endpoint.
 
-Both make of a job the same thing: prompts, the longest completion that fits, and what must be said about it.
+Both make the same of a job: prompts, the longest completion that fits, and notes for the user.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from truestep.data.chat import completion_text, encode_prompt, has_chat_template, stop_token_ids
 from truestep.errors import UserError
-from truestep.evaluate.plan import Job
+from truestep.evaluate.jobs import Job
 from truestep.evaluate.prompts import Template, cut, messages_of, plain_text
-from truestep.evaluate.run import Asked, EvaluationPlan, Key, token_samples
+from truestep.evaluate.run import Answer, Asked, EvaluationPlan, Key, engine_answers
 from truestep.records import Message, Problem, Prompt, Stop
 from truestep.rollout.engine import Engine, SampleRequest
 from truestep.rollout.engine_endpoint import EndpointEngine, TextRequest, TextSample, text_seed
@@ -29,13 +29,13 @@ LEAST_ROOM = 8  # tokens that a completion must have beside the longest prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
-    """A job made ready. ``fingerprint`` hashes what is sent, prompt by prompt, so that two engines can be
-    told to have been asked the same."""
+class ReadyJob:
+    """A job with its prompts. ``fingerprint`` hashes what is sent, prompt by prompt: equal for two engines
+    that were asked the same."""
 
     prompts: Sequence[Asked]
-    stop_token_ids: tuple[int, ...]
-    stop_sequences: tuple[tuple[int, ...], ...]
+    stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
     max_new_tokens: int
     num_prompt_tokens: int
     fingerprint: str
@@ -43,17 +43,15 @@ class Asking:
     notes: tuple[str, ...] = ()
 
 
-class Asker(Protocol):
+class ModelAdapter(Protocol):
     """Turns jobs into samples."""
 
-    def ready(self, job: Job, few_shot: int) -> Asking:
-        """The job's prompts. Raises UserError where they do not fit the model."""
+    def ready(self, job: Job, few_shot: int) -> ReadyJob:
+        """The job's prompts. Raises UserError if they do not fit the model."""
         ...
 
-    def answer(
-        self, plan: EvaluationPlan, template: Template, keys: Sequence[Key], check_stop: Callable[[], None]
-    ) -> Iterator[TextSample]:
-        """One sample of each key, in any order."""
+    def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
+        """Keys → one sample of each, in any order."""
         ...
 
 
@@ -65,9 +63,9 @@ def fingerprint(prompts: Sequence[Any]) -> str:
 
 
 @dataclass(kw_only=True)
-class TokenAsker:
-    """Through the model's tokenizer and an engine of ours, which ``open_engine`` makes when the first sample
-    is asked for."""
+class TokenAdapter:
+    """Through the model's tokenizer and an engine of truestep, which ``open_engine`` makes when the first
+    sample is asked for."""
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
@@ -76,31 +74,28 @@ class TokenAsker:
     pinned_limit: bool  # the length limit is a benchmark's, and may be lowered to what the model can hold
     engine: Engine | None = None
 
-    def ready(self, job: Job, few_shot: int) -> Asking:
+    def ready(self, job: Job, few_shot: int) -> ReadyJob:
         template, kind = job.template, job.benchmark.kind
         prompts = [self._prompt(p, messages_of(template, p, kind, few_shot), template) for p in job.problems]
         longest = max(prompts, key=lambda p: len(p.token_ids))
         room = self.context_length - len(longest.token_ids)
-        limit = job.max_new_tokens
+        limit = job.sampling.max_new_tokens
         if room < (LEAST_ROOM if self.pinned_limit else limit):
             raise UserError(
                 f"{job.benchmark.id}: the longest prompt ({longest.problem.id}) has {len(longest.token_ids)} of "
                 f"{self.context_length} tokens, which leaves {max(0, room)} of max_new_tokens = {limit}: "
-                "write fewer, a shorter prompt, or a greater model.context_length"
+                "set fewer, a shorter prompt, or a greater model.context_length"
             )
         notes = []
         if room < limit:
             notes.append(
-                f"{job.benchmark.id} · {template.id}: the model holds {self.context_length} tokens: completions end at "
-                f"{room}, not at {limit}"
+                f"{job.title}: max_new_tokens is {room}, not {limit}: the model's context is {self.context_length}"
             )
         if template.chat and not has_chat_template(self.tokenizer):
-            notes.append(
-                f"{job.benchmark.id} · {template.id}: the tokenizer has no chat template: turns are plain text"
-            )
+            notes.append(f"{job.title}: the tokenizer has no chat template: turns are sent as plain text")
         ids = [list(p.token_ids) for p in prompts]
         tail = str(self.tokenizer.decode(ids[0][-12:])).rstrip()
-        return Asking(
+        return ReadyJob(
             prompts=prompts,
             stop_token_ids=self._stops(template),
             stop_sequences=self._stop_sequences(template),
@@ -120,8 +115,8 @@ class TokenAsker:
         return Prompt(problem=problem, token_ids=made.token_ids)
 
     def _stops(self, template: Template) -> tuple[int, ...]:
-        """The tokens that end a turn; where a line's end or an empty line ends it, also every token that
-        holds it (the text is cut where it should be in any case: this only saves what would follow)."""
+        """The tokens that end a turn. If a line's end or an empty line ends it, also every token that holds
+        one: the text is cut there in any case, this only saves what would follow."""
         stops = stop_token_ids(self.tokenizer, self.model_eos)
         ends = [text for text in template.stop if not text.strip()]
         if not ends:
@@ -136,19 +131,22 @@ class TokenAsker:
         made = ((stop, tokenizer(stop, add_special_tokens=False)["input_ids"]) for stop in template.stop)
         return tuple(tuple(ids) for stop, ids in made if len(ids) > 1 and stop in tokenizer.decode(ids))
 
-    def answer(
-        self, plan: EvaluationPlan, template: Template, keys: Sequence[Key], check_stop: Callable[[], None]
-    ) -> Iterator[TextSample]:
-        if self.engine is None:
-            self.engine = self.open_engine()
+    def _engine(self) -> Engine:
+        self.engine = self.engine or self.open_engine()
+        return self.engine
 
-        def decode(ids: Sequence[int]) -> str:
-            return completion_text(self.tokenizer, ids)
+    def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
+        sampled = engine_answers(
+            plan, self._engine, lambda ids: completion_text(self.tokenizer, ids), check_stop
+        )
 
-        for sample in token_samples(plan, keys, engine=self.engine, decode=decode, check_stop=check_stop):
-            text = cut(sample.text, template.stop)
-            was_cut = len(text) < len(sample.text) and sample.stop is Stop.LENGTH
-            yield replace(sample, text=text, stop=Stop.STOP_TOKEN if was_cut else sample.stop)
+        def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
+            for sample in sampled(keys):
+                text = cut(sample.text, template.stop)
+                was_cut = len(text) < len(sample.text) and sample.stop is Stop.LENGTH
+                yield replace(sample, text=text, stop=Stop.STOP_TOKEN if was_cut else sample.stop)
+
+        return answer
 
 
 # --------------------------------------------------------------------------------------------------- endpoint
@@ -164,12 +162,12 @@ class TextPrompt:
 
 
 @dataclass(kw_only=True)
-class EndpointAsker:
-    """Through an endpoint, which knows its own tokenizer and chat template."""
+class EndpointAdapter:
+    """Through an endpoint, which has its own tokenizer and chat template."""
 
     engine: EndpointEngine
 
-    def ready(self, job: Job, few_shot: int) -> Asking:
+    def ready(self, job: Job, few_shot: int) -> ReadyJob:
         template = job.template
         prompts = []
         for problem in job.problems:
@@ -178,40 +176,36 @@ class EndpointAsker:
             prompts.append(TextPrompt(problem=problem, messages=messages if template.chat else (), text=text))
         notes = []
         if template.suffix:
+            opening = template.suffix.strip()
             notes.append(
-                f"{job.benchmark.id} · {template.id}: an endpoint opens the model's turn itself: it was not begun with "
-                f"{template.suffix.strip()}"
+                f"{job.title}: an endpoint opens the model's turn itself, so it was not begun with {opening}"
             )
         sent = [p.text or [[m.role, m.content] for m in p.messages] for p in prompts]
         characters = sum(len(p.text) + sum(len(m.content) for m in p.messages) for p in prompts)
-        return Asking(
+        return ReadyJob(
             prompts=prompts,
-            stop_token_ids=(),
-            stop_sequences=(),
-            max_new_tokens=job.max_new_tokens,
-            num_prompt_tokens=characters // 4,  # the server alone can count them
+            max_new_tokens=job.sampling.max_new_tokens,
+            num_prompt_tokens=characters // 4,  # only the server can count them
             fingerprint=fingerprint(sent),
             notes=tuple(notes),
         )
 
-    def answer(
-        self, plan: EvaluationPlan, template: Template, keys: Sequence[Key], check_stop: Callable[[], None]
-    ) -> Iterator[TextSample]:
+    def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
         prompts: dict[str, Any] = {p.problem.id: p for p in plan.prompts}
-        requests = [self._request(plan, prompts[id], index, template) for id, index in keys]
-        for sample in self.engine.answer(requests, plan.sampling, check_stop):
-            yield replace(sample, text=cut(sample.text, template.stop))
 
-    def _request(
-        self, plan: EvaluationPlan, prompt: TextPrompt, index: int, template: Template
-    ) -> TextRequest:
-        seed = text_seed(
-            SampleRequest(
-                problem_id=prompt.problem.id, sample_index=index, prompt_ids=(), seed=plan.seed,
-                purpose=Purpose.EVALUATE, step=0,
-            )
-        )  # fmt: skip
-        return TextRequest(
-            problem_id=prompt.problem.id, sample_index=index, seed=seed, messages=prompt.messages, text=prompt.text,
-            stop=template.stop[:4],
-        )  # fmt: skip
+        def request(problem_id: str, index: int) -> TextRequest:
+            key = SampleRequest(
+                problem_id=problem_id, sample_index=index, prompt_ids=(), seed=plan.seed, purpose=Purpose.EVALUATE, step=0
+            )  # fmt: skip
+            prompt = prompts[problem_id]
+            return TextRequest(
+                problem_id=problem_id, sample_index=index, seed=text_seed(key), messages=prompt.messages,
+                text=prompt.text, stop=template.stop[:4],
+            )  # fmt: skip
+
+        def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
+            requests = [request(id, index) for id, index in keys]
+            for sample in self.engine.answer(requests, plan.sampling, check_stop):
+                yield replace(sample, text=cut(sample.text, template.stop))
+
+        return answer

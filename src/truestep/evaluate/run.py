@@ -1,34 +1,44 @@
-"""Evaluate a model on a set of problems: sampled once, graded once, written as it comes, resumable per
-sample."""
+"""Evaluate a model on a set of problems: sampled once, graded once, written sample by sample, resumable.
+
+The one evaluation of truestep: dev scores, a run's checkpoints and ``truestep eval`` all call
+``run_evaluation``.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from truestep.errors import UserError
 from truestep.evaluate.estimate import Estimate, estimate
-from truestep.records import Problem, Prompt, RecordError, Rollout, Score, Stop, Verdict, judged
+from truestep.evaluate.files import SCHEMA_VERSION, Row, results_file, samples_file
+from truestep.evaluate.interval import mean_interval
+from truestep.grade.policy import Judgment
+from truestep.progress import Reporter
+from truestep.records import Problem, Prompt, RecordError, Stop, Verdict
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, read_jsonl, write_atomic, write_json
 from truestep.seeding import Purpose
 
-SCHEMA_VERSION = 1
+REFRESH_SECONDS = 1.0  # how often the running interval is computed anew
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 Key = tuple[str, int]  # problem id, sample index
-Row = dict[str, Any]
-Grade = Callable[[Problem, str], Score]
+Judge = Callable[[Problem, str], Judgment]
+Answer = Callable[[Sequence[Key]], Iterator[TextSample]]
 
 
 class Asked(Protocol):
-    """A prompt of any kind: tokens for an engine of ours, turns for an endpoint."""
+    """A prompt of any kind: tokens for an engine of truestep, turns for an endpoint."""
 
     @property
     def problem(self) -> Problem: ...
@@ -48,147 +58,126 @@ class EvaluationPlan:
     identity: str
     pass_at: Sequence[int] = (1,)
     private: bool = False  # write ids, verdicts and counts, and no text
-    opening: str = ""  # what the prompt has begun of the model's own text; read with every completion
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what the results file says besides
+    opening: str = ""  # the part of the model's own text that the prompt holds; graded with every completion
+    facts: Mapping[str, Any] = field(default_factory=dict)  # further entries of the results file
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise UserError(
-                f"data.{self.name}: it names a file: write letters, digits, '.', '_' and '-' only"
+                f"data.{self.name}: the name is a file name: use only letters, digits, '.', '_', '-'"
             )
         ids = Counter(prompt.problem.id for prompt in self.prompts)
         if not ids:
-            raise UserError(
-                f"{self.name}: no problems: expected at least one, write a data set with limit >= 1"
-            )
+            raise UserError(f"{self.name}: no problems: expected at least one, set limit >= 1")
         problem_id, times = ids.most_common(1)[0]
         if times > 1:
             rows = [p.problem.row or "?" for p in self.prompts if p.problem.id == problem_id]
-            raise UserError(
-                f"{rows[1]}: id: {problem_id!r} is also the id of {rows[0]}: expected an id of its own for each problem"
-            )
-        bad = [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]
-        if bad:
+            raise UserError(f"{rows[1]}: id: {problem_id!r} is also the id of {rows[0]}: ids must be unique")
+        if bad := [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]:
             raise UserError(
                 f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {self.samples_per_problem}"
             )
 
     @property
     def samples_path(self) -> Path:
-        return self.folder / f"{self.name}.samples.jsonl"
+        return samples_file(self.folder, self.name)
 
     @property
     def results_path(self) -> Path:
-        return self.folder / f"{self.name}.results.json"
+        return results_file(self.folder, self.name)
 
     def sample_keys(self) -> list[Key]:
         """Every sample that is asked for, in the order of the finished file."""
         return [(p.problem.id, index) for p in self.prompts for index in range(self.samples_per_problem)]
 
 
-def _no_progress(done: int, total: int, running: Mapping[str, int]) -> None:
-    del done, total, running
-
-
-def _never_stop() -> None:
-    pass
-
-
 def run_evaluation(
-    plan: EvaluationPlan,
-    *,
-    engine: Engine,
-    grade: Grade,
-    decode: Callable[[Sequence[int]], str],
-    progress: Callable[[int, int, Mapping[str, int]], None] = _no_progress,
-    check_stop: Callable[[], None] = _never_stop,
-) -> dict[str, Any]:
-    """``run_samples`` with an engine of tokens; the plan's prompts have them."""
-    return run_samples(
-        plan,
-        answer=lambda keys: token_samples(plan, keys, engine=engine, decode=decode, check_stop=check_stop),
-        grade=grade,
-        progress=progress,
-    )
-
-
-def run_samples(
-    plan: EvaluationPlan,
-    *,
-    answer: Callable[[Sequence[Key]], Iterator[TextSample]],
-    grade: Grade,
-    grade_strictly: Grade | None = None,
-    progress: Callable[[int, int, Mapping[str, int]], None] = _no_progress,
-    on_row: Callable[[Row], None] = lambda row: None,
+    plan: EvaluationPlan, *, answer: Answer, judge: Judge, reporter: Reporter | None = None, title: str = ""
 ) -> dict[str, Any]:
     """Sample, grade and record what is not yet recorded; write and return the results.
 
-    ``answer`` yields one sample of each key that it is asked for, in any order. ``progress`` gets the samples
-    done, all of them, and the counts by verdict so far; ``on_row`` every sample, those recorded earlier
-    included. What raises between two samples leaves the finished ones, which the next call does not repeat. A
-    sample that could not be made is unscored, and is asked for again by the next call.
+    ``answer`` yields one sample of each key that it is asked for, in any order; it is not called if all
+    samples exist. An exception between two samples leaves the finished ones, which the next call does not
+    repeat. A sample that could not be made is unscored, and the next call asks for it again.
 
-    Raises RecordError where the answers are not those asked for, or one comes twice, or not at all.
+    Raises RecordError if the answers are not those asked for, or one comes twice, or not at all.
     """
     problems = {prompt.problem.id: prompt.problem for prompt in plan.prompts}
-    rows = _resume(plan)
-    total, counts = len(plan.sample_keys()), Counter(row["verdict"] for row in rows.values())
-    for row in rows.values():
-        on_row(row)
-    progress(len(rows), total, _running(counts))
-    asked = [key for key in plan.sample_keys() if key not in rows]
+    rows, keys = _resume(plan), plan.sample_keys()
+    running = RunningScore(rows.values())
+    if reporter:
+        reporter.begin(title or plan.name, len(keys), len(rows))
+    asked = [key for key in keys if key not in rows]
     open_keys = set(asked)
     for sample in answer(asked) if asked else ():
         key = (sample.problem_id, sample.sample_index)
         if key not in open_keys:
             raise RecordError(f"the engine answered {key[0]}/{key[1]}, which is not open")
         open_keys.remove(key)
-        rows[key] = _row(plan, problems[key[0]], sample, grade, grade_strictly)
+        rows[key] = _row(plan, problems[key[0]], sample, judge)
         append_jsonl(plan.samples_path, [rows[key]])
-        on_row(rows[key])
-        counts[rows[key]["verdict"]] += 1
-        progress(len(rows), total, _running(counts))
+        running.add(rows[key])
+        if reporter:
+            reporter.advance(len(rows), running.text(last=len(rows) == len(keys)))
     if open_keys:
         raise RecordError(f"the engine left {len(open_keys)} of {len(asked)} samples unanswered")
-    ordered = [rows[key] for key in plan.sample_keys()]
+    ordered = [rows[key] for key in keys]
     _write_samples(plan, ordered)  # in the order asked for, so that a resumed run leaves the same bytes
     results = _results(plan, estimate(ordered, plan.pass_at))
     write_json(plan.results_path, results)
     return results
 
 
-def token_samples(
+class RunningScore:
+    """The score so far with its interval, computed at most once a second, and with the last sample."""
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self._problems: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # correct, samples
+        self._text, self._computed_at = "", 0.0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        counts = self._problems[row["problem_id"]]
+        counts[0] += row["verdict"] == Verdict.CORRECT
+        counts[1] += 1
+
+    def text(self, *, last: bool) -> str:
+        now = time.monotonic()
+        if last or now - self._computed_at >= REFRESH_SECONDS:
+            self._computed_at = now
+            correct, samples = np.array(list(self._problems.values()), dtype=float).T
+            found = mean_interval(correct / samples, num_trials=float(samples.sum()))
+            self._text = f"score {100 * found.value:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+        return self._text
+
+
+def engine_answers(
     plan: EvaluationPlan,
-    keys: Sequence[Key],
-    *,
-    engine: Engine,
+    open_engine: Callable[[], Engine],
     decode: Callable[[Sequence[int]], str],
-    check_stop: Callable[[], None],
-) -> Iterator[TextSample]:
-    """What an engine of tokens makes of the plan's prompts, as text."""
-    prompts: dict[str, Any] = {prompt.problem.id: prompt for prompt in plan.prompts}
-    requests = [_request(plan, prompts[problem_id], index) for problem_id, index in keys]
-    for rollout in engine.generate(requests, plan.sampling, check_stop):
-        yield _text_of(rollout, decode)
+    check_stop: Callable[[], None] = lambda: None,
+) -> Answer:
+    """The answers of an engine of tokens, which is opened when the first sample is asked for."""
+
+    def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
+        prompts: dict[str, Any] = {prompt.problem.id: prompt for prompt in plan.prompts}
+        requests = [sample_request(plan, prompts[problem_id], index) for problem_id, index in keys]
+        for rollout in open_engine().generate(requests, plan.sampling, check_stop):
+            yield TextSample(
+                problem_id=rollout.problem_id,
+                sample_index=rollout.sample_index,
+                text="" if rollout.stop is Stop.ERROR else decode(rollout.completion_ids),
+                stop=rollout.stop,
+                num_tokens=len(rollout.completion_ids),
+                error=rollout.error,
+                token_ids=rollout.completion_ids,
+            )
+
+    return answer
 
 
-def _text_of(rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> TextSample:
-    return TextSample(
-        problem_id=rollout.problem_id,
-        sample_index=rollout.sample_index,
-        text="" if rollout.stop is Stop.ERROR else decode(rollout.completion_ids),
-        stop=rollout.stop,
-        num_tokens=len(rollout.completion_ids),
-        error=rollout.error,
-        token_ids=rollout.completion_ids,
-    )
-
-
-def _running(counts: Mapping[str, int]) -> dict[str, int]:
-    return {verdict.value: counts.get(verdict.value, 0) for verdict in Verdict}
-
-
-def _request(plan: EvaluationPlan, prompt: Prompt, index: int) -> SampleRequest:
+def sample_request(plan: EvaluationPlan, prompt: Prompt, index: int) -> SampleRequest:
     return SampleRequest(
         problem_id=prompt.problem.id,
         sample_index=index,
@@ -199,31 +188,24 @@ def _request(plan: EvaluationPlan, prompt: Prompt, index: int) -> SampleRequest:
     )
 
 
-def _row(
-    plan: EvaluationPlan, problem: Problem, sample: TextSample, grade: Grade, strictly: Grade | None
-) -> Row:
-    failed = sample.stop is Stop.ERROR
-    text = plan.opening + sample.text
-    unscored = judged(Verdict.UNSCORED, reason=f"engine: {sample.error}")
-    score = unscored if failed else grade(problem, text)
+def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judge) -> Row:
     row: Row = {"problem_id": sample.problem_id, "sample_index": sample.sample_index}
-    if not plan.private:
+    judged = None if sample.stop is Stop.ERROR else judge(problem, plan.opening + sample.text)
+    extracted = judged.score.extracted if judged else ""
+    if plan.private:
+        row["extracted"] = bool(extracted)
+    else:
         row |= {
             "prompt": problem.messages[-1].content,
             "completion": sample.text,
-            "extracted": score.extracted,
+            "extracted": extracted,
             "gold": problem.answer,
+            "reason": judged.reason if judged else f"engine: {sample.error}",
         }
-    row["verdict"] = score.label
-    if strictly is not None:
-        row["strict"] = (unscored if failed else strictly(problem, text)).label
-    if plan.private:
-        return row | {
-            "extracted": bool(score.extracted),
-            "stop": sample.stop.value,
-            "num_tokens": sample.num_tokens,
-        }
-    return row | {"reason": score.reason, "stop": sample.stop.value, "num_tokens": sample.num_tokens}
+    unscored = (Verdict.UNSCORED.value,) * 3
+    verdicts = (judged.score.label, judged.strict.value, judged.lenient.value) if judged else unscored
+    row |= dict(zip(("verdict", "strict", "lenient"), verdicts, strict=True))
+    return row | {"stop": sample.stop.value, "num_tokens": sample.num_tokens}
 
 
 def _header(plan: EvaluationPlan) -> Row:
@@ -231,33 +213,32 @@ def _header(plan: EvaluationPlan) -> Row:
 
 
 def check_kept(plan: EvaluationPlan) -> None:
-    """Raises UserError where going on would lose samples: made with other settings, or more than are
-    asked for."""
-    first, *rows = read_jsonl(plan.samples_path) or [_header(plan)]
+    """Raises UserError if resuming would lose samples: made with other settings, or more than are asked
+    for."""
+    path = plan.samples_path
+    first, *rows = read_jsonl(path) or [_header(plan)]
     if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{plan.samples_path}: holds a line that is no sample: write --out for another place")
+        raise UserError(f"{path}: holds a line that is not a sample: pass --out with a different path")
     if rows and first != _header(plan):
         raise UserError(
-            f"{plan.samples_path}: its {len(rows)} samples were made with another model, other data or other settings: "
-            "write --out for another place"
+            f"{path}: its {len(rows)} samples were made with another model, other data, other settings or another "
+            "version of truestep: pass --out with a different path"
         )
     wanted = set(plan.sample_keys())
     if extra := [row for row in rows if (row.get("problem_id"), row.get("sample_index")) not in wanted]:
         raise UserError(
-            f"{plan.samples_path}: holds {len(rows)} samples, {len(extra)} more than are asked for: a run can grow and "
-            "not shrink, write the greater --limit and --samples, or --out for another place"
+            f"{path}: holds {len(rows)} samples, {len(extra)} more than are asked for: a run can grow and not shrink; "
+            "pass a greater --limit or --samples, or --out with a different path"
         )
 
 
 def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
-    """The samples already made under the same identity; the file is left whole, ready to be appended to."""
+    """The samples already made under the same identity, without the engine's errors, which are asked for
+    again; the file is left whole, ready to be appended to."""
     first, *rows = read_jsonl(plan.samples_path) or [{}]
     wanted = set(plan.sample_keys()) if first == _header(plan) else set()
-    done = {
-        key: row
-        for row in rows
-        if (key := (row["problem_id"], row["sample_index"])) in wanted and row["stop"] != Stop.ERROR
-    }
+    keyed = {(row["problem_id"], row["sample_index"]): row for row in rows if row["stop"] != Stop.ERROR}
+    done = {key: row for key, row in keyed.items() if key in wanted}
     _write_samples(plan, done.values())
     return done
 
@@ -269,24 +250,29 @@ def _write_samples(plan: EvaluationPlan, rows: Iterable[Row]) -> None:
 
 def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
     """The results file; ``results`` and ``n-samples`` are keyed by task as lm-evaluation-harness has them."""
-    task: Row = {
-        "alias": plan.name,
-        "exact_match,none": found.score,
-        "exact_match_stderr,none": "N/A" if found.stderr is None else found.stderr,
-    }
-    task |= {f"pass@{k},none": interval.value for k, interval in found.pass_at.items()}
+    sampling = asdict(plan.sampling)
+    for key in ("stop_token_ids", "stop_sequences"):
+        sampling[key] = list(sampling[key])
     return {
         "schema_version": SCHEMA_VERSION,
-        "results": {plan.name: task},
-        "n-samples": {plan.name: {"original": found.num_problems, "effective": found.num_problems}},
+        **task_results(plan.name, found.to_json()),
         "estimate": found.to_json(),
         "samples_per_problem": plan.samples_per_problem,
-        "sampling": {
-            **asdict(plan.sampling),
-            "stop_token_ids": list(plan.sampling.stop_token_ids),
-            "stop_sequences": [list(ids) for ids in plan.sampling.stop_sequences],
-        },
+        "sampling": sampling,
         "seed": plan.seed,
         "identity": plan.identity,
+        "private": plan.private,
         **plan.facts,
     }
+
+
+def task_results(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """An estimate in lm-evaluation-harness's keys."""
+    task: Row = {
+        "alias": name,
+        "exact_match,none": found["score"],
+        "exact_match_stderr,none": "N/A" if found["stderr"] is None else found["stderr"],
+    }
+    task |= {f"pass@{k},none": interval["value"] for k, interval in found["pass_at"].items()}
+    num = {"original": found["num_problems"], "effective": found["num_problems"]}
+    return {"results": {name: task}, "n-samples": {name: num}}

@@ -11,10 +11,10 @@ from typing import Any
 
 from truestep.errors import UserError
 from truestep.grade.equivalent import refusal, symbolic_form
-from truestep.grade.extract import Extraction, gold_answer
-from truestep.grade.policy import nearly, objection
-from truestep.grade.score import Grader, find_answer
-from truestep.records import Message, Problem, Score, Verdict
+from truestep.grade.extract import gold_answer
+from truestep.grade.policy import Judgment
+from truestep.grade.score import Grader
+from truestep.records import Message, Problem, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,9 @@ def grade_pairs(
     ``verdict`` is the default policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With
     ``second_opinion`` math-verify is asked about every answer that our own rules have decided, and
     ``counts["second_opinion"]`` says how often it disagrees."""
-    problems = [_problem(pair) for pair in pairs]
-    answers = [find_answer(problem, pair.pred) for problem, pair in zip(problems, pairs, strict=True)]
     with Grader(workers=workers, seconds=seconds) as grader:
-        scores = grader.score_answers(list(zip(problems, answers, strict=True)))
-        samples = [_sample(*each) for each in zip(pairs, answers, scores, strict=True)]
+        judged = grader.judge_many([(_problem(pair), pair.pred) for pair in pairs])
+        samples = [_sample(*each) for each in zip(pairs, judged, strict=True)]
         second = _second_opinion(grader, pairs, samples) if second_opinion else None
     counts: dict[str, Any] = {"n": len(samples)}
     for policy in ("verdict", "strict", "lenient"):
@@ -98,20 +96,15 @@ def _problem(pair: Pair) -> Problem:
     )
 
 
-def _sample(pair: Pair, answer: Extraction, score: Score) -> dict[str, Any]:
-    gold, strict, lenient, notes = gold_answer(pair.gold), score.label, score.label, []
-    if score.verdict is Verdict.CORRECT and (reason := objection(gold, answer.answer, answer.how)):
-        strict, notes = Verdict.INCORRECT.value, [reason]
-    if score.verdict is Verdict.INCORRECT and answer.answer and nearly(gold, answer.answer):
-        lenient, notes = Verdict.CORRECT.value, ["lenient: a rounded value"]
+def _sample(pair: Pair, judged: Judgment) -> dict[str, Any]:
     return {
         "id": pair.id,
-        "verdict": score.label,
-        "strict": strict,
-        "lenient": lenient,
-        "reason": "; ".join([score.reason, *notes]),
-        "extracted": score.extracted,
-        "how": answer.how,
+        "verdict": judged.score.label,
+        "strict": judged.strict.value,
+        "lenient": judged.lenient.value,
+        "reason": judged.reason,
+        "extracted": judged.score.extracted,
+        "how": judged.answer.how,
     }
 
 

@@ -1,18 +1,18 @@
-"""Where careful people differ: what a strict reader refuses of right answers, a lenient one accepts of wrong
-ones.
-
-The verdict itself (``grade.score``) is the default between the two."""
+"""Strict and lenient grading, defined once for every command: the right answers that a strict reader refuses,
+the wrong ones that a lenient reader accepts. The default verdict of ``grade.score`` lies between the two."""
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 
 from truestep.grade.equivalent import decide
-from truestep.grade.extract import How
+from truestep.grade.extract import Extraction, How, gold_answer
 from truestep.grade.normal import canonical
 from truestep.grade.numeric import parse_number, rounds
 from truestep.grade.structure import brackets, elements, matrix
+from truestep.records import Problem, Score, Verdict
 
 EXPLICIT: tuple[How, ...] = ("boxed", "marker", "answer_is", "whole")
 ROUNDED_DIGITS = 3  # significant ones, of a decimal that a lenient reader takes for what it rounds
@@ -22,11 +22,43 @@ _FRACTION = re.compile(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judgment:
+    """One completion as the three policies judge it. ``reason`` says why the verdicts are as they are."""
+
+    score: Score
+    strict: Verdict
+    lenient: Verdict
+    answer: Extraction
+    reason: str
+
+
+def judgment(problem: Problem, answer: Extraction, score: Score) -> Judgment:
+    """A score with the strict and the lenient verdict beside it: a strict reader can only refuse a correct
+    answer, a lenient one only accept an incorrect one. Held by: tests/grade/test_policy.py"""
+    gold, verdict = gold_answer(problem.answer), score.verdict or Verdict.UNSCORED
+    by_form = problem.checker in ("math", "choice")  # the others compare by rules that leave nothing to form
+    strict = lenient = verdict
+    note = ""
+    if verdict is Verdict.CORRECT:
+        note = objection(gold, answer.answer, answer.how) if by_form else unmarked(answer.how)
+        strict = Verdict.INCORRECT if note else verdict
+    elif verdict is Verdict.INCORRECT and answer.answer and by_form and nearly(gold, answer.answer):
+        lenient, note = Verdict.CORRECT, "lenient: a rounded value"
+    reason = "; ".join(filter(None, (score.reason, note)))
+    return Judgment(score=score, strict=strict, lenient=lenient, answer=answer, reason=reason)
+
+
+def unmarked(how: How) -> str:
+    """Why a strict reader refuses an answer that was found by this rule; "" for a marked one."""
+    return "" if how in EXPLICIT else "strict: the answer is not marked as one"
+
+
 def objection(gold: str, found: str, how: How) -> str:
-    """Why a strict reader refuses an answer that is right: "" where it does not. Both answers are
-    normalised."""
-    if how not in EXPLICIT:
-        return "strict: the answer is not marked as one"
+    """Why a strict reader refuses an answer that is right: "" if it does not. Both answers are
+    normalized."""
+    if refusal := unmarked(how):
+        return refusal
     left, right = parse_number(gold), parse_number(found)
     if left is not None and right is not None and left.unit != right.unit:
         return "strict: the units are not the same"

@@ -15,6 +15,7 @@ from truestep.grade.countdown import check_countdown
 from truestep.grade.equivalent import decide, questions, same_integer, symbolic_form
 from truestep.grade.extract import Extraction, extract_answer, extract_choice, gold_answer
 from truestep.grade.normal import canonical, normalise
+from truestep.grade.policy import Judgment, judgment
 from truestep.grade.pool import Outcome, Pool
 from truestep.grade.rational import same_formula
 from truestep.records import Message, Problem, Score, Verdict, judged
@@ -30,9 +31,9 @@ class Question:
     extracted: str
 
 
-def find_answer(problem: Problem, text: str, *, strict: bool = False) -> Extraction:
+def find_answer(problem: Problem, text: str) -> Extraction:
     """What a completion answers to a problem, by the rules for its kind."""
-    return (extract_choice if problem.checker == "choice" else extract_answer)(text, strict=strict)
+    return (extract_choice if problem.checker == "choice" else extract_answer)(text)
 
 
 def _score(equal: bool | None, extracted: str, reason: str) -> Score:
@@ -110,12 +111,9 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 class Grader:
     """Scores completions. Algebra runs in child processes, which are started when it is first needed, have
     ``seconds`` of processor time for one comparison and may take ``memory_mb`` on top of what its libraries
-    take. ``strict`` accepts boxed, "####" and "answer is" answers alone. Not for use from several threads."""
+    take. Not for use from several threads."""
 
-    def __init__(
-        self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384, *, strict: bool = False
-    ) -> None:
-        self._strict = strict
+    def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384) -> None:
         self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
 
     def __enter__(self) -> Self:
@@ -135,7 +133,16 @@ class Grader:
 
     def score_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
         """One score per (problem, completion), in order; the same two formulas are compared once."""
-        return self.score_answers([(p, find_answer(p, text, strict=self._strict)) for p, text in pairs])
+        return self.score_answers([(p, find_answer(p, text)) for p, text in pairs])
+
+    def judge(self, problem: Problem, completion: str) -> Judgment:
+        """The verdict on one completion, and what a strict and a lenient reader say."""
+        return self.judge_many([(problem, completion)])[0]
+
+    def judge_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Judgment]:
+        answers = [(problem, find_answer(problem, text)) for problem, text in pairs]
+        scores = self.score_answers(answers)
+        return [judgment(*answer, score) for answer, score in zip(answers, scores, strict=True)]
 
     def score_answers(self, pairs: Sequence[tuple[Problem, Extraction]]) -> list[Score]:
         """One score per (problem, answer that was found), in order."""
@@ -169,7 +176,7 @@ class Grader:
         if problem.checker not in CHECKERS:
             known = ", ".join(CHECKERS)
             raise UserError(
-                f"{problem.row or problem.id}: checker {problem.checker!r} is not known: write one of {known}"
+                f"{problem.row or problem.id}: unknown checker {problem.checker!r}: use one of {known}"
             )
         if not problem.answer.strip() and problem.checker != "countdown":
             return _score(None, found.answer, "the problem has no gold answer")

@@ -1,18 +1,23 @@
-"""A run's own evaluations: dev scores inside a stage, test scores after each stage."""
+"""A run's own evaluations: dev scores inside a stage, test scores after each stage, and their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from truestep import signals
 from truestep.data.chat import completion_text
-from truestep.evaluate.run import EvaluationPlan, run_evaluation
+from truestep.evaluate.compare import compare
+from truestep.evaluate.files import read_samples, results_file, samples_file, score_row
+from truestep.evaluate.run import EvaluationPlan, engine_answers, run_evaluation
 from truestep.grade.score import Grader
 from truestep.pipeline.identity import stage_identity
 from truestep.pipeline.prepare import Prepared
 from truestep.progress import Reporter
 from truestep.rollout.engine import Engine, SamplingParameters
+from truestep.rundir import read_json
 from truestep.settings import SamplingSettings
 
 
@@ -30,32 +35,28 @@ def dev_score(
     prepared: Prepared, index: int, *, engine: Engine, grader: Grader, folder: Path
 ) -> Callable[[int], float]:
     """Step → score on the stage's dev set; the samples are kept in the stage's folder."""
-    stage, identity = prepared.settings.stages[index], stage_identity(prepared, index)
-    limits = prepared.settings.evaluate.sampling.model_copy(update={"temperature": stage.dev.temperature})
+    dev, identity = prepared.settings.stages[index].dev, stage_identity(prepared, index)
+    limits = prepared.settings.evaluate.data_sampling.model_copy(update={"temperature": dev.temperature})
 
     def score(step: int) -> float:
         plan = EvaluationPlan(
-            name=stage.dev.data,
-            prompts=prepared.prompts[stage.dev.data],
+            name=dev.data,
+            prompts=prepared.prompts[dev.data],
             sampling=sampling_parameters(limits, prepared.stop_ids),
-            samples_per_problem=stage.dev.samples_per_problem,
+            samples_per_problem=dev.samples_per_problem,
             seed=prepared.settings.seed,
             folder=folder / "dev" / f"step_{step:08d}",
             identity=f"{identity}/{step}",
         )
-        results = run_evaluation(
-            plan,
-            engine=engine,
-            grade=grader.score,
-            decode=lambda ids: completion_text(prepared.tokenizer, ids),
-        )
+        answer = engine_answers(plan, lambda: engine, lambda ids: completion_text(prepared.tokenizer, ids))
+        results = run_evaluation(plan, answer=answer, judge=grader.judge)
         engine.take_cost()  # evaluation is not training: no ledger counts it
         return float(results["estimate"]["score"])
 
     return score
 
 
-def evaluate_model(
+def evaluate_checkpoint(
     prepared: Prepared,
     *,
     folder: Path,
@@ -64,32 +65,51 @@ def evaluate_model(
     grader: Grader,
     reporter: Reporter,
 ) -> None:
-    """Evaluate one checkpoint on every test set; samples that exist already are kept. ``folder.name`` is the
-    checkpoint's name, ``identity`` maps a data set to the hash of all that its samples depend on."""
-    settings, engine = prepared.settings.evaluate, None
+    """Evaluate one checkpoint on every test set; samples that exist already are kept, and the model is loaded
+    only if some are missing. ``folder.name`` is the checkpoint's name, ``identity`` maps a data set to the
+    hash of all that its samples depend on."""
+    settings = prepared.settings.evaluate
+    opened: list[Engine] = []
+
+    def engine() -> Engine:
+        if not opened:
+            opened.append(open_engine())
+        return opened[0]
+
     for name in settings.data:
         plan = EvaluationPlan(
             name=name,
             prompts=prepared.prompts[name],
-            sampling=sampling_parameters(settings.sampling, prepared.stop_ids),
-            samples_per_problem=settings.samples_per_problem,
+            sampling=sampling_parameters(settings.data_sampling, prepared.stop_ids),
+            samples_per_problem=settings.data_samples,
             seed=prepared.settings.seed,
             folder=folder,
             identity=identity(name),
             pass_at=settings.pass_at,
         )
-        engine = engine or open_engine()
-        reporter.begin(f"evaluate {folder.name} on {name}", len(plan.prompts) * plan.samples_per_problem)
         run_evaluation(
             plan,
-            engine=engine,
-            grade=grader.score,
-            decode=lambda ids: completion_text(prepared.tokenizer, ids),
-            progress=lambda done, total, counts: reporter.advance(done, running_score(counts)),
-            check_stop=signals.check,
+            answer=engine_answers(
+                plan, engine, lambda ids: completion_text(prepared.tokenizer, ids), signals.check
+            ),
+            judge=grader.judge,
+            reporter=reporter,
+            title=f"evaluate {folder.name} on {name}",
         )
 
 
-def running_score(counts: Mapping[str, int]) -> str:
-    done = sum(counts.values())
-    return f"score {counts.get('correct', 0) / done:.3f}" if done else ""
+def score_rows(evaluations: Path, checkpoints: Sequence[str], data: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the summary: every checkpoint on every data set that has results."""
+    paths = [(c, d, results_file(evaluations / c, d)) for c in checkpoints for d in data]
+    return [score_row(d, read_json(path), checkpoint=c) for c, d, path in paths if path.exists()]
+
+
+def comparisons(evaluations: Path, checkpoints: Sequence[str], data: Sequence[str]) -> list[dict[str, Any]]:
+    """Each checkpoint against the one before it, paired by problem."""
+    rows = []
+    for before, after in pairwise(checkpoints):
+        for name in data:
+            if all(results_file(evaluations / c, name).exists() for c in (before, after)):
+                a, b = (read_samples(samples_file(evaluations / c, name)) for c in (before, after))
+                rows.append({"from": before, "to": after, "data": name, **compare(a, b).to_json()})
+    return rows

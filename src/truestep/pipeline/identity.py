@@ -20,16 +20,18 @@ def stage_identity(prepared: Prepared, index: int) -> str:
             frozen = frozen.model_copy(
                 update={"sampling": frozen.sampling.model_copy(update={"max_running": 1})}
             )
+        if code := prepared.code[stage.name]:
+            parts.append(str(sorted(code.items())))
         parts += [frozen, prepared.content[stage.data], prepared.content.get(stage.dev.data, "")]
         if stage.dev.data:
-            parts.append(settings.evaluate.sampling.model_copy(update={"max_running": 1}))
+            parts.append(settings.evaluate.data_sampling.model_copy(update={"max_running": 1}))
     return settings_hash(*parts)
 
 
 def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
     settings = prepared.settings
-    sampling = settings.evaluate.sampling.model_copy(update={"max_running": 1})
-    samples = settings.evaluate.samples_per_problem
+    sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
+    samples = settings.evaluate.data_samples
     return settings_hash(
         sampling, samples, settings.chat, settings.seed, model_identity, prepared.content[name]
     )

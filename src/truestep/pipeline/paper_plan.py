@@ -215,7 +215,7 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
     from truestep.pipeline.prepare import check_methods
 
     declared = read_declared(settings, where)
-    check_methods(settings)
+    check_methods(settings, base_dir)
     config = read_config(settings, declared, base_dir)
     model = meta_model(settings, config)
     context = int(model.config.max_position_embeddings)

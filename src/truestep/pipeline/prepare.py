@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,13 @@ from truestep.device import world
 from truestep.errors import UserError
 from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
-from truestep.objective.methods import METHODS, Method, build
+from truestep.objective.methods import METHODS, Method, Row, build
 from truestep.pipeline.track import require_trackers
 from truestep.records import Message, Problem, Prompt, Verdict
+from truestep.rewards.scorer import sources
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.train.update import fault_of
+from truestep.user_code import Raised, attempt, find_source, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,9 @@ class Prepared:
     model_content: str = ""  # hash of the base model's files
     content: dict[str, str] = field(default_factory=dict)  # hash of each data set's content
     methods: dict[str, Method] = field(default_factory=dict)  # by stage name
+    code: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # by stage name: hashes of the recipe's own code
     overlap: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -66,7 +71,9 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
 
     Raises UserError naming file, row and field, or the setting, and what to write instead.
     """
-    check_methods(settings)
+    if settings.evaluate.benchmarks:
+        raise UserError("evaluate.benchmarks: a run evaluates only evaluate.data: use truestep eval RECIPE")
+    check_methods(settings, base_dir)
     _check_ranks(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
@@ -79,7 +86,8 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
         stop_ids=stop_token_ids(tokenizer, eos),
     )
     prepared.model_content = model_content(settings.model)
-    prepared.methods = {s.name: _method(s) for s in settings.stages}
+    prepared.methods = {s.name: method_of(s, base_dir) for s in settings.stages}
+    prepared.code = {s.name: code_of(s, base_dir) for s in settings.stages}
     needs: dict[str, set[str]] = {}
     for name, kind in _uses(settings):
         needs.setdefault(name, set()).add("solution" if kind == "sft" else "answer")
@@ -128,12 +136,12 @@ def _check_ranks(settings: Settings) -> None:
             raise UserError(f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out")
 
 
-def check_methods(settings: Settings) -> None:
+def check_methods(settings: Settings, base_dir: Path) -> None:
     for stage in settings.stages:
         fault_of(stage.faults)
         if isinstance(stage, RejectionSettings):
             continue
-        row = _method(stage)
+        row = method_of(stage, base_dir)
         if (row.plan is None) != isinstance(stage, SftSettings):
             known = [
                 name for name in METHODS if (METHODS[name]().plan is None) == isinstance(stage, SftSettings)
@@ -169,12 +177,47 @@ def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
     return kept
 
 
-def _method(stage: StageSettings) -> Method:
-    name = getattr(stage, "method", "sft")
+def method_of(stage: StageSettings, base_dir: Path) -> Method:
+    """The stage's method: a row of the table, or FILE.py:ROW beside the recipe. Raises UserError."""
+    named = getattr(stage, "method", "sft")
+    row: str | Row = named
+    if ":" in named:
+        source = find_source(named, base_dir, what="method")
+        row = _user(f"stages.{stage.name}.method", load, source, [str(base_dir)])
+    options = getattr(stage, "method_options", {})
     try:
-        return build(name, getattr(stage, "method_options", {}))
+        if isinstance(row, str):
+            return build(row, options)
+        method = _user(f"stages.{stage.name}.method", build, row, options)
     except (ValueError, TypeError) as error:
         raise UserError(f"stages.{stage.name}.{error}") from None
+    if not isinstance(method, Method):
+        raise UserError(
+            f'stages.{stage.name}.method: "{named}" returned {type(method).__name__}, not a Method'
+        )
+    return method
+
+
+def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
+    """Call what runs a user's code. Raises UserError with its own traceback."""
+    result = attempt(work, *given)
+    if isinstance(result, Raised):
+        raise UserError(
+            f"{where}: {result.reason}" + (f"\n{result.detail.rstrip()}" if result.detail else "")
+        )
+    return result
+
+
+def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
+    """Hashes of the recipe's own code that a stage runs, by what the recipe calls it."""
+    found = {}
+    method = getattr(stage, "method", "")
+    if ":" in method:
+        found[method] = find_source(method, base_dir, what="method").sha256
+    if isinstance(stage, RlSettings):
+        entries = sources(stage.reward_entries, base_dir)
+        found |= {name: source.sha256 for name, source in entries.items() if source.sha256}
+    return found
 
 
 def _context_length(settings: Settings) -> tuple[int, Any]:
@@ -286,10 +329,10 @@ def _check_lengths(prepared: Prepared) -> None:
                 f"sequence of {longest} tokens: write {longest} or more"
             )
         if stage.dev.data:
-            limit = settings.evaluate.sampling.max_new_tokens
+            limit = settings.evaluate.data_sampling.max_new_tokens
             _longest_sample(prepared, stage.dev.data, limit, "evaluate.sampling")
     for name in settings.evaluate.data:
-        _longest_sample(prepared, name, settings.evaluate.sampling.max_new_tokens, "evaluate.sampling")
+        _longest_sample(prepared, name, settings.evaluate.data_sampling.max_new_tokens, "evaluate.sampling")
 
 
 def _longest_sample(

@@ -20,11 +20,12 @@ from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.errors import UserError
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
+from truestep.pipeline.evaluation import score_rows
 from truestep.pipeline.identity import base_identity, evaluation_identity, stage_identity
 from truestep.pipeline.models import Session, open_model
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.stages import evaluate, make_stage, stage_folder
-from truestep.pipeline.summary import score_rows, stage_row, stage_rows, summarize
+from truestep.pipeline.summary import evaluated, stage_row, stage_rows, summarize
 from truestep.pipeline.track import open_trackers
 from truestep.progress import Reporter
 from truestep.settings import Settings, StageSettings, load_settings
@@ -104,11 +105,13 @@ def _require_same_stages(new: Settings, old: Settings, folder: Path) -> None:
 def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> RunResult:
     """Do what is not yet done of a prepared run. Raises Interrupted with everything saved."""
     settings = prepared.settings
-    set_threads(settings.compute.threads)
+    threads = set_threads(settings.compute.threads)
     make_deterministic()
     keep_free_memory()
     if ranks.rank == 0:
-        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
+        rundir.write_json(
+            folder / "provenance.json", {**rundir.provenance(settings.seed), "threads": threads}
+        )
     with Grader() as grader:
         trackers = open_trackers(settings.trackers, folder, settings.name) if ranks.rank == 0 else []
         session = Session(
@@ -213,7 +216,7 @@ def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, An
         session.prepared.settings.name,
         session.prepared.settings.model.path,
         [*stage_rows(session, index), stage_row(session, done)],
-        score_rows(session),
+        score_rows(*evaluated(session)),
         rundir.provenance(session.prepared.settings.seed),
     )
     export_hf(spec.folder / "export", model, session.prepared.tokenizer, card=card)

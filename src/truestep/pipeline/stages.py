@@ -11,7 +11,7 @@ from truestep.flops import Ledger
 from truestep.objective.methods import Method
 from truestep.objective.methods.row import DemonstrationBuffer
 from truestep.objective.schedule import learning_rate
-from truestep.pipeline.evaluation import dev_score, evaluate_model, sampling_parameters
+from truestep.pipeline.evaluation import dev_score, evaluate_checkpoint, sampling_parameters
 from truestep.pipeline.identity import stage_identity
 from truestep.pipeline.models import Session, make_engine, make_policy, open_model
 from truestep.pipeline.prepare import hinted_prompt, num_sequences, num_steps
@@ -204,7 +204,7 @@ def _dev_score(
     prepared = session.prepared
     if not prepared.settings.stages[index].dev.data:
         return None
-    shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.sampling.max_running)
+    shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.data_sampling.max_running)
     return dev_score(prepared, index, engine=shared, grader=session.grader, folder=folder)
 
 
@@ -213,10 +213,10 @@ def evaluate(session: Session, checkpoint: str, path: str, identity: Callable[[s
 
     def open_engine() -> TorchEngine:
         policy = Policy(open_model(session, path))
-        running = session.prepared.settings.evaluate.sampling.max_running
+        running = session.prepared.settings.evaluate.data_sampling.max_running
         return TorchEngine(policy.model, max_running=running, packs=policy.packs and policy.plain_head)
 
-    evaluate_model(
+    evaluate_checkpoint(
         session.prepared,
         folder=session.folder / "evaluations" / checkpoint,
         identity=identity,

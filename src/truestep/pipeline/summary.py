@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from truestep import rundir
-from truestep.evaluate.compare import compare
+from truestep.pipeline.evaluation import comparisons, score_rows
 from truestep.pipeline.models import Session
 from truestep.pipeline.stages import stage_folder
 
@@ -30,48 +30,11 @@ def stage_rows(session: Session, before: int | None = None) -> list[dict[str, An
     return rows
 
 
-def score_rows(session: Session) -> list[dict[str, Any]]:
+def evaluated(session: Session) -> tuple[Path, list[str], tuple[str, ...]]:
+    """Where the evaluations are, of which checkpoints, on what."""
     settings = session.prepared.settings
-    rows = []
-    for checkpoint in ["base", *[s.name for s in settings.stages]]:
-        for name in settings.evaluate.data:
-            path = session.folder / "evaluations" / checkpoint / f"{name}.results.json"
-            if path.exists():
-                found = rundir.read_json(path)["estimate"]
-                rows.append(
-                    {
-                        "checkpoint": checkpoint,
-                        "data": name,
-                        **found,
-                        "metric": f"avg@{settings.evaluate.samples_per_problem}",
-                        "value": found["score"],
-                        "num_samples": found["n"],
-                    }
-                )
-    return rows
-
-
-def _comparisons(session: Session) -> list[dict[str, Any]]:
-    """Each checkpoint against the one before it, paired by problem."""
-    settings = session.prepared.settings
-    names = ["base", *[s.name for s in settings.stages]]
-    rows = []
-    for before, after in pairwise(names):
-        for data in settings.evaluate.data:
-            paths = [
-                session.folder / "evaluations" / name / f"{data}.results.json" for name in (before, after)
-            ]
-            if all(p.exists() for p in paths):
-                samples = [
-                    [
-                        row
-                        for row in rundir.read_jsonl(p.with_name(f"{data}.samples.jsonl"))
-                        if "verdict" in row
-                    ]
-                    for p in paths
-                ]
-                rows.append({"from": before, "to": after, "data": data, **compare(*samples).to_json()})
-    return rows
+    names = ["base", *(s.name for s in settings.stages)]
+    return session.folder / "evaluations", names, settings.evaluate.data
 
 
 def summarize(session: Session, status: str) -> dict[str, Any]:
@@ -83,9 +46,10 @@ def summarize(session: Session, status: str) -> dict[str, Any]:
         "status": status,
         "model": {"path": rundir.redact(settings.model.path), **(shapes[0] if shapes else {})},
         "stages": stage_rows(session),
-        "scores": score_rows(session),
-        "comparisons": _comparisons(session),
+        "scores": score_rows(*evaluated(session)),
+        "comparisons": comparisons(*evaluated(session)),
         "content": {"model": session.prepared.model_content, **session.prepared.content},
+        "code": {name: code for name, code in session.prepared.code.items() if code},
         "overlap": session.prepared.overlap or None,
         "notes": session.prepared.notes,
     }

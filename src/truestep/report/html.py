@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from truestep import pages
 from truestep.errors import UserError
 from truestep.report import figures, tables
 from truestep.report.tables import ScoreRow, clip, duration, percent, scientific, visible, whole
@@ -62,7 +63,7 @@ def page_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.ChainableUndefined,  # a run that was interrupted has less to say
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=pages.loader(Path(__file__).parent / "templates"),
         finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -120,12 +121,12 @@ def _context(run: Path) -> dict[str, Any]:
         "stages": stages,
         "evaluations": list(_evaluations(run, rows)),
         "overlap": summary.get("overlap") or tables.read_object(run / "data" / "overlap.json"),
-        "settings": redact(_text(run / "resolved.toml")),
+        "settings": redact(text_of(run / "resolved.toml")),
         "provenance": flat(tables.read_object(run / "provenance.json")),
     }
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 

@@ -41,8 +41,9 @@ def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
 
 def read_cells(folder: Path, table: Row) -> dict[str, Row]:
     """The compact cells that the results are made of; others may lie beside them, of another recipe."""
-    listed = {f"{arm['name']}-s{seed}" for arm in table["arms"] for seed in arm["seeds"]}
-    return {p.stem: read_object(p) for p in sorted(folder.glob("compact/cells/*.json")) if p.stem in listed}
+    listed = {(arm["name"], seed) for arm in table["arms"] for seed in arm["seeds"]}
+    cells = {p.stem: read_object(p) for p in sorted(folder.glob("compact/cells/*.json"))}
+    return {name: cell for name, cell in cells.items() if (cell.get("arm"), cell.get("seed")) in listed}
 
 
 def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, An
 
 def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
     """The last stage's curves of an arm, a line a seed."""
-    own = {name.rpartition("-s")[2]: cell for name, cell in cells.items() if name.rpartition("-s")[0] == arm}
+    own = {str(cell["seed"]): cell for cell in cells.values() if cell["arm"] == arm}
     stages = [list(cell["dynamics"]) for cell in own.values() if cell["dynamics"]]
     if not stages:
         return None

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import unicodedata
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
+from truestep.evaluate.files import read_score_row
+from truestep.pages import visible
 from truestep.rundir import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "–"
+Interval = Mapping[str, float]  # value, low, high
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# control, format (bidi overrides, zero width), surrogate, private and unassigned characters
-_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
 
 # ------------------------------------------------------------------------------------ text and numbers
-
-
-def visible(text: str) -> str:
-    """Text whose every character shows: what would move a cursor, turn the direction or hide becomes its
-    number."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩" for c in text
-    )
 
 
 def clip(text: str, limit: int = 1600) -> str:
@@ -81,13 +74,18 @@ def duration(seconds: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
-    """The score of one checkpoint on one data set, as the run recorded it (None where it did not)."""
+    """One row of a summary's scores, of a run (checkpoint) or of ``truestep eval`` (prompt); None for what it
+    does not say."""
 
-    checkpoint: str
+    checkpoint: str = ""
+    prompt: str = ""
     data: str
     score: float | None = None
     low: float | None = None
     high: float | None = None
+    strict_score: float | None = None
+    lenient_score: float | None = None
+    num_problems: int | None = None
     n: int | None = None
     correct: int | None = None
     incorrect: int | None = None
@@ -96,12 +94,24 @@ class ScoreRow:
     truncated_rate: float | None = None
     extracted_rate: float | None = None
     mean_tokens: float | None = None
-    pass_at: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    pass_at: Mapping[str, Interval] = field(default_factory=dict)
+    majority_at: Mapping[str, Interval] = field(default_factory=dict)
+    whole: bool = True
+    private: bool = False
+    published: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> str:
+        """Where the samples are, relative to the run."""
+        return f"evaluations/{self.checkpoint or self.prompt}/{self.data}.samples.jsonl"
+
+    @property
+    def title(self) -> str:
+        return f"{self.data} · {self.checkpoint or self.prompt}"
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """summary.json, or {} where the run has not written one. Raises UserError where it is not a JSON
-    object."""
+    """summary.json, or {} if there is none. Raises UserError if it is not a JSON object."""
     return read_object(run / "summary.json")
 
 
@@ -119,17 +129,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def score_table(run: Path) -> list[ScoreRow]:
     """The scores in the summary's order; of a run that has no summary yet, those of its results files."""
-    found = list(read_summary(run).get("scores") or [])
+    found = [read_score_row(row) for row in read_summary(run).get("scores") or []]
     if not found:
         paths = sorted(run.glob("evaluations/*/*.results.json"), key=lambda p: (p.parent.name != "base", p))
-        found = [
-            {
-                **read_object(p).get("estimate", {}),
-                "checkpoint": p.parent.name,
-                "data": p.name.removesuffix(".results.json"),
-            }
-            for p in paths
-        ]
+        for path in paths:
+            place = {"checkpoint": path.parent.name, "data": path.name.removesuffix(".results.json")}
+            found.append({**read_object(path).get("estimate", {}), **place})
     known = ScoreRow.__dataclass_fields__
     return [ScoreRow(**{key: value for key, value in row.items() if key in known}) for row in found]
 
@@ -156,40 +161,66 @@ def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
 # ------------------------------------------------------------------------------------ columns, writers
 
 Column = tuple[str, Callable[[ScoreRow], str]]
+# What a terminal of 80 columns has room for; the page has the rest.
+_TERMINAL = {
+    "checkpoint": ("Score [95 % interval]", "pass@k", "Right/wrong/unscored", "Cut off"),
+    "prompt": ("Score [95 % interval]", "Strict", "Problems × samples", "Cut off", "Answer found"),
+}
+_PUBLISHED = "The paper's SFT→RL"
+_WIDE = 95  # columns of a terminal that has room for the paper's figure as well
 
 
-_NAMES: tuple[Column, ...] = (("Checkpoint", lambda r: r.checkpoint), ("Data", lambda r: r.data))
+def _names(rows: Sequence[ScoreRow]) -> list[Column]:
+    if any(row.prompt for row in rows):
+        part = lambda r: r.data + ("" if r.whole else " (part)")  # noqa: E731
+        return [("Benchmark", part), ("Prompt", lambda r: r.prompt)]
+    return [("Checkpoint", lambda r: r.checkpoint), ("Data", lambda r: r.data)]
 
 
 def pass_columns(rows: Sequence[ScoreRow]) -> list[Column]:
-    """Names and pass@k for every k > 1 (pass@1 is the score); [] where there is none."""
+    """Names and pass@k for every k > 1 (pass@1 is the score); [] if there is none."""
     ks = sorted({k for row in rows for k in row.pass_at if k != "1"}, key=int)
-    return [*_NAMES, *((f"pass@{k}", _pass_cell(k)) for k in ks)] if ks else []
-
-
-def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
-    """Heading and cell of each column: what the terminal, Markdown and HTML all show."""
-    columns = [*_NAMES, ("Score [95 % interval]", lambda r: with_interval(r.score, r.low, r.high))]
-    if any(row.unscored for row in rows):
-        columns.append(("If unscored were right", lambda r: percent(r.score_if_unscored_correct)))
-    columns += [
-        ("Samples", lambda r: whole(r.n)),
-        ("Correct", lambda r: whole(r.correct)),
-        ("Incorrect", lambda r: whole(r.incorrect)),
-        ("Unscored", lambda r: whole(r.unscored)),
-        ("Truncated", lambda r: percent(r.truncated_rate)),
-        ("Answer found", lambda r: percent(r.extracted_rate)),
-        ("Mean tokens", lambda r: whole(r.mean_tokens)),
-    ]
-    return columns
+    return [*_names(rows), *((f"pass@{k}", _pass_cell(k)) for k in ks)] if ks else []
 
 
 def _pass_cell(k: str) -> Callable[[ScoreRow], str]:
-    def cell(row: ScoreRow) -> str:
-        found = row.pass_at.get(k, {})
-        return with_interval(found.get("value"), found.get("low"), found.get("high"))
+    return lambda row: interval(row.pass_at.get(k))
 
-    return cell
+
+def interval(found: Interval | None) -> str:
+    return with_interval(found["value"], found["low"], found["high"]) if found else NONE
+
+
+def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
+    """Heading and cell of each column that says something about these rows."""
+    columns: list[Column] = [
+        ("Strict", lambda r: percent(r.strict_score)),
+        ("Lenient", lambda r: percent(r.lenient_score)),
+        ("Majority", _majority),
+        ("If unscored were right", lambda r: percent(r.score_if_unscored_correct) if r.unscored else NONE),
+        ("Problems × samples", _sizes),
+        ("Correct", lambda r: whole(r.correct)),
+        ("Incorrect", lambda r: whole(r.incorrect)),
+        ("Unscored", lambda r: whole(r.unscored)),
+        ("Cut off", lambda r: percent(r.truncated_rate)),
+        ("Answer found", lambda r: percent(r.extracted_rate)),
+        ("Mean tokens", lambda r: whole(r.mean_tokens)),
+        (_PUBLISHED, lambda r: f"{r.published.get('SFT→RL', NONE)}"),
+    ]
+    score: Column = ("Score [95 % interval]", lambda r: with_interval(r.score, r.low, r.high))
+    return [*_names(rows), score, *(c for c in columns if any(c[1](row) != NONE for row in rows))]
+
+
+def _sizes(row: ScoreRow) -> str:
+    if not row.num_problems or row.n is None:
+        return whole(row.n)
+    return f"{whole(row.num_problems)} × {whole(row.n / row.num_problems)}"
+
+
+def _majority(row: ScoreRow) -> str:
+    """Of all samples of a problem."""
+    most = str(max(map(int, row.pass_at), default=0))
+    return percent(row.majority_at[most]["value"]) if most in row.majority_at else NONE
 
 
 def cells_of(rows: Sequence[ScoreRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
@@ -197,44 +228,34 @@ def cells_of(rows: Sequence[ScoreRow], columns: Sequence[Column]) -> tuple[list[
     return [heading for heading, _ in columns], [[visible(cell(row)) for _, cell in columns] for row in rows]
 
 
-def _all_columns(rows: Sequence[ScoreRow]) -> list[Column]:
-    columns = score_columns(rows)
-    return [*columns[:3], *pass_columns(rows)[2:], *columns[3:]]
+def print_scores(rows: Sequence[ScoreRow], title: str = "") -> None:
+    """The scores on a terminal. Cells are plain text: nothing in them is markup or moves the cursor."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(terminal_table(rows, title, wide=console.width >= _WIDE))
 
 
-def terminal_table(rows: Sequence[ScoreRow], title: str = "") -> Table:
-    """The scores for a terminal of 80 columns (the page has the rest). Cells are plain text: nothing in them
-    is markup or moves the cursor."""
+def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = True) -> Table:
+    """What is in brackets has a line of its own, so that no name and no interval is broken."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title) if title else None)
     counts: Column = (
         "Right/wrong/unscored",
         lambda r: f"{whole(r.correct)}/{whole(r.incorrect)}/{whole(r.unscored)}",
     )
-    columns = [
-        *score_columns(rows)[:3],
-        *pass_columns(rows)[2:],
-        counts,
-        ("Cut off", lambda r: percent(r.truncated_rate)),
-    ]
-    headings, cells = cells_of(rows, columns)
+    names = _names(rows)
+    kept = _TERMINAL["prompt" if names[1][0] == "Prompt" else "checkpoint"] + ((_PUBLISHED,) if wide else ())
+    columns = [*score_columns(rows)[2:], *pass_columns(rows)[2:], counts]
+    shown = [(h, c) for h, c in columns if h in kept or (h.startswith("pass@") and "pass@k" in kept)]
+    headings, cells = cells_of(rows, [*names, *shown])
+    table = Table(
+        title=Text(title) if title else None, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for number, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="left" if number < 2 else "right", no_wrap=number == 2)
+        table.add_column(Text(textwrap.fill(heading, 11)), justify="left" if number < 2 else "right")
     for row in cells:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell.replace(" [", "\n[").replace(" (", "\n(")) for cell in row))
     return table
-
-
-def markdown_table(rows: Sequence[ScoreRow]) -> str:
-    """The scores as a Markdown table; what Markdown or HTML would read as markup is escaped."""
-    headings, cells = cells_of(rows, _all_columns(rows))
-    lines = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2)]
-    lines += [[_markdown(cell) for cell in row[:2]] + row[2:] for row in cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _markdown(text: str) -> str:
-    escaped = "".join(f"\\{c}" if c in "\\`*_[]()!|~#" else c for c in text)
-    return " ".join(escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())

@@ -46,6 +46,7 @@ PROMPT = (
 LOOKALIKE = re.compile(r"\[(?:BEGIN|END)\b[^\]\n]*\]|SCORE-[0-9a-f]*:?", re.IGNORECASE)
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 MAX_ANSWER = 1 << 20  # bytes
+PROTOCOLS = (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
 
 
 class JudgeSettings(Frozen):
@@ -114,6 +115,15 @@ class Judge:
     def __init__(self, settings: JudgeSettings, path: Path | None) -> None:
         self.settings, self._path, self._lock, self._free_at = settings, path, threading.Lock(), 0.0
         self._key = os.environ.get(settings.key_env, "") if settings.key_env else ""
+        self._opener = (
+            urllib.request.OpenerDirector()
+        )  # follows no redirection: the key goes to one place only
+        for handler in (
+            *PROTOCOLS,
+            urllib.request.HTTPErrorProcessor,
+            urllib.request.HTTPDefaultErrorHandler,
+        ):
+            self._opener.add_handler(handler())
         self._known: dict[str, str] = {}
         for line in path.read_bytes().splitlines() if path and path.exists() else ():
             try:
@@ -137,14 +147,15 @@ class Judge:
         request = urllib.request.Request(
             self.settings.url.rstrip("/") + "/chat/completions",
             data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers={
+                "Content-Type": "application/json",
+                **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            },
         )
-        if self._key:
-            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         for attempt in range(1, self.settings.attempts + 1):
             self._wait_for_turn()
             try:
-                with urllib.request.urlopen(request, timeout=self.settings.request_seconds) as reply:
+                with self._opener.open(request, timeout=self.settings.request_seconds) as reply:
                     content = json.loads(reply.read(MAX_ANSWER))["choices"][0]["message"]["content"]
                 return content if isinstance(content, str) else ""
             except (OSError, http.client.HTTPException) as error:

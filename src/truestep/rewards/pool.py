@@ -24,8 +24,9 @@ from typing import Any
 from truestep.errors import UserError
 from truestep.records import RewardInput
 from truestep.reward_settings import RewardSettings
-from truestep.rewards.load import Source
 from truestep.rewards.record import Answer, to_json
+from truestep.rundir import redact
+from truestep.user_code import Source
 
 POLL_SECONDS = 0.1  # between two looks at a worker's memory
 START_SECONDS = 600.0  # to load a function and its state
@@ -79,18 +80,25 @@ class Worker:
 
     def loaded(self) -> Answer:
         """Wait until the function is loaded: a failed Answer if it cannot be."""
-        return Answer(**self._receive(START_SECONDS))
+        found = self._receive(START_SECONDS)
+        return self.failed(**found) if found["failed"] else Answer(**found)
 
     def ask(self, samples: Sequence[RewardInput], seconds: float) -> list[Answer] | Answer:
         """One Answer for each sample, or a failed one for the batch. Raises WorkerFailed."""
         self._printed = b""
         self._send(samples, seconds)
         reply = self._receive(seconds)
-        return [Answer(**a) for a in reply] if isinstance(reply, list) else Answer(**reply)
+        return [Answer(**a) for a in reply] if isinstance(reply, list) else self.failed(**reply)
+
+    def failed(self, *, reason: str, detail: str = "", **_: Any) -> Answer:
+        """A failed Answer that also shows what the function has printed last."""
+        printed = self._printed.decode("utf-8", "replace").strip()
+        detail += f"\nThe function printed:\n{printed}" if printed else ""
+        return Answer(reason=redact(reason), failed=True, detail=redact(detail.strip()))
 
     @property
-    def printed(self) -> str:
-        return self._printed.decode("utf-8", "replace")
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def _send(self, request: Any, seconds: float) -> None:
         self._channel.settimeout(seconds)
@@ -105,7 +113,10 @@ class Worker:
             if self._output in ready:
                 self._read_output()
             if self._channel in ready:
-                chunk = self._chunk()
+                try:
+                    chunk = self._channel.recv(1 << 20)
+                except OSError:
+                    chunk = b""
                 self._said += chunk
                 if chunk.endswith(b"\n"):
                     line, self._said = self._said, b""
@@ -122,12 +133,6 @@ class Worker:
                 raise WorkerFailed(f"took longer than timeout_seconds = {seconds:g}")
             elif not ready:
                 self._watch_memory()
-
-    def _chunk(self) -> bytes:
-        try:
-            return self._channel.recv(1 << 20)
-        except OSError:
-            return b""
 
     def _read_output(self) -> None:
         chunk = os.read(self._output.fileno(), 1 << 16)
@@ -148,7 +153,7 @@ class Worker:
         status = self._process.returncode
         how = "closed its channel" if status is None else f"ended with exit status {status}"
         if status is not None and status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
+            how = f"was ended by signal {-status} ({signal.strsignal(-status)})"
         return WorkerFailed(f"the worker process {how}")
 
     def kill(self) -> None:
@@ -174,10 +179,10 @@ class Worker:
 class FunctionPool:
     """All workers of one entry. Not for use from several threads."""
 
-    def __init__(self, entry: RewardSettings, source: Source, *, folder: Path) -> None:
+    def __init__(self, entry: RewardSettings, source: Source, *, base: Path, folder: Path) -> None:
         self.entry, self._idle, self._all, self._closed = entry, list[Worker](), set[Worker](), False
         self._setup = {
-            "source": asdict(source), "options": entry.options, "path": sys.path,
+            "source": asdict(source), "options": entry.options, "path": [*sys.path, str(base.resolve())],
             "folder": str(folder.resolve()),
         }  # fmt: skip
         self._threads = concurrent.futures.ThreadPoolExecutor(max_workers=entry.workers)
@@ -214,7 +219,7 @@ class FunctionPool:
             raise UserError(
                 f'reward "{self.entry.name}" failed on {len(self._failures)} of {self._samples} samples (step {self._step}), '
                 f"more than max_failure_share = {self.entry.max_failure_share:g}; the first failure: {first.reason}"
-                + (f"\n{first.detail.rstrip()}" if first.detail else "")
+                f"\n{first.detail}".rstrip()
             )
 
     def _batch(self, samples: Sequence[RewardInput]) -> list[Answer]:
@@ -241,13 +246,15 @@ class FunctionPool:
             reply = worker.ask(samples, self.entry.timeout_seconds)
         except WorkerFailed as fault:
             self._drop(worker)
-            return Answer(reason=str(fault), failed=True, detail=worker.printed)
+            return worker.failed(reason=str(fault))
         self._idle.append(worker)
         return reply
 
     def _take(self) -> Worker:
-        if self._idle and not self._closed:
-            return self._idle.pop()
+        while self._idle and not self._closed:
+            if (worker := self._idle.pop()).alive:
+                return worker
+            self._drop(worker)
         worker = Worker(self._setup, self.entry.memory_mb)
         self._all.add(worker)
         try:
@@ -255,12 +262,13 @@ class FunctionPool:
                 raise WorkerFailed("it was closed")
             fault = worker.loaded()
         except WorkerFailed as death:
-            fault = Answer(reason=str(death), failed=True, detail=worker.printed)
-        if fault.failed:
-            self._drop(worker)
-            detail = f"\n{fault.detail.rstrip()}" if fault.detail else ""
-            raise UserError(f'reward "{self.entry.name}" cannot be loaded: {fault.reason}{detail}')
-        return worker
+            fault = worker.failed(reason=str(death))
+        if not fault.failed:
+            return worker
+        self._drop(worker)
+        raise UserError(
+            f'reward "{self.entry.name}" cannot be loaded: {fault.reason}\n{fault.detail}'.strip()
+        )
 
     def _drop(self, worker: Worker) -> None:
         self._all.discard(worker)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Self
 
 from truestep.records import Problem, RewardInput, Score, Stop, Verdict
-from truestep.reward_settings import RewardSettings
-from truestep.rewards.load import Source, find_source
+from truestep.reward_settings import SHIPPED, RewardSettings
 from truestep.rewards.pool import FunctionPool
 from truestep.rewards.record import Answer
 from truestep.seeding import Purpose, generator
 from truestep.signals import check
+from truestep.user_code import Source, find_source
 
 Grade = Callable[[Sequence[tuple[Problem, str]]], Sequence[Score]]
 
@@ -24,7 +24,11 @@ Grade = Callable[[Sequence[tuple[Problem, str]]], Sequence[Score]]
 def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
     """The file of each entry's function, by the entry's name; nothing is run. The hashes belong to the identity of
     a stage. Raises UserError if a file is missing."""
-    return {e.name: find_source(e.function, base) for e in entries if e.function not in ("checker", "random")}
+    return {
+        e.name: find_source(e.function, base, what="reward", shipped=SHIPPED.get(e.function, ""))
+        for e in entries
+        if e.function not in ("checker", "random")
+    }
 
 
 class RewardScorer:
@@ -39,7 +43,7 @@ class RewardScorer:
         self._entries, self._grade, self._stack = tuple(entries), grade, ExitStack()
         self.sources = sources(entries, base)
         self._pools = {
-            e.name: FunctionPool(e, self.sources[e.name], folder=folder)
+            e.name: FunctionPool(e, self.sources[e.name], base=base, folder=folder)
             for e in entries
             if e.name in self.sources
         }

@@ -16,47 +16,25 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from truestep import user_code
 from truestep.errors import UserError
 from truestep.records import RewardInput
 from truestep.reward_settings import NAME
-from truestep.rewards.load import Source, load, with_folder
 from truestep.rewards.record import Answer, Unscored, read_input, to_json
-
-MAX_DETAIL = 6000  # characters of a traceback
-OWN = os.getpid()
+from truestep.user_code import Raised, Source, load, raised, with_folder
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """What the user's code returns, or a failed Answer with its traceback: the only place that catches
-    everything, ``sys.exit`` too. A process that the code has forked and that comes back here ends."""
-    try:
-        result = work(*given)
-    except BaseException as error:  # noqa: BLE001
-        result = failure(error)
-    if os.getpid() != OWN:
-        os._exit(0)
-    return result
+    """What the user's code returns, or a failed Answer with its traceback."""
+    result = user_code.attempt(work, *given)
+    return failed(result) if isinstance(result, Raised) else result
 
 
-def failure(error: BaseException) -> Answer:
-    frames = traceback.extract_tb(error.__traceback__)
-    while frames and (
-        frames[0].filename in (__file__, load.__code__.co_filename) or "importlib" in frames[0].filename
-    ):
-        del frames[0]  # not the user's
-    reason = traceback.format_exception_only(error)[-1].strip()
-    if isinstance(error, UserError):
-        return Answer(reason=str(error), failed=True)
-    if isinstance(error, SyntaxError):
-        reason += f" ({error.filename}, line {error.lineno})"
-    elif frames:
-        reason += f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})"
-    lines = [*traceback.format_list(frames), *traceback.format_exception_only(error)]
-    return Answer(reason=reason[:1000], failed=True, detail="".join(lines)[-MAX_DETAIL:])
+def failed(raised: Raised) -> Answer:
+    return Answer(reason=raised.reason, failed=True, detail=raised.detail)
 
 
 def call(
@@ -78,7 +56,7 @@ def answer(value: Any) -> Answer:
     if isinstance(value, Unscored):
         return Answer(reason=str(value.reason) or "no reason given")
     if isinstance(value, BaseException):
-        return failure(value)
+        return failed(raised(value))
     if not isinstance(value, Mapping):
         return Answer(value=_number(value))
     if not value or not all(isinstance(key, str) and NAME.fullmatch(key) for key in value):
@@ -103,9 +81,8 @@ def _number(value: Any) -> float:
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{type(value).__name__} {value!r:.60}" if isinstance(value, str | Mapping) else type(value).__name__
-    )
+    name = type(value).__name__
+    return f"{name} {value!r:.60}" if isinstance(value, str | Mapping) else name
 
 
 def _die_with_parent(parent: int) -> NoReturn:
@@ -123,9 +100,7 @@ def serve(channel: socket.socket) -> None:
     def prepare() -> Answer:
         function = load(Source(**setup["source"]), setup["path"])
         options = with_folder(function, setup["options"], setup["folder"])
-        if not setup["source"][
-            "sha256"
-        ]:  # ours: options that it refuses are found before anything is sampled
+        if not setup["source"]["sha256"]:  # ours: it checks its options, before anything is sampled
             function([], **options)
         state.update(function=function, options=options)
         return Answer()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from truestep.errors import UserError
+from truestep.evaluate.files import read_samples
 from truestep.records import Stop, Verdict
 from truestep.rundir import read_json, read_jsonl
 from truestep.settings import Settings, settings_hash
@@ -20,22 +21,34 @@ from truestep.settings import Settings, settings_hash
 SCHEMA = 1
 DYNAMICS = ("reward", "completions/mean_length", "entropy", "grad_norm", "loss", "dev/score", "flops_paper")
 MOST_POINTS = 50
+EVALUATED = (
+    "data",
+    "samples_per_problem",
+    "pass_at",
+    "sampling",
+    "before",
+)  # a study evaluates data sets only
 WHEN = ("provenance", "seconds")  # what two runs of one cell need not have in common
+
+
+def cell_name(arm: str, seed: int) -> str:
+    """The name of a cell's files and in messages. Arm and seed are fields of the cell: nothing parses names."""
+    return f"{arm}-s{seed}"
 
 
 def cell_key(settings: Settings, base: str) -> str:
     """The identity of a cell: everything that its scores depend on, and no path or name. ``base`` is the
     identity of the pinned base ("" without one)."""
-    stages = [
-        s.model_copy(update={"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1})
-        for s in settings.stages
-    ]
-    return settings_hash(
-        settings.model_copy(update={"name": "cell", "stages": tuple(stages), "trackers": ()}), base
-    )
+    files = {"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1}
+    stages = tuple(stage.model_copy(update=files) for stage in settings.stages)
+    own = settings.model_copy(update={"name": "cell", "stages": stages, "trackers": ()})
+    payload = own.model_dump(mode="json")
+    evaluate = {**payload["evaluate"], "sampling": settings.evaluate.data_sampling.model_dump(mode="json")}
+    payload["evaluate"] = {key: evaluate[key] for key in EVALUATED}
+    return settings_hash(payload, base)
 
 
-def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
+def compact(run: Path, *, arm: str, key: str) -> dict[str, Any]:
     """The finished run directory as a cell."""
     summary = read_json(run / "summary.json")
     if summary["status"] != "done":
@@ -46,11 +59,11 @@ def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "arm": arm,
-        "seed": seed,
+        "seed": summary["seed"],
         "key": key,
         "checkpoint": checkpoint,
         "benchmarks": {
-            path.name.removesuffix(".samples.jsonl"): _scores(read_jsonl(path))
+            path.name.removesuffix(".samples.jsonl"): _scores(read_samples(path))
             for path in sorted((run / "evaluations" / checkpoint).glob("*.samples.jsonl"))
         },
         "path": _path(summary),
@@ -86,9 +99,8 @@ def _path(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Correct and unscored samples of each problem, in the order of the data."""
-    samples = [row for row in rows if "verdict" in row]
     order = list(dict.fromkeys(row["problem_id"] for row in samples))
     correct, unscored = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
     for row in samples:

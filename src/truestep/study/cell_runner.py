@@ -68,16 +68,16 @@ class Runner:
         return future.result()
 
 
-def result(runner: Runner, settings: Settings, name: str, seed: int) -> dict[str, Any]:
+def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
     """The compact result of these settings: from an earlier day's folder if it is there, else by running
     them."""
     key = cell_results.cell_key(settings, given_identity(runner))
     for kind in ("cells", "trials"):
+        name = cell_results.cell_name(arm, settings.seed)
         old = kept(runner.results / kind / f"{name}.json") if runner.results else {}
         if old.get("key") == key:
             return old
-    made = node(runner, settings, name, seed)
-    return {**made, "arm": name.rpartition("-s")[0]}  # two arms with equal settings share one run
+    return {**node(runner, settings, arm), "arm": arm}  # two arms with equal settings share one run
 
 
 def kept(path: Path) -> dict[str, Any]:
@@ -89,22 +89,22 @@ def kept(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def node(runner: Runner, settings: Settings, name: str, seed: int) -> dict[str, Any]:
+def node(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
     """Run these settings, once, in a folder that their identity names; the compact result."""
     key = cell_results.cell_key(settings, given_identity(runner))
-    return dict(runner.once(f"node {key}", lambda: _node(runner, settings, name, seed, key)))
+    return dict(runner.once(f"node {key}", lambda: _node(runner, settings, arm, key)))
 
 
 def node_folder(runner: Runner, settings: Settings) -> Path:
     return runner.out / "cells" / cell_results.cell_key(settings, given_identity(runner))
 
 
-def _node(runner: Runner, settings: Settings, name: str, seed: int, key: str) -> dict[str, Any]:
+def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, Any]:
     home = runner.out / "cells" / key
     done = home / "cell.json"
     if done.exists():
         return dict(rundir.read_json(done))
-    parent = _parent(runner, settings, seed)
+    parent = _parent(runner, settings)
     if runner.study.base:
         base_folder(runner)
     with runner._gate:
@@ -114,12 +114,12 @@ def _node(runner: Runner, settings: Settings, name: str, seed: int, key: str) ->
         named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
-        rundir.write_atomic(home / "name", f"{name}\n")
+        rundir.write_atomic(home / "name", cell_results.cell_name(arm, settings.seed) + "\n")
         child(
             runner,
             Order(study=str(runner.out.resolve()), recipe=f"cells/{key}/recipe.toml", run=f"cells/{key}/run"),
         )
-        made = cell_results.compact(home / "run", arm=name.rpartition("-s")[0], seed=seed, key=key)
+        made = cell_results.compact(home / "run", arm=arm, key=key)
         rundir.write_json(done, made)
     return made
 
@@ -132,7 +132,7 @@ def child(runner: Runner, order: Order) -> None:
         raise CellFailed(f"{order.run}: exit code {code}: {rundir.redact(words)[:300]}")
 
 
-def _parent(runner: Runner, settings: Settings, seed: int) -> Settings | None:
+def _parent(runner: Runner, settings: Settings) -> Settings | None:
     """The settings of the run that this one goes on from: all stages but the last. Made first, and once.
 
     Two arms that begin with the same stages at the same seed have one parent: an SFT checkpoint is trained
@@ -141,13 +141,8 @@ def _parent(runner: Runner, settings: Settings, seed: int) -> Settings | None:
     if not settings.stages:
         return None
     before = settings.model_copy(update={"stages": settings.stages[:-1]})
-    node(runner, before, _label(runner, before, seed), seed)
+    node(runner, before, "shared." + ("-".join(stage.name for stage in before.stages) or "start"))
     return before
-
-
-def _label(runner: Runner, settings: Settings, seed: int) -> str:
-    stages = "-".join(s.name for s in settings.stages) or "start"
-    return f"shared.{stages}-s{seed}"
 
 
 def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:

@@ -99,9 +99,9 @@ def _evaluation_seconds(
     shape, work = _shape(settings), Ledger()
     for name in settings.evaluate.data:
         prompt, solution = _lengths(settings, name, base_dir, known)
-        length = solution or settings.evaluate.sampling.max_new_tokens
+        length = solution or settings.evaluate.data_sampling.max_new_tokens
         rows = settings.data[name].limit
-        num = (int(rows) if rows != "all" else 500) * settings.evaluate.samples_per_problem
+        num = (int(rows) if rows != "all" else 500) * settings.evaluate.data_samples
         group = group_work(prompt, [length], scored=False)
         work += Ledger(
             generated_pass_tokens=group.generated_pass_tokens, generated_pairs=group.generated_pairs

@@ -326,7 +326,7 @@ def check_stages(study: Study, where: str) -> None:
         for factor in factors:
             stages = [*tables[:-1], scaled(tables[-1], factor)] if tables else []
             try:
-                check_methods(cell_settings(study, arm.name, 0, stages, where))
+                check_methods(cell_settings(study, arm.name, 0, stages, where), Path(where).parent)
             except UserError as error:
                 text = str(error).removeprefix(f"{where}: ").removeprefix(f"arms.{arm.name}: ")
                 raise UserError(f"{where}: arms.{arm.name}: {text}") from None

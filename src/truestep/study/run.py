@@ -14,7 +14,7 @@ from typing import Any
 
 from truestep.errors import UserError
 from truestep.settings import Settings
-from truestep.study import cell_results
+from truestep.study.cell_results import cell_name, score
 from truestep.study.cell_runner import CellFailed, Runner, node, result
 from truestep.study.plan import Arm, cell_settings, owner_of, scaled, stage_tables
 
@@ -22,7 +22,7 @@ NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
 
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
-    """All cells of the study, seed by seed; the finished ones by "ARM-sSEED". What failed is in ``failures``.
+    """All cells of the study, seed by seed; the finished ones by name. What failed is in ``failures``.
 
     After Ctrl-C the children at work, which have got it as well, are waited for: see ``stopped``.
     """
@@ -32,7 +32,7 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
 
     def work(arm: Arm, seed: int) -> None:
-        name = f"{arm.name}-s{seed}"
+        name = cell_name(arm.name, seed)
         try:
             found[name] = cell(runner, arm.name, seed)
             runner.say(f"{name}: done ({len(found)} of {len(wanted)})")
@@ -50,10 +50,11 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
     problems = in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop)
     if problems:
         raise problems[0]
-    for name in [f"{a.name}-s{s}" for a, s in wanted if not runner.stopped.is_set()]:
-        if name not in found and name not in runner.failures:  # a fault of ours has ended its thread
+    names = [cell_name(arm.name, seed) for arm, seed in wanted]
+    for name in names:
+        if not (runner.stopped.is_set() or name in found or name in runner.failures):  # its thread has ended
             runner.failures[name] = "ended without a result: the traceback is on stderr"
-    return {f"{a.name}-s{s}": found[f"{a.name}-s{s}"] for a, s in wanted if f"{a.name}-s{s}" in found}
+    return {name: found[name] for name in names if name in found}
 
 
 def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], None]) -> list[BaseException]:
@@ -85,7 +86,7 @@ def _join(threads: list[threading.Thread]) -> None:
 
 def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
     """The compact result of one cell, from an earlier day if there is one."""
-    return result(runner, settled(runner, arm, seed), f"{arm}-s{seed}", seed)
+    return result(runner, settled(runner, arm, seed), arm)
 
 
 # --------------------------------------------------------------------------------- learning rates and budgets
@@ -139,7 +140,7 @@ def match_flops(
     before = whole["stages"][: len(own)]
     if own != theirs[: len(own)]:
         start = settings(tables[:-1])
-        before = node(runner, start, f"{arm}.start-s{start.seed}", start.seed)["stages"]
+        before = node(runner, start, f"{arm}.start")["stages"]
     like, meant = spent[goal.step_like], next(t for t in theirs if t["name"] == goal.step_like)
     left = whole["flops"]["paper"] - sum(s["flops_paper"] for s in before)
     one = like["flops_paper"] / like["steps"] * sequences(tables[-1]) / sequences(meant)
@@ -171,7 +172,7 @@ def _chosen(runner: Runner, arm: str) -> float:
 
 
 def _mean(results: Iterable[Mapping[str, Any]]) -> float:
-    values = [cell_results.score(r, b) for r in results for b in r["benchmarks"]]
+    values = [score(r, b) for r in results for b in r["benchmarks"]]
     return sum(values) / len(values)
 
 
@@ -185,16 +186,20 @@ def trials(runner: Runner, arm: str, factor: float) -> list[dict[str, Any]]:
         except CellFailed as error:
             if runner.stopped.is_set():
                 raise
-            runner.failures[f"{arm}.lr{factor:g}-s{seed}"] = str(error)
+            runner.failures[cell_name(trial_arm(arm, factor), seed)] = str(error)
     return made if len(made) == len(runner.study.tuning.seeds) else []
 
 
 def trial(runner: Runner, arm: str, factor: float, seed: int) -> dict[str, Any]:
-    """One learning-rate trial: the arm with its last stage's rate scaled, evaluated on the dev set alone."""
-    name = f"{arm}.lr{factor:g}-s{seed}"
-    made = result(runner, trial_settings(runner, arm, factor, seed), name, seed)
-    runner.trials[name] = made
+    """One learning-rate trial: the arm with its last stage's rate scaled, evaluated on the dev set only."""
+    label = trial_arm(arm, factor)
+    made = result(runner, trial_settings(runner, arm, factor, seed), label)
+    runner.trials[cell_name(label, seed)] = made
     return made
+
+
+def trial_arm(arm: str, factor: float) -> str:
+    return f"{arm}.lr{factor:g}"
 
 
 def trial_settings(runner: Runner, arm: str, factor: float, seed: int) -> Settings:
@@ -229,14 +234,8 @@ def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]
 def _own_cost(runner: Runner, arm: Arm) -> dict[str, Any]:
     tuning = runner.study.tuning
     if not tuning or not arm.stages or arm.untuned:
-        return {
-            "trials": 0,
-            "factor": 1.0,
-            "scores": {},
-            "failed": [],
-            "flops": NO_FLOPS,
-            "reason": arm.untuned,
-        }
+        empty: dict[str, Any] = {"trials": 0, "factor": 1.0, "scores": {}, "failed": [], "flops": NO_FLOPS}
+        return empty | {"reason": arm.untuned}
     made = {f: trials(runner, arm.name, f) for f in tuning.factors}
     stages = [t["stages"][-1] for ts in made.values() for t in ts]
     return {

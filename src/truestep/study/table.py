@@ -5,7 +5,7 @@ A pure function of the cells: two sittings that end with the same cells end with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,9 @@ def results(
     failures: Mapping[str, str],
     base: str = "",
 ) -> dict[str, Any]:
-    """Everything that the report and the exports show. Cells by "ARM-sSEED"; a missing cell is a failure,
-    never 0."""
-    by_arm = {a.name: _cells_of(study, found, a.name) for a in study.arms}
+    """Everything that the report and the exports show. ``found`` are finished cells by name; a missing cell is a
+    failure, never 0."""
+    by_arm = {arm.name: _cells_of(study, found.values(), arm) for arm in study.arms}
     arms = [_arm(study, arm, by_arm, tuning.get(arm.name, {})) for arm in study.arms]
     contrasts = [_contrast(by_arm, a, b, primary=True) for a, b in study.primary]
     # A contrast that says nothing yet (no cells, one seed) still is one of the family.
@@ -59,8 +59,9 @@ def results(
     }
 
 
-def _cells_of(study: Study, found: Mapping[str, Cell], arm: str) -> dict[int, Cell]:
-    return {s: found[f"{arm}-s{s}"] for s in study.seeds_of(study.arm(arm)) if f"{arm}-s{s}" in found}
+def _cells_of(study: Study, cells: Iterable[Cell], arm: Arm) -> dict[int, Cell]:
+    own = {cell["seed"]: cell for cell in cells if cell["arm"] == arm.name}
+    return {seed: own[seed] for seed in study.seeds_of(arm) if seed in own}
 
 
 def _benchmarks(found: Mapping[str, Cell]) -> list[str]:

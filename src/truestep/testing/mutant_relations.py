@@ -16,7 +16,7 @@ from truestep.testing.mutant_trainer import (
     aligned,
     clip,
     everywhere,
-    kit,
+    harness,
 )
 
 
@@ -89,7 +89,9 @@ def both_lost(replica: Replica, at: int) -> int:
 
 def parameters_lost(replica: Replica, at: int) -> int:
     """Back to where training began, with the momentum that was saved."""
-    replica.theta = kit.flat(kit.parameters_of(kit.tiny_model(replica.spec))).to(replica.theta.dtype)
+    replica.theta = harness.flat(harness.parameters_of(harness.tiny_model(replica.spec))).to(
+        replica.theta.dtype
+    )
     replica.publish()
     return at
 

@@ -9,7 +9,6 @@ D ranks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from truestep.audit.cases import build
-from truestep.audit.inside import subject_module
-from truestep.audit.observe import Observation, load
+from truestep.audit.environments.in_process import subject_module
+from truestep.audit.measure.cases import build
+from truestep.audit.measure.observations import Observation, load
 
 LEARNING_RATE = 0.5
 CASES = ("ragged", "unsplit", "masked", "window")
 
 
-kit = subject_module("kit")
+harness = subject_module("harness")
 
 
 # --------------------------------------------------------------------------------------------- what parts see
@@ -228,12 +227,11 @@ def observe(mutant: Mutant, folder: Path) -> dict[str, Observation]:
     """Train the mutant on every case and read back what the recorders saw, by the name of the case."""
     seen = {}
     for name in mutant.cases:
-        made = build(name, world_size=mutant.world_size, accumulation=mutant.accumulation, seed=mutant.seed)
-        case = json.loads(json.dumps(made.to_json()))
+        case = build(name, world_size=mutant.world_size, accumulation=mutant.accumulation, seed=mutant.seed)
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
-        _train(mutant, place, case)
-        seen[name] = load(place, case=case, learning_rate=LEARNING_RATE)
+        _train(mutant, place, case.to_json())
+        seen[name] = load(place, case, learning_rate=LEARNING_RATE)
     return seen
 
 
@@ -241,17 +239,17 @@ def _train(mutant: Mutant, folder: Path, case: dict[str, Any]) -> None:
     trainer, replicas, recorders = mutant.trainer, [], []
     for rank in range(mutant.world_size):
         raw = {"options": {"arch": mutant.arch, "dtype": mutant.dtype}, "learning_rate": LEARNING_RATE}
-        spec = kit.Spec(folder, case, raw)
+        spec = harness.Spec(folder, case, raw)
         spec.rank, spec.world_size = rank, mutant.world_size
-        model = kit.tiny_model(spec)
-        parameters = kit.parameters_of(model)
-        theta = kit.flat(parameters).to(torch.promote_types(spec.dtype, torch.float32))
+        model = harness.tiny_model(spec)
+        parameters = harness.parameters_of(model)
+        theta = harness.flat(parameters).to(torch.promote_types(spec.dtype, torch.float32))
         replica = Replica(spec=spec, model=model.to(spec.dtype), parameters=parameters, theta=theta)
         trainer.prepare(replica, mutant.seed)
         # With bfloat16 the parameters are the float32 ones that the optimizer holds, not the model's rounded
         # copies.
         held = (lambda replica=replica: replica.theta.double()) if mutant.dtype == "bfloat16" else None
-        recorders.append(kit.Recorder(spec, model, held))
+        recorders.append(harness.Recorder(spec, model, held))
         replicas.append(replica)
         model.train()
     logged: dict[str, list[float]] = recorders[0].logged
@@ -269,7 +267,6 @@ def _train(mutant: Mutant, folder: Path, case: dict[str, Any]) -> None:
         for replica, gradient in zip(replicas, combined, strict=True):
             trainer.update(replica, gradient, index)
         logged["loss"].append(loss)
-        logged["grad_norm"].append(float(combined[0].norm()))
         logged["learning_rate"].append(LEARNING_RATE)
     for recorder in recorders:
         recorder.finish()
@@ -307,7 +304,7 @@ def _backward(trainer: Trainer, replica: Replica, window: Window, rank: int, k: 
     """A micro-batch's loss, and its gradient in the optimizer's precision."""
     rows = window.rows[rank][k]
     inputs, places = trainer.layout(replica.spec, rows)
-    logits, ids = kit.logits_of(replica.model(**inputs)), inputs["input_ids"]
+    logits, ids = harness.logits_of(replica.model(**inputs)), inputs["input_ids"]
     losses = []
     for row, (line, start) in zip(rows, places, strict=True):
         weights = trainer.targets(replica.spec, row)[: ids.shape[1] - start]

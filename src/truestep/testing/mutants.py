@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from truestep.audit.cases import RELATIONS
+from truestep.audit.measure.cases import RELATIONS
 from truestep.seeding import Purpose, generator
 from truestep.testing import mutant_parts as parts
 from truestep.testing import mutant_relations as related

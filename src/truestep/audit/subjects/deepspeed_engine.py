@@ -15,15 +15,26 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks th
 
 import deepspeed
 import deepspeed.ops
-import kit
+import harness
 import torch
 from torch import Tensor
 
 # The collectives of gloo do; building this extension would take minutes.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+SUBJECTS = [{
+    "name": "DeepSpeed", "needs": ["deepspeed", "torch"], "cases": ["ENGINE", "RELATED"],
+    "configurations": [
+        {"stage": 2, "offload": True, "processes": [1, 2]},
+        {"stage": 2, "offload": True, "manual": True},
+        {"stage": 2, "offload": False},
+        {"stage": 1, "offload": True},
+        {"stage": 3, "offload": True},
+    ],
+}]  # fmt: skip
 
-def configuration(spec: kit.Spec) -> dict[str, Any]:
+
+def configuration(spec: harness.Spec) -> dict[str, Any]:
     """The user's DeepSpeed configuration."""
     options = spec.options
     zero: dict[str, Any] = {"stage": options.get("stage", 2)}
@@ -55,18 +66,18 @@ def whole(parameter: Any, ranks: int) -> Tensor:
     return torch.cat(shards)[: parameter.ds_numel]
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    model = kit.tiny_model(spec).to(spec.dtype)
-    recorder = kit.Recorder(spec, model, snapshot(spec, kit.parameters_of(model)))
+    model = harness.tiny_model(spec).to(spec.dtype)
+    recorder = harness.Recorder(spec, model, snapshot(spec, harness.parameters_of(model)))
     engine = engine_of(spec, model)
     first, *later = spec.parts()
     train(spec, engine, recorder, first)
     for windows in later:
         engine.save_checkpoint(str(spec.folder / "state"))
         engine.destroy()
-        model = kit.tiny_model(spec).to(spec.dtype)
-        recorder.resume(model, snapshot(spec, kit.parameters_of(model)))
+        model = harness.tiny_model(spec).to(spec.dtype)
+        recorder.resume(model, snapshot(spec, harness.parameters_of(model)))
         engine = engine_of(spec, model)
         engine.load_checkpoint(str(spec.folder / "state"))
         train(spec, engine, recorder, windows)
@@ -74,23 +85,25 @@ def run(spec: kit.Spec) -> None:
     engine.destroy()
 
 
-def snapshot(spec: kit.Spec, own: list[Tensor]) -> Any:
+def snapshot(spec: harness.Spec, own: list[Tensor]) -> Any:
     """Stage 3 leaves every rank a shard; gathering through DeepSpeed would disturb what it tracks in a
     forward pass."""
     return (
-        (lambda: kit.flat([whole(p, spec.world_size) for p in own]))
+        (lambda: harness.flat([whole(p, spec.world_size) for p in own]))
         if spec.options.get("stage", 2) == 3
         else None
     )
 
 
-def engine_of(spec: kit.Spec, model: torch.nn.Module) -> Any:
-    optimizer = spec.optimizer(kit.parameters_of(model))
+def engine_of(spec: harness.Spec, model: torch.nn.Module) -> Any:
+    optimizer = spec.optimizer(harness.parameters_of(model))
     scheduler = {"lr_scheduler": spec.scheduler(optimizer)} if spec.decays else {}
     return deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(spec), **scheduler)[0]
 
 
-def train(spec: kit.Spec, engine: Any, recorder: kit.Recorder, windows: list[list[list[int]]]) -> None:
+def train(
+    spec: harness.Spec, engine: Any, recorder: harness.Recorder, windows: list[list[list[int]]]
+) -> None:
     manual = spec.options.get("manual", False)
     engine.train()
     for window in windows:
@@ -102,7 +115,7 @@ def train(spec: kit.Spec, engine: Any, recorder: kit.Recorder, windows: list[lis
         for index, batch in enumerate(window):
             if manual:
                 engine.set_gradient_accumulation_boundary(index == len(window) - 1)
-            loss = kit.summed_loss(spec, engine, batch) / float(total)
+            loss = harness.summed_loss(spec, engine, batch) / float(total)
             engine.backward(loss * divided_by)
             # Up to 0.18 an all-gather writes in place into a view: this torch forbids that where gradients
             # are tracked.
@@ -113,10 +126,7 @@ def train(spec: kit.Spec, engine: Any, recorder: kit.Recorder, windows: list[lis
         everywhere = torch.tensor(logged, dtype=torch.float64)
         torch.distributed.all_reduce(everywhere)
         recorder.logged["loss"].append(float(everywhere))
-        norm = engine.get_global_grad_norm()
-        if norm is not None:
-            recorder.logged["grad_norm"].append(float(norm))
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -16,11 +16,21 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks th
 
 import deepspeed
 import deepspeed.ops
-import kit
+import harness
 import torch
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 NEVER = 10**9
+
+SUBJECTS = [{
+    "name": "OpenRLHF SFTTrainer", "needs": ["openrlhf", "transformers", "torch"], "brings": ["deepspeed"],
+    "cases": ["ENGINE", "clipped", "scheduled"],
+    "without": {"resumed": "its checkpoints are made by its command, which needs a GPU"},
+    "configurations": [
+        {"offload": False, "arch": "llama", "processes": [1, 2]},
+        {"offload": True, "arch": "llama"},
+    ],
+}]  # fmt: skip
 
 
 def without_flash_attention() -> None:
@@ -37,7 +47,7 @@ def without_flash_attention() -> None:
         sys.modules[name] = module
 
 
-def arguments(spec: kit.Spec) -> SimpleNamespace:
+def arguments(spec: harness.Spec) -> SimpleNamespace:
     """What the trainer and the strategy read: the newer nested names and the older flat ones."""
     batch_size = spec.rows_per_microbatch * spec.accumulation * spec.world_size
     return SimpleNamespace(
@@ -59,7 +69,7 @@ def arguments(spec: kit.Spec) -> SimpleNamespace:
     )
 
 
-def strategy_of(spec: kit.Spec) -> Any:
+def strategy_of(spec: harness.Spec) -> Any:
     """DeepspeedStrategy as ``setup_distributed`` leaves it, on a mesh of CPUs."""
     from openrlhf.utils.deepspeed import DeepspeedStrategy
 
@@ -78,7 +88,7 @@ def strategy_of(spec: kit.Spec) -> Any:
     return made
 
 
-def rows_of(spec: kit.Spec) -> list[dict[str, list[int]]]:
+def rows_of(spec: harness.Spec) -> list[dict[str, list[int]]]:
     """True at t where token t + 1 is trained: OpenRLHF's mask belongs to the token that predicts."""
     return [{"ids": r["ids"], "mask": [*r["trained"][1:], 0]} for r in spec.rows]
 
@@ -93,11 +103,11 @@ def collate(rows: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tenso
     return padded(ids), padded([[1] * len(v) for v in ids]), padded([r["mask"] for r in rows]).float()
 
 
-def engine_of(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
+def engine_of(spec: harness.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
     zero: dict[str, Any] = {"stage": spec.options.get("stage", 2)}
     if spec.options.get("offload", False):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    plain = spec.optimizer(kit.parameters_of(model))
+    plain = spec.optimizer(harness.parameters_of(model))
     engine, optimizer, *_ = deepspeed.initialize(
         model=model,
         optimizer=plain,
@@ -115,7 +125,7 @@ def engine_of(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
     return engine, optimizer
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     without_flash_attention()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     if not torch.cuda.is_available():
@@ -124,8 +134,8 @@ def run(spec: kit.Spec) -> None:
     from openrlhf.trainer.sft_trainer import SFTTrainer
 
     strategy = strategy_of(spec)
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
+    model = harness.tiny_model(spec)
+    recorder = harness.Recorder(spec, model)
     engine, optimizer = engine_of(spec, model)
     actor = Actor(engine)
     actor.packing_samples = False
@@ -138,9 +148,9 @@ def run(spec: kit.Spec) -> None:
     # tracked.
     engine.step = torch.no_grad()(engine.step)
     trainer.fit(strategy.args)
-    recorder.finish(**kit.versions("openrlhf", "deepspeed", "transformers"))
+    recorder.finish(**harness.versions("openrlhf", "deepspeed", "transformers"))
     engine.destroy()
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import inspect
 
-import kit
+import harness
 import torch
 from verl.trainer.ppo.core_algos import agg_loss
 
+SUBJECTS = [{
+    "name": "verl agg_loss (function level)", "needs": ["verl", "torch"], "processes": [1, 2], "cases": ["ENGINE"],
+    "without": {"clipped, scheduled, resumed": "only the loss is the framework's, not the clip, schedule and checkpoint"},
+}]  # fmt: skip
 
-def run(spec: kit.Spec) -> None:
-    kit.join_ranks(spec)
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
-    recorder.notes.append("function level: the loss is verl's own, the loop around it is not")
+
+def run(spec: harness.Spec) -> None:
+    harness.join_ranks(spec)
+    model = harness.tiny_model(spec)
+    recorder = harness.Recorder(spec, model)
     optimizer = spec.optimizer(model.parameters())
     counted = "batch_num_tokens" in inspect.signature(agg_loss).parameters
     model.train()
@@ -28,7 +32,7 @@ def run(spec: kit.Spec) -> None:
         torch.distributed.all_reduce(total)
         logged = 0.0
         for rows in window:
-            loss_mat, mask = kit.token_losses(spec, model, rows)
+            loss_mat, mask = harness.token_losses(spec, model, rows)
             if counted:
                 extra = {"dp_size": spec.world_size, "batch_num_tokens": float(total)}
                 loss = agg_loss(loss_mat, mask, "token-mean", **extra)
@@ -45,8 +49,8 @@ def run(spec: kit.Spec) -> None:
         everywhere = torch.tensor(logged, dtype=torch.float64)
         torch.distributed.all_reduce(everywhere)
         recorder.logged["loss"].append(float(everywhere))
-    recorder.finish(**kit.versions("verl"))
+    recorder.finish(**harness.versions("verl"))
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

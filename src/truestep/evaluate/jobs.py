@@ -1,0 +1,207 @@
+"""What is to be evaluated: settings → jobs (a benchmark under a template), each with its problems and limits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truestep.errors import UserError
+from truestep.evaluate import benchmarks, prompts
+from truestep.evaluate.benchmarks import Benchmark
+from truestep.evaluate.prompts import Template
+from truestep.records import Problem
+from truestep.settings import SamplingSettings, Settings, parse, settings_hash
+
+# Keys of `truestep eval` recipes (and of --set) that stand for a longer one.
+SHORT = {
+    "benchmarks": "evaluate.benchmarks", "prompts": "evaluate.prompts", "few_shot": "evaluate.few_shot",
+    "limit": "evaluate.limit", "limits": "evaluate.limits", "engine": "evaluate.engine",
+    "samples": "evaluate.samples_per_problem", "temperature": "evaluate.sampling.temperature",
+    "top_p": "evaluate.sampling.top_p", "max_new_tokens": "evaluate.sampling.max_new_tokens",
+    "max_running": "evaluate.sampling.max_running", "dtype": "compute.dtype", "threads": "compute.threads",
+}  # fmt: skip
+# What a sample depends on: samples made with other values must not be mixed.
+FIXED = (
+    "model", "seed", "compute.dtype", "evaluate.engine", "evaluate.few_shot", "evaluate.sampling.temperature",
+    "evaluate.sampling.top_p", "evaluate.sampling.top_k", "evaluate.sampling.max_new_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One benchmark under one template. ``content`` hashes the problems taken, ``source`` all of the
+    benchmark's: with a greater limit the samples of a smaller one are kept."""
+
+    benchmark: Benchmark
+    template: Template
+    problems: Sequence[Problem]
+    samples: int
+    sampling: SamplingSettings
+    content: str
+    source: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.benchmark.id} · {self.template.id}"
+
+
+def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
+    """The settings of ``truestep eval``: a recipe whose evaluation keys may be short ones.
+
+    Raises UserError if no benchmark is named, or a benchmark, template or setting is unknown.
+    """
+    table: dict[str, Any] = {"name": "eval-" + _stem(raw), "data": {}, "stages": []}
+    for key, value in raw.items():
+        if key == "data" and isinstance(value, str):
+            _put(table, "evaluate.folder", value)
+        elif key in ("data", "stages", "chat", "trackers", "declared"):
+            continue  # of a training recipe: benchmarks bring their own problems and templates
+        elif isinstance(value, Mapping) and key != "limits":
+            for inner, entry in value.items():
+                if key != "evaluate" or inner not in ("data", "pass_at", "before"):
+                    _put(table, f"{key}.{inner}", entry)
+        else:
+            _put(table, SHORT.get(key, key), value)
+    if not table.get("evaluate", {}).get("benchmarks"):
+        raise UserError(
+            f"{where}: no benchmarks given: pass --benchmarks gsm8k,math500 (truestep eval list names them all)"
+        )
+    settings = parse(Settings, table, where=where)
+    for id in settings.evaluate.benchmarks:
+        benchmarks.find(id)
+    prompts.chosen([p for p in settings.evaluate.prompts if p != "benchmark"])
+    if settings.compute.dtype == "float64":
+        raise UserError(f"{where}: compute.dtype: an evaluation runs in float32 or bfloat16")
+    return settings
+
+
+def _stem(raw: Mapping[str, Any]) -> str:
+    name = Path(str((raw.get("model") or {}).get("path", ""))).name
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "model"
+
+
+def _put(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+    if isinstance(value, Mapping) and isinstance(table.get(leaf), dict):
+        table[leaf] |= value
+    else:
+        table[leaf] = value
+
+
+def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
+    """Every benchmark loaded and checked, and every template of it.
+
+    Raises UserError if a benchmark's rows are not the pinned ones.
+    """
+    evaluate = settings.evaluate
+    folder = _folder(evaluate.folder, base_dir)
+    jobs = []
+    for id in dict.fromkeys(evaluate.benchmarks):
+        benchmark = benchmarks.find(id)
+        every = benchmarks.load(benchmark, folder)
+        problems = benchmarks.take(every, evaluate.limits.get(id, evaluate.limit), id)
+        names = [benchmark.prompt if name == "benchmark" else name for name in evaluate.prompts]
+        sampling = evaluate.sampling.resolved(benchmark.temperature, benchmark.max_new_tokens)
+        samples = (
+            benchmark.samples if evaluate.samples_per_problem == "benchmark" else evaluate.samples_per_problem
+        )
+        jobs += [
+            Job(
+                benchmark=benchmark,
+                template=template,
+                problems=problems,
+                samples=samples if sampling.temperature else 1,  # greedy samples are all the same
+                sampling=sampling,
+                content=_hash(problems),
+                source=_hash(every),
+            )
+            for template in prompts.chosen(names)
+        ]
+    return jobs
+
+
+def _folder(data: str, base_dir: Path) -> Path | None:
+    """Relative to the recipe, else to the current folder."""
+    wanted = Path(data).expanduser()
+    return (base_dir / wanted if (base_dir / wanted).is_dir() else wanted) if data else None
+
+
+def _hash(problems: Sequence[Problem]) -> str:
+    digest = hashlib.sha256()
+    for p in problems:
+        digest.update(f"{p.id}\x1f{p.messages[-1].content}\x1f{p.answer}\x1c".encode())
+    return digest.hexdigest()[:16]
+
+
+def engine_kind(settings: Settings) -> str:
+    """torch, vllm or endpoint: an endpoint's address changes no sample."""
+    return "endpoint" if settings.evaluate.is_endpoint else settings.evaluate.engine
+
+
+def job_identity(settings: Settings, job: Job, model_content: str) -> str:
+    """The hash of all that a sample of this job depends on; not of how many problems and samples are asked
+    for."""
+    t, s = job.template, job.sampling
+    asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
+    sampling = (s.temperature, s.top_p, s.top_k, s.max_new_tokens, settings.seed, settings.evaluate.few_shot)
+    own = (settings.compute.dtype, engine_kind(settings), job.benchmark.id, job.benchmark.scorer, job.source)
+    return settings_hash(settings.model, *asked, *map(str, sampling), *own, model_content)
+
+
+def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
+    """The settings of FIXED that differ: key, old value, new value."""
+    pairs = ((key, _value(old, key), _value(new, key)) for key in FIXED)
+    return [(key, a, b) for key, a, b in pairs if a != b]
+
+
+def _value(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
+    """What the settings ask for and do not get."""
+    wanted = settings.evaluate.samples_per_problem
+    greedy = dict.fromkeys(j.benchmark.id for j in jobs if wanted != "benchmark" and j.samples < wanted)
+    return [
+        f"{id}: 1 sample per problem instead of {wanted}: at temperature 0 all are the same" for id in greedy
+    ]
+
+
+def budget(
+    jobs: Sequence[Job], limits: Sequence[int], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the jobs need at most: tokens, and memory and arithmetic if the model's figures are known.
+
+    ``limits`` are the tokens that each job's completions may have, ``prompt_tokens`` the sums over its
+    problems; ``shape`` has num_parameters, bytes_per_parameter, cache_bytes (of one token of one row) and
+    max_running.
+    """
+    rows: list[dict[str, Any]] = [
+        {
+            "data": job.benchmark.id,
+            "prompt": job.template.id,
+            "problems": len(job.problems),
+            "samples": len(job.problems) * job.samples,
+            "prompt_tokens": tokens,
+            "generated_tokens_at_most": len(job.problems) * job.samples * limit,
+        }
+        for job, limit, tokens in zip(jobs, limits, prompt_tokens, strict=True)
+    ]
+    counted = ("samples", "prompt_tokens", "generated_tokens_at_most")
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in counted}
+    if shape:
+        tokens = total["prompt_tokens"] + total["generated_tokens_at_most"]
+        total["flops_at_most"] = 2 * shape["num_parameters"] * tokens
+        sizes = zip(limits, prompt_tokens, jobs, strict=True)
+        longest = max(limit + tokens / max(1, len(job.problems)) for limit, tokens, job in sizes)
+        most = min(shape["max_running"], max(row["samples"] for row in rows))
+        weights = shape["num_parameters"] * shape["bytes_per_parameter"]
+        total["memory_bytes_at_most"] = round(weights + shape["cache_bytes"] * longest * most)
+    return {"jobs": rows, "total": total}
