@@ -10,7 +10,9 @@ import typer
 
 from truestep.cli.run import Json
 
-Metric = Annotated[str, typer.Option("--metric", help="The score that counts, where a log has several.")]
+Metric = Annotated[
+    str, typer.Option("--metric", help="The score to read if a log has several.", show_default="the only one")
+]
 Folder = Annotated[Path, typer.Option("--out", help="The folder to write into.", show_default=False)]
 
 
@@ -40,6 +42,9 @@ def compare(
 ) -> None:
     """The paired difference b - a of every task that both have: interval, p-values, smallest detectable
     difference."""
+    from truestep.cli.progress import announce
+
+    announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.bring import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
@@ -79,6 +84,9 @@ def import_logs(
 ) -> None:
     """Write other harnesses' samples as a run of ours, with intervals and a page; verdicts are taken as they
     stand."""
+    from truestep.cli.progress import announce
+
+    announce(f"truestep eval import: reading {', '.join(map(str, files))}")
     from truestep.evaluate.bring import import_evaluations
     from truestep.report.evaluation import print_scores, write_evaluation_report
 
@@ -107,12 +115,23 @@ def overlap(
         str, typer.Argument(help="Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")
     ],
     benchmarks: Annotated[
-        str, typer.Option("--benchmarks", help="Comma-separated ids; without it all that are there.")
+        str,
+        typer.Option(
+            "--benchmarks",
+            help="Comma-separated ids from `truestep eval list`.",
+            show_default="all that are found",
+        ),
     ] = "",
-    data: Annotated[str, typer.Option("--data", help="Folder with the benchmarks; without it the hub.")] = "",
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Folder with ID.jsonl, ID.parquet or ID.csv.", show_default="the hub"),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """How many problems of each benchmark a training set holds: equal texts, and shared runs of 13 words."""
+    from truestep.cli.progress import announce
+
+    announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.contamination import contamination
 
     report = contamination(source, [w.strip() for w in benchmarks.split(",") if w.strip()], data)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from truestep.cli.run import Json, Out, Resume, Set
+from truestep.cli.run import Json, Resume
 
 if TYPE_CHECKING:
     from truestep.evaluate.plan import EvaluationSettings, Job
@@ -19,31 +19,53 @@ if TYPE_CHECKING:
 What = Annotated[
     str, typer.Argument(help="A model (folder, hub id, served name) or a recipe (.toml).", metavar="MODEL")
 ]
-Benchmarks = Annotated[str, typer.Option("--benchmarks", help="Comma-separated ids of `truestep eval list`.")]
+Benchmarks = Annotated[
+    str,
+    typer.Option(
+        "--benchmarks", help="Comma-separated ids from `truestep eval list`.", show_default="the recipe's"
+    ),
+]
 Data = Annotated[
-    str, typer.Option("--data", help="Folder with ID.jsonl, .parquet or .csv; without it the hub.")
+    str, typer.Option("--data", help="Folder with ID.jsonl, ID.parquet or ID.csv.", show_default="the hub")
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Problems of each benchmark; without it all.")
+    int | None, typer.Option("--limit", min=1, help="Problems of each benchmark.", show_default="all")
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", min=1, help="Samples of each problem; without it the benchmark's own."),
+    typer.Option("--samples", min=1, help="Samples of each problem.", show_default="each benchmark's"),
 ]
 Prompts = Annotated[
     str,
     typer.Option(
-        "--prompts", help="Templates: paper,qwen,plain,completion,brief,odd; else the benchmark's own."
+        "--prompts",
+        help="Comma-separated templates: paper, qwen, plain, completion, brief, odd.",
+        show_default="each benchmark's",
     ),
 ]
 FewShot = Annotated[
-    int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem.")
+    int | None,
+    typer.Option("--few-shot", min=0, help="Worked examples before each problem.", show_default="0"),
 ]
 Engine = Annotated[
-    str, typer.Option("--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.")
+    str,
+    typer.Option(
+        "--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint.", show_default="torch"
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override any other setting, such as temperature=0 or max_new_tokens=512. Can be repeated.",
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run directory.", show_default="runs/eval-MODEL-HASH")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, count tokens and memory, ask nothing.")
+    bool, typer.Option("--dry-run", help="Check everything, and count tokens and memory; generate nothing.")
 ]
 
 
@@ -62,8 +84,7 @@ def evaluate(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model on benchmarks. --set changes any other setting: --set temperature=0 --set
-    max_new_tokens=512."""
+    """Evaluate a model on benchmarks; or the model of a recipe on the recipe's own data sets."""
     given: dict[str, Any] = {
         "benchmarks": _words(benchmarks),
         "data": data,
@@ -141,9 +162,11 @@ def _execute(
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    from truestep.cli.progress import ConsoleReporter, announce
+
+    announce(f"truestep eval: loading the benchmarks and the model {settings.model.path}")
     from truestep import signals
     from truestep.cli.eval_engines import opened, plan_of
-    from truestep.cli.progress import ConsoleReporter
     from truestep.evaluate.plan import default_name, make_jobs
     from truestep.evaluate.suite import make_plans
     from truestep.report.evaluation import write_evaluation_report

@@ -21,8 +21,10 @@ def run_study(
     as_json: bool,
 ) -> None:
     """Check, plan, run what is missing, analyse, report; the last line of stdout is the study directory."""
+    from truestep.cli.progress import ConsoleReporter, announce
+
+    announce(f"truestep study: checking {path} and its data")
     from truestep import rundir
-    from truestep.cli.progress import ConsoleReporter
     from truestep.errors import UserError
     from truestep.study import launch, nodes, plan
     from truestep.study.audited import trainer_verdict
