@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from truestep.cli.evaluation import Json, show, words_of
+from truestep.cli.evaluation import show, words_of
+from truestep.cli.run import Json, Resume
 
 if TYPE_CHECKING:
     from truestep.evaluate.jobs import Job
@@ -38,7 +39,7 @@ Data = Annotated[
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Problems per benchmark. Default: all.")]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", min=1, help="Samples per problem. Default: the benchmark's own number."),
+    typer.Option("--samples", min=1, help="Samples of each problem.", show_default="each benchmark's"),
 ]
 Prompts = Annotated[
     str,
@@ -64,9 +65,8 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", help="The run directory. Default: runs/eval-MODEL-HASH.", show_default=False),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an evaluation in its run directory.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything and count tokens and memory, but sample nothing.")
+    bool, typer.Option("--dry-run", help="Check everything, and count tokens and memory; generate nothing.")
 ]
 
 
@@ -136,9 +136,11 @@ def _own_sets(
 def _execute(
     settings: Settings, base_dir: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
+    from truestep.cli.progress import ConsoleReporter, announce
+
+    announce(f"truestep eval: loading the benchmarks and the model {settings.model.path}")
     from truestep import signals
     from truestep.cli.eval_engines import opened, plan_of
-    from truestep.cli.progress import ConsoleReporter
     from truestep.evaluate.jobs import make_jobs
     from truestep.evaluate.suite import make_plans
     from truestep.report.evaluation import write_evaluation_report

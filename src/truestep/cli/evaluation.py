@@ -9,13 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from truestep.cli.progress import announce
+from truestep.cli.run import Json
+
 DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
 HELP = (
     "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or one of these commands."
 )
 COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 Metric = Annotated[
     str, typer.Option("--metric", help="The score to use if a log has several. Default: the first it has.")
 ]
@@ -80,6 +82,7 @@ def compare(
 ) -> None:
     """Compare two evaluations of the same problems: the paired difference B - A of every task that both have, with
     its 95 % interval, p-values and the smallest detectable difference."""
+    announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.import_compare import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
@@ -120,6 +123,7 @@ def import_logs(
 ) -> None:
     """Import logs of other harnesses as a run directory with intervals and a report. Verdicts are kept as they are;
     nothing is graded again."""
+    announce(f"truestep eval import: reading {', '.join(map(str, files))}")
     from truestep.evaluate.import_compare import import_evaluations
     from truestep.report.evaluation import write_evaluation_report
 
@@ -168,6 +172,7 @@ def overlap(
 ) -> None:
     """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of 13
     words."""
+    announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.benchmarks import contamination
 
     report = contamination(source, words_of(benchmarks), data)
@@ -196,6 +201,7 @@ def grade(
     as_json: Json = False,
 ) -> None:
     """Grade every (gold, pred) pair of a file, without a model. Optional fields: id, kind (choice), choices."""
+    announce(f"truestep eval grade: grading the pairs of {pairs}")
     from truestep.grade.pairs import grade_pairs, read_pairs, table
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)
