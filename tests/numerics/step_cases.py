@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from truestep.objective.advantage import Members
 from truestep.objective.methods import Method, build
 from truestep.records import Kind, StepReport, TokenBatch, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.testing.reference.loss import METHODS as REFERENCE_METHODS
 from truestep.testing.reference.loss import exact_float64, group_advantages, reference_gradient
+from truestep.testing.reference.rows import named_part
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
 from truestep.train.step import StepPlan, train_step
@@ -44,6 +44,7 @@ class Family:
     reference: str
     kind: Kind
     advantage: str = ""  # the reference's name for the kind of advantage
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the reference
 
 
 FAMILIES = {
@@ -53,7 +54,8 @@ FAMILIES = {
         Family(
             name="sft_sequences",
             method=build("sft", {"normaliser": "sequences"}),
-            reference="sft_sequence_mean",
+            reference="sft",
+            options={"normaliser": "seq"},
             kind=Kind.DEMO,
         ),
         Family(name="dft", method=build("dft", {}), reference="dft", kind=Kind.DEMO),
@@ -290,8 +292,15 @@ def run_step(
 def expected_gradient(
     model: nn.Module, sequences: Sequence[TrainSequence], family: Family, **options: Any
 ) -> dict[str, Tensor]:
-    fixed = {"max_length": MAX_LENGTH} if REFERENCE_METHODS[family.reference].normaliser == "drg" else {}
-    return reference_gradient(model, referred(sequences, family), method=family.reference, **fixed, **options)
+    fixed = {"max_length": MAX_LENGTH} if named_part(family.reference).normaliser == "drg" else {}
+    return reference_gradient(
+        model,
+        referred(sequences, family),
+        method=family.reference,
+        options=family.options,
+        **fixed,
+        **options,
+    )
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:

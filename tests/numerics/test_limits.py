@@ -18,8 +18,8 @@ from truestep.objective.advantage import Members
 from truestep.objective.methods import build
 from truestep.objective.plan import Asked, Keep, Round
 from truestep.records import Kind, TrainSequence
-from truestep.testing.reference.loss import gradient
-from truestep.testing.reference.rows import ROWS, Part, Row, demonstration, own, row_loss, score
+from truestep.testing.reference.loss import gradient, score
+from truestep.testing.reference.rows import ROWS, Part, Row, demonstration, own, row_loss
 from truestep.testing.reference.surrogate import reinforce, unshaped
 
 
