@@ -113,13 +113,14 @@ def test_the_record_arrives_whole(tmp_path: Path) -> None:
 
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(
-        "import numpy, torch\ndef score(samples): return numpy.array([s.sample / 4 for s in samples], dtype='float32')\n"
+        "import numpy\nwhole = lambda samples: numpy.array([s.sample / 4 for s in samples], dtype='float32')\n"
         "def each(samples): return (numpy.int64(s.sample) for s in samples)\n"
-        "def tensor(samples): return torch.tensor([s.sample / 2 for s in samples])\n"
     )
-    with opened(
-        tmp_path, *[{"function": f"reward.py:{name}"} for name in ("score", "each", "tensor")]
-    ) as scorer:
+    (tmp_path / "tensors.py").write_text(
+        "import torch\ndef tensor(samples): return torch.tensor([s.sample / 2 for s in samples])\n"
+    )
+    names = ("reward.py:whole", "reward.py:each", "tensors.py:tensor")
+    with opened(tmp_path, *[{"function": name} for name in names]) as scorer:
         results = scorer.score([sample(1, sample=n) for n in range(3)])
     assert [r.reward for r in results] == [0.0, 1.75, 3.5]
 
