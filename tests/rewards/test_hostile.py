@@ -16,10 +16,9 @@ import pytest
 from reward_samples import same_text, sample
 
 from truestep.errors import UserError
-from truestep.records import Stop
+from truestep.records import RewardInput, Score, Stop
 from truestep.reward_settings import RewardSettings
 from truestep.rewards.pool import processes
-from truestep.rewards.record import RewardInput, Score
 from truestep.rewards.scorer import RewardScorer
 
 BAD = 13  # the sample that the function fails on

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 from reward_samples import same_text, sample
-from truestep.rewards.settings import RewardSettings
 
 from truestep.errors import UserError
+from truestep.records import RewardInput, Score
+from truestep.reward_settings import RewardSettings
 from truestep.rewards.judge import JudgeSettings, question, read_score
-from truestep.rewards.record import RewardInput, Score, Unscored
+from truestep.rewards.record import Unscored
 from truestep.rewards.scorer import RewardScorer
 
 SECRET = "sk-verysecretkey12345"

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from reward_samples import same_text, sample
-from truestep.rewards.settings import BUILT_IN, RewardSettings, reward_entries
 
 from truestep.errors import UserError
-from truestep.records import Verdict
-from truestep.rewards.record import RewardInput
+from truestep.records import RewardInput, Verdict
+from truestep.reward_settings import BUILT_IN, RewardSettings, reward_entries
 from truestep.rewards.scorer import RewardScorer, fair_coin, sources
 from truestep.signals import Interrupted, deferred
 
