@@ -144,7 +144,8 @@ def test_one_seed_shows_no_statistics(tmp_path: Path) -> None:
 def test_cells_of_an_earlier_recipe_are_not_drawn(study: Any) -> None:
     folder, table, cells = study
     written(folder, table, cells)
-    for name in ("rejection-s2", "sft-s9"):  # failed in this recipe; of a seed that is no more
-        rundir.write_json(folder / "compact/cells" / f"{name}.json", cells["sft-rl-s1"])
+    for arm, seed in (("rejection", 2), ("sft", 9)):  # failed in this recipe; a seed that it does not have
+        other = {**cells["sft-rl-s1"], "arm": arm, "seed": seed}
+        rundir.write_json(folder / "compact/cells" / f"{arm}-s{seed}.json", other)
     assert "rejection" in {arm["name"] for arm in table["arms"]}
     assert read_cells(folder, table).keys() & {"rejection-s2", "sft-s9"} == set()

@@ -116,7 +116,7 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
     """The simplest pattern that the weights obey within their errors; None if none does."""
     weights = recovered.weights
     errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
-    seen = np.abs(weights) > np.maximum(errors, thresholds.DROPPED * np.abs(weights).max())
+    seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())
     # Nothing is wrong or dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no
     # sign of it.
     if (np.abs(weights - 1.0) <= errors).all():
