@@ -1,9 +1,10 @@
-"""Write what the README shows of results/: the picture, the audit's output and the table of stacks.
+"""Write the documents that are made by a program: from results/ the README's picture, its audit output and its table of
+stacks, and docs/metrics.md from the table of metrics.
 
     python benchmarks/readme_figures.py [--check]
 
 ``--check`` writes nothing and exits with 1 if a file is out of date.
-Held by: tests/audit/test_readme.py
+Held by: tests/architecture/test_generated.py
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from rich.console import Console
 from truestep.audit.present.table import findings_table
 from truestep.audit.present.words import number
 from truestep.rundir import read_json, write_atomic
+from truestep.train import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 AUDIT, README, PICTURE = ROOT / "results/audit", ROOT / "README.md", ROOT / "docs/img/weights.svg"
+METRICS = ROOT / "docs/metrics.md"
 Finding = Mapping[str, Any]
 OFFLOAD = {"stage": 2, "offload": True, "processes": 1}
 
@@ -139,7 +142,8 @@ def picture(bad: Finding, right: Finding) -> str:
     )
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{HEIGHT * 640 // WIDTH}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{HEIGHT * 640 // WIDTH}" '
+            f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">',
             f"<title>{title}</title>",
             f"<style>{STYLE}</style>",
             f'<rect class="card" x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="12"/>',
@@ -178,6 +182,16 @@ def _panel(finding: Finding, left: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
+METRICS_HEAD = """# Metrics
+
+A stage writes one line a step to `metrics.jsonl`, with the keys `STAGE/KEY`. This page is made from the table in
+`src/truestep/train/metrics.py` (`python benchmarks/readme_figures.py`); a key that is not in the table is an error.
+"Within an update" says how values are combined over micro-batches and ranks, "across updates" how the updates of one
+step are combined.
+
+"""
+
+
 def marked(text: str, name: str, content: str) -> str:
     """The text with ``content`` between the markers of ``name``."""
     begin, end = f"<!-- {name}: benchmarks/readme_figures.py -->", f"<!-- /{name} -->"
@@ -198,7 +212,8 @@ def files() -> dict[Path, str]:
     text = README.read_text(encoding="utf-8")
     text = marked(text, "audit", audit_output(offload("deepspeed-0.18.9")))
     text = marked(text, "stacks", stacks_table([f for found in documents.values() for f in found]))
-    return {README: text, PICTURE: picture(offload("deepspeed-0.18.9"), offload("deepspeed-0.19.0"))}
+    drawn = picture(offload("deepspeed-0.18.9"), offload("deepspeed-0.19.0"))
+    return {README: text, PICTURE: drawn, METRICS: METRICS_HEAD + metrics.markdown()}
 
 
 def main() -> None:
