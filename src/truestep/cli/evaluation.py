@@ -24,7 +24,8 @@ def _argument(text: str) -> Any:
 
 
 Metric = Annotated[
-    str, typer.Option("--metric", help="The score to use if a log has several. Default: the first it has.")
+    str,
+    typer.Option("--metric", help="The score to use if a log has several.", show_default="the first it has"),
 ]
 Folder = Annotated[
     Path, typer.Option("--out", help="The folder to write into (required).", show_default=False)
@@ -147,10 +148,10 @@ def export(run: Annotated[Path, _argument("A run directory.")], out: Folder, as_
 def overlap(
     source: Annotated[str, _argument("Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")],
     benchmarks: Annotated[
-        str, typer.Option("--benchmarks", help="Comma-separated ids. Default: all that --data holds.")
+        str, typer.Option("--benchmarks", help="Comma-separated ids.", show_default="all that --data holds")
     ] = "",
     data: Annotated[
-        str, typer.Option("--data", help="Folder with the benchmarks. Default: the Hugging Face hub.")
+        str, typer.Option("--data", help="Folder with the benchmarks.", show_default="the Hugging Face hub")
     ] = "",
     as_json: Json = False,
 ) -> None:
