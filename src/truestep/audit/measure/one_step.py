@@ -1,7 +1,7 @@
 """One step, judged from its own start: the pattern that its weights obey, else what is in it besides them.
 
-A pattern is kept × normaliser × scale. Causes come from the structure of the weights, so that an unknown fault
-is still described. Shapes: P parameters.
+A pattern is kept × normaliser × scale. Causes come from the structure of the weights, so that an unknown
+fault is still described. Shapes: P parameters.
 """
 
 from __future__ import annotations
