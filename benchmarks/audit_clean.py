@@ -20,12 +20,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from truestep.audit import cases, environment, registry
-from truestep.audit.judge import Verdict, judge
-from truestep.audit.launch import Job, SubjectFailed
-from truestep.audit.launch import run as run_job
-from truestep.audit.registry import Configuration, Subject
-from truestep.audit.run import LEARNING_RATE
+from truestep.audit import subjects as registry
+from truestep.audit.environments import virtual as environment
+from truestep.audit.environments.launch import LEARNING_RATE, Job, SubjectFailed
+from truestep.audit.environments.launch import run as run_job
+from truestep.audit.measure import cases
+from truestep.audit.measure.findings import Verdict
+from truestep.audit.measure.verdict import judge
+from truestep.audit.present.words import found_in_words, row_of
+from truestep.audit.subjects import Configuration, Subject
 from truestep.rundir import provenance, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +85,7 @@ def run(subject: Subject, configuration: Configuration, python: Path, seeds: ran
                 "configuration": shown,
                 "seed": seed,
                 "verdict": finding.verdict.value,
-                "what": finding.fault or finding.reason,
+                "what": found_in_words(row_of(finding)),
                 "relative_error": finding.relative_error,
                 "noise": finding.noise,
             }

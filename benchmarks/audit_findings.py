@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from truestep.audit.formats import configuration_in_words
+from truestep.audit.present.words import configuration_in_words
 from truestep.rundir import read_json, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

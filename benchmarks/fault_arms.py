@@ -20,27 +20,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from truestep.train.assemble import pack
+from truestep.train.faults import fault_of
 
-from truestep.audit import cases, environment, launch, registry
-from truestep.audit.launch import Job
-from truestep.audit.observe import Observation, Step
-from truestep.audit.registry import Configuration
-from truestep.audit.run import LEARNING_RATE
+from truestep.audit import subjects as registry
+from truestep.audit.environments import launch
+from truestep.audit.environments import virtual as environment
+from truestep.audit.environments.in_process import subject_module
+from truestep.audit.environments.launch import LEARNING_RATE, Job
+from truestep.audit.measure import cases
+from truestep.audit.measure.observations import Observation, Step
+from truestep.audit.subjects import Configuration
 from truestep.model import attention
 from truestep.model.load import LoadedModel, model_shape, prepare
 from truestep.objective.methods import build
 from truestep.records import Kind, TrainSequence
 from truestep.rundir import provenance, write_json
 from truestep.settings import FaultSettings, OptimizerSettings
-from truestep.train.assemble import pack
-from truestep.train.faults import fault_of
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
 from truestep.train.step import StepPlan, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(launch.SUBJECTS))
-import kit  # noqa: E402  # the audit's tiny models, by the same names
+harness = subject_module("harness")  # the audit's tiny models, by the same names
 
 OFFLOAD, MEAN = FaultSettings(offload_drop="first_last"), FaultSettings(micro_mean=True)
 BOTH, NONE = FaultSettings(offload_drop="first_last", micro_mean=True), FaultSettings()
@@ -100,7 +102,7 @@ def observe(pair: Pair) -> tuple[cases.Case, Observation]:
 
 def policy_like(case: cases.Case, arch: str) -> Policy:
     raw = {"options": {"arch": arch, "dtype": "float32"}, "learning_rate": LEARNING_RATE["sgd"]}
-    model = kit.tiny_model(kit.Spec(Path(), case.to_json(), raw))
+    model = harness.tiny_model(harness.Spec(Path(), case.to_json(), raw))
     prepare(model, torch.device("cpu"))
     return Policy(LoadedModel(model=model, tokenizer=None, shape=model_shape(model), context_length=256))  # type: ignore[arg-type]
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import time
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,10 +30,59 @@ def collective_backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def set_threads(num_threads: int) -> None:
-    """Pin the intra-op threads: results are bit-exact at a fixed number of threads only."""
-    if torch.get_num_threads() != num_threads:
-        torch.set_num_threads(num_threads)
+def set_threads(wanted: int | Literal["auto"]) -> int:
+    """Pin the intra-op threads, and return their number: results are bit-exact at a fixed number only.
+
+    "auto": OMP_NUM_THREADS if it is set, else the usable cores, shared by the ranks of this machine. (torchrun
+    sets OMP_NUM_THREADS to 1 by itself, so with several ranks it says nothing.)
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] if ranks == 1 else ""
+    number = int(given) if given.isdigit() and int(given) else max(1, usable_cores() // ranks)
+    if wanted != "auto":
+        number = wanted
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
+    return number
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: its affinity mask, and the CPU quota of its cgroup (rounded
+    up)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, max(1, math.ceil(min(cpu_quota(), cores))))
+
+
+def cpu_quota(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """How many CPUs the cgroup of this process and those above it allow; infinity without a limit.
+
+    cgroup v2: ``cpu.max`` holds "QUOTA PERIOD" or "max PERIOD". v1: two files; a quota of -1 is no limit.
+    In a container the named folder may be invisible, and the root is the container's own.
+    """
+    quota = math.inf
+    with contextlib.suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "cpu" if controllers else root
+            folder = top / path.strip("/")
+            for place in (folder, *folder.parents):
+                quota = min(quota, _quota_in(place))
+                if place == top:
+                    break
+    return quota
+
+
+def _quota_in(folder: Path) -> float:
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if float(quota) > 0:
+            return float(quota) / float(period)
+    return math.inf
 
 
 def make_deterministic() -> None:

@@ -3,11 +3,14 @@ construction.
 
 No torch here: the audit and the report read these records in environments that have none. Where a record
 holds tensors (``TokenBatch``), they are typed by name only.
+
+One file: whoever reads one of them needs the others, and every room imports several.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -106,11 +109,24 @@ class Demonstration:
 # -------------------------------------------------------------------------------------------- what is sampled
 
 
+class Origin(enum.IntEnum):
+    """Where a token comes from. Terms select their tokens by it, and metrics and ledgers count by it."""
+
+    CONTEXT = 0  # conditioned on, never trained
+    POLICY = 1  # sampled in this rollout batch
+    STORED = 2  # sampled in an earlier rollout batch and stored (replay)
+    EXPERT = 3  # a demonstration, or its beginning that a sample continues
+
+
+SAMPLED = (Origin.POLICY, Origin.STORED)  # the origins that have a behavior log-probability
+NOT_SAMPLED = -1  # policy_version of a token that no policy has sampled
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """The distribution that behavior log-probabilities belong to: whose weights, and how they were bent."""
+    """How the policy's distribution was changed before sampling: whose log-probabilities are the behavior
+    ones."""
 
-    policy_version: int
     temperature: float
     top_p: float = 1.0
     top_k: int = 0  # 0: no truncation
@@ -122,51 +138,75 @@ class Stop(enum.StrEnum):
     ERROR = "error"
 
 
-class Kind(enum.IntEnum):
-    """How a training sequence came to be; objectives select their tokens by it."""
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What a plan asks for: ``num_samples`` completions that start alike.
 
-    ON = 0  # sampled from the current policy for the original prompt
-    DEMO = 1  # an expert's trace
-    PREFIX = 2  # expert prefix plus own continuation
-    HINT = 3  # own sample under an augmented prompt
-    REPLAY = 4  # own sample of an older policy
+    ``prefix`` is the share of the demonstration's tokens that the completion begins with (1: all of them, and
+    nothing is generated), ``prefix_origin`` whether they are trained (EXPERT) or not (CONTEXT). ``hint`` is
+    the share of the solution's text that the prompt shows. ``stored``: a stored sample joins, nothing is
+    generated.
+    """
+
+    num_samples: int
+    prefix: float = 0.0
+    prefix_origin: Origin = Origin.EXPERT
+    hint: float = 0.0
+    stored: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether everything is sampled by the policy, under the problem's own prompt."""
+        return not (self.prefix or self.hint or self.stored)
+
+
+PLAIN = Round(num_samples=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One completion. ``behavior_logprobs`` are those of ``distribution`` (the sampled one, after temperature
-    and truncation), one per completion token, NaN where an expert wrote it. A failed sample has stop ERROR, a
-    reason, and no tokens of its own.
+    """One completion. ``origin``, ``policy_version`` and ``behavior_logprobs`` have one value per completion
+    token. Behavior log-probabilities are those of ``distribution``; they are 0 where ``origin`` is not one of
+    ``SAMPLED``, and None if nobody recorded any. A failed sample has stop ERROR and a reason, and no tokens.
 
-    The first ``num_expert_tokens`` of the completion were given, not sampled; ``expert_is_context`` leaves
-    them untrained. ``prompt_ids`` is the augmented prompt that it is trained under (empty: the prompt's
-    own)."""
+    ``prompt_ids`` is the augmented prompt that it is trained under (empty: the prompt's own); ``round`` is
+    what the plan asked for.
+    """
 
     problem_id: str
     sample_index: int
     completion_ids: tuple[int, ...]
-    behavior_logprobs: tuple[float, ...]
+    origin: tuple[Origin, ...]
+    policy_version: tuple[int, ...]
+    behavior_logprobs: tuple[float, ...] | None
     distribution: Distribution
     stop: Stop
     error: str = ""
-    kind: Kind = Kind.ON
-    num_expert_tokens: int = 0
-    expert_is_context: bool = False
     prompt_ids: tuple[int, ...] = ()
+    round: Round = PLAIN
 
     def __post_init__(self) -> None:
+        name, num = f"rollout {self.problem_id}/{self.sample_index}", len(self.completion_ids)
+        _require(len(self.origin) == num, f"{name}: {num} tokens, {len(self.origin)} origins")
+        _require(len(self.policy_version) == num, f"{name}: one policy version per token")
         _require(
-            0 <= self.num_expert_tokens <= len(self.completion_ids),
-            "more expert tokens than there are tokens",
+            self.behavior_logprobs is None or len(self.behavior_logprobs) == num,
+            f"{name}: {num} tokens, {len(self.behavior_logprobs or ())} log-probabilities",
         )
         _require(
-            len(self.completion_ids) == len(self.behavior_logprobs),
-            f"rollout {self.problem_id}/{self.sample_index}: {len(self.completion_ids)} tokens, "
-            f"{len(self.behavior_logprobs)} log-probabilities",
+            (self.stop is Stop.ERROR) == bool(self.error),
+            f"{name}: an error, and only an error, has a reason",
         )
-        _require(
-            (self.stop is Stop.ERROR) == bool(self.error), "an error has a reason, and only an error has one"
-        )
+
+    @property
+    def member(self) -> Origin:
+        """What it is to its group, by its last token: sampled (also if it failed), stored, or a whole
+        demonstration."""
+        return self.origin[-1] if self.origin else Origin.POLICY
+
+    def count(self, origin: Origin) -> int:
+        """How many of its tokens have this origin."""
+        return self.origin.count(origin)
 
 
 class Verdict(enum.StrEnum):
@@ -177,22 +217,63 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The verdict on one completion. ``extracted`` is the answer that was found in it ("" if none was);
-    ``reason`` says how the verdict was reached, and is required where there is none (UNSCORED)."""
+    """What a completion is worth. ``verdict`` is about truth (None if no checker was asked); ``reward`` is
+    what RL climbs (None: unscored). ``parts`` are the reward's parts by name, ``extracted`` the answer that was
+    found ("" if none was). ``reason`` says how the verdict was reached; an unscored sample needs one.
+    ``failed`` marks a sample that a reward function could not score (it raised, hung, or returned nonsense).
+    """
 
-    verdict: Verdict
+    reward: float | None
+    verdict: Verdict | None
+    parts: Mapping[str, float] = field(default_factory=dict)
     extracted: str = ""
     reason: str = ""
+    failed: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            self.verdict is not Verdict.UNSCORED or bool(self.reason), "an unscored sample needs a reason"
-        )
+        unscored = self.verdict is Verdict.UNSCORED or self.reward is None
+        _require(not unscored or bool(self.reason), "an unscored sample needs a reason")
+        _require(self.reward is None or math.isfinite(self.reward), "a reward is a finite number or None")
 
     @property
-    def reward(self) -> float | None:
-        """1 for correct, 0 for incorrect, None for unscored: a failure is never a zero."""
-        return {Verdict.CORRECT: 1.0, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}[self.verdict]
+    def label(self) -> str:
+        """The verdict in words; "scored" or "unscored" if no checker was asked."""
+        if self.verdict is not None:
+            return self.verdict.value
+        return "unscored" if self.reward is None else "scored"
+
+    def solved(self, threshold: float = 1.0) -> bool | None:
+        """Whether the sample solves its problem: its verdict if a checker was asked, else a reward of at least
+        ``threshold``; None if it is unscored."""
+        if self.verdict is not None:
+            return {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNSCORED: None}[self.verdict]
+        return None if self.reward is None else self.reward >= threshold
+
+
+def judged(verdict: Verdict, *, extracted: str = "", reason: str = "") -> Score:
+    """A checker's score: reward 1 for correct, 0 for incorrect, None for unscored (a failure is never a zero)."""
+    reward = {Verdict.CORRECT: 1.0, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}[verdict]
+    return Score(reward=reward, verdict=verdict, extracted=extracted, reason=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardInput:
+    """What a reward function gets for one sample. ``problem`` holds all columns of its row (``meta``);
+    ``messages`` is the prompt that was sampled from. ``seed``, ``step`` and ``sample`` identify the sample,
+    whatever rank sampled it and in whatever order; ``limit`` is the length limit in tokens. ``verdict`` is the
+    checker's, if one is among the rewards.
+    """
+
+    problem: Problem
+    messages: tuple[Message, ...]
+    completion: str
+    completion_ids: tuple[int, ...]
+    stop: Stop
+    seed: int
+    step: int
+    sample: int
+    limit: int
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,45 +299,42 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
-    """One sequence of an optimizer step, before packing. Per-token fields are aligned with ``token_ids``;
-    they are read only where ``trained`` is True. ``num_prefix_tokens`` leading tokens are shared with the
-    other sequences of the same ``group`` and may be computed once for all of them. The first
-    ``num_expert_tokens`` trained tokens of a PREFIX sequence are the expert's; a DEMO sequence is the
-    expert's whole."""
+    """One sequence of an optimizer step, before packing. ``origin`` is aligned with ``token_ids``: every token
+    that is not CONTEXT is trained. ``advantage``, ``behavior_logprobs`` and ``policy_version`` are aligned with
+    the trained tokens; a single number holds for all of them. The first ``num_prefix_tokens`` tokens are shared
+    with other sequences of the same ``group`` and may be computed once for all of them.
+    """
 
     token_ids: tuple[int, ...]
-    trained: tuple[bool, ...]
+    origin: tuple[Origin, ...]
     num_prefix_tokens: int
     group: int
-    kind: Kind
     advantage: tuple[float, ...] | float = 0.0
-    behavior_logprobs: tuple[
-        float, ...
-    ] = ()  # aligned with the trained tokens; empty where nobody sampled them
+    behavior_logprobs: tuple[float, ...] | None = None
+    policy_version: tuple[int, ...] | int = NOT_SAMPLED
     weight: float = 1.0  # the gate's weight of this sequence in the loss
-    correct: bool = False
+    solved: bool = False
     reward: float = 0.0
-    num_expert_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _require(len(self.token_ids) == len(self.trained), "token_ids and trained differ in length")
+        _require(len(self.token_ids) == len(self.origin), "token_ids and origin differ in length")
         _require(
             0 <= self.num_prefix_tokens < len(self.token_ids), "the shared prefix leaves nothing to train"
         )
-        _require(
-            not any(self.trained[: max(1, self.num_prefix_tokens)]), "a shared prefix is context, not trained"
-        )
-        if self.behavior_logprobs:
-            _require(
-                len(self.behavior_logprobs) == sum(self.trained),
-                "one behavior log-probability per trained token",
-            )
-        if isinstance(self.advantage, tuple):
-            _require(len(self.advantage) == sum(self.trained), "one advantage per trained token")
+        prefix = self.origin[: max(1, self.num_prefix_tokens)]
+        _require(all(o is Origin.CONTEXT for o in prefix), "a shared prefix is context, not trained")
+        for name in ("advantage", "behavior_logprobs", "policy_version"):
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                _require(len(value) == self.num_trained, f"one {name} per trained token")
 
     @property
     def num_trained(self) -> int:
-        return sum(self.trained)
+        return len(self.origin) - self.origin.count(Origin.CONTEXT)
+
+    def count(self, origin: Origin) -> int:
+        """How many of its tokens have this origin."""
+        return self.origin.count(origin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,15 +348,12 @@ class Segment:
     prefix_stop: int = 0
 
 
-# The fields of a TokenBatch that hold one value per trained token, and those of them that count or name
-# something.
-TARGET_INDICES = (
-    "target_ids", "source_index", "sequence_index", "group_index", "kind", "sequence_length", "group_length",
+# The fields of a TokenBatch that hold one value per trained token: always, and once known.
+TARGET_FIELDS = (
+    "target_ids", "source_index", "sequence_index", "sequence_length", "origin", "policy_version",
+    "advantage", "weight", "solved",
 )  # fmt: skip
-TARGET_FLAGS = ("correct", "is_expert")
-# What scoring passes fill in, NaN until then.
-SCORED_FIELDS = ("proximal_logprobs", "proximal_entropy", "reference_logprobs")
-TARGET_FIELDS = (*TARGET_INDICES, *TARGET_FLAGS, *SCORED_FIELDS, "advantage", "behavior_logprobs", "weight")
+OPTIONAL_FIELDS = ("behavior_logprobs", "proximal_logprobs", "proximal_entropy", "reference_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +361,10 @@ class TokenBatch:
     """One packed micro-batch without padding: N forwarded tokens, M trained (target) tokens of S sequences.
 
     ``source_index`` says which forwarded token's hidden state predicts each target: with a shared prompt its
-    last token predicts the first token of every completion. ``sequence_index`` and ``group_index`` number
-    sequences and groups over the whole step on this rank, so that a coefficient may look at its own sequence.
+    last token predicts the first token of every completion. ``sequence_index`` numbers the sequences of the
+    whole step on this rank, so that a coefficient may look at its own sequence. The optional columns are None
+    until a scoring pass fills them; ``behavior_logprobs`` is None if no token of the batch was sampled, and
+    otherwise 0 at the tokens that were not (see ``origin``).
     """
 
     input_ids: Tensor  # N int64
@@ -296,28 +373,24 @@ class TokenBatch:
     target_ids: Tensor  # M int64
     source_index: Tensor  # M int64, into N
     sequence_index: Tensor  # M int64
-    group_index: Tensor  # M int64
-    kind: Tensor  # M int64 (Kind)
-    advantage: Tensor  # M float
-    behavior_logprobs: Tensor  # M float, NaN where nobody sampled the token
-    proximal_logprobs: Tensor  # M float, NaN until the proximal pass has filled them
-    proximal_entropy: Tensor  # M float, filled with them
-    reference_logprobs: (
-        Tensor  # M float, NaN unless the method asks for a pass of the frozen reference policy
-    )
-    weight: Tensor  # M float
-    correct: Tensor  # M bool, True where the token's sequence was judged correct
-    is_expert: (
-        Tensor  # M bool, True where an expert wrote the token: all of a demonstration, the start of a PREFIX
-    )
     sequence_length: Tensor  # M int64: trained tokens of the token's sequence
-    group_length: Tensor  # M int64: trained tokens of the token's group over all ranks
+    origin: Tensor  # M int8 (Origin)
+    policy_version: Tensor  # M int32, -1 if no policy sampled the token
+    advantage: Tensor  # M float
+    weight: Tensor  # M float
+    solved: Tensor  # M bool, True if the token's sequence solves its problem
+    behavior_logprobs: Tensor | None = None  # M float
+    proximal_logprobs: Tensor | None = None  # M float
+    proximal_entropy: Tensor | None = None  # M float, filled with them
+    reference_logprobs: Tensor | None = None  # M float, of the frozen reference policy
 
     def __post_init__(self) -> None:
         num_targets = self.target_ids.shape[0]
-        for name in TARGET_FIELDS:
+        columns = {name: getattr(self, name) for name in (*TARGET_FIELDS, *OPTIONAL_FIELDS)}
+        for name, column in columns.items():
+            absent = column is None and name in OPTIONAL_FIELDS
             _require(
-                tuple(getattr(self, name).shape) == (num_targets,), f"{name} is not aligned with target_ids"
+                absent or tuple(column.shape) == (num_targets,), f"{name} is not aligned with target_ids"
             )
         _require(
             self.input_ids.shape == self.position_ids.shape, "input_ids and position_ids differ in length"
@@ -349,7 +422,6 @@ class BatchTotals:
     terms: Mapping[str, float]
     num_tokens: int
     num_sequences: int
-    num_groups: int
 
     def of(self, term: str) -> float:
         if term not in self.terms:
@@ -359,8 +431,7 @@ class BatchTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one optimizer step did. ``metrics`` is deterministic at a fixed thread count; times are kept
-    apart."""
+    """What one optimizer step did."""
 
     step: int
     loss: float
@@ -368,7 +439,6 @@ class StepReport:
     learning_rate: float
     num_tokens: int
     metrics: Mapping[str, float]
-    timings: Mapping[str, float]
 
 
 def conserve(scores: Sequence[Score]) -> dict[str, int]:

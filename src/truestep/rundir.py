@@ -120,6 +120,14 @@ def truncate_jsonl(path: Path, keep_up_to_step: int) -> None:
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def cache_folder() -> Path:
+    """What is made or fetched once: $TRUESTEP_CACHE, else $XDG_CACHE_HOME/truestep, else
+    ~/.cache/truestep."""
+    if own := os.environ.get("TRUESTEP_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "truestep"
+
+
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

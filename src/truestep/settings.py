@@ -2,7 +2,7 @@
 what to write instead; ``resolved.toml`` in the run directory shows every setting that was in force.
 
 Batch sizes are named by what they count; everything else about a batch is derived (``pipeline`` prints the
-table). The file is longer than others because every model refers to others of it.
+table). One file: every model refers to others of it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from truestep.errors import UserError, did_you_mean, one_line
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
+from truestep.frozen import Frozen
+from truestep.reward_settings import RewardSettings, reward_entries
 
 M = TypeVar("M", bound=Frozen)
 Positive = Annotated[int, Field(ge=1)]
@@ -57,7 +54,8 @@ class ModelSettings(Frozen):
 
 
 class ComputeSettings(Frozen):
-    threads: int = Field(2, ge=1)  # results are bit-exact at a fixed number of threads only
+    # Results are bit-exact at a fixed number only. auto: the cores that this process may use.
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
     gradient_checkpointing: bool | Literal["selective"] = (
@@ -144,7 +142,7 @@ class FaultSettings(Frozen):
     )
     micro_mean: bool = False  # mean of micro-batch means
     dp_token_mean: bool = False  # tokens counted over ranks, but per micro-step (the paper's algorithm 2)
-    others: tuple[str, ...] = ()  # further names of reference/faults.py
+    others: tuple[str, ...] = ()  # further names of faults.FAULTS
     sequences_per_microbatch: int = Field(1, ge=1)
 
     @model_validator(mode="after")
@@ -155,6 +153,7 @@ class FaultSettings(Frozen):
 
 
 class StageSettings(Frozen):
+    kind: str
     name: str = ""
     data: str
     tokens_per_microbatch: int = Field(ge=1)  # memory only; never changes the update
@@ -214,12 +213,22 @@ class RlSettings(StageSettings):
     samples_per_prompt: int = Field(8, ge=2)
     updates_per_rollout: int = Field(2, ge=1)  # the batch is cut by prompt into that many mini-batches
     sampling: SamplingSettings
-    reward: Literal["checker", "random"] = "checker"  # random: a coin for each sample, a control
+    reward: str = (
+        "checker"  # checker, random (a coin for each sample, a control), or one of rewards' functions
+    )
+    rewards: tuple[RewardSettings, ...] = ()  # several, with weights
+    solved_at: float = 1.0  # without a checker, the reward from which on a sample solves its problem
     method: str = "paper"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
+    @property
+    def reward_entries(self) -> tuple[RewardSettings, ...]:
+        """The rewards in force."""
+        return reward_entries(self.reward, self.rewards)
+
     @model_validator(mode="after")
     def _arithmetic(self) -> Self:
+        _ = self.reward_entries  # raises for a reward that does not exist
         p, u = self.prompts_per_step, self.updates_per_rollout
         if p % u:
             raise ValueError(

@@ -66,6 +66,7 @@ import truestep.cli.main, truestep.cli.run, truestep.cli.data, truestep.cli.repo
 import truestep.cli.study, truestep.report.study
 import truestep.study.plan, truestep.study.run, truestep.study.table, truestep.study.analyse, truestep.study.budget
 import truestep.study.estimate, truestep.study.launch, truestep.study.cell_results
+import truestep.rewards.scorer, truestep.rewards.worker, truestep.rewards.functions, truestep.rewards.judge
 """
 
 

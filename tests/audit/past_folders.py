@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from truestep.audit.past import Answer, look_back
+from truestep.audit.postmortem import answers
+from truestep.audit.present.words import answer_row
 
 OFFLOAD, MEANS, SUMS, OWN, OPENRLHF = range(5)
 Z2 = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
@@ -27,7 +29,12 @@ def freeze(*pins: str) -> str:
     return "\n".join(["# pip freeze", "torch==2.6.0+cu124", *others, *pins, "mine @ file:///src/mine"])
 
 
-def offload(folder: Path) -> Answer:
+def look_back(folder: Path) -> list[Any]:
+    """The answers, with their reasons in words."""
+    return [SimpleNamespace(**answer_row(answer)) for answer in answers.look_back(folder)]
+
+
+def offload(folder: Path) -> Any:
     return look_back(folder)[OFFLOAD]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from truestep.audit.configured import read
+from truestep.audit.environments.configured import read
 from truestep.errors import UserError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from truestep.audit import environment
+from truestep.audit.environments import virtual as environment
 from truestep.errors import UserError
 
 # Notes how it was called, does what UV_FAKE_DO says, "installs" every NAME==VERSION as an empty module with
@@ -71,7 +71,7 @@ def run_python(python: Path, code: str) -> str:
 
 
 def start_build(text: str) -> subprocess.Popen[str]:
-    code = f"from truestep.audit import environment as e\ne._uv_variables = dict\nprint(e.build({text!r}, say=print))"
+    code = f"from truestep.audit.environments import virtual as e\ne._uv_variables = dict\nprint(e.build({text!r}, say=print))"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
@@ -166,7 +166,7 @@ def test_the_cache_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_importing_it_needs_no_torch():
-    code = "import truestep.audit.environment, sys; print('torch' in sys.modules)"
+    code = "import truestep.audit.environments.virtual, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from truestep.audit import environment, registry
-from truestep.audit.judge import Finding, Verdict
+from truestep.audit import subjects as registry
+from truestep.audit.environments import virtual as environment
+from truestep.audit.measure.findings import Finding, Verdict
 from truestep.cli import audit_actions as actions
 
 HANGS = """import os, pathlib, time
@@ -58,7 +59,7 @@ def _alive(pid: int) -> bool:
 
 def test_ctrl_c_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = next(s for s in registry.TABLE if len(s.configurations) >= 3)
-    fault = Finding(subject=subject.name, configuration={}, verdict=Verdict.FAULT, fault="a fault")
+    fault = Finding(subject=subject.name, configuration={}, verdict=Verdict.FAULT)
     answers = iter([fault])
 
     def audit_one(*_: object, **__: object) -> Finding:

@@ -10,12 +10,16 @@ import pytest
 
 pytest.importorskip("torch")
 
-from truestep.audit.judge import Verdict, judge, see_case
-from truestep.audit.mutants import CLEAN, MUTANTS, observe
-from truestep.audit.observe import Asked, MicroBatch, Observation, Step
-from truestep.audit.patterns import fit_pattern, hides_weights
-from truestep.audit.weights import Recovered
-from truestep.reference import faults
+from truestep import faults
+from truestep.audit.measure.cases import Case, Row
+from truestep.audit.measure.findings import Verdict
+from truestep.audit.measure.observations import MicroBatch, Observation, Step
+from truestep.audit.measure.one_case import see_case
+from truestep.audit.measure.one_step import fit_pattern, hides_weights
+from truestep.audit.measure.verdict import judge
+from truestep.audit.measure.weights import Recovered
+from truestep.audit.present.words import row_of, sentence
+from truestep.testing.mutants import CLEAN, MUTANTS, observe
 
 # Detected, but named otherwise by the evidence: each with the reason.
 MISNAMED: dict[str, str] = {}
@@ -25,9 +29,9 @@ MISNAMED: dict[str, str] = {}
 def test_a_fault_is_found_and_named(mutant: object, tmp_path: Path) -> None:
     finding = judge(mutant.id, {}, observe(mutant, tmp_path))
     assert finding.verdict in (Verdict.FAULT, Verdict.DEFAULT), finding
-    assert finding.fault
+    assert row_of(finding)["fault"]
     if mutant.id not in MISNAMED:
-        assert finding.codes[0] in mutant.names, (mutant.description, finding.codes, finding.fault)
+        assert finding.codes[0] in mutant.names, (mutant.description, finding.codes, finding.found)
 
 
 @pytest.mark.parametrize("clean", CLEAN, ids=lambda m: m.id)
@@ -66,8 +70,8 @@ def test_every_catalogued_fault_has_words(name: str, counts: list[list[int]]) ->
         pytest.skip("on one rank this is no fault")
     pattern = fit_pattern(recovered(weights, counts), "float32")
     assert pattern is not None
-    assert pattern.codes
-    assert pattern.text
+    assert pattern.causes
+    assert all(map(sentence, pattern.causes))
 
 
 def test_weights_that_obey_no_law_have_no_pattern() -> None:
@@ -81,12 +85,12 @@ def test_a_weight_that_noise_hides_is_no_sign_of_a_drop() -> None:
     )
     pattern = fit_pattern(noisy, "bfloat16")
     assert pattern is not None
-    assert pattern.codes == ()
+    assert pattern.causes == ()
     hidden = fit_pattern(
         replace(noisy, errors=np.full(4, 0.5)), "bfloat16"
     )  # not one of them is told from zero
     assert hidden is not None
-    assert hidden.codes == ()
+    assert hidden.causes == ()
     assert hides_weights(noisy)
     doubled = fit_pattern(
         replace(noisy, weights=2 * noisy.weights, errors=np.array([0.38, 0.01, 0.01, 0.01])), "bfloat16"
@@ -97,7 +101,7 @@ def test_a_weight_that_noise_hides_is_no_sign_of_a_drop() -> None:
     )  # one noisy weight does not hide what the others show
     dropped = fit_pattern(replace(noisy, weights=np.array([1.0, 0.0, 1.0, 1.0])), "bfloat16")
     assert dropped is not None
-    assert dropped.codes[0] == "kept"
+    assert dropped.causes[0].code == "kept"
 
 
 @pytest.mark.parametrize("scale", [1.5, 0.25, 4.0, 7.0])
@@ -105,7 +109,7 @@ def test_a_constant_is_recovered(scale: float) -> None:
     pattern = fit_pattern(recovered(scale * np.ones(4), [[2, 27, 3, 17]]), "float32")
     assert pattern is not None
     assert pattern.scale == pytest.approx(scale)
-    assert ("accumulation_factor" in pattern.codes) == (scale in (4.0, 0.25))
+    assert ("accumulation_factor" in [c.code for c in pattern.causes]) == (scale in (4.0, 0.25))
 
 
 def seen_rows(
@@ -133,13 +137,10 @@ def seen_rows(
     step = Step(
         before=np.zeros(50), after=-used, learning_rate=1.0, microbatches=batches, control=total, extras={}
     )
-    asked = Asked(
-        num_rows=num_rows, untrained_rows=untrained, epochs=1, accumulation=9, rows_per_microbatch=1, steps=1
-    )
-    run = Observation(
-        versions={}, steps=(step,), ranks_differ=0.0, forwards_without_step=after, unmatched=0, asked=asked
-    )
-    return see_case(run, "float32").codes
+    rows = tuple(Row(ids=(3, 4), trained=(0, int(row not in untrained))) for row in range(num_rows))
+    asked = Case(name="made up", rows=rows, accumulation=9, steps=1)
+    run = Observation(asked=asked, steps=(step,), forwards_without_step=after)
+    return see_case(run, "float32").differences.codes
 
 
 def test_rows_may_be_left_out_if_nothing_of_them_is_trained() -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from truestep.audit.cases import Case, build
-from truestep.audit.mutant_trainer import Trainer
-from truestep.audit.mutants import CLEAN, MUTANTS, Mutant, observe
-from truestep.audit.observe import Observation
-from truestep.audit.weights import observed_gradient, recover
+from truestep.audit.measure.cases import Case, build
+from truestep.audit.measure.observations import Observation
+from truestep.audit.measure.weights import observed_gradient, recover
+from truestep.testing.mutant_trainer import Trainer
+from truestep.testing.mutants import CLEAN, MUTANTS, Mutant, observe
 
 CODES = {
     "kept", "micro_mean", "rank_mean", "dp_token_mean", "sequence_mean", "scale", "accumulation_factor", "rank_factor",

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from truestep.audit import registry
-from truestep.audit.judge import Verdict
-from truestep.audit.models import as_text, wrong
-from truestep.audit.run import audit_one
+from truestep.audit import subjects as registry
+from truestep.audit.environments.launch import audit_one
+from truestep.audit.environments.model_classes import wrong
+from truestep.audit.measure.findings import Verdict
+from truestep.audit.present.words import models_in_words
 from truestep.audit.subjects import model_sweep
 
 OWN = next(s for s in registry.TABLE if s.name == "truestep")
@@ -26,7 +27,7 @@ OWN = next(s for s in registry.TABLE if s.name == "truestep")
 )
 def test_truestep_is_right(configuration: registry.Configuration) -> None:
     finding = audit_one(OWN, configuration, Path(sys.executable))
-    assert finding.verdict is Verdict.RIGHT, (finding.fault, finding.reason)
+    assert finding.verdict is Verdict.RIGHT, (finding.found, finding.reasons)
     assert finding.relative_error is not None
     assert finding.relative_error < 1e-5
 
@@ -65,7 +66,7 @@ def test_the_sweep_reads_shift_and_count_from_a_loss(shift: int, counts: bool) -
     assert answer["padding"] == "neutral"
     document = {"transformers": "0", "models": [{"model": "plain", "class": "Plain", **answer}]}
     assert bool(wrong(document)) == (shift != 1 or not counts)
-    assert ("Plain: labels" in as_text(document)) == bool(wrong(document))
+    assert ("Plain: labels" in models_in_words(document, wrong(document))) == bool(wrong(document))
 
 
 def test_attention_over_packed_rows_is_seen() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from past_folders import MEANS, OPENRLHF, OWN, STATE, SUMS, Z2, deepspeed, freeze, offload, write
+from past_folders import MEANS, OPENRLHF, OWN, STATE, SUMS, Z2, deepspeed, freeze, look_back, offload, write
 
-from truestep.audit.past import MEASURED, judge_release, look_back, release
-from truestep.audit.past_files import truth, whole
+from truestep.audit.postmortem.answers import MEASURED, judge_release, release
+from truestep.audit.postmortem.run_files import truth, whole
 
 # ---------------------------------------------------------------------------------------- DeepSpeed's offload
 
@@ -29,7 +29,7 @@ from truestep.audit.past_files import truth, whole
         ("0.19.8", "not affected", "was measured: right"),
         ("0.14.5", "unknown", "older than 0.15.1"),
         ("0.20.0", "unknown", "newer than 0.19.8"),
-        ("0.16.0rc1", "unknown", "is no release"),
+        ("0.16.0rc1", "unknown", "is not a release"),
     ],
 )
 def test_releases_of_deepspeed(tmp_path: Path, version: str, expected: str, reason: str) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from past_folders import STATE, deepspeed, offload, write
+from past_folders import STATE, deepspeed, look_back, offload, write
 
-from truestep.audit.past import MEASURED, look_back
+from truestep.audit.postmortem.answers import MEASURED
 from truestep.errors import UserError
 
 
@@ -136,7 +136,8 @@ def test_an_empty_folder_is_unknown(tmp_path: Path) -> None:
 
 def test_looking_back_imports_nothing_that_runs_a_framework(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from truestep.audit.past import look_back; look_back(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from truestep.audit.postmortem.answers import look_back;"
+        "look_back(Path(sys.argv[1]));"
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'pickle5', 'yaml') if m in sys.modules])"
     )
     done = subprocess.run(

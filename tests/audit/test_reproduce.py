@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from truestep.audit import registry, remedy, reproduce
-from truestep.audit.judge import Finding, Verdict
-from truestep.audit.registry import Configuration
+from truestep.audit import subjects as registry
+from truestep.audit.environments import launch, remedy
+from truestep.audit.measure.findings import Differences, Finding, Verdict, cause
+from truestep.audit.present import reproduce
+from truestep.audit.subjects import Configuration
 
 REPRODUCED = {"deepspeed_engine", "hf_trainer", "trl_sft", "openrlhf_sft", "torchtune_sft", "verl_agg_loss"}
 
@@ -20,7 +22,7 @@ def finding(subject: str, configuration: Configuration) -> Finding:
         subject=subject,
         configuration=configuration.to_json(),
         verdict=Verdict.FAULT,
-        fault='micro-batches are "dropped" \\ in the middle',
+        found=Differences(data=(cause("x", "said", text='micro-batches are "dropped" \\ in the middle'),)),
         versions={"torch": "2.13.0", "some": "1.0"},
     )
 
@@ -46,11 +48,11 @@ def test_a_right_framework_shows_no_difference_and_a_broken_one_does(tmp_path: P
     text = reproduce.script(finding("transformers Trainer", configuration), "hf_trainer")
     right, wrong = tmp_path / "right.py", tmp_path / "wrong.py"
     right.write_text(text, encoding="utf-8")
-    shows, line = reproduce.run(right, Path(sys.executable), 1, tmp_path)
+    shows, line = launch.run_script(right, Path(sys.executable), 1, tmp_path)
     assert shows is False, line
     assert "weights [1.0, 1.0, 1.0, 1.0]" in line
     wrong.write_text(text.replace("learning_rate=LR", "learning_rate=2 * LR"), encoding="utf-8")
-    shows, line = reproduce.run(wrong, Path(sys.executable), 1, tmp_path)
+    shows, line = launch.run_script(wrong, Path(sys.executable), 1, tmp_path)
     assert shows is True, line
     assert "weights [2.0, 2.0, 2.0, 2.0]" in line
 
@@ -58,7 +60,7 @@ def test_a_right_framework_shows_no_difference_and_a_broken_one_does(tmp_path: P
 def test_a_script_that_cannot_run_is_no_evidence(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("raise SystemExit('no such framework')\n", encoding="utf-8")
-    assert reproduce.run(path, Path(sys.executable), 1, tmp_path) == (None, "no such framework")
+    assert launch.run_script(path, Path(sys.executable), 1, tmp_path) == (None, "no such framework")
 
 
 def test_a_remedy_is_the_first_change_that_was_audited_to_right(monkeypatch: pytest.MonkeyPatch) -> None:

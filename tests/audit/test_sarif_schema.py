@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from truestep.audit.formats import SARIF_SCHEMA, to_sarif
-from truestep.audit.judge import Finding, Verdict
+from truestep.audit.measure.findings import Finding, Verdict
+from truestep.audit.present.formats import SARIF_SCHEMA, to_sarif
+from truestep.audit.present.words import Row, row_of
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -26,7 +27,7 @@ def schema() -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def finding(verdict: Verdict, **more: Any) -> Finding:
+def finding(verdict: Verdict, **more: Any) -> Row:
     values: dict[str, Any] = {
         "subject": "DeepSpeed",
         "configuration": {"stage": 2, "offload": True, "processes": 2},
@@ -38,7 +39,7 @@ def finding(verdict: Verdict, **more: Any) -> Finding:
         "relative_error": 0.69,
         "residual": 1e-6,
     }
-    return Finding(**values | more)
+    return {**row_of(Finding(subject="", configuration={}, verdict=verdict)), **values, **more}
 
 
 FINDINGS = [
@@ -61,7 +62,7 @@ FINDINGS = [
 @pytest.mark.parametrize(
     "findings", [[], FINDINGS, *([f] for f in FINDINGS)], ids=lambda f: f"{len(f)} findings"
 )
-def test_sarif_obeys_its_schema(findings: list[Finding]) -> None:
+def test_sarif_obeys_its_schema(findings: list[Row]) -> None:
     official = schema()
     assert official["id"] == SARIF_SCHEMA
     document = json.loads(json.dumps(to_sarif(findings), allow_nan=False))

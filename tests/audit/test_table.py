@@ -10,9 +10,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from truestep.audit.judge import Finding, Verdict
-from truestep.audit.past import Answer
-from truestep.audit.table import BLOCKS, answers_table, bar, bars, findings_table
+from truestep.audit.measure.findings import Finding, Verdict, cause
+from truestep.audit.postmortem.answers import Answer, Reason
+from truestep.audit.present.table import BLOCKS, answers_table, bar, bars, findings_table
+from truestep.audit.present.words import Row, row_of
 
 
 def shown(renderable: Any, width: int = 80, colour: bool = False) -> str:
@@ -24,7 +25,7 @@ def shown(renderable: Any, width: int = 80, colour: bool = False) -> str:
     return file.getvalue()
 
 
-def finding(**more: Any) -> Finding:
+def finding(**more: Any) -> Row:
     values: dict[str, Any] = {
         "subject": "deepspeed==0.18.9",
         "configuration": {"zero_stage": 2, "offload": "cpu", "accumulation": 4},
@@ -39,7 +40,7 @@ def finding(**more: Any) -> Finding:
         "true_loss": 4.16,
         "logged_loss_could_show_it": False,
     }
-    return Finding(**{**values, **more})
+    return {**row_of(Finding(subject="", configuration={}, verdict=Verdict.FAULT)), **values, **more}
 
 
 def test_a_fault_tells_all_that_it_should() -> None:
@@ -60,9 +61,7 @@ def test_a_fault_tells_all_that_it_should() -> None:
 
 
 def test_each_bar_stands_above_its_number() -> None:
-    _, drawn, numbers, counts = (
-        line.plain for line in bars(finding(weights=[[1, 0], [0.5, 6]]).to_json(), 76)
-    )
+    _, drawn, numbers, counts = (line.plain for line in bars(finding(weights=[[1, 0], [0.5, 6]]), 76))
     for column, (block, number) in enumerate([("███", "1"), (" ·", "0"), ("▄▄▄", "0.5"), ("███▲", "6")]):
         at = 8 + 7 * column
         assert drawn[at : at + 7].rstrip() == block
@@ -94,9 +93,7 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
 
 
 def test_a_rank_is_not_broken_where_it_fits() -> None:
-    heads = [
-        t.plain.split() for t in bars(finding(weights=[[1.0] * 6] * 3, tokens=[[5] * 6] * 3).to_json(), 76)
-    ]
+    heads = [t.plain.split() for t in bars(finding(weights=[[1.0] * 6] * 3, tokens=[[5] * 6] * 3), 76)]
     assert [line for line in heads if line[0] == "rank"] == [["rank", "0"], ["rank", "1"], ["rank", "2"]]
     assert max(len(line) for line in heads) == 7
 
@@ -118,8 +115,9 @@ def test_a_right_row_says_nothing_about_the_loss() -> None:
 
 
 def test_what_did_not_run_gives_its_reason() -> None:
-    missing = Finding(subject="trl", configuration={}, verdict=Verdict.NOT_RUN, reason="no module named trl")
-    text = shown(findings_table([missing]))
+    missing = cause("", "said", text="no module named trl")
+    absent = Finding(subject="trl", configuration={}, verdict=Verdict.NOT_RUN, reasons=(missing,))
+    text = shown(findings_table([row_of(absent)]))
     assert "NOT RUN" in text
     assert "no module named trl" in text
     assert "weight" not in text
@@ -145,7 +143,9 @@ def test_hostile_names_move_no_cursor_and_are_no_markup() -> None:
 
 def test_answers_about_a_past_run() -> None:
     answers = [
-        Answer(finding="a fault", answer=word, reasons=("because \x1b[1m",), source="")
+        Answer(
+            finding="a fault", answer=word, reasons=(Reason("said", {"text": "because \x1b[1m"}),), source=""
+        )
         for word in ("affected", "not affected", "unknown")
     ]
     text = shown(answers_table(answers))

@@ -14,7 +14,8 @@ pytest.importorskip("torch")
 
 import torch
 
-from truestep.audit.inside import subject_module
+from truestep.audit.environments.in_process import subject_module
+from truestep.audit.present.words import row_of
 
 RIGHT = """
 import torch
@@ -191,7 +192,7 @@ def test_a_step_that_depends_on_no_split_passes(audit_step, loops) -> None:
 def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: str) -> None:
     finding = audit_step(loops[name], fail=False)
     assert finding.verdict == "NOT OBSERVABLE"
-    assert reason in finding.reason
+    assert reason in row_of(finding)["reason"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: s
 def test_a_step_that_fails(audit_step, loops, name: str, error: type[Exception]) -> None:
     finding = audit_step(loops[name], fail=False)
     assert finding.verdict == "NOT RUN"
-    assert finding.reason.startswith(error.__name__)
+    assert row_of(finding)["reason"].startswith(error.__name__)
     with pytest.raises(error):
         audit_step(loops[name])
 
@@ -216,7 +217,7 @@ def test_random_numbers_go_on_as_if_nothing_was_audited(audit_step, loops) -> No
 def test_wrong_windows_are_said_once(audit_step, loops) -> None:
     """And not in how far each of their steps is off."""
     finding = audit_step(loops["step_after_each"], fail=False)
-    assert finding.fault == "steps were taken after 1, 1, 1, 1, 1, 1 … rows, asked for were 4, 4, 4"
+    assert row_of(finding)["fault"] == "steps were taken after 1, 1, 1, 1, 1, 1 … rows; expected 4, 4, 4"
     assert finding.codes == ("grouping",)
 
 
@@ -255,14 +256,14 @@ def test_from_a_file(tmp_path: Path) -> None:
     [
         (["nowhere.py:step"], "nowhere.py"),
         (["deepspeed"], "NAME==VERSION"),
-        (["--python", "/no/such/python"], "no such program"),
-        (["--only", "nonsense"], "nothing to audit"),
+        (["--python", "/no/such/python"], "does not exist: pass a virtual environment"),
+        (["--only", "nonsense"], "nothing to audit whose name contains"),
         (["deepspeed", "--bisect", "1-2"], "write two versions"),
         (["--past", "/no/such/folder"], "/no/such/folder"),
         (["--arch", "nonsense", "--only", "torch loop"], "nonsense"),
-        (["--arch", "gpt2", "--only", "torch loop"], "a tiny model of its own"),
-        (["deepspeed==0.18.9", "--arch", "gpt2", "--dry-run"], "a tiny model of its own"),
-        (["models", "--dry-run"], "nothing to list"),
+        (["--arch", "gpt2", "--only", "torch loop"], "does not apply to"),
+        (["deepspeed==0.18.9", "--arch", "gpt2", "--dry-run"], "does not apply to"),
+        (["models", "--dry-run"], "have none: remove --dry-run"),
         (["loops.py"], "FILE.py:FUNCTION"),
         (["deepspeed", "--bisect", "0.19.8..0.15.0"], "the older release comes first"),
     ],
@@ -271,4 +272,6 @@ def test_bad_words_are_one_line(words: list[str], said: str) -> None:
     done = command(*words)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    *before_it, line = done.stderr.strip().splitlines()  # a command says first what it is doing
+    assert line.startswith("error: ")
+    assert all(text.startswith("truestep audit: ") for text in before_it)

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from truestep.model.load import LoadedModel, model_shape, prepare
 from truestep.model.tiny import tiny_tokenizer
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.rollout.engine import SampleRequest
 from truestep.seeding import Purpose
 from truestep.train.policy import Policy
@@ -72,8 +72,7 @@ def requests(num_prompts: int, samples: int = 1, *, seed: int = 0) -> list[Sampl
 def sequence(prompt: tuple[int, ...], completion: tuple[int, ...], group: int = 0) -> TrainSequence:
     return TrainSequence(
         token_ids=prompt + completion,
-        trained=(False,) * len(prompt) + (True,) * len(completion),
+        origin=(Origin.CONTEXT,) * len(prompt) + (Origin.EXPERT,) * len(completion),
         num_prefix_tokens=len(prompt),
         group=group,
-        kind=Kind.DEMO,
     )

@@ -113,7 +113,7 @@ def go(made: Prepared, folder: Path, *, resume: bool = False) -> Silent:
 PLACES = {
     "_stop_together": "step",
     "train_step": "micro-batch",
-    "fill_proximal": "proximal",
+    "with_proximal": "proximal",
     "take": "decode",
     "run_evaluation": "evaluate",
 }

@@ -70,7 +70,7 @@ def test_wrong_count_and_wrong_content_are_refused(tmp_path: Path) -> None:
 def test_unknown_content_is_recorded_once_and_held_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRUESTEP_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRUESTEP_CACHE", str(tmp_path / "home"))
     made = made_up(tmp_path, [{"problem": "1?", "answer": "1"}], content=benchmarks.UNKNOWN)
     benchmarks.load(made, tmp_path)
     benchmarks.load(made, tmp_path)
@@ -78,7 +78,7 @@ def test_unknown_content_is_recorded_once_and_held_to(
     with pytest.raises(UserError, match=r"first loaded here.*remove made from .*home/benchmarks.json"):
         benchmarks.load(made, tmp_path)
     (tmp_path / "home" / "benchmarks.json").write_text("{")
-    with pytest.raises(UserError, match=r"benchmarks.json: is no JSON"):
+    with pytest.raises(UserError, match=r"benchmarks.json: is not JSON"):
         benchmarks.load(made, tmp_path)
 
 

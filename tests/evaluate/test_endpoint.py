@@ -140,7 +140,7 @@ def test_llama_cpp_server() -> None:
     python = os.environ.get("TRUESTEP_LLAMA_PYTHON")
     if not python:
         pytest.skip("needs TRUESTEP_LLAMA_PYTHON, a Python with llama-cpp-python[server]")
-    from truestep.model.load import _packaged_gguf
+    from truestep.model.packaged import packaged_file
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -150,7 +150,7 @@ def test_llama_cpp_server() -> None:
         "-m",
         "llama_cpp.server",
         "--model",
-        str(_packaged_gguf("smollm2-135m-instruct")),
+        str(packaged_file("smollm2-135m-instruct")),
         "--port",
         str(port),
     ]

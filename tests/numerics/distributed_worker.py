@@ -29,7 +29,7 @@ from step_cases import (
 from torch import Tensor
 
 from truestep.objective.schedule import learning_rate
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.settings import OptimizerSettings
 from truestep.train.optim import MasterOptimizer
 from truestep.train.parallel import Ranks, full, is_sharded, join, leave, replicate, shard
@@ -77,7 +77,7 @@ OPTIMIZERS = {"adamw": (ADAMW, 2), "sgd": (PLAIN_SGD, 1), "clipped": (CLIPPED_SG
 
 def sequences_of(case: Case, step: int) -> list[TrainSequence]:
     """Eight of very unequal lengths; the groups of the rollouts stay whole on a rank."""
-    if FAMILIES[case.family].kind is Kind.DEMO:
+    if FAMILIES[case.family].origin is Origin.EXPERT:
         return demonstrations((2, 27, 2, 17, 5, 9, 3, 12), seed=step)
     return rollouts([(2, 21, 4), (3, 9, 2, 14, 5)], FAMILIES[case.family], seed=step)
 

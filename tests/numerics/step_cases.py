@@ -4,8 +4,8 @@ steps."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from truestep.model.load import LoadedModel, model_shape, prepare
-from truestep.objective.advantage import Members
+from truestep.objective.advantage import GroupView
 from truestep.objective.methods import Method, build
-from truestep.records import Kind, StepReport, TokenBatch, TrainSequence
-from truestep.reference.loss import METHODS as REFERENCE_METHODS
-from truestep.reference.loss import exact_float64, group_advantages, reference_gradient
+from truestep.records import Origin, StepReport, TokenBatch, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.train.assemble import pack
+from truestep.testing.reference.loss import exact_float64, group_advantages, reference_gradient
+from truestep.testing.reference.rows import named_part
 from truestep.train.optim import MasterOptimizer
+from truestep.train.packing import pack
 from truestep.train.policy import Policy
 from truestep.train.step import StepPlan, train_step
 
@@ -42,27 +42,47 @@ class Family:
     name: str
     method: Method
     reference: str
-    kind: Kind
+    origin: Origin  # of its trained tokens
     advantage: str = ""  # the reference's name for the kind of advantage
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the reference
 
 
 FAMILIES = {
     f.name: f
     for f in (
-        Family(name="sft", method=build("sft", {}), reference="sft", kind=Kind.DEMO),
+        Family(name="sft", method=build("sft", {}), reference="sft", origin=Origin.EXPERT),
         Family(
             name="sft_sequences",
             method=build("sft", {"normaliser": "sequences"}),
-            reference="sft_sequence_mean",
-            kind=Kind.DEMO,
+            reference="sft",
+            options={"normaliser": "seq"},
+            origin=Origin.EXPERT,
         ),
-        Family(name="dft", method=build("dft", {}), reference="dft", kind=Kind.DEMO),
-        Family(name="paper", method=build("paper", {}), reference="paper", kind=Kind.ON, advantage="mean"),
-        Family(name="grpo", method=build("grpo", {}), reference="grpo", kind=Kind.ON, advantage="mean_std"),
+        Family(name="dft", method=build("dft", {}), reference="dft", origin=Origin.EXPERT),
         Family(
-            name="dr_grpo", method=build("dr_grpo", {}), reference="dr_grpo", kind=Kind.ON, advantage="mean"
+            name="paper", method=build("paper", {}), reference="paper", origin=Origin.POLICY, advantage="mean"
         ),
-        Family(name="dapo", method=build("dapo", {}), reference="dapo", kind=Kind.ON, advantage="mean_std"),
+        Family(
+            name="grpo",
+            method=build("grpo", {}),
+            reference="grpo",
+            origin=Origin.POLICY,
+            advantage="mean_std",
+        ),
+        Family(
+            name="dr_grpo",
+            method=build("dr_grpo", {}),
+            reference="dr_grpo",
+            origin=Origin.POLICY,
+            advantage="mean",
+        ),
+        Family(
+            name="dapo",
+            method=build("dapo", {}),
+            reference="dapo",
+            origin=Origin.POLICY,
+            advantage="mean_std",
+        ),
     )
 }
 
@@ -135,17 +155,16 @@ def demonstrations(lengths: Sequence[int], seed: int = 0, holes: bool = True) ->
     sequences = []
     for i, length in enumerate(lengths):
         num_prompt = int(draw.integers(1, 6))
-        trained = [False] * num_prompt + [True] * length
+        origin = [Origin.CONTEXT] * num_prompt + [Origin.EXPERT] * length
         if holes and i % 2:
-            trained[num_prompt + 1 : num_prompt + 1] = [False, False]
-            trained.append(False)
+            origin[num_prompt + 1 : num_prompt + 1] = [Origin.CONTEXT, Origin.CONTEXT]
+            origin.append(Origin.CONTEXT)
         sequences.append(
             TrainSequence(
-                token_ids=tuple(int(t) for t in draw.integers(0, VOCABULARY, len(trained))),
-                trained=tuple(trained),
+                token_ids=tuple(int(t) for t in draw.integers(0, VOCABULARY, len(origin))),
+                origin=tuple(origin),
                 num_prefix_tokens=0,
                 group=i,
-                kind=Kind.DEMO,
             )
         )
     return sequences
@@ -163,7 +182,11 @@ def rollouts(groups: Sequence[Sequence[int]], family: Family, seed: int = 0) -> 
         rewards = [1.0 if g % 3 == 2 else float(i == 0 or draw.random() < 0.4) for i in range(len(lengths))]
         if g % 3 != 2:
             rewards = [*rewards[:-1], 0.0]
-        members = Members(rewards=tuple(rewards), kinds=(Kind.ON,) * len(rewards))
+        members = GroupView(
+            rewards=tuple(rewards),
+            solved=tuple(r == 1 for r in rewards),
+            origins=(Origin.POLICY,) * len(rewards),
+        )
         decision, advantages = family.method.gate(members), family.method.advantage(members)
         for i, length in enumerate(lengths):
             if not decision.keep[i]:
@@ -171,10 +194,9 @@ def rollouts(groups: Sequence[Sequence[int]], family: Family, seed: int = 0) -> 
             sequences.append(
                 TrainSequence(
                     token_ids=prompt + tuple(int(t) for t in draw.integers(0, VOCABULARY, length)),
-                    trained=(False,) * len(prompt) + (True,) * length,
+                    origin=(Origin.CONTEXT,) * len(prompt) + (Origin.POLICY,) * length,
                     num_prefix_tokens=len(prompt),
                     group=g,
-                    kind=Kind.ON,
                     advantage=advantages[i] or 0.0,
                     behavior_logprobs=tuple(float(x) for x in -draw.random(length)),
                     weight=decision.weights[i],
@@ -200,7 +222,7 @@ EVEN = (6, 7, 8, 7, 6, 8, 7, 6, 8, 7, 7, 6)
 
 
 def sequences_of(family: Family, lengths: Sequence[int] = EVEN, seed: int = 0) -> list[TrainSequence]:
-    if family.kind is Kind.DEMO:
+    if family.origin is Origin.EXPERT:
         return demonstrations(lengths, seed)
     size = max(2, len(lengths) // 4)
     return rollouts([lengths[i : i + size] for i in range(0, len(lengths), size)], family, seed)
@@ -237,15 +259,14 @@ def batches_of(
 
 def one_each(sequences: Sequence[TrainSequence], dtype: torch.dtype = torch.float64) -> list[TokenBatch]:
     """Every sequence a micro-batch of its own, in order, still numbered over the whole step."""
-    batches = []
+    batches: list[TokenBatch] = []
     for i, sequence in enumerate(sequences):
-        (batch,) = pack([sequence], tokens_per_microbatch=1000, dtype=dtype)
-        batches.append(replace(batch, sequence_index=torch.full_like(batch.sequence_index, i)))
+        batches += pack([sequence], tokens_per_microbatch=1000, first_sequence=i, dtype=dtype)
     return batches
 
 
 def with_proximal(batch: TokenBatch, rows: Sequence[Sequence[float]]) -> TokenBatch:
-    filled = batch.proximal_logprobs.clone()
+    filled = batch.advantage.new_zeros(batch.num_targets)
     for s in batch.sequence_index.unique().tolist():
         filled[batch.sequence_index == s] = torch.tensor(rows[s], dtype=filled.dtype)
     return replace(batch, proximal_logprobs=filled)
@@ -278,20 +299,31 @@ def sgd_gradient(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan) 
 
 
 def run_step(
-    policy: Policy, optimizer: MasterOptimizer, batches: Sequence[TokenBatch], plan: StepPlan
+    policy: Policy,
+    optimizer: MasterOptimizer,
+    batches: Sequence[TokenBatch],
+    plan: StepPlan,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> StepReport:
     """One step, in the arithmetic of the reference where the policy is in float64."""
     if next(policy.parameters()).dtype is not torch.float64:
-        return train_step(policy, optimizer, batches, plan)
+        return train_step(policy, optimizer, batches, plan, check_stop)
     with exact_float64():
-        return train_step(policy, optimizer, batches, plan)
+        return train_step(policy, optimizer, batches, plan, check_stop)
 
 
 def expected_gradient(
     model: nn.Module, sequences: Sequence[TrainSequence], family: Family, **options: Any
 ) -> dict[str, Tensor]:
-    fixed = {"max_length": MAX_LENGTH} if REFERENCE_METHODS[family.reference].normaliser == "drg" else {}
-    return reference_gradient(model, referred(sequences, family), method=family.reference, **fixed, **options)
+    fixed = {"max_length": MAX_LENGTH} if named_part(family.reference).normaliser == "drg" else {}
+    return reference_gradient(
+        model,
+        referred(sequences, family),
+        method=family.reference,
+        options=family.options,
+        **fixed,
+        **options,
+    )
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:

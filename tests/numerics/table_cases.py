@@ -1,4 +1,4 @@
-"""One optimizer step with sequences of every kind, for every row of the table."""
+"""One optimizer step with sequences of every kind of origin, for every row of the table."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from step_cases import LLAMAS, MAX_LENGTH, make_model, make_policy, plan_for, sg
 from torch import Tensor, nn
 
 from truestep.objective.methods import Method, build
-from truestep.records import Kind, TokenBatch, TrainSequence
-from truestep.reference.loss import exact_float64
-from truestep.train.assemble import pack
+from truestep.records import NOT_SAMPLED, Origin, TokenBatch, TrainSequence
+from truestep.testing.reference.loss import exact_float64
+from truestep.train.packing import pack
 from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
+from truestep.train.scoring import Scorer
 from truestep.train.statistics import measure
-from truestep.train.step import fill_proximal, fill_reference
 
 MODEL = "tied"
 VOCABULARY = 40
-MEMBERS = (  # (kind, number of tokens, how many of them are the expert's), group by group
-    ((Kind.ON, 9, 0), (Kind.ON, 2, 0), (Kind.ON, 14, 0)),
-    ((Kind.ON, 5, 0), (Kind.ON, 11, 0), (Kind.DEMO, 7, 0)),
-    ((Kind.ON, 3, 0), (Kind.PREFIX, 12, 8), (Kind.DEMO, 21, 0)),
-    ((Kind.REPLAY, 10, 0), (Kind.HINT, 6, 0), (Kind.PREFIX, 5, 5), (Kind.PREFIX, 4, 0)),
+# (what it is, number of tokens, how many of them are the expert's), group by group. A hinted sample and one that
+# continues a prefix of no length are tokens of the policy like any other.
+MEMBERS = (
+    (("own", 9, 0), ("own", 2, 0), ("own", 14, 0)),
+    (("own", 5, 0), ("own", 11, 0), ("demonstration", 7, 7)),
+    (("own", 3, 0), ("prefix", 12, 8), ("demonstration", 21, 21)),
+    (("stored", 10, 0), ("hint", 6, 0), ("prefix", 5, 5), ("prefix", 4, 0)),
 )
+KINDS = ("own", "demonstration", "prefix", "stored", "hint")
 
 
 def sequences(
-    seed: int = 0, groups: Sequence[int] = (0, 1, 2, 3), kinds: Sequence[Kind] = tuple(Kind)
+    seed: int = 0, groups: Sequence[int] = (0, 1, 2, 3), kinds: Sequence[str] = KINDS
 ) -> list[TrainSequence]:
     """Advantages of both signs, uniform over a sequence; half of the own samples are right."""
     found = []
@@ -40,22 +43,21 @@ def sequences(
         draw = np.random.default_rng([seed, g])
         prompt = tuple(int(t) for t in draw.integers(0, VOCABULARY, int(draw.integers(2, 6))))
         for i, (kind, length, num_expert) in enumerate(MEMBERS[g]):
-            behavior = [float(x) for x in -3 * draw.random(length)]
-            if kind is Kind.DEMO:
-                behavior = []
-            if num_expert:
-                behavior[:num_expert] = [float("nan")] * num_expert
+            behavior = [0.0] * num_expert + [float(x) for x in -3 * draw.random(length)][num_expert:]
+            sampled = Origin.STORED if kind == "stored" else Origin.POLICY
+            version = 3 if kind == "stored" else 5
             drawn = TrainSequence(
                 token_ids=prompt + tuple(int(t) for t in draw.integers(0, VOCABULARY, length)),
-                trained=(False,) * len(prompt) + (True,) * length,
+                origin=(Origin.CONTEXT,) * len(prompt)
+                + (Origin.EXPERT,) * num_expert
+                + (sampled,) * (length - num_expert),
                 num_prefix_tokens=len(prompt),
                 group=g,
-                kind=kind,
                 advantage=float(draw.uniform(0.3, 1.5)) * (-1 if (i + g) % 2 else 1),
-                behavior_logprobs=tuple(behavior),
+                behavior_logprobs=tuple(behavior) if num_expert < length else None,
+                policy_version=(NOT_SAMPLED,) * num_expert + (version,) * (length - num_expert),
                 weight=float(draw.uniform(0.5, 1.5)),
-                correct=bool((i + g) % 2 == 0),
-                num_expert_tokens=num_expert,
+                solved=bool((i + g) % 2 == 0),
             )
             if kind in kinds:
                 found.append(drawn)
@@ -94,10 +96,11 @@ def scored(
 ) -> tuple[list[TokenBatch], dict[str, float]]:
     """The batches after the passes that a step makes before its first update, and the statistics."""
     _, proximal, reference = policies()
-    plan = plan_for(method, ranks=ranks)
+    scorer = Scorer(
+        policy=proximal, reference=reference, temperature=1.0, tokens_per_microbatch=10_000, ranks=ranks
+    )
     with exact_float64():
-        found = fill_reference(reference, batches, plan)
-        found = fill_proximal(proximal, found, plan)
+        found = scorer.with_proximal(scorer.with_reference(batches, 0), 0)
     return found, measure(method.statistics, found, 0, ranks)
 
 

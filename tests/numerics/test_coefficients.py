@@ -13,10 +13,10 @@ from torch import Tensor
 
 from truestep.objective import coefficients
 from truestep.objective.coefficients import Coefficient, Context
-from truestep.records import Kind, TrainSequence
-from truestep.reference import surrogate
-from truestep.reference.surrogate import ScoredSequence
-from truestep.train.assemble import pack
+from truestep.records import Origin, TrainSequence
+from truestep.testing.reference import surrogate
+from truestep.testing.reference.surrogate import ScoredSequence
+from truestep.train.packing import pack
 
 NUM = 60
 THRESHOLD = 1.1  # nats: some entropies of the draws reach it
@@ -30,9 +30,9 @@ class Case:
 
     coefficient: Coefficient
     losses: Losses
-    kind: Kind = Kind.DEMO
+    origin: Origin = Origin.EXPERT
     uniform: float = 0.0
-    correct: bool = True
+    solved: bool = True
     near: bool = False  # ratios close to 1, where a sequence's range is
 
 
@@ -40,7 +40,7 @@ def clipped(low: float, high: float, dual: float = 0.0) -> Case:
     return Case(
         coefficient=coefficients.clipped_ratio(low, high, dual),
         losses=partial(surrogate.ppo_clip, eps_low=low, eps_high=high, dual_clip=dual or None),
-        kind=Kind.ON,
+        origin=Origin.POLICY,
     )
 
 
@@ -68,9 +68,9 @@ CASES: dict[str, Case] = {
         coefficient=coefficients.token_weighted(0.2, 1.8),
         losses=partial(surrogate.iw_sft, level="token", low=0.2, high=1.8),
     ),
-    "advantage": Case(coefficient=coefficients.advantage, losses=surrogate.reinforce, kind=Kind.ON),
+    "advantage": Case(coefficient=coefficients.advantage, losses=surrogate.reinforce, origin=Origin.POLICY),
     "importance": Case(
-        coefficient=coefficients.importance, losses=partial(surrogate.luffy, gamma=0.1), kind=Kind.ON
+        coefficient=coefficients.importance, losses=partial(surrogate.luffy, gamma=0.1), origin=Origin.POLICY
     ),
     "clipped_ratio 0.2 0.28": clipped(0.2, 0.28),
     "clipped_ratio 0.2 0.2": clipped(0.2, 0.2),
@@ -79,24 +79,24 @@ CASES: dict[str, Case] = {
     "softly_gated": Case(
         coefficient=coefficients.softly_gated(1.0, 1.05),
         losses=partial(surrogate.sapo, tau_positive=1.0, tau_negative=1.05),
-        kind=Kind.ON,
+        origin=Origin.POLICY,
     ),
     "clipped_weight": Case(
         coefficient=coefficients.clipped_weight(0.2, 0.28),
         losses=partial(surrogate.cispo, eps_low=0.2, eps_high=0.28),
-        kind=Kind.ON,
+        origin=Origin.POLICY,
     ),
     "clipped_sequence_ratio inside": Case(
         coefficient=coefficients.clipped_sequence_ratio(0.5, 0.5),
         losses=partial(surrogate.gspo, eps_low=0.5, eps_high=0.5),
-        kind=Kind.ON,
+        origin=Origin.POLICY,
         uniform=0.8,
         near=True,
     ),
     "clipped_sequence_ratio outside": Case(
         coefficient=coefficients.clipped_sequence_ratio(3e-4, 4e-4),
         losses=partial(surrogate.gspo, eps_low=3e-4, eps_high=4e-4),
-        kind=Kind.ON,
+        origin=Origin.POLICY,
         uniform=0.8,
     ),
     "unshaped_demonstration": Case(
@@ -105,7 +105,7 @@ CASES: dict[str, Case] = {
     "shaped_replay": Case(
         coefficient=coefficients.shaped_replay(0.1),
         losses=partial(surrogate.exgrpo, beta=0.1),
-        kind=Kind.REPLAY,
+        origin=Origin.STORED,
     ),
     "mixed_importance": Case(
         coefficient=coefficients.mixed_importance(0.5), losses=partial(surrogate.rl_plus, gamma=0.5)
@@ -136,21 +136,21 @@ for correct in (True, False):
         CASES[f"implicit_negative {correct} {share}"] = Case(
             coefficient=coefficients.implicit_negative(0.02, 0.98),
             losses=partial(surrogate.nft, low=0.02, high=0.98),
-            kind=Kind.ON,
-            correct=correct,
+            origin=Origin.POLICY,
+            solved=correct,
             uniform=correct - share or 1e-9,  # R − q
         )
     CASES[f"signed_by_verdict {correct}"] = Case(
         coefficient=coefficients.signed_by_verdict(0.1),
         losses=partial(surrogate.srft_samples, scale=0.1),
-        kind=Kind.ON,
-        correct=correct,
+        origin=Origin.POLICY,
+        solved=correct,
     )
 for kl in ("k1", "k2", "k3"):
     CASES[f"kl_{kl}"] = Case(
         coefficient=getattr(coefficients, f"kl_{kl}"),
         losses=partial(surrogate.kl_terms, kind=kl),
-        kind=Kind.ON,
+        origin=Origin.POLICY,
     )
 
 NOT_COEFFICIENTS = {"bounded_exp"}
@@ -185,13 +185,12 @@ def draws(case: Case) -> Draws:
     behavior = policy - normal()
     sequence = TrainSequence(
         token_ids=(0,) * (NUM + 1),
-        trained=(False,) + (True,) * NUM,
+        origin=(Origin.CONTEXT,) + (case.origin,) * NUM,
         num_prefix_tokens=0,
         group=0,
-        kind=case.kind,
         advantage=tuple(advantage.tolist()),
-        behavior_logprobs=tuple(behavior.tolist()) if case.kind is not Kind.DEMO else (),
-        correct=case.correct,
+        behavior_logprobs=tuple(behavior.tolist()) if case.origin is not Origin.EXPERT else None,
+        solved=case.solved,
     )
     return Draws(
         policy=policy,

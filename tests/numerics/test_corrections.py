@@ -16,17 +16,18 @@ from table_cases import sequences
 from truestep.objective import corrections
 from truestep.objective.coefficients import Context, advantage
 from truestep.objective.sequences import sequence_mean, sequence_sum, to_go
-from truestep.records import Kind
-from truestep.train.assemble import pack
+from truestep.records import Origin
+from truestep.train.packing import pack
 
 LOW, HIGH = 0.5, 2.0
 
 
 def context() -> Context:
-    """All kinds of sequences in one micro-batch; proximal log-probabilities around the behavior's."""
+    """Tokens of every origin in one micro-batch; proximal log-probabilities around the behavior's."""
     (batch,) = pack(sequences(), tokens_per_microbatch=10_000, dtype=torch.float64)
     draw = torch.Generator().manual_seed(1)
-    known = torch.nan_to_num(batch.behavior_logprobs, nan=-1.0)
+    assert batch.behavior_logprobs is not None
+    known = torch.where(batch.origin == int(Origin.EXPERT), -1.0, batch.behavior_logprobs)
     proximal = known + torch.randn(known.shape, generator=draw, dtype=torch.float64)
     reference = known + torch.randn(known.shape, generator=draw, dtype=torch.float64)
     return Context(
@@ -48,7 +49,7 @@ def rows(c: Context) -> dict[int, list[int]]:
 
 
 def is_fresh(c: Context, i: int) -> bool:
-    return not c.batch.is_expert[i] and int(c.batch.kind[i]) != Kind.REPLAY
+    return int(c.batch.origin[i]) == Origin.POLICY
 
 
 Weight = Callable[[float, list[float], int], float]

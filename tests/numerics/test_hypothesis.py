@@ -25,19 +25,13 @@ from step_cases import (
 from torch import nn
 
 from truestep.objective.methods import Method, build
-from truestep.records import Kind, TokenBatch, TrainSequence
-from truestep.reference.loss import frozen_logprobs, reference_gradient
-from truestep.train.assemble import pack
+from truestep.records import Origin, TokenBatch, TrainSequence
+from truestep.testing.reference.loss import frozen_logprobs, reference_gradient
+from truestep.train.packing import pack
 from truestep.train.policy import Policy
 
 VOCABULARY = 9
-NORMALISERS = {
-    "tokens": "tok",
-    "sequences": "seq",
-    "sequence_sums": "sum",
-    "max_length": "drg",
-    "groups": "grp",
-}
+NORMALISERS = {"tokens": "tok", "sequences": "seq", "sequence_sums": "sum", "max_length": "drg"}
 ROWS = ("sft", "dft", "paper", "grpo", "dr_grpo", "dapo")
 
 
@@ -55,6 +49,17 @@ class Case:
     shifts: list[float]
 
 
+def origin_of(row: str) -> Origin:
+    """What a row trains on."""
+    return Origin.EXPERT if row in ("sft", "dft") else Origin.POLICY
+
+
+def has_hole(sequence: TrainSequence) -> bool:
+    """Whether context follows a trained token."""
+    trained = [origin is not Origin.CONTEXT for origin in sequence.origin]
+    return False in trained[trained.index(True) :]
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Hypothesis decides on the structure; the numbers are drawn from one seed, which is faster by far."""
@@ -66,12 +71,12 @@ def cases(draw: st.DrawFn) -> Case:
 
     members = st.lists(st.integers(1, 5), min_size=1, max_size=3)  # of a group, by their number of tokens
     row = draw(st.sampled_from(ROWS))
-    own = Kind.DEMO if row in ("sft", "dft") else Kind.ON
+    own = origin_of(row)
     mixed, per_token, sampled, shared = (draw(st.booleans()) for _ in range(4))
     sequences = []
     for group, sizes in enumerate(draw(st.lists(members, min_size=1, max_size=2))):
         prompt = tuple(int(t) for t in rng.integers(0, VOCABULARY, rng.integers(1, 4)))
-        kind = Kind(int(rng.choice([Kind.DEMO, Kind.ON]))) if mixed else own
+        origin = (Origin.EXPERT, Origin.POLICY)[int(rng.integers(2))] if mixed else own
         for size in sizes:
             trained = tuple(bool(t) for t in rng.random(size) < 0.7)
             num = sum(trained)
@@ -80,12 +85,12 @@ def cases(draw: st.DrawFn) -> Case:
             sequences.append(
                 TrainSequence(
                     token_ids=prompt + tuple(int(t) for t in rng.integers(0, VOCABULARY, size)),
-                    trained=(False,) * len(prompt) + trained,
+                    origin=(Origin.CONTEXT,) * len(prompt)
+                    + tuple(origin if t else Origin.CONTEXT for t in trained),
                     num_prefix_tokens=len(prompt) if shared else 0,
                     group=group,
-                    kind=kind,
                     advantage=signed(num) if per_token else signed(1)[0],
-                    behavior_logprobs=(-0.5,) * num if sampled else (),
+                    behavior_logprobs=(-0.5,) * num if sampled else None,
                     weight=abs(signed(1)[0]),
                 )
             )
@@ -135,8 +140,7 @@ def error_of(case: Case) -> float:
         ]
         batches = [with_proximal(b, rows) for b in batches]
     method, asked = method_of(case)
-    kind = Kind.DEMO if case.row in ("sft", "dft") else Kind.ON
-    chosen = [i for i, s in enumerate(case.sequences) if s.kind is kind]
+    chosen = [i for i, s in enumerate(case.sequences) if s.count(origin_of(case.row))]
     parts = [
         ([chosen.index(i) for i in b.sequence_index.unique().tolist() if i in chosen], w)
         for b, w in zip(batches, case.weights, strict=False)
@@ -187,9 +191,9 @@ def test_the_cases_are_what_they_claim() -> None:
     def count(case: Case) -> None:
         for name, found in {
             case.row: True,
-            "mixed": len({s.kind for s in case.sequences}) > 1,
+            "mixed": len({s.count(Origin.EXPERT) > 0 for s in case.sequences}) > 1,
             "later": bool(case.shifts),
-            "holes": any(False in s.trained[s.trained.index(True) :] for s in case.sequences),
+            "holes": any(has_hole(s) for s in case.sequences),
             "several micro-batches": len(packed(case)) > 1,
             "weighted": case.weights != [1.0] * 9,
             "shared": case.share_prefix and any(s.num_prefix_tokens for s in case.sequences),

@@ -37,12 +37,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from truestep.model.attention import PackedLayout
 from truestep.objective.schedule import learning_rate
-from truestep.records import TrainSequence
-from truestep.reference.loss import frozen_logprobs, reference_loss
-from truestep.reference.step import StepResult, reference_steps
+from truestep.records import Origin, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.train.assemble import dummy_batch
+from truestep.testing.reference.loss import frozen_logprobs, reference_loss
+from truestep.testing.reference.step import StepResult, reference_steps
 from truestep.train.optim import MasterOptimizer
+from truestep.train.packing import dummy_batch
 from truestep.train.policy import Policy
 
 ALL = list(FAMILIES)
@@ -148,7 +148,7 @@ def test_nothing_to_train_adds_nothing(family: str) -> None:
     policy, f = pair("tied")[0], FAMILIES[family]
     sequences, plan, right = sequences_of(f), plan_for(f.method), expected("tied", family, 1.0)
     masked = TrainSequence(
-        token_ids=(3, 4, 5, 6), trained=(False,) * 4, num_prefix_tokens=0, group=90, kind=f.kind
+        token_ids=(3, 4, 5, 6), origin=(Origin.CONTEXT,) * 4, num_prefix_tokens=0, group=90
     )
     close(
         f"all masked, {family}", sgd_gradient(policy, batches_of([masked, *sequences, masked]), plan), right
@@ -198,7 +198,7 @@ def test_microbatch_weights_multiply_numerators_only() -> None:
     close("micro-batch weights", sgd_gradient(policy, one_each(sequences), plan), right)
 
 
-def test_tokens_of_other_kinds_are_not_selected() -> None:
+def test_tokens_of_another_origin_are_not_selected() -> None:
     """Demonstrations in the batch change neither the numerator nor the denominator of the policy term, nor
     the other way round."""
     policy, model = pair("gqa")
@@ -206,12 +206,12 @@ def test_tokens_of_other_kinds_are_not_selected() -> None:
     shown = [replace(s, group=s.group + 50) for s in shown]
     batches = batches_of([*shown[:2], *own, shown[2]], num_batches=2)
     close(
-        "mixed kinds",
+        "mixed origins",
         sgd_gradient(policy, batches, plan_for(FAMILIES["grpo"].method)),
         expected("gqa", "grpo", 1.0),
     )
     right = expected_gradient(model, shown, FAMILIES["sft"])
-    close("mixed kinds", sgd_gradient(policy, batches, plan_for(FAMILIES["sft"].method)), right)
+    close("mixed origins", sgd_gradient(policy, batches, plan_for(FAMILIES["sft"].method)), right)
 
 
 # ------------------------------------------------------------------------------------------ the second update
@@ -242,18 +242,18 @@ def test_second_update_clips_as_the_surrogate_does(family: str, temperature: flo
         close(f"second update, {family}", got, right)
 
 
-def test_proximal_values_mix_with_those_still_missing() -> None:
+def test_micro_batches_with_proximal_values_mix_with_those_without() -> None:
+    """One without them is at its first update: there the policy is the proximal policy."""
     policy, model = pair("tied")
     f = FAMILIES["paper"]
     sequences = sequences_of(f)
     proximal: list[Any] = stale(model, sequences, 1.0, 0.8)
-    given = [row if i % 2 else None for i, row in enumerate(proximal)]
+    first, second = batches_of(sequences, num_batches=2)
+    held = set(second.sequence_index.tolist())
+    assert 0 < len(held) < len(sequences)
+    given = [row if i in held else None for i, row in enumerate(proximal)]
     right = expected_gradient(model, sequences, f, proximal=given)
-    nan = float("nan")
-    rows = [
-        row if row is not None else [nan] * s.num_trained for row, s in zip(given, sequences, strict=True)
-    ]
-    batches = [with_proximal(b, rows) for b in batches_of(sequences, num_batches=2)]
+    batches = [first, with_proximal(second, proximal)]
     close("second update, partly given", sgd_gradient(policy, batches, plan_for(f.method)), right)
 
 

@@ -22,9 +22,10 @@ from two_processes import launch
 from truestep.objective import coefficients
 from truestep.objective.coefficients import Context
 from truestep.objective.methods import METHODS, Method, Term, build, row
-from truestep.records import Kind
-from truestep.reference.loss import gradient
-from truestep.reference.rows import ROWS, row_loss, score
+from truestep.objective.sequences import sequence_mean
+from truestep.records import Origin, TokenBatch
+from truestep.testing.reference.loss import gradient, score
+from truestep.testing.reference.rows import ROWS, row_loss
 
 SECONDS = 280
 rows = pytest.mark.parametrize("name", list(METHODS))
@@ -55,9 +56,9 @@ def test_split_permute_and_packing_do_not_matter(name: str) -> None:
 
 
 @rows
-def test_a_step_of_one_kind_alone_is_finite(name: str) -> None:
+def test_a_step_of_one_origin_only_is_finite(name: str) -> None:
     """Demonstrations alone, or samples alone: what is absent has no part, and no 0/0."""
-    for kinds in ((Kind.ON,), (Kind.DEMO,)):
+    for kinds in (("own",), ("demonstration",)):
         got = flat(row_gradient(name, sequences(kinds=kinds)))
         assert bool(torch.isfinite(got).all())
 
@@ -114,6 +115,12 @@ def in_terms(change: Callable[[Term], Term]) -> Callable[[pytest.MonkeyPatch], N
     return install
 
 
+def whole_demonstrations(batch: TokenBatch) -> Tensor:
+    """The expert's tokens, but not those of a prefix that a sample continues."""
+    expert = (batch.origin == int(Origin.EXPERT)).double()
+    return sequence_mean(expert, batch) == 1
+
+
 def forget_behavior(term: Term) -> Term:
     def mutant(context: Context) -> Tensor:
         assert term.coefficient is not None
@@ -134,11 +141,11 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]]
         ("luffy", "trapo", "prefix_rft"),
     ),
     "expert tokens taken for own": (
-        in_terms(lambda t: replace(t, select=row.ALL) if t.select is row.OWN else t),
+        in_terms(lambda t: replace(t, select=row.ALL) if t.select is row.POLICY else t),
         ("luffy", "uft", "exgrpo", "hpt"),
     ),
     "only demonstrations are the expert's": (
-        in_terms(lambda t: replace(t, select=row.DEMO) if t.select is row.EXPERT else t),
+        in_terms(lambda t: replace(t, select=whole_demonstrations) if t.select is row.EXPERT else t),
         ("prefix_rft", "uft", "trapo"),
     ),
     "the stored policy forgotten": (in_terms(forget_behavior), ("exgrpo",)),

@@ -35,17 +35,17 @@ from step_cases import (
 )
 from torch import Tensor, nn
 
+from truestep import faults
 from truestep.model.attention import PackedLayout
 from truestep.objective.normalise import local_total, normalise
-from truestep.records import Segment, TokenBatch, TrainSequence
-from truestep.reference import faults
-from truestep.reference.loss import exact_float64, frozen_logprobs, per_microbatch_gradients
-from truestep.reference.step import reference_step
+from truestep.records import Origin, Segment, TokenBatch, TrainSequence
 from truestep.settings import OptimizerSettings
+from truestep.testing.reference.loss import exact_float64, frozen_logprobs, per_microbatch_gradients
+from truestep.testing.reference.step import reference_step
 from truestep.train import policy as policy_module
 from truestep.train import step as step_module
-from truestep.train.assemble import dummy_batch, pack
 from truestep.train.optim import MasterOptimizer
+from truestep.train.packing import dummy_batch, pack
 from truestep.train.policy import Policy
 from truestep.train.step import NonFiniteError
 
@@ -185,7 +185,7 @@ def scaled_logprobs(patch: Patch) -> None:
 
 
 def no_proximal(batch: TokenBatch) -> TokenBatch:
-    return replace(batch, proximal_logprobs=torch.full_like(batch.proximal_logprobs, torch.nan))
+    return replace(batch, proximal_logprobs=None)
 
 
 def retrained(
@@ -196,8 +196,10 @@ def retrained(
     def mutate(sequences: list[TrainSequence]) -> list[TrainSequence]:
         found = []
         for s in sequences:
-            trained = tuple(change(list(s.trained)))
-            found.append(replace(s, trained=trained, num_prefix_tokens=0, behavior_logprobs=()))
+            trained = change([o is not Origin.CONTEXT for o in s.origin])
+            of = next(o for o in s.origin if o is not Origin.CONTEXT)
+            origin = tuple(of if t else Origin.CONTEXT for t in trained)
+            found.append(replace(s, origin=origin, num_prefix_tokens=0, behavior_logprobs=None))
         return found
 
     return mutate

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from truestep.records import TokenBatch
 from truestep.settings import OptimizerSettings
+from truestep.train import checkpoints
 from truestep.train.optim import MasterOptimizer
+from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
-from truestep.train.step import NonFiniteError, fill_proximal
+from truestep.train.scoring import Scorer
+from truestep.train.step import NonFiniteError
 
 SETTINGS = OptimizerSettings(lr=1e-2)
 PAPER = FAMILIES["paper"]
@@ -50,17 +54,19 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def stopped(
     policy: Policy, optimizer: MasterOptimizer, given: list[TokenBatch], named: str, folder: Path
 ) -> dict[str, Tensor]:
-    """The step must raise, name the tensor, change nothing; returns what was saved."""
+    """The step must raise, name the tensor, change nothing; returns what the loop saves of its error."""
     before = snapshot(policy, optimizer)
-    plan = plan_for(PAPER.method, step=17, learning_rate=1e-2, rescue_folder=folder / "rescue")
+    plan = plan_for(PAPER.method, step=17, learning_rate=1e-2)
     with pytest.raises(NonFiniteError, match=named) as caught:
         run_step(policy, optimizer, given, plan)
     assert "step 17" in str(caught.value)
     assert same(snapshot(policy, optimizer), before)
     assert all(p.grad is None for p in policy.parameters()), "a spoilt gradient would poison the next step"
     assert not optimizer._wide_grads
-    (path,) = (folder / "rescue").glob("*.safetensors")
-    assert str(path) in str(caught.value)
+    spec = SimpleNamespace(folder=folder / "stage", ranks=Ranks())  # as much of a stage as is looked at
+    error = checkpoints.rescued(spec, caught.value)  # type: ignore[arg-type]
+    (path,) = (folder / "stage").glob("*.safetensors")
+    assert str(error) == f"{caught.value}; the batch is saved in {path}"
     return load_file(path)
 
 
@@ -101,7 +107,7 @@ def test_in_the_hidden_states(value: float, tmp_path: Path) -> None:
     policy.model.model.norm.register_forward_hook(spoil)
     stopped(policy, optimizer, given, "(policy log-probabilities|entropy) is not finite", tmp_path)
     with pytest.raises(NonFiniteError, match="proximal log-probabilities is not finite"):
-        fill_proximal(policy, given, plan_for(PAPER.method))
+        Scorer(policy=policy, temperature=1.0, tokens_per_microbatch=1000).with_proximal(given, 17)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -126,11 +132,16 @@ def test_in_a_gradient(value: float, dtype: torch.dtype, tmp_path: Path) -> None
     )
 
 
-def test_without_a_folder_the_error_is_the_same() -> None:
+def test_the_error_holds_the_batch_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     policy, optimizer = trained(torch.float32)
     given = [replace(b, advantage=b.advantage * math.nan) for b in batches()]
-    with pytest.raises(NonFiniteError, match=r"loss is not finite$"):
+    with pytest.raises(NonFiniteError, match=r"loss is not finite$") as caught:
         run_step(policy, optimizer, given, plan_for(PAPER.method))
+    assert [id(batch) for batch in caught.value.batches] == [id(given[0])]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 2, 3])
@@ -148,6 +159,6 @@ def test_an_interrupted_step_leaves_nothing_behind(stop_at: int) -> None:
 
     stop: Callable[[], None] = check
     with pytest.raises(Asked):
-        run_step(policy, optimizer, batches(), plan_for(PAPER.method, check_stop=stop))
+        run_step(policy, optimizer, batches(), plan_for(PAPER.method), stop)
     assert same(snapshot(policy, optimizer), before)
     assert all(p.grad is None for p in policy.parameters())

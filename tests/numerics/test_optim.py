@@ -21,8 +21,8 @@ from step_cases import (
 from torch import Tensor, nn
 
 from truestep.objective.schedule import learning_rate
-from truestep.reference import step as reference
 from truestep.settings import OptimizerSettings
+from truestep.testing.reference import step as reference
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
 from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy

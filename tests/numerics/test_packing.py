@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from truestep.records import TokenBatch
-from truestep.reference.loss import exact_float64
+from truestep.testing.reference.loss import exact_float64
 from truestep.train.policy import Policy
 
 SIZES = {

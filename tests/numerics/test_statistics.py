@@ -10,9 +10,9 @@ import pytest
 import torch
 from table_cases import sequences
 
-from truestep.objective.methods.row import ALL, DEMO, Statistic
-from truestep.records import TokenBatch
-from truestep.train.assemble import pack
+from truestep.objective.methods.row import ALL, EXPERT, Statistic
+from truestep.records import Origin, TokenBatch
+from truestep.train.packing import pack
 from truestep.train.parallel import Ranks
 from truestep.train.statistics import measure
 
@@ -59,7 +59,7 @@ def test_a_quantile_is_a_value_that_occurs(level: float) -> None:
 
 
 def test_no_token_no_statistic() -> None:
-    only = Statistic(name="x", select=DEMO, values=lambda c: c.entropy, reduce="mean")
-    own = [replace(b, kind=torch.zeros_like(b.kind)) for b in batches(10_000)]
+    only = Statistic(name="x", select=EXPERT, values=lambda c: c.entropy, reduce="mean")
+    own = [replace(b, origin=torch.full_like(b.origin, int(Origin.POLICY))) for b in batches(10_000)]
     assert measure([only], own, 0, Ranks()) == {}
     assert measure([only], [], 0, Ranks()) == {}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from truestep import faults
 from truestep.records import Kind, TrainSequence
-from truestep.reference import faults
-from truestep.reference.loss import per_microbatch_gradients, reference_gradient
+from truestep.testing.reference.loss import per_microbatch_gradients, reference_gradient
 
 torch.set_num_threads(1)
 
@@ -152,5 +152,5 @@ def test_micro_batches_that_cannot_be_told_apart_are_said_so(
 
 
 def test_faults_need_no_torch() -> None:
-    code = "import sys, truestep.reference.faults; sys.exit('torch' in sys.modules)"
+    code = "import sys, truestep.faults; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

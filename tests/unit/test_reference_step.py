@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from truestep.records import Kind, TrainSequence
-from truestep.reference.loss import reference_loss
-from truestep.reference.step import adamw, clip_by_global_norm, learning_rate, reference_steps, sgd
 from truestep.settings import OptimizerSettings
+from truestep.testing.reference.loss import reference_loss
+from truestep.testing.reference.step import adamw, clip_by_global_norm, learning_rate, reference_steps, sgd
 
 torch.set_num_threads(1)
 

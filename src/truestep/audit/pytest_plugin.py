@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from truestep.audit.judge import Finding, Verdict
+from truestep.audit.measure.findings import Finding, Verdict, cause
 
 
 @pytest.fixture
@@ -23,18 +23,23 @@ def audit_step() -> Callable[..., Finding]:
     does not depend on how a batch is split) fails the test, and the step's own errors are raised."""
 
     def audit(step: Callable[..., Any], *, fail: bool = True, **options: Any) -> Finding:
-        from truestep.audit.formats import as_text
-        from truestep.audit.inside import audit_function, subject_module
+        from truestep.audit.environments.in_process import audit_function, subject_module
+        from truestep.audit.present.words import as_text, row_of
 
         try:
             finding = audit_function(step, **options)
-        except subject_module("kit").FAILURES as error:
+        except subject_module("harness").FAILURES as error:
             if fail:
                 raise
             name, why = getattr(step, "__qualname__", "step"), f"{type(error).__name__}: {error}"
-            finding = Finding(subject=name, configuration={}, verdict=Verdict.NOT_RUN, reason=why)
+            finding = Finding(
+                subject=name,
+                configuration={},
+                verdict=Verdict.NOT_RUN,
+                reasons=(cause("", "said", text=why),),
+            )
         if fail and finding.verdict not in (Verdict.RIGHT, Verdict.DEFAULT):
-            pytest.fail(as_text(finding.to_json()), pytrace=False)
+            pytest.fail(as_text(row_of(finding)), pytrace=False)
         return finding
 
     return audit

@@ -262,6 +262,13 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
 # ------------------------------------------------------------------------------------ folders and their names
 
 
+def latest_step(folder: Path) -> int:
+    """The step that a stage with this ``checkpoints`` folder resumes from (0 if it has none), without its tensors."""
+    pointer = folder / "latest"
+    text = pointer.read_text().strip() if pointer.exists() else ""
+    return int(text.rpartition("_")[2]) if text.rpartition("_")[2].isdigit() else 0
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """All committed checkpoints by their names, oldest step first."""
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []

@@ -10,22 +10,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from truestep.audit import bisect as bisection
-from truestep.audit import configured, environment, formats, registry, remedy, reproduce
-from truestep.audit.judge import Finding, Verdict
-from truestep.audit.launch import SubjectFailed
-from truestep.audit.registry import Subject
-from truestep.audit.run import audit_one
+from truestep.audit import subjects as registry
+from truestep.audit.environments import bisect as bisection
+from truestep.audit.environments import configured, remedy
+from truestep.audit.environments import virtual as environment
+from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script
+from truestep.audit.measure.findings import Finding, Verdict, cause
+from truestep.audit.present import formats, reproduce, words
+from truestep.audit.subjects import Subject
 from truestep.errors import UserError
 from truestep.rundir import provenance, write_atomic
 
-INTERRUPTED = "interrupted before it was run"
+INTERRUPTED = cause("", "interrupted")
 
 
 def say(text: str) -> None:
@@ -41,15 +43,15 @@ def select(
     Raises UserError where nothing of it can be audited.
     """
     if arch and arch not in registry.ARCHS:
-        raise UserError(f"--arch {arch}: write {', '.join(registry.ARCHS)}")
+        raise UserError(f"--arch {arch} is unknown: pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
-        raise UserError(f"{target}: for a loop of your own write FILE.py:FUNCTION")
+        raise UserError(f"{target} names no .py file: pass your own loop as FILE.py:FUNCTION")
     if ".py:" in target:
         if config is not None or only:
-            raise UserError(f"{target}: your own loop has one configuration: leave out --config and --only")
+            raise UserError(f"{target} has one configuration: remove --config and --only")
         return [_own_loop(target, arch)], _program(python)
     if target and python is not None:
-        raise UserError("give a requirement or --python, one of them")
+        raise UserError(f"{target} and --python exclude each other: pass one of them")
     if config is not None:
         return _as_configured(config, target, python, arch)
     if target:
@@ -69,7 +71,7 @@ def _as_configured(config: Path, target: str, python: Path | None, arch: str) ->
     if missing:
         raise UserError(
             f"--config {config}: it configures {subject.name}, and {chosen} has no {missing[0]}: "
-            "give --python of an environment that has it, or a requirement such as " + environment.EXAMPLE
+            "pass --python of an environment that has it, or a requirement such as " + environment.EXAMPLE
         )
     for note in notes:
         say(f"{config}: {note}")
@@ -80,7 +82,7 @@ def _program(python: Path | None) -> Path:
     """The python to audit, this one by default."""
     chosen = shutil.which(str(python or sys.executable))
     if chosen is None:
-        raise UserError(f"--python {python}: no such program: give a virtual environment's bin/python")
+        raise UserError(f"--python {python} does not exist: pass a virtual environment's bin/python")
     return Path(chosen).absolute()
 
 
@@ -89,7 +91,7 @@ def _own_loop(target: str, arch: str) -> Subject:
     file, _, function = target.rpartition(":")
     path = Path(file).absolute()
     if not path.is_file():
-        raise UserError(f"{file}: no such file: write FILE.py:FUNCTION")
+        raise UserError(f"{file} does not exist: pass FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
     configuration = registry.Configuration(options=options)
     return Subject(
@@ -102,7 +104,7 @@ def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
     if not found:
         known = ", ".join(s.name for s in (subjects or registry.TABLE))
         raise UserError(
-            f"{where}: nothing to audit{f' whose name holds {only!r}' if only else ''}; known: {known}"
+            f"{where} has nothing to audit{f' whose name contains {only!r}' if only else ''}; known: {known}"
         )
     return found
 
@@ -112,7 +114,7 @@ def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
         return list(subjects)
     if not any("arch" in c.options for s in subjects for c in s.configurations):
         names = ", ".join(s.name for s in subjects)
-        raise UserError(f"--arch {arch}: {names} is audited with a tiny model of its own: leave it out")
+        raise UserError(f"--arch {arch} does not apply to {names}: remove it")
     return [registry.with_arch(s, arch) for s in subjects]
 
 
@@ -134,7 +136,7 @@ def show_plan(
         return
     typer.echo(f"{'python' if os.sep in where else 'environment'}: {where}")
     for name, c in pairs:
-        typer.echo(f"{name}: {formats.configuration_in_words(c.to_json())} ({', '.join(c.only)})")
+        typer.echo(f"{name}: {words.configuration_in_words(c.to_json())} ({', '.join(c.only)})")
 
 
 def run(
@@ -159,13 +161,13 @@ def run(
                 if index
                 else ""
             )
-            words = formats.configuration_in_words(configuration.to_json())
-            say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {words}{left}")
+            said = words.configuration_in_words(configuration.to_json())
+            say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {said}{left}")
             finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
             if finding.verdict is Verdict.FAULT and remedies_for is not None:
                 say("  looking for a remedy")
-                words = remedy.find(subject, configuration, python, remedies_for, timeout=timeout)
-                finding = replace(finding, remedy=words or "none found")
+                better = remedy.find(subject, configuration, python, remedies_for, timeout=timeout)
+                finding = replace(finding, remedy=better or "none found")
             if finding.verdict is Verdict.FAULT and reproducers is not None:
                 finding = _reproduced(finding, subject, python, reproducers)
             findings.append(finding)
@@ -175,7 +177,7 @@ def run(
             shown = configuration.to_json()
             findings.append(
                 Finding(
-                    subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reason=INTERRUPTED
+                    subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reasons=(INTERRUPTED,)
                 )
             )
     return findings
@@ -187,13 +189,13 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
     if not text:
         say("  no reproducer: there is no template for this subject")
         return finding
-    words = formats.configuration_in_words(finding.configuration)
+    shown = words.configuration_in_words(finding.configuration)
     versions = [v for k, v in finding.versions.items() if k != "torch"]
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{subject.name} {' '.join(versions)} {words}").strip("-")
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{subject.name} {' '.join(versions)} {shown}").strip("-")
     path = folder / f"{name}.py"
     write_atomic(path, text)
     with tempfile.TemporaryDirectory(prefix="truestep-reproduce-") as home:
-        shows, line = reproduce.run(path, python, int(finding.configuration.get("processes", 1)), Path(home))
+        shows, line = run_script(path, python, int(finding.configuration.get("processes", 1)), Path(home))
     say(f"  {path}: {line}")
     outcome = {True: "shows it", False: "does not show it", None: "did not run"}[shows]
     return replace(finding, reproducer=f"{path.name} {outcome}: {line}")
@@ -207,7 +209,7 @@ def absent(python: Path, only: str) -> list[Finding]:
             subject=s.name,
             configuration={},
             verdict=Verdict.NOT_RUN,
-            reason=f"not installed: {', '.join(missing)}",
+            reasons=(cause("", "not_installed", packages=missing),),
         )
         for s in registry.TABLE
         if only.lower() in s.name.lower()
@@ -216,29 +218,29 @@ def absent(python: Path, only: str) -> list[Finding]:
 
 
 def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path | None]) -> None:
-    stamp = provenance(0)
+    stamp, rows = provenance(0), [words.row_of(f) for f in findings]
     if junit := files.get("junit"):
-        write_atomic(junit, formats.to_junit(findings))
+        write_atomic(junit, formats.to_junit(rows))
     if sarif := files.get("sarif"):
-        write_atomic(sarif, json.dumps(formats.to_sarif(findings), indent=1))
+        write_atomic(sarif, json.dumps(formats.to_sarif(rows), indent=1))
     if html := files.get("html"):
-        from truestep.audit.page import render_page
+        from truestep.audit.present.page import render_page
 
-        write_atomic(html, render_page(findings, stamp))
+        write_atomic(html, render_page(rows, stamp))
     if as_json:
-        typer.echo(json.dumps(formats.to_document(findings, stamp), allow_nan=False))
+        typer.echo(json.dumps(formats.to_document(rows, stamp), allow_nan=False))
         return
     from rich.console import Console
 
-    from truestep.audit.table import findings_table
+    from truestep.audit.present.table import findings_table
 
     console = Console(highlight=False)
-    console.print(findings_table(findings, width=min(console.width, 120)))
+    console.print(findings_table(rows, width=min(console.width, 120)))
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
     verdicts = {f.verdict for f in findings}
-    if any(f.reason == INTERRUPTED for f in findings):
+    if any(INTERRUPTED in f.reasons for f in findings):
         return 130
     if Verdict.FAULT in verdicts:
         return 1
@@ -249,30 +251,34 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
     """Sweep the model classes of the transformers that this python has."""
-    from truestep.audit.models import as_text, sweep, wrong
+    from truestep.audit.environments.model_classes import sweep, wrong
 
     chosen = _program(python)
     if "transformers" not in environment.installed(chosen):
-        raise UserError(f"{chosen} has no transformers: give --python of an environment that has it")
+        raise UserError(f"{chosen} has no transformers: pass --python of an environment that has it")
     try:
         document = sweep(chosen, timeout=max(timeout, 600.0))
     except SubjectFailed as error:
         say(f"error: {error}")
         raise typer.Exit(3) from None
-    typer.echo(json.dumps(document) if as_json else as_text(document))
+    typer.echo(json.dumps(document) if as_json else words.models_in_words(document, wrong(document)))
     raise typer.Exit(1 if wrong(document) else 0)
 
 
 def past(folder: Path, *, as_json: bool) -> None:
-    from truestep.audit.past import look_back
+    from truestep.audit.postmortem.answers import look_back
 
     answers = look_back(folder)
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "folder": str(folder), "answers": [asdict(a) for a in answers]}))
+        typer.echo(
+            json.dumps(
+                {"schema": 1, "folder": str(folder), "answers": [words.answer_row(a) for a in answers]}
+            )
+        )
     else:
         from rich.console import Console
 
-        from truestep.audit.table import answers_table
+        from truestep.audit.present.table import answers_table
 
         console = Console(highlight=False)
         console.print(answers_table(answers, width=min(console.width, 120)))
@@ -285,7 +291,7 @@ def bisect(
 ) -> None:
     """Search releases of one package; each is judged by its subject's first configuration."""
     if not target or "=" in target:
-        raise UserError(f"--bisect needs a package name alone, such as deepspeed, not {target!r}")
+        raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
     first, last = bisection.parse_range(text)
     releases = bisection.releases_between(Path(sys.executable), target, first, last)
     say(
@@ -295,7 +301,7 @@ def bisect(
     def probe(version: str) -> bool | None:
         subjects, python = select(f"{target}=={version}", None, only=only, arch="")
         finding = audit_one(subjects[0], subjects[0].configurations[0], python, seed=seed, timeout=timeout)
-        say(f"{target} {version}: {finding.verdict}  {finding.fault or finding.reason}")
+        say(f"{target} {version}: {finding.verdict}  {words.found_in_words(words.row_of(finding))}")
         return (
             None
             if finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from truestep.cli.progress import announce
+from truestep.cli.run import Json
+
 DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
 HELP = (
     "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or one of these commands."
@@ -20,13 +23,13 @@ def _argument(text: str) -> Any:
     return typer.Argument(help=text, show_default=False)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
-Metric = Annotated[
-    str, typer.Option("--metric", help="The score to use if a log has several. Default: the first it has.")
-]
-Folder = Annotated[
-    Path, typer.Option("--out", help="The folder to write into (required).", show_default=False)
-]
+def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any:
+    """``default`` is what the help says if the value that stands for it says nothing."""
+    return typer.Option(flag, help=text, show_default=default, **more)
+
+
+Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first it has")]
+Folder = Annotated[Path, option("--out", "The folder to write into.", False)]
 Logged = Annotated[Path, _argument("A run directory, a samples file, or a log of another harness.")]
 
 
@@ -76,6 +79,7 @@ def list_benchmarks(as_json: Json = False) -> None:
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
     """Compare two evaluations of the same problems: the paired difference B - A of every task that both have, with
     its 95 % interval, p-values and the smallest detectable difference."""
+    announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.import_compare import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
@@ -113,6 +117,7 @@ def import_logs(
 ) -> None:
     """Import logs of other harnesses as a run directory with intervals and a report. Verdicts are kept as they are;
     nothing is graded again."""
+    announce(f"truestep eval import: reading {', '.join(map(str, files))}")
     from truestep.evaluate.import_compare import import_evaluations
     from truestep.report.evaluation import write_evaluation_report
 
@@ -142,16 +147,13 @@ def export(run: Annotated[Path, _argument("A run directory.")], out: Folder, as_
 
 def overlap(
     source: Annotated[str, _argument("Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")],
-    benchmarks: Annotated[
-        str, typer.Option("--benchmarks", help="Comma-separated ids. Default: all that --data holds.")
-    ] = "",
-    data: Annotated[
-        str, typer.Option("--data", help="Folder with the benchmarks. Default: the Hugging Face hub.")
-    ] = "",
+    benchmarks: Annotated[str, option("--benchmarks", "Comma-separated ids.", "all that --data holds")] = "",
+    data: Annotated[str, option("--data", "Folder with the benchmarks.", "the Hugging Face hub")] = "",
     as_json: Json = False,
 ) -> None:
     """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of 13
     words."""
+    announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.benchmarks import contamination
 
     report = contamination(source, words_of(benchmarks), data)
@@ -178,6 +180,7 @@ def grade(
     as_json: Json = False,
 ) -> None:
     """Grade every (gold, pred) pair of a file, without a model. Optional fields: id, kind (choice), choices."""
+    announce(f"truestep eval grade: grading the pairs of {pairs}")
     from truestep.grade.pairs import grade_pairs, read_pairs, table
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)

@@ -8,7 +8,6 @@ Qwen2.5-Math-7B), in points.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from truestep.data.problems import load_problems
 from truestep.errors import UserError, did_you_mean
 from truestep.evaluate.sources import LETTERS, Item, NotThere, content_hash, file_items, hub_items
 from truestep.records import Message, Problem
-from truestep.rundir import read_json, write_json
+from truestep.rundir import cache_folder, read_json, write_json
 from truestep.seeding import permutation
 from truestep.settings import DataSettings
 
@@ -213,7 +212,7 @@ def _first_seen(id: str, found: str) -> str:
 
 
 def _record() -> Path:
-    return Path(os.environ.get("TRUESTEP_HOME") or Path.home() / ".cache" / "truestep") / "benchmarks.json"
+    return cache_folder() / "benchmarks.json"
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:

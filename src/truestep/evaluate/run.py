@@ -202,9 +202,9 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
             "gold": problem.answer,
             "reason": judged.reason if judged else f"engine: {sample.error}",
         }
-    unscored = Verdict.UNSCORED
-    verdicts = (judged.score.verdict, judged.strict, judged.lenient) if judged else (unscored,) * 3
-    row |= {key: v.value for key, v in zip(("verdict", "strict", "lenient"), verdicts, strict=True)}
+    unscored = (Verdict.UNSCORED.value,) * 3
+    verdicts = (judged.score.label, judged.strict.value, judged.lenient.value) if judged else unscored
+    row |= dict(zip(("verdict", "strict", "lenient"), verdicts, strict=True))
     return row | {"stop": sample.stop.value, "num_tokens": sample.num_tokens}
 
 

@@ -99,7 +99,7 @@ def _problem(pair: Pair) -> Problem:
 def _sample(pair: Pair, judged: Judgment) -> dict[str, Any]:
     return {
         "id": pair.id,
-        "verdict": judged.score.verdict.value,
+        "verdict": judged.score.label,
         "strict": judged.strict.value,
         "lenient": judged.lenient.value,
         "reason": judged.reason,

@@ -36,7 +36,7 @@ class Judgment:
 def judgment(problem: Problem, answer: Extraction, score: Score) -> Judgment:
     """A score with the strict and the lenient verdict beside it: a strict reader can only refuse a correct
     answer, a lenient one only accept an incorrect one. Held by: tests/grade/test_policy.py"""
-    gold, verdict = gold_answer(problem.answer), score.verdict
+    gold, verdict = gold_answer(problem.answer), score.verdict or Verdict.UNSCORED
     by_form = problem.checker in ("math", "choice")  # the others compare by rules that leave nothing to form
     strict = lenient = verdict
     note = ""

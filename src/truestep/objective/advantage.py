@@ -1,7 +1,5 @@
 """Advantages from the rewards of a group. Pure functions of floats; an unscored member (None) has no
-advantage.
-
-Shapes: G members of one prompt.
+advantage. Shapes: G members of one prompt.
 """
 
 from __future__ import annotations
@@ -10,43 +8,51 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from truestep.records import Kind, RecordError
+from truestep.records import Origin, RecordError
 
-NOT_OWN = (Kind.DEMO, Kind.REPLAY)  # members that the current policy has not sampled
 STD_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Members:
-    """A group as gates and advantages see it: a reward (None: unscored) and a kind for each member."""
+class GroupView:
+    """A group as gates and advantages see it, one value per member: its reward (None: unscored), whether it
+    solves the problem (None: unscored), and what it is: sampled by the policy, stored, or a demonstration."""
 
     rewards: tuple[float | None, ...]
-    kinds: tuple[Kind, ...]
+    solved: tuple[bool | None, ...]
+    origins: tuple[Origin, ...]
 
     def __post_init__(self) -> None:
-        if len(self.rewards) != len(self.kinds):
-            raise RecordError("one kind per reward")
+        if not len(self.rewards) == len(self.solved) == len(self.origins):
+            raise RecordError("rewards, solved and origins differ in length")
 
     @property
     def scored(self) -> list[float]:
+        """Rewards of all scored members."""
         return [r for r in self.rewards if r is not None]
 
     @property
+    def is_own(self) -> list[bool]:
+        """Whether the policy sampled the member in this rollout batch."""
+        return [origin is Origin.POLICY for origin in self.origins]
+
+    @property
     def own(self) -> list[float]:
-        """Rewards of the scored members that the current policy sampled."""
-        return [
-            r
-            for r, kind in zip(self.rewards, self.kinds, strict=True)
-            if r is not None and kind not in NOT_OWN
-        ]
+        """Rewards of the scored members that the policy sampled."""
+        return [r for r, own in zip(self.rewards, self.is_own, strict=True) if own and r is not None]
+
+    @property
+    def own_solved(self) -> list[bool]:
+        """``solved`` of the scored members that the policy sampled."""
+        return [s for s, own in zip(self.solved, self.is_own, strict=True) if own and s is not None]
 
     @property
     def is_degenerate(self) -> bool:
-        """True where all own rewards are equal: they say nothing about which sample was better."""
+        """True if all own rewards are equal: they do not say which sample was better."""
         return len(set(self.own)) < 2
 
 
-Advantage = Callable[[Members], list[float | None]]
+Advantage = Callable[[GroupView], list[float | None]]
 
 
 def _mean(values: list[float]) -> float:
@@ -59,33 +65,39 @@ def _spread(values: list[float]) -> float:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) + STD_EPSILON
 
 
-def group_mean(members: Members) -> list[float | None]:
-    """A_i = R_i − mean(R) over all members, a demonstration among them where the plan has put one.
+def group_mean(group: GroupView) -> list[float | None]:
+    """A_i = R_i − mean(R) over all members, including a demonstration if the plan added one.
 
     Source: Dr. GRPO (arXiv:2503.20783); the paper's RL (arXiv:2604.23747, app. A); LUFFY (arXiv:2504.14945).
     """
-    mean = _mean(members.scored)
-    return [None if r is None else r - mean for r in members.rewards]
+    mean = _mean(group.scored)
+    return [None if r is None else r - mean for r in group.rewards]
 
 
-def group_mean_std(members: Members) -> list[float | None]:
-    """A_i = (R_i − mean(R)) / (std(R) + 1e-6), unbiased std; 0 in a group of one. Source: GRPO
-    (arXiv:2402.03300), as verl computes it."""
-    scored = members.scored
+def group_mean_std(group: GroupView) -> list[float | None]:
+    """A_i = (R_i − mean(R)) / (std(R) + 1e-6), unbiased std; 0 in a group of one.
+
+    Source: GRPO (arXiv:2402.03300), as verl computes it.
+    """
+    scored = group.scored
     if len(scored) < 2:
-        return [None if r is None else 0.0 for r in members.rewards]
+        return [None if r is None else 0.0 for r in group.rewards]
     mean, spread = _mean(scored), _spread(scored)
-    return [None if r is None else (r - mean) / spread for r in members.rewards]
+    return [None if r is None else (r - mean) / spread for r in group.rewards]
 
 
 def _of_own(advantage: Advantage) -> Advantage:
-    """The baseline over own members only; the others have no part in it, and advantage 0."""
+    """The baseline over own members only; the others are not part of it and have advantage 0."""
 
-    def own(members: Members) -> list[float | None]:
-        mine = [kind not in NOT_OWN for kind in members.kinds]
-        rewards = tuple(r for r, is_own in zip(members.rewards, mine, strict=True) if is_own)
-        found = iter(advantage(Members(rewards=rewards, kinds=(Kind.ON,) * len(rewards))))
-        return [next(found) if is_own else 0.0 for is_own in mine]
+    def own(group: GroupView) -> list[float | None]:
+        places = [i for i, is_own in enumerate(group.is_own) if is_own]
+        mine = GroupView(
+            rewards=tuple(group.rewards[i] for i in places),
+            solved=tuple(group.solved[i] for i in places),
+            origins=(Origin.POLICY,) * len(places),
+        )
+        found = dict(zip(places, advantage(mine), strict=True))
+        return [found.get(i, 0.0) for i in range(len(group.rewards))]
 
     return own
 
@@ -94,14 +106,14 @@ own_mean = _of_own(group_mean)
 own_mean_std = _of_own(group_mean_std)
 
 
-def leave_one_out(members: Members) -> list[float | None]:
+def leave_one_out(group: GroupView) -> list[float | None]:
     """A_i = R_i − mean of the others = K/(K−1)·(R_i − mean(R)). Source: RLOO (arXiv:2402.14740)."""
-    num = len(members.scored)
+    num = len(group.scored)
     if num < 2:
-        return [None if r is None else 0.0 for r in members.rewards]
-    return [None if a is None else a * num / (num - 1) for a in group_mean(members)]
+        return [None if r is None else 0.0 for r in group.rewards]
+    return [None if a is None else a * num / (num - 1) for a in group_mean(group)]
 
 
-def raw_reward(members: Members) -> list[float | None]:
-    """A_i = R_i: the return of REINFORCE, before anything is subtracted."""
-    return list(members.rewards)
+def raw_reward(group: GroupView) -> list[float | None]:
+    """A_i = R_i: the return of REINFORCE, without a baseline."""
+    return list(group.rewards)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from truestep.objective.sequences import sequence_mean
-from truestep.records import TokenBatch
+from truestep.records import RecordError, TokenBatch
 
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range; beyond it float32 would overflow
 
@@ -29,9 +29,7 @@ class Context:
     entropy: Tensor  # M, detached
     batch: TokenBatch
     step: int
-    statistics: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of all tokens on all ranks, before the first update
+    statistics: Mapping[str, float] = field(default_factory=dict)  # of all tokens on all ranks of the step
 
     @property
     def ratio(self) -> Tensor:
@@ -45,6 +43,26 @@ class Context:
     @property
     def advantage(self) -> Tensor:
         return self.batch.advantage
+
+    @property
+    def behavior_logprobs(self) -> Tensor:
+        return self._column("behavior_logprobs")
+
+    @property
+    def proximal_entropy(self) -> Tensor:
+        return self._column("proximal_entropy")
+
+    @property
+    def reference_logprobs(self) -> Tensor:
+        return self._column("reference_logprobs")
+
+    def _column(self, name: str) -> Tensor:
+        column: Tensor | None = getattr(self.batch, name)
+        if column is None:
+            raise RecordError(
+                f'a coefficient reads {name}, which this step does not have; declare needs=("{name}",) in its term'
+            )
+        return column
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -94,7 +112,7 @@ def sequence_weighted(temperature: float, low: float, high: float) -> Coefficien
     (arXiv:2507.12856)."""
 
     def coefficient(context: Context) -> Tensor:
-        gain = context.policy_logprobs - context.batch.reference_logprobs
+        gain = context.policy_logprobs - context.reference_logprobs
         return bounded_exp(temperature * sequence_mean(gain, context.batch)).clamp(low, high)
 
     return coefficient
@@ -102,9 +120,7 @@ def sequence_weighted(temperature: float, low: float, high: float) -> Coefficien
 
 def token_weighted(low: float, high: float) -> Coefficient:
     """C = clamp(π/π_reference, low, high): iw-SFT's form by token (arXiv:2507.12856)."""
-    return lambda context: bounded_exp(context.policy_logprobs - context.batch.reference_logprobs).clamp(
-        low, high
-    )
+    return lambda context: bounded_exp(context.policy_logprobs - context.reference_logprobs).clamp(low, high)
 
 
 def entropy_weighted(scale: float, sign: float) -> Coefficient:
@@ -181,7 +197,7 @@ def implicit_negative(low: float, high: float) -> Coefficient:
     it is clamped."""
 
     def coefficient(context: Context) -> Tensor:
-        gain, correct, ratio = context.advantage, context.batch.correct, context.ratio
+        gain, correct, ratio = context.advantage, context.batch.solved, context.ratio
         share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
         rest = ((1 - share * ratio) / (1 - share)).clamp(min=1.0)
         return torch.where(correct, 1 - share, -share * ratio / rest)
@@ -195,7 +211,7 @@ def signed_by_verdict(scale: float) -> Coefficient:
 
     def coefficient(context: Context) -> Tensor:
         weight = scale * torch.exp(sequence_mean(context.entropy, context.batch))
-        return torch.where(context.batch.correct, weight, -torch.ones_like(weight))
+        return torch.where(context.batch.solved, weight, -torch.ones_like(weight))
 
     return coefficient
 
@@ -222,7 +238,7 @@ def shaped_replay(beta: float) -> Coefficient:
     """C = A·βw/(w+β)², w = π/π_behavior of the stored sample: ExGRPO (arXiv:2510.02245)."""
 
     def coefficient(context: Context) -> Tensor:
-        w = bounded_exp(context.policy_logprobs - context.batch.behavior_logprobs)
+        w = bounded_exp(context.policy_logprobs - context.behavior_logprobs)
         return context.advantage * beta * w / (w + beta) ** 2
 
     return coefficient
@@ -249,7 +265,7 @@ def where_uncertain(coefficient: Coefficient, statistic: str) -> Coefficient:
         threshold = context.statistics.get(statistic)
         if threshold is None:  # no token of the step is meant
             return torch.zeros_like(context.policy_logprobs)
-        return coefficient(context) * (context.batch.proximal_entropy >= threshold)
+        return coefficient(context) * (context.proximal_entropy >= threshold)
 
     return masked
 
@@ -258,7 +274,7 @@ def where_uncertain(coefficient: Coefficient, statistic: str) -> Coefficient:
 
 
 def _log_distance(context: Context) -> Tensor:
-    return (context.policy_logprobs - context.batch.reference_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (context.policy_logprobs - context.reference_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def kl_k1(context: Context) -> Tensor:

@@ -14,13 +14,7 @@ from torch import Tensor
 
 from truestep.objective.coefficients import Coefficient, Context, bounded_exp
 from truestep.objective.sequences import sequence_mean, sequence_sum, to_go
-from truestep.records import Kind, TokenBatch
-
-
-def fresh(batch: TokenBatch) -> Tensor:
-    """True where the engine has just sampled the token: the tokens that have a behavior log-probability to
-    compare."""
-    return ~batch.behavior_logprobs.isnan() & ~batch.is_expert & (batch.kind != int(Kind.REPLAY))
+from truestep.records import Origin
 
 
 def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Context], Tensor]:
@@ -34,7 +28,9 @@ def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Conte
 
     def weight(context: Context) -> Tensor:
         batch = context.batch
-        known = fresh(batch)
+        if batch.behavior_logprobs is None:  # nothing of this micro-batch was sampled
+            return torch.ones_like(context.policy_logprobs)
+        known = batch.origin == int(Origin.POLICY)
         log_rho = torch.where(known, context.proximal_logprobs - batch.behavior_logprobs, 0.0)
         rho = bounded_exp(log_rho)
         inside = (rho >= low) & (rho <= high)
@@ -59,10 +55,6 @@ def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Conte
 CORRECTIONS = ("none", "truncate", "clamp", "drop", "mask", "sequence", "geometric")
 
 
-def weighted(coefficient: Coefficient, weight: Callable[[Context], Tensor]) -> Coefficient:
-    return lambda context: coefficient(context) * weight(context)
-
-
 def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tensor]) -> Coefficient:
     """The coefficient as if the tokens had these advantages."""
     return lambda context: coefficient(
@@ -78,8 +70,8 @@ def kl_in_reward(beta: float) -> Callable[[Context], Tensor]:
     """
 
     def advantage(context: Context) -> Tensor:
-        own = fresh(context.batch)
-        charge = torch.where(own, context.proximal_logprobs - context.batch.reference_logprobs, 0.0)
+        own = context.batch.origin == int(Origin.POLICY)
+        charge = torch.where(own, context.proximal_logprobs - context.reference_logprobs, 0.0)
         return torch.where(own, context.advantage - beta * to_go(charge, context.batch), context.advantage)
 
     return advantage

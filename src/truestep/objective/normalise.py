@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from truestep.records import BatchTotals, TokenBatch
+from truestep.records import TokenBatch
 
 
 class Normaliser(enum.StrEnum):
@@ -25,7 +25,6 @@ class Normaliser(enum.StrEnum):
     SEQUENCES = "sequences"  # 1/|y| within a sequence, then 1/N_seq: GRPO, GSPO
     SEQUENCE_SUMS = "sequence_sums"  # N_seq: RLOO, REINFORCE
     MAX_LENGTH = "max_length"  # N_seq·L with a constant L: Dr. GRPO
-    GROUPS = "groups"  # 1/Σ|y| within a group, then 1/N_groups: LUFFY's paper
 
 
 def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Sequence[TokenBatch]) -> float:
@@ -37,8 +36,7 @@ def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Seq
     """
     if normaliser is Normaliser.TOKENS:
         return float(sum(int(s.sum()) for s in selected))
-    field = "group_index" if normaliser is Normaliser.GROUPS else "sequence_index"
-    found = [getattr(b, field)[s] for s, b in zip(selected, batches, strict=True)]
+    found = [b.sequence_index[s] for s, b in zip(selected, batches, strict=True)]
     return float(torch.cat(found).unique().numel()) if found else 0.0
 
 
@@ -54,16 +52,8 @@ def normalise(
         raise ZeroDivisionError("a term whose global total is 0 has no loss")
     if normaliser is Normaliser.SEQUENCES:
         share: Tensor | int = batch.sequence_length
-    elif normaliser is Normaliser.GROUPS:
-        share = batch.group_length
     elif normaliser is Normaliser.MAX_LENGTH:
         share = max_length
     else:
         share = 1
     return (values / (share * total)).sum()
-
-
-def require_totals(totals: BatchTotals, terms: Sequence[str]) -> None:
-    """Every term has been counted; raises RecordError otherwise."""
-    for term in terms:
-        totals.of(term)

@@ -13,7 +13,8 @@ from truestep.evaluate.compare import compare
 from truestep.evaluate.files import read_samples, results_file, samples_file, score_row
 from truestep.evaluate.run import EvaluationPlan, engine_answers, run_evaluation
 from truestep.grade.score import Grader
-from truestep.pipeline.prepare import Prepared, stage_identity
+from truestep.pipeline.identity import stage_identity
+from truestep.pipeline.prepare import Prepared
 from truestep.progress import Reporter
 from truestep.rollout.engine import Engine, SamplingParameters
 from truestep.rundir import read_json

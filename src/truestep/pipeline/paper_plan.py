@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError
 
 from truestep.errors import UserError
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
-from truestep.settings import Frozen, RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
+from truestep.frozen import Frozen
+from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,7 +215,7 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
     from truestep.pipeline.prepare import check_methods
 
     declared = read_declared(settings, where)
-    check_methods(settings)
+    check_methods(settings, base_dir)
     config = read_config(settings, declared, base_dir)
     model = meta_model(settings, config)
     context = int(model.config.max_position_embeddings)

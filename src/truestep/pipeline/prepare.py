@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +20,11 @@ from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
 from truestep.objective.methods import METHODS, Method, build
 from truestep.pipeline.track import require_trackers
-from truestep.records import Problem, Prompt, Verdict
-from truestep.settings import (
-    RejectionSettings,
-    RlSettings,
-    Settings,
-    SftSettings,
-    StageSettings,
-    settings_hash,
-)
-from truestep.train.faults import fault_of
+from truestep.records import Message, Problem, Prompt, Verdict
+from truestep.rewards.scorer import sources
+from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
+from truestep.train.update import fault_of
+from truestep.user_code import Raised, attempt, find_source, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +37,7 @@ class Prepared:
     """All data of a run, as tokens, with every check behind it."""
 
     settings: Settings
+    base_dir: Path  # of the recipe: files that it names are relative to it
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     stop_ids: tuple[int, ...]
@@ -52,16 +48,11 @@ class Prepared:
     model_content: str = ""  # hash of the base model's files
     content: dict[str, str] = field(default_factory=dict)  # hash of each data set's content
     methods: dict[str, Method] = field(default_factory=dict)  # by stage name
+    code: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # by stage name: hashes of the recipe's own code
     overlap: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-    def stage_steps(self, stage: StageSettings) -> int:
-        """Steps of a stage; for a rejection stage it is known only after sampling (0 here)."""
-        if isinstance(stage, RlSettings):
-            return stage.steps
-        if isinstance(stage, SftSettings):
-            return num_steps(stage, len(self.demonstrations[stage.data].kept))
-        return 0
 
 
 def num_sequences(stage: SftSettings | RejectionSettings, available: int) -> int:
@@ -82,19 +73,21 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     """
     if settings.evaluate.benchmarks:
         raise UserError("evaluate.benchmarks: a run evaluates only evaluate.data: use truestep eval RECIPE")
-    check_methods(settings)
+    check_methods(settings, base_dir)
     _check_ranks(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
     context, eos = _context_length(settings)
     prepared = Prepared(
         settings=settings,
+        base_dir=base_dir,
         tokenizer=tokenizer,
         context_length=context,
         stop_ids=stop_token_ids(tokenizer, eos),
     )
     prepared.model_content = model_content(settings.model)
-    prepared.methods = {s.name: _method(s) for s in settings.stages}
+    prepared.methods = {s.name: method_of(s, base_dir) for s in settings.stages}
+    prepared.code = {s.name: code_of(s, base_dir) for s in settings.stages}
     needs: dict[str, set[str]] = {}
     for name, kind in _uses(settings):
         needs.setdefault(name, set()).add("solution" if kind == "sft" else "answer")
@@ -143,12 +136,12 @@ def _check_ranks(settings: Settings) -> None:
             raise UserError(f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out")
 
 
-def check_methods(settings: Settings) -> None:
+def check_methods(settings: Settings, base_dir: Path) -> None:
     for stage in settings.stages:
         fault_of(stage.faults)
         if isinstance(stage, RejectionSettings):
             continue
-        row = _method(stage)
+        row = method_of(stage, base_dir)
         if (row.plan is None) != isinstance(stage, SftSettings):
             known = [
                 name for name in METHODS if (METHODS[name]().plan is None) == isinstance(stage, SftSettings)
@@ -184,12 +177,47 @@ def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
     return kept
 
 
-def _method(stage: StageSettings) -> Method:
-    name = getattr(stage, "method", "sft")
+def method_of(stage: StageSettings, base_dir: Path) -> Method:
+    """The stage's method. Raises UserError."""
+    options = getattr(stage, "method_options", {})
+    return find_method(getattr(stage, "method", "sft"), options, base_dir, f"stages.{stage.name}.")
+
+
+def find_method(named: str, options: Mapping[str, Any], base_dir: Path, where: str = "") -> Method:
+    """A row of the table, or FILE.py:ROW beside the recipe. Raises UserError."""
+    if ":" in named:
+        source = find_source(named, base_dir, what=f"{where}method")
+        row = _user(f"{where}method", load, source, [str(base_dir)])
+        method = _user(f"{where}method", build, row, options)
+        if not isinstance(method, Method):
+            raise UserError(f'{where}method: "{named}" returned {type(method).__name__}, not a Method')
+        return method
     try:
-        return build(name, getattr(stage, "method_options", {}))
+        return build(named, options)
     except (ValueError, TypeError) as error:
-        raise UserError(f"stages.{stage.name}.{error}") from None
+        raise UserError(f"{where}{error}") from None
+
+
+def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
+    """Call what runs a user's code. Raises UserError with its own traceback."""
+    result = attempt(work, *given)
+    if isinstance(result, Raised):
+        raise UserError(
+            f"{where}: {result.reason}" + (f"\n{result.detail.rstrip()}" if result.detail else "")
+        )
+    return result
+
+
+def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
+    """Hashes of the recipe's own code that a stage runs, by what the recipe calls it."""
+    found = {}
+    method = getattr(stage, "method", "")
+    if ":" in method:
+        found[method] = find_source(method, base_dir, what="method").sha256
+    if isinstance(stage, RlSettings):
+        entries = sources(stage.reward_entries, base_dir)
+        found |= {name: source.sha256 for name, source in entries.items() if source.sha256}
+    return found
 
 
 def _context_length(settings: Settings) -> tuple[int, Any]:
@@ -233,13 +261,16 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
             )
 
 
-def hinted_prompt(prepared: Prepared, prompt: Prompt, fraction: float) -> tuple[int, ...]:
-    """The prompt with the first part of its problem's solution, by characters, shown in the user's turn."""
+def hinted_prompt(
+    prepared: Prepared, prompt: Prompt, fraction: float
+) -> tuple[tuple[Message, ...], tuple[int, ...]]:
+    """The turns and tokens of the prompt with the first part of its problem's solution, by characters, shown in the
+    user's turn."""
     *before, last = prompt.problem.messages
     shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
     turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
     problem = replace(prompt.problem, messages=(*before, turn))
-    return encode_prompt(prepared.tokenizer, problem, prepared.settings.chat).token_ids
+    return problem.messages, encode_prompt(prepared.tokenizer, problem, prepared.settings.chat).token_ids
 
 
 def _content_hash(problems: Sequence[Problem]) -> str:
@@ -262,13 +293,13 @@ def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
                 if score.verdict is not Verdict.CORRECT:
                     raise UserError(
                         f"{problem.row or name}: answer: the checker {problem.checker!r} does not accept the gold "
-                        f"answer {problem.answer[:60]!r} ({score.reason or score.verdict.value}): correct or "
+                        f"answer {problem.answer[:60]!r} ({score.reason or score.label}): correct or "
                         "remove the row"
                     )
 
 
 def _check_lengths(prepared: Prepared) -> None:
-    settings, context = prepared.settings, prepared.context_length
+    settings = prepared.settings
     for stage in settings.stages:
         where = f"stages.{stage.name}"
         longest = 0
@@ -281,7 +312,8 @@ def _check_lengths(prepared: Prepared) -> None:
                     f"{num_sequences(stage, len(kept))} sequences of the whole stage: write fewer"
                 )
         if isinstance(stage, RlSettings | RejectionSettings):
-            shown = prepared.methods[stage.name].shown_fraction
+            plan = prepared.methods[stage.name].plan
+            shown = plan.most_shown if plan else 0.0
             longest = _longest_sample(
                 prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling", shown
             )
@@ -301,7 +333,6 @@ def _check_lengths(prepared: Prepared) -> None:
             _longest_sample(prepared, stage.dev.data, limit, "evaluate.sampling")
     for name in settings.evaluate.data:
         _longest_sample(prepared, name, settings.evaluate.data_sampling.max_new_tokens, "evaluate.sampling")
-    del context
 
 
 def _longest_sample(
@@ -310,7 +341,7 @@ def _longest_sample(
     """Prompt, with the shown part of a solution, plus completion must fit; answers with the longest sum."""
     prompts = prepared.prompts[name]
     if shown:
-        prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)) for p in prompts]
+        prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)[1]) for p in prompts]
     longest = max(prompts, key=lambda p: len(p.token_ids))
     total = len(longest.token_ids) + max_new_tokens
     if total > prepared.context_length:
@@ -322,40 +353,6 @@ def _longest_sample(
             "or a greater model.context_length"
         )
     return total
-
-
-def stage_identity(prepared: Prepared, index: int) -> str:
-    """The hash of all that a stage's result depends on: its own settings and data, and every stage before
-    it."""
-    settings = prepared.settings
-    parts: list[Any] = [base_identity(prepared), settings.chat]
-    for stage in settings.stages[: index + 1]:
-        # What is about memory or files alone may change between two sittings of a run.
-        frozen = stage.model_copy(update={"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1})
-        if isinstance(frozen, RlSettings | RejectionSettings):
-            frozen = frozen.model_copy(
-                update={"sampling": frozen.sampling.model_copy(update={"max_running": 1})}
-            )
-        parts += [frozen, prepared.content[stage.data], prepared.content.get(stage.dev.data, "")]
-        if stage.dev.data:
-            parts.append(settings.evaluate.data_sampling.model_copy(update={"max_running": 1}))
-    return settings_hash(*parts)
-
-
-def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
-    settings = prepared.settings
-    sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
-    samples = settings.evaluate.data_samples
-    return settings_hash(
-        sampling, samples, settings.chat, settings.seed, model_identity, prepared.content[name]
-    )
-
-
-def base_identity(prepared: Prepared) -> str:
-    """The hash of the base model: its settings and the content of its files."""
-    settings = prepared.settings
-    compute = settings.compute.model_copy(update={"threads": 1})
-    return settings_hash(settings.model, prepared.model_content, compute, settings.seed)
 
 
 def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from truestep import pages
 from truestep.errors import UserError
 from truestep.report import figures, tables
 from truestep.report.tables import ScoreRow, clip, duration, percent, scientific, visible, whole
@@ -60,7 +61,7 @@ def page_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.ChainableUndefined,  # an interrupted run has fewer values
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=pages.loader(Path(__file__).parent / "templates"),
     )  # fmt: skip
     filters: dict[str, Callable[..., str]] = {
         "clip": _clipped, "percent": percent, "whole": whole, "duration": duration, "scientific": scientific,

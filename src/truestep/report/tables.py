@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
 from truestep.evaluate.files import read_score_row
+from truestep.pages import visible
 from truestep.rundir import read_json
 
 if TYPE_CHECKING:
@@ -19,18 +19,8 @@ if TYPE_CHECKING:
 NONE = "–"
 Interval = Mapping[str, float]  # value, low, high
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# control, format (bidi overrides, zero width), surrogate, private and unassigned characters
-_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
 
 # ------------------------------------------------------------------------------------ text and numbers
-
-
-def visible(text: str) -> str:
-    """Text whose every character shows: what would move a cursor, turn the direction or hide becomes its
-    number."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩" for c in text
-    )
 
 
 def clip(text: str, limit: int = 1600) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from truestep.records import Rollout
+from truestep.records import Distribution, Origin, Rollout, Stop
 from truestep.seeding import Purpose, generator
 
 if TYPE_CHECKING:
@@ -55,6 +55,35 @@ class SamplingParameters:
         return tokens[-1] in self.stop_token_ids or any(
             tuple(tokens[-len(s) :]) == s for s in self.stop_sequences
         )
+
+    @property
+    def distribution(self) -> Distribution:
+        """What behavior log-probabilities of these samples belong to."""
+        return Distribution(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+
+def sampled_rollout(
+    request: SampleRequest,
+    sampling: SamplingParameters,
+    *,
+    tokens: Sequence[int],
+    logprobs: Sequence[float] | None,
+    policy_version: int,
+    error: str = "",
+) -> Rollout:
+    """The answer to a request: every token is sampled by one version of the policy."""
+    num, stopped = len(tokens), bool(tokens) and sampling.ends(tokens)
+    return Rollout(
+        problem_id=request.problem_id,
+        sample_index=request.sample_index,
+        completion_ids=tuple(tokens),
+        origin=(Origin.POLICY,) * num,
+        policy_version=(policy_version,) * num,
+        behavior_logprobs=None if logprobs is None else tuple(logprobs),
+        distribution=sampling.distribution,
+        stop=Stop.ERROR if error else Stop.STOP_TOKEN if stopped else Stop.LENGTH,
+        error=error,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from torch import Tensor
 from truestep.device import linear
 from truestep.model.attention import PackedLayout, count_pairs
 from truestep.model.forward import hidden_states
-from truestep.records import Distribution, Rollout, Segment, Stop
-from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
+from truestep.records import Rollout, Segment
+from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.sampling import sample_tokens
 
 if TYPE_CHECKING:
@@ -342,19 +342,12 @@ class TorchEngine:
         return row
 
     def _rollout(self, row: _Row, sampling: SamplingParameters) -> Rollout:
-        stopped = sampling.ends(row.tokens)
-        return Rollout(
-            problem_id=row.request.problem_id,
-            sample_index=row.request.sample_index,
-            completion_ids=tuple(row.tokens),
-            behavior_logprobs=tuple(row.logprobs),
-            distribution=Distribution(
-                policy_version=self.policy_version,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-            ),
-            stop=Stop.STOP_TOKEN if stopped else Stop.LENGTH,
+        return sampled_rollout(
+            row.request,
+            sampling,
+            tokens=row.tokens,
+            logprobs=row.logprobs,
+            policy_version=self.policy_version,
         )
 
     def _device(self) -> torch.device:

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
-from truestep.records import Distribution, Rollout, Stop
-from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
+from truestep.records import Rollout
+from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.engine_endpoint import text_seed
 
 if TYPE_CHECKING:
@@ -207,38 +207,24 @@ class VllmEngine:
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
+        tokens: tuple[int, ...] = ()
+        logprobs: tuple[float, ...] = ()
+        error = "vllm: sent no token"
         try:
             choice = self._post(body)["choices"][0]
             tokens = tuple(int(t) for t in choice["token_ids"])
             logprobs = tuple(float(v) for v in choice["logprobs"]["token_logprobs"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            return self._rollout(request, sampling, (), (), f"vllm: {_reason(error)}")
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as failure:
+            tokens, logprobs, error = (), (), f"vllm: {_reason(failure)}"
         if sampling.temperature == 0:
             logprobs = (0.0,) * len(tokens)  # the distribution is a point
-        return self._rollout(request, sampling, tokens, logprobs, "" if tokens else "vllm: sent no token")
-
-    def _rollout(
-        self,
-        request: SampleRequest,
-        sampling: SamplingParameters,
-        tokens: tuple[int, ...],
-        logprobs: tuple[float, ...],
-        error: str,
-    ) -> Rollout:
-        stopped = bool(tokens) and sampling.ends(tokens)
-        return Rollout(
-            problem_id=request.problem_id,
-            sample_index=request.sample_index,
-            completion_ids=tokens,
-            behavior_logprobs=logprobs,
-            distribution=Distribution(
-                policy_version=self.policy_version,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-            ),
-            stop=Stop.ERROR if error else Stop.STOP_TOKEN if stopped else Stop.LENGTH,
-            error=error,
+        return sampled_rollout(
+            request,
+            sampling,
+            tokens=tokens,
+            logprobs=logprobs,
+            policy_version=self.policy_version,
+            error="" if tokens else error,
         )
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from truestep.objective.plan import Asked, Keep, Outcome, Plan, Round
+from truestep.objective.plan import Done, Plan, PlanState, RoundResult
 from truestep.records import (
+    NOT_SAMPLED,
     Distribution,
     Group,
-    Kind,
-    Problem,
+    Message,
+    Origin,
     Prompt,
     RecordError,
+    RewardInput,
     Rollout,
+    Round,
     Score,
     Stop,
     Verdict,
@@ -22,17 +25,18 @@ from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.seeding import Purpose, generator
 
 MAX_SAMPLES = 1 << 20  # of one prompt in one step; numbers of a prompt's second group start here
-GradeMany = Callable[[Sequence[tuple[Problem, str]]], list[Score]]
-NOT_SAMPLED = float("nan")
+ScoreMany = Callable[[Sequence[RewardInput]], list[Score]]
+# A prompt and the share of its solution's text to show → the turns and token ids of the hinted prompt.
+Hint = Callable[[Prompt, float], tuple[tuple[Message, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Everything that turns prompts into groups; a function of (seed, step, prompt, sample) given the
-    weights.
+    """Everything that turns prompts into groups; a function of (seed, step, prompt, sample) given the weights.
 
     ``demonstrations`` holds the expert's completion (with its stop token) by problem id; ``hinted`` makes a
-    prompt that shows the first part of the problem's solution.
+    prompt that shows the first part of the problem's solution. A score without a verdict solves its problem
+    from a reward of ``solved_at`` on.
     """
 
     engine: Engine
@@ -40,11 +44,12 @@ class Sampler:
     sampling: SamplingParameters
     samples_per_prompt: int
     decode: Callable[[Sequence[int]], str]
-    grade: GradeMany
+    score: ScoreMany
     seed: int
+    solved_at: float = 1.0
     check_stop: Callable[[], None] = lambda: None
     demonstrations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    hinted: Callable[[Prompt, float], tuple[int, ...]] | None = None
+    hinted: Hint | None = None
 
     def groups(
         self,
@@ -53,185 +58,203 @@ class Sampler:
         repeats: Sequence[int] = (),
         *,
         controls: Mapping[str, float] | None = None,
-        replays: Mapping[int, Rollout] | None = None,
+        stored: Mapping[int, Rollout] | None = None,
     ) -> list[Group]:
         """One graded group per prompt, in order; rounds are batched over prompts.
 
-        ``repeats`` says of each prompt how often the whole batch, over all ranks, has held it before (none by
-        default): its second group has sample numbers, and so random numbers, of its own. ``replays`` are
-        stored traces by place in ``prompts``.
+        ``repeats`` says of each prompt how often the whole batch, over all ranks, has held it before (0 by
+        default): its second group has other sample numbers, and so other random numbers. ``stored`` are stored
+        samples by place in ``prompts``.
         """
         places = [
             _Place(
                 prompt=prompt,
-                first=count * MAX_SAMPLES,
+                next=count * MAX_SAMPLES,
                 draw=float(generator(self.seed, Purpose.PLAN, step, f"{prompt.problem.id}/{count}").random()),
-                replay=(replays or {}).get(index),
+                stored=(stored or {}).get(index),
             )
             for index, (prompt, count) in enumerate(zip(prompts, repeats or [0] * len(prompts), strict=True))
         ]
         while True:
-            asking = [
-                place for place in places if place.kept is None and self._ask(place, step, controls or {})
-            ]
+            asking = [p for p in places if p.kept is None and self._wants_more(p, step, controls or {})]
             if not asking:
                 return [_merge(place) for place in places]
             self._sample(asking, step)
 
-    def _ask(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
-        """Whether the plan wants more of this prompt; what it wants is left in the place."""
-        outcomes = [
-            Outcome(round=r, rewards=tuple(s.reward for s in scores))
+    def _wants_more(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
+        """Whether the plan asks for more of this prompt; what it asks for is added to the place."""
+        results = [
+            RoundResult(round=r, solved=tuple(s.solved(self.solved_at) for s in scores))
             for r, (_, scores) in zip(place.rounds, place.done, strict=True)
         ]
         answer = self.plan(
-            Asked(
+            PlanState(
                 step=step,
                 num_samples=self.samples_per_prompt,
-                history=tuple(outcomes),
+                history=tuple(results),
                 draw=place.draw,
                 controls=controls,
-                has_replay=place.replay is not None,
+                has_stored=place.stored is not None,
             )
         )
-        if isinstance(answer, Keep):
+        if isinstance(answer, Done):
             place.kept = answer.rounds or tuple(range(len(place.done)))
             return False
         place.rounds += answer
         return True
 
     def _sample(self, asking: Sequence[_Place], step: int) -> None:
-        """Sample and grade what the places ask for, all in one batch."""
-        found: list[dict[int, Rollout]] = [{} for _ in asking]  # by sample number
-        requests: list[SampleRequest] = []
-        owner: dict[tuple[str, int], tuple[int, Rollout]] = {}
-        numbers: list[list[range]] = []
+        """Sample and score what the places ask for, all in one batch."""
+        rollouts: dict[tuple[int, int], Rollout] = {}  # by place and sample number
+        pending: dict[tuple[str, int], tuple[int, _Start]] = {}  # by problem and sample number
+        spans: list[list[range]] = []
         for index, place in enumerate(asking):
-            numbers.append([])
-            for asked in place.rounds[len(place.done) :]:
-                span = range(place.next, place.next + asked.num_samples)
-                numbers[-1].append(span)
+            spans.append([])
+            for round_ in place.rounds[len(place.done) :]:
+                span = range(place.next, place.next + round_.num_samples)
+                spans[-1].append(span)
                 place.next = span.stop
                 for number in span:
-                    given = self._given(place, asked, number)
-                    if given.stop is not Stop.ERROR:
-                        found[index][number] = given  # nothing is left to be generated
-                        continue
-                    owner[place.prompt.problem.id, number] = (index, given)
-                    requests.append(self._request(place.prompt, given, step))
-        for rollout in self.engine.generate(requests, self.sampling, self.check_stop) if requests else ():
-            index, given = owner[rollout.problem_id, rollout.sample_index]
-            found[index][rollout.sample_index] = _continued(given, rollout)
-        every = [
-            (place, number, r)
-            for place, rs in zip(asking, found, strict=True)
-            for number, r in sorted(rs.items())
+                    start = self._start(place, round_)
+                    if start.is_whole:
+                        rollouts[index, number] = start.rollout(place.prompt, number, self.sampling)
+                    else:
+                        pending[place.prompt.problem.id, number] = (index, start)
+        requests = [
+            self._request(asking[index].prompt, number, start, step)
+            for (_, number), (index, start) in pending.items()
         ]
-        scores = self.grade([(place.prompt.problem, self.decode(r.completion_ids)) for place, _, r in every])
-        graded = {
-            (id(place), number): _score(r, score)
-            for (place, number, r), score in zip(every, scores, strict=True)
-        }
-        for place, rollouts, spans in zip(asking, found, numbers, strict=True):
-            for span in spans:
-                place.done.append(([rollouts[n] for n in span], [graded[id(place), n] for n in span]))
+        for sampled in self.engine.generate(requests, self.sampling, self.check_stop) if requests else ():
+            index, start = pending[sampled.problem_id, sampled.sample_index]
+            rollouts[index, sampled.sample_index] = start.continued(sampled)
+        keys = sorted(rollouts)
+        scores = self.score([self._input(asking[i].prompt, rollouts[i, n], step) for i, n in keys])
+        graded = {key: _of(rollouts[key], score) for key, score in zip(keys, scores, strict=True)}
+        for index, place in enumerate(asking):
+            for span in spans[index]:
+                place.done.append(([rollouts[index, n] for n in span], [graded[index, n] for n in span]))
 
-    def _given(self, place: _Place, asked: Round, number: int) -> Rollout:
-        """The sample as it is before anything is generated; stop ERROR says that something has to be."""
-        prompt = place.prompt
-        blank = Rollout(
-            problem_id=prompt.problem.id,
-            sample_index=number,
-            completion_ids=(),
-            behavior_logprobs=(),
-            distribution=Distribution(policy_version=-1, temperature=self.sampling.temperature),
-            stop=Stop.ERROR,
-            error="not sampled",
-            kind=asked.kind,
-        )
-        if asked.kind is Kind.ON:
-            return blank
-        if asked.kind is Kind.REPLAY:
-            if place.replay is None:
-                raise RecordError(f"the plan asks for a stored trace of {prompt.problem.id}, which has none")
-            return replace(place.replay, sample_index=number, kind=Kind.REPLAY)
-        if asked.kind is Kind.HINT:
+    def _start(self, place: _Place, round_: Round) -> _Start:
+        """What a sample of this round begins with."""
+        name = place.prompt.problem.id
+        if round_.stored:
+            if place.stored is None:
+                raise RecordError(f"the plan asks for a stored sample of {name}, which has none")
+            return _Start(round=round_, stored=place.stored, is_whole=True)
+        if round_.hint:
             if self.hinted is None:
-                raise RecordError("the plan asks for hints, and nobody makes them")
-            return replace(blank, prompt_ids=self.hinted(prompt, asked.fraction))
-        trace = self.demonstrations[prompt.problem.id]
-        whole = asked.kind is Kind.DEMO or asked.fraction >= 1
+                raise RecordError(
+                    "the plan asks for hints, but this sampler cannot make them (hinted is None)"
+                )
+            return _Start(round=round_, prompt_ids=self.hinted(place.prompt, round_.hint)[1])
+        if not round_.prefix:
+            return _Start(round=round_)
+        trace = self.demonstrations[name]
+        if round_.prefix >= 1:
+            return _Start(round=round_, tokens=trace, is_whole=True)
         # A prefix is unfinished: at least the last token is the policy's own.
-        num = len(trace) if whole else min(int(asked.fraction * len(trace)), len(trace) - 1)
-        num = num if whole else max(0, min(num, self.sampling.max_new_tokens - 1))
-        found = replace(
-            blank,
-            completion_ids=trace[:num],
-            behavior_logprobs=(NOT_SAMPLED,) * num,
-            num_expert_tokens=num,
-            expert_is_context=asked.expert_is_context,
-        )
-        return replace(found, stop=Stop.STOP_TOKEN, error="") if whole else found
+        num = min(int(round_.prefix * len(trace)), len(trace) - 1, self.sampling.max_new_tokens - 1)
+        return _Start(round=round_, tokens=trace[: max(0, num)])
 
-    def _request(self, prompt: Prompt, given: Rollout, step: int) -> SampleRequest:
+    def _request(self, prompt: Prompt, number: int, start: _Start, step: int) -> SampleRequest:
         return SampleRequest(
             problem_id=prompt.problem.id,
-            sample_index=given.sample_index,
-            prompt_ids=(given.prompt_ids or prompt.token_ids) + given.completion_ids,
+            sample_index=number,
+            prompt_ids=(start.prompt_ids or prompt.token_ids) + start.tokens,
             seed=self.seed,
             purpose=Purpose.SAMPLE,
             step=step,
-            num_given=len(given.completion_ids),
+            num_given=len(start.tokens),
+        )
+
+    def _input(self, prompt: Prompt, rollout: Rollout, step: int) -> RewardInput:
+        messages = prompt.problem.messages
+        if rollout.round.hint and self.hinted is not None:
+            messages, _ = self.hinted(prompt, rollout.round.hint)
+        return RewardInput(
+            problem=prompt.problem,
+            messages=messages,
+            completion=self.decode(rollout.completion_ids),
+            completion_ids=rollout.completion_ids,
+            stop=rollout.stop,
+            seed=self.seed,
+            step=step,
+            sample=rollout.sample_index,
+            limit=self.sampling.max_new_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What a sample begins with: tokens of the demonstration, an augmented prompt, or a whole stored sample."""
+
+    round: Round
+    tokens: tuple[int, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
+    stored: Rollout | None = None
+    is_whole: bool = False
+
+    def rollout(self, prompt: Prompt, number: int, sampling: SamplingParameters) -> Rollout:
+        """The sample that needs no generation."""
+        if self.stored is not None:
+            return replace(self.stored, sample_index=number, round=self.round)
+        num = len(self.tokens)
+        return Rollout(
+            problem_id=prompt.problem.id,
+            sample_index=number,
+            completion_ids=self.tokens,
+            origin=(self.round.prefix_origin,) * num,
+            policy_version=(NOT_SAMPLED,) * num,
+            behavior_logprobs=None,
+            distribution=Distribution(temperature=sampling.temperature),
+            stop=Stop.STOP_TOKEN,
+            round=self.round,
+        )
+
+    def continued(self, sampled: Rollout) -> Rollout:
+        """The start and what the engine made of it, as one completion."""
+        num = len(self.tokens)
+        if sampled.stop is Stop.ERROR or num == 0:
+            return replace(sampled, round=self.round, prompt_ids=self.prompt_ids)
+        behavior = sampled.behavior_logprobs
+        return replace(
+            sampled,
+            completion_ids=self.tokens + sampled.completion_ids,
+            origin=(self.round.prefix_origin,) * num + sampled.origin,
+            policy_version=(NOT_SAMPLED,) * num + sampled.policy_version,
+            behavior_logprobs=None if behavior is None else (0.0,) * num + behavior,
+            round=self.round,
         )
 
 
 @dataclass(kw_only=True)
 class _Place:
-    """A prompt on its way through the rounds. ``done`` is aligned with ``rounds``."""
+    """A prompt on its way through the rounds. ``done`` is aligned with ``rounds``; ``next`` is the next sample's
+    number."""
 
     prompt: Prompt
-    first: int
+    next: int
     draw: float
-    replay: Rollout | None
+    stored: Rollout | None
     kept: tuple[int, ...] | None = None
     rounds: list[Round] = field(default_factory=list)
     done: list[tuple[list[Rollout], list[Score]]] = field(default_factory=list)
-    next: int = -1
-
-    def __post_init__(self) -> None:
-        self.next = self.first
 
 
-def _continued(given: Rollout, sampled: Rollout) -> Rollout:
-    """What was given and what the engine made of it, as one completion."""
-    if sampled.stop is Stop.ERROR:
-        return replace(sampled, kind=given.kind)
-    return replace(
-        sampled,
-        completion_ids=given.completion_ids + sampled.completion_ids,
-        behavior_logprobs=given.behavior_logprobs + sampled.behavior_logprobs,
-        kind=given.kind,
-        num_expert_tokens=given.num_expert_tokens,
-        expert_is_context=given.expert_is_context,
-        prompt_ids=given.prompt_ids,
-    )
-
-
-def _score(rollout: Rollout, score: Score) -> Score:
+def _of(rollout: Rollout, score: Score) -> Score:
     """A sample that the engine could not finish is unscored, whatever its empty text looks like."""
     if rollout.stop is Stop.ERROR:
-        return Score(verdict=Verdict.UNSCORED, reason=f"engine: {rollout.error}")
+        return Score(reward=None, verdict=Verdict.UNSCORED, reason=f"engine: {rollout.error}")
     return score
 
 
-def num_own_tokens(rollouts: Sequence[Rollout]) -> int:
+def num_sampled_tokens(rollouts: Sequence[Rollout]) -> int:
     """Tokens that the current policy has generated."""
-    own = [r for r in rollouts if r.kind not in (Kind.DEMO, Kind.REPLAY)]
-    return sum(len(r.completion_ids) - r.num_expert_tokens for r in own)
+    return sum(r.count(Origin.POLICY) for r in rollouts)
 
 
 def _merge(place: _Place) -> Group:
-    """The kept rounds as one group; a plan that asked for nothing has an empty one."""
+    """The kept rounds as one group; it is empty if the plan asked for nothing."""
     kept = place.kept or ()
     parts = [place.done[n] for n in kept]
     discarded = [rollouts for n, (rollouts, _) in enumerate(place.done) if n not in kept]
@@ -239,5 +262,5 @@ def _merge(place: _Place) -> Group:
         prompt=place.prompt,
         rollouts=tuple(r for rollouts, _ in parts for r in rollouts),
         scores=tuple(s for _, scores in parts for s in scores),
-        num_discarded_tokens=sum(num_own_tokens(rollouts) for rollouts in discarded),
+        num_discarded_tokens=sum(num_sampled_tokens(rollouts) for rollouts in discarded),
     )

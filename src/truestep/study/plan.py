@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from truestep.data.problems import load_problems
 from truestep.errors import UserError
-from truestep.settings import Frozen, Settings, parse_settings
+from truestep.frozen import Frozen
+from truestep.settings import Settings, parse_settings
 
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
 Seed = Annotated[int, Field(ge=0)]
@@ -320,7 +321,7 @@ def check_stages(study: Study, where: str) -> None:
         for factor in factors:
             stages = [*tables[:-1], scaled(tables[-1], factor)] if tables else []
             try:
-                check_methods(cell_settings(study, arm.name, 0, stages, where))
+                check_methods(cell_settings(study, arm.name, 0, stages, where), Path(where).parent)
             except UserError as error:
                 text = str(error).removeprefix(f"{where}: ").removeprefix(f"arms.{arm.name}: ")
                 raise UserError(f"{where}: arms.{arm.name}: {text}") from None

@@ -14,21 +14,29 @@ from typing import Any, Protocol, TypeVar
 from truestep import seeding
 from truestep.flops import Ledger
 from truestep.objective.methods import Method
-from truestep.records import Demonstration, Group, Kind, Prompt, Rollout, Stop, TrainSequence, Verdict
+from truestep.objective.methods.row import DemonstrationBuffer, Refill, Replay, Stream
+from truestep.records import Demonstration, Origin, Prompt, Rollout, Stop, TrainSequence
+from truestep.rollout.engine import Engine
 from truestep.rollout.sample import Sampler
-from truestep.train.buffers import Memory, choose_replays, remember, seen_of, with_waiting
-from truestep.train.controllers import decide
-from truestep.train.groups import (
+from truestep.train.memory import Memory, choose_replays, decide, remember, seen_of, with_waiting
+from truestep.train.metrics import Meter
+from truestep.train.parallel import Ranks
+from truestep.train.scoring import Scorer
+from truestep.train.sequences import (
+    GatedGroup,
     demonstration_sequence,
+    gated,
     group_ledger,
-    group_metrics,
-    members_of,
+    measure_groups,
     sample_rows,
     sequences_of,
 )
-from truestep.train.parallel import Ranks
 
 Item = TypeVar("Item")
+ALWAYS = (
+    "reward", "reward_std", "solved", "mixed_groups", "solved_groups", "unscored", "completions/mean_length",
+    "completions/truncated",
+)  # fmt: skip
 STREAM_GROUP = 1 << 30  # groups of demonstrations beside the sampled ones are numbered from here
 
 
@@ -47,16 +55,12 @@ class StepData:
     ledger: Ledger = field(default_factory=Ledger)
 
 
-# Sequences → the mean entropy of each under the current policy (a collective), and the work it took.
-EntropyOf = Callable[[Sequence[TrainSequence]], tuple[list[float], Ledger]]
-
-
 class Source(Protocol):
     """Where a stage's data comes from."""
 
     updates_per_step: int
 
-    def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData: ...
+    def take(self, step: int, memory: Memory) -> StepData: ...
 
 
 def window(
@@ -95,11 +99,14 @@ class DemonstrationSource:
         self.sequences_per_step, self.num_sequences = sequences_per_step, num_sequences
         self.updates_per_step = updates_per_step
 
-    def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData:
+    def take(self, step: int, memory: Memory) -> StepData:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
         sequences = [
             TrainSequence(
-                token_ids=d.token_ids, trained=d.trained, num_prefix_tokens=0, group=i, kind=Kind.DEMO
+                token_ids=d.token_ids,
+                origin=tuple(Origin.EXPERT if trained else Origin.CONTEXT for trained in d.trained),
+                num_prefix_tokens=0,
+                group=i,
             )
             for i, d in enumerate(chosen)
         ]
@@ -122,60 +129,65 @@ class RolloutSource:
         prompts: Sequence[Prompt],
         *,
         sampler: Sampler,
+        scorer: Scorer,
         method: Method,
         prompts_per_step: int,
         updates_per_step: int,
-        ranks: Ranks,
         decode_prompt: Callable[[Prompt], str],
     ) -> None:
-        self.prompts, self.sampler, self.method = prompts, sampler, method
+        self.prompts, self.sampler, self.scorer, self.method = prompts, sampler, scorer, method
         self.prompts_per_step, self.updates_per_step = prompts_per_step, updates_per_step
-        self.ranks, self.decode_prompt = ranks, decode_prompt
+        self.ranks, self.decode_prompt = scorer.ranks, decode_prompt
         self._by_id = {p.problem.id: p for p in prompts}
 
-    def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData:
+    def take(self, step: int, memory: Memory) -> StepData:
+        self.sampler.engine.take_cost()  # what an interrupted rollout had cost is not this step's
         controls = decide(self.method, memory, step, self.sampler.seed)
         size = self.prompts_per_step // self.updates_per_step
         chosen, replayed = self._prompts(step, memory)
         numbered = list(zip(chosen, _occurrences([p.problem.id for p in chosen]), replayed, strict=True))
         cuts = [numbered[i : i + size] for i in range(0, len(numbered), size)]
         mine = [cut[self.ranks.rank :: self.ranks.world_size] for cut in cuts]
-        flat = [pair for cut in mine for pair in cut]
-        replays, scored = self._replays([p for p, _, _ in flat], [r for _, _, r in flat], memory, entropy_of)
+        flat = [part for cut in mine for part in cut]
+        prompts = [prompt for prompt, _, _ in flat]
+        stored, scored = self._stored(prompts, [is_replayed for _, _, is_replayed in flat], memory, step)
         groups = iter(
-            self.sampler.groups(
-                [p for p, _, _ in flat],
-                step,
-                [count for _, count, _ in flat],
-                controls=controls,
-                replays=replays,
-            )
+            self._groups(prompts, step, [count for _, count, _ in flat], controls=controls, stored=stored)
         )
-        cut_groups = [[next(groups) for _ in cut] for cut in mine]
-        cut_groups, everything = self._refill(cut_groups, step)
+        cut_groups, everything = self._refill([[next(groups) for _ in cut] for cut in mine], step)
         limit = self.sampler.sampling.max_new_tokens
         minibatches = [
             [*sequences_of(part, self.method, limit), *self._stream(step * self.updates_per_step + update)]
             for update, part in enumerate(cut_groups)
         ]
         memory, buffered = self._remember(memory, everything)
-        metrics = group_metrics(everything, self.ranks)
+        meter = Meter(*ALWAYS)
+        measure_groups(meter, everything)
+        metrics = meter.reduce(self.ranks)
+        bare = [g.group for g in everything]
         return StepData(
             minibatches=minibatches,
             buffered=buffered,
             controls=controls,
             memory=self._open_replay(memory, metrics),
             metrics=metrics | self._kept_metrics(memory, controls),
-            rows=sample_rows(everything, step, self.sampler.decode, self.decode_prompt),
-            ledger=scored + group_ledger(everything, [*minibatches, buffered or []]),
+            rows=sample_rows(bare, step, self.sampler.decode, self.decode_prompt),
+            ledger=scored + group_ledger(bare, [*minibatches, buffered or []]) + _work(self.sampler.engine),
         )
+
+    def _groups(
+        self, prompts: Sequence[Prompt], step: int, *repeats: Sequence[int], **given: Any
+    ) -> list[GatedGroup]:
+        """Sampled, scored, and gated once."""
+        groups = self.sampler.groups(prompts, step, *repeats, **given)
+        return [gated(group, self.method, self.sampler.solved_at) for group in groups]
 
     # --------------------------------------------------------------------------------------- prompts, replays
 
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
         """The step's prompts over all ranks, and which of them come from the store of the replay."""
         chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
-        spec, replayed = self.method.replay, [False] * len(chosen)
+        spec, replayed = self.method.part(Replay), [False] * len(chosen)
         if spec is None or not memory.replay_open:
             return chosen, replayed
         # Spread over the batch, so that every mini-batch has its share.
@@ -186,12 +198,12 @@ class RolloutSource:
             chosen[place], replayed[place] = self._by_id[name], True
         return chosen, replayed
 
-    def _replays(
-        self, prompts: Sequence[Prompt], replayed: Sequence[bool], memory: Memory, entropy_of: EntropyOf
+    def _stored(
+        self, prompts: Sequence[Prompt], replayed: Sequence[bool], memory: Memory, step: int
     ) -> tuple[dict[int, Rollout], Ledger]:
         """The stored sample with the lowest entropy under the current policy, by place; all ranks score
         together."""
-        if self.method.replay is None:
+        if self.method.part(Replay) is None:
             return {}, Ledger()
         candidates = [
             (place, rollout)
@@ -199,32 +211,33 @@ class RolloutSource:
             if replayed[place]
             for rollout in memory.replay[prompt.problem.id].rollouts
         ]
-        entropies, work = entropy_of(
-            [
-                demonstration_sequence(prompts[place], rollout.completion_ids, place)
-                for place, rollout in candidates
-            ]
-        )
+        sequences = [
+            demonstration_sequence(prompts[place], rollout.completion_ids, place, Origin.STORED)
+            for place, rollout in candidates
+        ]
+        entropies, work = self.scorer.entropy(sequences, step)
         best: dict[int, tuple[float, Rollout]] = {}
         for (place, rollout), entropy in zip(candidates, entropies, strict=True):
             if place not in best or entropy < best[place][0]:
                 best[place] = (entropy, rollout)
         return {place: rollout for place, (_, rollout) in best.items()}, work
 
-    def _refill(self, cuts: list[list[Group]], step: int) -> tuple[list[list[Group]], list[Group]]:
-        """Replace groups that the gate dropped whole by further prompts, for at most ``refill_rounds``
-        rounds.
+    def _refill(
+        self, cuts: list[list[GatedGroup]], step: int
+    ) -> tuple[list[list[GatedGroup]], list[GatedGroup]]:
+        """Replace groups that the gate dropped whole by further prompts, if the method has a ``Refill``.
 
         All ranks draw from one order of prompts that none of them has used, so no prompt is drawn twice.
         """
         everything = [g for cut in cuts for g in cut]
-        for attempt in range(self.method.refill_rounds):
-            kept = [[g for g in cut if any(self.method.gate(members_of(g)).keep)] for cut in cuts]
+        refill = self.method.part(Refill)
+        for attempt in range(0 if refill is None else refill.rounds):
+            kept = [[g for g in cut if not g.is_dropped] for cut in cuts]
             missing = sum(len(cut) for cut in cuts) - sum(len(cut) for cut in kept)
             wanted = self.ranks.gather(missing)
             seen = {
                 name
-                for names in self.ranks.gather([g.prompt.problem.id for g in everything])
+                for names in self.ranks.gather([g.group.prompt.problem.id for g in everything])
                 for name in names
             }
             pool = [p for p in self.prompts if p.problem.id not in seen]
@@ -234,7 +247,7 @@ class RolloutSource:
                 pool, 0, min(sum(wanted), len(pool)), self.sampler.seed, item=f"refill/{step}/{attempt}"
             )
             first = sum(wanted[: self.ranks.rank])
-            fresh = self.sampler.groups(order[first : first + missing], step)
+            fresh = self._groups(order[first : first + missing], step)
             everything += fresh
             cuts = [
                 [*part, *[fresh.pop() for _ in range(min(len(fresh), len(cut) - len(part)))]]
@@ -246,9 +259,10 @@ class RolloutSource:
 
     def _stream(self, update: int) -> list[TrainSequence]:
         """This rank's part of the demonstrations that an update holds beside its groups."""
-        share = self.method.stream_share
-        if share == 0:
+        stream = self.method.part(Stream)
+        if stream is None or stream.share == 0:
             return []
+        share = stream.share
         sampled = self.prompts_per_step // self.updates_per_step * self.sampler.samples_per_prompt
         count = max(1, round(sampled * share / (1 - share)))
         prompts = window(self.prompts, update, count, self.sampler.seed, item="stream")
@@ -262,46 +276,60 @@ class RolloutSource:
         ]
         return made[self.ranks.rank :: self.ranks.world_size]
 
-    def _remember(self, memory: Memory, groups: Sequence[Group]) -> tuple[Memory, list[TrainSequence] | None]:
+    def _remember(
+        self, memory: Memory, groups: Sequence[GatedGroup]
+    ) -> tuple[Memory, list[TrainSequence] | None]:
         """The memory after these groups, and the demonstrations that are due. The same on all ranks: what
         each of them adds is put in the order of the problems' names."""
         buffered = None
-        if self.method.buffer is not None:
-            mine = [g.prompt.problem.id for g in groups if self.method.gate(members_of(g)).push_demonstration]
+        buffer, replay = self.method.part(DemonstrationBuffer), self.method.part(Replay)
+        if buffer is not None:
+            mine = [g.group.prompt.problem.id for g in groups if g.decision.push_demonstration]
             pushed = sorted(name for names in self.ranks.gather(mine) for name in names)
             waiting = with_waiting(memory.waiting, pushed)
-            size = self.method.buffer.size
-            if len(waiting) >= size:
-                buffered, waiting = self._demonstrations(waiting[:size]), waiting[size:]
+            if len(waiting) >= buffer.size:
+                buffered = self._demonstrations(waiting[: buffer.size])
+                waiting = waiting[buffer.size :]
             memory = replace(memory, waiting=waiting)
-        if self.method.replay is not None:
+        if replay is not None:
             seen = sorted(part for parts in self.ranks.gather([_seen(g) for g in groups]) for part in parts)
-            memory = replace(memory, replay=remember(memory.replay, seen, self.method.replay.most_stored))
+            memory = replace(memory, replay=remember(memory.replay, seen, replay.most_stored))
         return memory, buffered
 
     def _open_replay(self, memory: Memory, metrics: Mapping[str, float]) -> Memory:
-        spec = self.method.replay
+        spec = self.method.part(Replay)
         if spec is None or memory.replay_open:
             return memory
-        return replace(memory, replay_open=metrics["reward"] >= spec.start)
+        return replace(memory, replay_open=metrics["solved"] >= spec.start)
 
     def _kept_metrics(self, memory: Memory, controls: Mapping[str, float]) -> dict[str, float]:
         found = {f"control/{name}": value for name, value in controls.items()}
-        if self.method.buffer is not None:
+        if self.method.part(DemonstrationBuffer) is not None:
             found["buffer/waiting"] = float(len(memory.waiting))
-        if self.method.replay is not None:
+        if self.method.part(Replay) is not None:
             found["replay/problems"] = float(len(memory.replay))
         return found
 
 
-def _seen(group: Group) -> Any:
-    """A group's own samples for the store of the replay: how many were right, and the right and finished
-    ones."""
-    pairs = [(r, s) for r, s in zip(group.rollouts, group.scores, strict=True) if r.kind is Kind.ON]
-    right = [r for r, s in pairs if s.verdict is Verdict.CORRECT and r.stop is Stop.STOP_TOKEN]
-    num_correct = sum(s.verdict is Verdict.CORRECT for _, s in pairs)
-    num_scored = sum(s.verdict is not Verdict.UNSCORED for _, s in pairs)
-    return seen_of(group.prompt.problem.id, num_correct, num_scored, right)
+def _seen(gated_group: GatedGroup) -> Any:
+    """A group's plain own samples for the store of the replay: how many solved the problem, and those of them that
+    are finished."""
+    group = gated_group.group
+    triples = zip(group.rollouts, gated_group.view.solved, strict=True)
+    own = [(r, solved) for r, solved in triples if r.member is Origin.POLICY and r.round.is_plain]
+    right = [r for r, solved in own if solved and r.stop is Stop.STOP_TOKEN]
+    num_solved, num_scored = sum(s is True for _, s in own), sum(s is not None for _, s in own)
+    return seen_of(group.prompt.problem.id, num_solved, num_scored, right)
+
+
+def _work(engine: Engine) -> Ledger:
+    """What the engine computed since it was last asked."""
+    cost = engine.take_cost()
+    return Ledger(
+        prompt_tokens=cost.prefill_tokens,
+        generated_pairs=cost.pairs,
+        generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
+    )
 
 
 def _occurrences(names: Sequence[str]) -> list[int]:

@@ -43,6 +43,8 @@ def measure(
 
 
 def _values(statistic: Statistic, batch: TokenBatch, step: int) -> Tensor:
+    assert batch.proximal_logprobs is not None
+    assert batch.proximal_entropy is not None
     context = Context(
         policy_logprobs=batch.proximal_logprobs,
         proximal_logprobs=batch.proximal_logprobs,

@@ -11,31 +11,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from truestep.device import return_free_memory
 from truestep.objective.coefficients import Context
-from truestep.objective.corrections import fresh
 from truestep.objective.methods import Term
 from truestep.objective.normalise import local_total, normalise
-from truestep.records import BatchTotals, StepReport, TokenBatch
-from truestep.train.assemble import dummy_batch
+from truestep.records import BatchTotals, Origin, RecordError, StepReport, TokenBatch
+from truestep.train.metrics import Meter
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
-from truestep.train.parallel import Ranks, reshard
+from truestep.train.packing import dummy_batch
+from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity: the step was stopped before the optimizer, and the batch saved."""
+    """A NaN or an infinity: the step was stopped before the optimizer. ``batches`` are the micro-batches that may
+    have caused it."""
+
+    def __init__(self, message: str, batches: Sequence[TokenBatch] = ()) -> None:
+        super().__init__(message)
+        self.batches = tuple(batches)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What a step needs besides the policy, the optimizer and the data."""
+    """What one optimizer step needs besides the policy, the optimizer and the data."""
 
     step: int
     terms: Sequence[Term]
@@ -49,14 +53,17 @@ class StepPlan:
     controls: Mapping[str, float] = field(
         default_factory=dict
     )  # the method's controller's values of this step
-    check_stop: Callable[[], None] = lambda: None
-    rescue_folder: Path | None = None  # where the batch of a non-finite step is saved
 
 
 def train_step(
-    policy: Policy, optimizer: MasterOptimizer, batches: Sequence[TokenBatch], plan: StepPlan
+    policy: Policy,
+    optimizer: MasterOptimizer,
+    batches: Sequence[TokenBatch],
+    plan: StepPlan,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> StepReport:
-    """Accumulate every micro-batch, clip once, update once. Leaves nothing behind if it is interrupted.
+    """Accumulate every micro-batch, clip once, update once. ``check_stop`` is called before each micro-batch and
+    may raise: nothing of the step is left behind then.
 
     Raises NonFiniteError before the optimizer runs, naming the tensor.
     Held by: tests/numerics/test_invariance.py, tests/numerics/test_mutants.py
@@ -65,21 +72,21 @@ def train_step(
     weights = [1.0] * len(batches) if plan.microbatch_weights is None else list(plan.microbatch_weights)
     if len(weights) != len(batches):
         raise ValueError(f"{len(weights)} microbatch_weights for {len(batches)} micro-batches")
-    sums: dict[str, float] = {}
+    meter = Meter()
     if not any(
         totals.terms.values()
-    ):  # nothing to learn from on any rank: momentum alone must not move the weights
-        return _report(plan, totals, sums, 0.0)
+    ):  # no rank has anything to learn from: momentum must not move the weights
+        return _report(plan, totals, meter, 0.0)
     optimizer.zero_grad()
     if policy.saves_memory:
         return_free_memory()
     try:
-        for index, batch in enumerate(_levelled(batches, plan.ranks, policy)):
-            plan.check_stop()
-            loss = microbatch_loss(policy, batch, plan, totals, sums)
-            _require_finite({"loss": loss}, batch, plan, f"micro-batch {index}")
+        for index, batch in enumerate(levelled(batches, plan.ranks, policy)):
+            check_stop()
+            loss = microbatch_loss(policy, batch, plan, totals, meter)
+            require_finite({"loss": loss}, batch, f"step {plan.step}, micro-batch {index}")
             (loss * (weights[index] if index < len(weights) else 0.0)).backward()
-        plan.check_stop()
+        check_stop()
     except BaseException:
         optimizer.zero_grad()
         raise
@@ -88,19 +95,14 @@ def train_step(
         plan.ranks.sum_gradients(gradients.values())
     norm = global_norm(gradients.values(), plan.ranks, sharded=plan.sharded)
     if not math.isfinite(norm):
-        bad = [
-            name
-            for name, g in gradients.items()
-            if not math.isfinite(global_norm([g], plan.ranks, sharded=plan.sharded))
-        ]
+        norms = {name: global_norm([g], plan.ranks, sharded=plan.sharded) for name, g in gradients.items()}
+        bad = [name for name, value in norms.items() if not math.isfinite(value)]
         optimizer.zero_grad()
-        path = _rescue(batches, plan)
-        raise NonFiniteError(
-            f"step {plan.step}: the gradient of {bad[0] if bad else 'a parameter'} is not finite{path}"
-        )
+        name = bad[0] if bad else "a parameter"
+        raise NonFiniteError(f"step {plan.step}: the gradient of {name} is not finite", batches)
     clip_(gradients.values(), norm, optimizer.settings.max_grad_norm)
     optimizer.step(gradients, plan.learning_rate)
-    return _report(plan, totals, sums, norm)
+    return _report(plan, totals, meter, norm)
 
 
 def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ranks) -> BatchTotals:
@@ -110,20 +112,26 @@ def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ra
         local_total(t.normaliser, [c(b) for b in batches], batches)
         for t, c in zip(terms, counted, strict=True)
     ]
-    sequences = [b.sequence_index for b in batches]
-    groups = [b.group_index for b in batches]
-    local += [float(sum(b.num_targets for b in batches)), _distinct(sequences), _distinct(groups)]
-    *found, num_tokens, num_sequences, num_groups = ranks.sum(local)
+    local += [float(sum(b.num_targets for b in batches)), float(_num_sequences(batches))]
+    *found, num_tokens, num_sequences = ranks.sum(local)
     return BatchTotals(
         terms={term.name: total for term, total in zip(terms, found, strict=True)},
         num_tokens=int(num_tokens),
         num_sequences=int(num_sequences),
-        num_groups=int(num_groups),
     )
 
 
-def _distinct(parts: Sequence[Tensor]) -> float:
-    return float(torch.cat(list(parts)).unique().numel()) if parts else 0.0
+def _num_sequences(batches: Sequence[TokenBatch]) -> int:
+    """Sequences of the step on this rank. A sequence is never split over micro-batches, so a number that two of
+    them hold names two sequences; a mean over sequences would count them as one."""
+    numbers = [batch.sequence_index.unique() for batch in batches]
+    held = torch.cat(numbers) if numbers else torch.zeros(0)
+    if held.unique().numel() < held.numel():
+        raise RecordError(
+            "two micro-batches of a step hold the same sequence number: pack all sequences of the step in one call, "
+            "or give the calls different first_sequence"
+        )
+    return held.numel()
 
 
 def term_weight(term: Term, plan: StepPlan, totals: BatchTotals) -> float:
@@ -136,18 +144,17 @@ def term_weight(term: Term, plan: StepPlan, totals: BatchTotals) -> float:
 
 
 def microbatch_loss(
-    policy: Policy, batch: TokenBatch, plan: StepPlan, totals: BatchTotals, sums: dict[str, float]
+    policy: Policy, batch: TokenBatch, plan: StepPlan, totals: BatchTotals, meter: Meter
 ) -> Tensor:
-    """This micro-batch's part of the globally normalised loss; adds its metrics to ``sums``."""
+    """This micro-batch's part of the globally normalised loss; adds its metrics to ``meter``."""
     logprobs, entropy = policy(batch, plan.temperature)
-    _require_finite({"policy log-probabilities": logprobs, "entropy": entropy}, batch, plan, "forward pass")
+    where = f"step {plan.step}, forward pass"
+    require_finite({"policy log-probabilities": logprobs, "entropy": entropy}, batch, where)
     detached = logprobs.detach()
-    # Before the first update of a rollout batch the policy is the proximal policy: its own values, no extra
-    # pass.
-    proximal = torch.where(batch.proximal_logprobs.isnan(), detached, batch.proximal_logprobs)
     context = Context(
         policy_logprobs=detached,
-        proximal_logprobs=proximal,
+        # Before the first update of a rollout batch the policy is the proximal policy.
+        proximal_logprobs=detached if batch.proximal_logprobs is None else batch.proximal_logprobs,
         entropy=entropy.detach(),
         batch=batch,
         step=plan.step,
@@ -162,11 +169,15 @@ def microbatch_loss(
             continue  # absent from the whole step, on every rank
         selected = term.select(batch)
         if term.coefficient is not None:
-            # Elsewhere a coefficient may be anything, even not a number: a demonstration has no behavior
-            # probability.
+            # On tokens that are not selected a coefficient may be anything, even not a number.
             coefficient = torch.where(selected, term.coefficient(context), 0.0)
+            if term.clips:
+                _count_clipped(meter, coefficient, selected, batch)
+            if term.correction is not None:
+                weight = term.correction(context)
+                _count(meter, "correction/dropped", (weight == 0) & selected, _sampled(batch))
+                coefficient = coefficient * torch.where(selected, weight, 0.0)
             values = -(coefficient * logprobs)
-            _count_clipped(sums, coefficient, selected & fresh(batch), batch)
         else:
             assert term.value is not None
             values = term.value(logprobs, entropy)
@@ -177,116 +188,71 @@ def microbatch_loss(
             total=total,
             max_length=plan.max_length,
         )
-        weight = term_weight(term, plan, totals)
-        loss = loss + weight * part
-        _add(sums, f"loss/{term.name}", weight * float(part.detach()))
-    _measure(sums, context)
+        weight_now = term_weight(term, plan, totals)
+        loss = loss + weight_now * part
+        meter.add(f"loss/{term.name}", weight_now * float(part.detach()))
+    _measure(meter, context)
     return loss
 
 
-def _count_clipped(sums: dict[str, float], coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
-    """Sampled tokens that have an advantage and yet no gradient: clipped, whatever the method's range is."""
-    clipped = selected & (coefficient == 0)
-    _add(sums, "clip_low", float((clipped & (batch.advantage < 0)).sum()))
-    _add(sums, "clip_high", float((clipped & (batch.advantage > 0)).sum()))
+def _sampled(batch: TokenBatch) -> Tensor:
+    return batch.origin == int(Origin.POLICY)
 
 
-def _measure(sums: dict[str, float], context: Context) -> None:
-    """Sums over tokens of what is watched every step; divided by counts in ``_report``. Tokens of the expert
-    apart."""
-    batch = context.batch
-    for name, mask in (("", ~batch.is_expert), ("expert/", batch.is_expert)):
-        _add(sums, f"{name}tokens", float(mask.sum()))
-        _add(sums, f"{name}entropy", float(context.entropy[mask].sum()))
-        _add(sums, f"{name}nll", -float(context.policy_logprobs[mask].sum()))
-    sampled = fresh(batch)
-    if bool(sampled.any()):
+def _count(meter: Meter, key: str, which: Tensor, among: Tensor) -> None:
+    """A share of tokens."""
+    meter.add(key, float((which & among).sum()), float(among.sum()))
+
+
+def _count_clipped(meter: Meter, coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
+    """Sampled tokens of a clipped surrogate that have an advantage and yet no gradient."""
+    clipped, sampled = selected & (coefficient == 0), _sampled(batch)
+    _count(meter, "clip_ratio/low", clipped & (batch.advantage < 0), sampled)
+    _count(meter, "clip_ratio/high", clipped & (batch.advantage > 0), sampled)
+
+
+def _measure(meter: Meter, context: Context) -> None:
+    """What is watched in every step. The expert's tokens are measured apart."""
+    batch, expert = context.batch, context.batch.origin == int(Origin.EXPERT)
+    for prefix, mask in (("", ~expert), ("expert/", expert)):
+        count = float(mask.sum())
+        meter.add(f"{prefix}entropy", float(context.entropy[mask].sum()), count)
+        meter.add(f"{prefix}nll", -float(context.policy_logprobs[mask].sum()), count)
+    meter.add("expert/share", float(expert.sum()), float(batch.num_targets))
+    sampled = _sampled(batch)
+    count = float(sampled.sum())
+    if count:
         log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
-        _add(sums, "sampled", float(sampled.sum()))
-        _add(sums, "approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()))
-        # The policy that sampled is the proximal one: how far do engine and trainer disagree about the same
-        # tokens?
-        gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
-        _add(sums, "gap", float(gap.abs().sum()))
-        _add(sums, "gap_kl", float((gap.exp() - 1 - gap).sum()))
-        sums["max_gap"] = max(sums.get("max_gap", 0.0), float(gap.abs().max()))
+        meter.add("approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()), count)
+        if batch.behavior_logprobs is not None:
+            # The policy that sampled is the proximal one: how far do engine and trainer disagree on the same tokens?
+            gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
+            meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
+            meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
+            meter.add("sampling/kl", float((gap.exp() - 1 - gap).sum()), count)
 
 
-def _add(sums: dict[str, float], key: str, value: float) -> None:
-    sums[key] = sums.get(key, 0.0) + value
-
-
-def _report(plan: StepPlan, totals: BatchTotals, sums: dict[str, float], norm: float) -> StepReport:
-    keys = ["sampled", "clip_low", "clip_high", "approx_kl", "gap", "gap_kl"]
-    keys += [f"{who}{what}" for who in ("", "expert/") for what in ("tokens", "entropy", "nll")]
-    keys += [f"loss/{t.name}" for t in plan.terms]
-    total = dict(zip(keys, plan.ranks.sum([sums.get(k, 0.0) for k in keys]), strict=True))
-    loss = math.fsum(total[f"loss/{term.name}"] for term in plan.terms)
-    # Where nothing was sampled the expert's tokens are all there is, and need no name of their own.
-    who = "" if total["tokens"] else "expert/"
-    metrics = {what: total[f"{who}{what}"] / max(1.0, total[f"{who}tokens"]) for what in ("entropy", "nll")}
-    if total["tokens"] and total["expert/tokens"]:
-        num = total["expert/tokens"]
-        metrics |= {"expert/nll": total["expert/nll"] / num, "expert/entropy": total["expert/entropy"] / num}
-        metrics["expert/share"] = num / (num + total["tokens"])
-    if len(plan.terms) > 1:
-        metrics |= {f"loss/{term.name}": total[f"loss/{term.name}"] for term in plan.terms}
-    if total["sampled"]:
-        metrics |= {
-            "clip_ratio/low": total["clip_low"] / total["sampled"],
-            "clip_ratio/high": total["clip_high"] / total["sampled"],
-            "approx_kl": total["approx_kl"] / total["sampled"],
-            "sampling/logprob_difference_mean": total["gap"] / total["sampled"],
-            "sampling/logprob_difference_max": plan.ranks.max([sums.get("max_gap", 0.0)])[0],
-            "sampling/kl": total["gap_kl"] / total["sampled"],
-        }
+def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> StepReport:
+    metrics = meter.reduce(plan.ranks)
+    parts = {f"loss/{term.name}": metrics.pop(f"loss/{term.name}", 0.0) for term in plan.terms}
+    share = metrics.pop("expert/share", 0.0)
+    expert = {key: metrics.pop(f"expert/{key}") for key in ("entropy", "nll") if f"expert/{key}" in metrics}
+    if share == 1:  # nothing was sampled: the expert's tokens are all there are
+        metrics |= expert
+    elif share > 0:
+        metrics |= {f"expert/{key}": value for key, value in expert.items()} | {"expert/share": share}
     return StepReport(
         step=plan.step,
-        loss=loss,
+        loss=math.fsum(parts.values()),
         grad_norm=norm,
         learning_rate=plan.learning_rate,
         num_tokens=totals.num_tokens,
-        metrics=metrics,
-        timings={},
+        metrics=metrics | (parts if len(plan.terms) > 1 else {}),
     )
 
 
-@torch.no_grad()
-def fill_proximal(policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan) -> list[TokenBatch]:
-    """The proximal pass: the same batches with the log-probabilities and entropies of the policy as it is
-    now."""
-    return [
-        replace(batch, proximal_logprobs=logprobs, proximal_entropy=entropy)
-        for batch, logprobs, entropy in _passed(policy, batches, plan, "proximal")
-    ]
-
-
-@torch.no_grad()
-def fill_reference(reference: Policy, batches: Sequence[TokenBatch], plan: StepPlan) -> list[TokenBatch]:
-    """The same batches with the log-probabilities of the frozen reference policy."""
-    return [
-        replace(batch, reference_logprobs=logprobs)
-        for batch, logprobs, _ in _passed(reference, batches, plan, "reference")
-    ]
-
-
-def _passed(
-    policy: Policy, batches: Sequence[TokenBatch], plan: StepPlan, whose: str
-) -> list[tuple[TokenBatch, Tensor, Tensor]]:
-    found = []
-    for index, batch in enumerate(_levelled(batches, plan.ranks, policy)):
-        plan.check_stop()
-        logprobs, entropy = policy(batch, plan.temperature)
-        _require_finite({f"{whose} log-probabilities": logprobs}, batch, plan, f"micro-batch {index}")
-        if index < len(batches):
-            found.append((batch, logprobs.detach(), entropy.detach()))
-    reshard(policy)
-    return found
-
-
-def _levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every
-    rank."""
+def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
+    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every rank."""
     most = int(ranks.max([float(len(batches))])[0])
     if len(batches) == most:
         return list(batches)
@@ -295,26 +261,8 @@ def _levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> li
     return [*batches, *[dummy_batch(wide, parameter.device)] * (most - len(batches))]
 
 
-def _require_finite(tensors: Mapping[str, Tensor], batch: TokenBatch, plan: StepPlan, where: str) -> None:
+def require_finite(tensors: Mapping[str, Tensor], batch: TokenBatch, where: str) -> None:
+    """Raises NonFiniteError that names the first tensor with a NaN or an infinity."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            path = _rescue([batch], plan)
-            raise NonFiniteError(f"step {plan.step}, {where}: {name} is not finite{path}")
-
-
-def _rescue(batches: Sequence[TokenBatch], plan: StepPlan) -> str:
-    """Save the batch for whoever has to find out; the message's tail says where."""
-    if plan.rescue_folder is None:
-        return ""
-    from safetensors.torch import save_file
-
-    plan.rescue_folder.mkdir(parents=True, exist_ok=True)
-    path = plan.rescue_folder / f"nonfinite-step-{plan.step:08d}-rank-{plan.ranks.rank}.safetensors"
-    tensors = {
-        f"{i}.{name}": value.contiguous()
-        for i, batch in enumerate(batches)
-        for name, value in vars(batch).items()
-        if isinstance(value, Tensor)
-    }
-    save_file(tensors, path)
-    return f"; the batch is saved in {path}"
+            raise NonFiniteError(f"{where}: {name} is not finite", [batch])

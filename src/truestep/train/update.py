@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from truestep import faults
 from truestep.errors import UserError
+from truestep.faults import FAULTS, WeightsOf
 from truestep.flops import Ledger
-from truestep.model.attention import count_pairs
 from truestep.objective.methods import Method
 from truestep.objective.schedule import Schedule
-from truestep.records import StepReport, TokenBatch, TrainSequence
-from truestep.reference.faults import WeightsOf
-from truestep.settings import StageSettings
-from truestep.train.assemble import pack
-from truestep.train.faults import fault_of
+from truestep.records import RecordError, StepReport, TokenBatch, TrainSequence
+from truestep.settings import FaultSettings
+from truestep.train.metrics import combine
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
+from truestep.train.scoring import Scorer, scored_work, trained_work
 from truestep.train.source import StepData
 from truestep.train.statistics import measure
-from truestep.train.step import StepPlan, fill_proximal, fill_reference, train_step
+from truestep.train.step import StepPlan, train_step
+
+NO_FAULTS = FaultSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,114 +49,141 @@ class Optimizers:
 class Updates:
     """What a step's updates reported, the statistics they used, and the work they took."""
 
-    reports: list[StepReport]
-    buffered: StepReport | None = None  # of the buffer's own update
-    statistics: Mapping[str, float] = field(default_factory=dict)
-    ledger: Ledger = field(default_factory=Ledger)
+    metrics: Mapping[str, float]
+    grad_norm: float  # of the step's last update
+    statistics: Mapping[str, float]
+    ledger: Ledger
 
 
 @dataclass(frozen=True, kw_only=True)
 class Updater:
-    """Everything that turns a step's sequences into updates. ``plan`` holds what does not change between
-    steps."""
+    """Everything that turns a step's sequences into updates. ``max_length`` is L of the max_length normaliser."""
 
     policy: Policy
-    reference: Policy | None
+    scorer: Scorer
     method: Method
-    settings: StageSettings
     optimizers: Optimizers
-    learning_rate: Schedule
+    learning_rate: Schedule  # of the optimizer update, 0-based
     updates_per_step: int
-    plan: StepPlan
+    faults: FaultSettings = NO_FAULTS
+    max_length: int = 1
+    sharded: bool = False
 
     def update(self, data: StepData, step: int) -> Updates:
-        """The updates of one step. Statistics and proximal values of all of them are made before the first;
-        the buffer's own update comes last."""
-        plan = replace(self.plan, step=step, controls=data.controls)
-        fault = fault_of(self.settings.faults)
-        packed = [self._pack(part, fault is not None) for part in data.minibatches]
-        ledger = sum((_trained(batches) for batches in packed), Ledger())
-        if self.reference is not None:
-            packed = [fill_reference(self.reference, batches, plan) for batches in packed]
-            ledger = sum((_scored(batches) for batches in packed), ledger)
-        # The first update needs no pass of its own: there the policy still is the proximal policy.
+        """The updates of one step. Statistics and proximal values of all of them are made before the first; the
+        buffer's separate update comes last."""
+        scorer, fault = self.scorer, fault_of(self.faults)
+        packed = [self._pack(part, fault) for part in data.minibatches]
+        ledger = sum((trained_work(batches) for batches in packed), Ledger())
+        if scorer.reference is not None:
+            packed = [scorer.with_reference(batches, step) for batches in packed]
+            ledger = sum((scored_work(batches) for batches in packed), ledger)
+        # The first update needs no proximal pass: there the policy is the proximal policy.
         for index in range(0 if self.method.scores_first else 1, len(packed)):
-            packed[index] = fill_proximal(self.policy, packed[index], plan)
-            ledger = ledger + _scored(packed[index])
-        statistics = measure(
-            self.method.statistics, [b for batches in packed for b in batches], step, self.plan.ranks
-        )
-        plan = replace(plan, statistics=statistics)
+            packed[index] = scorer.with_proximal(packed[index], step)
+            ledger = ledger + scored_work(packed[index])
+        statistics = measure(self.method.statistics, [b for part in packed for b in part], step, scorer.ranks)
         reports = []
         for index, batches in enumerate(packed):
-            rate = self.learning_rate(step * self.updates_per_step + index)
-            weighted = replace(plan, learning_rate=rate, microbatch_weights=self._weights(fault, batches))
-            reports.append(train_step(self.policy, self.optimizers.main, batches, weighted))
-            plan = replace(
-                plan, check_stop=lambda: None
-            )  # a step that has begun to update is finished, not dropped
-        extra = None
+            self._require_columns(batches)
+            plan = self._plan(
+                step,
+                self.learning_rate(step * self.updates_per_step + index),
+                data.controls,
+                statistics,
+                self._weights(fault, batches),
+            )
+            # A step that has begun to update is finished: to drop it would leave it half done.
+            check_stop = scorer.check_stop if index == 0 else lambda: None
+            reports.append(train_step(self.policy, self.optimizers.main, batches, plan, check_stop))
+        metrics = combine([_row(report) for report in reports])
+        metrics |= {f"statistics/{name}": value for name, value in statistics.items()}
         if data.buffered is not None and self.optimizers.buffer is not None:
-            batches = self._pack(data.buffered, False)
+            batches = scorer.pack(data.buffered)
             rate = self.optimizers.buffer.settings.lr
-            extra = train_step(
-                self.policy, self.optimizers.buffer, batches, replace(plan, learning_rate=rate)
-            )
-            ledger = ledger + _trained(batches)
-        return Updates(reports=reports, buffered=extra, statistics=statistics, ledger=ledger)
+            plan = self._plan(step, rate, data.controls, statistics)
+            extra = train_step(self.policy, self.optimizers.buffer, batches, plan)
+            metrics |= {"buffer/loss": extra.loss, "buffer/grad_norm": extra.grad_norm}
+            ledger = ledger + trained_work(batches)
+        return Updates(metrics=metrics, grad_norm=reports[-1].grad_norm, statistics=statistics, ledger=ledger)
 
-    def entropy_of(self, sequences: Sequence[TrainSequence]) -> tuple[list[float], Ledger]:
-        """The mean entropy of each sequence's trained tokens under the policy as it is now. A collective."""
-        batches = fill_proximal(self.policy, self._pack(sequences, False), self.plan)
-        sums = [0.0] * len(sequences)
-        for batch in batches:
-            for index in batch.sequence_index.unique().tolist():
-                sums[index] = float(batch.proximal_entropy[batch.sequence_index == index].sum())
-        found = [total / max(1, s.num_trained) for total, s in zip(sums, sequences, strict=True)]
-        return found, sum((_scored([b]) for b in batches), Ledger())
+    def _plan(
+        self,
+        step: int,
+        learning_rate: float,
+        controls: Mapping[str, float],
+        statistics: Mapping[str, float],
+        weights: Sequence[float] | None = None,
+    ) -> StepPlan:
+        return StepPlan(
+            step=step,
+            terms=self.method.terms,
+            learning_rate=learning_rate,
+            temperature=self.scorer.temperature,
+            max_length=self.max_length,
+            ranks=self.scorer.ranks,
+            sharded=self.sharded,
+            microbatch_weights=weights,
+            statistics=statistics,
+            controls=controls,
+        )
 
-    def _pack(self, sequences: Sequence[TrainSequence], in_order: bool) -> list[TokenBatch]:
-        """Micro-batches by memory alone; with an injected fault, which depends on them, by number and in
-        order."""
-        parameter = next(self.policy.parameters())
-        limit = self.settings.tokens_per_microbatch
-        size = self.settings.faults.sequences_per_microbatch
-        parts = [sequences[i : i + size] for i in range(0, len(sequences), size)] if in_order else [sequences]
-        found: list[TokenBatch] = []
-        for number, part in enumerate(parts):
-            batches = pack(
-                part,
-                tokens_per_microbatch=sum(len(s.token_ids) for s in part) if in_order else limit,
-                share_prefix=self.policy.packs,
-                dtype=torch.promote_types(parameter.dtype, torch.float32),
-                device=parameter.device,
-            )
-            found += [replace(b, sequence_index=b.sequence_index + number * size) for b in batches]
+    def _pack(self, sequences: Sequence[TrainSequence], fault: WeightsOf | None) -> list[TokenBatch]:
+        """Micro-batches by memory only; with an injected fault, which depends on them, by number and in order."""
+        if fault is None:
+            return self.scorer.pack(sequences)
+        size = self.faults.sequences_per_microbatch
+        found = []
+        for start in range(0, len(sequences), size):
+            part = sequences[start : start + size]
+            limit = sum(len(s.token_ids) for s in part)
+            found += self.scorer.pack(part, first_sequence=start, limit=limit)
         return found
 
     def _weights(self, fault: WeightsOf | None, batches: Sequence[TokenBatch]) -> list[float] | None:
-        """This rank's part of the fault's weights, from the trained tokens of all micro-batches on all
-        ranks."""
+        """This rank's part of the fault's weights, from the trained tokens of all micro-batches on all ranks."""
         if fault is None:
             return None
-        counts = self.plan.ranks.gather([b.num_targets for b in batches])
+        ranks = self.scorer.ranks
+        counts = ranks.gather([b.num_targets for b in batches])
         try:
             weights = [float(w) for w in fault(counts)]
         except ValueError as error:
-            raise UserError(f"faults: {error}: write another faults.sequences_per_microbatch") from None
-        start = sum(len(rank) for rank in counts[: self.plan.ranks.rank])
+            raise UserError(f"faults: {error}; set another faults.sequences_per_microbatch") from None
+        start = sum(len(rank) for rank in counts[: ranks.rank])
         return weights[start : start + len(batches)]
 
+    def _require_columns(self, batches: Sequence[TokenBatch]) -> None:
+        """Raises RecordError, naming the row, if a term selects tokens without a column that it needs."""
+        for term in self.method.terms:
+            for name in term.needs:
+                if any(getattr(b, name) is None and bool(term.select(b).any()) for b in batches):
+                    raise RecordError(
+                        f"method {self.method.name}: the term {term.name} needs {name}, which the tokens that it "
+                        "selects do not have"
+                    )
 
-def _trained(batches: Sequence[TokenBatch]) -> Ledger:
-    return Ledger(
-        trained_pass_tokens=sum(b.num_tokens for b in batches),
-        trained_pairs=sum(count_pairs(b.segments) for b in batches),
-    )
+
+def _row(report: StepReport) -> dict[str, float]:
+    own = ("loss", "grad_norm", "learning_rate", "num_tokens")
+    return {key: float(getattr(report, key)) for key in own} | dict(report.metrics)
 
 
-def _scored(batches: Sequence[TokenBatch]) -> Ledger:
-    return Ledger(
-        scored_pass_tokens=sum(b.num_tokens for b in batches),
-        scored_pairs=sum(count_pairs(b.segments) for b in batches),
-    )
+OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "first_only": faults.first_only}
+
+
+def fault_of(settings: FaultSettings) -> WeightsOf | None:
+    """Settings of an injected fault → the weights of a step's micro-batches: the product of all that is asked for,
+    None if nothing is. Raises UserError for an unknown name."""
+    asked: list[WeightsOf] = []
+    if settings.offload_drop != "none":
+        asked.append(OFFLOAD[settings.offload_drop])
+    if settings.micro_mean:
+        asked.append(faults.micro_mean)
+    if settings.dp_token_mean:
+        asked.append(faults.dp_token_mean)
+    for name in settings.others:
+        if name not in FAULTS:
+            raise UserError(f"faults.others: {name!r} is not one of {', '.join(FAULTS)}")
+        asked.append(FAULTS[name][0])
+    return faults.combine(*asked) if asked else None

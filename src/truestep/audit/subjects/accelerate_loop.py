@@ -11,13 +11,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import kit
+import harness
 import torch
 from accelerate import Accelerator
 from hf_trainer import fresh_state
 
+SUBJECTS = [
+    {
+        "name": "accelerate",
+        "needs": ["accelerate", "torch"],
+        "processes": [1, 2],
+        "cases": ["ENGINE", "RELATED"],
+    }
+]
 
-def prepared(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any, Any, Any]:
+
+def prepared(spec: harness.Spec, model: torch.nn.Module) -> tuple[Any, Any, Any, Any]:
     """Accelerator, model, optimizer and scheduler."""
     fresh_state()
     accelerator = Accelerator(gradient_accumulation_steps=spec.accumulation, cpu=True)
@@ -27,15 +36,15 @@ def prepared(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any, Any, Any
     )
 
 
-def train(spec: kit.Spec, parts: tuple[Any, Any, Any, Any], windows: list[list[list[int]]]) -> None:
+def train(spec: harness.Spec, parts: tuple[Any, Any, Any, Any], windows: list[list[list[int]]]) -> None:
     accelerator, wrapped, optimizer, scheduler = parts
     wrapped.train()
     for window in windows:
-        counts = [float(sum(sum(spec.rows[row]["trained"][1:]) for row in batch)) for batch in window]
+        counts = [spec.count([batch]) for batch in window]
         total = accelerator.reduce(torch.tensor(sum(counts)), "sum").item()
         for index, batch in enumerate(window):
             with accelerator.accumulate(wrapped):
-                loss = kit.summed_loss(spec, wrapped, batch)
+                loss = harness.summed_loss(spec, wrapped, batch)
                 if spec.options.get("naive"):
                     accelerator.backward(loss / max(1.0, counts[index]))
                 else:
@@ -47,9 +56,9 @@ def train(spec: kit.Spec, parts: tuple[Any, Any, Any, Any], windows: list[list[l
                 optimizer.zero_grad()
 
 
-def run(spec: kit.Spec) -> None:
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
+def run(spec: harness.Spec) -> None:
+    model = harness.tiny_model(spec)
+    recorder = harness.Recorder(spec, model)
     first, *later = spec.parts()
     parts = prepared(spec, model)
     train(spec, parts, first)
@@ -57,13 +66,13 @@ def run(spec: kit.Spec) -> None:
         place = str(spec.folder / "state")
         parts[0].save_state(place)
         parts[0].wait_for_everyone()
-        model = kit.tiny_model(spec)
+        model = harness.tiny_model(spec)
         recorder.resume(model)
         parts = prepared(spec, model)
         parts[0].load_state(place)
         train(spec, parts, windows)
-    recorder.finish(**kit.versions("accelerate"))
+    recorder.finish(**harness.versions("accelerate"))
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -11,25 +11,24 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import kit
+import harness
 import torch
 import torch_loop
 
+SUBJECTS = [{"name": "torch DDP", "needs": ["torch"], "processes": 2, "cases": ["CASES", "RELATED"]}]  # fmt: skip
 
-def window_tokens(spec: kit.Spec, window: list[list[int]]) -> float:
+
+def window_tokens(spec: harness.Spec, window: list[list[int]]) -> float:
     """Trained tokens of this window on all ranks."""
-    count = torch.tensor(float(sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)))
-    if not spec.options.get("local_mean"):
-        torch.distributed.all_reduce(count)
-        return float(count)
-    return float(count) * spec.world_size
+    mine = spec.count(window)
+    return mine * spec.world_size if spec.options.get("local_mean") else harness.everywhere(mine)
 
 
-def run(spec: kit.Spec) -> None:
-    kit.join_ranks(spec)
+def run(spec: harness.Spec) -> None:
+    harness.join_ranks(spec)
 
     def build(watch: torch_loop.Watch) -> Any:
-        model = kit.tiny_model(spec).to(spec.dtype)
+        model = harness.tiny_model(spec).to(spec.dtype)
         watch(model)
         return torch.nn.parallel.DistributedDataParallel(model)
 
@@ -38,10 +37,10 @@ def run(spec: kit.Spec) -> None:
         for index, batch in enumerate(window):
             last = index == len(window) - 1
             with contextlib.nullcontext() if last else wrapped.no_sync():
-                (kit.summed_loss(spec, wrapped, batch) * spec.world_size / total).backward()
+                (harness.summed_loss(spec, wrapped, batch) * spec.world_size / total).backward()
 
     torch_loop.train(spec, build, backward).finish()
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -9,20 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 import ddp
-import kit
+import harness
 import torch
 import torch_loop
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+SUBJECTS = [{"name": "torch FSDP2", "needs": ["torch"], "processes": 2, "cases": ["CASES", "RELATED"]}]  # fmt: skip
 
-def run(spec: kit.Spec) -> None:
-    kit.join_ranks(spec)
+
+def run(spec: harness.Spec) -> None:
+    harness.join_ranks(spec)
     mesh = init_device_mesh("cpu", (spec.world_size,))
 
     def build(watch: torch_loop.Watch) -> Any:
-        model = kit.tiny_model(spec).to(spec.dtype)
-        watch(model, lambda: kit.flat([whole(p) for _, p in sorted(model.named_parameters())]))
+        model = harness.tiny_model(spec).to(spec.dtype)
+        watch(model, lambda: harness.flat([whole(p) for _, p in sorted(model.named_parameters())]))
         for child in model.modules():
             if isinstance(child, torch.nn.Linear):
                 fully_shard(child, mesh=mesh)
@@ -33,7 +35,7 @@ def run(spec: kit.Spec) -> None:
         total = ddp.window_tokens(spec, window)
         for index, batch in enumerate(window):
             model.set_requires_gradient_sync(index == len(window) - 1)
-            (kit.summed_loss(spec, model, batch) * spec.world_size / total).backward()
+            (harness.summed_loss(spec, model, batch) * spec.world_size / total).backward()
 
     torch_loop.train(spec, build, backward).finish()
 
@@ -45,4 +47,4 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

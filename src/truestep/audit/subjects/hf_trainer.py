@@ -11,9 +11,26 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import kit
+import harness
 import torch
 import transformers
+
+SUBJECTS = [
+    {
+        "name": "transformers Trainer", "needs": ["transformers", "accelerate", "torch"],
+        "configurations": [
+            {"arch": "llama", "processes": [1, 2], "cases": ["CASES", "RELATED"]},
+            {"arch": "gpt2"},
+            {"arch": "llama", "optimizer": "adamw"},
+            {"arch": "llama", "average_tokens_across_devices": False, "processes": 2,
+             "documented": "average_tokens_across_devices = false"},
+        ],
+    },
+    {
+        "name": "transformers Trainer + DeepSpeed", "needs": ["transformers", "deepspeed", "accelerate", "torch"],
+        "configurations": [{"zero_stage": 2, "offload": True, "arch": "llama"}],
+    },
+]  # fmt: skip
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -32,7 +49,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 class Rows(torch.utils.data.Dataset):
     """The case's rows as the Trainer wants them; no other library is needed."""
 
-    def __init__(self, spec: kit.Spec) -> None:
+    def __init__(self, spec: harness.Spec) -> None:
         self.spec = spec
 
     def __len__(self) -> int:
@@ -43,8 +60,9 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": self.spec.labels(index)}
 
 
-def arguments(spec: kit.Spec, known: Any) -> dict[str, Any]:
+def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
     """What any trainer of this family is told; only what this release knows."""
+    stage = spec.options.get("zero_stage")
     wanted: dict[str, Any] = {
         "output_dir": str(spec.folder / "out"),
         "per_device_train_batch_size": spec.rows_per_microbatch,
@@ -67,7 +85,7 @@ def arguments(spec: kit.Spec, known: Any) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "average_tokens_across_devices": spec.options.get("average_tokens_across_devices"),
         "ddp_backend": "gloo" if spec.world_size > 1 else None,
-        "deepspeed": deepspeed_configuration(spec),
+        "deepspeed": None if stage is None else harness.deepspeed_settings(spec, stage, "auto", "auto"),
     }
     accepted = inspect.signature(known.__init__).parameters
     unknown = [k for k in spec.options if k in wanted and k not in accepted]
@@ -76,37 +94,10 @@ def arguments(spec: kit.Spec, known: Any) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if k in accepted and v is not None}
 
 
-def deepspeed_configuration(spec: kit.Spec) -> dict[str, Any] | None:
-    stage = spec.options.get("zero_stage")
-    if stage is None:
-        return None
-    zero: dict[str, Any] = {"stage": stage}
-    if spec.options.get("offload"):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    return {
-        "zero_optimization": zero,
-        "bf16": {"enabled": spec.dtype is torch.bfloat16},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": spec.max_grad_norm,
-        "steps_per_print": 10**9,
-    }
-
-
-def without_shared_memory_build() -> None:
-    """DeepSpeed would compile its shared-memory collective for two minutes; gloo does the same work."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def read_log(recorder: kit.Recorder, history: list[dict[str, float]]) -> None:
+def read_log(recorder: harness.Recorder, history: list[dict[str, float]]) -> None:
     for entry in history:
         if "loss" in entry:
             recorder.logged["loss"].append(float(entry["loss"]))
-            recorder.logged["grad_norm"].append(float(entry.get("grad_norm", float("nan"))))
 
 
 def fresh_state() -> None:
@@ -129,19 +120,19 @@ def stop_at(step: int) -> transformers.TrainerCallback:
     return callback
 
 
-def optimizers(spec: kit.Spec, model: torch.nn.Module) -> dict[str, Any]:
+def optimizers(spec: harness.Spec, model: torch.nn.Module) -> dict[str, Any]:
     """SGD with momentum, which no argument of the Trainer gives; its scheduler stays the Trainer's own."""
     return {"optimizers": (spec.optimizer(model.parameters()), None)} if spec.case["resume_after"] else {}
 
 
-def train(spec: kit.Spec, build: Callable[[torch.nn.Module], Any]) -> kit.Recorder:
+def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harness.Recorder:
     """One ``train()`` of the trainer that ``build`` makes around a model, or two: up to a checkpoint and from
     it."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
-        without_shared_memory_build()
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
+        harness.deepspeed_without_compiler()
+    model = harness.tiny_model(spec)
+    recorder = harness.Recorder(spec, model)
     trainer, at = build(model), spec.case["resume_after"]
     if at:
         trainer.add_callback(stop_at(at))
@@ -149,7 +140,7 @@ def train(spec: kit.Spec, build: Callable[[torch.nn.Module], Any]) -> kit.Record
         if spec.world_size > 1:
             torch.distributed.barrier()
         fresh_state()
-        model = kit.tiny_model(spec)
+        model = harness.tiny_model(spec)
         recorder.resume(model)
         trainer = build(model)
         trainer.train(resume_from_checkpoint=str(spec.folder / "out" / f"checkpoint-{at}"))
@@ -159,7 +150,7 @@ def train(spec: kit.Spec, build: Callable[[torch.nn.Module], Any]) -> kit.Record
     return recorder
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     settings = arguments(spec, transformers.TrainingArguments)
 
     def build(model: torch.nn.Module) -> Any:
@@ -172,8 +163,8 @@ def run(spec: kit.Spec) -> None:
         )
 
     recorder = train(spec, build)
-    recorder.finish(transformers=transformers.__version__, **kit.versions("accelerate", "deepspeed"))
+    recorder.finish(transformers=transformers.__version__, **harness.versions("accelerate", "deepspeed"))
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -11,8 +11,16 @@ import sys
 import types
 from typing import Any
 
+import harness
 import hf_trainer
-import kit
+
+SUBJECTS = [{
+    "name": "LLaMA-Factory", "needs": ["llamafactory", "transformers", "accelerate", "torch"], "brings": ["trl"],
+    "configurations": [
+        {"arch": "llama", "processes": [1, 2], "cases": ["CASES", "RELATED"]},
+        {"arch": "gpt2"},
+    ],
+}]  # fmt: skip
 
 
 def without_sound() -> None:
@@ -21,7 +29,7 @@ def without_sound() -> None:
     sys.modules["torchaudio"] = module
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     without_sound()
     from llamafactory.hparams import FinetuningArguments, TrainingArguments
     from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
@@ -41,8 +49,8 @@ def run(spec: kit.Spec) -> None:
         )
 
     recorder = hf_trainer.train(spec, build)
-    recorder.finish(**kit.versions("llamafactory", "transformers", "accelerate", "deepspeed"))
+    recorder.finish(**harness.versions("llamafactory", "transformers", "accelerate", "deepspeed"))
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

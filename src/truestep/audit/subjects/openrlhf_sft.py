@@ -15,12 +15,21 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks the accelerator there
 
 import deepspeed
-import deepspeed.ops
-import kit
+import harness
 import torch
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+harness.deepspeed_without_compiler()
 NEVER = 10**9
+
+SUBJECTS = [{
+    "name": "OpenRLHF SFTTrainer", "needs": ["openrlhf", "transformers", "torch"], "brings": ["deepspeed"],
+    "cases": ["ENGINE", "clipped", "scheduled"],
+    "without": {"resumed": "its checkpoints are made by its command, which needs a GPU"},
+    "configurations": [
+        {"offload": False, "arch": "llama", "processes": [1, 2]},
+        {"offload": True, "arch": "llama"},
+    ],
+}]  # fmt: skip
 
 
 def without_flash_attention() -> None:
@@ -37,7 +46,7 @@ def without_flash_attention() -> None:
         sys.modules[name] = module
 
 
-def arguments(spec: kit.Spec) -> SimpleNamespace:
+def arguments(spec: harness.Spec) -> SimpleNamespace:
     """What the trainer and the strategy read: the newer nested names and the older flat ones."""
     batch_size = spec.rows_per_microbatch * spec.accumulation * spec.world_size
     return SimpleNamespace(
@@ -59,7 +68,7 @@ def arguments(spec: kit.Spec) -> SimpleNamespace:
     )
 
 
-def strategy_of(spec: kit.Spec) -> Any:
+def strategy_of(spec: harness.Spec) -> Any:
     """DeepspeedStrategy as ``setup_distributed`` leaves it, on a mesh of CPUs."""
     from openrlhf.utils.deepspeed import DeepspeedStrategy
 
@@ -78,7 +87,7 @@ def strategy_of(spec: kit.Spec) -> Any:
     return made
 
 
-def rows_of(spec: kit.Spec) -> list[dict[str, list[int]]]:
+def rows_of(spec: harness.Spec) -> list[dict[str, list[int]]]:
     """True at t where token t + 1 is trained: OpenRLHF's mask belongs to the token that predicts."""
     return [{"ids": r["ids"], "mask": [*r["trained"][1:], 0]} for r in spec.rows]
 
@@ -93,29 +102,20 @@ def collate(rows: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tenso
     return padded(ids), padded([[1] * len(v) for v in ids]), padded([r["mask"] for r in rows]).float()
 
 
-def engine_of(spec: kit.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
-    zero: dict[str, Any] = {"stage": spec.options.get("stage", 2)}
-    if spec.options.get("offload", False):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    plain = spec.optimizer(kit.parameters_of(model))
+def engine_of(spec: harness.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
+    plain = spec.optimizer(harness.parameters_of(model))
     engine, optimizer, *_ = deepspeed.initialize(
         model=model,
         optimizer=plain,
         lr_scheduler=spec.scheduler(plain),
-        config={
-            "train_micro_batch_size_per_gpu": spec.rows_per_microbatch,
-            "gradient_accumulation_steps": spec.accumulation,
-            "zero_optimization": zero,
-            "gradient_clipping": spec.max_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": NEVER,
-        },
+        config=harness.deepspeed_settings(
+            spec, spec.options.get("stage", 2), spec.rows_per_microbatch, spec.accumulation
+        ),
     )
     return engine, optimizer
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     without_flash_attention()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     if not torch.cuda.is_available():
@@ -124,8 +124,8 @@ def run(spec: kit.Spec) -> None:
     from openrlhf.trainer.sft_trainer import SFTTrainer
 
     strategy = strategy_of(spec)
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
+    model = harness.tiny_model(spec)
+    recorder = harness.Recorder(spec, model)
     engine, optimizer = engine_of(spec, model)
     actor = Actor(engine)
     actor.packing_samples = False
@@ -138,9 +138,9 @@ def run(spec: kit.Spec) -> None:
     # tracked.
     engine.step = torch.no_grad()(engine.step)
     trainer.fit(strategy.args)
-    recorder.finish(**kit.versions("openrlhf", "deepspeed", "transformers"))
+    recorder.finish(**harness.versions("openrlhf", "deepspeed", "transformers"))
     engine.destroy()
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -6,25 +6,31 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import kit
+import harness
 from torch import nn
 
-Watch = Callable[..., None]  # (model, snapshot=None): as kit.Recorder wants them, before the model is wrapped
+Watch = Callable[
+    ..., None
+]  # (model, snapshot=None): as harness.Recorder wants them, before the model is wrapped
 Window = list[list[int]]
+
+SUBJECTS = [{"name": "torch loop", "needs": ["torch"], "cases": ["CASES", "RELATED"]}]  # fmt: skip
 
 
 def train(
-    spec: kit.Spec, build: Callable[[Watch], nn.Module], backward: Callable[[nn.Module, Window], float | None]
-) -> kit.Recorder:
+    spec: harness.Spec,
+    build: Callable[[Watch], nn.Module],
+    backward: Callable[[nn.Module, Window], float | None],
+) -> harness.Recorder:
     """Every window through ``backward``, then a clip, a step and a tick of the schedule, with one resume or
     none."""
-    found: list[kit.Recorder] = []
+    found: list[harness.Recorder] = []
 
     def watch(model: nn.Module, snapshot: Any = None) -> None:
         if found:
             found[0].resume(model, snapshot)
         else:
-            found.append(kit.Recorder(spec, model, snapshot))
+            found.append(harness.Recorder(spec, model, snapshot))
 
     checkpoint: dict[str, Any] = {}  # of this rank, in memory: how torch writes a file is not the question
     parts = spec.parts()
@@ -50,17 +56,17 @@ def train(
     return found[0]
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     def build(watch: Watch) -> nn.Module:
-        model = kit.tiny_model(spec).to(spec.dtype)
+        model = harness.tiny_model(spec).to(spec.dtype)
         watch(model)
         return model
 
     def backward(model: nn.Module, window: Window) -> float:
-        total = sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)
+        total = spec.count(window)
         logged = 0.0
         for batch in window:
-            loss = kit.summed_loss(spec, model, batch) / total
+            loss = harness.summed_loss(spec, model, batch) / total
             loss.backward()
             logged += float(loss.detach())
         return logged
@@ -69,4 +75,4 @@ def run(spec: kit.Spec) -> None:
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

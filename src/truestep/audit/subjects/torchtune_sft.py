@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import kit
+import harness
 import torch
 import torchtune
 from omegaconf import DictConfig
@@ -21,6 +21,11 @@ from torch import nn
 from torchtune.models.llama3 import llama3
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import DummyProfiler
+
+SUBJECTS = [{
+    "name": "torchtune SFT recipe", "needs": ["torchtune", "torch"], "cases": ["CASES", "clipped", "scheduled"],
+    "without": {"resumed": "its checkpoints hold whole epochs and its own weight files"},
+}]  # fmt: skip
 
 
 class Rows(torch.utils.data.Dataset):
@@ -68,14 +73,14 @@ def recipe_class() -> Any:
     return module.FullFinetuneRecipeSingleDevice
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     torch.manual_seed(0)
     decoder = llama3(
         vocab_size=spec.vocabulary, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=256,
         intermediate_dim=64,
     )  # fmt: skip
     model = ByIds(decoder)
-    recorder = kit.Recorder(spec, model)
+    recorder = harness.Recorder(spec, model)
     loss = CEWithChunkedOutputLoss()  # as in torchtune's own configurations
     decoder.set_num_output_chunks(loss.num_output_chunks)
     recipe = recipe_class()
@@ -95,7 +100,9 @@ def run(spec: kit.Spec) -> None:
         _loss_fn=loss,
         _lr_scheduler=spec.scheduler(optimizer) if spec.decays else None,
         _profiler=DummyProfiler(),
-        _metric_logger=SimpleNamespace(log_dict=lambda told, step: read_log(recorder, told)),
+        _metric_logger=SimpleNamespace(
+            log_dict=lambda told, step: recorder.logged["loss"].append(float(told["loss"]))
+        ),
         profiler_profile_memory=False,
         activations_handling_ctx=contextlib.nullcontext(),
         ignore_labels_cache=torch.full((spec.rows_per_microbatch, 1), loss.ignore_index),
@@ -112,13 +119,8 @@ def run(spec: kit.Spec) -> None:
     )
     made._steps_per_epoch = len(made._dataloader) // spec.accumulation
     made.train()
-    recorder.finish(**kit.versions("torchtune", "torchao"))
-
-
-def read_log(recorder: kit.Recorder, told: dict[str, Any]) -> None:
-    recorder.logged["loss"].append(float(told["loss"]))
-    recorder.logged["grad_norm"].append(float(told.get("grad_norm", float("nan"))))
+    recorder.finish(**harness.versions("torchtune", "torchao"))
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

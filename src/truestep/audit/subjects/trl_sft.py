@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import harness
 import hf_trainer
-import kit
 import transformers
 import trl
 from datasets import Dataset
@@ -20,8 +20,26 @@ TEMPLATE = (
     "{% else %}{{ m['content'] }}{% endif %} {% endfor %}"
 )
 
+SUBJECTS = [
+    {
+        "name": "TRL SFTTrainer", "needs": ["trl", "transformers", "accelerate", "datasets", "torch"],
+        "configurations": [
+            {"arch": "llama", "processes": [1, 2], "cases": ["CASES", "RELATED"]},
+            {"arch": "llama", "packing": True, "cases": ["ragged", "unsplit"]},
+            {"arch": "llama", "assistant_only": True, "cases": ["chat"]},
+        ],
+    },
+    {
+        "name": "TRL SFTTrainer + DeepSpeed",
+        "needs": ["trl", "deepspeed", "transformers", "accelerate", "datasets", "torch"],
+        "configurations": [
+            {"zero_stage": 2, "offload": True, "assistant_only": True, "arch": "llama", "cases": ["chat"]},
+        ],
+    },
+]  # fmt: skip
 
-def tokenizer(spec: kit.Spec) -> Any:
+
+def tokenizer(spec: harness.Spec) -> Any:
     """One word per token, so that text and token ids are the same thing."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -49,7 +67,7 @@ def messages(ids: list[int], trained: list[int]) -> list[dict[str, str]]:
     return [{"role": "assistant" if on else "user", "content": words(part)} for on, part in turns]
 
 
-def dataset(spec: kit.Spec) -> Any:
+def dataset(spec: harness.Spec) -> Any:
     if spec.options.get("assistant_only"):
         return Dataset.from_list([{"messages": messages(r["ids"], r["trained"])} for r in spec.rows])
     rows = [
@@ -59,7 +77,7 @@ def dataset(spec: kit.Spec) -> Any:
     return Dataset.from_list(rows)
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     wanted = {
         "packing": bool(spec.options.get("packing")),
         "assistant_only_loss": bool(spec.options.get("assistant_only")),
@@ -83,9 +101,11 @@ def run(spec: kit.Spec) -> None:
 
     recorder = hf_trainer.train(spec, build)
     recorder.finish(
-        trl=trl.__version__, transformers=transformers.__version__, **kit.versions("accelerate", "deepspeed")
+        trl=trl.__version__,
+        transformers=transformers.__version__,
+        **harness.versions("accelerate", "deepspeed"),
     )
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -5,7 +5,7 @@ Options: arch; ``parallel`` fsdp2 shards over the ranks.
 
 from __future__ import annotations
 
-import kit
+import harness
 import torch
 from fsdp2 import whole
 
@@ -14,33 +14,41 @@ from truestep.model import attention
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, model_shape
 from truestep.objective.methods import build
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.train.assemble import dummy_batch, last_needed, pack
 from truestep.train.optim import MasterOptimizer
+from truestep.train.packing import dummy_batch, last_needed, pack
 from truestep.train.parallel import Ranks, shard
 from truestep.train.policy import Policy
 from truestep.train.step import StepPlan, train_step
 
+SUBJECTS = [{
+    "name": "truestep", "needs": ["truestep", "transformers", "torch"], "cases": ["ENGINE", "clipped"],
+    "without": {"scheduled": "its step is told its learning rate", "resumed": "held by its own tests of the run"},
+    "configurations": [
+        {"arch": "llama", "processes": [1, 2]},
+        {"arch": "llama", "parallel": "fsdp2", "processes": 2},
+    ],
+}]  # fmt: skip
 
-def sequences(spec: kit.Spec, rows: list[int]) -> list[TrainSequence]:
+
+def sequences(spec: harness.Spec, rows: list[int]) -> list[TrainSequence]:
     """The rows that train anything; the others have no part in a step."""
     made = []
     for row in rows:
         trained = tuple(bool(t) and i > 0 for i, t in enumerate(spec.rows[row]["trained"]))
         if any(trained):
             ids = tuple(spec.rows[row]["ids"])
-            made.append(
-                TrainSequence(token_ids=ids, trained=trained, num_prefix_tokens=0, group=row, kind=Kind.DEMO)
-            )
+            origin = tuple(Origin.EXPERT if t else Origin.CONTEXT for t in trained)
+            made.append(TrainSequence(token_ids=ids, origin=origin, num_prefix_tokens=0, group=row))
     return made
 
 
-def run(spec: kit.Spec) -> None:
-    kit.join_ranks(spec)
+def run(spec: harness.Spec) -> None:
+    harness.join_ranks(spec)
     attention.register()
     ranks = Ranks(rank=spec.rank, world_size=spec.world_size)
-    model = kit.tiny_model(spec).to(spec.dtype)
+    model = harness.tiny_model(spec).to(spec.dtype)
     loaded = LoadedModel(model=model, tokenizer=None, shape=model_shape(model), context_length=256)
     sharded = spec.options.get("parallel") == "fsdp2"
     # Tokens after the last trained one predict nothing that is trained: they are not forwarded.
@@ -51,14 +59,14 @@ def run(spec: kit.Spec) -> None:
         for index, row in enumerate(spec.rows)
     ]
     policy = Policy(loaded)
-    own = kit.parameters_of(model)
-    recorder = kit.Recorder(spec, model, lambda: kit.flat([whole(p) for p in own]))
+    own = harness.parameters_of(model)
+    recorder = harness.Recorder(spec, model, lambda: harness.flat([whole(p) for p in own]))
     recorder.watch(
         model.base_model, needles, ignored=bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist())
     )
     if sharded:
         shard(policy, decoder_layers(model), spec.dtype)
-        own = kit.parameters_of(model)
+        own = harness.parameters_of(model)
     settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=spec.max_grad_norm)
     optimizer = MasterOptimizer(policy, settings)
     policy.train()
@@ -75,12 +83,9 @@ def run(spec: kit.Spec) -> None:
             ranks=ranks,
             sharded=sharded,
         )
-        report = train_step(policy, optimizer, batches, plan)
-        recorder.logged["loss"].append(report.loss)
-        recorder.logged["grad_norm"].append(report.grad_norm)
-    recorder.notes += policy.notes
-    recorder.finish(truestep=__version__, **kit.versions("transformers"))
+        recorder.logged["loss"].append(train_step(policy, optimizer, batches, plan).loss)
+    recorder.finish(truestep=__version__, **harness.versions("transformers"))
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

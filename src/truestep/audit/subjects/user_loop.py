@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kit
+import harness
 import torch
 
 
-def microbatch(spec: kit.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
+def microbatch(spec: harness.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
     """Rows padded on the right to one batch."""
     longest = max(len(spec.rows[row]["ids"]) for row in rows)
 
@@ -35,10 +35,10 @@ def microbatch(spec: kit.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
     }
 
 
-def run_with(step: Callable[..., Any], spec: kit.Spec) -> None:
+def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
     """All windows of a case through the user's function."""
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
+    model = harness.tiny_model(spec)
+    recorder = harness.Recorder(spec, model)
     # A row's last token predicts nothing: a loop may leave it out.
     recorder.needles = [ids[:-1] for ids in recorder.needles]
     optimizer = spec.optimizer(model.parameters())
@@ -74,9 +74,9 @@ def load(file: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def run(spec: kit.Spec) -> None:
+def run(spec: harness.Spec) -> None:
     run_with(load(spec.options["file"], spec.options["function"]), spec)
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import inspect
 
-import kit
+import harness
 import torch
 from verl.trainer.ppo.core_algos import agg_loss
 
+SUBJECTS = [{
+    "name": "verl agg_loss (function level)", "needs": ["verl", "torch"], "processes": [1, 2], "cases": ["ENGINE"],
+    "without": {"clipped, scheduled, resumed": "only the loss is the framework's, not the clip, schedule and checkpoint"},
+}]  # fmt: skip
 
-def run(spec: kit.Spec) -> None:
-    kit.join_ranks(spec)
-    model = kit.tiny_model(spec)
-    recorder = kit.Recorder(spec, model)
-    recorder.notes.append("function level: the loss is verl's own, the loop around it is not")
+
+def run(spec: harness.Spec) -> None:
+    harness.join_ranks(spec)
+    model = harness.tiny_model(spec)
+    recorder = harness.Recorder(spec, model)
     optimizer = spec.optimizer(model.parameters())
     counted = "batch_num_tokens" in inspect.signature(agg_loss).parameters
     model.train()
     for window in spec.windows():
-        mine = sum(sum(spec.rows[row]["trained"][1:]) for rows in window for row in rows)
-        total = torch.tensor(float(mine))
-        torch.distributed.all_reduce(total)
+        total = harness.everywhere(spec.count(window))
         logged = 0.0
         for rows in window:
-            loss_mat, mask = kit.token_losses(spec, model, rows)
+            loss_mat, mask = harness.token_losses(spec, model, rows)
             if counted:
-                extra = {"dp_size": spec.world_size, "batch_num_tokens": float(total)}
+                extra = {"dp_size": spec.world_size, "batch_num_tokens": total}
                 loss = agg_loss(loss_mat, mask, "token-mean", **extra)
             else:
                 loss = agg_loss(loss_mat, mask, "token-mean") / len(window)
@@ -42,11 +44,9 @@ def run(spec: kit.Spec) -> None:
                 parameter.grad /= spec.world_size
         optimizer.step()
         optimizer.zero_grad()
-        everywhere = torch.tensor(logged, dtype=torch.float64)
-        torch.distributed.all_reduce(everywhere)
-        recorder.logged["loss"].append(float(everywhere))
-    recorder.finish(**kit.versions("verl"))
+        recorder.logged["loss"].append(harness.everywhere(logged))
+    recorder.finish(**harness.versions("verl"))
 
 
 if __name__ == "__main__":
-    kit.main(run)
+    harness.main(run)

@@ -1,6 +1,7 @@
-"""The table of methods: a method is a row (plan + gate + advantage + terms), never a branch in a trainer.
+"""The table of methods: a method is a row (plan + gate + advantage + terms + parts), never a branch in a trainer.
 
-``build("paper", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name.
+``build("grpo", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name. A row
+is a function with keyword-only options that returns a Method; ``build`` takes one from user code too.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 from truestep.objective.methods import guided, mixed, rl, sft
 from truestep.objective.methods.row import Extras, Method, Term, complete
 
-__all__ = ["METHODS", "Method", "Term", "build", "shaped_reward"]
+__all__ = ["METHODS", "Method", "Row", "Term", "build"]
 
-METHODS: dict[str, Callable[..., Method]] = {
+Row = Callable[..., Method]
+METHODS: dict[str, Row] = {
     row.__name__: row
     for row in (
         sft.sft, sft.dft, sft.psft, sft.iw_sft, sft.trsft, sft.power_sft, sft.entropy_sft,
@@ -26,25 +28,26 @@ METHODS: dict[str, Callable[..., Method]] = {
         guided.chord_mu, guided.chord_phi, guided.uft, guided.super_rl, guided.sasr, guided.bread, guided.ghpo,
     )
 }  # fmt: skip
-EXTRAS = {
-    f.name: {"float | None": float, "str | None": str, "float": float, "str": str}[str(f.type)]
-    for f in fields(Extras)
-}
+EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
-def build(name: str, options: Mapping[str, Any]) -> Method:
-    """The row of that name with its options. Raises ValueError naming the known methods or options."""
-    if name not in METHODS:
-        raise ValueError(f"method = {name!r} is not one of {', '.join(METHODS)}")
-    own = {key: type(p.default) for key, p in inspect.signature(METHODS[name]).parameters.items()}
-    plain = METHODS[name]()
-    known = own if plain.plan is None else {**own, **EXTRAS}
+def build(method: str | Row, options: Mapping[str, Any]) -> Method:
+    """A row with its options: of the table by name, or a user's own. Raises ValueError naming the known methods
+    or options."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}")
+        name, row = method, METHODS[method]
+    else:
+        name, row = method.__name__, method
+    own = {key: type(p.default) for key, p in inspect.signature(row).parameters.items()}
+    known = own if row().plan is None else {**own, **EXTRAS}
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ValueError(f"method_options.{unknown[0]}: {name} has {', '.join(known) or 'no options'}")
     typed = {key: _typed(key, value, known[key]) for key, value in options.items()}
-    row = METHODS[name](**{key: value for key, value in typed.items() if key in own})
-    return complete(row, Extras(**{key: value for key, value in typed.items() if key not in own}))
+    made = row(**{key: value for key, value in typed.items() if key in own})
+    return complete(made, {key: value for key, value in typed.items() if key not in own})
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:
@@ -54,13 +57,3 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"method_options.{key}: expected {kind.__name__}, got {value!r}")
     return value
-
-
-def shaped_reward(method: Method, reward: float, num_tokens: int, max_new_tokens: int) -> float:
-    """The reward after DAPO's overlong penalty: linear from 0 to −½ over the last fraction of the limit.
-
-    DAPO subtracts up to 1 from rewards of ±1; with rewards of 0 and 1 the same shape has half the size.
-    """
-    buffer = method.overlong_fraction * max_new_tokens
-    over = num_tokens - (max_new_tokens - buffer)
-    return reward if buffer == 0 or over <= 0 else reward - 0.5 * min(1.0, over / buffer)

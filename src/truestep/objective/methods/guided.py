@@ -14,8 +14,8 @@ from truestep.objective.advantage import group_mean_std, own_mean_std
 from truestep.objective.coefficients import Coefficient
 from truestep.objective.gate import imitate_where_unsolved
 from truestep.objective.methods.mixed import imitation_term
-from truestep.objective.methods.rl import policy_term
-from truestep.objective.methods.row import DEMO, EXPERT, OWN, Method, Statistic, Term
+from truestep.objective.methods.rl import clipped_term
+from truestep.objective.methods.row import EXPERT, POLICY, Extras, Method, Statistic, Stream
 from truestep.objective.normalise import Normaliser
 from truestep.objective.schedule import Schedule
 
@@ -26,15 +26,11 @@ def _chord(name: str, imitated: Coefficient, mu: Schedule, stream_share: float, 
     return Method(
         name=name,
         terms=(
-            replace(
-                policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS),
-                weight=lambda step: 1 - mu(step),
-            ),
+            replace(clipped_term(clip, clip, Normaliser.TOKENS), weight=lambda step: 1 - mu(step)),
             replace(imitation_term(imitated), weight=mu),
         ),
         advantage=group_mean_std,
-        stream_share=stream_share,
-        needs_demonstrations=True,
+        parts=(Stream(share=stream_share),),
         source="arXiv:2508.11408",
     )
 
@@ -77,15 +73,13 @@ def uft(
     shown = plan.shared_prefix(
         schedule.cosine(prefix_start, prefix_end, prefix_steps), num_segments, prefix_steps
     )
-    imitation = replace(imitation_term(weight=imitation_weight), select=EXPERT)
+    imitation = imitation_term(weight=imitation_weight)
     return Method(
         name="uft",
-        terms=(policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS), imitation),
+        terms=(clipped_term(clip, clip, Normaliser.TOKENS), imitation),
         plan=shown,
         advantage=group_mean_std,
-        needs_demonstrations=True,
-        kl="k3",
-        kl_coef=1e-3,
+        extras=Extras(kl="k3", kl_coef=1e-3),
         source="arXiv:2505.16984",
     )
 
@@ -96,27 +90,26 @@ def super_rl(
     """Where no sample is right the demonstration is imitated, elsewhere GRPO. With ``learned_weights`` the
     two losses are weighted by e^(−2σ), σ from 0 and 1, not below −2 [S]; the rate of σ is [U]. The losses
     that σ learns from are those of the step's proximal policy, where the ratio is 1."""
-    policy = policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS)
+    policy = clipped_term(clip, clip, Normaliser.TOKENS)
     row = Method(
         name="super_rl",
         terms=(policy, imitation_term()),
         plan=plan.beside_demonstration,
         gate=imitate_where_unsolved(0),
         advantage=own_mean_std,
-        needs_demonstrations=True,
         source="arXiv:2506.01096",
     )
     if not learned_weights:
         return row
     losses = (
-        Statistic(name="policy_loss", select=OWN, values=lambda c: -c.advantage, reduce="mean"),
-        Statistic(name="imitation_loss", select=DEMO, values=lambda c: -c.policy_logprobs, reduce="mean"),
+        Statistic(name="policy_loss", select=POLICY, values=lambda c: -c.advantage, reduce="mean"),
+        Statistic(name="imitation_loss", select=EXPERT, values=lambda c: -c.policy_logprobs, reduce="mean"),
     )
     learning = controller.learned_weights(
         policy="policy_loss", imitation="imitation_loss", rate=sigma_rate, least=sigma_least
     )
     terms = (replace(policy, control="policy"), replace(imitation_term(), control="imitation"))
-    return replace(row, terms=terms, statistics=losses, controller=learning)
+    return replace(row, terms=terms, statistics=losses, parts=(learning,))
 
 
 def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Method:
@@ -125,11 +118,10 @@ def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Me
     ``kl``: give the warm-up a stage of its own then."""
     return Method(
         name="sasr",
-        terms=(policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS), imitation_term()),
+        terms=(clipped_term(clip, clip, Normaliser.TOKENS), imitation_term()),
         plan=plan.one_or_the_other("imitate"),
         advantage=own_mean_std,
-        controller=controller.phases(gamma=gamma, warmup_steps=warmup_steps),
-        needs_demonstrations=True,
+        parts=(controller.phases(gamma=gamma, warmup_steps=warmup_steps),),
         source="arXiv:2505.13026",
     )
 
@@ -140,18 +132,12 @@ def bread(
     """GRPO; where no sample is right, all samples branch from the shortest expert prefix after which some but
     not all are right, found by binary search over 10 parts [S]; the prefix is context. The band's limits are
     [U]. The KL term is left to ``kl``."""
-    term = Term(
-        name="policy",
-        select=OWN,
-        coefficient=coefficients.clipped_ratio(clip, clip),
-        normaliser=Normaliser.SEQUENCES,
-    )
+    term = clipped_term(clip, clip, Normaliser.SEQUENCES)
     return Method(
         name="bread",
         terms=(term,),
         plan=plan.anchored(num_episodes, share_low, share_high),
         advantage=group_mean_std,
-        needs_demonstrations=True,
         source="arXiv:2506.17211",
     )
 
@@ -163,10 +149,8 @@ def ghpo(*, clip: float = 0.2) -> Method:
     fractions = (0.25, 0.5, 0.75)
     return Method(
         name="ghpo",
-        terms=(policy_term(coefficients.clipped_ratio(clip, clip), Normaliser.TOKENS),),
+        terms=(clipped_term(clip, clip, Normaliser.TOKENS),),
         plan=plan.hinted(fractions),
-        shown_fraction=max(fractions),
         advantage=group_mean_std,
-        needs_demonstrations=True,
         source="arXiv:2507.10628",
     )

@@ -13,8 +13,9 @@ paper, [S] in a secondary source, [U] not verified.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from truestep.objective import coefficients, plan, schedule
 from truestep.objective.advantage import group_mean_std, own_mean
@@ -22,11 +23,11 @@ from truestep.objective.coefficients import Coefficient
 from truestep.objective.gate import imitate_where_unsolved, push_unsolved
 from truestep.objective.methods.row import (
     ALL,
-    DEMO,
     EXPERT,
-    OWN,
-    REPLAY,
+    POLICY,
+    STORED,
     DemonstrationBuffer,
+    Extras,
     Method,
     Replay,
     Select,
@@ -34,44 +35,46 @@ from truestep.objective.methods.row import (
     Term,
 )
 from truestep.objective.normalise import Normaliser
+from truestep.records import BatchTotals
 
 CANONICAL_ENTROPY = 1e-4  # the official 0.001 of LUFFY and its family on the scale of a global mean
 
 
-def _part(name: str, select: Select, coefficient: Coefficient) -> Term:
+def _part(name: str, select: Select, coefficient: Coefficient, **given: Any) -> Term:
     """One part of a surrogate whose parts share N·L, all sequences counted."""
     return Term(
-        name=name, select=select, counted=ALL, coefficient=coefficient, normaliser=Normaliser.MAX_LENGTH
+        name=name,
+        select=select,
+        counted=ALL,
+        coefficient=coefficient,
+        normaliser=Normaliser.MAX_LENGTH,
+        **given,
     )
 
 
 def imitation_term(coefficient: Coefficient = coefficients.ones, weight: float = 1.0) -> Term:
     return Term(
         name="sft",
-        select=DEMO,
+        select=EXPERT,
         coefficient=coefficient,
         normaliser=Normaliser.TOKENS,
         weight=schedule.constant(weight),
     )
 
 
-def _scaled(terms: Sequence[Term], ranks: int, microbatches: int) -> tuple[Term, ...]:
-    """The terms at the official code's scale, or as they are (``ranks`` 0)."""
+def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], **given: Any) -> Method:
+    """A row of LUFFY's family: its entropy bonus, at the official code's scale if ``legacy`` names its ranks."""
+    ranks, microbatches = legacy
     if ranks == 0:
-        return tuple(terms)
-    return tuple(
-        replace(
-            t,
-            scale=(lambda totals: totals.num_sequences / ranks)
-            if t.normaliser is Normaliser.MAX_LENGTH
-            else (lambda totals: float(microbatches)),
-        )
-        for t in terms
-    )
+        return Method(name=name, terms=tuple(terms), extras=Extras(entropy_bonus=CANONICAL_ENTROPY), **given)
 
+    def scale(term: Term) -> Callable[[BatchTotals], float]:
+        if term.normaliser is Normaliser.MAX_LENGTH:
+            return lambda totals: totals.num_sequences / ranks
+        return lambda totals: float(microbatches)
 
-def _family_entropy(ranks: int, microbatches: int) -> float:
-    return CANONICAL_ENTROPY if ranks == 0 else 1e-3 * microbatches
+    scaled = tuple(replace(t, scale=scale(t)) for t in terms)
+    return Method(name=name, terms=scaled, extras=Extras(entropy_bonus=1e-3 * microbatches), **given)
 
 
 def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
@@ -79,15 +82,14 @@ def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int
     ratio, with behavior probability 1, is shaped by p/(p+γ). A demonstration that the checker rejects has a
     negative advantage."""
     terms = (
-        _part("policy", OWN, coefficients.importance),
-        _part("demonstration", DEMO, coefficients.shaped_demonstration(gamma)),
+        _part("policy", POLICY, coefficients.importance),
+        _part("demonstration", EXPERT, coefficients.shaped_demonstration(gamma)),
     )
-    return Method(
-        name="luffy",
-        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+    return _family(
+        "luffy",
+        terms,
+        (legacy_scale, legacy_microbatches),
         plan=plan.with_demonstration,
-        needs_demonstrations=True,
-        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
         source="arXiv:2504.14945",
     )
 
@@ -97,17 +99,19 @@ def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatche
     plus ``weight`` times the likelihood of the demonstration (1.0 [C])."""
     terms = (
         Term(
-            name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH
+            name="policy",
+            select=POLICY,
+            coefficient=coefficients.importance,
+            normaliser=Normaliser.MAX_LENGTH,
         ),
         imitation_term(weight=weight),
     )
-    return Method(
-        name="multi_task",
-        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+    return _family(
+        "multi_task",
+        terms,
+        (legacy_scale, legacy_microbatches),
         plan=plan.with_demonstration,
         advantage=own_mean,
-        needs_demonstrations=True,
-        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
         source="arXiv:2504.14945, RL with SFT loss",
     )
 
@@ -125,17 +129,19 @@ def relift(
     code divides that update by 8 times too much, which AdamW hides; this does not."""
     terms = (
         Term(
-            name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH
+            name="policy",
+            select=POLICY,
+            coefficient=coefficients.importance,
+            normaliser=Normaliser.MAX_LENGTH,
         ),
         imitation_term(),
     )
-    return Method(
-        name="relift",
-        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+    return _family(
+        "relift",
+        terms,
+        (legacy_scale, legacy_microbatches),
         gate=push_unsolved,
-        needs_demonstrations=True,
-        buffer=DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm),
-        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        parts=(DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm),),
         source="arXiv:2506.07527",
     )
 
@@ -153,16 +159,15 @@ def srft(
     re-implementation [C]; the sign is the paper's (−1 [P]; the official code is reported to have +1 [S])."""
     terms = (
         imitation_term(coefficients.entropy_weighted(imitation_weight, entropy_sign)),
-        _part("demonstration", DEMO, coefficients.unshaped_demonstration),
-        _part("policy", OWN, coefficients.signed_by_verdict(correct_weight)),
+        _part("demonstration", EXPERT, coefficients.unshaped_demonstration),
+        _part("policy", POLICY, coefficients.signed_by_verdict(correct_weight)),
     )
-    return Method(
-        name="srft",
-        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+    return _family(
+        "srft",
+        terms,
+        (legacy_scale, legacy_microbatches),
         plan=plan.beside_demonstration,
         advantage=group_mean_std,
-        needs_demonstrations=True,
-        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
         source="arXiv:2506.19767",
     )
 
@@ -185,19 +190,19 @@ def prefix_rft(
     statistic = Statistic(
         name="prefix_entropy",
         select=EXPERT,
-        values=lambda context: context.batch.proximal_entropy,
+        values=lambda context: context.proximal_entropy,
+        needs=("proximal_entropy",),
         reduce="quantile",
         level=1 - entropy_share,
     )
     return Method(
         name="prefix_rft",
         terms=(
-            _part("policy", OWN, clipped),
+            _part("policy", POLICY, clipped, clips=True),
             _part("prefix", EXPERT, coefficients.where_uncertain(clipped, "prefix_entropy")),
         ),
         plan=plan.one_prefix(schedule.cosine(prefix_start, prefix_end, prefix_steps), prefix_high),
         statistics=(statistic,),
-        needs_demonstrations=True,
         source="arXiv:2507.01679",
     )
 
@@ -214,18 +219,20 @@ def hpt(
     what is kept."""
     terms = (
         Term(
-            name="policy", select=OWN, coefficient=coefficients.importance, normaliser=Normaliser.MAX_LENGTH
+            name="policy",
+            select=POLICY,
+            coefficient=coefficients.importance,
+            normaliser=Normaliser.MAX_LENGTH,
         ),
         imitation_term(weight=imitation_weight),
     )
-    return Method(
-        name="hpt",
-        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+    return _family(
+        "hpt",
+        terms,
+        (legacy_scale, legacy_microbatches),
         plan=plan.beside_demonstration,
         gate=imitate_where_unsolved(most_correct),
         advantage=own_mean,
-        needs_demonstrations=True,
-        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
         source="arXiv:2509.04419",
     )
 
@@ -236,15 +243,14 @@ def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int
     0.9). Expert tokens are imitated by TrSFT with advantage 1. The code leaves one of two guided samples
     unimitated and ends prefixes with clauses; this does neither."""
     terms = (
-        _part("policy", OWN, coefficients.importance),
+        _part("policy", POLICY, coefficients.importance),
         _part("prefix", EXPERT, coefficients.trusted(alpha)),
     )
-    return Method(
-        name="trapo",
-        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+    return _family(
+        "trapo",
+        terms,
+        (legacy_scale, legacy_microbatches),
         plan=plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0)),
-        needs_demonstrations=True,
-        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
         source="arXiv:2512.17636",
     )
 
@@ -263,15 +269,15 @@ def exgrpo(
     its group, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds the
     store ([U]: the code keeps all)."""
     terms = (
-        _part("policy", OWN, coefficients.importance),
-        _part("replay", REPLAY, coefficients.shaped_replay(beta)),
+        _part("policy", POLICY, coefficients.importance),
+        _part("replay", STORED, coefficients.shaped_replay(beta), needs=("behavior_logprobs",)),
     )
-    return Method(
-        name="exgrpo",
-        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+    return _family(
+        "exgrpo",
+        terms,
+        (legacy_scale, legacy_microbatches),
         plan=plan.with_replay,
-        replay=Replay(share=replay_share, start=replay_start, sigma=replay_sigma, most_stored=most_stored),
-        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
+        parts=(Replay(share=replay_share, start=replay_start, sigma=replay_sigma, most_stored=most_stored),),
         source="arXiv:2510.02245",
     )
 
@@ -280,14 +286,13 @@ def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches
     """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows
     where the policy is unlikely to go. No std and no clip, as in the code [C] (the paper has a std)."""
     terms = (
-        _part("policy", OWN, coefficients.importance),
-        _part("demonstration", DEMO, coefficients.mixed_importance(exponent)),
+        _part("policy", POLICY, coefficients.importance),
+        _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)),
     )
-    return Method(
-        name="rl_plus",
-        terms=_scaled(terms, legacy_scale, legacy_microbatches),
+    return _family(
+        "rl_plus",
+        terms,
+        (legacy_scale, legacy_microbatches),
         plan=plan.with_demonstration,
-        needs_demonstrations=True,
-        entropy_bonus=_family_entropy(legacy_scale, legacy_microbatches),
         source="arXiv:2508.00222",
     )

@@ -1,4 +1,4 @@
-"""Rows that train on own samples alone. ``paper`` is the RL of the paper that the project is named after."""
+"""Rows that train only on own samples. ``paper`` is the RL of the paper that the project is named after."""
 
 from __future__ import annotations
 
@@ -6,31 +6,36 @@ from truestep.objective import coefficients, corrections
 from truestep.objective.advantage import Advantage, group_mean_std, leave_one_out, own_mean, raw_reward
 from truestep.objective.coefficients import Coefficient
 from truestep.objective.gate import drop_degenerate
-from truestep.objective.methods.row import OWN, Method, Statistic, Term
+from truestep.objective.methods.row import POLICY, Method, Overlong, Refill, Statistic, Term
 from truestep.objective.normalise import Normaliser
 
 
-def policy_term(coefficient: Coefficient, normaliser: Normaliser) -> Term:
-    return Term(name="policy", select=OWN, coefficient=coefficient, normaliser=normaliser)
+def policy_term(coefficient: Coefficient, normaliser: Normaliser, *, clips: bool = False) -> Term:
+    return Term(name="policy", select=POLICY, coefficient=coefficient, normaliser=normaliser, clips=clips)
+
+
+def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual_clip: float = 0.0) -> Term:
+    """The clipped surrogate over the policy's tokens."""
+    return policy_term(coefficients.clipped_ratio(clip_low, clip_high, dual_clip), normaliser, clips=True)
 
 
 def paper(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
     """The paper's RL: R − group mean, asymmetric clipping, token-level global mean, no KL. All-equal groups
     count."""
-    term = policy_term(coefficients.clipped_ratio(clip_low, clip_high), Normaliser.TOKENS)
+    term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="paper", terms=(term,), source="arXiv:2604.23747, app. A")
 
 
 def grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
     """Group-normalised advantages, mean over each sequence, then over sequences. The KL term (β = 0.04, k3)
     is left to the options ``kl`` and ``kl_coef``."""
-    term = policy_term(coefficients.clipped_ratio(clip_low, clip_high), Normaliser.SEQUENCES)
+    term = clipped_term(clip_low, clip_high, Normaliser.SEQUENCES)
     return Method(name="grpo", terms=(term,), advantage=group_mean_std, source="arXiv:2402.03300, eq. 3")
 
 
 def dr_grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
     """No std, and the constant length limit instead of each sequence's own length."""
-    term = policy_term(coefficients.clipped_ratio(clip_low, clip_high), Normaliser.MAX_LENGTH)
+    term = clipped_term(clip_low, clip_high, Normaliser.MAX_LENGTH)
     return Method(name="dr_grpo", terms=(term,), source="arXiv:2503.20783")
 
 
@@ -41,11 +46,10 @@ def dapo(
     refilled), and a soft penalty inside the last ``overlong_fraction`` of the length limit."""
     return Method(
         name="dapo",
-        terms=(policy_term(coefficients.clipped_ratio(clip_low, clip_high), Normaliser.TOKENS),),
+        terms=(clipped_term(clip_low, clip_high, Normaliser.TOKENS),),
         gate=drop_degenerate,
         advantage=group_mean_std,
-        refill_rounds=refill_rounds,
-        overlong_fraction=overlong_fraction,
+        parts=(Refill(rounds=refill_rounds), Overlong(fraction=overlong_fraction)),
         source="arXiv:2503.14476",
     )
 
@@ -53,7 +57,7 @@ def dapo(
 def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0) -> Method:
     """PPO's clipped surrogate with the second clip for A < 0 that verl has on by default [C], token mean; no
     critic: the group's mean is the baseline."""
-    term = policy_term(coefficients.clipped_ratio(clip_low, clip_high, dual_clip), Normaliser.TOKENS)
+    term = clipped_term(clip_low, clip_high, Normaliser.TOKENS, dual_clip)
     return Method(name="ppo", terms=(term,), source="arXiv:1707.06347, eq. 7; arXiv:1912.09729")
 
 
@@ -70,11 +74,11 @@ def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     coefficient = corrections.with_advantage(clipped, corrections.whitened("mean", "std"))
     moments = tuple(
-        Statistic(name=m, select=OWN, values=coefficients.advantage, reduce=m) for m in ("mean", "std")
+        Statistic(name=m, select=POLICY, values=coefficients.advantage, reduce=m) for m in ("mean", "std")
     )
     return Method(
         name=name,
-        terms=(policy_term(coefficient, Normaliser.TOKENS),),
+        terms=(policy_term(coefficient, Normaliser.TOKENS, clips=True),),
         advantage=advantage,
         statistics=moments,
         source="arXiv:2501.03262",
@@ -94,7 +98,9 @@ def reinforce_pp_baseline(*, clip_low: float = 0.2, clip_high: float = 0.2) -> M
 
 def gspo(*, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Method:
     """One ratio a sequence, clipped as a whole; sequence mean of token means."""
-    term = policy_term(coefficients.clipped_sequence_ratio(clip_low, clip_high), Normaliser.SEQUENCES)
+    term = policy_term(
+        coefficients.clipped_sequence_ratio(clip_low, clip_high), Normaliser.SEQUENCES, clips=True
+    )
     return Method(name="gspo", terms=(term,), advantage=group_mean_std, source="arXiv:2507.18071, eq. 5")
 
 

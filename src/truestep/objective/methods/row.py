@@ -3,8 +3,9 @@ passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from truestep.objective.gate import Gate, keep_scored
 from truestep.objective.normalise import Normaliser
 from truestep.objective.plan import Plan
 from truestep.objective.schedule import Schedule
-from truestep.records import BatchTotals, Kind, TokenBatch
+from truestep.records import OPTIONAL_FIELDS, BatchTotals, Origin, TokenBatch
 
 Select = Callable[[TokenBatch], Tensor]  # → bool [M]: which trained tokens a term is about
 # Differentiable (logprobs [M], entropy [M]) → values [M]: for the few objectives without a coefficient form.
@@ -25,21 +26,20 @@ Value = Callable[[Tensor, Tensor], Tensor]
 ALWAYS_ONE = schedule.constant(1.0)
 
 
-def select_kind(*kinds: Kind) -> Select:
+def of(*origins: Origin) -> Select:
+    """The trained tokens of these origins."""
+
     def select(batch: TokenBatch) -> Tensor:
-        found = batch.kind == int(kinds[0])
-        for kind in kinds[1:]:
-            found = found | (batch.kind == int(kind))
+        found = batch.origin == int(origins[0])
+        for origin in origins[1:]:
+            found = found | (batch.origin == int(origin))
         return found
 
     return select
 
 
-ALL: Select = lambda batch: batch.kind >= 0  # noqa: E731
-DEMO = select_kind(Kind.DEMO)
-REPLAY = select_kind(Kind.REPLAY)
-EXPERT: Select = lambda batch: batch.is_expert  # noqa: E731
-OWN: Select = lambda batch: ~batch.is_expert & (batch.kind != int(Kind.REPLAY))  # noqa: E731
+POLICY, STORED, EXPERT = of(Origin.POLICY), of(Origin.STORED), of(Origin.EXPERT)
+ALL: Select = lambda batch: batch.origin != int(Origin.CONTEXT)  # noqa: E731
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,12 @@ class Term:
     """One part of a loss: weight(step) · Σ_selected values ÷ total. Exactly one of coefficient and value is
     given; with a coefficient the values are −sg(C)·log π.
 
-    ``counted`` says which tokens make the total where these are more than the selected ones: parts that one
-    surrogate of the paper sums under one denominator. ``control`` names a value of the method's controller
-    that multiplies the weight. ``scale`` multiplies it by a function of the step's global totals
-    (``legacy_scale`` only).
+    ``counted`` says which tokens make the total if these are more than the selected ones: parts that one
+    surrogate of the paper sums under one denominator. ``needs`` names the optional columns of ``TokenBatch``
+    that the coefficient reads. ``clips``: a coefficient of 0 on a token with an advantage means that the token
+    was clipped. ``correction`` is a factor on the coefficient for what engine and trainer disagree about.
+    ``control`` names a value of the method's controller that multiplies the weight, ``scale`` a function of
+    the step's global totals (``legacy_scale`` only).
     """
 
     name: str
@@ -60,31 +62,73 @@ class Term:
     value: Value | None = None
     weight: Schedule = ALWAYS_ONE
     counted: Select | None = None
+    needs: tuple[str, ...] = ()
+    clips: bool = False
+    correction: Coefficient | None = None
     control: str = ""
     scale: Callable[[BatchTotals], float] | None = None
 
     def __post_init__(self) -> None:
         if (self.coefficient is None) == (self.value is None):
-            raise ValueError(f"term {self.name}: give a coefficient or a value, one of them")
+            raise ValueError(f"term {self.name}: give either a coefficient or a value")
+        unknown = [name for name in self.needs if name not in OPTIONAL_FIELDS]
+        if unknown:
+            raise ValueError(
+                f"term {self.name}: needs {unknown[0]!r} is not one of {', '.join(OPTIONAL_FIELDS)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
     """One number of the whole step: over the selected tokens of all its updates on all ranks, by the proximal
     policy, before the first update. ``reduce`` is mean, std (unbiased) or quantile (``level``; a value that
-    occurs)."""
+    occurs). ``needs`` as in ``Term``."""
 
     name: str
     select: Select
     values: Callable[[Context], Tensor]
     reduce: str
     level: float = 0.0
+    needs: tuple[str, ...] = ()
+
+
+# ----------------------------------------------------------------------------------------- parts of a method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refill:
+    """Groups that the gate drops whole are replaced by further prompts, for at most ``rounds`` rounds."""
+
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlong:
+    """DAPO's soft penalty: the reward falls linearly by up to ½ over the last ``fraction`` of the length limit.
+
+    DAPO subtracts up to 1 from rewards of ±1; with rewards of 0 and 1 the same shape has half the size.
+    """
+
+    fraction: float
+
+    def shaped(self, reward: float, num_tokens: int, limit: int) -> float:
+        """The reward after the penalty."""
+        buffer = self.fraction * limit
+        over = num_tokens - (limit - buffer)
+        return reward if buffer == 0 or over <= 0 else reward - 0.5 * min(1.0, over / buffer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """``share`` of a step's sequences are demonstrations from a stream beside the groups."""
+
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationBuffer:
-    """Demonstrations that a gate has set aside; as soon as ``size`` of them wait, the newest are one update
-    of their own, after the step's others, with an optimizer of their own at ``lr`` and ``max_grad_norm``."""
+    """Demonstrations that a gate has set aside; as soon as ``size`` of them wait, the newest make one further
+    update after the step's others, with a separate optimizer at ``lr`` and ``max_grad_norm``."""
 
     size: int
     lr: float
@@ -93,9 +137,9 @@ class DemonstrationBuffer:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Correct own samples are stored by problem. From the first step on whose share of right samples reached
-    ``start``, ``share`` of a step's prompts come from the store: partly solved ones, by N(k; K/2, σ) of the
-    number k right of K the last time, each with its stored sample of the lowest entropy."""
+    """Own samples that solved their problem are stored by problem. From the first step on whose mean reward
+    reached ``start``, ``share`` of a step's prompts come from the store: partly solved ones, by N(k; K/2, σ) of
+    the number k solved of K the last time, each with its stored sample of the lowest entropy."""
 
     share: float
     start: float
@@ -104,14 +148,35 @@ class Replay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """A row of the table.
+class Refresh:
+    """An SFT step is cut into ``updates`` updates that share one proximal policy."""
 
-    ``plan`` None: nothing is sampled, demonstrations alone are trained on (an SFT stage). ``refill_rounds``
-    lets a gate that drops groups ask for more prompts; ``needs_proximal`` asks for a scoring pass even where
-    one update per rollout batch would not need it, as statistics always do. ``stream_share`` of a step's
-    sequences are demonstrations from a stream beside the groups. ``updates_per_step`` cuts an SFT step into
-    updates that share one proximal policy.
+    updates: int
+
+
+Part = Refill | Overlong | Stream | DemonstrationBuffer | Replay | Refresh | Controller
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What any row that samples may have on top: an entropy bonus, a KL term to the stage's start (k1, k2, k3 in
+    the loss, or in the reward), and a correction for what engine and trainer disagree about."""
+
+    entropy_bonus: float = 0.0
+    kl: str = "none"
+    kl_coef: float = 0.0
+    correction: str = "none"
+    correction_low: float = 0.5
+    correction_high: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of the table: plan → gate → advantage → terms, and parts that few methods have.
+
+    ``plan`` None: nothing is sampled, only demonstrations are trained on (an SFT stage). ``extras`` are the
+    row's own values for what a recipe may set on any row.
     """
 
     name: str
@@ -119,90 +184,87 @@ class Method:
     plan: Plan | None = plan.own
     gate: Gate = keep_scored
     advantage: Advantage = group_mean
-    refill_rounds: int = 0
-    needs_proximal: bool = False
-    needs_reference: bool = False
-    needs_demonstrations: bool = False
-    shown_fraction: float = 0.0  # of a solution, at most, that a hint shows in the prompt
     statistics: tuple[Statistic, ...] = ()
-    controller: Controller | None = None
-    stream_share: float = 0.0
-    buffer: DemonstrationBuffer | None = None
-    replay: Replay | None = None
-    updates_per_step: int = 1
-    overlong_fraction: float = 0.0  # DAPO's soft penalty on the last part of the length limit
-    entropy_bonus: float = 0.0
-    kl: str = "none"  # none, k1, k2, k3 (in the loss), reward
-    kl_coef: float = 0.0
+    parts: tuple[Part, ...] = ()
+    extras: Extras = Extras()
     source: str = ""
+
+    def part(self, kind: type[P]) -> P | None:
+        """The method's part of that kind, if it has one."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
+
+    def needs(self, column: str) -> bool:
+        """Whether a term or a statistic reads an optional column of ``TokenBatch``."""
+        return any(
+            column in names for names in [p.needs for p in self.terms] + [s.needs for s in self.statistics]
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.needs("reference_logprobs")
 
     @property
     def scores_first(self) -> bool:
-        """Whether even the first update needs the proximal pass."""
-        return self.needs_proximal or bool(self.statistics)
+        """Whether even the first update of a rollout batch needs a proximal pass."""
+        return bool(self.statistics) or self.needs("proximal_entropy")
 
+    @property
+    def needs_demonstrations(self) -> bool:
+        planned = self.plan is not None and self.plan.needs_demonstrations
+        return planned or self.part(Stream) is not None or self.part(DemonstrationBuffer) is not None
 
-@dataclass(frozen=True, kw_only=True)
-class Extras:
-    """What any row that samples may have on top; None leaves the row's own value."""
-
-    entropy_bonus: float | None = None
-    kl: str | None = None
-    kl_coef: float | None = None
-    correction: str = "none"
-    correction_low: float = 0.5
-    correction_high: float = 2.0
+    @property
+    def updates_per_step(self) -> int:
+        """Updates of an SFT step."""
+        refresh = self.part(Refresh)
+        return 1 if refresh is None else refresh.updates
 
 
 KL_TERMS = {"k1": coefficients.kl_k1, "k2": coefficients.kl_k2, "k3": coefficients.kl_k3}
 
 
-def complete(row: Method, extras: Extras) -> Method:
-    """The row with its entropy bonus, KL and correction laid over its terms. Raises ValueError for unknown
-    names."""
-    given = {
-        k: getattr(extras, k) for k in ("entropy_bonus", "kl", "kl_coef") if getattr(extras, k) is not None
-    }
-    row = replace(row, **given)
-    if row.kl not in ("none", "reward", *KL_TERMS):
-        raise ValueError(f"method_options.kl: expected none, {', '.join(KL_TERMS)} or reward, got {row.kl!r}")
+def complete(row: Method, given: Mapping[str, Any]) -> Method:
+    """The row with its extras, the recipe's (``given``) before its own, laid over its terms. Raises ValueError
+    for unknown values."""
+    extras = replace(row.extras, **given)
+    if extras.kl not in ("none", "reward", *KL_TERMS):
+        raise ValueError(
+            f"method_options.kl: expected none, {', '.join(KL_TERMS)} or reward, got {extras.kl!r}"
+        )
     if extras.correction not in corrections.CORRECTIONS:
         raise ValueError(
             f"method_options.correction: expected {', '.join(corrections.CORRECTIONS)}, got {extras.correction!r}"
         )
-    if (row.kl == "none") != (row.kl_coef == 0):
+    if (extras.kl == "none") != (extras.kl_coef == 0):
         raise ValueError("method_options.kl: kl and kl_coef go together: give both or neither")
     terms, statistics = row.terms, row.statistics
     if extras.correction != "none":
         weight = corrections.mismatch_weight(extras.correction, extras.correction_low, extras.correction_high)
-        terms = tuple(_recoefficient(t, lambda c: corrections.weighted(c, weight)) for t in terms)
-    if row.kl == "reward":
-        charge = corrections.kl_in_reward(row.kl_coef)
-        terms = tuple(_recoefficient(t, lambda c: corrections.with_advantage(c, charge)) for t in terms)
-        statistics = tuple(
-            replace(s, values=corrections.with_advantage(s.values, charge)) for s in statistics
+        terms = tuple(t if t.coefficient is None else replace(t, correction=weight) for t in terms)
+    if extras.kl == "reward":
+        charge, needs = corrections.kl_in_reward(extras.kl_coef), ("reference_logprobs",)
+        terms = tuple(
+            t
+            if t.coefficient is None
+            else replace(
+                t, coefficient=corrections.with_advantage(t.coefficient, charge), needs=(*t.needs, *needs)
+            )
+            for t in terms
         )
-    elif row.kl != "none":
-        terms = (*terms, _own_term("kl", row.kl_coef, coefficient=KL_TERMS[row.kl]))
-    if row.entropy_bonus:
-        terms = (*terms, _own_term("entropy", row.entropy_bonus, value=lambda logprobs, entropy: -entropy))
-    needs_reference = row.needs_reference or row.kl != "none"
-    return replace(row, terms=terms, statistics=statistics, needs_reference=needs_reference)
+        statistics = tuple(
+            replace(s, values=corrections.with_advantage(s.values, charge), needs=(*s.needs, *needs))
+            for s in statistics
+        )
+    elif extras.kl != "none":
+        kl = KL_TERMS[extras.kl]
+        terms = (*terms, _own_term("kl", extras.kl_coef, coefficient=kl, needs=("reference_logprobs",)))
+    if extras.entropy_bonus:
+        terms = (*terms, _own_term("entropy", extras.entropy_bonus, value=lambda logprobs, entropy: -entropy))
+    return replace(row, terms=terms, statistics=statistics, extras=extras)
 
 
-def _recoefficient(term: Term, change: Callable[[Coefficient], Coefficient]) -> Term:
-    return term if term.coefficient is None else replace(term, coefficient=change(term.coefficient))
-
-
-def _own_term(
-    name: str, weight: float, *, coefficient: Coefficient | None = None, value: Value | None = None
-) -> Term:
-    """A term over own tokens, token mean."""
+def _own_term(name: str, weight: float, **given: Any) -> Term:
+    """A term over the policy's tokens, token mean."""
     return Term(
-        name=name,
-        select=OWN,
-        normaliser=Normaliser.TOKENS,
-        coefficient=coefficient,
-        value=value,
-        weight=schedule.constant(weight),
+        name=name, select=POLICY, normaliser=Normaliser.TOKENS, weight=schedule.constant(weight), **given
     )

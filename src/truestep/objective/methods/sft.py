@@ -6,9 +6,11 @@ paper, [S] in a secondary source, [U] not verified.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from truestep.objective import coefficients, schedule
 from truestep.objective.coefficients import Coefficient
-from truestep.objective.methods.row import DEMO, Method, Statistic, Term
+from truestep.objective.methods.row import EXPERT, Method, Refresh, Statistic, Term
 from truestep.objective.normalise import Normaliser
 
 
@@ -17,7 +19,7 @@ def _imitation(
 ) -> Term:
     return Term(
         name="sft",
-        select=DEMO,
+        select=EXPERT,
         coefficient=coefficient,
         normaliser=normaliser,
         weight=schedule.constant(weight),
@@ -43,7 +45,11 @@ def psft(*, clip_high: float = 0.28, updates_per_refresh: int = 8) -> Method:
     studied)."""
     term = _imitation(coefficients.proximal_likelihood(clip_high))
     return Method(
-        name="psft", terms=(term,), plan=None, updates_per_step=updates_per_refresh, source="arXiv:2508.17784"
+        name="psft",
+        terms=(term,),
+        plan=None,
+        parts=(Refresh(updates=updates_per_refresh),),
+        source="arXiv:2508.17784",
     )
 
 
@@ -64,9 +70,8 @@ def iw_sft(
     }
     return Method(
         name="iw_sft",
-        terms=(_imitation(by_level[level]),),
+        terms=(replace(_imitation(by_level[level]), needs=("reference_logprobs",)),),
         plan=None,
-        needs_reference=True,
         source="arXiv:2507.12856",
     )
 
@@ -98,8 +103,9 @@ def entropy_sft(*, share: float = 0.2) -> Method:
     term = _imitation(coefficients.where_uncertain(coefficients.ones, "entropy"), weight=1 / share)
     statistic = Statistic(
         name="entropy",
-        select=DEMO,
-        values=lambda context: context.batch.proximal_entropy,
+        select=EXPERT,
+        values=lambda context: context.proximal_entropy,
+        needs=("proximal_entropy",),
         reduce="quantile",
         level=1 - share,
     )

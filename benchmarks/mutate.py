@@ -1,0 +1,286 @@
+"""Random one-place changes of the code that decides numbers: how many does no test see?
+
+    python benchmarks/mutate.py [--mutants 200] [--minutes 300] [--jobs 2] [--list] [--only TEXT]
+
+The mutants are drawn once from all that the operators give, with the last commit that touched tests/ as the seed.
+Each is applied in a copy of the tree and judged by the test files that reach its line, one pytest process for each
+mutant, which stops at the first failure. Results are lines of runs/mutate/SEED.jsonl: Ctrl-C and start again goes
+on. Exits 1 if more than 8 % survive. benchmarks/mutate_equivalent.json lists mutants that change nothing, by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from coverage import Coverage
+from mutants import Mutant, Sites, is_another_program, mutated
+
+from truestep.evaluate.interval import beta_quantile
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "src/truestep"
+TARGETS = ("train", "objective", "rollout", "evaluate", "grade/policy.py", "audit/measure")
+EQUIVALENT = ROOT / "benchmarks/mutate_equivalent.json"
+NOT_JUDGES = ("tests/architecture/",)  # they read the source's text, not what it does
+FIRST = "tests/golden/test_golden.py"  # sees most changes of a number at once
+LARGEST_SHARE = 0.08
+RUNNING: set[subprocess.Popen[str]] = set()
+STOPPED = threading.Event()
+
+
+def draw(seed: str, count: int) -> tuple[list[Mutant], int]:
+    """``count`` different mutants of the targets, and how many there are to draw from."""
+    paths = [ROOT / PACKAGE / target for target in TARGETS]
+    sources = {str(p.relative_to(ROOT)): p.read_bytes()
+               for t in paths for p in (sorted(t.rglob("*.py")) if t.is_dir() else [t])}  # fmt: skip
+    every = [mutant for file, source in sorted(sources.items()) for mutant in Sites(file, source).found]
+    random.Random(seed).shuffle(every)
+    drawn = (mutant for mutant in every if is_another_program(sources[mutant.file], mutant))
+    return list(islice(drawn, count)), len(every)
+
+
+def copied(folder: Path) -> Path:
+    """The tracked files of the tree as they are now, in a new folder."""
+    for name in subprocess.check_output(["git", "-C", str(ROOT), "ls-files", "-z"], text=True).split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    RUNNING.discard(child)
+
+
+def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = "") -> tuple[int | None, str]:
+    """The exit code (None: out of time) and the output of the fast tests of these files; no child outlives it."""
+    how = ["-m", "coverage", "run", f"--rcfile={trace}"] if trace else []
+    words = [
+        sys.executable,
+        *how,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--timeout=150",
+        "-m",
+        "not slow and not gpu",
+        *files,
+    ]
+    path = os.pathsep.join([str(folder / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                   "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+    with tempfile.TemporaryFile("w+") as output:
+        limited = [
+            "sh",
+            "-c",
+            'ulimit -v 33554432; exec "$@"',
+            "sh",
+            *words,
+        ]  # KiB: a mutant may allocate without end
+        child = subprocess.Popen(limited, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
+                                 start_new_session=True)  # fmt: skip
+        RUNNING.add(child)
+        try:
+            code: int | None = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(child)
+        output.seek(0)
+        return code, output.read()
+
+
+def reach_of(folder: Path, test: str) -> dict[str, Any]:
+    """The lines that a test file runs, in its own process and its children, and the time that it takes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Path(scratch) / "rc"
+        config.write_text(f"[run]\nparallel = true\ndata_file = {scratch}/data\nsource = {folder / PACKAGE}\n"
+                          "patch = subprocess\nsigterm = true\n")  # fmt: skip
+        began = time.monotonic()
+        code, _ = pytest_in(folder, [test], 1800, trace=str(config))
+        seconds = time.monotonic() - began
+        made = Coverage(config_file=str(config))
+        made.combine(strict=False)
+        data = made.get_data()
+        wanted = tuple(str(folder / PACKAGE / target) for target in TARGETS)
+        lines = {
+            str(Path(file).relative_to(folder)): sorted(data.lines(file) or [])
+            for file in data.measured_files() if file.startswith(wanted)
+        }  # fmt: skip
+    return {"test": test, "passes": code == 0, "seconds": seconds, "lines": lines}
+
+
+def judges(mutant: Mutant, reach: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The test files that run the mutant's lines: the golden runs first, then the quick ones."""
+    first, last = mutant.reach
+    found = [
+        r for r in reach if r["passes"] and any(first <= n <= last for n in r["lines"].get(mutant.file, ()))
+    ]
+    return sorted(found, key=lambda r: (r["test"] != FIRST, r["seconds"]))
+
+
+def judge(mutant: Mutant, folder: Path, reach: list[dict[str, Any]]) -> dict[str, Any]:
+    """Apply the mutant in the copy, run its tests, put the file back."""
+    chosen = judges(mutant, reach)
+    row = {**asdict(mutant), "name": mutant.name, "tests": len(chosen), "outcome": "survived", "by": ""}
+    began, path = time.monotonic(), folder / mutant.file
+    if chosen:
+        source = path.read_bytes()
+        path.write_bytes(mutated(source, mutant))
+        try:
+            code, text = pytest_in(
+                folder, [r["test"] for r in chosen], 120 + 3 * sum(r["seconds"] for r in chosen)
+            )
+        finally:
+            path.write_bytes(source)
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+        row["outcome"] = "timeout" if code is None else "survived" if code == 0 else "killed"
+        row["by"] = (
+            failed[0]
+            if failed
+            else ""
+            if code == 0
+            else text.strip().splitlines()[-1][:200]
+            if text.strip()
+            else ""
+        )
+    return {**row, "seconds": round(time.monotonic() - began, 1)}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Log:
+    """Results, one line each, from several threads; the copies that the threads work in."""
+
+    def __init__(self, path: Path, jobs: int, folder: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.free = [copied(folder / str(i)) for i in range(jobs)]
+
+    def work(self, run: Any, stop: float) -> None:
+        if time.monotonic() > stop or STOPPED.is_set():
+            return
+        with self.lock:
+            copy = self.free.pop()
+        row = run(copy)
+        with self.lock:
+            self.free.append(copy)
+            if STOPPED.is_set():
+                return
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                row.get("outcome", "reach"),
+                row.get("name", row.get("test")),
+                row.get("by", ""),
+                row["seconds"],
+                flush=True,
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mutants", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=300, help="begin no further mutant after that")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="of the drawn mutants, those whose name holds this text")
+    parser.add_argument(
+        "--tests", default="", help="to try it out: a pattern of the test files that may judge"
+    )
+    parser.add_argument("--list", action="store_true", help="print the drawn mutants and run nothing")
+    given = parser.parse_args()
+    seed = subprocess.check_output(
+        ["git", "-C", str(ROOT), "log", "-1", "--format=%H", "--", "tests"], text=True
+    ).strip()
+    drawn, total = draw(seed, given.mutants)
+    drawn = [mutant for mutant in drawn if given.only in mutant.name]
+    print(f"{len(drawn)} of about {total} mutants, seed {seed}")
+    if given.list:
+        print("\n".join(f"{m.file}:{m.line} {m.operator}: {m.was!r} → {m.now!r}" for m in drawn))
+        return 0
+    out = ROOT / "runs/mutate"
+    out.mkdir(parents=True, exist_ok=True)
+    reach_path, path = out / f"{seed[:12]}.reach.jsonl", out / f"{seed[:12]}.jsonl"
+    stop = time.monotonic() + 60 * given.minutes
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        logs = Log(reach_path, given.jobs, Path(folder))
+        known = {row["test"] for row in rows_of(reach_path)}
+        tests = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py"))
+        tests = [
+            t for t in tests if not t.startswith(NOT_JUDGES) and t not in known and re.search(given.tests, t)
+        ]
+        try:
+            list(pool.map(lambda test: logs.work(lambda copy: reach_of(copy, test), stop), tests))
+            reach = rows_of(reach_path)
+            logs.path = path
+            known = {row["name"] for row in rows_of(path)}
+            todo = [m for m in drawn if m.name not in known]
+            list(pool.map(lambda m: logs.work(lambda copy: judge(m, copy, reach), stop), todo))
+        except KeyboardInterrupt:
+            STOPPED.set()
+            for child in list(RUNNING):
+                end(child)
+            print("stopped: what is judged is kept; the same command goes on")
+            return 130
+    return summary(
+        [row for row in rows_of(path) if row["name"] in {m.name for m in drawn}], reach, len(drawn)
+    )
+
+
+def summary(rows: list[dict[str, Any]], reach: list[dict[str, Any]], wanted: int) -> int:
+    """Print the share that survives with its 95 % interval (Clopper-Pearson), and every survivor."""
+    same = {(e["file"], e["was"], e["now"]): e["reason"] for e in json.loads(EQUIVALENT.read_text())}
+    counted = [row for row in rows if (row["file"], changed_lines(row)[0], changed_lines(row)[1]) not in same]
+    survivors = [row for row in counted if row["outcome"] == "survived"]
+    num, bad = len(counted), len(survivors)
+    for row in survivors:
+        was, now = changed_lines(row)
+        print(
+            f"\n{row['file']}:{row['line']} ({row['operator']}; {row['tests']} test files reach it)\n- {was}\n+ {now}"
+        )
+    failing = [r["test"] for r in reach if not r["passes"]]
+    if failing:
+        print(f"\nnot used, because they fail without a mutant: {', '.join(failing)}")
+    low = beta_quantile(0.025, bad, num - bad + 1) if bad else 0.0
+    high = beta_quantile(0.975, bad + 1, num - bad) if bad < num else 1.0
+    print(f"\n{len(rows)} of {wanted} mutants judged, {len(rows) - num} of them equivalent; {bad} of {num} survive: "
+          f"{bad / max(1, num):.1%} (95 % interval {low:.1%} to {high:.1%})")  # fmt: skip
+    return int(bad > LARGEST_SHARE * num)
+
+
+def changed_lines(row: dict[str, Any]) -> tuple[str, str]:
+    """The line of the change before and after it, without its indentation."""
+    source = (ROOT / row["file"]).read_bytes()
+    first = source.rfind(b"\n", 0, row["start"]) + 1
+    tail = source.find(b"\n", row["end"])
+    before, after = source[first : row["start"]], source[row["end"] : tail if tail >= 0 else len(source)]
+    texts = [(before + middle.encode() + after).decode() for middle in (row["was"], row["now"].rstrip("\n"))]
+    return " ".join(texts[0].split()), " ".join(texts[1].split())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,265 @@
+"""A user's own configuration file → the subject that it configures, and the step as it is configured there.
+
+Only what reaches the optimizer step is taken over; the model becomes a tiny one, the optimizer plain SGD, and
+what no CPU can do is said in the notes. The file is read, never executed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from truestep.audit.postmortem import run_files as past_files
+from truestep.audit.postmortem.run_files import truth, whole
+from truestep.audit.subjects import CASES, ENGINE, TABLE, Configuration, Subject
+from truestep.errors import UserError
+
+MOST_MICROBATCHES = 8
+TRL_KEYS = ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "max_seq_length")
+FACTORY_KEYS = ("finetuning_type", "dataset_dir", "cutoff_len")
+EXPECTED = (
+    "DeepSpeed JSON, TrainingArguments JSON or YAML, an accelerate or LLaMA-Factory YAML, an OpenRLHF command"
+)
+LLAMA = {"arch": "llama"}
+NOT_TAKEN_OVER = ("optim", "weight_decay", "label_smoothing_factor", "neftune_noise_alpha")
+
+
+@dataclass(kw_only=True)
+class Configured:
+    """What a file asks for; ``notes`` say what was reduced or left out."""
+
+    subject: str
+    options: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    documented: str = ""
+    notes: list[str] = field(default_factory=list)
+    needs: tuple[str, ...] = ()  # what must be installed beside the subject's own
+
+
+class _Wrong(Exception):
+    """A value that no such file can have; says which setting."""
+
+
+def _table(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = found.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise _Wrong(f"{key} is a table of settings, here it has another type")
+    return value
+
+
+def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6) -> int | None:
+    """A whole number; None where the file leaves it open (nothing, "auto", a variable)."""
+    value = found.get(key)
+    number = whole(value)
+    if value is None or (
+        number is None and isinstance(value, str) and re.match(r"auto$|[$<{]", value.strip())
+    ):
+        return None
+    if number is None or not least <= number <= most:
+        raise _Wrong(f"{key} = {value!r}: expected a whole number from {least} to {most}")
+    return number
+
+
+def read(path: Path) -> tuple[Subject, list[str]]:
+    """The subject with the one configuration that the file describes, and the notes.
+
+    Raises UserError where the file is missing, cannot be read or configures nothing that is known.
+    """
+    try:
+        configured = _recognise(_load(path), path)
+    except _Wrong as error:
+        raise UserError(f"--config {path}: {error}") from None
+    _reduce(configured)
+    subject = next(s for s in TABLE if s.name == configured.subject)
+    loop = configured.subject in ("DeepSpeed", "accelerate", "OpenRLHF SFTTrainer")
+    cases: tuple[str, ...] = ENGINE if loop else CASES
+    if configured.options["accumulation"] < 3:
+        cases = ("ragged", "unsplit")
+    if configured.options.get("assistant_only"):
+        cases = ("chat",)
+    elif configured.options.get("packing"):
+        cases = ("ragged", "unsplit")
+    one = Configuration(
+        options=configured.options,
+        world_size=configured.processes,
+        documented=configured.documented,
+        only=cases,
+    )
+    return Subject(
+        name=subject.name,
+        script=subject.script,
+        needs=(*subject.needs, *configured.needs),
+        brings=subject.brings,
+        configurations=[one],
+    ), configured.notes
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(f"--config {path}: cannot be read ({why}): give {EXPECTED}") from None
+    try:
+        if path.suffix.lower() in (".yaml", ".yml"):
+            found = past_files.parse_yaml(text)
+        elif path.suffix.lower() in past_files.SCRIPTS:
+            found = past_files.flags_of(text)
+        else:
+            found = past_files.parse_json(text)
+    except past_files.Broken as error:
+        raise UserError(f"--config {path}: {error}") from None
+    if not isinstance(found, Mapping):
+        raise UserError(f"--config {path}: expected a table of settings, got {type(found).__name__}")
+    return found
+
+
+def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
+    plain = "train_batch_size" in found and any(
+        isinstance(found.get(k), Mapping) for k in ("optimizer", "bf16", "fp16")
+    )
+    if plain or "zero_optimization" in found or "train_micro_batch_size_per_gpu" in found:
+        return _deepspeed(Configured(subject="DeepSpeed"), found, "stage")
+    if "distributed_type" in found:
+        return _accelerate(found, path)
+    if any(key in found for key in ("micro_train_batch_size", "train.micro_batch_size", "ds.zero_stage")):
+        return _openrlhf(found)
+    if any(key in found for key in ("per_device_train_batch_size", "gradient_accumulation_steps", *TRL_KEYS)):
+        return _arguments(found, path)
+    raise UserError(f"--config {path}: no setting of a known trainer in it: give {EXPECTED}")
+
+
+def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str) -> Configured:
+    zero = _table(found, "zero_optimization")
+    offload = _table(zero, "offload_optimizer") or {
+        "device": "cpu" if truth(zero.get("cpu_offload")) else "none"
+    }
+    device = str(offload.get("device", "none")).lower()
+    configured.options |= {stage_key: _count(zero, "stage", 0, 3) or 0, "offload": device != "none"}
+    if device == "nvme":
+        configured.notes.append("offload to nvme is audited as offload to cpu")
+    steps, total = _count(found, "gradient_accumulation_steps"), _count(found, "train_batch_size")
+    micro = _count(found, "train_micro_batch_size_per_gpu")
+    if steps:
+        configured.options["accumulation"] = steps
+    elif total and micro:
+        configured.options["accumulation"] = max(1, total // micro)
+        configured.notes.append(f"{total // micro} micro-batches a step, assuming one process")
+    _clipping(configured, found.get("gradient_clipping"))
+    if truth(_table(found, "bf16").get("enabled")):
+        configured.options["dtype"] = "bfloat16"
+    if truth(_table(found, "fp16").get("enabled")):
+        configured.notes.append("float16 needs a GPU: audited in float32")
+    if found.get("optimizer"):
+        configured.notes.append("optimizer: audited with plain SGD")
+    return configured
+
+
+def _accelerate(found: Mapping[str, Any], path: Path) -> Configured:
+    inner = _table(found, "deepspeed_config")
+    kind = str(found["distributed_type"]).upper()
+    under = kind == "DEEPSPEED"
+    configured = Configured(subject="DeepSpeed" if under else "accelerate")
+    if kind not in (
+        "DEEPSPEED",
+        "NO",
+        "FALSE",
+        "MULTI_CPU",
+        "MULTI_GPU",
+    ):  # YAML reads an unquoted NO as false
+        configured.notes.append(
+            f"distributed_type {kind}: audited as accelerate's loop without it (torch FSDP2 has a row)"
+        )
+    if under and inner.get("deepspeed_config_file"):
+        _deepspeed(configured, _beside(str(inner["deepspeed_config_file"]), path), "stage")
+    elif under:
+        device = str(inner.get("offload_optimizer_device") or "none").lower()
+        configured.options |= {"stage": _count(inner, "zero_stage", 0, 3) or 0, "offload": device != "none"}
+        _clipping(configured, inner.get("gradient_clipping"))
+    steps = _count(inner if "gradient_accumulation_steps" in inner else found, "gradient_accumulation_steps")
+    if steps:
+        configured.options["accumulation"] = steps
+    configured.processes = whole(found.get("num_processes")) or 1
+    if str(found.get("mixed_precision")).lower() not in ("none", "no", "false"):
+        configured.notes.append(f"mixed_precision = {found['mixed_precision']}: audited in float32")
+    return configured
+
+
+def _openrlhf(found: Mapping[str, Any]) -> Configured:
+    def first(*names: str) -> Any:
+        return next((found[name] for name in names if name in found), None)
+
+    configured = Configured(subject="OpenRLHF SFTTrainer", options=dict(LLAMA))
+    configured.options["stage"] = whole(first("zero_stage", "ds.zero_stage")) or 2
+    configured.options["offload"] = bool(truth(first("adam_offload", "ds.adam_offload")))
+    total = whole(first("train_batch_size", "train.batch_size"))
+    micro = whole(first("micro_train_batch_size", "train.micro_batch_size"))
+    if total and micro:
+        configured.options["accumulation"] = max(1, total // micro)
+        configured.notes.append(f"{total // micro} micro-batches a step, assuming one process")
+    if truth(first("bf16", "ds.bf16")) or "bf16" in str(first("param_dtype", "ds.param_dtype")):
+        configured.notes.append("bf16: audited in float32")
+    return configured
+
+
+def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
+    """transformers' TrainingArguments, TRL's SFTConfig, or LLaMA-Factory's YAML, with or without
+    DeepSpeed."""
+    inner = found.get("deepspeed")
+    if isinstance(inner, str) and inner.strip():
+        inner = _beside(inner, path)
+    trl = any(key in found for key in TRL_KEYS)
+    factory = any(key in found for key in FACTORY_KEYS)
+    name = "LLaMA-Factory" if factory else "TRL SFTTrainer" if trl else "transformers Trainer"
+    configured = Configured(
+        subject=f"{name} + DeepSpeed" if inner and not factory else name, options=dict(LLAMA)
+    )
+    if inner:
+        configured.needs = ("deepspeed",)
+        _deepspeed(configured, _table({"deepspeed": inner}, "deepspeed"), "zero_stage")
+    for key in ("packing", "assistant_only_loss"):
+        if truth(found.get(key)):
+            configured.options[key.removesuffix("_loss")] = True
+    if steps := _count(found, "gradient_accumulation_steps"):
+        configured.options["accumulation"] = steps
+    _clipping(configured, found.get("max_grad_norm", 1.0))  # the Trainer clips unless told otherwise
+    if truth(found.get("average_tokens_across_devices")) is False:
+        configured.options["average_tokens_across_devices"] = False
+        configured.documented = "average_tokens_across_devices = false"
+        configured.processes = 2
+        configured.notes.append("audited on 2 processes: on one this option changes nothing")
+    if truth(found.get("bf16")):
+        configured.options["dtype"] = "bfloat16"
+    if truth(found.get("fp16")):
+        configured.notes.append("float16 needs a GPU: audited in float32")
+    if left_out := [key for key in NOT_TAKEN_OVER if found.get(key)]:
+        configured.notes.append(f"{', '.join(left_out)}: not taken over, audited with plain SGD")
+    return configured
+
+
+def _beside(name: str, path: Path) -> Mapping[str, Any]:
+    """A file that another one names: relative to it, or to where the command runs."""
+    near = path.parent / name
+    return _load(near if near.is_file() else Path(name))
+
+
+def _clipping(configured: Configured, value: Any) -> None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        configured.options["max_grad_norm"] = float(value)
+
+
+def _reduce(configured: Configured) -> None:
+    """To what fits on a CPU in seconds and still shows every pattern."""
+    asked = configured.options.get("accumulation")
+    if not asked:
+        configured.options["accumulation"] = 4
+        configured.notes.append("the file does not say how many micro-batches a step has: audited with 4")
+    elif asked > MOST_MICROBATCHES:
+        configured.options["accumulation"] = MOST_MICROBATCHES
+        configured.notes.append(f"{asked} micro-batches a step are audited as {MOST_MICROBATCHES}")
+    if configured.processes > 2:
+        configured.notes.append(f"{configured.processes} processes are audited as 2")
+    configured.processes = min(2, configured.processes)

@@ -1,0 +1,82 @@
+"""The audit of a step function in this process, for tests: the same cases, recorder and judge, without a
+child.
+
+Needs torch. Imported by the pytest plugin only when a test asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from truestep.audit.environments.launch import LEARNING_RATE
+from truestep.audit.measure import cases, recorder
+from truestep.audit.measure.findings import Finding, Verdict
+from truestep.audit.measure.observations import ObservationError, load
+from truestep.audit.measure.verdict import judge
+from truestep.audit.subjects import CASES, FOLDER
+
+_LOADED: dict[str, ModuleType] = {"recorder": recorder}
+
+
+def subject_module(name: str) -> Any:
+    """A module of subjects/, which are scripts that import each other by their bare names.
+
+    Neither their folder nor their names stay behind: a caller may have a ``harness`` of its own, and a subject
+    must not hide the framework that it is named after.
+    """
+    if name not in _LOADED:
+        ours = {"recorder", *(path.stem for path in FOLDER.glob("*.py"))}
+        hidden = {other: sys.modules.pop(other) for other in ours if other in sys.modules}
+        sys.modules.update(_LOADED)
+        sys.path.insert(0, str(FOLDER))
+        try:
+            importlib.import_module(name)
+            _LOADED.update({other: sys.modules[other] for other in ours if other in sys.modules})
+        finally:
+            sys.path.remove(str(FOLDER))
+            for other in ours:
+                sys.modules.pop(other, None)
+            sys.modules.update(hidden)
+    return _LOADED[name]
+
+
+def audit_function(
+    step: Callable[..., Any],
+    *,
+    arch: str = "plain",
+    names: Sequence[str] = CASES,
+    accumulation: int = 4,
+    seed: int = 0,
+) -> Finding:
+    """Judge ``step(model, optimizer, microbatches)`` (its contract: subjects/user_loop.py) on one process.
+
+    The caller's random numbers go on as if nothing had been audited.
+    """
+    harness, user_loop = subject_module("harness"), subject_module("user_loop")
+    subject, configuration = getattr(step, "__qualname__", "step"), {"arch": arch, "processes": 1}
+    runs = {}
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="truestep-audit-") as folder:
+        for name in names:
+            case = cases.build(name, world_size=1, accumulation=accumulation, seed=seed)
+            place = Path(folder) / name
+            place.mkdir()
+            raw = {"options": {"arch": arch}, "learning_rate": LEARNING_RATE["sgd"]}
+            user_loop.run_with(step, harness.Spec(place, case.to_json(), raw))
+            try:
+                runs[name] = load(place, case, learning_rate=LEARNING_RATE["sgd"])
+            except ObservationError as error:
+                return Finding(
+                    subject=subject,
+                    configuration=configuration,
+                    verdict=Verdict.NOT_OBSERVABLE,
+                    reasons=(error.cause,),
+                )
+    return judge(subject, configuration, runs)

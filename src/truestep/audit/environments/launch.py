@@ -1,0 +1,217 @@
+"""Run a subject in a child process, or one per rank, with its own folder, a scrubbed environment and limits.
+
+A subject that hangs, crashes or eats the memory is a finding, never the end of the audit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from truestep.audit.measure import cases
+from truestep.audit.measure.cases import Case
+from truestep.audit.measure.findings import Finding, Verdict, cause
+from truestep.audit.measure.observations import Observation, ObservationError, load
+from truestep.audit.measure.verdict import judge
+from truestep.audit.subjects import FOLDER, Configuration, Subject
+from truestep.rundir import redact
+
+# A large SGD step reads its gradient back more exactly; AdamW's step is its learning rate, whatever the gradient.
+LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-2}
+SCRIPT_TIMEOUT = 180.0  # seconds, of a reproducer
+MEMORY = 12 << 30  # bytes of address space a rank may map; torch alone maps several GiB
+KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ", "SSL_CERT_FILE", "TORCH_EXTENSIONS_DIR")
+
+
+class SubjectFailed(RuntimeError):
+    """The subject ended without an observation; the message is its last words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All cases of one configuration of a subject: one process a rank."""
+
+    script: str
+    python: Path
+    cases: Sequence[Case]
+    options: Mapping[str, Any]
+    learning_rate: float = 0.5
+    world_size: int = 1
+    timeout: float = 120.0
+
+
+def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict[str, str]:
+    """Nothing of the caller's but where programs and libraries lie: no tokens, no caches, no home folder."""
+    kept = {k: os.environ[k] for k in KEPT if k in os.environ}
+    return {
+        **kept,
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def audit_one(
+    subject: Subject, configuration: Configuration, python: Path, *, seed: int = 0, timeout: float = 120.0
+) -> Finding:
+    """One subject in one configuration, all of its cases. One that cannot run is a finding too."""
+    began = time.monotonic()
+    options = configuration.options
+    size = {"world_size": configuration.world_size, "accumulation": int(options.get("accumulation", 4))}
+    job = Job(
+        script=subject.script,
+        python=python,
+        cases=[cases.build(name, **size, seed=seed) for name in configuration.only],
+        options=options,
+        learning_rate=LEARNING_RATE[str(options.get("optimizer", "sgd"))],
+        world_size=configuration.world_size,
+        timeout=timeout,
+    )
+    nothing = Finding(subject=subject.name, configuration=configuration.to_json(), verdict=Verdict.NOT_RUN)
+    documented, without = configuration.documented, dict(configuration.without)
+    try:
+        finding = judge(subject.name, nothing.configuration, run(job), documented=documented, without=without)
+    except SubjectFailed as error:
+        finding = replace(nothing, reasons=(cause("", "said", text=str(error)),))
+    except ObservationError as error:
+        finding = replace(nothing, verdict=Verdict.NOT_OBSERVABLE, reasons=(error.cause,))
+    return replace(finding, seconds={**finding.seconds, "total": time.monotonic() - began})
+
+
+def run(job: Job) -> dict[str, Observation]:
+    """Case → what was observed. Raises SubjectFailed, or ObservationError if what it left cannot be read."""
+    with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
+        folder = Path(name)
+        (folder / "home").mkdir()
+        (folder / "modules").mkdir()  # beside the script, all that a subject can import from here
+        shutil.copy(Path(cases.__file__).with_name("recorder.py"), folder / "modules")
+        spec = {
+            "cases": [case.to_json() for case in job.cases],
+            "options": dict(job.options),
+            "learning_rate": job.learning_rate,
+        }
+        (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        _run_ranks(job, folder, folder / "home")
+        return {
+            case.name: load(folder / case.name, case, learning_rate=job.learning_rate) for case in job.cases
+        }
+
+
+def _start(
+    command: Sequence[object],
+    rank: int,
+    world_size: int,
+    port: int,
+    *,
+    home: Path,
+    out: Any,
+    **variables: str,
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env={**child_environment(world_size, home, rank, port), **variables},
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_limit,
+    )
+
+
+def _run_ranks(job: Job, folder: Path, home: Path) -> None:
+    command = [job.python, FOLDER / f"{job.script}.py", folder]
+    port, deadline = free_port(), time.monotonic() + job.timeout
+    processes: list[subprocess.Popen[bytes]] = []
+    logs = [folder / f"rank-{rank}.log" for rank in range(job.world_size)]
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("wb") as out:
+                place: dict[str, Any] = {"home": home, "out": out, "PYTHONPATH": str(folder / "modules")}
+                processes.append(_start(command, rank, job.world_size, port, **place))
+        while any(p.poll() is None for p in processes):
+            if any(p.poll() not in (None, 0) for p in processes):
+                break
+            if time.monotonic() > deadline:
+                raise SubjectFailed(f"no result within {job.timeout:.0f} s; {_last_words(logs[0])}")
+            time.sleep(0.02)
+        for rank, process in enumerate(processes):
+            if process.poll() not in (None, 0):
+                raise SubjectFailed(f"exit code {process.returncode}: {_last_words(logs[rank])}")
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own children too
+            process.wait()
+
+
+def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool | None, str]:
+    """Whether the script shows the difference (None: it did not run), and the line that it printed."""
+    port, command = free_port(), [python, path.absolute()]
+    processes = [_start(command, r, ranks, port, home=home, out=subprocess.PIPE) for r in range(ranks)]
+    try:
+        said = [process.communicate(timeout=SCRIPT_TIMEOUT)[0].decode() for process in processes]
+    except subprocess.TimeoutExpired:
+        return None, f"no end within {SCRIPT_TIMEOUT:.0f} s"
+    finally:
+        for process in processes:
+            process.kill()
+    lines = [line for line in said[0].splitlines() if line.strip()] or ["no output"]
+    shown = [line for line in lines if line.startswith("weights [")]
+    return (processes[0].returncode == 1, shown[-1]) if shown else (None, lines[-1][:200])
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _limit() -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(
+            _PR_SET_PDEATHSIG, signal.SIGKILL
+        )  # nothing would hold it to its time after this process is killed
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    # The line of the error itself, not a warning that a library prints on its way out.
+    errors = [
+        line
+        for line in lines
+        if re.match(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b", line)
+    ]
+    return redact((errors or lines or ["no output"])[-1])[:300]

@@ -1,0 +1,390 @@
+"""Isolated, cached environments for the releases that are audited, and what an environment that exists
+already holds.
+
+One base environment per torch release holds what is large. Each subject has an environment of its own with
+only its packages; a ``.pth`` file lets it see the base behind them. Nothing is ever installed into a user's
+environment.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from truestep import rundir
+from truestep.audit.environments.packages import ALONE, COMPANIONS
+from truestep.audit.subjects import TABLE
+from truestep.errors import UserError
+
+TORCH = "2.13.0"
+BUILD_TIMEOUT = 1800.0  # seconds: of one install command, and of waiting for another audit's build
+PYTHON_TAG = f"py{sys.version_info.major}.{sys.version_info.minor}"
+FRAMEWORKS = tuple(dict.fromkeys(name for s in TABLE for name in (*s.needs, *s.brings)))
+# setuptools 81 dropped pkg_resources, which older releases import; wheel: their source archives build with
+# it.
+BASE = ("numpy", "setuptools<81", "wheel")
+# Audited processes write no bytecode: without this (pip does it unasked) each of them would compile torch
+# again.
+UV_INSTALL = ("pip", "install", "--compile-bytecode")
+EXAMPLE = "deepspeed==0.18.9 or trl==1.16.0+deepspeed==0.18.9"
+_PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([0-9][0-9A-Za-z.]*)")
+_PROBE = """
+import importlib.metadata, importlib.util, json, sys
+found = {}
+for d in importlib.metadata.distributions():
+    name = (d.metadata and d.metadata["Name"] or "").lower().replace("_", "-").replace(".", "-")
+    if name: found.setdefault(name, d.version or "unknown")
+for name in sys.argv[1:]:
+    spec = None if name in found else importlib.util.find_spec(name)
+    if spec is not None and spec.origin: found[name] = "unknown"
+print("\\n" + json.dumps(found))
+"""
+
+
+class BuildFailed(RuntimeError):
+    """An environment could not be built; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an environment holds."""
+
+    pins: Mapping[str, str]  # as asked: package → version
+    torch: str
+    resolved: tuple[str, ...]  # requirements that are installed with what they depend on
+    alone: tuple[str, ...]  # installed after them, without
+
+    @property
+    def base_name(self) -> str:
+        return f"base-torch-{self.torch}-{PYTHON_TAG}"
+
+    @property
+    def name(self) -> str:
+        """The folder: readable, and another one whenever anything that is installed differs."""
+        digest = hashlib.sha256(
+            json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
+        ).hexdigest()[:8]
+        shown = "+".join(f"{k}-{v}" for k, v in sorted(self.pins.items()))
+        return f"{shown}-{PYTHON_TAG}-{digest}"
+
+
+# ------------------------------------------------------------------------------------------------ the request
+
+
+def parse(text: str) -> dict[str, str]:
+    """Package → version of a text such as ``trl==1.16.0+deepspeed==0.18.9``.
+
+    Raises: UserError where a part is no exact version.
+    """
+    pins: dict[str, str] = {}
+    for part in text.split("+"):
+        match = _PIN.fullmatch(part.strip())
+        if match is None:
+            raise UserError(f"requirement {text!r}: {part.strip()!r} is no NAME==VERSION: write {EXAMPLE}")
+        name = _normal(match[1])
+        if pins.setdefault(name, match[2]) != match[2]:
+            raise UserError(
+                f"requirement {text!r}: {name} has two versions: write one, such as {name}=={match[2]}"
+            )
+    return pins
+
+
+def plan(text: str) -> Plan:
+    """All that an environment for ``text`` holds. Raises: UserError as ``parse`` does."""
+    pins = parse(text)
+    wanted = {name: f"{name}=={version}" for name, version in pins.items() if name != "torch"}
+    for name, before, companions in COMPANIONS:
+        exact = wanted.get(name, "").partition("==")[2]
+        if exact and tuple(int(n) for n in re.findall(r"\d+", exact)) < before:
+            for companion in companions:
+                own = re.split(r"[=<>]", companion)[0]
+                # A bare name is only a need: what fits to this release replaces it.
+                if wanted.get(own, own) == own:
+                    wanted[own] = companion
+    for name in [n for n in wanted if n in ALONE]:
+        for need in ALONE[name]:
+            wanted.setdefault(need, need)
+    return Plan(
+        pins=pins,
+        torch=pins.get("torch", TORCH),
+        resolved=tuple(sorted(r for n, r in wanted.items() if n not in ALONE)),
+        alone=tuple(sorted(r for n, r in wanted.items() if n in ALONE)),
+    )
+
+
+def cache_folder() -> Path:
+    """Where environments are kept, in truestep's cache."""
+    return rundir.cache_folder() / "audit"
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# --------------------------------------------------------------------------------------------------- building
+
+
+def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
+    """The python of an environment that holds ``text``; built if the cache has none yet. ``say`` is told what
+    goes on.
+
+    Raises: UserError for a bad text; BuildFailed where it cannot be built.
+    """
+    wanted = plan(text)
+    cache = cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildFailed(
+            f"{cache}: cannot be made ({error.strerror}): set TRUESTEP_CACHE to a writable folder"
+        ) from None
+    base = _cached(cache, wanted.base_name, say, lambda home, do: _fill_base(wanted, home, do))
+    if not wanted.resolved and not wanted.alone:
+        return base
+    return _cached(cache, wanted.name, say, lambda home, do: _fill_overlay(wanted, base, home, do))
+
+
+# What installers and compilers read; no token of the caller's reaches a package's own set-up code.
+BUILDS_NEED = (
+    r"PATH|HOME|LANG|LC_ALL|TZ|TMPDIR|USER|(http|https|no|all|ftp)_proxy|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|"
+    r"CURL_CA_BUNDLE|(PIP|UV|XDG)_\w+|CC|CXX|CFLAGS|CXXFLAGS|LDFLAGS|LD_LIBRARY_PATH"
+)
+Do = Callable[..., None]  # run a command of a build: (command, **extra environment variables)
+
+
+def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[Path, Do], None]) -> Path:
+    """The python of ``cache/name``: made under another name and renamed when complete, by one process at a
+    time."""
+    home, temporary, log = cache / name, cache / f"{name}.building", cache / f"{name}.log"
+    python = home / "bin" / "python"
+    if python.exists():
+        return python
+    with _lock(cache / f"{name}.lock", name, say) as lock:
+        if python.exists():  # another audit has built it meanwhile
+            return python
+        say(f"building {name} (once) in {cache}")
+        for leftover in (temporary, home):  # of a build that was killed, or of an interpreter that is gone
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        began = time.monotonic()
+        with log.open("w", encoding="utf-8") as out:
+
+            def do(command: Sequence[str | Path], **variables: str) -> None:
+                _execute(command, variables, name, out, lock)
+
+            fill(temporary, do)
+        temporary.rename(home)
+        say(f"built {name} in {time.monotonic() - began:.0f} s")
+    return python
+
+
+@contextlib.contextmanager
+def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
+    """Held by this process and by the installers that it starts: one that outlives a killed audit still
+    writes."""
+    deadline = time.monotonic() + BUILD_TIMEOUT
+    with path.open("w") as file:
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    message = (
+                        f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s: end that one"
+                    )
+                    raise BuildFailed(f"{message}, or set TRUESTEP_CACHE to another folder") from None
+                if not waiting:
+                    say(f"waiting for another audit that builds {name}")
+                waiting = True
+                time.sleep(0.1)
+        yield file.fileno()
+
+
+def _execute(
+    command: Sequence[str | Path], variables: Mapping[str, str], name: str, out: IO[str], lock: int
+) -> None:
+    """Run one command of a build; what it prints goes to the log."""
+    environment = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
+    try:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            env={**environment, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+    except OSError as error:
+        raise BuildFailed(
+            f"{name}: {command[0]} cannot be run ({error.strerror}): install uv or pip"
+        ) from None
+    try:
+        code = process.wait(BUILD_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise BuildFailed(
+            f"{name}: no end after {BUILD_TIMEOUT:.0f} s: is a package index reached? {out.name}"
+        ) from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code:
+        words = _last_words(Path(out.name))
+        raise BuildFailed(
+            f"{name} could not be built: {words}: check names, versions and network; log: {out.name}"
+        )
+
+
+def _last_words(log: Path) -> str:
+    """The installer's own error line, else the last one."""
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
+    errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
+    return rundir.redact(
+        re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", (errors or lines or ["it said nothing"])[-1])
+    )[:240]
+
+
+# ------------------------------------------------------------------------------------------------- installing
+
+
+def _fill_base(wanted: Plan, home: Path, do: Do) -> None:
+    uv = shutil.which("uv")
+    # Scripts in bin keep the name that the folder was built under: nothing here runs any, always ``python
+    # -m``.
+    do([sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), home])
+    packages = [f"torch=={wanted.torch}", *BASE]
+    if uv:
+        do([uv, *UV_INSTALL, "--python", home / "bin/python", *packages], **_uv_variables())
+    else:
+        do([home / "bin/python", "-m", "pip", "install", "--disable-pip-version-check", *packages])
+
+
+def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
+    uv = shutil.which("uv")
+    do([sys.executable, "-m", "venv", "--without-pip", home])
+    site = home / "lib" / f"python{PYTHON_TAG[2:]}" / "site-packages"
+    # Relative, and the same before and after the folder is renamed; a folder named by .pth comes after this
+    # one.
+    behind = base.parent.parent / site.relative_to(home)
+    (site / "truestep-base.pth").write_text(os.path.relpath(behind, site) + "\n", encoding="utf-8")
+    (home / "constraints.txt").write_text(f"torch=={wanted.torch}\n", encoding="utf-8")
+    # uv does not look through a .pth: without this it would install torch again.
+    (home / "overrides.txt").write_text("torch; python_version < '3'\n", encoding="utf-8")
+    python = home / "bin/python"
+    if uv:
+        install: list[str | Path] = [uv, *UV_INSTALL, "--python", python]
+        extra: list[str | Path] = ["--overrides", home / "overrides.txt"]
+        variables = _uv_variables()
+    else:
+        install = [base, "-m", "pip", "--python", python, "install", "--disable-pip-version-check"]
+        extra, variables = ["--constraint", home / "constraints.txt"], {}
+    if wanted.resolved:
+        do([*install, *extra, *wanted.resolved], **variables)
+    if wanted.alone:
+        # Not through the installer's cache: a wheel that was built beside this torch must not reach other
+        # environments.
+        fresh = "--no-cache" if uv else "--no-cache-dir"
+        do(
+            [*install, "--no-deps", "--no-build-isolation", fresh, *wanted.alone],
+            DS_BUILD_OPS="0",
+            **variables,
+        )
+
+
+def _uv_variables() -> dict[str, str]:
+    """uv does not read pip's configuration: what says where packages are found is passed on, where uv has no
+    own."""
+    found: dict[str, str] = {}
+    for pip in ([sys.executable, "-m", "pip"], ["pip"]):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            told = subprocess.run(
+                [*pip, "config", "list"], capture_output=True, text=True, timeout=60, check=True
+            ).stdout
+            for line in told.splitlines():  # global.find-links='/a' ; the environment (:env:) wins
+                key, _, value = line.partition("=")
+                scope, _, key = key.strip().rpartition(".")
+                if key not in found or scope == ":env:":
+                    found[key] = str(ast.literal_eval(value.strip()))
+            break
+    names = {
+        "find-links": ("UV_FIND_LINKS", ","),
+        "index-url": ("UV_DEFAULT_INDEX", " "),
+        "extra-index-url": ("UV_INDEX", " "),
+        "cert": ("SSL_CERT_FILE", " "),
+    }
+    told_uv = {
+        name: joint.join(found[key].split())
+        for key, (name, joint) in names.items()
+        if key in found and name not in os.environ
+    }
+    # pip takes the best version of all its indexes; uv by default stops at the first index that has the
+    # package.
+    return {"UV_INDEX_STRATEGY": "unsafe-best-match", **told_uv} if "UV_INDEX" in told_uv else told_uv
+
+
+# ------------------------------------------------------------------------------------------------- looking in
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Package → version of all that this python finds. Raises: UserError where it cannot be run."""
+    return _probe(python, ())
+
+
+def installed(python: Path) -> dict[str, str]:
+    """Framework → version ("unknown": a folder without metadata). Imports none of them and writes nothing.
+
+    Raises: UserError where this python cannot be run.
+    """
+    found = _probe(python, FRAMEWORKS)
+    return {name: found[name] for name in FRAMEWORKS if name in found}
+
+
+def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
+    if not python.is_file():
+        inner = python / "bin" / "python"
+        hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
+        raise UserError(f"--python {python}: no such program: write {hint}")
+    # -I: as the audited process, which sees neither PYTHONPATH nor the user's own site folder; -B: no
+    # bytecode.
+    command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
+    environment = {
+        k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+    }
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+        found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        words = rundir.redact(said[-1] if said else "it said nothing")[:200]
+        message = f"--python {python}: does not run as a Python 3.8 or later ({words})"
+        raise UserError(f"{message}: write the path of an interpreter, such as .venv/bin/python") from None
+    return {str(k): str(v) for k, v in found.items()}

@@ -1,0 +1,208 @@
+"""What a subject left behind, read back: one ``Step`` per optimizer step, all ranks together.
+
+Shapes: P parameters, M micro-batches of a step over all ranks (rank after rank).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from truestep.audit.measure.cases import Case
+from truestep.audit.measure.findings import cause
+
+SCHEMA = 1
+
+
+class ObservationError(ValueError):
+    """The subject ran, but what it left cannot be judged."""
+
+    def __init__(self, kind: str, **values: Any) -> None:
+        super().__init__(kind, values)
+        self.cause = cause("", kind, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One forward pass in training mode."""
+
+    rank: int
+    index: int  # within its rank and step
+    lines: tuple[tuple[int, ...], ...]  # rows of each line: several where lines are packed
+    row_counts: tuple[int, ...]  # trained tokens of each row
+    row_gradients: tuple[np.ndarray, ...]  # P each: of the sum of −log p over the row's trained tokens
+    loss_sum: float  # Σ −log p over its trained tokens, float64
+    size: int  # P
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(row for line in self.lines for row in line)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.row_counts)
+
+    @cached_property
+    def gradient(self) -> np.ndarray:
+        return np.sum([np.zeros(self.size), *self.row_gradients], axis=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step: parameters around it, and the exact gradient sums of what went into it."""
+
+    before: np.ndarray  # P
+    after: np.ndarray  # P
+    learning_rate: float
+    microbatches: tuple[MicroBatch, ...]
+    control: np.ndarray  # P: the whole step's gradient sum in the subject's own precision
+    extras: dict[str, np.ndarray]  # what a wrong mask or a wrong shift would have added
+    logged_loss: float | None = None
+    max_grad_norm: float = 0.0  # asked for
+    carried: np.ndarray | float = 0.0  # P: what momentum was asked to add to the gradient
+
+    @property
+    def clip_scale(self) -> float:
+        """What the clip that was asked for makes of the right gradient."""
+        if not self.max_grad_norm:
+            return 1.0
+        return min(1.0, self.max_grad_norm / float(np.linalg.norm(self.expected)))
+
+    @cached_property
+    def direction(self) -> np.ndarray:
+        """(before − after) / lr: what the step went against."""
+        return (self.before - self.after) / self.learning_rate
+
+    @property
+    def num_trained(self) -> int:
+        return sum(m.num_trained for m in self.microbatches)
+
+    @property
+    def counts(self) -> list[list[int]]:
+        """Trained tokens of each rank's micro-batches, as ``truestep.faults`` wants them."""
+        ranks = sorted({m.rank for m in self.microbatches})
+        return [[m.num_trained for m in self.microbatches if m.rank == r] for r in ranks]
+
+    @cached_property
+    def expected(self) -> np.ndarray:
+        """The gradient of the mean over all trained tokens of the step."""
+        total = np.sum([m.gradient for m in self.microbatches], axis=0)
+        return np.asarray(total / max(1, self.num_trained))
+
+    @property
+    def true_loss(self) -> float:
+        return sum(m.loss_sum for m in self.microbatches) / max(1, self.num_trained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One run of a subject."""
+
+    asked: Case
+    versions: dict[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    ranks_differ: float = 0.0  # largest difference of a parameter between two ranks after any step
+    forwards_without_step: int = 0
+    unmatched: int = 0
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
+    location: str = ""  # FILE:LINE where what is audited runs the model
+    autocast: str = ""  # the dtype that the model was run in, where it is another than its parameters'
+    not_run: str = ""  # why this case alone could not be run
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 + max(m.rank for s in self.steps for m in s.microbatches)
+
+
+def load(folder: Path, case: Case, *, learning_rate: float) -> Observation:
+    """Read all ranks' files. Raises ObservationError if a rank is missing or ranks disagree on the steps."""
+    if (refused := folder / "not-run.txt").exists():
+        return Observation(asked=case, not_run=refused.read_text(encoding="utf-8"))
+    paths = sorted(folder.glob("rank-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+    if not paths:
+        raise ObservationError("no_observation")
+    ranks = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
+    if any(r["schema"] != SCHEMA for r in ranks) or len(ranks) != ranks[0]["world_size"]:
+        raise ObservationError("ranks_missing", ranks=len(ranks), of=ranks[0]["world_size"], schema=SCHEMA)
+    num_steps = {len(r["steps"]) for r in ranks}
+    if len(num_steps) > 1:
+        raise ObservationError("ranks_disagree", steps=sorted(num_steps))
+    steps: list[Step] = []
+    worst = 0.0
+    for index in range(num_steps.pop()):
+        parts = [r["steps"][index] for r in ranks]
+        afters = [_read(folder, p["after"]) for p in parts]
+        worst = max([worst, *(float(np.abs(a - afters[0]).max()) for a in afters)])
+        logged = ranks[0]["logged"]
+        rate = learning_rate * case.rate(min(index, case.steps - 1))
+        if not case.decay:
+            rate = _at(logged["learning_rate"], index) or rate
+        steps.append(
+            Step(
+                before=_read(folder, parts[0]["before"]),
+                after=afters[0],
+                learning_rate=rate,
+                max_grad_norm=case.max_grad_norm,
+                carried=case.momentum * steps[-1].direction if steps and case.momentum else 0.0,
+                microbatches=tuple(
+                    m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)
+                ),
+                control=np.sum([_read(folder, p["control"]) for p in parts], axis=0),
+                extras={
+                    k: np.sum([_read(folder, p["extras"][k]) for p in parts], axis=0)
+                    for k in parts[0]["extras"]
+                },
+                logged_loss=_at(logged["loss"], index),
+            )
+        )
+    return Observation(
+        versions=ranks[0]["versions"],
+        steps=tuple(steps),
+        ranks_differ=worst,
+        forwards_without_step=max(r["forwards_without_step"] for r in ranks),
+        unmatched=sum(r["unmatched_lines"] for r in ranks),
+        asked=case,
+        parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
+        location=ranks[0]["location"],
+        autocast=ranks[0]["autocast"],
+        seconds=ranks[0]["seconds"],
+    )
+
+
+def _at(values: list[float | None], index: int) -> float | None:
+    return values[index] if index < len(values) else None
+
+
+def _read(folder: Path, header: dict[str, Any]) -> np.ndarray:
+    values = np.fromfile(folder / header["file"], dtype=header["dtype"])
+    return values.reshape(header["shape"]).astype(np.float64)
+
+
+def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> list[MicroBatch]:
+    if part["gradients"] is None:
+        raise ObservationError("no_row_found")
+    gradients = dict(zip(part["rows"], _read(folder, part["gradients"]), strict=True))
+    losses = dict(zip(part["rows"], part["row_losses"], strict=True))
+    counts = {row: case.rows[row].num_trained for row in part["rows"]}
+    size = next(iter(gradients.values())).shape[0]
+    found = []
+    for index, lines in enumerate(part["microbatches"]):
+        rows = [row for line in lines for row in line]
+        found.append(
+            MicroBatch(
+                rank=rank,
+                index=index,
+                lines=tuple(map(tuple, lines)),
+                row_counts=tuple(counts[row] for row in rows),
+                row_gradients=tuple(gradients[row] for row in rows),
+                loss_sum=sum(losses[row] for row in rows),
+                size=size,
+            )
+        )
+    return found

@@ -1,0 +1,241 @@
+"""All steps of one case: the clip, the schedule and the resume that were asked for, and the rows of each step.
+
+A right step is known exactly (``observations.Step``: clip scale, asked rate, carried momentum), so that what was
+asked for besides the gradient needs no second run to be compared with. Rows are counted, never forward passes:
+how many of them a pass holds does not change the step, and a row without trained tokens adds nothing to it.
+Frameworks shuffle: a step is told by its number of rows, not by which they are. Shapes: P parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from truestep.audit.measure import thresholds
+from truestep.audit.measure.findings import Cause, Causes, Differences, cause
+from truestep.audit.measure.observations import Observation, Step
+from truestep.audit.measure.one_step import CONSTANTS, Seen, alike, see, used_length
+from truestep.faults import recover_weights
+
+KEPT = {"kept", "micro_mean", "rank_mean", "dp_token_mean"}  # codes of weights that are no constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseSeen:
+    """The steps of one case, and how the case differs."""
+
+    steps: Sequence[Seen]
+    differences: Differences
+
+
+def see_case(run: Observation, dtype: str) -> CaseSeen:
+    steps = [see(s, run.steps[i - 1] if i else None, dtype, run.parameters) for i, s in enumerate(run.steps)]
+    for index, named in _related(steps, run, dtype).items():
+        kept = tuple(c for c in steps[index].causes if c.code in KEPT)
+        steps[index] = replace(steps[index], causes=(*kept, named))
+    # A schedule that has reached zero moves nothing any more: the rows after that are lost to it.
+    stopped = len(run.steps) < run.asked.steps and any("schedule" in s.codes for s in steps)
+    data = () if stopped else data_coverage(run)
+    # A step on other rows than asked, divided by the tokens of those that were asked for, is off by a constant.
+    regrouped = any(c.code == "grouping" for c in data)
+    wrong = [s.causes for s in steps if s.causes and not (regrouped and set(s.codes) <= CONSTANTS)]
+    distinct = tuple(c for i, c in enumerate(wrong) if c not in wrong[:i])
+    every = len(wrong) in (0, len(steps))
+    return CaseSeen(steps=steps, differences=Differences(data=data, steps=distinct, in_every_step=every))
+
+
+# ------------------------------------------------------------------------------- clip, learning rate and resume
+
+
+def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int, Cause]:
+    """Step → what became of the clip, the schedule or a resume, in place of the constant that it looks like."""
+    if found := resume(run, thresholds.RESIDUAL[dtype]):
+        return dict.fromkeys(range(run.asked.resume_after, len(steps)), found)
+    scales = [s.scale if set(s.codes) <= CONSTANTS | KEPT else None for s in steps]
+    if found := schedule(run, scales):
+        return dict.fromkeys(range(len(steps)), found)
+    scaled = [i for i, s in enumerate(steps) if s.codes and s.codes[-1] in ("scale", "accumulation_factor")]
+    if found := clip(run, scaled):
+        return dict.fromkeys(scaled, found)
+    wrong = [i for i, s in enumerate(steps) if s.codes and s.recovered and run.asked.max_grad_norm]
+    parts = {i: clip_of_parts(run.steps[i], run.asked.accumulation) for i in wrong}
+    return {i: found for i, found in parts.items() if found}
+
+
+def clip(run: Observation, scaled: Sequence[int]) -> Cause | None:
+    """Steps that only a constant separates from right ones: clipped unasked, otherwise than asked, or not at
+    all."""
+    lengths = [used_length(run.steps[i]) for i in scaled]
+    wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
+    asked = run.asked.max_grad_norm
+    if len(scaled) < 2 or np.ptp(wanted) < thresholds.CLOSE * max(wanted):
+        return None
+    if asked and np.allclose(lengths, wanted, rtol=thresholds.CLOSE):
+        return cause("clip", "clip_missing", asked=asked)
+    if alike(lengths):
+        return cause("clip", "clip_to_other" if asked else "clip_to", norm=lengths[0], asked=asked)
+    return None
+
+
+Parts = Sequence[Sequence[np.ndarray]]  # rank, micro-batch: P
+
+
+def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
+    """A clip of micro-batches, of what had been added up after each of them, or of ranks: whose prediction
+    the step is.
+
+    A part may have been as long as it is in the mean over the step, or longer by the steps or the ranks that
+    it is divided by afterwards; the constant that is left of this is free.
+    """
+    used = step.direction - step.carried
+    ranks = sorted({m.rank for m in step.microbatches})
+    parts = [[m.gradient / step.num_trained for m in step.microbatches if m.rank == rank] for rank in ranks]
+    found: list[tuple[float, str]] = []
+    for kind, predict in (
+        ("clip_of_micro_batches", _each),
+        ("clip_of_ranks", _ranks),
+        ("clip_after_every_micro_batch", _running),
+    ):
+        for limit in dict.fromkeys(step.max_grad_norm / n for n in (1, accumulation, len(ranks))):
+            wanted = predict(parts, limit)
+            scale = float(used @ wanted) / float(wanted @ wanted)
+            found.append((float(np.linalg.norm(used - scale * wanted) / np.linalg.norm(used)), kind))
+    missed, kind = min(found, key=lambda pair: pair[0])
+    return cause("clip", kind) if missed <= thresholds.FIT_OF_CLIPPED_PARTS else None
+
+
+def _short(gradient: np.ndarray, limit: float) -> np.ndarray:
+    return np.asarray(gradient * min(1.0, limit / max(1e-12, float(np.linalg.norm(gradient)))))
+
+
+def _each(parts: Parts, limit: float) -> np.ndarray:
+    return np.sum([_short(g, limit) for rank in parts for g in rank], axis=0)
+
+
+def _running(parts: Parts, limit: float) -> np.ndarray:
+    total = np.zeros_like(parts[0][0])
+    for rank in parts:
+        buffer = np.zeros_like(total)
+        for gradient in rank:
+            buffer = _short(buffer + gradient, limit)
+        total += buffer
+    return total
+
+
+def _ranks(parts: Parts, limit: float) -> np.ndarray:
+    return np.sum([_short(np.sum(rank, axis=0), limit) for rank in parts], axis=0)
+
+
+def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
+    """Learning rates that follow another line than the one that was asked for. ``scales``: of each step that
+    weights explain, the constant on top of them."""
+    asked, until = run.asked, run.asked.resume_after or len(scales)
+    rates = [asked.rate(i) * scale for i, scale in enumerate(scales[:until]) if scale is not None]
+    if not asked.decay or len(rates) < 2 or len(rates) != min(until, len(scales)):
+        return None
+    right = [asked.rate(i) for i in range(len(rates))]
+    early = [asked.rate(i + 1) for i in range(len(rates))]
+    speed = asked.steps * (1 - rates[1] / rates[0])  # ticks a step
+    line = [rates[0] * max(0.0, 1 - speed * i / asked.steps) for i in range(len(rates))]
+    if np.allclose(np.array(rates) / rates[0], right, atol=thresholds.CLOSE):
+        return None
+    if np.allclose(rates, early, atol=thresholds.CLOSE):
+        return cause("schedule", "schedule_ahead")
+    if not np.allclose(rates, line, atol=thresholds.CLOSE):
+        return cause("schedule", "schedule_rates", rates=rates, asked=right)
+    micro, ranks = asked.accumulation, run.num_ranks
+    known = [(0.0, "schedule_still"), (micro, "schedule_by_micro_batch"), (1 / micro, "schedule_too_long")]
+    if ranks > 1:
+        known[2:2] = [(ranks, "schedule_by_process"), (micro * ranks, "schedule_by_both")]
+        known.append((1 / ranks, "schedule_of_process"))
+    kinds = [kind for value, kind in known if abs(speed - value) <= thresholds.CLOSE * max(1.0, value)]
+    return cause("schedule", *(kinds[:2] or ["schedule_speed"]), speed=speed)
+
+
+def resume(run: Observation, limit: float) -> Cause | None:
+    """What did not survive the checkpoint; of the first step after it, from its gradients and the step
+    before."""
+    at, momentum = run.asked.resume_after, run.asked.momentum
+    if not at or len(run.steps) <= at:
+        return None
+    before, step = run.steps[at - 1], run.steps[at]
+    if np.abs(step.before - before.after).max() > thresholds.RESTORED:
+        return cause("stale_parameters", "resume_parameters")
+    used = [m.gradient / step.num_trained for m in step.microbatches if m.num_trained]
+    found, residual, _ = recover_weights(step.direction, [*used, before.direction])
+    weights, kept = found[:-1], float(found[-1])
+    rate = float(np.median(weights))
+    if residual > limit or np.ptp(weights) > 5 * thresholds.CLOSE * abs(rate):
+        return None  # other faults than those of a resume
+    forgotten = bool(momentum) and abs(kept) <= thresholds.CLOSE
+    off = abs(rate - 1) > thresholds.CLOSE and (forgotten or abs(kept - rate * momentum) <= thresholds.CLOSE)
+    anew = abs(rate * run.asked.rate(at) - run.asked.rate(0)) <= thresholds.CLOSE
+    schedule = ("_schedule" if anew else "_rate") if off else ""
+    if not forgotten and not off:
+        return None
+    return cause(
+        "momentum_lost" if forgotten else "schedule",
+        f"resume{'_momentum' if forgotten else ''}{schedule}",
+        **({"rate": rate} if off and not anew else {}),
+    )
+
+
+# --------------------------------------------------------------------------------------------- the rows of steps
+
+
+def data_coverage(run: Observation) -> Causes:
+    """Whether the optimizer was stepped when it was asked to be, on all trained rows, each as often as there are
+    epochs; the cause before its consequence."""
+    if any(not np.isfinite(s.after).all() for s in run.steps):
+        return ()  # changes of what is not a number are no steps
+    asked, untrained = run.asked, run.asked.untrained_rows
+    seen = Counter(row for s in run.steps for m in s.microbatches for row in m.rows)
+    trained = [row for row in range(len(asked.rows)) if row not in untrained]
+    lost = sum(max(0, asked.epochs - seen[row]) for row in trained)
+    twice = sum(max(0, seen[row] - asked.epochs) for row in trained)
+    never = sum(not seen[row] for row in untrained)
+    found: list[Cause] = []
+    lost_whole = False
+    if not any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines):  # packed
+        sizes = [_rows_of(step) for step in run.steps]
+        filtered = _asked_sizes(run, len(asked.rows) - never)  # left out before rows were put into windows
+        if sizes != filtered and not _skipped(
+            sizes, _asked_sizes(run, len(asked.rows)), never * asked.epochs
+        ):
+            window = asked.accumulation * asked.rows_per_microbatch
+            lost_whole = sizes == [n for n in filtered if n == window]
+            found.append(cause("grouping", "step_sizes", rows=sizes, asked=filtered))
+    if lost:
+        found.insert(0 if lost_whole else len(found), cause("data_lost", "rows_lost", rows=lost))
+    elif twice > _evened_out(run, len(asked.rows) - never):
+        found.append(cause("data_lost", "rows_repeated", rows=twice))
+    return tuple(found)
+
+
+def _rows_of(step: Step) -> int:
+    """On the busiest rank: samplers may give the others rows twice."""
+    return max(Counter(m.rank for m in step.microbatches for _ in m.rows).values())
+
+
+def _skipped(sizes: Sequence[int], asked: Sequence[int], untrained: int) -> bool:
+    """Whether the windows are the asked ones but for rows without trained tokens that were passed over."""
+    missing = [a - s for a, s in zip(asked, sizes, strict=False)]
+    return len(sizes) == len(asked) and min(missing) >= 0 and sum(missing) <= untrained
+
+
+def _evened_out(run: Observation, num_rows: int) -> int:
+    """Rows that a sampler may repeat, so that all ranks have equally many batches."""
+    return -num_rows % (run.num_ranks * run.asked.rows_per_microbatch) * run.asked.epochs
+
+
+def _asked_sizes(run: Observation, num_rows: int) -> list[int]:
+    """Rows of each step, on the busiest rank: whole windows and what is left at the end of an epoch."""
+    size = run.asked.rows_per_microbatch
+    mine = min(num_rows, size * math.ceil(math.ceil(num_rows / size) / run.num_ranks))
+    window = run.asked.accumulation * size
+    whole, rest = divmod(mine, window)
+    return ([window] * whole + ([rest] if rest else [])) * run.asked.epochs

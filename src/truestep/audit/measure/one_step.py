@@ -1,0 +1,332 @@
+"""One step, judged from its own start: the pattern that its weights obey, else what is in it besides them.
+
+A pattern is kept × normaliser × scale. Causes come from the structure of the weights, so that an unknown fault
+is still described. Shapes: P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from truestep import faults
+from truestep.audit.measure import thresholds
+from truestep.audit.measure.findings import Cause, Causes, cause
+from truestep.audit.measure.observations import Step
+from truestep.audit.measure.weights import Recovered, observed_gradient, recover
+from truestep.faults import recover_weights
+
+Parameters = Sequence[tuple[str, tuple[int, ...]]]
+CONSTANTS = {"scale", "accumulation_factor", "rank_factor", "empty_counted"}
+NORMALISERS: dict[str, faults.WeightsOf] = {
+    "global": faults.right,
+    "rank_mean": faults.rank_mean,
+    "micro_mean": faults.micro_mean,
+    "dp_token_mean": faults.dp_token_mean,
+}
+ADDITIONS = {  # column → (code, kind)
+    "prompt": ("prompt_trained", "prompt_trained"),
+    "shift_0": ("shift_0", "shift_0"),
+    "shift_2": ("shift_2", "shift_2"),
+    "stop": ("stop_untrained", "stop_untrained"),
+    "decay": ("weight_decay", "weight_decay"),
+    "decay of matrices": ("weight_decay", "weight_decay_of_matrices"),
+    "before": ("momentum", "momentum"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One step. No causes: it is right."""
+
+    causes: Causes = ()
+    recovered: Recovered | None = None
+    scale: float = 1.0
+    hidden: bool = False  # right as far as one can tell: the noise hides single weights
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        return tuple(c.code for c in self.causes)
+
+
+def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = ()) -> Seen:
+    """Judge one SGD step."""
+    if not np.isfinite(step.after).all():
+        empty = any(m.num_trained == 0 for m in step.microbatches)
+        return Seen(causes=(cause("not_finite", "not_finite_after_empty" if empty else "not_finite"),))
+    if not step.num_trained:
+        return Seen(causes=(cause("unexplained", "no_trained_token"),))
+    found = recover(step, dtype)
+    noise, residual = thresholds.NOISE_FACTOR * found.noise, thresholds.RESIDUAL[dtype]
+    if found.relative_error <= min(noise, residual):
+        return Seen(recovered=found)
+    if found.residual > max(residual, noise):
+        return Seen(
+            causes=(_residual_cause(step, previous, found, parameters, max(residual, noise)),),
+            recovered=found,
+        )
+    pattern = fit_pattern(found, dtype)
+    if pattern is None:
+        named = _clipped_parts(step, found) or _unknown("unknown_weights", found.weights)
+        return Seen(causes=(named,), recovered=found)
+    causes = pattern.causes
+    if len(causes) > 1 and causes[-1].code in CONSTANTS and reaches_clip(step):
+        # Other weights have another norm, and were clipped to the right one: the constant says nothing more.
+        return Seen(causes=causes[:-1], recovered=found)
+    hidden = not causes and hides_weights(found)
+    return Seen(causes=causes, recovered=found, scale=pattern.scale, hidden=hidden)
+
+
+def used_length(step: Step) -> float:
+    """‖gradient‖ that the step used."""
+    return float(np.linalg.norm(step.direction - step.carried))
+
+
+def reaches_clip(step: Step) -> bool:
+    """Whether the used gradient is exactly as long as it was asked to be at most."""
+    return bool(step.max_grad_norm) and _close(used_length(step), step.max_grad_norm)
+
+
+def _close(value: float, wanted: float) -> bool:
+    return abs(value - wanted) <= thresholds.CLOSE * abs(wanted)
+
+
+def alike(values: Sequence[float] | np.ndarray) -> bool:
+    return bool(np.ptp(values) <= thresholds.CLOSE * np.abs(values).max())
+
+
+def _unknown(kind: str, weights: np.ndarray) -> Cause:
+    return cause("unknown_weights", kind, weights=weights.tolist())
+
+
+# ------------------------------------------------------------------------------------------------ the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """What of kept × normaliser × scale is not right, in this order."""
+
+    causes: Causes
+    scale: float
+
+
+def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
+    """The simplest pattern that the weights obey within their errors; None if none does."""
+    weights = recovered.weights
+    errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
+    seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())
+    # Nothing is wrong or dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no
+    # sign of it.
+    if (np.abs(weights - 1.0) <= errors).all():
+        return Pattern(causes=(), scale=1.0)
+    if not seen.any():
+        return None
+    for kept in (np.ones_like(seen), seen):
+        for name in NORMALISERS:
+            if found := _fit(recovered, kept, name, errors):
+                return found
+    return None
+
+
+def hides_weights(recovered: Recovered) -> bool:
+    """Whether the noise leaves a weight of the step that could as well be zero."""
+    return bool((thresholds.STANDARD_ERRORS * recovered.errors >= 1.0).any())
+
+
+def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) -> Pattern | None:
+    """kept × the normaliser × the scale that fits best, if the weights obey it."""
+    try:
+        predicted = NORMALISERS[name](recovered.counts)
+    except ValueError:
+        return None  # ranks with unequal numbers of micro-batches have no micro-step
+    weights = recovered.weights
+    scale = float(np.median(weights[kept] / predicted[kept]))
+    allowed = errors * max(1.0, abs(scale) * float(predicted[kept].max()))
+    if not (np.abs(weights - scale * predicted * kept) <= allowed).all():
+        return None
+    # One, if no weight contradicts it: a single noisy weight does not hide the scale of the others.
+    scale = 1.0 if (np.abs(weights - predicted * kept) <= allowed).all() else scale
+    parts = (
+        _kept_cause(kept, recovered),
+        cause(name, name) if name != "global" else None,
+        _scale_cause(scale, recovered, kept, name),
+    )
+    return Pattern(causes=tuple(p for p in parts if p), scale=scale)
+
+
+def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> Cause | None:
+    """The constant; two readings if they coincide."""
+    if scale == 1.0:
+        return None
+    counts = recovered.counts
+    flat = [n for rank in counts for n in rank]
+    total, empty, ranks = sum(flat), len(recovered.empty), len(counts)
+    used = max(len(rank) for rank in counts)
+    asked = max(len(rank) + sum(r == i for r, _ in recovered.empty) for i, rank in enumerate(counts))
+    # On one process the product is the factor of the accumulation, on one micro-batch that of the ranks.
+    both = ranks * asked if ranks > 1 < asked else 1
+    known = [
+        ("accumulation_factor", "accumulation_missing", asked),
+        ("accumulation_factor", "accumulation_twice", 1 / asked),
+        ("rank_factor", "ranks_summed", ranks),
+        ("rank_factor", "ranks_twice", 1 / ranks),
+        ("rank_factor", "both_missing", both),
+        ("rank_factor", "both_twice", 1 / both),
+        ("kept", "divided_by_kept", total / sum(n for n, k in zip(flat, kept, strict=True) if k)),
+        ("empty_counted", "empty_is_one_token", total / (total + empty)),
+    ]
+    if normaliser == "micro_mean":
+        known.append(("empty_counted", "empty_is_zero_mean", used / asked))
+    fitting = [
+        (code, kind)
+        for code, kind, value in known
+        if value != 1.0 and abs(scale - value) <= thresholds.KNOWN_FACTOR * abs(value)
+    ]
+    if not fitting:
+        return cause("scale", "scale", scale=scale)
+    return cause(fitting[0][0], *(kind for _, kind in fitting[:2]))
+
+
+def _kept_cause(kept: np.ndarray, recovered: Recovered) -> Cause | None:
+    """Which micro-batches are missing."""
+    if kept.all():
+        return None
+    by_rank = [part.tolist() for part in by_ranks(kept, recovered.counts)]
+    gone = {str(r): [i + 1 for i, k in enumerate(rank) if not k] for r, rank in enumerate(by_rank)}
+    first = by_rank[0]
+    size = len(first)
+    if any(rank != first for rank in by_rank):
+        return cause(
+            "kept", "dropped_by_rank", dropped={r: numbers for r, numbers in gone.items() if numbers}
+        )
+    if size > 2 and first == [True] + [False] * (size - 2) + [True]:
+        return cause("kept", "kept_first_and_last")
+    if first == [False] * (size - 1) + [True]:
+        return cause("kept", "kept_last")
+    if first == [True] + [False] * (size - 1):
+        return cause("kept", "kept_first")
+    return cause("kept", "dropped", dropped=gone["0"], of=size)
+
+
+def by_ranks(values: np.ndarray, counts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum([len(rank) for rank in counts])[:-1])
+
+
+def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
+    """Weights that make every micro-batch's, or every rank's, gradient equally long."""
+    used = [m for m in step.microbatches if m.num_trained]
+    sizes = np.array([np.linalg.norm(m.gradient) for m in used]) * np.abs(found.weights)
+    # A part below the limit is left alone: the clipped ones have the one length that is the largest.
+    at_limit = np.isclose(sizes, sizes.max(), rtol=thresholds.CLOSE)
+    if at_limit.sum() >= max(2, len(sizes) // 2):
+        return cause("clip", "clip_of_micro_batches")
+    ranks = sorted({m.rank for m in used})
+    parts = []
+    for rank in ranks:
+        mine = [(m.gradient, w) for m, w in zip(used, found.weights, strict=True) if m.rank == rank]
+        if not alike([w for _, w in mine]):
+            return None
+        parts.append(float(np.linalg.norm(np.sum([g * w for g, w in mine], axis=0))))
+    return cause("clip", "clip_of_ranks") if len(ranks) > 1 and alike(parts) else None
+
+
+# ------------------------------------------------------------------------------------ what no weights explain
+
+
+def _residual_cause(
+    step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float
+) -> Cause:
+    """The best explanation of a residual: the one law, or the one addition, that explains the rest."""
+    return (
+        _rows(step, found, limit)
+        or _frozen(step, parameters)
+        or _rounded(step)
+        or _clipped_entries(step)
+        or _addition(step, previous, found, parameters)
+        or cause("unexplained", "unexplained", share=found.residual)
+    )
+
+
+def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
+    """Weights of single rows, if micro-batches hold several."""
+    rows = [
+        (n, g) for m in step.microbatches for n, g in zip(m.row_counts, m.row_gradients, strict=True) if n
+    ]
+    if len(rows) <= len(found.weights):
+        return None
+    weights, residual, _ = recover_weights(observed_gradient(step), [g / step.num_trained for _, g in rows])
+    if residual > limit:
+        return None
+    if alike(weights * np.array([float(n) for n, _ in rows])):
+        return cause("sequence_mean", "sequence_mean")
+    return _unknown("unknown_row_weights", weights)
+
+
+def _frozen(step: Step, parameters: Parameters) -> Cause | None:
+    """Whole tensors that have a gradient and do not move."""
+    change, expected = step.after - step.before, step.expected
+    least = thresholds.UNMOVED * np.linalg.norm(expected)
+    for name, part in _slices(parameters):
+        if not change[part].any() and np.linalg.norm(expected[part]) > least:
+            return cause("stale_parameters", "tensor_does_not_move", name=name)
+    return None
+
+
+def _rounded(step: Step) -> Cause | None:
+    """Parameters that lie on bfloat16's grid although they are stored in float32, or lost small updates."""
+    bits = np.ascontiguousarray(step.after, dtype=np.float32).view(np.uint32)
+    if not (bits & 0xFFFF).any() and step.after.any():
+        return cause("rounding", "rounded_parameters")
+    change, size = step.after - step.before, np.abs(step.before)
+    wanted = np.abs(step.learning_rate * step.clip_scale * step.expected)
+    visible = wanted > thresholds.VISIBLE_UPDATE * size
+    lost, small = visible & (change == 0), visible & (wanted <= thresholds.SMALL_UPDATE * size)
+    if (
+        lost.sum() > thresholds.LOST_UPDATES * visible.sum()
+        and small[lost].mean() > thresholds.LOST_ARE_SMALL
+        and lost[small].mean() > thresholds.SMALL_ARE_LOST
+    ):
+        return cause("rounding", "small_updates_lost", share=float(lost.sum() / visible.sum()))
+    return None
+
+
+def _clipped_entries(step: Step) -> Cause | None:
+    size = np.abs(observed_gradient(step))
+    if (size >= 0.999 * size.max()).mean() > thresholds.CLIPPED_SHARE:
+        return cause("clip", "clip_of_entries", limit=float(size.max()))
+    return None
+
+
+def _addition(step: Step, previous: Step | None, found: Recovered, parameters: Parameters) -> Cause | None:
+    observed = observed_gradient(step)
+    used = [m.gradient / step.num_trained for m in step.microbatches if m.num_trained]
+    candidates = {k: v / step.num_trained for k, v in step.extras.items()} | {"decay": step.before}
+    matrices = np.zeros_like(step.before)
+    for (_, part), (_, shape) in zip(_slices(parameters), parameters, strict=True):
+        if len(shape) > 1:
+            matrices[part] = step.before[part]
+    candidates["decay of matrices"] = matrices
+    if previous is not None:
+        candidates["before"] = previous.direction
+    best: tuple[float, str, float] | None = None
+    for name, column in candidates.items():
+        if not np.linalg.norm(column):
+            continue
+        weights, residual, _ = recover_weights(observed, [*used, column])
+        explains = residual * thresholds.EXPLAINED <= found.residual
+        if explains and (best is None or residual < best[0] / 2):
+            best = (residual, name, float(weights[-1]))
+    if best is None:
+        return None
+    code, kind = ADDITIONS[best[1]]
+    return cause(code, kind, coefficient=best[2])
+
+
+def _slices(parameters: Parameters) -> Iterator[tuple[str, slice]]:
+    start = 0
+    for name, shape in parameters:
+        stop = start + int(np.prod(shape))
+        yield name, slice(start, stop)
+        start = stop

@@ -1,0 +1,285 @@
+"""Watches a model from outside while something trains it. Copied into the audited environment, where it runs with
+the standard library and torch, nothing else; imported as it is by whoever audits in his own process.
+
+What is left behind is ``CASE/rank-R.json`` with tensors:
+
+* which rows went into which micro-batch, seen by a hook on the model's forward pass;
+* the parameters before and after every optimizer step, seen as changes between two forward passes;
+* for every row of a step its gradient at the step's own parameters, in float64, computed from the logits
+  alone with the row by itself, unpadded (sum of the negative log-likelihoods of its trained tokens).
+
+Nothing of the framework is hooked, patched or believed. Shapes: P parameters, R rows of a step, T tokens of a
+row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCHEMA = 1
+EXPLAINED = 1e-4  # relative: what weights of the rows leave of a right step
+
+
+def logits_of(out: Any) -> Tensor:
+    found = out if isinstance(out, Tensor) else out.logits
+    assert isinstance(found, Tensor)
+    return found
+
+
+def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
+    """−Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from the logits alone; ``shift`` 0, 2: wrong ones."""
+    tokens = torch.tensor([list(ids)])
+    logits = logits_of(model(input_ids=tokens))[0]
+    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    targets = [t for t in range(max(1, shift), len(ids)) if chosen[t]]
+    where = torch.tensor(targets, dtype=torch.int64)
+    return -logp[where - shift, tokens[0][where]].sum()
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What a product of two such numbers comes out as here and now: another type under autocast."""
+    one = torch.ones(1, 1, dtype=dtype)
+    return (one @ one).dtype
+
+
+def stack() -> list[tuple[str, int]]:
+    """(file, line) of whoever called, the innermost first."""
+    found = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
+    return found
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().double().reshape(-1).cpu() for t in tensors])
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    """Every parameter once, by name: the order in which all vectors of an observation are laid out."""
+    return [p for _, p in sorted(model.named_parameters())]
+
+
+class Recorder:
+    """Watches a model from outside. Make it before the framework wraps the model; call ``finish`` when it is
+    done.
+
+    ``snapshot`` returns the parameters as one flat float64 vector in the order of ``parameters_of``; subjects
+    whose framework shards or casts them give their own.
+    """
+
+    def __init__(self, spec: Any, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
+        self.spec, self.began = spec, time.perf_counter()
+        self.copy = copy.deepcopy(model).double()
+        self.copy.eval()
+        own = parameters_of(model)
+        self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
+        self.needles, self.ignored = [bytes(row["ids"]) for row in spec.rows], b""
+        self.before: Tensor | None = None
+        self.microbatches: list[list[list[int]]] = []  # the rows of every line of every forward pass
+        self.steps: list[tuple[Tensor, Tensor, list[list[list[int]]]]] = []
+        self.unmatched = 0
+        self.autocast: torch.dtype | None = None  # that the model was run under
+        self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
+        self.stack: list[tuple[str, int]] = []  # of the first forward pass, from within
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def resume(self, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
+        """Watch a model that was made anew and loaded from what the one before has saved; call it before
+        training."""
+        self._close_step()
+        self._hook.remove()
+        own = parameters_of(model)
+        self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
+        self.before = None
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
+        """Watch another module instead, and know a row by another part of it: for a trainer that runs the
+        model in its own way, or leaves out tokens that predict nothing. ``ignored``: a line that keeps idle
+        ranks in step."""
+        self._hook.remove()
+        self.needles, self.ignored = list(needles), ignored
+        self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not (torch.is_grad_enabled() and module.training):
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            return
+        if (dtype := computed_in(self.spec.dtype)) is not self.spec.dtype:
+            self.autocast = dtype
+        self._close_step()
+        if ids.numel() == len(self.ignored) and bytes(ids.flatten().tolist()) == self.ignored:
+            return
+        lines = [
+            self._rows_in(bytes(t % 256 for t in line)) for line in ids.reshape(-1, ids.shape[-1]).tolist()
+        ]
+        self.unmatched += sum(not rows for rows in lines)
+        self.microbatches.append(lines)
+        self.stack = self.stack or stack()
+
+    def _rows_in(self, line: bytes) -> list[int]:
+        """Which rows stand in this line, in order: rows are random tokens, so one is found in another only if
+        equal."""
+        hits = [(line.find(needle), number) for number, needle in enumerate(self.needles)]
+        return [number for place, number in sorted(hits) if place >= 0]
+
+    def _close_step(self) -> None:
+        now = self.snapshot()
+        if self.before is not None and self.microbatches and not torch.equal(now, self.before):
+            self.steps.append((self.before, now, self.microbatches))
+            self.microbatches = []
+        self.before = now
+
+    def finish(self, **versions: str) -> None:
+        """Write what this rank has seen; the reference gradients are computed here."""
+        self._close_step()
+        trained, started = time.perf_counter(), time.process_time()
+        folder, rank = self.spec.folder, self.spec.rank
+        steps = [self._write_step(index, *step) for index, step in enumerate(self.steps)]
+        observed = {
+            "schema": SCHEMA,
+            "rank": rank,
+            "world_size": self.spec.world_size,
+            "versions": {"torch": torch.__version__, **versions},
+            "steps": steps,
+            "forwards_without_step": len(self.microbatches),
+            "unmatched_lines": self.unmatched,
+            "autocast": str(self.autocast).removeprefix("torch.") if self.autocast else "",
+            "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
+            "location": self._location(versions),
+            "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
+            "seconds": {"run": trained - self.began, "reference": time.process_time() - started},
+        }
+        path = folder / f"rank-{rank}.json"
+        path.with_suffix(".tmp").write_text(json.dumps(observed), encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
+
+    def _location(self, versions: Iterable[str]) -> str:
+        """FILE:LINE where the audited package, or the user's own loop, runs the model."""
+        own = str(self.spec.options.get("file", ""))
+        for package in versions:
+            for file, line in self.stack:
+                if f"/site-packages/{package}/" in file:
+                    return f"{file}:{line}"
+        return next((f"{file}:{line}" for file, line in self.stack if file == own), "")
+
+    def _write_step(
+        self, index: int, before: Tensor, after: Tensor, lines: list[list[list[int]]]
+    ) -> dict[str, Any]:
+        micro = [[row for line in batch for row in line] for batch in lines]
+        offset = 0
+        for parameter in parameters_of(self.copy):
+            count = parameter.numel()
+            parameter.data.copy_(before[offset : offset + count].view_as(parameter))
+            offset += count
+        rows = sorted({row for batch in micro for row in batch})
+        losses, gradients = [], []
+        for row in rows:
+            loss, gradient = self._gradient(self.copy, [row])
+            losses.append(loss)
+            gradients.append(gradient)
+        control = self._control(micro, dict(zip(rows, gradients, strict=True)))
+        extras = {} if self._explained(before - after, gradients) else self._extras(micro)
+        name = f"rank-{self.spec.rank}-step-{index}"
+        return {
+            "microbatches": lines,
+            "rows": rows,
+            "row_losses": losses,
+            "before": self._write(f"{name}.before", before),
+            "after": self._write(f"{name}.after", after),
+            "gradients": self._write(f"{name}.gradients", torch.stack(gradients)) if gradients else None,
+            "control": self._write(f"{name}.control", control),
+            "extras": {key: self._write(f"{name}.{key}", value) for key, value in extras.items()},
+        }
+
+    def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
+        """The gradient sum in the subject's own precision or autocast: how far a right path is from float64.
+        Where a clip or a schedule is asked for in float32, other cases have measured this: the exact sum."""
+        total = torch.zeros_like(flat(parameters_of(self.copy)))
+        if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
+            return sum((exact[row] for batch in micro for row in batch), total)
+        wide = torch.promote_types(self.spec.dtype, torch.float32)
+        rough = copy.deepcopy(self.copy).to(self.spec.dtype)
+        with torch.autocast("cpu", dtype=self.autocast) if self.autocast else contextlib.nullcontext():
+            for batch in micro:
+                total += self._gradient(rough, batch)[1].to(wide).double()
+        return total
+
+    def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
+        """Whether weights of the rows alone explain this step: then nobody asks what else could be in it.
+
+        AdamW's step is no sum of gradients, and a NaN is no step: always. A rank does not know the others'
+        rows: never.
+        """
+        if self.spec.options.get("optimizer", "sgd") != "sgd" or not bool(torch.isfinite(change).all()):
+            return True
+        if self.spec.is_relation:  # its own deviations have names of their own
+            return True
+        if self.spec.world_size > 1 or not gradients:
+            return False
+        columns = torch.stack(list(gradients), dim=1)
+        rest = change - columns @ torch.linalg.lstsq(columns, change[:, None], driver="gelsd").solution[:, 0]
+        return bool(rest.norm() <= EXPLAINED * change.norm())
+
+    def _extras(self, micro: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """What a wrong mask or a wrong shift would have added to the step's gradient sum."""
+        wrong: dict[str, dict[str, Any]] = {
+            "prompt": {"untrained": True},
+            "shift_0": {"shift": 0},
+            "shift_2": {"shift": 2},
+            "stop": {"ends": True},
+        }
+        nothing = torch.zeros_like(flat(parameters_of(self.copy)))
+        return {
+            key: sum((self._gradient(self.copy, rows, **how)[1] for rows in micro), nothing)
+            for key, how in wrong.items()
+        }
+
+    def _gradient(
+        self,
+        model: nn.Module,
+        rows: Sequence[int],
+        *,
+        untrained: bool = False,
+        shift: int = 1,
+        ends: bool = False,
+    ) -> tuple[float, Tensor]:
+        """(Σ of the losses, gradient [P] in float64) of rows, each run alone; ``ends``: of each answer's last
+        token."""
+        parameters = parameters_of(model)
+        model.zero_grad()
+        total = 0.0
+        for row in rows:
+            trained = self.spec.rows[row]["trained"]
+            chosen = [bool(t) != untrained for t in trained]
+            if ends:
+                chosen = [
+                    bool(on) and not after for on, after in zip(trained, [*trained[1:], 0], strict=True)
+                ]
+            loss = nll_sum(model, self.spec.rows[row]["ids"], chosen, shift)
+            if loss.requires_grad:
+                loss.backward()
+            total += float(loss.detach())
+        return total, flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+
+    def _write(self, name: str, value: Tensor) -> dict[str, Any]:
+        """A raw little-endian buffer; the JSON that names it is its header."""
+        data = value.detach().double().contiguous()
+        (self.spec.folder / f"{name}.bin").write_bytes(ctypes.string_at(data.data_ptr(), 8 * data.numel()))
+        return {"file": f"{name}.bin", "dtype": "<f8", "shape": list(data.shape)}

@@ -1,0 +1,210 @@
+"""From observations to a verdict and the causes behind it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from truestep.audit.measure import thresholds
+from truestep.audit.measure.adamw import errors
+from truestep.audit.measure.cases import RELATIONS
+from truestep.audit.measure.findings import Cause, Causes, Differences, Finding, Verdict, cause
+from truestep.audit.measure.observations import Observation, Step
+from truestep.audit.measure.one_case import CaseSeen, data_coverage, see_case
+from truestep.audit.measure.one_step import by_ranks
+from truestep.audit.measure.weights import condition_of
+
+OF_PARTS = {"clip_of_micro_batches", "clip_of_ranks"}  # these depend on how a batch is split
+CHOICES = {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}
+
+
+def judge(
+    subject: str,
+    configuration: Mapping[str, Any],
+    runs: Mapping[str, Observation],
+    *,
+    documented: str = "",
+    without: Mapping[str, str] = MappingProxyType({}),
+) -> Finding:
+    """All cases of one configuration together. ``documented`` names the option that the user has set away
+    from its default, if it is known to change how a step is normalised; ``without`` the cases that it has no
+    way to run, and why."""
+    if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
+        configuration = {**configuration, "autocast": autocast}
+    nothing = Finding(subject=subject, configuration=configuration, verdict=Verdict.NOT_RUN)
+    if not runs:
+        return replace(nothing, reasons=(cause("", "no_case"),))
+    first = next(iter(runs.values()))
+    seconds = {k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")}
+    nothing = replace(nothing, versions=first.versions, location=first.location, seconds=seconds)
+    some_moved = any(run.steps for run in runs.values())
+    unusable = {name: why for name, run in runs.items() if (why := _unusable(run, some_moved))}
+    broken = {name: Differences(data=why) for name, why in unusable.items() if why[0].code}
+    hidden = [_in_case(name, why[0]) for name, why in unusable.items() if not why[0].code]
+    usable = {name: run for name, run in runs.items() if name not in unusable}
+    if hidden and not usable:
+        return replace(nothing, verdict=Verdict.NOT_OBSERVABLE, reasons=(hidden[0],))
+    if configuration.get("optimizer") == "adamw":
+        return _judge_adamw(nothing, usable, broken)
+    dtype = str(configuration.get("dtype", "float32"))
+    seen = _name_layouts({name: see_case(run, dtype) for name, run in usable.items()}, usable)
+    differences = broken | {name: case.differences for name, case in seen.items()}
+    cases = {name: differences[name] for name in runs if name in differences}
+    hidden += [cause("", "case_left_out", case=name, why=why) for name, why in without.items()]
+    hidden += [
+        cause("", "hidden_by_rounding", case=name, dtype=dtype)
+        for name, case in seen.items()
+        if any(s.hidden for s in case.steps)
+    ]
+    finding = replace(
+        _verdict(nothing, cases, seen, documented), cases=cases, reasons=tuple(hidden), documented=documented
+    )
+    return _with_numbers(finding, seen, runs) if seen else finding
+
+
+def _with_numbers(finding: Finding, seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> Finding:
+    """The weights and sizes of the first step that is wrong, or of the first of all."""
+    wrong = [(name, i) for name, case in seen.items() for i, s in enumerate(case.steps) if s.causes]
+    name, index = wrong[0] if wrong else (next(iter(seen)), 0)
+    step, found = runs[name].steps[index], seen[name].steps[index].recovered
+    if found is None:
+        return finding
+    return replace(
+        finding,
+        tokens=[list(rank) for rank in found.counts],
+        weights=[rank.tolist() for rank in by_ranks(found.weights, found.counts)],
+        standard_errors=[rank.tolist() for rank in by_ranks(found.errors, found.counts)],
+        relative_error=found.relative_error,
+        residual=found.residual,
+        noise=found.noise,
+        condition=found.condition,
+        logged_loss=step.logged_loss,
+        true_loss=step.true_loss,
+        logged_loss_could_show_it=loss_shows_it(step) if finding.codes else None,
+    )
+
+
+def _in_case(name: str, why: Cause) -> Cause:
+    return replace(why, values={**why.values, "case": name})
+
+
+def _layout_code(run: Observation) -> str:
+    """An unexplained rest comes from the layout if lines hold several rows, or rows of different lengths."""
+    batches = [m for s in run.steps for m in s.microbatches]
+    if any(len(line) > 1 for m in batches for line in m.lines):
+        return "packing"
+    return "padding" if any(len(m.lines) > 1 for m in batches) else "unexplained"
+
+
+def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> dict[str, CaseSeen]:
+    """The layout as the code of an unexplained rest, unless the rest is there without padding and packing too."""
+    layouts = {name: _layout_code(run) for name, run in runs.items()}
+    if any(layouts[n] == "unexplained" and "unexplained" in c.differences.codes for n, c in seen.items()):
+        return dict(seen)
+    named = {}
+    for name, case in seen.items():
+        steps = case.differences.steps
+        if {c.code for step in steps for c in step} == {"unexplained"}:
+            recoded = tuple(tuple(replace(c, code=layouts[name]) for c in step) for step in steps)
+            case = replace(case, differences=replace(case.differences, steps=recoded))
+        named[name] = case
+    return named
+
+
+def _unusable(run: Observation, some_moved: bool) -> Causes:
+    """What makes single steps not worth judging: a fault, or a cause without a code. ``some_moved``: in any of
+    the cases."""
+    if run.not_run:
+        return (cause("", "case_not_run", why=run.not_run),)
+    if not run.steps:
+        if run.forwards_without_step and some_moved:
+            return (cause("data_lost", "no_step", microbatches=run.forwards_without_step),)
+        if run.forwards_without_step:
+            return (cause("stale_parameters", "nothing_moved"),)
+        return (cause("", "never_trained"),)
+    if any(not np.isfinite(s.after).all() for s in run.steps):
+        return ()
+    if run.ranks_differ > thresholds.RANKS_EQUAL:
+        return (cause("ranks_diverge", "ranks_diverge", difference=run.ranks_differ),)
+    if run.unmatched:
+        return (cause("", "unknown_lines", lines=run.unmatched),)
+    worst = max((condition_of(s) for s in run.steps if s.num_trained), default=1.0)
+    if worst <= thresholds.ILL_CONDITIONED:
+        return ()
+    # The same row twice in a step has the same gradient.
+    return data_coverage(run) or (cause("", "ill_conditioned", condition=worst),)
+
+
+def _verdict(
+    nothing: Finding, cases: Mapping[str, Differences], seen: Mapping[str, CaseSeen], documented: str
+) -> Finding:
+    wrong = {name: case for name, case in cases.items() if case.codes}
+    if not wrong:
+        return replace(nothing, verdict=Verdict.RIGHT)
+    counted = Counter(c for case in wrong.values() for c in case.codes)
+    first = next(iter(wrong.values()))
+    codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
+    for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale")):
+        # It shows as something simpler if a micro-batch has one row, or no step was before.
+        if telling in codes:
+            told = next(case for case in wrong.values() if telling in case.codes)
+            first = told if implied in first.codes else first
+            codes = (telling, *(c for c in codes if c not in (telling, implied)))
+    plain = [name for name in cases if name not in RELATIONS]
+    everywhere = bool(plain) and set(plain) <= set(wrong)
+    if documented and set(codes) <= CHOICES:
+        return replace(nothing, verdict=Verdict.DOCUMENTED_CHOICE, codes=codes, found=first)
+    scales = [s.scale for name in plain if name in seen for s in seen[name].steps]
+    if set(codes) == {"scale"} and everywhere and len(plain) > 1 and _same(scales):
+        constant = Differences(steps=((cause("scale", "scale_of_every_split", scale=scales[0]),),))
+        return replace(nothing, verdict=Verdict.DEFAULT, codes=codes, found=constant)
+    kinds = {kind for step in first.steps for c in step for kind in c.kinds}
+    if set(codes) <= {"clip", "weight_decay"} and everywhere and not kinds & OF_PARTS:
+        return replace(nothing, verdict=Verdict.DEFAULT, codes=codes, found=first)
+    if "not_finite" in codes and "not_finite" not in first.codes:
+        lost = next(step for case in wrong.values() for step in case.steps if step[0].code == "not_finite")
+        first = replace(first, steps=(*first.steps, lost))
+    return replace(nothing, verdict=Verdict.FAULT, codes=codes, found=first)
+
+
+def _same(scales: Sequence[float]) -> bool:
+    return bool(np.ptp(scales) <= thresholds.CLOSE * abs(scales[0]))
+
+
+def _judge_adamw(
+    nothing: Finding, runs: Mapping[str, Observation], broken: Mapping[str, Differences]
+) -> Finding:
+    """The known weight vector whose textbook AdamW updates come closest to the observed ones, over all
+    cases."""
+    cases, worst = dict(broken), 0.0
+    for name, run in runs.items():
+        found = errors(run.steps)
+        best = next(iter(found), "right")
+        worst = max(worst, found.get("right", math.inf))
+        cases[name] = Differences()
+        if found.get("right", math.inf) > thresholds.ADAMW_ERROR:
+            known = found.get(best, math.inf) <= thresholds.ADAMW_ERROR
+            named = cause(best, "catalogued", fault=best) if known else cause("unexplained", "unknown_adamw")
+            cases[name] = Differences(steps=((named,),))
+    wrong = [cases[name] for name in (*runs, *broken) if cases[name].codes]
+    return replace(
+        nothing,
+        verdict=Verdict.FAULT if wrong else Verdict.RIGHT,
+        found=wrong[0] if wrong else Differences(),
+        codes=tuple(dict.fromkeys(c for case in wrong for c in case.codes)),
+        cases=cases,
+        relative_error=worst,
+    )
+
+
+def loss_shows_it(step: Step) -> bool | None:
+    """Whether the loss that the framework logged for this step is off; None if it logged none."""
+    if step.logged_loss is None or not math.isfinite(step.logged_loss):
+        return None
+    return abs(step.logged_loss - step.true_loss) > thresholds.LOSS * abs(step.true_loss)

@@ -1,0 +1,96 @@
+"""From an observed step to the weight that each micro-batch's tokens really had, with a standard error.
+
+Under plain SGD the used gradient is (before − after) / lr. It is written as Σ w_i · g_i / N, with g_i the
+exact gradient sum of micro-batch i and N all trained tokens: ones are right. The noise is measured, not
+assumed: the same rows once in the subject's own precision, plus what reading a small change back from stored
+parameters costs.
+
+Shapes: P parameters, M micro-batches (those with trained tokens).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from truestep.audit.measure import thresholds
+from truestep.audit.measure.observations import Step
+from truestep.faults import recover_weights
+
+EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
+CLIP_EPSILON = 1e-6  # torch's and DeepSpeed's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """What one step tells."""
+
+    weights: np.ndarray  # M
+    errors: np.ndarray  # M, standard errors from the measured noise
+    residual: float  # share of the observed gradient that no weights explain
+    condition: float
+    relative_error: float  # of the observed gradient against the right one
+    noise: float  # relative: what a right path shows
+    counts: tuple[tuple[int, ...], ...]  # trained tokens, rank after rank, without the empty micro-batches
+    empty: tuple[tuple[int, int], ...]  # (rank, index) of micro-batches without trained tokens
+
+
+def observed_gradient(step: Step) -> np.ndarray:
+    """(before − after) / lr without what momentum and clipping were asked to do. Units: of the loss per
+    parameter."""
+    return np.asarray((step.direction - step.carried) / step.clip_scale)
+
+
+def noise_of(step: Step, dtype: str) -> float:
+    """Relative error of a right step in this precision: measured on the same rows, plus the rounding of the
+    read-back (each stored parameter is off by up to half a unit in its last place, before and after)."""
+    exact = step.expected * step.num_trained
+    size = float(np.linalg.norm(exact))
+    if size == 0:
+        return math.inf
+    measured = float(np.linalg.norm(step.control - exact)) / size
+    used = size / step.num_trained * step.clip_scale
+    read_back = EPS[dtype] * float(np.linalg.norm(step.after)) / (step.learning_rate * used)
+    # Clipping divides by the norm plus this; momentum was read back from the step before.
+    clipping = CLIP_EPSILON * step.num_trained / size if step.max_grad_norm else 0.0
+    return max(thresholds.NOISE_FLOOR, measured, clipping, read_back * (2 if np.any(step.carried) else 1))
+
+
+def condition_of(step: Step) -> float:
+    """That of the micro-batches' gradients at unit length, without solving for anything."""
+    used = [m.gradient for m in step.microbatches if m.num_trained]
+    unit = np.stack([g / max(1e-300, float(np.linalg.norm(g))) for g in used])
+    smallest, largest = np.linalg.eigvalsh(unit @ unit.T)[[0, -1]]
+    return math.sqrt(largest / smallest) if smallest > 1e-14 * largest else math.inf
+
+
+def recover(step: Step, dtype: str = "float32") -> Recovered:
+    """Solve for the weights of one SGD step. Raises ValueError where nothing in the step was trained."""
+    used = [m for m in step.microbatches if m.num_trained]
+    if not used:
+        raise ValueError("no trained token in the step")
+    observed = observed_gradient(step)
+    parts = [m.gradient / step.num_trained for m in used]
+    weights, residual, condition = recover_weights(observed, parts)
+    noise = noise_of(step, dtype)
+    expected = step.expected
+    size = max(float(np.linalg.norm(observed)), float(np.linalg.norm(expected)))
+    covariance = np.linalg.pinv(np.stack(parts, axis=1).T @ np.stack(parts, axis=1))
+    # The noise vector is spread over P directions; only its part along the g_i reaches the weights.
+    spread = np.sqrt(np.diag(covariance)) * noise * size / math.sqrt(len(observed))
+    drift = np.abs(
+        recover_weights(step.control / step.num_trained, parts)[0] - 1.0
+    )  # of a right path's own weights
+    ranks = sorted({m.rank for m in step.microbatches})
+    return Recovered(
+        weights=weights,
+        errors=np.maximum(np.maximum(spread, drift), thresholds.NOISE_FLOOR),
+        residual=residual,
+        condition=condition,
+        relative_error=float(np.linalg.norm(observed - expected) / np.linalg.norm(expected)),
+        noise=noise,
+        counts=tuple(tuple(m.num_trained for m in used if m.rank == r) for r in ranks),
+        empty=tuple((m.rank, m.index) for m in step.microbatches if not m.num_trained),
+    )

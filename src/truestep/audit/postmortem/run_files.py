@@ -1,0 +1,394 @@
+"""What the files of a past run say about versions and settings. Text, JSON, TOML and plain YAML are read;
+pickles are not opened, links are not followed, and what is too large or broken is named instead of read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from truestep.errors import UserError
+
+PACKAGES = ("deepspeed", "transformers", "openrlhf", "verl")
+LOCKS = ("uv.lock", "poetry.lock", "pdm.lock", "pylock.toml")
+SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".cmd", ".txt")
+SKIPPED = {".git", "__pycache__", "node_modules", "site-packages", ".venv", "venv"}
+MOST_FILES, MOST_BYTES = 100_000, 256 << 20
+WHOLE_ENVIRONMENT = 10  # packages at least
+LIMITS = {".json": 1 << 20, ".yaml": 1 << 18, ".yml": 1 << 18, "lock": 8 << 20}  # bytes; else 1 MiB
+# A JSON or YAML file without any of these words says nothing here, and is not parsed.
+WORDS = (
+    "zero_optimization", "gradient_accumulation_steps", "per_device_train_batch_size", "average_tokens_across_devices",
+    "train_micro_batch_size_per_gpu", "train_batch_size", "distributed_type", "deepspeed",
+)  # fmt: skip
+_PIN = re.compile(
+    r"""^[\s\-"']*([A-Za-z0-9][\w.\-]*)(?:\[[^\]]*\])?\s*={1,3}\s*([\w.!+\-]{1,60})(?:=[\w.]+)?["']?\s*(?:[;\\#,].*)?$"""
+)
+_RANGE = re.compile(r"""^[\s\-"']*([A-Za-z0-9][\w.\-]*)(?:\[[^\]]*\])?\s*(@|[<>~!=]=?.*)""")
+
+
+class Broken(ValueError):
+    """A file that cannot be read; says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Values with the file that gave each first. Settings: see ``present.words.SETTINGS``; also batch_size,
+    micro_batch_size and trainer."""
+
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file
+    ranges: dict[str, str] = field(default_factory=dict)  # package → what asks for it without a version
+    complete: dict[str, int] = field(
+        default_factory=dict
+    )  # files that pin a whole environment → packages in them
+    settings: dict[str, dict[Any, str]] = field(default_factory=dict)  # name → value → file
+    problems: list[str] = field(default_factory=list)
+    deepspeed: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # file → a configuration of its own
+    named: dict[str, str] = field(default_factory=dict)  # path of such a file → the file that names it
+
+    def add(self, key: str, value: Any, file: str) -> None:
+        if value is not None:
+            self.settings.setdefault(key, {}).setdefault(value, file)
+
+    def only(self, key: str) -> Any:
+        """The value, if there is exactly one."""
+        found = list(self.settings.get(key, {}))
+        return found[0] if len(found) == 1 else None
+
+
+def gather(folder: Path) -> Evidence:
+    """Read a run's folder. Raises UserError where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder with the files of a past run, give one that exists")
+    evidence = Evidence()
+    states: set[Path] = set()
+    configs: list[Path] = []
+    for path, size in _files(folder, evidence):
+        name = str(path.relative_to(folder))
+        if path.name == "config.json":
+            configs.append(path)
+            continue
+        try:
+            if path.name == "trainer_state.json":
+                _state(path, name, evidence)
+                states.add(path.parent)
+            else:
+                _read(path, size, name, evidence)
+        except Broken as error:
+            evidence.problems.append(f"{name}: {error}")
+        except OSError as error:
+            evidence.problems.append(f"{name}: {error.strerror}")
+    for path in configs:
+        if path.parent in states:  # written by the run; elsewhere it belongs to whoever made the model
+            name = str(path.relative_to(folder))
+            try:
+                _model(path, name, evidence)
+            except (Broken, OSError) as error:
+                evidence.problems.append(f"{name}: {error}")
+    _choose_deepspeed(evidence)
+    return evidence
+
+
+def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
+    """Regular files with their sizes, in order of names, as many as can be read in seconds."""
+    count = total = 0
+
+    def unreadable(error: OSError) -> None:
+        evidence.problems.append(f"{error.filename}: {error.strerror}")
+
+    for root, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = sorted(f for f in folders if f not in SKIPPED)
+        for name in sorted(names):
+            path = Path(root) / name
+            count += 1
+            try:
+                status = path.lstat()
+            except OSError:
+                continue
+            interesting = path.suffix.lower() in (*LIMITS, *SCRIPTS) or name in LOCKS
+            if not interesting or not stat.S_ISREG(status.st_mode):
+                continue
+            total += status.st_size if status.st_size <= _limit(path) else 0
+            if count > MOST_FILES or total > MOST_BYTES:
+                evidence.problems.append(f"stopped at {path.relative_to(folder)}: give the folder of one run")
+                return
+            yield path, status.st_size
+
+
+def _limit(path: Path) -> int:
+    return LIMITS["lock"] if path.name in LOCKS else LIMITS.get(path.suffix.lower(), 1 << 20)
+
+
+def _read(path: Path, size: int, name: str, evidence: Evidence) -> None:
+    if size > _limit(path):
+        # A tokenizer or a data set is no configuration: silent, unless it speaks of one at its beginning.
+        if path.name in LOCKS or any(word in _head(path) for word in WORDS):
+            raise Broken(f"larger than {_limit(path) >> 10} KiB, not read")
+        return
+    text = path.read_bytes().decode("utf-8", "replace")
+    if path.name in LOCKS:
+        _lock(text, name, evidence)
+    elif path.suffix.lower() in (".json", ".yaml", ".yml"):
+        if path.suffix.lower() != ".json" and "dependencies:" in text:
+            _pins(text, name, evidence)
+        elif any(word in text for word in WORDS):
+            found = parse_json(text) if path.suffix.lower() == ".json" else parse_yaml(text)
+            _mapping(found, name, evidence)
+    else:
+        _pins(text, name, evidence)
+        _commands(text, name, evidence)
+
+
+def _head(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(1 << 16).decode("utf-8", "replace")
+
+
+def _state(path: Path, name: str, evidence: Evidence) -> None:
+    """Written by the Trainer and by nothing else, so that its being there is what it says."""
+    if '"global_step"' not in _head(path):
+        raise Broken("not a trainer state: global_step is not in its beginning")
+    evidence.add("trainer", "transformers Trainer", name)
+
+
+def parse_json(text: str) -> Any:
+    """Raises Broken."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Broken(f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise Broken("not read: nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain YAML, where a reader is installed. Raises Broken."""
+    try:
+        yaml: Any = importlib.import_module("yaml")  # not needed by anything else here
+    except ModuleNotFoundError:
+        raise Broken("not read: YAML needs the package pyyaml: pip install pyyaml") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise Broken(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # of odd scalars, or depth
+        raise Broken(f"not valid YAML: {type(error).__name__}") from None
+
+
+# --------------------------------------------------------------------------------------------------- versions
+
+
+def _package(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _version(package: str, version: Any, file: str, evidence: Evidence) -> None:
+    if package in PACKAGES and isinstance(version, str):
+        evidence.versions.setdefault(package, {}).setdefault(version, file)
+
+
+def _pins(text: str, name: str, evidence: Evidence) -> None:
+    """Lines of requirements, of pip freeze and of a conda environment."""
+    pinned, loose = set(), 0
+    for line in text.splitlines():
+        if len(line) > 500 or line.lstrip().startswith("#"):
+            continue
+        if found := _PIN.match(line):
+            pinned.add(_package(found[1]))
+            _version(_package(found[1]), found[2], name, evidence)
+        elif found := _RANGE.match(line):
+            package = _package(found[1])
+            loose += found[2] != "@"
+            if package in PACKAGES:
+                evidence.ranges.setdefault(package, f"{name}: {line.strip()[:80]}")
+    if "torch" in pinned and len(pinned) >= WHOLE_ENVIRONMENT and not loose:
+        evidence.complete[name] = len(pinned)
+
+
+def _lock(text: str, name: str, evidence: Evidence) -> None:
+    try:
+        document = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Broken(f"not valid TOML: {str(error)[:200]}") from None
+    for key in ("package", "packages"):
+        entries = document.get(key)
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, Mapping):
+                _version(_package(str(entry.get("name"))), entry.get("version"), name, evidence)
+
+
+def _model(path: Path, name: str, evidence: Evidence) -> None:
+    if path.lstat().st_size > LIMITS[".json"]:
+        raise Broken(f"larger than {LIMITS['.json'] >> 10} KiB, not read")
+    found = parse_json(path.read_bytes().decode("utf-8", "replace"))
+    if isinstance(found, Mapping):
+        _version("transformers", found.get("transformers_version"), name, evidence)
+        classes = found.get("architectures")
+        evidence.add("architecture", str(classes[0]) if isinstance(classes, list) and classes else None, name)
+
+
+# --------------------------------------------------------------------------------------------------- settings
+
+
+def whole(value: Any) -> int | None:
+    """A whole number as a file or a command line writes it; None for auto, a variable, and all else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return int(value) if 0 <= value < 1e9 and value == int(value) else None
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip()) else None
+
+
+def truth(value: Any) -> bool | None:
+    """A truth value as a file or a command line writes it."""
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(_word(value))
+
+
+def _word(value: Any) -> str:
+    """A name as lower case; YAML reads an unquoted NO as false."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value.lower() if isinstance(value, str) else ""
+
+
+def _mapping(found: Any, name: str, evidence: Evidence) -> None:
+    """A configuration of whichever tool."""
+    if not isinstance(found, Mapping):
+        return
+    # Trackers wrap every value in an object of its own.
+    found = {k: v["value"] if isinstance(v, Mapping) and "value" in v else v for k, v in found.items()}
+    if "distributed_type" in found and ("num_processes" in found or "compute_environment" in found):
+        _accelerate(found, name, evidence)
+    elif "zero_optimization" in found or "train_micro_batch_size_per_gpu" in found:
+        evidence.deepspeed[name] = found
+    else:
+        _arguments(found, name, evidence)
+
+
+def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
+    """TrainingArguments, or what hands them on."""
+    if "per_device_train_batch_size" in found:
+        evidence.add("trainer", "transformers Trainer", name)
+    evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
+    evidence.add("average_tokens", truth(found.get("average_tokens_across_devices")), name)
+    _embedded(found.get("deepspeed"), name, evidence)
+
+
+def _embedded(value: Any, name: str, evidence: Evidence) -> None:
+    """A DeepSpeed configuration inside another file, or the path of one."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = parse_json(value)
+    if isinstance(value, Mapping):
+        _deepspeed(value, name, evidence)
+        evidence.named.setdefault("", name)
+    elif isinstance(value, str) and value.lower() not in ("", "null", "none", "true", "false"):
+        evidence.named.setdefault(value, name)
+
+
+def _accelerate(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
+    kind = _word(found["distributed_type"])
+    evidence.add("processes", 1 if kind == "no" else whole(found.get("num_processes")), name)
+    inner = found.get("deepspeed_config")
+    if kind != "deepspeed":
+        evidence.add("zero_stage", 0, name)
+    elif isinstance(inner, Mapping):
+        evidence.add("zero_stage", whole(inner.get("zero_stage")), name)
+        evidence.add("offload", _word(inner.get("offload_optimizer_device")) or None, name)
+        evidence.add("accumulation", whole(inner.get("gradient_accumulation_steps")), name)
+        file = inner.get("deepspeed_config_file")
+        evidence.named.setdefault(file if isinstance(file, str) else "", name)
+
+
+def _deepspeed(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
+    zero = found.get("zero_optimization", {})
+    if isinstance(zero, Mapping):
+        evidence.add("zero_stage", whole(zero.get("stage", 0)), name)
+        offload = zero.get("offload_optimizer") or {
+            "device": "cpu" if zero.get("cpu_offload") is True else "none"
+        }
+        if isinstance(offload, Mapping):
+            evidence.add("offload", _word(offload.get("device") or "none") or None, name)
+    evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
+    if whole(found.get("gradient_accumulation_steps")) is None:
+        evidence.add("batch_size", whole(found.get("train_batch_size")), name)
+        evidence.add("micro_batch_size", whole(found.get("train_micro_batch_size_per_gpu")), name)
+
+
+def _choose_deepspeed(evidence: Evidence) -> None:
+    """Of configurations that lie about, those count that a run names; all, where none is named."""
+    if not evidence.named:
+        for name, found in evidence.deepspeed.items():
+            _deepspeed(found, name, evidence)
+    for wanted, by in evidence.named.items():
+        fitting = [name for name in evidence.deepspeed if wanted and Path(name).name == Path(wanted).name]
+        for name in fitting:
+            _deepspeed(evidence.deepspeed[name], name, evidence)
+        if wanted and not fitting:
+            evidence.problems.append(
+                f"{by}: names {wanted[:200]}, which is not in the folder or cannot be read"
+            )
+
+
+# --------------------------------------------------------------------------------------------------- commands
+
+
+def _commands(text: str, name: str, evidence: Evidence) -> None:
+    """Every line that starts a training; a backslash continues one."""
+    if "--" not in text:
+        return
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    for line in re.sub(r"\\[ \t]*\n", " ", "\n".join(lines)).splitlines():
+        flags = _flags(line)
+        per_node = _first(flags, "nproc_per_node", "num_gpus", "num_processes")
+        nodes = _first(flags, "nnodes", "num_nodes")
+        if whole(per_node) and (nodes is None or whole(nodes)):
+            total = (whole(per_node) or 1) * (1 if "num_processes" in flags else whole(nodes) or 1)
+            evidence.add("processes", total, name)
+        trainer = re.search(r"train_(\w+)", line)
+        if trainer and "openrlhf" in line.lower():
+            evidence.add("trainer", f"OpenRLHF {trainer[1]}", name)
+            evidence.add("zero_stage", whole(_first(flags, "zero_stage", "ds.zero_stage")), name)
+            evidence.add(
+                "offload", "cpu" if _first(flags, "adam_offload", "ds.adam_offload") else "none", name
+            )
+            evidence.add("batch_size", whole(_first(flags, "train_batch_size", "train.batch_size")), name)
+            micro = _first(flags, "micro_train_batch_size", "train.micro_batch_size")
+            evidence.add("micro_batch_size", whole(micro), name)
+            evidence.named.setdefault("", name)
+        elif flags:
+            _arguments(flags, name, evidence)
+
+
+def _flags(line: str) -> dict[str, str]:
+    """--name value, --name=value and --name of a command line; of several the last, as parsers do."""
+    words = [word.strip("\"'") for word in line.split()]
+    flags = {}
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--") and len(word) > 2:
+            key, equals, value = word[2:].partition("=")
+            flags[key.replace("-", "_")] = value if equals else "" if after.startswith("--") else after
+    return {key: value or "true" for key, value in flags.items()}
+
+
+def flags_of(text: str) -> dict[str, str]:
+    """The flags of all lines of a script."""
+    lines = re.sub(
+        r"\\[ \t]*\n", " ", "\n".join(x for x in text.splitlines() if not x.lstrip().startswith("#"))
+    )
+    return {key: value for line in lines.splitlines() for key, value in _flags(line).items()}
+
+
+def _first(flags: Mapping[str, str], *names: str) -> str | None:
+    return next((flags[name] for name in names if name in flags), None)

@@ -1,0 +1,1 @@
+"""Findings in words: terminal table, HTML page, JSON, JUnit, SARIF, reproducers."""

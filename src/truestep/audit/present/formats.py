@@ -1,0 +1,188 @@
+"""Findings in files: the JSON document, JUnit XML and SARIF 2.1.0."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+from truestep import __version__
+from truestep.audit.measure.findings import Verdict
+from truestep.audit.present.words import Row, as_text, configuration_in_words, found_in_words, is_right, line
+from truestep.rundir import redact
+
+SCHEMA = 1
+SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+
+
+# ------------------------------------------------------------------------------------------------------- JSON
+
+
+def to_document(rows: Sequence[Row], provenance: Row) -> dict[str, Any]:
+    """The whole audit as one JSON object. Numbers that JSON does not know are the strings NaN and
+    ±Infinity."""
+    document = {
+        "schema": SCHEMA,
+        "tool": {"name": "truestep", "version": __version__},
+        "provenance": dict(provenance),
+        "findings": list(rows),
+    }
+    plain: dict[str, Any] = _plain(document)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_text(str(k)): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or (isinstance(value, bool | int) and not isinstance(value, enum.Enum)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return _text(str(value))
+
+
+def _text(text: str) -> str:
+    return redact(text).encode("utf-8", "backslashreplace").decode()  # a lone surrogate has no encoding
+
+
+# ------------------------------------------------------------------------------------------------------ JUnit
+
+
+def to_junit(rows: Sequence[Row]) -> str:
+    """A FAULT is a failure; what gave no answer is skipped, with the reason; anything else has passed."""
+    suite = ElementTree.Element("testsuite", name="truestep audit", tests=str(len(rows)))
+    counts = {"failures": 0, "errors": 0, "skipped": 0}
+    for row in rows:
+        seconds = f"{sum(v for v in (row.get('seconds') or {}).values() if isinstance(v, int | float)):.3f}"
+        name = configuration_in_words(row["configuration"])
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=line(row["subject"]), name=name, time=seconds
+        )
+        verdict = row["verdict"]
+        if verdict == Verdict.FAULT:
+            counts["failures"] += 1
+            failure = ElementTree.SubElement(case, "failure", message=found_in_words(row), type=verdict)
+            failure.text = as_text(row)
+        elif verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE):
+            counts["skipped"] += 1
+            ElementTree.SubElement(case, "skipped", message=f"{verdict}: {found_in_words(row)}")
+        else:
+            ElementTree.SubElement(case, "system-out").text = f"{verdict}: {as_text(row)}"
+    suite.attrib |= {key: str(count) for key, count in counts.items()}
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------ SARIF
+
+_LEVELS = {Verdict.FAULT: "error", Verdict.DEFAULT: "note", Verdict.DOCUMENTED_CHOICE: "note"}
+
+
+def to_sarif(rows: Sequence[Row]) -> dict[str, Any]:
+    """One rule a kind of fault. What gave no answer is a notification of the run, not a result."""
+    told = [row for row in rows if row["verdict"] in _LEVELS]
+    rules = {rule_of(row): _rule_text(row) for row in reversed(told)}
+    unanswered = [row for row in rows if row["verdict"] not in _LEVELS and not is_right(row)]
+    return {
+        "$schema": SARIF_SCHEMA,
+        "version": "2.1.0",
+        "runs": [
+            {
+                "tool": {
+                    "driver": {
+                        "name": "truestep",
+                        "version": __version__,
+                        "rules": [
+                            {"id": i, "shortDescription": {"text": text}} for i, text in sorted(rules.items())
+                        ],
+                    }
+                },
+                "invocations": [
+                    {
+                        "executionSuccessful": True,
+                        "toolExecutionNotifications": [
+                            {"level": "warning", "message": {"text": _sarif_text(row, f"{row['verdict']}: ")}}
+                            for row in unanswered
+                        ],
+                    }
+                ],
+                "results": [_sarif_result(row, sorted(rules)) for row in told],
+            }
+        ],
+    }
+
+
+def rule_of(row: Row) -> str:
+    """The kind of a fault: its main code, or its words without numbers and without what stands in
+    brackets."""
+    codes = row.get("codes") or [_rule_text(row)]
+    words = re.findall(r"[a-z0-9]+" if row.get("codes") else r"[a-z]+", str(codes[0]).lower())
+    return "-".join(words)[:80].rstrip("-") or "unnamed"
+
+
+def _rule_text(row: Row) -> str:
+    text = re.sub(r"\s*(\([^()]*\)|\[[^\[\]]*\])", "", found_in_words(row)).partition(";")[0]
+    return text.strip() or "unnamed"
+
+
+def _sarif_text(row: Row, lead: str = "") -> str:
+    text = f"{lead}{line(row['subject'])} ({configuration_in_words(row['configuration'])}): {as_text(row)}"
+    return text.replace("](", "] (")  # would be a link
+
+
+def _sarif_result(row: Row, rules: list[str]) -> dict[str, Any]:
+    rule = rule_of(row)
+    identity = repr((rule, row["subject"], sorted((str(k), str(v)) for k, v in row["configuration"].items())))
+    place: dict[str, Any] = {
+        "logicalLocations": [{"fullyQualifiedName": line(row["subject"]), "kind": "module"}]
+    }
+    where = location_of(row)
+    if where:
+        file, number_of_line = where
+        place["physicalLocation"] = {
+            "artifactLocation": {"uri": file},
+            "region": {"startLine": number_of_line},
+        }
+    return {
+        "ruleId": rule,
+        "ruleIndex": rules.index(rule),
+        "level": _LEVELS[row["verdict"]],
+        "message": {"text": _sarif_text(row)},
+        "locations": [place],
+        "partialFingerprints": {
+            "truestepFinding/v1": hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()
+        },
+        "properties": _plain(
+            {key: row.get(key) for key in ("versions", "weights", "relative_error", "residual")}
+        ),
+    }
+
+
+def location_of(row: Row) -> tuple[str, int] | None:
+    """(URI, line from 1) of a finding's ``location``: {file, line}, [file, line] or "file:line"."""
+    where = row.get("location")
+    if isinstance(where, Mapping):
+        file, at = where.get("file") or where.get("path"), where.get("line")
+    elif isinstance(where, list | tuple) and where:
+        file, at = where[0], where[1] if len(where) > 1 else 1
+    else:
+        file, _, at = str(where or "").rpartition(":")
+        if not at.isdecimal():
+            file, at = where, "1"
+    if not file:
+        return None
+    path = PurePath(line(file, 1000))
+    uri = Path(path).as_uri() if path.is_absolute() else quote(path.as_posix())
+    return uri, max(1, int(str(at))) if re.fullmatch(r"\d{1,9}", str(at)) else 1

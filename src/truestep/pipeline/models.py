@@ -1,0 +1,84 @@
+"""Models of a run: loaded in its precision, made a policy, and sampled from by an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from truestep.data.chat import completion_text
+from truestep.device import compute_device, matmul_rate
+from truestep.grade.score import Grader
+from truestep.model.forward import decoder_layers
+from truestep.model.load import LoadedModel, load_model
+from truestep.pipeline.prepare import Prepared
+from truestep.pipeline.track import Log
+from truestep.progress import Reporter
+from truestep.records import Prompt
+from truestep.rollout.engine_torch import TorchEngine
+from truestep.train.parallel import Ranks, replicate, shard
+from truestep.train.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What all stages of a run share."""
+
+    prepared: Prepared
+    folder: Path
+    grader: Grader
+    ranks: Ranks
+    reporter: Reporter
+    trackers: Sequence[Log] = ()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return completion_text(self.prepared.tokenizer, ids)
+
+    def decode_prompt(self, prompt: Prompt) -> str:
+        return str(self.prepared.tokenizer.decode(list(prompt.token_ids)))
+
+
+def open_model(session: Session, path: str) -> LoadedModel:
+    """The model of a folder (or the base model) in the run's dtype."""
+    settings = session.prepared.settings
+    model = (
+        settings.model if path == settings.model.path else settings.model.model_copy(update={"path": path})
+    )
+    dtype = getattr(torch, settings.compute.dtype)
+    return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)
+
+
+def make_policy(session: Session, path: str) -> Policy:
+    """A policy from a folder, sharded or replicated over the ranks."""
+    compute = session.prepared.settings.compute
+    loaded = open_model(session, path)
+    policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
+    for note in [*policy.notes, *_slow_dtype(compute.dtype)]:
+        session.reporter.say(note)
+    if session.ranks.world_size > 1:
+        replicate(policy, session.ranks)
+        if compute.parallel == "fsdp2":
+            shard(policy, decoder_layers(policy.model), next(policy.parameters()).dtype)
+    return policy
+
+
+def _slow_dtype(name: str) -> list[str]:
+    """A line of advice if the processor has no fast path for the compute dtype (bfloat16 without AMX or AVX-512)."""
+    if name != "bfloat16":
+        return []
+    rate, plain = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
+    if rate > plain:
+        return []
+    return [
+        f"bfloat16 runs {plain / rate:.0f} times slower than float32 on this processor ({rate / 1e9:.1f} against "
+        f'{plain / 1e9:.1f} GFLOP/s); compute.dtype = "float32" will be faster'
+    ]
+
+
+def make_engine(session: Session, policy: Policy, path: str, max_running: int) -> TorchEngine:
+    """An engine over the policy's own module; over a second, whole model if the policy is sharded."""
+    if session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2":
+        policy = Policy(open_model(session, path))
+    return TorchEngine(policy.model, max_running=max_running, packs=policy.packs and policy.plain_head)

@@ -1,0 +1,92 @@
+"""Rejection-sampling SFT: what the stage's start samples and the checker accepts becomes its demonstrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from truestep import rundir, signals
+from truestep.errors import UserError
+from truestep.flops import Ledger
+from truestep.pipeline.evaluation import sampling_parameters
+from truestep.pipeline.models import Session, make_engine
+from truestep.records import Demonstration, Prompt, Role, Stop, Verdict
+from truestep.rollout.engine import SampleRequest
+from truestep.seeding import Purpose
+from truestep.settings import RejectionSettings
+from truestep.train.policy import Policy
+
+
+def rejection_samples(
+    session: Session, stage: RejectionSettings, policy: Policy, folder: Path, path: str
+) -> tuple[list[Demonstration], Ledger]:
+    """Sample from the stage's start, keep up to ``keep_per_prompt`` distinct accepted completions a
+    prompt."""
+    prepared = session.prepared
+    engine = make_engine(session, policy, path, stage.sampling.max_running)
+    prompts = {p.problem.id: p for p in prepared.prompts[stage.data]}
+    requests = [
+        SampleRequest(
+            problem_id=p.problem.id,
+            sample_index=i,
+            prompt_ids=p.token_ids,
+            seed=prepared.settings.seed,
+            purpose=Purpose.SAMPLE,
+            step=0,
+        )
+        for p in prompts.values()
+        for i in range(stage.samples_per_prompt)
+    ]
+    session.reporter.begin(f"{stage.name}: sampling", len(requests))
+    rollouts = []
+    for done, rollout in enumerate(
+        engine.generate(requests, sampling_parameters(stage.sampling, prepared.stop_ids), signals.check),
+        start=1,
+    ):
+        rollouts.append(rollout)
+        session.reporter.advance(done)
+    rollouts.sort(key=lambda r: (r.problem_id, r.sample_index))
+    scores = session.grader.score_many(
+        [(prompts[r.problem_id].problem, session.decode(r.completion_ids)) for r in rollouts]
+    )
+    chosen: dict[str, dict[tuple[int, ...], None]] = {}
+    for rollout, score in zip(rollouts, scores, strict=True):
+        accepted = chosen.setdefault(rollout.problem_id, {})
+        if (
+            score.verdict is Verdict.CORRECT
+            and rollout.stop is Stop.STOP_TOKEN
+            and len(accepted) < stage.keep_per_prompt
+        ):
+            accepted[rollout.completion_ids] = None
+    kept = [_as_demonstration(prompts[id_], ids) for id_, accepted in chosen.items() for ids in accepted]
+    rundir.write_json(
+        folder / "rejection.json",
+        {
+            "samples": len(rollouts),
+            "kept": len(kept),
+            "problems": len(prompts),
+            "problems_with_any": sum(bool(a) for a in chosen.values()),
+        },
+    )
+    if len(kept) < stage.sequences_per_step:
+        raise UserError(
+            f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were accepted, fewer than "
+            f"sequences_per_step = {stage.sequences_per_step}: sample more, or start from a better model"
+        )
+    cost = engine.take_cost()
+    return kept, Ledger(
+        rollout_tokens=sum(len(r.completion_ids) for r in rollouts),
+        prompt_tokens=cost.prefill_tokens,
+        generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
+        generated_pairs=cost.pairs,
+    )
+
+
+def _as_demonstration(prompt: Prompt, completion: tuple[int, ...]) -> Demonstration:
+    num, own = len(prompt.token_ids), len(completion)
+    return Demonstration(
+        problem_id=prompt.problem.id,
+        token_ids=prompt.token_ids + completion,
+        roles=(Role.USER,) * num + (Role.ASSISTANT,) * own,
+        trained=(False,) * num + (True,) * own,
+        num_prompt_tokens=num,
+    )

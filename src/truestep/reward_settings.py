@@ -1,0 +1,78 @@
+"""The rewards of a recipe: ``[[stages.rl.rewards]]``, or ``reward = "NAME"`` for a single one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from truestep.errors import did_you_mean
+from truestep.frozen import Frozen
+from truestep.rundir import redact
+
+# Functions that ship with the package; "checker" and "random" need no child process.
+SHIPPED = {
+    "format": "truestep.rewards.functions:format_reward",
+    "length": "truestep.rewards.functions:length_reward",
+    "overlong": "truestep.rewards.functions:overlong_penalty",
+    "judge": "truestep.rewards.judge:judge",
+}
+BUILT_IN = ("checker", "random", *SHIPPED)
+FORM = re.compile(r"(?:[^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+JUDGE_SECONDS = 600.0  # for a batch: a judge waits for a server
+
+
+class RewardSettings(Frozen):
+    """One term of the reward, and the limits of the child processes that compute it."""
+
+    function: str  # checker | random | format | length | overlong | judge | FILE.py:FUNCTION | PACKAGE.MODULE:FUNCTION
+    weight: float = 1.0  # 0: only logged
+    name: str = ""  # in metrics and messages; the function's own if it is not set
+    options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
+    timeout_seconds: float = Field(60.0, gt=0)  # for one batch
+    memory_mb: int = Field(4096, ge=64)  # resident, of a worker and all that it has started
+    workers: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)  # the most samples of one call
+    max_failure_share: float = Field(0.05, ge=0, le=1)  # of a step's samples; more stops the run
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("function"), str):
+            return raw
+        patience = {"timeout_seconds": JUDGE_SECONDS} if raw["function"] == "judge" else {}
+        return {**patience, **raw, "name": raw.get("name") or raw["function"].rpartition(":")[2]}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.function not in BUILT_IN and not FORM.fullmatch(self.function):
+            raise ValueError(
+                f'"{self.function}" is not a reward: write {", ".join(BUILT_IN)}, FILE.py:FUNCTION or '
+                "PACKAGE.MODULE:FUNCTION" + did_you_mean(self.function, BUILT_IN)
+            )
+        if self.function in ("checker", "random") and self.options:
+            raise ValueError(f'"{self.function}" has no options: leave them out')
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f'name = "{self.name}": write letters, digits, "_", "-" and "." only')
+        if redact(str(self.options)) != str(self.options):
+            raise ValueError("options hold what looks like a key: put it into an environment variable")
+        return self
+
+
+def reward_entries(reward: str, rewards: Sequence[RewardSettings]) -> tuple[RewardSettings, ...]:
+    """The list that is in force: ``rewards``, or the one that ``reward`` names. Raises ValueError if two have the
+    same name."""
+    entries = tuple(rewards) or (RewardSettings(function=reward),)
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f'two rewards are called "{twice[0]}": set a different name for each')
+    if "checker" not in [entry.function for entry in entries]:
+        for entry in entries:
+            if entry.function == "length" and entry.options.get("correct_only", True):
+                raise ValueError(
+                    'length needs the reward "checker" beside it, or options.correct_only = false'
+                )
+    return entries

@@ -1,0 +1,1 @@
+"""Rewards: the functions of a recipe, run in child processes, and their weighted sum."""

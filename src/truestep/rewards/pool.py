@@ -1,0 +1,275 @@
+"""The worker processes of one reward function, as seen from outside: started, asked, watched and killed.
+
+A batch that fails as a whole (an exception, no time, no memory, a dead worker) is asked again sample by sample, so
+that one sample does not take the others with it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from truestep.errors import UserError
+from truestep.records import RewardInput
+from truestep.reward_settings import RewardSettings
+from truestep.rewards.record import Answer, to_json
+from truestep.rundir import redact
+from truestep.user_code import Source
+
+POLL_SECONDS = 0.1  # between two looks at a worker's memory
+START_SECONDS = 600.0  # to load a function and its state
+RETRY_TIME = 3.0  # times timeout_seconds, for the samples of a failed batch together
+MIN_SAMPLES = 20  # a share of fewer samples means little: steps are taken together until there are as many
+OUTPUT_TAIL = 4000  # bytes of what a worker printed that a failure shows
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class WorkerFailed(Exception):
+    """A worker gave no reply; it has been killed."""
+
+
+def processes(root: int) -> dict[int, int]:
+    """Resident bytes of each process that a worker is or has started, by process id; empty where there is no
+    /proc. Pages that processes share count for each."""
+    found: dict[int, tuple[int, int, int]] = {}
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
+                if fields[0] not in (b"Z", b"X"):
+                    found[int(name)] = (int(fields[1]), int(fields[3]), int(fields[21]))
+    family = {pid for pid, (_, session, _) in found.items() if root in (pid, session)}
+    while more := {pid for pid, (parent, _, _) in found.items() if parent in family} - family:
+        family |= more
+    return {pid: found[pid][2] * PAGE for pid in family}
+
+
+class Worker:
+    """One child process that has loaded a function."""
+
+    def __init__(self, setup: dict[str, Any], memory_mb: int) -> None:
+        self._memory_mb, self._said, self._printed = memory_mb, b"", b""
+        self._channel, far_end = socket.socketpair()
+        root = str(Path(__file__).resolve().parents[2])
+        with far_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-u", "-m", "truestep.rewards.worker", str(far_end.fileno())],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))},
+                pass_fds=(far_end.fileno(),),
+                start_new_session=True,  # one signal ends all that it starts; Ctrl-C is for the parent
+            )  # fmt: skip
+        assert self._process.stdout is not None
+        self._output = self._process.stdout
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._channel, selectors.EVENT_READ)
+        self._selector.register(self._output, selectors.EVENT_READ)
+        self._send(setup, START_SECONDS)
+
+    def loaded(self) -> Answer:
+        """Wait until the function is loaded: a failed Answer if it cannot be."""
+        found = self._receive(START_SECONDS)
+        return self.failed(**found) if found["failed"] else Answer(**found)
+
+    def ask(self, samples: Sequence[RewardInput], seconds: float) -> list[Answer] | Answer:
+        """One Answer for each sample, or a failed one for the batch. Raises WorkerFailed."""
+        self._printed = b""
+        self._send(samples, seconds)
+        reply = self._receive(seconds)
+        return [Answer(**a) for a in reply] if isinstance(reply, list) else self.failed(**reply)
+
+    def failed(self, *, reason: str, detail: str = "", **_: Any) -> Answer:
+        """A failed Answer that also shows what the function has printed last."""
+        printed = self._printed.decode("utf-8", "replace").strip()
+        detail += f"\nThe function printed:\n{printed}" if printed else ""
+        return Answer(reason=redact(reason), failed=True, detail=redact(detail.strip()))
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def _send(self, request: Any, seconds: float) -> None:
+        self._channel.settimeout(seconds)
+        with contextlib.suppress(OSError):  # it has ended, or does not read: _receive says which
+            self._channel.sendall(to_json(request))
+
+    def _receive(self, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        while True:
+            left = deadline - time.monotonic()
+            ready = {key.fileobj for key, _ in self._selector.select(max(0.0, min(left, POLL_SECONDS)))}
+            if self._output in ready:
+                self._read_output()
+            if self._channel in ready:
+                try:
+                    chunk = self._channel.recv(1 << 20)
+                except OSError:
+                    chunk = b""
+                self._said += chunk
+                if chunk.endswith(b"\n"):
+                    line, self._said = self._said, b""
+                    self._watch_memory()
+                    try:
+                        return json.loads(line)
+                    except ValueError:
+                        raise WorkerFailed("wrote to a channel that is not the function's") from None
+                if not chunk:
+                    raise self._ended()
+            elif self._process.poll() is not None:
+                raise self._ended()
+            elif left <= 0:
+                raise WorkerFailed(f"took longer than timeout_seconds = {seconds:g}")
+            elif not ready:
+                self._watch_memory()
+
+    def _read_output(self) -> None:
+        chunk = os.read(self._output.fileno(), 1 << 16)
+        self._printed = (self._printed + chunk)[-OUTPUT_TAIL:]
+        if not chunk:
+            self._selector.unregister(self._output)
+
+    def _watch_memory(self) -> None:
+        resident = sum(processes(self._process.pid).values()) >> 20
+        if resident > self._memory_mb:
+            raise WorkerFailed(f"took {resident} MB, more than memory_mb = {self._memory_mb}")
+
+    def _ended(self) -> WorkerFailed:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        while self._output in {key.fileobj for key, _ in self._selector.select(0)}:
+            self._read_output()
+        status = self._process.returncode
+        how = "closed its channel" if status is None else f"ended with exit status {status}"
+        if status is not None and status < 0:
+            how = f"was ended by signal {-status} ({signal.strsignal(-status)})"
+        return WorkerFailed(f"the worker process {how}")
+
+    def kill(self) -> None:
+        """Kill it and everything it has started, and wait until that is so."""
+        for _ in range(50):
+            family = processes(self._process.pid)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            for pid in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.wait()
+            if not family:
+                return
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        self.kill()
+        for thing in (self._selector, self._channel, self._output):
+            thing.close()
+
+
+class FunctionPool:
+    """All workers of one entry. Not for use from several threads."""
+
+    def __init__(self, entry: RewardSettings, source: Source, *, base: Path, folder: Path) -> None:
+        self.entry, self._idle, self._all, self._closed = entry, list[Worker](), set[Worker](), False
+        self._setup = {
+            "source": asdict(source), "options": entry.options, "path": [*sys.path, str(base.resolve())],
+            "folder": str(folder.resolve()),
+        }  # fmt: skip
+        self._threads = concurrent.futures.ThreadPoolExecutor(max_workers=entry.workers)
+        self._step, self._samples, self._failures = -1, 0, list[Answer]()
+
+    def start(self) -> None:
+        """Load the function once, so that a fault in it is found before anything is sampled. Raises UserError."""
+        self._idle.append(self._take())
+
+    def close(self) -> None:
+        self._closed = True
+        for worker in list(self._all):
+            worker.kill()  # the threads that wait for one see its end
+        self._threads.shutdown(cancel_futures=True)
+        for worker in list(self._all):
+            self._drop(worker)
+
+    def submit(self, samples: Sequence[RewardInput]) -> list[concurrent.futures.Future[list[Answer]]]:
+        """Begin to ask: one future for each batch, in order."""
+        if samples and samples[0].step != self._step and self._samples >= MIN_SAMPLES:
+            self._samples, self._failures = 0, []
+        self._step = samples[0].step if samples else self._step
+        self._samples += len(samples)
+        size = max(1, min(self.entry.batch_size, -(-len(samples) // self.entry.workers)))
+        return [
+            self._threads.submit(self._batch, samples[i : i + size]) for i in range(0, len(samples), size)
+        ]
+
+    def check_failures(self) -> None:
+        """Raises UserError with the first failure's traceback if more than the declared share has failed."""
+        allowed = self.entry.max_failure_share * self._samples + 1e-9
+        if self._samples >= MIN_SAMPLES and len(self._failures) > allowed:
+            first = self._failures[0]
+            raise UserError(
+                f'reward "{self.entry.name}" failed on {len(self._failures)} of {self._samples} samples (step {self._step}), '
+                f"more than max_failure_share = {self.entry.max_failure_share:g}; the first failure: {first.reason}"
+                f"\n{first.detail}".rstrip()
+            )
+
+    def _batch(self, samples: Sequence[RewardInput]) -> list[Answer]:
+        reply = self._ask(samples)
+        if isinstance(reply, list):
+            self._failures += [a for a in reply if a.failed]
+            return reply
+        if len(samples) == 1:
+            self._failures.append(reply)
+            return [reply]
+        answers, until = list[Answer](), time.monotonic() + RETRY_TIME * self.entry.timeout_seconds
+        for number, sample in enumerate(samples):
+            self.check_failures()
+            if time.monotonic() > until:
+                rest = [replace(reply, reason=f"its batch failed: {reply.reason}")] * (len(samples) - number)
+                self._failures += rest
+                return answers + rest
+            answers += self._batch([sample])
+        return answers
+
+    def _ask(self, samples: Sequence[RewardInput]) -> list[Answer] | Answer:
+        worker = self._take()
+        try:
+            reply = worker.ask(samples, self.entry.timeout_seconds)
+        except WorkerFailed as fault:
+            self._drop(worker)
+            return worker.failed(reason=str(fault))
+        self._idle.append(worker)
+        return reply
+
+    def _take(self) -> Worker:
+        while self._idle and not self._closed:
+            if (worker := self._idle.pop()).alive:
+                return worker
+            self._drop(worker)
+        worker = Worker(self._setup, self.entry.memory_mb)
+        self._all.add(worker)
+        try:
+            if self._closed:
+                raise WorkerFailed("it was closed")
+            fault = worker.loaded()
+        except WorkerFailed as death:
+            fault = worker.failed(reason=str(death))
+        if not fault.failed:
+            return worker
+        self._drop(worker)
+        raise UserError(
+            f'reward "{self.entry.name}" cannot be loaded: {fault.reason}\n{fault.detail}'.strip()
+        )
+
+    def _drop(self, worker: Worker) -> None:
+        self._all.discard(worker)
+        worker.end()

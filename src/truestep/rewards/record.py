@@ -1,0 +1,66 @@
+"""What a reward function gets and returns, and how both cross a pipe as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from truestep.records import Message, Problem, RewardInput, Stop, Verdict
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A function returns it instead of None to say why it has no reward for a sample."""
+
+    reason: str
+
+
+# One value per sample: a number, None or Unscored (no reward, and no failure), a mapping of named parts, or an
+# exception object (a failure of this sample only).
+Value = float | None | Unscored | Mapping[str, float] | Exception
+RewardFn = Callable[[Sequence[RewardInput]], Sequence[Value]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one function says about one sample. A failure has a ``reason``, and the function's own traceback or
+    output as ``detail``."""
+
+    value: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+    failed: bool = False
+    detail: str = ""
+
+
+def to_json(value: Any) -> bytes:
+    """One line. Records become tables; what JSON does not know (a date in a column) becomes text."""
+    return json.dumps(value, default=_plain).encode("ascii") + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return vars(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def read_input(table: Mapping[str, Any]) -> RewardInput:
+    """The record that ``to_json`` wrote."""
+
+    def messages(turns: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
+        return tuple(Message(**turn) for turn in turns)
+
+    problem = table["problem"]
+    changed = {
+        "problem": Problem(**{**problem, "messages": messages(problem["messages"])}),
+        "messages": messages(table["messages"]),
+        "completion_ids": tuple(table["completion_ids"]),
+        "stop": Stop(table["stop"]),
+        "verdict": table["verdict"] and Verdict(table["verdict"]),
+    }
+    return RewardInput(**{**table, **changed})

@@ -1,0 +1,129 @@
+"""All rewards of a stage for the samples of a step: the checker, the coin and the functions, weighted and summed."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from truestep.records import Problem, RewardInput, Score, Stop, Verdict
+from truestep.reward_settings import SHIPPED, RewardSettings
+from truestep.rewards.pool import FunctionPool
+from truestep.rewards.record import Answer
+from truestep.seeding import Purpose, generator
+from truestep.signals import check
+from truestep.user_code import Source, find_source
+
+Grade = Callable[[Sequence[tuple[Problem, str]]], Sequence[Score]]
+
+
+def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
+    """The file of each entry's function, by the entry's name; nothing is run. The hashes belong to the identity of
+    a stage. Raises UserError if a file is missing."""
+    return {
+        e.name: find_source(e.function, base, what="reward", shipped=SHIPPED.get(e.function, ""))
+        for e in entries
+        if e.function not in ("checker", "random")
+    }
+
+
+class RewardScorer:
+    """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory that functions may write
+    to. Entering starts one worker for each function, and raises UserError if a function cannot be loaded. Not for
+    use from several threads.
+
+    Held by: tests/rewards/test_hostile.py, tests/rewards/test_scorer.py
+    """
+
+    def __init__(self, entries: Sequence[RewardSettings], *, grade: Grade, base: Path, folder: Path) -> None:
+        self._entries, self._grade, self._stack = tuple(entries), grade, ExitStack()
+        self.sources = sources(entries, base)
+        self._pools = {
+            e.name: FunctionPool(e, self.sources[e.name], base=base, folder=folder)
+            for e in entries
+            if e.name in self.sources
+        }
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for pool in self._pools.values():
+                stack.callback(pool.close)
+                pool.start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
+        """One result per sample, in order. Raises UserError if a function has failed on more than its share of the
+        step's samples; each rank counts its own."""
+        if any(
+            sample.stop is Stop.ERROR for sample in inputs
+        ):  # no completion: unscored, and no function's failure
+            results = iter(self.score([sample for sample in inputs if sample.stop is not Stop.ERROR]))
+            lost = Score(reward=None, verdict=Verdict.UNSCORED, reason="the engine failed")
+            return [lost if sample.stop is Stop.ERROR else next(results) for sample in inputs]
+        graded: Sequence[Score | None] = [None] * len(inputs)
+        if any(entry.function == "checker" for entry in self._entries):
+            graded = self._grade([(sample.problem, sample.completion) for sample in inputs])
+            inputs = [
+                replace(i, verdict=s.verdict) for i, s in zip(inputs, graded, strict=True) if s is not None
+            ]
+        futures = {name: pool.submit(inputs) for name, pool in self._pools.items()}
+        waiting = {future for batches in futures.values() for future in batches}
+        while waiting:
+            check()
+            done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises what the thread has raised
+        answers: dict[str, list[Answer]] = {}
+        for entry in self._entries:
+            if entry.name in self._pools:
+                self._pools[entry.name].check_failures()
+                answers[entry.name] = [a for future in futures[entry.name] for a in future.result()]
+            elif entry.function == "random":
+                answers[entry.name] = [Answer(value=fair_coin(sample)) for sample in inputs]
+            else:
+                answers[entry.name] = [_of_verdict(score) for score in graded]
+        rows = [{name: column[i] for name, column in answers.items()} for i in range(len(inputs))]
+        return [self._sum(row, score) for row, score in zip(rows, graded, strict=True)]
+
+    def _sum(self, row: Mapping[str, Answer], score: Score | None) -> Score:
+        total, missing, parts = 0.0, list[str](), dict[str, float]()
+        for entry in self._entries:
+            found = row[entry.name]
+            parts |= {f"{entry.name}/{key}": part for key, part in found.parts.items()}
+            if found.value is not None:
+                parts[entry.name] = found.value
+                total += entry.weight * found.value
+            elif entry.weight:
+                missing.append(f"{entry.name}: {found.reason}")
+        if not missing and not math.isfinite(total):
+            missing.append("the weighted sum is not a finite number")
+        return Score(
+            reward=None if missing else total,
+            verdict=score.verdict if score else None,
+            parts=parts,
+            extracted=score.extracted if score else "",
+            reason="; ".join(missing) or (score.reason if score else ""),
+            failed=any(found.failed for found in row.values()),
+        )
+
+
+def fair_coin(sample: RewardInput) -> float:
+    """0 or 1, a function of the sample's identity only: a control that asks whether a gain comes from the reward.
+
+    Held by: tests/rewards/test_scorer.py
+    """
+    item = f"{sample.problem.id}/{sample.sample}"
+    return float(generator(sample.seed, Purpose.RANDOM_REWARD, sample.step, item).random() < 0.5)
+
+
+def _of_verdict(score: Score | None) -> Answer:
+    assert score is not None
+    return Answer(value=score.reward, reason=score.reason)

@@ -1,0 +1,126 @@
+"""A child process that loads one reward function and calls it: requests and replies are lines of JSON on a
+socket, so that what the function prints breaks nothing.
+
+Started as ``python -m truestep.rewards.worker DESCRIPTOR`` by ``pool.py``, which kills it when it takes too long
+or too much memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from truestep import user_code
+from truestep.errors import UserError
+from truestep.records import RewardInput
+from truestep.reward_settings import NAME
+from truestep.rewards.record import Answer, Unscored, read_input, to_json
+from truestep.user_code import Raised, Source, load, raised, with_folder
+
+
+def attempt(work: Callable[..., Any], *given: Any) -> Any:
+    """What the user's code returns, or a failed Answer with its traceback."""
+    result = user_code.attempt(work, *given)
+    return failed(result) if isinstance(result, Raised) else result
+
+
+def failed(raised: Raised) -> Answer:
+    return Answer(reason=raised.reason, failed=True, detail=raised.detail)
+
+
+def call(
+    function: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]
+) -> list[Any]:
+    output = function(samples, **options)
+    if isinstance(output, str | Mapping) or not hasattr(output, "__iter__"):
+        raise UserError(f"returned {_shown(output)}; expected a list with one value for each sample")
+    values = list(output)
+    if len(values) != len(samples):
+        raise UserError(f"returned {len(values)} values for {len(samples)} samples")
+    return values
+
+
+def answer(value: Any) -> Answer:
+    """One value as an Answer. A mapping's value is its key "reward", else the sum of all."""
+    if value is None:
+        return Answer(reason="the function returned None")
+    if isinstance(value, Unscored):
+        return Answer(reason=str(value.reason) or "no reason given")
+    if isinstance(value, BaseException):
+        return failed(raised(value))
+    if not isinstance(value, Mapping):
+        return Answer(value=_number(value))
+    if not value or not all(isinstance(key, str) and NAME.fullmatch(key) for key in value):
+        raise UserError(
+            f"returned {_shown(value)}; expected parts named by letters, digits, '_', '-' and '.'"
+        )
+    parts = {key: _number(part) for key, part in value.items()}
+    return Answer(value=parts["reward"] if "reward" in parts else math.fsum(parts.values()), parts=parts)
+
+
+def _number(value: Any) -> float:
+    number = value.item() if hasattr(value, "item") else value  # of numpy and torch
+    if not isinstance(number, numbers.Real):
+        raise UserError(f"returned {_shown(value)}; expected a number, None or a mapping of numbers")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"returned {number}, which is not a finite number")
+    return number
+
+
+def _shown(value: Any) -> str:
+    name = type(value).__name__
+    return f"{name} {value!r:.60}" if isinstance(value, str | Mapping) else name
+
+
+def _die_with_parent(parent: int) -> NoReturn:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+    raise AssertionError
+
+
+def serve(channel: socket.socket) -> None:
+    requests = channel.makefile("rb")
+    setup = json.loads(requests.readline())
+    state: dict[str, Any] = {}
+
+    def prepare() -> Answer:
+        function = load(Source(**setup["source"]), setup["path"])
+        options = with_folder(function, setup["options"], setup["folder"])
+        if not setup["source"]["sha256"]:  # ours: it checks its options, before anything is sampled
+            function([], **options)
+        state.update(function=function, options=options)
+        return Answer()
+
+    channel.sendall(to_json(attempt(prepare)))
+    for line in requests:
+        samples = [read_input(table) for table in json.loads(line)]
+        values = attempt(call, state["function"], state["options"], samples)
+        if isinstance(values, list):
+            values = [attempt(answer, value) for value in values]
+        channel.sendall(to_json(values))
+
+
+def main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)  # a program that the function starts does not hold it open
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    serve(channel)
+    os._exit(0)  # threads that the function has started do not hold it up
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What judges the package and is imported by its tests only."""

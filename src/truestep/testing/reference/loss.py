@@ -1,0 +1,305 @@
+"""The loss of an optimizer step: float64, token by token, each sequence alone, the whole batch in one
+graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from truestep.records import Origin, TrainSequence
+from truestep.testing.reference import surrogate
+from truestep.testing.reference.rows import ROWS, named_part
+from truestep.testing.reference.surrogate import ScoredSequence
+
+LogprobRows = Sequence[Sequence[float] | None]  # one row a sequence, one number a trained token
+Microbatches = Sequence[tuple[Sequence[int], float]]  # (indices of its sequences, its weight)
+
+
+# ------------------------------------------------------------------------------------------ log-probabilities
+
+
+class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes by inheritance only
+    """Inside, whatever asks for float32 gets float64.
+
+    Model code casts norms, softmaxes and losses to float32 whatever the weights are, so a model in float64 is
+    otherwise right to 1e-7 only, and the rounding is not even smooth.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        wide_args = [torch.float64 if a is torch.float32 else a for a in args]
+        wide_kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*wide_args, **wide_kwargs)
+
+
+def trained_logprobs(model: nn.Module, sequence: TrainSequence, temperature: float = 1.0) -> list[Tensor]:
+    """Log-probabilities, with gradient, of the trained tokens of one sequence, run alone, unpadded, without
+    dropout.
+
+    Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t.
+    Raises: ValueError where the model is not in float64.
+    """
+    return trained_tokens(model, sequence, temperature)[0]
+
+
+def trained_tokens(
+    model: nn.Module, sequence: TrainSequence, temperature: float = 1.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same, and the entropy of the distribution that each of these tokens was drawn from, with gradient.
+
+    Equation: −Σ_v p_v log p_v.
+    """
+    narrow = [name for name, p in model.named_parameters() if p.dtype is not torch.float64]
+    if narrow:
+        raise ValueError(
+            f"the reference works in float64, but {narrow[0]} is not: call model.double() on a copy"
+        )
+    row = torch.tensor(sequence.token_ids, dtype=torch.int64, device=next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    try:
+        with exact_float64():
+            logits = model(input_ids=row[None], use_cache=False).logits[0]
+    finally:
+        model.train(was_training)
+    logprobs, entropies = [], []
+    for t in range(1, len(sequence.token_ids)):
+        if sequence.origin[t] is not Origin.CONTEXT:
+            every = torch.log_softmax(logits[t - 1] / temperature, dim=-1)
+            logprobs.append(every[sequence.token_ids[t]])
+            entropies.append(-(torch.exp(every) * every).sum())
+    return logprobs, entropies
+
+
+def frozen_logprobs(
+    model: nn.Module, sequences: Sequence[TrainSequence], temperature: float = 1.0
+) -> list[list[float]]:
+    """The same as plain numbers: the proximal log-probabilities of later updates, or those of a KL anchor."""
+    with torch.no_grad():
+        return [[logprob.item() for logprob in trained_logprobs(model, s, temperature)] for s in sequences]
+
+
+def score(
+    policy: nn.Module, proximal: nn.Module, reference: nn.Module, sequences: Sequence[TrainSequence]
+) -> list[ScoredSequence]:
+    """The sequences with what the three models say about their trained tokens; the policy's with its
+    graph."""
+    found = []
+    for sequence in sequences:
+        logprobs, entropies = trained_tokens(policy, sequence)
+        with torch.no_grad():
+            old, old_entropies = trained_tokens(proximal, sequence)
+            anchor, _ = trained_tokens(reference, sequence)
+        found.append(
+            ScoredSequence(
+                sequence=sequence,
+                policy=logprobs,
+                proximal=[x.item() for x in old],
+                reference=[x.item() for x in anchor],
+                entropies=entropies,
+                proximal_entropies=[x.item() for x in old_entropies],
+            )
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------ normalisers and groups
+
+
+def denominator(
+    sequence: TrainSequence,
+    sequences: Sequence[TrainSequence],
+    normaliser: str,
+    max_length: int | None = None,
+) -> float:
+    """What a token of ``sequence`` is divided by; all ``sequences`` of the step count, whatever their weight.
+
+    Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L · grp Σ_group|y|·N_groups, L =
+    ``max_length``.
+    """
+    if normaliser == "tok":
+        return sum(s.num_trained for s in sequences)
+    if normaliser == "seq":
+        return sequence.num_trained * len(sequences)
+    if normaliser == "sum":
+        return len(sequences)
+    if normaliser == "drg":
+        if max_length is None:
+            raise ValueError("the drg normaliser divides by a fixed length: give max_length")
+        return len(sequences) * max_length
+    if normaliser == "grp":
+        group_tokens = sum(s.num_trained for s in sequences if s.group == sequence.group)
+        return group_tokens * len({s.group for s in sequences})
+    raise ValueError(f"unknown normaliser {normaliser!r}: tok, seq, sum, drg or grp")
+
+
+def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
+    """Without the groups whose rewards are all equal: neither their losses nor their tokens count. Source:
+    DAPO."""
+    kept = []
+    for item in scored:
+        rewards = {other.sequence.reward for other in scored if other.sequence.group == item.sequence.group}
+        if len(rewards) > 1:
+            kept.append(item)
+    return kept
+
+
+def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
+    """Advantages of the members of one group; a group of one has nothing to be compared with: 0.
+
+    Equation: mean R−mean · mean_std (R−mean)/(std+1e-6), std with n−1 · rloo R − mean of the others.
+    """
+    if kind not in ("mean", "mean_std", "rloo"):
+        raise ValueError(f"unknown advantage {kind!r}: mean, mean_std or rloo")
+    if len(rewards) == 1:
+        return [0.0]
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+    advantages = []
+    for i, reward in enumerate(rewards):
+        others = [r for j, r in enumerate(rewards) if j != i]
+        if kind == "mean":
+            advantages.append(reward - mean)
+        elif kind == "mean_std":
+            advantages.append((reward - mean) / (std + 1e-6))
+        else:
+            advantages.append(reward - sum(others) / len(others))
+    return advantages
+
+
+# ---------------------------------------------------------------------------------- the loss and its gradient
+
+
+def weight_microbatches(
+    sequences: Sequence[TrainSequence], microbatches: Microbatches
+) -> list[TrainSequence]:
+    """The sequences with their weights multiplied by that of their micro-batch. No micro-batches: as they
+    are.
+
+    Raises: ValueError where a sequence is in no micro-batch or in two.
+    """
+    if not microbatches:
+        return list(sequences)
+    listed = sorted(i for indices, _ in microbatches for i in indices)
+    if listed != list(range(len(sequences))):
+        raise ValueError(f"micro-batches hold sequences {listed}, not each of 0..{len(sequences) - 1} once")
+    weight_of = {i: weight for indices, weight in microbatches for i in indices}
+    return [dataclasses.replace(s, weight=s.weight * weight_of[i]) for i, s in enumerate(sequences)]
+
+
+def reference_loss(
+    model: nn.Module,
+    sequences: Sequence[TrainSequence],
+    proximal: LogprobRows | None = None,
+    *,
+    method: str = "sft",
+    temperature: float = 1.0,
+    max_length: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    microbatches: Microbatches = (),
+) -> Tensor:
+    """The loss of one optimizer step over the whole batch, with its graph.
+
+    A row of ``proximal`` that is None is the policy's own, detached: the first update after a rollout.
+    ``options`` overrides the method's numbers, its ``normaliser``, and adds a KL term: ``kl`` (k1, k2, k3),
+    ``kl_coef`` and ``reference_logprobs``. Weights, of sequences and of micro-batches, multiply numerators
+    only.
+    Equation: Σ_sequences weight Σ_tokens (surrogate + kl_coef · kl) / denominator.
+    """
+    part, numbers = named_part(method), dict(options or {})
+    normaliser = numbers.pop("normaliser", part.normaliser)
+    kl, kl_coef = numbers.pop("kl", None), numbers.pop("kl_coef", 0.0)
+    anchors = numbers.pop("reference_logprobs", None)
+
+    scored = []
+    for i, sequence in enumerate(weight_microbatches(sequences, microbatches)):
+        policy = trained_logprobs(model, sequence, temperature)
+        given = None if proximal is None else proximal[i]
+        old = [logprob.item() for logprob in policy] if given is None else given
+        anchor = () if anchors is None else anchors[i]
+        scored.append(ScoredSequence(sequence=sequence, policy=policy, proximal=old, reference=anchor))
+    if ROWS[method].drop_equal_groups:
+        scored = drop_equal_groups(scored)
+
+    kept = [item.sequence for item in scored]
+    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    for item in scored:
+        losses = part.losses(item, **numbers)
+        if kl is not None:
+            losses = [
+                loss + kl_coef * term for loss, term in zip(losses, surrogate.kl_terms(item, kl), strict=True)
+            ]
+        for loss in losses:
+            total = total + item.sequence.weight * loss / denominator(
+                item.sequence, kept, normaliser, max_length
+            )
+    return total
+
+
+def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of ``loss`` by parameter name: one backward; zeros where a parameter has no part in it."""
+    parameters = dict(model.named_parameters())
+    if not loss.requires_grad:  # every sequence was dropped
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+    parts = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    return dict(zip(parameters, parts, strict=True))
+
+
+def reference_gradient(
+    model: nn.Module,
+    sequences: Sequence[TrainSequence],
+    proximal: LogprobRows | None = None,
+    *,
+    method: str = "sft",
+    temperature: float = 1.0,
+    max_length: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    microbatches: Microbatches = (),
+) -> dict[str, Tensor]:
+    """Σ_i w_i·g_i, g_i the gradient of micro-batch i's share of the globally normalised
+    ``reference_loss``."""
+    loss = reference_loss(
+        model,
+        sequences,
+        proximal,
+        method=method,
+        temperature=temperature,
+        max_length=max_length,
+        options=options,
+        microbatches=microbatches,
+    )
+    return gradient(model, loss)
+
+
+def per_microbatch_gradients(
+    model: nn.Module,
+    sequences: Sequence[TrainSequence],
+    indices_per_microbatch: Sequence[Sequence[int]],
+    temperature: float = 1.0,
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    """For each micro-batch, the gradient SUM of −log π over its trained tokens, and how many these are.
+
+    The right SFT gradient of the step is the sum of the first divided by the sum of the second.
+    """
+    sums, counts = [], []
+    for indices in indices_per_microbatch:
+        loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        for i in indices:
+            for logprob in trained_logprobs(model, sequences[i], temperature):
+                loss = loss - logprob
+        sums.append(gradient(model, loss))
+        counts.append(sum(sequences[i].num_trained for i in indices))
+    return sums, counts

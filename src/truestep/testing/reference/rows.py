@@ -1,0 +1,206 @@
+"""The objectives of the papers, part by part, as a whole optimizer step over sequences of several kinds.
+
+Written from the papers' formulas with the surrogates of ``reference.surrogate``; every part is differentiated
+as it stands and divided by counts of the whole step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truestep.records import Origin, TrainSequence
+from truestep.testing.reference import surrogate
+from truestep.testing.reference.surrogate import ScoredSequence
+
+About = Callable[
+    [TrainSequence, int], bool
+]  # (sequence, number of its trained token) → whether a part means it
+
+
+def _of(origin: Origin) -> About:
+    def about(sequence: TrainSequence, i: int) -> bool:
+        return [o for o in sequence.origin if o is not Origin.CONTEXT][i] is origin
+
+    return about
+
+
+expert, own, replayed = _of(Origin.EXPERT), _of(Origin.POLICY), _of(Origin.STORED)
+
+
+def anything(sequence: TrainSequence, i: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Σ over the tokens it is about ÷ a count: tok of its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L,
+    where N_seq counts sequences with a token that ``counted`` means. ``top_share``: only tokens of the
+    highest proximal entropy."""
+
+    about: About
+    losses: partial[list[Tensor]]
+    normaliser: str
+    counted: About | None = None
+    weight: float = 1.0
+    top_share: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method's parts; ``whiten`` replaces advantages by (A − mean)/(std + 1e-8) over own tokens."""
+
+    parts: tuple[Part, ...]
+    whiten: bool = False
+    drop_equal_groups: bool = False  # by the gate: ``row_loss`` is given what it keeps
+
+
+def _entropy_bonus(scored: ScoredSequence) -> list[Tensor]:
+    return [-entropy for entropy in scored.entropies]
+
+
+def _importance(scored: ScoredSequence) -> list[Tensor]:
+    return [-ratio * a for ratio, a in zip(scored.ratios, scored.advantages, strict=True)]
+
+
+def _part(about: About, losses: Callable[..., list[Tensor]], normaliser: str, **options: Any) -> Part:
+    own_fields = {k: options.pop(k) for k in ("counted", "weight", "top_share") if k in options}
+    return Part(about=about, losses=partial(losses, **options), normaliser=normaliser, **own_fields)
+
+
+def _clipped(low: float, high: float, normaliser: str, about: About = own, **options: Any) -> Part:
+    return _part(about, surrogate.ppo_clip, normaliser, eps_low=low, eps_high=high, **options)
+
+
+_BONUS = _part(own, _entropy_bonus, "tok", weight=1e-4)
+_SHARED: dict[str, Any] = {"normaliser": "drg", "counted": anything}
+_ON = _part(own, _importance, **_SHARED)
+_ON_ALONE = _part(own, _importance, "drg")
+_IMITATE = _part(expert, surrogate.nll, "tok")
+
+ROWS: dict[str, Row] = {
+    "sft": Row(parts=(_IMITATE,)),
+    "dft": Row(parts=(_part(expert, surrogate.dft, "tok"),)),
+    "psft": Row(parts=(_part(expert, surrogate.psft, "tok", eps_low=0.2, eps_high=0.28),)),
+    "iw_sft": Row(parts=(_part(expert, surrogate.iw_sft, "tok", level="sequence", low=0.0, high=16.0),)),
+    "trsft": Row(parts=(_part(expert, surrogate.trsft, "tok", alpha=0.1),)),
+    "power_sft": Row(parts=(_part(expert, surrogate.power, "tok", alpha=0.5),)),
+    "entropy_sft": Row(parts=(_part(expert, surrogate.nll, "tok", top_share=0.2, weight=5.0),)),
+    "paper": Row(parts=(_clipped(0.2, 0.28, "tok"),)),
+    "grpo": Row(parts=(_clipped(0.2, 0.2, "seq"),)),
+    "dr_grpo": Row(parts=(_clipped(0.2, 0.2, "drg"),)),
+    "dapo": Row(parts=(_clipped(0.2, 0.28, "tok"),), drop_equal_groups=True),
+    "ppo": Row(parts=(_clipped(0.2, 0.2, "tok", dual_clip=3.0),)),
+    "rloo": Row(parts=(_part(own, _importance, "sum"),)),
+    "reinforce_pp": Row(parts=(_clipped(0.2, 0.2, "tok"),), whiten=True),
+    "reinforce_pp_baseline": Row(parts=(_clipped(0.2, 0.2, "tok"),), whiten=True),
+    "gspo": Row(parts=(_part(own, surrogate.gspo, "seq", eps_low=3e-4, eps_high=4e-4),)),
+    "cispo": Row(parts=(_part(own, surrogate.cispo, "tok", eps_low=0.2, eps_high=0.28),)),
+    "nft": Row(parts=(_part(own, surrogate.nft, "drg", low=0.02, high=0.98),)),
+    "sapo": Row(parts=(_part(own, surrogate.sapo, "seq", tau_positive=1.0, tau_negative=1.05),)),
+    "luffy": Row(parts=(_ON, _part(expert, surrogate.luffy, gamma=0.1, **_SHARED), _BONUS)),
+    "multi_task": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
+    "relift": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
+    "srft": Row(
+        parts=(
+            _part(expert, surrogate.srft_imitation, "tok", scale=0.5, sign=-1.0),
+            _part(expert, surrogate.unshaped, **_SHARED),
+            _part(own, surrogate.srft_samples, scale=0.1, **_SHARED),
+            _BONUS,
+        )
+    ),
+    "prefix_rft": Row(
+        parts=(_clipped(0.2, 0.2, **_SHARED), _clipped(0.2, 0.2, about=expert, top_share=0.2, **_SHARED))
+    ),
+    "hpt": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
+    "trapo": Row(parts=(_ON, _part(expert, surrogate.trsft, alpha=0.1, **_SHARED), _BONUS)),
+    "exgrpo": Row(parts=(_ON, _part(replayed, surrogate.exgrpo, beta=0.1, **_SHARED), _BONUS)),
+    "rl_plus": Row(parts=(_ON, _part(expert, surrogate.rl_plus, gamma=0.5, **_SHARED), _BONUS)),
+    "chord_mu": Row(parts=(_clipped(0.2, 0.2, "tok", weight=1 - 0.9), replace(_IMITATE, weight=0.9))),
+    "chord_phi": Row(
+        parts=(_clipped(0.2, 0.2, "tok", weight=0.9), _part(expert, surrogate.chord_phi, "tok", weight=0.1))
+    ),
+    "uft": Row(
+        parts=(
+            _clipped(0.2, 0.2, "tok"),
+            _part(expert, surrogate.nll, "tok", weight=1e-3),
+            _part(own, surrogate.kl_terms, "tok", weight=1e-3, kind="k3"),
+        )
+    ),
+    "super_rl": Row(parts=(_clipped(0.2, 0.2, "tok"), _IMITATE)),
+    "sasr": Row(parts=(_clipped(0.2, 0.2, "tok"), _IMITATE)),
+    "bread": Row(parts=(_clipped(0.2, 0.2, "seq"),)),
+    "ghpo": Row(parts=(_clipped(0.2, 0.2, "tok"),)),
+}
+
+
+def named_part(name: str) -> Part:
+    """The part of a row that carries its name, or its first: the surrogate that ``loss.reference_loss`` takes."""
+    parts = ROWS[name].parts
+    return next((part for part in parts if part.losses.func.__name__ == name), parts[0])
+
+
+def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Tensor:
+    """The loss of one optimizer step. Equation: Σ_parts weight · Σ_tokens (w·surrogate / count)."""
+    if row.whiten:
+        scored = _whitened(scored)
+    total = torch.zeros((), dtype=torch.float64)
+    for part in row.parts:
+        counted = part.counted or part.about
+        num_tokens = sum(counted(s.sequence, i) for s in scored for i in range(s.sequence.num_trained))
+        num_sequences = sum(
+            any(counted(s.sequence, i) for i in range(s.sequence.num_trained)) for s in scored
+        )
+        threshold = _threshold(part, scored)
+        for item in scored:
+            sequence = item.sequence
+            meant = [part.about(sequence, i) for i in range(sequence.num_trained)]
+            if not any(meant):
+                continue
+            losses = part.losses(item)
+            if part.top_share:
+                losses = surrogate.uncertain_only(item, losses, threshold)
+            count: Mapping[str, float] = {
+                "tok": num_tokens,
+                "seq": sequence.num_trained * num_sequences,
+                "sum": num_sequences,
+                "drg": num_sequences * max_length,
+            }
+            for loss, is_meant in zip(losses, meant, strict=True):
+                if is_meant:
+                    total = total + part.weight * sequence.weight * loss / count[part.normaliser]
+    return total
+
+
+def _threshold(part: Part, scored: Sequence[ScoredSequence]) -> float:
+    """The entropy that the top share of the part's tokens reaches."""
+    entropies = sorted(
+        entropy
+        for item in scored
+        for i, entropy in enumerate(item.proximal_entropies)
+        if part.about(item.sequence, i)
+    )
+    return (
+        entropies[math.floor((1 - part.top_share) * len(entropies))] if part.top_share and entropies else 0.0
+    )
+
+
+def _whitened(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
+    tokens = [a for item in scored for i, a in enumerate(item.advantages) if own(item.sequence, i)]
+    mean = sum(tokens) / len(tokens)
+    std = math.sqrt(sum((a - mean) ** 2 for a in tokens) / (len(tokens) - 1))
+    return [
+        replace(
+            item,
+            sequence=replace(
+                item.sequence, advantage=tuple((a - mean) / (std + 1e-8) for a in item.advantages)
+            ),
+        )
+        for item in scored
+    ]

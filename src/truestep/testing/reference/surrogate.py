@@ -1,0 +1,253 @@
+"""What each trained token contributes to a loss: the surrogates of the papers, as they are written there.
+
+Every one is differentiated as it stands, never a detached coefficient times a log-probability, so that it can
+disagree with code that works with coefficients. Log-probabilities: ``policy`` of the current weights, with
+gradient; ``proximal`` frozen at the start of the update; ``behavior`` of what sampled; ``reference`` of the
+KL anchor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from truestep.records import Origin, TrainSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredSequence:
+    """A sequence with its log-probabilities, and where a method looks at them the entropies of the
+    distributions they belong to, each aligned with the trained tokens."""
+
+    sequence: TrainSequence
+    policy: Sequence[Tensor]
+    proximal: Sequence[float]
+    reference: Sequence[float] = ()
+    entropies: Sequence[Tensor] = ()
+    proximal_entropies: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("policy", "proximal", "reference", "entropies", "proximal_entropies"):
+            length = len(getattr(self, name))
+            if length != self.sequence.num_trained and (length or name in ("policy", "proximal")):
+                what = name.replace("_", " ") if "entropies" in name else f"{name} log-probabilities"
+                raise ValueError(f"{length} {what} for {self.sequence.num_trained} trained tokens")
+
+    @property
+    def advantages(self) -> list[float]:
+        given = self.sequence.advantage
+        return list(given) if isinstance(given, tuple) else [given] * self.sequence.num_trained
+
+    def is_all(self, origin: Origin) -> bool:
+        """Whether all trained tokens have this origin."""
+        return self.sequence.count(origin) == self.sequence.num_trained
+
+    @property
+    def ratios(self) -> list[Tensor]:
+        """π / π_proximal of every trained token."""
+        return [torch.exp(logprob - old) for logprob, old in zip(self.policy, self.proximal, strict=True)]
+
+
+def nll(scored: ScoredSequence) -> list[Tensor]:
+    """Equation: −log π."""
+    return [-logprob for logprob in scored.policy]
+
+
+def dft(scored: ScoredSequence) -> list[Tensor]:
+    """Equation: −sg(π) log π. Source: arXiv 2508.05629."""
+    return [-torch.exp(logprob).detach() * logprob for logprob in scored.policy]
+
+
+def chord_phi(scored: ScoredSequence) -> list[Tensor]:
+    """Equation: −sg(π(1−π)) log π. Source: arXiv 2508.11408, the demonstrations' part."""
+    losses = []
+    for logprob in scored.policy:
+        p = torch.exp(logprob).detach()
+        losses.append(-p * (1 - p) * logprob)
+    return losses
+
+
+def power(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
+    """Equation: (1 − π^α)/α."""
+    return [(1 - torch.exp(alpha * logprob)) / alpha for logprob in scored.policy]
+
+
+def trsft(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
+    """Equation: −π / sg(max(π, α)). Source: arXiv 2512.17636."""
+    losses = []
+    for logprob in scored.policy:
+        p = torch.exp(logprob)
+        losses.append(-p / max(p.item(), alpha))
+    return losses
+
+
+def _clipped_gain(ratio: Tensor, advantage: float, eps_low: float, eps_high: float) -> Tensor:
+    clipped = torch.clamp(ratio, 1 - eps_low, 1 + eps_high)
+    return torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def ppo_clip(
+    scored: ScoredSequence, *, eps_low: float, eps_high: float, dual_clip: float | None = None
+) -> list[Tensor]:
+    """Equation: −min(rA, clip(r, 1−ε_low, 1+ε_high)A); with ``dual_clip`` c at most −cA where A < 0.
+    Source: arXiv 1707.06347; 1912.09729 for the second clip."""
+    losses = []
+    for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
+        loss = -_clipped_gain(ratio, advantage, eps_low, eps_high)
+        if dual_clip is not None and advantage < 0:
+            loss = torch.minimum(loss, torch.full_like(loss, -dual_clip * advantage))
+        losses.append(loss)
+    return losses
+
+
+def psft(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Tensor]:
+    """Equation: −min(r, clip(r, 1−ε_low, 1+ε_high)). Source: arXiv 2508.17784."""
+    return [-_clipped_gain(ratio, 1.0, eps_low, eps_high) for ratio in scored.ratios]
+
+
+def gspo(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Tensor]:
+    """Equation: −min(sA, clip(s)A), s = exp(mean_t(log π − log π_proximal)), the gradient flowing through s.
+    Source: arXiv 2507.18071."""
+    num_tokens = len(scored.policy)
+    if num_tokens == 0:
+        return []
+    log_ratios = [logprob - old for logprob, old in zip(scored.policy, scored.proximal, strict=True)]
+    ratio = torch.exp(torch.stack(log_ratios).sum() / num_tokens)
+    return [-_clipped_gain(ratio, advantage, eps_low, eps_high) for advantage in scored.advantages]
+
+
+def cispo(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Tensor]:
+    """Equation: −sg(clip(r, 1−ε_low, 1+ε_high)) A log π. Source: arXiv 2506.13585."""
+    losses = []
+    for logprob, ratio, advantage in zip(scored.policy, scored.ratios, scored.advantages, strict=True):
+        weight = min(max(ratio.item(), 1 - eps_low), 1 + eps_high)
+        losses.append(-weight * advantage * logprob)
+    return losses
+
+
+def sapo(scored: ScoredSequence, *, tau_positive: float, tau_negative: float) -> list[Tensor]:
+    """Equation: −(4/τ) σ(τ(r−1)) A, τ by the sign of A. Source: arXiv 2511.20347."""
+    losses = []
+    for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
+        tau = tau_positive if advantage > 0 else tau_negative
+        losses.append(-4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage)
+    return losses
+
+
+def nft(scored: ScoredSequence, *, low: float, high: float) -> list[Tensor]:
+    """Equation: −(1−q) log r on a right sample; −(1−q) log max((1−qr)/(1−q), 1) on a wrong one, where the
+    maximum replaces the value and lets the gradient through; q = the group's share of right ones. Source:
+    arXiv 2505.18116."""
+    losses = []
+    for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
+        q = min(max(1 - advantage if scored.sequence.solved else -advantage, low), high)
+        if scored.sequence.solved:
+            likelihood = ratio
+        else:
+            likelihood = (1 - q * ratio) / (1 - q)
+            likelihood = likelihood + max(1.0 - likelihood.item(), 0.0)
+        losses.append(-(1 - q) * torch.log(likelihood))
+    return losses
+
+
+def reinforce(scored: ScoredSequence) -> list[Tensor]:
+    """Equation: −A log π."""
+    return [-advantage * logprob for logprob, advantage in zip(scored.policy, scored.advantages, strict=True)]
+
+
+def _importance(scored: ScoredSequence) -> list[Tensor]:
+    """Own samples of the mixed-policy methods: −rA, no clip."""
+    return [-ratio * advantage for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True)]
+
+
+def luffy(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
+    """Equation: −A π/(π+γ) on demonstrations, −rA elsewhere. Source: arXiv 2504.14945."""
+    if not scored.is_all(Origin.EXPERT):
+        return _importance(scored)
+    losses = []
+    for logprob, advantage in zip(scored.policy, scored.advantages, strict=True):
+        p = torch.exp(logprob)
+        losses.append(-advantage * p / (p + gamma))
+    return losses
+
+
+def exgrpo(scored: ScoredSequence, *, beta: float) -> list[Tensor]:
+    """Equation: −A w/(w+β), w = π/π_behavior, on replayed samples; −rA elsewhere. Source: arXiv
+    2510.02245."""
+    if not scored.is_all(Origin.STORED):
+        return _importance(scored)
+    losses = []
+    for logprob, past, advantage in zip(
+        scored.policy, scored.sequence.behavior_logprobs or (), scored.advantages, strict=True
+    ):
+        w = torch.exp(logprob - past)
+        losses.append(-advantage * w / (w + beta))
+    return losses
+
+
+def rl_plus(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
+    """Equation: −A sg(1−π)^γ · 2π/(π_proximal + ½(π_proximal+1)) on demonstrations, −rA elsewhere.
+    Source: arXiv 2508.00222."""
+    if not scored.is_all(Origin.EXPERT):
+        return _importance(scored)
+    losses = []
+    for logprob, old, advantage in zip(scored.policy, scored.proximal, scored.advantages, strict=True):
+        p, p_old = torch.exp(logprob), math.exp(old)
+        losses.append(-advantage * (1 - p.item()) ** gamma * 2 * p / (p_old + 0.5 * (p_old + 1)))
+    return losses
+
+
+def unshaped(scored: ScoredSequence) -> list[Tensor]:
+    """Equation: −A π: importance sampling with behavior probability 1. Source: arXiv 2506.19767,
+    demonstrations."""
+    return [-advantage * torch.exp(x) for x, advantage in zip(scored.policy, scored.advantages, strict=True)]
+
+
+def iw_sft(
+    scored: ScoredSequence, *, level: str, low: float, high: float, temperature: float = 1.0
+) -> list[Tensor]:
+    """Equation: −sg(w) log π, w = clamp(exp(τ·mean(log π − log π_reference)), low, high) of the sequence, or
+    clamp(π/π_reference, low, high) of the token. Source: arXiv 2507.12856."""
+    gains = [logprob.item() - anchor for logprob, anchor in zip(scored.policy, scored.reference, strict=True)]
+    if level == "sequence":
+        gains = [temperature * sum(gains) / len(gains)] * len(gains)
+    weights = [min(max(math.exp(gain), low), high) for gain in gains]
+    return [-weight * logprob for weight, logprob in zip(weights, scored.policy, strict=True)]
+
+
+def _mean_entropy(scored: ScoredSequence) -> float:
+    return sum(entropy.item() for entropy in scored.entropies) / len(scored.entropies)
+
+
+def srft_imitation(scored: ScoredSequence, *, scale: float, sign: float) -> list[Tensor]:
+    """Equation: −scale·sg(e^(sign·H)) log π, H the mean entropy of the sequence. Source: arXiv 2506.19767."""
+    weight = scale * math.exp(sign * _mean_entropy(scored))
+    return [-weight * logprob for logprob in scored.policy]
+
+
+def srft_samples(scored: ScoredSequence, *, scale: float) -> list[Tensor]:
+    """Equation: −scale·sg(e^H) log π on a right sample, +log π on a wrong one. Source: arXiv 2506.19767."""
+    if scored.sequence.solved:
+        weight = scale * math.exp(_mean_entropy(scored))
+        return [-weight * logprob for logprob in scored.policy]
+    return list(scored.policy)
+
+
+def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: float) -> list[Tensor]:
+    """The losses of tokens at which the proximal policy's entropy reaches the threshold; 0 elsewhere."""
+    pairs = zip(losses, scored.proximal_entropies, strict=True)
+    return [loss if entropy >= threshold else loss * 0 for loss, entropy in pairs]
+
+
+def kl_terms(scored: ScoredSequence, kind: str) -> list[Tensor]:
+    """Equation, with d = log π − log π_reference: k1 = d; k2 = d²/2; k3 = e^(−d) + d − 1. Source: Schulman
+    2020."""
+    terms = []
+    for logprob, anchor in zip(scored.policy, scored.reference, strict=True):
+        d = logprob - anchor
+        terms.append({"k1": d, "k2": d * d / 2, "k3": torch.exp(-d) + d - 1}[kind])
+    return terms

@@ -1,0 +1,168 @@
+"""A stage's state on disk: saved, restored, the best dev checkpoint, and the batch of a step that failed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from truestep import rundir
+from truestep.checkpoint.store import Checkpoint, list_checkpoints, load_latest, save_checkpoint
+from truestep.errors import UserError
+from truestep.flops import Ledger
+from truestep.records import RecordError
+from truestep.train.memory import Memory, first_memory
+from truestep.train.parallel import Ranks, local
+from truestep.train.policy import Policy
+from truestep.train.step import NonFiniteError
+
+if TYPE_CHECKING:
+    from truestep.train.loop import StageSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What has become of a stage after ``step`` steps, besides the weights and the optimizer. ``ledger`` is the
+    run's on this rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` what is to be logged of
+    a step that is updated, until it is (JSON)."""
+
+    step: int = 0
+    memory: Memory = field(default_factory=Memory)
+    ledger: Ledger = field(default_factory=Ledger)
+    best: Mapping[str, float] = field(default_factory=dict)
+    unlogged: Mapping[str, Any] | None = None
+
+
+def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
+    """The work of all ranks (a collective)."""
+    raw = ledger.to_json()
+    return Ledger(
+        **{k: int(v) for k, v in zip(raw, ranks.sum([float(v) for v in raw.values()]), strict=True)}
+    )
+
+
+def save(spec: StageSpec, state: TrainState) -> None:
+    """Everything that the stage needs to go on from here."""
+    tensors = {**spec.updater.optimizers.state_tensors(), "memory": state.memory.tensors()}
+    _save(spec, state, "checkpoints", tensors, spec.settings.keep_checkpoints)
+
+
+def keep_best(spec: StageSpec, state: TrainState, score: float) -> TrainState:
+    """Save the weights if they are the best on the dev set so far and the stage exports the best, not the last."""
+    if not spec.settings.dev.select_best or score <= state.best.get("score", float("-inf")):
+        return state
+    best = {"step": state.step, "score": score}
+    _save(spec, replace(state, best=best), "best", {}, 1)
+    return replace(state, best=best)
+
+
+def _save(
+    spec: StageSpec, state: TrainState, folder: str, tensors: Mapping[str, Mapping[str, Tensor]], keep: int
+) -> None:
+    parameters = {name: local(p.detach()) for name, p in spec.policy.named_parameters()}
+    header = {
+        "step": state.step,
+        "memory": state.memory.state(),
+        "identity": spec.identity,
+        "ledger": summed(state.ledger, spec.ranks).to_json(),
+        "best": dict(state.best),
+        "unlogged": state.unlogged,
+        "threads": torch.get_num_threads(),
+    }
+    save_checkpoint(
+        spec.folder / folder,
+        Checkpoint(step=state.step, tensors={"parameters": parameters, **tensors}, state=header),
+        keep=keep,
+        rank=spec.ranks.rank,
+        world_size=spec.ranks.world_size,
+        barrier=spec.ranks.barrier,
+    )
+
+
+def restore(spec: StageSpec) -> TrainState:
+    """The newest valid checkpoint's state, with its weights and optimizer loaded, or the first state. Log files go
+    back to its step, so that nothing is written twice."""
+    folder, state = (
+        spec.folder / "checkpoints",
+        TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger),
+    )
+    found = load_latest(folder, rank=spec.ranks.rank, world_size=spec.ranks.world_size, warn=spec.warn)
+    if found is not None:
+        header = found.state
+        if header["identity"] != spec.identity:
+            raise UserError(
+                f"{folder}: these checkpoints belong to other settings (identity {header['identity']}, now "
+                f"{spec.identity}); pass a different --out, or delete the folder"
+            )
+        if header["threads"] != torch.get_num_threads():
+            spec.warn(
+                f"the checkpoint was made with {header['threads']} threads, now {torch.get_num_threads()}: the "
+                "resumed run is not bit for bit the uninterrupted one"
+            )
+        load_parameters(spec.policy, found)
+        spec.updater.optimizers.load_state_tensors(found.tensors)
+        state = TrainState(
+            step=found.step,
+            memory=Memory.load(header["memory"], found.tensors["memory"]),
+            ledger=Ledger.from_json(header["ledger"]) if spec.ranks.rank == 0 else Ledger(),
+            best=dict(header["best"]),
+            unlogged=header.get("unlogged"),
+        )
+    if spec.ranks.rank == 0:
+        _forget_later_best(spec, state)
+        for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
+            rundir.truncate_jsonl(
+                spec.folder / name, state.step if state.unlogged is None else state.step - 1
+            )
+    return state
+
+
+def _forget_later_best(spec: StageSpec, state: TrainState) -> None:
+    """A best checkpoint that the restored state does not know comes from steps that are about to be redone."""
+    found = list_checkpoints(spec.folder / "best")
+    if found and found[-1].name != f"step_{int(state.best.get('step', -1)):08d}":
+        shutil.rmtree(spec.folder / "best")
+
+
+def load_best(spec: StageSpec, state: TrainState) -> None:
+    """Put the weights of the best dev checkpoint into the policy."""
+    folder, ranks = spec.folder / "best", spec.ranks
+    best = load_latest(folder, rank=ranks.rank, world_size=ranks.world_size, warn=spec.warn)
+    if best is None or best.step != state.best["step"]:
+        raise RecordError(f"{folder} does not hold step {state.best['step']}, the best on the dev set")
+    load_parameters(spec.policy, best)
+
+
+@torch.no_grad()
+def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's parameters into the policy. Raises UserError if it is another model's."""
+    saved = checkpoint.tensors["parameters"]
+    own = dict(policy.named_parameters())
+    if set(saved) != set(own):
+        raise UserError(
+            f"the checkpoint holds another model's parameters ({sorted(set(saved) ^ set(own))[:2]} ...)"
+        )
+    for name, parameter in own.items():
+        local(parameter).copy_(saved[name])
+
+
+def rescued(spec: StageSpec, error: NonFiniteError) -> NonFiniteError:
+    """The error with the place where its batches are saved, for whoever has to find the cause."""
+    from safetensors.torch import save_file
+
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    path = spec.folder / f"nonfinite-rank-{spec.ranks.rank}.safetensors"
+    tensors = {
+        f"{i}.{name}": value.contiguous()
+        for i, batch in enumerate(error.batches)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
+    }
+    if not tensors:
+        return error
+    save_file(tensors, path)
+    return NonFiniteError(f"{error}; the batch is saved in {path}", error.batches)

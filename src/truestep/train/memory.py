@@ -1,0 +1,197 @@
+"""What a method remembers from step to step: its controller's state, waiting demonstrations, stored samples.
+
+One immutable record. A step makes the next one and the loop keeps it once the step is done, so that an
+interrupted step leaves nothing behind; a checkpoint holds it as JSON and one group of tensors. It is the same
+on every rank.
+Held by: tests/contract/test_method_resume.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truestep.objective.controller import Controller
+from truestep.objective.methods.row import Method, Replay
+from truestep.records import Distribution, Origin, Rollout, Stop
+from truestep.seeding import Purpose, generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What is known of a problem: how many of its latest own samples were right, and right ones, newest
+    first."""
+
+    num_correct: int
+    num_samples: int
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """``waiting`` names problems whose demonstrations wait, newest first; ``replay`` holds stored samples by
+    problem; ``replay_open`` says that the share of right samples has once reached the method's start."""
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    waiting: tuple[str, ...] = ()
+    replay: Mapping[str, Stored] = field(default_factory=dict)
+    replay_open: bool = False
+
+    def state(self) -> dict[str, Any]:
+        """What JSON holds: everything but the tokens and log-probabilities."""
+        stored = [
+            [name, s.num_correct, s.num_samples, [_header(r) for r in s.rollouts]]
+            for name, s in self.replay.items()
+        ]
+        return {
+            "scalars": dict(self.scalars),
+            "waiting": list(self.waiting),
+            "replay": stored,
+            "replay_open": self.replay_open,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored samples end to end, in the order of ``state``."""
+        rollouts = [r for s in self.replay.values() for r in s.rollouts]
+        return {
+            "tokens": torch.tensor([t for r in rollouts for t in r.completion_ids], dtype=torch.int64),
+            "policy_version": torch.tensor(
+                [v for r in rollouts for v in r.policy_version], dtype=torch.int32
+            ),
+            "behavior_logprobs": torch.tensor(
+                [x for r in rollouts for x in r.behavior_logprobs or ()], dtype=torch.float64
+            ),
+        }
+
+    @staticmethod
+    def load(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Memory:
+        columns = [tensors[name].tolist() for name in ("tokens", "policy_version", "behavior_logprobs")]
+        replay: dict[str, Stored] = {}
+        start = 0
+        for name, num_correct, num_samples, headers in state["replay"]:
+            rollouts = []
+            for length, temperature in headers:
+                stop = start + length
+                ids, versions, logprobs = (column[start:stop] for column in columns)
+                rollouts.append(_stored(name, ids, versions, logprobs, temperature))
+                start = stop
+            replay[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=tuple(rollouts))
+        return Memory(
+            scalars=state["scalars"],
+            waiting=tuple(state["waiting"]),
+            replay=replay,
+            replay_open=state["replay_open"],
+        )
+
+
+def first_memory(method: Method) -> Memory:
+    """Before the first step."""
+    controller = method.part(Controller)
+    return Memory(scalars={} if controller is None else dict(controller.initial))
+
+
+def _header(rollout: Rollout) -> list[float]:
+    return [len(rollout.completion_ids), rollout.distribution.temperature]
+
+
+def _stored(
+    name: str, tokens: Sequence[int], versions: Sequence[int], logprobs: Sequence[float], temperature: float
+) -> Rollout:
+    """A sample as the store keeps it: of the full distribution, finished, by an older policy."""
+    return Rollout(
+        problem_id=name,
+        sample_index=0,
+        completion_ids=tuple(tokens),
+        origin=(Origin.STORED,) * len(tokens),
+        policy_version=tuple(versions),
+        behavior_logprobs=tuple(logprobs),
+        distribution=Distribution(temperature=temperature),
+        stop=Stop.STOP_TOKEN,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- controllers
+
+
+def decide(method: Method, memory: Memory, step: int, seed: int) -> dict[str, float]:
+    """The controller's values of this step by name; none without a controller."""
+    controller = method.part(Controller)
+    if controller is None:
+        return {}
+    draw = float(generator(seed, Purpose.PLAN, step, "controller").random())
+    return dict(controller.decide(memory.scalars, step, draw))
+
+
+def learn(
+    method: Method, memory: Memory, step: int, values: Mapping[str, float], seen: Mapping[str, float]
+) -> Memory:
+    """The memory after the step. ``seen`` holds the statistics of its data and the gradient norm of its last
+    update."""
+    controller = method.part(Controller)
+    if controller is None:
+        return memory
+    return replace(memory, scalars=dict(controller.learn(memory.scalars, step, values, seen)))
+
+
+# ------------------------------------------------------------------------------------- waiting demonstrations
+
+
+def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ...]:
+    """The newest first; a problem waits once, at its latest place."""
+    return tuple(dict.fromkeys([*reversed(list(pushed)), *waiting]))
+
+
+# --------------------------------------------------------------------------------------------- stored samples
+
+Seen = tuple[
+    str, int, int, list[tuple[list[int], list[int], list[float], float]]
+]  # of a group, as JSON carries it
+
+
+def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollout]) -> Seen:
+    return (
+        name,
+        num_correct,
+        num_samples,
+        [
+            (
+                list(r.completion_ids),
+                list(r.policy_version),
+                list(r.behavior_logprobs or ()),
+                r.distribution.temperature,
+            )
+            for r in right
+        ],
+    )
+
+
+def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: int) -> dict[str, Stored]:
+    """The store after a step's groups: counts are those of the latest group, a wholly solved problem is
+    retired."""
+    found = dict(replay)
+    for name, num_correct, num_samples, right in seen:
+        fresh = tuple(_stored(name, *parts) for parts in right)
+        old = found.pop(name, None)
+        kept = (*fresh, *(old.rollouts if old else ()))[:most_stored]
+        if num_correct < num_samples and kept:
+            found[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=kept)
+    return found
+
+
+def choose_replays(
+    replay: Mapping[str, Stored], spec: Replay, count: int, known: Sequence[str], draw: np.random.Generator
+) -> list[str]:
+    """Up to ``count`` different partly solved problems, with probability ∝ N(k; K/2, σ)."""
+    names = [n for n in known if n in replay and 0 < replay[n].num_correct < replay[n].num_samples]
+    if not names or count == 0:
+        return []
+    solved = np.array([replay[n].num_correct for n in names], dtype=np.float64)
+    half = np.array([replay[n].num_samples for n in names], dtype=np.float64) / 2
+    weight = np.exp(-0.5 * ((solved - half) / spec.sigma) ** 2)
+    picked = draw.choice(len(names), size=min(count, len(names)), replace=False, p=weight / weight.sum())
+    return [names[int(i)] for i in picked]

@@ -1,0 +1,200 @@
+"""Every metric of a training stage: what it is called, how it is reduced, and what it means.
+
+A key is written to ``metrics.jsonl`` as ``STAGE/KEY``. docs/metrics.md and the panels of the report page are made
+from this table; a key that is not in it is an error. No torch here: the report reads it too.
+Held by: tests/numerics/test_metrics.py (a group of a few tokens, worked out on paper)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """``within`` says how the values of one update are combined over micro-batches and ranks: mean (Σ value ÷
+    Σ count), std (of the values, biased), sum, max, or once (the same on every rank). ``across`` says how the
+    updates of a step are combined: mean, sum, max or last. ``panel`` is the report's panel and the curve's name
+    in it, ``elsewhere`` the name in TRL and, after a semicolon, in verl."""
+
+    key: str
+    within: str
+    across: str
+    unit: str
+    panel: str
+    elsewhere: str
+    meaning: str
+
+
+# fmt: off
+_ROWS = (
+    # key, within, across, unit, panel: label, name in TRL; in verl, meaning
+    ("loss", "sum", "mean", "nats", "Loss: loss", "loss; actor/pg_loss",
+     "value of what is differentiated: for SFT the token-mean NLL; for RL −Σ C·log π / Z, a surrogate of which "
+     "only the gradient counts"),
+    ("loss/{term}", "sum", "mean", "nats", "", "", "one term's part of the loss, if a method has several"),
+    ("grad_norm", "once", "mean", "", "Gradient norm: norm", "grad_norm; actor/grad_norm",
+     "global norm of the gradient before clipping"),
+    ("learning_rate", "once", "last", "", "Learning rate: rate", "learning_rate; actor/lr",
+     "learning rate of the step's last update"),
+    ("num_tokens", "once", "sum", "tokens", "", "num_tokens", "trained tokens over all ranks"),
+    ("entropy", "mean", "mean", "nats", "Entropy: entropy", "entropy; actor/entropy",
+     "entropy of the policy at the tokens that were sampled (at all trained tokens if none were)"),
+    ("nll", "mean", "mean", "nats", "", "", "−log π of the same tokens"),
+    ("expert/entropy", "mean", "mean", "nats", "", "", "entropy at the expert's tokens, beside sampled ones"),
+    ("expert/nll", "mean", "mean", "nats", "", "", "−log π of the expert's tokens, beside sampled ones"),
+    ("expert/share", "mean", "mean", "share", "", "", "share of trained tokens that an expert wrote, beside sampled ones"),
+    ("clip_ratio/low", "mean", "mean", "share", "Clipped tokens: low",
+     "clip_ratio/low_mean; actor/pg_clipfrac_lower", "share of sampled tokens that are clipped, A < 0"),
+    ("clip_ratio/high", "mean", "mean", "share", "Clipped tokens: high",
+     "clip_ratio/high_mean; actor/pg_clipfrac", "share of sampled tokens that are clipped, A > 0"),
+    ("correction/dropped", "mean", "mean", "share", "", "; rollout_corr/*",
+     "share of sampled tokens whose correction for the difference of engine and trainer is 0"),
+    ("approx_kl", "mean", "mean", "nats", "", "; actor/ppo_kl", "k3 estimate of KL(proximal ‖ policy) at sampled tokens"),
+    ("sampling/logprob_difference_mean", "mean", "mean", "nats", "Log-prob gap to sampler: mean",
+     "sampling/sampling_logp_difference/mean; rollout_corr/*", "|log π_proximal − log π_engine| at sampled tokens"),
+    ("sampling/logprob_difference_max", "max", "max", "nats", "Log-prob gap to sampler: max",
+     "sampling/sampling_logp_difference/max; rollout_corr/*", "the largest such difference"),
+    ("sampling/kl", "mean", "mean", "nats", "KL to sampler: KL", "; rollout_corr/k3_kl",
+     "k3 estimate of KL(engine ‖ proximal) at sampled tokens"),
+    ("reward", "mean", "mean", "reward", "Reward: reward", "reward; critic/rewards/mean", "mean over scored samples"),
+    ("reward_std", "std", "mean", "reward", "Reward spread: standard deviation", "reward_std",
+     "standard deviation over scored samples (biased)"),
+    ("reward/{part}", "mean", "mean", "reward", "", "rewards/NAME/mean",
+     "mean of one part of the reward, before its weight"),
+    ("reward_failures", "mean", "mean", "share", "", "", "share of samples that a reward function failed to score"),
+    ("solved", "mean", "mean", "share", "", "", "share of scored samples that solve their problem"),
+    ("mixed_groups", "mean", "mean", "share", "Groups with mixed rewards: share", "1 − frac_reward_zero_std",
+     "share of groups whose own rewards are not all equal"),
+    ("solved_groups", "mean", "mean", "share", "", "", "share of groups with an own sample that solves the problem"),
+    ("unscored", "mean", "mean", "share", "Unscored samples: share", "", "share of samples without a reward"),
+    ("completions/mean_length", "mean", "mean", "tokens", "Completion length: mean",
+     "completions/mean_length; response_length/mean", "length of what was sampled"),
+    ("completions/truncated", "mean", "mean", "share", "Truncated completions: share",
+     "completions/clipped_ratio; response_length/clip_ratio", "share of samples stopped by the length limit"),
+    ("demonstrations/correct", "mean", "mean", "share", "", "",
+     "share of demonstrations in groups that the checker accepts"),
+    ("statistics/{name}", "once", "mean", "", "", "", "a statistic of the whole step that a coefficient reads"),
+    ("control/{name}", "once", "mean", "", "", "", "a value of the method's controller in this step"),
+    ("buffer/waiting", "once", "mean", "problems", "", "", "demonstrations that wait in the buffer"),
+    ("buffer/loss", "once", "mean", "nats", "", "", "loss of the buffer's separate update"),
+    ("buffer/grad_norm", "once", "mean", "", "", "", "gradient norm of the buffer's separate update"),
+    ("replay/problems", "once", "mean", "problems", "", "", "problems with a stored sample"),
+    ("dev/score", "once", "mean", "share", "Dev score: score", "", "score on the stage's dev set"),
+    ("publish/probe_difference", "once", "mean", "nats", "", "",
+     "largest difference of engine and trainer on a probe after the weights were sent"),
+    ("work/{kind}", "once", "mean", "count", "", "", "tokens and query-key pairs by kind, cumulative over the run"),
+    ("flops_paper", "once", "mean", "FLOPs", "", "", "cumulative over the run, by the paper's formula"),
+    ("flops_full", "once", "mean", "FLOPs", "", "", "cumulative over the run, with prompts, scoring and attention"),
+)
+# fmt: on
+_FIELDS = ("key", "within", "across", "unit", "panel", "elsewhere", "meaning")
+METRICS = {row[0]: Metric(**dict(zip(_FIELDS, row, strict=True))) for row in _ROWS}
+
+
+def metric(key: str) -> Metric:
+    """The entry of a key; ``loss/policy`` is of ``loss/{term}``. Raises KeyError if there is none."""
+    if key in METRICS:
+        return METRICS[key]
+    family = key.partition("/")[0]
+    found = next((m for name, m in METRICS.items() if name.startswith(f"{family}/{{")), None)
+    if found is None or "/" not in key:
+        raise KeyError(f"{key!r} is not a metric: add it to the table in train/metrics.py")
+    return found
+
+
+class Collective(Protocol):
+    """The ranks' sums; ``Ranks`` of train/parallel.py."""
+
+    def sum(self, values: Sequence[float]) -> list[float]: ...
+
+    def max(self, values: Sequence[float]) -> list[float]: ...
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+class Meter:
+    """Collects the metrics of one update, or of one rollout batch, on this rank."""
+
+    def __init__(self, *keys: str) -> None:
+        """``keys`` are reported even if nothing is ever added (as 0)."""
+        self._sums: dict[str, list[float]] = {key: [0.0, 0.0, 0.0] for key in keys if metric(key)}
+
+    def add(self, key: str, value: float, count: float = 1.0) -> None:
+        """Add a value, or with ``count`` the sum of that many values. Raises KeyError for an unknown key."""
+        within = metric(key).within
+        row = self._sums.setdefault(key, [0.0, 0.0, 0.0])
+        if within == "max":
+            row[0] = max(row[0], value)
+            return
+        row[0] += value
+        row[1] += count
+        row[2] += value * value
+
+    def reduce(self, ranks: Collective) -> dict[str, float]:
+        """Every metric over all ranks (a collective)."""
+        keys = sorted({key for keys in ranks.gather(sorted(self._sums)) for key in keys})
+        if not keys:
+            return {}
+        rows = [self._sums.get(key, [0.0, 0.0, 0.0]) for key in keys]
+        sums = iter(ranks.sum([value for row in rows for value in row]))
+        largest = ranks.max([row[0] for row in rows])
+        found = {}
+        for key, most in zip(keys, largest, strict=True):
+            total, count, squares = next(sums), next(sums), next(sums)
+            mean = total / max(1.0, count)
+            within = metric(key).within
+            if within == "std":
+                found[key] = math.sqrt(max(0.0, squares / max(1.0, count) - mean**2))
+            else:
+                found[key] = {"mean": mean, "sum": total, "max": most}.get(within, total)
+        return found
+
+
+def combine(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of a step from those of its updates; an update that lacks a key is not counted for it."""
+    found = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values, across = [row[key] for row in rows if key in row], metric(key).across
+        if across == "mean":
+            found[key] = sum(values) / len(values)
+        else:
+            found[key] = {"sum": sum(values), "max": max(values), "last": values[-1]}[across]
+    return found
+
+
+def checked(row: Mapping[str, float]) -> dict[str, float]:
+    """The row in the order of its keys. Raises KeyError for a key that the table does not have."""
+    return {key: row[key] for key in sorted(row) if metric(key)}
+
+
+def panels() -> dict[str, dict[str, str]]:
+    """The report's panels: title → key → the curve's label."""
+    found: dict[str, dict[str, str]] = {}
+    for m in METRICS.values():
+        if m.panel:
+            title, _, label = m.panel.partition(": ")
+            found.setdefault(title, {})[m.key] = label
+    return found
+
+
+def markdown() -> str:
+    """The table as docs/metrics.md holds it."""
+    lines = [
+        "| key | unit | within an update | across updates | meaning | TRL; verl |",
+        "|---|---|---|---|---|---|",
+    ]
+    for m in METRICS.values():
+        cells = (
+            f"`{m.key}`",
+            m.unit or "–",
+            m.within,
+            m.across,
+            m.meaning.replace("|", "\\|"),
+            m.elsewhere or "–",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

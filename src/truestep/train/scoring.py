@@ -1,0 +1,102 @@
+"""Forward passes that come before the first update of a step: the proximal and the reference policy's values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from truestep.flops import Ledger
+from truestep.model.attention import count_pairs
+from truestep.records import TokenBatch, TrainSequence
+from truestep.train.packing import pack
+from truestep.train.parallel import Ranks, reshard
+from truestep.train.policy import Policy
+from truestep.train.step import levelled, require_finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores sequences and packed micro-batches; every method is a collective. ``reference`` is the stage's start,
+    frozen, if the method asks for it."""
+
+    policy: Policy
+    temperature: float
+    tokens_per_microbatch: int
+    reference: Policy | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    check_stop: Callable[[], None] = lambda: None
+
+    def pack(
+        self, sequences: Sequence[TrainSequence], *, first_sequence: int = 0, limit: int | None = None
+    ) -> list[TokenBatch]:
+        """Micro-batches of at most ``limit`` tokens (by default what memory allows), in the policy's precision."""
+        parameter = next(self.policy.parameters())
+        return pack(
+            sequences,
+            tokens_per_microbatch=self.tokens_per_microbatch if limit is None else limit,
+            share_prefix=self.policy.packs,
+            first_sequence=first_sequence,
+            dtype=torch.promote_types(parameter.dtype, torch.float32),
+            device=parameter.device,
+        )
+
+    def with_proximal(self, batches: Sequence[TokenBatch], step: int) -> list[TokenBatch]:
+        """The batches with the log-probabilities and entropies of the policy as it is now."""
+        return [
+            replace(batch, proximal_logprobs=logprobs, proximal_entropy=entropy)
+            for batch, logprobs, entropy in self._passed(self.policy, batches, step, "proximal")
+        ]
+
+    def with_reference(self, batches: Sequence[TokenBatch], step: int) -> list[TokenBatch]:
+        """The batches with the log-probabilities of the frozen reference policy."""
+        assert self.reference is not None
+        return [
+            replace(batch, reference_logprobs=logprobs)
+            for batch, logprobs, _ in self._passed(self.reference, batches, step, "reference")
+        ]
+
+    def entropy(self, sequences: Sequence[TrainSequence], step: int) -> tuple[list[float], Ledger]:
+        """The mean entropy of each sequence's trained tokens under the policy as it is now, and the work."""
+        batches = self.with_proximal(self.pack(sequences), step)
+        sums = [0.0] * len(sequences)
+        for batch in batches:
+            assert batch.proximal_entropy is not None
+            for index in batch.sequence_index.unique().tolist():
+                sums[index] = float(batch.proximal_entropy[batch.sequence_index == index].sum())
+        found = [total / max(1, s.num_trained) for total, s in zip(sums, sequences, strict=True)]
+        return found, scored_work(batches)
+
+    @torch.no_grad()
+    def _passed(
+        self, policy: Policy, batches: Sequence[TokenBatch], step: int, whose: str
+    ) -> list[tuple[TokenBatch, Tensor, Tensor]]:
+        found = []
+        for index, batch in enumerate(levelled(batches, self.ranks, policy)):
+            self.check_stop()
+            logprobs, entropy = policy(batch, self.temperature)
+            require_finite(
+                {f"{whose} log-probabilities": logprobs}, batch, f"step {step}, micro-batch {index}"
+            )
+            if index < len(batches):
+                found.append((batch, logprobs.detach(), entropy.detach()))
+        reshard(policy)
+        return found
+
+
+def trained_work(batches: Sequence[TokenBatch]) -> Ledger:
+    """Forward and backward passes over these batches."""
+    return Ledger(
+        trained_pass_tokens=sum(b.num_tokens for b in batches),
+        trained_pairs=sum(count_pairs(b.segments) for b in batches),
+    )
+
+
+def scored_work(batches: Sequence[TokenBatch]) -> Ledger:
+    """A forward pass over these batches."""
+    return Ledger(
+        scored_pass_tokens=sum(b.num_tokens for b in batches),
+        scored_pairs=sum(count_pairs(b.segments) for b in batches),
+    )

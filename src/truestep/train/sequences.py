@@ -1,0 +1,169 @@
+"""Groups → training sequences, and what is reported of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truestep.flops import Ledger
+from truestep.objective.advantage import GroupView
+from truestep.objective.gate import GateDecision
+from truestep.objective.methods import Method
+from truestep.objective.methods.row import Overlong
+from truestep.records import Group, Origin, Prompt, Rollout, Stop, TrainSequence, Verdict
+from truestep.rollout.sample import num_sampled_tokens
+from truestep.train.metrics import Meter
+
+NUM_SHOWN = 4  # rollouts kept for the report, each step
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedGroup:
+    """A group, how gates and advantages see it, and what the method's gate decided: asked once."""
+
+    group: Group
+    view: GroupView
+    decision: GateDecision
+
+    @property
+    def is_dropped(self) -> bool:
+        return not any(self.decision.keep)
+
+
+def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
+    """Ask the method's gate. A length penalty is no part of what it sees: that alone makes no group informative."""
+    view = GroupView(
+        rewards=tuple(s.reward for s in group.scores),
+        solved=tuple(s.solved(solved_at) for s in group.scores),
+        origins=tuple(r.member for r in group.rollouts),
+    )
+    return GatedGroup(group=group, view=view, decision=method.gate(view))
+
+
+def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> list[TrainSequence]:
+    """Every member that the gate keeps and that has an advantage, in order. ``limit`` is the length limit of a
+    completion in tokens."""
+    sequences = []
+    overlong = method.part(Overlong)
+    for number, gated_group in enumerate(groups):
+        group, view, decision = gated_group.group, gated_group.view, gated_group.decision
+        if overlong is not None:
+            shaped = tuple(
+                r if r is None else overlong.shaped(r, len(rollout.completion_ids), limit)
+                for r, rollout in zip(view.rewards, group.rollouts, strict=True)
+            )
+            view = GroupView(rewards=shaped, solved=view.solved, origins=view.origins)
+        advantages = method.advantage(view)
+        for i, rollout in enumerate(group.rollouts):
+            advantage = advantages[i]
+            if decision.keep[i] and advantage is not None and rollout.completion_ids:
+                sequences.append(
+                    _sequence(
+                        group.prompt,
+                        rollout,
+                        group=number,
+                        advantage=advantage,
+                        weight=decision.weights[i],
+                        solved=view.solved[i] is True,
+                        reward=view.rewards[i] or 0.0,
+                    )
+                )
+    return sequences
+
+
+def _sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
+    """The rollout under the prompt that it is trained under; what it shares with others of its group ends where its
+    first trained token stands."""
+    context = rollout.prompt_ids or prompt.token_ids
+    first = next(
+        (i for i, origin in enumerate(rollout.origin) if origin is not Origin.CONTEXT), len(rollout.origin)
+    )
+    trained = [i for i, origin in enumerate(rollout.origin) if origin is not Origin.CONTEXT]
+    behavior = rollout.behavior_logprobs
+    return TrainSequence(
+        token_ids=context + rollout.completion_ids,
+        origin=(Origin.CONTEXT,) * len(context) + rollout.origin,
+        num_prefix_tokens=len(context) + first,
+        behavior_logprobs=None if behavior is None else tuple(behavior[i] for i in trained),
+        policy_version=tuple(rollout.policy_version[i] for i in trained),
+        **given,
+    )
+
+
+def demonstration_sequence(
+    prompt: Prompt, completion: tuple[int, ...], group: int, origin: Origin = Origin.EXPERT
+) -> TrainSequence:
+    """A whole completion that belongs to no group of samples: of a stream, a buffer, or to be scored."""
+    num = len(prompt.token_ids)
+    return TrainSequence(
+        token_ids=prompt.token_ids + completion,
+        origin=(Origin.CONTEXT,) * num + (origin,) * len(completion),
+        num_prefix_tokens=num,
+        group=group,
+    )
+
+
+def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
+    """Means over what the policy sampled. An unscored sample is in no mean of rewards and in its own rate;
+    demonstrations and stored samples are in none of these."""
+    for gated_group in groups:
+        group, view = gated_group.group, gated_group.view
+        meter.add("mixed_groups", not view.is_degenerate)
+        meter.add("solved_groups", any(view.own_solved))
+        for rollout, score, solved in zip(group.rollouts, group.scores, view.solved, strict=True):
+            if rollout.member is Origin.EXPERT:
+                meter.add("demonstrations/correct", score.verdict is Verdict.CORRECT)
+            if rollout.member is not Origin.POLICY:
+                continue
+            meter.add("unscored", score.reward is None)
+            meter.add("completions/mean_length", len(rollout.completion_ids))
+            meter.add("completions/truncated", rollout.stop is Stop.LENGTH)
+            if score.reward is not None:
+                meter.add("reward", score.reward)
+                meter.add("reward_std", score.reward)
+            if solved is not None:
+                meter.add("solved", solved)
+            if len(score.parts) > 1 or score.failed:
+                meter.add("reward_failures", score.failed)
+                for name, value in score.parts.items():
+                    meter.add(f"reward/{name}", value)
+
+
+def sample_rows(
+    groups: Sequence[Group],
+    step: int,
+    decode: Callable[[Sequence[int]], str],
+    decode_prompt: Callable[[Prompt], str],
+) -> list[Mapping[str, Any]]:
+    """A few samples for the report: the first of the first groups."""
+    rows: list[Mapping[str, Any]] = []
+    for group in [g for g in groups if g.rollouts][:NUM_SHOWN]:
+        rollout, score = group.rollouts[0], group.scores[0]
+        rows.append(
+            {
+                "step": step + 1,
+                "problem_id": group.prompt.problem.id,
+                "prompt": decode_prompt(group.prompt),
+                "completion": decode(rollout.completion_ids),
+                "gold": group.prompt.problem.answer,
+                "verdict": None if score.verdict is None else score.verdict.value,
+                "reason": score.reason,
+                "reward": score.reward,
+                **({"parts": dict(score.parts)} if score.parts else {}),
+                "stop": rollout.stop.value,
+                "num_tokens": len(rollout.completion_ids),
+            }
+        )
+    return rows
+
+
+def group_ledger(groups: Sequence[Group], minibatches: Sequence[Sequence[TrainSequence]]) -> Ledger:
+    """Generated tokens (also those of discarded rounds), and trained ones by who wrote them."""
+    sequences = [s for part in minibatches for s in part]
+    expert = sum(s.count(Origin.EXPERT) for s in sequences)
+    return Ledger(
+        rollout_tokens=sum(num_sampled_tokens(g.rollouts) + g.num_discarded_tokens for g in groups),
+        rollout_trained_tokens=sum(s.num_trained for s in sequences) - expert,
+        demonstration_tokens=expert,
+    )

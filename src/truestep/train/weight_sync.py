@@ -1,0 +1,83 @@
+"""New weights to the engine, and the proof that it samples from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from truestep.records import Origin, TrainSequence
+from truestep.rollout.engine import Engine
+from truestep.seeding import Purpose, generator
+from truestep.train.packing import pack
+from truestep.train.parallel import full, reshard
+from truestep.train.policy import Policy
+
+NUM_PROBE_TOKENS = 24
+NUM_PROBE_DECODED = 4  # the rest is prefilled; one token at a time costs as much as a whole batch of them
+# Largest difference of a probe's log-probabilities between engine and trainer: ten times the measured noise
+# of two kernels of the same dtype on the same weights.
+PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
+
+
+class StaleWeightsError(RuntimeError):
+    """The engine does not sample from the weights that it was given."""
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The model's parameters by name, gathered one at a time where they are sharded."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.parameters = dict(policy.model.named_parameters())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return full(self.parameters[name].detach())
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishProof:
+    """Largest difference between the engine's and the trainer's log-probabilities of the probe. Units:
+    nats."""
+
+    version: int
+    difference: float
+
+
+def publish(policy: Policy, engine: Engine, version: int) -> PublishProof:
+    """Give the engine the policy's weights and compare both on a probe of random tokens.
+
+    Raises StaleWeightsError where they differ by more than two kernels' rounding.
+    Held by: tests/contract/test_publish.py
+    """
+    engine.publish(_Weights(policy), version)
+    parameter = next(policy.parameters())
+    vocabulary = int(policy.model.config.vocab_size)
+    ids = generator(version, Purpose.PROBE).integers(0, vocabulary, NUM_PROBE_TOKENS).tolist()
+    num_prompt = NUM_PROBE_TOKENS - NUM_PROBE_DECODED
+    sequence = TrainSequence(
+        token_ids=tuple(ids),
+        origin=(Origin.CONTEXT,) * num_prompt + (Origin.POLICY,) * NUM_PROBE_DECODED,
+        num_prefix_tokens=0,
+        group=0,
+    )
+    (batch,) = pack([sequence], tokens_per_microbatch=NUM_PROBE_TOKENS, device=parameter.device)
+    with torch.no_grad():
+        expected, _ = policy(batch, 1.0)
+    reshard(policy)
+    got = torch.tensor(engine.score(ids, num_prompt, 1.0), dtype=torch.float64)
+    difference = float((got - expected.double().cpu()).abs().max())
+    limit = PROBE_TOLERANCE[parameter.dtype]
+    if engine.policy_version != version or not difference <= limit:
+        raise StaleWeightsError(
+            f"after publishing version {version} the engine (version {engine.policy_version}) and the trainer "
+            f"differ by {difference:.3g} nats on a probe; kernels of {parameter.dtype} differ by less than {limit:g}"
+        )
+    return PublishProof(version=version, difference=difference)

@@ -1,0 +1,152 @@
+"""Code of a recipe: from FILE.py:NAME or PACKAGE.MODULE:NAME to the file and its hash, and to the function.
+
+It is the user's own code and runs as such; its content hash is part of a run's identity and provenance.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from truestep.errors import UserError, did_you_mean
+from truestep.rundir import file_sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The file that a function is in. ``module`` is "" for FILE.py:FUNCTION; ``sha256`` is the hash of the file,
+    "" for a function that ships with truestep."""
+
+    path: str
+    module: str
+    function: str
+    sha256: str
+
+
+def find_source(named: str, base: Path, *, what: str, shipped: str = "") -> Source:
+    """Find the file without running it. ``base`` is the recipe's folder, ``what`` the word for the thing in errors,
+    ``shipped`` the place of one that ships with truestep. Raises UserError if there is none."""
+    place, _, function = (shipped or named).rpartition(":")
+    if place.endswith(".py"):
+        module, path = "", (base / Path(place).expanduser()).resolve()
+        if not path.is_file():
+            hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.py")])
+            raise UserError(f'{what} "{named}": {path} does not exist{hint}')
+    else:
+        module, path = place, _module_file(place, [*sys.path, str(base.resolve())], f'{what} "{named}"')
+    sha256 = "" if shipped else file_sha256(path)
+    return Source(path=str(path), module=module, function=function, sha256=sha256)
+
+
+def _module_file(module: str, places: Sequence[str], what: str) -> Path:
+    """A module's file, found without importing its packages."""
+    name = ""
+    for part in module.split("."):
+        name = f"{name}.{part}".lstrip(".")
+        spec = next((s for finder in sys.meta_path if (s := finder.find_spec(name, places))), None)
+        if spec is None:
+            break
+        places = spec.submodule_search_locations or []
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise UserError(f"{what}: module {name} does not exist; install it or put it beside the recipe")
+    return Path(spec.origin)
+
+
+def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
+    """Import the file and take its function. What lies beside the file can be imported by it; it is looked for
+    last, so that a file called random.py hides nothing. Raises UserError, and whatever the file raises."""
+    for folder in (*path, str(Path(source.path).parent)):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    if source.sha256 and file_sha256(Path(source.path)) != source.sha256:
+        raise UserError(f"{source.path} has changed since the run was started; start the run again")
+    module = importlib.import_module(source.module) if source.module else _import_file(Path(source.path))
+    function = getattr(module, source.function, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        fault = "is not a function" if hasattr(module, source.function) else "does not exist"
+        hint = did_you_mean(source.function, known)
+        raise UserError(f"{source.function} {fault} in {source.path}{hint}")
+    return function
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = path.stem if path.stem not in sys.modules else f"recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The keyword arguments of a function; one that has a parameter ``folder`` gets the run's. Raises UserError
+    if it does not take them."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C
+        return dict(options)
+    given = dict(options)
+    if "folder" in signature.parameters:
+        given.setdefault("folder", folder)
+    try:
+        signature.bind([], **given)
+    except TypeError as error:
+        known = [n for n, p in signature.parameters.items() if p.kind != p.POSITIONAL_ONLY][1:]
+        wrong = [did_you_mean(key, known) for key in options if key not in known]
+        raise UserError(f"options: {error}{''.join(wrong[:1])}") from None
+    return given
+
+
+# ------------------------------------------------------------------------------------------- when it is called
+
+MAX_DETAIL = 6000  # characters of a traceback
+OWN = os.getpid()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """What the user's code raised: one line, and its traceback."""
+
+    reason: str
+    detail: str
+
+
+def attempt(work: Callable[..., Any], *given: Any) -> Any:
+    """What the user's code returns, or a ``Raised``: the only place that catches everything, ``sys.exit`` too. A
+    process that the code has forked and that comes back here ends."""
+    try:
+        result = work(*given)
+    except BaseException as error:  # noqa: BLE001
+        result = raised(error)
+    if os.getpid() != OWN:
+        os._exit(0)
+    return result
+
+
+def raised(error: BaseException) -> Raised:
+    """An exception of the user's code in words; frames of truestep that called it are left out."""
+    package = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    while frames and (frames[0].filename.startswith(package) or "importlib" in frames[0].filename):
+        del frames[0]
+    if isinstance(error, UserError):
+        return Raised(reason=str(error), detail="")
+    only = traceback.format_exception_only(error)
+    reason = only[-1].strip()
+    if isinstance(error, SyntaxError):
+        reason += f" ({error.filename}, line {error.lineno})"
+    elif frames:
+        reason += f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})"
+    detail = "".join([*traceback.format_list(frames), *only])
+    return Raised(reason=reason[:1000], detail=detail[-MAX_DETAIL:])

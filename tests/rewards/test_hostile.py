@@ -1,0 +1,291 @@
+"""Reward functions that fail in every way there is: nothing stops, no sample is lost, every other one is scored."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reward_samples import same_text, sample
+
+from truestep.errors import UserError
+from truestep.records import Stop
+from truestep.reward_settings import RewardSettings
+from truestep.rewards.pool import processes
+from truestep.rewards.record import RewardInput, Score
+from truestep.rewards.scorer import RewardScorer
+
+BAD = 13  # the sample that the function fails on
+
+HOSTILE = {
+    "raise": "raise ValueError('boom')",
+    "hang": "time.sleep(3600)",
+    "busy": "\n        while True: pass",
+    "nan": "value = float('nan')",
+    "inf": "value = float('inf')",
+    "huge": "value = 10**5000",
+    "text": "value = 'good'",
+    "list": "value = [1.0]",
+    "none_in_parts": "value = {'a': None}",
+    "nan_in_parts": "value = {'a': float('nan')}",
+    "empty_parts": "value = {}",
+    "bad_key": "value = {'a b\\n': 1.0}",
+    "error_object": "value = RuntimeError('the server said no')",
+    "too_many": "out.append(0.5)",
+    "nothing": "return None",
+    "a_text": "return 'x' * len(samples)",
+    "gigabyte": "global kept; kept = b'x' * (1 << 30); time.sleep(3600)",
+    "child_gigabyte": "\n        if os.fork() == 0: kept = b'x' * (1 << 30); time.sleep(3600)\n        time.sleep(3600)",
+    "exit": "sys.exit(3)",
+    "os_exit": "print('last words', flush=True); os._exit(3)",
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "recursion": "f = lambda n: f(n + 1); f(0)",
+    "interrupt": "raise KeyboardInterrupt",
+    "bad_str": "\n        class Odd(Exception):\n            def __str__(self): raise ValueError\n        raise Odd",
+    "close_all": "os.closerange(0, 1000)",
+    "swarm": "\n        for _ in range(6): os.fork()\n        time.sleep(3600)",
+}
+HARMLESS = {
+    "print": "print('y' * 300_000); print('z' * 1000, file=sys.stderr)",
+    "fork_returns": "os.fork()",
+    "fork_exits": "\n        if os.fork() == 0: sys.exit(1)",
+    "child_stays": "\n        if os.fork() == 0: time.sleep(3600)",
+    "thread_stays": "threading.Thread(target=time.sleep, args=(3600,)).start()",
+    "chdir": "os.chdir('/')",
+    "stdin": "assert sys.stdin.read() == ''",
+}
+
+
+def write(folder: Path, body: str) -> Path:
+    path = folder / "reward.py"
+    path.write_text(
+        "import os, signal, sys, threading, time\n"
+        "def score(samples):\n"
+        "    out = []\n"
+        "    for sample in samples:\n"
+        "        value = float(sample.problem.meta['level'])\n"
+        f"        if sample.problem.id == 'p{BAD}':\n            {body.replace(chr(10), chr(10) + '    ')}\n"
+        "        out.append(value)\n"
+        "    return out\n"
+    )
+    return path
+
+
+@contextmanager
+def opened(folder: Path, **entry: Any) -> Iterator[RewardScorer]:
+    entry = {"function": "reward.py:score", "timeout_seconds": 1.5, "memory_mb": 300, **entry}
+    with RewardScorer(
+        [RewardSettings(**entry)], grade=same_text, base=folder, folder=folder / "run"
+    ) as scorer:
+        yield scorer
+
+
+def others_scored(results: list[Score], samples: list[RewardInput]) -> bool:
+    return all(
+        r.reward == float(s.problem.meta["level"]) and not r.failed
+        for r, s in zip(results, samples, strict=True)
+        if s.problem.id != f"p{BAD}"
+    )
+
+
+def descendants() -> set[int]:
+    return set(processes(os.getpid())) - {os.getpid()}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_one_bad_sample_takes_no_other_with_it(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, HOSTILE[kind])
+    samples = [sample(n) for n in range(25)]
+    before = descendants()
+    with opened(tmp_path) as scorer:
+        results = scorer.score(samples)
+        assert len(results) == 25
+        assert others_scored(results, samples)
+        bad = results[BAD]
+        assert bad.failed
+        assert bad.reward is None
+        assert bad.reason.startswith("score: ")
+        assert len(bad.reason) > 15
+        assert "score" not in bad.parts
+        again = [sample(n, step=1) for n in range(100, 110)]
+        assert others_scored(scorer.score(again), again), "the function is still there"
+    assert descendants() <= before, "everything that it started has ended"
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_a_function_may_do(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, HARMLESS[kind])
+    samples = [sample(n) for n in range(25)]
+    before = descendants()
+    with opened(tmp_path, timeout_seconds=20.0) as scorer:
+        results = scorer.score(samples)
+        assert [r.reward for r in results] == [float(n) for n in range(25)]
+        assert not any(r.failed for r in results)
+        assert [r.reward for r in scorer.score(samples)] == [float(n) for n in range(25)]
+    assert descendants() <= before
+
+
+def test_reasons_say_what_happened(tmp_path: Path) -> None:
+    said = {
+        "raise": "ValueError: boom", "hang": "timeout_seconds = 1.5", "nan": "returned nan", "huge": "returned inf",
+        "text": "expected a number", "too_many": "returned 2 values for 1", "nothing": "returned NoneType",
+        "gigabyte": "memory_mb = 300", "os_exit": "exit status 3", "killed": "signal 9", "exit": "SystemExit: 3",
+    }  # fmt: skip
+    for kind, words in said.items():
+        write(tmp_path, HOSTILE[kind])
+        with opened(tmp_path) as scorer:
+            assert words in scorer.score([sample(BAD)])[0].reason, kind
+
+
+@pytest.mark.parametrize(("bad", "of", "share", "stops"), [
+    (1, 20, 0.05, False), (2, 20, 0.05, True), (3, 60, 0.05, False), (4, 60, 0.05, True),
+    (29, 100, 0.29, False), (30, 100, 0.29, True), (1, 20, 0.0, True), (0, 20, 0.0, False),
+    (20, 20, 1.0, False), (19, 19, 0.05, False),
+])  # fmt: skip
+def test_the_share_of_failures_that_stops_a_run(
+    tmp_path: Path, bad: int, of: int, share: float, stops: bool
+) -> None:
+    write(tmp_path, "raise ValueError('boom')")
+    samples = [sample(BAD if n < bad else 100 + n) for n in range(of)]
+    with opened(tmp_path, max_failure_share=share) as scorer:
+        if not stops:
+            assert sum(r.failed for r in scorer.score(samples)) == bad
+            return
+        with pytest.raises(UserError) as caught:
+            scorer.score(samples)
+    message = str(caught.value)
+    assert f"failed on {bad} of {of} samples" in message
+    assert f"max_failure_share = {share:g}" in message
+    assert "raise ValueError('boom')" in message, "the function's own line"
+    assert 'reward.py", line 7, in score' in message
+    assert "truestep/rewards" not in message, "and none of ours"
+
+
+def test_small_steps_are_counted_together(tmp_path: Path) -> None:
+    """8 samples a step, all bad: the third step makes 24. Then a good step of 30 begins a new count."""
+    write(tmp_path, "raise ValueError('boom')")
+    with opened(tmp_path) as scorer:
+        for step in range(2):
+            assert all(r.failed for r in scorer.score([sample(BAD, step=step)] * 8))
+        with pytest.raises(UserError, match=r"failed on \d+ of 24"):
+            scorer.score([sample(BAD, step=2)] * 8)
+        assert not any(r.failed for r in scorer.score([sample(n, step=3) for n in range(100, 130)]))
+
+
+def test_rounds_of_a_step_are_counted_together(tmp_path: Path) -> None:
+    write(tmp_path, "raise ValueError('boom')")
+    with opened(tmp_path) as scorer:
+        scorer.score([sample(n) for n in range(100, 160)])
+        assert sum(r.failed for r in scorer.score([sample(BAD)] * 3)) == 3  # 3 of 63
+        with pytest.raises(UserError, match="failed on 4 of 64"):
+            scorer.score([sample(BAD)])
+
+
+def test_a_worker_that_ends_between_two_calls_is_no_failure(tmp_path: Path) -> None:
+    write(tmp_path, "threading.Timer(0.2, os._exit, (1,)).start()")
+    with opened(tmp_path) as scorer:
+        for _ in range(2):
+            assert [r.reward for r in scorer.score([sample(BAD)])] == [BAD]
+            time.sleep(1.0)
+
+
+def test_what_a_function_printed_is_shown_without_keys(tmp_path: Path) -> None:
+    write(
+        tmp_path, "print('before', 'sk-' + 'a' * 20, file=sys.stderr); raise ValueError('key hf_' + 'b' * 20)"
+    )
+    with opened(tmp_path, max_failure_share=0.0) as scorer, pytest.raises(UserError) as caught:
+        scorer.score([sample(BAD), *[sample(n) for n in range(100, 119)]])
+    assert "The function printed:\nbefore [redacted]" in str(caught.value)
+    assert "ValueError: key [redacted]" in str(caught.value)
+    assert "aaaa" not in str(caught.value)
+    assert "bbbb" not in str(caught.value)
+
+
+def test_an_unreadable_answer_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(
+        "from truestep.rewards.record import Unscored\n"
+        "def score(samples): return [None if s.sample % 2 else Unscored('no number') for s in samples]\n"
+    )
+    with opened(tmp_path) as scorer:
+        results = scorer.score([sample(1, sample=n) for n in range(40)])
+    assert {(r.reward, r.failed) for r in results} == {(None, False)}
+    assert {r.reason for r in results} == {"score: no number", "score: the function returned None"}
+
+
+def test_a_function_that_hangs_on_all_ends_in_bounded_time(tmp_path: Path) -> None:
+    write(tmp_path, "time.sleep(3600)")
+    began = time.monotonic()
+    with (
+        opened(tmp_path, timeout_seconds=0.5) as scorer,
+        pytest.raises(UserError, match=r"timeout_seconds = 0\.5"),
+    ):
+        scorer.score([sample(BAD)] * 64)
+    assert time.monotonic() - began < 60
+    write(tmp_path, "time.sleep(3600)")
+    with opened(tmp_path, timeout_seconds=0.5, max_failure_share=1.0) as scorer:
+        results = scorer.score([sample(BAD)] * 64)
+    assert [r.failed for r in results] == [True] * 64
+    assert "its batch failed" in results[-1].reason
+
+
+def test_a_sample_without_a_completion_is_not_asked_about(tmp_path: Path) -> None:
+    write(tmp_path, "raise ValueError('boom')")
+    with opened(tmp_path, max_failure_share=0.0) as scorer:
+        lost = [sample(BAD, stop=Stop.ERROR, completion=" ")] * 20
+        results = scorer.score([sample(1), *lost, sample(2)])
+    assert [r.reward for r in results] == [1.0, *[None] * 20, 2.0]
+    assert not any(r.failed for r in results)
+
+
+def test_state_is_loaded_once_for_each_worker(tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(
+        "import os\nopen('loads.txt', 'a').write('x')\ncalls = 0\n"
+        "def score(samples, folder):\n"
+        "    global calls\n    calls += 1\n"
+        "    os.makedirs(folder, exist_ok=True)\n    open(folder + '/seen', 'a').write('.')\n"
+        "    return [{'calls': calls, 'pid': os.getpid(), 'reward': 0} for _ in samples]\n"
+        .replace("'loads.txt'", repr(str(tmp_path / "loads.txt")))
+    )  # fmt: skip
+    with opened(tmp_path, workers=2, batch_size=5) as scorer:
+        results = [r for _ in range(3) for r in scorer.score([sample(n) for n in range(20)])]
+    assert len({r.parts["score/pid"] for r in results}) <= 2
+    assert max(r.parts["score/calls"] for r in results) >= 6, "12 calls of two workers"
+    assert (tmp_path / "loads.txt").read_text() in ("x", "xx")
+    assert (tmp_path / "run" / "seen").read_text() == "." * 12
+
+
+def test_workers_end_with_the_program_that_started_them(tmp_path: Path) -> None:
+    """Also if that is killed and can tell nobody, while the function hangs and has a child."""
+    write(
+        tmp_path,
+        f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{os.fork()}}'); time.sleep(600)",
+    )
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_hostile import opened, sample, BAD
+with opened(Path({str(tmp_path)!r}), timeout_seconds=600) as scorer:
+    scorer.score([sample(BAD)])
+"""
+    program = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text().strip():
+            assert time.monotonic() < until
+            assert program.poll() is None
+            time.sleep(0.05)
+    finally:
+        program.kill()
+        program.wait()
+    worker = int((tmp_path / "pids").read_text().split()[0])
+    until = time.monotonic() + 30
+    while processes(worker):
+        assert time.monotonic() < until
+        time.sleep(0.1)
