@@ -20,7 +20,8 @@ from typing import Any
 from truestep import rundir
 from truestep.data.problems import find_source
 from truestep.errors import UserError
-from truestep.settings import Settings, load_settings, settings_hash
+from truestep.pipeline.code import code_of
+from truestep.settings import RejectionSettings, RlSettings, Settings, Stage, load_settings, settings_hash
 from truestep.study import cell_results
 from truestep.study.launch import Launch, Order
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
@@ -69,7 +70,7 @@ class Runner:
 def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
     """The compact result of these settings: from an earlier day's folder if it is there, else by running
     them."""
-    key = cell_results.cell_key(settings, given_identity(runner))
+    key = key_of(runner, settings)
     for kind in ("cells", "trials"):
         name = cell_results.cell_name(arm, settings.seed)
         old = kept(runner.results / kind / f"{name}.json") if runner.results else {}
@@ -89,12 +90,19 @@ def kept(path: Path) -> dict[str, Any]:
 
 def node(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
     """Run these settings, once, in a folder that their identity names; the compact result."""
-    key = cell_results.cell_key(settings, given_identity(runner))
+    key = key_of(runner, settings)
     return dict(runner.once(f"node {key}", lambda: _node(runner, settings, arm, key)))
 
 
+def key_of(runner: Runner, settings: Settings) -> str:
+    """A cell's identity: its settings, what it is given, and the content of the code that its stages name."""
+    code = [code_of(stage, runner.where.parent) for stage in settings.stages]
+    given = given_identity(runner)
+    return cell_results.cell_key(settings, settings_hash(given, str(code)) if any(code) else given)
+
+
 def node_folder(runner: Runner, settings: Settings) -> Path:
-    return runner.out / "cells" / cell_results.cell_key(settings, given_identity(runner))
+    return runner.out / "cells" / key_of(runner, settings)
 
 
 def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, Any]:
@@ -153,7 +161,24 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
     model = settings.model
     if path := local_model(model.path, base_dir):
         model = model.model_copy(update={"path": str(path.resolve())})
-    return settings.model_copy(update={"data": data, "model": model})
+    stages = tuple(_absolute_code(stage, base_dir) for stage in settings.stages)
+    return settings.model_copy(update={"data": data, "model": model, "stages": stages})
+
+
+def _absolute_code(stage: Stage, base_dir: Path) -> Stage:
+    """The stage with its own code (FILE.py:NAME) found from anywhere."""
+
+    def found(named: str) -> str:
+        place, _, name = named.rpartition(":")
+        return f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else named
+
+    if isinstance(stage, RejectionSettings):
+        return stage
+    update: dict[str, Any] = {"method": found(stage.method)}
+    if isinstance(stage, RlSettings):
+        rewards = [entry.model_copy(update={"function": found(entry.function)}) for entry in stage.rewards]
+        update |= {"reward": found(stage.reward), "rewards": tuple(rewards)}
+    return stage.model_copy(update=update)
 
 
 def local_source(name: str, source: str, base_dir: Path) -> Path | None:
