@@ -22,7 +22,6 @@ _DATA = "Folder with ID.jsonl, .parquet or .csv of each benchmark."
 _ENGINE = "torch, vllm, or the URL of an OpenAI-compatible endpoint."
 _OWN = "each benchmark's"
 What = Annotated[str, typer.Argument(help=_MODEL, metavar="MODEL", show_default=False)]
-<<<<<<< HEAD
 Benchmarks = Annotated[str, option("--benchmarks", "Comma-separated ids; truestep eval list shows them all.")]
 Data = Annotated[str, option("--data", _DATA, "the Hugging Face hub")]
 Limit = Annotated[int | None, option("--limit", "Problems of each benchmark.", "all", min=1)]
@@ -37,27 +36,6 @@ Set = Annotated[
 Out = Annotated[Path | None, option("--out", "The run directory.", "runs/NAME-HASH")]
 DryRun = Annotated[
     bool, option("--dry-run", "Check everything, count tokens and memory, and sample nothing.")
-=======
-Benchmarks = Annotated[
-    str, _option("--benchmarks", "Comma-separated ids; truestep eval list shows them all.")
-]
-Data = Annotated[str, _option("--data", _DATA)]
-Limit = Annotated[int | None, _option("--limit", "Problems per benchmark. Default: all.", min=1)]
-Samples = Annotated[
-    int | None, _option("--samples", "Samples per problem. Default: the benchmark's own.", min=1)
-]
-Prompts = Annotated[str, _option("--prompts", _PROMPTS)]
-FewShot = Annotated[
-    int | None, _option("--few-shot", "Worked examples before each problem. Default: 0.", min=0)
-]
-Engine = Annotated[str, _option("--engine", _ENGINE)]
-Set = Annotated[
-    list[str] | None, _option("--set", "Change any other setting, e.g. --set temperature=0. May be repeated.")
-]
-Out = Annotated[Path | None, _option("--out", "The run directory. Default: runs/NAME-HASH.")]
-DryRun = Annotated[
-    bool, _option("--dry-run", "Check everything, count tokens and memory, and sample nothing.")
->>>>>>> main
 ]
 
 

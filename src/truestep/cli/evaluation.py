@@ -23,7 +23,6 @@ def _argument(text: str) -> Any:
     return typer.Argument(help=text, show_default=False)
 
 
-<<<<<<< HEAD
 def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any:
     """``default`` is what the help says if the value that stands for it says nothing."""
     return typer.Option(flag, help=text, show_default=default, **more)
@@ -31,14 +30,6 @@ def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any
 
 Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first it has")]
 Folder = Annotated[Path, option("--out", "The folder to write into.", False)]
-=======
-Metric = Annotated[
-    str, typer.Option("--metric", help="The score to use if a log has several. Default: the first it has.")
-]
-Folder = Annotated[
-    Path, typer.Option("--out", help="The folder to write into (required).", show_default=False)
-]
->>>>>>> main
 Logged = Annotated[Path, _argument("A run directory, a samples file, or a log of another harness.")]
 
 
