@@ -91,7 +91,7 @@ def test_examples_of_set_are_keys_of_that_command(path: tuple[str, ...]) -> None
     examples = [key for text in texts for key in re.findall(r"([a-z_A-Z][\w.]*)=", text)]
     examples += re.findall(r"--set ([\w.]+)=", command.help or "")
     assert not texts or examples, "--set without an example"
-    known = set(_keys(Settings)) | (set(SHORT) if path == ("eval", "model") else set())
+    known = {*_keys(Settings), *(SHORT if path == ("eval", "model") else ())}
     assert set(examples) <= known, f"not a setting of {' '.join(path)}: {set(examples) - known}"
 
 
