@@ -266,7 +266,7 @@ def test_an_installer_that_hangs_is_ended_with_its_children(tmp_path: Path, monk
     with (
         (tmp_path / "lock").open("w") as lock,
         (tmp_path / "log").open("w") as log,
-        pytest.raises(environment.BuildFailed, match=r"x: no end after 2 s"),
+        pytest.raises(environment.BuildFailed, match=r"x: the installer did not end within 2 s"),
     ):
         environment._execute(command, {}, "x", log, lock.fileno())
     wait_for(lambda: not _alive(int(pid.read_text())))

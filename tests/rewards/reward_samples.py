@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from truestep.records import Message, Problem, Score, Stop, Verdict
-from truestep.rewards.record import RewardInput
+from truestep.records import Message, Problem, RewardInput, Score, Stop, Verdict
 
 
 def sample(number: int, completion: str = "", **changed: Any) -> RewardInput:

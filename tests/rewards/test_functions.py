@@ -9,9 +9,8 @@ from reward_samples import sample
 
 from truestep.errors import UserError
 from truestep.objective.methods import build, shaped_reward
-from truestep.records import Verdict
+from truestep.records import RewardInput, Verdict
 from truestep.rewards.functions import format_reward, length_reward, overlong_penalty
-from truestep.rewards.record import RewardInput
 
 
 def long(num_tokens: int, **changed: object) -> RewardInput:

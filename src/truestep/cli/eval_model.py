@@ -14,59 +14,39 @@ from truestep.cli.evaluation import show, words_of
 from truestep.cli.run import Json, Resume
 
 if TYPE_CHECKING:
-    from truestep.evaluate.jobs import Job
     from truestep.settings import Settings
 
-What = Annotated[
-    str,
-    typer.Argument(
-        help="A model (folder, hub id, or the name on a server), or a recipe (.toml).",
-        metavar="MODEL",
-        show_default=False,
-    ),
-]
+
+def _option(flag: str, text: str, **more: Any) -> Any:
+    return typer.Option(flag, help=text, show_default=False, **more)
+
+
+_MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
+_PROMPTS = (
+    "Comma-separated templates: paper, qwen, plain, completion, brief, odd. Default: the benchmark's own."
+)
+_DATA = "Folder with ID.jsonl, .parquet or .csv of each benchmark. Default: the Hugging Face hub."
+_ENGINE = "torch, vllm, or the URL of an OpenAI-compatible endpoint. Default: torch."
+What = Annotated[str, typer.Argument(help=_MODEL, metavar="MODEL", show_default=False)]
 Benchmarks = Annotated[
-    str,
-    typer.Option("--benchmarks", help="Comma-separated benchmark ids; truestep eval list shows them all."),
+    str, _option("--benchmarks", "Comma-separated ids; truestep eval list shows them all.")
 ]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="Folder with ID.jsonl, .parquet or .csv of each benchmark. Default: the Hugging Face hub.",
-    ),
-]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Problems per benchmark. Default: all.")]
+Data = Annotated[str, _option("--data", _DATA)]
+Limit = Annotated[int | None, _option("--limit", "Problems per benchmark. Default: all.", min=1)]
 Samples = Annotated[
-    int | None,
-    typer.Option("--samples", min=1, help="Samples of each problem.", show_default="each benchmark's"),
+    int | None, _option("--samples", "Samples per problem. Default: the benchmark's own.", min=1)
 ]
-Prompts = Annotated[
-    str,
-    typer.Option(
-        "--prompts",
-        help="Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd. Default: the benchmark's own.",
-    ),
-]
+Prompts = Annotated[str, _option("--prompts", _PROMPTS)]
 FewShot = Annotated[
-    int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem. Default: 0.")
+    int | None, _option("--few-shot", "Worked examples before each problem. Default: 0.", min=0)
 ]
-Engine = Annotated[
-    str,
-    typer.Option(
-        "--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint. Default: torch."
-    ),
-]
+Engine = Annotated[str, _option("--engine", _ENGINE)]
 Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change any other setting, e.g. --set temperature=0. May be repeated."),
+    list[str] | None, _option("--set", "Change any other setting, e.g. --set temperature=0. May be repeated.")
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="The run directory. Default: runs/eval-MODEL-HASH.", show_default=False),
-]
+Out = Annotated[Path | None, _option("--out", "The run directory. Default: runs/NAME-HASH.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, and count tokens and memory; generate nothing.")
+    bool, _option("--dry-run", "Check everything, count tokens and memory, and sample nothing.")
 ]
 
 
@@ -139,10 +119,11 @@ def _execute(
     from truestep.cli.progress import ConsoleReporter, announce
 
     announce(f"truestep eval: loading the benchmarks and the model {settings.model.path}")
-    from truestep import signals
+    from truestep import rundir, signals
     from truestep.cli.eval_engines import opened, plan_of
     from truestep.evaluate.jobs import make_jobs
-    from truestep.evaluate.suite import make_plans
+    from truestep.evaluate.suite import make_plans, run_suite
+    from truestep.grade.score import Grader
     from truestep.report.evaluation import write_evaluation_report
     from truestep.settings import settings_hash
 
@@ -160,10 +141,14 @@ def _execute(
             return
         ready = [(job, adapter.ready(job, settings.evaluate.few_shot)) for job in jobs]
         plans = make_plans(settings, ready, folder, content)
-        _open_folder(settings, folder)
+        rundir.open_run(folder, settings.model_dump(mode="json"))
+        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
         try:
-            with signals.deferred():
-                summary = _run(settings, ready, plans, adapter, folder, reporter)
+            with signals.deferred(), Grader() as grader:
+                summary = run_suite(
+                    settings, ready, plans, adapter=adapter, judge=grader.judge, folder=folder, reporter=reporter,
+                    check_stop=signals.check,
+                )  # fmt: skip
         except signals.Interrupted as stop:
             reporter.close()
             words = [word for word in sys.argv[1:] if word != "--resume"]
@@ -175,26 +160,6 @@ def _execute(
     show(folder, summary, write_evaluation_report(folder), as_json)
 
 
-def _run(
-    settings: Settings, ready: list[tuple[Job, Any]], plans: Any, adapter: Any, folder: Path, reporter: Any
-) -> dict[str, Any]:
-    from truestep import signals
-    from truestep.evaluate.suite import run_suite
-    from truestep.grade.score import Grader
-
-    with Grader() as grader:
-        return run_suite(
-            settings,
-            ready,
-            plans,
-            adapter=adapter,
-            judge=grader.judge,
-            folder=folder,
-            reporter=reporter,
-            check_stop=signals.check,
-        )
-
-
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
     """Raises UserError if the run directory is taken by something else. Writes nothing."""
     from truestep import rundir
@@ -202,35 +167,16 @@ def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
     from truestep.evaluate.jobs import changed, evaluation_settings
     from truestep.settings import read_recipe
 
-    resolved, elsewhere = folder / "resolved.toml", "pass --out with a different path"
-    if not resolved.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not an evaluation: {elsewhere}")
+    if not rundir.holds_run(folder, resume=resume):
         return
-    if not resume:
-        raise UserError(f"{folder} already holds an evaluation: pass --resume to continue it, or {elsewhere}")
-    raw = read_recipe(resolved)
+    raw = read_recipe(folder / "resolved.toml")
     if not (raw.get("benchmarks") or raw.get("evaluate", {}).get("benchmarks")):
-        raise UserError(f"{folder} holds a training run, not an evaluation: {elsewhere}")
-    for key, was, now in changed(evaluation_settings(raw, str(resolved)), settings):
+        raise UserError(f"{folder} holds a training run, not an evaluation: {rundir.ELSEWHERE}")
+    for key, was, now in changed(evaluation_settings(raw, str(folder)), settings):
         raise UserError(
             f"{folder} was started with another {key} ({rundir.redact(str(was))}; now {rundir.redact(str(now))}), and "
-            f"samples of both must not be mixed: {elsewhere}"
+            f"samples of both must not be mixed: {rundir.ELSEWHERE}"
         )
-
-
-def _open_folder(settings: Settings, folder: Path) -> None:
-    from truestep import rundir
-    from truestep.errors import UserError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
-        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}): pass --out with a different path"
-        ) from None
 
 
 def _plan_text(plan: dict[str, Any], folder: Path) -> str:

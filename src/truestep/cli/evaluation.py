@@ -18,12 +18,18 @@ HELP = (
 )
 COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
 
+
+def _argument(text: str) -> Any:
+    return typer.Argument(help=text, show_default=False)
+
+
 Metric = Annotated[
     str, typer.Option("--metric", help="The score to use if a log has several. Default: the first it has.")
 ]
 Folder = Annotated[
     Path, typer.Option("--out", help="The folder to write into (required).", show_default=False)
 ]
+Logged = Annotated[Path, _argument("A run directory, a samples file, or a log of another harness.")]
 
 
 def app() -> typer.Typer:
@@ -69,17 +75,7 @@ def list_benchmarks(as_json: Json = False) -> None:
         )
 
 
-def compare(
-    a: Annotated[
-        Path,
-        typer.Argument(
-            help="A run directory, a samples file, or a log of another harness.", show_default=False
-        ),
-    ],
-    b: Annotated[Path, typer.Argument(help="The same, to be compared with A.", show_default=False)],
-    metric: Metric = "",
-    as_json: Json = False,
-) -> None:
+def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
     """Compare two evaluations of the same problems: the paired difference B - A of every task that both have, with
     its 95 % interval, p-values and the smallest detectable difference."""
     announce(f"truestep eval compare: reading {a} and {b}")
@@ -113,10 +109,7 @@ def _sentence(row: dict[str, Any]) -> str:
 
 
 def import_logs(
-    files: Annotated[
-        list[Path],
-        typer.Argument(help="Logs of lm-eval, lighteval or inspect, or folders of them.", show_default=False),
-    ],
+    files: Annotated[list[Path], _argument("Logs of lm-eval, lighteval or inspect, or folders of them.")],
     out: Folder,
     metric: Metric = "",
     as_json: Json = False,
@@ -143,11 +136,7 @@ def show(folder: Path, summary: dict[str, Any], report: Path, as_json: bool) -> 
     typer.echo(str(folder))
 
 
-def export(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    out: Folder,
-    as_json: Json = False,
-) -> None:
+def export(run: Annotated[Path, _argument("A run directory.")], out: Folder, as_json: Json = False) -> None:
     """Write the results and samples of a run in the layout of lm-evaluation-harness."""
     from truestep.evaluate.external_logs import write_lm_eval
 
@@ -156,12 +145,7 @@ def export(
 
 
 def overlap(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="Training data: a .jsonl or .parquet file, a folder, or hub:org/name.", show_default=False
-        ),
-    ],
+    source: Annotated[str, _argument("Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")],
     benchmarks: Annotated[
         str, typer.Option("--benchmarks", help="Comma-separated ids. Default: all that --data holds.")
     ] = "",
@@ -190,9 +174,7 @@ def overlap(
 
 
 def grade(
-    pairs: Annotated[
-        Path, typer.Argument(help="A file of JSON lines with the fields gold and pred.", show_default=False)
-    ],
+    pairs: Annotated[Path, _argument("A file of JSON lines with the fields gold and pred.")],
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes for symbolic algebra.")] = 2,
     second: Annotated[
         bool,

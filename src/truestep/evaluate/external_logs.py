@@ -385,6 +385,6 @@ def _sha(text: str) -> str:
 
 
 def is_private(task: str) -> bool:
-    """Whether a benchmark's texts must not be written. Other harnesses name theirs by parts of it, with its
-    name as the first word of ours: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
+    """Whether a benchmark's texts must not be written. Other harnesses name theirs by parts of it, with the
+    first word of truestep's name: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
     return any(b.id.partition("_")[0] in task.lower() for b in BY_ID.values() if b.private)

@@ -19,9 +19,9 @@ from truestep.errors import UserError
 from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
 from truestep.objective.methods import METHODS, Method, build
+from truestep.pipeline.code import code_of
 from truestep.pipeline.track import require_trackers
 from truestep.records import Message, Problem, Prompt, Verdict
-from truestep.rewards.scorer import sources
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.train.update import fault_of
 from truestep.user_code import Raised, attempt, find_source, load
@@ -206,18 +206,6 @@ def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
             f"{where}: {result.reason}" + (f"\n{result.detail.rstrip()}" if result.detail else "")
         )
     return result
-
-
-def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
-    """Hashes of the recipe's own code that a stage runs, by what the recipe calls it."""
-    found = {}
-    method = getattr(stage, "method", "")
-    if ":" in method:
-        found[method] = find_source(method, base_dir, what="method").sha256
-    if isinstance(stage, RlSettings):
-        entries = sources(stage.reward_entries, base_dir)
-        found |= {name: source.sha256 for name, source in entries.items() if source.sha256}
-    return found
 
 
 def _context_length(settings: Settings) -> tuple[int, Any]:

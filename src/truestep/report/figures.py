@@ -1,6 +1,6 @@
 """Figures as inline SVG that take their colours from the page, so that they suit light and dark alike.
 
-Matplotlib is imported where a figure is drawn; where it is not installed there are no figures. The same data
+Matplotlib is imported when a figure is drawn; without it there are no figures. The same data
 give the same bytes.
 """
 
@@ -53,7 +53,7 @@ def can_draw() -> bool:
 
 
 def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
-    """Draw in our style, or not at all where matplotlib is not installed."""
+    """Draw in truestep's style, or not at all without matplotlib."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **more: P.kwargs) -> Markup:
@@ -71,7 +71,7 @@ def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
 def curve(
     name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False
 ) -> Markup:
-    """Lines over steps (or FLOPs). Empty where no series has a point."""
+    """Lines over steps (or FLOPs). Empty if no series has a point."""
     series = {label: thin(points) for label, points in series.items() if points}
     if not series:
         return Markup("")
@@ -94,7 +94,7 @@ def curve(
 
 
 def _scale_y(axes: Axes, low: float, high: float, span: float) -> None:
-    """Logarithmic where all values are positive and span more than a factor."""
+    """Logarithmic if all values are positive and span more than a factor."""
     if low > 0 and high > span * low:
         from matplotlib.ticker import LogLocator, NullLocator
 
@@ -221,7 +221,7 @@ def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 
 
 
 def to_svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an <svg> element: described, with ids of its own and in the look of the page."""
+    """The figure as an <svg> element: described, with unique ids and in the look of the page."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with warnings.catch_warnings():

@@ -47,19 +47,17 @@ _SEARCHED = 20_000  # lines that are searched for them
 def write_report(run: Path) -> Path:
     """Write RUN/report.html from whatever files the run has so far.
 
-    Raises UserError where the folder is not a run directory.
+    Raises UserError if the folder is not a run directory.
     """
     if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
-        raise UserError(
-            f"{run}: not a run directory: expected resolved.toml in it, give the folder a run has printed"
-        )
+        raise UserError(f"{run}: not a run directory (no resolved.toml): pass the folder that a run printed")
     page = page_environment().get_template("report.html").render(_context(run))
     write_atomic(run / "report.html", page)
     return run / "report.html"
 
 
 def page_environment() -> jinja2.Environment:
-    """Where every page of ours is rendered: all text escaped, invisible characters shown."""
+    """The environment that renders every page: all text escaped, invisible characters shown."""
     environment = jinja2.Environment(
         autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.ChainableUndefined,  # an interrupted run has fewer values

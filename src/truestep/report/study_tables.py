@@ -1,4 +1,4 @@
-"""A study's tables as Markdown, CSV and LaTeX: the same cells, each escaped for where it goes."""
+"""A study's tables as Markdown, CSV and LaTeX: the same cells, each escaped for its format."""
 
 from __future__ import annotations
 

@@ -46,7 +46,10 @@ PROMPT = (
 LOOKALIKE = re.compile(r"\[(?:BEGIN|END)\b[^\]\n]*\]|SCORE-[0-9a-f]*:?", re.IGNORECASE)
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 MAX_ANSWER = 1 << 20  # bytes
-PROTOCOLS = (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
+HANDLERS = (  # all of urllib's that a request over HTTP needs, but the one that follows redirections
+    urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+    urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler,
+)  # fmt: skip
 
 
 class JudgeSettings(Frozen):
@@ -115,14 +118,8 @@ class Judge:
     def __init__(self, settings: JudgeSettings, path: Path | None) -> None:
         self.settings, self._path, self._lock, self._free_at = settings, path, threading.Lock(), 0.0
         self._key = os.environ.get(settings.key_env, "") if settings.key_env else ""
-        self._opener = (
-            urllib.request.OpenerDirector()
-        )  # follows no redirection: the key goes to one place only
-        for handler in (
-            *PROTOCOLS,
-            urllib.request.HTTPErrorProcessor,
-            urllib.request.HTTPDefaultErrorHandler,
-        ):
+        self._opener = urllib.request.OpenerDirector()
+        for handler in HANDLERS:
             self._opener.add_handler(handler())
         self._known: dict[str, str] = {}
         for line in path.read_bytes().splitlines() if path and path.exists() else ():
@@ -144,14 +141,11 @@ class Judge:
 
     def _ask(self, turns: list[dict[str, str]]) -> str:
         body = {"model": self.settings.model, "messages": turns, "temperature": 0.0, **self.settings.body}
-        request = urllib.request.Request(
-            self.settings.url.rstrip("/") + "/chat/completions",
-            data=json.dumps(body).encode(),
-            headers={
-                "Content-Type": "application/json",
-                **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-            },
-        )
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        url = self.settings.url.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(1, self.settings.attempts + 1):
             self._wait_for_turn()
             try:

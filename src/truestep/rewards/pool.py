@@ -160,7 +160,7 @@ class Worker:
         """Kill it and everything it has started, and wait until that is so."""
         for _ in range(50):
             family = processes(self._process.pid)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # all there is without /proc
                 os.killpg(self._process.pid, signal.SIGKILL)
             for pid in family:
                 with contextlib.suppress(ProcessLookupError):

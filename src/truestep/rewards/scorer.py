@@ -62,10 +62,9 @@ class RewardScorer:
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         """One result per sample, in order. Raises UserError if a function has failed on more than its share of the
         step's samples; each rank counts its own."""
-        if any(
-            sample.stop is Stop.ERROR for sample in inputs
-        ):  # no completion: unscored, and no function's failure
-            results = iter(self.score([sample for sample in inputs if sample.stop is not Stop.ERROR]))
+        whole = [sample for sample in inputs if sample.stop is not Stop.ERROR]
+        if len(whole) < len(inputs):  # a sample without a completion is unscored, and no function's failure
+            results = iter(self.score(whole))
             lost = Score(reward=None, verdict=Verdict.UNSCORED, reason="the engine failed")
             return [lost if sample.stop is Stop.ERROR else next(results) for sample in inputs]
         graded: Sequence[Score | None] = [None] * len(inputs)

@@ -1,5 +1,5 @@
-"""Wrong parts for the reference trainer, one function each; ``mutants`` puts them in. Longer than other files:
-its only importer would otherwise import two.
+"""Wrong parts for the reference trainer, one function each; ``mutants`` puts them in. One file: its
+only importer would otherwise import two.
 
 Needs torch. Shapes: P parameters, M predicted tokens, V vocabulary, K micro-batches of a rank, D ranks.
 """
