@@ -241,8 +241,8 @@ def main() -> int:
                 return 1
             logs.path = path
             known = {row["name"] for row in rows_of(path)}
-            todo = [m for m in drawn if m.name not in known]
-            list(pool.map(lambda m: logs.work(lambda copy: judge(m, copy, reach), stop), todo))
+            left = [m for m in drawn if m.name not in known]
+            list(pool.map(lambda m: logs.work(lambda copy: judge(m, copy, reach), stop), left))
         except KeyboardInterrupt:
             STOPPED.set()
             for child in list(RUNNING):
