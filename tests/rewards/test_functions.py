@@ -51,17 +51,9 @@ def test_length() -> None:
 
 def test_overlong_is_dapos_penalty_bit_for_bit() -> None:
     """At penalty ½ what the method "dapo" subtracts; at 1 the paper's: 0, then down to −1 over the last fifth."""
-<<<<<<< HEAD
     overlong = build("dapo", {}).part(Overlong)
     assert overlong is not None
     for n in range(130):
         (penalty,) = overlong_penalty([long(n)])
         assert 1.0 + penalty == overlong.shaped(1.0, n, 100)
-=======
-    part = build("dapo", {}).part(Overlong)
-    assert part is not None
-    for n in range(130):
-        (penalty,) = overlong_penalty([long(n)])
-        assert 1.0 + penalty == part.shaped(1.0, n, 100)
->>>>>>> wt-f
     assert overlong_penalty([long(n) for n in (80, 90, 100, 120)], penalty=1.0) == [0, -0.5, -1, -1]
