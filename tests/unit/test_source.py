@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from truestep.train.buffers import Memory
 
 from truestep.flops import Ledger
 from truestep.objective import plan
@@ -16,7 +17,6 @@ from truestep.objective.methods import build
 from truestep.records import Distribution, Message, Problem, Prompt, Rollout, Score, Stop, Verdict
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
 from truestep.rollout.sample import Sampler
-from truestep.train.buffers import Memory
 from truestep.train.parallel import Ranks
 from truestep.train.source import RolloutSource, window
 
