@@ -239,7 +239,8 @@ def _execute(
         code = process.wait(BUILD_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise BuildFailed(
-            f"{name}: the installer did not end within {BUILD_TIMEOUT:.0f} s; check the connection to the package index; log: {out.name}"
+            f"{name}: the installer did not end within {BUILD_TIMEOUT:.0f} s; check the connection to the "
+            f"package index; log: {out.name}"
         ) from None
     finally:
         with contextlib.suppress(ProcessLookupError):
