@@ -358,7 +358,7 @@ CASES = [
     Case("missing GGUF", recipe('path = "tiny"', 'path = "./m.gguf"'), ("model.path", "m.gguf")),
     # the command line
     Case("run directory taken", _taken, ("out", "--resume", "--out")),
-    Case("no run directory", _not_a_run, ("out", "no run of truestep", "--out")),
+    Case("no run directory", _not_a_run, ("out", "not a truestep run directory", "--out")),
     Case("run directory is a file", _not_writable, ("out", "--out")),
     Case("--set without =", nothing, ("--set stages.rl.steps", "key=value"), ("--set", "stages.rl.steps")),
     Case("--set unknown stage", nothing, ("--set stages.lr.steps=5", '"lr"'), ("--set", "stages.lr.steps=5")),
@@ -386,7 +386,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was built before the input was checked")
 
     monkeypatch.setattr("truestep.model.load.load_model", never)
-    monkeypatch.setattr("truestep.pipeline.stages.load_model", never)
+    monkeypatch.setattr("truestep.pipeline.models.load_model", never)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

@@ -122,9 +122,13 @@ def test_both_commands_give_the_same_three_verdicts(
 def test_other_checkers_leave_only_the_marking_to_a_strict_reader(checker: str) -> None:
     problem = Problem(id="p", messages=(Message(role="user", content="?"),), answer="8/3", checker=checker)
     for text, strict in ((r"\boxed{4/6}", Verdict.CORRECT), ("so perhaps it is 4/6", Verdict.INCORRECT)):
-        found = judgment(problem, extract_answer(text), Score(verdict=Verdict.CORRECT, extracted="4/6"))
+        found = judgment(
+            problem, extract_answer(text), Score(reward=1.0, verdict=Verdict.CORRECT, extracted="4/6")
+        )
         assert (found.strict, found.lenient) == (strict, Verdict.CORRECT)
     wrong = judgment(
-        problem, extract_answer(r"\boxed{2.67}"), Score(verdict=Verdict.INCORRECT, extracted="2.67")
+        problem,
+        extract_answer(r"\boxed{2.67}"),
+        Score(reward=0.0, verdict=Verdict.INCORRECT, extracted="2.67"),
     )
     assert wrong.lenient is Verdict.INCORRECT

@@ -16,6 +16,7 @@ from truestep.grade.policy import Judgment
 from truestep.records import (
     Distribution,
     Message,
+    Origin,
     Problem,
     Prompt,
     RecordError,
@@ -56,8 +57,10 @@ class FakeEngine:
                 problem_id=request.problem_id,
                 sample_index=request.sample_index,
                 completion_ids=ids,
+                origin=(Origin.POLICY,) * len(ids),
+                policy_version=(0,) * len(ids),
                 behavior_logprobs=(-1.0,) * len(ids),
-                distribution=Distribution(policy_version=0, temperature=sampling.temperature),
+                distribution=Distribution(temperature=sampling.temperature),
                 stop=Stop.ERROR if broken else Stop.LENGTH if 0 not in ids else Stop.STOP_TOKEN,
                 error="out of memory" if broken else "",
             )
@@ -79,7 +82,7 @@ def decode(ids: Sequence[int]) -> str:
 def judge(problem: Problem, text: str) -> Judgment:
     last = text.split()[-1]
     verdict = Verdict.CORRECT if last == problem.answer else Verdict.INCORRECT
-    score = Score(verdict=verdict, extracted=last)
+    score = Score(reward=float(last == problem.answer), verdict=verdict, extracted=last)
     return Judgment(score=score, strict=verdict, lenient=verdict, answer=NOTHING, reason="")
 
 
