@@ -57,12 +57,30 @@ FAMILIES = {
             origin=Origin.EXPERT,
         ),
         Family(name="dft", method=build("dft", {}), reference="dft", origin=Origin.EXPERT),
-        Family(name="paper", method=build("paper", {}), reference="paper", origin=Origin.POLICY, advantage="mean"),
-        Family(name="grpo", method=build("grpo", {}), reference="grpo", origin=Origin.POLICY, advantage="mean_std"),
         Family(
-            name="dr_grpo", method=build("dr_grpo", {}), reference="dr_grpo", origin=Origin.POLICY, advantage="mean"
+            name="paper", method=build("paper", {}), reference="paper", origin=Origin.POLICY, advantage="mean"
         ),
-        Family(name="dapo", method=build("dapo", {}), reference="dapo", origin=Origin.POLICY, advantage="mean_std"),
+        Family(
+            name="grpo",
+            method=build("grpo", {}),
+            reference="grpo",
+            origin=Origin.POLICY,
+            advantage="mean_std",
+        ),
+        Family(
+            name="dr_grpo",
+            method=build("dr_grpo", {}),
+            reference="dr_grpo",
+            origin=Origin.POLICY,
+            advantage="mean",
+        ),
+        Family(
+            name="dapo",
+            method=build("dapo", {}),
+            reference="dapo",
+            origin=Origin.POLICY,
+            advantage="mean_std",
+        ),
     )
 }
 

@@ -31,12 +31,7 @@ from truestep.train.packing import pack
 from truestep.train.policy import Policy
 
 VOCABULARY = 9
-NORMALISERS = {
-    "tokens": "tok",
-    "sequences": "seq",
-    "sequence_sums": "sum",
-    "max_length": "drg",
-}
+NORMALISERS = {"tokens": "tok", "sequences": "seq", "sequence_sums": "sum", "max_length": "drg"}
 ROWS = ("sft", "dft", "paper", "grpo", "dr_grpo", "dapo")
 
 

@@ -132,7 +132,9 @@ def test_in_a_gradient(value: float, dtype: torch.dtype, tmp_path: Path) -> None
     )
 
 
-def test_the_error_holds_the_batch_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_holds_the_batch_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     policy, optimizer = trained(torch.float32)
     given = [replace(b, advantage=b.advantage * math.nan) for b in batches()]
