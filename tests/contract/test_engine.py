@@ -13,10 +13,10 @@ import torch
 from tiny_models import STOPS, VOCABULARY, bare_model, policy, requests, sequence
 
 from truestep.model.load import keep_float64
-from truestep.records import Rollout, Stop
+from truestep.records import Origin, Rollout, Stop
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import SHARED_TOKENS, TorchEngine
-from truestep.train.assemble import pack
+from truestep.train.packing import pack
 from truestep.train.policy import Policy
 
 torch.set_num_threads(1)
@@ -53,6 +53,10 @@ def run(
     found = list(engine.generate(asked, how))
     by_key = {(r.problem_id, r.sample_index): r for r in found}
     assert len(by_key) == len(found) == len(asked), "one rollout per request"
+    for rollout in found:
+        num = len(rollout.completion_ids)
+        assert (rollout.origin, rollout.policy_version) == ((Origin.POLICY,) * num, (0,) * num)
+        assert rollout.behavior_logprobs is not None, "this engine records what it samples by"
     return by_key
 
 

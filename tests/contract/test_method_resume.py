@@ -16,7 +16,9 @@ from truestep import rundir
 from truestep.checkpoint.store import load_latest
 from truestep.signals import Interrupted
 from truestep.train import loop
-from truestep.train.buffers import Memory
+from truestep.train.checkpoints import TrainState
+from truestep.train.loop import StageSpec
+from truestep.train.memory import Memory
 
 torch.set_num_threads(1)
 REMEMBERING = ("relift", "exgrpo", "sasr", "super_rl")
@@ -73,10 +75,10 @@ def test_resumed_is_never_stopped(
     # step 2.
     original = loop._log
 
-    def log(run: Any, done: int, *rest: Any) -> None:
-        if done == 3:
+    def log(spec: StageSpec, state: TrainState, *rest: Any) -> None:
+        if state.step == 3:
             raise Killed
-        original(run, done, *rest)
+        original(spec, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_log", log)

@@ -186,7 +186,7 @@ def test_the_cases_are_what_they_claim() -> None:
     """All rows, several micro-batches, mixed kinds, later updates: none of it is rare among the cases."""
     seen: dict[str, int] = {}
 
-    @runs(100)
+    @runs(200)
     @given(cases())
     def count(case: Case) -> None:
         for name, found in {
@@ -202,4 +202,4 @@ def test_the_cases_are_what_they_claim() -> None:
 
     count()
     assert set(ROWS) <= set(seen)
-    assert min(seen.values()) >= 5, seen
+    assert min(seen.values()) >= 10, seen

@@ -10,64 +10,71 @@ import numpy as np
 import pytest
 
 from truestep.objective import advantage, controller, gate, plan, schedule
-from truestep.objective.advantage import Members
+from truestep.objective.advantage import GroupView
 from truestep.objective.methods import METHODS, build
-from truestep.objective.plan import Asked, Keep, Outcome, Plan, Round
-from truestep.records import Kind, RecordError
+from truestep.objective.methods.row import DemonstrationBuffer, Stream
+from truestep.objective.plan import Done, Plan, PlanState, RoundResult
+from truestep.records import Origin, RecordError, Round
 
-ON, DEMO, PREFIX, HINT, REPLAY = Kind.ON, Kind.DEMO, Kind.PREFIX, Kind.HINT, Kind.REPLAY
-Judge = Callable[[Round, int], float]  # (round, sample) → its reward
+OWN, EXPERT, STORED = Origin.POLICY, Origin.EXPERT, Origin.STORED
+Judge = Callable[[Round, int], bool | None]  # (round, sample) → whether it solves the problem
 
 
 def play(
     made: Plan, judge: Judge, *, samples: int = 8, **asked: object
 ) -> tuple[list[Round], tuple[int, ...]]:
     """All rounds that a plan asks for, and which of them it keeps."""
-    history: list[Outcome] = []
+    history: list[RoundResult] = []
     for _ in range(20):
-        answer = made(Asked(step=0, num_samples=samples, history=tuple(history), **asked))  # type: ignore[arg-type]
-        if isinstance(answer, Keep):
+        answer = made(PlanState(step=0, num_samples=samples, history=tuple(history), **asked))  # type: ignore[arg-type]
+        if isinstance(answer, Done):
             rounds = [o.round for o in history]
             return rounds, answer.rounds or tuple(range(len(rounds)))
         history += [
-            Outcome(round=r, rewards=tuple(judge(r, i) for i in range(r.num_samples))) for r in answer
+            RoundResult(round=r, solved=tuple(judge(r, i) for i in range(r.num_samples))) for r in answer
         ]
     raise AssertionError("the plan has no end")
 
 
-def never(asked: Round, sample: int) -> float:
-    return 0.0
+def never(asked: Round, sample: int) -> bool:
+    return False
 
 
-def always(asked: Round, sample: int) -> float:
-    return 1.0
+def always(asked: Round, sample: int) -> bool:
+    return True
 
 
-def shape(rounds: Sequence[Round]) -> list[tuple[Kind, int, float]]:
-    return [(r.kind, r.num_samples, r.fraction) for r in rounds]
+def shape(rounds: Sequence[Round]) -> list[tuple[str, int, float]]:
+    """What each round begins with, its number of samples, and how much of the demonstration or solution it shows."""
+    found = []
+    for r in rounds:
+        assert [bool(r.prefix), bool(r.hint), r.stored, r.is_plain].count(True) == 1
+        name = "prefix" if r.prefix else "hint" if r.hint else "stored" if r.stored else "own"
+        found.append((name, r.num_samples, r.prefix or r.hint))
+    return found
 
 
 def test_plans_of_one_round() -> None:
-    assert shape(play(plan.own, never)[0]) == [(ON, 8, 0.0)]
-    assert shape(play(plan.with_demonstration, never)[0]) == [(ON, 7, 0.0), (DEMO, 1, 0.0)]
-    assert shape(play(plan.beside_demonstration, never)[0]) == [(ON, 8, 0.0), (DEMO, 1, 0.0)]
-    assert shape(play(plan.with_replay, never)[0]) == [(ON, 8, 0.0)]
-    assert shape(play(plan.with_replay, never, has_replay=True)[0]) == [(ON, 7, 0.0), (REPLAY, 1, 0.0)]
+    assert shape(play(plan.own, never)[0]) == [("own", 8, 0.0)]
+    assert shape(play(plan.with_demonstration, never)[0]) == [("own", 7, 0.0), ("prefix", 1, 1.0)]
+    assert shape(play(plan.beside_demonstration, never)[0]) == [("own", 8, 0.0), ("prefix", 1, 1.0)]
+    assert shape(play(plan.with_replay, never)[0]) == [("own", 8, 0.0)]
+    assert shape(play(plan.with_replay, never, has_stored=True)[0]) == [("own", 7, 0.0), ("stored", 1, 0.0)]
     either = plan.one_or_the_other("imitate")
-    assert shape(play(either, never, controls={"imitate": 1.0})[0]) == [(DEMO, 1, 0.0)]
-    assert shape(play(either, never, controls={"imitate": 0.0})[0]) == [(ON, 8, 0.0)]
+    assert shape(play(either, never, controls={"imitate": 1.0})[0]) == [("prefix", 1, 1.0)]
+    assert shape(play(either, never, controls={"imitate": 0.0})[0]) == [("own", 8, 0.0)]
 
 
 def test_a_prefix_is_uniform_between_its_bounds() -> None:
     made = plan.one_prefix(lambda step: 0.3, 0.95)
-    lengths = [play(made, never, draw=u)[0][1].fraction for u in np.linspace(0, 1, 11)]
+    lengths = [play(made, never, draw=u)[0][1].prefix for u in np.linspace(0, 1, 11)]
     np.testing.assert_allclose(lengths, np.linspace(0.3, 0.95, 11))
 
 
 def test_the_number_of_shown_parts_is_binomial() -> None:
     made = plan.shared_prefix(lambda step: 0.6, 5, 300)
     draws = (np.arange(2000) + 0.5) / 2000
-    counts = Counter(round(5 * r.fraction) for u in draws for r in play(made, never, draw=u)[0])
+    counts = Counter(round(5 * r.prefix) for u in draws for r in play(made, never, draw=u)[0])
     for k in range(6):
         expected = math.comb(5, k) * 0.6**k * 0.4 ** (5 - k)
         assert counts[k] / 2000 == pytest.approx(expected, abs=1e-3)
@@ -77,14 +84,19 @@ def test_trapo_guides_where_too_few_were_right() -> None:
     made = build("trapo", {}).plan
     assert made is not None
     assert shape(play(made, never)[0]) == [
-        (ON, 4, 0.0),
-        (PREFIX, 2, 0.25),
-        (PREFIX, 1, 0.5),
-        (PREFIX, 1, 1.0),
+        ("own", 4, 0.0),
+        ("prefix", 2, 0.25),
+        ("prefix", 1, 0.5),
+        ("prefix", 1, 1.0),
     ]
-    assert shape(play(made, always)[0]) == [(ON, 4, 0.0), (ON, 2, 0.0), (ON, 1, 0.0), (ON, 1, 0.0)]
-    two = shape(play(made, lambda r, i: float(r.num_samples == 4 and i < 2))[0])  # 2 of 4, then none
-    assert two == [(ON, 4, 0.0), (ON, 2, 0.0), (PREFIX, 1, 0.5), (PREFIX, 1, 1.0)]
+    assert shape(play(made, always)[0]) == [
+        ("own", 4, 0.0),
+        ("own", 2, 0.0),
+        ("own", 1, 0.0),
+        ("own", 1, 0.0),
+    ]
+    two = shape(play(made, lambda r, i: r.num_samples == 4 and i < 2)[0])  # 2 of 4, then none
+    assert two == [("own", 4, 0.0), ("own", 2, 0.0), ("prefix", 1, 0.5), ("prefix", 1, 1.0)]
     for samples in range(2, 20):
         rounds, kept = play(made, never, samples=samples)
         assert sum(r.num_samples for r in rounds) == samples
@@ -96,32 +108,32 @@ def test_trapo_guides_where_too_few_were_right() -> None:
 def test_bread_finds_the_shortest_prefix_that_helps(needed: int) -> None:
     """Half of the samples are right after at least ``needed`` tenths, all after eight."""
 
-    def judge(asked: Round, sample: int) -> float:
-        at = round(10 * asked.fraction)
-        return 0.0 if at < needed else 1.0 if at >= 8 else float(sample % 2)
+    def judge(asked: Round, sample: int) -> bool:
+        at = round(10 * asked.prefix)
+        return False if at < needed else True if at >= 8 else bool(sample % 2)
 
     made = build("bread", {}).plan
     assert made is not None
     rounds, kept = play(made, judge)
     assert len(rounds) <= 5
-    assert all(r.expert_is_context for r in rounds[1:])
+    assert all(r.prefix_origin is Origin.CONTEXT for r in rounds[1:])
     # From eight tenths on all are right, which teaches nothing: no prefix is in the band then.
-    assert kept == (0,) if needed >= 8 else rounds[kept[0]].fraction == needed / 10
+    assert kept == (0,) if needed >= 8 else rounds[kept[0]].prefix == needed / 10
 
 
 def test_bread_and_ghpo_do_nothing_where_a_sample_is_right() -> None:
     for name in ("bread", "ghpo"):
         made = METHODS[name]().plan
         assert made is not None
-        rounds, kept = play(made, lambda r, i: float(i == 3))
-        assert (shape(rounds), kept) == ([(ON, 8, 0.0)], (0,))
+        rounds, kept = play(made, lambda r, i: i == 3)
+        assert (shape(rounds), kept) == ([("own", 8, 0.0)], (0,))
 
 
 def test_ghpo_shows_more_until_one_is_right() -> None:
     made = build("ghpo", {}).plan
     assert made is not None
-    rounds, kept = play(made, lambda r, i: float(r.fraction >= 0.5))
-    assert shape(rounds) == [(ON, 8, 0.0), (HINT, 8, 0.25), (HINT, 8, 0.5)]
+    rounds, kept = play(made, lambda r, i: r.hint >= 0.5)
+    assert shape(rounds) == [("own", 8, 0.0), ("hint", 8, 0.25), ("hint", 8, 0.5)]
     assert kept == (2,)
     assert play(made, never)[1] == (3,)
 
@@ -129,24 +141,51 @@ def test_ghpo_shows_more_until_one_is_right() -> None:
 # --------------------------------------------------------------------------------------- gates and advantages
 
 
-def members(rewards: Sequence[float | None], kinds: Sequence[Kind] = ()) -> Members:
-    return Members(rewards=tuple(rewards), kinds=tuple(kinds) or (ON,) * len(rewards))
+def members(rewards: Sequence[float | None], origins: Sequence[Origin] = ()) -> GroupView:
+    """A group whose members solve the problem if their reward is 1."""
+    return GroupView(
+        rewards=tuple(rewards),
+        solved=tuple(None if r is None else r == 1 for r in rewards),
+        origins=tuple(origins) or (OWN,) * len(rewards),
+    )
 
 
 def test_members_are_aligned() -> None:
-    with pytest.raises(RecordError):
-        Members(rewards=(1.0,), kinds=())
+    for solved, origins in (((True,), ()), ((), (OWN,))):
+        with pytest.raises(RecordError):
+            GroupView(rewards=(1.0,), solved=solved, origins=origins)
+
+
+def test_gates_ask_who_solved_the_problem_and_not_for_its_reward() -> None:
+    """A reward of several parts says nothing about truth: only ``solved`` decides about imitation."""
+    cheap = GroupView(rewards=(3.0, 2.0, 0.1), solved=(False, False, True), origins=(OWN, OWN, EXPERT))
+    assert gate.imitate_where_unsolved(0)(cheap).keep == (False, False, True)
+    assert gate.push_unsolved(cheap).push_demonstration
+    dear = GroupView(rewards=(-3.0, 0.0, 0.0), solved=(True, False, False), origins=(OWN, OWN, EXPERT))
+    assert gate.imitate_where_unsolved(0)(dear).keep == (True, True, False)
+    assert not gate.push_unsolved(dear).push_demonstration
+
+
+def test_a_demonstration_without_a_score_is_kept_and_a_stored_sample_is_not() -> None:
+    group = members([1.0, None, None, None], (OWN, OWN, EXPERT, STORED))
+    assert gate.keep_scored(group).keep == (True, False, True, False)
+
+
+def test_stored_samples_and_demonstrations_are_not_own() -> None:
+    group = members([1.0, 0.0, 1.0, None], (STORED, OWN, EXPERT, OWN))
+    assert (group.own, group.own_solved, group.is_own) == ([0.0], [False], [False, True, False, True])
+    assert group.scored == [1.0, 0.0, 1.0]
 
 
 def test_hpt_s_gate() -> None:
-    kinds = (ON, ON, ON, DEMO)
+    origins = (OWN, OWN, OWN, EXPERT)
     for most, solved, imitates in ((0, 0, True), (0, 1, False), (2, 2, True), (-1, 0, False), (3, 3, True)):
         rewards = [1.0] * solved + [0.0] * (3 - solved) + [1.0]
-        keep = gate.imitate_where_unsolved(most)(members(rewards, kinds)).keep
+        keep = gate.imitate_where_unsolved(most)(members(rewards, origins)).keep
         assert keep == ((False,) * 3 + (True,) if imitates else (True,) * 3 + (False,))
-    unscored = gate.imitate_where_unsolved(0)(members([None, None, None, 1.0], kinds))
+    unscored = gate.imitate_where_unsolved(0)(members([None, None, None, 1.0], origins))
     assert not any(unscored.keep), "a failure is no wrong answer"
-    partly = gate.imitate_where_unsolved(0)(members([None, 1.0, 0.0, None], kinds))
+    partly = gate.imitate_where_unsolved(0)(members([None, 1.0, 0.0, None], origins))
     assert partly.keep == (False, True, True, False)
 
 
@@ -158,17 +197,22 @@ def test_relift_s_gate() -> None:
 
 
 def test_a_demonstration_does_not_make_a_group_informative() -> None:
-    assert members([0.0, 0.0, 1.0], (ON, ON, DEMO)).is_degenerate
-    assert not members([0.0, 1.0, 1.0], (ON, ON, DEMO)).is_degenerate
+    assert members([0.0, 0.0, 1.0], (OWN, OWN, EXPERT)).is_degenerate
+    assert not members([0.0, 1.0, 1.0], (OWN, OWN, EXPERT)).is_degenerate
 
 
 def test_advantages() -> None:
-    mixed = members([0.0] * 7 + [1.0], [ON] * 7 + [DEMO])
+    mixed = members([0.0] * 7 + [1.0], [OWN] * 7 + [EXPERT])
     np.testing.assert_allclose(np.array(advantage.group_mean(mixed), dtype=float), [-1 / 8] * 7 + [7 / 8])
     found = np.array(advantage.group_mean_std(mixed), dtype=float)
     np.testing.assert_allclose(found, [-0.3535] * 7 + [2.4748], atol=1e-3)
-    assert advantage.own_mean(members([0.0, 1.0, None, 1.0], [ON, ON, ON, DEMO])) == [-0.5, 0.5, None, 0.0]
-    assert advantage.own_mean_std(members([1.0, None], [ON, DEMO])) == [0.0, 0.0]
+    assert advantage.own_mean(members([0.0, 1.0, None, 1.0], [OWN, OWN, OWN, EXPERT])) == [
+        -0.5,
+        0.5,
+        None,
+        0.0,
+    ]
+    assert advantage.own_mean_std(members([1.0, None], [OWN, EXPERT])) == [0.0, 0.0]
     np.testing.assert_allclose(
         np.array(advantage.leave_one_out(members([1.0, 0.0, 0.0])), dtype=float), [1.0, -0.5, -0.5]
     )
@@ -233,8 +277,8 @@ def test_rows_that_ask_for_demonstrations_say_so() -> None:
         controls = {"imitate": 1.0}
         rounds = play(made.plan, never, controls=controls, draw=0.9)[0]
         uses = (
-            any(r.kind in (DEMO, PREFIX, HINT) for r in rounds)
-            or bool(made.stream_share)
-            or made.buffer is not None
+            any(r.prefix or r.hint for r in rounds)
+            or made.part(Stream) is not None
+            or made.part(DemonstrationBuffer) is not None
         )
         assert uses == made.needs_demonstrations, name

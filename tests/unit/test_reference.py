@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.testing.reference.loss import (
     denominator,
     exact_float64,
@@ -49,27 +49,36 @@ def model() -> LlamaForCausalLM:
 
 
 def make_sequences() -> list[TrainSequence]:
-    """Three groups, very unequal lengths; the last group's rewards are all equal; one demonstration, one
-    replay."""
+    """Three groups, very unequal lengths; the last group's rewards are all equal; one
+    demonstration, one stored sample, one that continues a prefix."""
     draw = np.random.default_rng(0)
     sequences = []
-    shapes = [(0, 3, Kind.ON), (0, 9, Kind.DEMO), (0, 1, Kind.REPLAY), (1, 5, Kind.ON), (1, 2, Kind.DEMO)]
-    shapes += [(2, 4, Kind.ON), (2, 7, Kind.ON)]
-    for i, (group, length, kind) in enumerate(shapes):
-        trained = [False, False] + [True] * length
+    own, expert, stored = Origin.POLICY, Origin.EXPERT, Origin.STORED
+    shapes = [
+        (0, 3, own),
+        (0, 9, expert),
+        (0, 1, stored),
+        (1, 5, own),
+        (1, 2, expert),
+        (2, 4, own),
+        (2, 7, own),
+    ]
+    for i, (group, length, origin) in enumerate(shapes):
+        origins = [Origin.CONTEXT] * 2 + [origin] * length
         if length > 4:
-            trained[4] = False  # a tool's words in the middle of a completion
-        num_trained = sum(trained)
+            origins[4] = Origin.CONTEXT  # a tool's words in the middle of a completion
+        if i == 3:
+            origins[2:4] = [expert, expert]  # the beginning that this sample continues
+        num_trained = sum(o is not Origin.CONTEXT for o in origins)
         advantage: tuple[float, ...] | float = [0.75, -0.25, 0.5, -1.0, 1.5, 0.6, -0.9][i]
         if i == 3:
             advantage = tuple(draw.normal(size=num_trained))
         sequences.append(
             TrainSequence(
                 token_ids=tuple(int(t) for t in draw.integers(0, VOCABULARY, length + 2)),
-                trained=tuple(trained),
+                origin=tuple(origins),
                 num_prefix_tokens=2,
                 group=group,
-                kind=kind,
                 advantage=advantage,
                 behavior_logprobs=tuple(draw.normal(-2, 0.5, num_trained)),
                 weight=[1.0, 0.5, 2.0, 1.0, 1.0, 3.0, 1.0][i],
@@ -128,7 +137,7 @@ def test_log_probabilities_are_float64_throughout(model: LlamaForCausalLM) -> No
 def test_sft_equals_the_loss_of_transformers(model: LlamaForCausalLM) -> None:
     sequence = replace(SEQUENCES[1], weight=1.0)
     ids = torch.tensor([sequence.token_ids])
-    labels = torch.where(torch.tensor([sequence.trained]), ids, -100)
+    labels = torch.where(torch.tensor([sequence.origin]) != int(Origin.CONTEXT), ids, -100)
     with exact_float64():
         theirs = model(input_ids=ids, labels=labels).loss
     ours = reference_loss(model, [sequence])
@@ -184,8 +193,8 @@ def sapo(r: float, a: float) -> float:
     return 4 * gate * (1 - gate) * r * a
 
 
-def on_or(special: Kind, coefficient: Callable[..., float], **token: float) -> float:
-    return coefficient(**token) if token["kind"] == special else token["a"] * token["r"]
+def on_or(special: Origin, coefficient: Callable[..., float], **token: float) -> float:
+    return coefficient(**token) if token["origin"] == special else token["a"] * token["r"]
 
 
 # p: the policy's probability; q: the proximal one; b: the behavior one; r = p/q; s: the sequence's ratio; a:
@@ -204,9 +213,9 @@ COEFFICIENTS: dict[str, Callable[..., float]] = {
     "cispo": lambda r, a, **_: min(max(r, 0.8), 1.28) * a,
     "sapo": lambda r, a, **_: sapo(r, a),
     "rloo": lambda r, a, **_: a * r,
-    "luffy": partial(on_or, Kind.DEMO, lambda a, p, **_: a * 0.1 * p / (p + 0.1) ** 2),
-    "exgrpo": partial(on_or, Kind.REPLAY, lambda a, p, b, **_: a * 0.1 * (p / b) / (p / b + 0.1) ** 2),
-    "rl_plus": partial(on_or, Kind.DEMO, lambda a, p, q, **_: a * (1 - p) ** 0.5 * 4 * p / (3 * q + 1)),
+    "luffy": partial(on_or, Origin.EXPERT, lambda a, p, **_: a * 0.1 * p / (p + 0.1) ** 2),
+    "exgrpo": partial(on_or, Origin.STORED, lambda a, p, b, **_: a * 0.1 * (p / b) / (p / b + 0.1) ** 2),
+    "rl_plus": partial(on_or, Origin.EXPERT, lambda a, p, q, **_: a * (1 - p) ** 0.5 * 4 * p / (3 * q + 1)),
 }
 
 
@@ -225,6 +234,7 @@ def coefficient_gradient(
         sequence, length = SEQUENCES[i], SEQUENCES[i].num_trained
         z = {"tok": num_tokens, "seq": length * len(kept), "sum": len(kept), "drg": len(kept) * LONGEST}
         policy = trained_logprobs(model, sequence)
+        origins = [o for o in sequence.origin if o is not Origin.CONTEXT]
         log_ratio = sum(x.item() - y for x, y in zip(policy, proximal[i], strict=True)) / length
         advantage = (
             sequence.advantage if isinstance(sequence.advantage, tuple) else [sequence.advantage] * length
@@ -232,7 +242,7 @@ def coefficient_gradient(
         for t, logprob in enumerate(policy):
             p, q = math.exp(logprob.item()), math.exp(proximal[i][t])
             b, s = math.exp(sequence.behavior_logprobs[t]), math.exp(log_ratio)
-            c = coefficient(p=p, q=q, b=b, r=p / q, s=s, a=advantage[t], kind=sequence.kind)
+            c = coefficient(p=p, q=q, b=b, r=p / q, s=s, a=advantage[t], origin=origins[t])
             if method == "gspo":  # every token of a sequence carries the mean of what its tokens ask for
                 c = sum(coefficient(s=s, a=a) for a in advantage) / length
             total = total - sequence.weight * c * logprob / z[normaliser or named_part(method).normaliser]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.settings import OptimizerSettings
 from truestep.testing.reference.loss import reference_loss
 from truestep.testing.reference.step import adamw, clip_by_global_norm, learning_rate, reference_steps, sgd
@@ -38,10 +38,8 @@ def model() -> LlamaForCausalLM:
 
 def make_sequence(num_trained: int, seed: int) -> TrainSequence:
     token_ids = np.random.default_rng(seed).integers(0, 20, num_trained + 2)
-    trained = (False, False) + (True,) * num_trained
-    return TrainSequence(
-        token_ids=tuple(map(int, token_ids)), trained=trained, num_prefix_tokens=2, group=seed, kind=Kind.DEMO
-    )
+    origin = (Origin.CONTEXT,) * 2 + (Origin.EXPERT,) * num_trained
+    return TrainSequence(token_ids=tuple(map(int, token_ids)), origin=origin, num_prefix_tokens=2, group=seed)
 
 
 SEQUENCES = [make_sequence(n, seed) for seed, n in enumerate([3, 8, 1, 4, 2, 4, 6])]

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from truestep.train.buffers import Memory
 
 from truestep.flops import Ledger
 from truestep.objective import plan
 from truestep.objective.methods import build
-from truestep.records import Distribution, Message, Problem, Prompt, Rollout, Score, Stop, Verdict
-from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
+from truestep.records import (
+    Message,
+    Problem,
+    Prompt,
+    RewardInput,
+    Rollout,
+    Score,
+    TrainSequence,
+    Verdict,
+    judged,
+)
+from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.sample import Sampler
+from truestep.train.memory import Memory
 from truestep.train.parallel import Ranks
 from truestep.train.source import RolloutSource, window
 
 
-def no_entropy(sequences: Sequence[Any]) -> tuple[list[float], Ledger]:
-    return [0.0] * len(sequences), Ledger()
+@dataclass(frozen=True, kw_only=True)
+class Entropies:
+    """Stands for a ``Scorer``: what a source asks of one. The entropy falls with the place in the list."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    asked: list[TrainSequence] = field(default_factory=list)
+
+    def entropy(self, sequences: Sequence[TrainSequence], step: int) -> tuple[list[float], Ledger]:
+        self.asked.extend(sequences)
+        return [float(-i) for i in range(len(sequences))], Ledger()
 
 
 SAMPLING = SamplingParameters(temperature=1.0, max_new_tokens=10, stop_token_ids=(1,))
@@ -43,12 +62,14 @@ class ScriptedEngine:
         for request in reversed(requests):
             token = self.token(request)
             failed = token < 0
-            yield Rollout(
-                problem_id=request.problem_id, sample_index=request.sample_index,
-                completion_ids=() if failed else (token, 1), behavior_logprobs=() if failed else (-0.5, -0.1),
-                distribution=Distribution(policy_version=0, temperature=1.0),
-                stop=Stop.ERROR if failed else Stop.STOP_TOKEN, error="out of slots" if failed else "",
-            )  # fmt: skip
+            yield sampled_rollout(
+                request,
+                sampling,
+                tokens=() if failed else (token, 1),
+                logprobs=() if failed else (-0.5, -0.1),
+                policy_version=self.policy_version,
+                error="out of slots" if failed else "",
+            )
 
     def publish(self, weights: Mapping[str, Any], version: int) -> None: ...
 
@@ -71,13 +92,13 @@ def prompts(count: int) -> list[Prompt]:
 
 def source(engine: ScriptedEngine, *, count: int = 6, per_step: int = 4, updates: int = 2, method: str = "paper",
            samples: int = 4) -> RolloutSource:  # fmt: skip
-    def grade(pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
-        return [Score(verdict=Verdict.CORRECT if text == "good" else Verdict.INCORRECT) for _, text in pairs]
+    def score(inputs: Sequence[RewardInput]) -> list[Score]:
+        return [judged(Verdict.CORRECT if i.completion == "good" else Verdict.INCORRECT) for i in inputs]
 
     sampler = Sampler(engine=engine, plan=plan.own, sampling=SAMPLING, samples_per_prompt=samples,
-                      decode=lambda ids: "good" if ids and ids[0] == 7 else "bad", grade=grade, seed=3)  # fmt: skip
-    return RolloutSource(prompts(count), sampler=sampler, method=build(method, {}), prompts_per_step=per_step,
-                         updates_per_step=updates, ranks=Ranks(), decode_prompt=lambda p: "?")  # fmt: skip
+                      decode=lambda ids: "good" if ids and ids[0] == 7 else "bad", score=score, seed=3)  # fmt: skip
+    return RolloutSource(prompts(count), sampler=sampler, scorer=Entropies(), method=build(method, {}),  # type: ignore[arg-type]
+                         prompts_per_step=per_step, updates_per_step=updates, decode_prompt=lambda p: "?")  # fmt: skip
 
 
 @settings(max_examples=100, deadline=None)
@@ -102,7 +123,7 @@ def test_a_prompt_that_a_batch_holds_twice_has_two_groups_of_its_own() -> None:
     engine = ScriptedEngine(lambda r: 7 if r.sample_index % 2 else 8)
     made = source(engine, count=5, per_step=4, samples=2)
     for step in range(5):  # some batch spans two epochs
-        data = made.take(step, Memory(), no_entropy)
+        data = made.take(step, Memory())
         assert [len({s.group for s in part}) for part in data.minibatches] == [2, 2]
         assert all(len(part) == 4 for part in data.minibatches)
     asked = [(r.step, r.problem_id, r.sample_index) for r in engine.asked]
@@ -112,7 +133,7 @@ def test_a_prompt_that_a_batch_holds_twice_has_two_groups_of_its_own() -> None:
 
 def test_unscored_samples_are_not_trained_and_counted() -> None:
     engine = ScriptedEngine(lambda r: -1 if r.sample_index == 0 else 7 if r.sample_index == 1 else 8)
-    data = source(engine).take(0, Memory(), no_entropy)
+    data = source(engine).take(0, Memory())
     sequences = [s for part in data.minibatches for s in part]
     assert len(sequences) == 4 * 3
     assert data.metrics["unscored"] == pytest.approx(1 / 4)
@@ -122,8 +143,19 @@ def test_unscored_samples_are_not_trained_and_counted() -> None:
         assert sum(float(a) for a in members if not isinstance(a, tuple)) == pytest.approx(0)
 
 
+def test_dapo_drops_equal_groups_and_refills_from_other_prompts() -> None:
+    engine = ScriptedEngine(lambda r: 7 if r.problem_id in ("p0", "p1") or r.sample_index % 2 else 8)
+    made = source(engine, count=12, per_step=4, method="dapo")
+    data = made.take(0, Memory())
+    first = {r.problem_id for r in engine.asked[: 4 * 4]}
+    dropped = first & {"p0", "p1"}
+    assert all(s.reward in (0.0, 1.0) or s.reward < 1 for part in data.minibatches for s in part)
+    assert sum(len({s.group for s in part}) for part in data.minibatches) == 4  # as many groups as asked for
+    assert len({r.problem_id for r in engine.asked}) == 4 + len(dropped) or not dropped
+
+
 def test_an_all_equal_batch_trains_its_tokens_with_advantage_zero() -> None:
-    data = source(ScriptedEngine(lambda r: 8)).take(0, Memory(), no_entropy)
+    data = source(ScriptedEngine(lambda r: 8)).take(0, Memory())
     sequences = [s for part in data.minibatches for s in part]
     assert len(sequences) == 16
     assert {s.advantage for s in sequences} == {0.0}
