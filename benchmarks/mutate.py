@@ -236,10 +236,13 @@ def main() -> int:
         try:
             list(pool.map(lambda test: logs.work(lambda copy: reach_of(copy, test), stop), tests))
             reach = rows_of(reach_path)
+            if len(reach) < len(known) + len(tests):
+                print("out of time before it is known which tests reach a line: the same command goes on")
+                return 1
             logs.path = path
             known = {row["name"] for row in rows_of(path)}
-            todo = [m for m in drawn if m.name not in known]
-            list(pool.map(lambda m: logs.work(lambda copy: judge(m, copy, reach), stop), todo))
+            left = [m for m in drawn if m.name not in known]
+            list(pool.map(lambda m: logs.work(lambda copy: judge(m, copy, reach), stop), left))
         except KeyboardInterrupt:
             STOPPED.set()
             for child in list(RUNNING):

@@ -84,13 +84,8 @@ def stacks_table(findings: Sequence[Finding]) -> str:
         assert bad or right, stack.name
         what = min(bad[0]["fault"].split("; "), key=len) if bad else ""
         weights = _weights(bad[0]) if bad else _weights(right[0])
-        cells = [
-            stack.name,
-            _releases(bad, stack.package),
-            what or "–",
-            weights,
-            _releases(right, stack.package),
-        ]
+        faulty, sound = _releases(bad, stack.package) or "–", _releases(right, stack.package) or "not tested"
+        cells = [stack.name, faulty, what or "–", weights, sound]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -104,7 +99,7 @@ def _releases(findings: Sequence[Finding], package: str) -> str:
 
 
 def _weights(finding: Finding) -> str:
-    return " ".join(number(weight) for weight in finding["weights"][0])
+    return " ".join(number(float(f"{weight:.2g}")) for weight in finding["weights"][0])
 
 
 # ---------------------------------------------------------------------------------------------- the audit's output

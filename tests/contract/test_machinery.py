@@ -22,8 +22,13 @@ from tiny_runs import go, prepared
 
 from truestep import rundir
 from truestep.errors import UserError
-from truestep.records import Stop
+from truestep.model.load import load_model
+from truestep.records import Message, Problem, Prompt, Stop
 from truestep.rollout.engine_torch import TorchEngine
+from truestep.settings import ModelSettings
+from truestep.train.policy import Policy
+from truestep.train.scoring import Scorer
+from truestep.train.sequences import demonstration_sequence
 
 torch.set_num_threads(1)
 LIMIT = 3  # max_new_tokens of recipe_of
@@ -81,7 +86,6 @@ def rewards_of(folder: Path, model: str, rollouts: list[Any]) -> list[float]:
     """1 if the text of a sample is its problem's answer (an answer has one digit, the checker is exact)."""
     from truestep.data.chat import completion_text
     from truestep.model.load import load_tokenizer
-    from truestep.settings import ModelSettings
 
     tokenizer = load_tokenizer(ModelSettings(path=model))
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
@@ -233,6 +237,23 @@ def test_replay_starts_after_the_step_that_reaches_its_threshold(model: str, tmp
     assert exactly[0] == 0
     assert exactly[1] != 0
     assert above == [0.0, 0.0]
+
+
+def test_a_stored_sample_is_chosen_by_its_mean_entropy(model: str) -> None:
+    """Per token, so that a long sample is not uncertain for its length; each as if it were scored by itself."""
+    loaded = load_model(ModelSettings(path=model), dtype=torch.float64, device=torch.device("cpu"), seed=0)
+    policy = Policy(loaded)
+    scorer = Scorer(policy=policy, temperature=1.0, tokens_per_microbatch=12)
+    problem = Problem(id="p", messages=(Message(role="user", content="?"),), answer="1")
+    prompt = Prompt(problem=problem, token_ids=(5, 6, 7))
+    found, _ = scorer.entropy([demonstration_sequence(prompt, (8, 9, 10, 4)[:n], n) for n in (1, 4, 2)], 0)
+    for number, mean in zip((1, 4, 2), found, strict=True):
+        ids = torch.tensor([[5, 6, 7, 8, 9, 10, 4][: 3 + number]])
+        with torch.no_grad():
+            logits = loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 2:-1]
+        expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+        assert expected.numel() == number
+        assert mean == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])

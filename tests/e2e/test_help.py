@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import typer
-from truestep.evaluate.plan import EvaluationSettings
 from typer.testing import CliRunner
 
 from truestep.cli.main import _app
 from truestep.errors import _keys
+from truestep.evaluate.jobs import SHORT
 from truestep.settings import Settings
 
 ROOT = typer.main.get_command(_app())
@@ -83,10 +83,6 @@ def test_some_defaults_are_checked() -> None:
     assert "[default: gold" in found
 
 
-def settings_of(path: tuple[str, ...]) -> type[Settings] | type[EvaluationSettings]:
-    return EvaluationSettings if path == ("eval", "model") else Settings
-
-
 @pytest.mark.parametrize("path", LEAVES, ids=" ".join)
 def test_examples_of_set_are_keys_of_that_command(path: tuple[str, ...]) -> None:
     """ "seed=1" in the help of --set: a key of the settings that this command reads."""
@@ -95,7 +91,7 @@ def test_examples_of_set_are_keys_of_that_command(path: tuple[str, ...]) -> None
     examples = [key for text in texts for key in re.findall(r"([a-z_A-Z][\w.]*)=", text)]
     examples += re.findall(r"--set ([\w.]+)=", command.help or "")
     assert not texts or examples, "--set without an example"
-    known = set(_keys(settings_of(path)))
+    known = {*_keys(Settings), *(SHORT if path == ("eval", "model") else ())}
     assert set(examples) <= known, f"not a setting of {' '.join(path)}: {set(examples) - known}"
 
 

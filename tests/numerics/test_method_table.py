@@ -93,9 +93,9 @@ def test_the_three_policies_differ_enough() -> None:
 # ---------------------------------------------------------------------------------------------------- mutants
 
 
-def of_first_batch(patch: pytest.MonkeyPatch) -> None:
+def of_last_batch(patch: pytest.MonkeyPatch) -> None:
     original = table_cases.measure
-    patch.setattr(table_cases, "measure", lambda asked, batches, *rest: original(asked, batches[:1], *rest))
+    patch.setattr(table_cases, "measure", lambda asked, batches, *rest: original(asked, batches[-1:], *rest))
 
 
 def over_the_microbatch(patch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def forget_behavior(term: Term) -> Term:
 
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
     "statistics of one micro-batch": (
-        of_first_batch,
+        of_last_batch,
         ("reinforce_pp", "reinforce_pp_baseline", "entropy_sft"),
     ),
     "a mean over the micro-batch": (over_the_microbatch, ("gspo", "srft", "iw_sft")),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from truestep.train.buffers import Memory
 
 from truestep.flops import Ledger
 from truestep.objective import plan
@@ -16,7 +17,6 @@ from truestep.objective.methods import build
 from truestep.records import Distribution, Message, Problem, Prompt, Rollout, Score, Stop, Verdict
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
 from truestep.rollout.sample import Sampler
-from truestep.train.buffers import Memory
 from truestep.train.parallel import Ranks
 from truestep.train.source import RolloutSource, window
 
@@ -120,17 +120,6 @@ def test_unscored_samples_are_not_trained_and_counted() -> None:
     for group in range(2):
         members = [s.advantage for s in data.minibatches[0] if s.group == group]
         assert sum(float(a) for a in members if not isinstance(a, tuple)) == pytest.approx(0)
-
-
-def test_dapo_drops_equal_groups_and_refills_from_other_prompts() -> None:
-    engine = ScriptedEngine(lambda r: 7 if r.problem_id in ("p0", "p1") or r.sample_index % 2 else 8)
-    made = source(engine, count=12, per_step=4, method="dapo")
-    data = made.take(0, Memory(), no_entropy)
-    first = {r.problem_id for r in engine.asked[: 4 * 4]}
-    dropped = first & {"p0", "p1"}
-    assert all(s.reward in (0.0, 1.0) or s.reward < 1 for part in data.minibatches for s in part)
-    assert sum(len({s.group for s in part}) for part in data.minibatches) == 4  # as many groups as asked for
-    assert len({r.problem_id for r in engine.asked}) == 4 + len(dropped) or not dropped
 
 
 def test_an_all_equal_batch_trains_its_tokens_with_advantage_zero() -> None:

@@ -10,43 +10,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from truestep.cli.evaluation import show, words_of
+from truestep.cli.evaluation import option, show, words_of
 from truestep.cli.run import Json, Resume
 
 if TYPE_CHECKING:
     from truestep.settings import Settings
 
-
-def _option(flag: str, text: str, **more: Any) -> Any:
-    return typer.Option(flag, help=text, show_default=False, **more)
-
-
 _MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
-_PROMPTS = (
-    "Comma-separated templates: paper, qwen, plain, completion, brief, odd. Default: the benchmark's own."
-)
-_DATA = "Folder with ID.jsonl, .parquet or .csv of each benchmark. Default: the Hugging Face hub."
-_ENGINE = "torch, vllm, or the URL of an OpenAI-compatible endpoint. Default: torch."
+_TEMPLATES = "Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd."
+_DATA = "Folder with ID.jsonl, .parquet or .csv of each benchmark."
+_ENGINE = "torch, vllm, or the URL of an OpenAI-compatible endpoint."
+_OWN = "each benchmark's"
 What = Annotated[str, typer.Argument(help=_MODEL, metavar="MODEL", show_default=False)]
-Benchmarks = Annotated[
-    str, _option("--benchmarks", "Comma-separated ids; truestep eval list shows them all.")
-]
-Data = Annotated[str, _option("--data", _DATA)]
-Limit = Annotated[int | None, _option("--limit", "Problems per benchmark. Default: all.", min=1)]
-Samples = Annotated[
-    int | None, _option("--samples", "Samples per problem. Default: the benchmark's own.", min=1)
-]
-Prompts = Annotated[str, _option("--prompts", _PROMPTS)]
-FewShot = Annotated[
-    int | None, _option("--few-shot", "Worked examples before each problem. Default: 0.", min=0)
-]
-Engine = Annotated[str, _option("--engine", _ENGINE)]
+Benchmarks = Annotated[str, option("--benchmarks", "Comma-separated ids; truestep eval list shows them all.")]
+Data = Annotated[str, option("--data", _DATA, "the Hugging Face hub")]
+Limit = Annotated[int | None, option("--limit", "Problems of each benchmark.", "all", min=1)]
+Samples = Annotated[int | None, option("--samples", "Samples of each problem.", _OWN, min=1)]
+Prompts = Annotated[str, option("--prompts", _TEMPLATES, _OWN)]
+FewShot = Annotated[int | None, option("--few-shot", "Worked examples before each problem.", "0", min=0)]
+Engine = Annotated[str, option("--engine", _ENGINE, "torch")]
 Set = Annotated[
-    list[str] | None, _option("--set", "Change any other setting, e.g. --set temperature=0. May be repeated.")
+    list[str] | None,
+    option("--set", "Change any other setting: --set temperature=0. May be repeated.", False),
 ]
-Out = Annotated[Path | None, _option("--out", "The run directory. Default: runs/NAME-HASH.")]
+Out = Annotated[Path | None, option("--out", "The run directory.", "runs/NAME-HASH")]
 DryRun = Annotated[
-    bool, _option("--dry-run", "Check everything, count tokens and memory, and sample nothing.")
+    bool, option("--dry-run", "Check everything, count tokens and memory, and sample nothing.")
 ]
 
 

@@ -23,12 +23,13 @@ def _argument(text: str) -> Any:
     return typer.Argument(help=text, show_default=False)
 
 
-Metric = Annotated[
-    str, typer.Option("--metric", help="The score to use if a log has several. Default: the first it has.")
-]
-Folder = Annotated[
-    Path, typer.Option("--out", help="The folder to write into (required).", show_default=False)
-]
+def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any:
+    """``default`` is what the help says if the value that stands for it says nothing."""
+    return typer.Option(flag, help=text, show_default=default, **more)
+
+
+Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first it has")]
+Folder = Annotated[Path, option("--out", "The folder to write into.", False)]
 Logged = Annotated[Path, _argument("A run directory, a samples file, or a log of another harness.")]
 
 
@@ -146,12 +147,8 @@ def export(run: Annotated[Path, _argument("A run directory.")], out: Folder, as_
 
 def overlap(
     source: Annotated[str, _argument("Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")],
-    benchmarks: Annotated[
-        str, typer.Option("--benchmarks", help="Comma-separated ids. Default: all that --data holds.")
-    ] = "",
-    data: Annotated[
-        str, typer.Option("--data", help="Folder with the benchmarks. Default: the Hugging Face hub.")
-    ] = "",
+    benchmarks: Annotated[str, option("--benchmarks", "Comma-separated ids.", "all that --data holds")] = "",
+    data: Annotated[str, option("--data", "Folder with the benchmarks.", "the Hugging Face hub")] = "",
     as_json: Json = False,
 ) -> None:
     """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of 13

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -23,7 +23,7 @@ from truestep.settings import Settings, parse_settings
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
 Seed = Annotated[int, Field(ge=0)]
 MOST_SEEDS = 20  # whose sign patterns the exact test counts one by one
-CONTROLS: tuple[Control, ...] = ("base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection")
+CONTROLS: tuple[Control, ...] = get_args(Control)
 BASE_MODEL = "./base/model"  # where the pinned base lies, seen from the study directory
 
 
@@ -135,8 +135,10 @@ class Study(Frozen):
                     f'reason: controls_off.{control} = "..."'
                 )
         for arm in self.arms:
-            if arm.control and not _is_control(arm, [self.stages[s] for s in arm.stages]):
-                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} means: {_CONTROL[arm.control]}")
+            if arm.control and not _is_control(arm, arm.control, [self.stages[s] for s in arm.stages]):
+                raise ValueError(
+                    f"arms.{arm.name}: control = {arm.control!r} means: {_CONTROL[arm.control][0]}"
+                )
         if any(not reason.strip() for reason in self.controls_off.values()):
             raise ValueError("controls_off: a reason must say something")
         return self
@@ -148,27 +150,24 @@ class Study(Frozen):
         return self.seeds[: arm.num_seeds or None]
 
 
-_CONTROL: dict[Control, str] = {
-    "base": "it has no stages",
-    "sft": "it has only SFT stages, at least one",
-    "sft-continued": "it has only SFT stages, at least two",
-    "rl-from-base": "its first stage is RL",
-    "random-reward": 'it sets the reward of an RL stage to "random"',
-    "rejection": "it has a rejection stage",
+Kinds = Sequence[Any]  # of an arm's stages; and whether one of them has the random reward
+_CONTROL: dict[Control, tuple[str, Callable[[Kinds, bool], bool]]] = {
+    "base": ("it has no stages", lambda kinds, _: not kinds),
+    "sft": ("it has only SFT stages, at least one", lambda kinds, _: set(kinds) == {"sft"}),
+    "sft-continued": (
+        "it has only SFT stages, at least two",
+        lambda kinds, _: len(kinds) > 1 and set(kinds) == {"sft"},
+    ),
+    "rl-from-base": ("its first stage is RL", lambda kinds, _: kinds[:1] == ["rl"]),
+    "random-reward": ('it sets the reward of an RL stage to "random"', lambda _, random: random),
+    "rejection": ("it has a rejection stage", lambda kinds, _: "rejection" in kinds),
 }
 
 
-def _is_control(arm: Arm, stages: Sequence[Mapping[str, Any]]) -> bool:
-    kinds = [stage.get("kind") for stage in stages]
+def _is_control(arm: Arm, control: Control, stages: Sequence[Mapping[str, Any]]) -> bool:
     random = any(key.endswith(".reward") and value == "random" for key, value in arm.set.items())
-    return {
-        "base": not kinds,
-        "sft": bool(kinds) and set(kinds) == {"sft"},
-        "sft-continued": len(kinds) > 1 and set(kinds) == {"sft"},
-        "rl-from-base": kinds[:1] == ["rl"],
-        "random-reward": random or any(stage.get("reward") == "random" for stage in stages),
-        "rejection": "rejection" in kinds,
-    }[arm.control or "base"]
+    random = random or any(stage.get("reward") == "random" for stage in stages)
+    return _CONTROL[control][1]([stage.get("kind") for stage in stages], random)
 
 
 def load_study(path: Path) -> Study:

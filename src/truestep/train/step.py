@@ -168,6 +168,8 @@ def microbatch_loss(
         if total == 0:
             continue  # absent from the whole step, on every rank
         selected = term.select(batch)
+        if not bool(selected.any()):
+            continue  # nothing here; a column that the coefficient reads may be missing, too
         if term.coefficient is not None:
             # On tokens that are not selected a coefficient may be anything, even not a number.
             coefficient = torch.where(selected, term.coefficient(context), 0.0)
@@ -175,7 +177,7 @@ def microbatch_loss(
                 _count_clipped(meter, coefficient, selected, batch)
             if term.correction is not None:
                 weight = term.correction(context)
-                _count(meter, "correction/dropped", (weight == 0) & selected, _sampled(batch))
+                _count(meter, "correction/dropped", weight == 0, _sampled(batch) & selected)
                 coefficient = coefficient * torch.where(selected, weight, 0.0)
             values = -(coefficient * logprobs)
         else:
@@ -206,7 +208,7 @@ def _count(meter: Meter, key: str, which: Tensor, among: Tensor) -> None:
 
 def _count_clipped(meter: Meter, coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
     """Sampled tokens of a clipped surrogate that have an advantage and yet no gradient."""
-    clipped, sampled = selected & (coefficient == 0), _sampled(batch)
+    clipped, sampled = coefficient == 0, _sampled(batch) & selected
     _count(meter, "clip_ratio/low", clipped & (batch.advantage < 0), sampled)
     _count(meter, "clip_ratio/high", clipped & (batch.advantage > 0), sampled)
 

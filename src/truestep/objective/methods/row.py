@@ -243,9 +243,10 @@ def complete(row: Method, given: Mapping[str, Any]) -> Method:
         terms = tuple(t if t.coefficient is None else replace(t, correction=weight) for t in terms)
     if extras.kl == "reward":
         charge, needs = corrections.kl_in_reward(extras.kl_coef), ("reference_logprobs",)
+        # What only the expert's or stored tokens read is not charged: it may have no reference values either.
         terms = tuple(
             t
-            if t.coefficient is None
+            if t.coefficient is None or t.select in (EXPERT, STORED)
             else replace(
                 t, coefficient=corrections.with_advantage(t.coefficient, charge), needs=(*t.needs, *needs)
             )

@@ -42,9 +42,10 @@ class ScoredSequence:
         given = self.sequence.advantage
         return list(given) if isinstance(given, tuple) else [given] * self.sequence.num_trained
 
-    def is_all(self, origin: Origin) -> bool:
-        """Whether all trained tokens have this origin."""
-        return self.sequence.count(origin) == self.sequence.num_trained
+    @property
+    def origins(self) -> list[Origin]:
+        """Where each trained token comes from."""
+        return [origin for origin in self.sequence.origin if origin is not Origin.CONTEXT]
 
     @property
     def ratios(self) -> list[Tensor]:
@@ -165,39 +166,36 @@ def _importance(scored: ScoredSequence) -> list[Tensor]:
 
 
 def luffy(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
-    """Equation: −A π/(π+γ) on demonstrations, −rA elsewhere. Source: arXiv 2504.14945."""
-    if not scored.is_all(Origin.EXPERT):
-        return _importance(scored)
-    losses = []
-    for logprob, advantage in zip(scored.policy, scored.advantages, strict=True):
-        p = torch.exp(logprob)
-        losses.append(-advantage * p / (p + gamma))
+    """Equation: −A π/(π+γ) on the expert's tokens, −rA elsewhere. Source: arXiv 2504.14945."""
+    losses = _importance(scored)
+    for i, origin in enumerate(scored.origins):
+        if origin is Origin.EXPERT:
+            p = torch.exp(scored.policy[i])
+            losses[i] = -scored.advantages[i] * p / (p + gamma)
     return losses
 
 
 def exgrpo(scored: ScoredSequence, *, beta: float) -> list[Tensor]:
     """Equation: −A w/(w+β), w = π/π_behavior, on replayed samples; −rA elsewhere. Source: arXiv
     2510.02245."""
-    if not scored.is_all(Origin.STORED):
-        return _importance(scored)
-    losses = []
-    for logprob, past, advantage in zip(
-        scored.policy, scored.sequence.behavior_logprobs or (), scored.advantages, strict=True
-    ):
-        w = torch.exp(logprob - past)
-        losses.append(-advantage * w / (w + beta))
+    losses = _importance(scored)
+    for i, origin in enumerate(scored.origins):
+        if origin is Origin.STORED:
+            assert scored.sequence.behavior_logprobs is not None
+            w = torch.exp(scored.policy[i] - scored.sequence.behavior_logprobs[i])
+            losses[i] = -scored.advantages[i] * w / (w + beta)
     return losses
 
 
 def rl_plus(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
-    """Equation: −A sg(1−π)^γ · 2π/(π_proximal + ½(π_proximal+1)) on demonstrations, −rA elsewhere.
+    """Equation: −A sg(1−π)^γ · 2π/(π_proximal + ½(π_proximal+1)) on the expert's tokens, −rA elsewhere.
     Source: arXiv 2508.00222."""
-    if not scored.is_all(Origin.EXPERT):
-        return _importance(scored)
-    losses = []
-    for logprob, old, advantage in zip(scored.policy, scored.proximal, scored.advantages, strict=True):
-        p, p_old = torch.exp(logprob), math.exp(old)
-        losses.append(-advantage * (1 - p.item()) ** gamma * 2 * p / (p_old + 0.5 * (p_old + 1)))
+    losses = _importance(scored)
+    for i, origin in enumerate(scored.origins):
+        if origin is Origin.EXPERT:
+            p, p_old = torch.exp(scored.policy[i]), math.exp(scored.proximal[i])
+            gain = scored.advantages[i] * (1 - p.item()) ** gamma
+            losses[i] = -gain * 2 * p / (p_old + 0.5 * (p_old + 1))
     return losses
 
 
