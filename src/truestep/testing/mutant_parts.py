@@ -131,15 +131,8 @@ def late_sync(first: int) -> Combine:
     return lambda gradients, index: (local if index >= first else add_all)(gradients, index)
 
 
-def clip_each(largest: float) -> Combine:
-    return lambda gradients, index: add_all([[clip(g, largest) for g in rank] for rank in gradients], index)
-
-
-def clip_ranks(largest: float) -> Combine:
-    def combine(gradients: Gradients, index: int) -> list[Tensor]:
-        return everywhere(gradients, [clip(torch.stack(rank).sum(0), largest) for rank in gradients])
-
-    return combine
+def clip_unasked(limit: Limit, largest: float) -> Combine:
+    return lambda gradients, index: limit(gradients, add_all, index, largest)
 
 
 def skip_if_empty(gradients: Gradients, index: int) -> list[Tensor]:

@@ -93,7 +93,7 @@ _LEVELS = {Verdict.FAULT: "error", Verdict.DEFAULT: "note", Verdict.DOCUMENTED_C
 def to_sarif(rows: Sequence[Row]) -> dict[str, Any]:
     """One rule a kind of fault. What gave no answer is a notification of the run, not a result."""
     told = [row for row in rows if row["verdict"] in _LEVELS]
-    rules = {rule_of(row): _rule_text(row) for row in reversed(told)}
+    rules = sorted({rule_of(row) for row in told})
     unanswered = [row for row in rows if row["verdict"] not in _LEVELS and not is_right(row)]
     return {
         "$schema": SARIF_SCHEMA,
@@ -105,7 +105,7 @@ def to_sarif(rows: Sequence[Row]) -> dict[str, Any]:
                         "name": "truestep",
                         "version": __version__,
                         "rules": [
-                            {"id": i, "shortDescription": {"text": text}} for i, text in sorted(rules.items())
+                            {"id": r, "shortDescription": {"text": r.replace("-", " ")}} for r in rules
                         ],
                     }
                 },
@@ -118,23 +118,18 @@ def to_sarif(rows: Sequence[Row]) -> dict[str, Any]:
                         ],
                     }
                 ],
-                "results": [_sarif_result(row, sorted(rules)) for row in told],
+                "results": [_sarif_result(row, rules) for row in told],
             }
         ],
     }
 
 
 def rule_of(row: Row) -> str:
-    """The kind of a fault: its main code, or its words without numbers and without what stands in
-    brackets."""
-    codes = row.get("codes") or [_rule_text(row)]
-    words = re.findall(r"[a-z0-9]+" if row.get("codes") else r"[a-z]+", str(codes[0]).lower())
-    return "-".join(words)[:80].rstrip("-") or "unnamed"
-
-
-def _rule_text(row: Row) -> str:
-    text = re.sub(r"\s*(\([^()]*\)|\[[^\[\]]*\])", "", found_in_words(row)).partition(";")[0]
-    return text.strip() or "unnamed"
+    """The kind of a fault: its main code."""
+    return (
+        "-".join(re.findall(r"[a-z0-9]+", str((row.get("codes") or ["unnamed"])[0]).lower()))[:80]
+        or "unnamed"
+    )
 
 
 def _sarif_text(row: Row, lead: str = "") -> str:
@@ -148,13 +143,9 @@ def _sarif_result(row: Row, rules: list[str]) -> dict[str, Any]:
     place: dict[str, Any] = {
         "logicalLocations": [{"fullyQualifiedName": line(row["subject"]), "kind": "module"}]
     }
-    where = location_of(row)
-    if where:
-        file, number_of_line = where
-        place["physicalLocation"] = {
-            "artifactLocation": {"uri": file},
-            "region": {"startLine": number_of_line},
-        }
+    if where := location_of(row):
+        region = {"startLine": where[1]}
+        place["physicalLocation"] = {"artifactLocation": {"uri": where[0]}, "region": region}
     return {
         "ruleId": rule,
         "ruleIndex": rules.index(rule),
@@ -171,18 +162,12 @@ def _sarif_result(row: Row, rules: list[str]) -> dict[str, Any]:
 
 
 def location_of(row: Row) -> tuple[str, int] | None:
-    """(URI, line from 1) of a finding's ``location``: {file, line}, [file, line] or "file:line"."""
-    where = row.get("location")
-    if isinstance(where, Mapping):
-        file, at = where.get("file") or where.get("path"), where.get("line")
-    elif isinstance(where, list | tuple) and where:
-        file, at = where[0], where[1] if len(where) > 1 else 1
-    else:
-        file, _, at = str(where or "").rpartition(":")
-        if not at.isdecimal():
-            file, at = where, "1"
+    """(URI, line from 1) of a finding's ``location``, FILE:LINE or FILE."""
+    where = str(row.get("location") or "")
+    file, _, at = where.rpartition(":")
+    if not re.fullmatch(r"[0-9]{1,9}", at):
+        file, at = where, "1"
     if not file:
         return None
     path = PurePath(line(file, 1000))
-    uri = Path(path).as_uri() if path.is_absolute() else quote(path.as_posix())
-    return uri, max(1, int(str(at))) if re.fullmatch(r"\d{1,9}", str(at)) else 1
+    return Path(path).as_uri() if path.is_absolute() else quote(path.as_posix()), max(1, int(at))

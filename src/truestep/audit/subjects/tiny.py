@@ -31,37 +31,24 @@ def tiny_model(spec: Any) -> nn.Module:
         return PlainModel(spec.vocabulary)
     import transformers
 
-    llama = {
-        "vocab_size": spec.vocabulary,
+    ids = {"vocab_size": spec.vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {
         "hidden_size": 32,
-        "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
     }
-    tokens = {k: llama[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
-    gpt2 = {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 256,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }
-    neox = {k: llama[k] for k in llama if k != "num_key_value_heads"}
+    neox = {**ids, **sizes, "intermediate_size": 64}
+    llama = {**neox, "num_key_value_heads": 2}
+    gpt2 = {**ids, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    gpt2 |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     names: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama": ("LlamaConfig", "LlamaForCausalLM", llama),
         "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", llama),
         "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**llama, "head_dim": 8}),
-        "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**tokens, **gpt2}),
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel", gpt2),
         "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", neox),
-        "opt": ("OPTConfig", "OPTForCausalLM", {**tokens, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "max_position_embeddings": 256, "word_embed_proj_dim": 32, "dropout": 0.0}),
+        "opt": ("OPTConfig", "OPTForCausalLM", {**ids, **sizes, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
     }  # fmt: skip
     if arch not in names:
         raise SystemExit(f"arch = {arch!r}: write plain, {', '.join(names)}")

@@ -259,29 +259,11 @@ def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def reference_gradient(
-    model: nn.Module,
-    sequences: Sequence[TrainSequence],
-    proximal: LogprobRows | None = None,
-    *,
-    method: str = "sft",
-    temperature: float = 1.0,
-    max_length: int | None = None,
-    options: Mapping[str, Any] | None = None,
-    microbatches: Microbatches = (),
+    model: nn.Module, sequences: Sequence[TrainSequence], proximal: LogprobRows | None = None, **how: Any
 ) -> dict[str, Tensor]:
     """Σ_i w_i·g_i, g_i the gradient of micro-batch i's share of the globally normalised
-    ``reference_loss``."""
-    loss = reference_loss(
-        model,
-        sequences,
-        proximal,
-        method=method,
-        temperature=temperature,
-        max_length=max_length,
-        options=options,
-        microbatches=microbatches,
-    )
-    return gradient(model, loss)
+    ``reference_loss``, which takes ``how``."""
+    return gradient(model, reference_loss(model, sequences, proximal, **how))
 
 
 def per_microbatch_gradients(
