@@ -347,7 +347,7 @@ def compare_demo(base: Path, head: Path, sets: Sequence[str]) -> list[str]:
             run_commands(src, Path(folder), [["run", "demo.toml", "--out", "demo", *overrides]])
             found[name] = {"demo": steps_of(Path(folder) / "demo")}
             summary = json.loads((Path(folder) / "demo/summary.json").read_text())
-            scores = {f"{row['checkpoint']}/{row['data']}": row["value"] for row in summary["scores"]}
+            scores = {f"{row['checkpoint']}/{row['data']}": row["score"] for row in summary["scores"]}
             rewards = [v for step in found[name]["demo"] for k, v in step["values"].items() if k == "reward"]
             print(f"{name}: {len(found[name]['demo'])} entries, rewards {rewards}, scores {scores}")
             found[name]["demo"].append({"at": "evaluation", "sha256": "", "norm": 0.0, "values": scores})
