@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 # Python keeps the byte code of what it first imports: without it every process would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env demo study-demo test test-slow bench grade-bench grade-fuzz kill study smollm clean help
+.PHONY: env demo study-demo test test-slow bench grade-bench grade-fuzz kill mutate study smollm clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ grade-fuzz: $(DEV) ## 100,000 made-up answers by hypothesis, and as many by athe
 
 kill: $(TRAIN) ## SIGKILL a tiny run at random moments, 100 times, and compare its final bytes
 	@$(BIN)/python benchmarks/kill.py --kills 100
+
+mutate: $(DEV) ## random one-place changes of the code that decides numbers: the share that no test sees (hours; resumable)
+	@$(BIN)/python benchmarks/mutate.py $(MUTATE)
 
 STUDIES ?= $(sort $(wildcard recipes/study/*.toml))
 study: $(TRAIN) ## every declared study, one after the other (STUDIES=recipes/study/NAME.toml for one)

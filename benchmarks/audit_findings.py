@@ -65,8 +65,8 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Findings",
         "",
-        "Made by `python benchmarks/audit_findings.py` from results/audit/. A weight is what a micro-batch's tokens",
-        "counted in one optimizer step, rank after rank; 1 is the mean over all trained tokens (audit.md says",
+        "Made by `python benchmarks/audit_findings.py` from results/audit/. A weight says how much the tokens of a",
+        "micro-batch counted in one optimizer step, rank after rank; 1 is the mean over all trained tokens (audit.md says",
         "how it is measured). The last column: does the logged loss differ from the true one by more than 2 %?",
         "",
         "| subject | versions | configuration | verdict | what | weights | error | logged loss |",

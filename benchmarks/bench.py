@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from environments import FOLDER, ROOT, NotAvailable, interpreter, preload
 from table import section_table
-from workload import describe, prompt_workload, sft_workload
+from workload import describe, longest, prompt_workload, sft_workload
 
 from truestep.device import matmul_rate, set_threads
 from truestep.errors import UserError
@@ -198,13 +198,22 @@ def workload_of(section: str, sizes: Sizes, model: str, data: str) -> dict[str, 
     )
 
 
+def fitted(contestant: Contestant, workload: dict[str, Any]) -> Contestant:
+    """The contestant with a micro-batch that holds the longest sequence: truestep never splits one."""
+    spec = dict(contestant.spec)
+    if "tokens_per_microbatch" in spec:
+        least = longest(workload, spec.get("max_new_tokens", 0))
+        spec["tokens_per_microbatch"] = max(spec["tokens_per_microbatch"], least)
+    return replace(contestant, spec=spec)
+
+
 def run_section(
     section: str, options: argparse.Namespace, sizes: Sizes, model: str, dtype: str
 ) -> dict[str, Any]:
     """All repetitions of all contestants of a section, interleaved."""
     workload = workload_of(section, sizes, model, options.data)
     say(f"{section}: {describe(workload)}")
-    contestants = CONTESTANTS[section](sizes)
+    contestants = [fitted(contestant, workload) for contestant in CONTESTANTS[section](sizes)]
     results: dict[str, Any] = {
         c.name: {"spec": dict(c.spec), "repetitions": [], "failed": ""} for c in contestants
     }
@@ -256,8 +265,12 @@ def run_contestant(
     path = folder / "specification.json"
     write_json(path, dict(spec))
     threads = str(spec["threads"])
+    # A peer runs as its users run it: without our packages, and without the wait policy that truestep sets.
+    ours = contestant.script == "ours.py"
+    hidden = {"PYTHONPATH"} if contestant.environment else set()
+    hidden |= set() if ours else {"OMP_WAIT_POLICY"}
     variables = {
-        **{k: v for k, v in os.environ.items() if k != "PYTHONPATH" or not contestant.environment},
+        **{k: v for k, v in os.environ.items() if k not in hidden},
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from truestep.train.assemble import pack
-from truestep.train.faults import fault_of
 
 from truestep.audit import subjects as registry
 from truestep.audit.environments import launch
@@ -34,12 +32,14 @@ from truestep.audit.subjects import Configuration
 from truestep.model import attention
 from truestep.model.load import LoadedModel, model_shape, prepare
 from truestep.objective.methods import build
-from truestep.records import Kind, TrainSequence
+from truestep.records import Origin, TrainSequence
 from truestep.rundir import provenance, write_json
 from truestep.settings import FaultSettings, OptimizerSettings
 from truestep.train.optim import MasterOptimizer
+from truestep.train.packing import pack
 from truestep.train.policy import Policy
 from truestep.train.step import StepPlan, train_step
+from truestep.train.update import fault_of
 
 ROOT = Path(__file__).resolve().parent.parent
 harness = subject_module("harness")  # the audit's tiny models, by the same names
@@ -129,20 +129,22 @@ def update_of(
     fault."""
     place(policy, seen.parameters, step.before)
     before = read(policy, seen.parameters)
-    batches = []
+    batches, first = [], 0
     for microbatch in step.microbatches:
         rows = [case.rows[row] for row in microbatch.rows]
         demos = [
             TrainSequence(
                 token_ids=r.ids,
-                trained=tuple(bool(t) and i > 0 for i, t in enumerate(r.trained)),
+                origin=tuple(
+                    Origin.EXPERT if t and i > 0 else Origin.CONTEXT for i, t in enumerate(r.trained)
+                ),
                 num_prefix_tokens=0,
                 group=i,
-                kind=Kind.DEMO,
             )
             for i, r in enumerate(rows)
         ]
-        batches += pack(demos, tokens_per_microbatch=4096)
+        batches += pack(demos, tokens_per_microbatch=4096, first_sequence=first)
+        first += len(demos)
     wrong = fault_of(fault)
     weights = None if wrong is None else [float(w) for w in wrong(step.counts)]
     settings = OptimizerSettings(lr=step.learning_rate, kind="sgd", weight_decay=0.0, max_grad_norm=0.0)

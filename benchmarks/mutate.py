@@ -11,7 +11,7 @@ on. Exits 1 if more than 8 % survive. benchmarks/mutate_equivalent.json lists mu
 from __future__ import annotations
 
 import argparse
-import ast
+import contextlib
 import json
 import os
 import random
@@ -23,11 +23,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from coverage import Coverage
+from mutants import Mutant, Sites, is_another_program, mutated
 
 from truestep.evaluate.interval import beta_quantile
 
@@ -38,187 +41,19 @@ EQUIVALENT = ROOT / "benchmarks/mutate_equivalent.json"
 NOT_JUDGES = ("tests/architecture/",)  # they read the source's text, not what it does
 FIRST = "tests/golden/test_golden.py"  # sees most changes of a number at once
 LARGEST_SHARE = 0.08
-SWAPS = {
-    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is", "in": "not in",
-    "not in": "in", "+": "-", "-": "+", "*": "/", "/": "*", "//": "/", "%": "*", "**": "*", "|": "&", "&": "|",
-    "and": "or", "or": "and",
-}  # fmt: skip
-NAMES = {
-    "min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list", "abs": "float", "sum": "mean", "mean": "sum",
-    "ceil": "floor", "floor": "ceil", "amax": "amin", "append": "extend", "prod": "sum", "cumsum": "cumprod",
-}  # fmt: skip
-SYMBOLS = {
-    ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=", ast.Is: "is",
-    ast.IsNot: "is not", ast.In: "in", ast.NotIn: "not in", ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/",
-    ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**", ast.BitOr: "|", ast.BitAnd: "&", ast.And: "and", ast.Or: "or",
-}  # fmt: skip
+RUNNING: set[subprocess.Popen[str]] = set()
+STOPPED = threading.Event()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mutant:
-    """One change: the bytes ``start … end`` of a file become ``now``. ``reach`` are the lines that run if it runs."""
-
-    file: str
-    line: int
-    start: int
-    end: int
-    was: str
-    now: str
-    operator: str
-    reach: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        return f"{self.file}:{self.line}:{self.start}:{self.operator}:{self.now}"
-
-
-class Sites(ast.NodeVisitor):
-    """All mutants of one file. Left out: annotations, imports, docstrings, prose, the text of errors."""
-
-    def __init__(self, file: str, source: bytes) -> None:
-        self.file, self.source = file, source
-        self.starts = [0]
-        for line in source.splitlines(keepends=True):
-            self.starts.append(self.starts[-1] + len(line))
-        self.found: list[Mutant] = []
-        self.reach = (1, 1)
-        self.generic_visit(ast.parse(source))
-
-    def span(self, node: Any) -> tuple[int, int]:
-        return self.starts[node.lineno - 1] + node.col_offset, self.starts[
-            node.end_lineno - 1
-        ] + node.end_col_offset
-
-    def add(self, operator: str, start: int, end: int, now: str) -> None:
-        was = self.source[start:end].decode()
-        now += "\n" * (was.count("\n") - now.count("\n"))  # later lines keep their numbers
-        line = self.source[:start].count(b"\n") + 1
-        self.found.append(
-            Mutant(
-                file=self.file,
-                line=line,
-                start=start,
-                end=end,
-                was=was,
-                now=now,
-                operator=operator,
-                reach=self.reach,
-            )
-        )
-
-    def between(self, kind: Any, left: Any, right: Any) -> None:
-        """Swap the operator that stands between two operands."""
-        symbol = SYMBOLS.get(type(kind), "")
-        first, last = self.span(left)[1], self.span(right)[0]
-        match = re.search(re.escape(symbol).replace(r"\ ", r"\s+"), self.source[first:last].decode())
-        if symbol and match:
-            self.add("operator", first + match.start(), first + match.end(), SWAPS[symbol])
-
-    def visit(self, node: ast.AST) -> None:
-        if isinstance(node, ast.Import | ast.ImportFrom | ast.Raise | ast.JoinedStr | ast.Assert):
-            return
-        before = self.reach
-        if isinstance(node, ast.stmt):
-            body = getattr(node, "body", None)
-            self.reach = (node.lineno, body[0].lineno - 1 if body else node.end_lineno or node.lineno)
-            self.reach = (self.reach[0], max(self.reach))
-        mutate = getattr(self, f"on_{type(node).__name__}", None)
-        if mutate:
-            mutate(node)
-        if isinstance(node, ast.FunctionDef):  # a default matters when the body runs
-            self.reach = (node.body[0].lineno, node.end_lineno or node.lineno)
-        for field, value in ast.iter_fields(node):
-            if field not in ("annotation", "returns", "keywords" if isinstance(node, ast.ClassDef) else ""):
-                for child in value if isinstance(value, list) else [value]:
-                    if isinstance(child, ast.AST):
-                        self.visit(child)
-        self.reach = before
-
-    def on_Compare(self, node: ast.Compare) -> None:
-        sides = [node.left, *node.comparators]
-        for kind, left, right in zip(node.ops, sides, sides[1:], strict=False):
-            self.between(kind, left, right)
-
-    def on_BinOp(self, node: ast.BinOp) -> None:
-        self.between(node.op, node.left, node.right)
-
-    def on_BoolOp(self, node: ast.BoolOp) -> None:
-        for left, right in zip(node.values, node.values[1:], strict=False):
-            self.between(node.op, left, right)
-
-    def on_UnaryOp(self, node: ast.UnaryOp) -> None:
-        self.add("unary", self.span(node)[0], self.span(node.operand)[0], "")
-
-    def on_Constant(self, node: ast.Constant) -> None:
-        value, (start, end) = node.value, self.span(node)
-        if isinstance(value, bool):
-            self.add("constant", start, end, str(not value))
-        elif isinstance(value, int | float):
-            self.add("constant", start, end, str(value + 1 if isinstance(value, int) else 2 * value or 1.0))
-        elif isinstance(value, str) and value and " " not in value:
-            self.add("string", start, end, repr("XX" + value))
-
-    def on_Call(self, node: ast.Call) -> None:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name in NAMES:
-            end = self.span(node.func)[1]
-            self.add("name", end - len(name), end, NAMES[name])
-        for keyword in node.keywords:
-            start, end = self.span(keyword)
-            comma = re.match(rb"\s*,[ ]*", self.source[end:])
-            self.add("keyword", start, end + (comma.end() if comma else 0), "")
-
-    def on_Expr(self, node: ast.Expr) -> None:
-        if isinstance(node.value, ast.Call):
-            self.add("statement", *self.span(node), "pass")
-
-    def on_AugAssign(self, node: ast.AugAssign) -> None:
-        self.between(node.op, node.target, node.value)
-        self.add("statement", *self.span(node), "pass")
-
-    def on_Return(self, node: ast.Return) -> None:
-        if node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None):
-            self.add("return", *self.span(node), "return None")
-
-    def condition(self, test: ast.expr) -> None:
-        start, end = self.span(test)
-        self.add("condition", start, end, f"not ({self.source[start:end].decode()})")
-
-    def on_If(self, node: Any) -> None:
-        self.condition(node.test)
-
-    on_IfExp = on_While = on_If
-
-    def on_comprehension(self, node: ast.comprehension) -> None:
-        for test in node.ifs:
-            self.condition(test)
-
-    def on_Break(self, node: ast.Break) -> None:
-        self.add("loop", *self.span(node), "continue")
-
-    def on_Continue(self, node: ast.Continue) -> None:
-        self.add("loop", *self.span(node), "break")
-
-
-def mutated(source: bytes, mutant: Mutant) -> bytes:
-    return source[: mutant.start] + mutant.now.encode() + source[mutant.end :]
-
-
-def all_mutants(root: Path) -> Iterator[Mutant]:
-    """Every mutant of the targets that compiles and is another program."""
-    paths = [root / PACKAGE / target for target in TARGETS]
-    for path in sorted(p for t in paths for p in (t.rglob("*.py") if t.is_dir() else [t])):
-        source = path.read_bytes()
-        original = ast.dump(ast.parse(source))
-        for mutant in Sites(str(path.relative_to(root)), source).found:
-            try:
-                if ast.dump(ast.parse(mutated(source, mutant))) != original:
-                    yield mutant
-            except SyntaxError:
-                continue
-
-
-# ------------------------------------------------------------------------------------------ copies, tests, coverage
+def draw(seed: str, count: int) -> tuple[list[Mutant], int]:
+    """``count`` different mutants of the targets, and how many there are to draw from."""
+    paths = [ROOT / PACKAGE / target for target in TARGETS]
+    sources = {str(p.relative_to(ROOT)): p.read_bytes()
+               for t in paths for p in (sorted(t.rglob("*.py")) if t.is_dir() else [t])}  # fmt: skip
+    every = [mutant for file, source in sorted(sources.items()) for mutant in Sites(file, source).found]
+    random.Random(seed).shuffle(every)
+    drawn = (mutant for mutant in every if is_another_program(sources[mutant.file], mutant))
+    return list(islice(drawn, count)), len(every)
 
 
 def copied(folder: Path) -> Path:
@@ -228,6 +63,13 @@ def copied(folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     return folder
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    RUNNING.discard(child)
 
 
 def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = "") -> tuple[int | None, str]:
@@ -258,24 +100,19 @@ def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = ""
         ]  # KiB: a mutant may allocate without end
         child = subprocess.Popen(limited, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
                                  start_new_session=True)  # fmt: skip
+        RUNNING.add(child)
         try:
             code: int | None = child.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            try:
-                os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            child.wait()
+            end(child)
         output.seek(0)
         return code, output.read()
 
 
 def reach_of(folder: Path, test: str) -> dict[str, Any]:
     """The lines that a test file runs, in its own process and its children, and the time that it takes."""
-    from coverage import Coverage
-
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "rc"
         config.write_text(f"[run]\nparallel = true\ndata_file = {scratch}/data\nsource = {folder / PACKAGE}\n"
@@ -331,9 +168,6 @@ def judge(mutant: Mutant, folder: Path, reach: list[dict[str, Any]]) -> dict[str
     return {**row, "seconds": round(time.monotonic() - began, 1)}
 
 
-# -------------------------------------------------------------------------------------------------- drawing, running
-
-
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -346,13 +180,15 @@ class Log:
         self.free = [copied(folder / str(i)) for i in range(jobs)]
 
     def work(self, run: Any, stop: float) -> None:
-        if time.monotonic() > stop:
+        if time.monotonic() > stop or STOPPED.is_set():
             return
         with self.lock:
             copy = self.free.pop()
         row = run(copy)
         with self.lock:
             self.free.append(copy)
+            if STOPPED.is_set():
+                return
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(
@@ -372,15 +208,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=300, help="begin no further mutant after that")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="of the drawn mutants, those whose name holds this text")
+    parser.add_argument(
+        "--tests", default="", help="to try it out: a pattern of the test files that may judge"
+    )
     parser.add_argument("--list", action="store_true", help="print the drawn mutants and run nothing")
     given = parser.parse_args()
     seed = subprocess.check_output(
         ["git", "-C", str(ROOT), "log", "-1", "--format=%H", "--", "tests"], text=True
     ).strip()
-    every = list(all_mutants(ROOT))
-    drawn = random.Random(seed).sample(every, min(given.mutants, len(every)))
+    drawn, total = draw(seed, given.mutants)
     drawn = [mutant for mutant in drawn if given.only in mutant.name]
-    print(f"{len(drawn)} of {len(every)} mutants, seed {seed}")
+    print(f"{len(drawn)} of about {total} mutants, seed {seed}")
     if given.list:
         print("\n".join(f"{m.file}:{m.line} {m.operator}: {m.was!r} → {m.now!r}" for m in drawn))
         return 0
@@ -392,18 +230,25 @@ def main() -> int:
         logs = Log(reach_path, given.jobs, Path(folder))
         known = {row["test"] for row in rows_of(reach_path)}
         tests = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py"))
-        tests = [t for t in tests if not t.startswith(NOT_JUDGES) and t not in known]
+        tests = [
+            t for t in tests if not t.startswith(NOT_JUDGES) and t not in known and re.search(given.tests, t)
+        ]
         try:
             list(pool.map(lambda test: logs.work(lambda copy: reach_of(copy, test), stop), tests))
             reach = rows_of(reach_path)
+            if len(reach) < len(known) + len(tests):
+                print("out of time before it is known which tests reach a line: the same command goes on")
+                return 1
             logs.path = path
             known = {row["name"] for row in rows_of(path)}
-            todo = [m for m in drawn if m.name not in known]
-            list(pool.map(lambda m: logs.work(lambda copy: judge(m, copy, reach), stop), todo))
+            left = [m for m in drawn if m.name not in known]
+            list(pool.map(lambda m: logs.work(lambda copy: judge(m, copy, reach), stop), left))
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            stop = 0.0
-            raise
+            STOPPED.set()
+            for child in list(RUNNING):
+                end(child)
+            print("stopped: what is judged is kept; the same command goes on")
+            return 130
     return summary(
         [row for row in rows_of(path) if row["name"] in {m.name for m in drawn}], reach, len(drawn)
     )

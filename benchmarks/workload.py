@@ -77,6 +77,14 @@ def prompt_workload(model: str, data: str, count: int, per_step: int, seed: int)
     }
 
 
+def longest(workload: dict[str, Any], max_new_tokens: int) -> int:
+    """Tokens of the longest sequence that a training step can get: a row, or a prompt with its completion."""
+    return max(
+        [len(row["ids"]) for row in workload.get("rows", ())]
+        + [len(prompt["ids"]) + max_new_tokens for prompt in workload.get("prompts", ())]
+    )
+
+
 def describe(workload: dict[str, Any]) -> str:
     """The lengths, in one line."""
     key = "rows" if "rows" in workload else "prompts"

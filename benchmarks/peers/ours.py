@@ -11,6 +11,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,38 @@ from measure import StepClock, generation_figures, report, specification, text_p
 
 from truestep.device import compute_device, keep_free_memory, make_deterministic, matmul_rate, set_threads
 from truestep.model.load import load_model
-from truestep.objective.methods import build
+from truestep.objective.methods import Method, build
 from truestep.objective.schedule import constant
-from truestep.records import Kind, Message, Problem, Prompt, Score, TrainSequence, Verdict
-from truestep.rollout.engine import SampleRequest, SamplingParameters
+from truestep.records import (
+    Message,
+    Origin,
+    Problem,
+    Prompt,
+    RewardInput,
+    Score,
+    TrainSequence,
+    Verdict,
+    judged,
+)
+from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine
 from truestep.rollout.sample import Sampler
 from truestep.seeding import Purpose
-from truestep.settings import ModelSettings, OptimizerSettings, RlSettings, SamplingSettings, SftSettings
-from truestep.train.buffers import Memory
-from truestep.train.loop import StageRun, run_stage
-from truestep.train.parallel import Ranks
+from truestep.settings import (
+    ModelSettings,
+    OptimizerSettings,
+    RlSettings,
+    SamplingSettings,
+    SftSettings,
+    StageSettings,
+)
+from truestep.train.loop import StageSpec, run_stage
+from truestep.train.memory import Memory
+from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
-from truestep.train.source import EntropyOf, RolloutSource, StepData
+from truestep.train.scoring import Scorer
+from truestep.train.source import RolloutSource, Source, StepData
+from truestep.train.update import Optimizers, Updater
 
 FAR = 1_000_000  # a step that is never reached: the last step of a stage saves a checkpoint
 LR = 1e-5
@@ -49,16 +69,17 @@ class _Rows:
     def __init__(self, rows: Sequence[dict[str, Any]], size: int, clock: StepClock) -> None:
         self.rows, self.size, self.clock = rows, size, clock
 
-    def take(self, step: int, memory: Memory, entropy_of: EntropyOf) -> StepData:
+    def take(self, step: int, memory: Memory) -> StepData:
         rows = self.rows[step * self.size : (step + 1) * self.size]
         self.clock.count(sum(len(r["ids"]) for r in rows))
         sequences = [
             TrainSequence(
                 token_ids=tuple(r["ids"]),
-                trained=tuple(i >= r["num_prompt"] for i in range(len(r["ids"]))),
+                origin=tuple(
+                    Origin.EXPERT if i >= r["num_prompt"] else Origin.CONTEXT for i in range(len(r["ids"]))
+                ),
                 num_prefix_tokens=0,
                 group=i,
-                kind=Kind.DEMO,
             )
             for i, r in enumerate(rows)
         ]
@@ -71,17 +92,47 @@ def make_policy(spec: dict[str, Any]) -> Policy:
     return Policy(loaded, gradient_checkpointing=spec.get("recompute", False), compile=spec["compile"])
 
 
-def measure(run: StageRun, clock: StepClock, steps: int) -> None:
+def stage_spec(
+    stage: StageSettings,
+    folder: Path,
+    scorer: Scorer,
+    method: Method,
+    source: Source,
+    max_length: int,
+    engine: Engine | None = None,
+) -> StageSpec:
+    updater = Updater(
+        policy=scorer.policy,
+        scorer=scorer,
+        method=method,
+        optimizers=Optimizers(main=MasterOptimizer(scorer.policy, stage.optimizer)),
+        learning_rate=constant(LR),
+        updates_per_step=source.updates_per_step,
+        max_length=max_length,
+    )
+    return StageSpec(
+        name=stage.kind,
+        folder=folder,
+        settings=stage,
+        identity="bench",
+        policy=scorer.policy,
+        source=source,
+        updater=updater,
+        num_steps=FAR,
+        engine=engine,
+    )
+
+
+def measure(run: StageSpec, clock: StepClock, steps: int) -> None:
     """Run ``steps`` steps of the stage; the clock starts at the first."""
 
     def on_step(done: int, metrics: object, seconds: float) -> None:
         if clock.end_step() == steps:
             raise _Enough
 
-    run.on_step = on_step
     clock.restart()
     with contextlib.suppress(_Enough):
-        run_stage(run)
+        run_stage(replace(run, on_step=on_step))
 
 
 def sft(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -96,19 +147,9 @@ def sft(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         sequences_per_step=spec["sequences_per_step"],
         steps=FAR,
     )
-    run = StageRun(
-        name="sft",
-        folder=folder,
-        settings=stage,
-        identity="bench",
-        policy=policy,
-        method=build("sft", {}),
-        source=_Rows(spec["rows"], spec["sequences_per_step"], clock),
-        num_steps=FAR,
-        learning_rate=constant(LR),
-        temperature=1.0,
-        max_length=policy.context_length,
-    )
+    source = _Rows(spec["rows"], spec["sequences_per_step"], clock)
+    scorer = Scorer(policy=policy, temperature=1.0, tokens_per_microbatch=stage.tokens_per_microbatch)
+    run = stage_spec(stage, folder, scorer, build("sft", {}), source, policy.context_length)
     measure(run, clock, spec["warmup"] + spec["steps"])
     trained = sum(len(r["ids"]) - r["num_prompt"] for r in spec["rows"]) / sum(
         len(r["ids"]) for r in spec["rows"]
@@ -122,8 +163,8 @@ def sft(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def grade(pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
-    return [Score(verdict=Verdict.CORRECT if text_parity(text) else Verdict.INCORRECT) for _, text in pairs]
+def grade(samples: Sequence[RewardInput]) -> list[Score]:
+    return [judged(Verdict.CORRECT if text_parity(s.completion) else Verdict.INCORRECT) for s in samples]
 
 
 def rl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -152,32 +193,20 @@ def rl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         ),  # always to the limit
         samples_per_prompt=samples,
         decode=lambda ids: str(policy.tokenizer.decode(list(ids), skip_special_tokens=True)),
-        grade=grade,
+        score=grade,
         seed=spec["seed"],
     )
+    scorer = Scorer(policy=policy, temperature=1.0, tokens_per_microbatch=stage.tokens_per_microbatch)
     source = RolloutSource(
         [Prompt(problem=_problem(p["id"]), token_ids=tuple(p["ids"])) for p in spec["prompts"]],
         sampler=sampler,
+        scorer=scorer,
         method=method,
         prompts_per_step=prompts,
         updates_per_step=1,
-        ranks=Ranks(),
         decode_prompt=lambda prompt: str(policy.tokenizer.decode(list(prompt.token_ids))),
     )
-    run = StageRun(
-        name="rl",
-        folder=folder,
-        settings=stage,
-        identity="bench",
-        policy=policy,
-        method=method,
-        source=source,
-        num_steps=FAR,
-        learning_rate=constant(LR),
-        temperature=1.0,
-        max_length=limit,
-        engine=engine,
-    )
+    run = stage_spec(stage, folder, scorer, method, source, limit, engine)
     measure(run, clock, spec["warmup"] + spec["steps"])
     clock.tokens = [prompts * samples * limit] * len(clock.tokens)
     return clock.figures(spec["warmup"])

@@ -37,10 +37,9 @@ def set_threads(wanted: int | Literal["auto"]) -> int:
     sets OMP_NUM_THREADS to 1 by itself, so with several ranks it says nothing.)
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if wanted == "auto":
-        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] if ranks == 1 else ""
-        number = int(given) if given.isdigit() and int(given) else max(1, usable_cores() // ranks)
-    else:
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] if ranks == 1 else ""
+    number = int(given) if given.isdigit() and int(given) else max(1, usable_cores() // ranks)
+    if wanted != "auto":
         number = wanted
     if torch.get_num_threads() != number:
         torch.set_num_threads(number)

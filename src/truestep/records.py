@@ -3,6 +3,8 @@ construction.
 
 No torch here: the audit and the report read these records in environments that have none. Where a record
 holds tensors (``TokenBatch``), they are typed by name only.
+
+One file: whoever reads one of them needs the others, and every room imports several.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ JUDGE_SECONDS = 600.0  # for a batch: a judge waits for a server
 class RewardSettings(Frozen):
     """One term of the reward, and the limits of the child processes that compute it."""
 
-    function: str  # checker | random | format | length | overlong | judge | FILE.py:FUNCTION | PACKAGE.MODULE:FUNCTION
+    function: str  # one of BUILT_IN, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION
     weight: float = 1.0  # 0: only logged
     name: str = ""  # in metrics and messages; the function's own if it is not set
     options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
@@ -63,8 +63,8 @@ class RewardSettings(Frozen):
 
 
 def reward_entries(reward: str, rewards: Sequence[RewardSettings]) -> tuple[RewardSettings, ...]:
-    """The list that is in force: ``rewards``, or the one that ``reward`` names. Raises ValueError if two have the
-    same name."""
+    """The list that is in force: ``rewards``, or the one that ``reward`` names. Raises ValueError if two have
+    the same name."""
     entries = tuple(rewards) or (RewardSettings(function=reward),)
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):

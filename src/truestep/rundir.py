@@ -3,7 +3,7 @@
 RUN/resolved.toml  provenance.json  report.html  summary.json
     data/overlap.json
     stages/NN-NAME/{metrics,timings,rollouts}.jsonl  checkpoints/  export/  done.json
-    evaluations/NAME/{DATA.samples.jsonl,DATA.results.json}
+    evaluations/CHECKPOINT or TEMPLATE/{DATA.samples.jsonl,DATA.results.json}
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from truestep.errors import UserError
+
+ELSEWHERE = "pass --out with a different path"
 _SECRET = re.compile(
     r"(hf_|sk-|ghp_|github_pat_|xox[bap]-|AKIA|glpat-|npm_|pypi-)[A-Za-z0-9_\-]{8,}|://[^/\s:@]+:[^/\s@]+@"
 )
@@ -57,6 +60,27 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def holds_run(folder: Path, *, resume: bool) -> bool:
+    """Whether the folder holds a run to continue. Writes nothing. Raises UserError if it holds a run and
+    ``resume`` is not set, or if it holds anything else."""
+    if (folder / "resolved.toml").exists():
+        if not resume:
+            raise UserError(f"{folder} already holds a run: pass --resume to continue it, or {ELSEWHERE}")
+        return True
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not a truestep run directory: {ELSEWHERE}")
+    return False
+
+
+def open_run(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the run directory with its resolved.toml. Raises UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "resolved.toml", to_toml(settings))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): {ELSEWHERE}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,7 +2,7 @@
 what to write instead; ``resolved.toml`` in the run directory shows every setting that was in force.
 
 Batch sizes are named by what they count; everything else about a batch is derived (``pipeline`` prints the
-table). The file is longer than others because every model refers to others of it.
+table). One file: every model refers to others of it.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from truestep.rundir import file_sha256
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The file that a function is in. ``module`` is "" for FILE.py:FUNCTION; ``sha256`` is the hash of the file,
-    "" for a function that ships with truestep."""
+    """The file that a function is in. ``module`` is "" for FILE.py:FUNCTION; ``sha256`` is the hash of the
+    file, "" for a function that ships with truestep."""
 
     path: str
     module: str
@@ -33,8 +33,8 @@ class Source:
 
 
 def find_source(named: str, base: Path, *, what: str, shipped: str = "") -> Source:
-    """Find the file without running it. ``base`` is the recipe's folder, ``what`` the word for the thing in errors,
-    ``shipped`` the place of one that ships with truestep. Raises UserError if there is none."""
+    """Find the file without running it. ``base`` is the recipe's folder, ``what`` the word for the thing in
+    errors, ``shipped`` the place of one that ships with truestep. Raises UserError if there is none."""
     place, _, function = (shipped or named).rpartition(":")
     if place.endswith(".py"):
         module, path = "", (base / Path(place).expanduser()).resolve()
@@ -62,8 +62,9 @@ def _module_file(module: str, places: Sequence[str], what: str) -> Path:
 
 
 def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
-    """Import the file and take its function. What lies beside the file can be imported by it; it is looked for
-    last, so that a file called random.py hides nothing. Raises UserError, and whatever the file raises."""
+    """Import the file and take its function. What lies beside the file can be imported by it; it is looked
+    for last, so that a file called random.py hides nothing. Raises UserError, and whatever the file
+    raises."""
     for folder in (*path, str(Path(source.path).parent)):
         if folder not in sys.path:
             sys.path.append(folder)
@@ -90,8 +91,8 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The keyword arguments of a function; one that has a parameter ``folder`` gets the run's. Raises UserError
-    if it does not take them."""
+    """The keyword arguments of a function; one that has a parameter ``folder`` gets the run's. Raises
+    UserError if it does not take them."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # written in C
@@ -111,7 +112,6 @@ def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder
 # ------------------------------------------------------------------------------------------- when it is called
 
 MAX_DETAIL = 6000  # characters of a traceback
-OWN = os.getpid()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +123,14 @@ class Raised:
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """What the user's code returns, or a ``Raised``: the only place that catches everything, ``sys.exit`` too. A
-    process that the code has forked and that comes back here ends."""
+    """What the user's code returns, or a ``Raised``: the only place that catches everything, ``sys.exit``
+    too. A process that the code has forked and that comes back here ends."""
+    own = os.getpid()
     try:
         result = work(*given)
     except BaseException as error:  # noqa: BLE001
         result = raised(error)
-    if os.getpid() != OWN:
+    if os.getpid() != own:
         os._exit(0)
     return result
 

@@ -104,7 +104,7 @@ def test_coefficients_and_advantages_divide_no_tensor_of_a_loss() -> None:
         ("objective/schedule.py", "warmed_cosine"): 1,
         ("objective/logprobs.py", "forward"): 1,  # Σ p z, over the vocabulary
         ("objective/logprobs.py", "logprobs_from_logits"): 1,
-        ("objective/methods/__init__.py", "shaped_reward"): 1,  # the overlong penalty's slope
+        ("objective/methods/row.py", "shaped"): 1,  # the overlong penalty's slope
         ("objective/normalise.py", "normalise"): 1,
         ("objective/schedule.py", "cosine"): 1,  # of the step
         ("objective/schedule.py", "learning_rate"): 2,

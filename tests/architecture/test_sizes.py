@@ -7,11 +7,16 @@ import re
 
 from source_tree import PACKAGE, ROOT, code_tokens, functions, modules, short, tree
 
-MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 80, 8
+MOST_FILE_LINES, LONG_FILE_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 600, 80, 8
 
 
 def test_files_are_short() -> None:
-    long = {short(p): n for p in modules() if (n := len(p.read_text().splitlines())) > MOST_FILE_LINES}
+    """Up to 600 lines if the docstring says why the file is one ("One file: ...")."""
+    long = {}
+    for p in modules():
+        n, said = len(p.read_text().splitlines()), "One file:" in (ast.get_docstring(tree(p)) or "")
+        if n > (LONG_FILE_LINES if said else MOST_FILE_LINES):
+            long[short(p)] = n
     assert long == {}
 
 
@@ -84,7 +89,7 @@ def _is_false(node: ast.expr) -> bool:
 
 
 def test_nobody_catches_everything() -> None:
-    """Except where a user's reward function is called. A clean-up that raises again does not count."""
+    """Except if a user's function is called. A clean-up that raises again does not count."""
     guilty, users_code = [], []
     for path in modules():
         for node in ast.walk(tree(path)):
@@ -94,7 +99,7 @@ def test_nobody_catches_everything() -> None:
             if re.search(r"\b(everything|Exception|BaseException)\b", caught):
                 again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
                 if not again:
-                    found = users_code if short(path) == "rewards/worker.py" else guilty
+                    found = users_code if short(path) == "user_code.py" else guilty
                     found.append(f"{short(path)}:{node.lineno} {caught}")
     assert guilty == []
     assert len(users_code) == 1, "one place only"

@@ -107,10 +107,14 @@ def test_other_tools_are_recognised(tmp_path: Path, name: str, content: str, sub
     [
         ("ds.json", "{", "not valid JSON"),
         ("ds.json", "[1]", "expected a table"),
-        ("ds.json", '{"zero_optimization": [2]}', "zero_optimization is a table"),
-        ("args.json", '{"zero_optimization": {"offload_optimizer": "cpu"}}', "offload_optimizer is a table"),
-        ("bf16.json", '{"zero_optimization": {"stage": 2}, "bf16": true}', "bf16 is a table"),
-        ("under.json", '{"gradient_accumulation_steps": 4, "deepspeed": 3}', "deepspeed is a table"),
+        ("ds.json", '{"zero_optimization": [2]}', "zero_optimization: expected a table"),
+        (
+            "args.json",
+            '{"zero_optimization": {"offload_optimizer": "cpu"}}',
+            "offload_optimizer: expected a table",
+        ),
+        ("bf16.json", '{"zero_optimization": {"stage": 2}, "bf16": true}', "bf16: expected a table"),
+        ("under.json", '{"gradient_accumulation_steps": 4, "deepspeed": 3}', "deepspeed: expected a table"),
         (
             "ds.json",
             '{"zero_optimization": {"stage": "two"}}',

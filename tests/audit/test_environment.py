@@ -266,7 +266,7 @@ def test_an_installer_that_hangs_is_ended_with_its_children(tmp_path: Path, monk
     with (
         (tmp_path / "lock").open("w") as lock,
         (tmp_path / "log").open("w") as log,
-        pytest.raises(environment.BuildFailed, match=r"x: no end after 2 s"),
+        pytest.raises(environment.BuildFailed, match=r"x: the installer did not end within 2 s"),
     ):
         environment._execute(command, {}, "x", log, lock.fileno())
     wait_for(lambda: not _alive(int(pid.read_text())))
@@ -410,15 +410,15 @@ def test_what_the_caller_has_on_its_path_is_not_found(
 def test_a_python_that_is_none_says_what_to_write(theirs: Path, tmp_path: Path):
     broken = script(tmp_path / "broken", "#!/bin/sh\necho 'no way' >&2\nexit 3\n")
     for path, expected in (
-        (tmp_path / "absent", "no such program: write the path"),
-        (theirs.parent.parent, f"write {theirs}"),
+        (tmp_path / "absent", "no such program; pass the path"),
+        (theirs.parent.parent, f"pass {theirs}"),
         (broken, "no way"),
         (script(tmp_path / "silent", "#!/bin/sh\n"), "does not run as a Python"),
     ):
         with pytest.raises(UserError) as caught:
             environment.installed(path)
         assert expected in str(caught.value)
-        assert "write" in str(caught.value)
+        assert "pass" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 

@@ -126,7 +126,7 @@ def test_hostile_names_show_as_text(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a folder"):
+    with pytest.raises(UserError, match="is not a directory"):
         look_back(tmp_path / "gone")
 
 

@@ -406,8 +406,9 @@ def test_bad_input_is_one_line(
     code = call(monkeypatch, "run", str(folder / case.recipe), "--out", str(folder / "out"), *case.words)
     out, err = capsys.readouterr()
     assert (code, out) == (2, ""), err
-    (line,) = err.splitlines()
+    *before_it, line = err.splitlines()  # a command says first what it is doing
     assert line.startswith("error: ")
+    assert all(said.startswith("truestep ") for said in before_it)
     for words in case.expect:
         assert words in line
     assert sorted(folder.rglob("*")) == before, "something was written"
@@ -430,7 +431,7 @@ def test_the_other_verbs_check_as_well(
 ) -> None:
     recipe("limit = 3", "limit = 0")(folder)
     assert call(monkeypatch, verb, str(folder / "run.toml"), "--out", str(folder / "out")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert "data.test" in line
     assert "limit" in line
 
@@ -449,6 +450,6 @@ def test_bad_input_in_a_real_process(name: str, folder: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    line = done.stderr.splitlines()[-1]
     assert line.startswith("error: ")
     assert all(words in line for words in case.expect)

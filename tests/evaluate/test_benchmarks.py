@@ -78,7 +78,7 @@ def test_unknown_content_is_recorded_once_and_held_to(
     with pytest.raises(UserError, match=r"first loaded here.*remove made from .*home/benchmarks.json"):
         benchmarks.load(made, tmp_path)
     (tmp_path / "home" / "benchmarks.json").write_text("{")
-    with pytest.raises(UserError, match=r"benchmarks.json: is no JSON"):
+    with pytest.raises(UserError, match=r"benchmarks.json: is not JSON"):
         benchmarks.load(made, tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_what_is_no_log_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "z.json").write_text('{"results": {}}')
     for name, words in (
         ("x.jsonl", "expected a sample"),
-        ("y.eval", "no inspect log"),
+        ("y.eval", "not an inspect log"),
         ("z.json", "samples_"),
         ("w", "no such"),
     ):

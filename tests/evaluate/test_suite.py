@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +21,19 @@ from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.external_logs import read_evaluations
 from truestep.evaluate.import_compare import compare_evaluations
+from truestep.evaluate.jobs import changed, evaluation_settings
 from truestep.evaluate.model_adapters import TokenAdapter
 from truestep.evaluate.run import RunningScore
 from truestep.evaluate.sources import content_hash, file_items
 from truestep.evaluate.suite import averages
 from truestep.model.load import load_tokenizer
-from truestep.report.tables import ScoreRow, print_scores
-from truestep.settings import ModelSettings
+from truestep.report.tables import ScoreRow, print_scores, score_table
+from truestep.rundir import to_toml
+from truestep.settings import ModelSettings, read_recipe
 
 pytest.importorskip("torch")
 SECRET = "zebra"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def add(
@@ -354,3 +359,42 @@ def test_hostile_text_is_text_on_the_page(run: Callable[..., Any], tmp_path: Pat
     assert "&lt;script&gt;" in page
     assert "{{ 7*7 }}" in page
     assert not any(bad in page for bad in ("<script", "<img", "\x1b", "\u202e"))
+
+
+@pytest.mark.parametrize("name", ["eval-smollm2", "eval-prompts", "demo", "smollm2-gsm8k"])
+def test_committed_results_are_still_read(name: str, tmp_path: Path) -> None:
+    """Summaries of every version give a page and a table with all their scores."""
+    folder = shutil.copytree(RESULTS / name, tmp_path / name)
+    (folder / "resolved.toml").touch()
+    CliRunner().invoke(_app(), ["report", str(folder)], catch_exceptions=False)
+    summary, page = json.loads((folder / "summary.json").read_text()), (folder / "report.html").read_text()
+    rows = score_table(folder)
+    assert [row.score for row in rows] == [score["score"] for score in summary["scores"]]
+    assert all(row.data and row.data in page for row in rows)
+
+
+def test_a_recipe_of_short_keys_is_the_long_one() -> None:
+    """Those of earlier versions, of which results/ holds one."""
+    old = evaluation_settings(read_recipe(RESULTS / "eval-smollm2" / "resolved.toml"), "old")
+    new = evaluation_settings(read_recipe(RESULTS.parent / "recipes/eval/smollm2.toml"), "new")
+    assert changed(old, new) == []
+    kept = ("benchmarks", "prompts", "few_shot", "limit", "limits", "sampling", "engine")
+    assert [getattr(old.evaluate, k) for k in kept] == [getattr(new.evaluate, k) for k in kept]
+    again = evaluation_settings(tomllib.loads(to_toml(new.model_dump(mode="json"))), "resolved")
+    assert again == new
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({}, "no benchmarks given"),
+        ({"benchmarks": ["gsm9k"]}, 'did you mean "gsm8k"'),
+        ({"benchmarks": ["gsm8k"], "prompts": ["qwem"]}, "is not one of"),
+        ({"benchmarks": ["gsm8k"], "temprature": 0}, "temprature"),
+        ({"benchmarks": ["gsm8k"], "limits": {"svamp": 3}}, "limits.svamp"),
+        ({"benchmarks": ["gsm8k"], "engine": "tensorrt"}, "expected torch, vllm"),
+    ],
+)
+def test_what_an_evaluation_refuses(raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        evaluation_settings({"model": {"path": "tiny"}, **raw}, "recipe")

@@ -153,7 +153,8 @@ def run_tree(src: Path, folder: Path, runs: Iterable[str] = RUNS) -> dict[str, l
 def run_commands(src: Path, folder: Path, commands: Sequence[Sequence[str]]) -> None:
     """``truestep`` with each list of words in turn, in one process of the tree in ``src``, on one thread."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = {**os.environ, **threads, "PYTHONPATH": str(src.resolve()), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(src.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **threads, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     child = [sys.executable, str(HERE), "child", str(src.resolve()), json.dumps([list(c) for c in commands])]
     done = subprocess.run(child, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from truestep.objective.advantage import GroupView
 from truestep.objective.methods import Method, build
 from truestep.records import Origin, StepReport, TokenBatch, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.testing.reference.loss import METHODS as REFERENCE_METHODS
 from truestep.testing.reference.loss import exact_float64, group_advantages, reference_gradient
+from truestep.testing.reference.rows import named_part
 from truestep.train.optim import MasterOptimizer
 from truestep.train.packing import pack
 from truestep.train.policy import Policy
@@ -44,6 +44,7 @@ class Family:
     reference: str
     origin: Origin  # of its trained tokens
     advantage: str = ""  # the reference's name for the kind of advantage
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the reference
 
 
 FAMILIES = {
@@ -53,7 +54,8 @@ FAMILIES = {
         Family(
             name="sft_sequences",
             method=build("sft", {"normaliser": "sequences"}),
-            reference="sft_sequence_mean",
+            reference="sft",
+            options={"normaliser": "seq"},
             origin=Origin.EXPERT,
         ),
         Family(name="dft", method=build("dft", {}), reference="dft", origin=Origin.EXPERT),
@@ -313,8 +315,15 @@ def run_step(
 def expected_gradient(
     model: nn.Module, sequences: Sequence[TrainSequence], family: Family, **options: Any
 ) -> dict[str, Tensor]:
-    fixed = {"max_length": MAX_LENGTH} if REFERENCE_METHODS[family.reference].normaliser == "drg" else {}
-    return reference_gradient(model, referred(sequences, family), method=family.reference, **fixed, **options)
+    fixed = {"max_length": MAX_LENGTH} if named_part(family.reference).normaliser == "drg" else {}
+    return reference_gradient(
+        model,
+        referred(sequences, family),
+        method=family.reference,
+        options=family.options,
+        **fixed,
+        **options,
+    )
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:

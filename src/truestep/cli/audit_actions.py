@@ -43,15 +43,15 @@ def select(
     Raises UserError where nothing of it can be audited.
     """
     if arch and arch not in registry.ARCHS:
-        raise UserError(f"--arch {arch}: write {', '.join(registry.ARCHS)}")
+        raise UserError(f"--arch {arch} is unknown: pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
-        raise UserError(f"{target}: for a loop of your own write FILE.py:FUNCTION")
+        raise UserError(f"{target} names no .py file: pass your own loop as FILE.py:FUNCTION")
     if ".py:" in target:
         if config is not None or only:
-            raise UserError(f"{target}: your own loop has one configuration: leave out --config and --only")
+            raise UserError(f"{target} has one configuration: remove --config and --only")
         return [_own_loop(target, arch)], _program(python)
     if target and python is not None:
-        raise UserError("give a requirement or --python, one of them")
+        raise UserError(f"{target} and --python exclude each other: pass one of them")
     if config is not None:
         return _as_configured(config, target, python, arch)
     if target:
@@ -71,7 +71,7 @@ def _as_configured(config: Path, target: str, python: Path | None, arch: str) ->
     if missing:
         raise UserError(
             f"--config {config}: it configures {subject.name}, and {chosen} has no {missing[0]}: "
-            "give --python of an environment that has it, or a requirement such as " + environment.EXAMPLE
+            "pass --python of an environment that has it, or a requirement such as " + environment.EXAMPLE
         )
     for note in notes:
         say(f"{config}: {note}")
@@ -82,7 +82,7 @@ def _program(python: Path | None) -> Path:
     """The python to audit, this one by default."""
     chosen = shutil.which(str(python or sys.executable))
     if chosen is None:
-        raise UserError(f"--python {python}: no such program: give a virtual environment's bin/python")
+        raise UserError(f"--python {python} does not exist: pass a virtual environment's bin/python")
     return Path(chosen).absolute()
 
 
@@ -91,7 +91,7 @@ def _own_loop(target: str, arch: str) -> Subject:
     file, _, function = target.rpartition(":")
     path = Path(file).absolute()
     if not path.is_file():
-        raise UserError(f"{file}: no such file: write FILE.py:FUNCTION")
+        raise UserError(f"{file} does not exist: pass FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
     configuration = registry.Configuration(options=options)
     return Subject(
@@ -104,7 +104,7 @@ def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
     if not found:
         known = ", ".join(s.name for s in (subjects or registry.TABLE))
         raise UserError(
-            f"{where}: nothing to audit{f' whose name holds {only!r}' if only else ''}; known: {known}"
+            f"{where} has nothing to audit{f' whose name contains {only!r}' if only else ''}; known: {known}"
         )
     return found
 
@@ -114,7 +114,7 @@ def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
         return list(subjects)
     if not any("arch" in c.options for s in subjects for c in s.configurations):
         names = ", ".join(s.name for s in subjects)
-        raise UserError(f"--arch {arch}: {names} is audited with a tiny model of its own: leave it out")
+        raise UserError(f"--arch {arch} does not apply to {names}: remove it")
     return [registry.with_arch(s, arch) for s in subjects]
 
 
@@ -255,7 +255,7 @@ def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
 
     chosen = _program(python)
     if "transformers" not in environment.installed(chosen):
-        raise UserError(f"{chosen} has no transformers: give --python of an environment that has it")
+        raise UserError(f"{chosen} has no transformers: pass --python of an environment that has it")
     try:
         document = sweep(chosen, timeout=max(timeout, 600.0))
     except SubjectFailed as error:
@@ -291,7 +291,7 @@ def bisect(
 ) -> None:
     """Search releases of one package; each is judged by its subject's first configuration."""
     if not target or "=" in target:
-        raise UserError(f"--bisect needs a package name alone, such as deepspeed, not {target!r}")
+        raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
     first, last = bisection.parse_range(text)
     releases = bisection.releases_between(Path(sys.executable), target, first, last)
     say(

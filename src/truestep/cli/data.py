@@ -7,21 +7,27 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Check data row by row, or show what is trained.", no_args_is_help=True)
-_Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")]
+from truestep.cli.run import Json, Set
+
+app = typer.Typer(help="Check data row by row, or show which tokens are trained.", no_args_is_help=True)
 
 
 @app.command()
 def check(
     source: Annotated[
-        str, typer.Argument(help="A recipe (.toml), a .jsonl or .parquet file, or a folder of them.")
+        str,
+        typer.Argument(
+            help="A recipe (.toml), a .jsonl or .parquet file, or a folder of them.", show_default=False
+        ),
     ],
-    overrides: _Set = None,
-    gold: Annotated[bool, typer.Option(help="Let the checker judge every gold answer by itself.")] = True,
-    as_json: _Json = False,
+    overrides: Set = None,
+    gold: Annotated[
+        bool, typer.Option(help="Grade every gold answer against itself, and report those that are refused.")
+    ] = True,
+    as_json: Json = False,
 ) -> None:
-    """Validate every row; print counts, lengths, duplicates, golds that the checker refuses, and overlap."""
+    """Validate every row; print counts, lengths, duplicates, gold answers that the grader refuses, and overlap
+    between training and evaluation data."""
     from truestep.cli import data_actions
 
     data_actions.check(source, overrides or (), gold=gold, as_json=as_json)
@@ -29,12 +35,14 @@ def check(
 
 @app.command()
 def show(
-    recipe: Annotated[str, typer.Argument(help="A recipe (.toml).")],
-    num: Annotated[int, typer.Option("--num", min=1, help="Examples per data set.")] = 2,
-    overrides: _Set = None,
-    as_json: _Json = False,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a TOML file.", show_default=False)],
+    num: Annotated[
+        int, typer.Option("--num", min=1, help="How many examples of each data set to print.")
+    ] = 2,
+    overrides: Set = None,
+    as_json: Json = False,
 ) -> None:
-    """Print examples as the model sees them, with what is trained in bold green between ⟦ and ⟧."""
+    """Print examples as the model sees them; trained tokens are bold green, between ⟦ and ⟧."""
     from truestep.cli import data_actions
 
     data_actions.show(recipe, overrides or (), num=num, as_json=as_json)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from truestep.cli.progress import announce
 from truestep.data.describe import describe
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -> None:
-    """Validate every row of every set and print what was found; exit code 1 where a gold is refused."""
+    """Validate every row of every set and print what was found; exit code 1 if a gold is refused."""
+    announce(f"truestep data check: reading {source}")
     from rich.console import Console
 
     if source.endswith(".toml"):
@@ -56,6 +58,7 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
 
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
     """Print the first examples of every set as the model sees them."""
+    announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
     from rich.console import Console
     from rich.text import Text
 

@@ -3,57 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
-from truestep.evaluate.jobs import Job
+from truestep.evaluate.jobs import Job, budget, remarks
 from truestep.evaluate.model_adapters import EndpointAdapter, ModelAdapter, TokenAdapter
 from truestep.settings import Settings
 
 if TYPE_CHECKING:
-    from contextlib import ExitStack
-
     from truestep.rollout.engine import Engine
 
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
     """The adapter that turns jobs into samples, and a hash of the model ("" for an endpoint, which hides it)."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         if settings.evaluate.is_endpoint:
             from truestep.rollout.engine_endpoint import EndpointEngine, connect
 
             client = stack.enter_context(connect(settings.evaluate.engine))
-            engine = EndpointEngine(
-                client, settings.model.path, concurrent=settings.evaluate.sampling.max_running
+            concurrent = settings.evaluate.sampling.max_running
+            yield (
+                EndpointAdapter(engine=EndpointEngine(client, settings.model.path, concurrent=concurrent)),
+                "",
             )
-            yield EndpointAdapter(engine=engine), ""
             return
-        yield _token_adapter(settings, stack), _content(settings)
+        from truestep.model.load import load_tokenizer, model_content
 
-
-def _content(settings: Settings) -> str:
-    from truestep.model.load import model_content
-
-    return model_content(settings.model)
-
-
-def _token_adapter(settings: Settings, stack: ExitStack) -> TokenAdapter:
-    from truestep.model.load import load_tokenizer
-
-    context, eos = context_and_eos(settings)
-    return TokenAdapter(
-        tokenizer=load_tokenizer(settings.model),
-        context_length=context,
-        model_eos=eos,
-        open_engine=lambda: (
-            _vllm(settings, context, stack) if settings.evaluate.engine == "vllm" else _torch(settings)
-        ),
-        pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
-    )
+        context, eos = context_and_eos(settings)
+        vllm = settings.evaluate.engine == "vllm"
+        adapter = TokenAdapter(
+            tokenizer=load_tokenizer(settings.model),
+            context_length=context,
+            model_eos=eos,
+            open_engine=lambda: _vllm(settings, context, stack) if vllm else _torch(settings),
+            pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
+        )
+        yield adapter, model_content(settings.model)
 
 
 def context_and_eos(settings: Settings) -> tuple[int, Any]:
@@ -89,70 +76,53 @@ def _torch(settings: Settings) -> Engine:
     make_deterministic()
     dtype = getattr(torch, settings.compute.dtype)
     policy = Policy(load_model(settings.model, dtype=dtype, device=compute_device(), seed=settings.seed))
-    return TorchEngine(
-        policy.model,
-        max_running=settings.evaluate.sampling.max_running,
-        packs=policy.packs and policy.plain_head,
-    )
+    running = settings.evaluate.sampling.max_running
+    return TorchEngine(policy.model, max_running=running, packs=policy.packs and policy.plain_head)
 
 
 def _vllm(settings: Settings, context: int, stack: ExitStack) -> Engine:
     from truestep.model.load import resolve
     from truestep.rollout.engine_vllm import VllmServer, serve
 
-    source = resolve(settings.model)
+    source, running = resolve(settings.model), settings.evaluate.sampling.max_running
     if source == "tiny":
         raise UserError(
             'engine = "vllm" needs a model folder, and the built-in model has none: use engine = "torch"'
         )
-    server = VllmServer(
-        model=source,
-        dtype=settings.compute.dtype,
-        context_length=context,
-        max_running=settings.evaluate.sampling.max_running,
+    dtype = settings.compute.dtype
+    return stack.enter_context(
+        serve(VllmServer(model=source, dtype=dtype, context_length=context, max_running=running))
     )
-    return stack.enter_context(serve(server))
 
 
 def figures(settings: Settings) -> dict[str, Any] | None:
-    """What memory and arithmetic depend on, from the config only; None for an endpoint."""
+    """What memory and arithmetic depend on, without loading weights; None for an endpoint."""
     if settings.evaluate.is_endpoint:
         return None
-    from truestep.model.load import resolve
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    source = resolve(settings.model)
-    width = 4 if settings.compute.dtype == "float32" else 2
-    if source == "tiny":
-        t = settings.model.tiny
-        layers, cached, parameters = t.num_layers, 2 * t.hidden_size, 4 * t.hidden_size**2 * t.num_layers
-        parameters += 3 * t.hidden_size * t.intermediate_size * t.num_layers + 102 * t.hidden_size
+    from truestep.model.load import load_model, resolve
+
+    if (source := resolve(settings.model)) == "tiny":
+        cpu = torch.device("cpu")
+        model: Any = load_model(settings.model, dtype=torch.float32, device=cpu, seed=settings.seed).model
     else:
-        parameters, layers, cached = _sizes(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_config(source))
+    config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
-        "num_parameters": parameters,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
         "bytes_per_parameter": width,
-        "cache_bytes": cached * layers * width,
+        "cache_bytes": 2 * heads * size * config.num_hidden_layers * width,
         "max_running": settings.evaluate.sampling.max_running,
     }
 
 
-def _sizes(source: str) -> tuple[int, int, int]:
-    """Parameters, layers, and cached numbers of one token in one layer; nothing is loaded."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = _config(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return sum(p.numel() for p in model.parameters()), config.num_hidden_layers, 2 * heads * size
-
-
 def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:
-    """For --dry-run: every prompt made and counted, no model loaded."""
-    from truestep.evaluate.jobs import budget, remarks
-
+    """For --dry-run: every prompt made and counted, no weights loaded."""
     ready = [adapter.ready(job, settings.evaluate.few_shot) for job in jobs]
     limits, tokens = [a.max_new_tokens for a in ready], [a.num_prompt_tokens for a in ready]
     found = budget(jobs, limits, tokens, figures(settings))
@@ -161,8 +131,6 @@ def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[
 
         from truestep.device import matmul_rate
 
-        rate = matmul_rate(getattr(torch, settings.compute.dtype))
-        found["total"]["hours_if_all_run_to_the_limit"] = round(
-            found["total"]["flops_at_most"] / rate / 3600, 2
-        )
-    return {**found, "notes": remarks(settings, jobs) + [note for asking in ready for note in asking.notes]}
+        seconds = found["total"]["flops_at_most"] / matmul_rate(getattr(torch, settings.compute.dtype))
+        found["total"]["hours_if_all_run_to_the_limit"] = round(seconds / 3600, 2)
+    return {**found, "notes": remarks(settings, jobs) + [note for job in ready for note in job.notes]}

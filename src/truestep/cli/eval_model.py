@@ -10,63 +10,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from truestep.cli.evaluation import Json, show, words_of
+from truestep.cli.evaluation import option, show, words_of
+from truestep.cli.run import Json, Resume
 
 if TYPE_CHECKING:
-    from truestep.evaluate.jobs import Job
     from truestep.settings import Settings
 
-What = Annotated[
-    str,
-    typer.Argument(
-        help="A model (folder, hub id, or the name on a server), or a recipe (.toml).",
-        metavar="MODEL",
-        show_default=False,
-    ),
-]
-Benchmarks = Annotated[
-    str,
-    typer.Option("--benchmarks", help="Comma-separated benchmark ids; truestep eval list shows them all."),
-]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="Folder with ID.jsonl, .parquet or .csv of each benchmark. Default: the Hugging Face hub.",
-    ),
-]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Problems per benchmark. Default: all.")]
-Samples = Annotated[
-    int | None,
-    typer.Option("--samples", min=1, help="Samples per problem. Default: the benchmark's own number."),
-]
-Prompts = Annotated[
-    str,
-    typer.Option(
-        "--prompts",
-        help="Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd. Default: the benchmark's own.",
-    ),
-]
-FewShot = Annotated[
-    int | None, typer.Option("--few-shot", min=0, help="Worked examples before each problem. Default: 0.")
-]
-Engine = Annotated[
-    str,
-    typer.Option(
-        "--engine", help="torch, vllm, or the URL of an OpenAI-compatible endpoint. Default: torch."
-    ),
-]
+_MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
+_TEMPLATES = "Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd."
+_DATA = "Folder with ID.jsonl, .parquet or .csv of each benchmark."
+_ENGINE = "torch, vllm, or the URL of an OpenAI-compatible endpoint."
+_OWN = "each benchmark's"
+What = Annotated[str, typer.Argument(help=_MODEL, metavar="MODEL", show_default=False)]
+Benchmarks = Annotated[str, option("--benchmarks", "Comma-separated ids; truestep eval list shows them all.")]
+Data = Annotated[str, option("--data", _DATA, "the Hugging Face hub")]
+Limit = Annotated[int | None, option("--limit", "Problems of each benchmark.", "all", min=1)]
+Samples = Annotated[int | None, option("--samples", "Samples of each problem.", _OWN, min=1)]
+Prompts = Annotated[str, option("--prompts", _TEMPLATES, _OWN)]
+FewShot = Annotated[int | None, option("--few-shot", "Worked examples before each problem.", "0", min=0)]
+Engine = Annotated[str, option("--engine", _ENGINE, "torch")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change any other setting, e.g. --set temperature=0. May be repeated."),
+    option("--set", "Change any other setting: --set temperature=0. May be repeated.", False),
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="The run directory. Default: runs/eval-MODEL-HASH.", show_default=False),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an evaluation in its run directory.")]
+Out = Annotated[Path | None, option("--out", "The run directory.", "runs/NAME-HASH")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything and count tokens and memory, but sample nothing.")
+    bool, option("--dry-run", "Check everything, count tokens and memory, and sample nothing.")
 ]
 
 
@@ -136,11 +105,14 @@ def _own_sets(
 def _execute(
     settings: Settings, base_dir: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
-    from truestep import signals
+    from truestep.cli.progress import ConsoleReporter, announce
+
+    announce(f"truestep eval: loading the benchmarks and the model {settings.model.path}")
+    from truestep import rundir, signals
     from truestep.cli.eval_engines import opened, plan_of
-    from truestep.cli.progress import ConsoleReporter
     from truestep.evaluate.jobs import make_jobs
-    from truestep.evaluate.suite import make_plans
+    from truestep.evaluate.suite import make_plans, run_suite
+    from truestep.grade.score import Grader
     from truestep.report.evaluation import write_evaluation_report
     from truestep.settings import settings_hash
 
@@ -158,10 +130,14 @@ def _execute(
             return
         ready = [(job, adapter.ready(job, settings.evaluate.few_shot)) for job in jobs]
         plans = make_plans(settings, ready, folder, content)
-        _open_folder(settings, folder)
+        rundir.open_run(folder, settings.model_dump(mode="json"))
+        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
         try:
-            with signals.deferred():
-                summary = _run(settings, ready, plans, adapter, folder, reporter)
+            with signals.deferred(), Grader() as grader:
+                summary = run_suite(
+                    settings, ready, plans, adapter=adapter, judge=grader.judge, folder=folder, reporter=reporter,
+                    check_stop=signals.check,
+                )  # fmt: skip
         except signals.Interrupted as stop:
             reporter.close()
             words = [word for word in sys.argv[1:] if word != "--resume"]
@@ -173,26 +149,6 @@ def _execute(
     show(folder, summary, write_evaluation_report(folder), as_json)
 
 
-def _run(
-    settings: Settings, ready: list[tuple[Job, Any]], plans: Any, adapter: Any, folder: Path, reporter: Any
-) -> dict[str, Any]:
-    from truestep import signals
-    from truestep.evaluate.suite import run_suite
-    from truestep.grade.score import Grader
-
-    with Grader() as grader:
-        return run_suite(
-            settings,
-            ready,
-            plans,
-            adapter=adapter,
-            judge=grader.judge,
-            folder=folder,
-            reporter=reporter,
-            check_stop=signals.check,
-        )
-
-
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
     """Raises UserError if the run directory is taken by something else. Writes nothing."""
     from truestep import rundir
@@ -200,35 +156,16 @@ def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
     from truestep.evaluate.jobs import changed, evaluation_settings
     from truestep.settings import read_recipe
 
-    resolved, elsewhere = folder / "resolved.toml", "pass --out with a different path"
-    if not resolved.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not an evaluation: {elsewhere}")
+    if not rundir.holds_run(folder, resume=resume):
         return
-    if not resume:
-        raise UserError(f"{folder} already holds an evaluation: pass --resume to continue it, or {elsewhere}")
-    raw = read_recipe(resolved)
+    raw = read_recipe(folder / "resolved.toml")
     if not (raw.get("benchmarks") or raw.get("evaluate", {}).get("benchmarks")):
-        raise UserError(f"{folder} holds a training run, not an evaluation: {elsewhere}")
-    for key, was, now in changed(evaluation_settings(raw, str(resolved)), settings):
+        raise UserError(f"{folder} holds a training run, not an evaluation: {rundir.ELSEWHERE}")
+    for key, was, now in changed(evaluation_settings(raw, str(folder)), settings):
         raise UserError(
             f"{folder} was started with another {key} ({rundir.redact(str(was))}; now {rundir.redact(str(now))}), and "
-            f"samples of both must not be mixed: {elsewhere}"
+            f"samples of both must not be mixed: {rundir.ELSEWHERE}"
         )
-
-
-def _open_folder(settings: Settings, folder: Path) -> None:
-    from truestep import rundir
-    from truestep.errors import UserError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
-        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}): pass --out with a different path"
-        ) from None
 
 
 def _plan_text(plan: dict[str, Any], folder: Path) -> str:

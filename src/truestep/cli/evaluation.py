@@ -9,19 +9,28 @@ from typing import Annotated, Any
 
 import typer
 
+from truestep.cli.progress import announce
+from truestep.cli.run import Json
+
 DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
 HELP = (
     "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or one of these commands."
 )
 COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
-Metric = Annotated[
-    str, typer.Option("--metric", help="The score to use if a log has several. Default: the first it has.")
-]
-Folder = Annotated[
-    Path, typer.Option("--out", help="The folder to write into (required).", show_default=False)
-]
+
+def _argument(text: str) -> Any:
+    return typer.Argument(help=text, show_default=False)
+
+
+def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any:
+    """``default`` is what the help says if the value that stands for it says nothing."""
+    return typer.Option(flag, help=text, show_default=default, **more)
+
+
+Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first it has")]
+Folder = Annotated[Path, option("--out", "The folder to write into.", False)]
+Logged = Annotated[Path, _argument("A run directory, a samples file, or a log of another harness.")]
 
 
 def app() -> typer.Typer:
@@ -67,19 +76,10 @@ def list_benchmarks(as_json: Json = False) -> None:
         )
 
 
-def compare(
-    a: Annotated[
-        Path,
-        typer.Argument(
-            help="A run directory, a samples file, or a log of another harness.", show_default=False
-        ),
-    ],
-    b: Annotated[Path, typer.Argument(help="The same, to be compared with A.", show_default=False)],
-    metric: Metric = "",
-    as_json: Json = False,
-) -> None:
+def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
     """Compare two evaluations of the same problems: the paired difference B - A of every task that both have, with
     its 95 % interval, p-values and the smallest detectable difference."""
+    announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.import_compare import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
@@ -110,16 +110,14 @@ def _sentence(row: dict[str, Any]) -> str:
 
 
 def import_logs(
-    files: Annotated[
-        list[Path],
-        typer.Argument(help="Logs of lm-eval, lighteval or inspect, or folders of them.", show_default=False),
-    ],
+    files: Annotated[list[Path], _argument("Logs of lm-eval, lighteval or inspect, or folders of them.")],
     out: Folder,
     metric: Metric = "",
     as_json: Json = False,
 ) -> None:
     """Import logs of other harnesses as a run directory with intervals and a report. Verdicts are kept as they are;
     nothing is graded again."""
+    announce(f"truestep eval import: reading {', '.join(map(str, files))}")
     from truestep.evaluate.import_compare import import_evaluations
     from truestep.report.evaluation import write_evaluation_report
 
@@ -139,11 +137,7 @@ def show(folder: Path, summary: dict[str, Any], report: Path, as_json: bool) -> 
     typer.echo(str(folder))
 
 
-def export(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    out: Folder,
-    as_json: Json = False,
-) -> None:
+def export(run: Annotated[Path, _argument("A run directory.")], out: Folder, as_json: Json = False) -> None:
     """Write the results and samples of a run in the layout of lm-evaluation-harness."""
     from truestep.evaluate.external_logs import write_lm_eval
 
@@ -152,22 +146,14 @@ def export(
 
 
 def overlap(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="Training data: a .jsonl or .parquet file, a folder, or hub:org/name.", show_default=False
-        ),
-    ],
-    benchmarks: Annotated[
-        str, typer.Option("--benchmarks", help="Comma-separated ids. Default: all that --data holds.")
-    ] = "",
-    data: Annotated[
-        str, typer.Option("--data", help="Folder with the benchmarks. Default: the Hugging Face hub.")
-    ] = "",
+    source: Annotated[str, _argument("Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")],
+    benchmarks: Annotated[str, option("--benchmarks", "Comma-separated ids.", "all that --data holds")] = "",
+    data: Annotated[str, option("--data", "Folder with the benchmarks.", "the Hugging Face hub")] = "",
     as_json: Json = False,
 ) -> None:
     """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of 13
     words."""
+    announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.benchmarks import contamination
 
     report = contamination(source, words_of(benchmarks), data)
@@ -185,9 +171,7 @@ def overlap(
 
 
 def grade(
-    pairs: Annotated[
-        Path, typer.Argument(help="A file of JSON lines with the fields gold and pred.", show_default=False)
-    ],
+    pairs: Annotated[Path, _argument("A file of JSON lines with the fields gold and pred.")],
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes for symbolic algebra.")] = 2,
     second: Annotated[
         bool,
@@ -196,6 +180,7 @@ def grade(
     as_json: Json = False,
 ) -> None:
     """Grade every (gold, pred) pair of a file, without a model. Optional fields: id, kind (choice), choices."""
+    announce(f"truestep eval grade: grading the pairs of {pairs}")
     from truestep.grade.pairs import grade_pairs, read_pairs, table
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)

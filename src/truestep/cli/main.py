@@ -19,12 +19,13 @@ def _version(wanted: bool) -> None:
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, evaluation, report, study
+    from truestep.cli import audit, data, evaluation, method, report, study
     from truestep.cli import run as verbs
 
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=True,
+        rich_markup_mode=None,  # Rich takes "[default: ...]" for markup and drops it
         pretty_exceptions_enable=False,
         help="SFT-then-RL training in which every optimizer step is provably the one that was asked for.",
     )
@@ -32,7 +33,7 @@ def _app() -> typer.Typer:
     @app.callback()
     def root(
         version: bool = typer.Option(
-            False, "--version", callback=_version, is_eager=True, help="Print the version."
+            False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
         ),
     ) -> None:
         """Exit codes: 0 done · 2 usage, settings, data · 3 could not run · 5 resources · 130/143 interrupted,
@@ -45,6 +46,7 @@ def _app() -> typer.Typer:
     app.command("audit")(audit.audit)
     app.command("report")(report.report)
     app.add_typer(data.app, name="data")
+    app.add_typer(method.app, name="method")
     app.add_typer(evaluation.app(), name="eval")
     return app
 

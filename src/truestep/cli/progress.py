@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +19,12 @@ from rich.progress import (
 )
 
 HEARTBEAT_SECONDS = 15.0
+
+
+def announce(text: str) -> None:
+    """A command's first line on stderr, said before anything slow is imported; once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text, err=True)
 
 
 class ConsoleReporter:

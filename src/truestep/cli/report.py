@@ -8,12 +8,18 @@ from typing import Annotated
 
 import typer
 
+from truestep.cli.run import Json
+
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory, or a study's.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
+    run: Annotated[Path, typer.Argument(help="A run directory or a study directory.", show_default=False)],
+    as_json: Json = False,
 ) -> None:
-    """Write report.html from the files of a run directory and print its scores."""
+    """Write report.html again from the files of a run or study directory, and print the scores."""
+    from truestep.cli.progress import announce
+
+    announce(f"truestep report: reading {run}")
+
     from truestep.errors import UserError
     from truestep.report.evaluation import write_evaluation_report
     from truestep.report.html import write_report
@@ -29,7 +35,7 @@ def report(
         return
     if not (run / "resolved.toml").is_file():
         raise UserError(
-            f"{run}: is no run directory (it has no resolved.toml): give the folder that a run printed"
+            f"{run} is not a run directory (it has no resolved.toml); pass the folder that the run printed last"
         )
     evaluation = read_summary(run).get("kind") == "evaluation"
     path = write_evaluation_report(run) if evaluation else write_report(run)

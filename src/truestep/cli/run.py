@@ -15,17 +15,22 @@ if TYPE_CHECKING:
     from truestep.pipeline.prepare import Prepared
     from truestep.settings import Settings
 
-Recipe = Annotated[Path, typer.Argument(help="A recipe: one TOML file.", show_default=False)]
+Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a setting: stages.rl.steps=50. May be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting of the recipe, such as seed=1 or data.NAME.limit=100. Can be repeated.",
+    ),
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="The run directory [default: runs/NAME-HASH].", show_default=False),
+Out = Annotated[Path | None, typer.Option("--out", help="The run directory.", show_default="runs/NAME-HASH")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the recipe, models and data, and print the plan; do not train."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout instead of text.")]
 
 
 def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Callable[..., None]:
@@ -86,8 +91,12 @@ def execute(
     settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Check, print the plan, run, report; the last line of stdout is the run directory."""
+    from truestep.cli.progress import ConsoleReporter, announce
+
+    announce(
+        f"truestep {' '.join(sys.argv[1:2])}: loading torch, and checking the model and the data of {recipe}"
+    )
     from truestep import signals
-    from truestep.cli.progress import ConsoleReporter
     from truestep.device import world
     from truestep.pipeline.prepare import prepare
     from truestep.pipeline.run import check_run_folder, open_run_folder

@@ -9,33 +9,48 @@ from typing import Annotated, Any
 
 import typer
 
+from truestep.cli.run import Json
+
 Paths = Annotated[
     list[str],
-    typer.Argument(help="A study: one TOML file. Or: flops RECIPES, files or folders.", show_default=False),
+    typer.Argument(
+        metavar="STUDY.toml | flops RECIPE...",
+        help="The study, a TOML file; or the word flops and recipes (files or folders) to count.",
+        show_default=False,
+    ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="The study directory [default: runs/study-NAME].")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The study directory.", show_default="runs/study-NAME")
+]
 Keep = Annotated[
     Path | None,
-    typer.Option("--results", help="A folder of compact results: read first, written at the end."),
+    typer.Option(
+        "--results", help="Also keep compact results in this folder; cells found there are not run again."
+    ),
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Cells at once [default: the study's].")
+    int | None,
+    typer.Option("--workers", min=1, help="How many cells run at the same time.", show_default="the study's"),
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="local | ray")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="What runs the cells: local (child processes) or ray (a Ray cluster).")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the study and print its plan with estimates; run nothing.")
+]
 
 
 def study(
     paths: Paths,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document alone.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
     out: Out = None,
     results: Keep = None,
     engine: EngineName = "local",
     workers: Workers = None,
 ) -> None:
-    """Compare arms over seeds, resumable at every step; or count the FLOPs of recipes."""
+    """Train every arm of a study with every seed and compare them (resumable); or count the FLOPs of
+    recipes."""
     if paths[0] == "flops":
         flops([Path(p) for p in paths[1:]], as_json)
         return
@@ -81,7 +96,9 @@ def run_study(
 ) -> None:
     """Check, plan, run what is missing, analyse, report; the last line of stdout is the study directory."""
     from truestep import rundir
-    from truestep.cli.progress import ConsoleReporter
+    from truestep.cli.progress import ConsoleReporter, announce
+
+    announce(f"truestep study: checking {path} and its data")
     from truestep.errors import UserError
     from truestep.study import cell_runner, launch, plan
 

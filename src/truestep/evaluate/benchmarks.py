@@ -140,9 +140,9 @@ def find(id: str) -> Benchmark:
 
 def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
     """All problems of a benchmark, its rows counted and their content checked against the table; ``bare``
-    ones have their question alone, without options.
+    ones have only their question, without options.
 
-    Raises UserError where they are not the pinned ones.
+    Raises UserError if they are not the pinned ones.
     """
     path = _file(benchmark, folder)
     if path is None:
@@ -151,8 +151,8 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
         items, where = file_items(path), str(path)
     if len(items) != benchmark.num_rows:
         raise UserError(
-            f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}: give the whole file "
-            "(--limit takes a part of it)"
+            f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}: provide the whole "
+            "file (--limit takes a part of it)"
         )
     if benchmark.kind == "choice" and not all(item.choices for item in items):
         number = next(n for n, item in enumerate(items, start=1) if not item.choices)
@@ -160,7 +160,7 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
     found, expected, pinned = (
         content_hash(items),
         benchmark.content,
-        "the pinned ones, give the original file",
+        "the pinned ones: provide the original file",
     )
     if expected == UNKNOWN:
         expected = _first_seen(benchmark.id, found)
@@ -179,22 +179,20 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give --data the folder that holds {benchmark.id}.jsonl")
-    found = [
-        p
-        for s in SUFFIXES
-        for sub in ("", "benchmarks")
-        if (p := folder / sub / f"{benchmark.id}{s}").is_file()
-    ]
+        raise UserError(
+            f"{folder}: no such folder: pass --data with the folder that holds {benchmark.id}.jsonl"
+        )
+    names = [f"{sub}{benchmark.id}{suffix}" for suffix in SUFFIXES for sub in ("", "benchmarks/")]
+    found = [path for name in names if (path := folder / name).is_file()]
     if not found:
-        raise NotThere(f"{folder}: holds no {benchmark.id}.jsonl, .parquet or .csv: put the benchmark there")
+        raise NotThere(f"{folder}: has no {benchmark.id}.jsonl, .parquet or .csv: put the file there")
     return found[0]
 
 
 def _from_hub(benchmark: Benchmark) -> list[Item]:
     if not benchmark.hub:
         raise NotThere(
-            f"benchmark {benchmark.id}: has no hub source: give --data FOLDER with {benchmark.id}.jsonl"
+            f"benchmark {benchmark.id}: has no hub source: pass --data FOLDER with {benchmark.id}.jsonl"
         )
     repository, config, split = benchmark.hub.split(":")
     return hub_items(benchmark.id, repository, config, split)
@@ -207,7 +205,7 @@ def _first_seen(id: str, found: str) -> str:
     try:
         seen: dict[str, Any] = read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{path}: is no JSON ({error}): correct or remove it") from None
+        raise UserError(f"{path}: is not JSON ({error}): correct or remove it") from None
     if id not in seen:
         write_json(path, {**seen, id: found})
     return str(seen.get(id, found))

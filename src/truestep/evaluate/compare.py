@@ -22,7 +22,7 @@ class Comparison:
     ``difference`` is the mean over problems of (share of correct samples of b) - (that of a), with its 95 %
     interval; ``p_value`` is the paired t test's, ``p_exact`` the sign-flip permutation test's (McNemar's with
     one sample a problem). ``detectable`` is the smallest true difference that problems like these would show
-    with 80 % power at the 5 % level: None, and the interval [-1, 1], where there is one problem only.
+    with 80 % power at the 5 % level: None, and the interval [-1, 1], if there is only one problem.
     """
 
     difference: float
@@ -42,7 +42,7 @@ class Comparison:
 def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
     """The paired difference b - a of per-sample records.
 
-    Raises UserError where the two are not samples of the same problems.
+    Raises UserError if the two are not samples of the same problems.
     """
     counts_a, counts_b = _correct_of(a), _correct_of(b)
     if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):

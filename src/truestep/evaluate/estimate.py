@@ -1,7 +1,7 @@
 """Scores with intervals: avg@k, the unbiased pass@k and majority@k, clustered by problem.
 
 Problems are the sampled unit: the samples of one problem are alike, so counting them as independent would
-promise more than the data know. Every interval here has a width greater than 0, also where all samples agree.
+promise more than the data know. Every interval here has a width greater than 0, even if all samples agree.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Estimate:
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The samples of each problem. Raises UserError where there are none, RecordError where one is there
+    """The samples of each problem. Raises UserError if there are none, RecordError if one is there
     twice."""
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
@@ -72,9 +72,7 @@ def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
             raise RecordError(f"sample {row['problem_id']}/{row['sample_index']} is there twice")
         groups[row["problem_id"]][row["sample_index"]] = row
     if not groups:
-        raise UserError(
-            "no samples to score: expected at least one problem, write a data set with limit >= 1"
-        )
+        raise UserError("no samples to score: expected at least one problem, set limit >= 1")
     return {problem: list(samples.values()) for problem, samples in groups.items()}
 
 
@@ -82,7 +80,7 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
     """The score of per-sample records with its interval, pass@k for each k of ``pass_at``, and what became of
     them all.
 
-    Raises UserError where a problem has fewer than k samples.
+    Raises UserError if a problem has fewer than k samples.
     """
     groups = by_problem(rows)
     samples = [row for group in groups.values() for row in group]
@@ -116,7 +114,7 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
 
 
 def _mean(rows: Sequence[Row], field: str, value: Callable[[Any], float]) -> float | None:
-    """The mean over samples of what a field says; None where one of them does not say it."""
+    """The mean over samples of what a field says; None if one of them does not say it."""
     found = [row.get(field) for row in rows]
     return None if None in found else float(np.mean([value(f) for f in found]))
 

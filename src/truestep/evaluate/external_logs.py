@@ -1,8 +1,8 @@
-"""Results of other harnesses as rows of ours: lm-evaluation-harness, lighteval, inspect; and ours as
-lm-eval's.
+"""Logs of other harnesses (lm-evaluation-harness, lighteval, inspect) as truestep's rows, and truestep's rows in
+lm-eval's layout.
 
-A foreign verdict is taken as it stands: nothing is graded again. What a log does not say (a failed sample, a
-score that is neither right nor wrong) is unscored, with the reason.
+A verdict of another harness is kept: nothing is graded again. What a log does not say (a failed sample, a score
+that is neither right nor wrong) is unscored, with the reason.
 """
 
 from __future__ import annotations
@@ -25,16 +25,9 @@ from truestep.records import Verdict
 from truestep.rundir import file_sha256, read_json, write_atomic, write_json
 
 MAX_LOG_BYTES = 2**30  # of one unpacked file inside an inspect log
-_SCORES = (
-    "exact_match",
-    "acc",
-    "acc_norm",
-    "math_verify",
-    "extractive_match",
-    "em",
-    "quasi_exact_match",
-    "pass@1",
-)
+_SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", "em", "quasi_exact_match", "pass@1")  # fmt: skip
+JUDGED = "as its harness judged"
+AS_WRITTEN = "pass a log as its harness wrote it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +45,19 @@ class Evaluation:
 
 
 def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
-    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; where a log
+    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; if a log
     has several scores of a sample, ``metric`` names the one that counts.
 
-    Raises UserError where it is none of them.
+    Raises UserError if it is none of them.
     """
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
         if not files:
-            raise UserError(
-                f"{path}: holds no samples ({', '.join(patterns)}): give a run directory or a log file"
-            )
+            raise UserError(f"{path}: holds no {', '.join(patterns)}: pass a run directory or a log file")
         return [evaluation for file in files for evaluation in read_evaluations(file, metric)]
     if not path.is_file():
-        raise UserError(f"{path}: no such file or folder: give a run directory or a log file")
+        raise UserError(f"{path}: no such file or folder: pass a run directory or a log file")
     if path.suffix == ".eval":
         return [_inspect(path, *_unpacked(path), metric)]
     if path.suffix == ".parquet":
@@ -80,40 +71,38 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
     rows = []
     for number, row in read_rows(path):
         if isinstance(row, RowError):
-            raise UserError(f"{path}:{number}: {row}: give a log as its harness wrote it")
+            raise UserError(f"{path}:{number}: {row}: {AS_WRITTEN}")
         rows.append(row)
     if not rows:
-        raise UserError(f"{path}: is empty: give a log as its harness wrote it")
-    own = bool(rows[0].get("header"))
+        raise UserError(f"{path}: is empty: {AS_WRITTEN}")
+    first, own = rows[0], bool(rows[0].get("header"))
+    if not (own and "identity" in first) and not {"doc_id", "filter"} <= first.keys():
+        raise UserError(
+            f"{path}:1: expected a sample of truestep or lm-eval, got the fields {sorted(first)[:6]}"
+        )
     fields = ("problem_id", "sample_index", "verdict") if own else ("doc_id", "filter")
     for number, row in enumerate(rows[own:], start=1 + own):
-        lacking = [field for field in fields if field not in row]
-        if lacking and (own or number > 1):
-            raise UserError(f"{path}:{number}: {lacking[0]}: is missing: give a log as its harness wrote it")
+        if lacking := [field for field in fields if field not in row]:
+            raise UserError(f"{path}:{number}: {lacking[0]}: is missing: {AS_WRITTEN}")
         if own and row["verdict"] not in set(Verdict):
             raise UserError(f"{path}:{number}: verdict: expected one of {', '.join(Verdict)}")
-    if rows[0].get("header") and "identity" in rows[0]:
-        return [Evaluation(task=str(rows[0]["name"]), made_by="truestep", source=str(path), rows=rows[1:])]
-    if "doc_id" in rows[0] and "filter" in rows[0]:
-        return _lm_eval(path, rows, metric)
-    raise UserError(
-        f"{path}:1: expected a sample of truestep or lm-eval, got the fields {sorted(rows[0])[:6]}"
-    )
+    if own:
+        return [Evaluation(task=str(first["name"]), made_by="truestep", source=str(path), rows=rows[1:])]
+    return _lm_eval(path, rows, metric)
 
 
 def _judged(value: Any) -> Verdict:
-    """What a foreign score means: 1, true and C are right; 0, false, I and N wrong; anything else is no
-    verdict."""
+    """What another harness's score means: 1, true and C are right; 0, false, I and N wrong; anything else is
+    no verdict."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return Verdict.CORRECT if value else Verdict.INCORRECT
-    return {"C": Verdict.CORRECT, "I": Verdict.INCORRECT, "N": Verdict.INCORRECT}.get(
-        str(value), Verdict.UNSCORED
-    )
+    known = {"C": Verdict.CORRECT, "I": Verdict.INCORRECT, "N": Verdict.INCORRECT}
+    return known.get(str(value), Verdict.UNSCORED)
 
 
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
     verdict = _judged(value)
-    reason = f"its score is {value!r:.60}" if verdict is Verdict.UNSCORED else "as its harness judged"
+    reason = f"its score is {value!r:.60}" if verdict is Verdict.UNSCORED else JUDGED
     row: Row = {"problem_id": str(key[0]), "sample_index": key[1], "prompt": "", "completion": "", "gold": ""}
     known = {k: v for k, v in more.items() if v is not None}  # what a log does not say is not in the row
     return {**row, "verdict": verdict.value, "reason": reason, **known}
@@ -121,76 +110,53 @@ def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
 
 def _is_share(value: Any, num: int) -> bool:
     """Whether a score can only be a mean over several samples: c / n."""
-    return (
-        num > 1
-        and isinstance(value, float)
-        and 0 < value < 1
-        and abs(value * num - round(value * num)) < 1e-6
-    )
+    share = num > 1 and isinstance(value, float) and 0 < value < 1
+    return share and abs(value * num - round(value * num)) < 1e-6
 
 
 def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any, str, str | None]]:
-    """Score, text and reason of each sample behind one score; in a log whose scores are not means that is the
-    first.
-
-    Of c right answers among n it is not known which they are: none of them gets a text.
-    """
+    """Score, text and reason of each sample behind one score; in a log whose scores are not means, of the
+    first. If c of n answers are right, which ones is not known: none of them gets a text."""
     num = len(texts)
     if not (averaged and num > 1 and (value in (0, 1) or _is_share(value, num))):
         return [(value, texts[0] if texts else "", None)]
     right = round(value * num)
     if right in (0, num):
         return [(value, text, None) for text in texts]
-    reason = f"{right} of {num} right, as its harness judged; which they are is not recorded"
+    reason = f"{right} of {num} right, {JUDGED}; which they are is not recorded"
     return [(int(i < right), "", reason) for i in range(num)]
 
 
 def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
-    """One evaluation for each filter, judged by the metric that is asked for, else by math_verify where it is
+    """One evaluation for each filter, judged by the metric that is asked for, else by math_verify if it is
     logged, else by the first. Of several answers to a document lm-eval logs one score, their mean or the
     first one's."""
-    name = path.stem.removeprefix("samples_")
-    task = name.partition("_20")[0] if "_20" in name else name
+    task = path.stem.removeprefix("samples_").partition("_20")[0]  # a date follows
     found: dict[str, list[Row]] = {}
     per_filter = Counter((str(row["filter"]), str((row.get("doc") or {}).get("id"))) for row in rows)
     has_ids = all(isinstance(row.get("doc"), dict) and "id" in row["doc"] for row in rows)
     by_doc_id = not has_ids or max(per_filter.values()) > 1
-    logged = rows[0].get("metrics") or [m for m in _SCORES if m in rows[0]]
-    judge = _metric(path, metric, logged)
+    judge = _metric(path, metric, rows[0].get("metrics") or [m for m in _SCORES if m in rows[0]])
     averaged = any(_is_share(row.get(judge), len(_replies(row))) for row in rows)
     for row in rows:
         doc = row.get("doc") or {}
         key = str(row["doc_id"] if by_doc_id else doc["id"])
         own = found.setdefault(str(row["filter"]), [])
-        gold, question = str(row.get("target", "")), _question(doc)
+        facts = {"prompt": _question(doc), "gold": str(row.get("target", ""))}
         answers, texts = [_text(a) for a in row.get("filtered_resps") or [""]], _replies(row)
-        if "truestep" in row:  # what we have written ourselves
-            verdicts = row["truestep"]["verdicts"]
-            for i, (verdict, text, found_answer) in enumerate(zip(verdicts, texts, answers, strict=True)):
-                made = _made(
-                    (key, i), None, prompt=question, completion=text, gold=gold, extracted=found_answer
-                )
-                own.append({**made, "verdict": Verdict(verdict).value, "reason": "as its harness judged"})
+        if "truestep" in row:  # written by truestep eval export
+            verdicts = map(Verdict, row["truestep"]["verdicts"])
+            for i, (verdict, text, answer) in enumerate(zip(verdicts, texts, answers, strict=True)):
+                made = _made((key, i), None, completion=text, extracted=answer, reason=JUDGED, **facts)
+                own.append({**made, "verdict": verdict.value})
             continue
         for i, (score, text, reason) in enumerate(_samples(row.get(judge), texts, averaged)):
-            answer = None if reason else answers[i if i < len(answers) else 0]
-            own.append(
-                _made(
-                    (key, i),
-                    score,
-                    prompt=question,
-                    completion=text,
-                    gold=gold,
-                    extracted=answer,
-                    reason=reason,
-                )
-            )
-    many = len(found) > 1
+            extracted = None if reason else answers[i if i < len(answers) else 0]
+            own.append(_made((key, i), score, completion=text, extracted=extracted, reason=reason, **facts))
+    names = {name: f"{task},{name}" if len(found) > 1 else task for name in found}
     return [
-        Evaluation(
-            task=f"{task},{f}" if many else task, made_by="lm-eval", source=str(path), rows=own, metric=judge
-        )
-        for f, own in found.items()
+        Evaluation(task=names[name], made_by="lm-eval", source=str(path), rows=own, metric=judge)
+        for name, own in found.items()
     ]
 
 
@@ -204,18 +170,17 @@ def _replies(row: Row) -> list[str]:
 
 
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
-    """The score to judge by. Raises UserError where the log has not the one that is wanted."""
+    """The score to judge by. Raises UserError if the log does not have the one that is wanted."""
     if wanted and wanted not in logged:
         raise UserError(
-            f"{path}: has no score {wanted}: write --metric with one of {', '.join(logged) or 'none'}"
+            f"{path}: has no score {wanted}: pass --metric with one of {', '.join(logged) or 'none'}"
         )
     return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
 
 
 def _question(doc: Mapping[str, Any]) -> str:
-    return next(
-        (doc[k] for k in ("problem", "question", "query", "input") if isinstance(doc.get(k), str)), ""
-    )
+    names = ("problem", "question", "query", "input")
+    return next((doc[name] for name in names if isinstance(doc.get(name), str)), "")
 
 
 def _lighteval(path: Path, metric: str) -> Evaluation:
@@ -227,30 +192,25 @@ def _lighteval(path: Path, metric: str) -> Evaluation:
                 f"{path}:{number}: expected a row of lighteval's details with __doc__ and __metric__"
             )
         reply = row.get("__model_response__") or row.get("model_response") or {}
-        read.append(
-            (row.get("__doc__") or row["doc"], reply, row.get("__metric__") or row.get("metric") or {})
-        )
+        scores = row.get("__metric__") or row.get("metric") or {}
+        read.append((row.get("__doc__") or row["doc"], reply, scores))
     logged = read[0][2] if read else {}
     judge = _metric(
-        path, metric, [m for m in _SCORES if m in logged] + [m for m in logged if m not in _SCORES]
+        path, metric, sorted(logged, key=lambda m: _SCORES.index(m) if m in _SCORES else len(_SCORES))
     )
     replies = [list(map(str, reply.get("text") or [""])) for _, reply, _ in read]
-    averaged = any(
-        _is_share(s.get(judge), len(texts)) for (_, _, s), texts in zip(read, replies, strict=True)
-    )
+    averaged = any(_is_share(s.get(judge), len(texts)) for (*_, s), texts in zip(read, replies, strict=True))
     rows = []
     for number, ((doc, reply, scores), texts) in enumerate(zip(read, replies, strict=True)):
         gold, index = doc.get("choices") or [""], doc.get("gold_index")
         index = next(iter(index), None) if isinstance(index, list) else index
-        tokens = reply.get("output_tokens") or []
+        answer = str(gold[index]) if isinstance(index, int) and 0 <= index < len(gold) else ""
+        facts = {"prompt": str(doc.get("query", "")), "gold": answer}
+        tokens = [len(ids) for ids in reply.get("output_tokens") or []]
         for i, (score, text, reason) in enumerate(_samples(scores.get(judge), texts, averaged)):
-            rows.append(
-                _made(
-                    (doc.get("id") or number, i), score, prompt=str(doc.get("query", "")), completion=text,
-                    gold=str(gold[index]) if isinstance(index, int) and 0 <= index < len(gold) else "",
-                    num_tokens=len(tokens[i]) if i < len(tokens) else None, reason=reason,
-                )
-            )  # fmt: skip
+            num = tokens[i] if i < len(tokens) else None
+            key = (doc.get("id") or number, i)
+            rows.append(_made(key, score, completion=text, num_tokens=num, reason=reason, **facts))
     task = path.stem.removeprefix("details_").rpartition("_20")[0] or path.stem
     return Evaluation(task=task, made_by="lighteval", source=str(path), rows=rows, metric=judge)
 
@@ -260,26 +220,25 @@ def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: is no inspect log ({error}): give the file that inspect wrote") from None
+        raise UserError(f"{path}: is not an inspect log ({error}): {AS_WRITTEN}") from None
     members = sorted(n for n in archive.namelist() if n.startswith("samples/") and n.endswith(".json"))
     return _object(archive, "header.json", path), (_object(archive, name, path) for name in members)
 
 
 def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
-    """One JSON object of the zip. Raises UserError where it is missing, damaged, encrypted, compressed in
-    a way that zipfile does not know (it says so), or too large."""
+    """One JSON object of the zip. Raises UserError if it is missing, damaged, encrypted, compressed in a way
+    that zipfile does not know, or too large."""
     try:
         size = archive.getinfo(name).file_size
-        found = json.loads(archive.read(name)) if size <= MAX_LOG_BYTES else None
+        found = json.loads(archive.read(name)) if size <= MAX_LOG_BYTES else {}
     except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(
-            f"{path}: {name}: cannot be read ({error}): give the file that inspect wrote, or what inspect log convert "
-            "--to json makes of it"
+            f"{path}: {name}: cannot be read ({error}): {AS_WRITTEN}, or the output of inspect log convert --to json"
         ) from None
     if size > MAX_LOG_BYTES:
         raise UserError(f"{path}: {name} unpacks to more than {MAX_LOG_BYTES >> 20} MiB: refused")
     if not isinstance(found, dict):
-        raise UserError(f"{path}: {name}: expected an object: give the file that inspect wrote")
+        raise UserError(f"{path}: {name}: expected an object: {AS_WRITTEN}")
     return found
 
 
@@ -287,13 +246,10 @@ def _inspect_json(path: Path, metric: str) -> Evaluation:
     try:
         log = read_json(path)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({error}): give a log as its harness wrote it") from None
+        raise UserError(f"{path}: is not JSON ({error}): {AS_WRITTEN}") from None
     if not isinstance(log, dict) or "eval" not in log or "samples" not in log:
-        hint = (
-            "give its samples_*.jsonl beside it"
-            if isinstance(log, dict) and "results" in log
-            else "give a log"
-        )
+        results = isinstance(log, dict) and "results" in log
+        hint = "pass the samples_*.jsonl beside it" if results else AS_WRITTEN
         raise UserError(f"{path}: expected an inspect log with eval and samples: {hint}")
     return _inspect(path, log, iter(log["samples"] or []), metric)
 
@@ -314,10 +270,9 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
             gold=_target(sample.get("target")), num_tokens=(output.get("usage") or {}).get("output_tokens"),
             stop={"max_tokens": "length", "stop": "stop"}.get(str(choice.get("stop_reason"))),
         )  # fmt: skip
-        rows.append(
-            made
-            | ({"reason": f"inspect: {error.get('message', '')!s:.200}"} if isinstance(error, dict) else {})
-        )
+        if isinstance(error, dict):
+            made["reason"] = f"inspect: {error.get('message', '')!s:.200}"
+        rows.append(made)
     about, status = header.get("eval") or {}, header.get("status")
     task = str(about.get("task", path.stem)).rpartition("/")[2]
     total, num = (about.get("dataset") or {}).get("samples"), len({row["problem_id"] for row in rows})
@@ -334,7 +289,7 @@ def _target(target: Any) -> str:
 
 
 def _said(turns: Any) -> str:
-    """The text of the last turn; inspect writes plain text, or parts of which some are text."""
+    """The text of the last turn: plain text, or a list of parts of which some are text."""
     content = turns if isinstance(turns, str) else (turns or [{}])[-1].get("content", "")
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
@@ -430,6 +385,6 @@ def _sha(text: str) -> str:
 
 
 def is_private(task: str) -> bool:
-    """Whether a benchmark's texts must not be written. Other harnesses name theirs by parts of it, with its
-    name as the first word of ours: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
+    """Whether a benchmark's texts must not be written. Other harnesses name theirs by parts of it, with the
+    first word of truestep's name: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
     return any(b.id.partition("_")[0] in task.lower() for b in BY_ID.values() if b.private)

@@ -172,7 +172,7 @@ def _grouped(evaluation: Evaluation) -> dict[str, list[Any]]:
 
 
 def _same_problems(a: Sequence[Row], b: Sequence[Row]) -> bool:
-    """Whether equal ids mean equal problems: some are equal, and where both sides have a text, most texts
+    """Whether equal ids mean equal problems: some are equal, and if both sides have a text, most texts
     agree (the one may hold the other: harnesses differ in what they wrap around a question)."""
     left, right = ({row["problem_id"]: _spaced(row.get("prompt")) for row in rows} for rows in (a, b))
     common = left.keys() & right.keys()

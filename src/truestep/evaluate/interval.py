@@ -131,7 +131,7 @@ def clustered_interval(
     there can be, m (1 - m).
 
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
-    Source: Korn and Graubard 1998, Survey Methodology 24:193, for the effective number; the pull is ours
+    Source: Korn and Graubard 1998, Survey Methodology 24:193, for the effective number; the pull is truestep's own
     """
     most = mean * (1 - mean)
     if most == 0:  # all samples agree: nothing is known of the spread

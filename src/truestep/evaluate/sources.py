@@ -19,12 +19,12 @@ _LABEL = re.compile(r"^\(?([A-Z]|\d{1,2})[).:]\s*")
 
 
 class NotThere(UserError):
-    """A benchmark of which there is no file and no source here."""
+    """A benchmark that has neither a file nor a source here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A question as published. ``choices`` are bare texts ((), where the answer is free); ``answer`` is the
+    """A question as published. ``choices`` are bare texts (() if the answer is free); ``answer`` is the
     gold answer, or the position of the right choice as a decimal number."""
 
     id: str
@@ -84,7 +84,7 @@ def _text(row: Row, field: str) -> str:
 
 
 def _inline_choices(problem: str) -> tuple[str, list[str]] | None:
-    """The question and its choices, where the problem ends with a block of lines A) …, B) …"""
+    """The question and its choices, if the problem ends with a block of lines A) …, B) …"""
     question, _, block = problem.rpartition("\n\n")
     lines = block.split("\n")
     marks = [_LABEL.match(line) for line in lines]
@@ -129,14 +129,14 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
         import datasets
     except ModuleNotFoundError:
         raise NotThere(
-            f'{where} needs the package datasets: pip install "truestep[hub]", or give --data FOLDER with {name}.jsonl'
+            f'{where} needs the package datasets: pip install "truestep[hub]", or pass --data FOLDER with {name}.jsonl'
         ) from None
     try:
         table: Any = datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotThere(
-            f"{where}: cannot be loaded ({reason}): give --data FOLDER with {name}.jsonl"
+            f"{where}: cannot be loaded ({reason}): pass --data FOLDER with {name}.jsonl"
         ) from None
     return _items(where, name, enumerate((dict(row) for row in table), start=1))
 
@@ -149,7 +149,7 @@ def _items(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) ->
                 raise row
             item = item_of(row, f"{stem}-{number - 1}")
             if item.id in used:
-                raise RowError("id", "expected one of its own, got one that an earlier row has")
+                raise RowError("id", "expected a unique one, got the id of an earlier row")
         except RowError as error:
             raise UserError(f"{label}:{number}: {error}: correct the row") from None
         used.add(item.id)

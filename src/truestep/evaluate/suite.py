@@ -137,20 +137,12 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
         values = [float(s["score"]) for s in (first, *others)]
         rows = {s["prompt"]: read_samples(samples_of(folder, s)) for s in (first, *others)}
         pairs = [(first["prompt"], s["prompt"]) for s in others]
-        found.append(
-            {
-                "benchmark": benchmark,
-                "num_prompts": len(values),
-                "mean": float(np.mean(values)),
-                "lowest": min(values),
-                "highest": max(values),
-                "range": max(values) - min(values),
-                "stdev": float(np.std(values, ddof=1)),
-                "against_first": [
-                    {"from": a, "to": b, **compare(rows[a], rows[b]).to_json()} for a, b in pairs
-                ],
-            }
-        )
+        against = [{"from": a, "to": b, **compare(rows[a], rows[b]).to_json()} for a, b in pairs]
+        found.append({
+            "benchmark": benchmark, "num_prompts": len(values), "mean": float(np.mean(values)), "lowest": min(values),
+            "highest": max(values), "range": max(values) - min(values), "stdev": float(np.std(values, ddof=1)),
+            "against_first": against,
+        })  # fmt: skip
     return found
 
 
@@ -169,7 +161,6 @@ def averages(scores: Sequence[Score]) -> list[dict[str, Any]]:
                 continue
             mean = float(np.mean([s["score"] for s in own]))
             below, above = (math.hypot(*(s[e] - s["score"] for s in own)) / len(own) for e in ("low", "high"))
-            found.append(
-                {"average": name, "prompt": prompt, "score": mean, "low": mean - below, "high": mean + above}
-            )
+            ends = {"low": mean - below, "high": mean + above}
+            found.append({"average": name, "prompt": prompt, "score": mean, **ends})
     return found

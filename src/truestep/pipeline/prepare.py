@@ -18,10 +18,10 @@ from truestep.device import world
 from truestep.errors import UserError
 from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
-from truestep.objective.methods import METHODS, Method, Row, build
+from truestep.objective.methods import METHODS, Method, build
+from truestep.pipeline.code import code_of
 from truestep.pipeline.track import require_trackers
 from truestep.records import Message, Problem, Prompt, Verdict
-from truestep.rewards.scorer import sources
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.train.update import fault_of
 from truestep.user_code import Raised, attempt, find_source, load
@@ -178,24 +178,24 @@ def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
 
 
 def method_of(stage: StageSettings, base_dir: Path) -> Method:
-    """The stage's method: a row of the table, or FILE.py:ROW beside the recipe. Raises UserError."""
-    named = getattr(stage, "method", "sft")
-    row: str | Row = named
-    if ":" in named:
-        source = find_source(named, base_dir, what="method")
-        row = _user(f"stages.{stage.name}.method", load, source, [str(base_dir)])
+    """The stage's method. Raises UserError."""
     options = getattr(stage, "method_options", {})
+    return find_method(getattr(stage, "method", "sft"), options, base_dir, f"stages.{stage.name}.")
+
+
+def find_method(named: str, options: Mapping[str, Any], base_dir: Path, where: str = "") -> Method:
+    """A row of the table, or FILE.py:ROW beside the recipe. Raises UserError."""
+    if ":" in named:
+        source = find_source(named, base_dir, what=f"{where}method")
+        row = _user(f"{where}method", load, source, [str(base_dir)])
+        method = _user(f"{where}method", build, row, options)
+        if not isinstance(method, Method):
+            raise UserError(f'{where}method: "{named}" returned {type(method).__name__}, not a Method')
+        return method
     try:
-        if isinstance(row, str):
-            return build(row, options)
-        method = _user(f"stages.{stage.name}.method", build, row, options)
+        return build(named, options)
     except (ValueError, TypeError) as error:
-        raise UserError(f"stages.{stage.name}.{error}") from None
-    if not isinstance(method, Method):
-        raise UserError(
-            f'stages.{stage.name}.method: "{named}" returned {type(method).__name__}, not a Method'
-        )
-    return method
+        raise UserError(f"{where}{error}") from None
 
 
 def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
@@ -206,18 +206,6 @@ def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
             f"{where}: {result.reason}" + (f"\n{result.detail.rstrip()}" if result.detail else "")
         )
     return result
-
-
-def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
-    """Hashes of the recipe's own code that a stage runs, by what the recipe calls it."""
-    found = {}
-    method = getattr(stage, "method", "")
-    if ":" in method:
-        found[method] = find_source(method, base_dir, what="method").sha256
-    if isinstance(stage, RlSettings):
-        entries = sources(stage.reward_entries, base_dir)
-        found |= {name: source.sha256 for name, source in entries.items() if source.sha256}
-    return found
 
 
 def _context_length(settings: Settings) -> tuple[int, Any]:

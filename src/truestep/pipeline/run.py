@@ -44,17 +44,9 @@ class RunResult:
 
 
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raises UserError where the run directory is taken, or, with --resume, another run's. Writes
-    nothing."""
-    resolved = folder / "resolved.toml"
-    if resolved.exists():
-        if not resume:
-            raise UserError(
-                f"{folder} holds a run already: write --resume to go on with it, or --out for another place"
-            )
-        _require_same_stages(settings, load_settings(resolved), folder)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no run of truestep: write --out for another place")
+    """Raises UserError if the run directory is taken, or, with --resume, another run's. Writes nothing."""
+    if rundir.holds_run(folder, resume=resume):
+        _require_same_stages(settings, load_settings(folder / "resolved.toml"), folder)
 
 
 def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
@@ -69,13 +61,7 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
     check_run_folder(settings, folder, resume=resume)
     for index, stage in enumerate(settings.stages):
         _require_identity(stage_folder(folder, index, stage), stage_identity(prepared, index))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_atomic(folder / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written: {error.strerror}: write --out for another place"
-        ) from None
+    rundir.open_run(folder, settings.model_dump(mode="json"))
 
 
 def _require_identity(stage: Path, identity: str) -> None:

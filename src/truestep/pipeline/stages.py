@@ -68,7 +68,7 @@ def make_stage(
         policy=policy,
         scorer=scorer,
         method=method,
-        optimizers=_optimizers(policy, stage, method),
+        optimizers=optimizers_of(policy, stage, method),
         learning_rate=learning_rate(
             peak=o.lr,
             kind=o.schedule,
@@ -104,7 +104,8 @@ def _check_stop(session: Session) -> Callable[[], None]:
     return signals.check if session.ranks.world_size == 1 else lambda: None
 
 
-def _optimizers(policy: Policy, stage: StageSettings, method: Method) -> Optimizers:
+def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> Optimizers:
+    """The stage's optimizer, and the separate one of a method with a buffer."""
     main = MasterOptimizer(policy, stage.optimizer)
     buffer = method.part(DemonstrationBuffer)
     if buffer is None:

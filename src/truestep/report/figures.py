@@ -1,6 +1,6 @@
 """Figures as inline SVG that take their colours from the page, so that they suit light and dark alike.
 
-Matplotlib is imported where a figure is drawn; where it is not installed there are no figures. The same data
+Matplotlib is imported when a figure is drawn; without it there are no figures. The same data
 give the same bytes.
 """
 
@@ -27,43 +27,21 @@ if TYPE_CHECKING:
 # drawn in these colours, which become the page's own (--ink and so on); in no other place of an SVG do they
 # occur
 _COLOURS = {
-    "#010203": "ink",
-    "#010204": "muted",
-    "#010205": "line",
-    "#010206": "blue",
-    "#010207": "orange",
-    "#010208": "green",
-    "#010209": "card",
-}
+    "#010203": "ink", "#010204": "muted", "#010205": "line", "#010206": "blue", "#010207": "orange",
+    "#010208": "green", "#010209": "card",
+}  # fmt: skip
 INK, MUTED, LINE, BLUE, ORANGE, GREEN, CARD = _COLOURS
 SERIES = (BLUE, ORANGE, GREEN)
+# text.parse_math: a name with two dollar signs is a name
 _STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "truestep",
-    "text.parse_math": False,  # a name with two dollar signs is a name
-    "axes.formatter.use_mathtext": False,
-    "font.size": 9,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "text.color": INK,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5,
-    "legend.facecolor": CARD,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.8,
-    "legend.fontsize": 8,
-}
+    "svg.fonttype": "none", "svg.hashsalt": "truestep", "text.parse_math": False,
+    "axes.formatter.use_mathtext": False, "font.size": 9, "axes.edgecolor": LINE, "axes.labelcolor": MUTED,
+    "text.color": INK, "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED, "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE,
+    "grid.linewidth": 0.6, "lines.linewidth": 1.5, "legend.facecolor": CARD, "legend.edgecolor": "none",
+    "legend.framealpha": 0.8, "legend.fontsize": 8,
+}  # fmt: skip
 MAX_POINTS = 600
 
 P = ParamSpec("P")
@@ -75,7 +53,7 @@ def can_draw() -> bool:
 
 
 def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
-    """Draw in our style, or not at all where matplotlib is not installed."""
+    """Draw in truestep's style, or not at all without matplotlib."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **more: P.kwargs) -> Markup:
@@ -93,7 +71,7 @@ def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
 def curve(
     name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False
 ) -> Markup:
-    """Lines over steps (or FLOPs). Empty where no series has a point."""
+    """Lines over steps (or FLOPs). Empty if no series has a point."""
     series = {label: thin(points) for label, points in series.items() if points}
     if not series:
         return Markup("")
@@ -101,21 +79,10 @@ def curve(
     factor = 100 if y_percent else 1
     for colour, (label, points) in zip(SERIES, series.items(), strict=False):
         xs, ys = [x for x, _ in points], [factor * y for _, y in points]
-        axes.plot(
-            xs,
-            ys,
-            color=colour,
-            label=visible(label)[:40],
-            marker="o" if len(xs) <= 12 else None,
-            markersize=3.5,
-        )
-    values = [y for points in series.values() for _, y in points]
-    _scale_y(
-        axes,
-        factor * min(values),
-        factor * max(values),
-        math.inf if y_percent else 10 if len(series) > 1 else 300,
-    )
+        marker = "o" if len(xs) <= 12 else None
+        axes.plot(xs, ys, color=colour, label=visible(label)[:40], marker=marker, markersize=3.5)
+    values = [factor * y for points in series.values() for _, y in points]
+    _scale_y(axes, min(values), max(values), math.inf if y_percent else 10 if len(series) > 1 else 300)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}{' %' if y_percent else ''}")
     _label_x(axes, x_label, max(x for points in series.values() for x, _ in points))
     if len(series) > 1:
@@ -127,7 +94,7 @@ def curve(
 
 
 def _scale_y(axes: Axes, low: float, high: float, span: float) -> None:
-    """Logarithmic where all values are positive and span more than a factor."""
+    """Logarithmic if all values are positive and span more than a factor."""
     if low > 0 and high > span * low:
         from matplotlib.ticker import LogLocator, NullLocator
 
@@ -175,9 +142,7 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
     several = len({row.data for row in rows}) > 1
     ordered = sorted(rows, key=lambda row: [r.data for r in rows].index(row.data))
     names = [visible(f"{row.data} · {row.checkpoint}" if several else row.checkpoint)[:40] for row in ordered]
-    figure, axes = new_figure(
-        7.6, 0.5 + 0.36 * len(ordered), left=0.25 + 0.078 * max(map(len, names)), bottom=0.28
-    )
+    figure, axes = rows_figure(names, 0.36)
     for y, row in enumerate(ordered):
         score, low, high = _percents(row)
         axes.plot([low, high], [y, y], color=BLUE, linewidth=2.2, solid_capstyle="round")
@@ -187,28 +152,33 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
         )
         if several and y and ordered[y - 1].data != row.data:
             axes.axhline(y - 0.5, color=LINE, linewidth=0.8)
-    axes.set_yticks(range(len(ordered)), names, fontsize=9.5, color=INK)
-    axes.set_ylim(len(ordered) - 0.4, -0.6)
     lowest, highest = min(_percents(row)[1] for row in ordered), max(_percents(row)[2] for row in ordered)
     room = 0.06 * (highest - lowest)
     axes.set_xlim(lowest - room, min(108, highest + 3 * room))
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     spoken = "; ".join(
         f"{n} {with_interval(r.score, r.low, r.high)}" for n, r in zip(names, ordered, strict=True)
     )
     return to_svg(figure, "scores", f"Scores with 95 % intervals: {spoken}")
 
 
+def rows_figure(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
+    """A figure with one named row for each value in percent; ``height`` of a row in inches."""
+    figure, axes = new_figure(
+        7.6, 0.5 + height * len(names), left=0.25 + 0.078 * max(map(len, names)), bottom=0.28
+    )
+    axes.set_yticks(range(len(names)), names, fontsize=9.5, color=INK)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    return figure, axes
+
+
 def _percents(row: ScoreRow) -> tuple[float, float, float]:
     score = row.score or 0.0
-    return (
-        100 * score,
-        100 * (score if row.low is None else row.low),
-        100 * (score if row.high is None else row.high),
-    )
+    low, high = (score if end is None else end for end in (row.low, row.high))
+    return 100 * score, 100 * low, 100 * high
 
 
 @styled
@@ -221,25 +191,13 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
     figure, axes = new_figure(3.3, 1.95)
     for colour, data in zip(SERIES, dict.fromkeys(row.data for _, row in rows), strict=False):
         points = [(flops, *_percents(row)) for flops, row in rows if row.data == data]
-        axes.plot(
-            [p[0] for p in points],
-            [p[1] for p in points],
-            "-o",
-            color=colour,
-            markersize=4.5,
-            label=visible(data)[:24],
-        )
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(xs, ys, "-o", color=colour, markersize=4.5, label=visible(data)[:24])
         for flops, _, low, high in points:
             axes.plot([flops, flops], [low, high], color=colour, linewidth=1.2)
     for flops, (row, high) in {flops: (row, _percents(row)[2]) for flops, row in reversed(rows)}.items():
-        place: Any = {
-            "xytext": (0, 4),
-            "textcoords": "offset points",
-            "ha": "center",
-            "fontsize": 8,
-            "color": MUTED,
-        }
-        axes.annotate(visible(row.checkpoint)[:20], (flops, high), **place)
+        style: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": MUTED}
+        axes.annotate(visible(row.checkpoint)[:20], (flops, high), (0, 4), **style)
     axes.margins(x=0.1, y=0.16)
     _label_x(axes, x_label, max(flops for flops, _ in rows))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
@@ -263,7 +221,7 @@ def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 
 
 
 def to_svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an <svg> element: described, with ids of its own and in the look of the page."""
+    """The figure as an <svg> element: described, with unique ids and in the look of the page."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with warnings.catch_warnings():

@@ -47,36 +47,26 @@ _SEARCHED = 20_000  # lines that are searched for them
 def write_report(run: Path) -> Path:
     """Write RUN/report.html from whatever files the run has so far.
 
-    Raises UserError where the folder is not a run directory.
+    Raises UserError if the folder is not a run directory.
     """
     if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
-        raise UserError(
-            f"{run}: not a run directory: expected resolved.toml in it, give the folder a run has printed"
-        )
+        raise UserError(f"{run}: not a run directory (no resolved.toml): pass the folder that a run printed")
     page = page_environment().get_template("report.html").render(_context(run))
     write_atomic(run / "report.html", page)
     return run / "report.html"
 
 
 def page_environment() -> jinja2.Environment:
-    """Where every page of ours is rendered: all text escaped, invisible characters shown."""
+    """The environment that renders every page: all text escaped, invisible characters shown."""
     environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,  # a run that was interrupted has less to say
+        autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.ChainableUndefined,  # an interrupted run has fewer values
         loader=pages.loader(Path(__file__).parent / "templates"),
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    )  # fmt: skip
     filters: dict[str, Callable[..., str]] = {
-        "clip": _clipped,
-        "percent": percent,
-        "whole": whole,
-        "duration": duration,
-        "scientific": scientific,
-        "points": _points,
-        "p_value": _p_value,
-    }
+        "clip": _clipped, "percent": percent, "whole": whole, "duration": duration, "scientific": scientific,
+        "points": _points, "p_value": tables.p_value,
+    }  # fmt: skip
     environment.filters |= {name: _or_none(write) for name, write in filters.items()}
     return environment
 
@@ -101,10 +91,6 @@ def _clipped(value: Any, limit: int) -> str:
 
 def _points(value: float | None) -> str:
     return tables.NONE if value is None else f"{100 * value:+.1f}"
-
-
-def _p_value(value: float | None) -> str:
-    return tables.NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _context(run: Path) -> dict[str, Any]:
@@ -157,22 +143,15 @@ def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         metrics = read_jsonl(folder / "metrics.jsonl") if folder else []
         rollouts = read_jsonl(folder / "rollouts.jsonl") if folder else []
         tokens = {k: v for k, v in (entry.get("tokens") or {}).items() if k.endswith("tokens")}
-        found.append(
-            {
-                "name": name,
-                "kind": entry.get("kind"),
-                "steps": entry.get("steps", metrics[-1]["step"] if metrics else None),
-                "seconds": entry.get("seconds"),
-                "flops_paper": entry.get("flops_paper"),
-                "flops_full": entry.get("flops_full"),
-                "tokens": {
-                    key.removesuffix("_tokens").replace("_", " "): count for key, count in tokens.items()
-                },
-                "metrics": metrics,
-                "panels": _panels(name, metrics),
-                "samples": pick_rollouts(rollouts),
-            }
-        )
+        found.append({
+            "name": name,
+            **{key: entry.get(key) for key in ("kind", "seconds", "flops_paper", "flops_full")},
+            "steps": entry.get("steps", metrics[-1]["step"] if metrics else None),
+            "tokens": {key.removesuffix("_tokens").replace("_", " "): n for key, n in tokens.items()},
+            "metrics": metrics,
+            "panels": _panels(name, metrics),
+            "samples": pick_rollouts(rollouts),
+        })  # fmt: skip
     return found
 
 
@@ -241,14 +220,12 @@ def _verdict(row: Row) -> str:
 
 
 def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]]:
-    """A few samples of each evaluation, in the order of the score table."""
-    order = {(row.checkpoint, row.data): number for number, row in enumerate(rows)}
-    paths = [
-        (p.parent.name, p.name.removesuffix(".samples.jsonl"), p)
-        for p in run.glob("evaluations/*/*.samples.jsonl")
-    ]
-    for checkpoint, data, path in sorted(paths, key=lambda e: (order.get(e[:2], len(order)), e[:2])):
-        if samples := pick_samples(_lines(path)):
+    """A few samples of each evaluation, in the order of the score table; then of those that are not in it."""
+    listed = {run / row.samples: (row.checkpoint, row.data) for row in rows}
+    others = sorted(set(run.glob("evaluations/*/*.samples.jsonl")) - listed.keys())
+    listed |= {path: (path.parent.name, path.name.removesuffix(".samples.jsonl")) for path in others}
+    for path, (checkpoint, data) in listed.items():
+        if path.exists() and (samples := pick_samples(_lines(path))):
             yield {"checkpoint": checkpoint, "data": data, "samples": samples}
 
 

@@ -23,12 +23,12 @@ CURVES = {"reward": "Reward", "completions/mean_length": "Completion length", "e
 def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
     """Write FOLDER/report.html, table.md, table.csv and table.tex from its results.json and compact cells.
 
-    Raises UserError where there are no results.
+    Raises UserError if there are no results.
     """
     table = read_object(folder / "results.json")
     if "arms" not in table:
         raise UserError(
-            f"{folder}: holds no study (results.json): give the folder that truestep study has printed"
+            f"{folder}: has no results.json of a study: pass the folder that truestep study printed"
         )
     if cells is None:
         cells = read_cells(folder, table)

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from truestep.report.figures import BLUE, INK, LINE, MUTED, new_figure, styled, to_svg
+from truestep.report.figures import BLUE, INK, LINE, MUTED, new_figure, rows_figure, styled, to_svg
 from truestep.report.tables import superscript, visible
 
 Row = Mapping[str, Any]
@@ -22,9 +22,7 @@ def dots(arms: Sequence[Row], benchmark: str) -> Markup:
     if not rows:
         return Markup("")
     names = [visible(a["name"])[:40] for a, _ in rows]
-    figure, axes = new_figure(
-        7.6, 0.55 + 0.34 * len(rows), left=0.25 + 0.078 * max(map(len, names)), bottom=0.3
-    )
+    figure, axes = rows_figure(names, 0.34)
     for y, (arm, found) in enumerate(rows):
         colour = MUTED if arm["control"] else BLUE
         if found["seeds_known"]:
@@ -32,12 +30,6 @@ def dots(arms: Sequence[Row], benchmark: str) -> Markup:
         axes.plot([100 * found["value"]], [y], "D", color=colour, markersize=6, zorder=3)
         seeds = [100 * by[benchmark] for by in arm["by_seed"].values() if benchmark in by]
         axes.plot(seeds, [y + 0.26] * len(seeds), "o", color=colour, markersize=3.2, alpha=0.75)
-    axes.set_yticks(range(len(rows)), names, fontsize=9.5, color=INK)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     spoken = "; ".join(f"{n} {100 * f['value']:.1f} %" for n, (_, f) in zip(names, rows, strict=True))
     return to_svg(
         figure, f"dots {benchmark}", f"{benchmark}, score by arm with 95 % interval and seeds: {spoken}"
@@ -53,13 +45,8 @@ def bars(arms: Sequence[Row]) -> Markup:
     figure, axes = new_figure(7.6, 2.9, left=0.5, bottom=0.95)
     for x, arm in enumerate(rows):
         found, control = arm["mean"], bool(arm["control"])
-        axes.bar(
-            x,
-            100 * found["value"],
-            width=0.62,
-            color=LINE if control else BLUE,
-            alpha=0.9 if control else 0.55,
-        )
+        color, alpha = (LINE, 0.9) if control else (BLUE, 0.55)
+        axes.bar(x, 100 * found["value"], width=0.62, color=color, alpha=alpha)
         if found["seeds_known"]:
             axes.plot([x, x], [100 * found["low"], 100 * found["high"]], color=INK, linewidth=1.4)
         seeds = [100 * sum(by.values()) / len(by) for by in arm["by_seed"].values() if by]

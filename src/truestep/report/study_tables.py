@@ -1,4 +1,4 @@
-"""A study's tables as Markdown, CSV and LaTeX: the same cells, each escaped for where it goes."""
+"""A study's tables as Markdown, CSV and LaTeX: the same cells, each escaped for its format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from truestep.report.tables import NONE, visible
+from truestep.report.tables import NONE, p_value, visible
 
 Row = Mapping[str, Any]
 _LATEX = {
@@ -17,65 +17,42 @@ _LATEX = {
 }  # fmt: skip
 
 
+_ARMS = ("Seeds", "FLOPs (paper)", "FLOPs (fuller)", "Trials: FLOPs", "Checkpoint", "Marks")
+_P = ("p", "p (Holm)", "p (sign flips)")
+_CONTRASTS = ("Contrast", "Difference [95 %]", "df", *_P, "Detectable", "Seeds", "Verdict")
+_CSV = ("arm", "control", "seed", "benchmark", "score", "low", "high", "flops_paper", "flops_full", "marks")
+
+
 def points(found: Row | None, sign: str = "") -> str:
     """E.g. 53.2 [50.1, 56.3], in points."""
     if found is None:
         return NONE
-    if not found["seeds_known"]:
-        return f"{100 * found['value']:{sign}.1f} (one seed)"
-    return (
-        f"{100 * found['value']:{sign}.1f} [{100 * found['low']:{sign}.1f}, {100 * found['high']:{sign}.1f}]"
-    )
+    value, low, high = (f"{100 * found[key]:{sign}.1f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]" if found["seeds_known"] else f"{value} (one seed)"
 
 
 def flops(value: float | None) -> str:
     return NONE if value is None else f"{value:.3g}"
 
 
-def p_value(value: float | None) -> str:
-    return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def method_table(table: Row) -> tuple[list[str], list[list[str]]]:
     """Heading and rows: every arm with its scores, seeds, budget, trials, and what is unequal."""
     names = table["benchmarks"]
     mean = ["Mean"] if len(names) > 1 else []
-    head = [
-        "Arm",
-        *names,
-        *mean,
-        "Seeds",
-        "FLOPs (paper)",
-        "FLOPs (fuller)",
-        "Trials: FLOPs",
-        "Checkpoint",
-        "Marks",
-    ]
     rows = []
     for arm in table["arms"]:
         label = arm["name"] + (f" (control: {arm['control']})" if arm["control"] else "")
         tuning = arm["tuning"]
         trials = f"{tuning.get('trials', 0)}: {flops((tuning.get('flops') or {}).get('paper'))}"
         rows.append([
-            label, *[points(arm["scores"].get(n)) for n in names], *([points(arm["mean"])] if mean else []),
+            label, *[points(arm["scores"].get(n)) for n in names], *[points(arm["mean"]) for _ in mean],
             str(len(arm["seeds"])), flops(arm["flops"]["paper"]), flops(arm["flops"]["full"]), trials,
             arm["checkpoint"], "; ".join(arm["marks"]) or NONE,
         ])  # fmt: skip
-    return head, rows
+    return ["Arm", *names, *mean, *_ARMS], rows
 
 
 def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
-    head = [
-        "Contrast",
-        "Difference [95 %]",
-        "df",
-        "p",
-        "p (Holm)",
-        "p (sign flips)",
-        "Detectable",
-        "Seeds",
-        "Verdict",
-    ]
     rows = []
     for c in table["contrasts"]:
         found = c["all"]
@@ -88,7 +65,7 @@ def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
             p_values = (found["p_value"], c["p_adjusted"], found["p_sign_flip"])
             said = [f"{found['df']:.1f}", *map(p_value, p_values), f"{100 * found['detectable']:.1f}"]
         rows.append([name, points(found, "+"), *said, str(len(c["seeds"])), c["verdict"]])
-    return head, rows
+    return list(_CONTRASTS), rows
 
 
 def markdown(table: Row) -> str:
@@ -103,7 +80,7 @@ def markdown(table: Row) -> str:
             parts.append("\n".join("| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines))
     several = [name for name, hashes in table["content"].items() if len(hashes) > 1]
     if several:
-        parts.append(f"Not one and the same in all cells: {_md(', '.join(several))}")
+        parts.append(f"Not the same in all cells: {_md(', '.join(several))}")
     parts += [f"Control left out: {_md(c)}: {_md(why)}" for c, why in table["controls_off"].items()]
     parts += [f"Failed: {_md(cell)}: {_md(why)}" for cell, why in table["failures"].items()]
     return "\n\n".join(parts) + "\n"
@@ -119,19 +96,7 @@ def as_csv(table: Row) -> str:
     marks."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    head = [
-        "arm",
-        "control",
-        "seed",
-        "benchmark",
-        "score",
-        "low",
-        "high",
-        "flops_paper",
-        "flops_full",
-        "marks",
-    ]
-    writer.writerow(head)
+    writer.writerow(_CSV)
     for arm in table["arms"]:
         whole = {**arm["scores"], **({"mean": arm["mean"]} if arm["mean"] else {})}
         marks = "; ".join([*arm["marks"], *([] if table["complete"] else ["incomplete study"])])

@@ -55,6 +55,10 @@ def scientific(value: float | None) -> str:
     return f"{mantissa} × 10{superscript(int(exponent))}"
 
 
+def p_value(value: float | None) -> str:
+    return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def superscript(number: int) -> str:
     return str(number).translate(_SUPERSCRIPT)
 

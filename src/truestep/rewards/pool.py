@@ -1,7 +1,7 @@
 """The worker processes of one reward function, as seen from outside: started, asked, watched and killed.
 
-A batch that fails as a whole (an exception, no time, no memory, a dead worker) is asked again sample by sample, so
-that one sample does not take the others with it.
+A batch that fails as a whole (an exception, no time, no memory, a dead worker) is asked again sample by
+sample, so that one sample does not take the others with it.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ class Worker:
         self._memory_mb, self._said, self._printed = memory_mb, b"", b""
         self._channel, far_end = socket.socketpair()
         root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         with far_end:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-u", "-m", "truestep.rewards.worker", str(far_end.fileno())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))},
+                env={**os.environ, "PYTHONPATH": path},
                 pass_fds=(far_end.fileno(),),
                 start_new_session=True,  # one signal ends all that it starts; Ctrl-C is for the parent
             )  # fmt: skip
@@ -160,7 +161,7 @@ class Worker:
         """Kill it and everything it has started, and wait until that is so."""
         for _ in range(50):
             family = processes(self._process.pid)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # all there is without /proc
                 os.killpg(self._process.pid, signal.SIGKILL)
             for pid in family:
                 with contextlib.suppress(ProcessLookupError):
@@ -189,7 +190,8 @@ class FunctionPool:
         self._step, self._samples, self._failures = -1, 0, list[Answer]()
 
     def start(self) -> None:
-        """Load the function once, so that a fault in it is found before anything is sampled. Raises UserError."""
+        """Load the function once, so that a fault in it is found before anything is sampled. Raises
+        UserError."""
         self._idle.append(self._take())
 
     def close(self) -> None:
@@ -217,9 +219,9 @@ class FunctionPool:
         if self._samples >= MIN_SAMPLES and len(self._failures) > allowed:
             first = self._failures[0]
             raise UserError(
-                f'reward "{self.entry.name}" failed on {len(self._failures)} of {self._samples} samples (step {self._step}), '
-                f"more than max_failure_share = {self.entry.max_failure_share:g}; the first failure: {first.reason}"
-                f"\n{first.detail}".rstrip()
+                f'reward "{self.entry.name}" failed on {len(self._failures)} of {self._samples} samples '
+                f"(step {self._step}), more than max_failure_share = {self.entry.max_failure_share:g}; "
+                f"the first failure: {first.reason}\n{first.detail}".rstrip()
             )
 
     def _batch(self, samples: Sequence[RewardInput]) -> list[Answer]:

@@ -18,16 +18,16 @@ class Unscored:
     reason: str
 
 
-# One value per sample: a number, None or Unscored (no reward, and no failure), a mapping of named parts, or an
-# exception object (a failure of this sample only).
+# One value per sample: a number, None or Unscored (no reward, and no failure), a mapping of named parts, or
+# an exception object (a failure of this sample only).
 Value = float | None | Unscored | Mapping[str, float] | Exception
 RewardFn = Callable[[Sequence[RewardInput]], Sequence[Value]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one function says about one sample. A failure has a ``reason``, and the function's own traceback or
-    output as ``detail``."""
+    """What one function says about one sample. A failure has a ``reason``, and the function's own traceback
+    or output as ``detail``."""
 
     value: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)

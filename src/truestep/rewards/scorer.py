@@ -1,4 +1,5 @@
-"""All rewards of a stage for the samples of a step: the checker, the coin and the functions, weighted and summed."""
+"""All rewards of a stage for the samples of a step: the checker, the coin and the functions, weighted and
+summed."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ Grade = Callable[[Sequence[tuple[Problem, str]]], Sequence[Score]]
 
 
 def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
-    """The file of each entry's function, by the entry's name; nothing is run. The hashes belong to the identity of
-    a stage. Raises UserError if a file is missing."""
+    """The file of each entry's function, by the entry's name; nothing is run. The hashes belong to the
+    identity of a stage. Raises UserError if a file is missing."""
     return {
         e.name: find_source(e.function, base, what="reward", shipped=SHIPPED.get(e.function, ""))
         for e in entries
@@ -32,9 +33,9 @@ def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
 
 
 class RewardScorer:
-    """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory that functions may write
-    to. Entering starts one worker for each function, and raises UserError if a function cannot be loaded. Not for
-    use from several threads.
+    """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory that functions may
+    write to. Entering starts one worker for each function, and raises UserError if a function cannot be
+    loaded. Not for use from several threads.
 
     Held by: tests/rewards/test_hostile.py, tests/rewards/test_scorer.py
     """
@@ -60,12 +61,11 @@ class RewardScorer:
         self._stack.close()
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
-        """One result per sample, in order. Raises UserError if a function has failed on more than its share of the
-        step's samples; each rank counts its own."""
-        if any(
-            sample.stop is Stop.ERROR for sample in inputs
-        ):  # no completion: unscored, and no function's failure
-            results = iter(self.score([sample for sample in inputs if sample.stop is not Stop.ERROR]))
+        """One result per sample, in order. Raises UserError if a function has failed on more than its share
+        of the step's samples; each rank counts its own."""
+        whole = [sample for sample in inputs if sample.stop is not Stop.ERROR]
+        if len(whole) < len(inputs):  # a sample without a completion is unscored, and no function's failure
+            results = iter(self.score(whole))
             lost = Score(reward=None, verdict=Verdict.UNSCORED, reason="the engine failed")
             return [lost if sample.stop is Stop.ERROR else next(results) for sample in inputs]
         graded: Sequence[Score | None] = [None] * len(inputs)
@@ -116,7 +116,8 @@ class RewardScorer:
 
 
 def fair_coin(sample: RewardInput) -> float:
-    """0 or 1, a function of the sample's identity only: a control that asks whether a gain comes from the reward.
+    """0 or 1, a function of the sample's identity only: a control that asks whether a gain comes from the
+    reward.
 
     Held by: tests/rewards/test_scorer.py
     """

@@ -1,8 +1,8 @@
 """A child process that loads one reward function and calls it: requests and replies are lines of JSON on a
 socket, so that what the function prints breaks nothing.
 
-Started as ``python -m truestep.rewards.worker DESCRIPTOR`` by ``pool.py``, which kills it when it takes too long
-or too much memory.
+Started as ``python -m truestep.rewards.worker DESCRIPTOR`` by ``pool.py``, which kills it when it takes too
+long or too much memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a table of scores says: seeds × problems, crossed; the samples of a cell nested in it.
 
 Every seed of an arm answers the same problems, so a score has two sources of error that do not average out
-together: the training seed and the choice of problems. An interval over problems alone promises what another
-seed would break, and one over seeds alone what other problems would. Here both are counted, with the degrees
+together: the training seed and the choice of problems. An interval over problems only ignores other
+seeds, and one over seeds only ignores other problems. Here both are counted, with the degrees
 of freedom that few seeds leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples,
 one array a benchmark; a paired difference is such a table too.
 """
@@ -32,7 +32,7 @@ class Crossed:
 
     ``detectable`` is the smallest true value that such a table would show with 80 % power at the 5 % level.
     ``df`` are the effective degrees of freedom; with one seed nothing is known of seeds, ``low`` and ``high``
-    are over problems alone and ``seeds_known`` is False.
+    are over problems only and ``seeds_known`` is False.
     """
 
     value: float
@@ -124,7 +124,7 @@ def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0, 1.0)) -> Crossed:
-    """The mean of the tables' means, with its interval. Raises UserError where the tables have no common
+    """The mean of the tables' means, with its interval. Raises UserError if the tables have no common
     seeds.
 
     Shapes: [S, P_b] each

@@ -14,7 +14,7 @@ COUNTS = {"flops_paper_formula": "the paper's formula", "flops_full": "the fulle
 
 
 def recipe_files(paths: Sequence[Path]) -> list[Path]:
-    """The recipes of the given files and folders, in order. Raises UserError where there are none."""
+    """The recipes of the given files and folders, in order. Raises UserError if there are none."""
     found = [file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])]
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no recipe (.toml) there: give a folder or files")
@@ -34,7 +34,7 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
         settings = load_settings(path)
         if not settings.declared:
             raise UserError(
-                f"{path}: has no [declared] lengths to count with: write them, or give other recipes"
+                f"{path}: has no [declared] lengths to count with: add them, or pass other recipes"
             )
         loaded[settings.name] = settings, path
         arms.append({
@@ -47,7 +47,7 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
 def _claims(
     arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], loaded: Mapping[str, tuple[Settings, Path]]
 ) -> list[dict[str, Any]]:
-    """Where an SFT-then-RL arm spends fewer FLOPs than an arm of RL alone, and up to how many RL steps it
+    """Whether an SFT-then-RL arm spends fewer FLOPs than an arm with only RL, and up to how many RL steps it
     would."""
     if arm["kinds"] != ["sft", "rl"]:
         return []

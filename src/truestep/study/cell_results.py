@@ -48,7 +48,7 @@ def cell_key(settings: Settings, base: str) -> str:
     return settings_hash(payload, base)
 
 
-def compact(run: Path, *, arm: str, key: str) -> dict[str, Any]:
+def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
     """The finished run directory as a cell."""
     summary = read_json(run / "summary.json")
     if summary["status"] != "done":
@@ -59,7 +59,7 @@ def compact(run: Path, *, arm: str, key: str) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "arm": arm,
-        "seed": summary["seed"],
+        "seed": seed,
         "key": key,
         "checkpoint": checkpoint,
         "benchmarks": {

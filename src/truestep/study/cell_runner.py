@@ -1,8 +1,8 @@
 """What a study is made of, each part once: runs, the pinned base, and what earlier days have left.
 
 Each task is asked for by name and made by whoever asks first; a run asks for the run that it starts from.
-Tasks are threads that mostly wait; at most ``workers`` of them have a child process at a time. State is files
-alone: cells/KEY/cell.json says that a run is done.
+Tasks are threads that mostly wait; at most ``workers`` of them have a child process at a time. All state is in
+files: cells/KEY/cell.json says that a run is done.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 from truestep import rundir
 from truestep.data.problems import find_source
 from truestep.errors import UserError
-from truestep.settings import Settings, load_settings, settings_hash
+from truestep.pipeline.code import code_of
+from truestep.settings import RejectionSettings, RlSettings, Settings, Stage, load_settings, settings_hash
 from truestep.study import cell_results
 from truestep.study.launch import Launch, Order
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
@@ -42,9 +43,7 @@ class Runner:
     results: Path | None = None
     say: Callable[[str], None] = print
     failures: dict[str, str] = field(default_factory=dict)
-    stopped: threading.Event = field(
-        default_factory=threading.Event
-    )  # by Ctrl-C: no child is started any more
+    stopped: threading.Event = field(default_factory=threading.Event)  # by Ctrl-C: no child starts any more
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     _made: dict[str, Future[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -71,7 +70,7 @@ class Runner:
 def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
     """The compact result of these settings: from an earlier day's folder if it is there, else by running
     them."""
-    key = cell_results.cell_key(settings, given_identity(runner))
+    key = key_of(runner, settings)
     for kind in ("cells", "trials"):
         name = cell_results.cell_name(arm, settings.seed)
         old = kept(runner.results / kind / f"{name}.json") if runner.results else {}
@@ -81,7 +80,7 @@ def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
 
 
 def kept(path: Path) -> dict[str, Any]:
-    """A compact result of an earlier day; {} where there is none that can be read."""
+    """A compact result of an earlier day; {} if none can be read."""
     try:
         found = rundir.read_json(path)
     except (OSError, ValueError):
@@ -91,12 +90,19 @@ def kept(path: Path) -> dict[str, Any]:
 
 def node(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
     """Run these settings, once, in a folder that their identity names; the compact result."""
-    key = cell_results.cell_key(settings, given_identity(runner))
+    key = key_of(runner, settings)
     return dict(runner.once(f"node {key}", lambda: _node(runner, settings, arm, key)))
 
 
+def key_of(runner: Runner, settings: Settings) -> str:
+    """A cell's identity: its settings, what it is given, and the content of the code that its stages name."""
+    code = [code_of(stage, runner.where.parent) for stage in settings.stages]
+    given = given_identity(runner)
+    return cell_results.cell_key(settings, settings_hash(given, str(code)) if any(code) else given)
+
+
 def node_folder(runner: Runner, settings: Settings) -> Path:
-    return runner.out / "cells" / cell_results.cell_key(settings, given_identity(runner))
+    return runner.out / "cells" / key_of(runner, settings)
 
 
 def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, Any]:
@@ -115,16 +121,15 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
         rundir.write_atomic(home / "name", cell_results.cell_name(arm, settings.seed) + "\n")
-        child(
-            runner,
-            Order(study=str(runner.out.resolve()), recipe=f"cells/{key}/recipe.toml", run=f"cells/{key}/run"),
-        )
-        made = cell_results.compact(home / "run", arm=arm, key=key)
+        child(runner, f"cells/{key}")
+        made = cell_results.compact(home / "run", arm=arm, seed=settings.seed, key=key)
         rundir.write_json(done, made)
     return made
 
 
-def child(runner: Runner, order: Order) -> None:
+def child(runner: Runner, folder: str) -> None:
+    """Run FOLDER/recipe.toml in FOLDER/run. Raises CellFailed."""
+    order = Order(study=str(runner.out.resolve()), recipe=f"{folder}/recipe.toml", run=f"{folder}/run")
     if runner.stopped.is_set():
         raise CellFailed(f"{order.run}: not started")
     code, words = runner.launch(order)
@@ -156,16 +161,33 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
     model = settings.model
     if path := local_model(model.path, base_dir):
         model = model.model_copy(update={"path": str(path.resolve())})
-    return settings.model_copy(update={"data": data, "model": model})
+    stages = tuple(_absolute_code(stage, base_dir) for stage in settings.stages)
+    return settings.model_copy(update={"data": data, "model": model, "stages": stages})
+
+
+def _absolute_code(stage: Stage, base_dir: Path) -> Stage:
+    """The stage with its own code (FILE.py:NAME) found from anywhere."""
+
+    def found(named: str) -> str:
+        place, _, name = named.rpartition(":")
+        return f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else named
+
+    if isinstance(stage, RejectionSettings):
+        return stage
+    update: dict[str, Any] = {"method": found(stage.method)}
+    if isinstance(stage, RlSettings):
+        rewards = [entry.model_copy(update={"function": found(entry.function)}) for entry in stage.rewards]
+        update |= {"reward": found(stage.reward), "rewards": tuple(rewards)}
+    return stage.model_copy(update=update)
 
 
 def local_source(name: str, source: str, base_dir: Path) -> Path | None:
-    """The file or folder of a data set; None where it is generated or comes from a hub."""
+    """The file or folder of a data set; None if it is generated or comes from a hub."""
     return None if ":" in source and not (base_dir / source).exists() else find_source(name, source, base_dir)
 
 
 def local_model(path: str, base_dir: Path) -> Path | None:
-    """The model's folder or file where it is one, as ``load_settings`` finds it; the pinned base is not
+    """The model's folder or file if it is one, as ``load_settings`` finds it; the pinned base is not
     meant."""
     if path == BASE_MODEL or not ("/" in path or path.endswith(".gguf")):
         return None
@@ -185,14 +207,13 @@ def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
             aside = target.with_name(f".{target.name}.{os.getpid()}")
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(
-                folder, aside, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints", "best")
-            )
+            left_out = shutil.ignore_patterns("checkpoints", "best")
+            shutil.copytree(folder, aside, copy_function=_link, ignore=left_out)
             aside.rename(target)
 
 
 def _link(source: str, target: str) -> None:
-    """Weights are linked (nobody writes into them), everything else is copied."""
+    """Weights are linked (nothing writes into them), everything else is copied."""
     if source.endswith(".safetensors"):
         try:
             os.link(source, target)
@@ -206,10 +227,10 @@ def _link(source: str, target: str) -> None:
 
 
 def base_recipe(where: Path, study: Study) -> Settings:
-    """Raises UserError where it cannot be read or has no stage."""
+    """Raises UserError if it cannot be read or has no stage."""
     settings = load_settings(where.parent / study.base)
     if not settings.stages:
-        raise UserError(f"{where.parent / study.base}: a base recipe needs a stage: write [[stages]]")
+        raise UserError(f"{where.parent / study.base}: a base recipe needs a stage: add [[stages]]")
     return settings
 
 
@@ -235,7 +256,7 @@ def given_identity(runner: Runner) -> str:
 
 
 def files_of(settings: Settings, base_dir: Path) -> str:
-    """A hash of the files that data sets and the model are read from; "" where there are none."""
+    """A hash of the files that data sets and the model are read from; "" if there are none."""
     places = {name: local_source(name, one.source, base_dir) for name, one in settings.data.items()}
     places["model"] = local_model(settings.model.path, base_dir)
     parts = []
@@ -254,23 +275,20 @@ def base_folder(runner: Runner) -> Path:
 
 
 def _base(runner: Runner) -> Path:
-    link, home, settings = (
-        runner.out / BASE_MODEL,
-        runner.out / "base",
-        base_recipe(runner.where, runner.study),
-    )
+    link, home = runner.out / BASE_MODEL, runner.out / "base"
+    settings = base_recipe(runner.where, runner.study)
     identity = home / "identity"
     if link.exists():
         if identity.exists() and identity.read_text(encoding="utf-8").strip() != base_identity(runner):
             raise UserError(
-                f"{home}: was trained by another {runner.study.base}: write another --out, or remove it"
+                f"{home}: was trained by another {runner.study.base}: pass --out with a different path, or remove it"
             )
         return link
     made = with_absolute_paths(settings, (runner.where.parent / runner.study.base).parent)
     rundir.write_atomic(home / "recipe.toml", rundir.to_toml(made.model_dump(mode="json")))
     rundir.write_atomic(identity, base_identity(runner) + "\n")
     with runner._gate:
-        child(runner, Order(study=str(runner.out.resolve()), recipe="base/recipe.toml", run="base/run"))
+        child(runner, "base")
     last = f"{len(settings.stages):02d}-{settings.stages[-1].name}"
     link.symlink_to(Path("run") / "stages" / last / "export")
     return link

@@ -18,7 +18,7 @@ TINY_VOCABULARY = 101
 
 
 def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
-    """Rows by arm and their sum. Own samples are taken to be as long as a demonstration where there are some,
+    """Rows by arm and their sum. Own samples are taken to be as long as a demonstration if there are some,
     else as long as allowed; what a method adds of its own (demonstrations in groups, further rounds) is not
     counted."""
     lengths: dict[str, tuple[int, int]] = {}
@@ -88,7 +88,7 @@ def _stage(settings: Settings, index: int, base_dir: Path, known: dict[str, tupl
         raise TypeError(f"unknown stage {type(stage).__name__}")
     rows = settings.data[stage.data].limit
     if stage.epochs and rows == "all":
-        raise UserError(f"data.{stage.data}.limit: an estimate needs a number of rows: write limit = N")
+        raise UserError(f"data.{stage.data}.limit: an estimate needs a number of rows: set limit = N")
     count = stage.epochs * int(rows) if stage.epochs else stage.steps * stage.sequences_per_step
     return sequence_work(prompt, solution or 64).times(count)
 

@@ -23,12 +23,8 @@ from typing import Any
 
 from truestep.errors import UserError
 
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "passive",
-}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+ONE_THREAD |= {"OMP_WAIT_POLICY": "passive"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +44,10 @@ Launch = Callable[[Order], tuple[int, str]]  # → exit code, last words on stde
 
 
 IMPORTED = [
-    "truestep.cli.run",
-    "truestep.cli.progress",
-    "truestep.pipeline.run",
-    "truestep.report.html",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
-    "torch.distributed.tensor",
-    "matplotlib.backends.backend_svg",
-    "matplotlib.figure",
-]
+    "truestep.cli.run", "truestep.cli.progress", "truestep.pipeline.run", "truestep.report.html",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "torch.distributed.tensor", "matplotlib.backends.backend_svg", "matplotlib.figure",
+]  # fmt: skip
 ONE_AT_A_TIME = threading.Lock()
 
 

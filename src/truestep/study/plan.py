@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -23,7 +23,7 @@ from truestep.settings import Settings, parse_settings
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
 Seed = Annotated[int, Field(ge=0)]
 MOST_SEEDS = 20  # whose sign patterns the exact test counts one by one
-CONTROLS: tuple[Control, ...] = ("base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection")
+CONTROLS: tuple[Control, ...] = get_args(Control)
 BASE_MODEL = "./base/model"  # where the pinned base lies, seen from the study directory
 
 
@@ -39,14 +39,14 @@ class Arm(Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     stages: tuple[str, ...] = ()
     control: Control | Literal[""] = ""
-    set: dict[str, Any] = Field(default_factory=dict)  # "STAGE.key" = value, for this arm alone
+    set: dict[str, Any] = Field(default_factory=dict)  # "STAGE.key" = value, for this arm only
     equal_flops: EqualFlops | Literal[""] = ""
     num_seeds: int = Field(0, ge=0)  # the first so many of the study's seeds; 0: all
-    untuned: str = ""  # why it has no learning-rate trials, where the others have
+    untuned: str = ""  # why it has no learning-rate trials, if the others have
 
 
 class Tuning(Frozen):
-    """Every arm gets these learning-rate trials of its last stage, on a dev set, with seeds of their own."""
+    """Every arm gets these learning-rate trials of its last stage, on a dev set, with other seeds."""
 
     data: str
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -65,7 +65,7 @@ class Study(Frozen):
     declaration: str = ""  # the page that was written before anything ran
     seeds: tuple[Seed, ...] = Field(min_length=1, max_length=MOST_SEEDS)
     workers: int = Field(2, ge=1)
-    flops_per_second: float = Field(2e10, gt=0)  # of one cell; for the plan's estimate of time alone
+    flops_per_second: float = Field(2e10, gt=0)  # of one cell; only for the plan's estimate of time
     base: str = ""  # a recipe whose last stage makes the pinned base, once
     run: dict[str, Any]  # what all cells share: model, compute, chat, data, evaluate
     stages: dict[str, dict[str, Any]]
@@ -81,63 +81,63 @@ class Study(Frozen):
     def _names(self) -> Self:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("two arms, or two seeds, are the same: give each one of its own")
+            raise ValueError("two arms, or two seeds, are the same: every name and seed must be unique")
         for arm in self.arms:
             self._check_arm(arm, names)
-        for name in (self.reference, *(n for pair in (*self.primary, *self.secondary) for n in pair)):
+        pairs = (*self.primary, *self.secondary)
+        for name in (self.reference, *(name for pair in pairs for name in pair)):
             if name not in names:
-                raise ValueError(f"{name!r} is no arm; there are {', '.join(names)}")
-        if same := [a for a, b in (*self.primary, *self.secondary) if a == b]:
-            raise ValueError(f"{same[0]!r} is compared with itself: name two arms")
+                raise ValueError(f"{name!r} is not an arm; the arms are {', '.join(names)}")
+        if same := [a for a, b in pairs if a == b]:
+            raise ValueError(f"{same[0]!r} is compared with itself: name two different arms")
         if self.tuning and set(self.tuning.seeds) & set(self.seeds):
-            raise ValueError("tuning.seeds must not be among the seeds that are compared: write others")
+            raise ValueError("tuning.seeds must not be among the seeds that are compared: use others")
         return self
 
     def _check_arm(self, arm: Arm, names: Sequence[str]) -> None:
+        where, match = f"arms.{arm.name}", arm.equal_flops
         for stage in arm.stages:
             if stage not in self.stages:
-                raise ValueError(f"arms.{arm.name}: no [stages.{stage}]; there are {', '.join(self.stages)}")
+                raise ValueError(f"{where}: no [stages.{stage}]; there are {', '.join(self.stages)}")
         for key in arm.set:
             if key.partition(".")[0] not in arm.stages:
                 known = ", ".join(arm.stages) or "no stages"
-                raise ValueError(f"arms.{arm.name}.set: {key!r} is of no stage of the arm, which has {known}")
+                raise ValueError(f"{where}.set: {key!r} is not of a stage of the arm, which has {known}")
         try:
             stage_tables(self, arm)
         except UserError as error:
             raise ValueError(str(error)) from None
         if arm.num_seeds > len(self.seeds):
-            raise ValueError(
-                f"arms.{arm.name}.num_seeds = {arm.num_seeds}: the study has {len(self.seeds)} seeds"
-            )
-        if not arm.equal_flops:
+            raise ValueError(f"{where}.num_seeds = {arm.num_seeds}: the study has {len(self.seeds)} seeds")
+        if not match:
             return
-        if arm.equal_flops.to not in names:
-            raise ValueError(f"arms.{arm.name}.equal_flops.to = {arm.equal_flops.to!r} is no arm")
-        goal = self.arm(arm.equal_flops.to)
+        if match.to not in names:
+            raise ValueError(f"{where}.equal_flops.to = {match.to!r} is not an arm")
+        goal = self.arm(match.to)
         if goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm)):
             raise ValueError(
-                f"arms.{arm.name}.equal_flops.to must be an arm with steps of its own and as many seeds"
+                f"{where}.equal_flops.to: expected an arm without equal_flops and with as many seeds"
             )
-        if not arm.stages or arm.equal_flops.step_like not in goal.stages:
+        if not arm.stages or match.step_like not in goal.stages:
             raise ValueError(
-                f"arms.{arm.name}.equal_flops.step_like = {arm.equal_flops.step_like!r} is no stage of {goal.name}, "
+                f"{where}.equal_flops.step_like = {match.step_like!r} is not a stage of {goal.name}, "
                 f"which has {', '.join(goal.stages) or 'none'}, or the arm has no stage to match"
             )
 
     @model_validator(mode="after")
     def _controls(self) -> Self:
-        """A control may be left out by a declared reason alone, which the table prints."""
+        """A control may be left out only with a declared reason, which the table prints."""
         there = [arm.control for arm in self.arms if arm.control]
         for control in CONTROLS:
             if there.count(control) + (control in self.controls_off) != 1:
                 raise ValueError(
-                    f'the control {control!r} must be there once: write an arm with control = "{control}", or a '
+                    f'the control {control!r} must be there once: add an arm with control = "{control}", or a '
                     f'reason: controls_off.{control} = "..."'
                 )
         for arm in self.arms:
-            if arm.control and not _is_control(arm, [self.stages[s] for s in arm.stages]):
+            if arm.control and not _is_control(arm, arm.control, [self.stages[s] for s in arm.stages]):
                 raise ValueError(
-                    f"arms.{arm.name} is not what control = {arm.control!r} says: {_CONTROL[arm.control]}"
+                    f"arms.{arm.name}: control = {arm.control!r} means: {_CONTROL[arm.control][0]}"
                 )
         if any(not reason.strip() for reason in self.controls_off.values()):
             raise ValueError("controls_off: a reason must say something")
@@ -150,27 +150,24 @@ class Study(Frozen):
         return self.seeds[: arm.num_seeds or None]
 
 
-_CONTROL: dict[Control, str] = {
-    "base": "it has no stages",
-    "sft": "it has SFT stages alone, at least one",
-    "sft-continued": "it has SFT stages alone, at least two",
-    "rl-from-base": "its first stage is RL",
-    "random-reward": 'it sets the reward of an RL stage to "random"',
-    "rejection": "it has a rejection stage",
+Kinds = Sequence[Any]  # of an arm's stages; and whether one of them has the random reward
+_CONTROL: dict[Control, tuple[str, Callable[[Kinds, bool], bool]]] = {
+    "base": ("it has no stages", lambda kinds, _: not kinds),
+    "sft": ("it has only SFT stages, at least one", lambda kinds, _: set(kinds) == {"sft"}),
+    "sft-continued": (
+        "it has only SFT stages, at least two",
+        lambda kinds, _: len(kinds) > 1 and set(kinds) == {"sft"},
+    ),
+    "rl-from-base": ("its first stage is RL", lambda kinds, _: kinds[:1] == ["rl"]),
+    "random-reward": ('it sets the reward of an RL stage to "random"', lambda _, random: random),
+    "rejection": ("it has a rejection stage", lambda kinds, _: "rejection" in kinds),
 }
 
 
-def _is_control(arm: Arm, stages: Sequence[Mapping[str, Any]]) -> bool:
-    kinds = [stage.get("kind") for stage in stages]
+def _is_control(arm: Arm, control: Control, stages: Sequence[Mapping[str, Any]]) -> bool:
     random = any(key.endswith(".reward") and value == "random" for key, value in arm.set.items())
-    return {
-        "base": not kinds,
-        "sft": bool(kinds) and set(kinds) == {"sft"},
-        "sft-continued": len(kinds) > 1 and set(kinds) == {"sft"},
-        "rl-from-base": kinds[:1] == ["rl"],
-        "random-reward": random or any(stage.get("reward") == "random" for stage in stages),
-        "rejection": "rejection" in kinds,
-    }[arm.control or "base"]
+    random = random or any(stage.get("reward") == "random" for stage in stages)
+    return _CONTROL[control][1]([stage.get("kind") for stage in stages], random)
 
 
 def load_study(path: Path) -> Study:
@@ -258,10 +255,10 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any, Any]]:
     """Settings in which a stage of the arm differs from the reference's stage of its kind: KIND.key →
     (reference's, own). A stage whose kind the reference does not have is compared with nothing."""
-    reference = cell_settings(
-        study, study.reference, 0, stage_tables(study, study.arm(study.reference)), where
+    reference, own = (
+        cell_settings(study, a.name, 0, stage_tables(study, a), where)
+        for a in (study.arm(study.reference), arm)
     )
-    own = cell_settings(study, arm.name, 0, stage_tables(study, arm), where)
     kinds = {s.kind: s for s in reversed(reference.stages)}
     found: dict[str, tuple[Any, Any]] = {}
     for stage in own.stages:
@@ -285,34 +282,31 @@ def check_study(study: Study, where: str) -> None:
             if not any(fnmatch.fnmatch(key, pattern) for pattern in study.may_differ):
                 raise UserError(
                     f"{where}: arms.{arm.name}: {key} = {own!r} differs from {theirs!r} of {study.reference} and is "
-                    f'not declared: write may_differ = ["{key}"], or make them equal'
+                    f'not declared: set may_differ = ["{key}"], or make them equal'
                 )
         if arm.untuned and not study.tuning:
-            raise UserError(f"{where}: arms.{arm.name}.untuned: the study has no trials: leave it out")
+            raise UserError(f"{where}: arms.{arm.name}.untuned: the study has no trials: remove it")
     sets = study.run.get("data", {})
     tested = study.run.get("evaluate", {}).get("data", [])
     if not tested:
-        raise UserError(f'{where}: run.evaluate.data: a study compares scores: write evaluate.data = ["..."]')
+        raise UserError(f'{where}: run.evaluate.data: a study compares scores: set evaluate.data = ["..."]')
     if study.tuning and study.tuning.data not in sets:
         raise UserError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
     every = every_arm(study, where)
     trained = {stage.data for settings in every for stage in settings.stages}
     chosen = dev_sets(study, every)
-    for used, tables, said in (("chosen with", chosen, "write a dev set of its own"),
-                               ("trained on", trained, "write a test set of its own")):  # fmt: skip
+    for used, tables, kind in (("chosen with", chosen, "dev"), ("trained on", trained, "test")):
         if both := tables & set(tested):
-            raise UserError(f"{where}: {both.pop()!r} is tested on and {used}: {said}")
+            raise UserError(f"{where}: {both.pop()!r} is tested on and {used}: use a separate {kind} set")
     if study.tuning and study.tuning.data in trained:
-        raise UserError(
-            f"{where}: tuning.data = {study.tuning.data!r} is trained on: write a dev set of its own"
-        )
+        raise UserError(f"{where}: tuning.data = {study.tuning.data!r} is trained on: use a separate dev set")
     check_stages(study, where)
     for name, table in sets.items():
         generated = str(table.get("source", "")).startswith(("procedural:", "reasoning_gym:"))
         if generated and not isinstance(table.get("seed"), int):
             raise UserError(
                 f"{where}: run.data.{name}.seed: seeds and problems are crossed, so the problems must be the same for "
-                f"all seeds: write run.data.{name}.seed = 0"
+                f"all seeds: set run.data.{name}.seed = 0"
             )
 
 
@@ -353,16 +347,13 @@ def check_disjoint(study: Study, base_dir: Path) -> None:
     """No problem of a dev set is a test problem. Raises UserError."""
     every = every_arm(study, study.name)
     settings, dev = every[0], dev_sets(study, every)
-    texts = {
-        name: {
-            p.messages[-1].content
-            for p in load_problems(name, settings.data[name], seed=0, base_dir=base_dir)
-        }
-        for name in {*dev, *settings.evaluate.data}
-    }
+    texts: dict[str, set[str]] = {}
+    for name in {*dev, *settings.evaluate.data}:
+        problems = load_problems(name, settings.data[name], seed=0, base_dir=base_dir)
+        texts[name] = {problem.messages[-1].content for problem in problems}
     for a in dev:
         for b in settings.evaluate.data:
             if shared := texts[a] & texts[b]:
                 raise UserError(
-                    f"data.{a} and data.{b} share {len(shared)} problems: a dev set must be disjoint"
+                    f"data.{a} and data.{b} share {len(shared)} problems: remove them from the dev set"
                 )

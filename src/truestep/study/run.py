@@ -1,8 +1,8 @@
 """Run a study: every cell once, what cells have in common once, and after a kill only what is missing.
 
 A cell's settings are known once its learning rates are chosen and its budget is matched: the last stage of an
-arm is tuned by the arm's own trials, a stage before it by those of the arm that ends there. Trials are cells
-of their own, evaluated on the dev set.
+arm is tuned by the arm's own trials, a stage before it by those of the arm that ends there. Trials are further
+cells, evaluated on the dev set.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
 
 
 def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], None]) -> list[BaseException]:
-    """Run all tasks, each in a thread of its own (they wait most of the time); what they raised."""
+    """Run all tasks, each in its own thread (they wait most of the time); what they raised."""
     raised: list[BaseException] = []
 
     def guarded(task: Callable[[], None]) -> None:
@@ -128,7 +128,7 @@ def match_flops(
     other: Callable[[str], Mapping[str, Any]],
 ) -> None:
     """Set the last stage's steps so that the arm spends what the other has spent; the table shows how well.
-    What the stages before it cost is the other's cost where they are the same, and is measured where they are
+    What the stages before it cost is the other's cost if they are the same, and is measured if they are
     not."""
     goal = runner.study.arm(arm).equal_flops
     if not goal:
@@ -156,7 +156,7 @@ def sequences(table: Mapping[str, Any]) -> float:
 
 
 def chosen_factor(runner: Runner, arm: str) -> float:
-    """The learning-rate factor that did best on the dev set in the trials (1 where there are none)."""
+    """The learning-rate factor that did best on the dev set in the trials (1 if there are none)."""
     return float(runner.once(f"factor {arm}", lambda: _chosen(runner, arm)))
 
 
@@ -177,7 +177,7 @@ def _mean(results: Iterable[Mapping[str, Any]]) -> float:
 
 
 def trials(runner: Runner, arm: str, factor: float) -> list[dict[str, Any]]:
-    """The trials of one rate, or none of them where one has failed: such a rate is not chosen."""
+    """The trials of one rate, or none of them if one has failed: such a rate is not chosen."""
     assert runner.study.tuning
     made = []
     for seed in runner.study.tuning.seeds:

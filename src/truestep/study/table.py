@@ -172,7 +172,7 @@ def _marks(
         marks.append(f"no arm ends with, and so none tunes: {', '.join(loose)}")
     mine, theirs = _sets(own), _sets(reference)
     if extra := sorted(mine - theirs):
-        marks.append(f"data of its own: {', '.join(extra)}")
+        marks.append(f"data that the reference does not see: {', '.join(extra)}")
     if lacking := sorted(theirs - mine) if arm.stages else []:
         marks.append(f"does not see: {', '.join(lacking)}")
     goal = _mean(c["flops"]["paper"] for c in reference.values())

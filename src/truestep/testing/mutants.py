@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from truestep.audit.measure.cases import RELATIONS
 from truestep.seeding import Purpose, generator
 from truestep.testing import mutant_parts as parts
-from truestep.testing import mutant_relations as related
 from truestep.testing.mutant_trainer import CASES, Mutant, Trainer, observe
 
 __all__ = ["CLEAN", "MUTANTS", "Mutant", "observe"]
@@ -208,30 +207,30 @@ OPTIMIZERS = (
 
 CLIPPED, SCHEDULED, RESUMED = (("ragged", name) for name in RELATIONS)
 ASKED = (
-    Fault("clip", "clip", "asked to clip, it does not", T(limit=related.clip_forgotten), cases=CLIPPED),
-    Fault("clip", "clip", "clipped to twice the norm that was asked for", T(limit=related.clip_to(2)), cases=CLIPPED),
-    Fault("clip", "clip", "asked to clip, it clips every micro-batch", T(limit=related.clip_micro),
+    Fault("clip", "clip", "asked to clip, it does not", T(limit=parts.clip_forgotten), cases=CLIPPED),
+    Fault("clip", "clip", "clipped to twice the norm that was asked for", T(limit=parts.clip_to(2)), cases=CLIPPED),
+    Fault("clip", "clip", "asked to clip, it clips every micro-batch", T(limit=parts.clip_micro),
           copies=2, cases=CLIPPED),
-    Fault("clip", "clip", "clipped after every backward", T(limit=related.clip_running), copies=2,
+    Fault("clip", "clip", "clipped after every backward", T(limit=parts.clip_running), copies=2,
           cases=CLIPPED),
     Fault("clip", "clip", "asked to clip, every rank clips by its own norm",
-          T(limit=related.clip_rank), BOTH, 2, cases=CLIPPED),
-    Fault("clip", "clip", "clipped while it is K times too large", T(limit=related.clip_too_long), cases=CLIPPED),
-    Fault("rate", "schedule", "a tick at every micro-batch", T(ticks=related.ticks_of(lambda k, d: k)), (1, 2), 2,
+          T(limit=parts.clip_rank), BOTH, 2, cases=CLIPPED),
+    Fault("clip", "clip", "clipped while it is K times too large", T(limit=parts.clip_too_long), cases=CLIPPED),
+    Fault("rate", "schedule", "a tick at every micro-batch", T(ticks=parts.ticks_of(lambda k, d: k)), (1, 2), 2,
           cases=SCHEDULED),
-    Fault("rate", "schedule", "a tick for every process", T(ticks=related.ticks_of(lambda k, d: d)), BOTH, 2,
+    Fault("rate", "schedule", "a tick for every process", T(ticks=parts.ticks_of(lambda k, d: d)), BOTH, 2,
           cases=SCHEDULED),
-    Fault("rate", "schedule", "a schedule over micro-batches", T(ticks=related.ticks_of(lambda k, d: 1 / k)),
+    Fault("rate", "schedule", "a schedule over micro-batches", T(ticks=parts.ticks_of(lambda k, d: 1 / k)),
           cases=SCHEDULED),
-    Fault("rate", "schedule", "a schedule over all processes' steps", T(ticks=related.ticks_of(lambda k, d: 1 / d)),
+    Fault("rate", "schedule", "a schedule over all processes' steps", T(ticks=parts.ticks_of(lambda k, d: 1 / d)),
           BOTH, cases=SCHEDULED),
-    Fault("rate", "schedule", "no tick at all", T(ticks=related.ticks_of(lambda k, d: 0)), cases=SCHEDULED),
-    Fault("rate", "schedule", "one tick ahead", T(ticks=related.ticks_of(lambda k, d: 1, ahead=1)), cases=SCHEDULED),
-    Fault("resume", "momentum_lost", "the momentum is lost", T(resume=related.momentum_lost), copies=2, cases=RESUMED),
-    Fault("resume", "schedule", "the schedule starts anew", T(resume=related.schedule_lost), copies=2, cases=RESUMED),
-    Fault("resume", "momentum_lost", "momentum and schedule are lost", T(resume=related.both_lost), cases=RESUMED),
-    Fault("resume", "stale_parameters", "the parameters are lost", T(resume=related.parameters_lost), cases=RESUMED),
-    Fault("resume", "data_lost", "the data start anew", T(plan=related.from_the_first_row), cases=RESUMED),
+    Fault("rate", "schedule", "no tick at all", T(ticks=parts.ticks_of(lambda k, d: 0)), cases=SCHEDULED),
+    Fault("rate", "schedule", "one tick ahead", T(ticks=parts.ticks_of(lambda k, d: 1, ahead=1)), cases=SCHEDULED),
+    Fault("resume", "momentum_lost", "the momentum is lost", T(resume=parts.momentum_lost), copies=2, cases=RESUMED),
+    Fault("resume", "schedule", "the schedule starts anew", T(resume=parts.schedule_lost), copies=2, cases=RESUMED),
+    Fault("resume", "momentum_lost", "momentum and schedule are lost", T(resume=parts.both_lost), cases=RESUMED),
+    Fault("resume", "stale_parameters", "the parameters are lost", T(resume=parts.parameters_lost), cases=RESUMED),
+    Fault("resume", "data_lost", "the data start anew", T(plan=parts.from_the_first_row), cases=RESUMED),
 )  # fmt: skip
 
 

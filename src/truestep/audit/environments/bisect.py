@@ -32,7 +32,9 @@ def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interv
     """``releases`` in order, the two ends included. Raises UserError where ``known_bad`` is none of
     them."""
     if known_bad and known_bad not in releases:
-        raise UserError(f"--known-bad {known_bad}: it is not between {releases[0]} and {releases[-1]}")
+        raise UserError(
+            f"--known-bad {known_bad} is not between {releases[0]} and {releases[-1]}; pass a release that is"
+        )
     seen: dict[int, bool | None] = {}
 
     def faulty(index: int) -> bool | None:
@@ -95,7 +97,7 @@ def parse_range(text: str) -> tuple[str, str]:
     """``0.15.0..0.19.8`` → the two ends. Raises UserError where it is something else."""
     match = re.fullmatch(r"\s*(\d[\w.]*?)\s*\.\.\s*(\d[\w.]*)\s*", text)
     if not match:
-        raise UserError(f"--bisect {text!r}: write two versions, such as 0.15.0..0.19.8")
+        raise UserError(f"--bisect {text!r}: not a range; write two versions, such as 0.15.0..0.19.8")
     return match[1], match[2]
 
 
@@ -103,12 +105,12 @@ def releases_between(python: Path, package: str, first: str, last: str) -> list[
     """All final releases of a package between two, as its index lists them. Raises UserError where it
     cannot."""
     if _key(first) > _key(last):
-        raise UserError(f"--bisect {first}..{last}: the older release comes first: {last}..{first}")
+        raise UserError(f"--bisect {first}..{last}: the older release comes first; write {last}..{first}")
     found = _releases(python, package)
     inside = sorted((v for v in found if _key(first) <= _key(v) <= _key(last)), key=_key)
     for end in (first, last):
         if end not in inside:
-            raise UserError(f"{package} has no release {end}: its index lists {', '.join(found[:8])} …")
+            raise UserError(f"{package} has no release {end}; its index lists {', '.join(found[:8])} …")
     return inside
 
 

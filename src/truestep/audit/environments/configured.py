@@ -46,7 +46,7 @@ class _Wrong(Exception):
 def _table(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = found.get(key) or {}
     if not isinstance(value, Mapping):
-        raise _Wrong(f"{key} is a table of settings, here it has another type")
+        raise _Wrong(f"{key}: expected a table of settings, got {type(value).__name__}")
     return value
 
 
@@ -101,8 +101,8 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UserError(f"--config {path}: cannot be read ({why}): give {EXPECTED}") from None
+        why = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"--config {path}: cannot be read ({why}); pass {EXPECTED}") from None
     try:
         if path.suffix.lower() in (".yaml", ".yml"):
             found = past_files.parse_yaml(text)
@@ -129,7 +129,7 @@ def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
         return _openrlhf(found)
     if any(key in found for key in ("per_device_train_batch_size", "gradient_accumulation_steps", *TRL_KEYS)):
         return _arguments(found, path)
-    raise UserError(f"--config {path}: no setting of a known trainer in it: give {EXPECTED}")
+    raise UserError(f"--config {path}: no setting of a known trainer in it; pass {EXPECTED}")
 
 
 def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str) -> Configured:
@@ -171,7 +171,7 @@ def _accelerate(found: Mapping[str, Any], path: Path) -> Configured:
         "MULTI_GPU",
     ):  # YAML reads an unquoted NO as false
         configured.notes.append(
-            f"distributed_type {kind}: audited as accelerate's loop without it (torch FSDP2 has a row)"
+            f"distributed_type {kind}: audited as accelerate's loop without it (see the subject torch FSDP2)"
         )
     if under and inner.get("deepspeed_config_file"):
         _deepspeed(configured, _beside(str(inner["deepspeed_config_file"]), path), "stage")
@@ -230,7 +230,7 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
         configured.options["average_tokens_across_devices"] = False
         configured.documented = "average_tokens_across_devices = false"
         configured.processes = 2
-        configured.notes.append("audited on 2 processes: on one this option changes nothing")
+        configured.notes.append("audited on 2 processes, since on one this option changes nothing")
     if truth(found.get("bf16")):
         configured.options["dtype"] = "bfloat16"
     if truth(found.get("fp16")):

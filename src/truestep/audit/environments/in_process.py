@@ -29,8 +29,8 @@ _LOADED: dict[str, ModuleType] = {"recorder": recorder}
 def subject_module(name: str) -> Any:
     """A module of subjects/, which are scripts that import each other by their bare names.
 
-    Neither their folder nor their names stay behind: a caller may have a ``harness`` of its own, and a subject
-    must not hide the framework that it is named after.
+    Neither their folder nor their names stay behind: a caller may have a ``harness`` of its own, and a
+    subject must not hide the framework that it is named after.
     """
     if name not in _LOADED:
         ours = {"recorder", *(path.stem for path in FOLDER.glob("*.py"))}

@@ -123,32 +123,40 @@ def run(job: Job) -> dict[str, Observation]:
         }
 
 
+def _start(
+    command: Sequence[object],
+    rank: int,
+    world_size: int,
+    port: int,
+    *,
+    home: Path,
+    out: Any,
+    **variables: str,
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env={**child_environment(world_size, home, rank, port), **variables},
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_limit,
+    )
+
+
 def _run_ranks(job: Job, folder: Path, home: Path) -> None:
-    port = free_port()
-    deadline = time.monotonic() + job.timeout
+    command = [job.python, FOLDER / f"{job.script}.py", folder]
+    port, deadline = free_port(), time.monotonic() + job.timeout
     processes: list[subprocess.Popen[bytes]] = []
     logs = [folder / f"rank-{rank}.log" for rank in range(job.world_size)]
     try:
         for rank, log in enumerate(logs):
-            with log.open("wb") as file:
-                processes.append(
-                    subprocess.Popen(
-                        [str(job.python), str(FOLDER / f"{job.script}.py"), str(folder)],
-                        env={
-                            **child_environment(job.world_size, home, rank, port),
-                            "PYTHONPATH": str(folder / "modules"),
-                        },
-                        cwd=home,
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                        preexec_fn=_limit,
-                    )
-                )
+            with log.open("wb") as out:
+                place: dict[str, Any] = {"home": home, "out": out, "PYTHONPATH": str(folder / "modules")}
+                processes.append(_start(command, rank, job.world_size, port, **place))
         while any(p.poll() is None for p in processes):
-            failed = [i for i, p in enumerate(processes) if p.poll() not in (None, 0)]
-            if failed:
+            if any(p.poll() not in (None, 0) for p in processes):
                 break
             if time.monotonic() > deadline:
                 raise SubjectFailed(f"no result within {job.timeout:.0f} s; {_last_words(logs[0])}")
@@ -165,33 +173,18 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
 
 def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool | None, str]:
     """Whether the script shows the difference (None: it did not run), and the line that it printed."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [str(python), str(path.absolute())],
-            env=child_environment(ranks, home, rank, port),
-            cwd=home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
+    port, command = free_port(), [python, path.absolute()]
+    processes = [_start(command, r, ranks, port, home=home, out=subprocess.PIPE) for r in range(ranks)]
     try:
-        said = [process.communicate(timeout=SCRIPT_TIMEOUT)[0] for process in processes]
+        said = [process.communicate(timeout=SCRIPT_TIMEOUT)[0].decode() for process in processes]
     except subprocess.TimeoutExpired:
         return None, f"no end within {SCRIPT_TIMEOUT:.0f} s"
     finally:
         for process in processes:
             process.kill()
-    shown = [line for line in said[0].splitlines() if line.startswith("weights [")]
-    if not shown:
-        return None, next(
-            (line for line in reversed(said[0].splitlines()) if line.strip()), "it said nothing"
-        )[:200]
-    return processes[0].returncode == 1, shown[-1]
+    lines = [line for line in said[0].splitlines() if line.strip()] or ["no output"]
+    shown = [line for line in lines if line.startswith("weights [")]
+    return (processes[0].returncode == 1, shown[-1]) if shown else (None, lines[-1][:200])
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -221,4 +214,4 @@ def _last_words(log: Path) -> str:
         for line in lines
         if re.match(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b", line)
     ]
-    return redact((errors or lines or ["it said nothing"])[-1])[:300]
+    return redact((errors or lines or ["no output"])[-1])[:300]

@@ -31,10 +31,10 @@ def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise SubjectFailed(f"no result within {timeout:.0f} s: give a larger --timeout") from None
+            raise SubjectFailed(f"no result within {timeout:.0f} s; pass a larger --timeout") from None
         file = folder / "models.json"
         if not file.is_file():
-            words = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+            words = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
             raise SubjectFailed(f"exit code {done.returncode}: {redact(words[-1])[:200]}")
         return {"schema": 1, **json.loads(file.read_text(encoding="utf-8"))}
 

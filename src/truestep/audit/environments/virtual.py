@@ -94,11 +94,13 @@ def parse(text: str) -> dict[str, str]:
     for part in text.split("+"):
         match = _PIN.fullmatch(part.strip())
         if match is None:
-            raise UserError(f"requirement {text!r}: {part.strip()!r} is no NAME==VERSION: write {EXAMPLE}")
+            raise UserError(
+                f"requirement {text!r}: {part.strip()!r} is not NAME==VERSION; write for example {EXAMPLE}"
+            )
         name = _normal(match[1])
         if pins.setdefault(name, match[2]) != match[2]:
             raise UserError(
-                f"requirement {text!r}: {name} has two versions: write one, such as {name}=={match[2]}"
+                f"requirement {text!r}: {name} has two versions; write one, such as {name}=={match[2]}"
             )
     return pins
 
@@ -150,7 +152,7 @@ def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BuildFailed(
-            f"{cache}: cannot be made ({error.strerror}): set TRUESTEP_CACHE to a writable folder"
+            f"cannot create {cache} ({error.strerror}); set TRUESTEP_CACHE to a writable directory"
         ) from None
     base = _cached(cache, wanted.base_name, say, lambda home, do: _fill_base(wanted, home, do))
     if not wanted.resolved and not wanted.alone:
@@ -205,10 +207,8 @@ def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    message = (
-                        f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s: end that one"
-                    )
-                    raise BuildFailed(f"{message}, or set TRUESTEP_CACHE to another folder") from None
+                    message = f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s; end that audit"
+                    raise BuildFailed(f"{message}, or set TRUESTEP_CACHE to another directory") from None
                 if not waiting:
                     say(f"waiting for another audit that builds {name}")
                 waiting = True
@@ -233,13 +233,14 @@ def _execute(
         )
     except OSError as error:
         raise BuildFailed(
-            f"{name}: {command[0]} cannot be run ({error.strerror}): install uv or pip"
+            f"{name}: {command[0]} cannot be run ({error.strerror}); install uv or pip"
         ) from None
     try:
         code = process.wait(BUILD_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise BuildFailed(
-            f"{name}: no end after {BUILD_TIMEOUT:.0f} s: is a package index reached? {out.name}"
+            f"{name}: the installer did not end within {BUILD_TIMEOUT:.0f} s; check the connection to the "
+            f"package index; log: {out.name}"
         ) from None
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -248,7 +249,7 @@ def _execute(
     if code:
         words = _last_words(Path(out.name))
         raise BuildFailed(
-            f"{name} could not be built: {words}: check names, versions and network; log: {out.name}"
+            f"{name} could not be built ({words}); check names, versions and network; log: {out.name}"
         )
 
 
@@ -261,7 +262,7 @@ def _last_words(log: Path) -> str:
     ]
     errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
     return rundir.redact(
-        re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", (errors or lines or ["it said nothing"])[-1])
+        re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", (errors or lines or ["no output"])[-1])
     )[:240]
 
 
@@ -364,7 +365,7 @@ def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
     if not python.is_file():
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
-        raise UserError(f"--python {python}: no such program: write {hint}")
+        raise UserError(f"--python {python}: no such program; pass {hint}")
     # -I: as the audited process, which sees neither PYTHONPATH nor the user's own site folder; -B: no
     # bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
@@ -384,7 +385,7 @@ def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        words = rundir.redact(said[-1] if said else "it said nothing")[:200]
+        words = rundir.redact(said[-1] if said else "no output")[:200]
         message = f"--python {python}: does not run as a Python 3.8 or later ({words})"
-        raise UserError(f"{message}: write the path of an interpreter, such as .venv/bin/python") from None
+        raise UserError(f"{message}; pass the path of an interpreter, such as .venv/bin/python") from None
     return {str(k): str(v) for k, v in found.items()}

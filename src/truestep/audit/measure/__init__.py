@@ -1,1 +1,2 @@
-"""From what a subject left behind to a verdict: numbers and records, no words. The base package imports it: no torch."""
+"""From what a subject left behind to a verdict: numbers and records, no words. The base package imports it:
+no torch."""

@@ -1,9 +1,10 @@
-"""All steps of one case: the clip, the schedule and the resume that were asked for, and the rows of each step.
+"""All steps of one case: the clip, the schedule and the resume that were asked for, and the rows of each
+step.
 
-A right step is known exactly (``observations.Step``: clip scale, asked rate, carried momentum), so that what was
-asked for besides the gradient needs no second run to be compared with. Rows are counted, never forward passes:
-how many of them a pass holds does not change the step, and a row without trained tokens adds nothing to it.
-Frameworks shuffle: a step is told by its number of rows, not by which they are. Shapes: P parameters.
+A right step is known exactly (``observations.Step``: clip scale, asked rate, carried momentum), so that what
+was asked for besides the gradient needs no second run to be compared with. Rows are counted, never forward
+passes: how many of them a pass holds does not change the step, and a row without trained tokens adds nothing
+to it. Frameworks shuffle: a step is told by its number of rows, not by which they are. Shapes: P parameters.
 """
 
 from __future__ import annotations
@@ -188,8 +189,8 @@ def resume(run: Observation, limit: float) -> Cause | None:
 
 
 def data_coverage(run: Observation) -> Causes:
-    """Whether the optimizer was stepped when it was asked to be, on all trained rows, each as often as there are
-    epochs; the cause before its consequence."""
+    """Whether the optimizer was stepped when it was asked to be, on all trained rows, each as often as there
+    are epochs; the cause before its consequence."""
     if any(not np.isfinite(s.after).all() for s in run.steps):
         return ()  # changes of what is not a number are no steps
     asked, untrained = run.asked, run.asked.untrained_rows

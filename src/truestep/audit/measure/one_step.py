@@ -1,7 +1,7 @@
 """One step, judged from its own start: the pattern that its weights obey, else what is in it besides them.
 
-A pattern is kept × normaliser × scale. Causes come from the structure of the weights, so that an unknown fault
-is still described. Shapes: P parameters.
+A pattern is kept × normaliser × scale. Causes come from the structure of the weights, so that an unknown
+fault is still described. Shapes: P parameters.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
     """The simplest pattern that the weights obey within their errors; None if none does."""
     weights = recovered.weights
     errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
-    seen = np.abs(weights) > np.maximum(errors, thresholds.DROPPED * np.abs(weights).max())
+    seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())
     # Nothing is wrong or dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no
     # sign of it.
     if (np.abs(weights - 1.0) <= errors).all():

@@ -1,5 +1,5 @@
-"""Watches a model from outside while something trains it. Copied into the audited environment, where it runs with
-the standard library and torch, nothing else; imported as it is by whoever audits in his own process.
+"""Watches a model from outside while something trains it. Copied into the audited environment, where it runs
+with the standard library and torch, nothing else; imported as it is by whoever audits in his own process.
 
 What is left behind is ``CASE/rank-R.json`` with tensors:
 

@@ -1,10 +1,10 @@
 """Every limit that decides a verdict. Held by: tests/audit/test_thresholds.py, each from both sides."""
 
+NOISE_FLOOR = 1e-6  # relative; below this a float32 path's own order of summation is the noise
 NOISE_FACTOR = 10.0  # the error of a right step is at most this many times the measured noise
 RESIDUAL = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.2}  # beyond this something else is in the step
 WEIGHT = {"float64": 1e-6, "float32": 5e-3, "bfloat16": 0.15}  # of a weight; real faults start at 6e-2
 STANDARD_ERRORS = 5.0  # that a weight may be off
-DROPPED = 0.02  # of the largest weight: at most this is as good as zero
 KNOWN_FACTOR = 0.002  # relative: a constant this close to a known factor is that factor
 CLOSE = 0.01  # relative: two lengths, rates or weights are the same
 FIT_OF_CLIPPED_PARTS = 0.005  # relative error of a step that a clip of its parts predicts

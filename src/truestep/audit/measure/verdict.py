@@ -103,7 +103,8 @@ def _layout_code(run: Observation) -> str:
 
 
 def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> dict[str, CaseSeen]:
-    """The layout as the code of an unexplained rest, unless the rest is there without padding and packing too."""
+    """The layout as the code of an unexplained rest, unless the rest is there without padding and packing
+    too."""
     layouts = {name: _layout_code(run) for name, run in runs.items()}
     if any(layouts[n] == "unexplained" and "unexplained" in c.differences.codes for n, c in seen.items()):
         return dict(seen)
@@ -118,8 +119,8 @@ def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation])
 
 
 def _unusable(run: Observation, some_moved: bool) -> Causes:
-    """What makes single steps not worth judging: a fault, or a cause without a code. ``some_moved``: in any of
-    the cases."""
+    """What makes single steps not worth judging: a fault, or a cause without a code. ``some_moved``: in any
+    of the cases."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
     if not run.steps:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from truestep.audit.measure import thresholds
 from truestep.audit.measure.observations import Step
 from truestep.faults import recover_weights
 
 EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
 CLIP_EPSILON = 1e-6  # torch's and DeepSpeed's
-FLOOR = 1e-6  # relative; below this a float32 path's own order of summation is the noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def noise_of(step: Step, dtype: str) -> float:
     read_back = EPS[dtype] * float(np.linalg.norm(step.after)) / (step.learning_rate * used)
     # Clipping divides by the norm plus this; momentum was read back from the step before.
     clipping = CLIP_EPSILON * step.num_trained / size if step.max_grad_norm else 0.0
-    return max(FLOOR, measured, clipping, read_back * (2 if np.any(step.carried) else 1))
+    return max(thresholds.NOISE_FLOOR, measured, clipping, read_back * (2 if np.any(step.carried) else 1))
 
 
 def condition_of(step: Step) -> float:
@@ -86,7 +86,7 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
     ranks = sorted({m.rank for m in step.microbatches})
     return Recovered(
         weights=weights,
-        errors=np.maximum(np.maximum(spread, drift), FLOOR),
+        errors=np.maximum(np.maximum(spread, drift), thresholds.NOISE_FLOOR),
         residual=residual,
         condition=condition,
         relative_error=float(np.linalg.norm(observed - expected) / np.linalg.norm(expected)),

@@ -67,7 +67,7 @@ class Evidence:
 def gather(folder: Path) -> Evidence:
     """Read a run's folder. Raises UserError where there is none."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder with the files of a past run, give one that exists")
+        raise UserError(f"{folder} is not a directory; pass the directory with the files of a past run")
     evidence = Evidence()
     states: set[Path] = set()
     configs: list[Path] = []
@@ -155,7 +155,7 @@ def _head(path: Path) -> str:
 def _state(path: Path, name: str, evidence: Evidence) -> None:
     """Written by the Trainer and by nothing else, so that its being there is what it says."""
     if '"global_step"' not in _head(path):
-        raise Broken("not a trainer state: global_step is not in its beginning")
+        raise Broken("not a trainer state: global_step is missing at its beginning")
     evidence.add("trainer", "transformers Trainer", name)
 
 

@@ -91,10 +91,10 @@ def _outcome(rows: Sequence[Row]) -> str:
         return "Nothing was audited."
     if not faulty:
         right = sum(words.is_right(row) for row in rows)
-        return f"No fault was found; {right} of {len(rows)} configurations took exactly the step that was asked for."
+        return f"No fault was found; in {right} of {len(rows)} configurations the step is exactly the configured one."
     silent = sum(row.get("logged_loss_could_show_it") is False for row in faulty)
-    hidden = f" In {silent} of them the logged loss is right all the same." if silent else ""
-    return f"In {len(faulty)} of {len(rows)} configurations the update is not the one that was asked for.{hidden}"
+    hidden = f" In {silent} of them the logged loss is right and does not show it." if silent else ""
+    return f"In {len(faulty)} of {len(rows)} configurations the update is not the configured one.{hidden}"
 
 
 def _entry(row: Row) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Findings in words. A ``Row`` is a finding as the JSON document has it: every other format is made from rows.
+"""Findings in words. A ``Row`` is a finding as the JSON document has it: every other format is made from
+rows.
 
 Names of subjects, faults and reasons come from audited programs: nothing in them may break a format or a
 terminal.

@@ -40,7 +40,7 @@ def train(spec: harness.Spec, parts: tuple[Any, Any, Any, Any], windows: list[li
     accelerator, wrapped, optimizer, scheduler = parts
     wrapped.train()
     for window in windows:
-        counts = [float(sum(sum(spec.rows[row]["trained"][1:]) for row in batch)) for batch in window]
+        counts = [spec.count([batch]) for batch in window]
         total = accelerator.reduce(torch.tensor(sum(counts)), "sum").item()
         for index, batch in enumerate(window):
             with accelerator.accumulate(wrapped):

@@ -20,11 +20,8 @@ SUBJECTS = [{"name": "torch DDP", "needs": ["torch"], "processes": 2, "cases": [
 
 def window_tokens(spec: harness.Spec, window: list[list[int]]) -> float:
     """Trained tokens of this window on all ranks."""
-    count = torch.tensor(float(sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)))
-    if not spec.options.get("local_mean"):
-        torch.distributed.all_reduce(count)
-        return float(count)
-    return float(count) * spec.world_size
+    mine = spec.count(window)
+    return mine * spec.world_size if spec.options.get("local_mean") else harness.everywhere(mine)
 
 
 def run(spec: harness.Spec) -> None:

@@ -14,13 +14,11 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks the accelerator there
 
 import deepspeed
-import deepspeed.ops
 import harness
 import torch
 from torch import Tensor
 
-# The collectives of gloo do; building this extension would take minutes.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+harness.deepspeed_without_compiler()
 
 SUBJECTS = [{
     "name": "DeepSpeed", "needs": ["deepspeed", "torch"], "cases": ["ENGINE", "RELATED"],
@@ -32,30 +30,6 @@ SUBJECTS = [{
         {"stage": 3, "offload": True},
     ],
 }]  # fmt: skip
-
-
-def configuration(spec: harness.Spec) -> dict[str, Any]:
-    """The user's DeepSpeed configuration."""
-    options = spec.options
-    zero: dict[str, Any] = {"stage": options.get("stage", 2)}
-    if options.get("offload", False):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    if zero["stage"] == 3:
-        zero["stage3_param_persistence_threshold"] = (
-            0  # else parameters as small as these are never partitioned
-        )
-    return {
-        "train_micro_batch_size_per_gpu": spec.rows_per_microbatch,
-        # With the boundary set by hand the engine is told of no accumulation.
-        "gradient_accumulation_steps": 1 if options.get("manual", False) else spec.accumulation,
-        "zero_optimization": zero,
-        "gradient_clipping": spec.max_grad_norm,
-        "bf16": {"enabled": spec.dtype is torch.bfloat16},
-        # torch's own optimizer: DeepSpeed's CPU Adam needs a compiler.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
 
 
 def whole(parameter: Any, ranks: int) -> Tensor:
@@ -98,7 +72,13 @@ def snapshot(spec: harness.Spec, own: list[Tensor]) -> Any:
 def engine_of(spec: harness.Spec, model: torch.nn.Module) -> Any:
     optimizer = spec.optimizer(harness.parameters_of(model))
     scheduler = {"lr_scheduler": spec.scheduler(optimizer)} if spec.decays else {}
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(spec), **scheduler)[0]
+    # With the boundary set by hand the engine is told of no accumulation.
+    accumulation = 1 if spec.options.get("manual", False) else spec.accumulation
+    stage = spec.options.get("stage", 2)
+    config = harness.deepspeed_settings(spec, stage, spec.rows_per_microbatch, accumulation)
+    if stage == 3:  # else parameters as small as these are never partitioned
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **scheduler)[0]
 
 
 def train(
@@ -107,15 +87,13 @@ def train(
     manual = spec.options.get("manual", False)
     engine.train()
     for window in windows:
-        mine = sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)
-        total = torch.tensor(float(mine))
-        torch.distributed.all_reduce(total)
+        total = harness.everywhere(spec.count(window))
         divided_by = spec.world_size * (1 if manual else spec.accumulation)
         logged = 0.0
         for index, batch in enumerate(window):
             if manual:
                 engine.set_gradient_accumulation_boundary(index == len(window) - 1)
-            loss = harness.summed_loss(spec, engine, batch) / float(total)
+            loss = harness.summed_loss(spec, engine, batch) / total
             engine.backward(loss * divided_by)
             # Up to 0.18 an all-gather writes in place into a view: this torch forbids that where gradients
             # are tracked.
@@ -123,9 +101,7 @@ def train(
                 with torch.no_grad():
                     engine.step()
             logged += float(loss.detach())
-        everywhere = torch.tensor(logged, dtype=torch.float64)
-        torch.distributed.all_reduce(everywhere)
-        recorder.logged["loss"].append(float(everywhere))
+        recorder.logged["loss"].append(harness.everywhere(logged))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What every subject shares. Runs inside the audited environment: the standard library and torch, nothing else.
+"""What every subject shares. Runs inside the audited environment: the standard library and torch, nothing
+else.
 
-A subject is a script with ``harness.main(run)`` and a literal ``SUBJECTS`` that says how it is audited. It is told
-what to run by ``spec.json`` in the folder that is its only argument, and lets its framework train a tiny model,
-watched by a ``recorder.Recorder``, on the rows of each case.
+A subject is a script with ``harness.main(run)`` and a literal ``SUBJECTS`` that says how it is audited. It is
+told what to run by ``spec.json`` in the folder that is its only argument, and lets its framework train a tiny
+model, watched by a ``recorder.Recorder``, on the rows of each case.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ class Spec:
             t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
         ]
 
+    def count(self, batches: Sequence[Sequence[int]]) -> float:
+        """Trained tokens of these batches of rows."""
+        return float(sum(sum(self.rows[row]["trained"][1:]) for batch in batches for row in batch))
+
     def batches(self, rows: Sequence[int] | None = None) -> list[list[int]]:
         """This rank's micro-batches of one epoch as row numbers, in order: for subjects without a loader."""
         size, chosen = self.rows_per_microbatch, range(len(self.rows)) if rows is None else rows
@@ -131,6 +136,37 @@ def join_ranks(spec: Spec) -> None:
     """A gloo group of all ranks, once; with one rank too, for frameworks that want one."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", rank=spec.rank, world_size=spec.world_size)
+
+
+def everywhere(value: float) -> float:
+    """The sum over all ranks."""
+    total = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
+def deepspeed_without_compiler() -> None:
+    """Its shared-memory collective would be compiled for two minutes; gloo does the same work."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_settings(spec: Spec, stage: int, batch: int | str, accumulation: int | str) -> dict[str, Any]:
+    """A user's DeepSpeed configuration with torch's own optimizer: DeepSpeed's CPU Adam needs a compiler."""
+    zero: dict[str, Any] = {"stage": stage}
+    if spec.options.get("offload", False):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": zero,
+        "gradient_clipping": spec.max_grad_norm,
+        "bf16": {"enabled": spec.dtype is torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- losses

@@ -62,6 +62,7 @@ class Rows(torch.utils.data.Dataset):
 
 def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
     """What any trainer of this family is told; only what this release knows."""
+    stage = spec.options.get("zero_stage")
     wanted: dict[str, Any] = {
         "output_dir": str(spec.folder / "out"),
         "per_device_train_batch_size": spec.rows_per_microbatch,
@@ -84,39 +85,13 @@ def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "average_tokens_across_devices": spec.options.get("average_tokens_across_devices"),
         "ddp_backend": "gloo" if spec.world_size > 1 else None,
-        "deepspeed": deepspeed_configuration(spec),
+        "deepspeed": None if stage is None else harness.deepspeed_settings(spec, stage, "auto", "auto"),
     }
     accepted = inspect.signature(known.__init__).parameters
     unknown = [k for k in spec.options if k in wanted and k not in accepted]
     if unknown:
         raise SystemExit(f"SystemExit: this release has no option {unknown[0]}")
     return {k: v for k, v in wanted.items() if k in accepted and v is not None}
-
-
-def deepspeed_configuration(spec: harness.Spec) -> dict[str, Any] | None:
-    stage = spec.options.get("zero_stage")
-    if stage is None:
-        return None
-    zero: dict[str, Any] = {"stage": stage}
-    if spec.options.get("offload"):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    return {
-        "zero_optimization": zero,
-        "bf16": {"enabled": spec.dtype is torch.bfloat16},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": spec.max_grad_norm,
-        "steps_per_print": 10**9,
-    }
-
-
-def without_shared_memory_build() -> None:
-    """DeepSpeed would compile its shared-memory collective for two minutes; gloo does the same work."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def read_log(recorder: harness.Recorder, history: list[dict[str, float]]) -> None:
@@ -155,7 +130,7 @@ def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harnes
     it."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
-        without_shared_memory_build()
+        harness.deepspeed_without_compiler()
     model = harness.tiny_model(spec)
     recorder = harness.Recorder(spec, model)
     trainer, at = build(model), spec.case["resume_after"]

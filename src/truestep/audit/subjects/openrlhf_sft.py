@@ -15,11 +15,10 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks the accelerator there
 
 import deepspeed
-import deepspeed.ops
 import harness
 import torch
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+harness.deepspeed_without_compiler()
 NEVER = 10**9
 
 SUBJECTS = [{
@@ -104,23 +103,14 @@ def collate(rows: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tenso
 
 
 def engine_of(spec: harness.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
-    zero: dict[str, Any] = {"stage": spec.options.get("stage", 2)}
-    if spec.options.get("offload", False):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     plain = spec.optimizer(harness.parameters_of(model))
     engine, optimizer, *_ = deepspeed.initialize(
         model=model,
         optimizer=plain,
         lr_scheduler=spec.scheduler(plain),
-        config={
-            "train_micro_batch_size_per_gpu": spec.rows_per_microbatch,
-            "gradient_accumulation_steps": spec.accumulation,
-            "zero_optimization": zero,
-            "gradient_clipping": spec.max_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": NEVER,
-        },
+        config=harness.deepspeed_settings(
+            spec, spec.options.get("stage", 2), spec.rows_per_microbatch, spec.accumulation
+        ),
     )
     return engine, optimizer
 

@@ -63,7 +63,7 @@ def run(spec: harness.Spec) -> None:
         return model
 
     def backward(model: nn.Module, window: Window) -> float:
-        total = sum(sum(spec.rows[row]["trained"][1:]) for batch in window for row in batch)
+        total = spec.count(window)
         logged = 0.0
         for batch in window:
             loss = harness.summed_loss(spec, model, batch) / total

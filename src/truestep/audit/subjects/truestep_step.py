@@ -74,7 +74,11 @@ def run(spec: harness.Spec) -> None:
     # made.
     used = [row for row in range(len(spec.rows)) if sequences(spec, [row])]
     for step, window in enumerate(spec.windows(used)):
-        batches = [b for rows in window for b in pack(sequences(spec, rows), tokens_per_microbatch=1024)]
+        batches = [
+            batch
+            for rows in window
+            for batch in pack(sequences(spec, rows), tokens_per_microbatch=1024, first_sequence=rows[0])
+        ]
         plan = StepPlan(
             step=step,
             terms=build("sft", {}).terms,

@@ -27,14 +27,12 @@ def run(spec: harness.Spec) -> None:
     counted = "batch_num_tokens" in inspect.signature(agg_loss).parameters
     model.train()
     for window in spec.windows():
-        mine = sum(sum(spec.rows[row]["trained"][1:]) for rows in window for row in rows)
-        total = torch.tensor(float(mine))
-        torch.distributed.all_reduce(total)
+        total = harness.everywhere(spec.count(window))
         logged = 0.0
         for rows in window:
             loss_mat, mask = harness.token_losses(spec, model, rows)
             if counted:
-                extra = {"dp_size": spec.world_size, "batch_num_tokens": float(total)}
+                extra = {"dp_size": spec.world_size, "batch_num_tokens": total}
                 loss = agg_loss(loss_mat, mask, "token-mean", **extra)
             else:
                 loss = agg_loss(loss_mat, mask, "token-mean") / len(window)
@@ -46,9 +44,7 @@ def run(spec: harness.Spec) -> None:
                 parameter.grad /= spec.world_size
         optimizer.step()
         optimizer.zero_grad()
-        everywhere = torch.tensor(logged, dtype=torch.float64)
-        torch.distributed.all_reduce(everywhere)
-        recorder.logged["loss"].append(float(everywhere))
+        recorder.logged["loss"].append(harness.everywhere(logged))
     recorder.finish(**harness.versions("verl"))
 
 

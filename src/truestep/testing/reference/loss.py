@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from truestep.records import Origin, TrainSequence
 from truestep.testing.reference import surrogate
+from truestep.testing.reference.rows import ROWS, named_part
 from truestep.testing.reference.surrogate import ScoredSequence
 
 LogprobRows = Sequence[Sequence[float] | None]  # one row a sequence, one number a trained token
@@ -92,56 +92,31 @@ def frozen_logprobs(
         return [[logprob.item() for logprob in trained_logprobs(model, s, temperature)] for s in sequences]
 
 
-# ------------------------------------------------------------------------------------ methods and normalisers
+def score(
+    policy: nn.Module, proximal: nn.Module, reference: nn.Module, sequences: Sequence[TrainSequence]
+) -> list[ScoredSequence]:
+    """The sequences with what the three models say about their trained tokens; the policy's with its
+    graph."""
+    found = []
+    for sequence in sequences:
+        logprobs, entropies = trained_tokens(policy, sequence)
+        with torch.no_grad():
+            old, old_entropies = trained_tokens(proximal, sequence)
+            anchor, _ = trained_tokens(reference, sequence)
+        found.append(
+            ScoredSequence(
+                sequence=sequence,
+                policy=logprobs,
+                proximal=[x.item() for x in old],
+                reference=[x.item() for x in anchor],
+                entropies=entropies,
+                proximal_entropies=[x.item() for x in old_entropies],
+            )
+        )
+    return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A surrogate, its normaliser and the numbers of its paper; the advantage is already in the sequences."""
-
-    token_losses: Callable[..., list[Tensor]]
-    normaliser: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    drop_equal_groups: bool = False
-
-
-METHODS: dict[str, Method] = {
-    "sft": Method(token_losses=surrogate.nll, normaliser="tok"),
-    "sft_sequence_mean": Method(token_losses=surrogate.nll, normaliser="seq"),
-    "dft": Method(token_losses=surrogate.dft, normaliser="tok"),
-    "chord_phi": Method(token_losses=surrogate.chord_phi, normaliser="tok"),
-    "trsft": Method(token_losses=surrogate.trsft, normaliser="tok", options={"alpha": 0.1}),
-    "psft": Method(token_losses=surrogate.psft, normaliser="tok", options={"eps_low": 0.2, "eps_high": 0.28}),
-    "paper": Method(
-        token_losses=surrogate.ppo_clip, normaliser="tok", options={"eps_low": 0.2, "eps_high": 0.28}
-    ),
-    "grpo": Method(
-        token_losses=surrogate.ppo_clip, normaliser="seq", options={"eps_low": 0.2, "eps_high": 0.2}
-    ),
-    "dr_grpo": Method(
-        token_losses=surrogate.ppo_clip, normaliser="drg", options={"eps_low": 0.2, "eps_high": 0.2}
-    ),
-    "dapo": Method(
-        token_losses=surrogate.ppo_clip,
-        normaliser="tok",
-        options={"eps_low": 0.2, "eps_high": 0.28},
-        drop_equal_groups=True,
-    ),
-    "gspo": Method(
-        token_losses=surrogate.gspo, normaliser="seq", options={"eps_low": 3e-4, "eps_high": 4e-4}
-    ),
-    "cispo": Method(
-        token_losses=surrogate.cispo, normaliser="tok", options={"eps_low": 0.2, "eps_high": 0.28}
-    ),
-    "sapo": Method(
-        token_losses=surrogate.sapo, normaliser="seq", options={"tau_positive": 1.0, "tau_negative": 1.05}
-    ),
-    "reinforce": Method(token_losses=surrogate.reinforce, normaliser="tok"),
-    "rloo": Method(token_losses=surrogate.reinforce, normaliser="sum"),
-    "luffy": Method(token_losses=surrogate.luffy, normaliser="drg", options={"gamma": 0.1}),
-    "exgrpo": Method(token_losses=surrogate.exgrpo, normaliser="drg", options={"beta": 0.1}),
-    "rl_plus": Method(token_losses=surrogate.rl_plus, normaliser="drg", options={"gamma": 0.5}),
-}
+# ------------------------------------------------------------------------------------ normalisers and groups
 
 
 def denominator(
@@ -244,9 +219,8 @@ def reference_loss(
     only.
     Equation: Σ_sequences weight Σ_tokens (surrogate + kl_coef · kl) / denominator.
     """
-    row = METHODS[method]
-    numbers = {**row.options, **(options or {})}
-    normaliser = numbers.pop("normaliser", row.normaliser)
+    part, numbers = named_part(method), dict(options or {})
+    normaliser = numbers.pop("normaliser", part.normaliser)
     kl, kl_coef = numbers.pop("kl", None), numbers.pop("kl_coef", 0.0)
     anchors = numbers.pop("reference_logprobs", None)
 
@@ -257,13 +231,13 @@ def reference_loss(
         old = [logprob.item() for logprob in policy] if given is None else given
         anchor = () if anchors is None else anchors[i]
         scored.append(ScoredSequence(sequence=sequence, policy=policy, proximal=old, reference=anchor))
-    if row.drop_equal_groups:
+    if ROWS[method].drop_equal_groups:
         scored = drop_equal_groups(scored)
 
     kept = [item.sequence for item in scored]
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for item in scored:
-        losses = row.token_losses(item, **numbers)
+        losses = part.losses(item, **numbers)
         if kl is not None:
             losses = [
                 loss + kl_coef * term for loss, term in zip(losses, surrogate.kl_terms(item, kl), strict=True)

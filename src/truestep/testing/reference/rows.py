@@ -13,17 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from truestep.records import Origin, TrainSequence
 from truestep.testing.reference import surrogate
-from truestep.testing.reference.loss import trained_tokens
 from truestep.testing.reference.surrogate import ScoredSequence
 
 About = Callable[
     [TrainSequence, int], bool
 ]  # (sequence, number of its trained token) → whether a part means it
-TokenLosses = Callable[[ScoredSequence], list[Tensor]]
 
 
 def _of(origin: Origin) -> About:
@@ -47,7 +45,7 @@ class Part:
     highest proximal entropy."""
 
     about: About
-    losses: TokenLosses
+    losses: partial[list[Tensor]]
     normaliser: str
     counted: About | None = None
     weight: float = 1.0
@@ -60,6 +58,7 @@ class Row:
 
     parts: tuple[Part, ...]
     whiten: bool = False
+    drop_equal_groups: bool = False  # by the gate: ``row_loss`` is given what it keeps
 
 
 def _entropy_bonus(scored: ScoredSequence) -> list[Tensor]:
@@ -96,7 +95,7 @@ ROWS: dict[str, Row] = {
     "paper": Row(parts=(_clipped(0.2, 0.28, "tok"),)),
     "grpo": Row(parts=(_clipped(0.2, 0.2, "seq"),)),
     "dr_grpo": Row(parts=(_clipped(0.2, 0.2, "drg"),)),
-    "dapo": Row(parts=(_clipped(0.2, 0.28, "tok"),)),
+    "dapo": Row(parts=(_clipped(0.2, 0.28, "tok"),), drop_equal_groups=True),
     "ppo": Row(parts=(_clipped(0.2, 0.2, "tok", dual_clip=3.0),)),
     "rloo": Row(parts=(_part(own, _importance, "sum"),)),
     "reinforce_pp": Row(parts=(_clipped(0.2, 0.2, "tok"),), whiten=True),
@@ -141,28 +140,11 @@ ROWS: dict[str, Row] = {
 }
 
 
-def score(
-    policy: nn.Module, proximal: nn.Module, reference: nn.Module, sequences: Sequence[TrainSequence]
-) -> list[ScoredSequence]:
-    """The sequences with what the three models say about their trained tokens; the policy's with its
-    graph."""
-    found = []
-    for sequence in sequences:
-        logprobs, entropies = trained_tokens(policy, sequence)
-        with torch.no_grad():
-            old, old_entropies = trained_tokens(proximal, sequence)
-            anchor, _ = trained_tokens(reference, sequence)
-        found.append(
-            ScoredSequence(
-                sequence=sequence,
-                policy=logprobs,
-                proximal=[x.item() for x in old],
-                reference=[x.item() for x in anchor],
-                entropies=entropies,
-                proximal_entropies=[x.item() for x in old_entropies],
-            )
-        )
-    return found
+def named_part(name: str) -> Part:
+    """The part of a row that carries its name, or its first: the surrogate that ``loss.reference_loss``
+    takes."""
+    parts = ROWS[name].parts
+    return next((part for part in parts if part.losses.func.__name__ == name), parts[0])
 
 
 def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Tensor:

@@ -1,0 +1,85 @@
+"""``truestep method check | list``: rows of the table, and rows of the user's own."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, help="Training methods: list the built-in rows, check a row of your own."
+)
+Named = Annotated[
+    str,
+    typer.Argument(metavar="METHOD", help="FILE.py:ROW, or the name of a built-in row.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document.")]
+
+
+@app.command("list")
+def list_methods(as_json: Json = False) -> None:
+    """List the built-in rows: what they train on, and their paper."""
+    from truestep.objective.methods import METHODS
+
+    rows = [METHODS[name]() for name in METHODS]
+    table = [
+        {
+            "method": row.name,
+            "kind": "sft" if row.plan is None else "rl",
+            "demonstrations": row.plan is None or row.needs_demonstrations,
+            "terms": [term.name for term in row.terms],
+            "source": row.source,
+        }
+        for row in rows
+    ]
+    if as_json:
+        typer.echo(json.dumps(table, indent=1))
+        return
+    for row_ in table:
+        uses = "demonstrations" if row_["kind"] == "sft" else "samples"
+        uses += ", demonstrations" if row_["kind"] == "rl" and row_["demonstrations"] else ""
+        typer.echo(f"{row_['method']:<22} {row_['kind']:<4} {uses:<24} {row_['source']}")
+
+
+@app.command()
+def check(
+    method: Named,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="An option of the row: clip_high=0.3. May be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that a row's update does not depend on how a step is split, packed, ordered, or dealt to processes.
+
+    Exit codes: 0 every relation holds · 1 a relation is violated · 2 the row cannot be built.
+    """
+    import tomllib
+
+    from truestep.cli.progress import ConsoleReporter
+    from truestep.errors import UserError
+    from truestep.pipeline.method_check import check_method
+
+    try:
+        given = tomllib.loads("\n".join(options or ()))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--option: {error}; pass NAME=VALUE in TOML syntax, e.g. clip_high=0.3") from None
+    typer.echo(f"{method}: a tiny model in float64, 4 steps", err=True)
+    found = []
+    with tempfile.TemporaryDirectory(prefix="truestep-method-") as folder:
+        for relation in check_method(
+            method, given, base_dir=Path.cwd(), folder=Path(folder), reporter=ConsoleReporter(quiet=True)
+        ):
+            found.append(relation)
+            if not as_json:
+                verdict = "holds" if relation.holds else "VIOLATED"
+                typer.echo(
+                    f"{relation.name:<20} {verdict:<9} {relation.error:.1e} (at most {relation.limit:.0e})"
+                )
+    if as_json:
+        rows = [{"relation": r.name, "holds": r.holds, "error": r.error, "limit": r.limit} for r in found]
+        typer.echo(json.dumps({"method": method, "relations": rows}, indent=1))
+    raise typer.Exit(0 if all(r.holds for r in found) else 1)

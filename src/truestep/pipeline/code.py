@@ -1,0 +1,21 @@
+"""The content of a recipe's own code: without torch, since a study asks for it before any run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from truestep.rewards.scorer import sources
+from truestep.settings import RlSettings, StageSettings
+from truestep.user_code import find_source
+
+
+def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
+    """Hashes of the recipe's own code that a stage runs, by what the recipe calls it."""
+    found = {}
+    method = getattr(stage, "method", "")
+    if ":" in method:
+        found[method] = find_source(method, base_dir, what="method").sha256
+    if isinstance(stage, RlSettings):
+        entries = sources(stage.reward_entries, base_dir)
+        found |= {name: source.sha256 for name, source in entries.items() if source.sha256}
+    return found
