@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from truestep.cli.data import app
 from truestep.errors import UserError
-from truestep.records import Problem, Score, Verdict
+from truestep.records import Problem, Score, Verdict, judged
 
 RECIPE = """
 name = "r"
@@ -70,7 +70,7 @@ def grader(monkeypatch: pytest.MonkeyPatch) -> None:
         def __exit__(self, *exc: object) -> None: ...
 
         def check_gold(self, problem: Problem) -> Score:
-            return Score(verdict=Verdict.INCORRECT if problem.answer == "bad" else Verdict.CORRECT)
+            return judged(Verdict.INCORRECT if problem.answer == "bad" else Verdict.CORRECT)
 
     monkeypatch.setitem(sys.modules, "truestep.grade.score", types.SimpleNamespace(Grader=Stub))
 

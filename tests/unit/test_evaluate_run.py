@@ -13,18 +13,7 @@ from truestep.errors import UserError
 from truestep.evaluate.run import EvaluationPlan, engine_answers, run_evaluation
 from truestep.grade.extract import NOTHING
 from truestep.grade.policy import Judgment
-from truestep.records import (
-    Distribution,
-    Message,
-    Origin,
-    Problem,
-    Prompt,
-    RecordError,
-    Rollout,
-    Score,
-    Stop,
-    Verdict,
-)
+from truestep.records import Message, Origin, Problem, Prompt, RecordError, Rollout, Stop, Verdict, judged
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
 
 SAMPLING = SamplingParameters(temperature=0.6, max_new_tokens=4, stop_token_ids=(0,))
@@ -59,8 +48,8 @@ class FakeEngine:
                 completion_ids=ids,
                 origin=(Origin.POLICY,) * len(ids),
                 policy_version=(0,) * len(ids),
-                behavior_logprobs=(-1.0,) * len(ids),
-                distribution=Distribution(temperature=sampling.temperature),
+                behavior_logprobs=None,
+                distribution=sampling.distribution,
                 stop=Stop.ERROR if broken else Stop.LENGTH if 0 not in ids else Stop.STOP_TOKEN,
                 error="out of memory" if broken else "",
             )
@@ -82,7 +71,7 @@ def decode(ids: Sequence[int]) -> str:
 def judge(problem: Problem, text: str) -> Judgment:
     last = text.split()[-1]
     verdict = Verdict.CORRECT if last == problem.answer else Verdict.INCORRECT
-    score = Score(reward=float(last == problem.answer), verdict=verdict, extracted=last)
+    score = judged(verdict, extracted=last)
     return Judgment(score=score, strict=verdict, lenient=verdict, answer=NOTHING, reason="")
 
 
