@@ -31,9 +31,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises UserError where the folder holds anything else, OutOfSpace where the
-    disk is too full.
-    """
+    Replaces an older export. Raises UserError where the folder holds anything else, OutOfSpace where the disk
+    is too full."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +80,7 @@ def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     stop.
 
     A model that stops training turns at ``<|im_end|>`` but whose config names only ``<|endoftext|>`` would
-    talk on.
-    """
+    talk on."""
     from transformers import GenerationConfig
 
     config = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
@@ -110,9 +108,7 @@ def model_card(
     """The README.md of an export: Markdown with YAML front matter.
 
     Of a stage it shows name, kind, method, data, seed, steps and flops; of a score data, metric, score, low,
-    high, num_problems and n; "–" if one is absent. ``provenance`` is what ``rundir.provenance``
-    returns.
-    """
+    high, num_problems and n; "–" if one is absent. ``provenance`` is what ``rundir.provenance`` returns."""
     seed = provenance.get("seed")
     rows = [{"seed": seed, **stage} for stage in stages]
     training = [

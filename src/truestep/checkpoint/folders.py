@@ -59,8 +59,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float) -> Iterator[bool]:
     """Hold the folder's lock, which the kernel drops when its holder dies. Yields False where the file system
-    of some clusters knows no locks. Raises UserError where another process still holds it after
-    ``patience`` seconds."""
+    of some clusters knows no locks. Raises UserError where another process still holds it after ``patience``
+    seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -103,9 +103,8 @@ def save_checkpoint(
     Every rank calls it with its own local tensors and the same step, state and group names; state is taken
     from rank 0.
 
-    Raises: OutOfSpace; UserError where another process is saving into the folder; RuntimeError on the
-    ranks that did their part where another rank did not; ValueError for what cannot be stored.
-    """
+    Raises: OutOfSpace; UserError where another process is saving into the folder; RuntimeError on the ranks
+    that did their part where another rank did not; ValueError for what cannot be stored."""
     state = _checked(checkpoint, keep, rank, world_size)
     final = folder / f"step_{checkpoint.step:08d}"
     temporary = final.with_name(f"{final.name}.tmp-write")
@@ -263,7 +262,8 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
 
 
 def latest_step(folder: Path) -> int:
-    """The step that a stage with this ``checkpoints`` folder resumes from (0 if it has none), without its tensors."""
+    """The step that a stage with this ``checkpoints`` folder resumes from (0 if it has none), without its
+    tensors."""
     pointer = folder / "latest"
     text = pointer.read_text().strip() if pointer.exists() else ""
     return int(text.rpartition("_")[2]) if text.rpartition("_")[2].isdigit() else 0
@@ -307,8 +307,7 @@ def load_latest(
     Every rank verifies the files of all ranks, so that all of them choose the same one without talking. One
     saved by a single process is read whole by any rank.
 
-    Raises: UserError where checkpoints exist and none is intact, or for another world size or format.
-    """
+    Raises: UserError where checkpoints exist and none is intact, or for another world size or format."""
     if rank == 0 and folder.is_dir():
         # A writer at work, or a read-only disk, is no matter.
         with contextlib.suppress(UserError, OSError), exclusive(folder, patience=0) as locked:

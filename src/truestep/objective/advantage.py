@@ -1,6 +1,5 @@
 """Advantages from the rewards of a group. Pure functions of floats; an unscored member (None) has no
-advantage. Shapes: G members of one prompt.
-"""
+advantage. Shapes: G members of one prompt."""
 
 from __future__ import annotations
 
@@ -68,8 +67,8 @@ def _spread(values: list[float]) -> float:
 def group_mean(group: GroupView) -> list[float | None]:
     """A_i = R_i − mean(R) over all members, including a demonstration if the plan added one.
 
-    Source: Dr. GRPO (arXiv:2503.20783); the paper's RL (arXiv:2604.23747, app. A); LUFFY (arXiv:2504.14945).
-    """
+    Source: Dr. GRPO (arXiv:2503.20783); the paper's RL (arXiv:2604.23747, app. A); LUFFY
+    (arXiv:2504.14945)."""
     mean = _mean(group.scored)
     return [None if r is None else r - mean for r in group.rewards]
 
@@ -77,8 +76,7 @@ def group_mean(group: GroupView) -> list[float | None]:
 def group_mean_std(group: GroupView) -> list[float | None]:
     """A_i = (R_i − mean(R)) / (std(R) + 1e-6), unbiased std; 0 in a group of one.
 
-    Source: GRPO (arXiv:2402.03300), as verl computes it.
-    """
+    Source: GRPO (arXiv:2402.03300), as verl computes it."""
     scored = group.scored
     if len(scored) < 2:
         return [None if r is None else 0.0 for r in group.rewards]

@@ -146,8 +146,7 @@ def clipped_ratio(clip_low: float, clip_high: float, dual_clip: float = 0.0) -> 
 
     With ``dual_clip`` c > 0 a token with A < 0 has none above r = c either. The log-ratio is clamped to ±20
     first, which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
-    Source: PPO (arXiv:1707.06347), asymmetric as in DAPO (arXiv:2503.14476), dual clip (arXiv:1912.09729).
-    """
+    Source: PPO (arXiv:1707.06347), asymmetric as in DAPO (arXiv:2503.14476), dual clip (arXiv:1912.09729)."""
 
     def coefficient(context: Context) -> Tensor:
         gain, ratio = context.advantage, context.ratio
@@ -168,8 +167,7 @@ def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
     """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)) of the sequence: GSPO
     (arXiv:2507.18071).
 
-    The 1/|y| of the ratio's own gradient is that of the ``sequences`` normaliser.
-    """
+    The 1/|y| of the ratio's own gradient is that of the ``sequences`` normaliser."""
 
     def coefficient(context: Context) -> Tensor:
         gain = context.advantage
@@ -258,8 +256,7 @@ def mixed_importance(exponent: float) -> Coefficient:
 def where_uncertain(coefficient: Coefficient, statistic: str) -> Coefficient:
     """The given coefficient where the proximal policy's entropy reaches a statistic of the step, 0 elsewhere.
 
-    Source: Prefix-RFT (arXiv:2507.01679), entropy-masked SFT (arXiv:2510.04454).
-    """
+    Source: Prefix-RFT (arXiv:2507.01679), entropy-masked SFT (arXiv:2510.04454)."""
 
     def masked(context: Context) -> Tensor:
         threshold = context.statistics.get(statistic)

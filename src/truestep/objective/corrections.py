@@ -23,8 +23,7 @@ def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Conte
     truncate min(ρ, high) (TIS) · clamp within [low, high] · drop ρ inside [low, high], else 0 (IcePop) · mask
     1 inside, else 0 (MIS) · sequence min(Πρ, high) · geometric ρ where the sequence's geometric mean of ρ
     lies inside, else 0 (ρ itself is not bounded, as in OpenRLHF's code).
-    Held by: tests/numerics/test_corrections.py
-    """
+    Held by: tests/numerics/test_corrections.py"""
 
     def weight(context: Context) -> Tensor:
         batch = context.batch
@@ -66,8 +65,7 @@ def kl_in_reward(beta: float) -> Callable[[Context], Tensor]:
     """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1, and answers for what
     follows it.
 
-    Gradient: with REINFORCE that of the reverse KL.
-    """
+    Gradient: with REINFORCE that of the reverse KL."""
 
     def advantage(context: Context) -> Tensor:
         own = context.batch.origin == int(Origin.POLICY)

@@ -15,7 +15,8 @@ from truestep.records import Origin
 
 @dataclass(frozen=True, kw_only=True)
 class GateDecision:
-    """``keep`` and ``weights`` are aligned with the group's members; a dropped member counts in no denominator."""
+    """``keep`` and ``weights`` are aligned with the group's members; a dropped member counts in no
+    denominator."""
 
     keep: tuple[bool, ...]
     weights: tuple[float, ...]
@@ -30,23 +31,26 @@ def _kept(keep: tuple[bool, ...], *, push: bool = False) -> GateDecision:
 
 
 def keep_scored(group: GroupView) -> GateDecision:
-    """Every scored member, weight 1; a demonstration needs no score. All-equal groups count in the denominator."""
+    """Every scored member, weight 1; a demonstration needs no score. All-equal groups count in the
+    denominator."""
     pairs = zip(group.rewards, group.origins, strict=True)
     return _kept(tuple(r is not None or origin is Origin.EXPERT for r, origin in pairs))
 
 
 def drop_degenerate(group: GroupView) -> GateDecision:
-    """Nothing of a group whose own rewards are all equal. Source: dynamic sampling, DAPO (arXiv:2503.14476)."""
+    """Nothing of a group whose own rewards are all equal. Source: dynamic sampling, DAPO
+    (arXiv:2503.14476)."""
     if group.is_degenerate:
         return GateDecision(keep=(False,) * len(group.rewards), weights=(0.0,) * len(group.rewards))
     return keep_scored(group)
 
 
 def imitate_where_unsolved(most_correct: int) -> Gate:
-    """At most ``most_correct`` own samples solve the problem: only the demonstration; more: only the own samples.
+    """At most ``most_correct`` own samples solve the problem: only the demonstration; more: only the own
+    samples.
 
-    −1 never imitates, the number of samples always does. Source: HPT (arXiv:2509.04419); SuperRL (arXiv:2506.01096).
-    """
+    −1 never imitates, the number of samples always does. Source: HPT (arXiv:2509.04419); SuperRL
+    (arXiv:2506.01096)."""
 
     def gate(group: GroupView) -> GateDecision:
         if not group.own_solved:  # no own sample has a score: an unscored sample is not a wrong one
@@ -61,6 +65,6 @@ def imitate_where_unsolved(most_correct: int) -> Gate:
 
 
 def push_unsolved(group: GroupView) -> GateDecision:
-    """All scored members are trained; if no scored own sample solves the problem, the demonstration waits in the
-    buffer. Source: ReLIFT (arXiv:2506.07527)."""
+    """All scored members are trained; if no scored own sample solves the problem, the demonstration waits in
+    the buffer. Source: ReLIFT (arXiv:2506.07527)."""
     return _kept(keep_scored(group).keep, push=bool(group.own_solved) and not any(group.own_solved))

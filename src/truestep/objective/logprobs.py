@@ -108,8 +108,7 @@ def chunked_logprobs(
     """Log-probabilities [M] of the targets and entropies [M], both differentiable.
 
     Shapes: hidden [M, D], weight [V, D], bias [V] or None, targets [M]. Units: nats.
-    Held by: tests/numerics/test_chunked_head.py
-    """
+    Held by: tests/numerics/test_chunked_head.py"""
     if hidden.shape[0] == 0:  # an all-masked micro-batch: an exact zero that still has a graph
         zero = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).sum(1)
         # The graph reaches the head too: FSDP reduces only what has a gradient, which must be the same on all

@@ -32,8 +32,7 @@ def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Seq
     counted.
 
     Sequences are counted whole where any of their tokens is selected; they are never split over
-    micro-batches.
-    """
+    micro-batches."""
     if normaliser is Normaliser.TOKENS:
         return float(sum(int(s.sum()) for s in selected))
     found = [b.sequence_index[s] for s, b in zip(selected, batches, strict=True)]
@@ -46,8 +45,7 @@ def normalise(
     """Σ_t values_t ÷ (share_t · total): a micro-batch's part of the loss. Shapes: values [M] → scalar.
 
     Raises ZeroDivisionError where a term without tokens is asked for its loss: the step leaves such terms
-    out.
-    """
+    out."""
     if total <= 0:
         raise ZeroDivisionError("a term whose global total is 0 has no loss")
     if normaliser is Normaliser.SEQUENCES:

@@ -36,8 +36,8 @@ class RoundResult:
 @dataclass(frozen=True, kw_only=True)
 class PlanState:
     """What a plan may look at. ``draw`` is uniform in [0, 1), one for each prompt of a step; ``controls`` are
-    the values of the method's controller for this step; ``has_stored`` says that a stored sample of the prompt
-    was chosen."""
+    the values of the method's controller for this step; ``has_stored`` says that a stored sample of the
+    prompt was chosen."""
 
     step: int
     num_samples: int
@@ -53,8 +53,8 @@ NextRounds = Callable[[PlanState], Sequence[Round] | Done]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """``next_rounds`` and what it needs: every problem's demonstration, and room in the prompt for at most the
-    share ``most_shown`` of a solution's text."""
+    """``next_rounds`` and what it needs: every problem's demonstration, and room in the prompt for at most
+    the share ``most_shown`` of a solution's text."""
 
     next_rounds: NextRounds
     needs_demonstrations: bool = False

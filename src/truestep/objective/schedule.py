@@ -29,8 +29,7 @@ def learning_rate(
     """Linear warm-up over ⌈fraction·T⌉ steps from peak/W, then constant, or a cosine that reaches
     min_ratio·peak at T.
 
-    Source: arXiv:2604.23747, app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant).
-    """
+    Source: arXiv:2604.23747, app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant)."""
     warmup = math.ceil(warmup_fraction * total_steps)
 
     def at(step: int) -> float:

@@ -1,6 +1,5 @@
 """Reductions over a token's own whole sequence: the only ones that a coefficient may make in a micro-batch,
-since sequences are never split. Shapes: M trained tokens.
-"""
+since sequences are never split. Shapes: M trained tokens."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ def to_go(values: Tensor, batch: TokenBatch) -> Tensor:
     """Σ from the token to the end of its sequence. Shapes: [M] → [M].
 
     The tokens of a sequence lie together in their order, so one running sum (in float64) serves all
-    sequences.
-    """
+    sequences."""
     before = torch.cumsum(values.double(), 0) - values.double()
     first = torch.ones_like(batch.sequence_index, dtype=torch.bool)
     first[1:] = batch.sequence_index[1:] != batch.sequence_index[:-1]

@@ -157,8 +157,7 @@ class TorchEngine:
         """Yield one Rollout per request, in the order in which they finish.
 
         A sample's random numbers are its own, but its tokens may differ between batch compositions where a
-        kernel's rounding depends on its shape.
-        """
+        kernel's rounding depends on its shape."""
         rows = deque(self._row(r, sampling) for r in requests)
         was_training = self.model.training
         self.model.eval()

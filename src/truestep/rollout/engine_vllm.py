@@ -71,8 +71,7 @@ def python_with_vllm() -> str:
 def serve(server: VllmServer) -> Iterator[VllmEngine]:
     """Start vLLM, wait until it answers, and end it with all its children.
 
-    Raises UserError with its last words where it does not start.
-    """
+    Raises UserError with its last words where it does not start."""
     python, port = python_with_vllm(), _free_port()
     words = [
         python,

@@ -32,12 +32,12 @@ Hint = Callable[[Prompt, float], tuple[tuple[Message, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Everything that turns prompts into groups; a function of (seed, step, prompt, sample) given the weights.
+    """Everything that turns prompts into groups; a function of (seed, step, prompt, sample) given the
+    weights.
 
     ``demonstrations`` holds the expert's completion (with its stop token) by problem id; ``hinted`` makes a
     prompt that shows the first part of the problem's solution. A score without a verdict solves its problem
-    from a reward of ``solved_at`` on.
-    """
+    from a reward of ``solved_at`` on."""
 
     engine: Engine
     plan: Plan
@@ -63,9 +63,8 @@ class Sampler:
         """One graded group per prompt, in order; rounds are batched over prompts.
 
         ``repeats`` says of each prompt how often the whole batch, over all ranks, has held it before (0 by
-        default): its second group has other sample numbers, and so other random numbers. ``stored`` are stored
-        samples by place in ``prompts``.
-        """
+        default): its second group has other sample numbers, and so other random numbers. ``stored`` are
+        stored samples by place in ``prompts``."""
         places = [
             _Place(
                 prompt=prompt,
@@ -186,7 +185,8 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What a sample begins with: tokens of the demonstration, an augmented prompt, or a whole stored sample."""
+    """What a sample begins with: tokens of the demonstration, an augmented prompt, or a whole stored
+    sample."""
 
     round: Round
     tokens: tuple[int, ...] = ()
@@ -229,8 +229,8 @@ class _Start:
 
 @dataclass(kw_only=True)
 class _Place:
-    """A prompt on its way through the rounds. ``done`` is aligned with ``rounds``; ``next`` is the next sample's
-    number."""
+    """A prompt on its way through the rounds. ``done`` is aligned with ``rounds``; ``next`` is the next
+    sample's number."""
 
     prompt: Prompt
     next: int

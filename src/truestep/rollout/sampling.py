@@ -28,8 +28,7 @@ def sample_tokens(
 
     Shapes: logits [R, V] → R tokens, R log-probabilities of the bent (temperature, top-k, top-p)
     distribution.
-    Raises NonFiniteLogitsError where a row has NaN, plus infinity, or no finite logit at all.
-    """
+    Raises NonFiniteLogitsError where a row has NaN, plus infinity, or no finite logit at all."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top = logits.amax(
         1

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What has become of a stage after ``step`` steps, besides the weights and the optimizer. ``ledger`` is the
-    run's on this rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` what is to be logged of
-    a step that is updated, until it is (JSON)."""
+    """What has become of a stage after ``step`` steps, besides the weights and the optimizer. ``ledger`` is
+    the run's on this rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` what is to be
+    logged of a step that is updated, until it is (JSON)."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)
@@ -52,7 +52,8 @@ def save(spec: StageSpec, state: TrainState) -> None:
 
 
 def keep_best(spec: StageSpec, state: TrainState, score: float) -> TrainState:
-    """Save the weights if they are the best on the dev set so far and the stage exports the best, not the last."""
+    """Save the weights if they are the best on the dev set so far and the stage exports the best, not the
+    last."""
     if not spec.settings.dev.select_best or score <= state.best.get("score", float("-inf")):
         return state
     best = {"step": state.step, "score": score}
@@ -84,8 +85,8 @@ def _save(
 
 
 def restore(spec: StageSpec) -> TrainState:
-    """The newest valid checkpoint's state, with its weights and optimizer loaded, or the first state. Log files go
-    back to its step, so that nothing is written twice."""
+    """The newest valid checkpoint's state, with its weights and optimizer loaded, or the first state. Log
+    files go back to its step, so that nothing is written twice."""
     folder, state = (
         spec.folder / "checkpoints",
         TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger),
@@ -122,7 +123,8 @@ def restore(spec: StageSpec) -> TrainState:
 
 
 def _forget_later_best(spec: StageSpec, state: TrainState) -> None:
-    """A best checkpoint that the restored state does not know comes from steps that are about to be redone."""
+    """A best checkpoint that the restored state does not know comes from steps that are about to be
+    redone."""
     found = list_checkpoints(spec.folder / "best")
     if found and found[-1].name != f"step_{int(state.best.get('step', -1)):08d}":
         shutil.rmtree(spec.folder / "best")

@@ -1,6 +1,7 @@
 """The main path: take data → update → publish → evaluate → log → save, until the stage is done.
 
-The state is a value: a step takes one and returns the next, and saving, stopping and logging act between values.
+The state is a value: a step takes one and returns the next, and saving, stopping and logging act between
+values.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ DevScore = Callable[[int], float]  # step → score on the dev set
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """One training stage, assembled: what is trained, on what, and how. ``identity`` is the hash of all that its
-    result depends on; a checkpoint of another identity is refused."""
+    """One training stage, assembled: what is trained, on what, and how. ``identity`` is the hash of all that
+    its result depends on; a checkpoint of another identity is refused."""
 
     name: str
     folder: Path
@@ -55,8 +56,7 @@ class StageSpec:
 def run_stage(spec: StageSpec) -> TrainState:
     """Train until ``num_steps`` are done, from the newest checkpoint if there is one.
 
-    Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py
-    """
+    Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py"""
     state = saved = checkpoints.restore(spec)
     if spec.engine is not None:
         publish(spec.policy, spec.engine, state.step)

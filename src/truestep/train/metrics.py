@@ -1,7 +1,7 @@
 """Every metric of a training stage: what it is called, how it is reduced, and what it means.
 
-A key is written to ``metrics.jsonl`` as ``STAGE/KEY``. docs/metrics.md and the panels of the report page are made
-from this table; a key that is not in it is an error. No torch here: the report reads it too.
+A key is written to ``metrics.jsonl`` as ``STAGE/KEY``. docs/metrics.md and the panels of the report page are
+made from this table; a key that is not in it is an error. No torch here: the report reads it too.
 Held by: tests/numerics/test_metrics.py (a group of a few tokens, worked out on paper)
 """
 
@@ -17,8 +17,8 @@ from typing import Any, Protocol
 class Metric:
     """``within`` says how the values of one update are combined over micro-batches and ranks: mean (Σ value ÷
     Σ count), std (of the values, biased), sum, max, or once (the same on every rank). ``across`` says how the
-    updates of a step are combined: mean, sum, max or last. ``panel`` is the report's panel and the curve's name
-    in it, ``elsewhere`` the name in TRL and, after a semicolon, in verl."""
+    updates of a step are combined: mean, sum, max or last. ``panel`` is the report's panel and the curve's
+    name in it, ``elsewhere`` the name in TRL and, after a semicolon, in verl."""
 
     key: str
     within: str

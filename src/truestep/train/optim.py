@@ -21,8 +21,7 @@ class MasterOptimizer:
     bfloat16 parameter has a float32 master and a float32 gradient that every backward pass is added to, so
     that small updates are not lost in the master and small gradients not in the sum. ``beside`` another one
     of the same module, it shares that one's masters and gradient sums and has moments of its own.
-    Held by: tests/numerics/test_optim.py
-    """
+    Held by: tests/numerics/test_optim.py"""
 
     def __init__(
         self, module: nn.Module, settings: OptimizerSettings, *, beside: MasterOptimizer | None = None
@@ -123,8 +122,7 @@ class MasterOptimizer:
 def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> float:
     """√Σ‖g‖² over all parameters (and, where they are sharded, all ranks), accumulated in float64.
 
-    Units: of the gradient. NaN or infinite where any entry is.
-    """
+    Units: of the gradient. NaN or infinite where any entry is."""
     squares = 0.0
     for grad in gradients:
         part = local(grad)

@@ -39,8 +39,9 @@ def pack(
     device: torch.device | str = "cpu",
 ) -> list[TokenBatch]:
     """Pack sequences into as few micro-batches of at most ``tokens_per_microbatch`` forwarded tokens as
-    first-fit decreasing finds. Sequences are numbered from ``first_sequence``: those of one step need different
-    numbers, also over several calls. Raises ValueError if one sequence is longer than a micro-batch."""
+    first-fit decreasing finds. Sequences are numbered from ``first_sequence``: those of one step need
+    different numbers, also over several calls. Raises ValueError if one sequence is longer than a
+    micro-batch."""
     trees = _trees(sequences, tokens_per_microbatch, share_prefix)
     bins: list[list[_Tree]] = []
     space: list[int] = []

@@ -52,8 +52,7 @@ def _keep_products() -> tuple[Any, Any]:
 class Policy(nn.Module):
     """``forward(batch, temperature)`` → (logprobs [M], entropy [M]), both differentiable.
 
-    ``notes`` says in words which fast path was refused at load, and why.
-    """
+    ``notes`` says in words which fast path was refused at load, and why."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""Forward passes that come before the first update of a step: the proximal and the reference policy's values."""
+"""Forward passes that come before the first update of a step: the proximal and the reference policy's
+values."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from truestep.train.step import levelled, require_finite
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores sequences and packed micro-batches; every method is a collective. ``reference`` is the stage's start,
-    frozen, if the method asks for it."""
+    """Scores sequences and packed micro-batches; every method is a collective. ``reference`` is the stage's
+    start, frozen, if the method asks for it."""
 
     policy: Policy
     temperature: float
@@ -32,7 +33,8 @@ class Scorer:
     def pack(
         self, sequences: Sequence[TrainSequence], *, first_sequence: int = 0, limit: int | None = None
     ) -> list[TokenBatch]:
-        """Micro-batches of at most ``limit`` tokens (by default what memory allows), in the policy's precision."""
+        """Micro-batches of at most ``limit`` tokens (by default what memory allows), in the policy's
+        precision."""
         parameter = next(self.policy.parameters())
         return pack(
             sequences,

@@ -32,7 +32,8 @@ class GatedGroup:
 
 
 def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
-    """Ask the method's gate. A length penalty is no part of what it sees: that alone makes no group informative."""
+    """Ask the method's gate. A length penalty is no part of what it sees: that alone makes no group
+    informative."""
     view = GroupView(
         rewards=tuple(s.reward for s in group.scores),
         solved=tuple(s.solved(solved_at) for s in group.scores),
@@ -42,8 +43,8 @@ def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
 
 
 def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> list[TrainSequence]:
-    """Every member that the gate keeps and that has an advantage, in order. ``limit`` is the length limit of a
-    completion in tokens."""
+    """Every member that the gate keeps and that has an advantage, in order. ``limit`` is the length limit of
+    a completion in tokens."""
     sequences = []
     overlong = method.part(Overlong)
     for number, gated_group in enumerate(groups):
@@ -73,8 +74,8 @@ def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> li
 
 
 def _sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
-    """The rollout under the prompt that it is trained under; what it shares with others of its group ends where its
-    first trained token stands."""
+    """The rollout under the prompt that it is trained under; what it shares with others of its group ends
+    where its first trained token stands."""
     context = rollout.prompt_ids or prompt.token_ids
     first = next(
         (i for i, origin in enumerate(rollout.origin) if origin is not Origin.CONTEXT), len(rollout.origin)

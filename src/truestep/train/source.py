@@ -70,8 +70,7 @@ def window(
     there.
 
     A window may span two epochs, so no item is ever skipped or seen more often than its neighbours by more
-    than one.
-    """
+    than one."""
     stop = (step + 1) * size if limit == 0 else min(limit, (step + 1) * size)
     picked: list[Item] = []
     for epoch in range((step * size) // len(items), (stop - 1) // len(items) + 1):
@@ -227,8 +226,7 @@ class RolloutSource:
     ) -> tuple[list[list[GatedGroup]], list[GatedGroup]]:
         """Replace groups that the gate dropped whole by further prompts, if the method has a ``Refill``.
 
-        All ranks draw from one order of prompts that none of them has used, so no prompt is drawn twice.
-        """
+        All ranks draw from one order of prompts that none of them has used, so no prompt is drawn twice."""
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)
         for attempt in range(0 if refill is None else refill.rounds):
@@ -312,8 +310,8 @@ class RolloutSource:
 
 
 def _seen(gated_group: GatedGroup) -> Any:
-    """A group's plain own samples for the store of the replay: how many solved the problem, and those of them that
-    are finished."""
+    """A group's plain own samples for the store of the replay: how many solved the problem, and those of them
+    that are finished."""
     group = gated_group.group
     triples = zip(group.rollouts, gated_group.view.solved, strict=True)
     own = [(r, solved) for r, solved in triples if r.member is Origin.POLICY and r.round.is_plain]

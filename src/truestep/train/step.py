@@ -29,8 +29,8 @@ from truestep.train.policy import Policy
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity: the step was stopped before the optimizer. ``batches`` are the micro-batches that may
-    have caused it."""
+    """A NaN or an infinity: the step was stopped before the optimizer. ``batches`` are the micro-batches that
+    may have caused it."""
 
     def __init__(self, message: str, batches: Sequence[TokenBatch] = ()) -> None:
         super().__init__(message)
@@ -62,12 +62,11 @@ def train_step(
     plan: StepPlan,
     check_stop: Callable[[], None] = lambda: None,
 ) -> StepReport:
-    """Accumulate every micro-batch, clip once, update once. ``check_stop`` is called before each micro-batch and
-    may raise: nothing of the step is left behind then.
+    """Accumulate every micro-batch, clip once, update once. ``check_stop`` is called before each micro-batch
+    and may raise: nothing of the step is left behind then.
 
     Raises NonFiniteError before the optimizer runs, naming the tensor.
-    Held by: tests/numerics/test_invariance.py, tests/numerics/test_mutants.py
-    """
+    Held by: tests/numerics/test_invariance.py, tests/numerics/test_mutants.py"""
     totals = count_totals(plan.terms, batches, plan.ranks)
     weights = [1.0] * len(batches) if plan.microbatch_weights is None else list(plan.microbatch_weights)
     if len(weights) != len(batches):
@@ -122,8 +121,8 @@ def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ra
 
 
 def _num_sequences(batches: Sequence[TokenBatch]) -> int:
-    """Sequences of the step on this rank. A sequence is never split over micro-batches, so a number that two of
-    them hold names two sequences; a mean over sequences would count them as one."""
+    """Sequences of the step on this rank. A sequence is never split over micro-batches, so a number that two
+    of them hold names two sequences; a mean over sequences would count them as one."""
     numbers = [batch.sequence_index.unique() for batch in batches]
     held = torch.cat(numbers) if numbers else torch.zeros(0)
     if held.unique().numel() < held.numel():
@@ -254,7 +253,8 @@ def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> S
 
 
 def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every rank."""
+    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every
+    rank."""
     most = int(ranks.max([float(len(batches))])[0])
     if len(batches) == most:
         return list(batches)

@@ -57,7 +57,8 @@ class Updates:
 
 @dataclass(frozen=True, kw_only=True)
 class Updater:
-    """Everything that turns a step's sequences into updates. ``max_length`` is L of the max_length normaliser."""
+    """Everything that turns a step's sequences into updates. ``max_length`` is L of the max_length
+    normaliser."""
 
     policy: Policy
     scorer: Scorer
@@ -70,8 +71,8 @@ class Updater:
     sharded: bool = False
 
     def update(self, data: StepData, step: int) -> Updates:
-        """The updates of one step. Statistics and proximal values of all of them are made before the first; the
-        buffer's separate update comes last."""
+        """The updates of one step. Statistics and proximal values of all of them are made before the first;
+        the buffer's separate update comes last."""
         scorer, fault = self.scorer, fault_of(self.faults)
         packed = [self._pack(part, fault) for part in data.minibatches]
         ledger = sum((trained_work(batches) for batches in packed), Ledger())
@@ -129,7 +130,8 @@ class Updater:
         )
 
     def _pack(self, sequences: Sequence[TrainSequence], fault: WeightsOf | None) -> list[TokenBatch]:
-        """Micro-batches by memory only; with an injected fault, which depends on them, by number and in order."""
+        """Micro-batches by memory only; with an injected fault, which depends on them, by number and in
+        order."""
         if fault is None:
             return self.scorer.pack(sequences)
         size = self.faults.sequences_per_microbatch
@@ -141,7 +143,8 @@ class Updater:
         return found
 
     def _weights(self, fault: WeightsOf | None, batches: Sequence[TokenBatch]) -> list[float] | None:
-        """This rank's part of the fault's weights, from the trained tokens of all micro-batches on all ranks."""
+        """This rank's part of the fault's weights, from the trained tokens of all micro-batches on all
+        ranks."""
         if fault is None:
             return None
         ranks = self.scorer.ranks
@@ -173,8 +176,8 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """Settings of an injected fault → the weights of a step's micro-batches: the product of all that is asked for,
-    None if nothing is. Raises UserError for an unknown name."""
+    """Settings of an injected fault → the weights of a step's micro-batches: the product of all that is asked
+    for, None if nothing is. Raises UserError for an unknown name."""
     asked: list[WeightsOf] = []
     if settings.offload_drop != "none":
         asked.append(OFFLOAD[settings.offload_drop])

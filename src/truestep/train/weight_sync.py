@@ -55,8 +55,7 @@ def publish(policy: Policy, engine: Engine, version: int) -> PublishProof:
     """Give the engine the policy's weights and compare both on a probe of random tokens.
 
     Raises StaleWeightsError where they differ by more than two kernels' rounding.
-    Held by: tests/contract/test_publish.py
-    """
+    Held by: tests/contract/test_publish.py"""
     engine.publish(_Weights(policy), version)
     parameter = next(policy.parameters())
     vocabulary = int(policy.model.config.vocab_size)

@@ -1,7 +1,8 @@
-"""The table of methods: a method is a row (plan + gate + advantage + terms + parts), never a branch in a trainer.
+"""The table of methods: a method is a row (plan + gate + advantage + terms + parts), never a branch in a
+trainer.
 
-``build("grpo", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name. A row
-is a function with keyword-only options that returns a Method; ``build`` takes one from user code too.
+``build("grpo", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name. A
+row is a function with keyword-only options that returns a Method; ``build`` takes one from user code too.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
 def build(method: str | Row, options: Mapping[str, Any]) -> Method:
-    """A row with its options: of the table by name, or a user's own. Raises ValueError naming the known methods
-    or options."""
+    """A row with its options: of the table by name, or a user's own. Raises ValueError naming the known
+    methods or options."""
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}")

@@ -63,7 +63,8 @@ def imitation_term(coefficient: Coefficient = coefficients.ones, weight: float =
 
 
 def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], **given: Any) -> Method:
-    """A row of LUFFY's family: its entropy bonus, at the official code's scale if ``legacy`` names its ranks."""
+    """A row of LUFFY's family: its entropy bonus, at the official code's scale if ``legacy`` names its
+    ranks."""
     ranks, microbatches = legacy
     if ranks == 0:
         return Method(name=name, terms=tuple(terms), extras=Extras(entropy_bonus=CANONICAL_ENTROPY), **given)

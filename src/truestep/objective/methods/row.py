@@ -49,11 +49,10 @@ class Term:
 
     ``counted`` says which tokens make the total if these are more than the selected ones: parts that one
     surrogate of the paper sums under one denominator. ``needs`` names the optional columns of ``TokenBatch``
-    that the coefficient reads. ``clips``: a coefficient of 0 on a token with an advantage means that the token
-    was clipped. ``correction`` is a factor on the coefficient for what engine and trainer disagree about.
-    ``control`` names a value of the method's controller that multiplies the weight, ``scale`` a function of
-    the step's global totals (``legacy_scale`` only).
-    """
+    that the coefficient reads. ``clips``: a coefficient of 0 on a token with an advantage means that the
+    token was clipped. ``correction`` is a factor on the coefficient for what engine and trainer disagree
+    about. ``control`` names a value of the method's controller that multiplies the weight, ``scale`` a
+    function of the step's global totals (``legacy_scale`` only)."""
 
     name: str
     select: Select
@@ -104,10 +103,10 @@ class Refill:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlong:
-    """DAPO's soft penalty: the reward falls linearly by up to ½ over the last ``fraction`` of the length limit.
+    """DAPO's soft penalty: the reward falls linearly by up to ½ over the last ``fraction`` of the length
+    limit.
 
-    DAPO subtracts up to 1 from rewards of ±1; with rewards of 0 and 1 the same shape has half the size.
-    """
+    DAPO subtracts up to 1 from rewards of ±1; with rewards of 0 and 1 the same shape has half the size."""
 
     fraction: float
 
@@ -138,8 +137,8 @@ class DemonstrationBuffer:
 @dataclass(frozen=True, kw_only=True)
 class Replay:
     """Own samples that solved their problem are stored by problem. From the first step on whose mean reward
-    reached ``start``, ``share`` of a step's prompts come from the store: partly solved ones, by N(k; K/2, σ) of
-    the number k solved of K the last time, each with its stored sample of the lowest entropy."""
+    reached ``start``, ``share`` of a step's prompts come from the store: partly solved ones, by N(k; K/2, σ)
+    of the number k solved of K the last time, each with its stored sample of the lowest entropy."""
 
     share: float
     start: float
@@ -160,8 +159,8 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What any row that samples may have on top: an entropy bonus, a KL term to the stage's start (k1, k2, k3 in
-    the loss, or in the reward), and a correction for what engine and trainer disagree about."""
+    """What any row that samples may have on top: an entropy bonus, a KL term to the stage's start (k1, k2, k3
+    in the loss, or in the reward), and a correction for what engine and trainer disagree about."""
 
     entropy_bonus: float = 0.0
     kl: str = "none"
@@ -176,8 +175,7 @@ class Method:
     """A row of the table: plan → gate → advantage → terms, and parts that few methods have.
 
     ``plan`` None: nothing is sampled, only demonstrations are trained on (an SFT stage). ``extras`` are the
-    row's own values for what a recipe may set on any row.
-    """
+    row's own values for what a recipe may set on any row."""
 
     name: str
     terms: tuple[Term, ...]
@@ -224,8 +222,8 @@ KL_TERMS = {"k1": coefficients.kl_k1, "k2": coefficients.kl_k2, "k3": coefficien
 
 
 def complete(row: Method, given: Mapping[str, Any]) -> Method:
-    """The row with its extras, the recipe's (``given``) before its own, laid over its terms. Raises ValueError
-    for unknown values."""
+    """The row with its extras, the recipe's (``given``) before its own, laid over its terms. Raises
+    ValueError for unknown values."""
     extras = replace(row.extras, **given)
     if extras.kl not in ("none", "reward", *KL_TERMS):
         raise ValueError(
