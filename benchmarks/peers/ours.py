@@ -171,7 +171,7 @@ def rl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     policy = make_policy(spec)
     clock = StepClock()
     engine = TorchEngine(policy.model, max_running=64, packs=policy.packs and policy.plain_head)
-    method = build("paper", {})
+    method = build("grpo_token_mean", {})
     limit, prompts, samples = spec["max_new_tokens"], spec["prompts_per_step"], spec["samples_per_prompt"]
     stage = RlSettings(
         kind="rl",

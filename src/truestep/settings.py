@@ -218,7 +218,7 @@ class RlSettings(StageSettings):
     )
     rewards: tuple[RewardSettings, ...] = ()  # several, with weights
     solved_at: float = 1.0  # without a checker, the reward from which on a sample solves its problem
-    method: str = "paper"
+    method: str = "grpo_token_mean"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
     @property

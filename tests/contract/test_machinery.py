@@ -101,7 +101,7 @@ def rewards_of(folder: Path, model: str, rollouts: list[Any]) -> list[float]:
 def test_the_metrics_of_a_rollout_batch_follow_from_its_samples(
     model: str, tape: Tape, tmp_path: Path
 ) -> None:
-    rows = run(tmp_path, model, "paper", steps=3)
+    rows = run(tmp_path, model, "grpo_token_mean", steps=3)
     for step, row in enumerate(rows):
         groups = {name: rewards_of(tmp_path, model, g) for name, g in tape.groups(step).items()}
         flat, samples = [r for g in groups.values() for r in g], tape.steps[step]
@@ -129,7 +129,7 @@ def test_the_gap_to_the_sampler_is_what_was_put_in(model: str, tape: Tape, tmp_p
         )
 
     tape.change = change
-    (row,) = run(tmp_path, model, "paper", steps=1)
+    (row,) = run(tmp_path, model, "grpo_token_mean", steps=1)
     order = tape.rounds[0][0]
     assert len(order) == 4
     for rollout in tape.steps[0]:  # the first two prompts are the first update's
@@ -152,7 +152,7 @@ def test_the_gap_to_the_sampler_is_what_was_put_in(model: str, tape: Tape, tmp_p
 @pytest.mark.parametrize(("low", "high"), [(1e-9, 1e9), (1 - 1e-9, 1e-9)])
 def test_each_side_of_the_clip_has_its_own_rate(low: float, high: float, model: str, tmp_path: Path) -> None:
     options = f"stages.rl.method_options={{ clip_low = {low}, clip_high = {high} }}"
-    rows = run(tmp_path, model, "paper", options, steps=3)
+    rows = run(tmp_path, model, "grpo_token_mean", options, steps=3)
     total = {side: sum(row[f"clip_ratio/{side}"] for row in rows) for side in ("low", "high")}
     open_side, closed = ("high", "low") if low < 0.5 else ("low", "high")
     assert total[open_side] == 0
@@ -267,7 +267,7 @@ def test_a_stream_is_that_share_of_the_sequences(share: float, model: str, tmp_p
 
 def test_rejection_sampling_keeps_no_truncated_sample(model: str, tape: Tape, tmp_path: Path) -> None:
     """With a limit of one token a right sample is a truncated one."""
-    recipe = recipe_of(tmp_path, model, "paper")
+    recipe = recipe_of(tmp_path, model, "grpo_token_mean")
     text = recipe.read_text()
     stage = """[[stages]]
 kind = "rejection"

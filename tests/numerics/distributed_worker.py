@@ -59,7 +59,7 @@ class Case:
 def cases() -> list[Case]:
     found = []
     for parallel in ("ddp", "fsdp2"):
-        for family in ("sft", "paper"):
+        for family in ("sft", "grpo_token_mean"):
             found += [
                 Case(family=family, cut=c, optimizer="adamw", parallel=parallel)
                 for c in ("uneven", "one idle")

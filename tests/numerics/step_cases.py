@@ -60,7 +60,11 @@ FAMILIES = {
         ),
         Family(name="dft", method=build("dft", {}), reference="dft", origin=Origin.EXPERT),
         Family(
-            name="paper", method=build("paper", {}), reference="paper", origin=Origin.POLICY, advantage="mean"
+            name="grpo_token_mean",
+            method=build("grpo_token_mean", {}),
+            reference="grpo_token_mean",
+            origin=Origin.POLICY,
+            advantage="mean",
         ),
         Family(
             name="grpo",

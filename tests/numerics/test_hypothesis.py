@@ -32,7 +32,7 @@ from truestep.train.policy import Policy
 
 VOCABULARY = 9
 NORMALISERS = {"tokens": "tok", "sequences": "seq", "sequence_sums": "sum", "max_length": "drg"}
-ROWS = ("sft", "dft", "paper", "grpo", "dr_grpo", "dapo")
+ROWS = ("sft", "dft", "grpo_token_mean", "grpo", "dr_grpo", "dapo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def method_of(case: Case) -> tuple[Method, dict[str, Any]]:
         return build("sft", {"normaliser": case.normaliser}), {
             "options": {"normaliser": NORMALISERS[case.normaliser]}
         }
-    return build(case.row, {}), {"method": "paper" if case.row == "dapo" else case.row}
+    return build(case.row, {}), {"method": "grpo_token_mean" if case.row == "dapo" else case.row}
 
 
 def packed(case: Case) -> list[TokenBatch]:

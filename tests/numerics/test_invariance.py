@@ -109,7 +109,7 @@ def test_order_prefix_sharing_and_packing_do_not_matter(family: str) -> None:
 
 def test_sharing_a_prefix_forwards_fewer_tokens() -> None:
     """Else the relation above would compare a thing with itself."""
-    sequences = sequences_of(FAMILIES["paper"])
+    sequences = sequences_of(FAMILIES["grpo_token_mean"])
     shared, alone = (batches_of(sequences, share_prefix=s)[0].num_tokens for s in (True, False))
     prompts = {s.group: s.num_prefix_tokens for s in sequences}
     copies = {g: sum(s.group == g for s in sequences) - 1 for g in prompts}
@@ -131,7 +131,7 @@ def test_bucket_padding_does_not_matter(family: str, monkeypatch: pytest.MonkeyP
     assert num_places[0] > num_places[1] == batches[0].num_tokens
 
 
-@pytest.mark.parametrize("family", ["sft", "sft_sequences", "dft", "paper", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("family", ["sft", "sft_sequences", "dft", "grpo_token_mean", "grpo", "dr_grpo"])
 def test_every_sequence_twice_gives_the_same_gradient(family: str) -> None:
     policy, f = pair("tied")[0], FAMILIES[family]
     batches = batches_of([*sequences_of(f), *sequences_of(f)], num_batches=3)
@@ -184,7 +184,7 @@ class CountProducts(TorchDispatchMode):
 def test_a_step_without_any_target_is_a_step_of_zero() -> None:
     policy = pair("tied")[0]
     for batches in ([], [dummy_batch(torch.float64, "cpu")]):
-        got = sgd_gradient(policy, batches, plan_for(FAMILIES["paper"].method))
+        got = sgd_gradient(policy, batches, plan_for(FAMILIES["grpo_token_mean"].method))
         assert float(flat(got).norm()) == 0.0
 
 
@@ -226,7 +226,7 @@ def stale(
     return [[x + spread * (2 * float(torch.rand((), generator=draw)) - 1) for x in row] for row in rows]
 
 
-@pytest.mark.parametrize("family", ["paper", "grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("family", ["grpo_token_mean", "grpo", "dr_grpo", "dapo"])
 @pytest.mark.parametrize(("temperature", "spread"), [(1.0, 0.1), (0.6, 1.5)])
 def test_second_update_clips_as_the_surrogate_does(family: str, temperature: float, spread: float) -> None:
     policy, model = pair("tied")
@@ -245,7 +245,7 @@ def test_second_update_clips_as_the_surrogate_does(family: str, temperature: flo
 def test_micro_batches_with_proximal_values_mix_with_those_without() -> None:
     """One without them is at its first update: there the policy is the proximal policy."""
     policy, model = pair("tied")
-    f = FAMILIES["paper"]
+    f = FAMILIES["grpo_token_mean"]
     sequences = sequences_of(f)
     proximal: list[Any] = stale(model, sequences, 1.0, 0.8)
     first, second = batches_of(sequences, num_batches=2)
@@ -318,7 +318,7 @@ def own_run(policy: Policy, family: Family, num_batches: int) -> dict[str, Tenso
     return {name: after[name] - before[f"model.{name}"] for name in after}
 
 
-@pytest.mark.parametrize("family", ["sft", "paper"])
+@pytest.mark.parametrize("family", ["sft", "grpo_token_mean"])
 def test_three_adamw_steps_with_clipping_warmup_and_cosine(family: str) -> None:
     f = FAMILIES[family]
     policy, model = pair("tied")

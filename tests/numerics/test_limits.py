@@ -173,7 +173,7 @@ def test_at_the_first_update_every_ratio_is_1() -> None:
     given = of("own")
     batches = pack(given, tokens_per_microbatch=10_000, dtype=torch.float64)
     expected = reference((Part(about=own, losses=reinforce, normaliser="tok"),), given)
-    for name in ("paper", "ppo", "cispo", "dapo"):
+    for name in ("grpo_token_mean", "ppo", "cispo", "dapo"):
         got = sgd_gradient(policies()[0], batches, plan_for(build(name, {}), max_length=MAX_LENGTH))
         close("limit, first update", got, expected)
     sums = reference((Part(about=own, losses=reinforce, normaliser="sum"),), given)
@@ -186,7 +186,7 @@ def test_at_the_first_update_every_ratio_is_1() -> None:
 def test_ppo_without_its_second_clip_is_one_clip() -> None:
     given = of("own")
     close("limit, ppo", row_gradient("ppo", given, options={"dual_clip": 0}),
-          row_gradient("paper", given, options={"clip_high": 0.2}))  # fmt: skip
+          row_gradient("grpo_token_mean", given, options={"clip_high": 0.2}))  # fmt: skip
 
 
 def test_legacy_scale_is_n_over_w_times_the_global_mean() -> None:

@@ -170,7 +170,7 @@ def test_rows_differ_from_each_other() -> None:
     same = {
         frozenset(pair)
         for pair in (
-            ("paper", "dapo"), ("hpt", "relift"), ("multi_task", "relift"), ("hpt", "multi_task"),
+            ("grpo_token_mean", "dapo"), ("hpt", "relift"), ("multi_task", "relift"), ("hpt", "multi_task"),
             ("grpo", "bread"), ("reinforce_pp", "reinforce_pp_baseline"), ("super_rl", "sasr"),
         )
     }  # fmt: skip

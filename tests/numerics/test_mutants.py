@@ -222,13 +222,13 @@ class Mutant:
     """``install`` breaks the step, or ``mutate`` its data; the families are those that must see it."""
 
     install: Callable[[Patch], None] = no_patch
-    families: tuple[str, ...] = ("sft", "paper")
+    families: tuple[str, ...] = ("sft", "grpo_token_mean")
     packed: bool = False
     mutate: Callable[..., Any] = list
 
 
-TOKEN_MEANS = ("sft", "dft", "paper")
-RL = ("paper", "grpo", "dr_grpo", "dapo")
+TOKEN_MEANS = ("sft", "dft", "grpo_token_mean")
+RL = ("grpo_token_mean", "grpo", "dr_grpo", "dapo")
 MUTANTS = {
     "A3 mean of micro-batch means": Mutant(
         install=lambda p: own_mean(p, lambda n: max(1, n) * len(UNEQUAL)), families=TOKEN_MEANS
@@ -243,19 +243,25 @@ MUTANTS = {
         install=lambda p: scaled(p, NUM_TOKENS / (len(UNEQUAL) * max(UNEQUAL))), families=TOKEN_MEANS
     ),
     "A11 an empty micro-batch counts as one": Mutant(
-        install=empty_counts_one, families=("sft", "grpo", "paper")
+        install=empty_counts_one, families=("sft", "grpo", "grpo_token_mean")
     ),
     "A11 an empty micro-batch is 0/0": Mutant(
         install=lambda p: own_mean(p, lambda n: torch.tensor(float(n))), families=("sft",)
     ),
     "B1 prompt tokens trained": Mutant(mutate=retrained(prompt_too), families=("sft", "dft")),
-    "B1 prompt tokens trained, samples": Mutant(mutate=retrained(prompt_too), families=("paper", "grpo")),
-    "B2 stop token not trained": Mutant(mutate=retrained(last_not), families=("sft", "paper", "grpo")),
+    "B1 prompt tokens trained, samples": Mutant(
+        mutate=retrained(prompt_too), families=("grpo_token_mean", "grpo")
+    ),
+    "B2 stop token not trained": Mutant(
+        mutate=retrained(last_not), families=("sft", "grpo_token_mean", "grpo")
+    ),
     "B4 labels not shifted": Mutant(install=lambda p: seen_by_forward(p, shifted(1))),
     "B4 labels shifted twice": Mutant(install=lambda p: seen_by_forward(p, shifted(-1))),
     "B6 packed rows see each other": Mutant(install=one_big_row, packed=True),
     "B7 positions do not restart": Mutant(
-        install=lambda p: seen_by_forward(p, positions_do_not_restart), packed=True, families=("paper",)
+        install=lambda p: seen_by_forward(p, positions_do_not_restart),
+        packed=True,
+        families=("grpo_token_mean",),
     ),
     "C1 temperature forgotten": Mutant(install=lambda p: seen_by_forward(p, lambda b, t: (b, 1.0))),
     "C1 temperature on log-probabilities": Mutant(install=scaled_logprobs),

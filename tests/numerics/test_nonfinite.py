@@ -25,7 +25,7 @@ from truestep.train.scoring import Scorer
 from truestep.train.step import NonFiniteError
 
 SETTINGS = OptimizerSettings(lr=1e-2)
-PAPER = FAMILIES["paper"]
+PAPER = FAMILIES["grpo_token_mean"]
 BAD = [math.nan, math.inf, -math.inf]
 
 

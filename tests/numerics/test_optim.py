@@ -176,7 +176,7 @@ def test_the_norm_is_one_over_all_microbatches() -> None:
 
 
 def steps(policy: Policy, optimizer: MasterOptimizer, first: int, last: int) -> None:
-    f = FAMILIES["paper"]
+    f = FAMILIES["grpo_token_mean"]
     for step in range(first, last):
         batches = batches_of(sequences_of(f, seed=step), num_batches=2, dtype=torch.float32)
         run_step(policy, optimizer, batches, plan_for(f.method, step=step, learning_rate=1e-2))

@@ -164,7 +164,7 @@ def test_a_plan_that_samples_nothing_has_an_empty_group() -> None:
     engine = ScriptedEngine(lambda r: 8)
     (group,) = sampler(Plan(next_rounds=lambda state: Done()), engine).groups(prompts(1), 0)
     assert (group.rollouts, engine.asked) == ((), [])
-    assert sequences_of([group], build("paper", {})) == []
+    assert sequences_of([group], build("grpo_token_mean", {})) == []
     assert sampler(Plan(next_rounds=lambda state: Done()), engine).groups([], 0) == []
 
 

@@ -205,7 +205,7 @@ COEFFICIENTS: dict[str, Callable[..., float]] = {
     "chord_phi": lambda p, **_: p * (1 - p),
     "trsft": lambda p, **_: p / max(p, 0.1),
     "psft": lambda r, **_: r if r <= 1.28 else 0.0,
-    "paper": lambda r, a, **_: ppo(r, a, 0.2, 0.28),
+    "grpo_token_mean": lambda r, a, **_: ppo(r, a, 0.2, 0.28),
     "grpo": lambda r, a, **_: ppo(r, a, 0.2, 0.2),
     "dr_grpo": lambda r, a, **_: ppo(r, a, 0.2, 0.2),
     "dapo": lambda r, a, **_: ppo(r, a, 0.2, 0.28),
@@ -272,14 +272,18 @@ def test_dual_clip_silences_what_one_clip_lets_grow(
         [x + (0.3 if t % 2 else -1.5) for t, x in enumerate(row)] for row in proximal
     ]  # ratios on all sides of 1.28 and 3
     both = flat(
-        coefficient_gradient(model, far, "paper", lambda r, a, **_: ppo(r, a, 0.2, 0.28) * (a > 0 or r <= 3))
+        coefficient_gradient(
+            model, far, "grpo_token_mean", lambda r, a, **_: ppo(r, a, 0.2, 0.28) * (a > 0 or r <= 3)
+        )
     )
     options = {"dual_clip": 3.0}
     assert (
-        distance(flat(reference_gradient(model, SEQUENCES, far, method="paper", options=options)), both)
+        distance(
+            flat(reference_gradient(model, SEQUENCES, far, method="grpo_token_mean", options=options)), both
+        )
         < 1e-12
     )
-    assert distance(flat(reference_gradient(model, SEQUENCES, far, method="paper")), both) > 0.1
+    assert distance(flat(reference_gradient(model, SEQUENCES, far, method="grpo_token_mean")), both) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -299,7 +303,7 @@ def test_kl_terms_are_added_with_their_coefficient(
     assert distance(ours, theirs) < 1e-12
 
 
-@pytest.mark.parametrize("method", ["paper", "gspo", "luffy"])
+@pytest.mark.parametrize("method", ["grpo_token_mean", "gspo", "luffy"])
 def test_losses_have_the_slope_of_their_gradient(
     model: LlamaForCausalLM, proximal: list[list[float]], method: str
 ) -> None:
@@ -327,14 +331,16 @@ def test_log_probabilities_of_other_tokens_are_refused(
     model: LlamaForCausalLM, proximal: list[list[float]]
 ) -> None:
     with pytest.raises(ValueError, match="2 proximal log-probabilities for 3 trained tokens"):
-        reference_loss(model, SEQUENCES, [proximal[0][:2], *proximal[1:]], method="paper")
+        reference_loss(model, SEQUENCES, [proximal[0][:2], *proximal[1:]], method="grpo_token_mean")
 
 
 def test_without_proximal_the_ratio_is_one(model: LlamaForCausalLM) -> None:
     own = frozen_logprobs(model, SEQUENCES)
-    first = flat(reference_gradient(model, SEQUENCES, method="paper"))
-    assert np.array_equal(first, flat(reference_gradient(model, SEQUENCES, own, method="paper")))
-    assert np.array_equal(first, flat(reference_gradient(model, SEQUENCES, [None] * 7, method="paper")))
+    first = flat(reference_gradient(model, SEQUENCES, method="grpo_token_mean"))
+    assert np.array_equal(first, flat(reference_gradient(model, SEQUENCES, own, method="grpo_token_mean")))
+    assert np.array_equal(
+        first, flat(reference_gradient(model, SEQUENCES, [None] * 7, method="grpo_token_mean"))
+    )
     plain = reference_gradient(model, SEQUENCES, method="rloo", options={"normaliser": "tok"})
     assert distance(first, flat(plain)) < 1e-12
 
@@ -356,9 +362,9 @@ def test_denominators_count_the_whole_step() -> None:
 def test_equal_groups_count_in_the_denominator_except_in_dapo(model: LlamaForCausalLM) -> None:
     silent = [replace(s, advantage=0.0) if s.group == 2 else s for s in SEQUENCES]
     mixed = [s for s in silent if s.group != 2]
-    counted = reference_loss(model, silent, method="paper").item()
+    counted = reference_loss(model, silent, method="grpo_token_mean").item()
     dropped = reference_loss(model, silent, method="dapo").item()
-    assert dropped == pytest.approx(reference_loss(model, mixed, method="paper").item(), rel=1e-14)
+    assert dropped == pytest.approx(reference_loss(model, mixed, method="grpo_token_mean").item(), rel=1e-14)
     assert counted * 28 == pytest.approx(dropped * 18, rel=1e-13)
 
 

@@ -90,7 +90,7 @@ def prompts(count: int) -> list[Prompt]:
     ]
 
 
-def source(engine: ScriptedEngine, *, count: int = 6, per_step: int = 4, updates: int = 2, method: str = "paper",
+def source(engine: ScriptedEngine, *, count: int = 6, per_step: int = 4, updates: int = 2, method: str = "grpo_token_mean",
            samples: int = 4) -> RolloutSource:  # fmt: skip
     def score(inputs: Sequence[RewardInput]) -> list[Score]:
         return [judged(Verdict.CORRECT if i.completion == "good" else Verdict.INCORRECT) for i in inputs]

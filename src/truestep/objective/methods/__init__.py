@@ -22,13 +22,14 @@ METHODS: dict[str, Row] = {
     row.__name__: row
     for row in (
         sft.sft, sft.dft, sft.psft, sft.iw_sft, sft.trsft, sft.power_sft, sft.entropy_sft,
-        rl.paper, rl.grpo, rl.dr_grpo, rl.dapo, rl.ppo, rl.rloo, rl.reinforce_pp, rl.reinforce_pp_baseline, rl.gspo,
+        rl.grpo_token_mean, rl.grpo, rl.dr_grpo, rl.dapo, rl.ppo, rl.rloo, rl.reinforce_pp, rl.reinforce_pp_baseline, rl.gspo,
         rl.cispo, rl.nft, rl.sapo,
         mixed.luffy, mixed.multi_task, mixed.relift, mixed.srft, mixed.prefix_rft, mixed.hpt, mixed.trapo,
         mixed.exgrpo, mixed.rl_plus,
         guided.chord_mu, guided.chord_phi, guided.uft, guided.super_rl, guided.sasr, guided.bread, guided.ghpo,
     )
 }  # fmt: skip
+RENAMED = {"paper": "grpo_token_mean"}
 EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
@@ -37,7 +38,8 @@ def build(method: str | Row, options: Mapping[str, Any]) -> Method:
     methods or options."""
     if isinstance(method, str):
         if method not in METHODS:
-            raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}")
+            now = f"; it is now called {RENAMED[method]}" if method in RENAMED else ""
+            raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}{now}")
         name, row = method, METHODS[method]
     else:
         name, row = method.__name__, method

@@ -1,4 +1,4 @@
-"""Rows that train only on own samples. ``paper`` is the RL of the paper that the project is named after."""
+"""Rows that train only on own samples. ``grpo_token_mean`` is the RL of the paper that the project is named after."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual
     return policy_term(coefficients.clipped_ratio(clip_low, clip_high, dual_clip), normaliser, clips=True)
 
 
-def paper(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
+def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
     """The paper's RL: R − group mean, asymmetric clipping, token-level global mean, no KL. All-equal groups
     count."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
-    return Method(name="paper", terms=(term,), source="arXiv:2604.23747, app. A")
+    return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
 
 def grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:

@@ -92,7 +92,7 @@ ROWS: dict[str, Row] = {
     "trsft": Row(parts=(_part(expert, surrogate.trsft, "tok", alpha=0.1),)),
     "power_sft": Row(parts=(_part(expert, surrogate.power, "tok", alpha=0.5),)),
     "entropy_sft": Row(parts=(_part(expert, surrogate.nll, "tok", top_share=0.2, weight=5.0),)),
-    "paper": Row(parts=(_clipped(0.2, 0.28, "tok"),)),
+    "grpo_token_mean": Row(parts=(_clipped(0.2, 0.28, "tok"),)),
     "grpo": Row(parts=(_clipped(0.2, 0.2, "seq"),)),
     "dr_grpo": Row(parts=(_clipped(0.2, 0.2, "drg"),)),
     "dapo": Row(parts=(_clipped(0.2, 0.28, "tok"),), drop_equal_groups=True),
