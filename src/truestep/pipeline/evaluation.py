@@ -32,9 +32,16 @@ def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -
 
 
 def dev_score(
-    prepared: Prepared, index: int, *, engine: Engine, grader: Grader, folder: Path
+    prepared: Prepared,
+    index: int,
+    *,
+    engine: Engine,
+    grader: Grader,
+    folder: Path,
+    check_stop: Callable[[], None],
 ) -> Callable[[int], float]:
-    """Step → score on the stage's dev set; the samples are kept in the stage's folder."""
+    """Step → score on the stage's dev set; the samples are kept in the stage's folder, also those of a score that
+    ``check_stop`` has interrupted."""
     dev, identity = prepared.settings.stages[index].dev, stage_identity(prepared, index)
     limits = prepared.settings.evaluate.data_sampling.model_copy(update={"temperature": dev.temperature})
 
@@ -48,7 +55,9 @@ def dev_score(
             folder=folder / "dev" / f"step_{step:08d}",
             identity=f"{identity}/{step}",
         )
-        answer = engine_answers(plan, lambda: engine, lambda ids: completion_text(prepared.tokenizer, ids))
+        answer = engine_answers(
+            plan, lambda: engine, lambda ids: completion_text(prepared.tokenizer, ids), check_stop
+        )
         results = run_evaluation(plan, answer=answer, judge=grader.judge)
         engine.take_cost()  # evaluation is not training: no ledger counts it
         return float(results["estimate"]["score"])

@@ -206,7 +206,14 @@ def _dev_score(
     if not prepared.settings.stages[index].dev.data:
         return None
     shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.data_sampling.max_running)
-    return dev_score(prepared, index, engine=shared, grader=session.grader, folder=folder)
+    return dev_score(
+        prepared,
+        index,
+        engine=shared,
+        grader=session.grader,
+        folder=folder,
+        check_stop=_check_stop(session),
+    )
 
 
 def evaluate(session: Session, checkpoint: str, path: str, identity: Callable[[str], str]) -> None:

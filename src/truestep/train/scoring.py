@@ -79,9 +79,8 @@ class Scorer:
         for index, batch in enumerate(levelled(batches, self.ranks, policy)):
             self.check_stop()
             logprobs, entropy = policy(batch, self.temperature)
-            require_finite(
-                {f"{whose} log-probabilities": logprobs}, batch, f"step {step}, micro-batch {index}"
-            )
+            made = {f"{whose} log-probabilities": logprobs, f"{whose} entropy": entropy}
+            require_finite(made, batch, f"step {step}, micro-batch {index}")
             if index < len(batches):
                 found.append((batch, logprobs.detach(), entropy.detach()))
         reshard(policy)

@@ -125,10 +125,9 @@ def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
                 meter.add("reward_std", score.reward)
             if solved is not None:
                 meter.add("solved", solved)
-            if len(score.parts) > 1 or score.failed:
-                meter.add("reward_failures", score.failed)
-                for name, value in score.parts.items():
-                    meter.add(f"reward/{name}", value)
+            meter.add("reward_failures", score.failed)
+            for name, value in score.parts.items():
+                meter.add(f"reward/{name}", value)
 
 
 def sample_rows(

@@ -34,8 +34,8 @@ from truestep.train.sequences import (
 
 Item = TypeVar("Item")
 ALWAYS = (
-    "reward", "reward_std", "solved", "mixed_groups", "solved_groups", "unscored", "completions/mean_length",
-    "completions/truncated",
+    "reward", "reward_std", "reward_failures", "solved", "mixed_groups", "solved_groups", "unscored",
+    "completions/mean_length", "completions/truncated",
 )  # fmt: skip
 STREAM_GROUP = 1 << 30  # groups of demonstrations beside the sampled ones are numbered from here
 
@@ -163,6 +163,9 @@ class RolloutSource:
         meter = Meter(*ALWAYS)
         measure_groups(meter, everything)
         metrics = meter.reduce(self.ranks)
+        parts = [key for key in metrics if key.startswith("reward/")]
+        if len(parts) == 1:  # it is the reward itself
+            del metrics[parts[0]]
         bare = [g.group for g in everything]
         return StepData(
             minibatches=minibatches,
