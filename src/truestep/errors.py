@@ -1,4 +1,4 @@
-"""What a user can mend, as the one line that a user reads."""
+"""Errors that a user can correct, as the one line that the user reads."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from pydantic import BaseModel, ValidationError
 
 
 class UserError(ValueError):
-    """Bad settings, data or paths: exit code 2. The message is one line that says what to write instead."""
+    """Bad settings, data or paths: exit code 2. The message is one line: the fault, then the way out."""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean …?", or nothing where nothing is near."""
+    """ "; did you mean …?", or nothing if no known word is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem: where, what was expected, what stood there. ``model`` is the one that was
-    validated."""
+    """The first problem: its key, what was expected, what was found. ``model`` was validated."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
@@ -29,11 +28,11 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _right_key(loc, list(_keys(model)))
     elif first["type"] == "missing":
-        message = "is missing and has no default: write it"
+        message = "is missing and has no default; set it"
     elif first["type"] == "union_tag_not_found":
         message = 'each stage needs kind = "sft", "rl" or "rejection"'
     elif first["type"] == "union_tag_invalid":
-        message = f'kind = {first["input"].get("kind")!r} is not a stage: write "sft", "rl" or "rejection"'
+        message = f'kind = {first["input"].get("kind")!r} is not a stage; set "sft", "rl" or "rejection"'
     elif "input" in first and not isinstance(first["input"], dict | list | tuple):
         message += f", got {first['input']!r}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -41,8 +40,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
-    """The key that may have been meant, with its table where that is another one; else all keys of the
-    table."""
+    """The key that may have been meant, with its table if that is another one; else all keys."""
     here = [part for part in loc[:-1] if not part.isdigit()]
 
     def is_here(table: list[str]) -> bool:

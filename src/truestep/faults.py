@@ -23,15 +23,9 @@ def _per_rank(counts: Counts, weights_of_rank: Callable[[Sequence[int]], Sequenc
     return np.array([w for rank in counts for w in weights_of_rank(rank)], dtype=np.float64)
 
 
-def _num_tokens(counts: Counts) -> int:
-    return sum(sum(rank) for rank in counts)
-
-
 def _require_tokens(counts: Counts) -> None:
-    for rank in counts:
-        for n in rank:
-            if n < 1:
-                raise ValueError(f"a micro-batch of {n} trained tokens has no mean")
+    for n in (n for rank in counts for n in rank if n < 1):
+        raise ValueError(f"a micro-batch of {n} trained tokens has no mean")
 
 
 def right(counts: Counts) -> Weights:
@@ -41,37 +35,37 @@ def right(counts: Counts) -> Weights:
 
 def offload_first_last(counts: Counts) -> Weights:
     """Equation: 1 for the first and the last micro-batch of a rank, 0 between."""
-    return _per_rank(counts, lambda rank: [1.0 if k in (0, len(rank) - 1) else 0.0 for k in range(len(rank))])
+    return _per_rank(counts, lambda rank: [float(k in (0, len(rank) - 1)) for k in range(len(rank))])
 
 
 def first_only(counts: Counts) -> Weights:
     """Equation: 1 for the first micro-batch of a rank, 0 after it."""
-    return _per_rank(counts, lambda rank: [1.0 if k == 0 else 0.0 for k in range(len(rank))])
+    return _per_rank(counts, lambda rank: [float(k == 0) for k in range(len(rank))])
 
 
 def last_only(counts: Counts) -> Weights:
     """Equation: 1 for the last micro-batch of a rank, 0 before it."""
-    return _per_rank(counts, lambda rank: [1.0 if k == len(rank) - 1 else 0.0 for k in range(len(rank))])
+    return _per_rank(counts, lambda rank: [float(k == len(rank) - 1) for k in range(len(rank))])
 
 
 def micro_mean(counts: Counts) -> Weights:
     """Equation: N / (D·K·n_i)."""
     _require_tokens(counts)
-    total = _num_tokens(counts)
+    total = sum(map(sum, counts))
     return _per_rank(counts, lambda rank: [total / (len(counts) * len(rank) * n) for n in rank])
 
 
 def micro_mean_without_1_over_k(counts: Counts) -> Weights:
     """Equation: N / (D·n_i)."""
     _require_tokens(counts)
-    total = _num_tokens(counts)
+    total = sum(map(sum, counts))
     return _per_rank(counts, lambda rank: [total / (len(counts) * n) for n in rank])
 
 
 def rank_mean(counts: Counts) -> Weights:
     """Equation: N / (D·n_rank), n_rank the tokens of the whole rank."""
-    total = _num_tokens(counts)
-    if not all(sum(rank) for rank in counts):
+    total = sum(map(sum, counts))
+    if not all(map(sum, counts)):
         raise ValueError("a rank without trained tokens has no mean")
     return _per_rank(counts, lambda rank: [total / (len(counts) * sum(rank))] * len(rank))
 
@@ -81,9 +75,9 @@ def dp_token_mean(counts: Counts) -> Weights:
     algorithm 2, called once per micro-step under gradient accumulation."""
     if len({len(rank) for rank in counts}) != 1:
         raise ValueError(
-            "ranks with different numbers of micro-batches cannot sum over ranks at every micro-step"
+            "ranks with different numbers of micro-batches cannot sum over ranks at each of them"
         )
-    total, num_steps = _num_tokens(counts), len(counts[0])
+    total, num_steps = sum(map(sum, counts)), len(counts[0])
     per_step = [sum(rank[k] for rank in counts) for k in range(num_steps)]
     if not all(per_step):
         raise ValueError("a micro-step without trained tokens has no mean")
@@ -129,23 +123,17 @@ def combine(*faults: WeightsOf) -> WeightsOf:
 
 FAULTS: dict[str, tuple[WeightsOf, str]] = {
     "right": (right, "every micro-batch counts once"),
-    "offload_first_last": (
-        offload_first_last,
-        "the offloaded optimizer dropped the intermediate micro-batches",
-    ),
+    "offload_first_last": (offload_first_last, "the offloaded optimizer drops intermediate micro-batches"),
     "first_only": (first_only, "only the first micro-batch reached the optimizer"),
     "last_only": (last_only, "every backward overwrote the one before"),
     "micro_mean": (micro_mean, "mean of micro-batch means instead of one mean over all tokens"),
     "micro_mean_without_1_over_k": (
         micro_mean_without_1_over_k,
-        "sum of micro-batch means: 1/K forgotten as well",
+        "sum of micro-batch means: 1/K forgotten too",
     ),
     "rank_mean": (rank_mean, "each rank divides by its own tokens"),
     "dp_token_mean": (dp_token_mean, "tokens are counted over ranks, but per micro-step"),
-    "one_over_k_forgotten": (
-        one_over_k_forgotten,
-        "scale: the division by the accumulation steps is missing",
-    ),
+    "one_over_k_forgotten": (one_over_k_forgotten, "scale: division by the accumulation steps is missing"),
     "one_over_k_twice": (one_over_k_twice, "scale: divided by the accumulation steps twice"),
     "summed_over_ranks": (summed_over_ranks, "scale: summed where the loss expects a mean over ranks"),
     "averaged_over_ranks_twice": (averaged_over_ranks_twice, "scale: divided by the number of ranks twice"),
@@ -161,8 +149,8 @@ def recover_weights(observed: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[
 
     ``parts`` are flat gradients on the scale of ``observed``: g_i / N for the weights above. ``residual`` is
     what the weights do not explain, relative to ``observed``. ``condition`` is that of the parts at unit
-    length: the factor by which noise grows; infinite where one part is zero or a mixture of the others, whose
-    weights then mean nothing.
+    length, the factor by which noise grows; infinite (the weights then mean nothing) if one part is zero or a
+    mixture of the others.
     """
     matrix = np.stack([np.asarray(part, dtype=np.float64).ravel() for part in parts], axis=1)
     target = np.asarray(observed, dtype=np.float64).ravel()

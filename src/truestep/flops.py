@@ -2,9 +2,9 @@
 
 Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens a forward pass costs 2ND, a
 backward pass 4ND: an SFT token 6N, an on-policy rollout token 8N (2N to generate it, 6N to train on it). The
-paper counts response tokens only. The fuller count adds prompt tokens, passes that only score (proximal
-log-probabilities), and attention (4 FLOPs per query-key pair, channel and layer, forward), and leaves out
-what is a table look-up (the input embedding).
+paper counts only response tokens. The fuller count adds prompt tokens, scoring passes (proximal
+log-probabilities) and attention (4 FLOPs per query-key pair, channel and layer, forward), and leaves out the
+input embedding, which is a table look-up.
 """
 
 from __future__ import annotations
@@ -15,20 +15,15 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the formulas need to know of a model."""
-
     num_parameters: int
-    num_matmul_parameters: (
-        int  # parameters that a token is multiplied with (the head counts, the embedding does not)
-    )
+    num_matmul_parameters: int  # those that a token is multiplied with: with the head, without the embedding
     num_layers: int
     attention_width: int  # query channels: heads x head size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Counted work of a stage. Tokens; ``*_pairs`` are query-key pairs (one layer, one head's worth of
-    each)."""
+    """Counted work of a stage. Units: tokens; ``*_pairs`` are query-key pairs (of one layer and head)."""
 
     demonstration_tokens: int = 0  # trained tokens of demonstrations
     rollout_tokens: int = 0  # generated tokens
@@ -56,9 +51,8 @@ class Ledger:
     def full_flops(self, shape: ModelShape) -> float:
         """Prompt tokens, scoring passes and attention included; embedding look-ups left out."""
         n, attention = float(shape.num_matmul_parameters), 4.0 * shape.num_layers * shape.attention_width
-        matmul = n * (
-            6 * self.trained_pass_tokens + 2 * self.generated_pass_tokens + 2 * self.scored_pass_tokens
-        )
+        forward_only = self.generated_pass_tokens + self.scored_pass_tokens
+        matmul = n * (6 * self.trained_pass_tokens + 2 * forward_only)
         return matmul + attention * (3 * self.trained_pairs + self.generated_pairs + self.scored_pairs)
 
     def to_json(self) -> dict[str, int]:
@@ -67,9 +61,6 @@ class Ledger:
     @staticmethod
     def from_json(raw: Mapping[str, int]) -> Ledger:
         return Ledger(**raw)
-
-
-# ------------------------------------------------------------------------------------------ work from lengths
 
 
 def sequence_work(prompt: int, completion: int) -> Ledger:
@@ -89,8 +80,8 @@ def sequence_work(prompt: int, completion: int) -> Ledger:
 def group_work(
     prompt: int, own: Sequence[int], demonstrations: Sequence[int] = (), *, scored: bool
 ) -> Ledger:
-    """One prompt of a rollout batch: prefilled once, every own sample decoded, and all of it trained on in
-    one tree that forwards the prompt once. ``scored`` adds the pass for the proximal log-probabilities.
+    """One prompt of a rollout batch: prefilled once, every own sample decoded, and all trained on in one tree
+    that forwards the prompt once. ``scored`` adds the pass for the proximal log-probabilities.
 
     Units: tokens; lengths count the stop token. Held by: tests/study/test_flops_plan.py
     """
@@ -98,14 +89,13 @@ def group_work(
     tree = prompt + sum(members)
     context = prompt * (prompt + 1) // 2
     pairs = context + sum(n * (n + 1) // 2 + n * prompt for n in members)
-    decoded = sum(n - 1 for n in own)
     return Ledger(
         demonstration_tokens=sum(demonstrations),
         rollout_tokens=sum(own),
         rollout_trained_tokens=sum(own),
         prompt_tokens=prompt,
         trained_pass_tokens=tree,
-        generated_pass_tokens=prompt + decoded,
+        generated_pass_tokens=prompt + sum(own) - len(own),
         scored_pass_tokens=tree if scored else 0,
         trained_pairs=pairs,
         generated_pairs=context + sum((n - 1) * n // 2 + (n - 1) * prompt for n in own),

@@ -1,4 +1,4 @@
-"""Where progress goes: one protocol for every long piece of work. ``cli.progress`` writes it to stderr."""
+"""The progress protocol of every long piece of work; ``cli.progress`` writes it to stderr."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""The nouns that flow through truestep, as frozen keyword-only records whose lengths are checked at
-construction.
+"""The data that flows through truestep, as frozen keyword-only records, checked at construction.
 
-No torch here: the audit and the report read these records in environments that have none. Where a record
-holds tensors (``TokenBatch``), they are typed by name only.
-
-One file: whoever reads one of them needs the others, and every room imports several.
+No torch: the audit and the report read these records in environments without it, and the tensors of a
+``TokenBatch`` are typed by name only. One file: every room imports several records, which refer to each other.
 """
 
 from __future__ import annotations
@@ -20,15 +17,12 @@ if TYPE_CHECKING:
 
 
 class RecordError(ValueError):
-    """A record whose parts contradict each other: a programming error, never a user's."""
+    """A record whose parts contradict each other: a bug, never a user's mistake."""
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise RecordError(message)
-
-
-# ------------------------------------------------------------------------------------ problems and their text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +35,14 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A task with an answer that a program can check.
-
-    ``messages`` is the prompt as chat turns (the last one is the user's); ``answer`` the gold answer;
-    ``checker`` the name of the function in ``grade.score`` that compares a completion with it ("math", or a
-    procedural task's own); ``solution`` a demonstration's text, empty where there is none; ``row`` where it
-    came from ("file:line").
-    """
+    """A task with an answer that a program can check."""
 
     id: str
-    messages: tuple[Message, ...]
-    answer: str
-    checker: str = "math"
-    solution: str = ""
-    row: str = ""
+    messages: tuple[Message, ...]  # the prompt as chat turns; the last one is the user's
+    answer: str  # gold
+    checker: str = "math"  # the function of grade.score that compares a completion with the answer
+    solution: str = ""  # a demonstration's text, if there is one
+    row: str = ""  # where it came from, "file:line"
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,9 +72,8 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens. ``trained`` is True where the token enters the loss (assistant text and
-    its stop token), False on everything that is context. ``num_prompt_tokens`` counts the tokens shared with
-    ``Prompt``."""
+    """A worked solution as tokens. ``trained`` is True for tokens that enter the loss (assistant text and its
+    stop token). ``num_prompt_tokens`` counts the tokens shared with ``Prompt``."""
 
     problem_id: str
     token_ids: tuple[int, ...]
@@ -95,18 +82,11 @@ class Demonstration:
     num_prompt_tokens: int
 
     def __post_init__(self) -> None:
-        _require(
-            len(self.token_ids) == len(self.roles) == len(self.trained),
-            f"demonstration of {self.problem_id}: token_ids, roles and trained differ in length",
-        )
-        _require(any(self.trained), f"demonstration of {self.problem_id} trains no token")
-        _require(
-            not self.trained[0],
-            f"demonstration of {self.problem_id} trains its first token, which has no context",
-        )
-
-
-# -------------------------------------------------------------------------------------------- what is sampled
+        name, num = f"demonstration of {self.problem_id}", len(self.token_ids)
+        equal = num == len(self.roles) == len(self.trained)
+        _require(equal, f"{name}: token_ids, roles and trained differ in length")
+        _require(any(self.trained), f"{name} trains no token")
+        _require(not self.trained[0], f"{name} trains its first token, which has no context")
 
 
 class Origin(enum.IntEnum):
@@ -124,8 +104,7 @@ NOT_SAMPLED = -1  # policy_version of a token that no policy has sampled
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """How the policy's distribution was changed before sampling: whose log-probabilities are the behavior
-    ones."""
+    """How the policy's distribution was changed before sampling: the one of the behavior log-probabilities."""
 
     temperature: float
     top_p: float = 1.0
@@ -140,19 +119,13 @@ class Stop(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What a plan asks for: ``num_samples`` completions that start alike.
-
-    ``prefix`` is the share of the demonstration's tokens that the completion begins with (1: all of them, and
-    nothing is generated), ``prefix_origin`` whether they are trained (EXPERT) or not (CONTEXT). ``hint`` is
-    the share of the solution's text that the prompt shows. ``stored``: a stored sample joins, nothing is
-    generated.
-    """
+    """What a plan requests: ``num_samples`` completions that start alike."""
 
     num_samples: int
-    prefix: float = 0.0
-    prefix_origin: Origin = Origin.EXPERT
-    hint: float = 0.0
-    stored: bool = False
+    prefix: float = 0.0  # share of the demonstration's tokens that the completion begins with; 1: all of it
+    prefix_origin: Origin = Origin.EXPERT  # EXPERT: the prefix is trained, CONTEXT: it is not
+    hint: float = 0.0  # share of the solution's text that the prompt shows
+    stored: bool = False  # a stored sample joins the group, and nothing is generated
 
     @property
     def is_plain(self) -> bool:
@@ -165,43 +138,32 @@ PLAIN = Round(num_samples=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One completion. ``origin``, ``policy_version`` and ``behavior_logprobs`` have one value per completion
-    token. Behavior log-probabilities are those of ``distribution``; they are 0 where ``origin`` is not one of
-    ``SAMPLED``, and None if nobody recorded any. A failed sample has stop ERROR and a reason, and no tokens.
-
-    ``prompt_ids`` is the augmented prompt that it is trained under (empty: the prompt's own); ``round`` is
-    what the plan asked for.
-    """
+    """One completion. Shapes: ``origin``, ``policy_version`` and ``behavior_logprobs`` have one value per
+    completion token. A failed sample has stop ERROR and a reason, and no tokens."""
 
     problem_id: str
     sample_index: int
     completion_ids: tuple[int, ...]
     origin: tuple[Origin, ...]
     policy_version: tuple[int, ...]
-    behavior_logprobs: tuple[float, ...] | None
+    behavior_logprobs: tuple[float, ...] | None  # of distribution; 0 for tokens not in SAMPLED; None: unknown
     distribution: Distribution
     stop: Stop
     error: str = ""
-    prompt_ids: tuple[int, ...] = ()
+    prompt_ids: tuple[int, ...] = ()  # the augmented prompt that it is trained with; empty: the problem's
     round: Round = PLAIN
 
     def __post_init__(self) -> None:
         name, num = f"rollout {self.problem_id}/{self.sample_index}", len(self.completion_ids)
         _require(len(self.origin) == num, f"{name}: {num} tokens, {len(self.origin)} origins")
         _require(len(self.policy_version) == num, f"{name}: one policy version per token")
-        _require(
-            self.behavior_logprobs is None or len(self.behavior_logprobs) == num,
-            f"{name}: {num} tokens, {len(self.behavior_logprobs or ())} log-probabilities",
-        )
-        _require(
-            (self.stop is Stop.ERROR) == bool(self.error),
-            f"{name}: an error, and only an error, has a reason",
-        )
+        known = num if self.behavior_logprobs is None else len(self.behavior_logprobs)
+        _require(known == num, f"{name}: {num} tokens, {known} log-probabilities")
+        _require((self.stop is Stop.ERROR) == bool(self.error), f"{name}: an error needs a reason, else none")
 
     @property
     def member(self) -> Origin:
-        """What it is to its group, by its last token: sampled (also if it failed), stored, or a whole
-        demonstration."""
+        """What it is to its group, by its last token: sampled (also if it failed), stored or expert."""
         return self.origin[-1] if self.origin else Origin.POLICY
 
     def count(self, origin: Origin) -> int:
@@ -258,56 +220,46 @@ def judged(verdict: Verdict, *, extracted: str = "", reason: str = "") -> Score:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardInput:
-    """What a reward function gets for one sample. ``problem`` holds all columns of its row (``meta``);
-    ``messages`` is the prompt that was sampled from. ``seed``, ``step`` and ``sample`` identify the sample,
-    whatever rank sampled it and in whatever order; ``limit`` is the length limit in tokens. ``verdict`` is the
-    checker's, if one is among the rewards.
-    """
+    """What a reward function gets for one sample. ``seed``, ``step`` and ``sample`` identify the sample,
+    whatever the rank and the order."""
 
-    problem: Problem
-    messages: tuple[Message, ...]
+    problem: Problem  # its meta has all columns of the row
+    messages: tuple[Message, ...]  # the prompt that was sampled from
     completion: str
     completion_ids: tuple[int, ...]
     stop: Stop
     seed: int
     step: int
     sample: int
-    limit: int
-    verdict: Verdict | None = None
+    limit: int  # of tokens
+    verdict: Verdict | None = None  # the checker's, if one is among the rewards
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """All samples of one prompt in one rollout batch, with their scores. ``num_discarded_tokens`` were
-    sampled for it and then replaced by a later round: they cost work and teach nothing."""
+    """All samples of one prompt in one rollout batch, with their scores."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
-    num_discarded_tokens: int = 0
+    num_discarded_tokens: int = 0  # sampled and then replaced by a later round: work without training
 
     def __post_init__(self) -> None:
         _require(len(self.rollouts) == len(self.scores), "one score per rollout")
-        _require(
-            all(r.problem_id == self.prompt.problem.id for r in self.rollouts),
-            "a group holds the samples of one prompt",
-        )
-
-
-# -------------------------------------------------------------------------------------------- what is trained
+        same = all(r.problem_id == self.prompt.problem.id for r in self.rollouts)
+        _require(same, "a group needs samples of one prompt only")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
-    """One sequence of an optimizer step, before packing. ``origin`` is aligned with ``token_ids``: every token
-    that is not CONTEXT is trained. ``advantage``, ``behavior_logprobs`` and ``policy_version`` are aligned with
-    the trained tokens; a single number holds for all of them. The first ``num_prefix_tokens`` tokens are shared
-    with other sequences of the same ``group`` and may be computed once for all of them.
-    """
+    """One sequence of an optimizer step, before packing. Shapes: ``origin`` is aligned with ``token_ids``;
+    ``advantage``, ``behavior_logprobs`` and ``policy_version`` with the trained tokens, or one number for all."""
 
     token_ids: tuple[int, ...]
-    origin: tuple[Origin, ...]
-    num_prefix_tokens: int
+    origin: tuple[Origin, ...]  # every token that is not CONTEXT is trained
+    num_prefix_tokens: (
+        int  # shared with other sequences of the group, and may be computed once for all of them
+    )
     group: int
     advantage: tuple[float, ...] | float = 0.0
     behavior_logprobs: tuple[float, ...] | None = None
@@ -318,9 +270,8 @@ class TrainSequence:
 
     def __post_init__(self) -> None:
         _require(len(self.token_ids) == len(self.origin), "token_ids and origin differ in length")
-        _require(
-            0 <= self.num_prefix_tokens < len(self.token_ids), "the shared prefix leaves nothing to train"
-        )
+        has_rest = 0 <= self.num_prefix_tokens < len(self.token_ids)
+        _require(has_rest, "the shared prefix leaves nothing to train")
         prefix = self.origin[: max(1, self.num_prefix_tokens)]
         _require(all(o is Origin.CONTEXT for o in prefix), "a shared prefix is context, not trained")
         for name in ("advantage", "behavior_logprobs", "policy_version"):
@@ -339,8 +290,8 @@ class TrainSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of tokens in a packed micro-batch that sees itself causally and, before that, the tokens
-    ``prefix_start:prefix_stop`` (empty for a sequence of its own). All bounds are flat indices."""
+    """A run of tokens in a packed micro-batch that attends to itself causally and to all tokens of
+    ``prefix_start:prefix_stop`` (empty: no shared prefix). All bounds are flat indices."""
 
     start: int
     stop: int
@@ -360,11 +311,10 @@ OPTIONAL_FIELDS = ("behavior_logprobs", "proximal_logprobs", "proximal_entropy",
 class TokenBatch:
     """One packed micro-batch without padding: N forwarded tokens, M trained (target) tokens of S sequences.
 
-    ``source_index`` says which forwarded token's hidden state predicts each target: with a shared prompt its
-    last token predicts the first token of every completion. ``sequence_index`` numbers the sequences of the
-    whole step on this rank, so that a coefficient may look at its own sequence. The optional columns are None
-    until a scoring pass fills them; ``behavior_logprobs`` is None if no token of the batch was sampled, and
-    otherwise 0 at the tokens that were not (see ``origin``).
+    ``source_index`` is the forwarded token whose hidden state predicts each target: the last token of a shared
+    prompt predicts the first of every completion. ``sequence_index`` numbers the sequences of the whole step on
+    this rank. The optional columns are None until a scoring pass fills them; ``behavior_logprobs`` is None if no
+    token of the batch was sampled, and 0 at the tokens that were not (see ``origin``).
     """
 
     input_ids: Tensor  # N int64
@@ -385,20 +335,15 @@ class TokenBatch:
     reference_logprobs: Tensor | None = None  # M float, of the frozen reference policy
 
     def __post_init__(self) -> None:
-        num_targets = self.target_ids.shape[0]
-        columns = {name: getattr(self, name) for name in (*TARGET_FIELDS, *OPTIONAL_FIELDS)}
-        for name, column in columns.items():
+        for name in (*TARGET_FIELDS, *OPTIONAL_FIELDS):
+            column = getattr(self, name)
             absent = column is None and name in OPTIONAL_FIELDS
-            _require(
-                absent or tuple(column.shape) == (num_targets,), f"{name} is not aligned with target_ids"
-            )
-        _require(
-            self.input_ids.shape == self.position_ids.shape, "input_ids and position_ids differ in length"
-        )
-        _require(
-            bool(self.segments) and sum(s.stop - s.start for s in self.segments) == self.input_ids.shape[0],
-            "segments do not cover the tokens",
-        )
+            aligned = absent or tuple(column.shape) == (self.num_targets,)
+            _require(aligned, f"{name} is not aligned with target_ids")
+        equal = self.input_ids.shape == self.position_ids.shape
+        _require(equal, "input_ids and position_ids differ in length")
+        covered = sum(s.stop - s.start for s in self.segments)
+        _require(bool(self.segments) and covered == self.num_tokens, "segments do not cover the tokens")
 
     @property
     def num_tokens(self) -> int:
@@ -412,14 +357,9 @@ class TokenBatch:
 @dataclass(frozen=True, kw_only=True)
 class BatchTotals:
     """The denominators of one optimizer step: for each term, its total over ALL micro-batches and ALL ranks,
-    counted before the first forward pass. No field has a default: whoever computes a loss must have counted
-    first.
+    counted before the first forward pass. No field has a default, so that a loss cannot skip the counting."""
 
-    ``terms`` maps a term's name to its denominator; a term whose total is 0 is absent from the step on every
-    rank.
-    """
-
-    terms: Mapping[str, float]
+    terms: Mapping[str, float]  # by name; a term whose total is 0 is absent from the step on every rank
     num_tokens: int
     num_sequences: int
 

@@ -50,29 +50,26 @@ class RewardSettings(Frozen):
     def _consistent(self) -> Self:
         if self.function not in BUILT_IN and not FORM.fullmatch(self.function):
             raise ValueError(
-                f'"{self.function}" is not a reward: write {", ".join(BUILT_IN)}, FILE.py:FUNCTION or '
+                f'"{self.function}" is not a reward; set {", ".join(BUILT_IN)}, FILE.py:FUNCTION or '
                 "PACKAGE.MODULE:FUNCTION" + did_you_mean(self.function, BUILT_IN)
             )
         if self.function in ("checker", "random") and self.options:
-            raise ValueError(f'"{self.function}" has no options: leave them out')
+            raise ValueError(f'"{self.function}" has no options; remove them')
         if not NAME.fullmatch(self.name):
-            raise ValueError(f'name = "{self.name}": write letters, digits, "_", "-" and "." only')
+            raise ValueError(f'name = "{self.name}" is not valid; use only letters, digits, "_", "-" and "."')
         if redact(str(self.options)) != str(self.options):
-            raise ValueError("options hold what looks like a key: put it into an environment variable")
+            raise ValueError("options contain what looks like a key; set it as an environment variable")
         return self
 
 
 def reward_entries(reward: str, rewards: Sequence[RewardSettings]) -> tuple[RewardSettings, ...]:
-    """The list that is in force: ``rewards``, or the one that ``reward`` names. Raises ValueError if two have
-    the same name."""
+    """The list in force: ``rewards``, or the one that ``reward`` names. Raises ValueError."""
     entries = tuple(rewards) or (RewardSettings(function=reward),)
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f'two rewards are called "{twice[0]}": set a different name for each')
-    if "checker" not in [entry.function for entry in entries]:
-        for entry in entries:
-            if entry.function == "length" and entry.options.get("correct_only", True):
-                raise ValueError(
-                    'length needs the reward "checker" beside it, or options.correct_only = false'
-                )
+        raise ValueError(f'two rewards are called "{twice[0]}"; set a different name for each')
+    for entry in entries:
+        needs_verdict = entry.function == "length" and entry.options.get("correct_only", True)
+        if needs_verdict and "checker" not in [e.function for e in entries]:
+            raise ValueError('length needs the reward "checker" beside it, or options.correct_only = false')
     return entries

@@ -36,8 +36,7 @@ def redact(text: str) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader, or a machine that loses power, sees the old content or the new, never a
-    part."""
+    """Write a file so that a reader, also after a power loss, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -63,14 +62,14 @@ def fsync_folder(folder: Path) -> None:
 
 
 def holds_run(folder: Path, *, resume: bool) -> bool:
-    """Whether the folder holds a run to continue. Writes nothing. Raises UserError if it holds a run and
-    ``resume`` is not set, or if it holds anything else."""
+    """Whether the folder contains a run to continue. Writes nothing. Raises UserError if it contains a run and
+    ``resume`` is not set, or anything else."""
     if (folder / "resolved.toml").exists():
         if not resume:
-            raise UserError(f"{folder} already holds a run: pass --resume to continue it, or {ELSEWHERE}")
+            raise UserError(f"{folder} already contains a run; pass --resume to continue it, or {ELSEWHERE}")
         return True
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not a truestep run directory: {ELSEWHERE}")
+        raise UserError(f"{folder} is not a truestep run directory; {ELSEWHERE}")
     return False
 
 
@@ -80,7 +79,7 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "resolved.toml", to_toml(settings))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}): {ELSEWHERE}") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); {ELSEWHERE}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,7 +99,7 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a file that we wrote ourselves; [] where there is none."""
+    """All complete rows of a file that ``append_jsonl`` wrote; [] if there is none."""
     if not path.exists():
         return []
     rows = []
@@ -121,8 +120,7 @@ def truncate_jsonl(path: Path, keep_up_to_step: int) -> None:
 
 
 def cache_folder() -> Path:
-    """What is made or fetched once: $TRUESTEP_CACHE, else $XDG_CACHE_HOME/truestep, else
-    ~/.cache/truestep."""
+    """For what is made once: $TRUESTEP_CACHE, else $XDG_CACHE_HOME/truestep, else ~/.cache/truestep."""
     if own := os.environ.get("TRUESTEP_CACHE"):
         return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "truestep"
@@ -158,9 +156,8 @@ def _emit(table: Mapping[str, Any], prefix: tuple[str, ...], lines: list[str]) -
 
 
 def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) or (
-        isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
-    )
+    entries = value if isinstance(value, list) else [value]
+    return bool(entries) and all(isinstance(v, dict) for v in entries)
 
 
 def _key(key: str) -> str:
@@ -178,28 +175,18 @@ def _value(value: Any) -> str:
 
 
 def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
     try:
-        here = Path(__file__).resolve().parent
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def _versions() -> dict[str, str]:
-    names = (
-        "truestep",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "numpy",
-        "math-verify",
-        "pyarrow",
-    )
     found = {}
-    for name in names:
+    libraries = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify", "pyarrow")
+    for name in ("truestep", *libraries):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -213,11 +200,8 @@ def _hardware() -> dict[str, Any]:
                 model = line.partition(":")[2].strip()
                 break
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return {
-        "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
-    }
+    cpu = model or platform.processor()
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
 
 
 def provenance(seed: int) -> dict[str, Any]:

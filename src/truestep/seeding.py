@@ -28,8 +28,7 @@ class Purpose(enum.StrEnum):
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, item: str | int = 0) -> np.random.Generator:
-    """A Philox generator keyed by its four coordinates (SHA-256, so that neighbouring counters are
-    unrelated)."""
+    """A Philox generator keyed by SHA-256 of its coordinates, so that neighboring counters are unrelated."""
     digest = hashlib.sha256(f"{seed}\x1f{purpose.value}\x1f{step}\x1f{item}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 

@@ -1,8 +1,8 @@
-"""One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with
-what to write instead; ``resolved.toml`` in the run directory shows every setting that was in force.
+"""One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with the
+way out; ``resolved.toml`` in the run directory shows every setting that was in force.
 
-Batch sizes are named by what they count; everything else about a batch is derived (``pipeline`` prints the
-table). One file: every model refers to others of it.
+Batch sizes are named by what they count; everything else about a batch is derived. One file: the models refer
+to each other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TinySettings(Frozen):
     def _heads(self) -> Self:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"hidden_size = {self.hidden_size} is no multiple of 2 x num_heads = {2 * self.num_heads}"
+                f"hidden_size = {self.hidden_size} is not a multiple of {2 * self.num_heads} (2 x num_heads)"
             )
         return self
 
@@ -58,9 +58,7 @@ class ComputeSettings(Frozen):
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    gradient_checkpointing: bool | Literal["selective"] = (
-        False  # selective: matrix products are kept, not redone
-    )
+    gradient_checkpointing: bool | Literal["selective"] = False  # selective keeps the matrix products
     compile: bool = False
 
 
@@ -69,9 +67,7 @@ class ChatSettings(Frozen):
 
     system: str = ""
     user: str = "{problem}"
-    generation_suffix: str = (
-        ""  # e.g. "<think>\n": ends the prompt, and is stripped from a demonstration's start
-    )
+    generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; stripped from a demonstration's start
 
     @model_validator(mode="after")
     def _has_problem(self) -> Self:
@@ -110,7 +106,7 @@ class OptimizerSettings(Frozen):
     @model_validator(mode="after")
     def _sgd_is_plain(self) -> Self:
         if self.kind == "sgd" and self.weight_decay:
-            raise ValueError('kind = "sgd" is the plain update: write weight_decay = 0')
+            raise ValueError('kind = "sgd" is the plain update; set weight_decay = 0')
         return self
 
 
@@ -126,20 +122,18 @@ class DevSettings(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if bool(self.data) != bool(self.every_steps):
-            raise ValueError("dev.data and dev.every_steps go together: set both or neither")
+            raise ValueError("dev.data and dev.every_steps go together; set both or neither")
         if self.select_best and not self.data:
             raise ValueError("dev.select_best needs dev.data and dev.every_steps")
         return self
 
 
 class FaultSettings(Frozen):
-    """Known faults of other frameworks, injected as wrong weights of micro-batches: arms of a study, nothing
-    else. With any of them a micro-batch is ``sequences_per_microbatch`` sequences in the order of the
-    data."""
+    """Known faults of other frameworks, injected as wrong weights of micro-batches; only for arms of a study.
+    With any of them a micro-batch is ``sequences_per_microbatch`` sequences in the order of the data."""
 
-    offload_drop: Literal["none", "first_last", "first_only"] = (
-        "none"  # as measured; as the paper's prose says
-    )
+    # first_last: as measured; first_only: as the paper's text says
+    offload_drop: Literal["none", "first_last", "first_only"] = "none"
     micro_mean: bool = False  # mean of micro-batch means
     dp_token_mean: bool = False  # tokens counted over ranks, but per micro-step (the paper's algorithm 2)
     others: tuple[str, ...] = ()  # further names of faults.FAULTS
@@ -148,7 +142,9 @@ class FaultSettings(Frozen):
     @model_validator(mode="after")
     def _one_mean(self) -> Self:
         if self.micro_mean and self.dp_token_mean:
-            raise ValueError("micro_mean and dp_token_mean are two ways to take one mean: write one of them")
+            raise ValueError(
+                "micro_mean and dp_token_mean are two ways to take one mean; set only one of them"
+            )
         return self
 
 
@@ -164,19 +160,24 @@ class StageSettings(Frozen):
     faults: FaultSettings = FaultSettings()
 
 
-class SftSettings(StageSettings):
-    kind: Literal["sft"]
+class ImitationSettings(StageSettings):
+    """A stage that trains only on demonstrations, for a number of epochs or of steps."""
+
     sequences_per_step: int = Field(ge=1)
     epochs: float = Field(0, ge=0)
     steps: int = Field(0, ge=0)
-    method: str = "sft"
-    method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs > 0) == (self.steps > 0):
-            raise ValueError("an sft stage needs exactly one of epochs and steps, greater than 0")
+            raise ValueError("exactly one of epochs and steps must be greater than 0")
         return self
+
+
+class SftSettings(ImitationSettings):
+    kind: Literal["sft"]
+    method: str = "sft"
+    method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
 
 class SamplingSettings(Frozen):
@@ -187,23 +188,13 @@ class SamplingSettings(Frozen):
     max_running: int = Field(64, ge=1)  # rows decoded at once: memory only
 
 
-class RejectionSettings(StageSettings):
-    """Rejection-sampling SFT: sample from the stage's own start, keep what the checker accepts, imitate
-    it."""
+class RejectionSettings(ImitationSettings):
+    """Rejection-sampling SFT: sample from the stage's start, train on what the checker accepts."""
 
     kind: Literal["rejection"]
     sampling: SamplingSettings
     samples_per_prompt: int = Field(8, ge=1)
     keep_per_prompt: int = Field(4, ge=1)
-    sequences_per_step: int = Field(ge=1)
-    epochs: float = Field(0, ge=0)
-    steps: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.epochs > 0) == (self.steps > 0):
-            raise ValueError("a rejection stage needs exactly one of epochs and steps, greater than 0")
-        return self
 
 
 class RlSettings(StageSettings):
@@ -213,12 +204,15 @@ class RlSettings(StageSettings):
     samples_per_prompt: int = Field(8, ge=2)
     updates_per_rollout: int = Field(2, ge=1)  # the batch is cut by prompt into that many mini-batches
     sampling: SamplingSettings
-    reward: str = (
-        "checker"  # checker, random (a coin for each sample, a control), or one of rewards' functions
-    )
+    reward: str = "checker"  # checker, random (a control: a coin for each sample) or a function of rewards
     rewards: tuple[RewardSettings, ...] = ()  # several, with weights
+<<<<<<< HEAD
     solved_at: float = 1.0  # without a checker, the reward from which on a sample solves its problem
     method: str = "grpo_token_mean"
+=======
+    solved_at: float = 1.0  # without a checker, the smallest reward of a sample that solves its problem
+    method: str = "paper"
+>>>>>>> wt-j
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
     @property
@@ -233,16 +227,14 @@ class RlSettings(StageSettings):
         if p % u:
             raise ValueError(
                 f"prompts_per_step = {p} cannot be cut into updates_per_rollout = {u} equal mini-batches "
-                f"({p} / {u} = {p / u:g}): write prompts_per_step = {(p // u + 1) * u} or updates_per_rollout = 1"
+                f"({p} / {u} = {p / u:g}); set prompts_per_step = {(p // u + 1) * u} or updates_per_rollout = 1"
             )
         if self.sampling.temperature == 0:
-            raise ValueError(
-                "rl samples at temperature 0, where every sample of a group is the same: write 1.0"
-            )
+            raise ValueError("rl at temperature 0 makes all samples of a group equal; set temperature = 1.0")
         if self.sampling.top_p < 1 or self.sampling.top_k:
             raise ValueError(
-                "rl with top_p < 1 or top_k > 0 samples from a truncated distribution, whose log-probabilities the "
-                "policy does not have: write top_p = 1.0 and top_k = 0"
+                "rl with top_p < 1 or top_k > 0 samples from a truncated distribution, whose log-probabilities "
+                "are not the policy's; set top_p = 1.0 and top_k = 0"
             )
         return self
 
@@ -251,7 +243,7 @@ Stage = Annotated[SftSettings | RlSettings | RejectionSettings, Field(discrimina
 
 
 class EvaluationSampling(Frozen):
-    """Sampling of an evaluation. "benchmark": what the table of benchmarks pins for each of them."""
+    """Sampling of an evaluation. "benchmark": the value that the table of benchmarks pins."""
 
     temperature: Annotated[float, Field(ge=0)] | Pinned = "benchmark"
     top_p: float = Field(1.0, gt=0, le=1)
@@ -293,7 +285,7 @@ class EvaluateSettings(Frozen):
     def _consistent(self) -> Self:
         samples, limit = self.samples_per_problem, self.sampling.max_new_tokens
         if self.data and self.benchmarks:
-            raise ValueError("data and benchmarks cannot be evaluated together: remove one of them")
+            raise ValueError("data and benchmarks cannot be evaluated together; remove one of them")
         for key, value in (("samples_per_problem", samples), ("sampling.max_new_tokens", limit)):
             if value == "benchmark" and not self.benchmarks:
                 raise ValueError(f"{key}: expected a whole number, because no benchmarks are given")
@@ -301,19 +293,17 @@ class EvaluateSettings(Frozen):
             if bad := [k for k in self.pass_at if not 1 <= k <= samples]:
                 raise ValueError(f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {samples}")
             if self.sampling.temperature == 0 and samples > 1:
-                raise ValueError(
-                    "temperature 0 gives the same sample every time: set samples_per_problem = 1"
-                )
+                raise ValueError("temperature 0 makes all samples equal; set samples_per_problem = 1")
         if not self.is_endpoint and self.engine not in ("torch", "vllm"):
             raise ValueError(f'engine = "{self.engine}": expected torch, vllm, or the URL of an endpoint')
         address = urlsplit(self.engine)
         if address.username or address.password or address.query:
             raise ValueError(
-                "engine: the URL must not hold a user name, a password or a query, because it is written to files; "
+                "engine: the URL is written to files and must not contain a user name, a password or a query; "
                 "set TRUESTEP_API_KEY, and give only scheme, host, port and path"
             )
         if stray := [id for id in self.limits if id not in self.benchmarks]:
-            raise ValueError(f"limits.{stray[0]}: is not in benchmarks: add it there, or remove the limit")
+            raise ValueError(f"limits.{stray[0]}: is not in benchmarks; add it there, or remove the limit")
         return self
 
     @property
@@ -342,59 +332,53 @@ class Settings(Frozen):
     stages: tuple[Stage, ...] = ()
     evaluate: EvaluateSettings = EvaluateSettings()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    declared: dict[str, Any] = Field(
-        default_factory=dict
-    )  # what a dry run without weights and data may take as given
+    declared: dict[str, Any] = Field(default_factory=dict)  # of weights and data, for a dry run without them
 
     @model_validator(mode="before")
     @classmethod
     def _stage_names(cls, raw: Any) -> Any:
         """A stage without a name is called after its kind."""
-        if isinstance(raw, dict) and isinstance(raw.get("stages"), list):
-            stages = [
-                {**s, "name": s.get("name") or s.get("kind", "")} if isinstance(s, dict) else s
-                for s in raw["stages"]
-            ]
-            return {**raw, "stages": stages}
-        return raw
+
+        def named(stage: Any) -> Any:
+            return (
+                {**stage, "name": stage.get("name") or stage.get("kind", "")}
+                if isinstance(stage, dict)
+                else stage
+            )
+
+        listed = isinstance(raw, dict) and isinstance(raw.get("stages"), list)
+        return {**raw, "stages": [named(s) for s in raw["stages"]]} if listed else raw
 
     @model_validator(mode="after")
     def _references(self) -> Self:
         for name in self.data:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(f"data.{name}: names a file: write letters, digits, '.', '_' and '-' only")
+                raise ValueError(
+                    f"data.{name}: is used as a file name; use only letters, digits, '.', '_' and '-'"
+                )
         names = [s.name for s in self.stages]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(
-                    f'two stages are called "{name}": give each a name of its own (name = "...")'
-                )
+                raise ValueError(f'two stages are called "{name}"; set a different name for each')
             if name in ("base", "report") or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
-                    f'stage name "{name}" is reserved or has characters other than letters, digits, - and _'
+                    f'stage name "{name}" is reserved, or not only of letters, digits, "-" and "_"'
                 )
         wanted = [(f"stages.{s.name}.data", s.data) for s in self.stages]
         wanted += [(f"stages.{s.name}.dev.data", s.dev.data) for s in self.stages if s.dev.data]
         wanted += [("evaluate.data", d) for d in self.evaluate.data]
-        for stage in self.stages:
-            if stage.dev.data and stage.dev.data in (*self.evaluate.data, *(s.data for s in self.stages)):
-                raise ValueError(
-                    f'stages.{stage.name}.dev.data = "{stage.dev.data}" is also trained or tested on: write another set'
-                )
+        for s in self.stages:
+            if s.dev.data and s.dev.data in (*self.evaluate.data, *(other.data for other in self.stages)):
+                key = f'stages.{s.name}.dev.data = "{s.dev.data}"'
+                raise ValueError(f"{key} is also trained or tested on; set another data set")
         for where, name in wanted:
             if name not in self.data:
-                raise ValueError(
-                    f'{where} = "{name}" is not a data set; [data.*] has: {", ".join(self.data) or "none"}'
-                    + did_you_mean(name, list(self.data))
-                )
+                known = ", ".join(self.data) or "none"
+                hint = did_you_mean(name, list(self.data))
+                raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {known}{hint}')
         if self.compute.parallel == "fsdp2" and self.compute.compile:
-            raise ValueError(
-                "compute.compile with parallel = fsdp2 has not been proven equal: write compile = false"
-            )
+            raise ValueError("compute.compile with fsdp2 has not been proven equal; set compile = false")
         return self
-
-
-# ----------------------------------------------------------------------------------------- loading and naming
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -408,18 +392,16 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         Path(path).parent / model
     )  # as for data: relative to the recipe's folder, else to the current one
     if beside.exists() and ("/" in model or model.endswith(".gguf")) and not Path(model).is_absolute():
-        settings = settings.model_copy(
-            update={"model": settings.model.model_copy(update={"path": str(beside)})}
-        )
+        found = settings.model.model_copy(update={"path": str(beside)})
+        settings = settings.model_copy(update={"model": found})
     return settings
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The table that a recipe holds, with the overrides applied. Raises UserError as
-    ``load_settings``."""
+    """The recipe's table, with the overrides applied. Raises UserError as ``load_settings``."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give a recipe file, e.g. {path}/run.toml")
+        raise UserError(f"{path} is a folder; pass a recipe file, e.g. {path}/run.toml")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -456,7 +438,7 @@ def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
 def _apply(raw: dict[str, Any], item: str) -> None:
     key, sep, text = item.partition("=")
     if not sep or not key.strip():
-        raise UserError(f"--set {item}: write --set key=value, e.g. --set stages.rl.steps=50")
+        raise UserError(f"--set {item}: is not KEY=VALUE; pass for example --set stages.rl.steps=50")
     text = text.strip()
     try:
         value = tomllib.loads(f"x = {text}")["x"]
@@ -485,6 +467,5 @@ def _child(node: Any, part: str, item: str) -> Any:
 def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:
     """12 hex digits over the canonical JSON of the given settings: the identity of a stage or a run."""
     payload = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
-    return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[
-        :12
-    ]
+    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

@@ -1,5 +1,4 @@
-"""Ctrl-C and SIGTERM: ask once, stop between two pieces of work with everything saved; ask twice, stop at
-once."""
+"""Ctrl-C and SIGTERM: the first stops a run at the next safe point, everything saved; the second at once."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ def pending() -> int:
 
 
 def check() -> None:
-    """Raise Interrupted if a signal has arrived. Called between decoding steps, micro-batches and optimizer
-    steps."""
+    """Raise Interrupted if a signal has arrived; called between decoding steps, micro-batches and steps."""
     if _pending:
         raise Interrupted(_pending[0])
 
@@ -35,7 +33,6 @@ def check() -> None:
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """While active the first SIGINT or SIGTERM only asks; the second acts as it would have."""
-    handled = (signal.SIGINT, signal.SIGTERM)
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if _pending:
@@ -43,12 +40,10 @@ def deferred() -> Iterator[None]:
             signal.raise_signal(signum)
         _pending.append(signum)
 
-    previous = {s: signal.getsignal(s) for s in handled}
-    for s in handled:
-        signal.signal(s, ask)
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for s in handled:
-            signal.signal(s, previous[s])
+        for s, handler in previous.items():
+            signal.signal(s, handler)
         _pending.clear()

@@ -1,6 +1,6 @@
-"""Code of a recipe: from FILE.py:NAME or PACKAGE.MODULE:NAME to the file and its hash, and to the function.
+"""Code of a recipe: FILE.py:NAME or PACKAGE.MODULE:NAME → the file, its hash and the function.
 
-It is the user's own code and runs as such; its content hash is part of a run's identity and provenance.
+The user's own code, run with the user's rights; its content hash is part of a run's identity and provenance.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from truestep.rundir import file_sha256
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The file that a function is in. ``module`` is "" for FILE.py:FUNCTION; ``sha256`` is the hash of the
-    file, "" for a function that ships with truestep."""
+    """The file that a function is in."""
 
     path: str
-    module: str
+    module: str  # "" for FILE.py:FUNCTION
     function: str
-    sha256: str
+    sha256: str  # of the file; "" for a function that ships with truestep
 
 
 def find_source(named: str, base: Path, *, what: str, shipped: str = "") -> Source:
-    """Find the file without running it. ``base`` is the recipe's folder, ``what`` the word for the thing in
-    errors, ``shipped`` the place of one that ships with truestep. Raises UserError if there is none."""
+    """Find the file without running it. ``base`` is the recipe's folder, ``what`` the word used in errors,
+    ``shipped`` the place of a function that ships with truestep. Raises UserError if there is none."""
     place, _, function = (shipped or named).rpartition(":")
     if place.endswith(".py"):
         module, path = "", (base / Path(place).expanduser()).resolve()
@@ -62,9 +61,8 @@ def _module_file(module: str, places: Sequence[str], what: str) -> Path:
 
 
 def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
-    """Import the file and take its function. What lies beside the file can be imported by it; it is looked
-    for last, so that a file called random.py hides nothing. Raises UserError, and whatever the file
-    raises."""
+    """Import the file and take its function. It can import the files beside it, which come last in the path,
+    so that a file called random.py hides nothing. Raises UserError, and whatever the file raises."""
     for folder in (*path, str(Path(source.path).parent)):
         if folder not in sys.path:
             sys.path.append(folder)
@@ -91,8 +89,8 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The keyword arguments of a function; one that has a parameter ``folder`` gets the run's. Raises
-    UserError if it does not take them."""
+    """The keyword arguments of a function, with the run's for a parameter ``folder``. Raises UserError if the
+    function does not take them."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # written in C
@@ -109,8 +107,6 @@ def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder
     return given
 
 
-# ------------------------------------------------------------------------------------------- when it is called
-
 MAX_DETAIL = 6000  # characters of a traceback
 
 
@@ -124,7 +120,7 @@ class Raised:
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
     """What the user's code returns, or a ``Raised``: the only place that catches everything, ``sys.exit``
-    too. A process that the code has forked and that comes back here ends."""
+    included. A process that the code has forked ends when it returns here."""
     own = os.getpid()
     try:
         result = work(*given)

@@ -207,12 +207,7 @@ def _dev_score(
         return None
     shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.data_sampling.max_running)
     return dev_score(
-        prepared,
-        index,
-        engine=shared,
-        grader=session.grader,
-        folder=folder,
-        check_stop=_check_stop(session),
+        prepared, index, engine=shared, grader=session.grader, folder=folder, check_stop=_check_stop(session)
     )
 
 
