@@ -206,13 +206,8 @@ class RlSettings(StageSettings):
     sampling: SamplingSettings
     reward: str = "checker"  # checker, random (a control: a coin for each sample) or a function of rewards
     rewards: tuple[RewardSettings, ...] = ()  # several, with weights
-<<<<<<< HEAD
-    solved_at: float = 1.0  # without a checker, the reward from which on a sample solves its problem
-    method: str = "grpo_token_mean"
-=======
     solved_at: float = 1.0  # without a checker, the smallest reward of a sample that solves its problem
-    method: str = "paper"
->>>>>>> wt-j
+    method: str = "grpo_token_mean"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
     @property
