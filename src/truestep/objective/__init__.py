@@ -1,2 +1,1 @@
-"""Objectives as data: log-probabilities, detached coefficients, one division, the table of methods. Pure
-functions."""
+"""Objectives as pure functions: log-probabilities, detached coefficients, one division, the table of methods."""

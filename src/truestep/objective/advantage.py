@@ -88,14 +88,16 @@ def _of_own(advantage: Advantage) -> Advantage:
     """The baseline over own members only; the others are not part of it and have advantage 0."""
 
     def own(group: GroupView) -> list[float | None]:
-        places = [i for i, is_own in enumerate(group.is_own) if is_own]
-        mine = GroupView(
-            rewards=tuple(group.rewards[i] for i in places),
-            solved=tuple(group.solved[i] for i in places),
-            origins=(Origin.POLICY,) * len(places),
+        mine = [
+            (r, s) for r, s, is_own in zip(group.rewards, group.solved, group.is_own, strict=True) if is_own
+        ]
+        view = GroupView(
+            rewards=tuple(r for r, _ in mine),
+            solved=tuple(s for _, s in mine),
+            origins=(Origin.POLICY,) * len(mine),
         )
-        found = dict(zip(places, advantage(mine), strict=True))
-        return [found.get(i, 0.0) for i in range(len(group.rewards))]
+        found = iter(advantage(view))
+        return [next(found) if is_own else 0.0 for is_own in group.is_own]
 
     return own
 

@@ -73,7 +73,7 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
 Coefficient = Callable[[Context], Tensor]
 
 
-# --------------------------------------------------------------------------------------- demonstrations alone
+# --------------------------------------------------------------------------------------- only demonstrations
 
 
 def ones(context: Context) -> Tensor:
@@ -102,18 +102,16 @@ def trusted(alpha: float) -> Coefficient:
 
 
 def proximal_likelihood(clip_high: float) -> Coefficient:
-    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1; its lower clip is
-    inert."""
+    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1, whose lower clip is inert."""
     return lambda context: context.ratio * (context.ratio <= 1 + clip_high)
 
 
 def sequence_weighted(temperature: float, low: float, high: float) -> Coefficient:
-    """C = clamp(exp(τ·mean_t(log π − log π_reference)), low, high), one a sequence: iw-SFT
-    (arXiv:2507.12856)."""
+    """C = clamp(exp(τ·mean_t(log π − log π_ref)), low, high), one a sequence: iw-SFT (arXiv:2507.12856)."""
 
     def coefficient(context: Context) -> Tensor:
-        gain = context.policy_logprobs - context.reference_logprobs
-        return bounded_exp(temperature * sequence_mean(gain, context.batch)).clamp(low, high)
+        gain = sequence_mean(context.policy_logprobs - context.reference_logprobs, context.batch)
+        return bounded_exp(temperature * gain).clamp(low, high)
 
     return coefficient
 
@@ -142,7 +140,7 @@ def importance(context: Context) -> Tensor:
 
 
 def clipped_ratio(clip_low: float, clip_high: float, dual_clip: float = 0.0) -> Coefficient:
-    """C = A·r where the clipped surrogate still has a gradient: r ≤ 1+ε_high if A > 0, r ≥ 1−ε_low if A < 0.
+    """C = A·r if the clipped surrogate still has a gradient: r ≤ 1+ε_high if A > 0, r ≥ 1−ε_low if A < 0.
 
     With ``dual_clip`` c > 0 a token with A < 0 has none above r = c either. The log-ratio is clamped to ±20
     first, which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
@@ -164,8 +162,7 @@ def clipped_weight(clip_low: float, clip_high: float) -> Coefficient:
 
 
 def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
-    """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)) of the sequence: GSPO
-    (arXiv:2507.18071).
+    """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)): GSPO (arXiv:2507.18071).
 
     The 1/|y| of the ratio's own gradient is that of the ``sequences`` normaliser."""
 
@@ -178,8 +175,7 @@ def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
 
 
 def softly_gated(temperature_right: float, temperature_wrong: float) -> Coefficient:
-    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), a soft gate in the
-    place of the clip."""
+    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), instead of a clip."""
 
     def coefficient(context: Context) -> Tensor:
         gain, ratio, moved = context.advantage, context.ratio, context.ratio - 1
@@ -224,12 +220,7 @@ def unshaped_demonstration(context: Context) -> Tensor:
 
 def shaped_demonstration(gamma: float) -> Coefficient:
     """C = A·γp/(p+γ)²: LUFFY's off-policy term (arXiv:2504.14945), the gradient of p/(p+γ)."""
-
-    def coefficient(context: Context) -> Tensor:
-        p = context.probability
-        return context.advantage * gamma * p / (p + gamma) ** 2
-
-    return coefficient
+    return lambda c: c.advantage * gamma * c.probability / (c.probability + gamma) ** 2
 
 
 def shaped_replay(beta: float) -> Coefficient:
@@ -244,7 +235,7 @@ def shaped_replay(beta: float) -> Coefficient:
 
 def mixed_importance(exponent: float) -> Coefficient:
     """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222), a demonstration's ratio to the mixture of
-    the proximal policy and a behavior policy of ½(p_proximal+1), its advantage greater where p is small."""
+    the proximal policy and a behavior policy of ½(p_proximal+1), its advantage greater if p is small."""
 
     def coefficient(context: Context) -> Tensor:
         p, old = context.probability, context.proximal_logprobs.exp()
@@ -254,13 +245,13 @@ def mixed_importance(exponent: float) -> Coefficient:
 
 
 def where_uncertain(coefficient: Coefficient, statistic: str) -> Coefficient:
-    """The given coefficient where the proximal policy's entropy reaches a statistic of the step, 0 elsewhere.
+    """The coefficient if the proximal policy's entropy reaches a statistic of the step, otherwise 0.
 
     Source: Prefix-RFT (arXiv:2507.01679), entropy-masked SFT (arXiv:2510.04454)."""
 
     def masked(context: Context) -> Tensor:
         threshold = context.statistics.get(statistic)
-        if threshold is None:  # no token of the step is meant
+        if threshold is None:  # the step has no such token
             return torch.zeros_like(context.policy_logprobs)
         return coefficient(context) * (context.proximal_entropy >= threshold)
 

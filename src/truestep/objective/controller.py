@@ -1,5 +1,4 @@
-"""Controllers: the scalar state of a method, updated once a step. Pure functions; the state lives in the
-checkpoint."""
+"""Controllers: the scalar state of a method, updated once a step by pure functions and kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ def learned_weights(*, policy: str, imitation: str, rate: float, least: float) -
     def learn(state: Scalars, step: int, values: Scalars, seen: Scalars) -> Scalars:
         found = dict(state)
         for name, loss in losses.items():
-            if loss in seen:  # a step without such tokens teaches nothing about their weight
+            if loss in seen:  # a step without such tokens does not change their weight
                 found[name] = max(least, state[name] - rate * (1 - 2 * values[name] * seen[loss]))
         return found
 

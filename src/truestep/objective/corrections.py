@@ -1,5 +1,4 @@
-"""What is laid over a method's coefficients: another advantage, or a weight for what engine and trainer
-disagree about.
+"""Changes to a method's coefficients: another advantage, or a weight for the difference of engine and trainer.
 
 Shapes: M trained tokens.
 """
@@ -18,16 +17,16 @@ from truestep.records import Origin
 
 
 def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Context], Tensor]:
-    """The weight of a token by ρ = π_proximal/π_engine; 1 where the engine has not sampled it.
+    """The weight of a token by ρ = π_proximal/π_engine; 1 if the engine did not sample it.
 
     truncate min(ρ, high) (TIS) · clamp within [low, high] · drop ρ inside [low, high], else 0 (IcePop) · mask
     1 inside, else 0 (MIS) · sequence min(Πρ, high) · geometric ρ where the sequence's geometric mean of ρ
-    lies inside, else 0 (ρ itself is not bounded, as in OpenRLHF's code).
+    is inside, else 0 (ρ itself is not bounded, as in OpenRLHF's code).
     Held by: tests/numerics/test_corrections.py"""
 
     def weight(context: Context) -> Tensor:
         batch = context.batch
-        if batch.behavior_logprobs is None:  # nothing of this micro-batch was sampled
+        if batch.behavior_logprobs is None:  # no token of this micro-batch was sampled
             return torch.ones_like(context.policy_logprobs)
         known = batch.origin == int(Origin.POLICY)
         log_rho = torch.where(known, context.proximal_logprobs - batch.behavior_logprobs, 0.0)
@@ -56,16 +55,12 @@ CORRECTIONS = ("none", "truncate", "clamp", "drop", "mask", "sequence", "geometr
 
 def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tensor]) -> Coefficient:
     """The coefficient as if the tokens had these advantages."""
-    return lambda context: coefficient(
-        replace(context, batch=replace(context.batch, advantage=advantage(context)))
-    )
+    return lambda c: coefficient(replace(c, batch=replace(c.batch, advantage=advantage(c))))
 
 
 def kl_in_reward(beta: float) -> Callable[[Context], Tensor]:
-    """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1, and answers for what
-    follows it.
-
-    Gradient: with REINFORCE that of the reverse KL."""
+    """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1 of itself and of what
+    follows it. With REINFORCE the gradient is that of the reverse KL."""
 
     def advantage(context: Context) -> Tensor:
         own = context.batch.origin == int(Origin.POLICY)

@@ -1,8 +1,5 @@
-"""Gates: what a group's scores decide about its members. Pure functions.
-
-A gate sees the members of one prompt's group and answers which of them are trained, with which weight, and
-whether the prompt's demonstration is set aside for later.
-"""
+"""Gates: pure functions from one prompt's group to which of its members are trained, with which weight, and
+whether the prompt's demonstration is set aside for later."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ from truestep.records import Origin
 
 @dataclass(frozen=True, kw_only=True)
 class GateDecision:
-    """``keep`` and ``weights`` are aligned with the group's members; a dropped member counts in no
-    denominator."""
+    """``keep`` and ``weights``: one per member of the group; a dropped member counts in no denominator."""
 
     keep: tuple[bool, ...]
     weights: tuple[float, ...]
@@ -31,35 +27,29 @@ def _kept(keep: tuple[bool, ...], *, push: bool = False) -> GateDecision:
 
 
 def keep_scored(group: GroupView) -> GateDecision:
-    """Every scored member, weight 1; a demonstration needs no score. All-equal groups count in the
-    denominator."""
+    """Every scored member and the demonstration, weight 1. All-equal groups count in the denominator."""
     pairs = zip(group.rewards, group.origins, strict=True)
     return _kept(tuple(r is not None or origin is Origin.EXPERT for r, origin in pairs))
 
 
 def drop_degenerate(group: GroupView) -> GateDecision:
-    """Nothing of a group whose own rewards are all equal. Source: dynamic sampling, DAPO
-    (arXiv:2503.14476)."""
+    """Nothing of a group whose own rewards are all equal. Source: DAPO (arXiv:2503.14476)."""
     if group.is_degenerate:
         return GateDecision(keep=(False,) * len(group.rewards), weights=(0.0,) * len(group.rewards))
     return keep_scored(group)
 
 
 def imitate_where_unsolved(most_correct: int) -> Gate:
-    """At most ``most_correct`` own samples solve the problem: only the demonstration; more: only the own
-    samples.
+    """Only the demonstration if at most ``most_correct`` own samples solve the problem, else only own samples.
 
-    −1 never imitates, the number of samples always does. Source: HPT (arXiv:2509.04419); SuperRL
-    (arXiv:2506.01096)."""
+    −1 never imitates, the number of samples always. Source: HPT (arXiv:2509.04419), SuperRL (arXiv:2506.01096)."""
 
     def gate(group: GroupView) -> GateDecision:
         if not group.own_solved:  # no own sample has a score: an unscored sample is not a wrong one
             return _kept((False,) * len(group.origins))
         imitate = sum(group.own_solved) <= most_correct
-        kept = keep_scored(group).keep
-        return _kept(
-            tuple(k and (o is Origin.EXPERT) == imitate for k, o in zip(kept, group.origins, strict=True))
-        )
+        pairs = zip(keep_scored(group).keep, group.origins, strict=True)
+        return _kept(tuple(kept and (origin is Origin.EXPERT) == imitate for kept, origin in pairs))
 
     return gate
 

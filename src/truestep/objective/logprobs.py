@@ -66,20 +66,17 @@ class _ChunkedHead(torch.autograd.Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
-        )
+        needs_bias = bias is not None and ctx.needs_input_grad[2]
+        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for a, b in _chunks(hidden.shape[0], weight.shape[0]):
             logp = _scaled_logits(hidden[a:b], weight, bias, ctx.temperature).sub_(normalizer[a:b, None])
             probability = logp.exp()
             # d logp_y / dz = 1[y] − p ;  dH / dz = −p (log p + H)
             scale = torch.zeros_like(normalizer[a:b]) if grad_logprobs is None else -grad_logprobs[a:b]
-            if grad_entropy is None:
-                grad = probability.mul_(scale[:, None])
-            else:
-                grad = probability.mul_(
-                    scale[:, None] - grad_entropy[a:b, None] * (logp + entropy[a:b, None])
-                )
+            factor = scale[:, None]
+            if grad_entropy is not None:
+                factor = factor - grad_entropy[a:b, None] * (logp + entropy[a:b, None])
+            grad = probability.mul_(factor)
             grad.scatter_add_(1, targets[a:b, None], -scale[:, None])
             if ctx.temperature != 1.0:
                 grad = grad.div_(ctx.temperature)
@@ -93,13 +90,9 @@ class _ChunkedHead(torch.autograd.Function):
                     grad_weight += grad_logits.T @ hidden[a:b]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def chunked_logprobs(
@@ -111,8 +104,7 @@ def chunked_logprobs(
     Held by: tests/numerics/test_chunked_head.py"""
     if hidden.shape[0] == 0:  # an all-masked micro-batch: an exact zero that still has a graph
         zero = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).sum(1)
-        # The graph reaches the head too: FSDP reduces only what has a gradient, which must be the same on all
-        # ranks.
+        # The graph reaches the head too: FSDP reduces what has a gradient, the same on all ranks.
         zero = zero + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
         return zero, zero
     out: tuple[Tensor, Tensor] = _ChunkedHead.apply(hidden, weight, bias, targets, temperature)

@@ -1,9 +1,7 @@
-"""The one division. A loss is Σ (weighted token values) ÷ a global total, and this file holds the only
-divider.
+"""The one division. A loss is Σ (weighted token values) ÷ a global total, and only this file divides.
 
-Totals are counted over all micro-batches and all ranks before the first forward pass. Nobody else divides:
-not a micro-batch by its own count, not an accumulation factor, not a wrapper that averages gradients over
-ranks.
+Totals are counted over all micro-batches and all ranks before the first forward pass. No other code divides:
+no micro-batch by its own count, no accumulation factor, no wrapper that averages gradients over ranks.
 Held by: tests/architecture/test_one_division.py, tests/numerics/test_invariance.py
 """
 
@@ -29,10 +27,7 @@ class Normaliser(enum.StrEnum):
 
 def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Sequence[TokenBatch]) -> float:
     """This rank's share of a term's denominator. ``selected`` is a boolean [M] per micro-batch: the tokens
-    counted.
-
-    Sequences are counted whole where any of their tokens is selected; they are never split over
-    micro-batches."""
+    counted. A sequence counts if any of its tokens is selected; it is never split over micro-batches."""
     if normaliser is Normaliser.TOKENS:
         return float(sum(int(s.sum()) for s in selected))
     found = [b.sequence_index[s] for s, b in zip(selected, batches, strict=True)]
@@ -44,14 +39,12 @@ def normalise(
 ) -> Tensor:
     """Σ_t values_t ÷ (share_t · total): a micro-batch's part of the loss. Shapes: values [M] → scalar.
 
-    Raises ZeroDivisionError where a term without tokens is asked for its loss: the step leaves such terms
-    out."""
+    Raises ZeroDivisionError for a term without tokens: the step leaves such terms out."""
     if total <= 0:
         raise ZeroDivisionError("a term whose global total is 0 has no loss")
+    share: Tensor | int = 1
     if normaliser is Normaliser.SEQUENCES:
-        share: Tensor | int = batch.sequence_length
+        share = batch.sequence_length
     elif normaliser is Normaliser.MAX_LENGTH:
         share = max_length
-    else:
-        share = 1
     return (values / (share * total)).sum()

@@ -1,7 +1,7 @@
 """Plans: what is sampled for a prompt, round by round, and which of it makes the group.
 
-A plan is a pure function of what earlier rounds brought, so that it can be replayed after a kill: no
-generator objects. Chance enters as one number that the caller has drawn.
+A plan is a pure function of the results of earlier rounds and of one random number that the caller draws, so
+that it can be replayed after a kill.
 """
 
 from __future__ import annotations
@@ -65,11 +65,9 @@ class Plan:
 
 
 def _once(rounds_of: Callable[[PlanState], Sequence[Round]], *, needs_demonstrations: bool = True) -> Plan:
-    """A plan that asks one time."""
-    return Plan(
-        next_rounds=lambda state: Done() if state.history else rounds_of(state),
-        needs_demonstrations=needs_demonstrations,
-    )
+    """A plan of one round."""
+    rounds: NextRounds = lambda state: Done() if state.history else rounds_of(state)  # noqa: E731
+    return Plan(next_rounds=rounds, needs_demonstrations=needs_demonstrations)
 
 
 DEMONSTRATION = Round(num_samples=1, prefix=1.0)
@@ -96,13 +94,11 @@ with_replay = _once(
 
 
 def one_prefix(low: Schedule, high: float) -> Plan:
-    """All samples but one are ordinary; one continues a prefix of uniform length in [low(step), high]
-    (Prefix-RFT)."""
+    """One sample continues a prefix of uniform length in [low(step), high], the others none (Prefix-RFT)."""
 
     def rounds(state: PlanState) -> Sequence[Round]:
         start = low(state.step)
-        length = start + state.draw * (high - start)
-        return _own(state, 1), Round(num_samples=1, prefix=length)
+        return _own(state, 1), Round(num_samples=1, prefix=start + state.draw * (high - start))
 
     return _once(rounds)
 
@@ -115,9 +111,8 @@ def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> P
         k = _binomial(state.draw, num_segments, probability(state.step)) if state.step < num_steps else 0
         if k == 0:
             return (_own(state),)
-        shown = min(
-            k / num_segments, math.nextafter(1.0, 0.0)
-        )  # with all parts shown the end is still the policy's
+        # If all parts are shown, the policy still samples the last token.
+        shown = min(k / num_segments, math.nextafter(1.0, 0.0))
         return (Round(num_samples=state.num_samples, prefix=shown),)
 
     return _once(rounds)
@@ -139,9 +134,8 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples
-        sizes = [n // 2, n // 4]
-        sizes += [(n - sum(sizes)) // 2]
-        sizes += [n - sum(sizes)]
+        rest = n - n // 2 - n // 4
+        sizes = (n // 2, n // 4, rest // 2, rest - rest // 2)
         sampled = sum(len(o.solved) for o in state.history)
         if sampled == n:
             return Done()
@@ -156,13 +150,13 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
 
 
 def anchored(num_episodes: int, low: float, high: float) -> Plan:
-    """Ordinary samples; where none is right, a binary search for the shortest prefix, as context, after which
-    the share of right samples lies in [low, high] (BREAD). Without one the ordinary samples stay."""
+    """Ordinary samples; if none is right, a binary search for the shortest prefix, as context, after which
+    the share of right samples lies in [low, high] (BREAD). If there is none, the ordinary samples stay."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples
         if not state.history:
-            return (Round(num_samples=n),)
+            return (_own(state),)
         if state.history[0].num_solved:
             return Done(rounds=(0,))
         below, above, best = 0, num_episodes, 0
@@ -172,8 +166,7 @@ def anchored(num_episodes: int, low: float, high: float) -> Plan:
             if share < low:
                 below = at
             else:
-                above = at
-                best = number if share <= high else best
+                above, best = at, number if share <= high else best
         if above - below <= 1:
             return Done(rounds=(best,))
         middle = (below + above) // 2
@@ -183,20 +176,20 @@ def anchored(num_episodes: int, low: float, high: float) -> Plan:
 
 
 def hinted(fractions: Sequence[float]) -> Plan:
-    """Ordinary samples; where none is right, all are replaced by samples under a prompt that shows more and
+    """Ordinary samples; if none is right, all are replaced by samples under a prompt that shows more and
     more of the solution, until one is right (GHPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         done = len(state.history)
-        if done and (state.history[-1].num_solved or done > len(fractions)):
-            return Done(rounds=(done - 1,))
         if not done:
             return (_own(state),)
+        if state.history[-1].num_solved or done > len(fractions):
+            return Done(rounds=(done - 1,))
         return (Round(num_samples=state.num_samples, hint=fractions[done - 1]),)
 
     return Plan(next_rounds=plan, needs_demonstrations=True, most_shown=max(fractions))
 
 
 def one_or_the_other(control: str) -> Plan:
-    """The demonstration alone while the control is 1, samples alone while it is 0 (SASR)."""
+    """Only the demonstration while the control is 1, only samples while it is 0 (SASR)."""
     return _once(lambda state: (DEMONSTRATION if state.controls[control] else _own(state),))

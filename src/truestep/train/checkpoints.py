@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What has become of a stage after ``step`` steps, besides the weights and the optimizer. ``ledger`` is
-    the run's on this rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` what is to be
-    logged of a step that is updated, until it is (JSON)."""
+    """The state of a stage after ``step`` steps, besides weights and optimizer. ``ledger`` is the run's on this
+    rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` the last step's log lines (JSON)
+    until they are written."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)
@@ -40,20 +41,18 @@ class TrainState:
 def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
     """The work of all ranks (a collective)."""
     raw = ledger.to_json()
-    return Ledger(
-        **{k: int(v) for k, v in zip(raw, ranks.sum([float(v) for v in raw.values()]), strict=True)}
-    )
+    total = ranks.sum([float(count) for count in raw.values()])
+    return Ledger(**{kind: int(count) for kind, count in zip(raw, total, strict=True)})
 
 
 def save(spec: StageSpec, state: TrainState) -> None:
-    """Everything that the stage needs to go on from here."""
+    """Everything that the stage needs to continue from here."""
     tensors = {**spec.updater.optimizers.state_tensors(), "memory": state.memory.tensors()}
     _save(spec, state, "checkpoints", tensors, spec.settings.keep_checkpoints)
 
 
 def keep_best(spec: StageSpec, state: TrainState, score: float) -> TrainState:
-    """Save the weights if they are the best on the dev set so far and the stage exports the best, not the
-    last."""
+    """Save the weights if the stage exports the best and these are the best on the dev set so far."""
     if not spec.settings.dev.select_best or score <= state.best.get("score", float("-inf")):
         return state
     best = {"step": state.step, "score": score}
@@ -86,23 +85,20 @@ def _save(
 
 def restore(spec: StageSpec) -> TrainState:
     """The newest valid checkpoint's state, with its weights and optimizer loaded, or the first state. Log
-    files go back to its step, so that nothing is written twice."""
-    folder, state = (
-        spec.folder / "checkpoints",
-        TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger),
-    )
-    found = load_latest(folder, rank=spec.ranks.rank, world_size=spec.ranks.world_size, warn=spec.warn)
+    files are cut to its step, so that nothing is written twice."""
+    folder = spec.folder / "checkpoints"
+    state = TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger)
+    found = _newest(spec, folder)
     if found is not None:
         header = found.state
         if header["identity"] != spec.identity:
-            raise UserError(
-                f"{folder}: these checkpoints belong to other settings (identity {header['identity']}, now "
-                f"{spec.identity}); pass a different --out, or delete the folder"
-            )
-        if header["threads"] != torch.get_num_threads():
+            identities = f"identity {header['identity']}, now {spec.identity}"
+            remedy = "pass a different --out, or delete the folder"
+            raise UserError(f"{folder}: these checkpoints belong to other settings ({identities}); {remedy}")
+        if (threads := torch.get_num_threads()) != header["threads"]:
             spec.warn(
-                f"the checkpoint was made with {header['threads']} threads, now {torch.get_num_threads()}: the "
-                "resumed run is not bit for bit the uninterrupted one"
+                f"the checkpoint was made with {header['threads']} threads, this run has {threads}; the resumed "
+                "run is not bit for bit the uninterrupted one"
             )
         load_parameters(spec.policy, found)
         spec.updater.optimizers.load_state_tensors(found.tensors)
@@ -114,26 +110,22 @@ def restore(spec: StageSpec) -> TrainState:
             unlogged=header.get("unlogged"),
         )
     if spec.ranks.rank == 0:
-        _forget_later_best(spec, state)
+        best = list_checkpoints(spec.folder / "best")
+        if best and best[-1].name != f"step_{int(state.best.get('step', -1)):08d}":
+            shutil.rmtree(spec.folder / "best")  # made by steps that are about to be redone
         for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
-            rundir.truncate_jsonl(
-                spec.folder / name, state.step if state.unlogged is None else state.step - 1
-            )
+            rundir.truncate_jsonl(spec.folder / name, state.step - (state.unlogged is not None))
     return state
 
 
-def _forget_later_best(spec: StageSpec, state: TrainState) -> None:
-    """A best checkpoint that the restored state does not know comes from steps that are about to be
-    redone."""
-    found = list_checkpoints(spec.folder / "best")
-    if found and found[-1].name != f"step_{int(state.best.get('step', -1)):08d}":
-        shutil.rmtree(spec.folder / "best")
+def _newest(spec: StageSpec, folder: Path) -> Checkpoint | None:
+    return load_latest(folder, rank=spec.ranks.rank, world_size=spec.ranks.world_size, warn=spec.warn)
 
 
 def load_best(spec: StageSpec, state: TrainState) -> None:
     """Put the weights of the best dev checkpoint into the policy."""
-    folder, ranks = spec.folder / "best", spec.ranks
-    best = load_latest(folder, rank=ranks.rank, world_size=ranks.world_size, warn=spec.warn)
+    folder = spec.folder / "best"
+    best = _newest(spec, folder)
     if best is None or best.step != state.best["step"]:
         raise RecordError(f"{folder} does not hold step {state.best['step']}, the best on the dev set")
     load_parameters(spec.policy, best)
@@ -142,22 +134,18 @@ def load_best(spec: StageSpec, state: TrainState) -> None:
 @torch.no_grad()
 def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's parameters into the policy. Raises UserError if it is another model's."""
-    saved = checkpoint.tensors["parameters"]
-    own = dict(policy.named_parameters())
+    saved, own = checkpoint.tensors["parameters"], dict(policy.named_parameters())
     if set(saved) != set(own):
-        raise UserError(
-            f"the checkpoint holds another model's parameters ({sorted(set(saved) ^ set(own))[:2]} ...)"
-        )
+        different = sorted(set(saved) ^ set(own))[:2]
+        raise UserError(f"the checkpoint holds another model's parameters ({different} ...)")
     for name, parameter in own.items():
         local(parameter).copy_(saved[name])
 
 
 def rescued(spec: StageSpec, error: NonFiniteError) -> NonFiniteError:
-    """The error with the place where its batches are saved, for whoever has to find the cause."""
+    """The error with the path of the file that its batches are saved in, so that the cause can be found."""
     from safetensors.torch import save_file
 
-    spec.folder.mkdir(parents=True, exist_ok=True)
-    path = spec.folder / f"nonfinite-rank-{spec.ranks.rank}.safetensors"
     tensors = {
         f"{i}.{name}": value.contiguous()
         for i, batch in enumerate(error.batches)
@@ -166,5 +154,7 @@ def rescued(spec: StageSpec, error: NonFiniteError) -> NonFiniteError:
     }
     if not tensors:
         return error
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    path = spec.folder / f"nonfinite-rank-{spec.ranks.rank}.safetensors"
     save_file(tensors, path)
     return NonFiniteError(f"{error}; the batch is saved in {path}", error.batches)

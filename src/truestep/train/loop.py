@@ -1,7 +1,6 @@
 """The main path: take data → update → publish → evaluate → log → save, until the stage is done.
 
-The state is a value: a step takes one and returns the next, and saving, stopping and logging act between
-values.
+The state is a value: a step takes one and returns the next; saving, stopping and logging happen in between.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from truestep import rundir, signals
 from truestep.device import peak_memory_bytes
@@ -84,9 +82,8 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
     data = spec.source.take(state.step, state.memory)
     sampled = time.perf_counter()
     updates = spec.updater.update(data, state.step)
-    seen = {**updates.statistics, "grad_norm": updates.grad_norm}
+    seen, done = {**updates.statistics, "grad_norm": updates.grad_norm}, state.step + 1
     memory = learn(spec.updater.method, data.memory, state.step, data.controls, seen)
-    done = state.step + 1
     metrics = {**updates.metrics, **data.metrics}
     if spec.engine is not None:
         metrics["publish/probe_difference"] = publish(spec.policy, spec.engine, done).difference
@@ -102,9 +99,9 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
 
 def finish(spec: StageSpec, state: TrainState) -> TrainState:
     """The step's dev score, if one is due, and its lines in the logs. Done again if it is interrupted."""
-    assert state.unlogged is not None
-    began = time.perf_counter()
-    metrics, times = dict(state.unlogged["metrics"]), dict(state.unlogged["times"])
+    unlogged, began = state.unlogged, time.perf_counter()
+    assert unlogged is not None
+    metrics, times = dict(unlogged["metrics"]), dict(unlogged["times"])
     every = spec.settings.dev.every_steps
     if spec.dev_score is not None and (state.step % every == 0 or state.step == spec.num_steps):
         metrics["dev/score"] = spec.dev_score(state.step)
@@ -115,26 +112,17 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
     metrics = checked(metrics)
     seconds = sum(times.values()) + time.perf_counter() - began
     if spec.ranks.rank == 0:
-        _log(spec, state, metrics, {"seconds": seconds, **times})
+        named = {f"{spec.name}/{key}": value for key, value in metrics.items()}
+        timings = {"seconds": seconds, **times, "peak_memory_bytes": peak_memory_bytes()}
+        rundir.append_jsonl(spec.folder / "metrics.jsonl", [{"step": state.step, **named}])
+        rundir.append_jsonl(spec.folder / "rollouts.jsonl", unlogged["rows"])
+        rundir.append_jsonl(spec.folder / "timings.jsonl", [{"step": state.step, **timings}])
     spec.on_step(state.step, metrics, seconds)
     return replace(state, unlogged=None)
 
 
-def _log(
-    spec: StageSpec, state: TrainState, metrics: Mapping[str, float], times: Mapping[str, float]
-) -> None:
-    assert state.unlogged is not None
-    named: dict[str, Any] = {f"{spec.name}/{key}": value for key, value in metrics.items()}
-    rundir.append_jsonl(spec.folder / "metrics.jsonl", [{"step": state.step, **named}])
-    rundir.append_jsonl(spec.folder / "rollouts.jsonl", state.unlogged["rows"])
-    rundir.append_jsonl(
-        spec.folder / "timings.jsonl",
-        [{"step": state.step, **times, "peak_memory_bytes": peak_memory_bytes()}],
-    )
-
-
 def _stop_together(spec: StageSpec) -> None:
-    """Between two steps all ranks learn whether any of them was asked to stop, and stop at the same step."""
+    """If any rank was asked to stop, all of them stop, between the same two steps."""
     asked = int(spec.ranks.max([float(signals.pending())])[0])
     if asked:
         raise Interrupted(asked)

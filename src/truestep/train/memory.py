@@ -1,8 +1,7 @@
 """What a method remembers from step to step: its controller's state, waiting demonstrations, stored samples.
 
-One immutable record. A step makes the next one and the loop keeps it once the step is done, so that an
-interrupted step leaves nothing behind; a checkpoint holds it as JSON and one group of tensors. It is the same
-on every rank.
+One immutable record, the same on every rank. A step returns the next one, so that an interrupted step changes
+nothing; a checkpoint holds it as JSON and one group of tensors.
 Held by: tests/contract/test_method_resume.py
 """
 
@@ -24,8 +23,7 @@ from truestep.seeding import Purpose, generator
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What is known of a problem: how many of its latest own samples were right, and right ones, newest
-    first."""
+    """How many of a problem's latest own samples were right, and right samples, newest first."""
 
     num_correct: int
     num_samples: int
@@ -44,28 +42,23 @@ class Memory:
 
     def state(self) -> dict[str, Any]:
         """What JSON holds: everything but the tokens and log-probabilities."""
-        stored = [
-            [name, s.num_correct, s.num_samples, [_header(r) for r in s.rollouts]]
-            for name, s in self.replay.items()
-        ]
-        return {
-            "scalars": dict(self.scalars),
-            "waiting": list(self.waiting),
-            "replay": stored,
-            "replay_open": self.replay_open,
-        }
+        stored = []
+        for name, s in self.replay.items():
+            headers = [[len(r.completion_ids), r.distribution.temperature] for r in s.rollouts]
+            stored.append([name, s.num_correct, s.num_samples, headers])
+        memory = {"scalars": dict(self.scalars), "waiting": list(self.waiting)}
+        return {**memory, "replay": stored, "replay_open": self.replay_open}
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored samples end to end, in the order of ``state``."""
         rollouts = [r for s in self.replay.values() for r in s.rollouts]
+        tokens = [t for r in rollouts for t in r.completion_ids]
+        versions = [v for r in rollouts for v in r.policy_version]
+        logprobs = [x for r in rollouts for x in r.behavior_logprobs or ()]
         return {
-            "tokens": torch.tensor([t for r in rollouts for t in r.completion_ids], dtype=torch.int64),
-            "policy_version": torch.tensor(
-                [v for r in rollouts for v in r.policy_version], dtype=torch.int32
-            ),
-            "behavior_logprobs": torch.tensor(
-                [x for r in rollouts for x in r.behavior_logprobs or ()], dtype=torch.float64
-            ),
+            "tokens": torch.tensor(tokens, dtype=torch.int64),
+            "policy_version": torch.tensor(versions, dtype=torch.int32),
+            "behavior_logprobs": torch.tensor(logprobs, dtype=torch.float64),
         }
 
     @staticmethod
@@ -81,12 +74,8 @@ class Memory:
                 rollouts.append(_stored(name, ids, versions, logprobs, temperature))
                 start = stop
             replay[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=tuple(rollouts))
-        return Memory(
-            scalars=state["scalars"],
-            waiting=tuple(state["waiting"]),
-            replay=replay,
-            replay_open=state["replay_open"],
-        )
+        scalars, waiting = state["scalars"], tuple(state["waiting"])
+        return Memory(scalars=scalars, waiting=waiting, replay=replay, replay_open=state["replay_open"])
 
 
 def first_memory(method: Method) -> Memory:
@@ -95,14 +84,10 @@ def first_memory(method: Method) -> Memory:
     return Memory(scalars={} if controller is None else dict(controller.initial))
 
 
-def _header(rollout: Rollout) -> list[float]:
-    return [len(rollout.completion_ids), rollout.distribution.temperature]
-
-
 def _stored(
     name: str, tokens: Sequence[int], versions: Sequence[int], logprobs: Sequence[float], temperature: float
 ) -> Rollout:
-    """A sample as the store keeps it: of the full distribution, finished, by an older policy."""
+    """A stored sample: of the full distribution, finished, by an older policy."""
     return Rollout(
         problem_id=name,
         sample_index=0,
@@ -130,8 +115,7 @@ def decide(method: Method, memory: Memory, step: int, seed: int) -> dict[str, fl
 def learn(
     method: Method, memory: Memory, step: int, values: Mapping[str, float], seen: Mapping[str, float]
 ) -> Memory:
-    """The memory after the step. ``seen`` holds the statistics of its data and the gradient norm of its last
-    update."""
+    """The memory after the step. ``seen``: its statistics and the gradient norm of its last update."""
     controller = method.part(Controller)
     if controller is None:
         return memory
@@ -148,31 +132,20 @@ def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ..
 
 # --------------------------------------------------------------------------------------------- stored samples
 
-Seen = tuple[
-    str, int, int, list[tuple[list[int], list[int], list[float], float]]
-]  # of a group, as JSON carries it
+Sample = tuple[list[int], list[int], list[float], float]  # tokens, versions, log-probabilities, temperature
+Seen = tuple[str, int, int, list[Sample]]  # problem, samples right, samples scored, the right ones (JSON)
 
 
 def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollout]) -> Seen:
-    return (
-        name,
-        num_correct,
-        num_samples,
-        [
-            (
-                list(r.completion_ids),
-                list(r.policy_version),
-                list(r.behavior_logprobs or ()),
-                r.distribution.temperature,
-            )
-            for r in right
-        ],
-    )
+    def sample(r: Rollout) -> Sample:
+        columns = list(r.completion_ids), list(r.policy_version), list(r.behavior_logprobs or ())
+        return (*columns, r.distribution.temperature)
+
+    return name, num_correct, num_samples, [sample(r) for r in right]
 
 
 def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: int) -> dict[str, Stored]:
-    """The store after a step's groups: counts are those of the latest group, a wholly solved problem is
-    retired."""
+    """The store after a step's groups: counts are the latest group's; a wholly solved problem is removed."""
     found = dict(replay)
     for name, num_correct, num_samples, right in seen:
         fresh = tuple(_stored(name, *parts) for parts in right)

@@ -96,13 +96,13 @@ METRICS = {row[0]: Metric(**dict(zip(_FIELDS, row, strict=True))) for row in _RO
 
 
 def metric(key: str) -> Metric:
-    """The entry of a key; ``loss/policy`` is of ``loss/{term}``. Raises KeyError if there is none."""
+    """The entry of a key; that of ``loss/policy`` is ``loss/{term}``. Raises KeyError if there is none."""
     if key in METRICS:
         return METRICS[key]
     family = key.partition("/")[0]
     found = next((m for name, m in METRICS.items() if name.startswith(f"{family}/{{")), None)
     if found is None or "/" not in key:
-        raise KeyError(f"{key!r} is not a metric: add it to the table in train/metrics.py")
+        raise KeyError(f"{key!r} is not a metric; add it to the table in train/metrics.py")
     return found
 
 
@@ -125,14 +125,11 @@ class Meter:
 
     def add(self, key: str, value: float, count: float = 1.0) -> None:
         """Add a value, or with ``count`` the sum of that many values. Raises KeyError for an unknown key."""
-        within = metric(key).within
-        row = self._sums.setdefault(key, [0.0, 0.0, 0.0])
+        within, row = metric(key).within, self._sums.setdefault(key, [0.0, 0.0, 0.0])
         if within == "max":
             row[0] = max(row[0], value)
-            return
-        row[0] += value
-        row[1] += count
-        row[2] += value * value
+        else:
+            row[:] = row[0] + value, row[1] + count, row[2] + value * value
 
     def reduce(self, ranks: Collective) -> dict[str, float]:
         """Every metric over all ranks (a collective)."""
@@ -145,8 +142,7 @@ class Meter:
         found = {}
         for key, most in zip(keys, largest, strict=True):
             total, count, squares = next(sums), next(sums), next(sums)
-            mean = total / max(1.0, count)
-            within = metric(key).within
+            mean, within = total / max(1.0, count), metric(key).within
             if within == "std":
                 found[key] = math.sqrt(max(0.0, squares / max(1.0, count) - mean**2))
             else:
@@ -188,13 +184,7 @@ def markdown() -> str:
         "|---|---|---|---|---|---|",
     ]
     for m in METRICS.values():
-        cells = (
-            f"`{m.key}`",
-            m.unit or "–",
-            m.within,
-            m.across,
-            m.meaning.replace("|", "\\|"),
-            m.elsewhere or "–",
-        )
+        meaning = m.meaning.replace("|", "\\|")
+        cells = (f"`{m.key}`", m.unit or "–", m.within, m.across, meaning, m.elsewhere or "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,5 +1,4 @@
-"""The optimizer: float32 master state, gradients accumulated in at least float32, one clip by the global
-norm."""
+"""The optimizer: float32 masters, gradients accumulated in at least float32, one clip by the global norm."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ class MasterOptimizer:
     A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A
     bfloat16 parameter has a float32 master and a float32 gradient that every backward pass is added to, so
     that small updates are not lost in the master and small gradients not in the sum. ``beside`` another one
-    of the same module, it shares that one's masters and gradient sums and has moments of its own.
+    of the same module, it shares the other's masters and gradient sums and has separate moments.
     Held by: tests/numerics/test_optim.py"""
 
     def __init__(
@@ -30,31 +29,25 @@ class MasterOptimizer:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         self._wide_grads: dict[str, Tensor] = {}
-        self._hooks = []
         if beside is not None:
             self.masters, self._wide_grads = beside.masters, beside._wide_grads
-            self._inner = self._make(list(self.masters.values()))
-            return
-        for name, parameter in self.parameters.items():
-            if parameter.dtype in _LOW_PRECISION:
-                self.masters[name] = parameter.detach().to(torch.float32, copy=True)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._accumulate(name)))
-            else:
-                self.masters[name] = parameter
-        self._inner = self._make(list(self.masters.values()))
-
-    def _make(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
-        s = self.settings
+        else:
+            for name, parameter in self.parameters.items():
+                if parameter.dtype in _LOW_PRECISION:
+                    self.masters[name] = parameter.detach().to(torch.float32, copy=True)
+                    parameter.register_post_accumulate_grad_hook(self._accumulate(name))
+                else:
+                    self.masters[name] = parameter
+        s, masters = settings, list(self.masters.values())
+        self._inner: torch.optim.Optimizer
         if s.kind == "sgd":
-            return torch.optim.SGD(tensors, lr=s.lr)
-        return torch.optim.AdamW(
-            tensors, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=True
-        )
+            self._inner = torch.optim.SGD(masters, lr=s.lr)
+        else:
+            self._inner = torch.optim.AdamW(masters, s.lr, s.betas, s.eps, s.weight_decay, fused=True)
 
     def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
         def hook(parameter: Tensor) -> None:
-            grad = parameter.grad
-            parameter.grad = None
+            grad, parameter.grad = parameter.grad, None
             if grad is None:
                 return
             if name in self._wide_grads:
@@ -70,7 +63,7 @@ class MasterOptimizer:
             parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """The accumulated gradient of every parameter; zeros where nothing reached it on this rank."""
+        """The accumulated gradient of every parameter; zeros if nothing reached it on this rank."""
         found = {}
         for name, parameter in self.parameters.items():
             grad = self._wide_grads.get(name) if parameter.dtype in _LOW_PRECISION else parameter.grad
@@ -113,21 +106,18 @@ class MasterOptimizer:
         for name, master in self.masters.items():
             if f"master/{name}" in tensors:
                 local(master).copy_(tensors[f"master/{name}"])
-            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
-            self._inner.state[master] = {
-                k: shard_like(tensors[f"{k}/{name}"].clone(), master, k) for k in keys
-            }
+            saved = {k: tensors.get(f"{k}/{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {k: shard_like(v.clone(), master, k) for k, v in saved.items() if v is not None}
+            self._inner.state[master] = moments
 
 
 def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> float:
-    """√Σ‖g‖² over all parameters (and, where they are sharded, all ranks), accumulated in float64.
-
-    Units: of the gradient. NaN or infinite where any entry is."""
+    """√Σ‖g‖² over all parameters (and all ranks, if they are sharded), accumulated in float64; NaN or infinite
+    if any entry is. Units: of the gradient."""
     squares = 0.0
     for grad in gradients:
-        part = local(grad)
-        wide = torch.promote_types(part.dtype, torch.float32)
-        squares += float(torch.linalg.vector_norm(part, dtype=wide).double()) ** 2
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        squares += float(torch.linalg.vector_norm(local(grad), dtype=wide).double()) ** 2
     if sharded:
         squares = ranks.sum([squares])[0]
     return float(squares**0.5)
@@ -135,8 +125,7 @@ def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> 
 
 @torch.no_grad()
 def clip_(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does; 0 switches it
-    off."""
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) as torch's clip_grad_norm_; not for max_norm 0."""
     factor = max_norm / (norm + 1e-6)
     if max_norm > 0 and factor < 1:
         for grad in gradients:

@@ -1,23 +1,22 @@
 """Training sequences → packed micro-batches. Memory only: no choice made here changes the update.
 
-The samples of a group share their prompt: it is forwarded once per micro-batch that holds any of them, and
-each sample sees it as its prefix. A token whose hidden state predicts nothing that is trained is not
-forwarded at all.
+The samples of a group share their prompt: it is forwarded once per micro-batch that holds any of them, as their
+prefix. A token whose hidden state predicts nothing that is trained is not forwarded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from truestep.records import TARGET_FIELDS, Origin, Segment, TokenBatch, TrainSequence
 
 # Integers stay integers; every other column is a float of the policy's precision, at least float32.
-INTEGERS = {"origin": torch.int8, "policy_version": torch.int32, "solved": torch.bool} | dict.fromkeys(
-    ("target_ids", "source_index", "sequence_index", "sequence_length"), torch.int64
-)
+_LONG = ("target_ids", "source_index", "sequence_index", "sequence_length")
+INTEGERS = dict.fromkeys(_LONG, torch.int64) | {"origin": torch.int8, "policy_version": torch.int32}
+INTEGERS["solved"] = torch.bool
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,13 @@ def pack(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> list[TokenBatch]:
-    """Pack sequences into as few micro-batches of at most ``tokens_per_microbatch`` forwarded tokens as
-    first-fit decreasing finds. Sequences are numbered from ``first_sequence``: those of one step need
-    different numbers, also over several calls. Raises ValueError if one sequence is longer than a
-    micro-batch."""
+    """First-fit decreasing into micro-batches of at most ``tokens_per_microbatch`` forwarded tokens. Sequences
+    are numbered from ``first_sequence``: those of one step need different numbers, also over several calls.
+    Raises ValueError if one sequence is longer than a micro-batch."""
     trees = _trees(sequences, tokens_per_microbatch, share_prefix)
     bins: list[list[_Tree]] = []
     space: list[int] = []
-    for tree in sorted(trees, key=lambda t: -t.size):  # sorted is stable: a function of the sequences alone
+    for tree in sorted(trees, key=lambda t: -t.size):  # sorted is stable: a function of only the sequences
         slot = next((i for i, free in enumerate(space) if free >= tree.size), None)
         if slot is None:
             bins.append([])
@@ -68,17 +66,18 @@ def _trees(sequences: Sequence[TrainSequence], limit: int, share_prefix: bool) -
         if not sequence.num_trained:
             continue  # all masked: it adds nothing to the numerator, and totals never counted it
         prefix = sequence.token_ids[: sequence.num_prefix_tokens] if share_prefix else ()
-        own = last_needed(sequence) - len(prefix)
-        if own + len(prefix) > limit:
+        size = last_needed(sequence)
+        if size > limit:
             raise ValueError(
-                f"a sequence of {own + len(prefix)} tokens does not fit into tokens_per_microbatch = {limit}: "
-                f"write tokens_per_microbatch = {own + len(prefix)} or more"
+                f"a sequence of {size} tokens does not fit into tokens_per_microbatch = {limit}; "
+                f"set tokens_per_microbatch = {size} or more"
             )
+        own = size - len(prefix)
         at = open_tree.get((sequence.group, prefix)) if prefix else None
         if at is not None and trees[at].size + own <= limit:
             trees[at] = _Tree(prefix, (*trees[at].members, index), trees[at].size + own)
         else:
-            trees.append(_Tree(prefix, (index,), len(prefix) + own))
+            trees.append(_Tree(prefix, (index,), size))
             if prefix:
                 open_tree[sequence.group, prefix] = len(trees) - 1
     return trees
@@ -94,35 +93,28 @@ def _batch(
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    columns: dict[str, list[float]] = {name: [] for name in TARGET_FIELDS}
-    behavior: list[float] = []
+    columns: dict[str, list[float]] = {name: [] for name in (*TARGET_FIELDS, "behavior_logprobs")}
     has_behavior = False
     for tree in trees:
         prefix_start, num_prefix = len(ids), len(tree.prefix)
+        prefix_stop = prefix_start + num_prefix
         if num_prefix:
             ids += tree.prefix
             positions += range(num_prefix)
-            segments.append(Segment(start=prefix_start, stop=prefix_start + num_prefix))
+            segments.append(Segment(start=prefix_start, stop=prefix_stop))
         for index in tree.members:
             sequence = sequences[index]
             start, stop = len(ids), last_needed(sequence)
             if stop > num_prefix:
                 ids += sequence.token_ids[num_prefix:stop]
                 positions += range(num_prefix, stop)
-                segments.append(
-                    Segment(
-                        start=start,
-                        stop=len(ids),
-                        prefix_start=prefix_start,
-                        prefix_stop=prefix_start + num_prefix,
-                    )
-                )
+                bounds = {"prefix_start": prefix_start, "prefix_stop": prefix_stop}
+                segments.append(Segment(start=start, stop=len(ids), **bounds))
             targets = [i for i, origin in enumerate(sequence.origin) if origin is not Origin.CONTEXT]
             count = len(targets)
             columns["target_ids"] += [sequence.token_ids[i] for i in targets]
             columns["source_index"] += [
-                start + i - 1 - num_prefix if i > num_prefix else prefix_start + num_prefix - 1
-                for i in targets
+                start + i - 1 - num_prefix if i > num_prefix else prefix_stop - 1 for i in targets
             ]
             columns["sequence_index"] += [first_sequence + index] * count
             columns["sequence_length"] += [count] * count
@@ -131,8 +123,10 @@ def _batch(
             columns["advantage"] += _spread(sequence.advantage, count)
             columns["weight"] += [sequence.weight] * count
             columns["solved"] += [sequence.solved] * count
-            behavior += sequence.behavior_logprobs or [0.0] * count
+            columns["behavior_logprobs"] += sequence.behavior_logprobs or [0.0] * count
             has_behavior = has_behavior or sequence.behavior_logprobs is not None
+    if not has_behavior:
+        del columns["behavior_logprobs"]
     tensors = {
         name: torch.tensor(values, dtype=INTEGERS.get(name, dtype), device=device)
         for name, values in columns.items()
@@ -141,7 +135,6 @@ def _batch(
         input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
         position_ids=torch.tensor(positions, dtype=torch.int64, device=device),
         segments=tuple(segments),
-        behavior_logprobs=torch.tensor(behavior, dtype=dtype, device=device) if has_behavior else None,
         **tensors,
     )
 
@@ -152,16 +145,8 @@ def _spread(value: Sequence[float] | float, count: int) -> Sequence[float]:
 
 
 def dummy_batch(dtype: torch.dtype, device: torch.device | str) -> TokenBatch:
-    """Two tokens and no target: what a rank without work runs, so that collectives inside the model still
-    match."""
-    sequence = TrainSequence(
-        token_ids=(0, 0, 0),
-        origin=(Origin.CONTEXT, Origin.CONTEXT, Origin.POLICY),
-        num_prefix_tokens=0,
-        group=0,
-    )
-    batch = _batch([_Tree((), (0,), 2)], [sequence], 0, dtype, device)
-    empty = {name: getattr(batch, name)[:0] for name in TARGET_FIELDS}
-    return TokenBatch(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, segments=batch.segments, **empty
-    )
+    """Two tokens and no target: a rank without work runs it, so that collectives inside the model still match."""
+    origin = (Origin.CONTEXT, Origin.CONTEXT, Origin.POLICY)
+    sequence = TrainSequence(token_ids=(0, 0, 0), origin=origin, num_prefix_tokens=0, group=0)
+    (batch,) = pack([sequence], tokens_per_microbatch=2, dtype=dtype, device=device)
+    return replace(batch, **{name: getattr(batch, name)[:0] for name in TARGET_FIELDS})

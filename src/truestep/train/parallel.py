@@ -1,7 +1,7 @@
-"""Ranks: what they tell each other, and FSDP2 with its own averaging switched off.
+"""Ranks: their collectives, and FSDP2 with its averaging switched off.
 
-Gradients are SUMMED over ranks, by us in float32 (ddp) or by FSDP's reduce-scatter with a divide factor of
-one (fsdp2). The loss was divided by a global total before, so nothing is left to be averaged.
+Gradients are SUMMED over ranks, here in float32 (ddp) or by FSDP's reduce-scatter with a divide factor of one
+(fsdp2): the loss is already divided by a global total.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from truestep.device import collective_backend, compute_device, world
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process's place among its peers, and the few collectives that training needs."""
+    """This process's rank, and the few collectives that training needs."""
 
     rank: int = 0
     world_size: int = 1
@@ -50,11 +50,9 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        longest = int(self.max([len(data)])[0])
-        lengths = [
-            int(n) for n in self.sum([len(data) if r == self.rank else 0 for r in range(self.world_size)])
-        ]
-        padded = torch.zeros(longest, dtype=torch.uint8)
+        mine = [len(data) if rank == self.rank else 0 for rank in range(self.world_size)]
+        lengths = [int(n) for n in self.sum(mine)]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(data)] = data
         found = [torch.empty_like(padded, device=compute_device()) for _ in range(self.world_size)]
         dist.all_gather(found, padded.to(compute_device()))
@@ -66,7 +64,7 @@ class Ranks:
 
 
 def join() -> Ranks:
-    """Meet the other ranks if torchrun has started any."""
+    """Join the other ranks if torchrun has started any."""
     rank, world_size = world()
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(collective_backend(), timeout=timedelta(hours=12))
@@ -105,8 +103,7 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.d
 
 
 def reshard(module: nn.Module) -> None:
-    """Give back what a forward pass without a backward has gathered: FSDP's root keeps it, waiting for the
-    backward."""
+    """Free the parameters that FSDP's root keeps gathered after a forward pass without a backward."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(module, FSDPModule):

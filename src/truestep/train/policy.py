@@ -1,7 +1,6 @@
 """The trained model as one module: a packed micro-batch in, per-token log-probabilities and entropies out.
 
-It is the root that FSDP wraps, so that no hook is bypassed.
-
+FSDP wraps it as the root, so that no hook is bypassed.
 Shapes: N forwarded tokens, M trained tokens, D hidden size.
 """
 
@@ -13,37 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from truestep.model import forward
 from truestep.model.attention import PackedLayout
-from truestep.model.forward import (
-    PACKING_TOLERANCE,
-    decoder_layers,
-    hidden_states,
-    hidden_states_by_segment,
-    install_packing,
-)
 from truestep.model.load import LoadedModel
 from truestep.objective.logprobs import chunked_logprobs, logprobs_from_logits
 from truestep.records import Segment, TokenBatch
 
-# What selective checkpointing keeps for the backward pass: the results that are dear to make. The rest of a
-# layer (norms, rotations, activations) is more than half of what it would keep, and cheap to make again.
-_DEAR = frozenset(
+# Selective checkpointing keeps these results for the backward pass: they take long to compute. The rest of a
+# layer (norms, rotations, activations) is more than half of its memory and quick to recompute.
+_ATTENTION = [f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")]
+_SLOW = frozenset(
     getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
+    for name in ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu", *_ATTENTION)
 )
 
 
 def _keep_products() -> tuple[Any, Any]:
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if operation in _SLOW else CheckpointPolicy.PREFER_RECOMPUTE
 
     pair: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
     return pair
@@ -52,7 +38,7 @@ def _keep_products() -> tuple[Any, Any]:
 class Policy(nn.Module):
     """``forward(batch, temperature)`` → (logprobs [M], entropy [M]), both differentiable.
 
-    ``notes`` says in words which fast path was refused at load, and why."""
+    ``notes`` says which fast path was refused at load, and why."""
 
     def __init__(
         self,
@@ -62,12 +48,10 @@ class Policy(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.model = loaded.model
-        self.tokenizer = loaded.tokenizer
-        self.shape = loaded.shape
-        self.context_length = loaded.context_length
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.shape, self.context_length = loaded.shape, loaded.context_length
         self.notes: list[str] = []
-        reason = install_packing(self.model)
+        reason = forward.install_packing(self.model)
         self.packs = not reason
         if reason:
             self.notes.append(f"sequences are run one by one, not packed: {reason}")
@@ -78,12 +62,10 @@ class Policy(nn.Module):
         self.saves_memory = bool(gradient_checkpointing)
         if gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        elif (
-            gradient_checkpointing == "selective" and not compile
-        ):  # compiled layers keep what is dear by themselves
+        elif gradient_checkpointing and not compile:  # selective; compiled layers keep these results anyway
             self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _keep_products})
         if compile:
-            for layer in decoder_layers(self.model):
+            for layer in forward.decoder_layers(self.model):
                 layer.compile(dynamic=True)
 
     def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -96,17 +78,18 @@ class Policy(nn.Module):
     def _hidden(self, batch: TokenBatch) -> Tensor:
         if self.packs:
             layout = PackedLayout(batch.segments, batch.position_ids)
-            return hidden_states(self.model, batch.input_ids, batch.position_ids, layout)
-        return hidden_states_by_segment(self.model, batch.input_ids, batch.position_ids, batch.segments)
+            return forward.hidden_states(self.model, batch.input_ids, batch.position_ids, layout)
+        return forward.hidden_states_by_segment(
+            self.model, batch.input_ids, batch.position_ids, batch.segments
+        )
 
     def _from_whole_logits(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         pieces = []
         for s in batch.segments:
-            ids = torch.cat(
-                [batch.input_ids[s.prefix_start : s.prefix_stop], batch.input_ids[s.start : s.stop]]
-            )
+            prefix = batch.input_ids[s.prefix_start : s.prefix_stop]
+            ids = torch.cat([prefix, batch.input_ids[s.start : s.stop]])
             logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
-            pieces.append(logits[s.prefix_stop - s.prefix_start :])
+            pieces.append(logits[len(prefix) :])
         return logprobs_from_logits(torch.cat(pieces)[batch.source_index], batch.target_ids, temperature)
 
     @torch.no_grad()
@@ -115,15 +98,14 @@ class Policy(nn.Module):
         device = next(self.model.parameters()).device
         ids = torch.arange(3, 12, device=device) % int(self.model.get_input_embeddings().weight.shape[0])
         positions = torch.arange(ids.shape[0], device=device)
-        hidden = hidden_states_by_segment(self.model, ids, positions, (Segment(start=0, stop=ids.shape[0]),))
+        hidden = forward.hidden_states_by_segment(
+            self.model, ids, positions, (Segment(start=0, stop=ids.shape[0]),)
+        )
         head = self.model.get_output_embeddings()
         if head is None or not isinstance(head, nn.Linear):
             return "the model has no linear output layer"
         got = torch.nn.functional.linear(hidden, head.weight, head.bias)
         expected = self.model(input_ids=ids[None], use_cache=False).logits[0].to(got.dtype)
         difference = float((got - expected).norm() / expected.norm())
-        return (
-            ""
-            if difference <= PACKING_TOLERANCE[got.dtype]
-            else f"its logits are not hidden·Wᵀ ({difference:.1e})"
-        )
+        is_equal = difference <= forward.PACKING_TOLERANCE[got.dtype]
+        return "" if is_equal else f"its logits are not hidden·Wᵀ ({difference:.1e})"

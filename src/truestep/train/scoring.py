@@ -1,5 +1,4 @@
-"""Forward passes that come before the first update of a step: the proximal and the reference policy's
-values."""
+"""Forward passes before the first update of a step: the proximal and the reference policy's values."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ class Scorer:
     def pack(
         self, sequences: Sequence[TrainSequence], *, first_sequence: int = 0, limit: int | None = None
     ) -> list[TokenBatch]:
-        """Micro-batches of at most ``limit`` tokens (by default what memory allows), in the policy's
-        precision."""
+        """Micro-batches of at most ``limit`` tokens (by default what memory allows)."""
         parameter = next(self.policy.parameters())
         return pack(
             sequences,
@@ -89,15 +87,11 @@ class Scorer:
 
 def trained_work(batches: Sequence[TokenBatch]) -> Ledger:
     """Forward and backward passes over these batches."""
-    return Ledger(
-        trained_pass_tokens=sum(b.num_tokens for b in batches),
-        trained_pairs=sum(count_pairs(b.segments) for b in batches),
-    )
+    tokens, pairs = sum(b.num_tokens for b in batches), sum(count_pairs(b.segments) for b in batches)
+    return Ledger(trained_pass_tokens=tokens, trained_pairs=pairs)
 
 
 def scored_work(batches: Sequence[TokenBatch]) -> Ledger:
     """A forward pass over these batches."""
-    return Ledger(
-        scored_pass_tokens=sum(b.num_tokens for b in batches),
-        scored_pairs=sum(count_pairs(b.segments) for b in batches),
-    )
+    tokens, pairs = sum(b.num_tokens for b in batches), sum(count_pairs(b.segments) for b in batches)
+    return Ledger(scored_pass_tokens=tokens, scored_pairs=pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from truestep.flops import Ledger
@@ -11,7 +11,7 @@ from truestep.objective.advantage import GroupView
 from truestep.objective.gate import GateDecision
 from truestep.objective.methods import Method
 from truestep.objective.methods.row import Overlong
-from truestep.records import Group, Origin, Prompt, Rollout, Stop, TrainSequence, Verdict
+from truestep.records import Group, Origin, Prompt, Rollout, Score, Stop, TrainSequence, Verdict
 from truestep.rollout.sample import num_sampled_tokens
 from truestep.train.metrics import Meter
 
@@ -32,8 +32,7 @@ class GatedGroup:
 
 
 def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
-    """Ask the method's gate. A length penalty is no part of what it sees: that alone makes no group
-    informative."""
+    """Ask the method's gate, before any length penalty: a penalty does not make a group informative."""
     view = GroupView(
         rewards=tuple(s.reward for s in group.scores),
         solved=tuple(s.solved(solved_at) for s in group.scores),
@@ -50,11 +49,12 @@ def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> li
     for number, gated_group in enumerate(groups):
         group, view, decision = gated_group.group, gated_group.view, gated_group.decision
         if overlong is not None:
-            shaped = tuple(
-                r if r is None else overlong.shaped(r, len(rollout.completion_ids), limit)
-                for r, rollout in zip(view.rewards, group.rollouts, strict=True)
-            )
-            view = GroupView(rewards=shaped, solved=view.solved, origins=view.origins)
+            lengths = [len(rollout.completion_ids) for rollout in group.rollouts]
+            shaped = [
+                None if reward is None else overlong.shaped(reward, length, limit)
+                for reward, length in zip(view.rewards, lengths, strict=True)
+            ]
+            view = replace(view, rewards=tuple(shaped))
         advantages = method.advantage(view)
         for i, rollout in enumerate(group.rollouts):
             advantage = advantages[i]
@@ -74,18 +74,15 @@ def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> li
 
 
 def _sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
-    """The rollout under the prompt that it is trained under; what it shares with others of its group ends
-    where its first trained token stands."""
+    """The rollout with the prompt that it is trained under; the prefix that it shares with others of its group
+    ends before its first trained token."""
     context = rollout.prompt_ids or prompt.token_ids
-    first = next(
-        (i for i, origin in enumerate(rollout.origin) if origin is not Origin.CONTEXT), len(rollout.origin)
-    )
     trained = [i for i, origin in enumerate(rollout.origin) if origin is not Origin.CONTEXT]
     behavior = rollout.behavior_logprobs
     return TrainSequence(
         token_ids=context + rollout.completion_ids,
         origin=(Origin.CONTEXT,) * len(context) + rollout.origin,
-        num_prefix_tokens=len(context) + first,
+        num_prefix_tokens=len(context) + (trained[0] if trained else len(rollout.origin)),
         behavior_logprobs=None if behavior is None else tuple(behavior[i] for i in trained),
         policy_version=tuple(rollout.policy_version[i] for i in trained),
         **given,
@@ -106,8 +103,8 @@ def demonstration_sequence(
 
 
 def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
-    """Means over what the policy sampled. An unscored sample is in no mean of rewards and in its own rate;
-    demonstrations and stored samples are in none of these."""
+    """Means over samples of the policy, not demonstrations or stored ones. An unscored sample counts only in
+    its own rate, in no mean of rewards."""
     for gated_group in groups:
         group, view = gated_group.group, gated_group.view
         meter.add("mixed_groups", not view.is_degenerate)
@@ -137,25 +134,24 @@ def sample_rows(
     decode_prompt: Callable[[Prompt], str],
 ) -> list[Mapping[str, Any]]:
     """A few samples for the report: the first of the first groups."""
-    rows: list[Mapping[str, Any]] = []
-    for group in [g for g in groups if g.rollouts][:NUM_SHOWN]:
-        rollout, score = group.rollouts[0], group.scores[0]
-        rows.append(
-            {
-                "step": step + 1,
-                "problem_id": group.prompt.problem.id,
-                "prompt": decode_prompt(group.prompt),
-                "completion": decode(rollout.completion_ids),
-                "gold": group.prompt.problem.answer,
-                "verdict": None if score.verdict is None else score.verdict.value,
-                "reason": score.reason,
-                "reward": score.reward,
-                **({"parts": dict(score.parts)} if score.parts else {}),
-                "stop": rollout.stop.value,
-                "num_tokens": len(rollout.completion_ids),
-            }
-        )
-    return rows
+
+    def row(prompt: Prompt, rollout: Rollout, score: Score) -> Mapping[str, Any]:
+        return {
+            "step": step + 1,
+            "problem_id": prompt.problem.id,
+            "prompt": decode_prompt(prompt),
+            "completion": decode(rollout.completion_ids),
+            "gold": prompt.problem.answer,
+            "verdict": None if score.verdict is None else score.verdict.value,
+            "reason": score.reason,
+            "reward": score.reward,
+            **({"parts": dict(score.parts)} if score.parts else {}),
+            "stop": rollout.stop.value,
+            "num_tokens": len(rollout.completion_ids),
+        }
+
+    shown = [g for g in groups if g.rollouts][:NUM_SHOWN]
+    return [row(g.prompt, g.rollouts[0], g.scores[0]) for g in shown]
 
 
 def group_ledger(groups: Sequence[Group], minibatches: Sequence[Sequence[TrainSequence]]) -> Ledger:

@@ -3,6 +3,9 @@ trainer.
 
 ``build("grpo", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name. A
 row is a function with keyword-only options that returns a Method; ``build`` takes one from user code too.
+
+Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the
+paper, [S] in a secondary source, [U] not verified.
 """
 
 from __future__ import annotations
@@ -34,27 +37,25 @@ EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
 def build(method: str | Row, options: Mapping[str, Any]) -> Method:
-    """A row with its options: of the table by name, or a user's own. Raises ValueError naming the known
-    methods or options."""
-    if isinstance(method, str):
-        if method not in METHODS:
-            now = f"; it is now called {RENAMED[method]}" if method in RENAMED else ""
-            raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}{now}")
-        name, row = method, METHODS[method]
-    else:
-        name, row = method.__name__, method
+    """A row, named or a user's own, with its options. Raises ValueError naming the known methods or options."""
+    if isinstance(method, str) and method not in METHODS:
+        now = f"; it is now called {RENAMED[method]}" if method in RENAMED else ""
+        raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}{now}")
+    row = METHODS[method] if isinstance(method, str) else method
     own = {key: type(p.default) for key, p in inspect.signature(row).parameters.items()}
     known = own if row().plan is None else {**own, **EXTRAS}
     unknown = [key for key in options if key not in known]
     if unknown:
-        raise ValueError(f"method_options.{unknown[0]}: {name} has {', '.join(known) or 'no options'}")
+        raise ValueError(
+            f"method_options.{unknown[0]}: {row.__name__} has {', '.join(known) or 'no options'}"
+        )
     typed = {key: _typed(key, value, known[key]) for key, value in options.items()}
     made = row(**{key: value for key, value in typed.items() if key in own})
     return complete(made, {key: value for key, value in typed.items() if key not in own})
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:
-    """The value as its option's type; a whole number may be written with or without a point."""
+    """The value as its option's type; a whole number with or without a decimal point."""
     if kind in (int, float) and type(value) in (int, float) and kind(value) == value:
         return kind(value)
     if type(value) is not kind:

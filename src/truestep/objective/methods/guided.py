@@ -1,8 +1,7 @@
 """Rows that mix clipped RL with imitation by a schedule, a switch or a hint: CHORD, UFT, SuperRL, SASR,
 BREAD, GHPO.
 
-Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the
-paper, [S] in a secondary source, [U] not verified.
+The letters in brackets are explained in ``methods/__init__.py``.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from truestep.objective import coefficients, controller, plan, schedule
 from truestep.objective.advantage import group_mean_std, own_mean_std
 from truestep.objective.coefficients import Coefficient
 from truestep.objective.gate import imitate_where_unsolved
-from truestep.objective.methods.mixed import imitation_term
 from truestep.objective.methods.rl import clipped_term
 from truestep.objective.methods.row import EXPERT, POLICY, Extras, Method, Statistic, Stream
+from truestep.objective.methods.sft import imitation_term
 from truestep.objective.normalise import Normaliser
 from truestep.objective.schedule import Schedule
 
@@ -46,9 +45,8 @@ def chord_mu(
 ) -> Method:
     """CHORD-μ: the balance falls from 0.9 to 0.05 over 200 steps; a fifth of the sequences are demonstrations
     [C]."""
-    mu = schedule.warmed_cosine(
-        valley=mu_valley, peak=mu_peak, warmup_steps=warmup_steps, decay_steps=decay_steps
-    )
+    steps = {"warmup_steps": warmup_steps, "decay_steps": decay_steps}
+    mu = schedule.warmed_cosine(valley=mu_valley, peak=mu_peak, **steps)
     return _chord("chord_mu", coefficients.ones, mu, stream_share, clip)
 
 
@@ -70,14 +68,11 @@ def uft(
     probability that falls with a cosine; the parts are imitated with weight 0.001, the continuations are
     GRPO's, with KL (k3) 0.001 to the stage's start [C]. Parts are of equal length in tokens, not
     sentences."""
-    shown = plan.shared_prefix(
-        schedule.cosine(prefix_start, prefix_end, prefix_steps), num_segments, prefix_steps
-    )
-    imitation = imitation_term(weight=imitation_weight)
+    falling = schedule.cosine(prefix_start, prefix_end, prefix_steps)
     return Method(
         name="uft",
-        terms=(clipped_term(clip, clip, Normaliser.TOKENS), imitation),
-        plan=shown,
+        terms=(clipped_term(clip, clip, Normaliser.TOKENS), imitation_term(weight=imitation_weight)),
+        plan=plan.shared_prefix(falling, num_segments, prefix_steps),
         advantage=group_mean_std,
         extras=Extras(kl="k3", kl_coef=1e-3),
         source="arXiv:2505.16984",
@@ -87,7 +82,7 @@ def uft(
 def super_rl(
     *, clip: float = 0.2, learned_weights: bool = False, sigma_rate: float = 1e-2, sigma_least: float = -2.0
 ) -> Method:
-    """Where no sample is right the demonstration is imitated, elsewhere GRPO. With ``learned_weights`` the
+    """If no sample is right, the demonstration is imitated; otherwise GRPO. With ``learned_weights`` the
     two losses are weighted by e^(−2σ), σ from 0 and 1, not below −2 [S]; the rate of σ is [U]. The losses
     that σ learns from are those of the step's proximal policy, where the ratio is 1."""
     policy = clipped_term(clip, clip, Normaliser.TOKENS)
@@ -115,7 +110,7 @@ def super_rl(
 def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Method:
     """Each step either imitates or is GRPO's, by a draw whose probability follows the gradient norm of
     imitation [S]; γ and the length of the warm-up are [U]. The KL (k3) to the policy after the warm-up is
-    ``kl``: give the warm-up a stage of its own then."""
+    ``kl``: give the warm-up a separate stage then."""
     return Method(
         name="sasr",
         terms=(clipped_term(clip, clip, Normaliser.TOKENS), imitation_term()),
@@ -129,13 +124,12 @@ def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Me
 def bread(
     *, num_episodes: int = 10, share_low: float = 0.01, share_high: float = 0.99, clip: float = 0.2
 ) -> Method:
-    """GRPO; where no sample is right, all samples branch from the shortest expert prefix after which some but
+    """GRPO; if no sample is right, all samples branch from the shortest expert prefix after which some but
     not all are right, found by binary search over 10 parts [S]; the prefix is context. The band's limits are
     [U]. The KL term is left to ``kl``."""
-    term = clipped_term(clip, clip, Normaliser.SEQUENCES)
     return Method(
         name="bread",
-        terms=(term,),
+        terms=(clipped_term(clip, clip, Normaliser.SEQUENCES),),
         plan=plan.anchored(num_episodes, share_low, share_high),
         advantage=group_mean_std,
         source="arXiv:2506.17211",
@@ -143,14 +137,13 @@ def bread(
 
 
 def ghpo(*, clip: float = 0.2) -> Method:
-    """GRPO; where no sample is right, all are replaced by samples under a prompt that shows the first 25 %,
+    """GRPO; if no sample is right, all are replaced by samples under a prompt that shows the first 25 %,
     then 50 and 75 % of the solution's characters, and trained under it [C]. The code averages per
     micro-batch; this divides by all tokens."""
-    fractions = (0.25, 0.5, 0.75)
     return Method(
         name="ghpo",
         terms=(clipped_term(clip, clip, Normaliser.TOKENS),),
-        plan=plan.hinted(fractions),
+        plan=plan.hinted((0.25, 0.5, 0.75)),
         advantage=group_mean_std,
         source="arXiv:2507.10628",
     )

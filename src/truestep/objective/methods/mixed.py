@@ -4,11 +4,10 @@ Most papers of this family release code with LUFFY's normaliser: Σ_t/L per micr
 ranks averaged. Here every term is divided by a global count. ``legacy_scale`` = W, the GPUs of the official
 run, gives the official gradient's size back: terms over N·L are multiplied by N/W; token means, which that
 code adds up over the micro-batches of a rank, by ``legacy_microbatches``. That last number depends on packing
-and is no constant of any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to the entropy
+and is not a constant of any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to the entropy
 bonus and to the balance of RL and imitation.
 
-Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the
-paper, [S] in a secondary source, [U] not verified.
+The letters in brackets are explained in ``methods/__init__.py``.
 """
 
 from __future__ import annotations
@@ -21,45 +20,24 @@ from truestep.objective import coefficients, plan, schedule
 from truestep.objective.advantage import group_mean_std, own_mean
 from truestep.objective.coefficients import Coefficient
 from truestep.objective.gate import imitate_where_unsolved, push_unsolved
-from truestep.objective.methods.row import (
-    ALL,
-    EXPERT,
-    POLICY,
-    STORED,
-    DemonstrationBuffer,
-    Extras,
-    Method,
-    Replay,
-    Select,
-    Statistic,
-    Term,
-)
+from truestep.objective.methods import row
+from truestep.objective.methods.rl import policy_term
+from truestep.objective.methods.row import EXPERT, POLICY, DemonstrationBuffer, Extras, Method, Replay, Term
+from truestep.objective.methods.sft import highest_entropy, imitation_term
 from truestep.objective.normalise import Normaliser
 from truestep.records import BatchTotals
 
 CANONICAL_ENTROPY = 1e-4  # the official 0.001 of LUFFY and its family on the scale of a global mean
 
 
-def _part(name: str, select: Select, coefficient: Coefficient, **given: Any) -> Term:
+def _part(name: str, select: row.Select, coefficient: Coefficient, **given: Any) -> Term:
     """One part of a surrogate whose parts share N·L, all sequences counted."""
-    return Term(
-        name=name,
-        select=select,
-        counted=ALL,
-        coefficient=coefficient,
-        normaliser=Normaliser.MAX_LENGTH,
-        **given,
-    )
+    given |= {"counted": row.ALL, "normaliser": Normaliser.MAX_LENGTH}
+    return Term(name=name, select=select, coefficient=coefficient, **given)
 
 
-def imitation_term(coefficient: Coefficient = coefficients.ones, weight: float = 1.0) -> Term:
-    return Term(
-        name="sft",
-        select=EXPERT,
-        coefficient=coefficient,
-        normaliser=Normaliser.TOKENS,
-        weight=schedule.constant(weight),
-    )
+OWN_PART = _part("policy", POLICY, coefficients.importance)
+OWN_TERM = policy_term(coefficients.importance, Normaliser.MAX_LENGTH)  # the total counts only own sequences
 
 
 def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], **given: Any) -> Method:
@@ -82,35 +60,20 @@ def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int
     """n−1 samples and the demonstration in one group, no std, no clip [C]; the demonstration's importance
     ratio, with behavior probability 1, is shaped by p/(p+γ). A demonstration that the checker rejects has a
     negative advantage."""
-    terms = (
-        _part("policy", POLICY, coefficients.importance),
-        _part("demonstration", EXPERT, coefficients.shaped_demonstration(gamma)),
-    )
-    return _family(
-        "luffy",
-        terms,
-        (legacy_scale, legacy_microbatches),
-        plan=plan.with_demonstration,
-        source="arXiv:2504.14945",
-    )
+    terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.shaped_demonstration(gamma)))
+    legacy = (legacy_scale, legacy_microbatches)
+    return _family("luffy", terms, legacy, plan=plan.with_demonstration, source="arXiv:2504.14945")
 
 
 def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY's group without the demonstration's advantage: RL on the own samples, their baseline their own,
+    """LUFFY's group without the demonstration's advantage: RL on the own samples, with their own baseline,
     plus ``weight`` times the likelihood of the demonstration (1.0 [C])."""
-    terms = (
-        Term(
-            name="policy",
-            select=POLICY,
-            coefficient=coefficients.importance,
-            normaliser=Normaliser.MAX_LENGTH,
-        ),
-        imitation_term(weight=weight),
-    )
+    terms = (OWN_TERM, imitation_term(weight=weight))
+    legacy = (legacy_scale, legacy_microbatches)
     return _family(
         "multi_task",
         terms,
-        (legacy_scale, legacy_microbatches),
+        legacy,
         plan=plan.with_demonstration,
         advantage=own_mean,
         source="arXiv:2504.14945, RL with SFT loss",
@@ -126,21 +89,14 @@ def relift(
     legacy_microbatches: int = 8,
 ) -> Method:
     """Dr. GRPO without a clip; problems that no sample solves leave their demonstration in a buffer, and as
-    soon as ``buffer_size`` wait, one update imitates the newest, with an AdamW of its own [C]. The official
+    soon as ``buffer_size`` wait, one update imitates the newest, with a separate AdamW [C]. The official
     code divides that update by 8 times too much, which AdamW hides; this does not."""
-    terms = (
-        Term(
-            name="policy",
-            select=POLICY,
-            coefficient=coefficients.importance,
-            normaliser=Normaliser.MAX_LENGTH,
-        ),
-        imitation_term(),
-    )
+    terms = (OWN_TERM, imitation_term())
+    legacy = (legacy_scale, legacy_microbatches)
     return _family(
         "relift",
         terms,
-        (legacy_scale, legacy_microbatches),
+        legacy,
         gate=push_unsolved,
         parts=(DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm),),
         source="arXiv:2506.07527",
@@ -156,17 +112,18 @@ def srft(
     legacy_microbatches: int = 8,
 ) -> Method:
     """Three parts at once: the demonstration's likelihood weighted by ½·exp(sign·H), its advantage times p,
-    and the own samples by their verdict alone (0.1·exp(H) or −1). H is a sequence's mean entropy, as in HPT's
+    and the own samples only by their verdict (0.1·exp(H) or −1). H is a sequence's mean entropy, as in HPT's
     re-implementation [C]; the sign is the paper's (−1 [P]; the official code is reported to have +1 [S])."""
     terms = (
         imitation_term(coefficients.entropy_weighted(imitation_weight, entropy_sign)),
         _part("demonstration", EXPERT, coefficients.unshaped_demonstration),
         _part("policy", POLICY, coefficients.signed_by_verdict(correct_weight)),
     )
+    legacy = (legacy_scale, legacy_microbatches)
     return _family(
         "srft",
         terms,
-        (legacy_scale, legacy_microbatches),
+        legacy,
         plan=plan.beside_demonstration,
         advantage=group_mean_std,
         source="arXiv:2506.19767",
@@ -188,22 +145,12 @@ def prefix_rft(
     prefix only the ``entropy_share`` with the highest entropy over the whole step (the code takes it per
     micro-batch [C]). Masked tokens still count in the total."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
-    statistic = Statistic(
-        name="prefix_entropy",
-        select=EXPERT,
-        values=lambda context: context.proximal_entropy,
-        needs=("proximal_entropy",),
-        reduce="quantile",
-        level=1 - entropy_share,
-    )
+    masked = coefficients.where_uncertain(clipped, "prefix_entropy")
     return Method(
         name="prefix_rft",
-        terms=(
-            _part("policy", POLICY, clipped, clips=True),
-            _part("prefix", EXPERT, coefficients.where_uncertain(clipped, "prefix_entropy")),
-        ),
+        terms=(_part("policy", POLICY, clipped, clips=True), _part("prefix", EXPERT, masked)),
         plan=plan.one_prefix(schedule.cosine(prefix_start, prefix_end, prefix_steps), prefix_high),
-        statistics=(statistic,),
+        statistics=(highest_entropy("prefix_entropy", entropy_share),),
         source="arXiv:2507.01679",
     )
 
@@ -218,19 +165,12 @@ def hpt(
     """A switch by problem: with at most ``most_correct`` right samples (0 for Qwen, 2 for Llama [C]) the
     demonstration is imitated and the samples are dropped, otherwise Dr. GRPO without a clip. Totals count
     what is kept."""
-    terms = (
-        Term(
-            name="policy",
-            select=POLICY,
-            coefficient=coefficients.importance,
-            normaliser=Normaliser.MAX_LENGTH,
-        ),
-        imitation_term(weight=imitation_weight),
-    )
+    terms = (OWN_TERM, imitation_term(weight=imitation_weight))
+    legacy = (legacy_scale, legacy_microbatches)
     return _family(
         "hpt",
         terms,
-        (legacy_scale, legacy_microbatches),
+        legacy,
         plan=plan.beside_demonstration,
         gate=imitate_where_unsolved(most_correct),
         advantage=own_mean,
@@ -239,18 +179,16 @@ def hpt(
 
 
 def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """Micro-groups one after another, each guided by an expert prefix where too few samples so far were
+    """Micro-groups one after another, each guided by an expert prefix if too few samples so far were
     right: lengths 0.25, 0.5 and 1 below shares 1/2, 2/3 and 1 [C] (the paper has 0.2, 0.5, 1 at 0.5, 0.7,
     0.9). Expert tokens are imitated by TrSFT with advantage 1. The code leaves one of two guided samples
     unimitated and ends prefixes with clauses; this does neither."""
-    terms = (
-        _part("policy", POLICY, coefficients.importance),
-        _part("prefix", EXPERT, coefficients.trusted(alpha)),
-    )
+    terms = (OWN_PART, _part("prefix", EXPERT, coefficients.trusted(alpha)))
+    legacy = (legacy_scale, legacy_microbatches)
     return _family(
         "trapo",
         terms,
-        (legacy_scale, legacy_microbatches),
+        legacy,
         plan=plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0)),
         source="arXiv:2512.17636",
     )
@@ -270,13 +208,14 @@ def exgrpo(
     its group, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds the
     store ([U]: the code keeps all)."""
     terms = (
-        _part("policy", POLICY, coefficients.importance),
-        _part("replay", STORED, coefficients.shaped_replay(beta), needs=("behavior_logprobs",)),
+        OWN_PART,
+        _part("replay", row.STORED, coefficients.shaped_replay(beta), needs=("behavior_logprobs",)),
     )
+    legacy = (legacy_scale, legacy_microbatches)
     return _family(
         "exgrpo",
         terms,
-        (legacy_scale, legacy_microbatches),
+        legacy,
         plan=plan.with_replay,
         parts=(Replay(share=replay_share, start=replay_start, sigma=replay_sigma, most_stored=most_stored),),
         source="arXiv:2510.02245",
@@ -286,14 +225,6 @@ def exgrpo(
 def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
     """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows
     where the policy is unlikely to go. No std and no clip, as in the code [C] (the paper has a std)."""
-    terms = (
-        _part("policy", POLICY, coefficients.importance),
-        _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)),
-    )
-    return _family(
-        "rl_plus",
-        terms,
-        (legacy_scale, legacy_microbatches),
-        plan=plan.with_demonstration,
-        source="arXiv:2508.00222",
-    )
+    terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)))
+    legacy = (legacy_scale, legacy_microbatches)
+    return _family("rl_plus", terms, legacy, plan=plan.with_demonstration, source="arXiv:2508.00222")

@@ -20,8 +20,7 @@ def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual
 
 
 def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: R − group mean, asymmetric clipping, token-level global mean, no KL. All-equal groups
-    count."""
+    """The paper's RL: R − group mean, asymmetric clipping, global token mean, no KL. All-equal groups count."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
@@ -62,15 +61,13 @@ def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0
 
 
 def rloo() -> Method:
-    """The mean of the other samples as the baseline, unclipped, summed over a sequence, mean over
-    sequences."""
+    """The mean of the other samples as the baseline, unclipped, summed over a sequence, mean over sequences."""
     term = policy_term(coefficients.importance, Normaliser.SEQUENCE_SUMS)
     return Method(name="rloo", terms=(term,), advantage=leave_one_out, source="arXiv:2402.14740")
 
 
 def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float) -> Method:
-    """Advantages whitened over all own tokens of the step: long samples weigh more in the moments (verl
-    [C])."""
+    """Advantages whitened over all own tokens of the step: long samples weigh more in the moments (verl [C])."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     coefficient = corrections.with_advantage(clipped, corrections.whitened("mean", "std"))
     moments = tuple(
@@ -98,9 +95,8 @@ def reinforce_pp_baseline(*, clip_low: float = 0.2, clip_high: float = 0.2) -> M
 
 def gspo(*, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Method:
     """One ratio a sequence, clipped as a whole; sequence mean of token means."""
-    term = policy_term(
-        coefficients.clipped_sequence_ratio(clip_low, clip_high), Normaliser.SEQUENCES, clips=True
-    )
+    clipped = coefficients.clipped_sequence_ratio(clip_low, clip_high)
+    term = policy_term(clipped, Normaliser.SEQUENCES, clips=True)
     return Method(name="gspo", terms=(term,), advantage=group_mean_std, source="arXiv:2507.18071, eq. 5")
 
 
@@ -121,7 +117,6 @@ def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
 
 
 def sapo(*, temperature_right: float = 1.0, temperature_wrong: float = 1.05) -> Method:
-    """A soft gate around r = 1 in the place of the clip, narrower where A < 0; sequence mean of token means
-    [C]."""
+    """A soft gate around r = 1 instead of a clip, narrower if A < 0; sequence mean of token means [C]."""
     term = policy_term(coefficients.softly_gated(temperature_right, temperature_wrong), Normaliser.SEQUENCES)
     return Method(name="sapo", terms=(term,), advantage=group_mean_std, source="arXiv:2511.20347")

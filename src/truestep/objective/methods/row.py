@@ -1,5 +1,4 @@
-"""What a row of the table is made of: terms, statistics, and what a method asks of data, buffers and scoring
-passes."""
+"""What a row of the table is made of: terms, statistics, and what a method needs of data and scoring passes."""
 
 from __future__ import annotations
 
@@ -72,9 +71,8 @@ class Term:
             raise ValueError(f"term {self.name}: give either a coefficient or a value")
         unknown = [name for name in self.needs if name not in OPTIONAL_FIELDS]
         if unknown:
-            raise ValueError(
-                f"term {self.name}: needs {unknown[0]!r} is not one of {', '.join(OPTIONAL_FIELDS)}"
-            )
+            known = ", ".join(OPTIONAL_FIELDS)
+            raise ValueError(f"term {self.name}: needs {unknown[0]!r} is not one of {known}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +101,7 @@ class Refill:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlong:
-    """DAPO's soft penalty: the reward falls linearly by up to ½ over the last ``fraction`` of the length
-    limit.
+    """DAPO's soft penalty: the reward falls by up to ½ over the last ``fraction`` of the length limit.
 
     DAPO subtracts up to 1 from rewards of ±1; with rewards of 0 and 1 the same shape has half the size."""
 
@@ -193,9 +190,8 @@ class Method:
 
     def needs(self, column: str) -> bool:
         """Whether a term or a statistic reads an optional column of ``TokenBatch``."""
-        return any(
-            column in names for names in [p.needs for p in self.terms] + [s.needs for s in self.statistics]
-        )
+        names = [*(t.needs for t in self.terms), *(s.needs for s in self.statistics)]
+        return any(column in needs for needs in names)
 
     @property
     def needs_reference(self) -> bool:
@@ -225,35 +221,27 @@ def complete(row: Method, given: Mapping[str, Any]) -> Method:
     """The row with its extras, the recipe's (``given``) before its own, laid over its terms. Raises
     ValueError for unknown values."""
     extras = replace(row.extras, **given)
-    if extras.kl not in ("none", "reward", *KL_TERMS):
-        raise ValueError(
-            f"method_options.kl: expected none, {', '.join(KL_TERMS)} or reward, got {extras.kl!r}"
-        )
-    if extras.correction not in corrections.CORRECTIONS:
-        raise ValueError(
-            f"method_options.correction: expected {', '.join(corrections.CORRECTIONS)}, got {extras.correction!r}"
-        )
+    for key, known in (("kl", ("none", *KL_TERMS, "reward")), ("correction", corrections.CORRECTIONS)):
+        if (value := getattr(extras, key)) not in known:
+            raise ValueError(f"method_options.{key}: expected {', '.join(known)}, got {value!r}")
     if (extras.kl == "none") != (extras.kl_coef == 0):
-        raise ValueError("method_options.kl: kl and kl_coef go together: give both or neither")
+        raise ValueError("method_options.kl: kl and kl_coef belong together; set both or neither")
     terms, statistics = row.terms, row.statistics
     if extras.correction != "none":
         weight = corrections.mismatch_weight(extras.correction, extras.correction_low, extras.correction_high)
         terms = tuple(t if t.coefficient is None else replace(t, correction=weight) for t in terms)
     if extras.kl == "reward":
-        charge, needs = corrections.kl_in_reward(extras.kl_coef), ("reference_logprobs",)
-        # What only the expert's or stored tokens read is not charged: it may have no reference values either.
-        terms = tuple(
-            t
-            if t.coefficient is None or t.select in (EXPERT, STORED)
-            else replace(
-                t, coefficient=corrections.with_advantage(t.coefficient, charge), needs=(*t.needs, *needs)
-            )
-            for t in terms
-        )
-        statistics = tuple(
-            replace(s, values=corrections.with_advantage(s.values, charge), needs=(*s.needs, *needs))
-            for s in statistics
-        )
+        charge = corrections.kl_in_reward(extras.kl_coef)
+
+        def charged(part: Any, field: str) -> Any:
+            function, needs = getattr(part, field), (*part.needs, "reference_logprobs")
+            # What only the expert's or stored tokens read is not charged: it may have no reference values.
+            if function is None or part.select in (EXPERT, STORED):
+                return part
+            return replace(part, **{field: corrections.with_advantage(function, charge)}, needs=needs)
+
+        terms = tuple(charged(t, "coefficient") for t in terms)
+        statistics = tuple(charged(s, "values") for s in statistics)
     elif extras.kl != "none":
         kl = KL_TERMS[extras.kl]
         terms = (*terms, _own_term("kl", extras.kl_coef, coefficient=kl, needs=("reference_logprobs",)))
@@ -264,6 +252,5 @@ def complete(row: Method, given: Mapping[str, Any]) -> Method:
 
 def _own_term(name: str, weight: float, **given: Any) -> Term:
     """A term over the policy's tokens, token mean."""
-    return Term(
-        name=name, select=POLICY, normaliser=Normaliser.TOKENS, weight=schedule.constant(weight), **given
-    )
+    constant = schedule.constant(weight)
+    return Term(name=name, select=POLICY, normaliser=Normaliser.TOKENS, weight=constant, **given)
