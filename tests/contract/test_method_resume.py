@@ -73,15 +73,15 @@ def test_resumed_is_never_stopped(
 
     # Killed after step 3 was trained and before anything of it was saved; the newest checkpoint is that of
     # step 2.
-    original = loop._log
+    original = loop.finish
 
-    def log(spec: StageSpec, state: TrainState, *rest: Any) -> None:
+    def finish(spec: StageSpec, state: TrainState) -> TrainState:
         if state.step == 3:
             raise Killed
-        original(spec, state, *rest)
+        return original(spec, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_log", log)
+        patch.setattr(loop, "finish", finish)
         with pytest.raises(Killed):
             go(made, killed)
     go(made, killed, resume=True)
