@@ -3,22 +3,28 @@ nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from method_runs import recipe_of, start
+from safetensors.torch import load_file
 from tiny_runs import differing, fingerprint, go, interrupted_at, prepared
+from torch import Tensor
 
 from truestep import rundir
 from truestep.checkpoint.store import load_latest
+from truestep.records import Origin, TrainSequence
 from truestep.signals import Interrupted
 from truestep.train import loop
 from truestep.train.checkpoints import TrainState
 from truestep.train.loop import StageSpec
 from truestep.train.memory import Memory
+from truestep.train.policy import Policy
+from truestep.train.scoring import Scorer
+from truestep.train.step import NonFiniteError
 
 torch.set_num_threads(1)
 REMEMBERING = ("relift", "exgrpo", "sasr", "super_rl")
@@ -87,6 +93,36 @@ def test_resumed_is_never_stopped(
     go(made, killed, resume=True)
     assert differing(fingerprint(killed), fingerprint(whole)) == []
     assert last_state(killed)["memory"] == state
+
+
+def test_an_entropy_that_is_not_finite_names_its_step_and_leaves_its_batch(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the pass that chooses among stored samples, before anything of step 7 is trained."""
+    forward, entropy, spoilt = Policy.forward, Scorer.entropy, False
+
+    def spoiling(self: Policy, *given: Any) -> tuple[Tensor, Tensor]:
+        logprobs, found = forward(self, *given)
+        return logprobs, found * float("nan") if spoilt else found
+
+    def scoring(self: Scorer, sequences: Sequence[TrainSequence], step: int) -> Any:
+        nonlocal spoilt
+        spoilt = step == 7
+        try:
+            return entropy(self, sequences, step)
+        finally:
+            spoilt = False
+
+    monkeypatch.setattr(Policy, "forward", spoiling)
+    monkeypatch.setattr(Scorer, "entropy", scoring)
+    with pytest.raises(NonFiniteError) as caught:
+        go(prepared(recipe_of(tmp_path, model, "exgrpo", steps=9)), tmp_path / "run")
+    stage = tmp_path / "run/stages/01-rl"
+    saved = stage / "nonfinite-rank-0.safetensors"
+    message = "step 7, micro-batch 0: proximal entropy is not finite; the batch is saved in"
+    assert str(caught.value) == f"{message} {saved}"
+    assert set(load_file(saved)["0.origin"].tolist()) == {int(Origin.STORED)}
+    assert [row["step"] for row in rundir.read_jsonl(stage / "metrics.jsonl")] == list(range(1, 8))
 
 
 def test_memory_is_what_it_was_after_a_checkpoint(model: str, tmp_path: Path) -> None:

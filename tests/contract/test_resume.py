@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from itertools import count, groupby
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,34 @@ def test_stopped_anywhere_and_resumed_is_never_stopped(
     assert differing(fingerprint(folder), fingerprint(expected)) == []
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for stage in done for p in files(stage)}
     assert sum("done already, skipped" in said for said in reporter.said) == len(done)
+
+
+@pytest.mark.parametrize("nth_score", [0, 1, 2])
+def test_stopped_in_a_dev_score_and_resumed_is_never_stopped(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth_score: int
+) -> None:
+    """The step is trained, its weights are published, and its line is not yet written."""
+    dev = 'stages.rl.dev={ data = "test", every_steps = 2, select_best = true, samples_per_problem = 3 }'
+    made = prepared(recipe, "evaluate.data=[]", "stages.sft.steps=6", "stages.rl.save_every=5", dev)
+    with monkeypatch.context() as patch:
+        alarm = interrupted_at(patch, 10**9)
+        go(made, tmp_path / "whole")
+    rows = rundir.read_jsonl(tmp_path / "whole/stages/02-rl/metrics.jsonl")
+    scored = [row["step"] for row in rows if "rl/dev/score" in row]
+    assert scored == [2, 4, 5]
+    looks = [i for i, place in enumerate(alarm.looks) if place == "evaluate"]
+    # The looks of one score follow each other; between two scores a step is trained.
+    scores = [list(group) for _, group in groupby(looks, key=lambda i, c=count(): i - next(c))]
+    assert len(scores) == 3
+    assert min(len(places) for places in scores) >= 2
+    for place in (scores[nth_score][0], scores[nth_score][-1]):
+        folder = tmp_path / f"stopped at {place}"
+        stop_at(monkeypatch, made, folder, place)
+        (newest,) = list_checkpoints(folder / "stages/02-rl/checkpoints")[-1:]
+        assert newest.name == f"step_{scored[nth_score]:08d}"
+        assert len(rundir.read_jsonl(folder / "stages/02-rl/metrics.jsonl")) == scored[nth_score] - 1
+        go(made, folder, resume=True)
+        assert differing(fingerprint(folder), fingerprint(tmp_path / "whole")) == []
 
 
 def test_stopped_again_and_again_is_never_stopped(

@@ -36,14 +36,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from truestep.model.attention import PackedLayout
+from truestep.objective.methods import build
 from truestep.objective.schedule import learning_rate
-from truestep.records import Origin, TrainSequence
+from truestep.records import Origin, RecordError, TokenBatch, TrainSequence
 from truestep.settings import OptimizerSettings
 from truestep.testing.reference.loss import frozen_logprobs, reference_loss
 from truestep.testing.reference.step import StepResult, reference_steps
 from truestep.train.optim import MasterOptimizer
-from truestep.train.packing import dummy_batch
+from truestep.train.packing import dummy_batch, pack
+from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
+from truestep.train.step import count_totals
 
 ALL = list(FAMILIES)
 TEMPERATURES = (0.6, 1.0, 1.7)
@@ -179,6 +182,43 @@ class CountProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.number += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         return func(*args, **(kwargs or {}))
+
+
+def test_sequences_of_a_step_need_numbers_of_their_own() -> None:
+    """Packed in two calls that number them alike, a mean over sequences would take two for one."""
+    policy, f = pair("tied")[0], FAMILIES["grpo"]
+    sequences, plan, right = sequences_of(f), plan_for(f.method), expected("tied", "grpo", 1.0)
+
+    def packed(first_of_the_second: int) -> list[TokenBatch]:
+        parts = (sequences[:5], 0), (sequences[5:], first_of_the_second)
+        return [
+            batch
+            for part, first in parts
+            for batch in pack(part, tokens_per_microbatch=60, first_sequence=first, dtype=torch.float64)
+        ]
+
+    close("packed in two calls", sgd_gradient(policy, packed(5), plan), right)
+    close("packed in two calls", sgd_gradient(policy, packed(900), plan), right)
+    for first in (0, 4):  # all numbers twice, or one
+        with pytest.raises(RecordError, match="hold the same sequence number: pack all sequences"):
+            sgd_gradient(policy, packed(first), plan)
+        with pytest.raises(RecordError, match="or give the calls different first_sequence"):
+            count_totals(plan.terms, packed(first), Ranks())
+
+
+def test_a_micro_batch_lacks_a_column_that_none_of_its_tokens_needs() -> None:
+    """The KL term reads reference values of own samples; a rank without work and demonstrations have none."""
+    policy, f = pair("tied")[0], FAMILIES["grpo"]
+    method = build("grpo", {"kl": "k2", "kl_coef": 0.1})
+    shown = [replace(s, group=s.group + 50) for s in demonstrations((5, 3), seed=8)]
+    own = batches_of(sequences_of(f), num_batches=2)
+    own = [replace(b, reference_logprobs=b.advantage - 1.0) for b in own]
+    others = [*pack(shown, tokens_per_microbatch=99, first_sequence=90, dtype=torch.float64)]
+    right = sgd_gradient(policy, own, plan_for(method))
+    dummy = dummy_batch(torch.float64, "cpu")
+    close("columns", sgd_gradient(policy, [dummy, *own, *others], plan_for(method)), right)
+    with pytest.raises(RecordError, match="reads reference_logprobs, which this step does not have"):
+        sgd_gradient(policy, [replace(own[0], reference_logprobs=None), own[1]], plan_for(method))
 
 
 def test_a_step_without_any_target_is_a_step_of_zero() -> None:
