@@ -15,7 +15,7 @@ from truestep.settings import ModelSettings
 
 def test_without_vllm_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "/nowhere/python")
-    with pytest.raises(UserError, match=f"{ENVIRONMENT} = /nowhere/python: is no Python"):
+    with pytest.raises(UserError, match=f"{ENVIRONMENT} = /nowhere/python is not a Python"):
         python_with_vllm()
 
 

@@ -1,4 +1,4 @@
-"""The seam between truestep and whatever samples tokens: token ids in, token ids out, never text."""
+"""The interface of what samples tokens: token ids in, token ids out, never text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """One completion to be sampled. Its random numbers depend on these coordinates alone, so neither the
-    batch it is decoded with nor the rank that decodes it changes them. The last ``num_given`` tokens of
-    ``prompt_ids`` are the beginning of the completion itself: they count towards its length limit."""
+    """One completion to be sampled. Its random numbers depend only on these coordinates, not on the batch or the
+    rank that decodes it. The last ``num_given`` tokens of ``prompt_ids`` are the beginning of the completion:
+    they count towards its length limit."""
 
     problem_id: str
     sample_index: int
@@ -31,17 +31,16 @@ class SampleRequest:
 
     def uniforms(self, count: int) -> np.ndarray:
         """``count`` float64 uniforms in [0, 1), one per token."""
-        return generator(self.seed, self.purpose, self.step, f"{self.problem_id}/{self.sample_index}").random(
-            count
-        )
+        item = f"{self.problem_id}/{self.sample_index}"
+        return generator(self.seed, self.purpose, self.step, item).random(count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
     """What distribution to sample from, and when to stop. Temperature 0 is greedy.
 
-    A completion ends with the first of ``stop_token_ids``, or with the first of ``stop_sequences`` that its
-    last tokens are (an engine may do without these: they only save what would be cut off)."""
+    A completion ends with the first of ``stop_token_ids`` or of ``stop_sequences`` (an engine may ignore the
+    latter: they only save tokens that would be cut off)."""
 
     temperature: float
     max_new_tokens: int
@@ -52,13 +51,12 @@ class SamplingParameters:
 
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether these tokens, at least one, are a completion that has stopped by itself."""
-        return tokens[-1] in self.stop_token_ids or any(
-            tuple(tokens[-len(s) :]) == s for s in self.stop_sequences
-        )
+        ended = any(tuple(tokens[-len(s) :]) == s for s in self.stop_sequences)
+        return ended or tokens[-1] in self.stop_token_ids
 
     @property
     def distribution(self) -> Distribution:
-        """What behavior log-probabilities of these samples belong to."""
+        """The distribution of these samples' behavior log-probabilities."""
         return Distribution(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
 
@@ -88,8 +86,7 @@ def sampled_rollout(
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationCost:
-    """Tokens and query-key pairs that an engine has computed since it was last asked (for the FLOPs
-    ledger)."""
+    """Tokens and query-key pairs that an engine has computed since the last call (for the FLOPs ledger)."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -97,8 +94,7 @@ class GenerationCost:
 
 
 class Engine(Protocol):
-    """Samples completions with a published set of weights. Two implementations exist or are planned: torch,
-    vLLM."""
+    """Samples completions with a published set of weights. Implementations: torch, vLLM."""
 
     policy_version: int
 
@@ -108,9 +104,8 @@ class Engine(Protocol):
         sampling: SamplingParameters,
         check_stop: Callable[[], None] = lambda: None,
     ) -> Iterator[Rollout]:
-        """Yield one Rollout per request, each as soon as it is finished (any order). ``check_stop`` is called
-        between decoding steps and may raise. A request that cannot be sampled yields a Rollout with stop
-        ERROR."""
+        """Yield one Rollout per request, in the order in which they finish. ``check_stop`` is called between
+        decoding steps and may raise. A request that cannot be sampled yields a Rollout with stop ERROR."""
         ...
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -118,8 +113,7 @@ class Engine(Protocol):
         ...
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's own weights: a publish's
-        proof."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights, to check a publish."""
         ...
 
     def take_cost(self) -> GenerationCost:

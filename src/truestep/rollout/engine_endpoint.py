@@ -1,9 +1,7 @@
-"""Any OpenAI-compatible endpoint: text in, text out. For models that somebody else serves; it cannot be
-trained from.
+"""Any OpenAI-compatible endpoint: text in, text out. For models that another server runs; it cannot train.
 
-The openai client does the waiting, the retries with backoff and what Retry-After says. A request that fails
-for good is a sample with an error, never an empty answer. The key comes from the environment alone and is
-written nowhere.
+The openai client waits, retries with backoff and obeys Retry-After. A request that fails for good is a sample
+with an error, never an empty answer. The key comes only from the environment and is never written.
 """
 
 from __future__ import annotations
@@ -13,7 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from truestep.errors import UserError
 from truestep.records import Message, RecordError, Stop
@@ -24,6 +23,8 @@ from truestep.seeding import integer
 if TYPE_CHECKING:
     from openai import OpenAI
 
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 KEY_NAMES = ("TRUESTEP_API_KEY", "OPENAI_API_KEY")
 CONCURRENT = 16  # requests under way at once
 TIMEOUT_SECONDS = 1800.0  # for one answer; 8192 tokens on a slow server take a while
@@ -32,7 +33,7 @@ RETRIES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """One answer to be written: to chat turns, or where ``text`` is given, as a continuation of it."""
+    """One answer to be written: to chat turns, or as a continuation of ``text`` if it is given."""
 
     problem_id: str
     sample_index: int
@@ -44,8 +45,8 @@ class TextRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSample:
-    """What came of a request. ``num_tokens`` is what the server counted (0 where it does not say); a failed
-    one has stop ERROR, a reason, and no text. ``token_ids`` are known where an engine of ours made them."""
+    """The answer to a request. ``num_tokens`` is the server's count (0 if it has none). A failed sample has stop
+    ERROR, a reason and no text. ``token_ids`` are known if a truestep engine sampled them."""
 
     problem_id: str
     sample_index: int
@@ -61,35 +62,30 @@ class TextSample:
 
 
 def text_seed(request: SampleRequest) -> int:
-    """A 31-bit seed of the request's own coordinates, for servers that take an integer."""
+    """A 31-bit seed from the request's coordinates, for servers that take an integer."""
     item = f"{request.problem_id}/{request.sample_index}"
     return integer(request.seed, request.purpose, request.step, item) % 2**31
 
 
 @contextmanager
 def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) -> Iterator[OpenAI]:
-    """A client of the endpoint. Raises UserError where nothing answers there or the key is refused."""
+    """A client of the endpoint. Raises UserError if nothing answers or the key is refused."""
     try:
         import openai
     except ModuleNotFoundError:
-        raise UserError(
-            f'engine = "{url}" needs the package openai: pip install "truestep[endpoint]"'
-        ) from None
+        remedy = 'pip install "truestep[endpoint]"'
+        raise UserError(f'engine = "{url}" needs the package openai; {remedy}') from None
     base = url.rstrip("/")
     base = base if "/" in base.partition("://")[2] else f"{base}/v1"
-    with openai.OpenAI(
-        base_url=base, api_key=_key() or "none", timeout=timeout, max_retries=retries
-    ) as client:
+    key, shown = _key() or "none", redact(url)
+    with openai.OpenAI(base_url=base, api_key=key, timeout=timeout, max_retries=retries) as client:
         try:
             client.with_options(timeout=min(timeout, 30.0), max_retries=1).models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError):
-            raise UserError(
-                f"engine = {redact(url)!r}: refuses the key: set {' or '.join(KEY_NAMES)}"
-            ) from None
+            raise UserError(f"engine = {shown!r}: the key is refused; set {' or '.join(KEY_NAMES)}") from None
         except openai.APIConnectionError as error:
-            raise UserError(
-                f"engine = {redact(url)!r}: nothing answers there ({_reason(error)}): start it, or correct the URL"
-            ) from None
+            reason = f"nothing answers there ({_reason(error)})"
+            raise UserError(f"engine = {shown!r}: {reason}; start it, or correct the URL") from None
         except openai.APIError:
             pass  # not every server lists its models
         yield client
@@ -97,6 +93,29 @@ def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) 
 
 def _key() -> str:
     return next((os.environ[name] for name in KEY_NAMES if os.environ.get(name)), "")
+
+
+def each(
+    function: Callable[[Request], Answer],
+    requests: Sequence[Request],
+    limit: int,
+    check_stop: Callable[[], None],
+) -> Iterator[Answer]:
+    """``function`` of every request, at most ``limit`` at once in threads, as they finish. ``check_stop`` is
+    called meanwhile and may raise: requests under way are then dropped."""
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=limit)
+    waiting = iter(requests)
+    running: set[concurrent.futures.Future[Answer]] = set()
+    try:
+        while True:
+            check_stop()
+            running |= {pool.submit(function, request) for request in islice(waiting, limit - len(running))}
+            if not running:
+                return
+            done, running = concurrent.futures.wait(running, 0.2, concurrent.futures.FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class EndpointEngine:
@@ -111,25 +130,8 @@ class EndpointEngine:
         sampling: SamplingParameters,
         check_stop: Callable[[], None] = lambda: None,
     ) -> Iterator[TextSample]:
-        """Yield one sample per request as they come (any order). ``check_stop`` is called between them and
-        may raise: what is under way is then dropped."""
-        pool = concurrent.futures.ThreadPoolExecutor(max_workers=self.concurrent)
-        waiting = iter(requests)
-        running: set[concurrent.futures.Future[TextSample]] = set()
-        try:
-            while True:
-                check_stop()
-                while len(running) < self.concurrent and (request := next(waiting, None)) is not None:
-                    running.add(pool.submit(self._answer, request, sampling))
-                if not running:
-                    return
-                done, running = concurrent.futures.wait(
-                    running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        """Yield one sample per request, in the order in which they finish."""
+        yield from each(lambda r: self._answer(r, sampling), requests, self.concurrent, check_stop)
 
     def _answer(self, request: TextRequest, sampling: SamplingParameters) -> TextSample:
         import openai
@@ -137,9 +139,9 @@ class EndpointEngine:
         try:
             return self._chat(request, sampling) if request.messages else self._completion(request, sampling)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise UserError(f"model {self.model!r}: the endpoint refuses it: {_reason(error)}") from None
+            raise UserError(f"model {self.model!r} is refused by the endpoint: {_reason(error)}") from None
         except (openai.APIError, ValueError, TypeError, AttributeError, LookupError) as error:
-            return _failed(request, _reason(error))  # the last four: an answer that is none
+            return _failed(request, _reason(error))  # the last four: a malformed answer
 
     def _options(self, request: TextRequest, sampling: SamplingParameters) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -160,10 +162,8 @@ class EndpointEngine:
         turns: Any = [{"role": m.role, "content": m.content} for m in request.messages]
         found: Any = self.client.chat.completions.create(messages=turns, **self._options(request, sampling))
         choice = found.choices[0]
-        text = choice.message.content
-        thought = getattr(choice.message, "reasoning_content", None) or getattr(
-            choice.message, "reasoning", None
-        )
+        message, text = choice.message, choice.message.content
+        thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         if thought:
             text = f"<think>\n{thought}\n</think>\n{text or ''}" if text else f"<think>\n{thought}"
         return _sample(request, text, choice.finish_reason, found.usage)

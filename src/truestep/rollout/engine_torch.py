@@ -1,10 +1,9 @@
-"""The default engine: batched sampling with a KV cache and continuous refill of finished rows, for any causal
-model.
+"""The default engine, for any causal model: batched sampling with a KV cache and refill of finished rows.
 
-Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a
-decoding step. A prompt that several waiting samples share is prefilled once, and so is what all prompts of a
-prefill begin with (worked examples before each problem). Running rows occupy the first slots of the cache, so
-a decoding step reads a view of it; a finished row's slot is filled by the last one.
+Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a decoding
+step. A prompt that several waiting samples share is prefilled once, as is the common beginning of all prompts
+of a prefill (worked examples before each problem). Running rows occupy the first slots of the cache, so that a
+decoding step reads a view of it; the slot of a finished row is filled by the last one.
 
 Shapes: R running rows, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
 """
@@ -22,24 +21,24 @@ import torch
 from torch import Tensor
 
 from truestep.device import linear
-from truestep.model.attention import PackedLayout, count_pairs
+from truestep.model.attention import PackedLayout, count_pairs, visible
 from truestep.model.forward import hidden_states
 from truestep.records import Rollout, Segment
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.sampling import sample_tokens
+from truestep.seeding import Purpose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFILL_TOKENS = 2048  # prompt tokens forwarded at once: memory only
-SHARED_TOKENS = 64  # the shortest beginning of all prompts that is worth a segment of its own
+SHARED_TOKENS = 64  # the shortest beginning of all prompts that is worth a separate segment
 ROUND_UP = 32  # cached lengths are read in multiples, so that kernels see few shapes
 
 
 @dataclass
 class _Row:
-    """A running sample. ``length`` counts its cached tokens; ``forced`` tokens are scored instead of
-    sampled."""
+    """A running sample. ``length`` counts cached tokens; ``forced`` tokens are scored instead of sampled."""
 
     request: SampleRequest
     uniforms: Sequence[float] | np.ndarray
@@ -48,13 +47,9 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def next_uniform(self) -> float:
-        return float(self.uniforms[len(self.tokens)])
-
 
 class KvCache:
-    """Keys and values of all slots, one pair of tensors [slots, K, T, D] a layer, made when a layer first
-    writes."""
+    """Keys and values of all slots: one pair of tensors [slots, K, T, D] a layer, made when it first writes."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
@@ -73,8 +68,8 @@ class KvCache:
 
 
 class _PrefillLayout(PackedLayout):
-    """Packed prompts that leave their keys and values, those of a shared beginning first, in the cache slots
-    of all their samples (none, for the beginning itself)."""
+    """Packed prompts whose keys and values, those of a shared beginning first, are written to the cache slots of
+    all their samples (the shared beginning has no slots)."""
 
     def __init__(
         self, segments: Sequence[Segment], positions: Tensor, cache: KvCache, slots: Sequence[range]
@@ -96,14 +91,13 @@ class _PrefillLayout(PackedLayout):
 
 
 class _DecodeLayout:
-    """One new token of each running row, which sees all that its slot has cached, itself included."""
+    """One new token of each running row; it sees all cached tokens of its slot and itself."""
 
     def __init__(self, cache: KvCache, lengths: Sequence[int], device: torch.device) -> None:
         self.cache = cache
         self.position = torch.tensor(lengths, device=device)
         self.rows = torch.arange(len(lengths), device=device)
-        needed = max(lengths) + 1
-        self.read = min(cache.capacity, -(-needed // ROUND_UP) * ROUND_UP)
+        self.read = min(cache.capacity, -(-(max(lengths) + 1) // ROUND_UP) * ROUND_UP)
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(
@@ -129,23 +123,21 @@ class _DecodeLayout:
 
     def _mask(self, window: int | None) -> Tensor:
         if window not in self._masks:
-            distance = self.position[:, None] - torch.arange(self.read, device=self.position.device)[None, :]
-            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            seen = visible(self.position, torch.arange(self.read, device=self.position.device), window)
             additive = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
             self._masks[window] = additive[:, None, None, :]
         return self._masks[window]
 
 
 class TorchEngine:
-    """Samples with the given model. ``packs`` False falls back to one row at a time through the model's own
-    cache."""
+    """Samples with the given model; with ``packs`` False one row at a time through the model's cache."""
 
     def __init__(self, model: PreTrainedModel, *, max_running: int = 64, packs: bool = True) -> None:
         self.model, self.max_running, self.packs = model, max_running, packs
         self.policy_version = 0
         self._prefilled = self._decoded = self._pairs = 0
 
-    # ----------------------------------------------------------------------------------------------- the seam
+    # ----------------------------------------------------------------------------------------------- the interface
 
     @torch.no_grad()
     def generate(
@@ -156,9 +148,10 @@ class TorchEngine:
     ) -> Iterator[Rollout]:
         """Yield one Rollout per request, in the order in which they finish.
 
-        A sample's random numbers are its own, but its tokens may differ between batch compositions where a
-        kernel's rounding depends on its shape."""
-        rows = deque(self._row(r, sampling) for r in requests)
+        A sample's random numbers do not depend on the batch, but its tokens may, if a kernel's rounding depends
+        on its shape."""
+        count = sampling.max_new_tokens
+        rows = deque(_Row(request=r, uniforms=r.uniforms(count), length=0) for r in requests)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -175,9 +168,8 @@ class TorchEngine:
         """Copy the weights in, unless they are this model's own tensors already."""
         own = dict(self.model.named_parameters())
         if set(own) != set(weights):
-            raise KeyError(
-                f"published weights do not match the engine's: {sorted(set(own) ^ set(weights))[:3]}"
-            )
+            different = sorted(set(own) ^ set(weights))[:3]
+            raise KeyError(f"published weights do not match the engine's: {different}")
         with torch.no_grad():
             for name, parameter in own.items():
                 if parameter.data_ptr() != weights[name].data_ptr():
@@ -186,27 +178,28 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` through the engine's own prefill and
-        decoding."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` through this engine's prefill and decoding."""
         forced = tuple(token_ids[num_prompt_tokens:])
         sampling = SamplingParameters(temperature=temperature, max_new_tokens=len(forced), stop_token_ids=())
-        row = _Row(
-            request=_probe(token_ids[:num_prompt_tokens]),
-            uniforms=[0.0] * len(forced),
-            length=0,
-            forced=forced,
+        request = SampleRequest(
+            problem_id="probe",
+            sample_index=0,
+            prompt_ids=tuple(token_ids[:num_prompt_tokens]),
+            seed=0,
+            purpose=Purpose.PROBE,
+            step=0,
         )
+        row = _Row(request=request, uniforms=[0.0] * len(forced), length=0, forced=forced)
         was_training, cost = self.model.training, (self._prefilled, self._decoded, self._pairs)
         self.model.eval()
         try:
             if self.packs:
-                for _ in self._run(deque([row]), sampling, lambda: None):
-                    pass
+                list(self._run(deque([row]), sampling, lambda: None))
             else:
                 self._run_alone(row, sampling, lambda: None)
         finally:
             self.model.train(was_training)
-            self._prefilled, self._decoded, self._pairs = cost  # a probe is no work of the run
+            self._prefilled, self._decoded, self._pairs = cost  # a probe is not work of the run
         return row.logprobs
 
     def take_cost(self) -> GenerationCost:
@@ -214,10 +207,7 @@ class TorchEngine:
         self._prefilled = self._decoded = self._pairs = 0
         return cost
 
-    # -------------------------------------------------------------------------------------------- the machine
-
-    def _row(self, request: SampleRequest, sampling: SamplingParameters) -> _Row:
-        return _Row(request=request, uniforms=request.uniforms(sampling.max_new_tokens), length=0)
+    # -------------------------------------------------------------------------------------------- the scheduler
 
     def _run(
         self, waiting: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]
@@ -226,7 +216,7 @@ class TorchEngine:
         num_slots = min(self.max_running, len(waiting))
         cache = KvCache(num_slots, longest + sampling.max_new_tokens)
         running: list[_Row] = []
-        refill_at = max(1, num_slots // 4)  # a prefill for a single free slot would cost a pass of its own
+        refill_at = max(1, num_slots // 4)  # a prefill for a single free slot would cost a whole pass
         while waiting or running:
             check_stop()
             free = num_slots - len(running)
@@ -237,11 +227,10 @@ class TorchEngine:
             for index in reversed(range(len(running))):
                 if self._finished(running[index], sampling):
                     yield self._rollout(running[index], sampling)
-                    last = len(running) - 1
-                    if index != last:
-                        cache.move(last, index, running[last].length)
-                        running[index] = running[last]
-                    running.pop()
+                    last = running.pop()
+                    if index != len(running):
+                        cache.move(len(running), index, last.length)
+                        running[index] = last
 
     def _admit(
         self,
@@ -251,8 +240,7 @@ class TorchEngine:
         cache: KvCache,
         sampling: SamplingParameters,
     ) -> None:
-        """Prefill as many waiting rows as there are free slots; neighbours with the same prompt share one
-        prefill."""
+        """Prefill as many waiting rows as there are free slots; neighbors with one prompt share its prefill."""
         shares: list[list[_Row]] = []
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
         tokens = shared
@@ -271,28 +259,23 @@ class TorchEngine:
         ids = list(shares[0][0].request.prompt_ids[:shared])
         for share in shares:
             own = share[0].request.prompt_ids[shared:]
-            segments.append(
-                Segment(start=len(ids), stop=len(ids) + len(own), prefix_start=0, prefix_stop=shared)
-            )
+            segments.append(Segment(start=len(ids), stop=len(ids) + len(own), prefix_stop=shared))
             slots.append(range(len(running), len(running) + len(share)))
             ids.extend(own)
             running.extend(share)
         device = self._device()
-        positions = torch.cat(
-            [torch.arange(s.stop - s.start, device=device) + s.prefix_stop for s in segments]
-        )
+        runs = [torch.arange(s.stop - s.start, device=device) + s.prefix_stop for s in segments]
+        positions = torch.cat(runs)
         layout = _PrefillLayout(segments, positions, cache, [range(0)] * bool(shared) + slots)
         hidden = hidden_states(self.model, torch.tensor(ids, device=device), positions, layout)
         self._prefilled += len(ids)
         self._pairs += count_pairs(segments)
-        ends = [s.stop - 1 for s in segments[bool(shared) :]]
-        last = torch.tensor(
-            [end for end, share in zip(ends, shares, strict=True) for _ in share], device=device
-        )
+        pairs = zip(segments[bool(shared) :], shares, strict=True)
+        ends = [segment.stop - 1 for segment, share in pairs for _ in share]
         fresh = [row for share in shares for row in share]
         for row in fresh:
             row.length = len(row.request.prompt_ids)
-        self._sample(hidden[last], fresh, sampling)
+        self._sample(hidden[torch.tensor(ends, device=device)], fresh, sampling)
 
     def _decode(self, running: list[_Row], cache: KvCache, sampling: SamplingParameters) -> None:
         device = self._device()
@@ -313,7 +296,7 @@ class TorchEngine:
 
     def _take(self, logits: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         forced = [row.forced[len(row.tokens)] if row.forced else -1 for row in rows]
-        uniforms = [row.next_uniform() for row in rows]
+        uniforms = [float(row.uniforms[len(row.tokens)]) for row in rows]
         tokens, logprobs = sample_tokens(logits, uniforms, sampling, forced)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.tokens.append(token)
@@ -324,8 +307,7 @@ class TorchEngine:
         return full or sampling.ends(row.tokens)
 
     def _run_alone(self, row: _Row, sampling: SamplingParameters, check_stop: Callable[[], None]) -> _Row:
-        """For models whose attention cannot be packed: their own forward pass and cache, one row at a
-        time."""
+        """For models whose attention cannot be packed: the model's forward pass and cache, one row at a time."""
         ids = torch.tensor([row.request.prompt_ids], device=self._device())
         past = None
         while not row.tokens or not self._finished(row, sampling):
@@ -341,12 +323,10 @@ class TorchEngine:
         return row
 
     def _rollout(self, row: _Row, sampling: SamplingParameters) -> Rollout:
+        version = self.policy_version
+        tokens, logprobs = row.tokens, row.logprobs
         return sampled_rollout(
-            row.request,
-            sampling,
-            tokens=row.tokens,
-            logprobs=row.logprobs,
-            policy_version=self.policy_version,
+            row.request, sampling, tokens=tokens, logprobs=logprobs, policy_version=version
         )
 
     def _device(self) -> torch.device:
@@ -354,24 +334,8 @@ class TorchEngine:
 
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens all prompts begin with, where that is worth sharing; each keeps a token of its own at
-    least."""
-    first, last = min(prompts), max(prompts)  # what these two share, all that lie between them share
-    same = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
-    )
-    same = min(same, min(map(len, prompts)) - 1)
+    """How many first tokens all prompts share, 0 if too few; each keeps at least one token that is not shared."""
+    first, last = min(prompts), max(prompts)  # all prompts in between share what these two share
+    most = min(map(len, prompts)) - 1
+    same = next((i for i in range(most) if first[i] != last[i]), most)
     return same if first != last and same >= SHARED_TOKENS else 0
-
-
-def _probe(prompt_ids: Sequence[int]) -> SampleRequest:
-    from truestep.seeding import Purpose
-
-    return SampleRequest(
-        problem_id="probe",
-        sample_index=0,
-        prompt_ids=tuple(prompt_ids),
-        seed=0,
-        purpose=Purpose.PROBE,
-        step=0,
-    )

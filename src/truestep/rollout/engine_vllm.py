@@ -1,14 +1,11 @@
-"""vLLM in an environment and a process of its own, spoken to over HTTP on this machine: token ids in, token
-ids out.
+"""vLLM in a separate environment and process, over HTTP on this machine: token ids in, token ids out.
 
-It evaluates; it does not train: weights cannot be published into it from here. Each request has a seed of its
-own coordinates, but vLLM's draws are not truestep's: the same distribution, other samples. Greedy tokens
-agree.
+It evaluates only: weights cannot be published into it. The seed of a request depends on its coordinates, but
+vLLM's random numbers are not truestep's: the same distribution, other samples. Greedy tokens agree.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import importlib.util
 import json
 import os
@@ -23,13 +20,14 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
 from truestep.records import Rollout
 from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
-from truestep.rollout.engine_endpoint import text_seed
+from truestep.rollout.engine_endpoint import each, text_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +40,7 @@ SERVED = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class VllmServer:
-    """What is to be served. ``options`` are further words of vLLM's own command line."""
+    """What is to be served. ``options`` are further arguments of vLLM's command line."""
 
     model: str
     dtype: str
@@ -52,18 +50,16 @@ class VllmServer:
 
 
 def python_with_vllm() -> str:
-    """The interpreter that can import vLLM. Raises UserError where there is none."""
+    """The interpreter that can import vLLM. Raises UserError if there is none."""
     named = os.environ.get(ENVIRONMENT, "")
     if named:
         if not os.access(named, os.X_OK):
-            raise UserError(
-                f"{ENVIRONMENT} = {named}: is no Python: give the interpreter of vLLM's environment"
-            )
+            remedy = "set it to the interpreter of vLLM's environment"
+            raise UserError(f"{ENVIRONMENT} = {named} is not a Python interpreter; {remedy}")
         return named
     if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            f'engine = "vllm": it is not installed here: make an environment for it and set {ENVIRONMENT} to its Python'
-        )
+        remedy = f"make an environment for it and set {ENVIRONMENT} to its Python"
+        raise UserError(f'engine = "vllm" is not installed; {remedy}')
     return sys.executable
 
 
@@ -71,25 +67,17 @@ def python_with_vllm() -> str:
 def serve(server: VllmServer) -> Iterator[VllmEngine]:
     """Start vLLM, wait until it answers, and end it with all its children.
 
-    Raises UserError with its last words where it does not start."""
+    Raises UserError with its last error message if it does not start."""
     python, port = python_with_vllm(), _free_port()
-    words = [
-        python,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        server.model,
-        "--served-model-name",
-        SERVED,
-    ]
+    words = [python, "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", server.model, "--served-model-name", SERVED]
     words += ["--dtype", server.dtype, "--max-model-len", str(server.context_length)]
     words += ["--max-num-seqs", str(server.max_running), "--host", "127.0.0.1", "--port", str(port)]
     words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *server.options]
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "VLLM_NO_USAGE_STATS": "1"}
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+b") as log:
-        process = subprocess.Popen(
-            words, env={**os.environ, **quiet}, stdout=log, stderr=log, cwd=folder, start_new_session=True
-        )
+        options: dict[str, Any] = {"env": environment, "cwd": folder, "start_new_session": True}
+        process = subprocess.Popen(words, stdout=log, stderr=log, **options)
         try:
             _wait(process, port, Path(folder, "log"))
             yield VllmEngine(f"http://127.0.0.1:{port}", server.max_running)
@@ -108,14 +96,14 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     while time.monotonic() < until:
         if process.poll() is not None:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            telling = [line for line in lines if "Error" in line] or lines or ["it said nothing"]
-            raise UserError(f'engine = "vllm": it did not start: {telling[-1].strip()[-300:]}')
+            telling = [line for line in lines if "Error" in line] or lines or ["it has no log"]
+            raise UserError(f'engine = "vllm": the server did not start: {telling[-1].strip()[-300:]}')
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.5)
-    raise UserError(f'engine = "vllm": it did not answer within {START_SECONDS:.0f} s of its start')
+    raise UserError(f'engine = "vllm": the server did not answer within {START_SECONDS:.0f} s')
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -137,7 +125,7 @@ class VllmEngine:
     def __init__(self, url: str, concurrent: int) -> None:
         self.url, self.concurrent = url, concurrent
         self.policy_version = 0
-        self._cost = GenerationCost()
+        self._decoded = 0
 
     def generate(
         self,
@@ -146,51 +134,26 @@ class VllmEngine:
         check_stop: Callable[[], None] = lambda: None,
     ) -> Iterator[Rollout]:
         """Yield one Rollout per request, in the order in which they finish."""
-        pool = concurrent.futures.ThreadPoolExecutor(max_workers=self.concurrent)
-        waiting = iter(requests)
-        running: set[concurrent.futures.Future[Rollout]] = set()
-        try:
-            while True:
-                check_stop()
-                while len(running) < self.concurrent and (request := next(waiting, None)) is not None:
-                    running.add(pool.submit(self._sample, request, sampling))
-                if not running:
-                    return
-                done, running = concurrent.futures.wait(
-                    running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    rollout = future.result()
-                    self._count(rollout)
-                    yield rollout
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for rollout in each(lambda r: self._sample(r, sampling), requests, self.concurrent, check_stop):
+            self._decoded += len(rollout.completion_ids)
+            yield rollout
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Not possible from here. Raises UserError."""
-        raise UserError('engine = "vllm" evaluates only: train with the torch engine')
+        """Raises UserError: not possible."""
+        raise UserError('engine = "vllm" evaluates only; train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` at temperature 1, which is all that vLLM
-        scores at."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]``. Raises UserError unless at temperature 1."""
         if temperature != 1.0:
             raise UserError('engine = "vllm" scores at temperature 1 only')
         body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
         entries = self._post(body)["choices"][0]["prompt_logprobs"]
-        return [
-            float(entries[i][str(token_ids[i])]["logprob"]) for i in range(num_prompt_tokens, len(token_ids))
-        ]
+        places = range(num_prompt_tokens, len(token_ids))
+        return [float(entries[i][str(token_ids[i])]["logprob"]) for i in places]
 
     def take_cost(self) -> GenerationCost:
-        cost, self._cost = self._cost, GenerationCost()
+        cost, self._decoded = GenerationCost(decode_tokens=self._decoded), 0
         return cost
-
-    def _count(self, rollout: Rollout) -> None:
-        self._cost = GenerationCost(
-            prefill_tokens=self._cost.prefill_tokens,
-            decode_tokens=self._cost.decode_tokens + len(rollout.completion_ids),
-            pairs=self._cost.pairs,
-        )
 
     def _sample(self, request: SampleRequest, sampling: SamplingParameters) -> Rollout:
         body: dict[str, Any] = {
@@ -206,37 +169,27 @@ class VllmEngine:
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        tokens: tuple[int, ...] = ()
-        logprobs: tuple[float, ...] = ()
-        error = "vllm: sent no token"
+        answered = partial(sampled_rollout, request, sampling, policy_version=self.policy_version)
         try:
             choice = self._post(body)["choices"][0]
-            tokens = tuple(int(t) for t in choice["token_ids"])
-            logprobs = tuple(float(v) for v in choice["logprobs"]["token_logprobs"])
+            tokens = [int(t) for t in choice["token_ids"]]
+            logprobs = [float(v) for v in choice["logprobs"]["token_logprobs"]]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as failure:
-            tokens, logprobs, error = (), (), f"vllm: {_reason(failure)}"
+            return answered(tokens=(), logprobs=(), error=f"vllm: {_reason(failure)}")
         if sampling.temperature == 0:
-            logprobs = (0.0,) * len(tokens)  # the distribution is a point
-        return sampled_rollout(
-            request,
-            sampling,
-            tokens=tokens,
-            logprobs=logprobs,
-            policy_version=self.policy_version,
-            error="" if tokens else error,
-        )
+            logprobs = [0.0] * len(tokens)  # the distribution is a point
+        return answered(tokens=tokens, logprobs=logprobs, error="" if tokens else "vllm: sent no token")
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
         data = json.dumps({"model": SERVED, **body}).encode()
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", data=data, headers={"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/v1/completions", data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
             found: dict[str, Any] = json.loads(answer.read())
             return found
 
 
 def _reason(error: Exception) -> str:
-    """One line; for an answer with an HTTP status, what the server says about it."""
+    """One line; for an answer with an HTTP status its body."""
     text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
     return " ".join(text.split())[:300] or type(error).__name__

@@ -32,8 +32,7 @@ Hint = Callable[[Prompt, float], tuple[tuple[Message, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Everything that turns prompts into groups; a function of (seed, step, prompt, sample) given the
-    weights.
+    """What turns prompts into groups: given the weights, a function of (seed, step, prompt, sample).
 
     ``demonstrations`` holds the expert's completion (with its stop token) by problem id; ``hinted`` makes a
     prompt that shows the first part of the problem's solution. A score without a verdict solves its problem
@@ -62,18 +61,14 @@ class Sampler:
     ) -> list[Group]:
         """One graded group per prompt, in order; rounds are batched over prompts.
 
-        ``repeats`` says of each prompt how often the whole batch, over all ranks, has held it before (0 by
-        default): its second group has other sample numbers, and so other random numbers. ``stored`` are
-        stored samples by place in ``prompts``."""
-        places = [
-            _Place(
-                prompt=prompt,
-                next=count * MAX_SAMPLES,
-                draw=float(generator(self.seed, Purpose.PLAN, step, f"{prompt.problem.id}/{count}").random()),
-                stored=(stored or {}).get(index),
-            )
-            for index, (prompt, count) in enumerate(zip(prompts, repeats or [0] * len(prompts), strict=True))
-        ]
+        ``repeats`` says for each prompt how often it occurs earlier in the batch over all ranks (0 by default):
+        its second group has other sample numbers, and so other random numbers. ``stored`` are stored samples by
+        place in ``prompts``."""
+        places = []
+        for index, (prompt, count) in enumerate(zip(prompts, repeats or [0] * len(prompts), strict=True)):
+            draw = float(generator(self.seed, Purpose.PLAN, step, f"{prompt.problem.id}/{count}").random())
+            sample = (stored or {}).get(index)
+            places.append(_Place(prompt=prompt, next=count * MAX_SAMPLES, draw=draw, stored=sample))
         while True:
             asking = [p for p in places if p.kept is None and self._wants_more(p, step, controls or {})]
             if not asking:
@@ -81,7 +76,7 @@ class Sampler:
             self._sample(asking, step)
 
     def _wants_more(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
-        """Whether the plan asks for more of this prompt; what it asks for is added to the place."""
+        """Whether the plan has further rounds for this prompt; they are added to the place."""
         results = [
             RoundResult(round=r, solved=tuple(s.solved(self.solved_at) for s in scores))
             for r, (_, scores) in zip(place.rounds, place.done, strict=True)
@@ -103,15 +98,15 @@ class Sampler:
         return True
 
     def _sample(self, asking: Sequence[_Place], step: int) -> None:
-        """Sample and score what the places ask for, all in one batch."""
+        """Sample and score the new rounds of all places, in one batch."""
         rollouts: dict[tuple[int, int], Rollout] = {}  # by place and sample number
         pending: dict[tuple[str, int], tuple[int, _Start]] = {}  # by problem and sample number
-        spans: list[list[range]] = []
+        requests: list[SampleRequest] = []
+        spans: list[tuple[int, range]] = []  # a place and its sample numbers, by round
         for index, place in enumerate(asking):
-            spans.append([])
             for round_ in place.rounds[len(place.done) :]:
                 span = range(place.next, place.next + round_.num_samples)
-                spans[-1].append(span)
+                spans.append((index, span))
                 place.next = span.stop
                 for number in span:
                     start = self._start(place, round_)
@@ -119,39 +114,34 @@ class Sampler:
                         rollouts[index, number] = start.rollout(place.prompt, number, self.sampling)
                     else:
                         pending[place.prompt.problem.id, number] = (index, start)
-        requests = [
-            self._request(asking[index].prompt, number, start, step)
-            for (_, number), (index, start) in pending.items()
-        ]
+                        requests.append(self._request(place.prompt, number, start, step))
         for sampled in self.engine.generate(requests, self.sampling, self.check_stop) if requests else ():
             index, start = pending[sampled.problem_id, sampled.sample_index]
             rollouts[index, sampled.sample_index] = start.continued(sampled)
         keys = sorted(rollouts)
         scores = self.score([self._input(asking[i].prompt, rollouts[i, n], step) for i, n in keys])
         graded = {key: _of(rollouts[key], score) for key, score in zip(keys, scores, strict=True)}
-        for index, place in enumerate(asking):
-            for span in spans[index]:
-                place.done.append(([rollouts[index, n] for n in span], [graded[index, n] for n in span]))
+        for index, span in spans:
+            parts = ([rollouts[index, n] for n in span], [graded[index, n] for n in span])
+            asking[index].done.append(parts)
 
     def _start(self, place: _Place, round_: Round) -> _Start:
         """What a sample of this round begins with."""
         name = place.prompt.problem.id
         if round_.stored:
             if place.stored is None:
-                raise RecordError(f"the plan asks for a stored sample of {name}, which has none")
+                raise RecordError(f"the plan needs a stored sample of {name}, which has none")
             return _Start(round=round_, stored=place.stored, is_whole=True)
         if round_.hint:
             if self.hinted is None:
-                raise RecordError(
-                    "the plan asks for hints, but this sampler cannot make them (hinted is None)"
-                )
+                raise RecordError("the plan needs hints, but this sampler cannot make them (hinted is None)")
             return _Start(round=round_, prompt_ids=self.hinted(place.prompt, round_.hint)[1])
         if not round_.prefix:
             return _Start(round=round_)
         trace = self.demonstrations[name]
         if round_.prefix >= 1:
             return _Start(round=round_, tokens=trace, is_whole=True)
-        # A prefix is unfinished: at least the last token is the policy's own.
+        # The policy samples at least the last token.
         num = min(int(round_.prefix * len(trace)), len(trace) - 1, self.sampling.max_new_tokens - 1)
         return _Start(round=round_, tokens=trace[: max(0, num)])
 
@@ -185,8 +175,7 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What a sample begins with: tokens of the demonstration, an augmented prompt, or a whole stored
-    sample."""
+    """What a sample begins with: tokens of the demonstration, a hinted prompt, or a whole stored sample."""
 
     round: Round
     tokens: tuple[int, ...] = ()
@@ -212,11 +201,10 @@ class _Start:
         )
 
     def continued(self, sampled: Rollout) -> Rollout:
-        """The start and what the engine made of it, as one completion."""
-        num = len(self.tokens)
+        """The start and the engine's continuation as one completion."""
+        num, behavior = len(self.tokens), sampled.behavior_logprobs
         if sampled.stop is Stop.ERROR or num == 0:
             return replace(sampled, round=self.round, prompt_ids=self.prompt_ids)
-        behavior = sampled.behavior_logprobs
         return replace(
             sampled,
             completion_ids=self.tokens + sampled.completion_ids,
@@ -229,8 +217,7 @@ class _Start:
 
 @dataclass(kw_only=True)
 class _Place:
-    """A prompt on its way through the rounds. ``done`` is aligned with ``rounds``; ``next`` is the next
-    sample's number."""
+    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers the next sample."""
 
     prompt: Prompt
     next: int
@@ -242,7 +229,7 @@ class _Place:
 
 
 def _of(rollout: Rollout, score: Score) -> Score:
-    """A sample that the engine could not finish is unscored, whatever its empty text looks like."""
+    """A sample that the engine could not finish is unscored."""
     if rollout.stop is Stop.ERROR:
         return Score(reward=None, verdict=Verdict.UNSCORED, reason=f"engine: {rollout.error}")
     return score
@@ -254,7 +241,7 @@ def num_sampled_tokens(rollouts: Sequence[Rollout]) -> int:
 
 
 def _merge(place: _Place) -> Group:
-    """The kept rounds as one group; it is empty if the plan asked for nothing."""
+    """The kept rounds as one group; it is empty if the plan has no round."""
     kept = place.kept or ()
     parts = [place.done[n] for n in kept]
     discarded = [rollouts for n, (rollouts, _) in enumerate(place.done) if n not in kept]

@@ -16,8 +16,7 @@ BLOCK = 256
 
 
 class NonFiniteLogitsError(ArithmeticError):
-    """A model that cannot be sampled from: its samples would be noise, and a wrong answer would be blamed on
-    it."""
+    """The model's logits have NaN or infinity, so that it cannot be sampled from."""
 
 
 def sample_tokens(
@@ -26,29 +25,23 @@ def sample_tokens(
     """Inverse-CDF sampling; ``forced[r]`` ≥ 0 is taken instead of a draw. At temperature 0 the greatest logit
     wins, with log-probability 0 (the distribution is a point).
 
-    Shapes: logits [R, V] → R tokens, R log-probabilities of the bent (temperature, top-k, top-p)
-    distribution.
-    Raises NonFiniteLogitsError where a row has NaN, plus infinity, or no finite logit at all."""
+    Shapes: logits [R, V] → R tokens, R log-probabilities of the distribution after temperature, top-k and top-p.
+    Raises NonFiniteLogitsError if a row has NaN, plus infinity, or no finite logit."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top = logits.amax(
-        1
-    )  # NaN where any logit is; a logit of minus infinity is a token that a model rules out
-    if not bool(torch.isfinite(top).all()):
+    # The largest is NaN if any is NaN; a single logit of minus infinity is a token that the model rules out.
+    if not bool(torch.isfinite(logits.amax(1)).all()):
         raise NonFiniteLogitsError("the model's logits are not finite: a weight is NaN or infinite")
     if sampling.temperature == 0:
-        tokens = logits.argmax(1)
-        return tokens.tolist(), [0.0] * logits.shape[0]
+        return logits.argmax(1).tolist(), [0.0] * logits.shape[0]
     logits = logits / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
         logits = _truncate(logits, sampling)
     shifted = logits.sub_(logits.amax(1, keepdim=True))
-    exponent = shifted.exp()
-    blocks = _in_blocks(exponent)
+    blocks = _in_blocks(shifted.exp())
     block_sums = blocks.sum(2, dtype=torch.float64)  # R B
     total = block_sums.sum(1)
-    tokens = _invert(
-        blocks, block_sums, torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * total
-    )
+    target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * total
+    tokens = _invert(blocks, block_sums, target)
     given = torch.tensor(list(forced), device=logits.device)
     tokens = torch.where(given >= 0, given, tokens)
     logprobs = shifted.gather(1, tokens[:, None])[:, 0].double() - total.log()
@@ -56,8 +49,7 @@ def sample_tokens(
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """[R, V] → [R, B, BLOCK], zero-padded: the CDF is searched in two short steps, not one long cumulative
-    sum."""
+    """[R, V] → [R, B, BLOCK], zero-padded: two short searches of the CDF replace one long cumulative sum."""
     padding = -values.shape[1] % BLOCK
     return torch.nn.functional.pad(values, (0, padding)).view(values.shape[0], -1, BLOCK)
 
@@ -65,22 +57,20 @@ def _in_blocks(values: Tensor) -> Tensor:
 def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:
     """The token at which the cumulative weight first exceeds ``target`` [R]."""
     edges = block_sums.cumsum(1)
-    # Rounding may put the target on the last edge, or just before a block: neither may end where no weight
-    # is.
+    # Rounding may put the target on the last edge or just before a block; both must end at a token with weight.
     target = torch.minimum(target, edges[:, -1].nextafter(torch.zeros_like(target)))
     block = (edges <= target[:, None]).sum(1)
     rows = torch.arange(blocks.shape[0], device=blocks.device)
     inside = blocks[rows, block].double()
     rest = (target - (edges[rows, block] - block_sums[rows, block])).clamp(min=0)
     index = (inside.cumsum(1) <= rest[:, None]).sum(1)
-    # Rounding can carry the search past the last token that has any weight: take that token then.
+    # Rounding can also move the search past the last token with weight: take that token then.
     last = BLOCK - 1 - (inside > 0).flip(1).to(torch.int8).argmax(1)
     return block * BLOCK + torch.minimum(index, last)
 
 
 def _truncate(logits: Tensor, sampling: SamplingParameters) -> Tensor:
-    """Minus infinity outside the top k and outside the smallest set of mass ≥ top_p (at least one token
-    stays)."""
+    """Minus infinity outside the top k and outside the smallest set of mass ≥ top_p (one token or more)."""
     ordered, order = logits.sort(dim=1, descending=True)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if sampling.top_k:

@@ -10,13 +10,15 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from truestep.device import collective_backend, compute_device, world
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,10 @@ class Ranks:
         found = [torch.empty_like(padded, device=compute_device()) for _ in range(self.world_size)]
         dist.all_gather(found, padded.to(compute_device()))
         return [json.loads(bytes(t[:n].tolist())) for t, n in zip(found, lengths, strict=True)]
+
+    def mine(self, items: list[Item]) -> list[Item]:
+        """This rank's share of a list that is the same on all ranks."""
+        return items[self.rank :: self.world_size]
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -18,19 +18,12 @@ from truestep.objective.methods.row import DemonstrationBuffer, Refill, Replay, 
 from truestep.records import Demonstration, Origin, Prompt, Rollout, Stop, TrainSequence
 from truestep.rollout.engine import Engine
 from truestep.rollout.sample import Sampler
+from truestep.train import sequences as seq
 from truestep.train.memory import Memory, choose_replays, decide, remember, seen_of, with_waiting
 from truestep.train.metrics import Meter
 from truestep.train.parallel import Ranks
 from truestep.train.scoring import Scorer
-from truestep.train.sequences import (
-    GatedGroup,
-    demonstration_sequence,
-    gated,
-    group_ledger,
-    measure_groups,
-    sample_rows,
-    sequences_of,
-)
+from truestep.train.sequences import GatedGroup, demonstration_sequence
 
 Item = TypeVar("Item")
 ALWAYS = (
@@ -43,7 +36,7 @@ STREAM_GROUP = 1 << 30  # groups of demonstrations beside the sampled ones are n
 @dataclass(frozen=True, kw_only=True)
 class StepData:
     """The sequences of one step on this rank, cut into the mini-batches of its optimizer updates.
-    ``buffered`` are those of a further update by the buffer's own optimizer; ``controls`` the controller's
+    ``buffered`` are those of a further update by the buffer's separate optimizer; ``controls`` the controller's
     values; ``memory`` what the method remembers once the step is done."""
 
     minibatches: list[list[TrainSequence]]
@@ -81,8 +74,7 @@ def window(
 
 
 class DemonstrationSource:
-    """Shuffled demonstrations, ``sequences_per_step`` at a time; ``num_sequences`` ends the last epoch
-    exactly."""
+    """Shuffled demonstrations, ``sequences_per_step`` at a time, ``num_sequences`` in all."""
 
     def __init__(
         self,
@@ -100,23 +92,17 @@ class DemonstrationSource:
 
     def take(self, step: int, memory: Memory) -> StepData:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
-        sequences = [
-            TrainSequence(
-                token_ids=d.token_ids,
-                origin=tuple(Origin.EXPERT if trained else Origin.CONTEXT for trained in d.trained),
-                num_prefix_tokens=0,
-                group=i,
+        sequences = []
+        for i, d in enumerate(chosen):
+            origin = tuple(Origin.EXPERT if trained else Origin.CONTEXT for trained in d.trained)
+            sequences.append(
+                TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
             )
-            for i, d in enumerate(chosen)
-        ]
         size = -(-self.sequences_per_step // self.updates_per_step)
-        cuts = [sequences[i * size : (i + 1) * size] for i in range(self.updates_per_step)]
-        mine = [cut[self.ranks.rank :: self.ranks.world_size] for cut in cuts]
-        flat = [s for cut in mine for s in cut]
-        ledger = Ledger(
-            demonstration_tokens=sum(s.num_trained for s in flat),
-            prompt_tokens=sum(len(s.token_ids) - s.num_trained for s in flat),
-        )
+        mine = [self.ranks.mine(sequences[i * size : (i + 1) * size]) for i in range(self.updates_per_step)]
+        trained = sum(s.num_trained for cut in mine for s in cut)
+        context = sum(len(s.token_ids) for cut in mine for s in cut) - trained
+        ledger = Ledger(demonstration_tokens=trained, prompt_tokens=context)
         return StepData(minibatches=mine, ledger=ledger, memory=memory)
 
 
@@ -140,28 +126,29 @@ class RolloutSource:
         self._by_id = {p.problem.id: p for p in prompts}
 
     def take(self, step: int, memory: Memory) -> StepData:
-        self.sampler.engine.take_cost()  # what an interrupted rollout had cost is not this step's
+        self.sampler.engine.take_cost()  # the work of an interrupted rollout is not this step's
         controls = decide(self.method, memory, step, self.sampler.seed)
         size = self.prompts_per_step // self.updates_per_step
         chosen, replayed = self._prompts(step, memory)
         numbered = list(zip(chosen, _occurrences([p.problem.id for p in chosen]), replayed, strict=True))
-        cuts = [numbered[i : i + size] for i in range(0, len(numbered), size)]
-        mine = [cut[self.ranks.rank :: self.ranks.world_size] for cut in cuts]
+        mine = [self.ranks.mine(numbered[i : i + size]) for i in range(0, len(numbered), size)]
         flat = [part for cut in mine for part in cut]
         prompts = [prompt for prompt, _, _ in flat]
         stored, scored = self._stored(prompts, [is_replayed for _, _, is_replayed in flat], memory, step)
-        groups = iter(
-            self._groups(prompts, step, [count for _, count, _ in flat], controls=controls, stored=stored)
-        )
+        repeats = [count for _, count, _ in flat]
+        groups = iter(self._groups(prompts, step, repeats, controls=controls, stored=stored))
         cut_groups, everything = self._refill([[next(groups) for _ in cut] for cut in mine], step)
         limit = self.sampler.sampling.max_new_tokens
         minibatches = [
-            [*sequences_of(part, self.method, limit), *self._stream(step * self.updates_per_step + update)]
+            [
+                *seq.sequences_of(part, self.method, limit),
+                *self._stream(step * self.updates_per_step + update),
+            ]
             for update, part in enumerate(cut_groups)
         ]
         memory, buffered = self._remember(memory, everything)
         meter = Meter(*ALWAYS)
-        measure_groups(meter, everything)
+        seq.measure_groups(meter, everything)
         metrics = meter.reduce(self.ranks)
         parts = [key for key in metrics if key.startswith("reward/")]
         if len(parts) == 1:  # it is the reward itself
@@ -173,8 +160,10 @@ class RolloutSource:
             controls=controls,
             memory=self._open_replay(memory, metrics),
             metrics=metrics | self._kept_metrics(memory, controls),
-            rows=sample_rows(bare, step, self.sampler.decode, self.decode_prompt),
-            ledger=scored + group_ledger(bare, [*minibatches, buffered or []]) + _work(self.sampler.engine),
+            rows=seq.sample_rows(bare, step, self.sampler.decode, self.decode_prompt),
+            ledger=scored
+            + seq.group_ledger(bare, [*minibatches, buffered or []])
+            + _work(self.sampler.engine),
         )
 
     def _groups(
@@ -182,7 +171,7 @@ class RolloutSource:
     ) -> list[GatedGroup]:
         """Sampled, scored, and gated once."""
         groups = self.sampler.groups(prompts, step, *repeats, **given)
-        return [gated(group, self.method, self.sampler.solved_at) for group in groups]
+        return [seq.gated(group, self.method, self.sampler.solved_at) for group in groups]
 
     # --------------------------------------------------------------------------------------- prompts, replays
 
@@ -203,8 +192,7 @@ class RolloutSource:
     def _stored(
         self, prompts: Sequence[Prompt], replayed: Sequence[bool], memory: Memory, step: int
     ) -> tuple[dict[int, Rollout], Ledger]:
-        """The stored sample with the lowest entropy under the current policy, by place; all ranks score
-        together."""
+        """By place the stored sample with the lowest entropy under the current policy (a collective)."""
         if self.method.part(Replay) is None:
             return {}, Ledger()
         candidates = [
@@ -236,17 +224,12 @@ class RolloutSource:
             kept = [[g for g in cut if not g.is_dropped] for cut in cuts]
             missing = sum(len(cut) for cut in cuts) - sum(len(cut) for cut in kept)
             wanted = self.ranks.gather(missing)
-            seen = {
-                name
-                for names in self.ranks.gather([g.group.prompt.problem.id for g in everything])
-                for name in names
-            }
+            seen = set(self._gathered([g.group.prompt.problem.id for g in everything]))
             pool = [p for p in self.prompts if p.problem.id not in seen]
             if sum(wanted) == 0 or not pool:
                 break
-            order = window(
-                pool, 0, min(sum(wanted), len(pool)), self.sampler.seed, item=f"refill/{step}/{attempt}"
-            )
+            count, item = min(sum(wanted), len(pool)), f"refill/{step}/{attempt}"
+            order = window(pool, 0, count, self.sampler.seed, item=item)
             first = sum(wanted[: self.ranks.rank])
             fresh = self._groups(order[first : first + missing], step)
             everything += fresh
@@ -271,31 +254,33 @@ class RolloutSource:
 
     def _demonstrations(self, names: Sequence[str]) -> list[TrainSequence]:
         """This rank's part of the named problems' demonstrations."""
-        made = [
+        return [
             demonstration_sequence(self._by_id[name], self.sampler.demonstrations[name], STREAM_GROUP + i)
-            for i, name in enumerate(names)
+            for i, name in self.ranks.mine(list(enumerate(names)))
         ]
-        return made[self.ranks.rank :: self.ranks.world_size]
 
     def _remember(
         self, memory: Memory, groups: Sequence[GatedGroup]
     ) -> tuple[Memory, list[TrainSequence] | None]:
-        """The memory after these groups, and the demonstrations that are due. The same on all ranks: what
-        each of them adds is put in the order of the problems' names."""
+        """The memory after these groups, and the demonstrations that are due. The same on all ranks: what each
+        of them adds is sorted by problem."""
         buffered = None
         buffer, replay = self.method.part(DemonstrationBuffer), self.method.part(Replay)
         if buffer is not None:
             mine = [g.group.prompt.problem.id for g in groups if g.decision.push_demonstration]
-            pushed = sorted(name for names in self.ranks.gather(mine) for name in names)
-            waiting = with_waiting(memory.waiting, pushed)
+            waiting = with_waiting(memory.waiting, sorted(self._gathered(mine)))
             if len(waiting) >= buffer.size:
                 buffered = self._demonstrations(waiting[: buffer.size])
                 waiting = waiting[buffer.size :]
             memory = replace(memory, waiting=waiting)
         if replay is not None:
-            seen = sorted(part for parts in self.ranks.gather([_seen(g) for g in groups]) for part in parts)
+            seen = sorted(self._gathered([_seen(g) for g in groups]))
             memory = replace(memory, replay=remember(memory.replay, seen, replay.most_stored))
         return memory, buffered
+
+    def _gathered(self, mine: list[Any]) -> list[Any]:
+        """The lists of all ranks as one (a collective)."""
+        return [part for parts in self.ranks.gather(mine) for part in parts]
 
     def _open_replay(self, memory: Memory, metrics: Mapping[str, float]) -> Memory:
         spec = self.method.part(Replay)
@@ -334,8 +319,7 @@ def _work(engine: Engine) -> Ledger:
 
 
 def _occurrences(names: Sequence[str]) -> list[int]:
-    """How often each name has stood earlier in the list (a batch that spans two epochs can hold a prompt
-    twice)."""
+    """How often each name occurs earlier in the list (a batch that spans two epochs can hold a prompt twice)."""
     seen: Counter[str] = Counter()
     counts = []
     for name in names:

@@ -19,8 +19,8 @@ PARTS = 16  # of a range that is searched at once
 def measure(
     statistics: Sequence[Statistic], batches: Sequence[TokenBatch], step: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Every statistic by name; one without any token on any rank is left out. The batches have passed the
-    proximal policy, which stands for the policy too. Held by: tests/numerics/test_statistics.py"""
+    """Every statistic by name, without those that no token on any rank has. The proximal policy, whose values
+    the batches hold, is used as the policy too. Held by: tests/numerics/test_statistics.py"""
     found = {}
     for statistic in statistics:
         parts = [_values(statistic, batch, step) for batch in batches]
@@ -36,9 +36,8 @@ def measure(
             found[statistic.name] = math.sqrt(squares / max(1.0, count - 1))
         else:
             # The smallest value that leaves ⌊level·n⌋ values below it: the share above is rounded up.
-            found[statistic.name] = _ranked(
-                values, min(int(count) - 1, math.floor(statistic.level * count)), ranks
-            )
+            number = min(int(count) - 1, math.floor(statistic.level * count))
+            found[statistic.name] = _ranked(values, number, ranks)
     return found
 
 

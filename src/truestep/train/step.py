@@ -50,9 +50,7 @@ class StepPlan:
     sharded: bool = False
     microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
     statistics: Mapping[str, float] = field(default_factory=dict)  # of the whole step, for coefficients
-    controls: Mapping[str, float] = field(
-        default_factory=dict
-    )  # the method's controller's values of this step
+    controls: Mapping[str, float] = field(default_factory=dict)  # the controller's values of this step
 
 
 def train_step(
@@ -72,9 +70,7 @@ def train_step(
     if len(weights) != len(batches):
         raise ValueError(f"{len(weights)} microbatch_weights for {len(batches)} micro-batches")
     meter = Meter()
-    if not any(
-        totals.terms.values()
-    ):  # no rank has anything to learn from: momentum must not move the weights
+    if not any(totals.terms.values()):  # no rank trains a token: momentum must not move the weights
         return _report(plan, totals, meter, 0.0)
     optimizer.zero_grad()
     if policy.saves_memory:
@@ -95,9 +91,8 @@ def train_step(
     norm = global_norm(gradients.values(), plan.ranks, sharded=plan.sharded)
     if not math.isfinite(norm):
         norms = {name: global_norm([g], plan.ranks, sharded=plan.sharded) for name, g in gradients.items()}
-        bad = [name for name, value in norms.items() if not math.isfinite(value)]
+        name = next((name for name, value in norms.items() if not math.isfinite(value)), "a parameter")
         optimizer.zero_grad()
-        name = bad[0] if bad else "a parameter"
         raise NonFiniteError(f"step {plan.step}: the gradient of {name} is not finite", batches)
     clip_(gradients.values(), norm, optimizer.settings.max_grad_norm)
     optimizer.step(gradients, plan.learning_rate)
@@ -106,10 +101,9 @@ def train_step(
 
 def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ranks) -> BatchTotals:
     """Every term's denominator over all micro-batches and ranks, before the first forward pass."""
-    counted = [term.counted or term.select for term in terms]
     local = [
-        local_total(t.normaliser, [c(b) for b in batches], batches)
-        for t, c in zip(terms, counted, strict=True)
+        local_total(term.normaliser, [(term.counted or term.select)(b) for b in batches], batches)
+        for term in terms
     ]
     local += [float(sum(b.num_targets for b in batches)), float(_num_sequences(batches))]
     *found, num_tokens, num_sequences = ranks.sum(local)
@@ -127,15 +121,14 @@ def _num_sequences(batches: Sequence[TokenBatch]) -> int:
     held = torch.cat(numbers) if numbers else torch.zeros(0)
     if held.unique().numel() < held.numel():
         raise RecordError(
-            "two micro-batches of a step hold the same sequence number: pack all sequences of the step in one call, "
-            "or give the calls different first_sequence"
+            "two micro-batches of a step hold the same sequence number; pack all sequences of the step in one call, "
+            "or pass different first_sequence numbers"
         )
     return held.numel()
 
 
 def term_weight(term: Term, plan: StepPlan, totals: BatchTotals) -> float:
-    """What multiplies a term's normalised loss in this step: its schedule, its controller's value, its old
-    scale."""
+    """The factor of a term's normalised loss: its schedule, its controller's value, its legacy scale."""
     weight = term.weight(plan.step)
     if term.control:
         weight = weight * plan.controls[term.control]
@@ -159,16 +152,14 @@ def microbatch_loss(
         step=plan.step,
         statistics=plan.statistics,
     )
-    loss = (
-        logprobs.sum() * 0.0
-    )  # an exact zero with a graph: a micro-batch without targets still runs backward
+    loss = logprobs.sum() * 0.0  # zero with a graph: a micro-batch without targets still runs backward
     for term in plan.terms:
         total = totals.of(term.name)
         if total == 0:
             continue  # absent from the whole step, on every rank
         selected = term.select(batch)
         if not bool(selected.any()):
-            continue  # nothing here; a column that the coefficient reads may be missing, too
+            continue  # a column that the coefficient reads may be missing
         if term.coefficient is not None:
             # On tokens that are not selected a coefficient may be anything, even not a number.
             coefficient = torch.where(selected, term.coefficient(context), 0.0)
@@ -213,7 +204,7 @@ def _count_clipped(meter: Meter, coefficient: Tensor, selected: Tensor, batch: T
 
 
 def _measure(meter: Meter, context: Context) -> None:
-    """What is watched in every step. The expert's tokens are measured apart."""
+    """The metrics of every step. The expert's tokens are measured separately."""
     batch, expert = context.batch, context.batch.origin == int(Origin.EXPERT)
     for prefix, mask in (("", ~expert), ("expert/", expert)):
         count = float(mask.sum())
@@ -221,12 +212,11 @@ def _measure(meter: Meter, context: Context) -> None:
         meter.add(f"{prefix}nll", -float(context.policy_logprobs[mask].sum()), count)
     meter.add("expert/share", float(expert.sum()), float(batch.num_targets))
     sampled = _sampled(batch)
-    count = float(sampled.sum())
-    if count:
+    if count := float(sampled.sum()):
         log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
         meter.add("approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()), count)
         if batch.behavior_logprobs is not None:
-            # The policy that sampled is the proximal one: how far do engine and trainer disagree on the same tokens?
+            # The policy that sampled is the proximal one: the gap of engine and trainer.
             gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
             meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
             meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
@@ -238,7 +228,7 @@ def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> S
     parts = {f"loss/{term.name}": metrics.pop(f"loss/{term.name}", 0.0) for term in plan.terms}
     share = metrics.pop("expert/share", 0.0)
     expert = {key: metrics.pop(f"expert/{key}") for key in ("entropy", "nll") if f"expert/{key}" in metrics}
-    if share == 1:  # nothing was sampled: the expert's tokens are all there are
+    if share == 1:  # no token was sampled, all are the expert's
         metrics |= expert
     elif share > 0:
         metrics |= {f"expert/{key}": value for key, value in expert.items()} | {"expert/share": share}

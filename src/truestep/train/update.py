@@ -28,8 +28,7 @@ NO_FAULTS = FaultSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizers:
-    """The stage's optimizer, and that of the method's buffer where it has one: same parameters, own
-    moments."""
+    """The stage's optimizer, and that of the method's buffer if it has one: same parameters, separate moments."""
 
     main: MasterOptimizer
     buffer: MasterOptimizer | None = None
@@ -87,14 +86,9 @@ class Updater:
         reports = []
         for index, batches in enumerate(packed):
             self._require_columns(batches)
-            plan = self._plan(
-                step,
-                self.learning_rate(step * self.updates_per_step + index),
-                data.controls,
-                statistics,
-                self._weights(fault, batches),
-            )
-            # A step that has begun to update is finished: to drop it would leave it half done.
+            rate = self.learning_rate(step * self.updates_per_step + index)
+            plan = self._plan(step, rate, data.controls, statistics, self._weights(fault, batches))
+            # After its first update a step is finished: to stop would leave it half done.
             check_stop = scorer.check_stop if index == 0 else lambda: None
             reports.append(train_step(self.policy, self.optimizers.main, batches, plan, check_stop))
         metrics = combine([_row(report) for report in reports])
@@ -138,8 +132,8 @@ class Updater:
         found = []
         for start in range(0, len(sequences), size):
             part = sequences[start : start + size]
-            limit = sum(len(s.token_ids) for s in part)
-            found += self.scorer.pack(part, first_sequence=start, limit=limit)
+            tokens = sum(len(s.token_ids) for s in part)
+            found += self.scorer.pack(part, first_sequence=start, limit=tokens)
         return found
 
     def _weights(self, fault: WeightsOf | None, batches: Sequence[TokenBatch]) -> list[float] | None:
@@ -161,10 +155,8 @@ class Updater:
         for term in self.method.terms:
             for name in term.needs:
                 if any(getattr(b, name) is None and bool(term.select(b).any()) for b in batches):
-                    raise RecordError(
-                        f"method {self.method.name}: the term {term.name} needs {name}, which the tokens that it "
-                        "selects do not have"
-                    )
+                    named = f"method {self.method.name}: the term {term.name}"
+                    raise RecordError(f"{named} needs {name}, which the tokens that it selects do not have")
 
 
 def _row(report: StepReport) -> dict[str, float]:
@@ -178,15 +170,10 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
     """Settings of an injected fault → the weights of a step's micro-batches: the product of all that is asked
     for, None if nothing is. Raises UserError for an unknown name."""
-    asked: list[WeightsOf] = []
-    if settings.offload_drop != "none":
-        asked.append(OFFLOAD[settings.offload_drop])
-    if settings.micro_mean:
-        asked.append(faults.micro_mean)
-    if settings.dp_token_mean:
-        asked.append(faults.dp_token_mean)
-    for name in settings.others:
-        if name not in FAULTS:
-            raise UserError(f"faults.others: {name!r} is not one of {', '.join(FAULTS)}")
-        asked.append(FAULTS[name][0])
+    unknown = [name for name in settings.others if name not in FAULTS]
+    if unknown:
+        raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")
+    asked = [OFFLOAD[settings.offload_drop]] if settings.offload_drop != "none" else []
+    asked += [faults.micro_mean] * settings.micro_mean + [faults.dp_token_mean] * settings.dp_token_mean
+    asked += [FAULTS[name][0] for name in settings.others]
     return faults.combine(*asked) if asked else None

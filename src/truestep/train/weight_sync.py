@@ -1,4 +1,4 @@
-"""New weights to the engine, and the proof that it samples from them."""
+"""New weights to the engine, and a check that it samples from them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from truestep.train.parallel import full, reshard
 from truestep.train.policy import Policy
 
 NUM_PROBE_TOKENS = 24
-NUM_PROBE_DECODED = 4  # the rest is prefilled; one token at a time costs as much as a whole batch of them
-# Largest difference of a probe's log-probabilities between engine and trainer: ten times the measured noise
-# of two kernels of the same dtype on the same weights.
+NUM_PROBE_DECODED = 4  # the rest is prefilled: decoding one token costs as much as decoding a batch
+# Ten times the measured noise of two kernels of the same dtype on the same weights. Units: nats.
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
 
 
@@ -27,7 +26,7 @@ class StaleWeightsError(RuntimeError):
 
 
 class _Weights(Mapping[str, Tensor]):
-    """The model's parameters by name, gathered one at a time where they are sharded."""
+    """The model's parameters by name, gathered one at a time if they are sharded."""
 
     def __init__(self, policy: Policy) -> None:
         self.parameters = dict(policy.model.named_parameters())
@@ -44,8 +43,7 @@ class _Weights(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishProof:
-    """Largest difference between the engine's and the trainer's log-probabilities of the probe. Units:
-    nats."""
+    """Largest difference of the engine's and the trainer's log-probabilities of the probe. Units: nats."""
 
     version: int
     difference: float
@@ -54,19 +52,14 @@ class PublishProof:
 def publish(policy: Policy, engine: Engine, version: int) -> PublishProof:
     """Give the engine the policy's weights and compare both on a probe of random tokens.
 
-    Raises StaleWeightsError where they differ by more than two kernels' rounding.
+    Raises StaleWeightsError if they differ by more than two kernels' rounding.
     Held by: tests/contract/test_publish.py"""
     engine.publish(_Weights(policy), version)
-    parameter = next(policy.parameters())
-    vocabulary = int(policy.model.config.vocab_size)
+    parameter, vocabulary = next(policy.parameters()), int(policy.model.config.vocab_size)
     ids = generator(version, Purpose.PROBE).integers(0, vocabulary, NUM_PROBE_TOKENS).tolist()
     num_prompt = NUM_PROBE_TOKENS - NUM_PROBE_DECODED
-    sequence = TrainSequence(
-        token_ids=tuple(ids),
-        origin=(Origin.CONTEXT,) * num_prompt + (Origin.POLICY,) * NUM_PROBE_DECODED,
-        num_prefix_tokens=0,
-        group=0,
-    )
+    origin = (Origin.CONTEXT,) * num_prompt + (Origin.POLICY,) * NUM_PROBE_DECODED
+    sequence = TrainSequence(token_ids=tuple(ids), origin=origin, num_prefix_tokens=0, group=0)
     (batch,) = pack([sequence], tokens_per_microbatch=NUM_PROBE_TOKENS, device=parameter.device)
     with torch.no_grad():
         expected, _ = policy(batch, 1.0)
