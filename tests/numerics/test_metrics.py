@@ -361,7 +361,7 @@ def test_an_unknown_key_is_an_error() -> None:
         if key in METRICS or metric_or_none(key):
             continue
         for use in (Meter().add, lambda k, v: checked({k: v}), lambda k, v: metrics.combine([{k: v}])):
-            with pytest.raises(KeyError, match=f"'{key}' is not a metric: add it to the table"):
+            with pytest.raises(KeyError, match=f"'{key}' is not a metric; add it to the table"):
                 use(key, 1.0)
         with pytest.raises(KeyError):
             Meter(key)
@@ -426,7 +426,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[
     found = {}
     more = f'dev = {{ data = "dev", every_steps = {STEPS}, samples_per_problem = 2 }}'
     more += '\n[data.dev]\nsource = "dev.jsonl"\n'
-    for method, kind, extra in (("sft", "sft", ""), ("paper", "rl", more)):
+    for method, kind, extra in (("sft", "sft", ""), ("grpo_token_mean", "rl", more)):
         recipe = recipe_of(folder / kind, model, method, steps=STEPS, more=extra)
         recipe.write_text(recipe.read_text().replace("sequences_per_step = 8", "sequences_per_step = 12"))
         rows = [

@@ -19,27 +19,11 @@ from truestep.errors import UserError
 from truestep.report import figures, tables
 from truestep.report.tables import ScoreRow, clip, duration, percent, scientific, visible, whole
 from truestep.rundir import read_jsonl, redact, write_atomic
+from truestep.train.metrics import metric
+from truestep.train.metrics import panels as panels_of
 
 Row = Mapping[str, Any]
 
-# title, metric → label, whether it is a share
-PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
-    ("Reward", {"reward": "reward"}, False),
-    ("Dev score", {"dev/score": "score"}, True),
-    ("Loss", {"loss": "loss"}, False),
-    ("Gradient norm", {"grad_norm": "norm"}, False),
-    ("Entropy", {"entropy": "entropy"}, False),
-    ("Completion length", {"completions/mean_length": "mean tokens"}, False),
-    ("Truncated completions", {"completions/truncated": "share"}, True),
-    ("Groups with mixed rewards", {"mixed_groups": "share"}, True),
-    ("Reward spread", {"reward_std": "standard deviation"}, False),
-    ("Log-prob gap to sampler",
-     {"sampling/logprob_difference_mean": "mean", "sampling/logprob_difference_max": "max"}, False),
-    ("KL to sampler", {"sampling/kl": "KL"}, False),
-    ("Clipped tokens", {"clip_ratio/low": "low", "clip_ratio/high": "high"}, True),
-    ("Unscored samples", {"unscored": "samples"}, False),
-    ("Learning rate", {"learning_rate": "rate"}, False),
-)  # fmt: skip
 _QUOTA = {"incorrect": 3, "correct": 1, "unscored": 2}  # evaluation samples to show
 _SEARCHED = 20_000  # lines that are searched for them
 
@@ -168,7 +152,9 @@ def _finite(value: Any) -> bool:
 
 def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
     panels = []
-    for title, keys, share in PANELS:
+    present = {key.removeprefix(f"{stage}/") for row in metrics for key in row}
+    for title, keys in panels_of(present).items():
+        share = all(metric(key).unit == "share" for key in keys)
         series = {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}
         if series:
             last = [

@@ -8,7 +8,7 @@ Held by: tests/numerics/test_metrics.py (a group of a few tokens, worked out on 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,24 @@ class Metric:
 # fmt: off
 _ROWS = (
     # key, within, across, unit, panel: label, name in TRL; in verl, meaning
+    ("reward", "mean", "mean", "reward", "Reward: reward", "reward; critic/rewards/mean", "mean over scored samples"),
+    ("reward_std", "std", "mean", "reward", "Reward spread: standard deviation", "reward_std",
+     "standard deviation over scored samples (biased)"),
+    ("reward/{part}", "mean", "mean", "reward", "Reward parts: {part}", "rewards/NAME/mean",
+     "mean of one part of the reward, before its weight"),
+    ("reward_failures", "mean", "mean", "share", "", "", "share of samples that a reward function failed to score"),
+    ("solved", "mean", "mean", "share", "", "", "share of scored samples that solve their problem"),
+    ("mixed_groups", "mean", "mean", "share", "Groups with mixed rewards: share", "1 − frac_reward_zero_std",
+     "share of groups whose own rewards are not all equal"),
+    ("solved_groups", "mean", "mean", "share", "", "", "share of groups with an own sample that solves the problem"),
+    ("unscored", "mean", "mean", "share", "Unscored samples: share", "", "share of samples without a reward"),
+    ("completions/mean_length", "mean", "mean", "tokens", "Completion length: mean",
+     "completions/mean_length; response_length/mean", "length of what was sampled"),
+    ("completions/truncated", "mean", "mean", "share", "Truncated completions: share",
+     "completions/clipped_ratio; response_length/clip_ratio", "share of samples stopped by the length limit"),
+    ("demonstrations/correct", "mean", "mean", "share", "", "",
+     "share of demonstrations in groups that the checker accepts"),
+    ("dev/score", "once", "mean", "share", "Dev score: score", "", "score on the stage's dev set"),
     ("loss", "sum", "mean", "nats", "Loss: loss", "loss; actor/pg_loss",
      "value of what is differentiated: for SFT the token-mean NLL; for RL −Σ C·log π / Z, a surrogate of which "
      "only the gradient counts"),
@@ -60,30 +78,12 @@ _ROWS = (
      "sampling/sampling_logp_difference/max; rollout_corr/*", "the largest such difference"),
     ("sampling/kl", "mean", "mean", "nats", "KL to sampler: KL", "; rollout_corr/k3_kl",
      "k3 estimate of KL(engine ‖ proximal) at sampled tokens"),
-    ("reward", "mean", "mean", "reward", "Reward: reward", "reward; critic/rewards/mean", "mean over scored samples"),
-    ("reward_std", "std", "mean", "reward", "Reward spread: standard deviation", "reward_std",
-     "standard deviation over scored samples (biased)"),
-    ("reward/{part}", "mean", "mean", "reward", "", "rewards/NAME/mean",
-     "mean of one part of the reward, before its weight"),
-    ("reward_failures", "mean", "mean", "share", "", "", "share of samples that a reward function failed to score"),
-    ("solved", "mean", "mean", "share", "", "", "share of scored samples that solve their problem"),
-    ("mixed_groups", "mean", "mean", "share", "Groups with mixed rewards: share", "1 − frac_reward_zero_std",
-     "share of groups whose own rewards are not all equal"),
-    ("solved_groups", "mean", "mean", "share", "", "", "share of groups with an own sample that solves the problem"),
-    ("unscored", "mean", "mean", "share", "Unscored samples: share", "", "share of samples without a reward"),
-    ("completions/mean_length", "mean", "mean", "tokens", "Completion length: mean",
-     "completions/mean_length; response_length/mean", "length of what was sampled"),
-    ("completions/truncated", "mean", "mean", "share", "Truncated completions: share",
-     "completions/clipped_ratio; response_length/clip_ratio", "share of samples stopped by the length limit"),
-    ("demonstrations/correct", "mean", "mean", "share", "", "",
-     "share of demonstrations in groups that the checker accepts"),
     ("statistics/{name}", "once", "mean", "", "", "", "a statistic of the whole step that a coefficient reads"),
     ("control/{name}", "once", "mean", "", "", "", "a value of the method's controller in this step"),
     ("buffer/waiting", "once", "mean", "problems", "", "", "demonstrations that wait in the buffer"),
     ("buffer/loss", "once", "mean", "nats", "", "", "loss of the buffer's separate update"),
     ("buffer/grad_norm", "once", "mean", "", "", "", "gradient norm of the buffer's separate update"),
     ("replay/problems", "once", "mean", "problems", "", "", "problems with a stored sample"),
-    ("dev/score", "once", "mean", "share", "Dev score: score", "", "score on the stage's dev set"),
     ("publish/probe_difference", "once", "mean", "nats", "", "",
      "largest difference of engine and trainer on a probe after the weights were sent"),
     ("work/{kind}", "once", "mean", "count", "", "", "tokens and query-key pairs by kind, cumulative over the run"),
@@ -167,14 +167,17 @@ def checked(row: Mapping[str, float]) -> dict[str, float]:
     return {key: row[key] for key in sorted(row) if metric(key)}
 
 
-def panels() -> dict[str, dict[str, str]]:
-    """The report's panels: title → key → the curve's label."""
+def panels(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The report's panels of these keys: title → key → the curve's label."""
+    present = set(keys)
     found: dict[str, dict[str, str]] = {}
     for m in METRICS.values():
-        if m.panel:
-            title, _, label = m.panel.partition(": ")
-            found.setdefault(title, {})[m.key] = label
-    return found
+        title, _, label = m.panel.partition(": ")
+        family, _, name = m.key.partition("{")
+        named = {k: k.removeprefix(family) for k in sorted(present) if k.startswith(family)} if name else {}
+        curves = {k: v for k, v in named.items() if k not in METRICS} or {m.key: label} if title else {}
+        found.setdefault(title, {}).update({k: v for k, v in curves.items() if k in present})
+    return {title: curves for title, curves in found.items() if curves}
 
 
 def markdown() -> str:
