@@ -152,7 +152,7 @@ def test_a_fault_is_a_weight_vector_of_the_step(model: str, tmp_path: Path) -> N
 
 def test_faults_that_cannot_be(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "tiny", "sft")
-    with pytest.raises(UserError, match="write one of them"):
+    with pytest.raises(UserError, match="set only one of them"):
         prepared(recipe, "stages.sft.faults.micro_mean=true", "stages.sft.faults.dp_token_mean=true")
     with pytest.raises(UserError, match="offload_first_last"):
         prepared(recipe, 'stages.sft.faults.others=["offload"]')

@@ -204,12 +204,12 @@ CASES = [
     Case(
         "prompts not divisible",
         rl("prompts_per_step = 2", "prompts_per_step = 3"),
-        ("stages.1", "prompts_per_step = 3", "write prompts_per_step = 4"),
+        ("stages.1", "prompts_per_step = 3", "set prompts_per_step = 4"),
     ),
     Case(
-        "temperature 0 in rl", rl("8 }", "8, temperature = 0 }"), ("stages.1", "temperature 0", "write 1.0")
+        "temperature 0 in rl", rl("8 }", "8, temperature = 0 }"), ("stages.1", "temperature 0", "set temperature = 1.0")
     ),
-    Case("top_p in rl", rl("8 }", "8, top_p = 0.9 }"), ("stages.1", "top_p", "write top_p = 1.0")),
+    Case("top_p in rl", rl("8 }", "8, top_p = 0.9 }"), ("stages.1", "top_p", "set top_p = 1.0")),
     Case("top_k in rl", rl("8 }", "8, top_k = 5 }"), ("stages.1", "top_k", "top_k = 0")),
     Case(
         "pass_at too great",
@@ -245,7 +245,7 @@ CASES = [
     Case(
         "context too small",
         recipe('path = "tiny"', 'path = "tiny"\ncontext_length = 20'),
-        ("max_new_tokens = 99", "of 20 tokens", "write max_new_tokens = "),
+        ("max_new_tokens = 99", "of 20 tokens", "set max_new_tokens = "),
         ("--set", "stages.rl.sampling.max_new_tokens=99"),
     ),
     Case(
@@ -294,7 +294,7 @@ CASES = [
         recipe('split = "test"', 'split = "tests"'),
         ("data.test", "split", 'did you mean "test"'),
     ),
-    Case("a task has no end", recipe("limit = 3\n", ""), ("data.test.limit", "write limit = N")),
+    Case("a task has no end", recipe("limit = 3\n", ""), ("data.test.limit", "set limit = N")),
     Case(
         "no such kind of source",
         recipe("procedural:addition", "procedual:addition"),

@@ -21,7 +21,8 @@ from truestep.data.chat import (
     prompt_roles,
     stop_token_ids,
 )
-from truestep.data.demonstrations import encode_demonstrations, load_demonstrations
+from truestep.data.demonstrations import encode_demonstrations
+from truestep.data.problems import load_problems
 from truestep.data.procedural import character_set, make_problem
 from truestep.errors import UserError
 from truestep.records import Message, Problem, Role
@@ -306,9 +307,8 @@ def test_demonstrations_from_a_file(tmp_path: Path) -> None:
     def load(limit_rows: int) -> Any:
         (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:limit_rows]))
         settings = DataSettings(source="some.jsonl")
-        return load_demonstrations(
-            "sft", settings, byte_level(), ChatSettings(), context_length=99, seed=0, base_dir=tmp_path
-        )
+        problems = load_problems("sft", settings, seed=0, base_dir=tmp_path, needs=("solution",))
+        return encode_demonstrations(problems, byte_level(), ChatSettings(), context_length=99)
 
     assert [d.problem_id for d in load(1).kept] == ["some-1"]
     with pytest.raises(UserError, match=r"some\.jsonl:2: solution: expected a worked one, got none"):

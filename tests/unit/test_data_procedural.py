@@ -221,7 +221,7 @@ def test_through_the_settings() -> None:
         return load_problems("d", data, seed=1, base_dir=Path(), needs=("answer", "solution"))
 
     assert load(limit=5, skip=3) == load(limit=8)[3:]
-    with pytest.raises(UserError, match=r"data\.d\.limit: .* write limit = N"):
+    with pytest.raises(UserError, match=r"data\.d\.limit: .* set limit = N"):
         load()
     with pytest.raises(UserError, match=r"data\.d\.checker: "):
         load(limit=5, checker="math")

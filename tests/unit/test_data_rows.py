@@ -49,7 +49,7 @@ BROKEN = {
     "no prompt": (row(answer="2"), "problem", "got none"),
     "a misspelt prompt": (row(promt="x", answer="2"), "problem", 'did you mean "prompt"'),
     "another name for it": (row(question="x", answer="2"), "problem", 'has "question", did you mean "problem"'),
-    "two prompts": (row(problem="x", prompt="y", answer="2"), "prompt", "problem and prompt: keep one"),
+    "two prompts": (row(problem="x", prompt="y", answer="2"), "prompt", "problem and prompt; keep one"),
     "a null prompt": (row(problem=None, answer="2"), "problem", "got none"),
     "a number as problem": (row(problem=5, answer="2"), "problem", "expected text, got 5"),
     "a list as problem": (row(problem=["x"], answer="2"), "problem", "expected text"),

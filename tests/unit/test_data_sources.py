@@ -53,7 +53,7 @@ def test_skip_and_limit(tmp_path: Path) -> None:
     assert answers(load(path, skip=3)) == ["3", "4"]
     assert answers(load(path, limit=5)) == answers(load(path))
     with pytest.raises(
-        UserError, match=r'd\.limit = 5 .* the 3 rows .* after skip = 2: write limit = 3 or limit = "all'
+        UserError, match=r'd\.limit = 5 .* the 3 rows .* after skip = 2; set limit = 3 or limit = "all'
     ):
         load(path, skip=2, limit=5)
     with pytest.raises(UserError, match=r"d\.skip = 5 leaves nothing of the 5 rows"):
@@ -123,7 +123,7 @@ def test_hub_rows_are_checked_as_file_rows_are(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [("org/set", "main", "test")]
     with pytest.raises(UserError, match=r"org/absent.*cannot be loaded: offline, and not in the cache$"):
         load("hub:org/absent")
-    with pytest.raises(UserError, match=r"options\.subset: a hub source knows only config"):
+    with pytest.raises(UserError, match=r"options\.subset: a hub source has only config"):
         load("hub:org/set", options={"subset": "main"})
 
 
@@ -133,7 +133,7 @@ def test_reasoning_gym_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         load("reasoning_gym:gcd", limit=3)
     with pytest.raises(UserError, match=r'no reasoning_gym task is called "lcn"; .*did you mean "lcm"'):
         load("reasoning_gym:lcn", limit=3)
-    with pytest.raises(UserError, match=r"write limit = N"):
+    with pytest.raises(UserError, match=r"set limit = N"):
         load("reasoning_gym:gcd")
     with pytest.raises(UserError, match=r"no worked solutions"):
         load("reasoning_gym:gcd", limit=3, needs=("solution",))

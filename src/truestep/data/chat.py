@@ -1,18 +1,16 @@
-"""Messages ⇄ tokens, through the tokenizer's own chat template only, the same for training, sampling and
-evaluation.
+"""Messages ⇄ tokens through the tokenizer's chat template, the same for training, sampling and evaluation.
 
-A prompt is the template's text up to where the assistant speaks, plus ``chat.generation_suffix``. A
-demonstration is that same prompt, then the solution's text tokenised by itself (as if it had been sampled),
-then the token with which the template ends the assistant's turn. What is trained is said by ``trained``,
-never by a token id, so a tokenizer whose padding token is its stop token is no special case.
-
-A tokenizer without a chat template (a base model) gets a plain one: the system text and the turns with an
-empty line between them, then a newline; ``has_chat_template`` tells.
+A prompt is the template's text up to the assistant's turn, plus ``chat.generation_suffix``. A demonstration is
+that prompt, the solution's text tokenized separately (as if it had been sampled), and the token with which the
+template ends the assistant's turn. ``trained`` marks what is trained, never a token id, so that the padding token
+may be the stop token. A tokenizer without a chat template (a base model) gets a plain one: the turns with an empty
+line between them, then a newline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
@@ -27,30 +25,24 @@ _PLACE = "PLACEOFTHESOLUTION"  # stands for the assistant's text while the templ
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """False where prompts are rendered with the plain template described above."""
+    """False if prompts are rendered with the plain template described above."""
     return getattr(tokenizer, "chat_template", None) is not None
 
 
 def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]:
-    """The turns of the prompt: ``chat.user`` around a bare problem text, ``chat.system`` where the row has
-    none."""
+    """The turns of the prompt: ``chat.user`` around a bare problem text, ``chat.system`` if the row has none."""
     messages = problem.messages
     if not problem.meta.get("turns_given"):
-        last = messages[-1]
-        messages = (
-            *messages[:-1],
-            Message(role=last.role, content=chat.user.replace("{problem}", last.content)),
-        )
+        *before, last = messages
+        messages = (*before, replace(last, content=chat.user.replace("{problem}", last.content)))
     if chat.system and messages[0].role != "system":
         messages = (Message(role="system", content=chat.system), *messages)
     return messages
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings) -> Prompt:
-    """The problem as the token ids that every sample of it starts from.
-
-    Raises UserError where a text holds a special token, or a character that the tokenizer does not know.
-    """
+    """The problem as the token ids that every sample of it starts from. Raises UserError if a text contains a
+    special token, or a character that the tokenizer does not know."""
     return Prompt(problem=problem, token_ids=tuple(_prompt(tokenizer, problem, chat)[0]))
 
 
@@ -60,10 +52,8 @@ def encode_demonstration(
     """The prompt, the solution and the stop token; only the solution and the stop token are trained.
 
     A solution that repeats what the prompt ends with (``<think>``, by the template or by
-    ``generation_suffix``) loses that beginning.
-
-    Raises UserError as ``encode_prompt``; where there is no solution; where the template writes an
-    answered prompt otherwise than an open one; where no stop token would be trained.
+    ``generation_suffix``) loses that beginning. Raises UserError as ``encode_prompt``, and if there is no
+    solution, the template renders an answered prompt differently, or no stop token would be trained.
     """
     prompt_ids, roles = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
@@ -71,14 +61,12 @@ def encode_demonstration(
     stop_id = _turn_end(tokenizer, after)
     if stop_id is None:
         raise UserError(
-            f"the chat template ends the assistant's turn with {after[:20]!r}, which is no special token, so no "
-            "stop token would be trained: end it with the eos token, e.g. {{ message['content'] + eos_token }}"
+            f"the chat template ends the assistant's turn with {after[:20]!r}, not with a special token, so no "
+            "stop token would be trained; end it with the eos token, e.g. {{ message['content'] + eos_token }}"
         )
-    solution = problem.solution
-    for start in (opening + chat.generation_suffix, chat.generation_suffix):
-        if start and solution.startswith(start):
-            solution = solution.removeprefix(start)
-            break
+    solution = problem.solution.removeprefix(opening + chat.generation_suffix)
+    if solution == problem.solution:
+        solution = solution.removeprefix(chat.generation_suffix)
     if not solution.strip():
         raise UserError(f"{_where(problem)}: solution: expected a worked solution to train on, got none")
     solution_ids = _ids(tokenizer, solution)
@@ -93,19 +81,15 @@ def encode_demonstration(
     )
 
 
-def prompt_roles(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings
-) -> tuple[Role, ...]:
-    """Who wrote each token of the prompt; a token that straddles two turns goes with its first character."""
+def prompt_roles(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[Role, ...]:
+    """The writer of each token of the prompt; a token of two turns counts by its first character."""
     return tuple(_prompt(tokenizer, problem, chat)[1])
 
 
 def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[int], list[Role]]:
     """Token ids and roles of the prompt."""
     if not tokenizer.is_fast:
-        raise UserError(
-            "the tokenizer is a slow one, without offsets: use a model folder that has a tokenizer.json"
-        )
+        raise UserError("the tokenizer is slow and has no offsets; use a model folder with a tokenizer.json")
     messages = prompt_messages(problem, chat)
     text = _render(tokenizer, problem, messages)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -120,12 +104,10 @@ def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[
 
 
 def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
-    """The owner of every character, from the same turns with a mark for each content: looking for the content
-    itself would find it in the template too. Empty for a template that changes what it is given."""
-    for contents in (
-        [m.content for m in messages],
-        [m.content.strip() for m in messages],
-    ):  # some templates strip
+    """The owner of every character, from the same turns with a mark for each content: a search for the content
+    itself could find it in the template. Empty for a template that changes the contents."""
+    written = [m.content for m in messages]
+    for contents in (written, [text.strip() for text in written]):  # some templates strip
         rebuilt, rest, owners = "", outline, []
         for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
             before, _, rest = rest.partition(f"{_PLACE}{i}.")
@@ -136,22 +118,15 @@ def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
     return []
 
 
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, model_eos: int | Sequence[int] | None = ()
-) -> tuple[int, ...]:
-    """The tokens at which sampling stops: what ends a turn in the chat template, the tokenizer's and the
-    model's eos.
-
-    Raises UserError where there is none.
-    """
+def stop_token_ids(tokenizer: Any, model_eos: int | Sequence[int] | None = ()) -> tuple[int, ...]:
+    """The tokens at which sampling stops: what ends a turn in the chat template, and the eos of the tokenizer
+    and the model. Raises UserError if there is none."""
     problem = Problem(id="stop token", messages=(Message(role="user", content="1+1=?"),), answer="2")
     end = _turn_end(tokenizer, _answered(tokenizer, problem, problem.messages)[1])
     found = [end, tokenizer.eos_token_id, *([model_eos] if isinstance(model_eos, int) else model_eos or ())]
     stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
     if not stops:
-        raise UserError(
-            "neither the tokenizer, its chat template nor the model has a token that ends a sample"
-        )
+        raise UserError("neither the tokenizer, its chat template nor the model has a stop token")
     return stops
 
 
@@ -162,8 +137,7 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]
 
 
 def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answer: str | None = None) -> str:
-    """The text of the turns: open for the assistant, or, given an answer, with the assistant's turn
-    closed."""
+    """The text of the turns: open for the assistant, or, given an answer, with that turn closed."""
     if not has_chat_template(tokenizer):
         text = "\n\n".join(m.content for m in messages) + "\n"
         return text if answer is None else text + answer + (tokenizer.eos_token or "")
@@ -175,20 +149,18 @@ def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answe
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
     except (TemplateError, ValueError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{_where(problem)}: messages: the chat template refuses these turns: {reason}"
-        ) from None
+        where = _where(problem)
+        raise UserError(f"{where}: messages: the chat template refuses these turns: {reason}") from None
 
 
 def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, str]:
-    """What the template itself puts before the assistant's text when it opens the turn (``<think>``), and
-    what it puts after that text."""
+    """What the template puts before the assistant's text when it opens the turn (``<think>``), and after it."""
     prompt = _render(tokenizer, problem, messages)
     before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
         raise UserError(
-            f"{_where(problem)}: messages: the chat template writes these turns differently once they are answered, "
-            "so a demonstration could not start with the prompt that is sampled from: use one that keeps earlier turns"
+            f"{_where(problem)}: messages: the chat template renders these turns differently once they are answered, "
+            "so a demonstration could not start with the prompt that is sampled from; use one that keeps earlier turns"
         )
     return prompt[len(before) :], after
 
@@ -204,30 +176,25 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _bos(tokenizer: Any) -> list[int]:
-    """A chat template writes its own bos; the plain one takes it from tokenizers that start every text with
-    it."""
+    """A chat template has its own bos; the plain one needs it if the tokenizer starts every text with it."""
     if has_chat_template(tokenizer) or tokenizer.bos_token_id is None:
         return []
     return [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
 def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Sequence[int]) -> None:
-    """A special token in a text would end a turn inside it; an unknown character would be trained on as
-    <unk>. ``ids`` are those of the text or of a rendering that holds it."""
+    """Refuse a special token, which would end a turn inside the text, and an unknown character, which would be
+    trained on as <unk>. ``ids`` are those of the text or of a rendering that contains it."""
     where = f"{_where(problem)}: {field}"
     for token in tokenizer.all_special_tokens:
         if token in text:
-            raise UserError(
-                f'{where}: expected plain text, got the tokenizer\'s special token "{token}": remove it'
-            )
+            raise UserError(f'{where}: expected plain text, got the special token "{token}"; remove it')
     unknown = tokenizer.unk_token_id
     if (
         unknown is not None and unknown in ids and unknown in _ids(tokenizer, text)
-    ):  # a template may hold it as its bos
+    ):  # not only in the template
         found = next((c for c in text if unknown in _ids(tokenizer, c)), text[:60])
-        raise UserError(
-            f"{where}: expected text that the tokenizer knows, got the character {found!r}: replace it"
-        )
+        raise UserError(f"{where}: the tokenizer does not know the character {found!r}; replace it")
 
 
 def _where(problem: Problem) -> str:

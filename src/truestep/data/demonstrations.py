@@ -1,17 +1,15 @@
-"""Problems with solutions → token sequences to imitate. What does not fit is counted and named, never cut."""
+"""Problems with solutions → token sequences to train on. What does not fit is counted and named, never cut."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truestep.data.chat import encode_demonstration
-from truestep.data.problems import load_problems
 from truestep.errors import UserError
 from truestep.records import Demonstration, Problem
-from truestep.settings import ChatSettings, DataSettings
+from truestep.settings import ChatSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TooLong:
-    """A demonstration that was left out because the model cannot see it whole."""
+    """A demonstration that was left out because it is longer than the model's context."""
 
     problem_id: str
     row: str
@@ -34,24 +32,6 @@ class Demonstrations:
     dropped: tuple[TooLong, ...]
 
 
-def load_demonstrations(
-    name: str,
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    chat: ChatSettings,
-    *,
-    context_length: int,
-    seed: int,
-    base_dir: Path,
-) -> Demonstrations:
-    """The demonstrations of ``[data.NAME]``; every row must have a solution.
-
-    Raises UserError as ``load_problems`` and ``encode_demonstration``, and where none fits.
-    """
-    problems = load_problems(name, settings, seed=seed, base_dir=base_dir, needs=("solution",))
-    return encode_demonstrations(problems, tokenizer, chat, context_length=context_length)
-
-
 def encode_demonstrations(
     problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
@@ -59,8 +39,7 @@ def encode_demonstrations(
     *,
     context_length: int,
 ) -> Demonstrations:
-    """Those of at most ``context_length`` tokens (prompt, solution and stop token), in order, and the others'
-    names."""
+    """Those of at most ``context_length`` tokens (with prompt and stop token), in order, and the others' names."""
     kept, dropped = [], []
     for problem in problems:
         demonstration = encode_demonstration(tokenizer, problem, chat)
@@ -73,6 +52,6 @@ def encode_demonstrations(
         shortest = min(d.num_tokens for d in dropped)
         raise UserError(
             f"none of the {len(dropped)} demonstrations fits into {context_length} tokens, the shortest has "
-            f"{shortest}: raise model.context_length or use shorter ones"
+            f"{shortest}; raise model.context_length or use shorter ones"
         )
     return Demonstrations(kept=tuple(kept), dropped=tuple(dropped))

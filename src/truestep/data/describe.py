@@ -12,8 +12,7 @@ from truestep.records import Problem
 
 
 def describe(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Counts, lengths in characters, and duplicate texts (contradictory where their answers differ), ready
-    for JSON."""
+    """Counts, lengths in characters, and duplicate texts (contradictory if their answers differ), as JSON."""
     rows: defaultdict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         rows[problem_text(problem)].append(problem)
@@ -34,7 +33,7 @@ def describe(problems: Sequence[Problem]) -> dict[str, Any]:
 
 
 def _lengths(lengths: Sequence[int]) -> dict[str, float]:
-    """Smallest, median, mean and largest; empty where there is nothing to measure."""
+    """Smallest, median, mean and largest; empty without lengths."""
     if not lengths:
         return {}
     mean = round(sum(lengths) / len(lengths), 1)

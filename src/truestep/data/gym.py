@@ -1,5 +1,4 @@
-"""Questions of the optional package reasoning-gym. Only tasks whose answer our own arithmetic can confirm are
-taken."""
+"""Questions of the optional package reasoning-gym, of the tasks whose answers our arithmetic can confirm."""
 
 from __future__ import annotations
 
@@ -16,7 +15,6 @@ from truestep.seeding import Purpose, integer
 
 _EXPRESSION = re.compile(r"-?\d+(?: [-+*] -?\d+)+")
 _LIST = re.compile(r"(?<=: )\d+(?:, \d+)+")
-_TRIES_PER_PROBLEM = 200
 
 
 def _chain(question: str) -> int:
@@ -35,7 +33,7 @@ def _numbers(question: str) -> list[int]:
     return [int(word) for word in _LIST.findall(question)[0].split(", ")]
 
 
-# task → our own answer to its question
+# task → our answer to its question
 TASKS: dict[str, Callable[[str], int]] = {
     "chain_sum": _chain,
     "products": _chain,
@@ -45,11 +43,9 @@ TASKS: dict[str, Callable[[str], int]] = {
 
 
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
-    """``num`` different questions of a split; the question's text decides which split it is in, whatever the
-    seed.
+    """``num`` different questions of a split; the text of a question decides its split, whatever the seed.
 
-    Raises UserError for an unknown task or option, where the package is missing, or where its answer is
-    not ours.
+    Raises UserError for an unknown task or option, a missing package, or an answer that is not ours.
     """
     if task not in TASKS:
         raise UserError(unknown_name("reasoning_gym task", task, TASKS))
@@ -58,7 +54,7 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         import reasoning_gym
     except ModuleNotFoundError:
         raise UserError('needs the package reasoning-gym: pip install "truestep[reasoning-gym]"') from None
-    tries = _TRIES_PER_PROBLEM * num
+    tries = 200 * num
     rng = integer(seed, Purpose.PROCEDURAL, item=f"reasoning_gym/{task}") % 2**31
     try:
         questions = reasoning_gym.create_dataset(task, seed=rng, size=tries, **options)
@@ -70,17 +66,15 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         text, gold = str(entry["question"]), str(entry["answer"])
         if split_of(text) != split or text in found:
             continue
-        if str(TASKS[task](text)) != gold:
-            raise UserError(
-                f"reasoning_gym:{task}: its answer to {text!r} is {gold}, ours is {TASKS[task](text)}"
-            )
+        if str(ours := TASKS[task](text)) != gold:
+            raise UserError(f"reasoning_gym:{task}: its answer to {text!r} is {gold}, ours is {ours}")
         where = f"reasoning_gym:{task}[{split}]:{len(found) + 1}"
-        turn = Message(role="user", content=text)
+        turns = (Message(role="user", content=text),)
         name = f"{task}-{sha256(text.encode()).hexdigest()[:12]}"
-        found[text] = Problem(id=name, messages=(turn,), answer=gold, checker="integer", row=where)
+        found[text] = Problem(id=name, messages=turns, answer=gold, checker="integer", row=where)
         if len(found) == num:
             return list(found.values())
     raise UserError(
-        f"reasoning_gym:{task} has about {len(found)} different {split} problems, {num} are asked for: lower limit "
-        "(or skip), or choose options with larger numbers"
+        f"reasoning_gym:{task} has about {len(found)} different {split} problems, {num} are asked for; lower "
+        "limit (or skip), or choose options with larger numbers"
     )

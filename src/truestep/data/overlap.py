@@ -1,5 +1,4 @@
-"""How much of the evaluation problems was already in the training problems: equal texts, and runs of 13
-words."""
+"""Evaluation problems that are also in the training problems: equal texts, and shared runs of 13 words."""
 
 from __future__ import annotations
 
@@ -10,11 +9,10 @@ from typing import Any
 from truestep.records import Problem
 
 NGRAM_WORDS = 13
-_NUM_EXAMPLES = 5
 
 
 def problem_text(problem: Problem) -> str:
-    """What the user's turns say, in one case and with single spaces."""
+    """The text of the user's turns, in one case and with single spaces."""
     return " ".join(" ".join(m.content for m in problem.messages if m.role == "user").casefold().split())
 
 
@@ -30,9 +28,8 @@ def overlap_report(
 ) -> dict[str, Any]:
     """Counts and example ids for every pair of a training and an evaluation set, ready for JSON.
 
-    ``exact`` counts evaluation problems whose text some training problem has; ``ngram`` those that share a
-    run of 13 words with one (equal texts of at least 13 words are counted in both). The ``num_short`` ones
-    have fewer words than that, so only ``exact`` speaks of them.
+    ``exact`` counts evaluation problems with the text of a training problem; ``ngram`` those that share a run
+    of 13 words with one, equal texts included. The ``num_short`` ones have fewer words and can only be exact.
     """
     texts = {name: [problem_text(p) for p in problems] for name, problems in evaluation.items()}
     grams = {name: [ngram_hashes(text) for text in of_set] for name, of_set in texts.items()}
@@ -48,11 +45,8 @@ def overlap_report(
             for gram in train_grams[-1]:
                 first_gram.setdefault(gram, problem.id)
         for name, judged in evaluation.items():
-            exact = [
-                (p.id, first_text[text])
-                for p, text in zip(judged, texts[name], strict=True)
-                if text in first_text
-            ]
+            pairs_of_text = zip(judged, texts[name], strict=True)
+            exact = [(p.id, first_text[text]) for p, text in pairs_of_text if text in first_text]
             holders = [{first_gram[gram] for gram in own if gram in first_gram} for own in grams[name]]
             shared = [(p.id, min(ids)) for p, ids in zip(judged, holders, strict=True) if ids]
             wanted = set().union(*grams[name])
@@ -75,4 +69,4 @@ def overlap_report(
 
 
 def _examples(found: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"evaluation": e, "train": t} for e, t in found[:_NUM_EXAMPLES]]
+    return [{"evaluation": e, "train": t} for e, t in found[:5]]

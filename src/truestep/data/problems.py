@@ -1,5 +1,4 @@
-"""Where problems come from: files, folders, the hub, or a program. All rows are validated before any is
-returned."""
+"""The sources of problems: files, folders, the hub, or a program. All rows are validated before any is used."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from truestep.records import Problem
 from truestep.settings import DataSettings
 
 SCHEMES = ("procedural", "reasoning_gym", "hub")
-# Names that a file of a split goes by; a folder that has such files is asked for one of them.
+# File names of splits; of a folder that has such files only those of the split are read.
 SPLIT_NAMES = ("train", "test", "dev", "val", "valid", "validation", "eval", "evaluation")
 
 
@@ -26,23 +25,19 @@ def load_problems(
     """The problems of ``[data.NAME]``: ``skip`` left out, at most ``limit``.
 
     ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), both, or, if empty,
-    either.
-
-    Raises UserError with one line that names the file, the row (1-based) and the field, or the setting.
+    either. Raises UserError with file, row (1-based) and field, or the setting.
     """
     scheme, _, rest = settings.source.partition(":")
     if scheme in ("procedural", "reasoning_gym"):
         return _generated(name, scheme, rest, settings, seed, needs)
     if scheme == "hub":
         label = f"hub:{rest}[{settings.split}]"
-        problems = _validated(
-            [(label, _hub_rows(name, rest, settings))], rest.split("/")[-1], settings, needs
-        )
+        rows = _hub_rows(name, rest, settings)
+        problems = _validated([(label, rows)], rest.split("/")[-1], settings, needs)
     else:
         if settings.options:
-            raise UserError(
-                f"data.{name}.options: a file has none, got {', '.join(settings.options)}: remove them"
-            )
+            found = ", ".join(settings.options)
+            raise UserError(f"data.{name}.options: a file has none, got {found}; remove them")
         path = find_source(name, settings.source, base_dir)
         files = _files(name, path, settings.split)
         problems = _validated([(str(file), read_rows(file)) for file in files], "", settings, needs)
@@ -53,23 +48,19 @@ def load_problems(
 def _generated(
     name: str, scheme: str, task: str, settings: DataSettings, seed: int, needs: Collection[str]
 ) -> list[Problem]:
-    """Problems that a program writes; it has no end, so their number must be given."""
+    """Problems that a program makes without end, so that their number must be given."""
     where = f"data.{name}"
     if settings.limit == "all":
-        raise UserError(f"{where}.limit: {scheme} has no last problem: write limit = N, e.g. limit = 1000")
+        raise UserError(f"{where}.limit: {scheme} has no last problem; set limit = N, e.g. limit = 1000")
     if settings.checker != "auto":
-        raise UserError(
-            f'{where}.checker: {scheme} tasks bring their own: write checker = "auto" or leave it out'
-        )
+        raise UserError(f'{where}.checker: {scheme} tasks have their own; set checker = "auto" or remove it')
     if scheme == "reasoning_gym" and "solution" in needs:
-        raise UserError(
-            f"{where}.source: reasoning_gym has no worked solutions, which this use needs: use procedural"
-        )
+        raise UserError(f"{where}.source: reasoning_gym has no worked solutions for SFT; use procedural")
     make = procedural.make_problems if scheme == "procedural" else gym.make_problems
+    seed = seed if settings.seed == "run" else settings.seed
     stop = settings.skip + settings.limit
     try:
-        own = seed if settings.seed == "run" else settings.seed
-        return make(task, settings.split, stop, settings.options, own)[settings.skip :]
+        return make(task, settings.split, stop, settings.options, seed)[settings.skip :]
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -91,13 +82,10 @@ def _validated(
             try:
                 if isinstance(row, RowError):
                     raise row
-                problem = problem_of(
-                    row, id=f"{prefix}-{number}", where=where, checker=settings.checker, needs=needs
-                )
-                if problem.id in used:
-                    raise RowError(
-                        "id", f'expected one of its own, got "{problem.id}", which {used[problem.id]} has'
-                    )
+                id = f"{prefix}-{number}"
+                problem = problem_of(row, id=id, where=where, checker=settings.checker, needs=needs)
+                if holder := used.get(problem.id):
+                    raise RowError("id", f'expected a unique one, got "{problem.id}", which {holder} has')
             except RowError as error:
                 first = first or f"{where}: {error}"
                 num_bad += 1
@@ -115,19 +103,15 @@ def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings)
         raise UserError(f"{label}: expected at least one row, got none")
     available = len(problems) - settings.skip
     if available <= 0:
-        raise UserError(
-            f"data.{name}.skip = {settings.skip} leaves nothing of the {len(problems)} rows of {label}"
-        )
+        rows = f"{len(problems)} rows of {label}"
+        raise UserError(f"data.{name}.skip = {settings.skip} leaves nothing of the {rows}")
     if settings.limit != "all" and settings.limit > available:
         after = f" after skip = {settings.skip}" if settings.skip else ""
         raise UserError(
-            f"data.{name}.limit = {settings.limit} is more than the {available} rows that {label} has{after}: "
-            f'write limit = {available} or limit = "all"'
+            f"data.{name}.limit = {settings.limit} is more than the {available} rows that {label} has{after}; "
+            f'set limit = {available} or limit = "all"'
         )
     return problems[settings.skip :][: None if settings.limit == "all" else settings.limit]
-
-
-# ------------------------------------------------------------------------------------------------------ files
 
 
 def find_source(name: str, source: str, base_dir: Path) -> Path:
@@ -138,62 +122,41 @@ def find_source(name: str, source: str, base_dir: Path) -> Path:
         if path.exists():
             return path
     scheme, colon, _ = source.partition(":")
-    close = difflib.get_close_matches(scheme, SCHEMES, n=1) if colon else []
-    if close:
-        raise UserError(
-            f'data.{name}.source = "{source}": no such kind of source; did you mean "{close[0]}:..."?'
-        )
-    siblings = [
-        str(p)
-        for c in candidates
-        if c.parent.is_dir()
-        for p in c.parent.iterdir()
-        if p.is_dir() or _readable(p)
-    ]
+    if close := difflib.get_close_matches(scheme, SCHEMES, n=1) if colon else []:
+        known = f'no such kind of source; did you mean "{close[0]}:..."?'
+        raise UserError(f'data.{name}.source = "{source}": {known}')
+    beside = [p for c in candidates if c.parent.is_dir() for p in c.parent.iterdir()]
+    siblings = [str(p) for p in beside if p.is_dir() or p.suffix in SUFFIXES]
     near = [m for c in candidates for m in difflib.get_close_matches(str(c), siblings, n=1, cutoff=0.6)]
     hint = f'; did you mean "{near[0]}"?' if near else ""
     raise UserError(f"{candidates[0]}: no such file or folder (data.{name}.source){hint}")
 
 
-def _readable(path: Path) -> bool:
-    return path.suffix in SUFFIXES
-
-
 def _files(name: str, path: Path, split: str) -> list[Path]:
-    """The files of a source. A folder whose files are named after splits gives the files of ``split``
-    alone."""
+    """The files of a source; of a folder whose files are named after splits only those of ``split``."""
     if not path.is_dir():
-        if not _readable(path):
-            raise UserError(
-                f"{path}: expected a .jsonl or .parquet file, got {path.suffix or 'no extension'}: convert it"
-            )
+        if path.suffix not in SUFFIXES:
+            found = path.suffix or "no extension"
+            raise UserError(f"{path}: expected a .jsonl or .parquet file, got {found}; convert it")
         return [path]
-    files = sorted(p for p in path.iterdir() if _readable(p) and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if not files:
-        raise UserError(
-            f"{path}: expected .jsonl or .parquet files in this folder (data.{name}.source), got none"
-        )
+        raise UserError(f"{path}: expected .jsonl or .parquet files in it (data.{name}.source), got none")
     named = {file: file.stem.split("-")[0] for file in files}
     chosen = [file for file in files if split in (named[file], file.stem)]
     present = sorted({s for s in named.values() if s in SPLIT_NAMES})
     if not chosen and present:
-        raise UserError(
-            f'{path}: no file of split "{split}" (data.{name}.split); this folder has {", ".join(present)}'
-        )
+        known = ", ".join(present)
+        raise UserError(f'{path}: no file of split "{split}" (data.{name}.split); this folder has {known}')
     return chosen or files
-
-
-# -------------------------------------------------------------------------------------------------------- hub
 
 
 def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tuple[int, Row]]:
     """Rows of a data set of the Hugging Face hub; offline (HF_HUB_OFFLINE=1) from the local cache."""
     where = f'data.{name}.source = "hub:{repository}"'
-    unknown = [key for key in settings.options if key != "config"]
-    if unknown:
-        raise UserError(
-            f"data.{name}.options.{unknown[0]}: a hub source knows only config (the data set's subset)"
-        )
+    for key in settings.options:
+        if key != "config":
+            raise UserError(f"data.{name}.options.{key}: a hub source has only config (the subset)")
     try:
         import datasets
     except ModuleNotFoundError:

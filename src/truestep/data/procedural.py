@@ -1,9 +1,7 @@
-"""Problems that a program writes, with a worked trace each: endless, local, and checked by their own
-arithmetic.
+"""Problems that a program makes without end, each with a worked trace.
 
-Train, dev and test are disjoint by construction: the hash of a problem's content decides which of them it is
-in. It does not depend on the seed, so the test problems of any run are never the training problems of any
-other.
+Train, dev and test are disjoint by construction: the hash of a problem's content, whatever the seed, decides which
+of them it is in, so that the test problems of any run are never the training problems of another.
 """
 
 from __future__ import annotations
@@ -20,15 +18,13 @@ from truestep.seeding import Purpose, generator
 
 # A problem is in the split that its hash modulo 10 belongs to.
 SPLITS = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}
-OPTIONS = {
-    "plain_percent": (100, 0, 100)
-}  # of every task: the share of problems asked for plainly, not as "do ..."
+OPTIONS = {"plain_percent": (100, 0, 100)}  # of every task: the percentage of problems without "do "
 _MAX_DRAWS = 2000  # for one problem of the wanted split
-_MAX_REPEATS = 1000  # problems in a row that the set already has, before its space counts as used up
+_MAX_REPEATS = 1000  # repeated problems in a row, after which a split counts as used up
 
 
 def character_set() -> str:
-    """Every character that a problem, a trace or an answer of any embedded task may hold, sorted."""
+    """Every character of the problems, traces and answers of all embedded tasks, sorted."""
     return "".join(sorted("0123456789+-*/=?(), >#abcdefghijorstw\n"))
 
 
@@ -39,11 +35,8 @@ def split_of(canonical: str) -> str:
 
 
 def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], seed: int) -> Problem:
-    """Problem number ``index`` of a split: a pure function of its arguments.
-
-    Raises UserError for an unknown task, split or option, and where the split has hardly any such
-    problem.
-    """
+    """Problem number ``index`` of a split: a pure function of its arguments. Raises UserError for an unknown
+    task, split or option, and if the split has hardly any such problem."""
     check_split(split)
     chosen = _task(task)
     values = _option_values(task, chosen, options)
@@ -61,14 +54,12 @@ def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], 
                 row=f"procedural:{task}[{split}]:{index + 1}",
                 meta={"task": task, **drawn.meta},
             )
-    raise UserError(f"procedural:{task} has no {split} problem with options {values}: choose larger ones")
+    raise UserError(f"procedural:{task} has no {split} problem with options {values}; set larger ones")
 
 
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
-    """The first ``num`` different problems of a split.
-
-    Raises UserError as ``make_problem``, and where there are not so many different ones.
-    """
+    """The first ``num`` different problems of a split. Raises UserError as ``make_problem``, and if there are
+    fewer."""
     found: dict[str, Problem] = {}
     index = repeats = 0
     while len(found) < num:
@@ -79,8 +70,8 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         if repeats == _MAX_REPEATS:
             raise UserError(
                 f"procedural:{task} has about {len(found)} different {split} problems with options "
-                f"{_option_values(task, _task(task), options)}, {num} are asked for: lower limit (or skip), or choose "
-                "larger options"
+                f"{_option_values(task, _task(task), options)}, {num} are asked for; lower limit (or skip), or "
+                "set larger options"
             )
     return list(found.values())
 

@@ -1,8 +1,6 @@
-"""The embedded tasks: how a problem is drawn, solved and written down. Short ASCII, one regular line a step,
-so that a character-level model of a million parameters can learn it.
-
-Each ``draw_*`` takes a generator and the task's options, and returns one ``Drawn``. ``wN`` writes a digit,
-``cN`` carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``.
+"""The embedded tasks: how a problem is drawn and solved. Short ASCII, one regular line a step, so that a
+character-level model of a million parameters can learn it. ``wN`` writes a digit, ``cN`` carries, ``bN`` borrows;
+the last line of every trace is ``#### ANSWER``.
 """
 
 from __future__ import annotations
@@ -16,10 +14,9 @@ from numpy.random import Generator
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A problem before it has a split. ``canonical`` is the same for problems that are one and the same
-    exercise (12+34 and 34+12): its hash decides the split."""
+    """A problem before it has a split."""
 
-    canonical: str
+    canonical: str  # the same for equal exercises (12+34 and 34+12); its hash decides the split
     text: str
     answer: str
     steps: tuple[str, ...]
@@ -28,10 +25,8 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One embedded task. ``options`` maps each option to (default, smallest, largest)."""
-
     description: str
-    options: Mapping[str, tuple[int, int, int]]
+    options: Mapping[str, tuple[int, int, int]]  # name → default, smallest, largest
     checker: str
     draw: Callable[[Generator, Mapping[str, int]], Drawn]
 
@@ -42,10 +37,11 @@ def _operand(rng: Generator, digits: int) -> int:
 
 
 def _numbers(rng: Generator, options: Mapping[str, int]) -> tuple[int, int]:
-    """Two operands of ``digits`` digits each, or of ``min_digits`` to ``digits`` where that is not 0."""
+    """Two operands of ``digits`` digits each, or of ``min_digits`` to ``digits`` if that is not 0."""
+    high = options["digits"]
     if not options["min_digits"]:
-        return _operand(rng, options["digits"]), _operand(rng, options["digits"])
-    low, high = min(options["min_digits"], options["digits"]), options["digits"]
+        return _operand(rng, high), _operand(rng, high)
+    low = min(options["min_digits"], high)
     first, second = (int(d) for d in rng.integers(low, high + 1, size=2))
     return _operand(rng, first), _operand(rng, second)
 
@@ -78,8 +74,7 @@ def subtraction_steps(a: int, b: int) -> list[str]:
 
 
 def multiplication_steps(a: int, b: int) -> list[str]:
-    """Each digit of b from the right times a, column by column; then the shifted products are added up one by
-    one."""
+    """Each digit of b from the right times a, column by column; the shifted products are added up."""
     lines: list[str] = []
     total = 0
     for shift, y in enumerate(_digits(b, len(str(b)))):
@@ -100,32 +95,25 @@ def multiplication_steps(a: int, b: int) -> list[str]:
 def draw_addition(rng: Generator, options: Mapping[str, int]) -> Drawn:
     a, b = _numbers(rng, options)
     low, high = sorted((a, b))
-    return Drawn(
-        canonical=f"{low}+{high}", text=f"{a}+{b}=?", answer=str(a + b), steps=tuple(addition_steps(a, b))
-    )
+    steps = tuple(addition_steps(a, b))
+    return Drawn(canonical=f"{low}+{high}", text=f"{a}+{b}=?", answer=str(a + b), steps=steps)
 
 
 def draw_subtraction(rng: Generator, options: Mapping[str, int]) -> Drawn:
     b, a = sorted(_numbers(rng, options))
-    return Drawn(
-        canonical=f"{a}-{b}", text=f"{a}-{b}=?", answer=str(a - b), steps=tuple(subtraction_steps(a, b))
-    )
+    steps = tuple(subtraction_steps(a, b))
+    return Drawn(canonical=f"{a}-{b}", text=f"{a}-{b}=?", answer=str(a - b), steps=steps)
 
 
 def draw_multiplication(rng: Generator, options: Mapping[str, int]) -> Drawn:
     a, b = _operand(rng, options["digits_a"]), _operand(rng, options["digits_b"])
     low, high = sorted((a, b))
-    return Drawn(
-        canonical=f"{low}*{high}",
-        text=f"{a}*{b}=?",
-        answer=str(a * b),
-        steps=tuple(multiplication_steps(a, b)),
-    )
+    steps = tuple(multiplication_steps(a, b))
+    return Drawn(canonical=f"{low}*{high}", text=f"{a}*{b}=?", answer=str(a * b), steps=steps)
 
 
 def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Terms joined by + - *; no product has more than two factors, so that a table of the small numbers is
-    enough."""
+    """Terms joined by + - *; no product has more than two factors, so that a small table is enough."""
     numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["terms"])]
     signs: list[str] = []
     for _ in numbers[1:]:
@@ -149,8 +137,7 @@ def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Numbers and a target that all of them together can reach: two values at a time are joined until one is
-    left."""
+    """Numbers, and a target that all of them can reach: two values at a time are joined until one is left."""
     while True:
         numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["numbers"])]
         values = [(n, str(n), "") for n in numbers]  # value, expression, its outermost operation
@@ -176,12 +163,8 @@ def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 def _possible(x: int, y: int) -> str:
     """The operations that give a positive whole number, and change something."""
-    return (
-        "+"
-        + ("-" if x > y else "")
-        + ("*" if x > 1 and y > 1 else "")
-        + ("/" if y > 1 and x % y == 0 else "")
-    )
+    allowed = {"+": True, "-": x > y, "*": x > 1 and y > 1, "/": y > 1 and x % y == 0}
+    return "".join(sign for sign in allowed if allowed[sign])
 
 
 def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tuple[int, str, str]:
@@ -194,8 +177,7 @@ def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tupl
 
 
 def draw_letters(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Put letters in order, the smallest that is left first; a line shows what is left, what is taken, what
-    remains."""
+    """Put letters in order, the smallest first; a line shows what is left, what is taken, what remains."""
     alphabet = "abcdefghij"[: options["alphabet"]]
     word = "".join(alphabet[int(i)] for i in rng.integers(len(alphabet), size=options["length"]))
     left, steps = word, []

@@ -1,4 +1,4 @@
-"""One row → one Problem: which columns there may be, and what each may hold."""
+"""One row → one Problem: which columns there may be, and what each may contain."""
 
 from __future__ import annotations
 
@@ -13,58 +13,39 @@ from truestep.records import Message, Problem
 from truestep.settings import CHECKERS
 
 PROMPT_COLUMNS = ("problem", "prompt", "messages")
-COLUMNS = (
-    *PROMPT_COLUMNS,
-    "answer",
-    "reward_model",
-    "solution",
-    "target",
-    "id",
-    "checker",
-    "numbers",
-    "choices",
-)
 ROLES = ("system", "user", "assistant")
-# What others call our columns, for "did you mean"; never read.
+# Other names of our columns, for "did you mean"; never read.
 ALIASES = {
     "question": "problem", "query": "problem", "input": "problem", "instruction": "prompt",
-    "conversations": "messages", "conversation": "messages", "from": "role", "value": "content", "text": "content",
-    "label": "answer", "gold": "answer",
-    "ground_truth": "answer", "final_answer": "answer", "response": "solution", "output": "solution",
-    "completion": "solution", "rationale": "solution",
+    "conversations": "messages", "conversation": "messages", "from": "role", "value": "content",
+    "text": "content", "label": "answer", "gold": "answer", "ground_truth": "answer", "final_answer": "answer",
+    "response": "solution", "output": "solution", "completion": "solution", "rationale": "solution",
 }  # fmt: skip
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
-    """The problem that a row holds. ``needs`` names what must be there: "answer", "solution", both or (empty)
-    either.
-
-    Raises RowError with the first thing that is wrong.
-    """
+    """The problem of a row. ``needs`` names what it must have: "answer", "solution", both or (empty) either.
+    Raises RowError with the first fault."""
     messages, solution, given = _turns(row)
-    answer = _answer(row)
-    solution = _solution(row, solution)
-    for field, value in (("answer", answer), ("solution", solution)):
-        if field in needs and not value:
-            raise RowError(
-                field,
-                f"expected {'one' if field == 'answer' else 'a worked one'}, got none" + _near(row, field),
-            )
+    answer, solution = _answer(row), _solution(row, solution)
+    if "answer" in needs and not answer:
+        raise RowError("answer", "expected one, got none" + _near(row, "answer"))
+    if "solution" in needs and not solution:
+        raise RowError("solution", "expected a worked one, got none" + _near(row, "solution"))
     if not answer and not solution:
-        raise RowError(
-            "answer", "expected an answer or a solution, got neither" + _near(row, "answer", "solution")
-        )
+        hint = _near(row, "answer", "solution")
+        raise RowError("answer", "expected an answer or a solution, got neither" + hint)
     checker = _checker(row) if checker == "auto" else checker
     meta: dict[str, Any] = {"turns_given": True} if given else {}
     if checker == "countdown":
         meta |= _countdown(row)
     if checker == "choice" and row.get("choices") is not None:
         meta |= {"choices": _choices(row["choices"])}
-    number = row.get("id")
-    if number is not None:
-        if isinstance(number, bool) or not isinstance(number, str | int):
-            raise RowError("id", f"expected text or a whole number, got {shown(number)}")
-        id = _text(str(number), "id")
+    given_id = row.get("id")
+    if given_id is not None:
+        if isinstance(given_id, bool) or not isinstance(given_id, str | int):
+            raise RowError("id", f"expected text or a whole number, got {shown(given_id)}")
+        id = _text(str(given_id), "id")
     return Problem(
         id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta
     )
@@ -77,17 +58,13 @@ def _choices(value: Any) -> list[str]:
 
 
 def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
-    """The prompt's turns, the solution where the turns end with one, and whether the row gave turns or bare
-    text."""
+    """The prompt's turns, the solution if they end with one, and whether the row has turns, not bare text."""
     present = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
+    expected = "expected one of problem, prompt and messages"
     if not present:
-        raise RowError(
-            "problem", "expected one of problem, prompt and messages, got none" + _near(row, *PROMPT_COLUMNS)
-        )
+        raise RowError("problem", f"{expected}, got none" + _near(row, *PROMPT_COLUMNS))
     if len(present) > 1:
-        raise RowError(
-            present[1], f"expected one of problem, prompt and messages, got {' and '.join(present)}: keep one"
-        )
+        raise RowError(present[1], f"{expected}, got {' and '.join(present)}; keep one")
     column, value = present[0], row[present[0]]
     if column == "problem" or (column == "prompt" and isinstance(value, str)):
         return (Message(role="user", content=_text(value, column)),), "", False
@@ -98,12 +75,9 @@ def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
         solution = last.content
     if not messages or messages[-1].role != "user":
         found = f"the {messages[-1].role}'s" if messages else "none"
-        where = (
-            "before the assistant's solution"
-            if solution
-            else 'at the end (a worked answer goes into "solution")'
-        )
-        raise RowError(column, f"expected the user's turn {where}, got {found}")
+        end = 'at the end (a worked answer goes into "solution")'
+        place = "before the assistant's solution" if solution else end
+        raise RowError(column, f"expected the user's turn {place}, got {found}")
     return tuple(messages), solution, True
 
 
@@ -121,21 +95,16 @@ def _messages(value: Any, column: str) -> list[Message]:
             if turn.get(key) is None:
                 raise RowError(f"{field}.{key}", "expected text, got nothing" + _near(turn, key))
         if turn["role"] not in ROLES:
-            hint = _did_you_mean(str(turn["role"]), ROLES)
-            raise RowError(
-                f"{field}.role", f"expected system, user or assistant, got {shown(turn['role'])}{hint}"
-            )
+            found = shown(turn["role"]) + _did_you_mean(str(turn["role"]), ROLES)
+            raise RowError(f"{field}.role", f"expected system, user or assistant, got {found}")
         if turn["role"] == "system" and i:
-            raise RowError(
-                f"{field}.role", "expected the system's turn first, got it later: move or remove it"
-            )
+            raise RowError(f"{field}.role", "expected the system's turn first, got it later; move it")
         messages.append(Message(role=turn["role"], content=_text(turn["content"], f"{field}.content")))
     return messages
 
 
 def _solution(row: Row, from_turns: str) -> str:
-    """The demonstration: ``solution``, the last assistant turn of ``messages``, or ``target`` as a list of
-    turns."""
+    """The demonstration: ``solution``, the last turn of ``messages``, or ``target`` as a list of turns."""
     found = {"messages": from_turns} if from_turns else {}
     if row.get("solution") is not None:
         found["solution"] = _text(row["solution"], "solution")
@@ -146,12 +115,12 @@ def _solution(row: Row, from_turns: str) -> str:
             raise RowError("target", f"expected one assistant turn, got {', '.join(t.role for t in turns)}")
         found["target"] = turns[0].content
     if len(set(found.values())) > 1:
-        raise RowError("solution", f"expected one, got different ones in {' and '.join(found)}: keep one")
+        raise RowError("solution", f"expected one, got different ones in {' and '.join(found)}; keep one")
     return next(iter(found.values()), "")
 
 
 def _answer(row: Row) -> str:
-    """The gold answer as text, from ``answer`` or from verl's ``reward_model``; "" where there is none."""
+    """The gold answer as text, from ``answer`` or from verl's ``reward_model``; "" if there is none."""
     answer = "" if row.get("answer") is None else _scalar(row["answer"], "answer")
     reward = row.get("reward_model")
     if reward is None:
@@ -162,18 +131,15 @@ def _answer(row: Row) -> str:
         )
     style = reward.get("style")
     if style is not None and not str(style).startswith("rule"):
-        raise RowError(
-            "reward_model.style", f'expected "rule" (a program checks the answer), got {shown(style)}'
-        )
+        raise RowError("reward_model.style", f'expected "rule" (checked by a program), got {shown(style)}')
+    key = "reward_model.ground_truth"
     if reward.get("ground_truth") is None:
         if answer:
             return answer
-        raise RowError(
-            "reward_model.ground_truth", "expected an answer, got nothing" + _near(reward, "ground_truth")
-        )
-    truth = _scalar(reward["ground_truth"], "reward_model.ground_truth")
+        raise RowError(key, "expected an answer, got nothing" + _near(reward, "ground_truth"))
+    truth = _scalar(reward["ground_truth"], key)
     if answer and answer != truth:
-        raise RowError("answer", f"expected reward_model's {shown(truth)}, got {shown(answer)}: keep one")
+        raise RowError("answer", f"expected reward_model's {shown(truth)}, got {shown(answer)}; keep one")
     return truth
 
 
@@ -196,16 +162,13 @@ def _text(value: Any, field: str) -> str:
     if not value.strip():
         raise RowError(field, "expected text, got an empty string")
     if "\0" in value:
-        raise RowError(
-            field, f"expected text, got a NUL character at character {value.index(chr(0)) + 1}: remove it"
-        )
+        at = value.index("\0") + 1
+        raise RowError(field, f"expected text, got a NUL character at character {at}; remove it")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        code = f"U+{ord(value[error.start]):04X}"
-        raise RowError(
-            field, f"expected text, got the lone surrogate {code} at character {error.start + 1}"
-        ) from None
+        found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start + 1}"
+        raise RowError(field, f"expected text, got {found}") from None
     return value
 
 
@@ -220,19 +183,17 @@ def _checker(row: Row) -> str:
 
 
 def _countdown(row: Row) -> dict[str, Any]:
-    """What the countdown checker needs besides an answer: the numbers to use and the target to reach."""
+    """What the countdown checker needs: the numbers to use and the target to reach."""
     numbers, target = row.get("numbers"), row.get("target")
     if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
-        raise RowError(
-            "numbers", f"expected a list of whole numbers (checker countdown), got {shown(numbers)}"
-        )
+        raise RowError("numbers", f"expected whole numbers (checker countdown), got {shown(numbers)}")
     if type(target) is not int:
         raise RowError("target", f"expected a whole number (checker countdown), got {shown(target)}")
     return {"numbers": numbers, "target": target}
 
 
 def _near(row: Iterable[str], *wanted: str) -> str:
-    """A hint for a column that looks like, or elsewhere stands for, one of those that are missing."""
+    """A hint for a column that looks like a missing one, or is another name for it."""
     for key in row:
         for name in wanted:
             like = difflib.get_close_matches(key.lower(), [name], n=1, cutoff=0.7)

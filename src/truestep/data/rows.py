@@ -31,11 +31,8 @@ def shown(value: Any) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
-    """Yield (1-based row number, row or what is wrong with it) for every row of a file; blank lines are no
-    rows.
-
-    Raises UserError where the file as a whole cannot be read.
-    """
+    """Yield (1-based row number, row or its fault) for every row of a file; blank lines are skipped. Raises
+    UserError if the file as a whole cannot be read."""
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: expected one JSON object a line, got an empty file")
@@ -61,9 +58,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
 
 
 def _too_long() -> RowError:
-    return RowError(
-        "row", f"expected at most {MAX_ROW_BYTES // 2**20} MB, got a longer one: shorten it or leave it out"
-    )
+    size = f"{MAX_ROW_BYTES // 2**20} MB"
+    return RowError("row", f"expected at most {size}, got a longer one; shorten or remove it")
 
 
 def _parsed(line: bytes) -> Row | RowError:
@@ -73,21 +69,19 @@ def _parsed(line: bytes) -> Row | RowError:
         return error
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the row"
-        return RowError("JSON", f"expected UTF-8 text, got {found}: save the file as UTF-8")
+        return RowError("JSON", f"expected UTF-8 text, got {found}; save the file as UTF-8")
     except json.JSONDecodeError as error:
-        hint = ": this is one JSON array, write one object a line" if line.lstrip().startswith(b"[") else ""
-        return RowError(
-            "JSON", f"expected a JSON object on one line, got {error.msg} at character {error.pos + 1}{hint}"
-        )
+        found = f"{error.msg} at character {error.pos + 1}"
+        hint = "; this is one JSON array, write one object a line" if line.lstrip().startswith(b"[") else ""
+        return RowError("JSON", f"expected a JSON object on one line, got {found}{hint}")
     except RecursionError:
         return RowError("JSON", "expected a flat JSON object, got one nested too deeply to read")
     except ValueError:
-        return RowError("JSON", "expected numbers of at most 4300 digits, got a longer one: write it as text")
-    if not isinstance(value, dict):
-        return RowError(
-            "JSON", f'expected an object such as {{"problem": "...", "answer": "..."}}, got {shown(value)}'
-        )
-    return value
+        return RowError("JSON", "expected numbers of at most 4300 digits, got a longer one; write it as text")
+    if isinstance(value, dict):
+        return value
+    example = '{"problem": "...", "answer": "..."}'
+    return RowError("JSON", f"expected an object such as {example}, got {shown(value)}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
@@ -95,7 +89,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError(shown(twice).strip('"'), "expected once, got twice in one object: remove one")
+        raise RowError(shown(twice).strip('"'), "expected once, got twice in one object; remove one")
     return row
 
 
@@ -123,13 +117,13 @@ def _parquet_row(batch: Any, index: int) -> Row | RowError:
     row: Row = {}
     for name, column in zip(batch.schema.names, single.columns, strict=True):
         if name in row:
-            return RowError(shown(name).strip('"'), "expected one column of that name, got two: remove one")
+            return RowError(shown(name).strip('"'), "expected one column of that name, got two; remove one")
         try:
             row[name] = column[0].as_py()
         except UnicodeDecodeError:
-            return RowError(name, "expected UTF-8 text, got other bytes: write the column as UTF-8")
+            return RowError(name, "expected UTF-8 text, got other bytes; write the column as UTF-8")
         except (
             ValueError
-        ):  # a date or a duration that Python cannot hold: no column that we read has such a type
+        ):  # a date or a duration out of Python's range; no column that is used has such a type
             row[name] = None
     return row

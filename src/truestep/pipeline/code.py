@@ -1,4 +1,4 @@
-"""The content of a recipe's own code: without torch, since a study asks for it before any run."""
+"""Hashes of a recipe's own code, without torch, because a study needs them before any run."""
 
 from __future__ import annotations
 

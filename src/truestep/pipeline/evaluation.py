@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from truestep.rollout.engine import Engine, SamplingParameters
 from truestep.rundir import read_json
 from truestep.settings import SamplingSettings
 
+DevScore = Callable[[int], float]
+
 
 def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -> SamplingParameters:
     return SamplingParameters(
@@ -34,14 +37,13 @@ def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -
 def dev_score(
     prepared: Prepared,
     index: int,
-    *,
     engine: Engine,
     grader: Grader,
     folder: Path,
     check_stop: Callable[[], None],
-) -> Callable[[int], float]:
-    """Step → score on the stage's dev set; the samples are kept in the stage's folder, also those of a score that
-    ``check_stop`` has interrupted."""
+) -> DevScore:
+    """Step → score on the stage's dev set; the samples are kept in the stage's folder, also those of a score
+    that ``check_stop`` has interrupted."""
     dev, identity = prepared.settings.stages[index].dev, stage_identity(prepared, index)
     limits = prepared.settings.evaluate.data_sampling.model_copy(update={"temperature": dev.temperature})
 
@@ -55,9 +57,8 @@ def dev_score(
             folder=folder / "dev" / f"step_{step:08d}",
             identity=f"{identity}/{step}",
         )
-        answer = engine_answers(
-            plan, lambda: engine, lambda ids: completion_text(prepared.tokenizer, ids), check_stop
-        )
+        decode = partial(completion_text, prepared.tokenizer)
+        answer = engine_answers(plan, lambda: engine, decode, check_stop)
         results = run_evaluation(plan, answer=answer, judge=grader.judge)
         engine.take_cost()  # evaluation is not training: no ledger counts it
         return float(results["estimate"]["score"])
@@ -74,17 +75,10 @@ def evaluate_checkpoint(
     grader: Grader,
     reporter: Reporter,
 ) -> None:
-    """Evaluate one checkpoint on every test set; samples that exist already are kept, and the model is loaded
-    only if some are missing. ``folder.name`` is the checkpoint's name, ``identity`` maps a data set to the
-    hash of all that its samples depend on."""
-    settings = prepared.settings.evaluate
-    opened: list[Engine] = []
-
-    def engine() -> Engine:
-        if not opened:
-            opened.append(open_engine())
-        return opened[0]
-
+    """Evaluate one checkpoint on every test set; existing samples are kept, and the model is loaded only if some
+    are missing. ``folder.name`` is the checkpoint's name, ``identity`` maps a data set to the hash of all that
+    its samples depend on."""
+    settings, engine = prepared.settings.evaluate, cache(open_engine)
     for name in settings.data:
         plan = EvaluationPlan(
             name=name,
@@ -96,15 +90,10 @@ def evaluate_checkpoint(
             identity=identity(name),
             pass_at=settings.pass_at,
         )
-        run_evaluation(
-            plan,
-            answer=engine_answers(
-                plan, engine, lambda ids: completion_text(prepared.tokenizer, ids), signals.check
-            ),
-            judge=grader.judge,
-            reporter=reporter,
-            title=f"evaluate {folder.name} on {name}",
-        )
+        decode = partial(completion_text, prepared.tokenizer)
+        answer = engine_answers(plan, engine, decode, signals.check)
+        title = f"evaluate {folder.name} on {name}"
+        run_evaluation(plan, answer=answer, judge=grader.judge, reporter=reporter, title=title)
 
 
 def score_rows(evaluations: Path, checkpoints: Sequence[str], data: Sequence[str]) -> list[dict[str, Any]]:

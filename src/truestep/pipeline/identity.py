@@ -1,4 +1,4 @@
-"""Hashes of all that a stage's or an evaluation's result depends on: another hash, another result."""
+"""Hashes of all that the result of a stage or an evaluation depends on."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from truestep.settings import RejectionSettings, RlSettings, settings_hash
 
 
 def stage_identity(prepared: Prepared, index: int) -> str:
-    """The hash of all that a stage's result depends on: its own settings and data, and every stage before
-    it."""
+    """The hash of a stage's settings, code and data, and of every stage before it."""
     settings = prepared.settings
     parts: list[Any] = [base_identity(prepared), settings.chat]
     for stage in settings.stages[: index + 1]:
-        # What is about memory or files alone may change between two sittings of a run.
-        frozen = stage.model_copy(update={"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1})
-        if isinstance(frozen, RlSettings | RejectionSettings):
-            frozen = frozen.model_copy(
-                update={"sampling": frozen.sampling.model_copy(update={"max_running": 1})}
-            )
+        # Settings that concern only memory or files may change when a run is resumed.
+        ignored: dict[str, Any] = {"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1}
+        if isinstance(stage, RlSettings | RejectionSettings):
+            ignored["sampling"] = stage.sampling.model_copy(update={"max_running": 1})
+        frozen = stage.model_copy(update=ignored)
         if code := prepared.code[stage.name]:
             parts.append(str(sorted(code.items())))
         parts += [frozen, prepared.content[stage.data], prepared.content.get(stage.dev.data, "")]
@@ -31,10 +29,8 @@ def stage_identity(prepared: Prepared, index: int) -> str:
 def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
     settings = prepared.settings
     sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
-    samples = settings.evaluate.data_samples
-    return settings_hash(
-        sampling, samples, settings.chat, settings.seed, model_identity, prepared.content[name]
-    )
+    sampled = (sampling, settings.evaluate.data_samples, settings.chat, settings.seed)
+    return settings_hash(*sampled, model_identity, prepared.content[name])
 
 
 def base_identity(prepared: Prepared) -> str:

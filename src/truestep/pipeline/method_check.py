@@ -1,8 +1,8 @@
 """``truestep method check``: relations that every row must satisfy, whatever its objective is.
 
-The row trains a tiny model in float64 on generated problems, through the same source, updater and loop as any run.
-However the same step is split, packed, ordered, or dealt to two processes, its update must be the same; a run that
-is stopped and resumed must be the one that was not, bit for bit.
+The row trains a tiny model in float64 on generated problems, with the source, updater and loop of any run. Its
+update must be the same however a step is split, packed, ordered, or divided between two processes; a resumed run
+must equal an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Relation:
 
 def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict[str, object]:
     """A run of the row: a model of some 10,000 parameters, sums with worked solutions, and a coin as the reward, so
-    that groups are mixed although the model knows nothing."""
+    that an untrained model has mixed groups."""
     stage: dict[str, object] = {
         "kind": "rl" if samples else "sft",
         "name": "check",
@@ -88,21 +88,15 @@ def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict
 def check_method(
     method: str, options: Mapping[str, object], *, base_dir: Path, folder: Path, reporter: Reporter
 ) -> Iterator[Relation]:
-    """Every relation in turn. ``folder`` is an empty one to work in. Raises UserError if the row cannot be built."""
+    """Every relation in turn, in an empty ``folder``. Raises UserError if the row cannot be built."""
     samples = find_method(method, options, base_dir).plan is not None
-    settings = parse_settings(recipe(_absolute(method, base_dir), options, samples=samples), where=method)
+    place, _, name = method.rpartition(":")
+    absolute = f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else method
+    settings = parse_settings(recipe(absolute, options, samples=samples), where=method)
     set_threads(1)
     yield from _updates(settings, base_dir, folder / "updates", reporter)
     yield _ranks(settings, base_dir, folder, reporter)
     yield _resumed(settings, base_dir, folder, reporter)
-
-
-def _absolute(method: str, base_dir: Path) -> str:
-    place, _, name = method.rpartition(":")
-    return f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else method
-
-
-# ------------------------------------------------------------------------------- one step, done in several ways
 
 
 def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Iterator[Relation]:
@@ -121,7 +115,7 @@ def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporte
             longest = max((len(s.token_ids) for part in data.minibatches for s in part), default=1)
             found = {
                 "micro-batches": _update(spec, data, step, limit=longest),
-                "order": _update(spec, _changed(data, _reversed), step),
+                "order": _update(spec, _changed(data, lambda part: list(reversed(part))), step),
                 "empty micro-batch": _update(spec, _changed(data, _with_untrained), step),
             }
             policy.packs = False
@@ -135,14 +129,12 @@ def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporte
             if spec.engine is not None:
                 spec.engine.publish(dict(policy.model.named_parameters()), step + 1)
     if moved == 0:
-        raise UserError(
-            f"{spec.updater.method.name}: no step moved a parameter, so that nothing can be compared"
-        )
+        raise UserError(f"{spec.updater.method.name}: no step moves a parameter, so nothing can be compared")
     yield from (Relation(name=name, error=error, limit=LIMIT) for name, error in errors.items())
 
 
 def _update(spec: StageSpec, data: StepData, step: int, limit: int = TOKENS) -> Tensor:
-    """What the step's updates move the parameters by; they are put back afterwards."""
+    """The difference that the step's updates make to the parameters, which are then restored."""
     policy, updater = spec.policy, spec.updater
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     fresh = replace(
@@ -163,38 +155,23 @@ def _changed(data: StepData, change: Change) -> StepData:
     return replace(data, minibatches=[change(part) for part in data.minibatches], buffered=buffered)
 
 
-def _reversed(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
-    return list(reversed(sequences))
-
-
 def _with_untrained(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
-    """With a sequence of context only beside them."""
+    """The sequences and one more of context only."""
     if not sequences:
         return []
     first = sequences[0]
-    origin = (Origin.CONTEXT,) * len(first.origin)
     none: tuple[float, ...] | None = None if first.behavior_logprobs is None else ()
-    context = replace(
-        first, origin=origin, advantage=0.0, behavior_logprobs=none, policy_version=-1, group=1 << 29
-    )
-    return [*sequences, context]
-
-
-# --------------------------------------------------------------------------------------------------- whole runs
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "stages" / "01-check" / "export" / "model.safetensors")
+    context = replace(first, origin=(Origin.CONTEXT,) * len(first.origin), advantage=0.0, group=1 << 29)
+    return [*sequences, replace(context, behavior_logprobs=none, policy_version=-1)]
 
 
 def _difference(one: Path, other: Path) -> float:
-    a, b = _weights(one), _weights(other)
+    """Between the exported weights of two runs, relative."""
+    a, b = (load_file(run / "stages/01-check/export/model.safetensors") for run in (one, other))
     return max(float((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-30)) for n in a)
 
 
-def _run(
-    settings: Settings, base_dir: Path, folder: Path, reporter: Reporter, *, resume: bool = False
-) -> None:
+def _run(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter, resume: bool = False) -> None:
     prepared = prepare(settings, base_dir=base_dir)
     open_run_folder(prepared, folder, resume=resume, rank=0)
     run(prepared, folder, ranks=Ranks(), reporter=reporter)

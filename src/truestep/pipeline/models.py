@@ -1,4 +1,4 @@
-"""Models of a run: loaded in its precision, made a policy, and sampled from by an engine."""
+"""The models of a run in its dtype, as policies and as sampling engines."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ class Session:
 def open_model(session: Session, path: str) -> LoadedModel:
     """The model of a folder (or the base model) in the run's dtype."""
     settings = session.prepared.settings
-    model = (
-        settings.model if path == settings.model.path else settings.model.model_copy(update={"path": path})
-    )
+    model = settings.model.model_copy(update={"path": path})
     dtype = getattr(torch, settings.compute.dtype)
     return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)
 
@@ -55,8 +53,10 @@ def make_policy(session: Session, path: str) -> Policy:
     compute = session.prepared.settings.compute
     loaded = open_model(session, path)
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
-    for note in [*policy.notes, *_slow_dtype(compute.dtype)]:
+    for note in policy.notes:
         session.reporter.say(note)
+    if compute.dtype == "bfloat16":
+        _warn_if_slow(session.reporter)
     if session.ranks.world_size > 1:
         replicate(policy, session.ranks)
         if compute.parallel == "fsdp2":
@@ -64,21 +64,18 @@ def make_policy(session: Session, path: str) -> Policy:
     return policy
 
 
-def _slow_dtype(name: str) -> list[str]:
-    """A line of advice if the processor has no fast path for the compute dtype (bfloat16 without AMX or AVX-512)."""
-    if name != "bfloat16":
-        return []
+def _warn_if_slow(reporter: Reporter) -> None:
+    """A processor without AMX or AVX-512 has no fast path for bfloat16."""
     rate, plain = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
-    if rate > plain:
-        return []
-    return [
-        f"bfloat16 runs {plain / rate:.0f} times slower than float32 on this processor ({rate / 1e9:.1f} against "
-        f'{plain / 1e9:.1f} GFLOP/s); compute.dtype = "float32" will be faster'
-    ]
+    if rate <= plain:
+        reporter.say(
+            f"bfloat16 runs {plain / rate:.0f} times slower than float32 on this processor ({rate / 1e9:.1f} against "
+            f'{plain / 1e9:.1f} GFLOP/s); set compute.dtype = "float32"'
+        )
 
 
 def make_engine(session: Session, policy: Policy, path: str, max_running: int) -> TorchEngine:
-    """An engine over the policy's own module; over a second, whole model if the policy is sharded."""
+    """An engine on the policy's module, or on a second, whole model if the policy is sharded."""
     if session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2":
         policy = Policy(open_model(session, path))
     return TorchEngine(policy.model, max_running=max_running, packs=policy.packs and policy.plain_head)

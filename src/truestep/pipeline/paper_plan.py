@@ -1,9 +1,7 @@
-"""A recipe that cannot be tried here, checked whole all the same: ``[declared]`` says what its weights and
-data files would have said, and a dry run reads that instead of them.
+"""A dry run of a recipe without its weights and data: ``[declared]`` gives the facts that it needs of them.
 
-The declaration is a statement of its author (a number of rows, mean lengths that somebody observed); a real
-run never reads it. Shapes come from a ``config.json`` beside the recipe, through the model's own class on the
-meta device.
+The declaration (numbers of rows, observed mean lengths) is the author's; a real run never reads it. Shapes come
+from a ``config.json`` beside the recipe, through the model's class on the meta device.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +29,13 @@ STATE_BYTES, DTYPE_BYTES = 16, {"bfloat16": 2, "float32": 0, "float64": 16}
 
 
 class DeclaredStage(Frozen):
-    """Mean lengths and counts of a stage, in tokens; what a recipe cannot know and a run would observe."""
+    """Mean lengths and counts of a stage that only a run could observe. Units: tokens."""
 
-    rollout_tokens: int = Field(0, ge=0)  # of an own sample
+    rollout_tokens: int = Field(0, ge=0)  # of a sample
     own_samples: int = Field(0, ge=0)  # of a prompt; 0: samples_per_prompt
-    demonstrations_per_prompt: float = Field(
-        0.0, ge=0
-    )  # trained beside them; a share where only some prompts get one
+    demonstrations_per_prompt: float = Field(0.0, ge=0)  # a fraction if only some prompts get one
     demonstration_share: float = Field(1.0, gt=0, le=1)  # how much of a demonstration is trained (prefixes)
-    sft_updates: int = Field(0, ge=0)  # updates on demonstrations alone, in between
+    sft_updates: int = Field(0, ge=0)  # updates only on demonstrations, in between
     sft_sequences_per_update: int = Field(0, ge=0)
 
 
@@ -63,9 +60,6 @@ def read_declared(settings: Settings, where: str) -> Declared:
         raise UserError(f"{where}: declared.{key}: {first['msg']}") from None
 
 
-# ------------------------------------------------------------------------------------------------------ shape
-
-
 def read_config(settings: Settings, declared: Declared, base_dir: Path) -> dict[str, Any]:
     path = base_dir / declared.config
     try:
@@ -75,7 +69,7 @@ def read_config(settings: Settings, declared: Declared, base_dir: Path) -> dict[
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
-    """The shape of a Llama or Qwen2 from its config, by arithmetic alone.
+    """The shape of a Llama or Qwen2 from its config, only by arithmetic.
 
     Held by: tests/study/test_paper_recipes.py (equal to the model's own class on the meta device)
     """
@@ -83,13 +77,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     head = config.get("head_dim") or hidden // heads
     keys, queries = config["num_key_value_heads"] * head, heads * head
     bias = queries + 2 * keys if config["model_type"] == "qwen2" else 0
-    layer = (
-        2 * hidden * queries
-        + 2 * hidden * keys
-        + bias
-        + 3 * hidden * config["intermediate_size"]
-        + 2 * hidden
-    )
+    layer = hidden * (2 * queries + 2 * keys + 3 * config["intermediate_size"] + 2) + bias
     table = config["vocab_size"] * hidden
     tied = bool(config.get("tie_word_embeddings"))
     total = layers * layer + hidden + table * (1 if tied else 2)
@@ -102,7 +90,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
 
 
 def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel:
-    """The model itself without any memory, with the recipe's overrides applied as a real run applies them."""
+    """The model on the meta device, with the recipe's overrides as in a real run."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -114,14 +102,9 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
         return AutoModelForCausalLM.from_config(made)
 
 
-# ------------------------------------------------------------------------------------------------------- work
-
-
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
-    """What a stage would cost, from its settings and the declared mean lengths.
-
-    Attention is counted at the mean lengths, which is a little less than the mean over lengths.
-    """
+    """The work of a stage from its settings and the declared mean lengths. Attention is counted at the mean
+    lengths, which is a little less than the mean over lengths."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
         rows = declared.rows[stage.data]
@@ -132,9 +115,8 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
     if not isinstance(stage, RlSettings):
         raise TypeError(f"unknown stage {type(stage).__name__}")
     known = declared.stages.get(stage.name, DeclaredStage())
-    own = [known.rollout_tokens or stage.sampling.max_new_tokens] * (
-        known.own_samples or stage.samples_per_prompt
-    )
+    length = known.rollout_tokens or stage.sampling.max_new_tokens
+    own = [length] * (known.own_samples or stage.samples_per_prompt)
     trained = max(1, round(known.demonstration_share * demonstration))
     everywhere, some = divmod(known.demonstrations_per_prompt, 1)
     unscored = 1 / stage.updates_per_rollout  # the first update of a rollout batch needs no scoring pass
@@ -150,28 +132,19 @@ def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]
     """The FLOPs of a whole recipe by the paper's formula (with its N) and by the fuller count."""
     declared = read_declared(settings, where)
     shape = shape_of(read_config(settings, declared, base_dir))
-    rounded = ModelShape(
-        num_parameters=int(declared.formula_parameters),
-        num_matmul_parameters=shape.num_matmul_parameters,
-        num_layers=shape.num_layers,
-        attention_width=shape.attention_width,
-    )
+    rounded = replace(shape, num_parameters=int(declared.formula_parameters))
     work = sum((stage_work(s, declared) for s in settings.stages), Ledger())
     return {"flops_paper_formula": work.paper_flops(rounded), "flops_full": work.full_flops(rounded)}
-
-
-# ----------------------------------------------------------------------------------------------------- memory
 
 
 def gib_per_gpu(
     settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings
 ) -> dict[str, float]:
-    """An estimate of a rank's memory at its peak, by what holds it.
+    """An estimate of a rank's peak memory, by kind. Units: GiB.
 
-    Sharded: master weights, moments and gradients. Whole: the sampling engine's own copy (fully sharded
-    policies are sampled from a second model) and its key-value cache; of a training pass one layer's weights
-    and activations at ``tokens_per_microbatch`` (every layer's where nothing is recomputed), and the logits
-    of one chunk.
+    Sharded: master weights, moments and gradients. Whole: the sampling engine's copy of a sharded policy and its
+    key-value cache; one layer's weights and activations at ``tokens_per_microbatch`` (every layer's if nothing is
+    recomputed), and the logits of one chunk.
     """
     shape, dtype = shape_of(config), settings.compute.dtype
     compute = DTYPE_BYTES[dtype] or 4
@@ -180,10 +153,9 @@ def gib_per_gpu(
     state = n * (STATE_BYTES + DTYPE_BYTES[dtype]) / (declared.num_gpus if sharded else 1)
     layer = (n - 2 * config["vocab_size"] * hidden) / layers * compute
     tokens = stage.tokens_per_microbatch
-    width = 8 * hidden + 3 * int(
-        config["intermediate_size"]
-    )  # what a layer keeps for its backward pass, a token
-    products = 6 * hidden + 2 * int(config["intermediate_size"])  # of which selective checkpointing keeps
+    inner = int(config["intermediate_size"])
+    width = 8 * hidden + 3 * inner  # values a token that a layer keeps for its backward pass
+    products = 6 * hidden + 2 * inner  # those that selective checkpointing keeps
     checkpointing = settings.compute.gradient_checkpointing
     every = {False: width, True: hidden, "selective": products}[checkpointing]
     kept = tokens * compute * (every * layers + (width if checkpointing else 0))
@@ -193,24 +165,15 @@ def gib_per_gpu(
     if isinstance(stage, RlSettings | RejectionSettings):
         heads = int(config["num_key_value_heads"])
         head = config.get("head_dim") or hidden // int(config["num_attention_heads"])
-        slot = (
-            (declared.max_prompt_tokens + stage.sampling.max_new_tokens) * layers * 2 * heads * head * compute
-        )
-        found |= {
-            "sampling engine": n * compute if sharded else 0.0,
-            "cache": slot * stage.sampling.max_running,
-        }
+        length = declared.max_prompt_tokens + stage.sampling.max_new_tokens
+        cache = length * layers * 2 * heads * head * compute * stage.sampling.max_running
+        found |= {"sampling engine": n * compute if sharded else 0.0, "cache": cache}
     return {name: round(size / GIB, 2) for name, size in found.items()}
 
 
-# ---------------------------------------------------------------------------------------------------- dry run
-
-
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
-    """Everything a dry run can say of a recipe without its weights and data.
-
-    Raises UserError as ``prepare`` would, wherever the declared figures already contradict the settings.
-    """
+    """The plan of a recipe without its weights and data. Raises UserError if the declared figures contradict the
+    settings."""
     from truestep.model.load import model_shape
     from truestep.pipeline.prepare import check_methods
 
@@ -221,10 +184,10 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
     context = int(model.config.max_position_embeddings)
     rope = getattr(model.config, "rope_parameters", None) or {}
     rows = [_stage_row(settings, declared, config, stage, context) for stage in settings.stages]
-    for stage in settings.evaluate.data:
-        if stage not in declared.rows:
+    for name in settings.evaluate.data:
+        if name not in declared.rows:
             raise UserError(
-                f"{where}: declared.rows has no {stage!r}, which evaluate.data names: write its rows"
+                f"{where}: declared.rows has no {name!r} of evaluate.data; set its number of rows"
             )
     return {
         "name": settings.name,
@@ -243,22 +206,16 @@ def _stage_row(
 ) -> dict[str, Any]:
     where = f"stages.{stage.name}"
     if stage.data not in declared.rows:
-        raise UserError(f"{where}.data: declared.rows has no {stage.data!r}: write its number of rows")
+        raise UserError(f"{where}.data: declared.rows has no {stage.data!r}; set its number of rows")
     rows, longest = declared.rows[stage.data], declared.max_prompt_tokens
-    if isinstance(stage, RlSettings | RejectionSettings):
-        longest += max(stage.sampling.max_new_tokens, declared.max_demonstration_tokens)
-    else:
-        longest += declared.max_demonstration_tokens
-    for limit, key in (
-        (context, "model.context_length"),
-        (stage.tokens_per_microbatch, "tokens_per_microbatch"),
-    ):
+    sampled = stage.sampling.max_new_tokens if isinstance(stage, RlSettings | RejectionSettings) else 0
+    longest += max(sampled, declared.max_demonstration_tokens)
+    limits = {"model.context_length": context, "tokens_per_microbatch": stage.tokens_per_microbatch}
+    for key, limit in limits.items():
         if longest > limit:
-            raise UserError(f"{where}: {key} = {limit} cannot hold {longest} tokens: write {longest} or more")
-    if isinstance(stage, RlSettings) and stage.prompts_per_step > rows:
-        raise UserError(
-            f"{where}.prompts_per_step = {stage.prompts_per_step} is more than {rows} rows: write fewer"
-        )
+            raise UserError(f"{where}: {key} = {limit} cannot hold {longest} tokens; set {longest} or more")
+    if isinstance(stage, RlSettings) and (num := stage.prompts_per_step) > rows:
+        raise UserError(f"{where}.prompts_per_step = {num} is more than {rows} rows; set fewer")
     held = gib_per_gpu(settings, declared, config, stage)
     work, shape = stage_work(stage, declared), shape_of(config)
     steps, per_update, updates, epochs = _arithmetic(stage, rows)

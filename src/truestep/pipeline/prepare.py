@@ -1,4 +1,4 @@
-"""Before anything expensive: every row read, every gold answer graded, every length and batch checked."""
+"""Before anything expensive: read every row, grade every gold answer, check every length and batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HINT = "The beginning of a solution:"
 
 @dataclass(kw_only=True)
 class Prepared:
-    """All data of a run, as tokens, with every check behind it."""
+    """All data of a run, as tokens, after every check."""
 
     settings: Settings
     base_dir: Path  # of the recipe: files that it names are relative to it
@@ -48,18 +48,14 @@ class Prepared:
     model_content: str = ""  # hash of the base model's files
     content: dict[str, str] = field(default_factory=dict)  # hash of each data set's content
     methods: dict[str, Method] = field(default_factory=dict)  # by stage name
-    code: dict[str, dict[str, str]] = field(
-        default_factory=dict
-    )  # by stage name: hashes of the recipe's own code
+    code: dict[str, dict[str, str]] = field(default_factory=dict)  # ``code_of`` each stage, by name
     overlap: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def num_sequences(stage: SftSettings | RejectionSettings, available: int) -> int:
     """How many sequences (with repetition over epochs) the stage trains on."""
-    if stage.epochs:
-        return round(stage.epochs * available)
-    return stage.steps * stage.sequences_per_step
+    return round(stage.epochs * available) if stage.epochs else stage.steps * stage.sequences_per_step
 
 
 def num_steps(stage: SftSettings | RejectionSettings, available: int) -> int:
@@ -67,12 +63,10 @@ def num_steps(stage: SftSettings | RejectionSettings, available: int) -> int:
 
 
 def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
-    """Load and check everything that a run will need, in seconds and without a model.
-
-    Raises UserError naming file, row and field, or the setting, and what to write instead.
-    """
+    """Load and check everything that a run needs, in seconds and without a model. Raises UserError that names
+    file, row and field, or the setting, and the way out."""
     if settings.evaluate.benchmarks:
-        raise UserError("evaluate.benchmarks: a run evaluates only evaluate.data: use truestep eval RECIPE")
+        raise UserError("evaluate.benchmarks: a run evaluates only evaluate.data; use truestep eval RECIPE")
     check_methods(settings, base_dir)
     _check_ranks(settings)
     require_trackers(settings.trackers)
@@ -84,31 +78,27 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
         tokenizer=tokenizer,
         context_length=context,
         stop_ids=stop_token_ids(tokenizer, eos),
+        model_content=model_content(settings.model),
+        methods={s.name: method_of(s, base_dir) for s in settings.stages},
+        code={s.name: code_of(s, base_dir) for s in settings.stages},
     )
-    prepared.model_content = model_content(settings.model)
-    prepared.methods = {s.name: method_of(s, base_dir) for s in settings.stages}
-    prepared.code = {s.name: code_of(s, base_dir) for s in settings.stages}
     needs: dict[str, set[str]] = {}
     for name, kind in _uses(settings):
         needs.setdefault(name, set()).add("solution" if kind == "sft" else "answer")
-    asking = {
-        s.data: s
-        for s in settings.stages
-        if s.kind != "sft" and prepared.methods[s.name].needs_demonstrations
-    }
+    sampled = [s for s in settings.stages if s.kind != "sft"]
+    guided = {s.data: s for s in sampled if prepared.methods[s.name].needs_demonstrations}
     for name, wanted in needs.items():
         try:
-            _load(prepared, name, wanted | ({"solution"} if name in asking else set()), base_dir)
+            _load(prepared, name, wanted | ({"solution"} if name in guided else set()), base_dir)
         except UserError as error:
-            if name not in asking or "solution" not in str(error):
+            if name not in guided or "solution" not in str(error):
                 raise
-            stage = asking[name]
-            method = prepared.methods[stage.name].name
-            raise UserError(f'{error} (stages.{stage.name}.method = "{method}" trains on it)') from None
+            method = prepared.methods[guided[name].name].name
+            reason = f'stages.{guided[name].name}.method = "{method}" trains on it'
+            raise UserError(f"{error} ({reason})") from None
     _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
-    prepared.stage_prompts = {
-        s.name: _stage_prompts(prepared, s) for s in settings.stages if isinstance(s, RlSettings)
-    }
+    rl = [s for s in settings.stages if isinstance(s, RlSettings)]
+    prepared.stage_prompts = {s.name: _stage_prompts(prepared, s) for s in rl}
     _check_lengths(prepared)
     trained = {s.data: prepared.problems[s.data] for s in settings.stages}
     tested = {name: prepared.problems[name] for name in settings.evaluate.data}
@@ -124,16 +114,14 @@ def _uses(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _check_ranks(settings: Settings) -> None:
-    """What runs on one process only is refused on several before anything is loaded."""
-    if world()[1] == 1:
-        return
-    for stage in settings.stages:
+    """Refuse, before anything is loaded, several processes for what runs only on one."""
+    for stage in settings.stages if world()[1] > 1 else ():
         if stage.dev.data:
-            raise UserError(
-                f"stages.{stage.name}.dev: evaluation in training runs on one process: leave it out"
-            )
+            raise UserError(f"stages.{stage.name}.dev: evaluation in training needs one process; remove it")
         if isinstance(stage, RejectionSettings):
-            raise UserError(f"stages.{stage.name}: a rejection stage runs on one process: leave torchrun out")
+            raise UserError(
+                f"stages.{stage.name}: a rejection stage needs one process; start without torchrun"
+            )
 
 
 def check_methods(settings: Settings, base_dir: Path) -> None:
@@ -141,38 +129,30 @@ def check_methods(settings: Settings, base_dir: Path) -> None:
         fault_of(stage.faults)
         if isinstance(stage, RejectionSettings):
             continue
-        row = method_of(stage, base_dir)
-        if (row.plan is None) != isinstance(stage, SftSettings):
-            known = [
-                name for name in METHODS if (METHODS[name]().plan is None) == isinstance(stage, SftSettings)
-            ]
-            raise UserError(
-                f'stages.{stage.name}.method = "{stage.method}" does not fit kind = "{stage.kind}": '
-                f"write {', '.join(known)}"
-            )
+        row, is_sft = method_of(stage, base_dir), isinstance(stage, SftSettings)
+        if (row.plan is None) != is_sft:
+            known = ", ".join(name for name in METHODS if (METHODS[name]().plan is None) == is_sft)
+            fault = f'method = "{stage.method}" does not fit kind = "{stage.kind}"'
+            raise UserError(f"stages.{stage.name}.{fault}; set one of {known}")
         if isinstance(stage, SftSettings) and stage.sequences_per_step % row.updates_per_step:
             raise UserError(
                 f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be cut into the "
-                f'{row.updates_per_step} equal updates of method = "{row.name}": write a multiple'
+                f'{row.updates_per_step} equal updates of method = "{row.name}"; set a multiple'
             )
 
 
 def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
-    """What an RL stage samples: all its problems, or those whose demonstration can be trained on whole."""
+    """The prompts of an RL stage: all, or those whose whole demonstration can be trained on."""
     prompts = prepared.prompts[stage.data]
     if not prepared.methods[stage.name].needs_demonstrations:
         return prompts
-    limit = stage.sampling.max_new_tokens
-    fit = {
-        d.problem_id
-        for d in prepared.demonstrations[stage.data].kept
-        if len(d.token_ids) - d.num_prompt_tokens <= limit
-    }
+    limit, whole = stage.sampling.max_new_tokens, prepared.demonstrations[stage.data].kept
+    fit = {d.problem_id for d in whole if len(d.token_ids) - d.num_prompt_tokens <= limit}
     kept = [p for p in prompts if p.problem.id in fit]
     if len(kept) < len(prompts):
         prepared.notes.append(
-            f"stages.{stage.name}: {len(prompts) - len(kept)} of {len(prompts)} problems have a demonstration of more "
-            f"than sampling.max_new_tokens = {limit} tokens and are left out"
+            f"stages.{stage.name}: {len(prompts) - len(kept)} of {len(prompts)} problems have a demonstration of "
+            f"more than sampling.max_new_tokens = {limit} tokens and are left out"
         )
     return kept
 
@@ -199,17 +179,15 @@ def find_method(named: str, options: Mapping[str, Any], base_dir: Path, where: s
 
 
 def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
-    """Call what runs a user's code. Raises UserError with its own traceback."""
+    """Call what runs a user's code. Raises UserError with the code's traceback."""
     result = attempt(work, *given)
     if isinstance(result, Raised):
-        raise UserError(
-            f"{where}: {result.reason}" + (f"\n{result.detail.rstrip()}" if result.detail else "")
-        )
+        raise UserError(f"{where}: {result.reason}\n{result.detail}".rstrip())
     return result
 
 
 def _context_length(settings: Settings) -> tuple[int, Any]:
-    """(context length after the override, the model's eos ids), from the config alone."""
+    """(context length after the override, the model's eos ids), only from the config."""
     source = resolve(settings.model)
     override = settings.model.context_length
     if source == "tiny":
@@ -225,35 +203,27 @@ def _context_length(settings: Settings) -> tuple[int, Any]:
 
 
 def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:
-    settings, tokenizer = prepared.settings, prepared.tokenizer
-    problems = load_problems(
-        name, settings.data[name], seed=settings.seed, base_dir=base_dir, needs=sorted(wanted)
-    )
+    settings, tokenizer, context = prepared.settings, prepared.tokenizer, prepared.context_length
+    data = settings.data[name]
+    problems = load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=sorted(wanted))
     prepared.problems[name] = problems
     prepared.content[name] = _content_hash(problems)
     if "answer" in wanted:
         prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
     if "solution" in wanted:
-        made = encode_demonstrations(
-            problems, tokenizer, settings.chat, context_length=prepared.context_length
-        )
-        if not made.kept:
-            raise UserError(
-                f"data.{name}: no demonstration fits into the context of {prepared.context_length} tokens"
-            )
+        made = encode_demonstrations(problems, tokenizer, settings.chat, context_length=context)
         prepared.demonstrations[name] = made
         if made.dropped:
             prepared.notes.append(
-                f"data.{name}: {len(made.dropped)} of {len(problems)} demonstrations are longer than "
-                f"the context of {prepared.context_length} tokens and are left out"
+                f"data.{name}: {len(made.dropped)} of {len(problems)} demonstrations are longer than the context of "
+                f"{context} tokens and are left out"
             )
 
 
 def hinted_prompt(
     prepared: Prepared, prompt: Prompt, fraction: float
 ) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """The turns and tokens of the prompt with the first part of its problem's solution, by characters, shown in the
-    user's turn."""
+    """The turns and tokens of the prompt, with the first part of the solution (by characters) in the user's turn."""
     *before, last = prompt.problem.messages
     shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
     turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
@@ -266,24 +236,21 @@ def _content_hash(problems: Sequence[Problem]) -> str:
     for p in problems:
         turns = "\x1e".join(f"{m.role}\x1d{m.content}" for m in p.messages)
         meta = json.dumps(dict(p.meta), sort_keys=True, default=str)
-        digest.update(
-            f"{p.id}\x1f{turns}\x1f{p.answer}\x1f{p.checker}\x1f{p.solution}\x1f{meta}\x1c".encode()
-        )
+        columns = (p.id, turns, p.answer, p.checker, p.solution, meta)
+        digest.update(("\x1f".join(columns) + "\x1c").encode())
     return digest.hexdigest()[:16]
 
 
 def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
-    """Every gold answer must be accepted by its own checker: otherwise no completion ever can be."""
+    """Every gold answer must be accepted by its checker; otherwise no completion can be."""
     with Grader() as grader:
-        for name in names:
-            for problem in prepared.problems[name]:
-                score = grader.check_gold(problem)
-                if score.verdict is not Verdict.CORRECT:
-                    raise UserError(
-                        f"{problem.row or name}: answer: the checker {problem.checker!r} does not accept the gold "
-                        f"answer {problem.answer[:60]!r} ({score.reason or score.label}): correct or "
-                        "remove the row"
-                    )
+        for problem in (problem for name in names for problem in prepared.problems[name]):
+            score = grader.check_gold(problem)
+            if score.verdict is not Verdict.CORRECT:
+                raise UserError(
+                    f"{problem.row or problem.id}: answer: the checker {problem.checker!r} does not accept the gold answer "
+                    f"{problem.answer[:60]!r} ({score.reason or score.label}); correct or remove the row"
+                )
 
 
 def _check_lengths(prepared: Prepared) -> None:
@@ -294,93 +261,71 @@ def _check_lengths(prepared: Prepared) -> None:
         if isinstance(stage, SftSettings):
             kept = prepared.demonstrations[stage.data].kept
             longest = max(len(d.token_ids) for d in kept)
-            if stage.sequences_per_step > num_sequences(stage, len(kept)):
-                raise UserError(
-                    f"{where}.sequences_per_step = {stage.sequences_per_step} is more than the "
-                    f"{num_sequences(stage, len(kept))} sequences of the whole stage: write fewer"
-                )
+            if (size := stage.sequences_per_step) > (num := num_sequences(stage, len(kept))):
+                fault = f"is more than the {num} sequences of the whole stage"
+                raise UserError(f"{where}.sequences_per_step = {size} {fault}; set fewer")
         if isinstance(stage, RlSettings | RejectionSettings):
-            plan = prepared.methods[stage.name].plan
+            plan, limit = prepared.methods[stage.name].plan, stage.sampling.max_new_tokens
             shown = plan.most_shown if plan else 0.0
-            longest = _longest_sample(
-                prepared, stage.data, stage.sampling.max_new_tokens, f"{where}.sampling", shown
-            )
-        if isinstance(stage, RlSettings) and stage.prompts_per_step > len(prepared.stage_prompts[stage.name]):
-            raise UserError(
-                f"{where}.prompts_per_step = {stage.prompts_per_step} is more than the "
-                f"{len(prepared.stage_prompts[stage.name])} problems of data.{stage.data} that can be trained on: "
-                "write fewer"
-            )
+            longest = _longest_sample(prepared, stage.data, limit, f"{where}.sampling", shown)
+        if isinstance(stage, RlSettings):
+            size, num = stage.prompts_per_step, len(prepared.stage_prompts[stage.name])
+            if size > num:
+                fault = f"is more than the {num} problems of data.{stage.data} that can be trained on"
+                raise UserError(f"{where}.prompts_per_step = {size} {fault}; set fewer")
         if stage.tokens_per_microbatch < longest:
             raise UserError(
                 f"{where}.tokens_per_microbatch = {stage.tokens_per_microbatch} cannot hold the longest "
-                f"sequence of {longest} tokens: write {longest} or more"
+                f"sequence of {longest} tokens; set {longest} or more"
             )
-        if stage.dev.data:
-            limit = settings.evaluate.data_sampling.max_new_tokens
-            _longest_sample(prepared, stage.dev.data, limit, "evaluate.sampling")
-    for name in settings.evaluate.data:
+    dev = [stage.dev.data for stage in settings.stages if stage.dev.data]
+    for name in (*dev, *settings.evaluate.data):
         _longest_sample(prepared, name, settings.evaluate.data_sampling.max_new_tokens, "evaluate.sampling")
 
 
-def _longest_sample(
-    prepared: Prepared, name: str, max_new_tokens: int, where: str, shown: float = 0.0
-) -> int:
-    """Prompt, with the shown part of a solution, plus completion must fit; answers with the longest sum."""
+def _longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown: float = 0.0) -> int:
+    """The most tokens of a prompt, with the shown part of a solution, and its completion, which must fit."""
     prompts = prepared.prompts[name]
     if shown:
         prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)[1]) for p in prompts]
     longest = max(prompts, key=lambda p: len(p.token_ids))
-    total = len(longest.token_ids) + max_new_tokens
-    if total > prepared.context_length:
-        room = prepared.context_length - len(longest.token_ids)
+    num, context = len(longest.token_ids), prepared.context_length
+    if num + limit > context:
         raise UserError(
-            f"{where}.max_new_tokens = {max_new_tokens} does not fit: the longest prompt of data.{name} "
-            f"({longest.problem.row or longest.problem.id}) has {len(longest.token_ids)} of "
-            f"{prepared.context_length} tokens: write max_new_tokens = {max(1, room)} or less, "
-            "or a greater model.context_length"
+            f"{where}.max_new_tokens = {limit} does not fit: the longest prompt of data.{name} "
+            f"({longest.problem.row or longest.problem.id}) has {num} of {context} tokens; "
+            f"set max_new_tokens = {max(1, context - num)} or less, or a greater model.context_length"
         )
-    return total
+    return num + limit
 
 
 def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
-    """Everything about batches that the settings imply, one row a stage, for printing before the first
-    step."""
+    """Everything about batches that the settings imply, one row a stage."""
     rows: list[Mapping[str, Any]] = []
+    columns = ("problems", "steps", "optimizer updates", "sequences per update", "epochs")
     for stage in prepared.settings.stages:
-        row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind}
+        values: tuple[Any, ...]
         if isinstance(stage, SftSettings):
-            kept = prepared.demonstrations[stage.data].kept
-            steps, updates = num_steps(stage, len(kept)), prepared.methods[stage.name].updates_per_step
-            row |= {
-                "problems": len(kept),
-                "steps": steps,
-                "optimizer updates": steps * updates,
-                "sequences per update": stage.sequences_per_step // updates,
-                "epochs": round(num_sequences(stage, len(kept)) / len(kept), 2),
-            }
+            num = len(prepared.demonstrations[stage.data].kept)
+            updates = prepared.methods[stage.name].updates_per_step
+            steps, epochs = num_steps(stage, num), round(num_sequences(stage, num) / num, 2)
+            values = (num, steps, steps * updates, stage.sequences_per_step // updates, epochs)
         elif isinstance(stage, RlSettings):
-            available = len(prepared.stage_prompts[stage.name])
-            updates = stage.updates_per_rollout
-            row |= {
-                "problems": available,
-                "steps": stage.steps,
-                "optimizer updates": stage.steps * updates,
-                "sequences per update": stage.prompts_per_step // updates * stage.samples_per_prompt,
-                "epochs": round(stage.steps * stage.prompts_per_step / available, 2),
-            }
+            num, updates = len(prepared.stage_prompts[stage.name]), stage.updates_per_rollout
+            size = stage.prompts_per_step // updates * stage.samples_per_prompt
+            epochs = round(stage.steps * stage.prompts_per_step / num, 2)
+            values = (num, stage.steps, stage.steps * updates, size, epochs)
         else:
-            row |= {
-                "problems": len(prepared.prompts[stage.data]),
-                "steps": "after sampling",
-                "optimizer updates": "–",
-                "sequences per update": getattr(stage, "sequences_per_step", "–"),
-                "epochs": "–",
+            num = len(prepared.prompts[stage.data])
+            values = (num, "after sampling", "–", stage.sequences_per_step, "–")
+        rows.append(
+            {
+                "stage": stage.name,
+                "kind": stage.kind,
+                **dict(zip(columns, values, strict=True)),
+                "ranks": world_size,
+                "tokens per micro-batch": stage.tokens_per_microbatch,
+                "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
             }
-        row |= {
-            "ranks": world_size,
-            "tokens per micro-batch": stage.tokens_per_microbatch,
-            "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
-        }
-        rows.append(row)
+        )
     return rows

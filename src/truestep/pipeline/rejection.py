@@ -1,4 +1,4 @@
-"""Rejection-sampling SFT: what the stage's start samples and the checker accepts becomes its demonstrations."""
+"""Rejection-sampling SFT: accepted samples of the stage's initial model become its demonstrations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from truestep.train.policy import Policy
 def rejection_samples(
     session: Session, stage: RejectionSettings, policy: Policy, folder: Path, path: str
 ) -> tuple[list[Demonstration], Ledger]:
-    """Sample from the stage's start, keep up to ``keep_per_prompt`` distinct accepted completions a
-    prompt."""
+    """Sample from the initial model; keep at most ``keep_per_prompt`` distinct accepted completions a prompt."""
     prepared = session.prepared
     engine = make_engine(session, policy, path, stage.sampling.max_running)
     prompts = {p.problem.id: p for p in prepared.prompts[stage.data]}
@@ -38,39 +37,27 @@ def rejection_samples(
     ]
     session.reporter.begin(f"{stage.name}: sampling", len(requests))
     rollouts = []
-    for done, rollout in enumerate(
-        engine.generate(requests, sampling_parameters(stage.sampling, prepared.stop_ids), signals.check),
-        start=1,
-    ):
+    sampling = sampling_parameters(stage.sampling, prepared.stop_ids)
+    for rollout in engine.generate(requests, sampling, signals.check):
         rollouts.append(rollout)
-        session.reporter.advance(done)
+        session.reporter.advance(len(rollouts))
     rollouts.sort(key=lambda r: (r.problem_id, r.sample_index))
-    scores = session.grader.score_many(
-        [(prompts[r.problem_id].problem, session.decode(r.completion_ids)) for r in rollouts]
-    )
+    completions = [(prompts[r.problem_id].problem, session.decode(r.completion_ids)) for r in rollouts]
+    scores = session.grader.score_many(completions)
     chosen: dict[str, dict[tuple[int, ...], None]] = {}
     for rollout, score in zip(rollouts, scores, strict=True):
         accepted = chosen.setdefault(rollout.problem_id, {})
-        if (
-            score.verdict is Verdict.CORRECT
-            and rollout.stop is Stop.STOP_TOKEN
-            and len(accepted) < stage.keep_per_prompt
-        ):
+        is_right = score.verdict is Verdict.CORRECT and rollout.stop is Stop.STOP_TOKEN
+        if is_right and len(accepted) < stage.keep_per_prompt:
             accepted[rollout.completion_ids] = None
     kept = [_as_demonstration(prompts[id_], ids) for id_, accepted in chosen.items() for ids in accepted]
-    rundir.write_json(
-        folder / "rejection.json",
-        {
-            "samples": len(rollouts),
-            "kept": len(kept),
-            "problems": len(prompts),
-            "problems_with_any": sum(bool(a) for a in chosen.values()),
-        },
-    )
+    counts = {"samples": len(rollouts), "kept": len(kept), "problems": len(prompts)}
+    counts["problems_with_any"] = sum(bool(a) for a in chosen.values())
+    rundir.write_json(folder / "rejection.json", counts)
     if len(kept) < stage.sequences_per_step:
         raise UserError(
             f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were accepted, fewer than "
-            f"sequences_per_step = {stage.sequences_per_step}: sample more, or start from a better model"
+            f"sequences_per_step = {stage.sequences_per_step}; sample more, or start from a better model"
         )
     cost = engine.take_cost()
     return kept, Ledger(

@@ -1,5 +1,4 @@
-"""``truestep run``: base → stage → stage …, an evaluation after each, every part resumable and skipped when
-done."""
+"""``truestep run``: base → stage → stage …, an evaluation after each; what is done already is skipped."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +37,20 @@ from truestep.train.parallel import Ranks, full, is_sharded
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """Where the run lies and what its summary says."""
-
     folder: Path
     summary: Mapping[str, Any]
 
 
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raises UserError if the run directory is taken, or, with --resume, another run's. Writes nothing."""
+    """Raises UserError if the run directory is taken, or with --resume another run's. Writes nothing."""
     if rundir.holds_run(folder, resume=resume):
         _require_same_stages(settings, load_settings(folder / "resolved.toml"), folder)
 
 
 def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
-    """Make the run directory, or join an existing one with --resume.
-
-    Raises UserError, before anything is written, where it is taken or holds stages of other settings or
-    data. Rank 0 alone looks: to the others, what it has just made would seem to be taken.
-    """
+    """Make the run directory, or continue an existing one with --resume. Raises UserError, before anything is
+    written, if it is taken or has stages of other settings or data. Only rank 0 checks: the others would take
+    the directory that it has just made for another run's."""
     if rank != 0:
         return
     settings = prepared.settings
@@ -65,27 +61,25 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
 
 
 def _require_identity(stage: Path, identity: str) -> None:
-    """A stage that is done, or has been begun, was made by these settings from this data."""
+    """Raises UserError if a stage that is done or begun was made with other settings or data."""
     found = [rundir.read_json(stage / "done.json")["identity"]] if (stage / "done.json").exists() else []
     for checkpoint in list_checkpoints(stage / "checkpoints")[-1:]:
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError, OSError
-        ):  # a damaged one is passed over when loading
+        # a damaged checkpoint is passed over when loading
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             found.append(rundir.read_json(checkpoint / "manifest.json")["state"]["identity"])
     for other in found:
         if other != identity:
             raise UserError(
-                f"{stage}: was made with other settings or data (identity {other}, now {identity}): "
-                "write another --out, or delete that folder to train the stage again"
+                f"{stage}: was made with other settings or data (identity {other}, now {identity}); "
+                f"{rundir.ELSEWHERE}, or delete that folder to train the stage again"
             )
 
 
 def _require_same_stages(new: Settings, old: Settings, folder: Path) -> None:
     for index, (a, b) in enumerate(zip(new.stages, old.stages, strict=False)):
         if a.name != b.name:
-            raise UserError(
-                f"{folder}: stage {index + 1} is called {b.name!r} there and {a.name!r} here: write another --out"
-            )
+            names = f"{b.name!r} there and {a.name!r} here"
+            raise UserError(f"{folder}: stage {index + 1} is called {names}; {rundir.ELSEWHERE}")
 
 
 def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> RunResult:
@@ -95,9 +89,8 @@ def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -
     make_deterministic()
     keep_free_memory()
     if ranks.rank == 0:
-        rundir.write_json(
-            folder / "provenance.json", {**rundir.provenance(settings.seed), "threads": threads}
-        )
+        provenance = {**rundir.provenance(settings.seed), "threads": threads}
+        rundir.write_json(folder / "provenance.json", provenance)
     with Grader() as grader:
         trackers = open_trackers(settings.trackers, folder, settings.name) if ranks.rank == 0 else []
         session = Session(
@@ -125,7 +118,7 @@ def _stages(session: Session) -> None:
         if done is None:
             done = _train(session, index, path, ledger, steps_before)
         else:
-            session.reporter.say(f"{stage.name}: done already, skipped")
+            session.reporter.say(f"{stage.name}: already done, skipped")
         ledger = Ledger.from_json(done["ledger_after"]) if ranks.rank == 0 else Ledger()
         steps_before += int(done["steps"])
         path = str(stage_folder(session.folder, index, stage) / "export")
@@ -136,9 +129,7 @@ def _stages(session: Session) -> None:
 def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> None:
     """On rank 0; the others wait."""
     if session.ranks.rank == 0 and session.prepared.settings.evaluate.data:
-        evaluate(
-            session, checkpoint, path, lambda name: evaluation_identity(session.prepared, identity, name)
-        )
+        evaluate(session, checkpoint, path, partial(evaluation_identity, session.prepared, identity))
         summarize(session, "running")
     session.ranks.barrier()
 
@@ -150,7 +141,7 @@ def _done(session: Session, index: int, stage: StageSettings) -> dict[str, Any] 
 
 
 def _train(session: Session, index: int, path: str, before: Ledger, steps_before: int) -> dict[str, Any]:
-    """Train, export, and leave done.json: from then on the stage is skipped."""
+    """Train, export, and write done.json, with which the stage is skipped."""
     began = time.perf_counter()
     with ExitStack() as stack:
         spec = make_stage(session, index, path, before, steps_before, stack)
@@ -187,22 +178,17 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
 
 @torch.no_grad()
 def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, Any]) -> None:
-    """The stage's model as a Hugging Face folder; gathered to rank 0's memory where it is sharded."""
-    weights = {
-        name.removeprefix("model."): full(p.detach()).cpu() for name, p in spec.policy.named_parameters()
-    }
+    """The stage's model as a Hugging Face folder; a sharded one is gathered in rank 0's memory."""
+    parameters = spec.policy.named_parameters()
+    weights = {name.removeprefix("model."): full(p.detach()).cpu() for name, p in parameters}
     if session.ranks.rank != 0:
         return
-    model = spec.policy.model
+    model, settings = spec.policy.model, session.prepared.settings
     if is_sharded(spec.policy):
-        model = open_model(session, session.prepared.settings.model.path).model
+        model = open_model(session, settings.model.path).model
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    card = model_card(
-        session.prepared.settings.name,
-        session.prepared.settings.model.path,
-        [*stage_rows(session, index), stage_row(session, done)],
-        score_rows(*evaluated(session)),
-        rundir.provenance(session.prepared.settings.seed),
-    )
+    rows, scores = [*stage_rows(session, index), stage_row(session, done)], score_rows(*evaluated(session))
+    stamp = rundir.provenance(settings.seed)
+    card = model_card(settings.name, settings.model.path, rows, scores, stamp)
     export_hf(spec.folder / "export", model, session.prepared.tokenizer, card=card)

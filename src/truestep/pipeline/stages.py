@@ -34,8 +34,8 @@ from truestep.train.update import Optimizers, Updater
 def make_stage(
     session: Session, index: int, path: str, ledger: Ledger, steps_before: int, stack: ExitStack
 ) -> StageSpec:
-    """Assemble stage ``index``, which starts from the model in ``path``. ``stack`` ends what the stage has started
-    (the workers of its rewards)."""
+    """Assemble stage ``index``, which starts from the model in ``path``. ``stack`` ends the workers of its
+    rewards."""
     prepared, ranks = session.prepared, session.ranks
     stage, method = prepared.settings.stages[index], prepared.methods[prepared.settings.stages[index].name]
     folder = stage_folder(session.folder, index, stage)
@@ -52,7 +52,9 @@ def make_stage(
     engine: Engine | None = None
     if isinstance(stage, RlSettings):
         engine = make_engine(session, policy, path, stage.sampling.max_running)
-        score = stack.enter_context(_rewards(session, stage, folder)).score
+        base, grade = prepared.base_dir, session.grader.score_many
+        rewards = RewardScorer(stage.reward_entries, grade=grade, base=base, folder=folder / "rewards")
+        score = stack.enter_context(rewards).score
         source: Source = _rollout_source(session, stage, engine, scorer, score)
         steps = stage.steps
     elif isinstance(stage, RejectionSettings):
@@ -100,7 +102,7 @@ def make_stage(
 
 
 def _check_stop(session: Session) -> Callable[[], None]:
-    """In the middle of a step one rank must not leave the others."""
+    """With several ranks none may leave in the middle of a step."""
     return signals.check if session.ranks.world_size == 1 else lambda: None
 
 
@@ -114,16 +116,14 @@ def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> Optim
     return Optimizers(main=main, buffer=MasterOptimizer(policy, own, beside=main))
 
 
-def _on_step(
-    session: Session, name: str, steps_before: int
-) -> Callable[[int, Mapping[str, float], float], None]:
-    """Progress, and the trackers, which count steps through the whole run."""
+def _on_step(session: Session, name: str, before: int) -> Callable[[int, Mapping[str, float], float], None]:
+    """Report progress, and log to the trackers, which count steps over the whole run."""
 
     def on_step(step: int, metrics: Mapping[str, float], seconds: float) -> None:
         session.reporter.advance(step, step_note(metrics))
         row = {f"{name}/{key}": value for key, value in metrics.items()} | {f"{name}/seconds": seconds}
         for log in session.trackers:
-            log(steps_before + step, row)
+            log(before + step, row)
 
     return on_step
 
@@ -133,15 +133,10 @@ def stage_folder(run: Path, index: int, stage: StageSettings) -> Path:
 
 
 def step_note(metrics: Mapping[str, float]) -> str:
-    """The few figures worth a look while it runs."""
-    shown = {
-        "reward": "reward",
-        "loss": "loss",
-        "mixed_groups": "mixed",
-        "dev/score": "dev",
-        "entropy": "entropy",
-    }
-    return "  ".join(f"{label} {metrics[key]:.3f}" for key, label in shown.items() if key in metrics)
+    """The few figures to show while it runs."""
+    labels = {"mixed_groups": "mixed", "dev/score": "dev"}
+    shown = [key for key in ("reward", "loss", "mixed_groups", "dev/score", "entropy") if key in metrics]
+    return "  ".join(f"{labels.get(key, key)} {metrics[key]:.3f}" for key in shown)
 
 
 def _demonstrations(
@@ -156,16 +151,6 @@ def _demonstrations(
         updates_per_step=session.prepared.methods[stage.name].updates_per_step,
     )
     return source, num_steps(stage, len(kept))
-
-
-def _rewards(session: Session, stage: RlSettings, folder: Path) -> RewardScorer:
-    prepared = session.prepared
-    return RewardScorer(
-        stage.reward_entries,
-        grade=session.grader.score_many,
-        base=prepared.base_dir,
-        folder=folder / "rewards",
-    )
 
 
 def _rollout_source(
@@ -206,9 +191,7 @@ def _dev_score(
     if not prepared.settings.stages[index].dev.data:
         return None
     shared = engine or make_engine(session, policy, "", prepared.settings.evaluate.data_sampling.max_running)
-    return dev_score(
-        prepared, index, engine=shared, grader=session.grader, folder=folder, check_stop=_check_stop(session)
-    )
+    return dev_score(prepared, index, shared, session.grader, folder, _check_stop(session))
 
 
 def evaluate(session: Session, checkpoint: str, path: str, identity: Callable[[str], str]) -> None:

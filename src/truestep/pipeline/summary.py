@@ -14,24 +14,18 @@ from truestep.pipeline.stages import stage_folder
 
 def stage_row(session: Session, done: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("name", "kind", "method", "data", "steps", "flops_paper", "flops_full", "seconds", "tokens")
-    return {
-        **{k: done[k] for k in kept},
-        "seed": session.prepared.settings.seed,
-        "flops": done["flops_paper"],
-    }
+    row = {key: done[key] for key in kept}
+    return row | {"seed": session.prepared.settings.seed, "flops": done["flops_paper"]}
 
 
 def stage_rows(session: Session, before: int | None = None) -> list[dict[str, Any]]:
-    rows = []
-    for index, stage in enumerate(session.prepared.settings.stages[:before]):
-        path = stage_folder(session.folder, index, stage) / "done.json"
-        if path.exists():
-            rows.append(stage_row(session, rundir.read_json(path)))
-    return rows
+    stages = session.prepared.settings.stages[:before]
+    paths = [stage_folder(session.folder, index, stage) / "done.json" for index, stage in enumerate(stages)]
+    return [stage_row(session, rundir.read_json(path)) for path in paths if path.exists()]
 
 
 def evaluated(session: Session) -> tuple[Path, list[str], tuple[str, ...]]:
-    """Where the evaluations are, of which checkpoints, on what."""
+    """The folder of the evaluations, their checkpoints and their data sets."""
     settings = session.prepared.settings
     names = ["base", *(s.name for s in settings.stages)]
     return session.folder / "evaluations", names, settings.evaluate.data

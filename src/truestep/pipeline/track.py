@@ -1,5 +1,5 @@
-"""Metrics to TensorBoard, wandb or trackio, when a recipe asks for it. metrics.jsonl is always written; these
-never ask for a login and never block: wandb is offline unless WANDB_MODE says otherwise."""
+"""Metrics to TensorBoard, wandb or trackio, if the recipe sets ``trackers``. No login is needed: wandb is offline
+unless WANDB_MODE is set."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raises UserError for a tracker whose package is missing, before anything is trained."""
     for name in names:
         if importlib.util.find_spec(MODULES[name]) is None:
-            raise UserError(
-                f'trackers = ["{name}"] needs the package {MODULES[name]}: pip install "truestep[track]"'
-            )
+            raise UserError(f'trackers = ["{name}"] needs {MODULES[name]}; pip install "truestep[track]"')
 
 
 def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Log]:
@@ -46,10 +44,8 @@ def _tensorboard(folder: Path, run_name: str) -> Log:
 def _wandb(folder: Path, run_name: str) -> Log:
     import wandb
 
-    mode = os.environ.get("WANDB_MODE", "offline")
-    run = wandb.init(
-        dir=str(folder), name=run_name, project=os.environ.get("WANDB_PROJECT", "truestep"), mode=mode
-    )
+    mode, project = os.environ.get("WANDB_MODE", "offline"), os.environ.get("WANDB_PROJECT", "truestep")
+    run = wandb.init(dir=str(folder), name=run_name, project=project, mode=mode)
     return lambda step, metrics: run.log(dict(metrics), step=step)
 
 
