@@ -1,1 +1,1 @@
-"""What outlives the process: crash-safe checkpoints, and the finished model as a Hugging Face folder."""
+"""What is kept after the process: crash-safe checkpoints, and the finished model as a Hugging Face folder."""

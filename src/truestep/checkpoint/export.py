@@ -1,5 +1,4 @@
-"""The finished model as a Hugging Face folder that transformers, vLLM and lm-eval open, with a card that says
-how it was made."""
+"""The finished model as a Hugging Face folder (for transformers, vLLM and lm-eval) with a model card."""
 
 from __future__ import annotations
 
@@ -22,23 +21,21 @@ from truestep.rundir import fsync_folder
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_MARK = (
-    "truestep_export.json"  # only a folder that holds it may be replaced: nobody's own model is overwritten
-)
+_MARK = "truestep_export.json"  # only a folder that contains it may be replaced, never a user's other folder
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises UserError where the folder holds anything else, OutOfSpace where the disk
-    is too full."""
+    Replaces an older export. Raises UserError if the folder holds anything else, OutOfSpace if the disk is full.
+    """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder / _MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder} is there and is no export of truestep: name a folder that does not exist yet"
+            f"{folder} exists and is not a truestep export; pass a folder that does not exist yet"
         )
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -49,12 +46,10 @@ def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         code = error.errno if isinstance(error, OSError) else None
-        if (
-            code in NO_SPACE or "(os error 28)" in str(error) or "(os error 27)" in str(error)
-        ):  # as safetensors says it
-            raise OutOfSpace(
-                f"{folder}: no space for the exported model: free disk space and export again"
-            ) from error
+        # safetensors has the number only in its message.
+        if code in NO_SPACE or "(os error 28)" in str(error) or "(os error 27)" in str(error):
+            fault = f"{folder}: no space for the exported model"
+            raise OutOfSpace(f"{fault}; free disk space and export again") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,11 +71,9 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's generation config, with every token that ends a turn (its own and the tokenizer's) as a
-    stop.
+    """The model's generation config, with every token that ends a turn (its own and the tokenizer's) as a stop.
 
-    A model that stops training turns at ``<|im_end|>`` but whose config names only ``<|endoftext|>`` would
-    talk on."""
+    A model trained to stop at ``<|im_end|>`` whose config names only ``<|endoftext|>`` would not stop."""
     from transformers import GenerationConfig
 
     config = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
@@ -90,12 +83,9 @@ def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         config.pad_token_id = tokenizer.pad_token_id
     if any(getattr(config, name, None) is not None for name in _SAMPLING):
         config.do_sample = (
-            True  # sampling values without it are refused when saved; some published models have that
+            True  # some published models lack it, and transformers then refuses to save the values
         )
     return config
-
-
-# --------------------------------------------------------------------------------------------- the model card
 
 
 def model_card(
@@ -109,27 +99,22 @@ def model_card(
 
     Of a stage it shows name, kind, method, data, seed, steps and flops; of a score data, metric, score, low,
     high, num_problems and n; "–" if one is absent. ``provenance`` is what ``rundir.provenance`` returns."""
-    seed = provenance.get("seed")
-    rows = [{"seed": seed, **stage} for stage in stages]
-    training = [
-        (*_row(s, "name", "kind", "method", "data", "seed", "steps"), _flops(s.get("flops"))) for s in rows
-    ]
+    columns = ("name", "kind", "method", "data", "seed", "steps")
+    rows = [{"seed": provenance.get("seed"), **stage} for stage in stages]
+    training = [(*_row(s, *columns), _number(s.get("flops"), ".3g")) for s in rows]
     tested = [
         (*_row(s, "data", "metric"), _number(s.get("score")), _interval(s), *_row(s, "num_problems", "n"))
         for s in scores
     ]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base_model):  # the hub knows nothing else by this key
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base_model):  # the hub accepts only this form
         front.append(f"base_model: {json.dumps(base_model)}")
     tags = ["truestep", "reasoning", *dict.fromkeys(str(s["kind"]) for s in stages if s.get("kind"))]
     front += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", ""]
     body = [f"# {_cell(name)}", "", f"Trained with truestep from {_cell(base_model)}.", "", "## Training", ""]
     body += _table(("stage", "kind", "method", "data", "seed", "steps", "FLOPs"), training)
-    body += ["", "## Evaluation", ""]
-    if tested:
-        body += _table(("data", "metric", "value", "95 % interval", "problems", "samples"), tested)
-    else:
-        body.append("Not evaluated.")
+    head = ("data", "metric", "value", "95 % interval", "problems", "samples")
+    body += ["", "## Evaluation", "", *(_table(head, tested) if tested else ["Not evaluated."])]
     return "\n".join([*front, *body, "", "## Provenance", "", *_provenance_lines(provenance), ""])
 
 
@@ -149,8 +134,8 @@ def _cell(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", text)
 
 
-def _number(value: Any) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _number(value: Any, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _interval(score: Mapping[str, Any]) -> str:
@@ -158,22 +143,17 @@ def _interval(score: Mapping[str, Any]) -> str:
     return "–" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
-def _flops(value: Any) -> str:
-    return "–" if value is None else f"{value:.3g}"
-
-
 def _provenance_lines(provenance: Mapping[str, Any]) -> list[str]:
-    commit = str(provenance.get("commit") or "") + (
-        ", changed" if provenance.get("uncommitted_changes") else ""
-    )
-    versions = ", ".join(f"{k} {v}" for k, v in (provenance.get("versions") or {}).items())
-    hardware = ", ".join(f"{k} {v}" for k, v in (provenance.get("hardware") or {}).items())
+    def pairs(key: str) -> str:
+        return ", ".join(f"{name} {value}" for name, value in (provenance.get(key) or {}).items())
+
+    changed = ", changed" if provenance.get("uncommitted_changes") else ""
     shown = {
-        "Commit": commit,
+        "Commit": str(provenance.get("commit") or "") + changed,
         "Seed": provenance.get("seed"),
         "Command": " ".join(provenance.get("command") or []),
         "Python": provenance.get("python"),
-        "Versions": versions,
-        "Hardware": hardware,
+        "Versions": pairs("versions"),
+        "Hardware": pairs("hardware"),
     }
     return [f"- {key}: {_cell(value)}" for key, value in shown.items()]

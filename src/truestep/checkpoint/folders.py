@@ -1,5 +1,4 @@
-"""Folders that are there whole or not at all, one writer at a time, and never half of one for want of
-space."""
+"""Folders that exist whole or not at all, even on a full disk, with one writer at a time."""
 
 from __future__ import annotations
 
@@ -23,11 +22,10 @@ class OutOfSpace(RuntimeError):
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder in place of another, durably; a kill in between leaves the old one as
-    NAME.aside."""
+    """Replace a folder with a finished one, durably; a kill in between leaves the old one as NAME.aside."""
     aside = final.with_name(f"{final.name}.aside")
     if final.exists():
-        if aside.exists():  # of an earlier kill; what stands in its place is whole
+        if aside.exists():  # of an earlier kill; its replacement is whole
             discard_folder(aside)
         os.rename(final, aside)
     os.rename(temporary, final)
@@ -37,7 +35,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def discard_folder(path: Path) -> None:
-    """Delete a folder so that at no moment half of it stands under its valid name."""
+    """Delete a folder; its valid name never holds half of it."""
     trash = path.with_name(f"{path.name}.tmp-discard")
     if trash.exists():
         shutil.rmtree(trash)
@@ -47,20 +45,17 @@ def discard_folder(path: Path) -> None:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises OutOfSpace unless twice that many bytes are free: others write to the disk as well."""
+    """Raises OutOfSpace unless twice that many bytes are free: other programs write to the disk as well."""
     free = shutil.disk_usage(folder).free
     if free < 2 * num_bytes:
-        sizes = (
-            f"{free / 2**30:.2f} GiB are free, {2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
-        )
-        raise OutOfSpace(f"{folder}: {sizes}: free disk space and resume")
+        needed = f"{2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
+        raise OutOfSpace(f"{folder}: {free / 2**30:.2f} GiB are free, {needed}; free disk space and resume")
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float) -> Iterator[bool]:
-    """Hold the folder's lock, which the kernel drops when its holder dies. Yields False where the file system
-    of some clusters knows no locks. Raises UserError where another process still holds it after ``patience``
-    seconds."""
+    """Hold the folder's lock, which the kernel releases when the process ends. Yields False if the file system
+    has no locks (on some clusters). Raises UserError if another process holds it for ``patience`` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -76,8 +71,8 @@ def _lock(descriptor: int, folder: Path, deadline: float) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                remedy = "stop it, or give this run a folder of its own"
-                raise UserError(f"{folder}: another process is saving checkpoints here: {remedy}") from None
+                remedy = "stop it, or pass a separate folder for this run"
+                raise UserError(f"{folder}: another process is saving checkpoints here; {remedy}") from None
         except OSError:
             return False
         time.sleep(0.05)

@@ -5,10 +5,10 @@
     step_00000012.tmp-write/    being written: never read, removed by the next save or load
     step_00000012.tmp-discard/  being deleted: the same
     step_00000012.aside/        the old version while the same step is replaced: read if nothing newer is there
-    latest                      the newest one's name, for people; loading does not trust it
+    latest                      the newest one's name, for people; loading does not read it
 
-Ranks share one file system. Every rank reaches every barrier whatever happens to it, so that the disk of one
-rank being full cannot hang the others.
+Ranks share one file system. Every rank reaches every barrier, also after an error, so that a full disk of one
+rank cannot hang the others.
 """
 
 from __future__ import annotations
@@ -32,14 +32,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from safetensors import SafetensorError
 from torch import Tensor
 
-from truestep.checkpoint.folders import (
-    NO_SPACE,
-    OutOfSpace,
-    discard_folder,
-    exclusive,
-    replace_folder,
-    require_space,
-)
+from truestep.checkpoint import folders
+from truestep.checkpoint.folders import NO_SPACE, OutOfSpace, discard_folder, exclusive
 from truestep.errors import UserError
 from truestep.rundir import fsync_folder, write_atomic
 
@@ -52,7 +46,7 @@ _SHARD = re.compile(rf"({_GROUP.pattern})\.rank(\d{{5}})-of-(\d{{5}})\.safetenso
 _STEP = re.compile(r"step_(\d{8,15})(\.aside)?")
 _LEFTOVER = re.compile(_STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
 FORMAT = 1  # of manifest.json
-_MANIFEST_LIMIT = 64 << 20  # bytes: a bound on what a damaged file can make us allocate
+_MANIFEST_LIMIT = 64 << 20  # bytes: limits the memory that reading a damaged file takes
 _PATIENCE = 30.0  # seconds: a reader may hold the lock for a moment while it tidies up
 
 
@@ -62,8 +56,7 @@ class _Corrupt(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The whole state of a stage between two optimizer steps: named groups of tensors, and what JSON can
-    hold."""
+    """The whole state of a stage between two optimizer steps: named groups of tensors, and JSON values."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -77,7 +70,7 @@ class _File(BaseModel):
 
 
 class _Manifest(BaseModel):
-    # A name that matches has no slash and starts with a letter or digit: it cannot lead out of its folder.
+    # A name that matches has no slash and starts with a letter or digit: it cannot leave its folder.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     format: int
     step: int = Field(ge=0)
@@ -103,8 +96,8 @@ def save_checkpoint(
     Every rank calls it with its own local tensors and the same step, state and group names; state is taken
     from rank 0.
 
-    Raises: OutOfSpace; UserError where another process is saving into the folder; RuntimeError on the ranks
-    that did their part where another rank did not; ValueError for what cannot be stored."""
+    Raises OutOfSpace; UserError if another process is saving into the folder; RuntimeError if another rank
+    failed; ValueError for what cannot be stored."""
     state = _checked(checkpoint, keep, rank, world_size)
     final = folder / f"step_{checkpoint.step:08d}"
     temporary = final.with_name(f"{final.name}.tmp-write")
@@ -115,12 +108,10 @@ def save_checkpoint(
             stack.enter_context(exclusive(folder, _PATIENCE))
             remove_leftovers(folder)
             temporary.mkdir()
-            stack.callback(
-                shutil.rmtree, temporary, ignore_errors=True
-            )  # after a failure: give the space back
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # after a failure: free the space
 
     def write() -> None:
-        require_space(
+        folders.require_space(
             folder,
             world_size * sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values()),
         )
@@ -131,18 +122,12 @@ def save_checkpoint(
 
     def commit() -> None:
         if rank == 0:
-            files = _gather_parts(temporary, world_size)
-            body = {
-                "format": FORMAT,
-                "step": checkpoint.step,
-                "world_size": world_size,
-                "files": files,
-                "state": state,
-            }
+            body: dict[str, Any] = {"format": FORMAT, "step": checkpoint.step, "world_size": world_size}
+            body |= {"files": _gather_parts(temporary, world_size), "state": state}
             document = json.dumps({"sha256": _digest(body), **body}, indent=1)
             _write_file(temporary / "manifest.json", [document.encode()])
             fsync_folder(temporary)
-            replace_folder(temporary, final)
+            folders.replace_folder(temporary, final)
             write_atomic(folder / "latest", final.name + "\n")
             _delete_older(folder, checkpoint.step, keep)
 
@@ -159,44 +144,35 @@ def save_checkpoint(
             failure = RuntimeError(f"{final} was not saved: another rank failed to write its part")
     if isinstance(failure, OSError) and failure.errno in NO_SPACE:
         raise OutOfSpace(f"{folder}: no space for a checkpoint of step {checkpoint.step} ({failure.strerror}); the "
-                         "previous one is intact: free disk space and resume") from failure  # fmt: skip
+                         "previous one is intact; free disk space and resume") from failure  # fmt: skip
     if failure is not None:
         raise failure
     return final
 
 
 def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> dict[str, Any]:
-    """The state as JSON will give it back; ValueError for what cannot be stored, before anything is
-    touched."""
+    """The state as JSON reads it back. Raises ValueError for what cannot be stored."""
     if checkpoint.step < 0 or keep < 1 or not 0 <= rank < world_size:
         raise ValueError(f"step {checkpoint.step}, keep {keep}, rank {rank} of {world_size}: out of range")
     for group, tensors in checkpoint.tensors.items():
         if not _GROUP.fullmatch(group):
             raise ValueError(
-                f"{group!r} cannot name a group of tensors: letters, digits, '.', '_' and '-' only"
+                f"{group!r} cannot name a group of tensors; use only letters, digits, '.', '_', '-'"
             )
-        for name, tensor in tensors.items():
-            if (
-                tensor.dtype not in _DTYPES
-                or tensor.layout != torch.strided
-                or tensor.is_meta
-                or name == "__metadata__"
-            ):
-                raise ValueError(
-                    f"{group}: {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be stored"
-                )
+        for name, t in tensors.items():
+            is_plain = t.dtype in _DTYPES and t.layout == torch.strided and not t.is_meta
+            if not is_plain or name == "__metadata__":
+                raise ValueError(f"{group}: {name!r} ({t.dtype}, {t.layout}, {t.device}) cannot be stored")
     text = json.dumps(dict(checkpoint.state), indent=1, allow_nan=False)
     if len(text) > _MANIFEST_LIMIT // 4:
-        raise ValueError(f"state of {len(text)} characters: what is large belongs into a tensor group")
+        raise ValueError(f"the state has {len(text)} characters; put large values into a tensor group")
     return json.loads(text)
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file piece by piece: no second copy of the model in memory, tied and strided tensors
-    welcome."""
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # widest first keeps all aligned
+    """A safetensors file piece by piece, without a second copy of the model; tensors may be tied or strided."""
+    # The widest first, so that all are aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, stop = {}, 0
     for name in order:
         start, stop = stop, stop + tensors[name].nbytes
@@ -210,8 +186,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write and fsync a new file; its size and SHA-256 are those of what was meant, not of what the disk
-    gives back."""
+    """Write and fsync a new file; size and SHA-256 are those of the pieces, not of what the disk returns."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -252,7 +227,7 @@ def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _delete_older(folder: Path, step: int, keep: int) -> None:
-    """Later steps stay: they are what a load had to pass over, and count for nothing here."""
+    """Later steps, which are those that a load skipped as damaged, stay and do not count."""
     older = [path for path in list_checkpoints(folder) if _step_of(path) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
         discard_folder(path)
@@ -262,19 +237,17 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
 
 
 def latest_step(folder: Path) -> int:
-    """The step that a stage with this ``checkpoints`` folder resumes from (0 if it has none), without its
-    tensors."""
+    """The step that a stage with this ``checkpoints`` folder resumes from (0 if it has none)."""
     pointer = folder / "latest"
-    text = pointer.read_text().strip() if pointer.exists() else ""
-    return int(text.rpartition("_")[2]) if text.rpartition("_")[2].isdigit() else 0
+    number = pointer.read_text().strip().rpartition("_")[2] if pointer.exists() else ""
+    return int(number) if number.isdigit() else 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """All committed checkpoints by their names, oldest step first."""
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(
-        (p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: (_step_of(p), not p.suffix)
-    )
+    real = [p for p in found if p.is_dir() and not p.is_symlink()]
+    return sorted(real, key=lambda p: (_step_of(p), not p.suffix))
 
 
 def _step_of(path: Path) -> int:
@@ -284,11 +257,8 @@ def _step_of(path: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers have left. Only for who holds the folder's lock: a live writer's look the
-    same."""
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if not _LEFTOVER.fullmatch(path.name):
-            continue
+    """Remove the files of killed writers. Only with the folder's lock: those of a live writer look the same."""
+    for path in [p for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name)] if folder.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -301,15 +271,14 @@ def remove_leftovers(folder: Path) -> None:
 def load_latest(
     folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]
 ) -> Checkpoint | None:
-    """The newest checkpoint whose every file is what was written, on the CPU; None where there is none at
-    all.
+    """The newest checkpoint whose files are all as written, on the CPU; None if there is no checkpoint.
 
-    Every rank verifies the files of all ranks, so that all of them choose the same one without talking. One
-    saved by a single process is read whole by any rank.
+    Every rank verifies the files of all ranks, so that all choose the same one without communication. A
+    checkpoint of a single process is read whole by any rank.
 
-    Raises: UserError where checkpoints exist and none is intact, or for another world size or format."""
+    Raises UserError if checkpoints exist and none is intact, or for another world size or format."""
     if rank == 0 and folder.is_dir():
-        # A writer at work, or a read-only disk, is no matter.
+        # A concurrent writer or a read-only disk is not an error.
         with contextlib.suppress(UserError, OSError), exclusive(folder, patience=0) as locked:
             if locked:
                 remove_leftovers(folder)
@@ -318,10 +287,10 @@ def load_latest(
         try:
             return _load(path, rank, world_size)
         except (_Corrupt, OSError) as error:
-            warn(f"{path} is damaged and was passed over: {error}")
+            warn(f"{path} is damaged and was skipped: {error}")
     if candidates:
         remedy = "restore one from a backup, or delete the folder to begin the stage again"
-        raise UserError(f"{folder}: none of its {len(candidates)} checkpoints is intact: {remedy}")
+        raise UserError(f"{folder}: none of its {len(candidates)} checkpoints is intact; {remedy}")
     return None
 
 
@@ -329,9 +298,8 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
     manifest = _read_manifest(path)
     if (saved := manifest.world_size) not in (1, world_size):
         remedy = f"launch {saved} processes, or export the model and start from it"
-        raise UserError(
-            f"{path} was saved by {saved} processes and cannot be cut anew for {world_size}: {remedy}"
-        )
+        fault = f"{path} was saved by {saved} processes and cannot be split for {world_size}"
+        raise UserError(f"{fault}; {remedy}")
     for name, entry in manifest.files.items():
         _verify(path / name, entry)
     tensors = {}
@@ -344,15 +312,15 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
             try:
                 loaded = safetensors.torch.load_file(path / name)
             except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-                raise _Corrupt(f"{name} is no valid safetensors file: {error}") from None
-            # Copies, because what is loaded is the file itself, mapped: it would die with the file.
+                raise _Corrupt(f"{name} is not a valid safetensors file: {error}") from None
+            # Copies: the loaded tensors are the mapped file, and the file may be deleted.
             tensors[match[1]] = {key: tensor.clone() for key, tensor in loaded.items()}
     return Checkpoint(step=manifest.step, tensors=tensors, state=manifest.state)
 
 
 @contextlib.contextmanager
 def _regular_file(path: Path) -> Iterator[Any]:
-    """Open for reading what is a file and nothing else: no link is followed, no pipe waited for."""
+    """Open for reading only a regular file: no link is followed, no pipe waited for."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -368,7 +336,7 @@ def _verify(path: Path, entry: _File) -> None:
     with _regular_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:
-            raise _Corrupt(f"{path.name} has {size} bytes where {entry.bytes} were written")
+            raise _Corrupt(f"{path.name} has {size} bytes, {entry.bytes} were written")
         if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
             raise _Corrupt(f"{path.name} is not what was written (SHA-256 differs)")
 
@@ -381,9 +349,8 @@ def _read_manifest(path: Path) -> _Manifest:
         if not isinstance(body, dict) or body.pop("sha256", "") != _digest(body):
             raise _Corrupt("manifest.json is not what was written (SHA-256 differs)")
         if body.get("format") != FORMAT:
-            raise UserError(
-                f"{path} was written by another version of truestep (format {body.get('format')!r}): use it"
-            )
+            fault = f"{path} was written by another version of truestep (format {body.get('format')!r})"
+            raise UserError(f"{fault}; use that version")
         manifest = _Manifest.model_validate(body)
     except UserError:
         raise

@@ -1,9 +1,8 @@
-"""Attention without padding: one flat row of tokens, and a ``Layout`` that says who sees whom.
+"""Attention without padding: one flat row of tokens, and a ``Layout`` that says which tokens see which.
 
-Every decoder of transformers that looks its attention up in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
-arguments through to it. truestep registers one such function and hands it a layout: packed training rows
-(with a prompt that the samples of a group share), prefill and decoding are three layouts of the same forward
-pass.
+Every decoder of transformers that looks its attention up in ``ALL_ATTENTION_FUNCTIONS`` passes keyword arguments
+through to it. truestep registers one function there that takes a layout: packed training rows (with a shared
+prompt), prefill and decoding are three layouts of the same forward pass.
 
 Shapes: N flat tokens, H query heads, K key-value heads, D head size, L tokens of a segment.
 """
@@ -24,7 +23,7 @@ IMPLEMENTATION = "truestep"
 
 
 class Layout(Protocol):
-    """Who sees whom in one forward pass over N flat tokens."""
+    """Which tokens see which in one forward pass over N flat tokens."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -43,23 +42,20 @@ def attention_forward(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls in every attention layer; without a layout, plain scaled dot
-    product."""
+    """Called by transformers in every attention layer; without a layout plain scaled dot product."""
+    window = kwargs.get("sliding_window")
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        window = kwargs.get("sliding_window")
         if attention_mask is None and window is not None and query.shape[2] == key.shape[2] > window:
-            positions = torch.arange(
-                query.shape[2], device=query.device
-            )  # the mask that ``register`` leaves out
+            positions = torch.arange(query.shape[2], device=query.device)
+            # The mask that ``register`` leaves out.
             attention_mask = visible(positions, positions, window)[None, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     unsupported = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
     if unsupported or query.shape[0] != 1:
         raise NotImplementedError(f"packed attention does not support {unsupported or 'a batch'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = kwargs.get("sliding_window")
     out = layout.attend(int(module.layer_idx), query[0], key[0], value[0], scale, window)  # type: ignore[arg-type]
     return out.unsqueeze(0), None
 
@@ -70,30 +66,26 @@ def register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        """No mask for packed rows (the layout is the mask); sdpa's own for a padded batch from elsewhere."""
-        return (
-            None
-            if kwargs.get("attention_mask") is None and kwargs.get("q_length") == kwargs.get("kv_length")
-            else (sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False}))
-        )
+        """No mask for packed rows (the layout is the mask), sdpa's mask for a padded batch."""
+        if kwargs.get("attention_mask") is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+            return None
+        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
-    # A compiler that traces into it takes the layer's number for a constant: every layer would be compiled
-    # anew, until the compiler gives up and runs the others uncompiled.
+    # Not compiled: the layer's number would be a constant, so that every layer is compiled again until the
+    # compiler's limit, and the others run uncompiled.
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask)
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Boolean mask [queries, keys]: True where the query sees the key (causal, and within the window if
-    any)."""
+    """Boolean mask [queries, keys]: True if the query sees the key (causal, and within the window if any)."""
     distance = query_positions[:, None] - key_positions[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Segments of similar size, padded to one batch. ``mask`` is None where plain causality is all there
-    is."""
+    """Segments of similar size, padded to one batch. ``mask`` is None if it is only causal."""
 
     queries: Tensor  # S L, flat indices (padding points at token 0)
     keys: Tensor  # S (prefix + L)
@@ -101,17 +93,14 @@ class _Bucket:
 
 
 class PackedLayout:
-    """Segments that see themselves causally and their shared prefix wholly; nothing else.
-
-    Segments of similar size run as one padded batch inside the attention only: one kernel call instead of one
-    each."""
+    """Segments that see themselves causally and their whole shared prefix, nothing else. Inside the attention
+    those of similar size run as one padded batch: one kernel call instead of one each."""
 
     MOST_PADDING = 1.25  # padded work per real work inside a bucket
     FREE_PAIRS = 1 << 14  # below this much work a kernel call costs more than padding does
 
     def __init__(self, segments: Sequence[Segment], position_ids: Tensor) -> None:
-        self.segments = segments
-        self.position_ids = position_ids
+        self.segments, self.position_ids = segments, position_ids
         self._plans: dict[int | None, tuple[list[_Bucket], Tensor]] = {}
 
     def attend(
@@ -127,33 +116,29 @@ class PackedLayout:
         for bucket in buckets:
             q = query[bucket.queries].transpose(1, 2)  # S H L D
             k, v = key[bucket.keys].transpose(1, 2), value[bucket.keys].transpose(1, 2)
-            causal = bucket.mask is None
-            out = scaled_dot_product_attention(
-                q, k, v, attn_mask=bucket.mask, is_causal=causal, scale=scaling
-            )
+            mask, is_causal = bucket.mask, bucket.mask is None
+            out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scaling)
             pieces.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(pieces)[order]
 
     def _plan(self, window: int | None) -> tuple[list[_Bucket], Tensor]:
-        """The buckets, and each flat token's place in their concatenated outputs; made once, used by all
-        layers."""
+        """The buckets, and each flat token's place in their concatenated outputs; the same for all layers."""
         if window not in self._plans:
-            groups = self._group(window)
+            groups, base = self._group(window), 0
             buckets = [self._bucket(group, window) for group in groups]
-            device = self.position_ids.device
-            order = torch.empty(self.position_ids.shape[0], dtype=torch.int64, device=device)
-            base = 0
+            order = torch.empty_like(self.position_ids, dtype=torch.int64)
             for group, bucket in zip(groups, buckets, strict=True):
-                width = bucket.queries.shape[1]
                 for row, s in enumerate(group):
-                    first = base + row * width
-                    order[s.start : s.stop] = torch.arange(first, first + s.stop - s.start, device=device)
+                    first = base + row * bucket.queries.shape[1]
+                    order[s.start : s.stop] = torch.arange(
+                        first, first + s.stop - s.start, device=order.device
+                    )
                 base += bucket.queries.numel()
             self._plans[window] = (buckets, order)
         return self._plans[window]
 
     def _group(self, window: int | None) -> list[list[Segment]]:
-        """Segments sorted by size and cut where padding would cost more than it saves."""
+        """Segments sorted by size; a new group starts if padding would cost more than it saves."""
 
         def needs_mask(s: Segment) -> bool:
             return s.prefix_stop > s.prefix_start or (window is not None and s.stop - s.start > window)
@@ -179,7 +164,7 @@ class PackedLayout:
         keys = torch.zeros(len(group), widest, dtype=torch.int64, device=device)
         plain = all(s.prefix_stop == s.prefix_start for s in group) and (window is None or longest <= window)
         mask = torch.zeros(len(group), longest, widest, dtype=torch.bool, device=device)
-        mask[:, :, 0] = True  # a padded query sees something, or its softmax would be NaN
+        mask[:, :, 0] = True  # a padded query sees one token, or its softmax would be NaN
         for row, s in enumerate(group):
             length, num_keys = s.stop - s.start, _num_keys(s)
             own = torch.arange(s.start, s.stop, device=device)
@@ -196,8 +181,5 @@ def _num_keys(s: Segment) -> int:
 
 def count_pairs(segments: Sequence[Segment]) -> int:
     """Query-key pairs of a packed row: the work of attention."""
-    total = 0
-    for s in segments:
-        length = s.stop - s.start
-        total += length * (length + 1) // 2 + length * (s.prefix_stop - s.prefix_start)
-    return total
+    sizes = [(s.stop - s.start, s.prefix_stop - s.prefix_start) for s in segments]
+    return sum(length * (length + 1) // 2 + length * prefix for length, prefix in sizes)

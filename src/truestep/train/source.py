@@ -173,8 +173,6 @@ class RolloutSource:
         groups = self.sampler.groups(prompts, step, *repeats, **given)
         return [seq.gated(group, self.method, self.sampler.solved_at) for group in groups]
 
-    # --------------------------------------------------------------------------------------- prompts, replays
-
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
         """The step's prompts over all ranks, and which of them come from the store of the replay."""
         chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
@@ -238,8 +236,6 @@ class RolloutSource:
                 for part, cut in zip(kept, cuts, strict=True)
             ]
         return cuts, everything
-
-    # -------------------------------------------------------------------------------------- streams, memories
 
     def _stream(self, update: int) -> list[TrainSequence]:
         """This rank's part of the demonstrations that an update holds beside its groups."""

@@ -89,9 +89,6 @@ class Statistic:
     needs: tuple[str, ...] = ()
 
 
-# ----------------------------------------------------------------------------------------- parts of a method
-
-
 @dataclass(frozen=True, kw_only=True)
 class Refill:
     """Groups that the gate drops whole are replaced by further prompts, for at most ``rounds`` rounds."""
