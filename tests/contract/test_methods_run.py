@@ -71,6 +71,16 @@ def test_what_the_rows_did_is_seen_in_their_metrics(model: str, tmp_path: Path) 
     assert any(p.name.startswith("buffer-optimizer.") for p in files(checkpoint))
 
 
+@pytest.mark.parametrize("kl", ["reward", "k3"])
+def test_a_buffer_s_update_needs_no_reference_values(kl: str, model: str, tmp_path: Path) -> None:
+    """It trains demonstrations only; what a KL term or charge reads of own samples is not there."""
+    options = f'{{ buffer_size = 2, buffer_lr = 1e-3, kl = "{kl}", kl_coef = 0.05 }}'
+    made = prepared(recipe_of(tmp_path, model, "relift", steps=4), f"stages.rl.method_options={options}")
+    go(made, tmp_path / "run")
+    rows = rundir.read_jsonl(tmp_path / "run/stages/01-rl/metrics.jsonl")
+    assert any(row.get("rl/buffer/grad_norm", 0) > 0 for row in rows)
+
+
 @pytest.mark.parametrize("name", NEEDY)
 def test_demonstrations_are_asked_for_before_a_model_is_built(name: str, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "tiny", name, solutions=False)
