@@ -207,7 +207,9 @@ CASES = [
         ("stages.1", "prompts_per_step = 3", "set prompts_per_step = 4"),
     ),
     Case(
-        "temperature 0 in rl", rl("8 }", "8, temperature = 0 }"), ("stages.1", "temperature 0", "set temperature = 1.0")
+        "temperature 0 in rl",
+        rl("8 }", "8, temperature = 0 }"),
+        ("stages.1", "temperature 0", "set temperature = 1.0"),
     ),
     Case("top_p in rl", rl("8 }", "8, top_p = 0.9 }"), ("stages.1", "top_p", "set top_p = 1.0")),
     Case("top_k in rl", rl("8 }", "8, top_k = 5 }"), ("stages.1", "top_k", "top_k = 0")),
