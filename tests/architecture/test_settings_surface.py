@@ -86,7 +86,11 @@ def test_the_settings_are_those_that_are_written_here() -> None:
 
 def test_all_kinds_of_stages_are_looked_at() -> None:
     assert {get_args(s.model_fields["kind"].annotation)[0] for s in STAGES.values()} == set(STAGES)
-    assert set(STAGES.values()) == set(StageSettings.__subclasses__())
+    kinds, found = list(StageSettings.__subclasses__()), set()
+    for kind in kinds:  # a common base is not a kind
+        kinds += kind.__subclasses__()
+        found |= set() if kind.__subclasses__() else {kind}
+    assert set(STAGES.values()) == found
 
 
 def test_only_what_a_run_must_decide_has_no_default() -> None:
