@@ -43,7 +43,8 @@ class Problem:
     checker: str = "math"  # the function of grade.score that compares a completion with the answer
     solution: str = ""  # a demonstration's text, if there is one
     row: str = ""  # where it came from, "file:line"
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)  # what its checker needs besides
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the row as it was read
 
     def __post_init__(self) -> None:
         _require(bool(self.id), "a problem needs an id")
@@ -223,7 +224,7 @@ class RewardInput:
     """What a reward function gets for one sample. ``seed``, ``step`` and ``sample`` identify the sample,
     whatever the rank and the order."""
 
-    problem: Problem  # its meta has all columns of the row
+    problem: Problem  # its columns are those of the row
     messages: tuple[Message, ...]  # the prompt that was sampled from
     completion: str
     completion_ids: tuple[int, ...]

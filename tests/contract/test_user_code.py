@@ -167,6 +167,59 @@ def test_changed_code_is_another_stage(whole: Path, folder: Path) -> None:
         train(other, other / "run", resume=True)
 
 
+BARE = (
+    """
+def judge(samples):
+    """
+    + '"""Data without answers, read by its own columns."""'
+    + """
+    return [float(s.problem.columns["wanted"] in s.completion) for s in samples]
+
+def broken(samples):
+    raise KeyError("never")
+
+import_error = 1 / DENOMINATOR
+"""
+)
+
+
+def test_a_reward_without_a_checker_needs_no_answers_and_reads_every_column(tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(BARE.replace("DENOMINATOR", "1"))
+    problems = [{"problem": f"Say {i}.", "wanted": str(i)} for i in range(4)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    head, _, rl = RECIPE.partition('[[stages]]\nkind = "sft"')
+    stage = "[[stages]]" + rl.partition("[[stages]]")[2].partition("[[stages.rewards]]")[0]
+    stage = stage.replace('method = "row.py:wide"\nmethod_options = { high = 0.4 }\n', "")
+    head = head.replace("procedural:addition", "p.jsonl").replace("limit = 32\n", "")
+    text = head + stage + 'reward = "reward.py:judge"\n'
+    (tmp_path / "recipe.toml").write_text(text)
+    train(tmp_path, tmp_path / "run")
+    done = [
+        json.loads(line) for line in (tmp_path / "run/stages/01-rl/metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(done) == 4
+    assert all(row["rl/unscored"] == 0 and 0 <= row["rl/reward"] <= 1 for row in done)
+    asked = text.replace('reward = "reward.py:judge"', 'reward = "checker"')
+    (tmp_path / "recipe.toml").write_text(asked)
+    with pytest.raises(UserError, match="answer"):
+        prepare(load_settings(tmp_path / "recipe.toml"), base_dir=tmp_path)
+
+
+def test_a_reward_that_cannot_be_loaded_is_found_before_anything_is_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    for name in ("row.py", "recipe.toml"):
+        shutil.copy(folder / name, tmp_path / name)
+    for text, message in (
+        (BARE.replace("DENOMINATOR", "0"), "ZeroDivisionError"),
+        (BARE.replace("DENOMINATOR", "1"), "concise does not exist"),
+        (REWARD.replace("target=40", "aim=40"), "target"),
+    ):
+        (tmp_path / "reward.py").write_text(text)
+        with pytest.raises(UserError, match=message):
+            prepare(load_settings(tmp_path / "recipe.toml"), base_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("named", "options", "message"),
     [

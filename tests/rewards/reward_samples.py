@@ -12,7 +12,7 @@ from truestep.records import Message, Problem, RewardInput, Score, Stop, Verdict
 def sample(number: int, completion: str = "", **changed: Any) -> RewardInput:
     turns = (Message(role="user", content=f"What is {number}?"),)
     given = RewardInput(
-        problem=Problem(id=f"p{number}", messages=turns, answer=str(number), meta={"level": number}),
+        problem=Problem(id=f"p{number}", messages=turns, answer=str(number), columns={"level": number}),
         messages=turns,
         completion=completion or str(number),
         completion_ids=tuple(range(number % 7 + 1)),

@@ -76,7 +76,7 @@ def write(folder: Path, body: str) -> Path:
         "def score(samples):\n"
         "    out = []\n"
         "    for sample in samples:\n"
-        "        value = float(sample.problem.meta['level'])\n"
+        "        value = float(sample.problem.columns['level'])\n"
         f"        if sample.problem.id == 'p{BAD}':\n            {body.replace(chr(10), chr(10) + '    ')}\n"
         "        out.append(value)\n"
         "    return out\n"
@@ -95,7 +95,7 @@ def opened(folder: Path, **entry: Any) -> Iterator[RewardScorer]:
 
 def others_scored(results: list[Score], samples: list[RewardInput]) -> bool:
     return all(
-        r.reward == float(s.problem.meta["level"]) and not r.failed
+        r.reward == float(s.problem.columns["level"]) and not r.failed
         for r, s in zip(results, samples, strict=True)
         if s.problem.id != f"p{BAD}"
     )

@@ -60,7 +60,7 @@ def sometimes(samples):
 
 def record(samples):
     s = samples[0]
-    return [{"ok": (s.problem.meta == {"level": 7} and s.problem.messages == s.messages
+    return [{"ok": (s.problem.columns == {"level": 7} and s.problem.messages == s.messages
              and s.messages[0].content == "What is 7?" and s.completion == "7" and s.completion_ids == (0,)
              and s.stop.value == "stop" and (s.seed, s.step, s.sample, s.limit) == (5, 0, 0, 20))}]
 """

@@ -24,7 +24,8 @@ ALIASES = {
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
-    """The problem of a row. ``needs`` names what it must have: "answer", "solution", both or (empty) either.
+    """The problem of a row. ``needs`` names what it must have: "answer", "solution", both, neither ("problem"), or
+    (empty) one of them.
     Raises RowError with the first fault."""
     messages, solution, given = _turns(row)
     answer, solution = _answer(row), _solution(row, solution)
@@ -32,7 +33,7 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
         raise RowError("answer", "expected one, got none" + _near(row, "answer"))
     if "solution" in needs and not solution:
         raise RowError("solution", "expected a worked one, got none" + _near(row, "solution"))
-    if not answer and not solution:
+    if not answer and not solution and "problem" not in needs:
         hint = _near(row, "answer", "solution")
         raise RowError("answer", "expected an answer or a solution, got neither" + hint)
     checker = _checker(row) if checker == "auto" else checker
@@ -47,8 +48,9 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
             raise RowError("id", f"expected text or a whole number, got {shown(given_id)}")
         id = _text(str(given_id), "id")
     return Problem(
-        id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta
-    )
+        id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta,
+        columns=dict(row),
+    )  # fmt: skip
 
 
 def _choices(value: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from truestep.objective.methods import METHODS, Method, build
 from truestep.pipeline.code import code_of
 from truestep.pipeline.track import require_trackers
 from truestep.records import Message, Problem, Prompt, Verdict
+from truestep.rewards.scorer import RewardScorer
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.train.update import fault_of
 from truestep.user_code import Raised, attempt, find_source, load
@@ -82,9 +84,10 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
         methods={s.name: method_of(s, base_dir) for s in settings.stages},
         code={s.name: code_of(s, base_dir) for s in settings.stages},
     )
+    _check_rewards(settings, base_dir)
     needs: dict[str, set[str]] = {}
-    for name, kind in _uses(settings):
-        needs.setdefault(name, set()).add("solution" if kind == "sft" else "answer")
+    for name, what in _uses(settings):
+        needs.setdefault(name, set()).add(what)
     sampled = [s for s in settings.stages if s.kind != "sft"]
     guided = {s.data: s for s in sampled if prepared.methods[s.name].needs_demonstrations}
     for name, wanted in needs.items():
@@ -106,11 +109,30 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     return prepared
 
 
+def _check_rewards(settings: Settings, base_dir: Path) -> None:
+    """Load every reward function once, in its worker: a mistake in one shows before anything is trained."""
+    for stage in settings.stages:
+        if isinstance(stage, RlSettings) and world()[0] == 0:
+            with (
+                tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder,
+                RewardScorer(
+                    stage.reward_entries, grade=lambda pairs: [], base=base_dir, folder=Path(folder)
+                ),
+            ):
+                pass
+
+
 def _uses(settings: Settings) -> list[tuple[str, str]]:
-    """(data set, what for) of every use; a set that no stage names is not loaded."""
-    uses: list[tuple[str, str]] = [(s.data, s.kind) for s in settings.stages]
-    uses += [(s.dev.data, "eval") for s in settings.stages if s.dev.data]
-    return uses + [(name, "eval") for name in settings.evaluate.data]
+    """(data set, the column that it is used for) of every use; a set that no stage names is not loaded. A stage
+    that asks no checker needs no answers."""
+    columns = {"sft": "solution", "rejection": "answer", "rl": "answer"}
+    uses = []
+    for stage in settings.stages:
+        checked = not isinstance(stage, RlSettings) or "checker" in [e.function for e in stage.reward_entries]
+        uses.append((stage.data, columns[stage.kind] if checked else "problem"))
+        if stage.dev.data:
+            uses.append((stage.dev.data, "answer"))
+    return uses + [(name, "answer") for name in settings.evaluate.data]
 
 
 def _check_ranks(settings: Settings) -> None:
@@ -208,7 +230,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
     problems = load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=sorted(wanted))
     prepared.problems[name] = problems
     prepared.content[name] = _content_hash(problems)
-    if "answer" in wanted:
+    if wanted & {"answer", "problem"}:
         prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
     if "solution" in wanted:
         made = encode_demonstrations(problems, tokenizer, settings.chat, context_length=context)
@@ -235,7 +257,7 @@ def _content_hash(problems: Sequence[Problem]) -> str:
     digest = hashlib.sha256()
     for p in problems:
         turns = "\x1e".join(f"{m.role}\x1d{m.content}" for m in p.messages)
-        meta = json.dumps(dict(p.meta), sort_keys=True, default=str)
+        meta = json.dumps([dict(p.meta), dict(p.columns)], sort_keys=True, default=str)
         columns = (p.id, turns, p.answer, p.checker, p.solution, meta)
         digest.update(("\x1f".join(columns) + "\x1c").encode())
     return digest.hexdigest()[:16]

@@ -84,9 +84,9 @@ def question(sample: RewardInput, settings: JudgeSettings) -> tuple[str, list[di
     """The mark and the chat turns that ask for a score."""
     problem = "\n\n".join(m.content for m in sample.messages if m.role == "user")
     asked = [settings.model_dump(include={"url", "model", "prompt", "scale", "body"}), FRAME, problem]
-    asked += [sample.problem.answer, sample.completion, dict(sample.problem.meta)]
+    asked += [sample.problem.answer, sample.completion, dict(sample.problem.columns)]
     mark = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    fields = {k: str(v) for k, v in sample.problem.meta.items()} | {
+    fields = {k: str(v) for k, v in sample.problem.columns.items()} | {
         "problem": problem,
         "answer": sample.problem.answer,
         "completion": f"[BEGIN {mark}]\n{LOOKALIKE.sub('', sample.completion)}\n[END {mark}]",
