@@ -160,24 +160,21 @@ class StageSettings(Frozen):
     faults: FaultSettings = FaultSettings()
 
 
-class ImitationSettings(StageSettings):
-    """A stage that trains only on demonstrations, for a number of epochs or of steps."""
+def _has_one_length(stage: Any) -> Any:
+    if (stage.epochs > 0) == (stage.steps > 0):
+        raise ValueError("exactly one of epochs and steps must be greater than 0")
+    return stage
 
+
+class SftSettings(StageSettings):
+    kind: Literal["sft"]
     sequences_per_step: int = Field(ge=1)
     epochs: float = Field(0, ge=0)
     steps: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.epochs > 0) == (self.steps > 0):
-            raise ValueError("exactly one of epochs and steps must be greater than 0")
-        return self
-
-
-class SftSettings(ImitationSettings):
-    kind: Literal["sft"]
     method: str = "sft"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
+
+    _one_length = model_validator(mode="after")(_has_one_length)
 
 
 class SamplingSettings(Frozen):
@@ -188,13 +185,18 @@ class SamplingSettings(Frozen):
     max_running: int = Field(64, ge=1)  # rows decoded at once: memory only
 
 
-class RejectionSettings(ImitationSettings):
+class RejectionSettings(StageSettings):
     """Rejection-sampling SFT: sample from the stage's start, train on what the checker accepts."""
 
     kind: Literal["rejection"]
     sampling: SamplingSettings
     samples_per_prompt: int = Field(8, ge=1)
     keep_per_prompt: int = Field(4, ge=1)
+    sequences_per_step: int = Field(ge=1)
+    epochs: float = Field(0, ge=0)
+    steps: int = Field(0, ge=0)
+
+    _one_length = model_validator(mode="after")(_has_one_length)
 
 
 class RlSettings(StageSettings):

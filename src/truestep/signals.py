@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """Raised by ``check`` at a point where nothing is half done. ``signum`` says which signal asked."""
+    """Raised by ``check`` between two pieces of work. ``signum`` is the signal that arrived."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")

@@ -137,7 +137,7 @@ CASES = [
         recipe="rum.toml",
     ),
     Case(
-        "recipe is a folder", _folder("folder"), ("folder is a folder", "give a recipe file"), recipe="folder"
+        "recipe is a folder", _folder("folder"), ("folder is a folder", "pass a recipe file"), recipe="folder"
     ),
     Case("TOML syntax", recipe('name = "bad"', "name = bad"), ("run.toml", "not valid TOML", "line 2")),
     Case(
@@ -362,7 +362,7 @@ CASES = [
     Case("run directory taken", _taken, ("out", "--resume", "--out")),
     Case("no run directory", _not_a_run, ("out", "not a truestep run directory", "--out")),
     Case("run directory is a file", _not_writable, ("out", "--out")),
-    Case("--set without =", nothing, ("--set stages.rl.steps", "key=value"), ("--set", "stages.rl.steps")),
+    Case("--set without =", nothing, ("--set stages.rl.steps", "KEY=VALUE"), ("--set", "stages.rl.steps")),
     Case("--set unknown stage", nothing, ("--set stages.lr.steps=5", '"lr"'), ("--set", "stages.lr.steps=5")),
     Case("--set unknown key", nothing, ("sead", 'did you mean "seed"'), ("--set", "sead=5")),
     Case("key of another table", nothing, ('did you mean "compute.threads"',), ("--set", "threads=1")),

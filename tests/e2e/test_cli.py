@@ -180,7 +180,7 @@ def stopped(
     assert saved == f"step_{steps:08d}", "every finished step is saved"
     (line,) = [x for x in stderr.splitlines() if "--resume" in x]
     assert number.name in line
-    assert line.endswith(f"Go on with: truestep {shlex.join(words)} --resume")
+    assert line.endswith(f"Continue with: truestep {shlex.join(words)} --resume")
     return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 

@@ -21,12 +21,10 @@ Target = Annotated[
 Python = Annotated[
     Path | None,
     typer.Option(
-        help="Audit the packages of this python; nothing is written there.", show_default="the current one"
+        help="Audit the packages of this Python, without changing them.", show_default="the current one"
     ),
 ]
-Only = Annotated[
-    str, typer.Option(help="Audit only subjects whose name contains this text.", show_default="all")
-]
+Only = Annotated[str, typer.Option(help="Only subjects whose name contains this text.", show_default="all")]
 Arch = Annotated[
     str,
     typer.Option(
@@ -37,7 +35,7 @@ Arch = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="Audit the step that this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF file configures."
+        help="Audit the step of this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF configuration."
     ),
 ]
 Bisect = Annotated[
@@ -48,14 +46,12 @@ KnownBad = Annotated[str, typer.Option(help="With --bisect: a release that is kn
 Past = Annotated[
     Path | None,
     typer.Option(
-        help="Check the files of a finished run for known faults; no code is run and no GPU is needed."
+        help="Check the files of a finished run for known faults; no code is run, no GPU is needed."
     ),
 ]
-Remedy = Annotated[
-    bool, typer.Option("--remedy", help="For each fault, try other options and releases until one is right.")
-]
+Remedy = Annotated[bool, typer.Option("--remedy", help="Search options and releases without the fault.")]
 Reproduce = Annotated[
-    Path | None, typer.Option(help="For each fault, write a short script into this folder and run it.")
+    Path | None, typer.Option(help="Write and run a short script per fault in this folder.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random training rows.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Stop a configuration after this many seconds.")]
@@ -98,18 +94,15 @@ def audit(
     if past is not None:
         if dry_run or junit or sarif or html:
             raise UserError(
-                "--past reads files and can only print text or --json; remove --dry-run, --junit, --sarif and --html"
+                "--past can only print text or --json; remove --dry-run, --junit, --sarif and --html"
             )
         actions.past(past, as_json=as_json)
         return
     if dry_run and (bisect or target == "models"):
-        raise UserError(
-            "--dry-run lists the configurations of an audit; --bisect and models have none: remove --dry-run"
-        )
+        raise UserError("--bisect and models have no list of configurations; remove --dry-run")
     if bisect:
-        actions.bisect(
-            target, bisect, known_bad=known_bad, only=only, seed=seed, timeout=timeout, as_json=as_json
-        )
+        options = {"known_bad": known_bad, "only": only}
+        actions.bisect(target, bisect, **options, seed=seed, timeout=timeout, as_json=as_json)
         return
     if target == "models":
         actions.models(python, timeout=timeout, as_json=as_json)
@@ -117,16 +110,12 @@ def audit(
     if dry_run:
         actions.show_plan(target, python, only=only, arch=arch, config=config, as_json=as_json)
         return
-    # As Ctrl-C: children are ended, what is done is shown.
+    # As Ctrl-C: end the children, show what is done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
+    remedies = target if remedy else None
     findings = actions.run(
-        subjects,
-        chosen,
-        seed=seed,
-        timeout=timeout,
-        remedies_for=target if remedy else None,
-        reproducers=reproduce,
+        subjects, chosen, seed=seed, timeout=timeout, remedies_for=remedies, reproducers=reproduce
     )
     if not target and config is None:
         findings += actions.absent(chosen, only)

@@ -1,4 +1,4 @@
-"""What ``truestep audit`` does: choose subjects and a python, run, show."""
+"""The actions of ``truestep audit``: choose subjects and a Python, run, show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from truestep.audit.environments import bisect as bisection
 from truestep.audit.environments import configured, remedy
 from truestep.audit.environments import virtual as environment
 from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script
-from truestep.audit.measure.findings import Finding, Verdict, cause
+from truestep.audit.measure.findings import Cause, Finding, Verdict, cause
 from truestep.audit.present import formats, reproduce, words
 from truestep.audit.subjects import Subject
 from truestep.errors import UserError
@@ -37,21 +37,18 @@ def say(text: str) -> None:
 def select(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None
 ) -> tuple[list[Subject], Path]:
-    """The subjects and the python to run them with; an environment is built where a requirement is given.
-    A configuration file chooses one subject and its one configuration.
-
-    Raises UserError where nothing of it can be audited.
-    """
+    """The subjects and the Python to run them with; an environment is built for a requirement. A configuration
+    file chooses one subject and its one configuration. Raises UserError if nothing of it can be audited."""
     if arch and arch not in registry.ARCHS:
-        raise UserError(f"--arch {arch} is unknown: pass {', '.join(registry.ARCHS)}")
+        raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
-        raise UserError(f"{target} names no .py file: pass your own loop as FILE.py:FUNCTION")
+        raise UserError(f"{target} is not FILE.py:FUNCTION; pass your loop in that form")
     if ".py:" in target:
         if config is not None or only:
-            raise UserError(f"{target} has one configuration: remove --config and --only")
+            raise UserError(f"{target} has one configuration; remove --config and --only")
         return [_own_loop(target, arch)], _program(python)
     if target and python is not None:
-        raise UserError(f"{target} and --python exclude each other: pass one of them")
+        raise UserError(f"{target} and --python exclude each other; pass only one of them")
     if config is not None:
         return _as_configured(config, target, python, arch)
     if target:
@@ -70,8 +67,8 @@ def _as_configured(config: Path, target: str, python: Path | None, arch: str) ->
     missing = [n for n in (*subject.needs, *subject.brings) if n not in environment.versions(chosen)]
     if missing:
         raise UserError(
-            f"--config {config}: it configures {subject.name}, and {chosen} has no {missing[0]}: "
-            "pass --python of an environment that has it, or a requirement such as " + environment.EXAMPLE
+            f"--config {config}: it configures {subject.name}, and {chosen} has no {missing[0]}; "
+            f"pass --python of an environment that has it, or a requirement such as {environment.EXAMPLE}"
         )
     for note in notes:
         say(f"{config}: {note}")
@@ -79,10 +76,10 @@ def _as_configured(config: Path, target: str, python: Path | None, arch: str) ->
 
 
 def _program(python: Path | None) -> Path:
-    """The python to audit, this one by default."""
+    """The Python to audit, by default the current one."""
     chosen = shutil.which(str(python or sys.executable))
     if chosen is None:
-        raise UserError(f"--python {python} does not exist: pass a virtual environment's bin/python")
+        raise UserError(f"--python {python} does not exist; pass a virtual environment's bin/python")
     return Path(chosen).absolute()
 
 
@@ -91,21 +88,18 @@ def _own_loop(target: str, arch: str) -> Subject:
     file, _, function = target.rpartition(":")
     path = Path(file).absolute()
     if not path.is_file():
-        raise UserError(f"{file} does not exist: pass FILE.py:FUNCTION")
+        raise UserError(f"{file} does not exist; pass FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
-    configuration = registry.Configuration(options=options)
-    return Subject(
-        name=f"{path.name}:{function}", script="user_loop", needs=("torch",), configurations=[configuration]
-    )
+    name, one = f"{path.name}:{function}", registry.Configuration(options=options)
+    return Subject(name=name, script="user_loop", needs=("torch",), configurations=[one])
 
 
 def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
     found = [s for s in subjects if only.lower() in s.name.lower()]
     if not found:
         known = ", ".join(s.name for s in (subjects or registry.TABLE))
-        raise UserError(
-            f"{where} has nothing to audit{f' whose name contains {only!r}' if only else ''}; known: {known}"
-        )
+        named = f" whose name contains {only!r}" if only else ""
+        raise UserError(f"{where} has nothing to audit{named}; known: {known}")
     return found
 
 
@@ -114,15 +108,14 @@ def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
         return list(subjects)
     if not any("arch" in c.options for s in subjects for c in s.configurations):
         names = ", ".join(s.name for s in subjects)
-        raise UserError(f"--arch {arch} does not apply to {names}: remove it")
+        raise UserError(f"--arch {arch} does not apply to {names}; remove it")
     return [registry.with_arch(s, arch) for s in subjects]
 
 
 def show_plan(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool
 ) -> None:
-    """What would be run. Builds nothing: the releases of a requirement that no cache has yet are only
-    named."""
+    """Print what would be run. Builds no environment."""
     if target and ".py:" not in target and config is None and python is None:
         subjects, where = _named(registry.meant_by(list(environment.parse(target))), only, target), target
         subjects = _on(arch, subjects)
@@ -148,21 +141,17 @@ def run(
     remedies_for: str | None = None,
     reproducers: Path | None = None,
 ) -> list[Finding]:
-    """All findings, with progress and the time left on stderr. ``remedies_for``: the target, if remedies are
-    wanted; ``reproducers``: a folder for a script per fault. After Ctrl-C or SIGTERM what was not run is NOT
-    RUN."""
+    """All findings, with progress on stderr. ``remedies_for``: the target, to search remedies; ``reproducers``: a
+    folder for a script per fault. After Ctrl-C or SIGTERM the rest is NOT RUN."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []
     began = time.monotonic()
     try:
         for index, (subject, configuration) in enumerate(pairs):
-            left = (
-                f", about {(time.monotonic() - began) / index * (len(pairs) - index):.0f} s left"
-                if index
-                else ""
-            )
-            said = words.configuration_in_words(configuration.to_json())
-            say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {said}{left}")
+            seconds = (time.monotonic() - began) / max(1, index) * (len(pairs) - index)
+            left = f", about {seconds:.0f} s left" if index else ""
+            shown = words.configuration_in_words(configuration.to_json())
+            say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {shown}{left}")
             finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
             if finding.verdict is Verdict.FAULT and remedies_for is not None:
                 say("  looking for a remedy")
@@ -173,18 +162,16 @@ def run(
             findings.append(finding)
     except KeyboardInterrupt:
         say(f"interrupted: {len(findings)} of {len(pairs)} were audited; the others are shown as NOT RUN")
-        for subject, configuration in pairs[len(findings) :]:
-            shown = configuration.to_json()
-            findings.append(
-                Finding(
-                    subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reasons=(INTERRUPTED,)
-                )
-            )
+        findings += [_not_run(s.name, c.to_json(), INTERRUPTED) for s, c in pairs[len(findings) :]]
     return findings
 
 
+def _not_run(subject: str, configuration: Mapping[str, Any], reason: Cause) -> Finding:
+    return Finding(subject=subject, configuration=configuration, verdict=Verdict.NOT_RUN, reasons=(reason,))
+
+
 def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) -> Finding:
-    """Write the fault's own script and run it; a script that does not show it is said to be one."""
+    """Write the fault's script and run it; the finding says whether the script shows the fault."""
     text = reproduce.script(finding, subject.script)
     if not text:
         say("  no reproducer: there is no template for this subject")
@@ -202,19 +189,11 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
 
 
 def absent(python: Path, only: str) -> list[Finding]:
-    """What this python has not installed: named, so that a missing row is never taken for a right one."""
+    """The subjects that are not installed, as findings, so that none looks right because it is missing."""
     found = environment.installed(python)
-    return [
-        Finding(
-            subject=s.name,
-            configuration={},
-            verdict=Verdict.NOT_RUN,
-            reasons=(cause("", "not_installed", packages=missing),),
-        )
-        for s in registry.TABLE
-        if only.lower() in s.name.lower()
-        and (missing := [n for n in (*s.needs, *s.brings) if n not in found])
-    ]
+    chosen = [s for s in registry.TABLE if only.lower() in s.name.lower()]
+    missing = {s.name: [n for n in (*s.needs, *s.brings) if n not in found] for s in chosen}
+    return [_not_run(n, {}, cause("", "not_installed", packages=m)) for n, m in missing.items() if m]
 
 
 def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path | None]) -> None:
@@ -230,12 +209,16 @@ def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path
     if as_json:
         typer.echo(json.dumps(formats.to_document(rows, stamp), allow_nan=False))
         return
-    from rich.console import Console
-
     from truestep.audit.present.table import findings_table
 
+    _print(findings_table, rows)
+
+
+def _print(table: Callable[..., Any], rows: Sequence[Any]) -> None:
+    from rich.console import Console
+
     console = Console(highlight=False)
-    console.print(findings_table(rows, width=min(console.width, 120)))
+    console.print(table(rows, width=min(console.width, 120)))
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
@@ -250,12 +233,12 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 
 def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
-    """Sweep the model classes of the transformers that this python has."""
+    """Sweep the model classes of the installed transformers."""
     from truestep.audit.environments.model_classes import sweep, wrong
 
     chosen = _program(python)
     if "transformers" not in environment.installed(chosen):
-        raise UserError(f"{chosen} has no transformers: pass --python of an environment that has it")
+        raise UserError(f"{chosen} has no transformers; pass --python of an environment that has it")
     try:
         document = sweep(chosen, timeout=max(timeout, 600.0))
     except SubjectFailed as error:
@@ -270,18 +253,12 @@ def past(folder: Path, *, as_json: bool) -> None:
 
     answers = look_back(folder)
     if as_json:
-        typer.echo(
-            json.dumps(
-                {"schema": 1, "folder": str(folder), "answers": [words.answer_row(a) for a in answers]}
-            )
-        )
+        rows = [words.answer_row(a) for a in answers]
+        typer.echo(json.dumps({"schema": 1, "folder": str(folder), "answers": rows}))
     else:
-        from rich.console import Console
-
         from truestep.audit.present.table import answers_table
 
-        console = Console(highlight=False)
-        console.print(answers_table(answers, width=min(console.width, 120)))
+        _print(answers_table, answers)
     found = {a.answer for a in answers}
     raise typer.Exit(1 if "affected" in found else 4 if "unknown" in found else 0)
 
@@ -294,28 +271,22 @@ def bisect(
         raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
     first, last = bisection.parse_range(text)
     releases = bisection.releases_between(Path(sys.executable), target, first, last)
-    say(
-        f"{len(releases)} releases from {first} to {last}; assuming that the faulty ones are one contiguous interval"
-    )
+    say(f"{len(releases)} releases from {first} to {last}; the faulty ones are assumed to be one interval")
 
     def probe(version: str) -> bool | None:
         subjects, python = select(f"{target}=={version}", None, only=only, arch="")
         finding = audit_one(subjects[0], subjects[0].configurations[0], python, seed=seed, timeout=timeout)
         say(f"{target} {version}: {finding.verdict}  {words.found_in_words(words.row_of(finding))}")
-        return (
-            None
-            if finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
-            else finding.verdict == Verdict.FAULT
-        )
+        unknown = finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
+        return None if unknown else finding.verdict == Verdict.FAULT
 
     found = bisection.search(releases, probe, known_bad)
     document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(releases), **vars(found)}
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
-        typer.echo(
-            f"first bad {found.first_bad}, last bad {found.last_bad} ({len(found.tried)} releases run)"
-        )
+        count = len(found.tried)
+        typer.echo(f"first bad {found.first_bad}, last bad {found.last_bad} ({count} releases run)")
     else:
         typer.echo(f"no faulty release found ({len(found.tried)} of {len(releases)} run)")
     raise typer.Exit(1 if found.first_bad else 0)

@@ -1,5 +1,4 @@
-"""``truestep data check`` validates every row of a file or a recipe; ``truestep data show`` prints what is
-trained."""
+"""``truestep data check`` validates every row; ``truestep data show`` prints which tokens are trained."""
 
 from __future__ import annotations
 
@@ -16,9 +15,7 @@ app = typer.Typer(help="Check data row by row, or show which tokens are trained.
 def check(
     source: Annotated[
         str,
-        typer.Argument(
-            help="A recipe (.toml), a .jsonl or .parquet file, or a folder of them.", show_default=False
-        ),
+        typer.Argument(help="A recipe (.toml), a .jsonl or .parquet file, or a folder.", show_default=False),
     ],
     overrides: Set = None,
     gold: Annotated[
@@ -36,9 +33,7 @@ def check(
 @app.command()
 def show(
     recipe: Annotated[str, typer.Argument(help="The recipe, a TOML file.", show_default=False)],
-    num: Annotated[
-        int, typer.Option("--num", min=1, help="How many examples of each data set to print.")
-    ] = 2,
+    num: Annotated[int, typer.Option("--num", min=1, help="Examples of each data set to print.")] = 2,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:

@@ -1,9 +1,11 @@
-"""What ``truestep data check`` and ``truestep data show`` do; imported only when one of them runs."""
+"""The actions of ``truestep data check`` and ``truestep data show``, imported only if one of them runs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +25,21 @@ if TYPE_CHECKING:
 
 
 def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -> None:
-    """Validate every row of every set and print what was found; exit code 1 if a gold is refused."""
+    """Validate every row of every set and print the findings; exit code 1 if a gold answer is refused."""
     announce(f"truestep data check: reading {source}")
     from rich.console import Console
 
     if source.endswith(".toml"):
         settings = load_settings(source, overrides)
         sets = _load_sets(settings, Path(source).parent)
-        report = overlap_report(*_train_and_evaluation(settings, sets))
+        judged = [*settings.evaluate.data, *(s.dev.data for s in settings.stages if s.dev.data)]
+        trained = {s.data: sets[s.data] for s in settings.stages}
+        report = overlap_report(trained, {name: sets[name] for name in judged})
     else:
         if overrides:
-            raise UserError("--set changes a recipe's settings, but a data file is checked: leave it out")
-        name = Path(source).stem
-        sets = {
-            name: load_problems(
-                name, DataSettings.model_validate({"source": source}), seed=0, base_dir=Path(), needs=()
-            )
-        }
+            raise UserError("--set applies only to a recipe, and a data file is checked; remove it")
+        name, data = Path(source).stem, DataSettings(source=source)
+        sets = {name: load_problems(name, data, seed=0, base_dir=Path(), needs=())}
         report = overlap_report({}, {})
     described = {name: describe(problems) for name, problems in sets.items()}
     if gold:
@@ -47,9 +47,8 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
             described[name]["gold"] = _judge_golds(problems)
     num_refused = sum(len(d.get("gold", {}).get("refused", ())) for d in described.values())
     if as_json:
-        typer.echo(
-            json.dumps({"data": described, "overlap": report["pairs"], "num_refused_golds": num_refused})
-        )
+        document = {"data": described, "overlap": report["pairs"], "num_refused_golds": num_refused}
+        typer.echo(json.dumps(document))
     else:
         _print_check(Console(soft_wrap=True), described, report["pairs"])
     if num_refused:
@@ -65,7 +64,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     from truestep.model.load import load_tokenizer
 
     if not recipe.endswith(".toml"):
-        raise UserError(f"{recipe}: expected a recipe (.toml), which names the model whose tokens are shown")
+        raise UserError(f"{recipe} is not a recipe (.toml), which names the tokenizer; pass a recipe")
     settings = load_settings(recipe, overrides)
     tokenizer = load_tokenizer(settings.model)
     console = Console(soft_wrap=True)
@@ -76,9 +75,8 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
             documents.append({"data": name, **document})
             if not as_json:
                 counts = f"{document['num_trained']} of {document['num_tokens']} tokens trained"
-                console.print(
-                    Text(f"{name} {problem.id} ({problem.row}): {counts}; answer {problem.answer}", "bold")
-                )
+                title = f"{name} {problem.id} ({problem.row}): {counts}; answer {problem.answer}"
+                console.print(Text(title, "bold"))
                 console.print(spans, end="\n\n")
     if as_json:
         typer.echo(json.dumps({"examples": documents}))
@@ -92,24 +90,14 @@ def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
 
 
 def _needs(settings: Settings, name: str) -> set[str]:
-    """What the uses of a data set need of every row: SFT a solution; RL, rejection and evaluation an
-    answer."""
+    """What every row of a data set needs: a solution for SFT; an answer for RL, rejection and evaluation."""
     needs = {"solution" if s.kind == "sft" else "answer" for s in settings.stages if s.data == name}
     judged = {*settings.evaluate.data, *(s.dev.data for s in settings.stages)}
     return needs | ({"answer"} if name in judged else set())
 
 
-def _train_and_evaluation(
-    settings: Settings, sets: dict[str, list[Problem]]
-) -> list[dict[str, list[Problem]]]:
-    train = {s.data: sets[s.data] for s in settings.stages}
-    judged = [*settings.evaluate.data, *(s.dev.data for s in settings.stages if s.dev.data)]
-    return [train, {name: sets[name] for name in judged}]
-
-
 def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Every gold answer given to its own checker: one that it does not accept would turn right samples into
-    wrong."""
+    """Grade every gold answer by its checker: one that is refused would make right samples wrong."""
     from rich.console import Console
     from rich.progress import track
 
@@ -134,12 +122,9 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
     for name, d in described.items():
         lengths = [d[key] for key in ("problem_characters", "solution_characters") if d[key]]
         refused = str(len(d["gold"]["refused"])) if "gold" in d else "not judged"
-        counts = [
-            str(d[key]) for key in ("num_problems", "num_answers", "num_solutions", "num_duplicate_texts")
-        ]
-        table.add_row(
-            name, *counts, " + ".join(f"{found['min']}-{found['max']}" for found in lengths), refused
-        )
+        counts = [str(d[f"num_{key}"]) for key in ("problems", "answers", "solutions", "duplicate_texts")]
+        characters = " + ".join(f"{found['min']}-{found['max']}" for found in lengths)
+        table.add_row(name, *counts, characters, refused)
     console.print(table)
     for name, d in described.items():
         if d["num_contradictory_texts"]:
@@ -160,10 +145,7 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
 def _example(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings
 ) -> tuple[Text, dict[str, Any]]:
-    """One problem as coloured text, and as counts and spans for JSON; a run of tokens of one kind is one
-    span."""
-    from itertools import groupby
-
+    """One problem as colored text, and as counts and spans (runs of tokens of one kind) for JSON."""
     from rich.text import Text
 
     from truestep.data.chat import encode_demonstration, encode_prompt, prompt_roles
@@ -178,9 +160,7 @@ def _example(
         trained = (False,) * len(ids)
     styles = {Role.SYSTEM: "magenta", Role.USER: "cyan", Role.ASSISTANT: "yellow", Role.TEMPLATE: "dim"}
     text, spans = Text(), []
-    for (role, is_trained), group in groupby(
-        zip(ids, roles, trained, strict=True), key=lambda t: (t[1], t[2])
-    ):
+    for (role, is_trained), group in groupby(zip(ids, roles, trained, strict=True), key=itemgetter(1, 2)):
         words = str(tokenizer.decode([token for token, _, _ in group], clean_up_tokenization_spaces=False))
         text.append(f"⟦{words}⟧" if is_trained else words, style="bold green" if is_trained else styles[role])
         spans.append({"role": role.name.lower(), "trained": is_trained, "text": words})

@@ -52,7 +52,7 @@ def _app() -> typer.Typer:
 
 
 def _lazily(module: str, name: str) -> Any:
-    """An exception class, if its module has been imported at all; a class that matches nothing otherwise."""
+    """An exception class, or, if its module has not been imported, a class that matches nothing."""
     found = sys.modules.get(module)
     return getattr(found, name) if found is not None else type("Absent", (Exception,), {})
 
@@ -65,15 +65,12 @@ def main() -> None:
         _app()(args=with_default(sys.argv[1:]))
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("truestep"):
-            _fail(
-                f'this needs the package {error.name}: pip install "truestep[train]"', EXIT["could not run"]
-            )
+            message = f'the package {error.name} is not installed; pip install "truestep[train]"'
+            _fail(message, EXIT["could not run"])
         raise
     except MemoryError:
-        _fail(
-            "out of memory: lower tokens_per_microbatch or sampling.max_running, neither changes the update",
-            EXIT["resources"],
-        )
+        way_out = "lower tokens_per_microbatch or sampling.max_running, which do not change the update"
+        _fail(f"out of memory; {way_out}", EXIT["resources"])
     except Exception as error:
         if isinstance(error, _lazily("truestep.errors", "UserError")):
             _fail(str(error), EXIT["settings"])

@@ -1,4 +1,4 @@
-"""``truestep method check | list``: rows of the table, and rows of the user's own."""
+"""``truestep method check | list``: rows of the table, and the user's rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True, help="Training methods: list the built-in rows, check a row of your own."
-)
+app = typer.Typer(no_args_is_help=True, help="Training methods: list the built-in rows, or check a row.")
 Named = Annotated[
     str,
     typer.Argument(metavar="METHOD", help="FILE.py:ROW, or the name of a built-in row.", show_default=False),
@@ -24,7 +22,7 @@ def list_methods(as_json: Json = False) -> None:
     """List the built-in rows: what they train on, and their paper."""
     from truestep.objective.methods import METHODS
 
-    rows = [METHODS[name]() for name in METHODS]
+    rows = [make() for make in METHODS.values()]
     table = [
         {
             "method": row.name,
@@ -75,10 +73,8 @@ def check(
         ):
             found.append(relation)
             if not as_json:
-                verdict = "holds" if relation.holds else "VIOLATED"
-                typer.echo(
-                    f"{relation.name:<20} {verdict:<9} {relation.error:.1e} (at most {relation.limit:.0e})"
-                )
+                verdict = f"{relation.name:<20} {'holds' if relation.holds else 'VIOLATED':<9}"
+                typer.echo(f"{verdict} {relation.error:.1e} (at most {relation.limit:.0e})")
     if as_json:
         rows = [{"relation": r.name, "holds": r.holds, "error": r.error, "limit": r.limit} for r in found]
         typer.echo(json.dumps({"method": method, "relations": rows}, indent=1))

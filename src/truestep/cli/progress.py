@@ -1,4 +1,4 @@
-"""Progress with time left on stderr: a live bar on a terminal, plain lines elsewhere."""
+"""Progress with the time left on stderr: a live bar on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEARTBEAT_SECONDS = 15.0
 
 
 def announce(text: str) -> None:
-    """A command's first line on stderr, said before anything slow is imported; once for all ranks."""
+    """Print a command's first line on stderr, before slow imports, only on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(text, err=True)
 
@@ -48,16 +48,10 @@ class ConsoleReporter:
         if self.quiet:
             return
         if sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.live = Progress(*columns, console=self.console, transient=False)
+            texts = [TextColumn(text) for text in ("{task.description}", "left", "{task.fields[note]}")]
+            bars = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (texts[0], *bars, texts[1], TimeRemainingColumn(), texts[2])
+            self.live = Progress(*columns, console=self.console)
             self.live.start()
             self.task = self.live.add_task(what, total=total, completed=done, note="")
         else:

@@ -1,4 +1,4 @@
-"""``truestep report RUN``: make the page of a run, or of a study, again from its files."""
+"""``truestep report RUN``: make the page of a run or a study again from its files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ def report(
         from truestep.report.study import write_study
 
         page = write_study(run)
-        typer.echo(
-            json.dumps({"study_dir": str(run), "report": str(page)}) if as_json else f"report: {page}\n{run}"
-        )
+        document = json.dumps({"study_dir": str(run), "report": str(page)})
+        typer.echo(document if as_json else f"report: {page}\n{run}")
         return
     if not (run / "resolved.toml").is_file():
         raise UserError(
-            f"{run} is not a run directory (it has no resolved.toml); pass the folder that the run printed last"
+            f"{run} is not a run directory (no resolved.toml); pass the folder that a run printed"
         )
     evaluation = read_summary(run).get("kind") == "evaluation"
     path = write_evaluation_report(run) if evaluation else write_report(run)
@@ -43,5 +42,4 @@ def report(
         typer.echo(json.dumps({"run_dir": str(run), "report": str(path), **read_summary(run)}))
         return
     print_scores(score_table(run), title=run.name)
-    typer.echo(f"report: {path}")
-    typer.echo(str(run))
+    typer.echo(f"report: {path}\n{run}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from truestep.pipeline.prepare import Prepared
     from truestep.settings import Settings
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
@@ -44,24 +43,13 @@ def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Calla
         dry_run: DryRun = False,
         as_json: Json = False,
     ) -> None:
-        execute(
-            select(_load(recipe, overrides), recipe),
-            recipe,
-            out,
-            resume=resume,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
+        from truestep.settings import load_settings
+
+        settings = select(load_settings(recipe, overrides or ()), recipe)
+        execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
     command.__doc__ = help_text
     return command
-
-
-def _load(recipe: Path, overrides: list[str] | None) -> Settings:
-    """Imported here, not above: ``truestep --help`` needs no settings models."""
-    from truestep.settings import load_settings
-
-    return load_settings(recipe, overrides or ())
 
 
 def only(settings: Settings, kind: str, recipe: Path) -> Settings:
@@ -69,7 +57,7 @@ def only(settings: Settings, kind: str, recipe: Path) -> Settings:
 
     stages = tuple(s for s in settings.stages if s.kind == kind)
     if not stages:
-        raise UserError(f'{recipe}: has no stage of kind {kind}: write [[stages]] with kind = "{kind}"')
+        raise UserError(f'{recipe} has no stage of kind {kind}; add [[stages]] with kind = "{kind}"')
     return settings.model_copy(update={"stages": stages})
 
 
@@ -77,7 +65,7 @@ def only_evaluation(settings: Settings, recipe: Path) -> Settings:
     from truestep.errors import UserError
 
     if not settings.evaluate.data:
-        raise UserError(f'{recipe}: evaluate.data is empty: write evaluate.data = ["..."]')
+        raise UserError(f'{recipe}: evaluate.data is empty; set evaluate.data = ["..."]')
     evaluation = settings.evaluate.model_copy(update={"before": True})
     return settings.model_copy(update={"stages": (), "evaluate": evaluation})
 
@@ -93,12 +81,10 @@ def execute(
     """Check, print the plan, run, report; the last line of stdout is the run directory."""
     from truestep.cli.progress import ConsoleReporter, announce
 
-    announce(
-        f"truestep {' '.join(sys.argv[1:2])}: loading torch, and checking the model and the data of {recipe}"
-    )
+    announce(f"truestep {' '.join(sys.argv[1:2])}: loading torch, checking the model and data of {recipe}")
     from truestep import signals
     from truestep.device import world
-    from truestep.pipeline.prepare import prepare
+    from truestep.pipeline.prepare import batch_table, prepare
     from truestep.pipeline.run import check_run_folder, open_run_folder
     from truestep.pipeline.run import run as run_pipeline
     from truestep.report.html import write_report
@@ -114,10 +100,13 @@ def execute(
     if not dry_run and rank == 0:
         check_run_folder(settings, folder, resume=resume)  # before any data is read
     prepared = prepare(settings, base_dir=recipe.parent)
+    rows = batch_table(prepared, world_size)
     if rank == 0:
-        print_plan(prepared, world_size, reporter)
+        _print_rows(rows, reporter)
+        for note in prepared.notes:
+            reporter.say(note)
     if dry_run:
-        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": _rows(prepared, world_size)}
+        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows}
         typer.echo(json.dumps(plan) if as_json else str(folder))
         return
     if resume and rank == 0 and not (folder / "resolved.toml").exists():
@@ -130,14 +119,9 @@ def execute(
     except signals.Interrupted as stop:
         reporter.close()
         words = [word for word in sys.argv[1:] if word != "--resume"]
-        start = (
-            ["truestep"]
-            if world_size == 1
-            else ["torchrun", f"--nproc-per-node={world_size}", "-m", "truestep"]
-        )
-        reporter.say(
-            f"{stop}; everything finished is saved. Go on with: {shlex.join([*start, *words, '--resume'])}"
-        )
+        several = ["torchrun", f"--nproc-per-node={world_size}", "-m"] if world_size > 1 else []
+        again = shlex.join([*several, "truestep", *words, "--resume"])
+        reporter.say(f"{stop}; everything finished is saved. Continue with: {again}")
         if rank == 0:
             write_report(folder)
         raise typer.Exit(128 + stop.signum) from None
@@ -145,12 +129,11 @@ def execute(
         reporter.close()
         leave()
     if rank == 0:
-        report = write_report(folder)
-        show(folder, result.summary, report, as_json)
+        show(folder, result.summary, write_report(folder), as_json)
 
 
 def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:
-    """A dry run of a recipe that says itself what its weights and data hold."""
+    """A dry run of a recipe with ``[declared]``, without its weights and data."""
     from truestep.pipeline.paper_plan import declared_plan
 
     plan = declared_plan(settings, recipe.parent, str(recipe))
@@ -162,25 +145,11 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
         f"{model['rope_theta']:g}; {plan['flops_paper_formula']:.3g} FLOPs (fuller count {plan['flops_full']:.3g}) on "
         f"{plan['num_gpus']} GPUs; as declared, without weights and data"
     )
-    typer.echo(
-        json.dumps({"recipe": str(recipe), "run_dir": str(folder), **plan}) if as_json else str(folder)
-    )
+    document = {"recipe": str(recipe), "run_dir": str(folder), **plan}
+    typer.echo(json.dumps(document) if as_json else str(folder))
 
 
-def _rows(prepared: Prepared, world_size: int) -> list[Any]:
-    from truestep.pipeline.prepare import batch_table
-
-    return batch_table(prepared, world_size)
-
-
-def print_plan(prepared: Prepared, world_size: int, reporter: Any) -> None:
-    """The derived table, before anything is trained."""
-    _print_rows(_rows(prepared, world_size), reporter)
-    for note in prepared.notes:
-        reporter.say(note)
-
-
-def _print_rows(rows: list[Any], reporter: Any) -> None:
+def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:
     from rich.table import Table
 
     if rows:
@@ -203,5 +172,4 @@ def show(folder: Path, summary: Any, report: Path, as_json: bool) -> None:
     rows = score_table(folder)
     if rows:
         Console(highlight=False).print(terminal_table(rows, title=summary["name"]))
-    typer.echo(f"report: {report}")
-    typer.echo(str(folder))
+    typer.echo(f"report: {report}\n{folder}")

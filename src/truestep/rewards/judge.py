@@ -1,9 +1,8 @@
-"""A language model behind an OpenAI-compatible endpoint as a reward.
+"""A language model behind an OpenAI-compatible endpoint as a reward, with the standard library's HTTP client.
 
-The standard library's HTTP client: a judge needs one kind of request, and so works without an extra. The
-completion is data between marks that its author cannot know, and the score counts only behind such a mark on
-the last line of the judge's answer: an echo of the completion is never a score. The mark comes from the
-content, so that the same question is the same request, and its answer can be kept.
+The completion is data between marks that the policy cannot predict, and a score counts only after such a mark on
+the last line of the judge's answer: an echo of the completion is never a score. The mark is a hash of the
+content, so that equal questions are equal requests whose answer can be stored.
 
 Held by: tests/rewards/test_judge.py
 """
@@ -47,19 +46,20 @@ PROMPT = (
 LOOKALIKE = re.compile(r"\[(?:BEGIN|END)\b[^\]\n]*\]|SCORE-[0-9a-f]*:?", re.IGNORECASE)
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 MAX_ANSWER = 1 << 20  # bytes
-HANDLERS = (  # all of urllib's that a request over HTTP needs, but the one that follows redirections
+HANDLERS = (  # those of urllib that a request over HTTP needs, without the one that follows redirections
     urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
     urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler,
 )  # fmt: skip
 
 
 class JudgeSettings(Frozen):
-    """The options of ``judge``. ``prompt`` may hold {problem}, {answer} and any column of the data in
-    braces."""
+    """The options of ``judge``."""
 
     url: str = Field(pattern=r"^https?://")  # up to and with /v1
     model: str
-    prompt: str = Field(PROMPT, pattern=r"\{completion\}")
+    prompt: str = Field(
+        PROMPT, pattern=r"\{completion\}"
+    )  # with {problem}, {answer} or any column of the data
     scale: float = Field(10.0, gt=0)  # the best score; the reward is score / scale
     key_env: str = ""  # the environment variable that holds the API key
     concurrency: int = Field(8, ge=1)
@@ -70,8 +70,8 @@ class JudgeSettings(Frozen):
 
 
 def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -> list[Value]:
-    """A judge's score between 0 and 1. An answer without a score is unscored; a request that fails for good
-    is a failure. Answers are kept in ``judge.jsonl`` in the run's folder, by a hash of the question."""
+    """A judge's score between 0 and 1; unscored without one, a failure if all attempts fail. Answers are stored
+    in ``judge.jsonl`` in the run's folder, by a hash of the question."""
     settings = parse(JudgeSettings, options, where="options")
     if settings.key_env and not os.environ.get(settings.key_env):
         raise UserError(f"options.key_env: the environment variable {redact(settings.key_env)} is not set")
@@ -81,7 +81,7 @@ def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -
 
 
 def question(sample: RewardInput, settings: JudgeSettings) -> tuple[str, list[dict[str, str]]]:
-    """The mark and the chat turns that ask for a score."""
+    """The mark and the chat turns of the request."""
     problem = "\n\n".join(m.content for m in sample.messages if m.role == "user")
     asked = [settings.model_dump(include={"url", "model", "prompt", "scale", "body"}), FRAME, problem]
     asked += [sample.problem.answer, sample.completion, dict(sample.problem.columns)]
@@ -91,9 +91,8 @@ def question(sample: RewardInput, settings: JudgeSettings) -> tuple[str, list[di
         "answer": sample.problem.answer,
         "completion": f"[BEGIN {mark}]\n{LOOKALIKE.sub('', sample.completion)}\n[END {mark}]",
     }
-    text = re.sub(
-        r"\{(\w+)\}", lambda m: fields.get(m[1], m[0]), settings.prompt
-    )  # once: nothing in a field is filled
+    # One pass: braces inside a field stay as they are.
+    text = re.sub(r"\{(\w+)\}", lambda m: fields.get(m[1], m[0]), settings.prompt)
     frame = FRAME.format(mark=mark, scale=settings.scale)
     return mark, [{"role": "system", "content": frame}, {"role": "user", "content": text}]
 
@@ -109,13 +108,12 @@ def read_score(text: str, mark: str, scale: float) -> float | Unscored:
 
 @functools.cache
 def _opened(settings: str, folder: str) -> Judge:
-    return Judge(
-        JudgeSettings.model_validate_json(settings), Path(folder) / "judge.jsonl" if folder else None
-    )
+    path = Path(folder) / "judge.jsonl" if folder else None
+    return Judge(JudgeSettings.model_validate_json(settings), path)
 
 
 class Judge:
-    """One endpoint, as many requests at once as there are threads that ask."""
+    """One endpoint, used by several threads at once."""
 
     def __init__(self, settings: JudgeSettings, path: Path | None) -> None:
         self.settings, self._path, self._lock, self._free_at = settings, path, threading.Lock(), 0.0
@@ -169,7 +167,7 @@ class Judge:
         time.sleep(max(0.0, at - time.monotonic()))
 
     def _back_off(self, error: Exception, seconds: float) -> None:
-        """What Retry-After says holds for all threads; without it only this one waits."""
+        """Retry-After holds for all threads; without it only this one waits."""
         asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
         if re.fullmatch(r"\d{1,4}(\.\d+)?", asked or ""):
             with self._lock:

@@ -1,7 +1,7 @@
-"""The worker processes of one reward function, as seen from outside: started, asked, watched and killed.
+"""The worker processes of one reward function: start, call, monitor and kill them.
 
-A batch that fails as a whole (an exception, no time, no memory, a dead worker) is asked again sample by
-sample, so that one sample does not take the others with it.
+A batch that fails as a whole (an exception, no time, no memory, a dead worker) is repeated sample by sample, so
+that one sample does not fail the others.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from truestep.rewards.record import Answer, to_json
 from truestep.rundir import redact
 from truestep.user_code import Source
 
-POLL_SECONDS = 0.1  # between two looks at a worker's memory
+POLL_SECONDS = 0.1  # between two measurements of a worker's memory
 START_SECONDS = 600.0  # to load a function and its state
 RETRY_TIME = 3.0  # times timeout_seconds, for the samples of a failed batch together
-MIN_SAMPLES = 20  # a share of fewer samples means little: steps are taken together until there are as many
+MIN_SAMPLES = 20  # a share of fewer samples is noise: steps are counted together until there are as many
 OUTPUT_TAIL = 4000  # bytes of what a worker printed that a failure shows
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class WorkerFailed(Exception):
-    """A worker gave no reply; it has been killed."""
+    """A worker gave no reply and was killed."""
 
 
 def processes(root: int) -> dict[int, int]:
-    """Resident bytes of each process that a worker is or has started, by process id; empty where there is no
-    /proc. Pages that processes share count for each."""
+    """Resident bytes of a worker and each process that it has started, by process id; empty without /proc.
+    Shared pages count for each."""
     found: dict[int, tuple[int, int, int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
@@ -103,7 +103,7 @@ class Worker:
 
     def _send(self, request: Any, seconds: float) -> None:
         self._channel.settimeout(seconds)
-        with contextlib.suppress(OSError):  # it has ended, or does not read: _receive says which
+        with contextlib.suppress(OSError):  # the worker ended or does not read, which _receive reports
             self._channel.sendall(to_json(request))
 
     def _receive(self, seconds: float) -> Any:
@@ -158,10 +158,10 @@ class Worker:
         return WorkerFailed(f"the worker process {how}")
 
     def kill(self) -> None:
-        """Kill it and everything it has started, and wait until that is so."""
+        """Kill it and everything it has started, and wait for their end."""
         for _ in range(50):
             family = processes(self._process.pid)
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # all there is without /proc
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # the only way without /proc
                 os.killpg(self._process.pid, signal.SIGKILL)
             for pid in family:
                 with contextlib.suppress(ProcessLookupError):
@@ -190,28 +190,26 @@ class FunctionPool:
         self._step, self._samples, self._failures = -1, 0, list[Answer]()
 
     def start(self) -> None:
-        """Load the function once, so that a fault in it is found before anything is sampled. Raises
-        UserError."""
+        """Load the function once, before anything is sampled. Raises UserError if that fails."""
         self._idle.append(self._take())
 
     def close(self) -> None:
         self._closed = True
         for worker in list(self._all):
-            worker.kill()  # the threads that wait for one see its end
+            worker.kill()  # ends the threads that wait for it
         self._threads.shutdown(cancel_futures=True)
         for worker in list(self._all):
             self._drop(worker)
 
     def submit(self, samples: Sequence[RewardInput]) -> list[concurrent.futures.Future[list[Answer]]]:
-        """Begin to ask: one future for each batch, in order."""
+        """Start scoring: one future for each batch, in order."""
         if samples and samples[0].step != self._step and self._samples >= MIN_SAMPLES:
             self._samples, self._failures = 0, []
         self._step = samples[0].step if samples else self._step
         self._samples += len(samples)
         size = max(1, min(self.entry.batch_size, -(-len(samples) // self.entry.workers)))
-        return [
-            self._threads.submit(self._batch, samples[i : i + size]) for i in range(0, len(samples), size)
-        ]
+        batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        return [self._threads.submit(self._batch, batch) for batch in batches]
 
     def check_failures(self) -> None:
         """Raises UserError with the first failure's traceback if more than the declared share has failed."""
@@ -268,9 +266,8 @@ class FunctionPool:
         if not fault.failed:
             return worker
         self._drop(worker)
-        raise UserError(
-            f'reward "{self.entry.name}" cannot be loaded: {fault.reason}\n{fault.detail}'.strip()
-        )
+        reason = f"{fault.reason}\n{fault.detail}".strip()
+        raise UserError(f'reward "{self.entry.name}" cannot be loaded: {reason}')
 
     def _drop(self, worker: Worker) -> None:
         self._all.discard(worker)

@@ -1,4 +1,4 @@
-"""What a reward function gets and returns, and how both cross a pipe as JSON."""
+"""The input and output of a reward function, and their form as JSON on a pipe."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from truestep.records import Message, Problem, RewardInput, Stop, Verdict
 
 @dataclass(frozen=True)
 class Unscored:
-    """A function returns it instead of None to say why it has no reward for a sample."""
+    """Returned instead of None: the reason why a sample has no reward."""
 
     reason: str
 
 
-# One value per sample: a number, None or Unscored (no reward, and no failure), a mapping of named parts, or
-# an exception object (a failure of this sample only).
+# One value per sample: a number, None or Unscored (no reward, but not a failure), a mapping of named parts, or an
+# exception object (a failure of only this sample).
 Value = float | None | Unscored | Mapping[str, float] | Exception
 RewardFn = Callable[[Sequence[RewardInput]], Sequence[Value]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one function says about one sample. A failure has a ``reason``, and the function's own traceback
-    or output as ``detail``."""
+    """One function's result for one sample. A failure has a ``reason``, and the function's traceback or output
+    as ``detail``."""
 
     value: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Answer:
 
 
 def to_json(value: Any) -> bytes:
-    """One line. Records become tables; what JSON does not know (a date in a column) becomes text."""
+    """One line. Records become tables; what JSON does not have (a date in a column) becomes text."""
     return json.dumps(value, default=_plain).encode("ascii") + b"\n"
 
 

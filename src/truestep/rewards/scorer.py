@@ -1,5 +1,4 @@
-"""All rewards of a stage for the samples of a step: the checker, the coin and the functions, weighted and
-summed."""
+"""All rewards of a stage for the samples of a step: checker, coin and functions, weighted and summed."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ Grade = Callable[[Sequence[tuple[Problem, str]]], Sequence[Score]]
 
 
 def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
-    """The file of each entry's function, by the entry's name; nothing is run. The hashes belong to the
-    identity of a stage. Raises UserError if a file is missing."""
+    """The file of each entry's function, by the entry's name; no code is run. Their hashes are part of a stage's
+    identity. Raises UserError if a file is missing."""
     return {
         e.name: find_source(e.function, base, what="reward", shipped=SHIPPED.get(e.function, ""))
         for e in entries
@@ -33,21 +32,18 @@ def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
 
 
 class RewardScorer:
-    """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory that functions may
-    write to. Entering starts one worker for each function, and raises UserError if a function cannot be
-    loaded. Not for use from several threads.
+    """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory for the functions'
+    files. Entering starts one worker for each function, and raises UserError if one cannot be loaded. Not for use
+    from several threads.
 
     Held by: tests/rewards/test_hostile.py, tests/rewards/test_scorer.py
     """
 
     def __init__(self, entries: Sequence[RewardSettings], *, grade: Grade, base: Path, folder: Path) -> None:
         self._entries, self._grade, self._stack = tuple(entries), grade, ExitStack()
-        self.sources = sources(entries, base)
-        self._pools = {
-            e.name: FunctionPool(e, self.sources[e.name], base=base, folder=folder)
-            for e in entries
-            if e.name in self.sources
-        }
+        found = sources(entries, base)
+        functions = [e for e in entries if e.name in found]
+        self._pools = {e.name: FunctionPool(e, found[e.name], base=base, folder=folder) for e in functions}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -61,26 +57,24 @@ class RewardScorer:
         self._stack.close()
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
-        """One result per sample, in order. Raises UserError if a function has failed on more than its share
-        of the step's samples; each rank counts its own."""
+        """One result per sample, in order. Raises UserError if a function fails on more than its
+        ``max_failure_share`` of this rank's samples of the step."""
         whole = [sample for sample in inputs if sample.stop is not Stop.ERROR]
-        if len(whole) < len(inputs):  # a sample without a completion is unscored, and no function's failure
+        if len(whole) < len(inputs):  # a sample without a completion is unscored, not a function's failure
             results = iter(self.score(whole))
             lost = Score(reward=None, verdict=Verdict.UNSCORED, reason="the engine failed")
             return [lost if sample.stop is Stop.ERROR else next(results) for sample in inputs]
         graded: Sequence[Score | None] = [None] * len(inputs)
         if any(entry.function == "checker" for entry in self._entries):
             graded = self._grade([(sample.problem, sample.completion) for sample in inputs])
-            inputs = [
-                replace(i, verdict=s.verdict) for i, s in zip(inputs, graded, strict=True) if s is not None
-            ]
+            inputs = [replace(i, verdict=s.verdict) for i, s in zip(inputs, graded, strict=True) if s]
         futures = {name: pool.submit(inputs) for name, pool in self._pools.items()}
         waiting = {future for batches in futures.values() for future in batches}
         while waiting:
             check()
             done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_EXCEPTION)
             for future in done:
-                future.result()  # raises what the thread has raised
+                future.result()  # raises what the thread raised
         answers: dict[str, list[Answer]] = {}
         for entry in self._entries:
             if entry.name in self._pools:
@@ -116,8 +110,7 @@ class RewardScorer:
 
 
 def fair_coin(sample: RewardInput) -> float:
-    """0 or 1, a function of the sample's identity only: a control that asks whether a gain comes from the
-    reward.
+    """0 or 1, a function of only the sample's identity: a control for gains that do not come from the reward.
 
     Held by: tests/rewards/test_scorer.py
     """

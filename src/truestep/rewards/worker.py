@@ -1,8 +1,7 @@
-"""A child process that loads one reward function and calls it: requests and replies are lines of JSON on a
-socket, so that what the function prints breaks nothing.
+"""A child process that loads one reward function and calls it.
 
-Started as ``python -m truestep.rewards.worker DESCRIPTOR`` by ``pool.py``, which kills it when it takes too
-long or too much memory.
+``pool.py`` starts it as ``python -m truestep.rewards.worker DESCRIPTOR``, and kills it if it takes too long or too
+much memory. Requests and replies are lines of JSON on a socket, so that the function may print.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from truestep.user_code import Raised, Source, load, raised, with_folder
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """What the user's code returns, or a failed Answer with its traceback."""
+    """The result of the user's code, or a failed Answer with its traceback."""
     result = user_code.attempt(work, *given)
     return failed(result) if isinstance(result, Raised) else result
 
@@ -40,6 +39,7 @@ def failed(raised: Raised) -> Answer:
 def call(
     function: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]
 ) -> list[Any]:
+    """One value for each sample. Raises UserError if the function returns anything else."""
     output = function(samples, **options)
     if isinstance(output, str | Mapping) or not hasattr(output, "__iter__"):
         raise UserError(f"returned {_shown(output)}; expected a list with one value for each sample")
@@ -50,7 +50,7 @@ def call(
 
 
 def answer(value: Any) -> Answer:
-    """One value as an Answer. A mapping's value is its key "reward", else the sum of all."""
+    """One value as an Answer. A mapping's value is its key "reward", or the sum of all."""
     if value is None:
         return Answer(reason="the function returned None")
     if isinstance(value, Unscored):
@@ -60,9 +60,7 @@ def answer(value: Any) -> Answer:
     if not isinstance(value, Mapping):
         return Answer(value=_number(value))
     if not value or not all(isinstance(key, str) and NAME.fullmatch(key) for key in value):
-        raise UserError(
-            f"returned {_shown(value)}; expected parts named by letters, digits, '_', '-' and '.'"
-        )
+        raise UserError(f"returned {_shown(value)}; name its parts by letters, digits, '_', '-' and '.'")
     parts = {key: _number(part) for key, part in value.items()}
     return Answer(value=parts["reward"] if "reward" in parts else math.fsum(parts.values()), parts=parts)
 
@@ -100,7 +98,7 @@ def serve(channel: socket.socket) -> None:
     def prepare() -> Answer:
         function = load(Source(**setup["source"]), setup["path"])
         options = with_folder(function, setup["options"], setup["folder"])
-        if not setup["source"]["sha256"]:  # ours: it checks its options, before anything is sampled
+        if not setup["source"]["sha256"]:  # one that ships with truestep checks its options when called
             function([], **options)
         state.update(function=function, options=options)
         return Answer()
@@ -116,10 +114,10 @@ def serve(channel: socket.socket) -> None:
 
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
-    channel.set_inheritable(False)  # a program that the function starts does not hold it open
+    channel.set_inheritable(False)  # programs that the function starts must not keep it open
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     serve(channel)
-    os._exit(0)  # threads that the function has started do not hold it up
+    os._exit(0)  # without waiting for threads that the function has started
 
 
 if __name__ == "__main__":
