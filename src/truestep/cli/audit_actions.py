@@ -121,8 +121,7 @@ def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
 def show_plan(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool
 ) -> None:
-    """What would be run. Builds nothing: the releases of a requirement that no cache has yet are only
-    named."""
+    """What would be run. Builds nothing: the releases of a requirement are only named."""
     if target and ".py:" not in target and config is None and python is None:
         subjects, where = _named(registry.meant_by(list(environment.parse(target))), only, target), target
         subjects = _on(arch, subjects)

@@ -29,8 +29,7 @@ class Interval:
 
 
 def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interval:
-    """``releases`` in order, the two ends included. Raises UserError where ``known_bad`` is none of
-    them."""
+    """``releases`` in order, the two ends included. Raises UserError if ``known_bad`` is not among them."""
     if known_bad and known_bad not in releases:
         raise UserError(
             f"--known-bad {known_bad} is not between {releases[0]} and {releases[-1]}; pass a release that is"
@@ -74,8 +73,7 @@ def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
 
 
 def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
-    """The outermost faulty release on the way from a faulty to a right one; those that cannot run are stepped
-    over."""
+    """The outermost faulty release between a faulty and a right one, past those that cannot run."""
     while abs(right - bad) > 1:
         middle = (bad + right) // 2
         around = sorted(range(min(bad, right) + 1, max(bad, right)), key=lambda i: abs(i - middle))
@@ -94,7 +92,7 @@ def _tried(releases: Sequence[str], seen: dict[int, bool | None]) -> tuple[tuple
 
 
 def parse_range(text: str) -> tuple[str, str]:
-    """``0.15.0..0.19.8`` → the two ends. Raises UserError where it is something else."""
+    """``0.15.0..0.19.8`` → the two ends. Raises UserError if it is something else."""
     match = re.fullmatch(r"\s*(\d[\w.]*?)\s*\.\.\s*(\d[\w.]*)\s*", text)
     if not match:
         raise UserError(f"--bisect {text!r}: not a range; write two versions, such as 0.15.0..0.19.8")
@@ -102,8 +100,7 @@ def parse_range(text: str) -> tuple[str, str]:
 
 
 def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
-    """All final releases of a package between two, as its index lists them. Raises UserError where it
-    cannot."""
+    """All final releases of a package between two, as its index lists them. Raises UserError."""
     if _key(first) > _key(last):
         raise UserError(f"--bisect {first}..{last}: the older release comes first; write {last}..{first}")
     found = _releases(python, package)
@@ -115,7 +112,7 @@ def releases_between(python: Path, package: str, first: str, last: str) -> list[
 
 
 def newest_release(python: Path, package: str) -> str:
-    """The newest final release. Raises UserError where the index has none or does not answer."""
+    """The newest final release. Raises UserError if the index has none or does not answer."""
     found = _releases(python, package)
     if not found:
         raise UserError(f"{package}: its index lists no final release")

@@ -206,8 +206,7 @@ def _openrlhf(found: Mapping[str, Any]) -> Configured:
 
 
 def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
-    """transformers' TrainingArguments, TRL's SFTConfig, or LLaMA-Factory's YAML, with or without
-    DeepSpeed."""
+    """TrainingArguments, TRL's SFTConfig or LLaMA-Factory's YAML, with or without DeepSpeed."""
     inner = found.get("deepspeed")
     if isinstance(inner, str) and inner.strip():
         inner = _beside(inner, path)

@@ -1,5 +1,4 @@
-"""``truestep audit models``: what every causal language model class of a transformers does with its own
-loss."""
+"""``truestep audit models``: what each causal language model class of transformers does with its loss."""
 
 from __future__ import annotations
 
@@ -40,7 +39,6 @@ def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
 
 
 def wrong(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Classes whose loss is not the shifted cross-entropy of their logits, or that take a token count and
-    ignore it."""
+    """Classes whose loss is not the shifted cross-entropy of their logits, or ignores the token count."""
     ran = [row for row in document["models"] if "not_run" not in row]
     return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]

@@ -1,8 +1,4 @@
-"""What would have been right instead: another option, or the newest release, audited again until one is
-RIGHT.
-
-Nothing is advised that has not been run.
-"""
+"""What would have been right: another option or the newest release, each audited until one is RIGHT."""
 
 from __future__ import annotations
 
@@ -50,8 +46,7 @@ def find(subject: Subject, configuration: Configuration, python: Path, target: s
 
 
 def _newer(name: str, pins: Mapping[str, str]) -> tuple[str, Path] | None:
-    """``name==newest`` and a python that has it beside the other pins; None where that is not newer or cannot
-    be."""
+    """``name==newest`` and a python that has it beside the other pins; None if it is not newer or fails."""
     try:
         newest = newest_release(Path(sys.executable), name)
         if newest == pins[name]:

@@ -1,9 +1,7 @@
-"""Isolated, cached environments for the releases that are audited, and what an environment that exists
-already holds.
+"""Isolated, cached environments for the releases that are audited, and what an existing one holds.
 
-One base environment per torch release holds what is large. Each subject has an environment of its own with
-only its packages; a ``.pth`` file lets it see the base behind them. Nothing is ever installed into a user's
-environment.
+One base environment per torch release has the large packages. Each subject has a separate environment with
+only its packages; a ``.pth`` file adds the base behind them. A user's environment is never changed.
 """
 
 from __future__ import annotations
@@ -34,11 +32,9 @@ TORCH = "2.13.0"
 BUILD_TIMEOUT = 1800.0  # seconds: of one install command, and of waiting for another audit's build
 PYTHON_TAG = f"py{sys.version_info.major}.{sys.version_info.minor}"
 FRAMEWORKS = tuple(dict.fromkeys(name for s in TABLE for name in (*s.needs, *s.brings)))
-# setuptools 81 dropped pkg_resources, which older releases import; wheel: their source archives build with
-# it.
+# setuptools 81 dropped pkg_resources, which older releases import; their archives build with wheel.
 BASE = ("numpy", "setuptools<81", "wheel")
-# Audited processes write no bytecode: without this (pip does it unasked) each of them would compile torch
-# again.
+# Audited processes write no bytecode: without this, each of them would compile torch again.
 UV_INSTALL = ("pip", "install", "--compile-bytecode")
 EXAMPLE = "deepspeed==0.18.9 or trl==1.16.0+deepspeed==0.18.9"
 _PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([0-9][0-9A-Za-z.]*)")
@@ -80,9 +76,6 @@ class Plan:
         ).hexdigest()[:8]
         shown = "+".join(f"{k}-{v}" for k, v in sorted(self.pins.items()))
         return f"{shown}-{PYTHON_TAG}-{digest}"
-
-
-# ------------------------------------------------------------------------------------------------ the request
 
 
 def parse(text: str) -> dict[str, str]:
@@ -137,14 +130,10 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# --------------------------------------------------------------------------------------------------- building
-
-
 def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The python of an environment that holds ``text``; built if the cache has none yet. ``say`` is told what
-    goes on.
+    """The python of an environment that holds ``text``, from the cache or built. ``say`` receives progress.
 
-    Raises: UserError for a bad text; BuildFailed where it cannot be built.
+    Raises: UserError for a bad text; BuildFailed if it cannot be built.
     """
     wanted = plan(text)
     cache = cache_folder()
@@ -169,8 +158,7 @@ Do = Callable[..., None]  # run a command of a build: (command, **extra environm
 
 
 def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[Path, Do], None]) -> Path:
-    """The python of ``cache/name``: made under another name and renamed when complete, by one process at a
-    time."""
+    """The python of ``cache/name``: built under another name, renamed when complete, by one process at a time."""
     home, temporary, log = cache / name, cache / f"{name}.building", cache / f"{name}.log"
     python = home / "bin" / "python"
     if python.exists():
@@ -196,8 +184,7 @@ def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[
 
 @contextlib.contextmanager
 def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
-    """Held by this process and by the installers that it starts: one that outlives a killed audit still
-    writes."""
+    """Also held by the installers that this process starts: they may outlive a killed audit."""
     deadline = time.monotonic() + BUILD_TIMEOUT
     with path.open("w") as file:
         waiting = False
@@ -266,13 +253,9 @@ def _last_words(log: Path) -> str:
     )[:240]
 
 
-# ------------------------------------------------------------------------------------------------- installing
-
-
 def _fill_base(wanted: Plan, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
-    # Scripts in bin keep the name that the folder was built under: nothing here runs any, always ``python
-    # -m``.
+    # Scripts in bin keep the name of the folder at build time: only ``python -m`` is used.
     do([sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), home])
     packages = [f"torch=={wanted.torch}", *BASE]
     if uv:
@@ -285,8 +268,7 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
     do([sys.executable, "-m", "venv", "--without-pip", home])
     site = home / "lib" / f"python{PYTHON_TAG[2:]}" / "site-packages"
-    # Relative, and the same before and after the folder is renamed; a folder named by .pth comes after this
-    # one.
+    # Relative, so that it holds after the folder is renamed; a .pth folder comes after this one.
     behind = base.parent.parent / site.relative_to(home)
     (site / "truestep-base.pth").write_text(os.path.relpath(behind, site) + "\n", encoding="utf-8")
     (home / "constraints.txt").write_text(f"torch=={wanted.torch}\n", encoding="utf-8")
@@ -303,8 +285,7 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     if wanted.resolved:
         do([*install, *extra, *wanted.resolved], **variables)
     if wanted.alone:
-        # Not through the installer's cache: a wheel that was built beside this torch must not reach other
-        # environments.
+        # No installer cache: a wheel that was built beside this torch must not reach other environments.
         fresh = "--no-cache" if uv else "--no-cache-dir"
         do(
             [*install, "--no-deps", "--no-build-isolation", fresh, *wanted.alone],
@@ -314,8 +295,7 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
 
 
 def _uv_variables() -> dict[str, str]:
-    """uv does not read pip's configuration: what says where packages are found is passed on, where uv has no
-    own."""
+    """uv does not read pip's configuration: the sources of packages are passed on unless uv has its own."""
     found: dict[str, str] = {}
     for pip in ([sys.executable, "-m", "pip"], ["pip"]):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -339,12 +319,8 @@ def _uv_variables() -> dict[str, str]:
         for key, (name, joint) in names.items()
         if key in found and name not in os.environ
     }
-    # pip takes the best version of all its indexes; uv by default stops at the first index that has the
-    # package.
+    # pip takes the best version of all indexes; uv by default stops at the first that has the package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match", **told_uv} if "UV_INDEX" in told_uv else told_uv
-
-
-# ------------------------------------------------------------------------------------------------- looking in
 
 
 def versions(python: Path) -> dict[str, str]:
@@ -366,8 +342,7 @@ def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
         raise UserError(f"--python {python}: no such program; pass {hint}")
-    # -I: as the audited process, which sees neither PYTHONPATH nor the user's own site folder; -B: no
-    # bytecode.
+    # -I: no PYTHONPATH and no user site folder, as in the audited process; -B: no bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
     environment = {
         k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")

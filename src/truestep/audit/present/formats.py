@@ -21,12 +21,8 @@ SCHEMA = 1
 SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
-# ------------------------------------------------------------------------------------------------------- JSON
-
-
 def to_document(rows: Sequence[Row], provenance: Row) -> dict[str, Any]:
-    """The whole audit as one JSON object. Numbers that JSON does not know are the strings NaN and
-    ±Infinity."""
+    """The audit as one JSON object. Numbers that JSON does not know are the strings NaN and ±Infinity."""
     document = {
         "schema": SCHEMA,
         "tool": {"name": "truestep", "version": __version__},
@@ -55,9 +51,6 @@ def _text(text: str) -> str:
     return redact(text).encode("utf-8", "backslashreplace").decode()  # a lone surrogate has no encoding
 
 
-# ------------------------------------------------------------------------------------------------------ JUnit
-
-
 def to_junit(rows: Sequence[Row]) -> str:
     """A FAULT is a failure; what gave no answer is skipped, with the reason; anything else has passed."""
     suite = ElementTree.Element("testsuite", name="truestep audit", tests=str(len(rows)))
@@ -84,8 +77,6 @@ def to_junit(rows: Sequence[Row]) -> str:
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
-
-# ------------------------------------------------------------------------------------------------------ SARIF
 
 _LEVELS = {Verdict.FAULT: "error", Verdict.DEFAULT: "note", Verdict.DOCUMENTED_CHOICE: "note"}
 

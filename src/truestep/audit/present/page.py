@@ -1,7 +1,6 @@
-"""The findings as one HTML page that holds everything, asks for nothing and runs nothing.
+"""The findings as one self-contained HTML page without scripts.
 
-Every text of a finding is untrusted: ``words.line`` shows its invisible characters, the environment escapes
-it.
+All text is untrusted: ``words.line`` shows invisible characters, the environment escapes it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Findings, and answers about past runs, for a terminal of 80 columns or more. Nothing in a cell is
-markup."""
+"""Findings, and answers about past runs, for a terminal of 80 columns or more, without markup in cells."""
 
 from __future__ import annotations
 
@@ -100,9 +99,6 @@ def _details(row: Row) -> list[str]:
     return texts
 
 
-# ------------------------------------------------------------------------------------------------------- bars
-
-
 def bar(weight: Any) -> str:
     """Three columns wide; a full block is 1, an arrow what does not fit."""
     if not isinstance(weight, int | float) or not math.isfinite(weight):
@@ -117,8 +113,7 @@ def bar(weight: Any) -> str:
 
 
 def bars(row: Row, width: int) -> list[Text]:
-    """Bars, numbers and, where it is not right, the tokens of each micro-batch, grouped by rank, within
-    ``width``."""
+    """Bars, numbers and, if not right, the tokens of each micro-batch, by rank, within ``width``."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     if not any(weights):
         return []
@@ -151,8 +146,7 @@ def bars(row: Row, width: int) -> list[Text]:
 
 
 def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[int, int, int]]]:
-    """Stretches (rank, start, stop) that share a line: a rank is broken only where it alone is longer than a
-    line."""
+    """Stretches (rank, start, stop) that share a line; only a rank longer than a line is broken."""
     lines: list[list[tuple[int, int, int]]] = []
     free = 0
     for rank, values in enumerate(weights):
@@ -165,8 +159,6 @@ def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[
             free -= stop - start
     return lines
 
-
-# -------------------------------------------------------------------------------------------------- past runs
 
 ANSWER_COLOURS = {"affected": "bold red", "not affected": "green", "unknown": "yellow"}
 

@@ -1,8 +1,6 @@
-"""Findings in words. A ``Row`` is a finding as the JSON document has it: every other format is made from
-rows.
+"""Findings in words. A ``Row`` is a finding as in the JSON document: every other format is made from rows.
 
-Names of subjects, faults and reasons come from audited programs: nothing in them may break a format or a
-terminal.
+Names of subjects, faults and reasons come from audited programs: none may break a format or a terminal.
 """
 
 from __future__ import annotations
@@ -22,9 +20,6 @@ from truestep.rundir import redact
 NONE = "–"
 
 Row = Mapping[str, Any]
-
-
-# ------------------------------------------------------------------------------------------------ plain values
 
 
 def line(text: object, limit: int = 400) -> str:
@@ -49,9 +44,6 @@ def small(value: Any) -> str:
     if not isinstance(value, int | float):
         return NONE
     return f"{value:.3g}" if value == 0 or abs(value) >= 1e-2 or not math.isfinite(value) else f"{value:.0e}"
-
-
-# ---------------------------------------------------------------------------------------------------- sentences
 
 
 def _some(values: Sequence[Any]) -> str:
@@ -200,12 +192,8 @@ def row_of(finding: Finding) -> Row:
     }
 
 
-# --------------------------------------------------------------------------------------------------- parts of a row
-
-
 def configuration_in_words(configuration: Row) -> str:
-    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; keys that nobody foresaw as they
-    are."""
+    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; unknown keys as they are."""
     parts = []
     for key, value in configuration.items():
         name = line(key, 60).replace("_", " ")
@@ -294,8 +282,6 @@ def models_in_words(document: Row, wrong: Sequence[Row]) -> str:
     lines += [f"NOT RUN {row['class']}: {row['not_run']}" for row in document["models"] if "not_run" in row]
     return "\n".join(lines)
 
-
-# -------------------------------------------------------------------------------------------------- past runs
 
 SETTINGS = {
     "zero_stage": "ZeRO stage",

@@ -42,8 +42,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class ByIds(nn.Module):
-    """The decoder under the name that the recorder knows its input by; as the recipe calls it:
-    ``ByTokens``."""
+    """The decoder with the recorder's name for its input; ``ByTokens`` has the recipe's."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
