@@ -34,7 +34,6 @@ from truestep.testing.mutant_trainer import (
     trained,
 )
 
-
 Share = Callable[[Window, int, int, int], float]
 
 
