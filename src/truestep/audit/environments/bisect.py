@@ -31,9 +31,7 @@ class Interval:
 def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interval:
     """``releases`` in order, the two ends included. Raises UserError if ``known_bad`` is not among them."""
     if known_bad and known_bad not in releases:
-        raise UserError(
-            f"--known-bad {known_bad} is not between {releases[0]} and {releases[-1]}; pass a release that is"
-        )
+        raise UserError(f"--known-bad {known_bad}: pass a release from {releases[0]} to {releases[-1]}")
     seen: dict[int, bool | None] = {}
 
     def faulty(index: int) -> bool | None:
@@ -49,13 +47,10 @@ def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interv
     low = 0 if faulty(0) else _edge(bad, 0, faulty)
     high = last if faulty(last) else _edge(bad, last, faulty)
     rights = [i for i, f in seen.items() if f is False]
-    return Interval(
-        first_bad=releases[low],
-        last_bad=releases[high],
-        before=releases[max((i for i in rights if i < low), default=low)] if low else "",
-        after=releases[min((i for i in rights if i > high), default=high)] if high < last else "",
-        tried=_tried(releases, seen),
-    )
+    before = releases[max((i for i in rights if i < low), default=low)] if low else ""
+    after = releases[min((i for i in rights if i > high), default=high)] if high < last else ""
+    bad_ends = {"first_bad": releases[low], "last_bad": releases[high]}
+    return Interval(**bad_ends, before=before, after=after, tried=_tried(releases, seen))
 
 
 def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
@@ -64,11 +59,10 @@ def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
     while gaps:
         start, stop = gaps.pop(0)
         middle = (start + stop) // 2
-        if middle in (start, stop):
-            continue
-        if faulty(middle):
-            return middle
-        gaps += [(start, middle), (middle, stop)]
+        if start < middle < stop:
+            if faulty(middle):
+                return middle
+            gaps += [(start, middle), (middle, stop)]
     return None
 
 
@@ -77,13 +71,10 @@ def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
     while abs(right - bad) > 1:
         middle = (bad + right) // 2
         around = sorted(range(min(bad, right) + 1, max(bad, right)), key=lambda i: abs(i - middle))
-        answer = next(((i, f) for i in around if (f := faulty(i)) is not None), None)
-        if answer is None:
+        answered = next((i for i in around if faulty(i) is not None), None)
+        if answered is None:
             return bad
-        if answer[1]:
-            bad = answer[0]
-        else:
-            right = answer[0]
+        bad, right = (answered, right) if faulty(answered) else (bad, answered)
     return bad
 
 
@@ -124,9 +115,8 @@ def _releases(python: Path, package: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     listed = re.search(r"Available versions:(.*)", done.stdout)
     if done.returncode or not listed:
-        raise UserError(
-            f"{package}: its releases cannot be listed: {(done.stderr.strip() or 'no answer')[-200:]}"
-        )
+        why = (done.stderr.strip() or "no answer")[-200:]
+        raise UserError(f"{package}: its releases cannot be listed: {why}")
     return [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]
 
 

@@ -18,17 +18,14 @@ def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
         folder = Path(name)
         command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
+        env, quiet = child_environment(1, folder, 0, free_port()), {"stdin": subprocess.DEVNULL, "text": True}
+        place = {
+            "env": child_environment(1, folder, 0, free_port()),
+            "cwd": folder,
+            "stdin": subprocess.DEVNULL,
+        }
         try:
-            done = subprocess.run(
-                command,
-                env=child_environment(1, folder, 0, free_port()),
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, **place)
         except subprocess.TimeoutExpired:
             raise SubjectFailed(f"no result within {timeout:.0f} s; pass a larger --timeout") from None
         file = folder / "models.json"

@@ -29,11 +29,9 @@ def find(subject: Subject, configuration: Configuration, python: Path, target: s
     ``target`` is the requirement that was audited, "" for a user's own environment: only options are tried.
     """
     for changes, words in OPTIONS:
-        changed = {
-            k: v for k, v in changes.items() if k in configuration.options and configuration.options[k] != v
-        }
-        if changed:
-            other = replace(configuration, options={**configuration.options, **changed}, documented="")
+        options = configuration.options
+        if changed := {k: v for k, v in changes.items() if k in options and options[k] != v}:
+            other = replace(configuration, options={**options, **changed}, documented="")
             if audit_one(subject, other, python, timeout=timeout).verdict is Verdict.RIGHT:
                 return words
     pins = environment.parse(target) if "==" in target else {}

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from truestep import rundir
 from truestep.audit.environments.packages import ALONE, COMPANIONS
@@ -71,11 +71,9 @@ class Plan:
     @property
     def name(self) -> str:
         """The folder: readable, and another one whenever anything that is installed differs."""
-        digest = hashlib.sha256(
-            json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
-        ).hexdigest()[:8]
+        contents = json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
         shown = "+".join(f"{k}-{v}" for k, v in sorted(self.pins.items()))
-        return f"{shown}-{PYTHON_TAG}-{digest}"
+        return f"{shown}-{PYTHON_TAG}-{hashlib.sha256(contents).hexdigest()[:8]}"
 
 
 def parse(text: str) -> dict[str, str]:
@@ -87,14 +85,12 @@ def parse(text: str) -> dict[str, str]:
     for part in text.split("+"):
         match = _PIN.fullmatch(part.strip())
         if match is None:
-            raise UserError(
-                f"requirement {text!r}: {part.strip()!r} is not NAME==VERSION; write for example {EXAMPLE}"
-            )
-        name = _normal(match[1])
+            wrong = f"{part.strip()!r} is not NAME==VERSION; write for example {EXAMPLE}"
+            raise UserError(f"requirement {text!r}: {wrong}")
+        name = re.sub(r"[-_.]+", "-", match[1]).lower()
         if pins.setdefault(name, match[2]) != match[2]:
-            raise UserError(
-                f"requirement {text!r}: {name} has two versions; write one, such as {name}=={match[2]}"
-            )
+            wrong = f"{name} has two versions; write one, such as {name}=={match[2]}"
+            raise UserError(f"requirement {text!r}: {wrong}")
     return pins
 
 
@@ -110,24 +106,15 @@ def plan(text: str) -> Plan:
                 # A bare name is only a need: what fits to this release replaces it.
                 if wanted.get(own, own) == own:
                     wanted[own] = companion
-    for name in [n for n in wanted if n in ALONE]:
-        for need in ALONE[name]:
-            wanted.setdefault(need, need)
-    return Plan(
-        pins=pins,
-        torch=pins.get("torch", TORCH),
-        resolved=tuple(sorted(r for n, r in wanted.items() if n not in ALONE)),
-        alone=tuple(sorted(r for n, r in wanted.items() if n in ALONE)),
-    )
+    wanted = {need: need for name in wanted for need in ALONE.get(name, ())} | wanted
+    resolved = tuple(sorted(r for n, r in wanted.items() if n not in ALONE))
+    alone = tuple(sorted(r for n, r in wanted.items() if n in ALONE))
+    return Plan(pins=pins, torch=pins.get("torch", TORCH), resolved=resolved, alone=alone)
 
 
 def cache_folder() -> Path:
     """Where environments are kept, in truestep's cache."""
     return rundir.cache_folder() / "audit"
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -140,9 +127,8 @@ def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BuildFailed(
-            f"cannot create {cache} ({error.strerror}); set TRUESTEP_CACHE to a writable directory"
-        ) from None
+        why = f"cannot create {cache} ({error.strerror})"
+        raise BuildFailed(f"{why}; set TRUESTEP_CACHE to a writable directory") from None
     base = _cached(cache, wanted.base_name, say, lambda home, do: _fill_base(wanted, home, do))
     if not wanted.resolved and not wanted.alone:
         return base
@@ -185,17 +171,17 @@ def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[
 @contextlib.contextmanager
 def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
     """Also held by the installers that this process starts: they may outlive a killed audit."""
-    deadline = time.monotonic() + BUILD_TIMEOUT
+    deadline, waiting = time.monotonic() + BUILD_TIMEOUT, False
     with path.open("w") as file:
-        waiting = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    message = f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s; end that audit"
-                    raise BuildFailed(f"{message}, or set TRUESTEP_CACHE to another directory") from None
+                    why = f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s"
+                    way = "end that audit, or set TRUESTEP_CACHE to another directory"
+                    raise BuildFailed(f"{why}; {way}") from None
                 if not waiting:
                     say(f"waiting for another audit that builds {name}")
                 waiting = True
@@ -207,50 +193,35 @@ def _execute(
     command: Sequence[str | Path], variables: Mapping[str, str], name: str, out: IO[str], lock: int
 ) -> None:
     """Run one command of a build; what it prints goes to the log."""
-    environment = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
+    kept = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
+    words, env = [str(part) for part in command], {**kept, **variables}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
     try:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            env={**environment, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=(lock,),
-        )
+        process = subprocess.Popen(words, env=env, start_new_session=True, pass_fds=(lock,), **streams)
     except OSError as error:
-        raise BuildFailed(
-            f"{name}: {command[0]} cannot be run ({error.strerror}); install uv or pip"
-        ) from None
+        why = f"{name}: {command[0]} cannot be run ({error.strerror})"
+        raise BuildFailed(f"{why}; install uv or pip") from None
     try:
         code = process.wait(BUILD_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise BuildFailed(
-            f"{name}: the installer did not end within {BUILD_TIMEOUT:.0f} s; check the connection to the "
-            f"package index; log: {out.name}"
-        ) from None
+        why = f"{name}: the installer did not end within {BUILD_TIMEOUT:.0f} s"
+        raise BuildFailed(f"{why}; check the connection to the package index; log: {out.name}") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if code:
-        words = _last_words(Path(out.name))
-        raise BuildFailed(
-            f"{name} could not be built ({words}); check names, versions and network; log: {out.name}"
-        )
+        why = f"{name} could not be built ({_last_words(Path(out.name))})"
+        raise BuildFailed(f"{why}; check names, versions and network; log: {out.name}")
 
 
 def _last_words(log: Path) -> str:
     """The installer's own error line, else the last one."""
-    lines = [
-        line.strip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
-    return rundir.redact(
-        re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", (errors or lines or ["no output"])[-1])
-    )[:240]
+    last = (errors or lines or ["no output"])[-1]
+    return rundir.redact(re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", last))[:240]
 
 
 def _fill_base(wanted: Plan, home: Path, do: Do) -> None:
@@ -287,11 +258,8 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     if wanted.alone:
         # No installer cache: a wheel that was built beside this torch must not reach other environments.
         fresh = "--no-cache" if uv else "--no-cache-dir"
-        do(
-            [*install, "--no-deps", "--no-build-isolation", fresh, *wanted.alone],
-            DS_BUILD_OPS="0",
-            **variables,
-        )
+        how = ["--no-deps", "--no-build-isolation", fresh]
+        do([*install, *how, *wanted.alone], DS_BUILD_OPS="0", **variables)
 
 
 def _uv_variables() -> dict[str, str]:
@@ -299,64 +267,47 @@ def _uv_variables() -> dict[str, str]:
     found: dict[str, str] = {}
     for pip in ([sys.executable, "-m", "pip"], ["pip"]):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            told = subprocess.run(
-                [*pip, "config", "list"], capture_output=True, text=True, timeout=60, check=True
-            ).stdout
-            for line in told.splitlines():  # global.find-links='/a' ; the environment (:env:) wins
+            command = [*pip, "config", "list"]
+            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+            for line in told.stdout.splitlines():  # global.find-links='/a' ; the environment (:env:) wins
                 key, _, value = line.partition("=")
                 scope, _, key = key.strip().rpartition(".")
                 if key not in found or scope == ":env:":
                     found[key] = str(ast.literal_eval(value.strip()))
             break
-    names = {
-        "find-links": ("UV_FIND_LINKS", ","),
-        "index-url": ("UV_DEFAULT_INDEX", " "),
-        "extra-index-url": ("UV_INDEX", " "),
-        "cert": ("SSL_CERT_FILE", " "),
+    names = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "cert": "SSL_CERT_FILE"}
+    names |= {"find-links": "UV_FIND_LINKS"}
+    given = {
+        name: found[key].split() for key, name in names.items() if key in found and name not in os.environ
     }
-    told_uv = {
-        name: joint.join(found[key].split())
-        for key, (name, joint) in names.items()
-        if key in found and name not in os.environ
-    }
+    told_uv = {name: ("," if name == "UV_FIND_LINKS" else " ").join(parts) for name, parts in given.items()}
     # pip takes the best version of all indexes; uv by default stops at the first that has the package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match", **told_uv} if "UV_INDEX" in told_uv else told_uv
-
-
-def versions(python: Path) -> dict[str, str]:
-    """Package → version of all that this python finds. Raises: UserError where it cannot be run."""
-    return _probe(python, ())
 
 
 def installed(python: Path) -> dict[str, str]:
     """Framework → version ("unknown": a folder without metadata). Imports none of them and writes nothing.
 
-    Raises: UserError where this python cannot be run.
+    Raises: UserError if this python cannot be run.
     """
-    found = _probe(python, FRAMEWORKS)
+    found = versions(python, FRAMEWORKS)
     return {name: found[name] for name in FRAMEWORKS if name in found}
 
 
-def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
+def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
+    """Package → version of all that this python finds, ``modules`` without metadata too. Raises: UserError."""
+
     if not python.is_file():
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
         raise UserError(f"--python {python}: no such program; pass {hint}")
     # -I: no PYTHONPATH and no user site folder, as in the audited process; -B: no bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
-    environment = {
-        k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
-    }
+    kept = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+    env = {k: v for k, v in os.environ.items() if k in kept}
+    how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "timeout": 60, "check": True}
     try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            stdin=subprocess.DEVNULL,
-            check=True,
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, **how)
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()

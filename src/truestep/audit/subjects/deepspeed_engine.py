@@ -98,7 +98,3 @@ def train(
                     engine.step()
             logged += float(loss.detach())
         recorder.logged["loss"].append(harness.everywhere(logged))
-
-
-if __name__ == "__main__":
-    harness.main(run)

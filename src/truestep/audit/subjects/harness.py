@@ -1,9 +1,9 @@
 """What every subject shares. Runs inside the audited environment: the standard library and torch, nothing
 else.
 
-A subject is a script with ``harness.main(run)`` and a literal ``SUBJECTS`` that says how it is audited. It is
-told what to run by ``spec.json`` in the folder that is its only argument, and lets its framework train a tiny
-model, watched by a ``recorder.Recorder``, on the rows of each case.
+A subject is a module with a function ``run(spec)`` and a literal ``SUBJECTS`` that says how it is audited. It
+lets its framework train a tiny model, watched by a ``recorder.Recorder``, on the rows of a case. ``child.py``
+is the process that calls it.
 """
 
 from __future__ import annotations

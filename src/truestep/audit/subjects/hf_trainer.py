@@ -162,7 +162,3 @@ def run(spec: harness.Spec) -> None:
 
     recorder = train(spec, build)
     recorder.finish(transformers=transformers.__version__, **harness.versions("accelerate", "deepspeed"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

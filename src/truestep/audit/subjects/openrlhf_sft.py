@@ -139,7 +139,3 @@ def run(spec: harness.Spec) -> None:
     trainer.fit(strategy.args)
     recorder.finish(**harness.versions("openrlhf", "deepspeed", "transformers"))
     engine.destroy()
-
-
-if __name__ == "__main__":
-    harness.main(run)

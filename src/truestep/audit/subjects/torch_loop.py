@@ -71,7 +71,3 @@ def run(spec: harness.Spec) -> None:
         return logged
 
     train(spec, build, backward).finish()
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -119,7 +119,3 @@ def run(spec: harness.Spec) -> None:
     made._steps_per_epoch = len(made._dataloader) // spec.accumulation
     made.train()
     recorder.finish(**harness.versions("torchtune", "torchao"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -88,7 +88,3 @@ def run(spec: harness.Spec) -> None:
         )
         recorder.logged["loss"].append(train_step(policy, optimizer, batches, plan).loss)
     recorder.finish(truestep=__version__, **harness.versions("transformers"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -75,7 +75,3 @@ def load(file: str, name: str) -> Callable[..., Any]:
 
 def run(spec: harness.Spec) -> None:
     run_with(load(spec.options["file"], spec.options["function"]), spec)
-
-
-if __name__ == "__main__":
-    harness.main(run)
