@@ -18,14 +18,10 @@ def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
         folder = Path(name)
         command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
-        env, quiet = child_environment(1, folder, 0, free_port()), {"stdin": subprocess.DEVNULL, "text": True}
-        place = {
-            "env": child_environment(1, folder, 0, free_port()),
-            "cwd": folder,
-            "stdin": subprocess.DEVNULL,
-        }
+        env, quiet = child_environment(1, folder, 0, free_port()), subprocess.DEVNULL
+        how: dict[str, Any] = {"env": env, "cwd": folder, "stdin": quiet, "timeout": timeout}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, **place)
+            done = subprocess.run(command, capture_output=True, text=True, **how)
         except subprocess.TimeoutExpired:
             raise SubjectFailed(f"no result within {timeout:.0f} s; pass a larger --timeout") from None
         file = folder / "models.json"
