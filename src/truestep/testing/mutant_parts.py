@@ -1,5 +1,4 @@
-"""Wrong parts for the reference trainer, one function each; ``mutants`` puts them in. One file: its
-only importer would otherwise import two.
+"""Wrong parts for the reference trainer; ``mutants`` puts them in. One file: its only importer needs all.
 
 Needs torch. Shapes: P parameters, M predicted tokens, V vocabulary, K micro-batches of a rank, D ranks.
 """
@@ -34,8 +33,6 @@ from truestep.testing.mutant_trainer import (
     pad_right,
     trained,
 )
-
-# --------------------------------------------------------------------- what a row's summed loss is divided by
 
 Share = Callable[[Window, int, int, int], float]
 
@@ -83,9 +80,6 @@ def one_row(factor: float, place: int, stride: int) -> Share:
     return lambda window, rank, k, row: (factor if row % stride == place else 1.0) / window.total
 
 
-# ------------------------------------------------------------------- how micro-batches and ranks are added up
-
-
 def kept(which: Callable[[int, int, int], bool]) -> Combine:
     """Only the micro-batches for which ``which(rank, k, K)``."""
 
@@ -111,8 +105,7 @@ def running_average(gradients: Gradients, index: int) -> list[Tensor]:
 
 
 def unsynced(reduced: Callable[[int, int], bool]) -> Combine:
-    """Each rank steps on its own gradient of the micro-batches that are not ``reduced(k, K)``, on all of the
-    others."""
+    """Each rank steps on its own gradient of the micro-batches that are not ``reduced(k, K)``."""
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         shared = [g for rank in gradients for k, g in enumerate(rank) if reduced(k, len(rank))]
@@ -158,8 +151,6 @@ def noisy(seed: int) -> Combine:
 
     return combine
 
-
-# ------------------------------------------------------------------------------------ what the optimizer does
 
 Update = Callable[[Replica, Tensor, int], None]
 
@@ -225,9 +216,6 @@ def frozen(number: int) -> Update:
     return update
 
 
-# ---------------------------------------------------------------------------------- which windows, which rows
-
-
 def whole_only(num: int, size: int, epochs: int) -> Plan:
     """What is left of an epoch is never loaded."""
     return [(window, True) for window, _ in aligned(num, size, epochs) if len(window) == size]
@@ -279,8 +267,6 @@ def start_repeated(batches: list[list[list[int]]]) -> list[list[list[int]]]:
     return [[*rank[:-1], rank[0]] for rank in batches]
 
 
-# -------------------------------------------------------------------------------------------- what is trained
-
 Targets = Callable[[Any, int], list[float]]
 
 
@@ -327,9 +313,6 @@ def focal(logits: Tensor, targets: Tensor) -> Tensor:
     """Weighted by the token's own probability."""
     losses = nll(logits, targets)
     return losses * torch.exp(-losses.detach())
-
-
-# ---------------------------------------------------------------------------- what the model does in training
 
 
 def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], Layout]:
@@ -390,8 +373,7 @@ def dropping(share: float) -> Callable[[Replica, int], None]:
 
 
 def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Replica, int], None]:
-    """The optimizer starts from other values; ``published``: so does the model; ``ranks``: others on every
-    rank."""
+    """The optimizer starts from other values; ``published``: and the model; ``ranks``: different on every rank."""
 
     def prepare(replica: Replica, seed: int) -> None:
         random = torch.Generator().manual_seed(
@@ -407,9 +389,6 @@ def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Re
 def start_in_bfloat16(replica: Replica, seed: int) -> None:
     replica.theta = replica.theta.bfloat16().float()
     replica.publish()
-
-
-# ---------------------------------------------------------- where a clip, a schedule or a resume is asked for
 
 
 def _whole(change: Callable[[Tensor, float], Tensor]) -> Limit:

@@ -1,7 +1,7 @@
-"""A reference trainer with replaceable parts: right as it stands, and whatever fault replaces one of them.
+"""A reference trainer with replaceable parts: right as it is, faulty with another part.
 
 One process plays all ranks: a replica of the model and a recorder each. A right step is plain SGD on the mean
-over all trained tokens of its window. Needs torch, so nothing but the mutants imports this.
+over all trained tokens of its window. Needs torch, so only the mutants import this.
 
 Shapes: P parameters, T tokens of a row, M predicted tokens of a row, V vocabulary, K micro-batches of a rank,
 D ranks.
@@ -29,13 +29,9 @@ CASES = ("ragged", "unsplit", "masked", "window")
 harness = subject_module("harness")
 
 
-# --------------------------------------------------------------------------------------------- what parts see
-
-
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The micro-batches between two optimizer steps, and how many of its tokens the trainer believes to be
-    trained."""
+    """The micro-batches between two optimizer steps, and the tokens that the trainer counts as trained."""
 
     rows: tuple[tuple[tuple[int, ...], ...], ...]  # rank, micro-batch, row number
     tokens: dict[int, float]  # of a row
@@ -101,9 +97,6 @@ Layout = tuple[
 ]  # the model's input; line and first column of each row
 
 
-# -------------------------------------------------------------------------------------------- the right parts
-
-
 def aligned(num: int, size: int, epochs: int) -> Plan:
     """``num`` micro-batches an epoch in windows of ``size``; the last of an epoch is shorter, not lost."""
     return [
@@ -136,8 +129,7 @@ def trained(spec: Any, row: int) -> list[float]:
 
 
 def token_mean(window: Window, rank: int, k: int, row: int) -> float:
-    """Factor of a row's summed loss: 1 / N, N all trained tokens of the window. Nothing is trained where N is
-    0."""
+    """Factor of a row's summed loss: 1 / N, N all trained tokens of the window; 0 if there are none."""
     return 1 / window.total if window.total else 0.0
 
 
@@ -220,9 +212,6 @@ class Mutant:
     cases: tuple[str, ...] = CASES
 
 
-# ------------------------------------------------------------------------------------------------ the trainer
-
-
 def observe(mutant: Mutant, folder: Path) -> dict[str, Observation]:
     """Train the mutant on every case and read back what the recorders saw, by the name of the case."""
     seen = {}
@@ -246,8 +235,7 @@ def _train(mutant: Mutant, folder: Path, case: dict[str, Any]) -> None:
         theta = harness.flat(parameters).to(torch.promote_types(spec.dtype, torch.float32))
         replica = Replica(spec=spec, model=model.to(spec.dtype), parameters=parameters, theta=theta)
         trainer.prepare(replica, mutant.seed)
-        # With bfloat16 the parameters are the float32 ones that the optimizer holds, not the model's rounded
-        # copies.
+        # In bfloat16 the parameters are the optimizer's float32 ones, not the model's rounded copies.
         held = (lambda replica=replica: replica.theta.double()) if mutant.dtype == "bfloat16" else None
         recorders.append(harness.Recorder(spec, model, held))
         replicas.append(replica)

@@ -259,8 +259,7 @@ def _mutants() -> tuple[Mutant, ...]:
 
 
 def _clean() -> tuple[Mutant, ...]:
-    """(model, dtype, K, D, seed); the last of each attention model packs its rows, each seeing itself
-    alone."""
+    """(model, dtype, K, D, seed); the last of each attention model packs its rows, isolated."""
     table = [
         *(("plain", "float32", k, ranks, 10 * k + ranks) for k in (3, 4, 5, 6) for ranks in (1, 2)),
         *(("plain", "float32", k, 3, k) for k in (3, 4, 5)),

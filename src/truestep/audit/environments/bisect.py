@@ -29,12 +29,9 @@ class Interval:
 
 
 def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interval:
-    """``releases`` in order, the two ends included. Raises UserError where ``known_bad`` is none of
-    them."""
+    """``releases`` in order, the two ends included. Raises UserError if ``known_bad`` is not among them."""
     if known_bad and known_bad not in releases:
-        raise UserError(
-            f"--known-bad {known_bad} is not between {releases[0]} and {releases[-1]}; pass a release that is"
-        )
+        raise UserError(f"--known-bad {known_bad}: pass a release from {releases[0]} to {releases[-1]}")
     seen: dict[int, bool | None] = {}
 
     def faulty(index: int) -> bool | None:
@@ -50,13 +47,10 @@ def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interv
     low = 0 if faulty(0) else _edge(bad, 0, faulty)
     high = last if faulty(last) else _edge(bad, last, faulty)
     rights = [i for i, f in seen.items() if f is False]
-    return Interval(
-        first_bad=releases[low],
-        last_bad=releases[high],
-        before=releases[max((i for i in rights if i < low), default=low)] if low else "",
-        after=releases[min((i for i in rights if i > high), default=high)] if high < last else "",
-        tried=_tried(releases, seen),
-    )
+    before = releases[max((i for i in rights if i < low), default=low)] if low else ""
+    after = releases[min((i for i in rights if i > high), default=high)] if high < last else ""
+    bad_ends = {"first_bad": releases[low], "last_bad": releases[high]}
+    return Interval(**bad_ends, before=before, after=after, tried=_tried(releases, seen))
 
 
 def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
@@ -65,27 +59,22 @@ def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
     while gaps:
         start, stop = gaps.pop(0)
         middle = (start + stop) // 2
-        if middle in (start, stop):
-            continue
-        if faulty(middle):
-            return middle
-        gaps += [(start, middle), (middle, stop)]
+        if start < middle < stop:
+            if faulty(middle):
+                return middle
+            gaps += [(start, middle), (middle, stop)]
     return None
 
 
 def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
-    """The outermost faulty release on the way from a faulty to a right one; those that cannot run are stepped
-    over."""
+    """The outermost faulty release between a faulty and a right one, past those that cannot run."""
     while abs(right - bad) > 1:
         middle = (bad + right) // 2
         around = sorted(range(min(bad, right) + 1, max(bad, right)), key=lambda i: abs(i - middle))
-        answer = next(((i, f) for i in around if (f := faulty(i)) is not None), None)
-        if answer is None:
+        answered = next((i for i in around if faulty(i) is not None), None)
+        if answered is None:
             return bad
-        if answer[1]:
-            bad = answer[0]
-        else:
-            right = answer[0]
+        bad, right = (answered, right) if faulty(answered) else (bad, answered)
     return bad
 
 
@@ -94,7 +83,7 @@ def _tried(releases: Sequence[str], seen: dict[int, bool | None]) -> tuple[tuple
 
 
 def parse_range(text: str) -> tuple[str, str]:
-    """``0.15.0..0.19.8`` → the two ends. Raises UserError where it is something else."""
+    """``0.15.0..0.19.8`` → the two ends. Raises UserError if it is something else."""
     match = re.fullmatch(r"\s*(\d[\w.]*?)\s*\.\.\s*(\d[\w.]*)\s*", text)
     if not match:
         raise UserError(f"--bisect {text!r}: not a range; write two versions, such as 0.15.0..0.19.8")
@@ -102,8 +91,7 @@ def parse_range(text: str) -> tuple[str, str]:
 
 
 def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
-    """All final releases of a package between two, as its index lists them. Raises UserError where it
-    cannot."""
+    """All final releases of a package between two, as its index lists them. Raises UserError."""
     if _key(first) > _key(last):
         raise UserError(f"--bisect {first}..{last}: the older release comes first; write {last}..{first}")
     found = _releases(python, package)
@@ -115,7 +103,7 @@ def releases_between(python: Path, package: str, first: str, last: str) -> list[
 
 
 def newest_release(python: Path, package: str) -> str:
-    """The newest final release. Raises UserError where the index has none or does not answer."""
+    """The newest final release. Raises UserError if the index has none or does not answer."""
     found = _releases(python, package)
     if not found:
         raise UserError(f"{package}: its index lists no final release")
@@ -127,9 +115,8 @@ def _releases(python: Path, package: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     listed = re.search(r"Available versions:(.*)", done.stdout)
     if done.returncode or not listed:
-        raise UserError(
-            f"{package}: its releases cannot be listed: {(done.stderr.strip() or 'no answer')[-200:]}"
-        )
+        why = (done.stderr.strip() or "no answer")[-200:]
+        raise UserError(f"{package}: its releases cannot be listed: {why}")
     return [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]
 
 

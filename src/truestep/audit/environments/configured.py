@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,32 @@ class Configured:
     notes: list[str] = field(default_factory=list)
     needs: tuple[str, ...] = ()  # what must be installed beside the subject's own
 
+    def accumulate(self, steps: int | None, total: int | None = None, micro: int | None = None) -> None:
+        """Micro-batches a step, as given or from the batch sizes."""
+        if steps:
+            self.options["accumulation"] = steps
+        elif total and micro:
+            self.options["accumulation"] = max(1, total // micro)
+            self.notes.append(f"{total // micro} micro-batches a step, assuming one process")
+
+    def zero(self, key: str, stage: int | None, device: Any, clipping: Any) -> None:
+        """DeepSpeed's own settings."""
+        place = str(device or "none").lower()
+        self.options |= {key: stage or 0, "offload": place != "none"}
+        if place == "nvme":
+            self.notes.append("offload to nvme is audited as offload to cpu")
+        self.clip(clipping)
+
+    def clip(self, value: Any) -> None:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            self.options["max_grad_norm"] = float(value)
+
+    def precision(self, bf16: Any, fp16: Any) -> None:
+        if truth(bf16):
+            self.options["dtype"] = "bfloat16"
+        if truth(fp16):
+            self.notes.append("float16 needs a GPU: audited in float32")
+
 
 class _Wrong(Exception):
     """A value that no such file can have; says which setting."""
@@ -51,12 +77,10 @@ def _table(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6) -> int | None:
-    """A whole number; None where the file leaves it open (nothing, "auto", a variable)."""
+    """A whole number; None if the file leaves it open (nothing, "auto", a variable)."""
     value = found.get(key)
-    number = whole(value)
-    if value is None or (
-        number is None and isinstance(value, str) and re.match(r"auto$|[$<{]", value.strip())
-    ):
+    number, open_ = whole(value), isinstance(value, str) and re.match(r"auto$|[$<{]", value.strip())
+    if value is None or (number is None and open_):
         return None
     if number is None or not least <= number <= most:
         raise _Wrong(f"{key} = {value!r}: expected a whole number from {least} to {most}")
@@ -76,25 +100,14 @@ def read(path: Path) -> tuple[Subject, list[str]]:
     subject = next(s for s in TABLE if s.name == configured.subject)
     loop = configured.subject in ("DeepSpeed", "accelerate", "OpenRLHF SFTTrainer")
     cases: tuple[str, ...] = ENGINE if loop else CASES
-    if configured.options["accumulation"] < 3:
-        cases = ("ragged", "unsplit")
     if configured.options.get("assistant_only"):
         cases = ("chat",)
-    elif configured.options.get("packing"):
+    elif configured.options.get("packing") or configured.options["accumulation"] < 3:
         cases = ("ragged", "unsplit")
-    one = Configuration(
-        options=configured.options,
-        world_size=configured.processes,
-        documented=configured.documented,
-        only=cases,
-    )
-    return Subject(
-        name=subject.name,
-        script=subject.script,
-        needs=(*subject.needs, *configured.needs),
-        brings=subject.brings,
-        configurations=[one],
-    ), configured.notes
+    how: dict[str, Any] = {"options": configured.options, "documented": configured.documented, "only": cases}
+    one = Configuration(world_size=configured.processes, **how)
+    needs = (*subject.needs, *configured.needs)
+    return replace(subject, needs=needs, configurations=[one]), configured.notes
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -103,13 +116,10 @@ def _load(path: Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"--config {path}: cannot be read ({why}); pass {EXPECTED}") from None
+    parsers = dict.fromkeys((".yaml", ".yml"), past_files.parse_yaml)
+    parsers |= dict.fromkeys(past_files.SCRIPTS, past_files.flags_of)
     try:
-        if path.suffix.lower() in (".yaml", ".yml"):
-            found = past_files.parse_yaml(text)
-        elif path.suffix.lower() in past_files.SCRIPTS:
-            found = past_files.flags_of(text)
-        else:
-            found = past_files.parse_json(text)
+        found = parsers.get(path.suffix.lower(), past_files.parse_json)(text)
     except past_files.Broken as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(found, Mapping):
@@ -118,9 +128,8 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
-    plain = "train_batch_size" in found and any(
-        isinstance(found.get(k), Mapping) for k in ("optimizer", "bf16", "fp16")
-    )
+    tables = [isinstance(found.get(k), Mapping) for k in ("optimizer", "bf16", "fp16")]
+    plain = "train_batch_size" in found and any(tables)
     if plain or "zero_optimization" in found or "train_micro_batch_size_per_gpu" in found:
         return _deepspeed(Configured(subject="DeepSpeed"), found, "stage")
     if "distributed_type" in found:
@@ -134,25 +143,12 @@ def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
 
 def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str) -> Configured:
     zero = _table(found, "zero_optimization")
-    offload = _table(zero, "offload_optimizer") or {
-        "device": "cpu" if truth(zero.get("cpu_offload")) else "none"
-    }
-    device = str(offload.get("device", "none")).lower()
-    configured.options |= {stage_key: _count(zero, "stage", 0, 3) or 0, "offload": device != "none"}
-    if device == "nvme":
-        configured.notes.append("offload to nvme is audited as offload to cpu")
+    old = "cpu" if truth(zero.get("cpu_offload")) else "none"
+    device = (_table(zero, "offload_optimizer") or {"device": old}).get("device")
+    configured.zero(stage_key, _count(zero, "stage", 0, 3), device, found.get("gradient_clipping"))
     steps, total = _count(found, "gradient_accumulation_steps"), _count(found, "train_batch_size")
-    micro = _count(found, "train_micro_batch_size_per_gpu")
-    if steps:
-        configured.options["accumulation"] = steps
-    elif total and micro:
-        configured.options["accumulation"] = max(1, total // micro)
-        configured.notes.append(f"{total // micro} micro-batches a step, assuming one process")
-    _clipping(configured, found.get("gradient_clipping"))
-    if truth(_table(found, "bf16").get("enabled")):
-        configured.options["dtype"] = "bfloat16"
-    if truth(_table(found, "fp16").get("enabled")):
-        configured.notes.append("float16 needs a GPU: audited in float32")
+    configured.accumulate(steps, total, _count(found, "train_micro_batch_size_per_gpu"))
+    configured.precision(_table(found, "bf16").get("enabled"), _table(found, "fp16").get("enabled"))
     if found.get("optimizer"):
         configured.notes.append("optimizer: audited with plain SGD")
     return configured
@@ -163,25 +159,16 @@ def _accelerate(found: Mapping[str, Any], path: Path) -> Configured:
     kind = str(found["distributed_type"]).upper()
     under = kind == "DEEPSPEED"
     configured = Configured(subject="DeepSpeed" if under else "accelerate")
-    if kind not in (
-        "DEEPSPEED",
-        "NO",
-        "FALSE",
-        "MULTI_CPU",
-        "MULTI_GPU",
-    ):  # YAML reads an unquoted NO as false
-        configured.notes.append(
-            f"distributed_type {kind}: audited as accelerate's loop without it (see the subject torch FSDP2)"
-        )
+    if kind not in ("DEEPSPEED", "NO", "FALSE", "MULTI_CPU", "MULTI_GPU"):  # YAML reads NO as false
+        note = "audited as accelerate's loop without it (see the subject torch FSDP2)"
+        configured.notes.append(f"distributed_type {kind}: {note}")
     if under and inner.get("deepspeed_config_file"):
         _deepspeed(configured, _beside(str(inner["deepspeed_config_file"]), path), "stage")
     elif under:
-        device = str(inner.get("offload_optimizer_device") or "none").lower()
-        configured.options |= {"stage": _count(inner, "zero_stage", 0, 3) or 0, "offload": device != "none"}
-        _clipping(configured, inner.get("gradient_clipping"))
-    steps = _count(inner if "gradient_accumulation_steps" in inner else found, "gradient_accumulation_steps")
-    if steps:
-        configured.options["accumulation"] = steps
+        stage, device = _count(inner, "zero_stage", 0, 3), inner.get("offload_optimizer_device")
+        configured.zero("stage", stage, device, inner.get("gradient_clipping"))
+    key = "gradient_accumulation_steps"
+    configured.accumulate(_count(inner if key in inner else found, key))
     configured.processes = whole(found.get("num_processes")) or 1
     if str(found.get("mixed_precision")).lower() not in ("none", "no", "false"):
         configured.notes.append(f"mixed_precision = {found['mixed_precision']}: audited in float32")
@@ -196,45 +183,36 @@ def _openrlhf(found: Mapping[str, Any]) -> Configured:
     configured.options["stage"] = whole(first("zero_stage", "ds.zero_stage")) or 2
     configured.options["offload"] = bool(truth(first("adam_offload", "ds.adam_offload")))
     total = whole(first("train_batch_size", "train.batch_size"))
-    micro = whole(first("micro_train_batch_size", "train.micro_batch_size"))
-    if total and micro:
-        configured.options["accumulation"] = max(1, total // micro)
-        configured.notes.append(f"{total // micro} micro-batches a step, assuming one process")
+    configured.accumulate(None, total, whole(first("micro_train_batch_size", "train.micro_batch_size")))
     if truth(first("bf16", "ds.bf16")) or "bf16" in str(first("param_dtype", "ds.param_dtype")):
         configured.notes.append("bf16: audited in float32")
     return configured
 
 
 def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
-    """transformers' TrainingArguments, TRL's SFTConfig, or LLaMA-Factory's YAML, with or without
-    DeepSpeed."""
+    """TrainingArguments, TRL's SFTConfig or LLaMA-Factory's YAML, with or without DeepSpeed."""
     inner = found.get("deepspeed")
     if isinstance(inner, str) and inner.strip():
         inner = _beside(inner, path)
     trl = any(key in found for key in TRL_KEYS)
     factory = any(key in found for key in FACTORY_KEYS)
     name = "LLaMA-Factory" if factory else "TRL SFTTrainer" if trl else "transformers Trainer"
-    configured = Configured(
-        subject=f"{name} + DeepSpeed" if inner and not factory else name, options=dict(LLAMA)
-    )
+    name += " + DeepSpeed" if inner and not factory else ""
+    configured = Configured(subject=name, options=dict(LLAMA))
     if inner:
         configured.needs = ("deepspeed",)
         _deepspeed(configured, _table({"deepspeed": inner}, "deepspeed"), "zero_stage")
     for key in ("packing", "assistant_only_loss"):
         if truth(found.get(key)):
             configured.options[key.removesuffix("_loss")] = True
-    if steps := _count(found, "gradient_accumulation_steps"):
-        configured.options["accumulation"] = steps
-    _clipping(configured, found.get("max_grad_norm", 1.0))  # the Trainer clips unless told otherwise
+    configured.accumulate(_count(found, "gradient_accumulation_steps"))
+    configured.clip(found.get("max_grad_norm", 1.0))  # the Trainer clips unless told otherwise
     if truth(found.get("average_tokens_across_devices")) is False:
         configured.options["average_tokens_across_devices"] = False
         configured.documented = "average_tokens_across_devices = false"
         configured.processes = 2
         configured.notes.append("audited on 2 processes, since on one this option changes nothing")
-    if truth(found.get("bf16")):
-        configured.options["dtype"] = "bfloat16"
-    if truth(found.get("fp16")):
-        configured.notes.append("float16 needs a GPU: audited in float32")
+    configured.precision(found.get("bf16"), found.get("fp16"))
     if left_out := [key for key in NOT_TAKEN_OVER if found.get(key)]:
         configured.notes.append(f"{', '.join(left_out)}: not taken over, audited with plain SGD")
     return configured
@@ -244,11 +222,6 @@ def _beside(name: str, path: Path) -> Mapping[str, Any]:
     """A file that another one names: relative to it, or to where the command runs."""
     near = path.parent / name
     return _load(near if near.is_file() else Path(name))
-
-
-def _clipping(configured: Configured, value: Any) -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-        configured.options["max_grad_norm"] = float(value)
 
 
 def _reduce(configured: Configured) -> None:

@@ -73,10 +73,6 @@ def audit_function(
             try:
                 runs[name] = load(place, case, learning_rate=LEARNING_RATE["sgd"])
             except ObservationError as error:
-                return Finding(
-                    subject=subject,
-                    configuration=configuration,
-                    verdict=Verdict.NOT_OBSERVABLE,
-                    reasons=(error.cause,),
-                )
+                reasons, verdict = (error.cause,), Verdict.NOT_OBSERVABLE
+                return Finding(subject=subject, configuration=configuration, verdict=verdict, reasons=reasons)
     return judge(subject, configuration, runs)

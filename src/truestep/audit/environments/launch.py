@@ -42,7 +42,7 @@ class SubjectFailed(RuntimeError):
     """The subject ended without an observation; the message is its last words."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Job:
     """All cases of one configuration of a subject: one process a rank."""
 
@@ -57,9 +57,8 @@ class Job:
 
 def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict[str, str]:
     """Nothing of the caller's but where programs and libraries lie: no tokens, no caches, no home folder."""
-    kept = {k: os.environ[k] for k in KEPT if k in os.environ}
     return {
-        **kept,
+        **{k: os.environ[k] for k in KEPT if k in os.environ},
         "HOME": str(home),
         "TMPDIR": str(home),
         "HF_HOME": str(home / "hf"),
@@ -68,12 +67,10 @@ def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size)),
     }
 
 
@@ -81,22 +78,15 @@ def audit_one(
     subject: Subject, configuration: Configuration, python: Path, *, seed: int = 0, timeout: float = 120.0
 ) -> Finding:
     """One subject in one configuration, all of its cases. One that cannot run is a finding too."""
-    began = time.monotonic()
-    options = configuration.options
-    size = {"world_size": configuration.world_size, "accumulation": int(options.get("accumulation", 4))}
-    job = Job(
-        script=subject.script,
-        python=python,
-        cases=[cases.build(name, **size, seed=seed) for name in configuration.only],
-        options=options,
-        learning_rate=LEARNING_RATE[str(options.get("optimizer", "sgd"))],
-        world_size=configuration.world_size,
-        timeout=timeout,
-    )
+    began, options, ranks = time.monotonic(), configuration.options, configuration.world_size
+    size = {"world_size": ranks, "accumulation": int(options.get("accumulation", 4)), "seed": seed}
+    built = [cases.build(name, **size) for name in configuration.only]
+    rate = LEARNING_RATE[str(options.get("optimizer", "sgd"))]
+    job = Job(subject.script, python, built, options, learning_rate=rate, world_size=ranks, timeout=timeout)
     nothing = Finding(subject=subject.name, configuration=configuration.to_json(), verdict=Verdict.NOT_RUN)
-    documented, without = configuration.documented, dict(configuration.without)
+    known: dict[str, Any] = {"documented": configuration.documented, "without": dict(configuration.without)}
     try:
-        finding = judge(subject.name, nothing.configuration, run(job), documented=documented, without=without)
+        finding = judge(subject.name, nothing.configuration, run(job), **known)
     except SubjectFailed as error:
         finding = replace(nothing, reasons=(cause("", "said", text=str(error)),))
     except ObservationError as error:
@@ -111,50 +101,29 @@ def run(job: Job) -> dict[str, Observation]:
         (folder / "home").mkdir()
         (folder / "modules").mkdir()  # beside the script, all that a subject can import from here
         shutil.copy(Path(cases.__file__).with_name("recorder.py"), folder / "modules")
-        spec = {
-            "cases": [case.to_json() for case in job.cases],
-            "options": dict(job.options),
-            "learning_rate": job.learning_rate,
-        }
+        rate, asked = job.learning_rate, [case.to_json() for case in job.cases]
+        spec = {"cases": asked, "options": dict(job.options), "learning_rate": rate}
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         _run_ranks(job, folder, folder / "home")
-        return {
-            case.name: load(folder / case.name, case, learning_rate=job.learning_rate) for case in job.cases
-        }
+        return {case.name: load(folder / case.name, case, learning_rate=rate) for case in job.cases}
 
 
-def _start(
-    command: Sequence[object],
-    rank: int,
-    world_size: int,
-    port: int,
-    *,
-    home: Path,
-    out: Any,
-    **variables: str,
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env={**child_environment(world_size, home, rank, port), **variables},
-        cwd=home,
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_limit,
-    )
+def _start(command: Sequence[object], out: Any, home: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+    words = [str(part) for part in command]
+    return subprocess.Popen(words, env=env, cwd=home, start_new_session=True, preexec_fn=_limit, **streams)
 
 
 def _run_ranks(job: Job, folder: Path, home: Path) -> None:
-    command = [job.python, FOLDER / f"{job.script}.py", folder]
+    command = [job.python, FOLDER / "child.py", folder, job.script]
     port, deadline = free_port(), time.monotonic() + job.timeout
     processes: list[subprocess.Popen[bytes]] = []
     logs = [folder / f"rank-{rank}.log" for rank in range(job.world_size)]
     try:
         for rank, log in enumerate(logs):
             with log.open("wb") as out:
-                place: dict[str, Any] = {"home": home, "out": out, "PYTHONPATH": str(folder / "modules")}
-                processes.append(_start(command, rank, job.world_size, port, **place))
+                env = child_environment(job.world_size, home, rank, port)
+                processes.append(_start(command, out, home, env | {"PYTHONPATH": str(folder / "modules")}))
         while any(p.poll() is None for p in processes):
             if any(p.poll() not in (None, 0) for p in processes):
                 break
@@ -174,7 +143,8 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
 def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool | None, str]:
     """Whether the script shows the difference (None: it did not run), and the line that it printed."""
     port, command = free_port(), [python, path.absolute()]
-    processes = [_start(command, r, ranks, port, home=home, out=subprocess.PIPE) for r in range(ranks)]
+    environments = [child_environment(ranks, home, rank, port) for rank in range(ranks)]
+    processes = [_start(command, subprocess.PIPE, home, env) for env in environments]
     try:
         said = [process.communicate(timeout=SCRIPT_TIMEOUT)[0].decode() for process in processes]
     except subprocess.TimeoutExpired:
@@ -193,9 +163,8 @@ _PR_SET_PDEATHSIG = 1
 
 def _limit() -> None:
     if _LIBC is not None:
-        _LIBC.prctl(
-            _PR_SET_PDEATHSIG, signal.SIGKILL
-        )  # nothing would hold it to its time after this process is killed
+        # Nothing would hold it to its time after this process is killed.
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -209,9 +178,6 @@ def free_port() -> int:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     # The line of the error itself, not a warning that a library prints on its way out.
-    errors = [
-        line
-        for line in lines
-        if re.match(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b", line)
-    ]
+    raised = re.compile(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b")
+    errors = [line for line in lines if raised.match(line)]
     return redact((errors or lines or ["no output"])[-1])[:300]

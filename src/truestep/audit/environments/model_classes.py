@@ -1,5 +1,4 @@
-"""``truestep audit models``: what every causal language model class of a transformers does with its own
-loss."""
+"""``truestep audit models``: what each causal language model class of transformers does with its loss."""
 
 from __future__ import annotations
 
@@ -19,17 +18,10 @@ def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
         folder = Path(name)
         command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
+        env, quiet = child_environment(1, folder, 0, free_port()), subprocess.DEVNULL
+        how: dict[str, Any] = {"env": env, "cwd": folder, "stdin": quiet, "timeout": timeout}
         try:
-            done = subprocess.run(
-                command,
-                env=child_environment(1, folder, 0, free_port()),
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
+            done = subprocess.run(command, capture_output=True, text=True, **how)
         except subprocess.TimeoutExpired:
             raise SubjectFailed(f"no result within {timeout:.0f} s; pass a larger --timeout") from None
         file = folder / "models.json"
@@ -40,7 +32,6 @@ def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
 
 
 def wrong(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Classes whose loss is not the shifted cross-entropy of their logits, or that take a token count and
-    ignore it."""
+    """Classes whose loss is not the shifted cross-entropy of their logits, or ignores the token count."""
     ran = [row for row in document["models"] if "not_run" not in row]
     return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]

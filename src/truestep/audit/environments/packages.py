@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-# (package, first release that no longer needs it, what goes with the releases before that); a pin of the user
-# wins.
+# (package, first release that no longer needs it, what older releases need); a pin of the user wins.
 COMPANIONS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("verl", (0, 7), ("transformers==4.56.1",)),
     ("openrlhf", (0, 11), ("deepspeed==0.18.9", "transformers==5.5.4")),

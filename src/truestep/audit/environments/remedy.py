@@ -1,8 +1,4 @@
-"""What would have been right instead: another option, or the newest release, audited again until one is
-RIGHT.
-
-Nothing is advised that has not been run.
-"""
+"""What would have been right: another option or the newest release, each audited until one is RIGHT."""
 
 from __future__ import annotations
 
@@ -33,11 +29,9 @@ def find(subject: Subject, configuration: Configuration, python: Path, target: s
     ``target`` is the requirement that was audited, "" for a user's own environment: only options are tried.
     """
     for changes, words in OPTIONS:
-        changed = {
-            k: v for k, v in changes.items() if k in configuration.options and configuration.options[k] != v
-        }
-        if changed:
-            other = replace(configuration, options={**configuration.options, **changed}, documented="")
+        options = configuration.options
+        if changed := {k: v for k, v in changes.items() if k in options and options[k] != v}:
+            other = replace(configuration, options={**options, **changed}, documented="")
             if audit_one(subject, other, python, timeout=timeout).verdict is Verdict.RIGHT:
                 return words
     pins = environment.parse(target) if "==" in target else {}
@@ -50,8 +44,7 @@ def find(subject: Subject, configuration: Configuration, python: Path, target: s
 
 
 def _newer(name: str, pins: Mapping[str, str]) -> tuple[str, Path] | None:
-    """``name==newest`` and a python that has it beside the other pins; None where that is not newer or cannot
-    be."""
+    """``name==newest`` and a python that has it beside the other pins; None if it is not newer or fails."""
     try:
         newest = newest_release(Path(sys.executable), name)
         if newest == pins[name]:

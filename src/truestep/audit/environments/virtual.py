@@ -1,9 +1,7 @@
-"""Isolated, cached environments for the releases that are audited, and what an environment that exists
-already holds.
+"""Isolated, cached environments for the releases that are audited, and what an existing one holds.
 
-One base environment per torch release holds what is large. Each subject has an environment of its own with
-only its packages; a ``.pth`` file lets it see the base behind them. Nothing is ever installed into a user's
-environment.
+One base environment per torch release has the large packages. Each subject has a separate environment with
+only its packages; a ``.pth`` file adds the base behind them. A user's environment is never changed.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from truestep import rundir
 from truestep.audit.environments.packages import ALONE, COMPANIONS
@@ -34,11 +32,9 @@ TORCH = "2.13.0"
 BUILD_TIMEOUT = 1800.0  # seconds: of one install command, and of waiting for another audit's build
 PYTHON_TAG = f"py{sys.version_info.major}.{sys.version_info.minor}"
 FRAMEWORKS = tuple(dict.fromkeys(name for s in TABLE for name in (*s.needs, *s.brings)))
-# setuptools 81 dropped pkg_resources, which older releases import; wheel: their source archives build with
-# it.
+# setuptools 81 dropped pkg_resources, which older releases import; their archives build with wheel.
 BASE = ("numpy", "setuptools<81", "wheel")
-# Audited processes write no bytecode: without this (pip does it unasked) each of them would compile torch
-# again.
+# Audited processes write no bytecode: without this, each of them would compile torch again.
 UV_INSTALL = ("pip", "install", "--compile-bytecode")
 EXAMPLE = "deepspeed==0.18.9 or trl==1.16.0+deepspeed==0.18.9"
 _PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([0-9][0-9A-Za-z.]*)")
@@ -75,14 +71,9 @@ class Plan:
     @property
     def name(self) -> str:
         """The folder: readable, and another one whenever anything that is installed differs."""
-        digest = hashlib.sha256(
-            json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
-        ).hexdigest()[:8]
+        contents = json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
         shown = "+".join(f"{k}-{v}" for k, v in sorted(self.pins.items()))
-        return f"{shown}-{PYTHON_TAG}-{digest}"
-
-
-# ------------------------------------------------------------------------------------------------ the request
+        return f"{shown}-{PYTHON_TAG}-{hashlib.sha256(contents).hexdigest()[:8]}"
 
 
 def parse(text: str) -> dict[str, str]:
@@ -94,14 +85,12 @@ def parse(text: str) -> dict[str, str]:
     for part in text.split("+"):
         match = _PIN.fullmatch(part.strip())
         if match is None:
-            raise UserError(
-                f"requirement {text!r}: {part.strip()!r} is not NAME==VERSION; write for example {EXAMPLE}"
-            )
-        name = _normal(match[1])
+            wrong = f"{part.strip()!r} is not NAME==VERSION; write for example {EXAMPLE}"
+            raise UserError(f"requirement {text!r}: {wrong}")
+        name = re.sub(r"[-_.]+", "-", match[1]).lower()
         if pins.setdefault(name, match[2]) != match[2]:
-            raise UserError(
-                f"requirement {text!r}: {name} has two versions; write one, such as {name}=={match[2]}"
-            )
+            wrong = f"{name} has two versions; write one, such as {name}=={match[2]}"
+            raise UserError(f"requirement {text!r}: {wrong}")
     return pins
 
 
@@ -117,15 +106,10 @@ def plan(text: str) -> Plan:
                 # A bare name is only a need: what fits to this release replaces it.
                 if wanted.get(own, own) == own:
                     wanted[own] = companion
-    for name in [n for n in wanted if n in ALONE]:
-        for need in ALONE[name]:
-            wanted.setdefault(need, need)
-    return Plan(
-        pins=pins,
-        torch=pins.get("torch", TORCH),
-        resolved=tuple(sorted(r for n, r in wanted.items() if n not in ALONE)),
-        alone=tuple(sorted(r for n, r in wanted.items() if n in ALONE)),
-    )
+    wanted = {need: need for name in wanted for need in ALONE.get(name, ())} | wanted
+    resolved = tuple(sorted(r for n, r in wanted.items() if n not in ALONE))
+    alone = tuple(sorted(r for n, r in wanted.items() if n in ALONE))
+    return Plan(pins=pins, torch=pins.get("torch", TORCH), resolved=resolved, alone=alone)
 
 
 def cache_folder() -> Path:
@@ -133,27 +117,18 @@ def cache_folder() -> Path:
     return rundir.cache_folder() / "audit"
 
 
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-# --------------------------------------------------------------------------------------------------- building
-
-
 def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The python of an environment that holds ``text``; built if the cache has none yet. ``say`` is told what
-    goes on.
+    """The python of an environment that holds ``text``, from the cache or built. ``say`` receives progress.
 
-    Raises: UserError for a bad text; BuildFailed where it cannot be built.
+    Raises: UserError for a bad text; BuildFailed if it cannot be built.
     """
     wanted = plan(text)
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BuildFailed(
-            f"cannot create {cache} ({error.strerror}); set TRUESTEP_CACHE to a writable directory"
-        ) from None
+        why = f"cannot create {cache} ({error.strerror})"
+        raise BuildFailed(f"{why}; set TRUESTEP_CACHE to a writable directory") from None
     base = _cached(cache, wanted.base_name, say, lambda home, do: _fill_base(wanted, home, do))
     if not wanted.resolved and not wanted.alone:
         return base
@@ -169,8 +144,7 @@ Do = Callable[..., None]  # run a command of a build: (command, **extra environm
 
 
 def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[Path, Do], None]) -> Path:
-    """The python of ``cache/name``: made under another name and renamed when complete, by one process at a
-    time."""
+    """The python of ``cache/name``: built under another name, renamed when complete, by one process at a time."""
     home, temporary, log = cache / name, cache / f"{name}.building", cache / f"{name}.log"
     python = home / "bin" / "python"
     if python.exists():
@@ -196,19 +170,18 @@ def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[
 
 @contextlib.contextmanager
 def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
-    """Held by this process and by the installers that it starts: one that outlives a killed audit still
-    writes."""
-    deadline = time.monotonic() + BUILD_TIMEOUT
+    """Also held by the installers that this process starts: they may outlive a killed audit."""
+    deadline, waiting = time.monotonic() + BUILD_TIMEOUT, False
     with path.open("w") as file:
-        waiting = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    message = f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s; end that audit"
-                    raise BuildFailed(f"{message}, or set TRUESTEP_CACHE to another directory") from None
+                    why = f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s"
+                    way = "end that audit, or set TRUESTEP_CACHE to another directory"
+                    raise BuildFailed(f"{why}; {way}") from None
                 if not waiting:
                     say(f"waiting for another audit that builds {name}")
                 waiting = True
@@ -220,59 +193,40 @@ def _execute(
     command: Sequence[str | Path], variables: Mapping[str, str], name: str, out: IO[str], lock: int
 ) -> None:
     """Run one command of a build; what it prints goes to the log."""
-    environment = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
+    kept = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
+    words, env = [str(part) for part in command], {**kept, **variables}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
     try:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            env={**environment, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=(lock,),
-        )
+        process = subprocess.Popen(words, env=env, start_new_session=True, pass_fds=(lock,), **streams)
     except OSError as error:
-        raise BuildFailed(
-            f"{name}: {command[0]} cannot be run ({error.strerror}); install uv or pip"
-        ) from None
+        why = f"{name}: {command[0]} cannot be run ({error.strerror})"
+        raise BuildFailed(f"{why}; install uv or pip") from None
     try:
         code = process.wait(BUILD_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise BuildFailed(
-            f"{name}: the installer did not end within {BUILD_TIMEOUT:.0f} s; check the connection to the "
-            f"package index; log: {out.name}"
-        ) from None
+        why = f"{name}: the installer did not end within {BUILD_TIMEOUT:.0f} s"
+        raise BuildFailed(f"{why}; check the connection to the package index; log: {out.name}") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if code:
-        words = _last_words(Path(out.name))
-        raise BuildFailed(
-            f"{name} could not be built ({words}); check names, versions and network; log: {out.name}"
-        )
+        why = f"{name} could not be built ({_last_words(Path(out.name))})"
+        raise BuildFailed(f"{why}; check names, versions and network; log: {out.name}")
 
 
 def _last_words(log: Path) -> str:
     """The installer's own error line, else the last one."""
-    lines = [
-        line.strip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
-    return rundir.redact(
-        re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", (errors or lines or ["no output"])[-1])
-    )[:240]
-
-
-# ------------------------------------------------------------------------------------------------- installing
+    last = (errors or lines or ["no output"])[-1]
+    return rundir.redact(re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", last))[:240]
 
 
 def _fill_base(wanted: Plan, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
-    # Scripts in bin keep the name that the folder was built under: nothing here runs any, always ``python
-    # -m``.
+    # Scripts in bin keep the name of the folder at build time: only ``python -m`` is used.
     do([sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), home])
     packages = [f"torch=={wanted.torch}", *BASE]
     if uv:
@@ -285,8 +239,7 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
     do([sys.executable, "-m", "venv", "--without-pip", home])
     site = home / "lib" / f"python{PYTHON_TAG[2:]}" / "site-packages"
-    # Relative, and the same before and after the folder is renamed; a folder named by .pth comes after this
-    # one.
+    # Relative, so that it holds after the folder is renamed; a .pth folder comes after this one.
     behind = base.parent.parent / site.relative_to(home)
     (site / "truestep-base.pth").write_text(os.path.relpath(behind, site) + "\n", encoding="utf-8")
     (home / "constraints.txt").write_text(f"torch=={wanted.torch}\n", encoding="utf-8")
@@ -303,85 +256,58 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     if wanted.resolved:
         do([*install, *extra, *wanted.resolved], **variables)
     if wanted.alone:
-        # Not through the installer's cache: a wheel that was built beside this torch must not reach other
-        # environments.
+        # No installer cache: a wheel that was built beside this torch must not reach other environments.
         fresh = "--no-cache" if uv else "--no-cache-dir"
-        do(
-            [*install, "--no-deps", "--no-build-isolation", fresh, *wanted.alone],
-            DS_BUILD_OPS="0",
-            **variables,
-        )
+        how = ["--no-deps", "--no-build-isolation", fresh]
+        do([*install, *how, *wanted.alone], DS_BUILD_OPS="0", **variables)
 
 
 def _uv_variables() -> dict[str, str]:
-    """uv does not read pip's configuration: what says where packages are found is passed on, where uv has no
-    own."""
+    """uv does not read pip's configuration: the sources of packages are passed on unless uv has its own."""
     found: dict[str, str] = {}
     for pip in ([sys.executable, "-m", "pip"], ["pip"]):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            told = subprocess.run(
-                [*pip, "config", "list"], capture_output=True, text=True, timeout=60, check=True
-            ).stdout
-            for line in told.splitlines():  # global.find-links='/a' ; the environment (:env:) wins
+            command = [*pip, "config", "list"]
+            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+            for line in told.stdout.splitlines():  # global.find-links='/a' ; the environment (:env:) wins
                 key, _, value = line.partition("=")
                 scope, _, key = key.strip().rpartition(".")
                 if key not in found or scope == ":env:":
                     found[key] = str(ast.literal_eval(value.strip()))
             break
-    names = {
-        "find-links": ("UV_FIND_LINKS", ","),
-        "index-url": ("UV_DEFAULT_INDEX", " "),
-        "extra-index-url": ("UV_INDEX", " "),
-        "cert": ("SSL_CERT_FILE", " "),
+    names = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "cert": "SSL_CERT_FILE"}
+    names |= {"find-links": "UV_FIND_LINKS"}
+    given = {
+        name: found[key].split() for key, name in names.items() if key in found and name not in os.environ
     }
-    told_uv = {
-        name: joint.join(found[key].split())
-        for key, (name, joint) in names.items()
-        if key in found and name not in os.environ
-    }
-    # pip takes the best version of all its indexes; uv by default stops at the first index that has the
-    # package.
+    told_uv = {name: ("," if name == "UV_FIND_LINKS" else " ").join(parts) for name, parts in given.items()}
+    # pip takes the best version of all indexes; uv by default stops at the first that has the package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match", **told_uv} if "UV_INDEX" in told_uv else told_uv
-
-
-# ------------------------------------------------------------------------------------------------- looking in
-
-
-def versions(python: Path) -> dict[str, str]:
-    """Package → version of all that this python finds. Raises: UserError where it cannot be run."""
-    return _probe(python, ())
 
 
 def installed(python: Path) -> dict[str, str]:
     """Framework → version ("unknown": a folder without metadata). Imports none of them and writes nothing.
 
-    Raises: UserError where this python cannot be run.
+    Raises: UserError if this python cannot be run.
     """
-    found = _probe(python, FRAMEWORKS)
+    found = versions(python, FRAMEWORKS)
     return {name: found[name] for name in FRAMEWORKS if name in found}
 
 
-def _probe(python: Path, modules: Sequence[str]) -> dict[str, str]:
+def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
+    """Package → version of all that this python finds, ``modules`` without metadata too. Raises: UserError."""
+
     if not python.is_file():
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
         raise UserError(f"--python {python}: no such program; pass {hint}")
-    # -I: as the audited process, which sees neither PYTHONPATH nor the user's own site folder; -B: no
-    # bytecode.
+    # -I: no PYTHONPATH and no user site folder, as in the audited process; -B: no bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
-    environment = {
-        k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
-    }
+    kept = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+    env = {k: v for k, v in os.environ.items() if k in kept}
+    how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "timeout": 60, "check": True}
     try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            stdin=subprocess.DEVNULL,
-            check=True,
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, **how)
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()

@@ -1,2 +1,1 @@
-"""From what a subject left behind to a verdict: numbers and records, no words. The base package imports it:
-no torch."""
+"""From what a subject left to a verdict: numbers and records, no words, no torch."""

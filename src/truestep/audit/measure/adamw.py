@@ -1,5 +1,4 @@
-"""The same question to AdamW, whose first steps hide every scale: which weights explain the observed
-parameters?
+"""Which weights explain AdamW's update? Its first steps hide every scale.
 
 From the exact gradients of every step the textbook update is computed for each known weight vector; the one
 that comes closest names what happened. Shapes: P parameters.
@@ -18,8 +17,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def predicted(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
-    """Each step's Δ [P] under AdamW without weight decay, with the fault's gradients; None where it has
-    none."""
+    """Each step's Δ [P] under AdamW without weight decay, with the fault's gradients; None if it has none."""
     first = second = np.zeros(1)
     changes = []
     for number, step in enumerate(steps, start=1):

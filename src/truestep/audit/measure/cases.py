@@ -38,8 +38,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained on, and how it is asked to be grouped. ``steps`` is what a right trainer makes of
-    it."""
+    """What is trained on, and how it must be grouped. ``steps`` is the number that a right trainer takes."""
 
     name: str
     rows: tuple[Row, ...]
@@ -69,8 +68,7 @@ class Case:
 
 
 def make_rows(counts: Sequence[int], *, seed: int = 0, prompt: int = 3, turns: int = 1) -> tuple[Row, ...]:
-    """Rows of random tokens with ``counts`` trained ones (0: all masked), split into ``turns`` answers of a
-    chat."""
+    """Rows of random tokens, ``counts`` of them trained (0: all masked), in ``turns`` answers of a chat."""
     rows = []
     for index, count in enumerate(counts):
         draw = generator(seed, Purpose.PROBE, index, "audit")
@@ -95,8 +93,7 @@ def ragged(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: 
 
 
 def unsplit(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
-    """The same rows in one micro-batch a step: what differs from ``ragged`` depends on how a batch is
-    split."""
+    """The same rows in one micro-batch a step: a difference from ``ragged`` comes from the split."""
     base = ragged(world_size=world_size, accumulation=accumulation, steps=steps, seed=seed)
     return Case(name="unsplit", rows=base.rows, accumulation=1, rows_per_microbatch=accumulation, steps=steps)
 
@@ -131,8 +128,8 @@ def clipped(*, world_size: int = 1, accumulation: int = 4, steps: int = 2, seed:
 
 
 def scheduled(*, world_size: int = 1, accumulation: int = 3, seed: int = 0) -> Case:
-    """A learning rate that falls in a line: no other number of ticks a step gives the same rates. The window
-    stays shorter than the schedule, so that one tick a micro-batch does not end it after the first step."""
+    """A linear schedule: no other number of ticks a step gives the same rates. The window stays shorter than the
+    schedule, so that one tick a micro-batch does not end it after the first step."""
     base = ragged(world_size=world_size, accumulation=min(accumulation, 3), steps=4, seed=seed)
     return replace(base, name="scheduled", decay=True)
 
@@ -149,7 +146,7 @@ CASES = {"ragged": ragged, "unsplit": unsplit, "masked": masked, "window": windo
 
 
 def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -> Case:
-    """The case of that name. Raises ValueError naming the known ones."""
+    """The case of that name. Raises ValueError, which lists the known names."""
     if name not in CASES:
         raise ValueError(f"case = {name!r}: write {', '.join(CASES)}")
     if accumulation < 3 and name not in ("ragged", "unsplit", *RELATIONS):

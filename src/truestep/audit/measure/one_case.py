@@ -1,10 +1,9 @@
-"""All steps of one case: the clip, the schedule and the resume that were asked for, and the rows of each
-step.
+"""All steps of one case: the configured clip, schedule and resume, and the rows of each step.
 
-A right step is known exactly (``observations.Step``: clip scale, asked rate, carried momentum), so that what
-was asked for besides the gradient needs no second run to be compared with. Rows are counted, never forward
-passes: how many of them a pass holds does not change the step, and a row without trained tokens adds nothing
-to it. Frameworks shuffle: a step is told by its number of rows, not by which they are. Shapes: P parameters.
+A right step is known exactly (``observations.Step``: clip scale, rate, carried momentum), so no second run is
+needed. Rows are counted, never forward passes: their number in a pass does not change the step, and a row
+without trained tokens adds nothing. Frameworks shuffle: only the number of rows of a step is compared.
+Shapes: P parameters.
 """
 
 from __future__ import annotations
@@ -49,9 +48,6 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
     return CaseSeen(steps=steps, differences=Differences(data=data, steps=distinct, in_every_step=every))
 
 
-# ------------------------------------------------------------------------------- clip, learning rate and resume
-
-
 def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int, Cause]:
     """Step → what became of the clip, the schedule or a resume, in place of the constant that it looks like."""
     if found := resume(run, thresholds.RESIDUAL[dtype]):
@@ -68,8 +64,7 @@ def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int
 
 
 def clip(run: Observation, scaled: Sequence[int]) -> Cause | None:
-    """Steps that only a constant separates from right ones: clipped unasked, otherwise than asked, or not at
-    all."""
+    """Steps that only a constant separates from right ones: clipped unasked, differently, or not at all."""
     lengths = [used_length(run.steps[i]) for i in scaled]
     wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
     asked = run.asked.max_grad_norm
@@ -86,11 +81,9 @@ Parts = Sequence[Sequence[np.ndarray]]  # rank, micro-batch: P
 
 
 def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
-    """A clip of micro-batches, of what had been added up after each of them, or of ranks: whose prediction
-    the step is.
+    """Which clip of its parts predicts the step: of micro-batches, of running sums or of ranks.
 
-    A part may have been as long as it is in the mean over the step, or longer by the steps or the ranks that
-    it is divided by afterwards; the constant that is left of this is free.
+    A part may be longer by the steps or the ranks that it is divided by afterwards: the constant is free.
     """
     used = step.direction - step.carried
     ranks = sorted({m.rank for m in step.microbatches})
@@ -132,8 +125,7 @@ def _ranks(parts: Parts, limit: float) -> np.ndarray:
 
 
 def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
-    """Learning rates that follow another line than the one that was asked for. ``scales``: of each step that
-    weights explain, the constant on top of them."""
+    """Learning rates that follow another line than the configured one. ``scales``: each step's constant."""
     asked, until = run.asked, run.asked.resume_after or len(scales)
     rates = [asked.rate(i) * scale for i, scale in enumerate(scales[:until]) if scale is not None]
     if not asked.decay or len(rates) < 2 or len(rates) != min(until, len(scales)):
@@ -158,8 +150,7 @@ def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
 
 
 def resume(run: Observation, limit: float) -> Cause | None:
-    """What did not survive the checkpoint; of the first step after it, from its gradients and the step
-    before."""
+    """What did not survive the checkpoint, from the gradients of the first step after it and the step before."""
     at, momentum = run.asked.resume_after, run.asked.momentum
     if not at or len(run.steps) <= at:
         return None
@@ -185,12 +176,8 @@ def resume(run: Observation, limit: float) -> Cause | None:
     )
 
 
-# --------------------------------------------------------------------------------------------- the rows of steps
-
-
 def data_coverage(run: Observation) -> Causes:
-    """Whether the optimizer was stepped when it was asked to be, on all trained rows, each as often as there
-    are epochs; the cause before its consequence."""
+    """Whether the optimizer was stepped as configured, on all trained rows, each once an epoch."""
     if any(not np.isfinite(s.after).all() for s in run.steps):
         return ()  # changes of what is not a number are no steps
     asked, untrained = run.asked, run.asked.untrained_rows

@@ -101,9 +101,6 @@ def _unknown(kind: str, weights: np.ndarray) -> Cause:
     return cause("unknown_weights", kind, weights=weights.tolist())
 
 
-# ------------------------------------------------------------------------------------------------ the weights
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
     """What of kept × normaliser × scale is not right, in this order."""
@@ -117,8 +114,7 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
     weights = recovered.weights
     errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
     seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())
-    # Nothing is wrong or dropped unless the weights say so: one of 1 ± 1.5 is not told from zero, and is no
-    # sign of it.
+    # Nothing is wrong or dropped unless the weights show it: 1 ± 1.5 could be zero, and is no sign of it.
     if (np.abs(weights - 1.0) <= errors).all():
         return Pattern(causes=(), scale=1.0)
     if not seen.any():
@@ -230,9 +226,6 @@ def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
             return None
         parts.append(float(np.linalg.norm(np.sum([g * w for g, w in mine], axis=0))))
     return cause("clip", "clip_of_ranks") if len(ranks) > 1 and alike(parts) else None
-
-
-# ------------------------------------------------------------------------------------ what no weights explain
 
 
 def _residual_cause(

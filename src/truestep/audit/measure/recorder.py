@@ -1,15 +1,14 @@
-"""Watches a model from outside while something trains it. Copied into the audited environment, where it runs
-with the standard library and torch, nothing else; imported as it is by whoever audits in his own process.
+"""Watches a model from outside while something trains it. A copy runs in the audited environment, with only
+the standard library and torch.
 
 What is left behind is ``CASE/rank-R.json`` with tensors:
 
 * which rows went into which micro-batch, seen by a hook on the model's forward pass;
 * the parameters before and after every optimizer step, seen as changes between two forward passes;
-* for every row of a step its gradient at the step's own parameters, in float64, computed from the logits
-  alone with the row by itself, unpadded (sum of the negative log-likelihoods of its trained tokens).
+* for every row of a step its gradient at the step's own parameters, in float64, computed from the logits,
+  with the row unpadded in its own forward pass (sum of the negative log-likelihoods of its trained tokens).
 
-Nothing of the framework is hooked, patched or believed. Shapes: P parameters, R rows of a step, T tokens of a
-row.
+Nothing of the framework is hooked or patched. Shapes: P parameters, R rows of a step, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -74,11 +73,10 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
 
 
 class Recorder:
-    """Watches a model from outside. Make it before the framework wraps the model; call ``finish`` when it is
-    done.
+    """Make it before the framework wraps the model; call ``finish`` at the end.
 
-    ``snapshot`` returns the parameters as one flat float64 vector in the order of ``parameters_of``; subjects
-    whose framework shards or casts them give their own.
+    ``snapshot`` returns the parameters as one flat float64 vector in the order of ``parameters_of``: for
+    frameworks that shard or cast them.
     """
 
     def __init__(self, spec: Any, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
@@ -98,8 +96,7 @@ class Recorder:
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def resume(self, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
-        """Watch a model that was made anew and loaded from what the one before has saved; call it before
-        training."""
+        """Watch a model that was made anew and loaded from a checkpoint; call it before training."""
         self._close_step()
         self._hook.remove()
         own = parameters_of(model)
@@ -108,9 +105,8 @@ class Recorder:
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
-        """Watch another module instead, and know a row by another part of it: for a trainer that runs the
-        model in its own way, or leaves out tokens that predict nothing. ``ignored``: a line that keeps idle
-        ranks in step."""
+        """Watch another module instead, and find a row by another part of it: for trainers that run the model in
+        their own way or omit tokens that predict nothing. ``ignored``: a line that keeps idle ranks in step."""
         self._hook.remove()
         self.needles, self.ignored = list(needles), ignored
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -134,8 +130,7 @@ class Recorder:
         self.stack = self.stack or stack()
 
     def _rows_in(self, line: bytes) -> list[int]:
-        """Which rows stand in this line, in order: rows are random tokens, so one is found in another only if
-        equal."""
+        """The rows in this line, in order: rows are random tokens, so one contains another only if equal."""
         hits = [(line.find(needle), number) for number, needle in enumerate(self.needles)]
         return [number for place, number in sorted(hits) if place >= 0]
 
@@ -210,7 +205,7 @@ class Recorder:
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
         """The gradient sum in the subject's own precision or autocast: how far a right path is from float64.
-        Where a clip or a schedule is asked for in float32, other cases have measured this: the exact sum."""
+        For a clip or a schedule in float32 it is the exact sum: other cases have measured this."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
             return sum((exact[row] for batch in micro for row in batch), total)
@@ -222,10 +217,9 @@ class Recorder:
         return total
 
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
-        """Whether weights of the rows alone explain this step: then nobody asks what else could be in it.
+        """Whether weights of the rows explain this step, so that the extras are not needed.
 
-        AdamW's step is no sum of gradients, and a NaN is no step: always. A rank does not know the others'
-        rows: never.
+        Always for AdamW (no sum of gradients) and NaN; never if other ranks have rows too.
         """
         if self.spec.options.get("optimizer", "sgd") != "sgd" or not bool(torch.isfinite(change).all()):
             return True
@@ -260,8 +254,7 @@ class Recorder:
         shift: int = 1,
         ends: bool = False,
     ) -> tuple[float, Tensor]:
-        """(Σ of the losses, gradient [P] in float64) of rows, each run alone; ``ends``: of each answer's last
-        token."""
+        """(Σ of the losses, gradient [P] in float64) of rows, each run alone; ``ends``: only of last tokens."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0

@@ -32,9 +32,8 @@ def judge(
     documented: str = "",
     without: Mapping[str, str] = MappingProxyType({}),
 ) -> Finding:
-    """All cases of one configuration together. ``documented`` names the option that the user has set away
-    from its default, if it is known to change how a step is normalised; ``without`` the cases that it has no
-    way to run, and why."""
+    """All cases of one configuration. ``documented`` names an option, set away from its default, that is known
+    to change how a step is normalised; ``without`` the cases that cannot be run, and why."""
     if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
         configuration = {**configuration, "autocast": autocast}
     nothing = Finding(subject=subject, configuration=configuration, verdict=Verdict.NOT_RUN)
@@ -103,8 +102,7 @@ def _layout_code(run: Observation) -> str:
 
 
 def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> dict[str, CaseSeen]:
-    """The layout as the code of an unexplained rest, unless the rest is there without padding and packing
-    too."""
+    """The layout as the code of an unexplained rest, unless the rest is there without padding and packing."""
     layouts = {name: _layout_code(run) for name, run in runs.items()}
     if any(layouts[n] == "unexplained" and "unexplained" in c.differences.codes for n, c in seen.items()):
         return dict(seen)
@@ -119,8 +117,7 @@ def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation])
 
 
 def _unusable(run: Observation, some_moved: bool) -> Causes:
-    """What makes single steps not worth judging: a fault, or a cause without a code. ``some_moved``: in any
-    of the cases."""
+    """Why single steps are not judged: a fault, or a cause without a code. ``some_moved``: in any case."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
     if not run.steps:
@@ -181,8 +178,7 @@ def _same(scales: Sequence[float]) -> bool:
 def _judge_adamw(
     nothing: Finding, runs: Mapping[str, Observation], broken: Mapping[str, Differences]
 ) -> Finding:
-    """The known weight vector whose textbook AdamW updates come closest to the observed ones, over all
-    cases."""
+    """The known weight vector whose textbook AdamW updates come closest to the observed ones."""
     cases, worst = dict(broken), 0.0
     for name, run in runs.items():
         found = errors(run.steps)

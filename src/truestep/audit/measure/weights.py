@@ -38,14 +38,13 @@ class Recovered:
 
 
 def observed_gradient(step: Step) -> np.ndarray:
-    """(before − after) / lr without what momentum and clipping were asked to do. Units: of the loss per
-    parameter."""
+    """(before − after) / lr without the configured momentum and clip. Units: of the loss per parameter."""
     return np.asarray((step.direction - step.carried) / step.clip_scale)
 
 
 def noise_of(step: Step, dtype: str) -> float:
     """Relative error of a right step in this precision: measured on the same rows, plus the rounding of the
-    read-back (each stored parameter is off by up to half a unit in its last place, before and after)."""
+    read-back (each stored parameter is off by up to half a unit in its last place)."""
     exact = step.expected * step.num_trained
     size = float(np.linalg.norm(exact))
     if size == 0:

@@ -67,8 +67,7 @@ class Answer:
 
 
 def look_back(folder: Path) -> list[Answer]:
-    """One answer a measured fault, in the order of ``MEASURED``. Raises UserError if there is no such
-    folder."""
+    """One answer a measured fault, in the order of ``MEASURED``. Raises UserError without such a folder."""
     evidence = gather(folder)
     return [answer(measured, evidence) for measured in MEASURED]
 
@@ -88,9 +87,6 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
         if (more := len(evidence.problems) - MOST_PROBLEMS) > 0:
             told.append(Reason("more_unread", {"files": more}))
     return Answer(finding=measured.finding, answer=verdict, reasons=tuple(told), source=measured.source)
-
-
-# --------------------------------------------------------------------------------------------------- releases
 
 
 def release(version: str) -> tuple[int, ...] | None:
@@ -152,9 +148,6 @@ def _together(answers: Sequence[bool | None], kind: str, **values: Any) -> Check
     return check(answers[0] if agree else None, kind, agree=agree, **values)
 
 
-# ------------------------------------------------------------------------------------------------- conditions
-
-
 def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Callable[[Evidence], Check]:
     """The condition that a setting passes a test; ``note`` names a sentence that is added if it does not."""
 
@@ -189,8 +182,7 @@ def _boundary_by_hand(evidence: Evidence) -> Check:
 
 
 def _several_micro_batches(evidence: Evidence) -> Check:
-    """A mean of means needs two of them; without accumulation only one process makes the mean surely
-    right."""
+    """A mean of means needs two; without accumulation the mean is surely right only on one process."""
     found = _accumulation(evidence)
     if not found.settings.get("accumulation"):
         return _arithmetic(evidence)
@@ -236,8 +228,6 @@ def _own_tokens(evidence: Evidence) -> Check:
         return check(False, "averages_by_default")
     return _setting("average_tokens", lambda on: not on)(evidence)
 
-
-# ------------------------------------------------------------------------------------------ what was measured
 
 _RAN = "recovered weights of the real step on a CPU: "
 _OFFLOADED = (

@@ -1,5 +1,6 @@
-"""What the files of a past run say about versions and settings. Text, JSON, TOML and plain YAML are read;
-pickles are not opened, links are not followed, and what is too large or broken is named instead of read.
+"""What the files of a past run say about versions and settings, from text, JSON, TOML and plain YAML.
+
+Pickles are not opened, links are not followed; what is too large or broken is named instead of read.
 """
 
 from __future__ import annotations
@@ -41,8 +42,7 @@ class Broken(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Values with the file that gave each first. Settings: see ``present.words.SETTINGS``; also batch_size,
-    micro_batch_size and trainer."""
+    """Values with the first file that gives each. Settings: ``present.words.SETTINGS`` and batch sizes, trainer."""
 
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file
     ranges: dict[str, str] = field(default_factory=dict)  # package → what asks for it without a version
@@ -189,9 +189,6 @@ def parse_yaml(text: str) -> Any:
         raise Broken(f"not valid YAML: {type(error).__name__}") from None
 
 
-# --------------------------------------------------------------------------------------------------- versions
-
-
 def _package(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -239,9 +236,6 @@ def _model(path: Path, name: str, evidence: Evidence) -> None:
         _version("transformers", found.get("transformers_version"), name, evidence)
         classes = found.get("architectures")
         evidence.add("architecture", str(classes[0]) if isinstance(classes, list) and classes else None, name)
-
-
-# --------------------------------------------------------------------------------------------------- settings
 
 
 def whole(value: Any) -> int | None:
@@ -339,9 +333,6 @@ def _choose_deepspeed(evidence: Evidence) -> None:
             evidence.problems.append(
                 f"{by}: names {wanted[:200]}, which is not in the folder or cannot be read"
             )
-
-
-# --------------------------------------------------------------------------------------------------- commands
 
 
 def _commands(text: str, name: str, evidence: Evidence) -> None:

@@ -21,18 +21,10 @@ SCHEMA = 1
 SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
-# ------------------------------------------------------------------------------------------------------- JSON
-
-
 def to_document(rows: Sequence[Row], provenance: Row) -> dict[str, Any]:
-    """The whole audit as one JSON object. Numbers that JSON does not know are the strings NaN and
-    ±Infinity."""
-    document = {
-        "schema": SCHEMA,
-        "tool": {"name": "truestep", "version": __version__},
-        "provenance": dict(provenance),
-        "findings": list(rows),
-    }
+    """The audit as one JSON object. Numbers that JSON does not know are the strings NaN and ±Infinity."""
+    tool = {"name": "truestep", "version": __version__}
+    document = {"schema": SCHEMA, "tool": tool, "provenance": provenance, "findings": rows}
     plain: dict[str, Any] = _plain(document)
     return plain
 
@@ -55,9 +47,6 @@ def _text(text: str) -> str:
     return redact(text).encode("utf-8", "backslashreplace").decode()  # a lone surrogate has no encoding
 
 
-# ------------------------------------------------------------------------------------------------------ JUnit
-
-
 def to_junit(rows: Sequence[Row]) -> str:
     """A FAULT is a failure; what gave no answer is skipped, with the reason; anything else has passed."""
     suite = ElementTree.Element("testsuite", name="truestep audit", tests=str(len(rows)))
@@ -65,10 +54,8 @@ def to_junit(rows: Sequence[Row]) -> str:
     for row in rows:
         seconds = f"{sum(v for v in (row.get('seconds') or {}).values() if isinstance(v, int | float)):.3f}"
         name = configuration_in_words(row["configuration"])
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=line(row["subject"]), name=name, time=seconds
-        )
-        verdict = row["verdict"]
+        about = {"classname": line(row["subject"]), "name": name, "time": seconds}
+        case, verdict = ElementTree.SubElement(suite, "testcase", about), row["verdict"]
         if verdict == Verdict.FAULT:
             counts["failures"] += 1
             failure = ElementTree.SubElement(case, "failure", message=found_in_words(row), type=verdict)
@@ -85,8 +72,6 @@ def to_junit(rows: Sequence[Row]) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------ SARIF
-
 _LEVELS = {Verdict.FAULT: "error", Verdict.DEFAULT: "note", Verdict.DOCUMENTED_CHOICE: "note"}
 
 
@@ -95,41 +80,21 @@ def to_sarif(rows: Sequence[Row]) -> dict[str, Any]:
     told = [row for row in rows if row["verdict"] in _LEVELS]
     rules = sorted({rule_of(row) for row in told})
     unanswered = [row for row in rows if row["verdict"] not in _LEVELS and not is_right(row)]
-    return {
-        "$schema": SARIF_SCHEMA,
-        "version": "2.1.0",
-        "runs": [
-            {
-                "tool": {
-                    "driver": {
-                        "name": "truestep",
-                        "version": __version__,
-                        "rules": [
-                            {"id": r, "shortDescription": {"text": r.replace("-", " ")}} for r in rules
-                        ],
-                    }
-                },
-                "invocations": [
-                    {
-                        "executionSuccessful": True,
-                        "toolExecutionNotifications": [
-                            {"level": "warning", "message": {"text": _sarif_text(row, f"{row['verdict']}: ")}}
-                            for row in unanswered
-                        ],
-                    }
-                ],
-                "results": [_sarif_result(row, rules) for row in told],
-            }
-        ],
+    notes = [_sarif_text(row, f"{row['verdict']}: ") for row in unanswered]
+    notifications = [{"level": "warning", "message": {"text": text}} for text in notes]
+    described = [{"id": r, "shortDescription": {"text": r.replace("-", " ")}} for r in rules]
+    run = {
+        "tool": {"driver": {"name": "truestep", "version": __version__, "rules": described}},
+        "invocations": [{"executionSuccessful": True, "toolExecutionNotifications": notifications}],
+        "results": [_sarif_result(row, rules) for row in told],
     }
+    return {"$schema": SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}
 
 
 def rule_of(row: Row) -> str:
     """The kind of a fault: its main code."""
-    return (
-        "-".join(re.findall(r"[a-z0-9]+", str((row.get("codes") or ["unnamed"])[0]).lower()))[:80]
-        or "unnamed"
-    )
+    code = str((row.get("codes") or ["unnamed"])[0]).lower()
+    return "-".join(re.findall(r"[a-z0-9]+", code))[:80] or "unnamed"
 
 
 def _sarif_text(row: Row, lead: str = "") -> str:
@@ -140,24 +105,21 @@ def _sarif_text(row: Row, lead: str = "") -> str:
 def _sarif_result(row: Row, rules: list[str]) -> dict[str, Any]:
     rule = rule_of(row)
     identity = repr((rule, row["subject"], sorted((str(k), str(v)) for k, v in row["configuration"].items())))
-    place: dict[str, Any] = {
-        "logicalLocations": [{"fullyQualifiedName": line(row["subject"]), "kind": "module"}]
-    }
+    digest = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()
+    name = {"fullyQualifiedName": line(row["subject"]), "kind": "module"}
+    place: dict[str, Any] = {"logicalLocations": [name]}
     if where := location_of(row):
         region = {"startLine": where[1]}
         place["physicalLocation"] = {"artifactLocation": {"uri": where[0]}, "region": region}
+    shown = {key: row.get(key) for key in ("versions", "weights", "relative_error", "residual")}
     return {
         "ruleId": rule,
         "ruleIndex": rules.index(rule),
         "level": _LEVELS[row["verdict"]],
         "message": {"text": _sarif_text(row)},
         "locations": [place],
-        "partialFingerprints": {
-            "truestepFinding/v1": hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()
-        },
-        "properties": _plain(
-            {key: row.get(key) for key in ("versions", "weights", "relative_error", "residual")}
-        ),
+        "partialFingerprints": {"truestepFinding/v1": digest},
+        "properties": _plain(shown),
     }
 
 

@@ -1,7 +1,6 @@
-"""The findings as one HTML page that holds everything, asks for nothing and runs nothing.
+"""The findings as one self-contained HTML page without scripts.
 
-Every text of a finding is untrusted: ``words.line`` shows its invisible characters, the environment escapes
-it.
+All text is untrusted: ``words.line`` shows invisible characters, the environment escapes it.
 """
 
 from __future__ import annotations
@@ -22,18 +21,9 @@ from truestep.audit.present.table import CLOSE
 from truestep.audit.present.words import Row, line, number, small
 
 UNIT, HIGHEST, LOWEST = 44, 2.0, -0.5  # pixels of weight 1; what is beyond is cut off, and marked
-STEP, WIDTH, GAP, HEAD = (
-    46,
-    26,
-    26,
-    32,
-)  # pixels: a bar with its space, the bar, between ranks, above the bars
-KINDS = {
-    Verdict.RIGHT: "right",
-    Verdict.FAULT: "fault",
-    Verdict.DEFAULT: "choice",
-    Verdict.DOCUMENTED_CHOICE: "choice",
-}
+STEP, GAP, HEAD = 46, 26, 32  # pixels: a bar with its space, between ranks, above the bars
+KINDS = {Verdict.RIGHT: "right", Verdict.FAULT: "fault"}
+KINDS |= dict.fromkeys((Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE), "choice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +56,9 @@ class Drawing:
 def render_page(rows: Sequence[Row], provenance: Row) -> str:
     """The whole page as text."""
     counts = Counter(row["verdict"] for row in rows)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        loader=pages.loader(Path(__file__).parent / "templates"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    how: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    loader = pages.loader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(autoescape=True, loader=loader, **how)
     return environment.get_template("audit.html.j2").render(
         outcome=_outcome(rows),
         counts=[(counts[v], v.value, _kind(v)) for v in Verdict if counts[v]],
@@ -100,12 +86,8 @@ def _outcome(rows: Sequence[Row]) -> str:
 def _entry(row: Row) -> dict[str, Any]:
     """What the template shows of one finding."""
     cases: Mapping[str, str] = row.get("cases") or {}
-    facts = {
-        "Relative error": row.get("relative_error"),
-        "Residual": row.get("residual"),
-        "Noise of a right step": row.get("noise"),
-        "Condition": row.get("condition"),
-    }
+    facts = {"relative_error": "Relative error", "residual": "Residual", "noise": "Noise of a right step"}
+    facts |= {"condition": "Condition"}
     return {
         "subject": line(row["subject"], 160),
         "versions": words.versions_in_words(row),
@@ -114,7 +96,7 @@ def _entry(row: Row) -> dict[str, Any]:
         "kind": _kind(row["verdict"]),
         "found": words.found_in_words(row),
         "drawing": draw(row),
-        "facts": {name: small(value) for name, value in facts.items() if value is not None},
+        "facts": {name: small(row[k]) for k, name in facts.items() if row.get(k) is not None},
         "loss": "" if words.is_right(row) or row.get("relative_error") is None else words.loss_in_words(row),
         "cases": {line(name, 80): line(text, 600) or "right" for name, text in cases.items()},
         "remedy": line(row.get("remedy") or "", 600),
@@ -129,8 +111,7 @@ def draw(row: Row) -> Drawing | None:
     if not flat:
         return None
     top = HEAD + UNIT * min(HIGHEST, max([1.0, *flat]))
-    bars: list[Bar] = []
-    starts: list[tuple[float, str]] = []
+    bars, starts = [], []
     x = 34.0  # room for the label of weight 1
     for rank, values in enumerate(weights):
         starts.append((x, f"rank {rank}"))
@@ -140,33 +121,20 @@ def draw(row: Row) -> Drawing | None:
             x += STEP
         x += GAP
     spoken = "; ".join(f"rank {r}: {', '.join(map(number, values))}" for r, values in enumerate(weights))
-    depth = UNIT * min(0.0, max(LOWEST, min(flat)))
-    return Drawing(
-        bars=tuple(bars),
-        ranks=tuple(starts) if len(weights) > 1 else (),
-        width=x - GAP + 6,
-        height=top - depth + 24,
-        zero=top,
-        one=top - UNIT,
-        spoken=f"Weights per micro-batch, 1 is right: {spoken}",
-    )
+    spoken = f"Weights per micro-batch, 1 is right: {spoken}"
+    size = {"width": x - GAP + 6, "height": top - UNIT * min(0.0, max(LOWEST, min(flat))) + 24}
+    ranks = tuple(starts) if len(weights) > 1 else ()
+    return Drawing(bars=tuple(bars), ranks=ranks, zero=top, one=top - UNIT, spoken=spoken, **size)
 
 
 def _bar(weight: Any, count: Any, x: float, zero: float, right: bool) -> Bar:
     known = isinstance(weight, int | float) and math.isfinite(weight)
     shown = min(HIGHEST, max(LOWEST, weight)) if known else 0.0
-    length = abs(shown) * UNIT
-    upper = zero - max(0.0, shown) * UNIT
-    return Bar(
-        x=x,
-        y=round(upper, 1),
-        height=round(max(1.5, length), 1),
-        label=number(weight),
-        label_y=round(upper - 5, 1),
-        tokens="" if count is None else number(count),
-        good=right or (known and abs(weight - 1) <= CLOSE),
-        cut=known and shown != weight,
-    )
+    upper, height = zero - max(0.0, shown) * UNIT, round(max(1.5, abs(shown) * UNIT), 1)
+    label, tokens = number(weight), "" if count is None else number(count)
+    good, cut = right or (known and abs(weight - 1) <= CLOSE), known and shown != weight
+    place = {"x": x, "y": round(upper, 1), "height": height, "label_y": round(upper - 5, 1)}
+    return Bar(label=label, tokens=tokens, good=good, cut=cut, **place)
 
 
 def _flat(value: Row, prefix: str = "") -> dict[str, Any]:

@@ -55,7 +55,12 @@ ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each on
 TWO_EPOCHS = """Two epochs of six micro-batches, four to a step; prints the weights in the second epoch's first step.
 Right is 1 for its own four and 0 for the two that the first epoch left over."""
 OF_TORCHTUNE = {"says": TWO_EPOCHS, "rows": "6", "model": TORCHTUNE}
-WITHOUT_COMPILER = 'import deepspeed.ops\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then'
+WITHOUT_COMPILER = """import deepspeed.ops
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then"""
+TRAINER_CONFIG = (
+    "{'zero_optimization': ZERO, 'zero_force_ds_cpu_optimizer': False, 'zero_allow_untested_optimizer': True, "
+    "'train_micro_batch_size_per_gpu': 'auto', 'gradient_accumulation_steps': 'auto'}"
+)
 
 
 def script(finding: Finding, which: str) -> str:
@@ -66,8 +71,7 @@ def script(finding: Finding, which: str) -> str:
     template = TEMPLATES / f"reproduce_{which}.txt"
     if not template.is_file():
         return ""
-    options = finding.configuration
-    ranks = int(options.get("processes", 1))
+    options, ranks = finding.configuration, int(finding.configuration.get("processes", 1))
     found = ", ".join(f"{k} {v}" for k, v in finding.versions.items())
     title = re.sub(r'["\\\n]', " ", f"{finding.subject} ({found}): {row_of(finding)['fault']}.")
     words = {
@@ -90,12 +94,10 @@ def _of_deepspeed(options: Mapping[str, Any]) -> dict[str, str]:
     zero: dict[str, Any] = {"stage": options.get("stage", options.get("zero_stage", 2))}
     if options.get("offload"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    return {
-        "zero": repr(zero),
-        "accumulation": "1" if manual else "4",
-        "boundary": "engine.set_gradient_accumulation_boundary(index == 3)" if manual else "",
-        "step": "index == 3" if manual else "True",
-    }
+    if manual:
+        boundary = "engine.set_gradient_accumulation_boundary(index == 3)"
+        return {"zero": repr(zero), "accumulation": "1", "boundary": boundary, "step": "index == 3"}
+    return {"zero": repr(zero), "accumulation": "4", "boundary": "", "step": "True"}
 
 
 def _of_trainer(options: Mapping[str, Any]) -> dict[str, str]:
@@ -104,14 +106,7 @@ def _of_trainer(options: Mapping[str, Any]) -> dict[str, str]:
         extra.append(f"average_tokens_across_devices={bool(options['average_tokens_across_devices'])}")
     if options.get("processes", 1) > 1:
         extra.append('ddp_backend="gloo"')
-    under = options.get("zero_stage") is not None
-    if under:
-        config = {
-            "zero_optimization": "ZERO",
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_allow_untested_optimizer": True,
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-        }
-        extra.append("\n    deepspeed=" + repr(config).replace("'ZERO'", _of_deepspeed(options)["zero"]))
-    return {"extra": ", ".join(extra), "prepare": WITHOUT_COMPILER if under else ""}
+    if options.get("zero_stage") is None:
+        return {"extra": ", ".join(extra), "prepare": ""}
+    extra.append("\n    deepspeed=" + TRAINER_CONFIG.replace("ZERO", _of_deepspeed(options)["zero"]))
+    return {"extra": ", ".join(extra), "prepare": WITHOUT_COMPILER}

@@ -1,5 +1,4 @@
-"""Findings, and answers about past runs, for a terminal of 80 columns or more. Nothing in a cell is
-markup."""
+"""Findings, and answers about past runs, for a terminal of 80 columns or more, without markup in cells."""
 
 from __future__ import annotations
 
@@ -19,14 +18,9 @@ from truestep.audit.postmortem.answers import Answer
 from truestep.audit.present import words
 from truestep.audit.present.words import Row, line, number, small
 
-COLOURS = {
-    Verdict.RIGHT: "green",
-    Verdict.FAULT: "bold red",
-    Verdict.DEFAULT: "yellow",
-    Verdict.DOCUMENTED_CHOICE: "yellow",
-    Verdict.NOT_OBSERVABLE: "magenta",
-    Verdict.NOT_RUN: "magenta",
-}
+COLOURS = {Verdict.RIGHT: "green", Verdict.FAULT: "bold red"}
+COLOURS |= dict.fromkeys((Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE), "yellow")
+COLOURS |= dict.fromkeys((Verdict.NOT_OBSERVABLE, Verdict.NOT_RUN), "magenta")
 BLOCKS = "▁▂▃▄▅▆▇█"
 CELL, LABEL = 7, 8  # columns
 CLOSE = 0.02  # of a weight: as good as right
@@ -63,44 +57,28 @@ def _row(row: Row, width: int) -> RenderableType:
     verdict = Verdict(row["verdict"])
     subject = Text(line(row["subject"], 120), "bold", overflow="fold")
     configuration = Text(words.configuration_in_words(row["configuration"]), overflow="fold")
-    below: list[RenderableType] = []
-    for text, style in (
-        (words.versions_in_words(row), "dim"),
-        (words.found_in_words(row), "" if verdict is Verdict.RIGHT else COLOURS[verdict]),
-    ):
-        if text:
-            below.append(Text(text, style, overflow="fold"))
-    below += bars(row, width - 2)
+    found = (words.found_in_words(row), "" if verdict is Verdict.RIGHT else COLOURS[verdict])
+    texts = [(words.versions_in_words(row), "dim"), found]
+    below = [Text(text, style, overflow="fold") for text, style in texts if text] + bars(row, width - 2)
     if verdict in (Verdict.FAULT, Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE):
         below += [Text(text, "dim") for text in _details(row)]
-    return Group(
-        _columns([subject, configuration, Text(verdict, COLOURS[verdict])]),
-        Padding(Group(*below), (0, 0, 0, 2)),
-    )
+    head = _columns([subject, configuration, Text(verdict, COLOURS[verdict])])
+    return Group(head, Padding(Group(*below), (0, 0, 0, 2)))
 
 
 def _details(row: Row) -> list[str]:
     texts = []
     if row.get("relative_error") is not None:
-        sizes = {"relative error": "relative_error", "residual": "residual", "noise of a right step": "noise"}
-        texts = [
-            " · ".join(f"{name} {small(row[key])}" for name, key in sizes.items() if row.get(key) is not None)
-        ]
-        texts.append(words.loss_in_words(row))
+        names = {"relative_error": "relative error", "residual": "residual", "noise": "noise of a right step"}
+        sizes = [f"{name} {small(row[key])}" for key, name in names.items() if row.get(key) is not None]
+        texts = [" · ".join(sizes), words.loss_in_words(row)]
     cases: dict[str, str] = row.get("cases") or {}
     good = [line(name, 60) for name, text in cases.items() if not text]
     others = {name: text for name, text in cases.items() if text and text != row.get("fault")}
     texts += [f"case {line(name, 60)}: {line(text)}" for name, text in others.items()]
     if good and len(cases) > 1:
         texts.append(f"right in: {', '.join(good)}")
-    if row.get("remedy"):
-        texts.append(f"remedy: {line(row['remedy'])}")
-    if row.get("reproducer"):
-        texts.append(f"reproducer: {line(row['reproducer'])}")
-    return texts
-
-
-# ------------------------------------------------------------------------------------------------------- bars
+    return texts + [f"{key}: {line(row[key])}" for key in ("remedy", "reproducer") if row.get(key)]
 
 
 def bar(weight: Any) -> str:
@@ -117,8 +95,7 @@ def bar(weight: Any) -> str:
 
 
 def bars(row: Row, width: int) -> list[Text]:
-    """Bars, numbers and, where it is not right, the tokens of each micro-batch, grouped by rank, within
-    ``width``."""
+    """Bars, numbers and, if not right, the tokens of each micro-batch, by rank, within ``width``."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     if not any(weights):
         return []
@@ -130,11 +107,8 @@ def bars(row: Row, width: int) -> list[Text]:
         if len(weights) > 1:
             heads = [f"rank {rank}".ljust(CELL * (stop - start)) for rank, start, stop in group]
             lines.append(Text(" " * LABEL + "".join(heads).rstrip(), "dim"))
-        drawn, numbers, counts = (
-            Text(" " * LABEL),
-            Text("weight".ljust(LABEL)),
-            Text("tokens".ljust(LABEL), "dim"),
-        )
+        drawn, numbers = Text(" " * LABEL), Text("weight".ljust(LABEL))
+        counts = Text("tokens".ljust(LABEL), "dim")
         for rank, index in cells:
             weight = weights[rank][index]
             good = verdict is Verdict.RIGHT or (isinstance(weight, int | float) and abs(weight - 1) <= CLOSE)
@@ -151,8 +125,7 @@ def bars(row: Row, width: int) -> list[Text]:
 
 
 def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[int, int, int]]]:
-    """Stretches (rank, start, stop) that share a line: a rank is broken only where it alone is longer than a
-    line."""
+    """Stretches (rank, start, stop) that share a line; only a rank longer than a line is broken."""
     lines: list[list[tuple[int, int, int]]] = []
     free = 0
     for rank, values in enumerate(weights):
@@ -166,8 +139,6 @@ def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[
     return lines
 
 
-# -------------------------------------------------------------------------------------------------- past runs
-
 ANSWER_COLOURS = {"affected": "bold red", "not affected": "green", "unknown": "yellow"}
 
 
@@ -179,7 +150,6 @@ def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
     for answer in answers:
         row = words.answer_row(answer)
         reasons = [Text(f"· {reason}", "dim", overflow="fold") for reason in row["reasons"]]
-        table.add_row(
-            Text(answer.answer, ANSWER_COLOURS[answer.answer]), Group(Text(answer.finding, "bold"), *reasons)
-        )
+        verdict = Text(answer.answer, ANSWER_COLOURS[answer.answer])
+        table.add_row(verdict, Group(Text(answer.finding, "bold"), *reasons))
     return table

@@ -1,8 +1,6 @@
-"""Findings in words. A ``Row`` is a finding as the JSON document has it: every other format is made from
-rows.
+"""Findings in words. A ``Row`` is a finding as in the JSON document: every other format is made from rows.
 
-Names of subjects, faults and reasons come from audited programs: nothing in them may break a format or a
-terminal.
+Names of subjects, faults and reasons come from audited programs: none may break a format or a terminal.
 """
 
 from __future__ import annotations
@@ -20,11 +18,7 @@ from truestep.pages import visible
 from truestep.rundir import redact
 
 NONE = "–"
-
 Row = Mapping[str, Any]
-
-
-# ------------------------------------------------------------------------------------------------ plain values
 
 
 def line(text: object, limit: int = 400) -> str:
@@ -49,9 +43,6 @@ def small(value: Any) -> str:
     if not isinstance(value, int | float):
         return NONE
     return f"{value:.3g}" if value == 0 or abs(value) >= 1e-2 or not math.isfinite(value) else f"{value:.0e}"
-
-
-# ---------------------------------------------------------------------------------------------------- sentences
 
 
 def _some(values: Sequence[Any]) -> str:
@@ -176,9 +167,8 @@ def sentence(cause: Cause) -> str:
 
 def differences_in_words(found: Differences) -> str:
     steps = dict.fromkeys(", and ".join(map(sentence, step)) for step in found.steps)
-    return "; ".join([*map(sentence, found.data), *steps]) + (
-        "" if found.in_every_step else " (not in every step)"
-    )
+    some = "" if found.in_every_step else " (not in every step)"
+    return "; ".join([*map(sentence, found.data), *steps]) + some
 
 
 def row_of(finding: Finding) -> Row:
@@ -186,26 +176,17 @@ def row_of(finding: Finding) -> Row:
     words = differences_in_words(finding.found)
     if finding.verdict is Verdict.DOCUMENTED_CHOICE:
         words += f" ({finding.documented})"
-    row = {
-        key: value for key, value in asdict(finding).items() if key not in ("found", "reasons", "documented")
-    }
-    causes = [*finding.found.data, *(c for step in finding.found.steps for c in step)]
-    return {
-        **row,
-        "verdict": finding.verdict.value,
-        "fault": words,
-        "reason": "; ".join(map(sentence, finding.reasons)),
-        "cases": {name: differences_in_words(case) for name, case in finding.cases.items()},
-        "causes": [asdict(c) for c in causes],
-    }
-
-
-# --------------------------------------------------------------------------------------------------- parts of a row
+    hidden = ("found", "reasons", "documented")
+    row = {key: value for key, value in asdict(finding).items() if key not in hidden}
+    row |= {"verdict": finding.verdict.value, "fault": words}
+    row["reason"] = "; ".join(map(sentence, finding.reasons))
+    row["cases"] = {name: differences_in_words(case) for name, case in finding.cases.items()}
+    row["causes"] = [asdict(c) for c in (*finding.found.data, *(c for s in finding.found.steps for c in s))]
+    return row
 
 
 def configuration_in_words(configuration: Row) -> str:
-    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; keys that nobody foresaw as they
-    are."""
+    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; unknown keys as they are."""
     parts = []
     for key, value in configuration.items():
         name = line(key, 60).replace("_", " ")
@@ -250,11 +231,10 @@ def loss_in_words(row: Row) -> str:
     could = row.get("logged_loss_could_show_it")
     if could is None:
         return "no loss was logged for this step, so it could not have shown it"
-    logged, true = (
-        f"{v:.4f}" if isinstance(v := row.get(key), int | float) else NONE
-        for key in ("logged_loss", "true_loss")
-    )
-    return f"the logged loss is {logged}, the right one {true}: it {'could' if could else 'could not'} have shown it"
+    losses = (row.get("logged_loss"), row.get("true_loss"))
+    logged, true = (f"{v:.4f}" if isinstance(v, int | float) else NONE for v in losses)
+    verb = "could" if could else "could not"
+    return f"the logged loss is {logged}, the right one {true}: it {verb} have shown it"
 
 
 def is_right(row: Row) -> bool:
@@ -284,9 +264,8 @@ def as_text(row: Row) -> str:
 def models_in_words(document: Row, wrong: Sequence[Row]) -> str:
     """The sweep over model classes: what is unusual, class by class, and how the others answered."""
     ran = [row for row in document["models"] if "not_run" not in row]
-    lines = [
-        f"transformers {document['transformers']}: {len(ran)} of {len(document['models'])} classes were run"
-    ]
+    count = f"{len(ran)} of {len(document['models'])} classes were run"
+    lines = [f"transformers {document['transformers']}: {count}"]
     lines += [f"  {r['class']}: labels at shift {r['shift']}, num_items_in_batch {r['count']}" for r in wrong]
     for question in ("shift", "count", "padding", "packed, restarted positions", "packed, a mask of ones"):
         counted = Counter(str(row[question]) for row in ran)
@@ -295,16 +274,10 @@ def models_in_words(document: Row, wrong: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------- past runs
-
 SETTINGS = {
-    "zero_stage": "ZeRO stage",
-    "offload": "offload_optimizer",
-    "accumulation": "gradient accumulation",
-    "processes": "processes",
-    "average_tokens": "average_tokens_across_devices",
-    "architecture": "model class",
-}
+    "zero_stage": "ZeRO stage", "offload": "offload_optimizer", "accumulation": "gradient accumulation",
+    "processes": "processes", "average_tokens": "average_tokens_across_devices", "architecture": "model class",
+}  # fmt: skip
 NOTES = {
     "only_stage_2": "; only stage 2 was measured faulty",
     "cpu_and_none": "; measured with cpu and none",
@@ -315,8 +288,7 @@ NOTES = {
 }
 
 
-def _word(faulty: bool) -> str:
-    return "faulty" if faulty else "right"
+_WORD = {True: "faulty", False: "right"}
 
 
 def _found(values: Mapping[str, Any]) -> str:
@@ -332,15 +304,15 @@ REASONS: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "said": "{text}",
     "more_unread": "and {files} more files could not be read",
     "no_release": _NAME + " is not a release, and was not measured",
-    "measured": lambda v: f"{v['package']} {v['version']} was measured: {_word(v['faulty'])}",
+    "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
     "older_is_faulty": _NAME + " by inference: older than {oldest}, which was measured faulty",
     "older": _NAME + " is older than {oldest}, the oldest that was measured",
-    "newer": lambda v: f"{v['package']} {v['version']} is newer than {v['newest']} ({_word(v['faulty'])}), the newest "
+    "newer": lambda v: f"{v['package']} {v['version']} is newer than {v['newest']} ({_WORD[v['faulty']]}), the newest "
     "that was measured",
     "between_alike": lambda v: f"{v['package']} {v['version']} by inference: between {v['low']} and {v['high']}, both "
-    f"measured {_word(v['faulty'])}",
+    f"measured {_WORD[v['faulty']]}",
     "between_different": lambda v: f"{v['package']} {v['version']} was not measured: it lies between {v['low']} "
-    f"({_word(v['faulty'])}) and {v['high']} ({_word(not v['faulty'])})",
+    f"({_WORD[v['faulty']]}) and {v['high']} ({_WORD[not v['faulty']]})",
     "not_in_environment": "{package} is not among the {packages} packages of {file}",
     "not_pinned": lambda v: f"no file pins the version of {v['package']}" + (f" ({v['asked']})" if v["asked"] else ""),
     "releases": lambda v: _together(v, "; ".join(map(reason_in_words, v["reasons"]))),

@@ -1,7 +1,7 @@
 """What is audited: an adapter for each framework, and the table of how each one is audited.
 
-An adapter is one file: a script for a child process (adapters import each other by bare names) with a literal
-``SUBJECTS``. This table is read from these literals, without importing any framework. An entry has
+An adapter is one file: a function ``run`` for a child process (adapters import each other by bare names) and a
+literal ``SUBJECTS``. This table is read from these literals, without importing any framework. An entry has
 
 * name, and needs: the distributions without which the script cannot run; the first one is what is audited;
 * brings: frameworks that come with it whether they are named or not;

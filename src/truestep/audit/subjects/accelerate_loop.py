@@ -72,7 +72,3 @@ def run(spec: harness.Spec) -> None:
         parts[0].load_state(place)
         train(spec, parts, windows)
     recorder.finish(**harness.versions("accelerate"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -40,7 +40,3 @@ def run(spec: harness.Spec) -> None:
                 (harness.summed_loss(spec, wrapped, batch) * spec.world_size / total).backward()
 
     torch_loop.train(spec, build, backward).finish()
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -1,9 +1,7 @@
-"""DeepSpeed's own engine, told nothing but its configuration: ZeRO stage, offload, accumulation, boundary by
-hand.
+"""DeepSpeed's engine with a user's configuration: ZeRO stage, offload, accumulation, boundary by hand.
 
 The loss is what a careful user writes: summed over the trained tokens and divided once by all of the step's,
-times what DeepSpeed divides by itself (accumulation steps, averaging over ranks). A right engine gives every
-token a weight of 1.
+times what DeepSpeed divides by (accumulation steps, ranks). A right engine gives every token a weight of 1.
 """
 
 from __future__ import annotations
@@ -60,8 +58,7 @@ def run(spec: harness.Spec) -> None:
 
 
 def snapshot(spec: harness.Spec, own: list[Tensor]) -> Any:
-    """Stage 3 leaves every rank a shard; gathering through DeepSpeed would disturb what it tracks in a
-    forward pass."""
+    """Stage 3 leaves every rank a shard; gathering by DeepSpeed would disturb its own tracking."""
     return (
         (lambda: harness.flat([whole(p, spec.world_size) for p in own]))
         if spec.options.get("stage", 2) == 3
@@ -95,14 +92,9 @@ def train(
                 engine.set_gradient_accumulation_boundary(index == len(window) - 1)
             loss = harness.summed_loss(spec, engine, batch) / total
             engine.backward(loss * divided_by)
-            # Up to 0.18 an all-gather writes in place into a view: this torch forbids that where gradients
-            # are tracked.
+            # Up to 0.18 an all-gather writes into a view, which torch forbids while gradients are tracked.
             if not manual or index == len(window) - 1:
                 with torch.no_grad():
                     engine.step()
             logged += float(loss.detach())
         recorder.logged["loss"].append(harness.everywhere(logged))
-
-
-if __name__ == "__main__":
-    harness.main(run)

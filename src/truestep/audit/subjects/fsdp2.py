@@ -44,7 +44,3 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     """All of a parameter, gathered over ranks where it is sharded."""
     gather = getattr(parameter.detach(), "full_tensor", None)
     return parameter.detach() if gather is None else gather()
-
-
-if __name__ == "__main__":
-    harness.main(run)

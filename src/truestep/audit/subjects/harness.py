@@ -1,9 +1,9 @@
 """What every subject shares. Runs inside the audited environment: the standard library and torch, nothing
 else.
 
-A subject is a script with ``harness.main(run)`` and a literal ``SUBJECTS`` that says how it is audited. It is
-told what to run by ``spec.json`` in the folder that is its only argument, and lets its framework train a tiny
-model, watched by a ``recorder.Recorder``, on the rows of each case.
+A subject is a module with a function ``run(spec)`` and a literal ``SUBJECTS`` that says how it is audited. It
+lets its framework train a tiny model, watched by a ``recorder.Recorder``, on the rows of a case. ``child.py``
+is the process that calls it.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ class Spec:
         return micro[self.rank :: self.world_size]
 
     def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
-        """The same, step by step, over all epochs: a short window ends an epoch whose data are no
-        multiple."""
+        """The same, step by step, over all epochs; a short window ends an epoch of uneven length."""
         mine = self.batches(rows)
         return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
 
@@ -101,8 +100,7 @@ class Spec:
 
 
 def main(run: Callable[[Spec], None]) -> None:
-    """Run the subject on every case that it is asked for, all in one process: importing a framework costs
-    most."""
+    """Run the subject on every case in one process: importing a framework takes longest."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     raw = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
@@ -169,12 +167,8 @@ def deepspeed_settings(spec: Spec, stage: int, batch: int | str, accumulation: i
     }
 
 
-# ----------------------------------------------------------------------------------------------------- losses
-
-
 def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
-    """−log p and the mask [R, T − 1] of the tokens that a micro-batch trains, its rows in one padded forward
-    pass."""
+    """−log p and the mask [R, T − 1] of the trained tokens of a micro-batch, in one padded forward pass."""
     longest = max(len(spec.rows[row]["ids"]) for row in batch)
     ids = torch.tensor(
         [spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch]
@@ -188,5 +182,5 @@ def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor
 
 
 def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
-    """−Σ log p over the trained tokens of a micro-batch, all of its rows in one padded forward pass."""
+    """−Σ log p over the trained tokens of a micro-batch, in one padded forward pass."""
     return token_losses(spec, model, batch)[0].sum()

@@ -1,8 +1,7 @@
-"""transformers' Trainer, plain or under DeepSpeed: rows collated by a padding collator, one ``train()`` a
-case.
+"""transformers' Trainer, plain or under DeepSpeed: rows in a padding collator, one ``train()`` a case.
 
-Options: arch, optimizer, rows given as they are; ``average_tokens_across_devices``; ``zero_stage`` (with
-``offload``) puts DeepSpeed under it, configured through the Trainer's own ``deepspeed`` argument.
+Options: arch, optimizer; ``average_tokens_across_devices``; ``zero_stage`` (with ``offload``) puts DeepSpeed
+under it through the Trainer's own ``deepspeed`` argument.
 """
 
 from __future__ import annotations
@@ -126,8 +125,7 @@ def optimizers(spec: harness.Spec, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harness.Recorder:
-    """One ``train()`` of the trainer that ``build`` makes around a model, or two: up to a checkpoint and from
-    it."""
+    """One ``train()`` of the trainer that ``build`` makes around a model, or two: to a checkpoint and from it."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
         harness.deepspeed_without_compiler()
@@ -164,7 +162,3 @@ def run(spec: harness.Spec) -> None:
 
     recorder = train(spec, build)
     recorder.finish(transformers=transformers.__version__, **harness.versions("accelerate", "deepspeed"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -50,7 +50,3 @@ def run(spec: harness.Spec) -> None:
 
     recorder = hf_trainer.train(spec, build)
     recorder.finish(**harness.versions("llamafactory", "transformers", "accelerate", "deepspeed"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -134,13 +134,8 @@ def run(spec: harness.Spec) -> None:
     )
     schedule = SimpleNamespace(get_last_lr=lambda: [spec.lr])
     trainer = SFTTrainer(actor, strategy, optimizer, loader, None, schedule, max_epochs=spec.epochs)
-    # Up to DeepSpeed 0.18 an all-gather writes into a view, which this torch forbids where gradients are
-    # tracked.
+    # Up to DeepSpeed 0.18 an all-gather writes into a view, which torch forbids while gradients are tracked.
     engine.step = torch.no_grad()(engine.step)
     trainer.fit(strategy.args)
     recorder.finish(**harness.versions("openrlhf", "deepspeed", "transformers"))
     engine.destroy()
-
-
-if __name__ == "__main__":
-    harness.main(run)

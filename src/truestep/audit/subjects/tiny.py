@@ -23,8 +23,7 @@ class PlainModel(nn.Module):
 
 
 def tiny_model(spec: Any) -> nn.Module:
-    """The case's model: ``plain`` needs torch alone, all others the transformers library that is
-    installed."""
+    """The case's model: ``plain`` needs only torch, all others the installed transformers library."""
     arch = spec.options.get("arch", "plain")
     torch.manual_seed(0)
     if arch == "plain":

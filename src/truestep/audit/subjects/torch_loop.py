@@ -22,8 +22,7 @@ def train(
     build: Callable[[Watch], nn.Module],
     backward: Callable[[nn.Module, Window], float | None],
 ) -> harness.Recorder:
-    """Every window through ``backward``, then a clip, a step and a tick of the schedule, with one resume or
-    none."""
+    """Every window through ``backward``, then clip, step and tick of the schedule, with at most one resume."""
     found: list[harness.Recorder] = []
 
     def watch(model: nn.Module, snapshot: Any = None) -> None:
@@ -72,7 +71,3 @@ def run(spec: harness.Spec) -> None:
         return logged
 
     train(spec, build, backward).finish()
-
-
-if __name__ == "__main__":
-    harness.main(run)

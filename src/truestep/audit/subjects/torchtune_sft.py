@@ -42,8 +42,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class ByIds(nn.Module):
-    """The decoder under the name that the recorder knows its input by; as the recipe calls it:
-    ``ByTokens``."""
+    """The decoder with the recorder's name for its input; ``ByTokens`` has the recipe's."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -120,7 +119,3 @@ def run(spec: harness.Spec) -> None:
     made._steps_per_epoch = len(made._dataloader) // spec.accumulation
     made.train()
     recorder.finish(**harness.versions("torchtune", "torchao"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

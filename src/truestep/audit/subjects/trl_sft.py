@@ -105,7 +105,3 @@ def run(spec: harness.Spec) -> None:
         transformers=transformers.__version__,
         **harness.versions("accelerate", "deepspeed"),
     )
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -70,8 +70,7 @@ def run(spec: harness.Spec) -> None:
     settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=spec.max_grad_norm)
     optimizer = MasterOptimizer(policy, settings)
     policy.train()
-    # A row that trains nothing is no demonstration: it is refused when data are read, before batches are
-    # made.
+    # A row that trains nothing is refused when data are read, before batches are made.
     used = [row for row in range(len(spec.rows)) if sequences(spec, [row])]
     for step, window in enumerate(spec.windows(used)):
         batches = [
@@ -89,7 +88,3 @@ def run(spec: harness.Spec) -> None:
         )
         recorder.logged["loss"].append(train_step(policy, optimizer, batches, plan).loss)
     recorder.finish(truestep=__version__, **harness.versions("transformers"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -49,8 +49,7 @@ def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
     for window in spec.windows():
         step(model, optimizer, [microbatch(spec, rows) for rows in window])
     if not calls and not torch.equal(before, recorder.snapshot()):
-        # Another optimizer's update is no gradient times this one's learning rate: nothing could be read from
-        # it.
+        # Another optimizer's update is not a gradient times this one's learning rate: it cannot be read.
         (spec.folder / "not-run.txt").write_text(
             "the step does not use the optimizer that it is given", "utf-8"
         )
@@ -76,7 +75,3 @@ def load(file: str, name: str) -> Callable[..., Any]:
 
 def run(spec: harness.Spec) -> None:
     run_with(load(spec.options["file"], spec.options["function"]), spec)
-
-
-if __name__ == "__main__":
-    harness.main(run)

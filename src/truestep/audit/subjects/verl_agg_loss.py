@@ -46,7 +46,3 @@ def run(spec: harness.Spec) -> None:
         optimizer.zero_grad()
         recorder.logged["loss"].append(harness.everywhere(logged))
     recorder.finish(**harness.versions("verl"))
-
-
-if __name__ == "__main__":
-    harness.main(run)

@@ -1,2 +1,1 @@
-"""The slow twin that judges the training step: float64, one sequence at a time, one backward, textbook
-optimizers."""
+"""The slow twin of the training step: float64, one sequence at a time, textbook optimizers."""

@@ -1,5 +1,4 @@
-"""The loss of an optimizer step: float64, token by token, each sequence alone, the whole batch in one
-graph."""
+"""The loss of an optimizer step: float64, token by token, each sequence alone, the batch in one graph."""
 
 from __future__ import annotations
 
@@ -19,9 +18,6 @@ from truestep.testing.reference.surrogate import ScoredSequence
 
 LogprobRows = Sequence[Sequence[float] | None]  # one row a sequence, one number a trained token
 Microbatches = Sequence[tuple[Sequence[int], float]]  # (indices of its sequences, its weight)
-
-
-# ------------------------------------------------------------------------------------------ log-probabilities
 
 
 class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes by inheritance only
@@ -95,8 +91,7 @@ def frozen_logprobs(
 def score(
     policy: nn.Module, proximal: nn.Module, reference: nn.Module, sequences: Sequence[TrainSequence]
 ) -> list[ScoredSequence]:
-    """The sequences with what the three models say about their trained tokens; the policy's with its
-    graph."""
+    """The sequences with the log-probabilities of the three models; the policy's with its graph."""
     found = []
     for sequence in sequences:
         logprobs, entropies = trained_tokens(policy, sequence)
@@ -114,9 +109,6 @@ def score(
             )
         )
     return found
-
-
-# ------------------------------------------------------------------------------------ normalisers and groups
 
 
 def denominator(
@@ -147,8 +139,7 @@ def denominator(
 
 
 def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
-    """Without the groups whose rewards are all equal: neither their losses nor their tokens count. Source:
-    DAPO."""
+    """Without the groups whose rewards are all equal, and without their tokens in counts. Source: DAPO."""
     kept = []
     for item in scored:
         rewards = {other.sequence.reward for other in scored if other.sequence.group == item.sequence.group}
@@ -178,9 +169,6 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
         else:
             advantages.append(reward - sum(others) / len(others))
     return advantages
-
-
-# ---------------------------------------------------------------------------------- the loss and its gradient
 
 
 def weight_microbatches(
@@ -261,8 +249,7 @@ def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def reference_gradient(
     model: nn.Module, sequences: Sequence[TrainSequence], proximal: LogprobRows | None = None, **how: Any
 ) -> dict[str, Tensor]:
-    """Σ_i w_i·g_i, g_i the gradient of micro-batch i's share of the globally normalised
-    ``reference_loss``, which takes ``how``."""
+    """Σ_i w_i·g_i, g_i the gradient of micro-batch i's share of ``reference_loss``, which takes ``how``."""
     return gradient(model, reference_loss(model, sequences, proximal, **how))
 
 

@@ -141,8 +141,7 @@ ROWS: dict[str, Row] = {
 
 
 def named_part(name: str) -> Part:
-    """The part of a row that carries its name, or its first: the surrogate that ``loss.reference_loss``
-    takes."""
+    """The part of a row that carries its name, or its first: the surrogate of ``loss.reference_loss``."""
     parts = ROWS[name].parts
     return next((part for part in parts if part.losses.func.__name__ == name), parts[0])
 

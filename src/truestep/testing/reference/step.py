@@ -1,5 +1,4 @@
-"""The textbook optimizer step over name → float64 tensor: one clip, one update, no state but what is handed
-in."""
+"""The textbook optimizer step over name → float64 tensor: one clip, one update, no hidden state."""
 
 from __future__ import annotations
 
@@ -128,11 +127,9 @@ def reference_steps(
     settings: OptimizerSettings,
     total_steps: int,
 ) -> list[StepResult]:
-    """Consecutive steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: one loss function a
-    step.
+    """Consecutive steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: a loss function a step.
 
-    A loss function is called with the copy as it then stands, e.g. ``lambda m: reference_loss(m,
-    sequences)``.
+    A loss function is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
     """
     model = copy.deepcopy(model)
     state: AdamState | None = None

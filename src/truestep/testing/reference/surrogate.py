@@ -176,8 +176,7 @@ def luffy(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
 
 
 def exgrpo(scored: ScoredSequence, *, beta: float) -> list[Tensor]:
-    """Equation: −A w/(w+β), w = π/π_behavior, on replayed samples; −rA elsewhere. Source: arXiv
-    2510.02245."""
+    """Equation: −A w/(w+β), w = π/π_behavior, on replayed samples; else −rA. Source: arXiv 2510.02245."""
     losses = _importance(scored)
     for i, origin in enumerate(scored.origins):
         if origin is Origin.STORED:
@@ -200,8 +199,7 @@ def rl_plus(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
 
 
 def unshaped(scored: ScoredSequence) -> list[Tensor]:
-    """Equation: −A π: importance sampling with behavior probability 1. Source: arXiv 2506.19767,
-    demonstrations."""
+    """Equation: −A π: importance sampling, behavior probability 1. Source: arXiv 2506.19767, demonstrations."""
     return [-advantage * torch.exp(x) for x, advantage in zip(scored.policy, scored.advantages, strict=True)]
 
 
@@ -242,8 +240,7 @@ def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: 
 
 
 def kl_terms(scored: ScoredSequence, kind: str) -> list[Tensor]:
-    """Equation, with d = log π − log π_reference: k1 = d; k2 = d²/2; k3 = e^(−d) + d − 1. Source: Schulman
-    2020."""
+    """With d = log π − log π_reference: k1 = d; k2 = d²/2; k3 = e^(−d) + d − 1. Source: Schulman 2020."""
     terms = []
     for logprob, anchor in zip(scored.policy, scored.reference, strict=True):
         d = logprob - anchor

@@ -1,0 +1,8 @@
+"""The child process of an audit: ``child.py FOLDER SUBJECT`` runs a subject on the cases of FOLDER/spec.json."""
+
+import importlib
+import sys
+
+import harness
+
+harness.main(importlib.import_module(sys.argv[2]).run)
