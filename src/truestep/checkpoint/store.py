@@ -111,10 +111,8 @@ def save_checkpoint(
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # after a failure: free the space
 
     def write() -> None:
-        folders.require_space(
-            folder,
-            world_size * sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values()),
-        )
+        num_bytes = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
+        folders.require_space(folder, world_size * num_bytes)
         for group, tensors in checkpoint.tensors.items():
             name = f"{group}.rank{rank:05d}-of-{world_size:05d}.safetensors"
             part[name] = _write_file(temporary / name, _safetensors(tensors))

@@ -157,7 +157,6 @@ class TorchEngine:
                 yield from self._run(rows, sampling, check_stop)
             else:
                 for row in rows:
-                    check_stop()
                     yield self._rollout(self._run_alone(row, sampling, check_stop), sampling)
         finally:
             self.model.train(was_training)
@@ -217,7 +216,7 @@ class TorchEngine:
             check_stop()
             free = num_slots - len(running)
             if waiting and (free >= min(refill_at, len(waiting)) or not running):
-                self._admit(waiting, running, free, cache, sampling)
+                self._admit(waiting, running, cache, sampling)
             else:
                 self._decode(running, cache, sampling)
             for index in reversed(range(len(running))):
@@ -229,15 +228,11 @@ class TorchEngine:
                         running[index] = last
 
     def _admit(
-        self,
-        waiting: deque[_Row],
-        running: list[_Row],
-        free: int,
-        cache: KvCache,
-        sampling: SamplingParameters,
+        self, waiting: deque[_Row], running: list[_Row], cache: KvCache, sampling: SamplingParameters
     ) -> None:
         """Prefill as many waiting rows as there are free slots; neighbors with one prompt share its prefill."""
         shares: list[list[_Row]] = []
+        free = cache.num_slots - len(running)
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
         tokens = shared
         while waiting and free:
@@ -286,7 +281,7 @@ class TorchEngine:
         self._sample(hidden, running, sampling)
 
     def _sample(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
-        """Append the next token, and its log-probability, to each row. Shapes: hidden [R, D]."""
+        """Append the next token and its log-probability to each row. Shapes: hidden [R, D]."""
         head: Any = self.model.get_output_embeddings()
         self._take(linear(hidden, head.weight, head.bias), rows, sampling)
 
