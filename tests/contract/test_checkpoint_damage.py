@@ -184,7 +184,7 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_file_that_lies_is_reported_even_if_its_hash_is_right(folder: Path, lie: str) -> None:
     forge_file(newest(folder), LIES[lie])
-    assert_passed_over(folder, "no valid safetensors file")
+    assert_passed_over(folder, "not a valid safetensors file")
 
 
 def test_the_forger_of_the_tests_can_also_tell_the_truth(folder: Path) -> None:

@@ -79,9 +79,6 @@ class _Manifest(BaseModel):
     state: dict[str, Any]
 
 
-# ------------------------------------------------------------------------------------------------------- save
-
-
 def save_checkpoint(
     folder: Path,
     checkpoint: Checkpoint,
@@ -231,9 +228,6 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
         discard_folder(path)
 
 
-# ------------------------------------------------------------------------------------ folders and their names
-
-
 def latest_step(folder: Path) -> int:
     """The step that a stage with this ``checkpoints`` folder resumes from (0 if it has none)."""
     pointer = folder / "latest"
@@ -261,9 +255,6 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             os.unlink(path)
-
-
-# ------------------------------------------------------------------------------------------------------- load
 
 
 def load_latest(

@@ -269,8 +269,7 @@ class TorchEngine:
         self._sample(hidden[torch.tensor(ends, device=device)], fresh, sampling)
 
     def _decode(self, running: list[_Row], cache: KvCache, sampling: SamplingParameters) -> None:
-        device = self._device()
-        lengths = [row.length for row in running]
+        device, lengths = self._device(), [row.length for row in running]
         ids = torch.tensor([row.tokens[-1] for row in running], device=device)
         layout = _DecodeLayout(cache, lengths, device)
         hidden = hidden_states(self.model, ids, layout.position, layout)
@@ -288,8 +287,8 @@ class TorchEngine:
     def _take(self, logits: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         forced = [row.forced[len(row.tokens)] if row.forced else -1 for row in rows]
         uniforms = [float(row.uniforms[len(row.tokens)]) for row in rows]
-        tokens, logprobs = sample_tokens(logits, uniforms, sampling, forced)
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        samples = sample_tokens(logits, uniforms, sampling, forced)
+        for row, token, logprob in zip(rows, *samples, strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
 

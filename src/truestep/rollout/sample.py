@@ -156,9 +156,9 @@ class Sampler:
         )
 
     def _input(self, prompt: Prompt, rollout: Rollout, step: int) -> RewardInput:
-        messages = prompt.problem.messages
-        if rollout.round.hint and self.hinted is not None:
-            messages, _ = self.hinted(prompt, rollout.round.hint)
+        hint, messages = rollout.round.hint, prompt.problem.messages
+        if hint and self.hinted is not None:
+            messages, _ = self.hinted(prompt, hint)
         return RewardInput(
             problem=prompt.problem,
             messages=messages,
