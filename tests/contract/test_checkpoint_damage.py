@@ -120,7 +120,7 @@ def test_when_none_is_intact_it_says_so_and_never_begins_again_silently(folder: 
         (path / "manifest.json").unlink()
     said: list[str] = []
     with pytest.raises(
-        UserError, match=r"none of its 2 checkpoints is intact: .*delete the folder"
+        UserError, match=r"none of its 2 checkpoints is intact; .*delete the folder"
     ) as caught:
         load_latest(folder, warn=said.append)
     assert "\n" not in str(caught.value)

@@ -47,7 +47,7 @@ _STEP = re.compile(r"step_(\d{8,15})(\.aside)?")
 _LEFTOVER = re.compile(_STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
 FORMAT = 1  # of manifest.json
 _MANIFEST_LIMIT = 64 << 20  # bytes: limits the memory that reading a damaged file takes
-_PATIENCE = 30.0  # seconds: a reader may hold the lock for a moment while it tidies up
+_PATIENCE = 30.0  # seconds: a reader may hold the lock while it removes leftovers
 
 
 class _Corrupt(Exception):

@@ -119,7 +119,7 @@ def each(
 
 
 class EndpointEngine:
-    """Answers text requests through a connected client; ``model`` is the name that the server knows."""
+    """Answers text requests through a connected client; ``model`` is its name on the server."""
 
     def __init__(self, client: OpenAI, model: str, concurrent: int = CONCURRENT) -> None:
         self.client, self.model, self.concurrent = client, model, concurrent

@@ -111,15 +111,13 @@ class _DecodeLayout:
         # products are faster than a fused kernel here: it is made for many queries a row, and there is one.
         heads = num_rows * kv_heads
         grouped = (query.transpose(0, 1) * scaling).reshape(heads, -1, query.shape[2])
-        scores = torch.bmm(grouped, self._cached(keys, heads).transpose(1, 2))
+        # What the running rows have cached, as one batch of their heads: [R K, T read, D], views.
+        keys, values = (slots.flatten(0, 1)[:heads, : self.read] for slots in (keys, values))
+        scores = torch.bmm(grouped, keys.transpose(1, 2))
         scores = scores.view(num_rows, kv_heads, -1, self.read) + self._mask(window)
         weights = scores.softmax(-1).to(values.dtype).view(heads, -1, self.read)
-        out = torch.bmm(weights, self._cached(values, heads))
+        out = torch.bmm(weights, values)
         return out.reshape(num_rows, query.shape[0], query.shape[2])
-
-    def _cached(self, slots: Tensor, heads: int) -> Tensor:
-        """What the running rows have cached, as one batch of their heads: [R K, T read, D], a view."""
-        return slots.flatten(0, 1)[:heads, : self.read]
 
     def _mask(self, window: int | None) -> Tensor:
         if window not in self._masks:

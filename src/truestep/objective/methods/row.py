@@ -25,16 +25,9 @@ Value = Callable[[Tensor, Tensor], Tensor]
 ALWAYS_ONE = schedule.constant(1.0)
 
 
-def of(*origins: Origin) -> Select:
-    """The trained tokens of these origins."""
-
-    def select(batch: TokenBatch) -> Tensor:
-        found = batch.origin == int(origins[0])
-        for origin in origins[1:]:
-            found = found | (batch.origin == int(origin))
-        return found
-
-    return select
+def of(origin: Origin) -> Select:
+    """The trained tokens of this origin."""
+    return lambda batch: batch.origin == int(origin)
 
 
 POLICY, STORED, EXPERT = of(Origin.POLICY), of(Origin.STORED), of(Origin.EXPERT)
