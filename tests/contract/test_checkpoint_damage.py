@@ -120,7 +120,7 @@ def test_when_none_is_intact_it_says_so_and_never_begins_again_silently(folder: 
         (path / "manifest.json").unlink()
     said: list[str] = []
     with pytest.raises(
-        UserError, match=r"none of its 2 checkpoints is intact: .*delete the folder"
+        UserError, match=r"none of its 2 checkpoints is intact; .*delete the folder"
     ) as caught:
         load_latest(folder, warn=said.append)
     assert "\n" not in str(caught.value)
@@ -184,7 +184,7 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_file_that_lies_is_reported_even_if_its_hash_is_right(folder: Path, lie: str) -> None:
     forge_file(newest(folder), LIES[lie])
-    assert_passed_over(folder, "no valid safetensors file")
+    assert_passed_over(folder, "not a valid safetensors file")
 
 
 def test_the_forger_of_the_tests_can_also_tell_the_truth(folder: Path) -> None:

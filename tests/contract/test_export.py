@@ -86,7 +86,7 @@ def test_an_older_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None
     first.model.save_pretrained(foreign)
     (tmp_path / "file").write_text("precious")
     for path in (foreign, tmp_path / "file"):
-        with pytest.raises(UserError, match="no export of truestep"):
+        with pytest.raises(UserError, match="not a truestep export"):
             export_hf(path, second.model, second.tokenizer, card="")
     assert torch.equal(weight_of(foreign), first.model.get_input_embeddings().weight)
     (tmp_path / "empty").mkdir()

@@ -47,7 +47,7 @@ _STEP = re.compile(r"step_(\d{8,15})(\.aside)?")
 _LEFTOVER = re.compile(_STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
 FORMAT = 1  # of manifest.json
 _MANIFEST_LIMIT = 64 << 20  # bytes: limits the memory that reading a damaged file takes
-_PATIENCE = 30.0  # seconds: a reader may hold the lock for a moment while it tidies up
+_PATIENCE = 30.0  # seconds: a reader may hold the lock while it removes leftovers
 
 
 class _Corrupt(Exception):
@@ -79,9 +79,6 @@ class _Manifest(BaseModel):
     state: dict[str, Any]
 
 
-# ------------------------------------------------------------------------------------------------------- save
-
-
 def save_checkpoint(
     folder: Path,
     checkpoint: Checkpoint,
@@ -111,10 +108,8 @@ def save_checkpoint(
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # after a failure: free the space
 
     def write() -> None:
-        folders.require_space(
-            folder,
-            world_size * sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values()),
-        )
+        num_bytes = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
+        folders.require_space(folder, world_size * num_bytes)
         for group, tensors in checkpoint.tensors.items():
             name = f"{group}.rank{rank:05d}-of-{world_size:05d}.safetensors"
             part[name] = _write_file(temporary / name, _safetensors(tensors))
@@ -233,9 +228,6 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
         discard_folder(path)
 
 
-# ------------------------------------------------------------------------------------ folders and their names
-
-
 def latest_step(folder: Path) -> int:
     """The step that a stage with this ``checkpoints`` folder resumes from (0 if it has none)."""
     pointer = folder / "latest"
@@ -263,9 +255,6 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             os.unlink(path)
-
-
-# ------------------------------------------------------------------------------------------------------- load
 
 
 def load_latest(

@@ -29,7 +29,6 @@ class Layout(Protocol):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """Shapes: query [H, N, D], key and value [K, N, D] → [N, H, D]."""
-        ...
 
 
 def attention_forward(

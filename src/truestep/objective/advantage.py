@@ -37,7 +37,7 @@ class GroupView:
 
     @property
     def own(self) -> list[float]:
-        """Rewards of the scored members that the policy sampled."""
+        """Rewards of the scored own members."""
         return [r for r, own in zip(self.rewards, self.is_own, strict=True) if own and r is not None]
 
     @property

@@ -59,9 +59,8 @@ class Context:
     def _column(self, name: str) -> Tensor:
         column: Tensor | None = getattr(self.batch, name)
         if column is None:
-            raise RecordError(
-                f'a coefficient reads {name}, which this step does not have; declare needs=("{name}",) in its term'
-            )
+            remedy = f'declare needs=("{name}",) in its term'
+            raise RecordError(f"a coefficient reads {name}, which this step does not have; {remedy}")
         return column
 
 

@@ -20,7 +20,7 @@ def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Conte
     """The weight of a token by ρ = π_proximal/π_engine; 1 if the engine did not sample it.
 
     truncate min(ρ, high) (TIS) · clamp within [low, high] · drop ρ inside [low, high], else 0 (IcePop) · mask
-    1 inside, else 0 (MIS) · sequence min(Πρ, high) · geometric ρ where the sequence's geometric mean of ρ
+    1 inside, else 0 (MIS) · sequence min(Πρ, high) · geometric ρ if the sequence's geometric mean of ρ
     is inside, else 0 (ρ itself is not bounded, as in OpenRLHF's code).
     Held by: tests/numerics/test_corrections.py"""
 

@@ -151,7 +151,7 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
 
 def anchored(num_episodes: int, low: float, high: float) -> Plan:
     """Ordinary samples; if none is right, a binary search for the shortest prefix, as context, after which
-    the share of right samples lies in [low, high] (BREAD). If there is none, the ordinary samples stay."""
+    the share of right samples is in [low, high] (BREAD). If there is none, the ordinary samples stay."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples

@@ -106,16 +106,12 @@ class Engine(Protocol):
     ) -> Iterator[Rollout]:
         """Yield one Rollout per request, in the order in which they finish. ``check_stop`` is called between
         decoding steps and may raise. A request that cannot be sampled yields a Rollout with stop ERROR."""
-        ...
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Make the given weights the ones that the next ``generate`` samples from."""
-        ...
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights, to check a publish."""
-        ...
 
     def take_cost(self) -> GenerationCost:
         """The work done since the last call."""
-        ...

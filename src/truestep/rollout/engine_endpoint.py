@@ -119,7 +119,7 @@ def each(
 
 
 class EndpointEngine:
-    """Answers text requests through a connected client; ``model`` is the name that the server knows."""
+    """Answers text requests through a connected client; ``model`` is its name on the server."""
 
     def __init__(self, client: OpenAI, model: str, concurrent: int = CONCURRENT) -> None:
         self.client, self.model, self.concurrent = client, model, concurrent
@@ -144,12 +144,8 @@ class EndpointEngine:
             return _failed(request, _reason(error))  # the last four: a malformed answer
 
     def _options(self, request: TextRequest, sampling: SamplingParameters) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "seed": request.seed,
-        }
+        options: dict[str, Any] = {"model": self.model, "seed": request.seed}
+        options |= {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.top_p < 1:
             options["top_p"] = sampling.top_p
         if sampling.top_k:
@@ -196,6 +192,5 @@ def _failed(request: TextRequest, reason: str) -> TextSample:
 
 def _reason(error: Exception) -> str:
     """One line of what went wrong, without anything that looks like a key."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    key = _key()
+    text, key = " ".join(str(error).split())[:300] or type(error).__name__, _key()
     return redact(text.replace(key, "[redacted]") if key else text)

@@ -111,15 +111,13 @@ class _DecodeLayout:
         # products are faster than a fused kernel here: it is made for many queries a row, and there is one.
         heads = num_rows * kv_heads
         grouped = (query.transpose(0, 1) * scaling).reshape(heads, -1, query.shape[2])
-        scores = torch.bmm(grouped, self._cached(keys, heads).transpose(1, 2))
+        # What the running rows have cached, as one batch of their heads: [R K, T read, D], views.
+        keys, values = (slots.flatten(0, 1)[:heads, : self.read] for slots in (keys, values))
+        scores = torch.bmm(grouped, keys.transpose(1, 2))
         scores = scores.view(num_rows, kv_heads, -1, self.read) + self._mask(window)
         weights = scores.softmax(-1).to(values.dtype).view(heads, -1, self.read)
-        out = torch.bmm(weights, self._cached(values, heads))
+        out = torch.bmm(weights, values)
         return out.reshape(num_rows, query.shape[0], query.shape[2])
-
-    def _cached(self, slots: Tensor, heads: int) -> Tensor:
-        """What the running rows have cached, as one batch of their heads: [R K, T read, D], a view."""
-        return slots.flatten(0, 1)[:heads, : self.read]
 
     def _mask(self, window: int | None) -> Tensor:
         if window not in self._masks:
@@ -157,7 +155,6 @@ class TorchEngine:
                 yield from self._run(rows, sampling, check_stop)
             else:
                 for row in rows:
-                    check_stop()
                     yield self._rollout(self._run_alone(row, sampling, check_stop), sampling)
         finally:
             self.model.train(was_training)
@@ -217,7 +214,7 @@ class TorchEngine:
             check_stop()
             free = num_slots - len(running)
             if waiting and (free >= min(refill_at, len(waiting)) or not running):
-                self._admit(waiting, running, free, cache, sampling)
+                self._admit(waiting, running, cache, sampling)
             else:
                 self._decode(running, cache, sampling)
             for index in reversed(range(len(running))):
@@ -229,15 +226,11 @@ class TorchEngine:
                         running[index] = last
 
     def _admit(
-        self,
-        waiting: deque[_Row],
-        running: list[_Row],
-        free: int,
-        cache: KvCache,
-        sampling: SamplingParameters,
+        self, waiting: deque[_Row], running: list[_Row], cache: KvCache, sampling: SamplingParameters
     ) -> None:
         """Prefill as many waiting rows as there are free slots; neighbors with one prompt share its prefill."""
         shares: list[list[_Row]] = []
+        free = cache.num_slots - len(running)
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
         tokens = shared
         while waiting and free:
@@ -274,8 +267,7 @@ class TorchEngine:
         self._sample(hidden[torch.tensor(ends, device=device)], fresh, sampling)
 
     def _decode(self, running: list[_Row], cache: KvCache, sampling: SamplingParameters) -> None:
-        device = self._device()
-        lengths = [row.length for row in running]
+        device, lengths = self._device(), [row.length for row in running]
         ids = torch.tensor([row.tokens[-1] for row in running], device=device)
         layout = _DecodeLayout(cache, lengths, device)
         hidden = hidden_states(self.model, ids, layout.position, layout)
@@ -286,15 +278,15 @@ class TorchEngine:
         self._sample(hidden, running, sampling)
 
     def _sample(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
-        """Append the next token, and its log-probability, to each row. Shapes: hidden [R, D]."""
+        """Append the next token and its log-probability to each row. Shapes: hidden [R, D]."""
         head: Any = self.model.get_output_embeddings()
         self._take(linear(hidden, head.weight, head.bias), rows, sampling)
 
     def _take(self, logits: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         forced = [row.forced[len(row.tokens)] if row.forced else -1 for row in rows]
         uniforms = [float(row.uniforms[len(row.tokens)]) for row in rows]
-        tokens, logprobs = sample_tokens(logits, uniforms, sampling, forced)
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        samples = sample_tokens(logits, uniforms, sampling, forced)
+        for row, token, logprob in zip(rows, *samples, strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
 

@@ -81,16 +81,15 @@ class Sampler:
             RoundResult(round=r, solved=tuple(s.solved(self.solved_at) for s in scores))
             for r, (_, scores) in zip(place.rounds, place.done, strict=True)
         ]
-        answer = self.plan(
-            PlanState(
-                step=step,
-                num_samples=self.samples_per_prompt,
-                history=tuple(results),
-                draw=place.draw,
-                controls=controls,
-                has_stored=place.stored is not None,
-            )
+        state = PlanState(
+            step=step,
+            num_samples=self.samples_per_prompt,
+            history=tuple(results),
+            draw=place.draw,
+            controls=controls,
+            has_stored=place.stored is not None,
         )
+        answer = self.plan(state)
         if isinstance(answer, Done):
             place.kept = answer.rounds or tuple(range(len(place.done)))
             return False
@@ -157,9 +156,9 @@ class Sampler:
         )
 
     def _input(self, prompt: Prompt, rollout: Rollout, step: int) -> RewardInput:
-        messages = prompt.problem.messages
-        if rollout.round.hint and self.hinted is not None:
-            messages, _ = self.hinted(prompt, rollout.round.hint)
+        hint, messages = rollout.round.hint, prompt.problem.messages
+        if hint and self.hinted is not None:
+            messages, _ = self.hinted(prompt, hint)
         return RewardInput(
             problem=prompt.problem,
             messages=messages,
@@ -243,11 +242,7 @@ def num_sampled_tokens(rollouts: Sequence[Rollout]) -> int:
 def _merge(place: _Place) -> Group:
     """The kept rounds as one group; it is empty if the plan has no round."""
     kept = place.kept or ()
-    parts = [place.done[n] for n in kept]
-    discarded = [rollouts for n, (rollouts, _) in enumerate(place.done) if n not in kept]
-    return Group(
-        prompt=place.prompt,
-        rollouts=tuple(r for rollouts, _ in parts for r in rollouts),
-        scores=tuple(s for _, scores in parts for s in scores),
-        num_discarded_tokens=sum(num_sampled_tokens(rollouts) for rollouts in discarded),
-    )
+    rollouts = tuple(r for n in kept for r in place.done[n][0])
+    scores = tuple(s for n in kept for s in place.done[n][1])
+    discarded = sum(num_sampled_tokens(done[0]) for n, done in enumerate(place.done) if n not in kept)
+    return Group(prompt=place.prompt, rollouts=rollouts, scores=scores, num_discarded_tokens=discarded)

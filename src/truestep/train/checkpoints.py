@@ -73,14 +73,10 @@ def _save(
         "unlogged": state.unlogged,
         "threads": torch.get_num_threads(),
     }
-    save_checkpoint(
-        spec.folder / folder,
-        Checkpoint(step=state.step, tensors={"parameters": parameters, **tensors}, state=header),
-        keep=keep,
-        rank=spec.ranks.rank,
-        world_size=spec.ranks.world_size,
-        barrier=spec.ranks.barrier,
-    )
+    ranks, tensors = spec.ranks, {"parameters": parameters, **tensors}
+    place = {"rank": ranks.rank, "world_size": ranks.world_size}
+    checkpoint = Checkpoint(step=state.step, tensors=tensors, state=header)
+    save_checkpoint(spec.folder / folder, checkpoint, keep=keep, **place, barrier=ranks.barrier)
 
 
 def restore(spec: StageSpec) -> TrainState:
@@ -124,10 +120,11 @@ def _newest(spec: StageSpec, folder: Path) -> Checkpoint | None:
 
 def load_best(spec: StageSpec, state: TrainState) -> None:
     """Put the weights of the best dev checkpoint into the policy."""
-    folder = spec.folder / "best"
-    best = _newest(spec, folder)
+    best = _newest(spec, spec.folder / "best")
     if best is None or best.step != state.best["step"]:
-        raise RecordError(f"{folder} does not hold step {state.best['step']}, the best on the dev set")
+        raise RecordError(
+            f"{spec.folder / 'best'} does not hold step {state.best['step']}, the best on the dev set"
+        )
     load_parameters(spec.policy, best)
 
 

@@ -88,13 +88,9 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
     if spec.engine is not None:
         metrics["publish/probe_difference"] = publish(spec.policy, spec.engine, done).difference
     times = {"rollout_seconds": sampled - began, "train_seconds": time.perf_counter() - sampled}
-    return replace(
-        state,
-        step=done,
-        memory=memory,
-        ledger=state.ledger + data.ledger + updates.ledger,
-        unlogged={"metrics": metrics, "rows": list(data.rows), "times": times},
-    )
+    unlogged = {"metrics": metrics, "rows": list(data.rows), "times": times}
+    ledger = state.ledger + data.ledger + updates.ledger
+    return replace(state, step=done, memory=memory, ledger=ledger, unlogged=unlogged)
 
 
 def finish(spec: StageSpec, state: TrainState) -> TrainState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -63,16 +64,13 @@ class Memory:
 
     @staticmethod
     def load(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Memory:
-        columns = [tensors[name].tolist() for name in ("tokens", "policy_version", "behavior_logprobs")]
+        columns = [iter(tensors[n].tolist()) for n in ("tokens", "policy_version", "behavior_logprobs")]
         replay: dict[str, Stored] = {}
-        start = 0
         for name, num_correct, num_samples, headers in state["replay"]:
             rollouts = []
             for length, temperature in headers:
-                stop = start + length
-                ids, versions, logprobs = (column[start:stop] for column in columns)
-                rollouts.append(_stored(name, ids, versions, logprobs, temperature))
-                start = stop
+                tokens, versions, logprobs = (list(islice(column, length)) for column in columns)
+                rollouts.append(_stored(name, tokens, versions, logprobs, temperature))
             replay[name] = Stored(num_correct=num_correct, num_samples=num_samples, rollouts=tuple(rollouts))
         scalars, waiting = state["scalars"], tuple(state["waiting"])
         return Memory(scalars=scalars, waiting=waiting, replay=replay, replay_open=state["replay_open"])

@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from truestep.train.parallel import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +109,6 @@ def metric(key: str) -> Metric:
     return found
 
 
-class Collective(Protocol):
-    """The ranks' sums; ``Ranks`` of train/parallel.py."""
-
-    def sum(self, values: Sequence[float]) -> list[float]: ...
-
-    def max(self, values: Sequence[float]) -> list[float]: ...
-
-    def gather(self, value: Any) -> list[Any]: ...
-
-
 class Meter:
     """Collects the metrics of one update, or of one rollout batch, on this rank."""
 
@@ -131,7 +124,7 @@ class Meter:
         else:
             row[:] = row[0] + value, row[1] + count, row[2] + value * value
 
-    def reduce(self, ranks: Collective) -> dict[str, float]:
+    def reduce(self, ranks: Ranks) -> dict[str, float]:
         """Every metric over all ranks (a collective)."""
         keys = sorted({key for keys in ranks.gather(sorted(self._sums)) for key in keys})
         if not keys:

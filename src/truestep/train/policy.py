@@ -51,14 +51,12 @@ class Policy(nn.Module):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.shape, self.context_length = loaded.shape, loaded.context_length
         self.notes: list[str] = []
-        reason = forward.install_packing(self.model)
-        self.packs = not reason
-        if reason:
+        if reason := forward.install_packing(self.model):
             self.notes.append(f"sequences are run one by one, not packed: {reason}")
-        reason = self._head_differs()
-        self.plain_head = not reason
-        if reason:
+        self.packs = not reason
+        if reason := self._head_differs():
             self.notes.append(f"logits are made whole, not in chunks: {reason}")
+        self.plain_head = not reason
         self.saves_memory = bool(gradient_checkpointing)
         if gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -71,17 +69,13 @@ class Policy(nn.Module):
     def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         if not self.plain_head:
             return self._from_whole_logits(batch, temperature)
-        hidden = self._hidden(batch).index_select(0, batch.source_index)
-        head = self.model.get_output_embeddings()
-        return chunked_logprobs(hidden, head.weight, head.bias, batch.target_ids, temperature)
-
-    def _hidden(self, batch: TokenBatch) -> Tensor:
+        rows = (self.model, batch.input_ids, batch.position_ids)
         if self.packs:
-            layout = PackedLayout(batch.segments, batch.position_ids)
-            return forward.hidden_states(self.model, batch.input_ids, batch.position_ids, layout)
-        return forward.hidden_states_by_segment(
-            self.model, batch.input_ids, batch.position_ids, batch.segments
-        )
+            hidden = forward.hidden_states(*rows, PackedLayout(batch.segments, batch.position_ids))
+        else:
+            hidden = forward.hidden_states_by_segment(*rows, batch.segments)
+        hidden, head = hidden.index_select(0, batch.source_index), self.model.get_output_embeddings()
+        return chunked_logprobs(hidden, head.weight, head.bias, batch.target_ids, temperature)
 
     def _from_whole_logits(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         pieces = []
@@ -95,12 +89,10 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _head_differs(self) -> str:
         """ "" if hidden states times the output matrix are the model's own logits (no soft cap, no scale)."""
-        device = next(self.model.parameters()).device
-        ids = torch.arange(3, 12, device=device) % int(self.model.get_input_embeddings().weight.shape[0])
-        positions = torch.arange(ids.shape[0], device=device)
-        hidden = forward.hidden_states_by_segment(
-            self.model, ids, positions, (Segment(start=0, stop=ids.shape[0]),)
-        )
+        table = self.model.get_input_embeddings().weight
+        ids, positions = torch.arange(3, 12, device=table.device), torch.arange(9, device=table.device)
+        ids = ids % table.shape[0]
+        hidden = forward.hidden_states_by_segment(self.model, ids, positions, (Segment(start=0, stop=9),))
         head = self.model.get_output_embeddings()
         if head is None or not isinstance(head, nn.Linear):
             return "the model has no linear output layer"

@@ -19,8 +19,8 @@ from truestep.train.step import levelled, require_finite
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores sequences and packed micro-batches; every method is a collective. ``reference`` is the stage's
-    start, frozen, if the method asks for it."""
+    """Scores sequences and packed micro-batches (collectives). ``reference``: the frozen start of the stage, if
+    the method needs it."""
 
     policy: Policy
     temperature: float
@@ -45,18 +45,14 @@ class Scorer:
 
     def with_proximal(self, batches: Sequence[TokenBatch], step: int) -> list[TokenBatch]:
         """The batches with the log-probabilities and entropies of the policy as it is now."""
-        return [
-            replace(batch, proximal_logprobs=logprobs, proximal_entropy=entropy)
-            for batch, logprobs, entropy in self._passed(self.policy, batches, step, "proximal")
-        ]
+        scored = self._passed(self.policy, batches, step, "proximal")
+        return [replace(b, proximal_logprobs=logprobs, proximal_entropy=e) for b, logprobs, e in scored]
 
     def with_reference(self, batches: Sequence[TokenBatch], step: int) -> list[TokenBatch]:
         """The batches with the log-probabilities of the frozen reference policy."""
         assert self.reference is not None
-        return [
-            replace(batch, reference_logprobs=logprobs)
-            for batch, logprobs, _ in self._passed(self.reference, batches, step, "reference")
-        ]
+        scored = self._passed(self.reference, batches, step, "reference")
+        return [replace(batch, reference_logprobs=logprobs) for batch, logprobs, _ in scored]
 
     def entropy(self, sequences: Sequence[TrainSequence], step: int) -> tuple[list[float], Ledger]:
         """The mean entropy of each sequence's trained tokens under the policy as it is now, and the work."""

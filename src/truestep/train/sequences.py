@@ -42,8 +42,7 @@ def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
 
 
 def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> list[TrainSequence]:
-    """Every member that the gate keeps and that has an advantage, in order. ``limit`` is the length limit of
-    a completion in tokens."""
+    """Every member that the gate keeps and that has an advantage, in order. ``limit``: tokens of a completion."""
     sequences = []
     overlong = method.part(Overlong)
     for number, gated_group in enumerate(groups):
@@ -59,17 +58,9 @@ def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> li
         for i, rollout in enumerate(group.rollouts):
             advantage = advantages[i]
             if decision.keep[i] and advantage is not None and rollout.completion_ids:
-                sequences.append(
-                    _sequence(
-                        group.prompt,
-                        rollout,
-                        group=number,
-                        advantage=advantage,
-                        weight=decision.weights[i],
-                        solved=view.solved[i] is True,
-                        reward=view.rewards[i] or 0.0,
-                    )
-                )
+                score = {"solved": view.solved[i] is True, "reward": view.rewards[i] or 0.0}
+                part = {"group": number, "advantage": advantage, "weight": decision.weights[i]}
+                sequences.append(_sequence(group.prompt, rollout, **part, **score))
     return sequences
 
 
@@ -105,8 +96,7 @@ def demonstration_sequence(
 def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
     """Means over samples of the policy, not demonstrations or stored ones. An unscored sample counts only in
     its own rate, in no mean of rewards."""
-    for gated_group in groups:
-        group, view = gated_group.group, gated_group.view
+    for group, view in [(g.group, g.view) for g in groups]:
         meter.add("mixed_groups", not view.is_degenerate)
         meter.add("solved_groups", any(view.own_solved))
         for rollout, score, solved in zip(group.rollouts, group.scores, view.solved, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from truestep import seeding
@@ -49,7 +49,7 @@ class StepData:
 
 
 class Source(Protocol):
-    """Where a stage's data comes from."""
+    """The data of a stage."""
 
     updates_per_step: int
 
@@ -73,31 +73,25 @@ def window(
     return picked
 
 
+@dataclass
 class DemonstrationSource:
     """Shuffled demonstrations, ``sequences_per_step`` at a time, ``num_sequences`` in all."""
 
-    def __init__(
-        self,
-        demonstrations: Sequence[Demonstration],
-        *,
-        sequences_per_step: int,
-        num_sequences: int,
-        seed: int,
-        ranks: Ranks,
-        updates_per_step: int = 1,
-    ) -> None:
-        self.demonstrations, self.ranks, self.seed = demonstrations, ranks, seed
-        self.sequences_per_step, self.num_sequences = sequences_per_step, num_sequences
-        self.updates_per_step = updates_per_step
+    demonstrations: Sequence[Demonstration]
+    _: KW_ONLY
+    sequences_per_step: int
+    num_sequences: int
+    seed: int
+    ranks: Ranks
+    updates_per_step: int = 1
 
     def take(self, step: int, memory: Memory) -> StepData:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
         sequences = []
         for i, d in enumerate(chosen):
             origin = tuple(Origin.EXPERT if trained else Origin.CONTEXT for trained in d.trained)
-            sequences.append(
-                TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
-            )
+            one = TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
+            sequences.append(one)
         size = -(-self.sequences_per_step // self.updates_per_step)
         mine = [self.ranks.mine(sequences[i * size : (i + 1) * size]) for i in range(self.updates_per_step)]
         trained = sum(s.num_trained for cut in mine for s in cut)
@@ -106,24 +100,21 @@ class DemonstrationSource:
         return StepData(minibatches=mine, ledger=ledger, memory=memory)
 
 
+@dataclass
 class RolloutSource:
     """Prompts sampled, graded, gated and given advantages by a method's row."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        sampler: Sampler,
-        scorer: Scorer,
-        method: Method,
-        prompts_per_step: int,
-        updates_per_step: int,
-        decode_prompt: Callable[[Prompt], str],
-    ) -> None:
-        self.prompts, self.sampler, self.scorer, self.method = prompts, sampler, scorer, method
-        self.prompts_per_step, self.updates_per_step = prompts_per_step, updates_per_step
-        self.ranks, self.decode_prompt = scorer.ranks, decode_prompt
-        self._by_id = {p.problem.id: p for p in prompts}
+    prompts: Sequence[Prompt]
+    _: KW_ONLY
+    sampler: Sampler
+    scorer: Scorer
+    method: Method
+    prompts_per_step: int
+    updates_per_step: int
+    decode_prompt: Callable[[Prompt], str]
+
+    def __post_init__(self) -> None:
+        self.ranks, self._by_id = self.scorer.ranks, {p.problem.id: p for p in self.prompts}
 
     def take(self, step: int, memory: Memory) -> StepData:
         self.sampler.engine.take_cost()  # the work of an interrupted rollout is not this step's
@@ -140,37 +131,31 @@ class RolloutSource:
         cut_groups, everything = self._refill([[next(groups) for _ in cut] for cut in mine], step)
         limit = self.sampler.sampling.max_new_tokens
         minibatches = [
-            [
-                *seq.sequences_of(part, self.method, limit),
-                *self._stream(step * self.updates_per_step + update),
-            ]
+            seq.sequences_of(part, self.method, limit) + self._stream(step * self.updates_per_step + update)
             for update, part in enumerate(cut_groups)
         ]
-        memory, buffered = self._remember(memory, everything)
         meter = Meter(*ALWAYS)
         seq.measure_groups(meter, everything)
         metrics = meter.reduce(self.ranks)
         parts = [key for key in metrics if key.startswith("reward/")]
         if len(parts) == 1:  # it is the reward itself
             del metrics[parts[0]]
+        memory, buffered = self._remember(memory, everything, metrics["solved"])
         bare = [g.group for g in everything]
+        ledger = scored + seq.group_ledger(bare, [*minibatches, buffered or []]) + _work(self.sampler.engine)
         return StepData(
             minibatches=minibatches,
             buffered=buffered,
             controls=controls,
-            memory=self._open_replay(memory, metrics),
+            memory=memory,
             metrics=metrics | self._kept_metrics(memory, controls),
             rows=seq.sample_rows(bare, step, self.sampler.decode, self.decode_prompt),
-            ledger=scored
-            + seq.group_ledger(bare, [*minibatches, buffered or []])
-            + _work(self.sampler.engine),
+            ledger=ledger,
         )
 
-    def _groups(
-        self, prompts: Sequence[Prompt], step: int, *repeats: Sequence[int], **given: Any
-    ) -> list[GatedGroup]:
+    def _groups(self, prompts: Sequence[Prompt], *place: Any, **given: Any) -> list[GatedGroup]:
         """Sampled, scored, and gated once."""
-        groups = self.sampler.groups(prompts, step, *repeats, **given)
+        groups = self.sampler.groups(prompts, *place, **given)
         return [seq.gated(group, self.method, self.sampler.solved_at) for group in groups]
 
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
@@ -213,9 +198,8 @@ class RolloutSource:
     def _refill(
         self, cuts: list[list[GatedGroup]], step: int
     ) -> tuple[list[list[GatedGroup]], list[GatedGroup]]:
-        """Replace groups that the gate dropped whole by further prompts, if the method has a ``Refill``.
-
-        All ranks draw from one order of prompts that none of them has used, so no prompt is drawn twice."""
+        """Replace groups that the gate dropped whole by further prompts, if the method has a ``Refill``. All
+        ranks draw from one order of prompts that none of them has used."""
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)
         for attempt in range(0 if refill is None else refill.rounds):
@@ -240,9 +224,9 @@ class RolloutSource:
     def _stream(self, update: int) -> list[TrainSequence]:
         """This rank's part of the demonstrations that an update holds beside its groups."""
         stream = self.method.part(Stream)
-        if stream is None or stream.share == 0:
+        share = 0.0 if stream is None else stream.share
+        if share == 0:
             return []
-        share = stream.share
         sampled = self.prompts_per_step // self.updates_per_step * self.sampler.samples_per_prompt
         count = max(1, round(sampled * share / (1 - share)))
         prompts = window(self.prompts, update, count, self.sampler.seed, item="stream")
@@ -256,7 +240,7 @@ class RolloutSource:
         ]
 
     def _remember(
-        self, memory: Memory, groups: Sequence[GatedGroup]
+        self, memory: Memory, groups: Sequence[GatedGroup], solved: float
     ) -> tuple[Memory, list[TrainSequence] | None]:
         """The memory after these groups, and the demonstrations that are due. The same on all ranks: what each
         of them adds is sorted by problem."""
@@ -271,18 +255,14 @@ class RolloutSource:
             memory = replace(memory, waiting=waiting)
         if replay is not None:
             seen = sorted(self._gathered([_seen(g) for g in groups]))
-            memory = replace(memory, replay=remember(memory.replay, seen, replay.most_stored))
+            stored = remember(memory.replay, seen, replay.most_stored)
+            is_open = memory.replay_open or solved >= replay.start
+            memory = replace(memory, replay=stored, replay_open=is_open)
         return memory, buffered
 
     def _gathered(self, mine: list[Any]) -> list[Any]:
         """The lists of all ranks as one (a collective)."""
         return [part for parts in self.ranks.gather(mine) for part in parts]
-
-    def _open_replay(self, memory: Memory, metrics: Mapping[str, float]) -> Memory:
-        spec = self.method.part(Replay)
-        if spec is None or memory.replay_open:
-            return memory
-        return replace(memory, replay_open=metrics["solved"] >= spec.start)
 
     def _kept_metrics(self, memory: Memory, controls: Mapping[str, float]) -> dict[str, float]:
         found = {f"control/{name}": value for name, value in controls.items()}
@@ -294,8 +274,7 @@ class RolloutSource:
 
 
 def _seen(gated_group: GatedGroup) -> Any:
-    """A group's plain own samples for the store of the replay: how many solved the problem, and those of them
-    that are finished."""
+    """A group's plain own samples for the replay store: how many solved the problem, and the finished ones."""
     group = gated_group.group
     triples = zip(group.rollouts, gated_group.view.solved, strict=True)
     own = [(r, solved) for r, solved in triples if r.member is Origin.POLICY and r.round.is_plain]
@@ -305,13 +284,10 @@ def _seen(gated_group: GatedGroup) -> Any:
 
 
 def _work(engine: Engine) -> Ledger:
-    """What the engine computed since it was last asked."""
+    """The engine's work since the last call."""
     cost = engine.take_cost()
-    return Ledger(
-        prompt_tokens=cost.prefill_tokens,
-        generated_pairs=cost.pairs,
-        generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
-    )
+    passed = cost.prefill_tokens + cost.decode_tokens
+    return Ledger(prompt_tokens=cost.prefill_tokens, generated_pairs=cost.pairs, generated_pass_tokens=passed)
 
 
 def _occurrences(names: Sequence[str]) -> list[int]:

@@ -42,14 +42,11 @@ def measure(
 
 
 def _values(statistic: Statistic, batch: TokenBatch, step: int) -> Tensor:
-    assert batch.proximal_logprobs is not None
-    assert batch.proximal_entropy is not None
+    logprobs, entropy = batch.proximal_logprobs, batch.proximal_entropy
+    assert logprobs is not None
+    assert entropy is not None
     context = Context(
-        policy_logprobs=batch.proximal_logprobs,
-        proximal_logprobs=batch.proximal_logprobs,
-        entropy=batch.proximal_entropy,
-        batch=batch,
-        step=step,
+        policy_logprobs=logprobs, proximal_logprobs=logprobs, entropy=entropy, batch=batch, step=step
     )
     return statistic.values(context)[statistic.select(batch)].double()
 

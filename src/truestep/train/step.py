@@ -173,13 +173,9 @@ def microbatch_loss(
         else:
             assert term.value is not None
             values = term.value(logprobs, entropy)
-        part = normalise(
-            values * selected.to(values.dtype) * batch.weight,
-            normaliser=term.normaliser,
-            batch=batch,
-            total=total,
-            max_length=plan.max_length,
-        )
+        values = values * selected.to(values.dtype) * batch.weight
+        which, longest = term.normaliser, plan.max_length
+        part = normalise(values, normaliser=which, batch=batch, total=total, max_length=longest)
         weight_now = term_weight(term, plan, totals)
         loss = loss + weight_now * part
         meter.add(f"loss/{term.name}", weight_now * float(part.detach()))

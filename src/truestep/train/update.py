@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -56,8 +57,7 @@ class Updates:
 
 @dataclass(frozen=True, kw_only=True)
 class Updater:
-    """Everything that turns a step's sequences into updates. ``max_length`` is L of the max_length
-    normaliser."""
+    """Turns a step's sequences into updates. ``max_length`` is L of the max_length normaliser."""
 
     policy: Policy
     scorer: Scorer
@@ -83,49 +83,37 @@ class Updater:
             packed[index] = scorer.with_proximal(packed[index], step)
             ledger = ledger + scored_work(packed[index])
         statistics = measure(self.method.statistics, [b for part in packed for b in part], step, scorer.ranks)
+        plan = partial(
+            StepPlan,
+            step=step,
+            terms=self.method.terms,
+            temperature=scorer.temperature,
+            max_length=self.max_length,
+            ranks=scorer.ranks,
+            sharded=self.sharded,
+            statistics=statistics,
+            controls=data.controls,
+        )
         reports = []
         for index, batches in enumerate(packed):
             self._require_columns(batches)
             rate = self.learning_rate(step * self.updates_per_step + index)
-            plan = self._plan(step, rate, data.controls, statistics, self._weights(fault, batches))
+            planned = plan(learning_rate=rate, microbatch_weights=self._weights(fault, batches))
             # After its first update a step is finished: to stop would leave it half done.
             check_stop = scorer.check_stop if index == 0 else lambda: None
-            reports.append(train_step(self.policy, self.optimizers.main, batches, plan, check_stop))
+            reports.append(train_step(self.policy, self.optimizers.main, batches, planned, check_stop))
         metrics = combine([_row(report) for report in reports])
         metrics |= {f"statistics/{name}": value for name, value in statistics.items()}
         if data.buffered is not None and self.optimizers.buffer is not None:
             batches = scorer.pack(data.buffered)
-            rate = self.optimizers.buffer.settings.lr
-            plan = self._plan(step, rate, data.controls, statistics)
-            extra = train_step(self.policy, self.optimizers.buffer, batches, plan)
+            planned = plan(learning_rate=self.optimizers.buffer.settings.lr)
+            extra = train_step(self.policy, self.optimizers.buffer, batches, planned)
             metrics |= {"buffer/loss": extra.loss, "buffer/grad_norm": extra.grad_norm}
             ledger = ledger + trained_work(batches)
         return Updates(metrics=metrics, grad_norm=reports[-1].grad_norm, statistics=statistics, ledger=ledger)
 
-    def _plan(
-        self,
-        step: int,
-        learning_rate: float,
-        controls: Mapping[str, float],
-        statistics: Mapping[str, float],
-        weights: Sequence[float] | None = None,
-    ) -> StepPlan:
-        return StepPlan(
-            step=step,
-            terms=self.method.terms,
-            learning_rate=learning_rate,
-            temperature=self.scorer.temperature,
-            max_length=self.max_length,
-            ranks=self.scorer.ranks,
-            sharded=self.sharded,
-            microbatch_weights=weights,
-            statistics=statistics,
-            controls=controls,
-        )
-
     def _pack(self, sequences: Sequence[TrainSequence], fault: WeightsOf | None) -> list[TokenBatch]:
-        """Micro-batches by memory only; with an injected fault, which depends on them, by number and in
-        order."""
+        """Micro-batches by memory; for an injected fault, which depends on them, by number and in order."""
         if fault is None:
             return self.scorer.pack(sequences)
         size = self.faults.sequences_per_microbatch
@@ -137,8 +125,7 @@ class Updater:
         return found
 
     def _weights(self, fault: WeightsOf | None, batches: Sequence[TokenBatch]) -> list[float] | None:
-        """This rank's part of the fault's weights, from the trained tokens of all micro-batches on all
-        ranks."""
+        """This rank's part of the fault's weights, from the trained tokens of all micro-batches of all ranks."""
         if fault is None:
             return None
         ranks = self.scorer.ranks
@@ -168,8 +155,8 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """Settings of an injected fault → the weights of a step's micro-batches: the product of all that is asked
-    for, None if nothing is. Raises UserError for an unknown name."""
+    """The weights of a step's micro-batches with all injected faults, None without. Raises UserError for an
+    unknown name."""
     unknown = [name for name in settings.others if name not in FAULTS]
     if unknown:
         raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")

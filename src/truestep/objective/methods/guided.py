@@ -20,8 +20,7 @@ from truestep.objective.schedule import Schedule
 
 
 def _chord(name: str, imitated: Coefficient, mu: Schedule, stream_share: float, clip: float) -> Method:
-    """(1−μ)·GRPO + μ·imitation, the demonstrations a stream beside the groups; each part has its own
-    total."""
+    """(1−μ)·GRPO + μ·imitation; demonstrations are a stream beside the groups, each part with its own total."""
     return Method(
         name=name,
         terms=(
@@ -100,9 +99,8 @@ def super_rl(
         Statistic(name="policy_loss", select=POLICY, values=lambda c: -c.advantage, reduce="mean"),
         Statistic(name="imitation_loss", select=EXPERT, values=lambda c: -c.policy_logprobs, reduce="mean"),
     )
-    learning = controller.learned_weights(
-        policy="policy_loss", imitation="imitation_loss", rate=sigma_rate, least=sigma_least
-    )
+    names = {"policy": "policy_loss", "imitation": "imitation_loss"}
+    learning = controller.learned_weights(**names, rate=sigma_rate, least=sigma_least)
     terms = (replace(policy, control="policy"), replace(imitation_term(), control="imitation"))
     return replace(row, terms=terms, statistics=losses, parts=(learning,))
 
@@ -127,23 +125,15 @@ def bread(
     """GRPO; if no sample is right, all samples branch from the shortest expert prefix after which some but
     not all are right, found by binary search over 10 parts [S]; the prefix is context. The band's limits are
     [U]. The KL term is left to ``kl``."""
-    return Method(
-        name="bread",
-        terms=(clipped_term(clip, clip, Normaliser.SEQUENCES),),
-        plan=plan.anchored(num_episodes, share_low, share_high),
-        advantage=group_mean_std,
-        source="arXiv:2506.17211",
-    )
+    terms = (clipped_term(clip, clip, Normaliser.SEQUENCES),)
+    rounds, source = plan.anchored(num_episodes, share_low, share_high), "arXiv:2506.17211"
+    return Method(name="bread", terms=terms, plan=rounds, advantage=group_mean_std, source=source)
 
 
 def ghpo(*, clip: float = 0.2) -> Method:
     """GRPO; if no sample is right, all are replaced by samples under a prompt that shows the first 25 %,
     then 50 and 75 % of the solution's characters, and trained under it [C]. The code averages per
     micro-batch; this divides by all tokens."""
-    return Method(
-        name="ghpo",
-        terms=(clipped_term(clip, clip, Normaliser.TOKENS),),
-        plan=plan.hinted((0.25, 0.5, 0.75)),
-        advantage=group_mean_std,
-        source="arXiv:2507.10628",
-    )
+    terms = (clipped_term(clip, clip, Normaliser.TOKENS),)
+    rounds, source = plan.hinted((0.25, 0.5, 0.75)), "arXiv:2507.10628"
+    return Method(name="ghpo", terms=terms, plan=rounds, advantage=group_mean_std, source=source)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from truestep.objective import coefficients, plan, schedule
@@ -40,12 +41,12 @@ OWN_PART = _part("policy", POLICY, coefficients.importance)
 OWN_TERM = policy_term(coefficients.importance, Normaliser.MAX_LENGTH)  # the total counts only own sequences
 
 
-def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], **given: Any) -> Method:
-    """A row of LUFFY's family: its entropy bonus, at the official code's scale if ``legacy`` names its
-    ranks."""
+def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], source: str, **given: Any) -> Method:
+    """A row of LUFFY's family with its entropy bonus; ``legacy``: ranks (0: none) and micro-batches."""
     ranks, microbatches = legacy
+    made = partial(Method, name=name, source=source, **given)
     if ranks == 0:
-        return Method(name=name, terms=tuple(terms), extras=Extras(entropy_bonus=CANONICAL_ENTROPY), **given)
+        return made(terms=tuple(terms), extras=Extras(entropy_bonus=CANONICAL_ENTROPY))
 
     def scale(term: Term) -> Callable[[BatchTotals], float]:
         if term.normaliser is Normaliser.MAX_LENGTH:
@@ -53,7 +54,7 @@ def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], **given: 
         return lambda totals: float(microbatches)
 
     scaled = tuple(replace(t, scale=scale(t)) for t in terms)
-    return Method(name=name, terms=scaled, extras=Extras(entropy_bonus=1e-3 * microbatches), **given)
+    return made(terms=scaled, extras=Extras(entropy_bonus=1e-3 * microbatches))
 
 
 def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
@@ -62,7 +63,7 @@ def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int
     negative advantage."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.shaped_demonstration(gamma)))
     legacy = (legacy_scale, legacy_microbatches)
-    return _family("luffy", terms, legacy, plan=plan.with_demonstration, source="arXiv:2504.14945")
+    return _family("luffy", terms, legacy, "arXiv:2504.14945", plan=plan.with_demonstration)
 
 
 def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
@@ -70,14 +71,8 @@ def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatche
     plus ``weight`` times the likelihood of the demonstration (1.0 [C])."""
     terms = (OWN_TERM, imitation_term(weight=weight))
     legacy = (legacy_scale, legacy_microbatches)
-    return _family(
-        "multi_task",
-        terms,
-        legacy,
-        plan=plan.with_demonstration,
-        advantage=own_mean,
-        source="arXiv:2504.14945, RL with SFT loss",
-    )
+    source = "arXiv:2504.14945, RL with SFT loss"
+    return _family("multi_task", terms, legacy, source, plan=plan.with_demonstration, advantage=own_mean)
 
 
 def relift(
@@ -93,14 +88,8 @@ def relift(
     code divides that update by 8 times too much, which AdamW hides; this does not."""
     terms = (OWN_TERM, imitation_term())
     legacy = (legacy_scale, legacy_microbatches)
-    return _family(
-        "relift",
-        terms,
-        legacy,
-        gate=push_unsolved,
-        parts=(DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm),),
-        source="arXiv:2506.07527",
-    )
+    buffer = DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm)
+    return _family("relift", terms, legacy, "arXiv:2506.07527", gate=push_unsolved, parts=(buffer,))
 
 
 def srft(
@@ -120,14 +109,8 @@ def srft(
         _part("policy", POLICY, coefficients.signed_by_verdict(correct_weight)),
     )
     legacy = (legacy_scale, legacy_microbatches)
-    return _family(
-        "srft",
-        terms,
-        legacy,
-        plan=plan.beside_demonstration,
-        advantage=group_mean_std,
-        source="arXiv:2506.19767",
-    )
+    rounds = plan.beside_demonstration
+    return _family("srft", terms, legacy, "arXiv:2506.19767", plan=rounds, advantage=group_mean_std)
 
 
 def prefix_rft(
@@ -167,15 +150,8 @@ def hpt(
     what is kept."""
     terms = (OWN_TERM, imitation_term(weight=imitation_weight))
     legacy = (legacy_scale, legacy_microbatches)
-    return _family(
-        "hpt",
-        terms,
-        legacy,
-        plan=plan.beside_demonstration,
-        gate=imitate_where_unsolved(most_correct),
-        advantage=own_mean,
-        source="arXiv:2509.04419",
-    )
+    rounds, gate = plan.beside_demonstration, imitate_where_unsolved(most_correct)
+    return _family("hpt", terms, legacy, "arXiv:2509.04419", plan=rounds, gate=gate, advantage=own_mean)
 
 
 def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
@@ -185,13 +161,8 @@ def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int
     unimitated and ends prefixes with clauses; this does neither."""
     terms = (OWN_PART, _part("prefix", EXPERT, coefficients.trusted(alpha)))
     legacy = (legacy_scale, legacy_microbatches)
-    return _family(
-        "trapo",
-        terms,
-        legacy,
-        plan=plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0)),
-        source="arXiv:2512.17636",
-    )
+    guided = plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0))
+    return _family("trapo", terms, legacy, "arXiv:2512.17636", plan=guided)
 
 
 def exgrpo(
@@ -207,24 +178,16 @@ def exgrpo(
     """Half of the prompts come from a store of problems solved in part, each with one stored own sample in
     its group, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds the
     store ([U]: the code keeps all)."""
-    terms = (
-        OWN_PART,
-        _part("replay", row.STORED, coefficients.shaped_replay(beta), needs=("behavior_logprobs",)),
-    )
+    shaped, needs = coefficients.shaped_replay(beta), ("behavior_logprobs",)
+    terms = (OWN_PART, _part("replay", row.STORED, shaped, needs=needs))
     legacy = (legacy_scale, legacy_microbatches)
-    return _family(
-        "exgrpo",
-        terms,
-        legacy,
-        plan=plan.with_replay,
-        parts=(Replay(share=replay_share, start=replay_start, sigma=replay_sigma, most_stored=most_stored),),
-        source="arXiv:2510.02245",
-    )
+    store = Replay(share=replay_share, start=replay_start, sigma=replay_sigma, most_stored=most_stored)
+    return _family("exgrpo", terms, legacy, "arXiv:2510.02245", plan=plan.with_replay, parts=(store,))
 
 
 def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
     """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows
-    where the policy is unlikely to go. No std and no clip, as in the code [C] (the paper has a std)."""
+    with the policy's improbability of the token. No std and no clip, as in the code [C] (the paper has a std)."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)))
     legacy = (legacy_scale, legacy_microbatches)
-    return _family("rl_plus", terms, legacy, plan=plan.with_demonstration, source="arXiv:2508.00222")
+    return _family("rl_plus", terms, legacy, "arXiv:2508.00222", plan=plan.with_demonstration)

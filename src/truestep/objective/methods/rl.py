@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from truestep.objective import coefficients, corrections
 from truestep.objective.advantage import Advantage, group_mean_std, leave_one_out, own_mean, raw_reward
 from truestep.objective.coefficients import Coefficient
@@ -70,16 +72,13 @@ def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float
     """Advantages whitened over all own tokens of the step: long samples weigh more in the moments (verl [C])."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     coefficient = corrections.with_advantage(clipped, corrections.whitened("mean", "std"))
-    moments = tuple(
-        Statistic(name=m, select=POLICY, values=coefficients.advantage, reduce=m) for m in ("mean", "std")
+    moment = partial(Statistic, select=POLICY, values=coefficients.advantage)
+    moments, source = (
+        (moment(name="mean", reduce="mean"), moment(name="std", reduce="std")),
+        "arXiv:2501.03262",
     )
-    return Method(
-        name=name,
-        terms=(policy_term(coefficient, Normaliser.TOKENS, clips=True),),
-        advantage=advantage,
-        statistics=moments,
-        source="arXiv:2501.03262",
-    )
+    terms = (policy_term(coefficient, Normaliser.TOKENS, clips=True),)
+    return Method(name=name, terms=terms, advantage=advantage, statistics=moments, source=source)
 
 
 def reinforce_pp(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:

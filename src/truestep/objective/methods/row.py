@@ -25,16 +25,9 @@ Value = Callable[[Tensor, Tensor], Tensor]
 ALWAYS_ONE = schedule.constant(1.0)
 
 
-def of(*origins: Origin) -> Select:
-    """The trained tokens of these origins."""
-
-    def select(batch: TokenBatch) -> Tensor:
-        found = batch.origin == int(origins[0])
-        for origin in origins[1:]:
-            found = found | (batch.origin == int(origin))
-        return found
-
-    return select
+def of(origin: Origin) -> Select:
+    """The trained tokens of this origin."""
+    return lambda batch: batch.origin == int(origin)
 
 
 POLICY, STORED, EXPERT = of(Origin.POLICY), of(Origin.STORED), of(Origin.EXPERT)
@@ -153,8 +146,8 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What any row that samples may have on top: an entropy bonus, a KL term to the stage's start (k1, k2, k3
-    in the loss, or in the reward), and a correction for what engine and trainer disagree about."""
+    """Options of any row that samples: an entropy bonus, a KL term to the stage's start (k1, k2, k3 in the loss,
+    or in the reward), and a correction for the difference of engine and trainer."""
 
     entropy_bonus: float = 0.0
     kl: str = "none"
@@ -215,8 +208,7 @@ KL_TERMS = {"k1": coefficients.kl_k1, "k2": coefficients.kl_k2, "k3": coefficien
 
 
 def complete(row: Method, given: Mapping[str, Any]) -> Method:
-    """The row with its extras, the recipe's (``given``) before its own, laid over its terms. Raises
-    ValueError for unknown values."""
+    """The row with its extras, overridden by the recipe's (``given``). Raises ValueError for unknown values."""
     extras = replace(row.extras, **given)
     for key, known in (("kl", ("none", *KL_TERMS, "reward")), ("correction", corrections.CORRECTIONS)):
         if (value := getattr(extras, key)) not in known:

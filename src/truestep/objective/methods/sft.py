@@ -60,8 +60,7 @@ def iw_sft(
     *, level: str = "sequence", temperature: float = 1.0, weight_low: float = -1.0, weight_high: float = -1.0
 ) -> Method:
     """Importance-weighted SFT: exp(τ·mean(log π − log π_reference)) by sequence, clamped to [0, 16], or by
-    token, clamped to [0.2, 1.8] [C]. The reference is the stage's start. −1 stands for the level's own
-    clamp."""
+    token, clamped to [0.2, 1.8] [C]. The reference is the stage's start. −1: the level's own clamp."""
     if level not in ("sequence", "token"):
         raise ValueError(f"method_options.level: expected sequence or token, got {level!r}")
     low, high = (0.0, 16.0) if level == "sequence" else (0.2, 1.8)
