@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -161,8 +162,9 @@ def _with_untrained(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
         return []
     first = sequences[0]
     none: tuple[float, ...] | None = None if first.behavior_logprobs is None else ()
-    context = replace(first, origin=(Origin.CONTEXT,) * len(first.origin), advantage=0.0, group=1 << 29)
-    return [*sequences, replace(context, behavior_logprobs=none, policy_version=-1)]
+    origin = (Origin.CONTEXT,) * len(first.origin)
+    empty: dict[str, Any] = {"advantage": 0.0, "behavior_logprobs": none, "policy_version": -1}
+    return [*sequences, replace(first, origin=origin, group=1 << 29, **empty)]
 
 
 def _difference(one: Path, other: Path) -> float:
