@@ -26,11 +26,11 @@ from scipy import special, stats
 
 from truestep.evaluate.interval import (
     INWARD,
+    NORMAL_QUANTILE,
     PULL,
     alpha_of,
     binomial_interval,
     clustered_interval,
-    normal_quantile,
 )
 
 TRUTHS = np.round(np.arange(0.01, 1, 0.02), 2).tolist()
@@ -57,7 +57,7 @@ def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.nda
     spread = (1 - pull) * variance + pull * most
     with np.errstate(divide="ignore", invalid="ignore"):
         trials = np.minimum(np.where(spread > 0, n * most / spread, n * k), n * k)
-    trials = np.where(most == 0, n, trials) * (normal_quantile() / stats.t.ppf(0.975, n - 1)) ** 2
+    trials = np.where(most == 0, n, trials) * (NORMAL_QUANTILE / stats.t.ppf(0.975, n - 1)) ** 2
     trials = np.maximum(trials, n)
     return mean * trials, trials
 

@@ -1,5 +1,4 @@
-"""The benchmarks, pinned: where each comes from, how many rows it has, what they hash to, and how it is
-scored.
+"""The benchmarks, pinned: source, number of rows, hash of their content, and scoring of each.
 
 A hash is of the rows' content (``sources.content_hash``). "unknown": this table has not seen the rows; the
 hash is recorded at the first load, and later loads must match it. Published figures are the paper's (Table 1,
@@ -150,18 +149,13 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
     else:
         items, where = file_items(path), str(path)
     if len(items) != benchmark.num_rows:
-        raise UserError(
-            f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}: provide the whole "
-            "file (--limit takes a part of it)"
-        )
+        expected = f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}"
+        raise UserError(f"{expected}: provide the whole file (--limit takes a part of it)")
     if benchmark.kind == "choice" and not all(item.choices for item in items):
         number = next(n for n, item in enumerate(items, start=1) if not item.choices)
         raise UserError(f"{where}:{number}: choices: expected a list of choices, got none: correct the row")
-    found, expected, pinned = (
-        content_hash(items),
-        benchmark.content,
-        "the pinned ones: provide the original file",
-    )
+    found, expected = content_hash(items), benchmark.content
+    pinned = "the pinned ones: provide the original file"
     if expected == UNKNOWN:
         expected = _first_seen(benchmark.id, found)
         pinned = f"those first loaded here: if these are right, remove {benchmark.id} from {_record()}"
@@ -179,9 +173,7 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder: pass --data with the folder that holds {benchmark.id}.jsonl"
-        )
+        raise UserError(f"{folder}: no such folder: pass --data with the folder of {benchmark.id}.jsonl")
     names = [f"{sub}{benchmark.id}{suffix}" for suffix in SUFFIXES for sub in ("", "benchmarks/")]
     found = [path for name in names if (path := folder / name).is_file()]
     if not found:
@@ -191,16 +183,12 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
 
 def _from_hub(benchmark: Benchmark) -> list[Item]:
     if not benchmark.hub:
-        raise NotThere(
-            f"benchmark {benchmark.id}: has no hub source: pass --data FOLDER with {benchmark.id}.jsonl"
-        )
-    repository, config, split = benchmark.hub.split(":")
-    return hub_items(benchmark.id, repository, config, split)
+        raise NotThere(f"{benchmark.id}: has no hub source: pass --data FOLDER with {benchmark.id}.jsonl")
+    return hub_items(benchmark.id, *benchmark.hub.split(":"))
 
 
 def _first_seen(id: str, found: str) -> str:
-    """The hash that was recorded when a benchmark of unknown content was first loaded here; records this one
-    if none was."""
+    """The hash recorded when a benchmark of unknown content was first loaded here: this one, if none was."""
     path = _record()
     try:
         seen: dict[str, Any] = read_json(path) if path.is_file() else {}
@@ -216,13 +204,11 @@ def _record() -> Path:
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
-    """The problem as it is asked: options shuffled by the recorded seed and lettered anew, the gold with
-    them."""
+    """The problem as it is asked: its options, and the gold with them, shuffled and lettered again."""
     text, answer, meta = item.question, item.answer, {}
     if item.choices:
-        order = permutation(
-            SHUFFLE_SEED, 0, len(item.choices), item=f"options/{benchmark.id}/{item.id}"
-        ).tolist()
+        name = f"options/{benchmark.id}/{item.id}"
+        order = permutation(SHUFFLE_SEED, 0, len(item.choices), item=name).tolist()
         lines = [f"{LETTERS[n]}) {item.choices[position]}" for n, position in enumerate(order)]
         text, answer = "\n".join([f"{text}\n", *lines]), LETTERS[order.index(int(answer))]
         meta = {"num_choices": len(order), "option_order": order}
@@ -233,8 +219,8 @@ def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
 
 
 def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) -> list[Problem]:
-    """The first ``limit`` problems in an order that is drawn once for each benchmark, so that a small part is
-    no corner of the file and a greater one holds it; in the order of the file."""
+    """The first ``limit`` problems of an order drawn once for each benchmark, so that a greater limit contains
+    a smaller one; in the order of the file."""
     if limit == "all" or limit >= len(problems):
         return list(problems)
     order = permutation(SHUFFLE_SEED, 0, len(problems), item=f"limit/{name}")
@@ -242,11 +228,10 @@ def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) ->
 
 
 def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
-    """The overlap of a training set with each benchmark, by bare question: options and templates would hide
-    equal ones.
+    """The overlap of a training set with each benchmark, by bare question (options would hide equal ones).
 
-    Without ``ids``, every benchmark that the folder ``data`` holds; the others are listed as missing. Examples
-    are ids only, so private benchmarks stay private.
+    Without ``ids``, every benchmark in the folder ``data``; the others are listed as missing. Examples are
+    only ids, so private benchmarks stay private.
     """
     folder = Path(data) if data else None
     tested, missing = {}, []
@@ -257,6 +242,5 @@ def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
             if ids:
                 raise
             missing.append(id)
-    settings = DataSettings(source=source)
-    trained = {source: load_problems("train", settings, seed=0, base_dir=Path(), needs=())}
-    return {**overlap_report(trained, tested), "missing": missing}
+    trained = load_problems("train", DataSettings(source=source), seed=0, base_dir=Path(), needs=())
+    return {**overlap_report({source: trained}, tested), "missing": missing}

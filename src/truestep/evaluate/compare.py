@@ -47,28 +47,19 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
     counts_a, counts_b = _correct_of(a), _correct_of(b)
     if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):
         have, lack = ("first", "second") if unpaired[0] in counts_a else ("second", "first")
-        raise UserError(
-            f"problem {unpaired[0]} is in the {have} evaluation and not in the {lack} ({len(unpaired)} such problems): "
-            "expected the same problems, evaluate both on the same data"
-        )
+        where = f"is in the {have} evaluation and not in the {lack} ({len(unpaired)} such problems)"
+        raise UserError(f"problem {unpaired[0]} {where}: evaluate both on the same problems")
     scale = math.lcm(*(n for counts in (counts_a, counts_b) for _, n in counts.values()))
-    whole = [
-        counts_b[p][0] * (scale // counts_b[p][1]) - counts_a[p][0] * (scale // counts_a[p][1])
-        for p in counts_a
-    ]  # differences in units of 1 / scale: whole numbers, so that the exact test is exact
+    pairs = [(counts_a[p], counts_b[p]) for p in counts_a]
+    # Differences in units of 1 / scale: whole numbers, so that the exact test is exact.
+    whole = [b * (scale // num_b) - a * (scale // num_a) for (a, num_a), (b, num_b) in pairs]
     difference, low, high, p_value, detectable = paired_t(np.array(whole) / scale, 1 / scale)
     p_exact = sign_flip_p([w // math.gcd(*whole) for w in whole] if any(whole) else [])
     return Comparison(
-        difference=difference,
-        low=low,
-        high=high,
-        p_value=p_exact if p_value is None else p_value,
-        p_exact=p_exact,
-        detectable=detectable,
-        num_problems=len(whole),
-        num_better=sum(w > 0 for w in whole),
-        num_worse=sum(w < 0 for w in whole),
-    )
+        difference=difference, low=low, high=high, p_value=p_exact if p_value is None else p_value,
+        p_exact=p_exact, detectable=detectable, num_problems=len(whole),
+        num_better=sum(w > 0 for w in whole), num_worse=sum(w < 0 for w in whole),
+    )  # fmt: skip
 
 
 def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
@@ -79,15 +70,14 @@ def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, float | None, float | None]:
     """Mean, interval, p-value and detectable difference of paired differences.
 
-    Where all differences are equal the spread says nothing, and pseudo-observations are added: half of +unit,
+    If all differences are equal the spread says nothing, and pseudo-observations are added: half of +unit,
     half of -unit and one of 0 (with one sample a problem, the interval of Agresti and Min 2005,
     doi:10.1002/sim.1781). There is then no t statistic, hence no p-value.
     """
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return mean, -1.0, 1.0, None, None
-    centre, error = mean, standard_error(values)
-    degenerate = bool(np.ptp(values) == 0)
+    centre, error, degenerate = mean, standard_error(values), bool(np.ptp(values) == 0)
     if degenerate:
         centre = mean * n / (n + 2)
         second_moment = (n * mean**2 + unit**2) / (n + 2)

@@ -19,9 +19,8 @@ from truestep.evaluate.interval import Interval, mean_interval, standard_error
 from truestep.grade.equivalent import ballot
 from truestep.records import RecordError, Stop, Verdict
 
-Row = Mapping[
-    str, Any
-]  # one sample: problem_id, sample_index, verdict, and where known stop, extracted, num_tokens
+# One sample: problem_id, sample_index, verdict, and if known stop, extracted, num_tokens.
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,7 @@ class Estimate:
     """What a set of samples says about a model. n = correct + incorrect + unscored.
 
     ``score`` is the mean over problems of the share of correct samples; an unscored sample counts as not
-    correct, and ``score_if_unscored_correct`` says how much that could have cost. ``stderr`` is None where
-    one problem leaves it unknown.
+    correct, and ``score_if_unscored_correct`` says how much that could cost. ``stderr`` is None for one problem.
     """
 
     score: float
@@ -64,8 +62,7 @@ class Estimate:
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The samples of each problem. Raises UserError if there are none, RecordError if one is there
-    twice."""
+    """The samples of each problem. Raises UserError if there are none, RecordError if one is there twice."""
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["sample_index"] in groups[row["problem_id"]]:
@@ -77,8 +74,7 @@ def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
-    """The score of per-sample records with its interval, pass@k for each k of ``pass_at``, and what became of
-    them all.
+    """The score of per-sample records with its interval, pass@k for each k of ``pass_at``, and all counts.
 
     Raises UserError if a problem has fewer than k samples.
     """
@@ -93,24 +89,17 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
     means = num_correct / sizes
     score = mean_interval(means, num_trials=sizes.sum())
     return Estimate(
-        score=score.value,
-        low=score.low,
-        high=score.high,
+        score=score.value, low=score.low, high=score.high,
         stderr=standard_error(means) if len(means) > 1 else None,
         score_if_unscored_correct=float(((num_correct + num_unscored) / sizes).mean()),
-        n=len(samples),
-        correct=int(num_correct.sum()),
-        incorrect=_count(samples, Verdict.INCORRECT),
-        unscored=int(num_unscored.sum()),
-        num_problems=len(groups),
+        n=len(samples), correct=int(num_correct.sum()), incorrect=_count(samples, Verdict.INCORRECT),
+        unscored=int(num_unscored.sum()), num_problems=len(groups),
         truncated_rate=_mean(samples, "stop", lambda stop: stop == Stop.LENGTH),
-        extracted_rate=_mean(samples, "extracted", bool),
-        mean_tokens=_mean(samples, "num_tokens", float),
+        extracted_rate=_mean(samples, "extracted", bool), mean_tokens=_mean(samples, "num_tokens", float),
         pass_at={k: pass_interval(num_correct, sizes, k) for k in pass_at},
         majority_at=_majorities(groups, [k for k in pass_at if k > 1]),
-        strict_score=_score_by(groups, "strict"),
-        lenient_score=_score_by(groups, "lenient"),
-    )
+        strict_score=_score_by(groups, "strict"), lenient_score=_score_by(groups, "lenient"),
+    )  # fmt: skip
 
 
 def _mean(rows: Sequence[Row], field: str, value: Callable[[Any], float]) -> float | None:
@@ -142,7 +131,7 @@ def pass_interval(num_correct: np.ndarray, sizes: np.ndarray, k: int) -> Interva
 
 
 def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[int, Interval]:
-    """majority@k for each k, where every sample says what it answered."""
+    """majority@k for each k, if every sample says what it answered."""
     if not all(isinstance(row.get("extracted"), str) for group in groups.values() for row in group):
         return {}
     sizes = np.array([len(group) for group in groups.values()], dtype=float)
@@ -155,8 +144,7 @@ def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[
 
 
 def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
-    """Samples with a correct answer (whatever its form), with each other answer (in any spelling), and with
-    none."""
+    """Samples with a correct answer (in any form), with each other answer (in any spelling), with none."""
     right = _count(rows, Verdict.CORRECT)
     others = [row["extracted"] for row in rows if row["verdict"] != Verdict.CORRECT]
     wrong = Counter(ballot(answer) for answer in others if answer)

@@ -1,8 +1,7 @@
-"""Logs of other harnesses (lm-evaluation-harness, lighteval, inspect) as truestep's rows, and truestep's rows in
-lm-eval's layout.
+"""Logs of lm-evaluation-harness, lighteval and inspect as truestep's rows; truestep's rows as lm-eval's.
 
-A verdict of another harness is kept: nothing is graded again. What a log does not say (a failed sample, a score
-that is neither right nor wrong) is unscored, with the reason.
+Verdicts of other harnesses are kept: nothing is graded again. A sample without one (it failed, or its score
+is neither right nor wrong) is unscored, with the reason.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ AS_WRITTEN = "pass a log as its harness wrote it"
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Samples of one task from one file. ``made_by`` is truestep, lm-eval, lighteval or inspect; ``metric``
-    names the score that the verdicts are of, ``missing`` says what the log has not (unfinished, a part
-    only)."""
+    names the score behind the verdicts, ``missing`` says why the log is incomplete."""
 
     task: str
     made_by: str
@@ -77,9 +75,7 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
         raise UserError(f"{path}: is empty: {AS_WRITTEN}")
     first, own = rows[0], bool(rows[0].get("header"))
     if not (own and "identity" in first) and not {"doc_id", "filter"} <= first.keys():
-        raise UserError(
-            f"{path}:1: expected a sample of truestep or lm-eval, got the fields {sorted(first)[:6]}"
-        )
+        raise UserError(f"{path}:1: expected a sample of truestep or lm-eval, got {sorted(first)[:6]}")
     fields = ("problem_id", "sample_index", "verdict") if own else ("doc_id", "filter")
     for number, row in enumerate(rows[own:], start=1 + own):
         if lacking := [field for field in fields if field not in row]:
@@ -92,8 +88,7 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
 
 
 def _judged(value: Any) -> Verdict:
-    """What another harness's score means: 1, true and C are right; 0, false, I and N wrong; anything else is
-    no verdict."""
+    """Another harness's score: 1, true and C are right; 0, false, I and N wrong; others are not verdicts."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return Verdict.CORRECT if value else Verdict.INCORRECT
     known = {"C": Verdict.CORRECT, "I": Verdict.INCORRECT, "N": Verdict.INCORRECT}
@@ -128,9 +123,8 @@ def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any
 
 
 def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
-    """One evaluation for each filter, judged by the metric that is asked for, else by math_verify if it is
-    logged, else by the first. Of several answers to a document lm-eval logs one score, their mean or the
-    first one's."""
+    """One evaluation for each filter, judged by the metric that is asked for, else math_verify if it is logged,
+    else the first. For several answers to a document lm-eval logs one score: their mean, or the first's."""
     task = path.stem.removeprefix("samples_").partition("_20")[0]  # a date follows
     found: dict[str, list[Row]] = {}
     per_filter = Counter((str(row["filter"]), str((row.get("doc") or {}).get("id"))) for row in rows)
@@ -145,19 +139,17 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
         facts = {"prompt": _question(doc), "gold": str(row.get("target", ""))}
         answers, texts = [_text(a) for a in row.get("filtered_resps") or [""]], _replies(row)
         if "truestep" in row:  # written by truestep eval export
-            verdicts = map(Verdict, row["truestep"]["verdicts"])
+            verdicts = [Verdict(verdict).value for verdict in row["truestep"]["verdicts"]]
             for i, (verdict, text, answer) in enumerate(zip(verdicts, texts, answers, strict=True)):
-                made = _made((key, i), None, completion=text, extracted=answer, reason=JUDGED, **facts)
-                own.append({**made, "verdict": verdict.value})
+                facts |= {"completion": text, "extracted": answer, "reason": JUDGED, "verdict": verdict}
+                own.append(_made((key, i), None, **facts))
             continue
         for i, (score, text, reason) in enumerate(_samples(row.get(judge), texts, averaged)):
             extracted = None if reason else answers[i if i < len(answers) else 0]
             own.append(_made((key, i), score, completion=text, extracted=extracted, reason=reason, **facts))
+    shared: dict[str, Any] = {"made_by": "lm-eval", "source": str(path), "metric": judge}
     names = {name: f"{task},{name}" if len(found) > 1 else task for name in found}
-    return [
-        Evaluation(task=names[name], made_by="lm-eval", source=str(path), rows=own, metric=judge)
-        for name, own in found.items()
-    ]
+    return [Evaluation(task=names[name], rows=own, **shared) for name, own in found.items()]
 
 
 def _text(answer: Any) -> str:
@@ -188,16 +180,13 @@ def _lighteval(path: Path, metric: str) -> Evaluation:
     read: list[tuple[Row, Row, Row]] = []  # document, reply, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
-            raise UserError(
-                f"{path}:{number}: expected a row of lighteval's details with __doc__ and __metric__"
-            )
+            raise UserError(f"{path}:{number}: expected lighteval's details with __doc__ and __metric__")
         reply = row.get("__model_response__") or row.get("model_response") or {}
         scores = row.get("__metric__") or row.get("metric") or {}
         read.append((row.get("__doc__") or row["doc"], reply, scores))
     logged = read[0][2] if read else {}
-    judge = _metric(
-        path, metric, sorted(logged, key=lambda m: _SCORES.index(m) if m in _SCORES else len(_SCORES))
-    )
+    best_first = sorted(logged, key=lambda m: _SCORES.index(m) if m in _SCORES else len(_SCORES))
+    judge = _metric(path, metric, best_first)
     replies = [list(map(str, reply.get("text") or [""])) for _, reply, _ in read]
     averaged = any(_is_share(s.get(judge), len(texts)) for (*_, s), texts in zip(read, replies, strict=True))
     rows = []
@@ -226,15 +215,13 @@ def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
 
 
 def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
-    """One JSON object of the zip. Raises UserError if it is missing, damaged, encrypted, compressed in a way
-    that zipfile does not know, or too large."""
+    """One JSON object of the zip. Raises UserError if it is missing, cannot be unpacked, or is too large."""
     try:
         size = archive.getinfo(name).file_size
         found = json.loads(archive.read(name)) if size <= MAX_LOG_BYTES else {}
     except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(
-            f"{path}: {name}: cannot be read ({error}): {AS_WRITTEN}, or the output of inspect log convert --to json"
-        ) from None
+        hint = f"{AS_WRITTEN}, or the output of inspect log convert --to json"
+        raise UserError(f"{path}: {name}: cannot be read ({error}): {hint}") from None
     if size > MAX_LOG_BYTES:
         raise UserError(f"{path}: {name} unpacks to more than {MAX_LOG_BYTES >> 20} MiB: refused")
     if not isinstance(found, dict):
@@ -279,9 +266,8 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
     missing = f"its status is {status}" if status not in (None, "success") else ""
     if isinstance(total, int) and num < total:
         missing = f"{num} of {total} problems" + (f", {missing}" if missing else "")
-    return Evaluation(
-        task=task, made_by="inspect", source=str(path), rows=rows, metric=judge, missing=missing
-    )
+    about = {"made_by": "inspect", "source": str(path), "missing": missing}
+    return Evaluation(task=task, rows=rows, metric=judge, **about)
 
 
 def _target(target: Any) -> str:
@@ -300,12 +286,10 @@ def _said(turns: Any) -> str:
 
 
 def write_lm_eval(run: Path, out: Path) -> list[Path]:
-    """A run's evaluations as lm-evaluation-harness writes them: one folder per template or checkpoint, in it one
-    results file and the samples of each task. Texts of a private benchmark are left out, as in the run itself."""
-    provenance, summary = (
-        read_json(run / name) if (run / name).is_file() else {}
-        for name in ("provenance.json", "summary.json")
-    )
+    """A run's evaluations as lm-evaluation-harness writes them: one folder per template or checkpoint, with one
+    results file and the samples of each task. Texts of a private benchmark are left out, as in the run."""
+    paths = (run / "provenance.json", run / "summary.json")
+    provenance, summary = (read_json(path) if path.is_file() else {} for path in paths)
     written = []
     for folder in sorted(p for p in (run / "evaluations").glob("*") if p.is_dir()):
         tasks = [p.name.removesuffix(".results.json") for p in sorted(folder.glob("*.results.json"))]
@@ -327,9 +311,7 @@ def write_lm_eval(run: Path, out: Path) -> list[Path]:
 
 def _results_of(folder: Path, task: str) -> Row:
     if not samples_file(folder, task).is_file():
-        raise UserError(
-            f"{samples_file(folder, task)}: is missing, but its results exist: pass a complete run directory"
-        )
+        raise UserError(f"{samples_file(folder, task)}: is missing: pass a complete run directory")
     path = results_file(folder, task)
     try:
         return dict(read_json(path))
@@ -364,20 +346,15 @@ def _documents(rows: Sequence[Row]) -> Iterator[Row]:
     for number, (problem_id, group) in enumerate(groups.items()):
         prompt, gold = str(group[0].get("prompt", "")), str(group[0].get("gold", ""))
         yield {
-            "doc_id": number,
-            "doc": {"id": problem_id, "problem": prompt, "answer": gold},
-            "target": gold,
+            "doc_id": number, "doc": {"id": problem_id, "problem": prompt, "answer": gold}, "target": gold,
             "arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {}}},
             "resps": [[row.get("completion", "") for row in group]],
             "filtered_resps": [row.get("extracted") or "[invalid]" for row in group],
-            "filter": "none",
-            "metrics": ["exact_match"],
-            "doc_hash": _sha(problem_id + prompt + gold),
-            "prompt_hash": _sha(prompt),
-            "target_hash": _sha(gold),
+            "filter": "none", "metrics": ["exact_match"], "doc_hash": _sha(problem_id + prompt + gold),
+            "prompt_hash": _sha(prompt), "target_hash": _sha(gold),
             "exact_match": sum(row["verdict"] == Verdict.CORRECT for row in group) / len(group),
             "truestep": {"verdicts": [row["verdict"] for row in group]},
-        }
+        }  # fmt: skip
 
 
 def _sha(text: str) -> str:

@@ -28,12 +28,8 @@ def read_samples(path: Path) -> list[Row]:
 
 def score_row(data: str, results: Mapping[str, Any], **group: str) -> Row:
     """A row of the summary: ``group`` is checkpoint=NAME or prompt=NAME."""
-    known = {
-        "whole": True,
-        "private": False,
-        "published": {},
-        "metric": f"avg@{results['samples_per_problem']}",
-    }
+    metric = f"avg@{results['samples_per_problem']}"
+    known = {"whole": True, "private": False, "published": {}, "metric": metric}
     facts = {key: results.get(key, default) for key, default in known.items()}
     return {"data": data, **group, **facts, **results["estimate"]}
 

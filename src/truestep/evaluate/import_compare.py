@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,18 +13,17 @@ from truestep.evaluate.compare import compare
 from truestep.evaluate.estimate import by_problem, estimate
 from truestep.evaluate.external_logs import Evaluation, Row, is_private, read_evaluations
 from truestep.evaluate.files import SCHEMA_VERSION, results_file, samples_file, score_row
-from truestep.evaluate.run import task_results
+from truestep.evaluate.run import task_results, write_samples
 from truestep.records import RecordError
-from truestep.rundir import provenance, read_json, write_atomic, write_json
+from truestep.rundir import provenance, read_json, write_json
 
 _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
 
 def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> dict[str, Any]:
-    """Write external evaluations as a run directory; returns its summary. Nothing is written before all is
-    read.
+    """Write external evaluations as a run directory, once all are read; returns its summary.
 
-    Raises UserError if the directory is taken, or an evaluation is there twice.
+    Raises UserError if the directory is not empty, or an evaluation is there twice.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder: pass --out with a different path")
@@ -33,35 +31,26 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
     sources: dict[tuple[str, str], str] = {}
     for evaluation, task, _, _ in read:
         if (key := (evaluation.made_by, task)) in sources:
-            raise UserError(
-                f"{evaluation.source}: {task} of {evaluation.made_by} is also in {sources[key]}: import them separately"
-            )
+            also = f"{task} of {evaluation.made_by} is also in {sources[key]}"
+            raise UserError(f"{evaluation.source}: {also}: import them separately")
         sources[key] = evaluation.source
     notes = ["imported: verdicts as the other harness gave them, nothing graded again"]
     scores = []
     for evaluation, task, rows, found in read:
         folder = out / "evaluations" / evaluation.made_by
-        identity = f"{evaluation.made_by}:{evaluation.source}"
-        header = {"header": True, "schema_version": SCHEMA_VERSION, "name": task, "identity": identity}
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in (header, *rows))
-        write_atomic(samples_file(folder, task), "".join(lines))
+        write_samples(samples_file(folder, task), task, f"{evaluation.made_by}:{evaluation.source}", rows)
         if evaluation.missing:
             notes.append(f"{task}: incomplete: {evaluation.missing}")
         if found["unscored"]:
-            notes.append(
-                f"{task}: {found['unscored']} of {found['n']} samples have no verdict: counted as not correct"
-            )
+            share = f"{found['unscored']} of {found['n']}"
+            notes.append(f"{task}: {share} samples have no verdict: counted as not correct")
         size = BY_ID[task].num_rows if task in BY_ID else found["num_problems"]
         results = {
-            "schema_version": SCHEMA_VERSION,
-            **task_results(task, found),
-            "estimate": found,
-            "samples_per_problem": found["n"] // found["num_problems"],
-            "source": evaluation.source,
-            "metric": evaluation.metric or "as judged there",
+            "schema_version": SCHEMA_VERSION, **task_results(task, found), "estimate": found,
+            "samples_per_problem": found["n"] // found["num_problems"], "source": evaluation.source,
+            "metric": evaluation.metric or "as judged there", "private": is_private(task),
             "whole": not evaluation.missing and found["num_problems"] == size,
-            "private": is_private(task),
-        }
+        }  # fmt: skip
         write_json(results_file(folder, task), results)
         scores.append(score_row(task, results, prompt=evaluation.made_by))
     summary = {
@@ -77,12 +66,9 @@ def _estimated(evaluation: Evaluation) -> tuple[str, list[Any], dict[str, Any]]:
     """The task's name as a file name, the samples in order of their problems, and the estimate."""
     task = "".join(c if c.isalnum() or c in "._-" else "-" for c in evaluation.task).strip(".-") or "task"
     private = is_private(evaluation.task)
-    try:
-        groups = by_problem([_without_texts(row) if private else row for row in evaluation.rows])
-        rows = [row for group in groups.values() for row in group]
-        return task, rows, estimate(rows, range(1, min(map(len, groups.values())) + 1)).to_json()
-    except (UserError, RecordError) as error:
-        raise UserError(f"{evaluation.source}: {error}") from None
+    groups = _grouped(evaluation)
+    rows = [_without_texts(row) if private else row for group in groups.values() for row in group]
+    return task, rows, estimate(rows, range(1, min(map(len, groups.values())) + 1)).to_json()
 
 
 def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,9 +93,8 @@ def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
         pairs = [(next(iter(left)), next(iter(right)))]
     if not pairs:
         names = [", ".join(sorted({k[0] for k in side})) for side in (left, right)]
-        raise UserError(
-            f"{a} has {names[0]}, {b} has {names[1]}: no task is in both: pass single files to compare them all the same"
-        )
+        both = f"{a} has {names[0]}, {b} has {names[1]}: no task is in both"
+        raise UserError(f"{both}: pass single files to compare them all the same")
     return {
         "comparisons": [_compared(max(x[0], y[0], key=len), left[x], right[y]) for x, y in pairs],
         "only_in_a": sorted({k[0] for k in left} - {x[0] for x, _ in pairs}),
@@ -126,9 +111,9 @@ def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
         ours = evaluation.made_by == "truestep"
         key = (evaluation.task, Path(evaluation.source).parent.name if ours else evaluation.made_by)
         if key in found:
+            also = f"{key[0]} of {key[1]} is also in {found[key].source}"
             raise UserError(
-                f"{evaluation.source}: {key[0]} of {key[1]} is also in {found[key].source}: pass single files, or "
-                "folders with one evaluation of each"
+                f"{evaluation.source}: {also}: pass files, or folders with one evaluation of each"
             )
         found[key] = evaluation
     return found
@@ -142,10 +127,8 @@ def _task(key: Key) -> str:
 def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
     for evaluation in (x, y):
         if len(sizes := set(map(len, _grouped(evaluation).values()))) > 1:
-            raise UserError(
-                f"{evaluation.source}: has {min(sizes)} to {max(sizes)} samples per problem: expected the same number "
-                "for all; finish it with truestep eval … --resume"
-            )
+            uneven = f"has {min(sizes)} to {max(sizes)} samples per problem: expected the same number for all"
+            raise UserError(f"{evaluation.source}: {uneven}; finish it with truestep eval … --resume")
     rows_x, rows_y, paired_by = x.rows, y.rows, "id"
     if not _same_problems(rows_x, rows_y):
         rows_x, rows_y, paired_by = _by_text(rows_x), _by_text(rows_y), "text"
@@ -153,15 +136,12 @@ def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
         found = compare(rows_x, rows_y).to_json()
     except UserError as error:
         raise UserError(f"{x.source} and {y.source}: {task}: {error}") from None
-    scores = [estimate(rows).to_json() for rows in (rows_x, rows_y)]
-    kept = ("score", "low", "high", "n", "unscored")
-    return {
-        "task": task,
-        "a": {"path": x.source, "made_by": x.made_by, "seed": _seed(x), **{k: scores[0][k] for k in kept}},
-        "b": {"path": y.source, "made_by": y.made_by, "seed": _seed(y), **{k: scores[1][k] for k in kept}},
-        "paired_by": paired_by,
-        **found,
-    }
+    sides = {}
+    for name, one, rows in (("a", x, rows_x), ("b", y, rows_y)):
+        score = estimate(rows).to_json()
+        kept = {k: score[k] for k in ("score", "low", "high", "n", "unscored")}
+        sides[name] = {"path": one.source, "made_by": one.made_by, "seed": _seed(one), **kept}
+    return {"task": task, **sides, "paired_by": paired_by, **found}
 
 
 def _grouped(evaluation: Evaluation) -> dict[str, list[Any]]:

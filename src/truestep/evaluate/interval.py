@@ -15,11 +15,10 @@ from functools import lru_cache
 import numpy as np
 
 BLAKER_UP_TO = 2_000  # trials; above, Clopper and Pearson's interval is hardly wider
-GRID = (
-    200,
-    30,
-)  # points at which an exact interval's end is looked for: between its bounds, then between two of these
+GRID = (200, 30)  # points tried for an exact interval's end: between its bounds, then between two of these
 PULL = 0.5  # how strongly a spread that few problems carry is drawn to the largest there can be
+NORMAL_QUANTILE = 1.959963984540054  # the two-sided 95 % point
+Ends = tuple[float, float]
 INWARD = 0.2  # of one trial: how far the clustered interval is drawn in from Clopper and Pearson's
 
 
@@ -51,7 +50,7 @@ def mean_interval(values: np.ndarray, num_trials: float) -> Interval:
     return Interval(value=mean, low=max(0.0, min(low, mean)), high=min(1.0, max(high, mean)))
 
 
-def binomial_interval(correct: float, num: int) -> tuple[float, float]:
+def binomial_interval(correct: float, num: int) -> Ends:
     """Exact interval of a share: Blaker's up to 2,000 trials, then Clopper and Pearson's.
 
     Source: Blaker 2000 (doi:10.2307/3315916)
@@ -74,8 +73,7 @@ def alpha_of(num_problems: int) -> float:
 
 @lru_cache(maxsize=4096)
 def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
-    """The ends of {p: P(as unlikely a tail as this one's, or less likely) > alpha}, each to a grid point
-    outside."""
+    """The ends of {p: P(a tail as unlikely as this one's, or less likely) > alpha}, rounded outwards."""
     outer = _beta_ends(float(correct), float(num), alpha, 0.0)  # Blaker's interval lies within
     share = correct / num
     ends = []
@@ -93,22 +91,18 @@ def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
 
 
 def _acceptability(correct: int, num: int, points: np.ndarray) -> np.ndarray:
-    """Blaker's acceptability of a count at each p: the probability of the counts whose smaller tail is no
-    greater."""
-    counts = np.arange(num + 1)
-    log_choose = _log_choose(num)
+    """Blaker's acceptability of a count at each p: P(the counts whose smaller tail is not greater)."""
+    counts, log_choose = np.arange(num + 1), _log_choose(num)
     points = np.clip(points, 1e-12, 1 - 1e-12)
-    found = np.empty(len(points))
-    step = max(1, 2_000_000 // (num + 1))
+    found, step = np.empty(len(points)), max(1, 2_000_000 // (num + 1))
     for start in range(0, len(points), step):
         p = points[start : start + step, None]
         mass = np.exp(log_choose + counts * np.log(p) + (num - counts) * np.log1p(-p))
         below = np.minimum(np.cumsum(mass, axis=1), 1.0)
         above = np.minimum(np.cumsum(mass[:, ::-1], axis=1)[:, ::-1], 1.0)
         tail = np.minimum(below, above)
-        found[start : start + step] = np.where(tail <= tail[:, correct, None] * (1 + 1e-9), mass, 0.0).sum(
-            axis=1
-        )
+        no_greater = tail <= tail[:, correct, None] * (1 + 1e-9)
+        found[start : start + step] = np.where(no_greater, mass, 0.0).sum(axis=1)
     return found
 
 
@@ -118,9 +112,7 @@ def _log_choose(num: int) -> np.ndarray:
     return logs[num] - logs - logs[::-1]
 
 
-def clustered_interval(
-    mean: float, variance: float, num_problems: int, num_trials: float
-) -> tuple[float, float]:
+def clustered_interval(mean: float, variance: float, num_problems: int, num_trials: float) -> Ends:
     """Interval of the mean of problem shares that have several samples each.
 
     The effective number of trials is the one at which a proportion would have the error that the problems
@@ -139,26 +131,22 @@ def clustered_interval(
     pull = PULL / (PULL + (num_problems * most) ** 2)
     spread = (1 - pull) * variance + pull * most
     effective = num_problems * most / spread if spread > 0 else num_trials
-    effective = min(effective, num_trials) * (normal_quantile() / t_quantile(0.975, num_problems - 1)) ** 2
+    effective = min(effective, num_trials) * (NORMAL_QUANTILE / t_quantile(0.975, num_problems - 1)) ** 2
     effective = max(effective, num_problems)
     return _beta_ends(mean * effective, effective, alpha_of(num_problems), INWARD)
 
 
 def _beta_ends(correct: float, num: float, alpha: float, inward: float) -> tuple[float, float]:
     """Clopper and Pearson's ends for a count that need not be whole, drawn in by ``inward`` of a trial."""
-    low = 0.0 if correct <= 0 else beta_quantile(alpha / 2, correct + inward, num - correct + 1 - inward)
-    high = (
-        1.0 if correct >= num else beta_quantile(1 - alpha / 2, correct + 1 - inward, num - correct + inward)
-    )
+    low, high, wrong = 0.0, 1.0, num - correct
+    if correct > 0:
+        low = beta_quantile(alpha / 2, correct + inward, wrong + 1 - inward)
+    if wrong > 0:
+        high = beta_quantile(1 - alpha / 2, correct + 1 - inward, wrong + inward)
     return low, high
 
 
 # ---------------------------------------------------------------------------------------------- distributions
-
-
-def normal_quantile() -> float:
-    """The two-sided 95 % point of the normal distribution."""
-    return 1.959963984540054
 
 
 def t_cdf(t: float, df: float) -> float:

@@ -67,7 +67,7 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
             _put(table, SHORT.get(key, key), value)
     if not table.get("evaluate", {}).get("benchmarks"):
         raise UserError(
-            f"{where}: no benchmarks given: pass --benchmarks gsm8k,math500 (truestep eval list names them all)"
+            f"{where}: no benchmarks given: pass --benchmarks gsm8k,math500 (see truestep eval list)"
         )
     settings = parse(Settings, table, where=where)
     for id in settings.evaluate.benchmarks:
@@ -107,21 +107,14 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
         problems = benchmarks.take(every, evaluate.limits.get(id, evaluate.limit), id)
         names = [benchmark.prompt if name == "benchmark" else name for name in evaluate.prompts]
         sampling = evaluate.sampling.resolved(benchmark.temperature, benchmark.max_new_tokens)
-        samples = (
-            benchmark.samples if evaluate.samples_per_problem == "benchmark" else evaluate.samples_per_problem
-        )
-        jobs += [
-            Job(
-                benchmark=benchmark,
-                template=template,
-                problems=problems,
-                samples=samples if sampling.temperature else 1,  # greedy samples are all the same
-                sampling=sampling,
-                content=_hash(problems),
-                source=_hash(every),
-            )
-            for template in prompts.chosen(names)
-        ]
+        wanted = evaluate.samples_per_problem
+        samples = benchmark.samples if wanted == "benchmark" else wanted
+        shared: dict[str, Any] = {
+            "benchmark": benchmark, "problems": problems, "sampling": sampling, "content": _hash(problems),
+            "samples": samples if sampling.temperature else 1,  # greedy samples are all the same
+            "source": _hash(every),
+        }  # fmt: skip
+        jobs += [Job(template=template, **shared) for template in prompts.chosen(names)]
     return jobs
 
 
@@ -144,8 +137,7 @@ def engine_kind(settings: Settings) -> str:
 
 
 def job_identity(settings: Settings, job: Job, model_content: str) -> str:
-    """The hash of all that a sample of this job depends on; not of how many problems and samples are asked
-    for."""
+    """The hash of all that a sample of this job depends on: not the numbers of problems and samples."""
     t, s = job.template, job.sampling
     asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
     sampling = (s.temperature, s.top_p, s.top_k, s.max_new_tokens, settings.seed, settings.evaluate.few_shot)
@@ -169,31 +161,25 @@ def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
     """What the settings ask for and do not get."""
     wanted = settings.evaluate.samples_per_problem
     greedy = dict.fromkeys(j.benchmark.id for j in jobs if wanted != "benchmark" and j.samples < wanted)
-    return [
-        f"{id}: 1 sample per problem instead of {wanted}: at temperature 0 all are the same" for id in greedy
-    ]
+    same = "at temperature 0 all are the same"
+    return [f"{id}: 1 sample per problem instead of {wanted}: {same}" for id in greedy]
 
 
 def budget(
     jobs: Sequence[Job], limits: Sequence[int], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the jobs need at most: tokens, and memory and arithmetic if the model's figures are known.
+    """What the jobs need at most: tokens, and memory and arithmetic if the model's ``shape`` is known.
 
-    ``limits`` are the tokens that each job's completions may have, ``prompt_tokens`` the sums over its
-    problems; ``shape`` has num_parameters, bytes_per_parameter, cache_bytes (of one token of one row) and
-    max_running.
+    ``limits`` and ``prompt_tokens``: for each job the tokens of a completion, and of all its prompts.
     """
     rows: list[dict[str, Any]] = [
         {
-            "data": job.benchmark.id,
-            "prompt": job.template.id,
-            "problems": len(job.problems),
-            "samples": len(job.problems) * job.samples,
-            "prompt_tokens": tokens,
+            "data": job.benchmark.id, "prompt": job.template.id, "problems": len(job.problems),
+            "samples": len(job.problems) * job.samples, "prompt_tokens": tokens,
             "generated_tokens_at_most": len(job.problems) * job.samples * limit,
         }
         for job, limit, tokens in zip(jobs, limits, prompt_tokens, strict=True)
-    ]
+    ]  # fmt: skip
     counted = ("samples", "prompt_tokens", "generated_tokens_at_most")
     total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in counted}
     if shape:

@@ -30,8 +30,7 @@ LEAST_ROOM = 8  # tokens that a completion must have beside the longest prompt
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyJob:
-    """A job with its prompts. ``fingerprint`` hashes what is sent, prompt by prompt: equal for two engines
-    that were asked the same."""
+    """A job with its prompts. ``fingerprint`` is a hash of them, the same for every engine."""
 
     prompts: Sequence[Asked]
     stop_token_ids: tuple[int, ...] = ()
@@ -64,8 +63,7 @@ def fingerprint(prompts: Sequence[Any]) -> str:
 
 @dataclass(kw_only=True)
 class TokenAdapter:
-    """Through the model's tokenizer and an engine of truestep, which ``open_engine`` makes when the first
-    sample is asked for."""
+    """Through the model's tokenizer and an engine of truestep, opened for the first sample."""
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
@@ -81,30 +79,24 @@ class TokenAdapter:
         room = self.context_length - len(longest.token_ids)
         limit = job.sampling.max_new_tokens
         if room < (LEAST_ROOM if self.pinned_limit else limit):
+            used = f"{len(longest.token_ids)} of {self.context_length} tokens"
             raise UserError(
-                f"{job.benchmark.id}: the longest prompt ({longest.problem.id}) has {len(longest.token_ids)} of "
-                f"{self.context_length} tokens, which leaves {max(0, room)} of max_new_tokens = {limit}: "
-                "set fewer, a shorter prompt, or a greater model.context_length"
+                f"{job.benchmark.id}: the longest prompt ({longest.problem.id}) has {used}, which leaves "
+                f"{max(0, room)} of max_new_tokens = {limit}: set fewer, or a greater model.context_length"
             )
         notes = []
         if room < limit:
-            notes.append(
-                f"{job.title}: max_new_tokens is {room}, not {limit}: the model's context is {self.context_length}"
-            )
+            reason = f"the model's context is {self.context_length}"
+            notes.append(f"{job.title}: max_new_tokens is {room}, not {limit}: {reason}")
         if template.chat and not has_chat_template(self.tokenizer):
             notes.append(f"{job.title}: the tokenizer has no chat template: turns are sent as plain text")
         ids = [list(p.token_ids) for p in prompts]
         tail = str(self.tokenizer.decode(ids[0][-12:])).rstrip()
         return ReadyJob(
-            prompts=prompts,
-            stop_token_ids=self._stops(template),
-            stop_sequences=self._stop_sequences(template),
-            max_new_tokens=min(limit, room),
-            num_prompt_tokens=sum(map(len, ids)),
-            fingerprint=fingerprint(ids),
-            opening="<think>\n" if tail.endswith("<think>") else "",
-            notes=tuple(notes),
-        )
+            prompts=prompts, stop_token_ids=self._stops(template), max_new_tokens=min(limit, room),
+            stop_sequences=self._stop_sequences(template), num_prompt_tokens=sum(map(len, ids)),
+            fingerprint=fingerprint(ids), opening="<think>\n" if tail.endswith("<think>") else "", notes=tuple(notes),
+        )  # fmt: skip
 
     def _prompt(self, problem: Problem, messages: tuple[Message, ...], template: Template) -> Prompt:
         if not template.chat:
@@ -136,9 +128,10 @@ class TokenAdapter:
         return self.engine
 
     def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
-        sampled = engine_answers(
-            plan, self._engine, lambda ids: completion_text(self.tokenizer, ids), check_stop
-        )
+        def decode(ids: Sequence[int]) -> str:
+            return completion_text(self.tokenizer, ids)
+
+        sampled = engine_answers(plan, self._engine, decode, check_stop)
 
         def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
             for sample in sampled(keys):
@@ -174,34 +167,24 @@ class EndpointAdapter:
             messages = messages_of(template, problem, job.benchmark.kind, few_shot)
             text = "" if template.chat else plain_text(messages)
             prompts.append(TextPrompt(problem=problem, messages=messages if template.chat else (), text=text))
-        notes = []
-        if template.suffix:
-            opening = template.suffix.strip()
-            notes.append(
-                f"{job.title}: an endpoint opens the model's turn itself, so it was not begun with {opening}"
-            )
+        opening = template.suffix.strip()
+        note = f"{job.title}: an endpoint opens the model's turn itself, so it was not begun with {opening}"
         sent = [p.text or [[m.role, m.content] for m in p.messages] for p in prompts]
         characters = sum(len(p.text) + sum(len(m.content) for m in p.messages) for p in prompts)
         return ReadyJob(
-            prompts=prompts,
-            max_new_tokens=job.sampling.max_new_tokens,
+            prompts=prompts, max_new_tokens=job.sampling.max_new_tokens,
             num_prompt_tokens=characters // 4,  # only the server can count them
-            fingerprint=fingerprint(sent),
-            notes=tuple(notes),
-        )
+            fingerprint=fingerprint(sent), notes=(note,) if template.suffix else (),
+        )  # fmt: skip
 
     def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
         prompts: dict[str, Any] = {p.problem.id: p for p in plan.prompts}
 
         def request(problem_id: str, index: int) -> TextRequest:
-            key = SampleRequest(
-                problem_id=problem_id, sample_index=index, prompt_ids=(), seed=plan.seed, purpose=Purpose.EVALUATE, step=0
-            )  # fmt: skip
-            prompt = prompts[problem_id]
-            return TextRequest(
-                problem_id=problem_id, sample_index=index, seed=text_seed(key), messages=prompt.messages,
-                text=prompt.text, stop=template.stop[:4],
-            )  # fmt: skip
+            key: Any = {"problem_id": problem_id, "sample_index": index}
+            drawn = SampleRequest(prompt_ids=(), seed=plan.seed, purpose=Purpose.EVALUATE, step=0, **key)
+            asked: Any = {"messages": prompts[problem_id].messages, "text": prompts[problem_id].text}
+            return TextRequest(seed=text_seed(drawn), stop=template.stop[:4], **asked, **key)
 
         def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
             requests = [request(id, index) for id, index in keys]

@@ -29,11 +29,10 @@ _LETTER = " The final answer is the letter of the right choice alone."
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a problem is asked. ``suffix`` opens the model's turn; what it opens is read as the model's own
-    text.
+    """How a problem is asked. ``suffix`` opens the model's turn, and is read as the model's own text.
 
-    ``chat`` False is text to go on with, without a chat template; a completion then ends at the first
-    ``stop``. The worked examples of a ``brief`` one are of one step and one line.
+    ``chat`` False is text to continue, without a chat template; a completion then ends at the first ``stop``.
+    The worked examples of a ``brief`` one have one step and one line.
     """
 
     id: str
@@ -149,11 +148,11 @@ def chosen(names: Sequence[str]) -> list[Template]:
 
 def messages_of(template: Template, problem: Problem, kind: str, few_shot: int) -> tuple[Message, ...]:
     """The turns of a prompt: the system's, ``few_shot`` worked examples, the problem's."""
-    body, system = (
-        (template.choice, template.choice_system) if kind == "choice" else (template.math, template.system)
-    )
+    body, system = template.math, template.system
+    shots = _BRIEF_SHOTS if template.brief else _MATH_SHOTS
+    if kind == "choice":
+        body, system, shots = template.choice, template.choice_system, _CHOICE_SHOTS
     turns = [Message(role="system", content=system)] if system else []
-    shots = _CHOICE_SHOTS if kind == "choice" else _BRIEF_SHOTS if template.brief else _MATH_SHOTS
     for question, answer in shots[:few_shot]:
         thought = f"{template.suffix}{answer}\n</think>\n{answer}" if "<think>" in template.suffix else answer
         turns += [_user(body, question), Message(role="assistant", content=thought)]
@@ -165,8 +164,7 @@ def _user(body: str, question: str) -> Message:
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """The turns as text to go on with: answers follow their question after a space, an empty line ends each
-    pair."""
+    """The turns as text to continue: an answer follows its question after a space; then an empty line."""
     blocks: list[str] = []
     for message in messages:
         if message.role == "assistant":

@@ -63,9 +63,7 @@ class EvaluationPlan:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise UserError(
-                f"data.{self.name}: the name is a file name: use only letters, digits, '.', '_', '-'"
-            )
+            raise UserError(f"data.{self.name}: a name must be a file name: use only letters, digits, . _ -")
         ids = Counter(prompt.problem.id for prompt in self.prompts)
         if not ids:
             raise UserError(f"{self.name}: no problems: expected at least one, set limit >= 1")
@@ -73,10 +71,9 @@ class EvaluationPlan:
         if times > 1:
             rows = [p.problem.row or "?" for p in self.prompts if p.problem.id == problem_id]
             raise UserError(f"{rows[1]}: id: {problem_id!r} is also the id of {rows[0]}: ids must be unique")
-        if bad := [k for k in self.pass_at if not 1 <= k <= self.samples_per_problem]:
-            raise UserError(
-                f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {self.samples_per_problem}"
-            )
+        num = self.samples_per_problem
+        if bad := [k for k in self.pass_at if not 1 <= k <= num]:
+            raise UserError(f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {num}")
 
     @property
     def samples_path(self) -> Path:
@@ -122,7 +119,8 @@ def run_evaluation(
     if open_keys:
         raise RecordError(f"the engine left {len(open_keys)} of {len(asked)} samples unanswered")
     ordered = [rows[key] for key in keys]
-    _write_samples(plan, ordered)  # in the order asked for, so that a resumed run leaves the same bytes
+    # In the order asked for, so that a resumed run leaves the same bytes.
+    write_samples(plan.samples_path, plan.name, plan.identity, ordered)
     results = _results(plan, estimate(ordered, plan.pass_at))
     write_json(plan.results_path, results)
     return results
@@ -165,14 +163,10 @@ def engine_answers(
         requests = [sample_request(plan, prompts[problem_id], index) for problem_id, index in keys]
         for rollout in open_engine().generate(requests, plan.sampling, check_stop):
             yield TextSample(
-                problem_id=rollout.problem_id,
-                sample_index=rollout.sample_index,
-                text="" if rollout.stop is Stop.ERROR else decode(rollout.completion_ids),
-                stop=rollout.stop,
-                num_tokens=len(rollout.completion_ids),
-                error=rollout.error,
-                token_ids=rollout.completion_ids,
-            )
+                problem_id=rollout.problem_id, sample_index=rollout.sample_index,
+                text="" if rollout.stop is Stop.ERROR else decode(rollout.completion_ids), stop=rollout.stop,
+                num_tokens=len(rollout.completion_ids), error=rollout.error, token_ids=rollout.completion_ids,
+            )  # fmt: skip
 
     return answer
 
@@ -196,39 +190,35 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
         row["extracted"] = bool(extracted)
     else:
         row |= {
-            "prompt": problem.messages[-1].content,
-            "completion": sample.text,
-            "extracted": extracted,
-            "gold": problem.answer,
-            "reason": judged.reason if judged else f"engine: {sample.error}",
-        }
-    unscored = (Verdict.UNSCORED.value,) * 3
-    verdicts = (judged.score.label, judged.strict.value, judged.lenient.value) if judged else unscored
-    row |= dict(zip(("verdict", "strict", "lenient"), verdicts, strict=True))
+            "prompt": problem.messages[-1].content, "completion": sample.text, "extracted": extracted,
+            "gold": problem.answer, "reason": judged.reason if judged else f"engine: {sample.error}",
+        }  # fmt: skip
+    if judged:
+        row |= {"verdict": judged.score.label, "strict": judged.strict.value, "lenient": judged.lenient.value}
+    else:
+        row |= dict.fromkeys(("verdict", "strict", "lenient"), Verdict.UNSCORED.value)
     return row | {"stop": sample.stop.value, "num_tokens": sample.num_tokens}
 
 
-def _header(plan: EvaluationPlan) -> Row:
-    return {"header": True, "schema_version": SCHEMA_VERSION, "name": plan.name, "identity": plan.identity}
+def _header(name: str, identity: str) -> Row:
+    return {"header": True, "schema_version": SCHEMA_VERSION, "name": name, "identity": identity}
 
 
 def check_kept(plan: EvaluationPlan) -> None:
-    """Raises UserError if resuming would lose samples: made with other settings, or more than are asked
-    for."""
+    """Raises UserError if resuming would lose samples: of other settings, or more than are asked for."""
     path = plan.samples_path
-    first, *rows = read_jsonl(path) or [_header(plan)]
+    header = _header(plan.name, plan.identity)
+    first, *rows = read_jsonl(path) or [header]
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: holds a line that is not a sample: pass --out with a different path")
-    if rows and first != _header(plan):
-        raise UserError(
-            f"{path}: its {len(rows)} samples were made with another model, other data, other settings or another "
-            "version of truestep: pass --out with a different path"
-        )
+    if rows and first != header:
+        made = f"its {len(rows)} samples were made with another model, data, settings or version of truestep"
+        raise UserError(f"{path}: {made}: pass --out with a different path")
     wanted = set(plan.sample_keys())
     if extra := [row for row in rows if (row.get("problem_id"), row.get("sample_index")) not in wanted]:
+        more = f"has {len(rows)} samples, {len(extra)} more than are asked for: a run can only grow"
         raise UserError(
-            f"{path}: holds {len(rows)} samples, {len(extra)} more than are asked for: a run can grow and not shrink; "
-            "pass a greater --limit or --samples, or --out with a different path"
+            f"{path}: {more}; pass a greater --limit or --samples, or --out with a different path"
         )
 
 
@@ -236,34 +226,29 @@ def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
     """The samples already made under the same identity, without the engine's errors, which are asked for
     again; the file is left whole, ready to be appended to."""
     first, *rows = read_jsonl(plan.samples_path) or [{}]
-    wanted = set(plan.sample_keys()) if first == _header(plan) else set()
+    wanted = set(plan.sample_keys()) if first == _header(plan.name, plan.identity) else set()
     keyed = {(row["problem_id"], row["sample_index"]): row for row in rows if row["stop"] != Stop.ERROR}
     done = {key: row for key, row in keyed.items() if key in wanted}
-    _write_samples(plan, done.values())
+    write_samples(plan.samples_path, plan.name, plan.identity, done.values())
     return done
 
 
-def _write_samples(plan: EvaluationPlan, rows: Iterable[Row]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in (_header(plan), *rows)]
-    write_atomic(plan.samples_path, "".join(lines))
+def write_samples(path: Path, name: str, identity: str, rows: Iterable[Row]) -> None:
+    """A samples file: its header, then one row a sample."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in (_header(name, identity), *rows)]
+    write_atomic(path, "\n".join([*lines, ""]))
 
 
 def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
     """The results file; ``results`` and ``n-samples`` are keyed by task as lm-evaluation-harness has them."""
-    sampling = asdict(plan.sampling)
+    score, sampling = found.to_json(), asdict(plan.sampling)
     for key in ("stop_token_ids", "stop_sequences"):
         sampling[key] = list(sampling[key])
     return {
-        "schema_version": SCHEMA_VERSION,
-        **task_results(plan.name, found.to_json()),
-        "estimate": found.to_json(),
-        "samples_per_problem": plan.samples_per_problem,
-        "sampling": sampling,
-        "seed": plan.seed,
-        "identity": plan.identity,
-        "private": plan.private,
-        **plan.facts,
-    }
+        "schema_version": SCHEMA_VERSION, **task_results(plan.name, score), "estimate": score,
+        "samples_per_problem": plan.samples_per_problem, "sampling": sampling, "seed": plan.seed,
+        "identity": plan.identity, "private": plan.private, **plan.facts,
+    }  # fmt: skip
 
 
 def task_results(name: str, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,19 +41,17 @@ def content_hash(items: Iterable[Item]) -> str:
 
 
 def item_of(row: Row, id: str) -> Item:
-    """Reads the layouts of the published data sets and the plain one (problem or question, answer, optional
-    choices).
+    """Reads the published layouts and the plain one (problem or question, answer, optional choices).
 
     Raises RowError that never quotes the row: some benchmarks must not appear in plain text.
     """
     id = str(row.get("id") or row.get("Record ID") or row.get("question_id") or id)
     question, choices, answer = _parts(row)
+    question, answer = question.strip(), answer.strip()
     for field, value in (("question", question), ("answer", answer)):
-        if not value.strip():
+        if not value:
             raise RowError(field, "expected text, got nothing")
-    return Item(
-        id=id, question=question.strip(), answer=answer.strip(), choices=tuple(c.strip() for c in choices)
-    )
+    return Item(id=id, question=question, answer=answer, choices=tuple(c.strip() for c in choices))
 
 
 def _parts(row: Row) -> tuple[str, Sequence[str], str]:
@@ -99,21 +97,16 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
     if not isinstance(given, list | tuple) or not all(isinstance(c, str) for c in given):
         raise RowError("choices", "expected a list of texts")
     if not labels:
-        marks = [_LABEL.match(c) for c in given]
+        marks, letters = [_LABEL.match(c) for c in given], list(LETTERS[: len(given)])
         labels = [m[1] for m in marks if m]
-        if len(labels) == len(given) and labels in (
-            list(LETTERS[: len(given)]),
-            [str(n + 1) for n in range(len(given))],
-        ):
+        if labels in (letters, [str(n + 1) for n in range(len(given))]):
             given = [c[m.end() :] for c, m in zip(given, marks, strict=True) if m]
         else:
-            labels = list(LETTERS[: len(given)])
+            labels = letters
     kept = [c for c in given if c != "N/A"]
-    if answer not in labels or labels.index(answer) >= len(given):
+    if answer not in labels or (place := labels.index(answer)) >= len(given):
         raise RowError(key, f"expected the label of one of the {len(given)} choices")
-    return kept, str(
-        kept.index(given[list(labels).index(answer)]) if len(kept) < len(given) else labels.index(answer)
-    )
+    return kept, str(kept.index(given[place]) if len(kept) < len(given) else place)
 
 
 def file_items(path: Path) -> list[Item]:
@@ -128,9 +121,8 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
     try:
         import datasets
     except ModuleNotFoundError:
-        raise NotThere(
-            f'{where} needs the package datasets: pip install "truestep[hub]", or pass --data FOLDER with {name}.jsonl'
-        ) from None
+        hint = f'pip install "truestep[hub]", or pass --data FOLDER with {name}.jsonl'
+        raise NotThere(f"{where} needs the package datasets: {hint}") from None
     try:
         table: Any = datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError) as error:

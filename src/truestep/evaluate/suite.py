@@ -31,11 +31,10 @@ def make_plans(
     settings: Settings, ready: Sequence[tuple[Job, ReadyJob]], folder: Path, model_content: str
 ) -> list[EvaluationPlan]:
     """One plan for each job. Raises UserError if samples that the folder holds would be lost."""
-    plans = [
-        _plan(settings, job, made, folder, job_identity(settings, job, model_content)) for job, made in ready
-    ]
-    for plan in plans:
-        check_kept(plan)
+    plans = []
+    for job, made in ready:
+        plans.append(_plan(settings, job, made, folder, job_identity(settings, job, model_content)))
+        check_kept(plans[-1])
     return plans
 
 
@@ -58,36 +57,26 @@ def run_suite(
 
     def summarize(status: str) -> dict[str, Any]:
         summary = {
-            "schema_version": 1,
-            "kind": "evaluation",
-            "name": folder.name,
-            "status": status,
+            "schema_version": 1, "kind": "evaluation", "name": folder.name, "status": status,
             "model": rundir.redact(settings.model.path),
             "engine": rundir.redact(settings.evaluate.engine),
             "seeds": {"sampling": settings.seed, "options and limits": SHUFFLE_SEED},
-            "scores": scores,
-            "spread": spread(scores, folder),
-            "averages": averages(scores),
-            "notes": notes,
-        }
+            "scores": scores, "spread": spread(scores, folder), "averages": averages(scores), "notes": notes,
+        }  # fmt: skip
         rundir.write_json(folder / "summary.json", summary)
         return summary
 
     summarize("running")
     for number, ((job, _), plan) in enumerate(zip(ready, plans, strict=True), start=1):
-        results = run_evaluation(
-            plan,
-            answer=adapter.answers(plan, job.template, check_stop),
-            judge=judge,
-            reporter=reporter,
-            title=f"[{number}/{len(ready)}] {job.title}",
+        answer, title = (
+            adapter.answers(plan, job.template, check_stop),
+            f"[{number}/{len(ready)}] {job.title}",
         )
+        results = run_evaluation(plan, answer=answer, judge=judge, reporter=reporter, title=title)
         scores.append(score_row(plan.name, results, prompt=job.template.id))
-        if scores[-1]["extracted_rate"] < FEW_EXTRACTED:
-            notes.append(
-                f"{job.title}: an answer was found in only {scores[-1]['extracted_rate']:.0%} of the samples: the score "
-                "measures the format as much as the model"
-            )
+        if (rate := scores[-1]["extracted_rate"]) < FEW_EXTRACTED:
+            few = f"an answer was found in only {rate:.0%} of the samples"
+            notes.append(f"{job.title}: {few}: the score measures the format as much as the model")
         summarize("running")
     return summarize("done")
 
@@ -95,33 +84,22 @@ def run_suite(
 def _plan(settings: Settings, job: Job, ready: ReadyJob, folder: Path, identity: str) -> EvaluationPlan:
     b, t = job.benchmark, job.template
     return EvaluationPlan(
-        name=b.id,
-        prompts=ready.prompts,
+        name=b.id, prompts=ready.prompts,
         sampling=SamplingParameters(
-            temperature=job.sampling.temperature,
-            max_new_tokens=ready.max_new_tokens,
-            stop_token_ids=ready.stop_token_ids,
-            stop_sequences=ready.stop_sequences,
-            top_p=job.sampling.top_p,
-            top_k=job.sampling.top_k,
+            temperature=job.sampling.temperature, max_new_tokens=ready.max_new_tokens,
+            stop_token_ids=ready.stop_token_ids, stop_sequences=ready.stop_sequences,
+            top_p=job.sampling.top_p, top_k=job.sampling.top_k,
         ),
-        samples_per_problem=job.samples,
-        seed=settings.seed,
-        folder=folder / "evaluations" / t.id,
-        identity=f"{identity}/{ready.max_new_tokens}",
-        pass_at=tuple(range(1, job.samples + 1)),
-        private=b.private,
-        opening=ready.opening,
+        samples_per_problem=job.samples, seed=settings.seed, folder=folder / "evaluations" / t.id,
+        identity=f"{identity}/{ready.max_new_tokens}", pass_at=tuple(range(1, job.samples + 1)),
+        private=b.private, opening=ready.opening,
         facts={
             "benchmark": {k: v for k, v in asdict(b).items() if k != "published"},
-            "published": dict(b.published),
-            "whole": len(job.problems) == b.num_rows,
+            "published": dict(b.published), "whole": len(job.problems) == b.num_rows,
             "prompt": {"id": t.id, "fingerprint": ready.fingerprint, "few_shot": settings.evaluate.few_shot},
-            "shuffle_seed": SHUFFLE_SEED,
-            "content": job.content,
-            "engine": engine_kind(settings),
+            "shuffle_seed": SHUFFLE_SEED, "content": job.content, "engine": engine_kind(settings),
         },
-    )
+    )  # fmt: skip
 
 
 def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
@@ -147,8 +125,8 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
 
 
 def averages(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The paper's plain means, for each template under which every whole benchmark of one has been evaluated.
-    The interval's ends lie as far off as the benchmarks' own ends do, added in quadrature.
+    """The paper's plain means, for each template under which all benchmarks of one have been evaluated whole.
+    The distances of the interval's ends are those of the benchmarks, added in quadrature.
 
     Source: Zou and Donner 2008 (doi:10.1002/sim.3095)
     """

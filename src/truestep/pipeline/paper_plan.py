@@ -118,12 +118,20 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
     length = known.rollout_tokens or stage.sampling.max_new_tokens
     own = [length] * (known.own_samples or stage.samples_per_prompt)
     trained = max(1, round(known.demonstration_share * demonstration))
-    everywhere, some = divmod(known.demonstrations_per_prompt, 1)
+    between = sequence_work(prompt, demonstration).times(known.sft_updates * known.sft_sequences_per_update)
+    return between + rl_work(stage, prompt, own, trained, known.demonstrations_per_prompt)
+
+
+def rl_work(
+    stage: RlSettings, prompt: int, own: list[int], demonstration: int = 0, per_prompt: float = 0.0
+) -> Ledger:
+    """The work of an RL stage with rollouts of lengths ``own``, and demonstrations beside them."""
+    everywhere, some = divmod(per_prompt, 1)
     unscored = 1 / stage.updates_per_rollout  # the first update of a rollout batch needs no scoring pass
-    total = sequence_work(prompt, demonstration).times(known.sft_updates * known.sft_sequences_per_update)
+    total = Ledger()
     for share, extra in ((1 - some, int(everywhere)), (some, int(everywhere) + 1)):
         for scored, part in ((False, unscored), (True, 1 - unscored)):
-            work = group_work(prompt, own, [trained] * extra, scored=scored)
+            work = group_work(prompt, own, [demonstration] * extra, scored=scored)
             total = total + work.times(stage.steps * stage.prompts_per_step * share * part)
     return total
 

@@ -10,16 +10,9 @@ from typing import Any
 
 from truestep.errors import UserError
 from truestep.evaluate.files import read_samples
+from truestep.report import tables
 from truestep.report.html import page_environment, text_of
-from truestep.report.tables import (
-    ScoreRow,
-    cells_of,
-    interval,
-    read_object,
-    read_summary,
-    score_columns,
-    score_table,
-)
+from truestep.report.tables import ScoreRow, interval
 from truestep.rundir import redact, write_atomic
 
 MOST_PROBLEMS = 300  # of one evaluation; unscored and wrong ones come before right ones
@@ -32,22 +25,17 @@ Row = Mapping[str, Any]
 
 def write_evaluation_report(run: Path) -> Path:
     """Write RUN/report.html. Raises UserError if the folder holds no evaluation."""
-    summary = read_summary(run)
+    summary = tables.read_summary(run)
     if summary.get("kind") != "evaluation":
-        raise UserError(
-            f"{run}: holds no evaluation of benchmarks: pass the folder that truestep eval printed"
-        )
-    rows = score_table(run)
-    headings, cells = cells_of(rows, score_columns(rows))
+        raise UserError(f"{run}: has no evaluation of benchmarks: pass the folder that truestep eval printed")
+    rows = tables.score_table(run)
+    headings, cells = tables.cells_of(rows, tables.score_columns(rows))
     page = page_environment().get_template("evaluation.html").render(
-        name=summary.get("name") or run.resolve().name,
-        summary=summary,
-        headings=headings,
-        rows=cells,
+        name=summary.get("name") or run.resolve().name, summary=summary, headings=headings, rows=cells,
         curves=[curve for row in rows if (curve := _curve(row))],
         evaluations=[_evaluation(run, number, row) for number, row in enumerate(rows)],
         filters=FILTERS,
-        provenance={k: redact(str(v)) for k, v in read_object(run / "provenance.json").items()},
+        provenance={k: redact(str(v)) for k, v in tables.read_object(run / "provenance.json").items()},
         settings=redact(text_of(run / "resolved.toml")),
     )  # fmt: skip
     write_atomic(run / "report.html", page)
@@ -60,14 +48,9 @@ def _curve(score: ScoreRow) -> dict[str, Any] | None:
     kept = [k for k in ks if k & (k - 1) == 0 or k == ks[-1]]
     if len(kept) < 2:
         return None
-    lines = {
-        name: [interval(found.get(str(k))) for k in kept]
-        for name, found in (("pass", score.pass_at), ("majority", score.majority_at))
-    }
+    curves = {"pass": score.pass_at, "majority": score.majority_at}
+    lines = {name: [interval(found.get(str(k))) for k in kept] for name, found in curves.items()}
     return {"title": score.title, "ks": kept, **lines}
-
-
-# ----------------------------------------------------------------------------------------------- the problems
 
 
 def _evaluation(run: Path, number: int, score: ScoreRow) -> dict[str, Any]:
@@ -76,14 +59,9 @@ def _evaluation(run: Path, number: int, score: ScoreRow) -> dict[str, Any]:
     counts = {name: sum(name in p["classes"] for p in problems) for name, _ in FILTERS[1:]}
     kept = sorted(problems, key=lambda p: _ORDER.index(p["classes"][0]))[:MOST_PROBLEMS]
     return {
-        "number": number,
-        "title": score.title,
-        "private": score.private,
-        "counts": counts | {"all": len(problems)},
-        "problems": kept,
-        "num_left_out": len(problems) - len(kept),
-        "path": score.samples,
-    }
+        "number": number, "title": score.title, "private": score.private, "path": score.samples,
+        "counts": counts | {"all": len(problems)}, "problems": kept, "num_left_out": len(problems) - len(kept),
+    }  # fmt: skip
 
 
 def _problem(rows: Sequence[Row]) -> dict[str, Any]:

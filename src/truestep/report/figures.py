@@ -1,7 +1,6 @@
-"""Figures as inline SVG that take their colours from the page, so that they suit light and dark alike.
+"""Figures as inline SVG in the page's colors (light or dark); without matplotlib there are none.
 
-Matplotlib is imported when a figure is drawn; without it there are no figures. The same data
-give the same bytes.
+The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# drawn in these colours, which become the page's own (--ink and so on); in no other place of an SVG do they
-# occur
+# Placeholder colors that occur nowhere else in an SVG; they become the page's own (--ink and so on).
 _COLOURS = {
     "#010203": "ink", "#010204": "muted", "#010205": "line", "#010206": "blue", "#010207": "orange",
     "#010208": "green", "#010209": "card",
@@ -84,12 +82,10 @@ def curve(
     values = [factor * y for points in series.values() for _, y in points]
     _scale_y(axes, min(values), max(values), math.inf if y_percent else 10 if len(series) > 1 else 300)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}{' %' if y_percent else ''}")
-    _label_x(axes, x_label, max(x for points in series.values() for x, _ in points))
+    label_x(axes, x_label, max(x for points in series.values() for x, _ in points))
     if len(series) > 1:
         axes.legend(loc="best", handlelength=1.2, borderaxespad=0.2)
-    last = "; ".join(
-        f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in series.items()
-    )
+    last = "; ".join(f"{label} from {p[0][1]:.4g} to {p[-1][1]:.4g}" for label, p in series.items())
     return to_svg(figure, name, f"{name} against {x_label}: {last}")
 
 
@@ -107,7 +103,7 @@ def _scale_y(axes: Axes, low: float, high: float, span: float) -> None:
         axes.margins(y=0.08)
 
 
-def _label_x(axes: Axes, label: str, highest: float) -> None:
+def label_x(axes: Axes, label: str, highest: float) -> None:
     """Whole steps, or FLOPs in units of a power of ten that the label names."""
     from matplotlib.ticker import MaxNLocator
 
@@ -120,8 +116,7 @@ def _label_x(axes: Axes, label: str, highest: float) -> None:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most about ``limit`` points: of each stretch its lowest and its highest, so that no spike is
-    lost."""
+    """At most about ``limit`` points: the lowest and highest of each stretch, so that no spike is lost."""
     if len(points) <= limit:
         return list(points)
     width = math.ceil(len(points) / (limit // 2))
@@ -147,25 +142,21 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
         score, low, high = _percents(row)
         axes.plot([low, high], [y, y], color=BLUE, linewidth=2.2, solid_capstyle="round")
         axes.plot([score], [y], "o", color=BLUE, markersize=7, clip_on=False, zorder=3)
-        axes.annotate(
-            f"{score:.1f} %", (high, y), (7, 0), textcoords="offset points", va="center", fontsize=9
-        )
+        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+        axes.annotate(f"{score:.1f} %", (high, y), (7, 0), **style)
         if several and y and ordered[y - 1].data != row.data:
             axes.axhline(y - 0.5, color=LINE, linewidth=0.8)
     lowest, highest = min(_percents(row)[1] for row in ordered), max(_percents(row)[2] for row in ordered)
     room = 0.06 * (highest - lowest)
     axes.set_xlim(lowest - room, min(108, highest + 3 * room))
-    spoken = "; ".join(
-        f"{n} {with_interval(r.score, r.low, r.high)}" for n, r in zip(names, ordered, strict=True)
-    )
-    return to_svg(figure, "scores", f"Scores with 95 % intervals: {spoken}")
+    said = [f"{n} {with_interval(r.score, r.low, r.high)}" for n, r in zip(names, ordered, strict=True)]
+    return to_svg(figure, "scores", f"Scores with 95 % intervals: {'; '.join(said)}")
 
 
 def rows_figure(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
     """A figure with one named row for each value in percent; ``height`` of a row in inches."""
-    figure, axes = new_figure(
-        7.6, 0.5 + height * len(names), left=0.25 + 0.078 * max(map(len, names)), bottom=0.28
-    )
+    left = 0.25 + 0.078 * max(map(len, names))
+    figure, axes = new_figure(7.6, 0.5 + height * len(names), left=left, bottom=0.28)
     axes.set_yticks(range(len(names)), names, fontsize=9.5, color=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(False, axis="y")
@@ -183,8 +174,7 @@ def _percents(row: ScoreRow) -> tuple[float, float, float]:
 
 @styled
 def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Markup:
-    """Scores with whiskers against the FLOPs that were spent up to each checkpoint, a line for each data
-    set."""
+    """Scores with whiskers against the FLOPs spent up to each checkpoint, a line for each data set."""
     rows = [(flops, row) for flops, row in rows if row.score is not None]
     if len(rows) < 2:
         return Markup("")
@@ -199,7 +189,7 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
         style: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": MUTED}
         axes.annotate(visible(row.checkpoint)[:20], (flops, high), (0, 4), **style)
     axes.margins(x=0.1, y=0.16)
-    _label_x(axes, x_label, max(flops for flops, _ in rows))
+    label_x(axes, x_label, max(flops for flops, _ in rows))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     if len({row.data for _, row in rows}) > 1:
         axes.legend(loc="best")
@@ -214,9 +204,8 @@ def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 
 
     figure = Figure(figsize=(width, height))
     FigureCanvasSVG(figure)
-    figure.subplots_adjust(
-        left=left / width, right=1 - 0.08 / width, bottom=bottom / height, top=1 - 0.08 / height
-    )
+    across, along = 1 - 0.08 / width, 1 - 0.08 / height
+    figure.subplots_adjust(left=left / width, right=across, bottom=bottom / height, top=along)
     return figure, figure.add_subplot()
 
 

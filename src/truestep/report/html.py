@@ -81,19 +81,15 @@ def _context(run: Path) -> dict[str, Any]:
     summary, rows = tables.read_summary(run), tables.score_table(run)
     stages = _stages(run, summary)
     return {
-        "name": summary.get("name") or run.resolve().name,
-        "summary": summary,
+        "name": summary.get("name") or run.resolve().name, "summary": summary,
         "outcome": tables.outcome(summary, rows),
         "score_tables": [tables.cells_of(rows, f(rows)) for f in (tables.score_columns, tables.pass_columns)],
-        "score_figure": figures.scores(rows),
-        "can_draw": figures.can_draw(),
-        "compute": _compute(stages, rows),
-        "stages": stages,
-        "evaluations": list(_evaluations(run, rows)),
+        "score_figure": figures.scores(rows), "can_draw": figures.can_draw(),
+        "compute": _compute(stages, rows), "stages": stages, "evaluations": list(_evaluations(run, rows)),
         "overlap": summary.get("overlap") or tables.read_object(run / "data" / "overlap.json"),
         "settings": redact(text_of(run / "resolved.toml")),
         "provenance": flat(tables.read_object(run / "provenance.json")),
-    }
+    }  # fmt: skip
 
 
 def text_of(path: Path) -> str:
@@ -117,9 +113,8 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every stage that has a folder or an entry in the summary, in order of the folders."""
-    folders = {
-        path.name.partition("-")[2]: path for path in sorted(run.glob("stages/[0-9]*-*")) if path.is_dir()
-    }
+    paths = sorted(path for path in run.glob("stages/[0-9]*-*") if path.is_dir())
+    folders = {path.name.partition("-")[2]: path for path in paths}
     entries = {str(entry.get("name")): entry for entry in summary.get("stages") or []}
     found = []
     for name in dict.fromkeys([*folders, *entries]):
@@ -157,25 +152,22 @@ def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
         share = all(metric(key).unit == "share" for key in keys)
         series = {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}
         if series:
-            last = [
-                f"{100 * found[-1][1]:.1f} %" if share else f"{found[-1][1]:.3g}" for found in series.values()
-            ]
+            ends = [found[-1][1] for found in series.values()]
+            last = " · ".join(f"{100 * end:.1f} %" if share else f"{end:.3g}" for end in ends)
             figure = figures.curve(f"{stage} {title}", series, y_percent=share)
-            panels.append({"title": title, "last": " · ".join(last), "figure": figure})
+            panels.append({"title": title, "last": last, "figure": figure})
     return panels
 
 
 def _compute(stages: Sequence[Row], rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
     """Score, reward and dev score against the FLOPs spent so far, by the paper's formula."""
-    spent = {"base": 0.0}
-    reward: dict[str, list[figures.Point]] = {}
-    dev: dict[str, list[figures.Point]] = {}
-    for stage in stages:
-        name, metrics = stage["name"], stage["metrics"]
-        if total := points(metrics, name, "flops_paper"):
-            spent[name] = total[-1][1]
-        reward[name] = points(metrics, name, "reward", "flops_paper")
-        dev[name] = points(metrics, name, "dev/score", "flops_paper")
+    metrics = {stage["name"]: stage["metrics"] for stage in stages}
+    total = {name: points(m, name, "flops_paper") for name, m in metrics.items()}
+    spent = {"base": 0.0} | {name: curve[-1][1] for name, curve in total.items() if curve}
+    reward, dev = (
+        {name: points(m, name, key, "flops_paper") for name, m in metrics.items()}
+        for key in ("reward", "dev/score")
+    )
     reached = [(spent[row.checkpoint], row) for row in rows if row.checkpoint in spent]
     label = "FLOPs (paper formula)"
     drawn = [

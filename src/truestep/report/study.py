@@ -1,5 +1,4 @@
-"""report.html of a study, and its tables as Markdown, CSV and LaTeX. Shows what the results say; computes
-nothing."""
+"""report.html of a study, and its tables as Markdown, CSV and LaTeX. Computes nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +15,7 @@ from truestep.report.tables import read_object
 from truestep.rundir import write_atomic
 
 Row = Mapping[str, Any]
+PARTS = ("seeds", "problems", "residual")
 CURVES = {"reward": "Reward", "completions/mean_length": "Completion length", "entropy": "Entropy",
           "grad_norm": "Gradient norm", "loss": "Loss", "dev/score": "Dev score"}  # fmt: skip
 
@@ -27,9 +27,7 @@ def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
     """
     table = read_object(folder / "results.json")
     if "arms" not in table:
-        raise UserError(
-            f"{folder}: has no results.json of a study: pass the folder that truestep study printed"
-        )
+        raise UserError(f"{folder} is not a study directory: pass the folder that truestep study printed")
     if cells is None:
         cells = read_cells(folder, table)
     for name, write in (("md", tables.markdown), ("csv", tables.as_csv), ("tex", tables.latex)):
@@ -47,26 +45,33 @@ def read_cells(folder: Path, table: Row) -> dict[str, Row]:
 
 
 def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, Any]:
-    arms = table["arms"]
+    arms, names = table["arms"], table["benchmarks"]
     stamp = read_object(folder / "provenance.json")
-    several = {name: hashes for name, hashes in table["content"].items() if len(hashes) > 1}
+    by_flops = [
+        (
+            f"{arm['name']}, {name}" if len(names) > 1 else arm["name"],
+            figures.by_flops(arms, arm["name"], name),
+        )
+        for name in names
+        for arm in arms
+        if len(arm["path"]) > 1
+    ]
     return {
         "table": table,
         "primary": [c for c in table["contrasts"] if c["primary"]],
         "method_table": tables.method_table(table),
         "contrast_table": tables.contrast_table(table),
         "points": tables.points,
-        "dots": [(name, figures.dots(arms, name)) for name in table["benchmarks"]],
+        "dots": [(name, figures.dots(arms, name)) for name in names],
         "bars": figures.bars(arms),
-        "by_flops": [
-            (f"{arm['name']}, {name}" if len(table["benchmarks"]) > 1 else arm["name"], figure)
-            for name in table["benchmarks"]
-            for arm in arms
-            if (figure := figures.by_flops(arms, arm["name"], name)) and len(arm["path"]) > 1
-        ],
+        "by_flops": [(title, figure) for title, figure in by_flops if figure],
         "dynamics": [d for arm in arms if (d := _dynamics(arm["name"], cells))],
-        "several": several,
-        "spread": [_spread(arm) for arm in arms if arm["mean"]],
+        "several": {name: hashes for name, hashes in table["content"].items() if len(hashes) > 1},
+        "spread": [
+            {"arm": arm["name"], "sample": arm["sd_sample"], **{k: mean[f"sd_{k}"] for k in PARTS}}
+            for arm in arms
+            if (mean := arm["mean"])
+        ],
         "can_draw": can_draw(),
         "audit": stamp.pop("trainer_audit", ""),
         "provenance": flat(stamp),
@@ -87,12 +92,6 @@ def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
         if figure := figures.seeds_over_steps(f"{arm} {stage} {title}", curves):
             panels.append({"title": title, "figure": figure})
     return {"arm": arm, "stage": stage, "panels": panels}
-
-
-def _spread(arm: Row) -> dict[str, Any]:
-    mean = arm["mean"]
-    return {"arm": arm["name"], "seeds": mean["sd_seeds"], "problems": mean["sd_problems"],
-            "residual": mean["sd_residual"], "sample": arm["sd_sample"]}  # fmt: skip
 
 
 def _machines(cells: Mapping[str, Row]) -> dict[str, int]:

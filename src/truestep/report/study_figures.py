@@ -1,16 +1,14 @@
-"""The figures of a study: every seed a dot, every interval a whisker; one small picture an arm where many
-clash."""
+"""The figures of a study: every seed a dot, every interval a whisker."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from truestep.report.figures import BLUE, INK, LINE, MUTED, new_figure, rows_figure, styled, to_svg
-from truestep.report.tables import superscript, visible
+from truestep.report.figures import BLUE, INK, LINE, MUTED, label_x, new_figure, rows_figure, styled, to_svg
+from truestep.report.tables import visible
 
 Row = Mapping[str, Any]
 
@@ -31,9 +29,8 @@ def dots(arms: Sequence[Row], benchmark: str) -> Markup:
         seeds = [100 * by[benchmark] for by in arm["by_seed"].values() if benchmark in by]
         axes.plot(seeds, [y + 0.26] * len(seeds), "o", color=colour, markersize=3.2, alpha=0.75)
     spoken = "; ".join(f"{n} {100 * f['value']:.1f} %" for n, (_, f) in zip(names, rows, strict=True))
-    return to_svg(
-        figure, f"dots {benchmark}", f"{benchmark}, score by arm with 95 % interval and seeds: {spoken}"
-    )
+    label = f"{benchmark}, score by arm with 95 % interval and seeds: {spoken}"
+    return to_svg(figure, f"dots {benchmark}", label)
 
 
 @styled
@@ -51,9 +48,8 @@ def bars(arms: Sequence[Row]) -> Markup:
             axes.plot([x, x], [100 * found["low"], 100 * found["high"]], color=INK, linewidth=1.4)
         seeds = [100 * sum(by.values()) / len(by) for by in arm["by_seed"].values() if by]
         axes.plot([x + 0.2] * len(seeds), seeds, "o", color=INK, markersize=2.8, alpha=0.7)
-    axes.set_xticks(
-        range(len(rows)), [visible(a["name"])[:22] for a in rows], rotation=32, ha="right", fontsize=8
-    )
+    names = [visible(a["name"])[:22] for a in rows]
+    axes.set_xticks(range(len(rows)), names, rotation=32, ha="right", fontsize=8)
     axes.grid(False, axis="x")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
@@ -64,28 +60,21 @@ def bars(arms: Sequence[Row]) -> Markup:
 @styled
 def by_flops(arms: Sequence[Row], highlighted: str, benchmark: str) -> Markup:
     """Score of every checkpoint on the way against FLOPs; one arm stands out of all the others."""
-    paths = {
-        a["name"]: [(p["flops_paper"], 100 * p["score"]) for p in a["path"] if p["data"] == benchmark]
-        for a in arms
-    }
-    paths = {name: path for name, path in paths.items() if path}
+    paths = {}
+    for a in arms:
+        if path := [(p["flops_paper"], 100 * p["score"]) for p in a["path"] if p["data"] == benchmark]:
+            paths[a["name"]] = path
     if highlighted not in paths:
         return Markup("")
-    most = max(x for path in paths.values() for x, _ in path)
-    power = 3 * math.floor(math.log10(most) / 3) if most > 0 else 0
     figure, axes = new_figure(3.3, 1.95)
     for name, path in paths.items():
         if name != highlighted:
-            axes.plot(*_scaled(path, power), "-", color=LINE, linewidth=1.2)
-    axes.plot(*_scaled(paths[highlighted], power), "-o", color=BLUE, markersize=4)
-    axes.set_xlabel(f"10{superscript(power)} FLOPs", loc="right", fontsize=8)
+            axes.plot(*zip(*path, strict=True), "-", color=LINE, linewidth=1.2)
+    axes.plot(*zip(*paths[highlighted], strict=True), "-o", color=BLUE, markersize=4)
+    label_x(axes, "FLOPs", max(x for path in paths.values() for x, _ in path))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     spoken = "; ".join(f"{y:.1f} % at {x:.3g}" for x, y in paths[highlighted])
     return to_svg(figure, f"flops {highlighted} {benchmark}", f"{highlighted}, score against FLOPs: {spoken}")
-
-
-def _scaled(path: Sequence[tuple[float, float]], power: int) -> tuple[list[float], list[float]]:
-    return [x / 10.0**power for x, _ in path], [y for _, y in path]
 
 
 @styled
@@ -94,13 +83,10 @@ def seeds_over_steps(name: str, curves: Mapping[str, Sequence[Sequence[float]]])
     curves = {seed: points for seed, points in curves.items() if points}
     if not curves:
         return Markup("")
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = new_figure(3.3, 1.8)
     for points in curves.values():
         axes.plot([p[0] for p in points], [p[1] for p in points], color=BLUE, linewidth=1.1, alpha=0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    label_x(axes, "step", 0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.set_xlabel("step", loc="right", fontsize=8)
     first, last = [sum(p[i][1] for p in curves.values()) / len(curves) for i in (0, -1)]
     return to_svg(figure, name, f"{name}, {len(curves)} seeds: from about {first:.3g} to {last:.3g}")

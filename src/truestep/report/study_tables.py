@@ -15,8 +15,6 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "–": "--", "−": "$-$", "×": r"$\times$", "→": r"$\to$", "±": r"$\pm$",
 }  # fmt: skip
-
-
 _ARMS = ("Seeds", "FLOPs (paper)", "FLOPs (fuller)", "Trials: FLOPs", "Checkpoint", "Marks")
 _P = ("p", "p (Holm)", "p (sign flips)")
 _CONTRASTS = ("Contrast", "Difference [95 %]", "df", *_P, "Detectable", "Seeds", "Verdict")
@@ -69,17 +67,14 @@ def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(table: Row) -> str:
-    parts = [f"# {_md(table['name'])}", _md(table["question"])]
     note = "Score in %, mean over seeds and problems [95 % over both]; differences paired by seed and problem, in points."
-    if not table["complete"]:
-        note += " **Incomplete.**"
-    parts.append(note)
+    note += "" if table["complete"] else " **Incomplete.**"
+    parts = [f"# {_md(table['name'])}", _md(table["question"]), note]
     for head, rows in (method_table(table), contrast_table(table)):
         if rows:
             lines = [head, ["---"] * len(head), *rows]
             parts.append("\n".join("| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines))
-    several = [name for name, hashes in table["content"].items() if len(hashes) > 1]
-    if several:
+    if several := [name for name, hashes in table["content"].items() if len(hashes) > 1]:
         parts.append(f"Not the same in all cells: {_md(', '.join(several))}")
     parts += [f"Control left out: {_md(c)}: {_md(why)}" for c, why in table["controls_off"].items()]
     parts += [f"Failed: {_md(cell)}: {_md(why)}" for cell, why in table["failures"].items()]
@@ -92,8 +87,7 @@ def _md(text: str) -> str:
 
 
 def as_csv(table: Row) -> str:
-    """One line a number: arm, seed ("all" for the mean over seeds), benchmark, score, interval, FLOPs,
-    marks."""
+    """One line a score; seed "all" is the mean over seeds."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV)
@@ -103,19 +97,15 @@ def as_csv(table: Row) -> str:
         lines = []
         for name, found in whole.items():
             ends = [found["low"], found["high"]] if found["seeds_known"] else ["", ""]
-            lines.append(["all", name, found["value"], *ends, *_spent(arm["flops"]), marks])
-        lines += [
-            [seed, name, score, "", "", *_spent(arm["flops_by_seed"][seed]), ""]
-            for seed, by in arm["by_seed"].items()
-            for name, score in by.items()
-        ]
-        for line in lines:
-            writer.writerow([_cell(v) for v in (arm["name"], arm["control"], *line)])
+            lines.append(["all", name, found["value"], *ends, arm["flops"], marks])
+        for seed, by in arm["by_seed"].items():
+            lines += [
+                [seed, name, score, "", "", arm["flops_by_seed"][seed], ""] for name, score in by.items()
+            ]
+        for *front, spent, note in lines:
+            line = (arm["name"], arm["control"], *front, spent["paper"], spent["full"], note)
+            writer.writerow([_cell(v) for v in line])
     return buffer.getvalue()
-
-
-def _spent(flops: Row) -> list[Any]:
-    return [flops["paper"], flops["full"]]
 
 
 def _cell(value: Any) -> Any:

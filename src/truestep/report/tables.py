@@ -78,8 +78,7 @@ def duration(seconds: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
-    """One row of a summary's scores, of a run (checkpoint) or of ``truestep eval`` (prompt); None for what it
-    does not say."""
+    """One score of a run (checkpoint) or of ``truestep eval`` (prompt); None for what the summary lacks."""
 
     checkpoint: str = ""
     prompt: str = ""
@@ -145,9 +144,8 @@ def score_table(run: Path) -> list[ScoreRow]:
 
 def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
     """What came out, in one sentence of plain words."""
-    lead = {"interrupted": "This run was interrupted. ", "running": "This run is still going. "}.get(
-        str(summary.get("status")), ""
-    )
+    known = {"interrupted": "This run was interrupted. ", "running": "This run is still going. "}
+    lead = known.get(str(summary.get("status")), "")
     if not rows:
         return lead + "No checkpoint of it has been evaluated."
     first = rows[0]
@@ -198,19 +196,14 @@ def interval(found: Interval | None) -> str:
 def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
     """Heading and cell of each column that says something about these rows."""
     columns: list[Column] = [
-        ("Strict", lambda r: percent(r.strict_score)),
-        ("Lenient", lambda r: percent(r.lenient_score)),
+        ("Strict", lambda r: percent(r.strict_score)), ("Lenient", lambda r: percent(r.lenient_score)),
         ("Majority", _majority),
         ("If unscored were right", lambda r: percent(r.score_if_unscored_correct) if r.unscored else NONE),
-        ("Problems × samples", _sizes),
-        ("Correct", lambda r: whole(r.correct)),
-        ("Incorrect", lambda r: whole(r.incorrect)),
-        ("Unscored", lambda r: whole(r.unscored)),
-        ("Cut off", lambda r: percent(r.truncated_rate)),
-        ("Answer found", lambda r: percent(r.extracted_rate)),
-        ("Mean tokens", lambda r: whole(r.mean_tokens)),
-        (_PUBLISHED, lambda r: f"{r.published.get('SFT→RL', NONE)}"),
-    ]
+        ("Problems × samples", _sizes), ("Correct", lambda r: whole(r.correct)),
+        ("Incorrect", lambda r: whole(r.incorrect)), ("Unscored", lambda r: whole(r.unscored)),
+        ("Cut off", lambda r: percent(r.truncated_rate)), ("Answer found", lambda r: percent(r.extracted_rate)),
+        ("Mean tokens", lambda r: whole(r.mean_tokens)), (_PUBLISHED, lambda r: f"{r.published.get('SFT→RL', NONE)}"),
+    ]  # fmt: skip
     score: Column = ("Score [95 % interval]", lambda r: with_interval(r.score, r.low, r.high))
     return [*_names(rows), score, *(c for c in columns if any(c[1](row) != NONE for row in rows))]
 
@@ -246,18 +239,16 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = Tr
     from rich.table import Table
     from rich.text import Text
 
-    counts: Column = (
-        "Right/wrong/unscored",
-        lambda r: f"{whole(r.correct)}/{whole(r.incorrect)}/{whole(r.unscored)}",
-    )
+    def counted(r: ScoreRow) -> str:
+        return f"{whole(r.correct)}/{whole(r.incorrect)}/{whole(r.unscored)}"
+
     names = _names(rows)
     kept = _TERMINAL["prompt" if names[1][0] == "Prompt" else "checkpoint"] + ((_PUBLISHED,) if wide else ())
-    columns = [*score_columns(rows)[2:], *pass_columns(rows)[2:], counts]
+    columns = [*score_columns(rows)[2:], *pass_columns(rows)[2:], ("Right/wrong/unscored", counted)]
     shown = [(h, c) for h, c in columns if h in kept or (h.startswith("pass@") and "pass@k" in kept)]
     headings, cells = cells_of(rows, [*names, *shown])
-    table = Table(
-        title=Text(title) if title else None, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
+    shape: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    table = Table(title=Text(title) if title else None, **shape)
     for number, heading in enumerate(headings):
         table.add_column(Text(textwrap.fill(heading, 11)), justify="left" if number < 2 else "right")
     for row in cells:

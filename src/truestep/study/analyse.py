@@ -56,8 +56,7 @@ class Crossed:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The variance of a mean by source. ``seeds`` and ``problems`` each hold the residual once, hence the
-    third."""
+    """The variance of a mean by source; ``seeds`` and ``problems`` each include the residual once."""
 
     mean: np.ndarray
     seeds: np.ndarray
@@ -92,24 +91,18 @@ def parts(tables: Sequence[np.ndarray]) -> Parts:
         residual = residual + square / (num_seeds * size * num**2)
     total = sum(t.shape[-1] - 1 for t in tables)
     return Parts(
-        mean=rows.mean(-1),
+        mean=rows.mean(-1), problems=problems, residual=residual, noise_problems=noise,
         seeds=rows.var(-1, ddof=1) / num_seeds if num_seeds > 1 else np.zeros(rows.shape[:-1]),
-        problems=problems,
-        residual=residual,
-        df_seeds=max(1, num_seeds - 1),
-        df_problems=max(1, total),
-        df_residual=max(1, (num_seeds - 1) * total),
-        noise_problems=noise,
-    )
+        df_seeds=max(1, num_seeds - 1), df_problems=max(1, total), df_residual=max(1, (num_seeds - 1) * total),
+    )  # fmt: skip
 
 
 def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
     """The variance of the mean and its effective degrees of freedom.
 
-    The difference of mean squares is unbiased but can fall below either of its parts by chance; it is not
-    let. Satterthwaite's df are too many where a part with few of its own carries some of the variance (94.0 %
-    at five seeds that carry 90 % of it); seven tenths of them, and never fewer than the seeds leave, hold
-    94.9 to 95.6 %.
+    The difference of mean squares is unbiased, but can fall below either of its parts by chance: it is held
+    above. Satterthwaite's df are too many if a part with few df carries much of the variance (94.0 % at five
+    seeds that carry 90 % of it); seven tenths, and at least those of the seeds, hold 94.9 to 95.6 %.
     Equation: V = max(V_s, V_p, V_s + V_p - V_e); df = max(S - 1, 0.7 V² / Σ V_i²/df_i)
     Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py
     """
@@ -124,22 +117,18 @@ def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0, 1.0)) -> Crossed:
-    """The mean of the tables' means, with its interval. Raises UserError if the tables have no common
-    seeds.
+    """The mean of the tables' means, with its interval. Shapes: [S, P_b] each
 
-    Shapes: [S, P_b] each
+    Raises UserError if the tables have no common seeds.
     """
     if not tables or len({t.shape[0] for t in tables}) != 1 or min(t.size for t in tables) == 0:
-        raise UserError(
-            "a comparison needs at least one seed and one problem, the same seeds on every benchmark"
-        )
+        raise UserError("a comparison needs at least one problem and the same seeds on every benchmark")
     found = parts([t.astype(float) for t in tables])
     num_seeds, num_problems = tables[0].shape[0], sum(t.shape[1] for t in tables)
     variance, df = (float(x) for x in variance_and_df(found))
     value, degenerate = float(found.mean), variance < 1e-30
     if degenerate:
-        # The table says nothing of its own error: as if one problem more were answered otherwise by every
-        # seed.
+        # The table shows no error: as if every seed answered one more problem differently.
         _, low, high, _, detectable = paired_t(np.full(max(2, num_problems), value), 1.0)
         stderr, p_value = (high - low) / (2 * t_quantile(LEVEL, df)), 1.0 if value == 0 else 0.0
         detectable = detectable or 1.0
@@ -147,33 +136,20 @@ def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0
         stderr = math.sqrt(variance)
         half, p_value = t_quantile(LEVEL, df) * stderr, 2 * t_cdf(-abs(value) / stderr, df)
         if num_seeds == 2 and found.seeds > 0:
-            # Two seeds leave one degree of freedom, which no mixture of df does justice to (coverage down to
-            # 90 %).
-            alone = math.sqrt(float(found.seeds))
-            half = max(half, t_quantile(LEVEL, 1) * alone)
-            p_value = max(p_value, 2 * t_cdf(-abs(value) / alone, 1))
+            # No mixture of df covers the one degree of freedom of two seeds (coverage down to 90 %).
+            error = math.sqrt(float(found.seeds))
+            half = max(half, t_quantile(LEVEL, 1) * error)
+            p_value = max(p_value, 2 * t_cdf(-abs(value) / error, 1))
         low, high = value - half, value + half
         detectable = (t_quantile(LEVEL, df) + t_quantile(POWER, df)) * stderr
-    excess = [
-        float(found.seeds - found.residual) * num_seeds,
-        float(found.problems - found.residual) * num_problems,
-    ]
     return Crossed(
-        value=value,
-        low=max(bounds[0], low),
-        high=min(bounds[1], high),
-        stderr=stderr,
-        df=df,
-        p_value=min(1.0, p_value),
-        p_sign_flip=sign_flip(sum(t.mean(1) for t in tables) / len(tables)),
-        detectable=detectable,
-        num_seeds=num_seeds,
-        num_problems=num_problems,
-        seeds_known=num_seeds > 1,
-        sd_seeds=math.sqrt(max(0.0, excess[0])),
-        sd_problems=math.sqrt(max(0.0, excess[1])),
+        value=value, low=max(bounds[0], low), high=min(bounds[1], high), stderr=stderr, df=df,
+        p_value=min(1.0, p_value), p_sign_flip=sign_flip(sum(t.mean(1) for t in tables) / len(tables)),
+        detectable=detectable, num_seeds=num_seeds, num_problems=num_problems, seeds_known=num_seeds > 1,
+        sd_seeds=math.sqrt(max(0.0, float(found.seeds - found.residual) * num_seeds)),
+        sd_problems=math.sqrt(max(0.0, float(found.problems - found.residual) * num_problems)),
         sd_residual=math.sqrt(float(found.residual) * num_seeds * num_problems),
-    )
+    )  # fmt: skip
 
 
 def sign_flip(by_seed: np.ndarray) -> float:
@@ -186,16 +162,15 @@ def sign_flip(by_seed: np.ndarray) -> float:
     return float((sums >= seen - 1e-12).mean())
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
     """Holm's adjusted p-values: the chance of any false finding among them stays below 5 %.
 
     Source: Holm 1979. Held by: tests/study/test_analyse.py (statsmodels)
     """
-    ordered, highest, adjusted = sorted(p_values, key=lambda k: p_values[k]), 0.0, {}
-    for rank, name in enumerate(ordered):
-        highest = max(highest, min(1.0, (len(ordered) - rank) * p_values[name]))
-        adjusted[name] = highest
-    return {name: adjusted[name] for name in p_values}
+    highest, adjusted = 0.0, dict.fromkeys(p_values, 0.0)
+    for rank, name in enumerate(sorted(p_values, key=lambda k: p_values[k])):
+        adjusted[name] = highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+    return adjusted
 
 
 def sample_sd(correct: Sequence[np.ndarray], samples: Sequence[int]) -> float | None:

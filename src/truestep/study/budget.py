@@ -22,20 +22,17 @@ def recipe_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
-    """FLOPs of every recipe by both counts, and what follows for SFT-then-RL against the others of the same
-    model.
+    """FLOPs of every recipe by both counts; SFT-then-RL compared with the other recipes of its model.
 
-    Source: arXiv:2604.23747, table 6 (6ND a demonstration token, 8ND an own token). Held by:
-    tests/study/test_paper_recipes.py
+    Source: arXiv:2604.23747, table 6 (6ND a demonstration token, 8ND a rollout token)
+    Held by: tests/study/test_paper_recipes.py
     """
     arms: list[dict[str, Any]] = []
     loaded: dict[str, tuple[Settings, Path]] = {}
     for path in recipe_files(paths):
         settings = load_settings(path)
         if not settings.declared:
-            raise UserError(
-                f"{path}: has no [declared] lengths to count with: add them, or pass other recipes"
-            )
+            raise UserError(f"{path}: has no [declared] lengths: add them, or pass other recipes")
         loaded[settings.name] = settings, path
         arms.append({
             "name": settings.name, "model": settings.model.path, "kinds": [s.kind for s in settings.stages],
@@ -47,37 +44,27 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
 def _claims(
     arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], loaded: Mapping[str, tuple[Settings, Path]]
 ) -> list[dict[str, Any]]:
-    """Whether an SFT-then-RL arm spends fewer FLOPs than an arm with only RL, and up to how many RL steps it
-    would."""
+    """Whether an SFT-then-RL arm spends less than an arm with only RL, and at how many RL steps as much."""
     if arm["kinds"] != ["sft", "rl"]:
         return []
     settings, path = loaded[arm["name"]]
     sft, rl = settings.stages
     assert isinstance(sft, SftSettings)
     assert isinstance(rl, RlSettings)
-    declared = read_declared(settings, str(path))
+    samples = stage_work(rl, read_declared(settings, str(path))).rollout_tokens
+    only_sft = flops_of(settings.model_copy(update={"stages": (sft,)}), path.parent, str(path))
     claims = []
     for other in arms:
         if other["model"] != arm["model"] or other["kinds"] != ["rl"]:
             continue
         row: dict[str, Any] = {"arm": arm["name"], "against": other["name"], "steps": rl.steps}
         for key in COUNTS:
-            alone = _alone(settings, path, key)
-            row[key] = {
-                "ratio": arm[key] / other[key],
-                "fewer": arm[key] < other[key],
-                "equal_at_steps": max(0.0, (other[key] - alone) / ((arm[key] - alone) / rl.steps)),
-            }
-        row["own_tokens_per_prompt"] = stage_work(rl, declared).rollout_tokens / (
-            rl.steps * rl.prompts_per_step
-        )
+            steps = max(0.0, (other[key] - only_sft[key]) / ((arm[key] - only_sft[key]) / rl.steps))
+            fewer = arm[key] < other[key]
+            row[key] = {"ratio": arm[key] / other[key], "fewer": fewer, "equal_at_steps": steps}
+        row["own_tokens_per_prompt"] = samples / (rl.steps * rl.prompts_per_step)
         claims.append(row)
     return claims
-
-
-def _alone(settings: Settings, path: Path, key: str) -> float:
-    """FLOPs of the recipe without its last stage."""
-    return flops_of(settings.model_copy(update={"stages": settings.stages[:-1]}), path.parent, str(path))[key]
 
 
 def sentences(table: Mapping[str, Any]) -> list[str]:
@@ -87,9 +74,7 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
         parts = []
         for key, name in COUNTS.items():
             found = claim[key]
-            word = "fewer" if found["fewer"] else "more"
-            parts.append(
-                f"{found['ratio']:.2f}x by {name} ({word}; equal at {found['equal_at_steps']:.0f} RL steps)"
-            )
+            word, steps = "fewer" if found["fewer"] else "more", f"{found['equal_at_steps']:.0f} RL steps"
+            parts.append(f"{found['ratio']:.2f}x by {name} ({word}; equal at {steps})")
         lines.append(f"{claim['arm']} against {claim['against']}: " + ", ".join(parts))
     return lines

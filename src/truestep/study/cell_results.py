@@ -21,13 +21,7 @@ from truestep.settings import Settings, settings_hash
 SCHEMA = 1
 DYNAMICS = ("reward", "completions/mean_length", "entropy", "grad_norm", "loss", "dev/score", "flops_paper")
 MOST_POINTS = 50
-EVALUATED = (
-    "data",
-    "samples_per_problem",
-    "pass_at",
-    "sampling",
-    "before",
-)  # a study evaluates data sets only
+EVALUATED = ("data", "samples_per_problem", "pass_at", "sampling", "before")  # a study uses only data sets
 WHEN = ("provenance", "seconds")  # what two runs of one cell need not have in common
 
 
@@ -57,26 +51,18 @@ def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
     spent = {kind: sum(float(s[f"flops_{kind}"]) for s in summary["stages"]) for kind in ("paper", "full")}
     folders = sorted((run / "stages").glob("[0-9]*-*")) if summary["stages"] else []
     return {
-        "schema": SCHEMA,
-        "arm": arm,
-        "seed": seed,
-        "key": key,
-        "checkpoint": checkpoint,
+        "schema": SCHEMA, "arm": arm, "seed": seed, "key": key, "checkpoint": checkpoint,
         "benchmarks": {
             path.name.removesuffix(".samples.jsonl"): _scores(read_samples(path))
             for path in sorted((run / "evaluations" / checkpoint).glob("*.samples.jsonl"))
         },
-        "path": _path(summary),
-        "flops": spent,
-        "stages": [_stage(s) for s in summary["stages"]],
+        "path": _path(summary), "flops": spent, "stages": [_stage(s) for s in summary["stages"]],
         "best": {p.name.partition("-")[2]: read_json(p / "done.json")["best"] for p in folders},
         "dynamics": {p.name.partition("-")[2]: dynamics(read_jsonl(p / "metrics.jsonl")) for p in folders},
-        "content": summary["content"],
-        "overlap": summary["overlap"],
-        "notes": summary["notes"],
+        **{k: summary[k] for k in ("content", "overlap", "notes")},
         "seconds": {s["name"]: round(float(s["seconds"]), 1) for s in summary["stages"]},
         "provenance": {k: v for k, v in read_json(run / "provenance.json").items() if k != "command"},
-    }
+    }  # fmt: skip
 
 
 def _stage(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,16 +73,12 @@ def _stage(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _path(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Score of every checkpoint on the way, against what had been spent by then."""
-    rows, paper, full = [], 0.0, 0.0
-    spent = {"base": (0.0, 0.0)}
+    total = {"flops_paper": 0.0, "flops_full": 0.0}
+    spent = {"base": total}
     for stage in summary["stages"]:
-        paper, full = paper + stage["flops_paper"], full + stage["flops_full"]
-        spent[stage["name"]] = (paper, full)
-    for score in summary["scores"]:
-        at = spent[score["checkpoint"]]
-        rows.append({"checkpoint": score["checkpoint"], "data": score["data"], "score": score["score"],
-                     "flops_paper": at[0], "flops_full": at[1]})  # fmt: skip
-    return rows
+        spent[stage["name"]] = total = {kind: total[kind] + stage[kind] for kind in total}
+    kept = ("checkpoint", "data", "score")
+    return [{k: s[k] for k in kept} | spent[s["checkpoint"]] for s in summary["scores"]]
 
 
 def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -109,25 +91,20 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not order or len(samples) % len(order):
         raise UserError("an evaluation has problems with unequal numbers of samples: run the cell again")
     return {
-        "problems": settings_hash(*order),
-        "num_problems": len(order),
-        "samples": len(samples) // len(order),
+        "problems": settings_hash(*order), "num_problems": len(order), "samples": len(samples) // len(order),
         "correct": " ".join(str(n) for n in correct.values()),
         "unscored": {problem: n for problem, n in unscored.items() if n},
         "truncated": float(np.mean([row.get("stop") == Stop.LENGTH for row in samples])),
         "mean_tokens": float(np.mean([row.get("num_tokens", 0) for row in samples])),
-    }
+    }  # fmt: skip
 
 
 def dynamics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """A few curves of a stage: [step, value], at most ``MOST_POINTS`` each, the mean of a stretch at its
-    end."""
+    """A few curves of a stage: [step, value], at most ``MOST_POINTS`` each, each the mean up to its step."""
     found: dict[str, list[list[float]]] = {}
     for name in DYNAMICS:
-        points = [
-            (row["step"], value) for row in metrics for k, value in row.items() if k.partition("/")[2] == name
-        ]
-        points = [(s, v) for s, v in points if math.isfinite(v)]
+        logged = [(row["step"], v) for row in metrics for k, v in row.items() if k.partition("/")[2] == name]
+        points = [(s, v) for s, v in logged if math.isfinite(v)]
         width = max(1, math.ceil(len(points) / MOST_POINTS))
         cuts = [points[i : i + width] for i in range(0, len(points), width)]
         if cuts:

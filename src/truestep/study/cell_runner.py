@@ -68,8 +68,7 @@ class Runner:
 
 
 def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
-    """The compact result of these settings: from an earlier day's folder if it is there, else by running
-    them."""
+    """The compact result of these settings: from the folder of earlier results, else by running them."""
     key = key_of(runner, settings)
     for kind in ("cells", "trials"):
         name = cell_results.cell_name(arm, settings.seed)
@@ -112,7 +111,7 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
         return dict(rundir.read_json(done))
     parent = _parent(runner, settings)
     if runner.study.base:
-        base_folder(runner)
+        runner.once("base", lambda: _base(runner))
     with runner._gate:
         if parent is not None:
             adopt(node_folder(runner, parent) / "run", home / "run", len(parent.stages), settings)
@@ -138,11 +137,8 @@ def child(runner: Runner, folder: str) -> None:
 
 
 def _parent(runner: Runner, settings: Settings) -> Settings | None:
-    """The settings of the run that this one goes on from: all stages but the last. Made first, and once.
-
-    Two arms that begin with the same stages at the same seed have one parent: an SFT checkpoint is trained
-    once.
-    """
+    """The settings of the run that this one continues: all stages but the last. It runs first, and once for
+    all arms that begin with these stages at this seed."""
     if not settings.stages:
         return None
     before = settings.model_copy(update={"stages": settings.stages[:-1]})
@@ -151,14 +147,11 @@ def _parent(runner: Runner, settings: Settings) -> Settings | None:
 
 
 def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
-    """Data files and a model folder, named relative to the study file or to the current folder, found from
-    anywhere."""
-    found = {name: (one, local_source(name, one.source, base_dir)) for name, one in settings.data.items()}
-    data = {
-        name: one.model_copy(update={"source": str(path.resolve())}) if path else one
-        for name, (one, path) in found.items()
-    }
-    model = settings.model
+    """Paths relative to the study file or the current folder (data, model, code) made absolute."""
+    data, model = dict(settings.data), settings.model
+    for name, one in settings.data.items():
+        if path := local_source(name, one.source, base_dir):
+            data[name] = one.model_copy(update={"source": str(path.resolve())})
     if path := local_model(model.path, base_dir):
         model = model.model_copy(update={"path": str(path.resolve())})
     stages = tuple(_absolute_code(stage, base_dir) for stage in settings.stages)
@@ -187,16 +180,14 @@ def local_source(name: str, source: str, base_dir: Path) -> Path | None:
 
 
 def local_model(path: str, base_dir: Path) -> Path | None:
-    """The model's folder or file if it is one, as ``load_settings`` finds it; the pinned base is not
-    meant."""
+    """The model's folder or file, if it is one, as ``load_settings`` finds it; not the pinned base."""
     if path == BASE_MODEL or not ("/" in path or path.endswith(".gguf")):
         return None
     return next((p for p in (base_dir / path, Path(path)) if p.exists()), None)
 
 
 def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
-    """Give a run the stages and evaluations that its parent has made; ``truestep run`` checks their
-    identities."""
+    """Give a run the stages and evaluations of its parent; ``truestep run`` checks their identities."""
     if not (run / "resolved.toml").exists():
         rundir.write_atomic(run / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
     names = [s.name for s in settings.stages[:num_stages]]
@@ -244,8 +235,7 @@ def base_identity(runner: Runner) -> str:
 
 
 def given_identity(runner: Runner) -> str:
-    """Of what a cell is given beside its settings: the base, and the content of files, which a path does not
-    tell."""
+    """Identity of what a cell gets beside its settings: the base, and the content of its files."""
 
     def make() -> str:
         settings = cell_settings(runner.study, runner.study.reference, 0, (), str(runner.where))
@@ -269,19 +259,15 @@ def files_of(settings: Settings, base_dir: Path) -> str:
     return settings_hash(*parts) if parts else ""
 
 
-def base_folder(runner: Runner) -> Path:
-    """The pinned base, trained once by its own recipe; ./base/model leads to what it exported."""
-    return Path(runner.once("base", lambda: _base(runner)))
-
-
 def _base(runner: Runner) -> Path:
+    """The pinned base, trained by its recipe; ./base/model leads to what it exported."""
     link, home = runner.out / BASE_MODEL, runner.out / "base"
     settings = base_recipe(runner.where, runner.study)
     identity = home / "identity"
     if link.exists():
         if identity.exists() and identity.read_text(encoding="utf-8").strip() != base_identity(runner):
             raise UserError(
-                f"{home}: was trained by another {runner.study.base}: pass --out with a different path, or remove it"
+                f"{home} was trained by another {runner.study.base}: remove it, or pass another --out"
             )
         return link
     made = with_absolute_paths(settings, (runner.where.parent / runner.study.base).parent)
@@ -290,5 +276,5 @@ def _base(runner: Runner) -> Path:
     with runner._gate:
         child(runner, "base")
     last = f"{len(settings.stages):02d}-{settings.stages[-1].name}"
-    link.symlink_to(Path("run") / "stages" / last / "export")
+    link.symlink_to(Path("run", "stages", last, "export"))
     return link

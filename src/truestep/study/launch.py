@@ -53,8 +53,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 @functools.cache
 def _forks() -> ForkServerContext:
-    """Where children are forked from; started once, on one thread, with this package wherever it was
-    found."""
+    """The server that children are forked from; started once, on one thread, with this package's path."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     mine = dict(os.environ)
@@ -106,14 +105,8 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     return {**inherited, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
-def local(workers: int) -> Launch:
-    del workers  # the runner starts no more at once
-    return start
-
-
 def ray(workers: int) -> Launch:
-    """The same children, started by Ray's workers, one processor each; all nodes must share the study
-    directory."""
+    """The same children, started by Ray with one processor each; all nodes must share the study directory."""
     try:
         import ray as cluster
     except ModuleNotFoundError:
@@ -122,20 +115,13 @@ def ray(workers: int) -> Launch:
         address: Any = os.environ.get("RAY_ADDRESS")
         here = environment(os.environ)["PYTHONPATH"]
         mine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 10**8}
-        cluster.init(
-            address=address,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": here}},
-            **({} if address else mine),
-        )
+        paths = {"env_vars": {"PYTHONPATH": here}}
+        cluster.init(address=address, log_to_driver=False, runtime_env=paths, **({} if address else mine))
     remote = cluster.remote(num_cpus=1, max_retries=0)(start)
     return lambda order: cluster.get(remote.remote(order))
 
 
-ENGINES: dict[str, Callable[[int], Launch]] = {"local": local, "ray": ray}
-
-
 def engine(name: str, workers: int) -> Launch:
-    if name not in ENGINES:
-        raise UserError(f"--engine {name}: there are {', '.join(ENGINES)}")
-    return ENGINES[name](workers)
+    if name not in ("local", "ray"):
+        raise UserError(f"--engine {name}: is not an engine: pass local or ray")
+    return ray(workers) if name == "ray" else start

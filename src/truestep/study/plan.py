@@ -1,5 +1,4 @@
-"""A study as one TOML file: arms × seeds, what they share, and how they may differ. All checks before
-anything runs.
+"""A study as one TOML file: arms × seeds, what they share, and how they may differ; all checked first.
 
 An arm is a list of stages out of the study's own. What an arm changes in them (``set``) must be among the
 keys that ``may_differ`` declares; everything else is equal by construction.
@@ -115,9 +114,7 @@ class Study(Frozen):
             raise ValueError(f"{where}.equal_flops.to = {match.to!r} is not an arm")
         goal = self.arm(match.to)
         if goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm)):
-            raise ValueError(
-                f"{where}.equal_flops.to: expected an arm without equal_flops and with as many seeds"
-            )
+            raise ValueError(f"{where}.equal_flops.to: expected an arm without equal_flops and as many seeds")
         if not arm.stages or match.step_like not in goal.stages:
             raise ValueError(
                 f"{where}.equal_flops.step_like = {match.step_like!r} is not a stage of {goal.name}, "
@@ -217,9 +214,8 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
 def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
     """The arm whose trials choose the rate of the last of these stages: the first that consists of them; ""
     without one. An arm with matched steps has others than the table says."""
-    return next(
-        (a.name for a in study.arms if not a.equal_flops and stage_tables(study, a) == list(tables)), ""
-    )
+    arms = (a for a in study.arms if not a.equal_flops)
+    return next((a.name for a in arms if stage_tables(study, a) == list(tables)), "")
 
 
 def _copied(value: Any) -> Any:
@@ -237,10 +233,8 @@ def cell_settings(
     if study.base:
         raw["model"] = {**raw.get("model", {}), "path": BASE_MODEL}
     raw["compute"] = {**raw.get("compute", {}), "threads": 1}
-    return parse_settings(
-        {**raw, "name": f"{study.name}-{arm}", "seed": seed, "stages": [dict(s) for s in stages]},
-        where=f"{where}: arms.{arm}",
-    )
+    own = {"name": f"{study.name}-{arm}", "seed": seed, "stages": [dict(s) for s in stages]}
+    return parse_settings({**raw, **own}, where=f"{where}: arms.{arm}")
 
 
 def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -255,10 +249,8 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any, Any]]:
     """Settings in which a stage of the arm differs from the reference's stage of its kind: KIND.key →
     (reference's, own). A stage whose kind the reference does not have is compared with nothing."""
-    reference, own = (
-        cell_settings(study, a.name, 0, stage_tables(study, a), where)
-        for a in (study.arm(study.reference), arm)
-    )
+    pair = (study.arm(study.reference), arm)
+    reference, own = (cell_settings(study, a.name, 0, stage_tables(study, a), where) for a in pair)
     kinds = {s.kind: s for s in reversed(reference.stages)}
     found: dict[str, tuple[Any, Any]] = {}
     for stage in own.stages:
@@ -354,6 +346,4 @@ def check_disjoint(study: Study, base_dir: Path) -> None:
     for a in dev:
         for b in settings.evaluate.data:
             if shared := texts[a] & texts[b]:
-                raise UserError(
-                    f"data.{a} and data.{b} share {len(shared)} problems: remove them from the dev set"
-                )
+                raise UserError(f"data.{a} and data.{b} share {len(shared)} problems: remove them from {a}")

@@ -43,12 +43,9 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
 
     def stop() -> None:
         runner.stopped.set()
-        runner.say(
-            "interrupted: waiting until the cells at work have saved what they did (Ctrl-C again: do not wait)"
-        )
+        runner.say("interrupted: waiting until the running cells are saved (Ctrl-C again: do not wait)")
 
-    problems = in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop)
-    if problems:
+    if problems := in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop):
         raise problems[0]
     names = [cell_name(arm.name, seed) for arm, seed in wanted]
     for name in names:
@@ -86,19 +83,15 @@ def _join(threads: list[threading.Thread]) -> None:
 
 def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
     """The compact result of one cell, from an earlier day if there is one."""
-    return result(runner, settled(runner, arm, seed), arm)
+    settings: Settings = runner.once(f"settled {arm} {seed}", lambda: _settled(runner, arm, seed))
+    return result(runner, settings, arm)
 
 
 # --------------------------------------------------------------------------------- learning rates and budgets
 
 
-def settled(runner: Runner, arm: str, seed: int) -> Settings:
-    """The settings of a cell once its learning rates are chosen and its steps are matched."""
-    made: Settings = runner.once(f"settled {arm} {seed}", lambda: _settled(runner, arm, seed))
-    return made
-
-
 def _settled(runner: Runner, arm: str, seed: int) -> Settings:
+    """The settings of a cell once its learning rates are chosen and its steps are matched."""
     tables = tables_of(runner, arm)
     if tables:
         tables[-1] = scaled(tables[-1], chosen_factor(runner, arm))
@@ -128,20 +121,19 @@ def match_flops(
     other: Callable[[str], Mapping[str, Any]],
 ) -> None:
     """Set the last stage's steps so that the arm spends what the other has spent; the table shows how well.
-    What the stages before it cost is the other's cost if they are the same, and is measured if they are
-    not."""
+    The cost of the stages before it is the other's if they are the same, else it is measured."""
     goal = runner.study.arm(arm).equal_flops
     if not goal:
         return
     theirs = stage_tables(runner.study, runner.study.arm(goal.to))
     whole = other(goal.to)
-    spent = {s["name"]: s for s in whole["stages"]}
     own = stage_tables(runner.study, runner.study.arm(arm))[:-1]
     before = whole["stages"][: len(own)]
     if own != theirs[: len(own)]:
-        start = settings(tables[:-1])
-        before = node(runner, start, f"{arm}.start")["stages"]
-    like, meant = spent[goal.step_like], next(t for t in theirs if t["name"] == goal.step_like)
+        before = node(runner, settings(tables[:-1]), f"{arm}.start")["stages"]
+    like, meant = (
+        next(s for s in stages if s["name"] == goal.step_like) for stages in (whole["stages"], theirs)
+    )
     left = whole["flops"]["paper"] - sum(s["flops_paper"] for s in before)
     one = like["flops_paper"] / like["steps"] * sequences(tables[-1]) / sequences(meant)
     tables[-1].pop("epochs", None)
@@ -212,9 +204,10 @@ def trial_settings(runner: Runner, arm: str, factor: float, seed: int) -> Settin
         made = cell_settings(runner.study, arm, seed, stages, str(runner.where))
         return made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"data": dev})})
 
-    match_flops(
-        runner, arm, tables, settings, lambda other: trial(runner, other, chosen_factor(runner, other), seed)
-    )
+    def spent(other: str) -> Mapping[str, Any]:
+        return trial(runner, other, chosen_factor(runner, other), seed)
+
+    match_flops(runner, arm, tables, settings, spent)
     return settings(tables)
 
 
@@ -239,10 +232,8 @@ def _own_cost(runner: Runner, arm: Arm) -> dict[str, Any]:
     made = {f: trials(runner, arm.name, f) for f in tuning.factors}
     stages = [t["stages"][-1] for ts in made.values() for t in ts]
     return {
-        "trials": len(stages),
-        "factor": chosen_factor(runner, arm.name) if stages else 1.0,
+        "trials": len(stages), "factor": chosen_factor(runner, arm.name) if stages else 1.0, "reason": "",
         "scores": {f"{f:g}": _mean(ts) for f, ts in made.items() if ts},
         "failed": [f"{f:g}" for f, ts in made.items() if not ts],
         "flops": {k: sum(float(stage[f"flops_{k}"]) for stage in stages) for k in NO_FLOPS},
-        "reason": "",
-    }
+    }  # fmt: skip

@@ -25,47 +25,33 @@ def results(
     failures: Mapping[str, str],
     base: str = "",
 ) -> dict[str, Any]:
-    """Everything that the report and the exports show. ``found`` are finished cells by name; a missing cell is a
-    failure, never 0."""
+    """Everything that the report and the exports show. ``found``: finished cells by name; none counts as 0."""
     by_arm = {arm.name: _cells_of(study, found.values(), arm) for arm in study.arms}
     arms = [_arm(study, arm, by_arm, tuning.get(arm.name, {})) for arm in study.arms]
     contrasts = [_contrast(by_arm, a, b, primary=True) for a, b in study.primary]
-    # A contrast that says nothing yet (no cells, one seed) still is one of the family.
-    known = {
-        f"{c['a']}|{c['b']}": c["all"] if c["all"] and c["all"]["seeds_known"] else None for c in contrasts
-    }
-    adjusted = analyse.holm({name: made["p_value"] if made else 1.0 for name, made in known.items()})
+    # A contrast that says nothing yet (no cells, one seed) is still one of the family.
+    known = {(c["a"], c["b"]): c["all"] for c in contrasts}
+    adjusted = analyse.holm({k: m["p_value"] if m and m["seeds_known"] else 1.0 for k, m in known.items()})
     contrasts += [_contrast(by_arm, a, b, primary=False) for a, b in study.secondary]
     for contrast in contrasts:
         if contrast["all"]:
-            p = adjusted.get(f"{contrast['a']}|{contrast['b']}") if contrast["primary"] else None
+            p = adjusted[contrast["a"], contrast["b"]] if contrast["primary"] else None
             contrast["p_adjusted"] = p
             contrast["verdict"] = analyse.verdict(analyse.Crossed(**contrast["all"]), p)
     return {
-        "name": study.name,
-        "question": study.question,
-        "declaration": study.declaration,
-        "seeds": list(study.seeds),
-        "reference": study.reference,
-        "base": base,
-        "benchmarks": _benchmarks(found),
-        "arms": arms,
-        "contrasts": contrasts,
+        "name": study.name, "question": study.question, "declaration": study.declaration,
+        "seeds": list(study.seeds), "reference": study.reference, "base": base,
+        "benchmarks": list(dict.fromkeys(name for cell in found.values() for name in cell["benchmarks"])),
+        "arms": arms, "contrasts": contrasts,
         "controls_off": {c: study.controls_off[c] for c in CONTROLS if c in study.controls_off},
-        "failures": dict(failures),
-        "content": _content(found),
-        "may_differ": list(study.may_differ),
+        "failures": dict(failures), "content": _content(found), "may_differ": list(study.may_differ),
         "complete": len(found) == sum(len(study.seeds_of(a)) for a in study.arms),
-    }
+    }  # fmt: skip
 
 
 def _cells_of(study: Study, cells: Iterable[Cell], arm: Arm) -> dict[int, Cell]:
     own = {cell["seed"]: cell for cell in cells if cell["arm"] == arm.name}
     return {seed: own[seed] for seed in study.seeds_of(arm) if seed in own}
-
-
-def _benchmarks(found: Mapping[str, Cell]) -> list[str]:
-    return list(dict.fromkeys(name for cell in found.values() for name in cell["benchmarks"]))
 
 
 def share(cell: Cell, benchmark: str) -> np.ndarray:
@@ -88,29 +74,23 @@ def _arm(
     seeds = list(own)
     tables = _tables(own, seeds)
     scores = {name: analyse.crossed([t], bounds=(0.0, 1.0)).to_json() for name, t in tables.items()}
+    evaluated = [b for c in own.values() for b in c["benchmarks"].values()]
     row: dict[str, Any] = {
-        "name": arm.name,
-        "control": arm.control,
-        "stages": list(arm.stages),
-        "seeds": seeds,
-        "scores": scores,
+        "name": arm.name, "control": arm.control, "stages": list(arm.stages), "seeds": seeds, "scores": scores,
         "mean": analyse.crossed(list(tables.values()), bounds=(0.0, 1.0)).to_json() if tables else None,
         "flops_by_seed": {str(s): own[s]["flops"] for s in seeds},
         "by_seed": {str(s): {n: float(t[i].mean()) for n, t in tables.items()} for i, s in enumerate(seeds)},
         "sd_sample": _sample_sd(own, tables),
         "flops": {k: _mean(c["flops"][k] for c in own.values()) for k in ("paper", "full")},
-        "tuning": dict(tuning),
-        "path": _path(own),
-        "unscored": sum(sum(b["unscored"].values()) for c in own.values() for b in c["benchmarks"].values()),
-        "samples": sum(
-            b["samples"] * b["num_problems"] for c in own.values() for b in c["benchmarks"].values()
-        ),
-        "truncated": _mean(b["truncated"] for c in own.values() for b in c["benchmarks"].values()),
-        "mean_tokens": _mean(b["mean_tokens"] for c in own.values() for b in c["benchmarks"].values()),
+        "tuning": dict(tuning), "path": _path(own),
+        "unscored": sum(sum(b["unscored"].values()) for b in evaluated),
+        "samples": sum(b["samples"] * b["num_problems"] for b in evaluated),
+        "truncated": _mean(b["truncated"] for b in evaluated),
+        "mean_tokens": _mean(b["mean_tokens"] for b in evaluated),
         "differs": {k: [repr(a), repr(b)] for k, (a, b) in differences(study, arm).items()},
         "data": _data(own),
         "checkpoint": "best on dev" if any(b for c in own.values() for b in c["best"].values()) else "last",
-    }
+    }  # fmt: skip
     return row | {"marks": _marks(study, row, own, reference, arm)}
 
 
@@ -133,12 +113,9 @@ def _path(own: Mapping[int, Cell]) -> list[dict[str, Any]]:
     for cell in own.values():
         for point in cell["path"]:
             rows.setdefault((point["checkpoint"], point["data"]), []).append(point)
+    means = ("score", "flops_paper", "flops_full")
     return [
-        {
-            "checkpoint": c,
-            "data": d,
-            **{k: _mean(p[k] for p in points) for k in ("score", "flops_paper", "flops_full")},
-        }
+        {"checkpoint": c, "data": d, **{k: _mean(p[k] for p in points) for k in means}}
         for (c, d), points in rows.items()
     ]
 
@@ -149,10 +126,8 @@ def _data(own: Mapping[int, Cell]) -> dict[str, Any]:
     for cell in own.values():
         for stage in cell["stages"]:
             for kind in ("demonstration_tokens", "rollout_tokens"):
-                if stage["tokens"][kind]:
-                    seen.setdefault(f"{stage['data']}: {kind.replace('_', ' ')}", []).append(
-                        stage["tokens"][kind]
-                    )
+                if tokens := stage["tokens"][kind]:
+                    seen.setdefault(f"{stage['data']}: {kind.replace('_', ' ')}", []).append(tokens)
     return {key: sum(values) / len(own) for key, values in seen.items()}
 
 
@@ -190,8 +165,7 @@ def _sets(own: Mapping[int, Cell]) -> set[str]:
 
 
 def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
-    """Hashes of the base model and of every data set, over all cells: more than one of a name is an unequal
-    study."""
+    """Hashes of the base model and of every data set, over all cells: several of a name: an unequal study."""
     seen: dict[str, set[str]] = {}
     for cell in found.values():
         for name, value in cell["content"].items():
