@@ -21,6 +21,7 @@ from truestep.audit.postmortem.run_files import Evidence, gather
 TRAINER, OPENRLHF_SFT = "transformers Trainer", "OpenRLHF sft"
 MOST_PROBLEMS = 5  # unread files that an answer names
 Values = Mapping[str, Any]
+Verdict = Literal["affected", "not affected", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ def check(met: bool | None, kind: str, **values: Any) -> Check:
     return Check(met, Reason(kind, values))
 
 
-@dataclass(frozen=True, kw_only=True)
+Condition = Callable[[Evidence], Check]
+
+
+@dataclass(frozen=True)
 class Measured:
     """A fault that was recovered from the parameters of real releases."""
 
@@ -51,7 +55,7 @@ class Measured:
     package: str
     faulty: tuple[str, ...]  # releases that were run
     right: tuple[str, ...]
-    conditions: tuple[Callable[[Evidence], Check], ...]
+    conditions: tuple[Condition, ...]
     source: str
     older_too: bool = False  # infer that whatever came before the first faulty release has the fault
 
@@ -61,7 +65,7 @@ class Answer:
     """What the files say about one measured fault."""
 
     finding: str
-    answer: Literal["affected", "not affected", "unknown"]
+    answer: Verdict
     reasons: tuple[Reason, ...]
     source: str
 
@@ -76,7 +80,7 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
     """The conjunction of the release and all conditions."""
     checks = [_release_check(measured, evidence), *(condition(evidence) for condition in measured.conditions)]
     by = {met: [c.reason for c in checks if c.met is met] for met in (True, False, None)}
-    verdict: Literal["affected", "not affected", "unknown"]
+    verdict: Verdict
     if by[False]:
         verdict, told = "not affected", by[False]
     elif not by[None]:
@@ -120,10 +124,9 @@ def judge_release(measured: Measured, version: str) -> Check:
     if not above:
         return check(None, "newer", newest=low, faulty=low_faulty, **name)
     _, high, high_faulty = above[0]
-    between: Values = {"low": low, "high": high, "faulty": low_faulty, **name}
-    if low_faulty == high_faulty:
-        return check(low_faulty, "between_alike", **between)
-    return check(None, "between_different", **between)
+    alike = low_faulty == high_faulty
+    kind, met = ("between_alike", low_faulty) if alike else ("between_different", None)
+    return check(met, kind, low=low, high=high, faulty=low_faulty, **name)
 
 
 def _release_check(measured: Measured, evidence: Evidence) -> Check:
@@ -135,10 +138,8 @@ def _release_check(measured: Measured, evidence: Evidence) -> Check:
             return check(False, "not_in_environment", package=package, packages=size, file=file)
         return check(None, "not_pinned", package=package, asked=asked or "")
     judged = [judge_release(measured, version) for version in found]
-    told = [
-        Reason(c.reason.kind, {**c.reason.values, "file": file})
-        for c, file in zip(judged, found.values(), strict=True)
-    ]
+    pairs = zip(judged, found.values(), strict=True)
+    told = [Reason(c.reason.kind, {**c.reason.values, "file": file}) for c, file in pairs]
     return _together([c.met for c in judged], "releases", reasons=told)
 
 
@@ -148,7 +149,7 @@ def _together(answers: Sequence[bool | None], kind: str, **values: Any) -> Check
     return check(answers[0] if agree else None, kind, agree=agree, **values)
 
 
-def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Callable[[Evidence], Check]:
+def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Condition:
     """The condition that a setting passes a test; ``note`` names a sentence that is added if it does not."""
 
     def condition(evidence: Evidence) -> Check:
@@ -165,12 +166,17 @@ def _noted(checked: Check, note: str) -> Check:
     return Check(checked.met, Reason(checked.reason.kind, {**checked.reason.values, "note": note}))
 
 
-def _three_micro_batches(evidence: Evidence) -> Check:
-    """The offload fault drops what is neither first nor last."""
+def _micro_batches(evidence: Evidence, least: int) -> tuple[Check, Evidence]:
+    """Whether a step has so many micro-batches, and the evidence with their number."""
     found = _accumulation(evidence)
     if not found.settings.get("accumulation"):
-        return _arithmetic(evidence)
-    checked = _setting("accumulation", lambda k: k >= 3)(found)
+        return _arithmetic(evidence), found
+    return _setting("accumulation", lambda k: k >= least)(found), found
+
+
+def _three_micro_batches(evidence: Evidence) -> Check:
+    """The offload fault drops what is neither first nor last."""
+    checked, found = _micro_batches(evidence, 3)
     if checked.met is False:
         return _noted(checked, "two_drop_nothing" if 2 in found.settings["accumulation"] else "drops_nothing")
     return checked
@@ -183,10 +189,7 @@ def _boundary_by_hand(evidence: Evidence) -> Check:
 
 def _several_micro_batches(evidence: Evidence) -> Check:
     """A mean of means needs two; without accumulation the mean is surely right only on one process."""
-    found = _accumulation(evidence)
-    if not found.settings.get("accumulation"):
-        return _arithmetic(evidence)
-    checked = _setting("accumulation", lambda k: k >= 2)(found)
+    checked, _ = _micro_batches(evidence, 2)
     if checked.met is False and set(evidence.settings.get("processes", {})) != {1}:
         return Check(None, _noted(checked, "several_not_measured").reason)
     return checked
@@ -211,7 +214,7 @@ def _arithmetic(evidence: Evidence) -> Check:
     return check(None, "depends_on_processes", batch=batch, micro=micro, file=file, most=most)
 
 
-def _trained_by(trainer: str) -> Callable[[Evidence], Check]:
+def _trained_by(trainer: str) -> Condition:
     def condition(evidence: Evidence) -> Check:
         found = evidence.settings.get("trainer", {})
         if not found:
@@ -229,76 +232,60 @@ def _own_tokens(evidence: Evidence) -> Check:
     return _setting("average_tokens", lambda on: not on)(evidence)
 
 
-_RAN = "recovered weights of the real step on a CPU: "
+_TRAINER_STEP = "transformers Trainer "
+_OFFLOAD = "DeepSpeed ZeRO-2 with an offloaded optimizer "
 _OFFLOADED = (
     _setting("zero_stage", lambda stage: stage == 2, "only_stage_2"),
     _setting("offload", lambda device: {"cpu": True, "none": False}.get(device), "cpu_and_none"),
 )
+_BY_TRAINER = _trained_by(TRAINER)
+_GPT2 = _setting("architecture", lambda name: name == "GPT2LMHeadModel" or None, "only_gpt2")
+_SEVERAL_PROCESSES = _setting("processes", lambda count: count >= 2)
+
+
+def _measured(
+    package: str, finding: str, faulty: str, right: str, weights: str, *met: Condition, **more: bool
+) -> Measured:
+    """``faulty`` and ``right`` list releases; ``weights`` are those that their real steps had on a CPU."""
+    source, by = f"recovered weights of the real step on a CPU: {weights}", tuple(faulty.split())
+    return Measured(finding, package, by, tuple(right.split()), tuple(met), source, **more)
+
+
 MEASURED: tuple[Measured, ...] = (
-    Measured(
-        finding="DeepSpeed ZeRO-2 with an offloaded optimizer drops the intermediate micro-batches",
-        package="deepspeed",
-        faulty=("0.15.2", "0.18.9"),
-        right=("0.15.1", "0.19.0", "0.19.8"),
-        conditions=(*_OFFLOADED, _three_micro_batches),
-        source=_RAN
-        + "0.15.2 and 0.18.9 [1, 0, 0, 1]; 0.15.1, 0.19.0, 0.19.8, stages 1 and 3, no offload: ones",
+    _measured(
+        "deepspeed", _OFFLOAD + "drops the intermediate micro-batches", "0.15.2 0.18.9", "0.15.1 0.19.0 0.19.8",
+        "0.15.2 and 0.18.9 [1, 0, 0, 1]; 0.15.1, 0.19.0, 0.19.8, stages 1 and 3, no offload: ones",
+        *_OFFLOADED, _three_micro_batches,
     ),
-    Measured(
-        finding="transformers Trainer takes the mean of micro-batch means",
-        package="transformers",
-        faulty=("4.45.2",),
-        right=("5.23.0",),
-        conditions=(_trained_by(TRAINER), _several_micro_batches),
-        source=_RAN
-        + "4.45.2 Llama, tokens 2, 17, 27, 2: [6, .706, .444, 6]; 5.23.0 Llama, GPT-2, Gemma-3: ones",
+    _measured(
+        "transformers", _TRAINER_STEP + "takes the mean of micro-batch means", "4.45.2", "5.23.0",
+        "4.45.2 Llama, tokens 2, 17, 27, 2: [6, .706, .444, 6]; 5.23.0 Llama, GPT-2, Gemma-3: ones",
+        _BY_TRAINER, _several_micro_batches,
     ),
-    Measured(
-        finding="transformers Trainer sums micro-batch means of a model class that takes no loss arguments",
-        package="transformers",
-        faulty=("4.46.3",),
-        right=("5.23.0",),
-        conditions=(
-            _trained_by(TRAINER),
-            _setting("architecture", lambda name: name == "GPT2LMHeadModel" or None, "only_gpt2"),
-            _several_micro_batches,
-        ),
-        source=_RAN
-        + "4.46.3 GPT-2, tokens 2, 17, 27, 2: [24, 2.8, 1.8, 24], logged loss right; 5.23.0: ones",
+    _measured(
+        "transformers", _TRAINER_STEP + "sums micro-batch means of a model class that takes no loss arguments",
+        "4.46.3", "5.23.0", "4.46.3 GPT-2, tokens 2, 17, 27, 2: [24, 2.8, 1.8, 24], logged loss right; 5.23.0: ones",
+        _BY_TRAINER, _GPT2, _several_micro_batches,
     ),
-    Measured(
-        finding="transformers Trainer with average_tokens_across_devices off divides by each process's own tokens",
-        package="transformers",
-        faulty=("5.23.0",),
-        right=(),
-        conditions=(_trained_by(TRAINER), _own_tokens, _setting("processes", lambda count: count >= 2)),
-        source=_RAN + "5.23.0 on 2 processes [.729 ×4, 1.591 ×4]; with the option on: ones",
+    _measured(
+        "transformers", _TRAINER_STEP + "with average_tokens_across_devices off divides by each process's own tokens",
+        "5.23.0", "", "5.23.0 on 2 processes [.729 ×4, 1.591 ×4]; with the option on: ones",
+        _BY_TRAINER, _own_tokens, _SEVERAL_PROCESSES,
     ),
-    Measured(
-        finding="OpenRLHF SFT takes the mean of micro-batch means",
-        package="openrlhf",
-        faulty=("0.10.2",),
-        right=("0.10.4", "0.11.2"),
-        conditions=(_trained_by(OPENRLHF_SFT), _several_micro_batches),
-        source=_RAN + "0.10.2, tokens 2, 27, 2, 17: [6, .444, 6, .706]; 0.10.4, 0.11.2: ones",
-        older_too=True,
+    _measured(
+        "openrlhf", "OpenRLHF SFT takes the mean of micro-batch means", "0.10.2", "0.10.4 0.11.2",
+        "0.10.2, tokens 2, 27, 2, 17: [6, .444, 6, .706]; 0.10.4, 0.11.2: ones",
+        _trained_by(OPENRLHF_SFT), _several_micro_batches, older_too=True,
     ),
-    Measured(
-        finding="DeepSpeed ZeRO-2 with an offloaded optimizer keeps only the last micro-batch, in loops that set the "
-        "accumulation boundary by hand",
-        package="deepspeed",
-        faulty=("0.15.1", "0.15.2", "0.18.9"),
-        right=("0.19.0", "0.19.8"),
-        conditions=(*_OFFLOADED, _boundary_by_hand),
-        source=_RAN + "0.15.1, 0.15.2 and 0.18.9 [0, 0, 0, 1]; 0.19.0, 0.19.8: ones",
+    _measured(
+        "deepspeed",
+        _OFFLOAD + "keeps only the last micro-batch, in loops that set the accumulation boundary by hand",
+        "0.15.1 0.15.2 0.18.9", "0.19.0 0.19.8",
+        "0.15.1, 0.15.2 and 0.18.9 [0, 0, 0, 1]; 0.19.0, 0.19.8: ones", *_OFFLOADED, _boundary_by_hand,
     ),
-    Measured(
-        finding="verl's agg_loss takes the mean of micro-batch means",
-        package="verl",
-        faulty=("0.6.0",),
-        right=("0.9.1",),
-        conditions=(_several_micro_batches,),
-        source=_RAN
-        + "its function in a loop of ours, 0.6.0, tokens 2, 27, 3, 17: [6.1, .45, 4.1, .72]; 0.9.1: ones",
+    _measured(
+        "verl", "verl's agg_loss takes the mean of micro-batch means", "0.6.0", "0.9.1",
+        "its function in a loop of ours, 0.6.0, tokens 2, 27, 3, 17: [6.1, .45, 4.1, .72]; 0.9.1: ones",
+        _several_micro_batches,
     ),
-)
+)  # fmt: skip

@@ -46,9 +46,7 @@ class Evidence:
 
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file
     ranges: dict[str, str] = field(default_factory=dict)  # package → what asks for it without a version
-    complete: dict[str, int] = field(
-        default_factory=dict
-    )  # files that pin a whole environment → packages in them
+    complete: dict[str, int] = field(default_factory=dict)  # file that pins an environment → its packages
     settings: dict[str, dict[Any, str]] = field(default_factory=dict)  # name → value → file
     problems: list[str] = field(default_factory=list)
     deepspeed: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # file → a configuration of its own
@@ -69,30 +67,20 @@ def gather(folder: Path) -> Evidence:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory; pass the directory with the files of a past run")
     evidence = Evidence()
-    states: set[Path] = set()
-    configs: list[Path] = []
-    for path, size in _files(folder, evidence):
+    files = list(_files(folder, evidence))
+    states = set()
+    for path, size in sorted(files, key=lambda file: file[0].name == "config.json"):  # these last
         name = str(path.relative_to(folder))
-        if path.name == "config.json":
-            configs.append(path)
-            continue
         try:
             if path.name == "trainer_state.json":
                 _state(path, name, evidence)
                 states.add(path.parent)
-            else:
+            elif path.name != "config.json":
                 _read(path, size, name, evidence)
-        except Broken as error:
-            evidence.problems.append(f"{name}: {error}")
-        except OSError as error:
-            evidence.problems.append(f"{name}: {error.strerror}")
-    for path in configs:
-        if path.parent in states:  # written by the run; elsewhere it belongs to whoever made the model
-            name = str(path.relative_to(folder))
-            try:
+            elif path.parent in states:  # written by the run; elsewhere by whoever made the model
                 _model(path, name, evidence)
-            except (Broken, OSError) as error:
-                evidence.problems.append(f"{name}: {error}")
+        except (Broken, OSError) as error:
+            evidence.problems.append(f"{name}: {getattr(error, 'strerror', error)}")
     _choose_deepspeed(evidence)
     return evidence
 
@@ -113,8 +101,8 @@ def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
                 status = path.lstat()
             except OSError:
                 continue
-            interesting = path.suffix.lower() in (*LIMITS, *SCRIPTS) or name in LOCKS
-            if not interesting or not stat.S_ISREG(status.st_mode):
+            known = path.suffix.lower() in (*LIMITS, *SCRIPTS) or name in LOCKS
+            if not known or not stat.S_ISREG(status.st_mode):
                 continue
             total += status.st_size if status.st_size <= _limit(path) else 0
             if count > MOST_FILES or total > MOST_BYTES:
@@ -134,17 +122,15 @@ def _read(path: Path, size: int, name: str, evidence: Evidence) -> None:
             raise Broken(f"larger than {_limit(path) >> 10} KiB, not read")
         return
     text = path.read_bytes().decode("utf-8", "replace")
+    parse = {".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}.get(path.suffix.lower())
     if path.name in LOCKS:
         _lock(text, name, evidence)
-    elif path.suffix.lower() in (".json", ".yaml", ".yml"):
-        if path.suffix.lower() != ".json" and "dependencies:" in text:
-            _pins(text, name, evidence)
-        elif any(word in text for word in WORDS):
-            found = parse_json(text) if path.suffix.lower() == ".json" else parse_yaml(text)
-            _mapping(found, name, evidence)
-    else:
+    elif parse is None or (parse is parse_yaml and "dependencies:" in text):
         _pins(text, name, evidence)
-        _commands(text, name, evidence)
+        if parse is None:
+            _commands(text, name, evidence)
+    elif any(word in text for word in WORDS):
+        _mapping(parse(text), name, evidence)
 
 
 def _head(path: Path) -> str:
@@ -179,13 +165,7 @@ def parse_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise Broken(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:  # of odd scalars, or depth
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Broken(f"not valid YAML: {type(error).__name__}") from None
 
 
@@ -309,13 +289,13 @@ def _deepspeed(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
     zero = found.get("zero_optimization", {})
     if isinstance(zero, Mapping):
         evidence.add("zero_stage", whole(zero.get("stage", 0)), name)
-        offload = zero.get("offload_optimizer") or {
-            "device": "cpu" if zero.get("cpu_offload") is True else "none"
-        }
+        old = "cpu" if zero.get("cpu_offload") is True else "none"
+        offload = zero.get("offload_optimizer") or {"device": old}
         if isinstance(offload, Mapping):
             evidence.add("offload", _word(offload.get("device") or "none") or None, name)
-    evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
-    if whole(found.get("gradient_accumulation_steps")) is None:
+    steps = whole(found.get("gradient_accumulation_steps"))
+    evidence.add("accumulation", steps, name)
+    if steps is None:
         evidence.add("batch_size", whole(found.get("train_batch_size")), name)
         evidence.add("micro_batch_size", whole(found.get("train_micro_batch_size_per_gpu")), name)
 
@@ -330,17 +310,15 @@ def _choose_deepspeed(evidence: Evidence) -> None:
         for name in fitting:
             _deepspeed(evidence.deepspeed[name], name, evidence)
         if wanted and not fitting:
-            evidence.problems.append(
-                f"{by}: names {wanted[:200]}, which is not in the folder or cannot be read"
-            )
+            why = "which is not in the folder or cannot be read"
+            evidence.problems.append(f"{by}: names {wanted[:200]}, {why}")
 
 
 def _commands(text: str, name: str, evidence: Evidence) -> None:
     """Every line that starts a training; a backslash continues one."""
     if "--" not in text:
         return
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    for line in re.sub(r"\\[ \t]*\n", " ", "\n".join(lines)).splitlines():
+    for line in _command_lines(text):
         flags = _flags(line)
         per_node = _first(flags, "nproc_per_node", "num_gpus", "num_processes")
         nodes = _first(flags, "nnodes", "num_nodes")
@@ -351,9 +329,8 @@ def _commands(text: str, name: str, evidence: Evidence) -> None:
         if trainer and "openrlhf" in line.lower():
             evidence.add("trainer", f"OpenRLHF {trainer[1]}", name)
             evidence.add("zero_stage", whole(_first(flags, "zero_stage", "ds.zero_stage")), name)
-            evidence.add(
-                "offload", "cpu" if _first(flags, "adam_offload", "ds.adam_offload") else "none", name
-            )
+            offloads = _first(flags, "adam_offload", "ds.adam_offload")
+            evidence.add("offload", "cpu" if offloads else "none", name)
             evidence.add("batch_size", whole(_first(flags, "train_batch_size", "train.batch_size")), name)
             micro = _first(flags, "micro_train_batch_size", "train.micro_batch_size")
             evidence.add("micro_batch_size", whole(micro), name)
@@ -375,10 +352,12 @@ def _flags(line: str) -> dict[str, str]:
 
 def flags_of(text: str) -> dict[str, str]:
     """The flags of all lines of a script."""
-    lines = re.sub(
-        r"\\[ \t]*\n", " ", "\n".join(x for x in text.splitlines() if not x.lstrip().startswith("#"))
-    )
-    return {key: value for line in lines.splitlines() for key, value in _flags(line).items()}
+    return {key: value for line in _command_lines(text) for key, value in _flags(line).items()}
+
+
+def _command_lines(text: str) -> list[str]:
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return re.sub(r"\\[ \t]*\n", " ", "\n".join(lines)).splitlines()
 
 
 def _first(flags: Mapping[str, str], *names: str) -> str | None:
