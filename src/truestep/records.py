@@ -1,7 +1,8 @@
 """The data that flows through truestep, as frozen keyword-only records, checked at construction.
 
 No torch: the audit and the report read these records in environments without it, and the tensors of a
-``TokenBatch`` are typed by name only. One file: every room imports several records, which refer to each other.
+``TokenBatch`` are typed by name only. One file: every room imports several records, which refer to each
+other.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ NOT_SAMPLED = -1  # policy_version of a token that no policy has sampled
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """How the policy's distribution was changed before sampling: the one of the behavior log-probabilities."""
+    """How the policy's distribution was changed before sampling: the one of the behavior
+    log-probabilities."""
 
     temperature: float
     top_p: float = 1.0
@@ -181,8 +183,8 @@ class Verdict(enum.StrEnum):
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """What a completion is worth. ``verdict`` is about truth (None if no checker was asked); ``reward`` is
-    what RL climbs (None: unscored). ``parts`` are the reward's parts by name, ``extracted`` the answer that was
-    found ("" if none was). ``reason`` says how the verdict was reached; an unscored sample needs one.
+    what RL climbs (None: unscored). ``parts`` are the reward's parts by name, ``extracted`` the answer that
+    was found ("" if none was). ``reason`` says how the verdict was reached; an unscored sample needs one.
     ``failed`` marks a sample that a reward function could not score (it raised, hung, or returned nonsense).
     """
 
@@ -206,15 +208,16 @@ class Score:
         return "unscored" if self.reward is None else "scored"
 
     def solved(self, threshold: float = 1.0) -> bool | None:
-        """Whether the sample solves its problem: its verdict if a checker was asked, else a reward of at least
-        ``threshold``; None if it is unscored."""
+        """Whether the sample solves its problem: its verdict if a checker was asked, else a reward of at
+        least ``threshold``; None if it is unscored."""
         if self.verdict is not None:
             return {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNSCORED: None}[self.verdict]
         return None if self.reward is None else self.reward >= threshold
 
 
 def judged(verdict: Verdict, *, extracted: str = "", reason: str = "") -> Score:
-    """A checker's score: reward 1 for correct, 0 for incorrect, None for unscored (a failure is never a zero)."""
+    """A checker's score: reward 1 for correct, 0 for incorrect, None for unscored (a failure is never a
+    zero)."""
     reward = {Verdict.CORRECT: 1.0, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}[verdict]
     return Score(reward=reward, verdict=verdict, extracted=extracted, reason=reason)
 
@@ -254,7 +257,8 @@ class Group:
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
     """One sequence of an optimizer step, before packing. Shapes: ``origin`` is aligned with ``token_ids``;
-    ``advantage``, ``behavior_logprobs`` and ``policy_version`` with the trained tokens, or one number for all."""
+    ``advantage``, ``behavior_logprobs`` and ``policy_version`` with the trained tokens, or one number for
+    all."""
 
     token_ids: tuple[int, ...]
     origin: tuple[Origin, ...]  # every token that is not CONTEXT is trained
@@ -312,10 +316,11 @@ OPTIONAL_FIELDS = ("behavior_logprobs", "proximal_logprobs", "proximal_entropy",
 class TokenBatch:
     """One packed micro-batch without padding: N forwarded tokens, M trained (target) tokens of S sequences.
 
-    ``source_index`` is the forwarded token whose hidden state predicts each target: the last token of a shared
-    prompt predicts the first of every completion. ``sequence_index`` numbers the sequences of the whole step on
-    this rank. The optional columns are None until a scoring pass fills them; ``behavior_logprobs`` is None if no
-    token of the batch was sampled, and 0 at the tokens that were not (see ``origin``).
+    ``source_index`` is the forwarded token whose hidden state predicts each target: the last token of a
+    shared prompt predicts the first of every completion. ``sequence_index`` numbers the sequences of the
+    whole step on this rank. The optional columns are None until a scoring pass fills them;
+    ``behavior_logprobs`` is None if no token of the batch was sampled, and 0 at the tokens that were not (see
+    ``origin``).
     """
 
     input_ids: Tensor  # N int64

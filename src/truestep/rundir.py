@@ -36,7 +36,8 @@ def redact(text: str) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader, also after a power loss, sees the old content or the new, never a part."""
+    """Write a file so that a reader, also after a power loss, sees the old content or the new, never a
+    part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -62,8 +63,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 def holds_run(folder: Path, *, resume: bool) -> bool:
-    """Whether the folder contains a run to continue. Writes nothing. Raises UserError if it contains a run and
-    ``resume`` is not set, or anything else."""
+    """Whether the folder contains a run to continue. Writes nothing. Raises UserError if it contains a run
+    and ``resume`` is not set, or anything else."""
     if (folder / "resolved.toml").exists():
         if not resume:
             raise UserError(f"{folder} already contains a run; pass --resume to continue it, or {ELSEWHERE}")

@@ -1,5 +1,5 @@
-"""One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with the
-way out; ``resolved.toml`` in the run directory shows every setting that was in force.
+"""One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with
+the way out; ``resolved.toml`` in the run directory shows every setting that was in force.
 
 Batch sizes are named by what they count; everything else about a batch is derived. One file: the models refer
 to each other.
@@ -257,7 +257,8 @@ class EvaluationSampling(Frozen):
 
 class EvaluateSettings(Frozen):
     """How models are evaluated: a run's checkpoints on its data sets, and with ``truestep eval`` any model on
-    pinned benchmarks. With ``benchmarks``, ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
+    pinned benchmarks. With ``benchmarks``, ``samples_per_problem`` and ``sampling`` default to
+    "benchmark"."""
 
     data: tuple[str, ...] = ()
     before: bool = True  # also evaluate the base model

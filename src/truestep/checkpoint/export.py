@@ -28,7 +28,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises UserError if the folder holds anything else, OutOfSpace if the disk is full.
+    Replaces an older export. Raises UserError if the folder holds anything else, OutOfSpace if the disk is
+    full.
     """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
@@ -71,7 +72,8 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's generation config, with every token that ends a turn (its own and the tokenizer's) as a stop.
+    """The model's generation config, with every token that ends a turn (its own and the tokenizer's) as a
+    stop.
 
     A model trained to stop at ``<|im_end|>`` whose config names only ``<|endoftext|>`` would not stop."""
     from transformers import GenerationConfig

@@ -165,7 +165,8 @@ def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> d
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file piece by piece, without a second copy of the model; tensors may be tied or strided."""
+    """A safetensors file piece by piece, without a second copy of the model; tensors may be tied or
+    strided."""
     # The widest first, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, stop = {}, 0
@@ -249,7 +250,8 @@ def _step_of(path: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the files of killed writers. Only with the folder's lock: those of a live writer look the same."""
+    """Remove the files of killed writers. Only with the folder's lock: those of a live writer look the
+    same."""
     for path in [p for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name)] if folder.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

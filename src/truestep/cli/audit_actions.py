@@ -37,8 +37,9 @@ def say(text: str) -> None:
 def select(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None
 ) -> tuple[list[Subject], Path]:
-    """The subjects and the Python to run them with; an environment is built for a requirement. A configuration
-    file chooses one subject and its one configuration. Raises UserError if nothing of it can be audited."""
+    """The subjects and the Python to run them with; an environment is built for a requirement. A
+    configuration file chooses one subject and its one configuration. Raises UserError if nothing of it can be
+    audited."""
     if arch and arch not in registry.ARCHS:
         raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
@@ -141,8 +142,8 @@ def run(
     remedies_for: str | None = None,
     reproducers: Path | None = None,
 ) -> list[Finding]:
-    """All findings, with progress on stderr. ``remedies_for``: the target, to search remedies; ``reproducers``: a
-    folder for a script per fault. After Ctrl-C or SIGTERM the rest is NOT RUN."""
+    """All findings, with progress on stderr. ``remedies_for``: the target, to search remedies;
+    ``reproducers``: a folder for a script per fault. After Ctrl-C or SIGTERM the rest is NOT RUN."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []
     began = time.monotonic()

@@ -23,8 +23,8 @@ def check(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Validate every row; print counts, lengths, duplicates, gold answers that the grader refuses, and overlap
-    between training and evaluation data."""
+    """Validate every row; print counts, lengths, duplicates, gold answers that the grader refuses, and
+    overlap between training and evaluation data."""
     from truestep.cli import data_actions
 
     data_actions.check(source, overrides or (), gold=gold, as_json=as_json)

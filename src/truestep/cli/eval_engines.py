@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
-    """The adapter that turns jobs into samples, and a hash of the model ("" for an endpoint, which hides it)."""
+    """The adapter that turns jobs into samples, and a hash of the model ("" for an endpoint, which hides
+    it)."""
     with ExitStack() as stack:
         if settings.evaluate.is_endpoint:
             from truestep.rollout.engine_endpoint import EndpointEngine, connect

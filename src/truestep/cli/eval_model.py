@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from truestep.cli.evaluation import option, show, words_of
+from truestep.cli.progress import ConsoleReporter, announce
 from truestep.cli.run import Json, Resume
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on benchmarks, or a training recipe's model on the recipe's own data sets."""
+    announce(f"truestep eval: reading {model} and the benchmarks")
     given: dict[str, Any] = {
         "benchmarks": words_of(benchmarks), "folder": data, "limit": limit, "samples_per_problem": samples,
         "prompts": words_of(prompts), "few_shot": few_shot, "engine": engine,
@@ -105,9 +107,6 @@ def _own_sets(
 def _execute(
     settings: Settings, base_dir: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
-    from truestep.cli.progress import ConsoleReporter, announce
-
-    announce(f"truestep eval: loading the benchmarks and the model {settings.model.path}")
     from truestep import rundir, signals
     from truestep.cli.eval_engines import opened, plan_of
     from truestep.evaluate.jobs import make_jobs

@@ -77,8 +77,8 @@ def list_benchmarks(as_json: Json = False) -> None:
 
 
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
-    """Compare two evaluations of the same problems: the paired difference B - A of every task that both have, with
-    its 95 % interval, p-values and the smallest detectable difference."""
+    """Compare two evaluations of the same problems: the paired difference B - A of every task that both have,
+    with its 95 % interval, p-values and the smallest detectable difference."""
     announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.import_compare import compare_evaluations
 
@@ -115,8 +115,8 @@ def import_logs(
     metric: Metric = "",
     as_json: Json = False,
 ) -> None:
-    """Import logs of other harnesses as a run directory with intervals and a report. Verdicts are kept as they are;
-    nothing is graded again."""
+    """Import logs of other harnesses as a run directory with intervals and a report. Verdicts are kept as
+    they are; nothing is graded again."""
     announce(f"truestep eval import: reading {', '.join(map(str, files))}")
     from truestep.evaluate.import_compare import import_evaluations
     from truestep.report.evaluation import write_evaluation_report
@@ -151,8 +151,8 @@ def overlap(
     data: Annotated[str, option("--data", "Folder with the benchmarks.", "the Hugging Face hub")] = "",
     as_json: Json = False,
 ) -> None:
-    """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of 13
-    words."""
+    """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of
+    13 words."""
     announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.benchmarks import contamination
 
@@ -179,7 +179,8 @@ def grade(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Grade every (gold, pred) pair of a file, without a model. Optional fields: id, kind (choice), choices."""
+    """Grade every (gold, pred) pair of a file, without a model. Optional fields: id, kind (choice),
+    choices."""
     announce(f"truestep eval grade: grading the pairs of {pairs}")
     from truestep.grade.pairs import grade_pairs, read_pairs, table
 

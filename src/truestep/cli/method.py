@@ -51,7 +51,8 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check that a row's update does not depend on how a step is split, packed, ordered, or dealt to processes.
+    """Check that a row's update does not depend on how a step is split, packed, ordered, or dealt to
+    processes.
 
     Exit codes: 0 every relation holds · 1 a relation is violated · 2 the row cannot be built.
     """

@@ -1,10 +1,10 @@
 """Messages ⇄ tokens through the tokenizer's chat template, the same for training, sampling and evaluation.
 
-A prompt is the template's text up to the assistant's turn, plus ``chat.generation_suffix``. A demonstration is
-that prompt, the solution's text tokenized separately (as if it had been sampled), and the token with which the
-template ends the assistant's turn. ``trained`` marks what is trained, never a token id, so that the padding token
-may be the stop token. A tokenizer without a chat template (a base model) gets a plain one: the turns with an empty
-line between them, then a newline.
+A prompt is the template's text up to the assistant's turn, plus ``chat.generation_suffix``. A demonstration
+is that prompt, the solution's text tokenized separately (as if it had been sampled), and the token with which
+the template ends the assistant's turn. ``trained`` marks what is trained, never a token id, so that the
+padding token may be the stop token. A tokenizer without a chat template (a base model) gets a plain one: the
+turns with an empty line between them, then a newline.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]:
-    """The turns of the prompt: ``chat.user`` around a bare problem text, ``chat.system`` if the row has none."""
+    """The turns of the prompt: ``chat.user`` around a bare problem text, ``chat.system`` if the row has
+    none."""
     messages = problem.messages
     if not problem.meta.get("turns_given"):
         *before, last = messages
@@ -104,8 +105,8 @@ def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[
 
 
 def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
-    """The owner of every character, from the same turns with a mark for each content: a search for the content
-    itself could find it in the template. Empty for a template that changes the contents."""
+    """The owner of every character, from the same turns with a mark for each content: a search for the
+    content itself could find it in the template. Empty for a template that changes the contents."""
     written = [m.content for m in messages]
     for contents in (written, [text.strip() for text in written]):  # some templates strip
         rebuilt, rest, owners = "", outline, []
@@ -154,7 +155,8 @@ def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answe
 
 
 def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, str]:
-    """What the template puts before the assistant's text when it opens the turn (``<think>``), and after it."""
+    """What the template puts before the assistant's text when it opens the turn (``<think>``), and after
+    it."""
     prompt = _render(tokenizer, problem, messages)
     before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
@@ -183,8 +185,8 @@ def _bos(tokenizer: Any) -> list[int]:
 
 
 def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Sequence[int]) -> None:
-    """Refuse a special token, which would end a turn inside the text, and an unknown character, which would be
-    trained on as <unk>. ``ids`` are those of the text or of a rendering that contains it."""
+    """Refuse a special token, which would end a turn inside the text, and an unknown character, which would
+    be trained on as <unk>. ``ids`` are those of the text or of a rendering that contains it."""
     where = f"{_where(problem)}: {field}"
     for token in tokenizer.all_special_tokens:
         if token in text:

@@ -1,4 +1,5 @@
-"""Problems with solutions → token sequences to train on. What does not fit is counted and named, never cut."""
+"""Problems with solutions → token sequences to train on. What does not fit is counted and named, never
+cut."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def encode_demonstrations(
     *,
     context_length: int,
 ) -> Demonstrations:
-    """Those of at most ``context_length`` tokens (with prompt and stop token), in order, and the others' names."""
+    """Those of at most ``context_length`` tokens (with prompt and stop token), in order, and the others'
+    names."""
     kept, dropped = [], []
     for problem in problems:
         demonstration = encode_demonstration(tokenizer, problem, chat)

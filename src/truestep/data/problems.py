@@ -1,4 +1,5 @@
-"""The sources of problems: files, folders, the hub, or a program. All rows are validated before any is used."""
+"""The sources of problems: files, folders, the hub, or a program. All rows are validated before any is
+used."""
 
 from __future__ import annotations
 

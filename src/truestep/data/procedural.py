@@ -1,7 +1,7 @@
 """Problems that a program makes without end, each with a worked trace.
 
-Train, dev and test are disjoint by construction: the hash of a problem's content, whatever the seed, decides which
-of them it is in, so that the test problems of any run are never the training problems of another.
+Train, dev and test are disjoint by construction: the hash of a problem's content, whatever the seed, decides
+which of them it is in, so that the test problems of any run are never the training problems of another.
 """
 
 from __future__ import annotations

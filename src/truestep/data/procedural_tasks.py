@@ -1,6 +1,6 @@
 """The embedded tasks: how a problem is drawn and solved. Short ASCII, one regular line a step, so that a
-character-level model of a million parameters can learn it. ``wN`` writes a digit, ``cN`` carries, ``bN`` borrows;
-the last line of every trace is ``#### ANSWER``.
+character-level model of a million parameters can learn it. ``wN`` writes a digit, ``cN`` carries, ``bN``
+borrows; the last line of every trace is ``#### ANSWER``.
 """
 
 from __future__ import annotations

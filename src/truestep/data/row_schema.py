@@ -24,8 +24,8 @@ ALIASES = {
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
-    """The problem of a row. ``needs`` names what it must have: "answer", "solution", both, neither ("problem"), or
-    (empty) one of them.
+    """The problem of a row. ``needs`` names what it must have: "answer", "solution", both, neither
+    ("problem"), or (empty) one of them.
     Raises RowError with the first fault."""
     messages, solution, given = _turns(row)
     answer, solution = _answer(row), _solution(row, solution)

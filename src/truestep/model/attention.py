@@ -1,8 +1,8 @@
 """Attention without padding: one flat row of tokens, and a ``Layout`` that says which tokens see which.
 
-Every decoder of transformers that looks its attention up in ``ALL_ATTENTION_FUNCTIONS`` passes keyword arguments
-through to it. truestep registers one function there that takes a layout: packed training rows (with a shared
-prompt), prefill and decoding are three layouts of the same forward pass.
+Every decoder of transformers that looks its attention up in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
+arguments through to it. truestep registers one function there that takes a layout: packed training rows (with
+a shared prompt), prefill and decoding are three layouts of the same forward pass.
 
 Shapes: N flat tokens, H query heads, K key-value heads, D head size, L tokens of a segment.
 """

@@ -33,8 +33,8 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states [N, D] of a packed row. Raises RuntimeError if packed attention has been switched off:
-    the layout would be ignored, and rows would see each other."""
+    """Last hidden states [N, D] of a packed row. Raises RuntimeError if packed attention has been switched
+    off: the layout would be ignored, and rows would see each other."""
     if model.config._attn_implementation != IMPLEMENTATION:
         raise RuntimeError(f"packed attention is not installed, but {model.config._attn_implementation!r}")
     rows = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
@@ -57,7 +57,8 @@ def hidden_states_by_segment(
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does not.
+    """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does
+    not.
 
     Two rows with a shared prefix and a separate third are run packed and one by one on random tokens."""
     plain = model.config._attn_implementation

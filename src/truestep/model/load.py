@@ -109,7 +109,8 @@ def load_model(
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:
-    """Dropout off (the policy that samples must be the policy that trains), packed attention, float64 kept."""
+    """Dropout off (the policy that samples must be the policy that trains), packed attention, float64
+    kept."""
     attention.register()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -195,8 +196,8 @@ def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:
 def _converted(gguf: Path) -> Path:
     """The GGUF file as a Hugging Face folder in the cache, made once.
 
-    transformers marks a model that it read from GGUF as quantized and refuses to save it, although its weights
-    are plain tensors. So the model is made again from its config, with the same state."""
+    transformers marks a model that it read from GGUF as quantized and refuses to save it, although its
+    weights are plain tensors. So the model is made again from its config, with the same state."""
     target = _converted_folder(gguf.stem, gguf.stat().st_size, file_sha256(gguf))
     if (target / "config.json").is_file():
         return target

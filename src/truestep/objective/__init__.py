@@ -1,1 +1,2 @@
-"""Objectives as pure functions: log-probabilities, detached coefficients, one division, the table of methods."""
+"""Objectives as pure functions: log-probabilities, detached coefficients, one division, the table of
+methods."""

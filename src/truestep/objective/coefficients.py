@@ -101,7 +101,8 @@ def trusted(alpha: float) -> Coefficient:
 
 
 def proximal_likelihood(clip_high: float) -> Coefficient:
-    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1, whose lower clip is inert."""
+    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1, whose lower clip is
+    inert."""
     return lambda context: context.ratio * (context.ratio <= 1 + clip_high)
 
 
@@ -174,7 +175,8 @@ def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
 
 
 def softly_gated(temperature_right: float, temperature_wrong: float) -> Coefficient:
-    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), instead of a clip."""
+    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), instead of a
+    clip."""
 
     def coefficient(context: Context) -> Tensor:
         gain, ratio, moved = context.advantage, context.ratio, context.ratio - 1

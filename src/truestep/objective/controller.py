@@ -1,4 +1,5 @@
-"""Controllers: the scalar state of a method, updated once a step by pure functions and kept in checkpoints."""
+"""Controllers: the scalar state of a method, updated once a step by pure functions and kept in
+checkpoints."""
 
 from __future__ import annotations
 

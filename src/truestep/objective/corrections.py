@@ -1,4 +1,5 @@
-"""Changes to a method's coefficients: another advantage, or a weight for the difference of engine and trainer.
+"""Changes to a method's coefficients: another advantage, or a weight for the difference of engine and
+trainer.
 
 Shapes: M trained tokens.
 """

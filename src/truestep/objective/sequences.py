@@ -23,7 +23,8 @@ def sequence_mean(values: Tensor, batch: TokenBatch) -> Tensor:
 def to_go(values: Tensor, batch: TokenBatch) -> Tensor:
     """Σ from the token to the end of its sequence. Shapes: [M] → [M].
 
-    The tokens of a sequence are adjacent and in order, so one running sum (in float64) serves all sequences."""
+    The tokens of a sequence are adjacent and in order, so one running sum (in float64) serves all
+    sequences."""
     before = torch.cumsum(values.double(), 0) - values.double()
     first = torch.ones_like(batch.sequence_index, dtype=torch.bool)
     first[1:] = batch.sequence_index[1:] != batch.sequence_index[:-1]

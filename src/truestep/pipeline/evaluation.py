@@ -75,9 +75,9 @@ def evaluate_checkpoint(
     grader: Grader,
     reporter: Reporter,
 ) -> None:
-    """Evaluate one checkpoint on every test set; existing samples are kept, and the model is loaded only if some
-    are missing. ``folder.name`` is the checkpoint's name, ``identity`` maps a data set to the hash of all that
-    its samples depend on."""
+    """Evaluate one checkpoint on every test set; existing samples are kept, and the model is loaded only if
+    some are missing. ``folder.name`` is the checkpoint's name, ``identity`` maps a data set to the hash of
+    all that its samples depend on."""
     settings, engine = prepared.settings.evaluate, cache(open_engine)
     for name in settings.data:
         plan = EvaluationPlan(

@@ -1,8 +1,8 @@
 """``truestep method check``: relations that every row must satisfy, whatever its objective is.
 
-The row trains a tiny model in float64 on generated problems, with the source, updater and loop of any run. Its
-update must be the same however a step is split, packed, ordered, or divided between two processes; a resumed run
-must equal an uninterrupted one bit for bit.
+The row trains a tiny model in float64 on generated problems, with the source, updater and loop of any run.
+Its update must be the same however a step is split, packed, ordered, or divided between two processes; a
+resumed run must equal an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Relation:
 
 
 def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict[str, object]:
-    """A run of the row: a model of some 10,000 parameters, sums with worked solutions, and a coin as the reward, so
-    that an untrained model has mixed groups."""
+    """A run of the row: a model of some 10,000 parameters, sums with worked solutions, and a coin as the
+    reward, so that an untrained model has mixed groups."""
     stage: dict[str, object] = {
         "kind": "rl" if samples else "sft",
         "name": "check",

@@ -1,7 +1,7 @@
 """A dry run of a recipe without its weights and data: ``[declared]`` gives the facts that it needs of them.
 
-The declaration (numbers of rows, observed mean lengths) is the author's; a real run never reads it. Shapes come
-from a ``config.json`` beside the recipe, through the model's class on the meta device.
+The declaration (numbers of rows, observed mean lengths) is the author's; a real run never reads it. Shapes
+come from a ``config.json`` beside the recipe, through the model's class on the meta device.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def gib_per_gpu(
 ) -> dict[str, float]:
     """An estimate of a rank's peak memory, by kind. Units: GiB.
 
-    Sharded: master weights, moments and gradients. Whole: the sampling engine's copy of a sharded policy and its
-    key-value cache; one layer's weights and activations at ``tokens_per_microbatch`` (every layer's if nothing is
-    recomputed), and the logits of one chunk.
+    Sharded: master weights, moments and gradients. Whole: the sampling engine's copy of a sharded policy and
+    its key-value cache; one layer's weights and activations at ``tokens_per_microbatch`` (every layer's if
+    nothing is recomputed), and the logits of one chunk.
     """
     shape, dtype = shape_of(config), settings.compute.dtype
     compute = DTYPE_BYTES[dtype] or 4
@@ -180,8 +180,8 @@ def gib_per_gpu(
 
 
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
-    """The plan of a recipe without its weights and data. Raises UserError if the declared figures contradict the
-    settings."""
+    """The plan of a recipe without its weights and data. Raises UserError if the declared figures contradict
+    the settings."""
     from truestep.model.load import model_shape
     from truestep.pipeline.prepare import check_methods
 

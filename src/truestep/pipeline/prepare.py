@@ -123,8 +123,8 @@ def _check_rewards(settings: Settings, base_dir: Path) -> None:
 
 
 def _uses(settings: Settings) -> list[tuple[str, str]]:
-    """(data set, the column that it is used for) of every use; a set that no stage names is not loaded. A stage
-    that asks no checker needs no answers."""
+    """(data set, the column that it is used for) of every use; a set that no stage names is not loaded. A
+    stage that asks no checker needs no answers."""
     columns = {"sft": "solution", "rejection": "answer", "rl": "answer"}
     uses = []
     for stage in settings.stages:
@@ -245,7 +245,8 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
 def hinted_prompt(
     prepared: Prepared, prompt: Prompt, fraction: float
 ) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """The turns and tokens of the prompt, with the first part of the solution (by characters) in the user's turn."""
+    """The turns and tokens of the prompt, with the first part of the solution (by characters) in the user's
+    turn."""
     *before, last = prompt.problem.messages
     shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
     turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")

@@ -1,5 +1,5 @@
-"""Metrics to TensorBoard, wandb or trackio, if the recipe sets ``trackers``. No login is needed: wandb is offline
-unless WANDB_MODE is set."""
+"""Metrics to TensorBoard, wandb or trackio, if the recipe sets ``trackers``. No login is needed: wandb is
+offline unless WANDB_MODE is set."""
 
 from __future__ import annotations
 

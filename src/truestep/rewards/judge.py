@@ -1,7 +1,7 @@
 """A language model behind an OpenAI-compatible endpoint as a reward, with the standard library's HTTP client.
 
-The completion is data between marks that the policy cannot predict, and a score counts only after such a mark on
-the last line of the judge's answer: an echo of the completion is never a score. The mark is a hash of the
+The completion is data between marks that the policy cannot predict, and a score counts only after such a mark
+on the last line of the judge's answer: an echo of the completion is never a score. The mark is a hash of the
 content, so that equal questions are equal requests whose answer can be stored.
 
 Held by: tests/rewards/test_judge.py
@@ -70,8 +70,8 @@ class JudgeSettings(Frozen):
 
 
 def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -> list[Value]:
-    """A judge's score between 0 and 1; unscored without one, a failure if all attempts fail. Answers are stored
-    in ``judge.jsonl`` in the run's folder, by a hash of the question."""
+    """A judge's score between 0 and 1; unscored without one, a failure if all attempts fail. Answers are
+    stored in ``judge.jsonl`` in the run's folder, by a hash of the question."""
     settings = parse(JudgeSettings, options, where="options")
     if settings.key_env and not os.environ.get(settings.key_env):
         raise UserError(f"options.key_env: the environment variable {redact(settings.key_env)} is not set")

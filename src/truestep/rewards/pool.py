@@ -1,7 +1,7 @@
 """The worker processes of one reward function: start, call, monitor and kill them.
 
-A batch that fails as a whole (an exception, no time, no memory, a dead worker) is repeated sample by sample, so
-that one sample does not fail the others.
+A batch that fails as a whole (an exception, no time, no memory, a dead worker) is repeated sample by sample,
+so that one sample does not fail the others.
 """
 
 from __future__ import annotations

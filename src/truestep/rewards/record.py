@@ -18,16 +18,16 @@ class Unscored:
     reason: str
 
 
-# One value per sample: a number, None or Unscored (no reward, but not a failure), a mapping of named parts, or an
-# exception object (a failure of only this sample).
+# One value per sample: a number, None or Unscored (no reward, but not a failure), a mapping of named parts,
+# or an exception object (a failure of only this sample).
 Value = float | None | Unscored | Mapping[str, float] | Exception
 RewardFn = Callable[[Sequence[RewardInput]], Sequence[Value]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One function's result for one sample. A failure has a ``reason``, and the function's traceback or output
-    as ``detail``."""
+    """One function's result for one sample. A failure has a ``reason``, and the function's traceback or
+    output as ``detail``."""
 
     value: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)

@@ -22,8 +22,8 @@ Grade = Callable[[Sequence[tuple[Problem, str]]], Sequence[Score]]
 
 
 def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
-    """The file of each entry's function, by the entry's name; no code is run. Their hashes are part of a stage's
-    identity. Raises UserError if a file is missing."""
+    """The file of each entry's function, by the entry's name; no code is run. Their hashes are part of a
+    stage's identity. Raises UserError if a file is missing."""
     return {
         e.name: find_source(e.function, base, what="reward", shipped=SHIPPED.get(e.function, ""))
         for e in entries
@@ -33,8 +33,8 @@ def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
 
 class RewardScorer:
     """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory for the functions'
-    files. Entering starts one worker for each function, and raises UserError if one cannot be loaded. Not for use
-    from several threads.
+    files. Entering starts one worker for each function, and raises UserError if one cannot be loaded. Not for
+    use from several threads.
 
     Held by: tests/rewards/test_hostile.py, tests/rewards/test_scorer.py
     """

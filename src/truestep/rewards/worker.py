@@ -1,7 +1,7 @@
 """A child process that loads one reward function and calls it.
 
-``pool.py`` starts it as ``python -m truestep.rewards.worker DESCRIPTOR``, and kills it if it takes too long or too
-much memory. Requests and replies are lines of JSON on a socket, so that the function may print.
+``pool.py`` starts it as ``python -m truestep.rewards.worker DESCRIPTOR``, and kills it if it takes too long
+or too much memory. Requests and replies are lines of JSON on a socket, so that the function may print.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """One completion to be sampled. Its random numbers depend only on these coordinates, not on the batch or the
-    rank that decodes it. The last ``num_given`` tokens of ``prompt_ids`` are the beginning of the completion:
-    they count towards its length limit."""
+    """One completion to be sampled. Its random numbers depend only on these coordinates, not on the batch or
+    the rank that decodes it. The last ``num_given`` tokens of ``prompt_ids`` are the beginning of the
+    completion: they count towards its length limit."""
 
     problem_id: str
     sample_index: int
@@ -111,7 +111,8 @@ class Engine(Protocol):
         """Make the given weights the ones that the next ``generate`` samples from."""
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights, to check a publish."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights, to check a
+        publish."""
 
     def take_cost(self) -> GenerationCost:
         """The work done since the last call."""

@@ -45,8 +45,8 @@ class TextRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSample:
-    """The answer to a request. ``num_tokens`` is the server's count (0 if it has none). A failed sample has stop
-    ERROR, a reason and no text. ``token_ids`` are known if a truestep engine sampled them."""
+    """The answer to a request. ``num_tokens`` is the server's count (0 if it has none). A failed sample has
+    stop ERROR, a reason and no text. ``token_ids`` are known if a truestep engine sampled them."""
 
     problem_id: str
     sample_index: int

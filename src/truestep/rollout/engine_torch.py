@@ -1,9 +1,9 @@
 """The default engine, for any causal model: batched sampling with a KV cache and refill of finished rows.
 
-Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a decoding
-step. A prompt that several waiting samples share is prefilled once, as is the common beginning of all prompts
-of a prefill (worked examples before each problem). Running rows occupy the first slots of the cache, so that a
-decoding step reads a view of it; the slot of a finished row is filled by the last one.
+Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a
+decoding step. A prompt that several waiting samples share is prefilled once, as is the common beginning of
+all prompts of a prefill (worked examples before each problem). Running rows occupy the first slots of the
+cache, so that a decoding step reads a view of it; the slot of a finished row is filled by the last one.
 
 Shapes: R running rows, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
 """
@@ -49,7 +49,8 @@ class _Row:
 
 
 class KvCache:
-    """Keys and values of all slots: one pair of tensors [slots, K, T, D] a layer, made when it first writes."""
+    """Keys and values of all slots: one pair of tensors [slots, K, T, D] a layer, made when it first
+    writes."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
@@ -68,8 +69,8 @@ class KvCache:
 
 
 class _PrefillLayout(PackedLayout):
-    """Packed prompts whose keys and values, those of a shared beginning first, are written to the cache slots of
-    all their samples (the shared beginning has no slots)."""
+    """Packed prompts whose keys and values, those of a shared beginning first, are written to the cache slots
+    of all their samples (the shared beginning has no slots)."""
 
     def __init__(
         self, segments: Sequence[Segment], positions: Tensor, cache: KvCache, slots: Sequence[range]
@@ -144,8 +145,8 @@ class TorchEngine:
     ) -> Iterator[Rollout]:
         """Yield one Rollout per request, in the order in which they finish.
 
-        A sample's random numbers do not depend on the batch, but its tokens may, if a kernel's rounding depends
-        on its shape."""
+        A sample's random numbers do not depend on the batch, but its tokens may, if a kernel's rounding
+        depends on its shape."""
         count = sampling.max_new_tokens
         rows = deque(_Row(request=r, uniforms=r.uniforms(count), length=0) for r in requests)
         was_training = self.model.training
@@ -173,7 +174,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` through this engine's prefill and decoding."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` through this engine's prefill and
+        decoding."""
         forced = tuple(token_ids[num_prompt_tokens:])
         sampling = SamplingParameters(temperature=temperature, max_new_tokens=len(forced), stop_token_ids=())
         request = SampleRequest(
@@ -228,7 +230,8 @@ class TorchEngine:
     def _admit(
         self, waiting: deque[_Row], running: list[_Row], cache: KvCache, sampling: SamplingParameters
     ) -> None:
-        """Prefill as many waiting rows as there are free slots; neighbors with one prompt share its prefill."""
+        """Prefill as many waiting rows as there are free slots; neighbors with one prompt share its
+        prefill."""
         shares: list[list[_Row]] = []
         free = cache.num_slots - len(running)
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
@@ -295,7 +298,8 @@ class TorchEngine:
         return full or sampling.ends(row.tokens)
 
     def _run_alone(self, row: _Row, sampling: SamplingParameters, check_stop: Callable[[], None]) -> _Row:
-        """For models whose attention cannot be packed: the model's forward pass and cache, one row at a time."""
+        """For models whose attention cannot be packed: the model's forward pass and cache, one row at a
+        time."""
         ids = torch.tensor([row.request.prompt_ids], device=self._device())
         past = None
         while not row.tokens or not self._finished(row, sampling):
@@ -322,7 +326,8 @@ class TorchEngine:
 
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many first tokens all prompts share, 0 if too few; each keeps at least one token that is not shared."""
+    """How many first tokens all prompts share, 0 if too few; each keeps at least one token that is not
+    shared."""
     first, last = min(prompts), max(prompts)  # all prompts in between share what these two share
     most = min(map(len, prompts)) - 1
     same = next((i for i in range(most) if first[i] != last[i]), most)

@@ -61,9 +61,9 @@ class Sampler:
     ) -> list[Group]:
         """One graded group per prompt, in order; rounds are batched over prompts.
 
-        ``repeats`` says for each prompt how often it occurs earlier in the batch over all ranks (0 by default):
-        its second group has other sample numbers, and so other random numbers. ``stored`` are stored samples by
-        place in ``prompts``."""
+        ``repeats`` says for each prompt how often it occurs earlier in the batch over all ranks (0 by
+        default): its second group has other sample numbers, and so other random numbers. ``stored`` are
+        stored samples by place in ``prompts``."""
         places = []
         for index, (prompt, count) in enumerate(zip(prompts, repeats or [0] * len(prompts), strict=True)):
             draw = float(generator(self.seed, Purpose.PLAN, step, f"{prompt.problem.id}/{count}").random())
@@ -216,7 +216,8 @@ class _Start:
 
 @dataclass(kw_only=True)
 class _Place:
-    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers the next sample."""
+    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers the next
+    sample."""
 
     prompt: Prompt
     next: int

@@ -25,7 +25,8 @@ def sample_tokens(
     """Inverse-CDF sampling; ``forced[r]`` ≥ 0 is taken instead of a draw. At temperature 0 the greatest logit
     wins, with log-probability 0 (the distribution is a point).
 
-    Shapes: logits [R, V] → R tokens, R log-probabilities of the distribution after temperature, top-k and top-p.
+    Shapes: logits [R, V] → R tokens, R log-probabilities of the distribution after temperature, top-k and
+    top-p.
     Raises NonFiniteLogitsError if a row has NaN, plus infinity, or no finite logit."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The largest is NaN if any is NaN; a single logit of minus infinity is a token that the model rules out.
@@ -57,7 +58,8 @@ def _in_blocks(values: Tensor) -> Tensor:
 def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:
     """The token at which the cumulative weight first exceeds ``target`` [R]."""
     edges = block_sums.cumsum(1)
-    # Rounding may put the target on the last edge or just before a block; both must end at a token with weight.
+    # Rounding may put the target on the last edge or just before a block; both must end at a token with
+    # weight.
     target = torch.minimum(target, edges[:, -1].nextafter(torch.zeros_like(target)))
     block = (edges <= target[:, None]).sum(1)
     rows = torch.arange(blocks.shape[0], device=blocks.device)

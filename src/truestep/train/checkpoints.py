@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The state of a stage after ``step`` steps, besides weights and optimizer. ``ledger`` is the run's on this
-    rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` the last step's log lines (JSON)
-    until they are written."""
+    """The state of a stage after ``step`` steps, besides weights and optimizer. ``ledger`` is the run's on
+    this rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` the last step's log lines
+    (JSON) until they are written."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)

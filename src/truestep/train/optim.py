@@ -112,8 +112,8 @@ class MasterOptimizer:
 
 
 def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> float:
-    """√Σ‖g‖² over all parameters (and all ranks, if they are sharded), accumulated in float64; NaN or infinite
-    if any entry is. Units: of the gradient."""
+    """√Σ‖g‖² over all parameters (and all ranks, if they are sharded), accumulated in float64; NaN or
+    infinite if any entry is. Units: of the gradient."""
     squares = 0.0
     for grad in gradients:
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -125,7 +125,8 @@ def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> 
 
 @torch.no_grad()
 def clip_(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) as torch's clip_grad_norm_; not for max_norm 0."""
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) as torch's clip_grad_norm_; not for max_norm
+    0."""
     factor = max_norm / (norm + 1e-6)
     if max_norm > 0 and factor < 1:
         for grad in gradients:

@@ -19,8 +19,8 @@ from truestep.train.step import levelled, require_finite
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores sequences and packed micro-batches (collectives). ``reference``: the frozen start of the stage, if
-    the method needs it."""
+    """Scores sequences and packed micro-batches (collectives). ``reference``: the frozen start of the stage,
+    if the method needs it."""
 
     policy: Policy
     temperature: float

@@ -42,7 +42,8 @@ def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
 
 
 def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> list[TrainSequence]:
-    """Every member that the gate keeps and that has an advantage, in order. ``limit``: tokens of a completion."""
+    """Every member that the gate keeps and that has an advantage, in order. ``limit``: tokens of a
+    completion."""
     sequences = []
     overlong = method.part(Overlong)
     for number, gated_group in enumerate(groups):
@@ -65,8 +66,8 @@ def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> li
 
 
 def _sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
-    """The rollout with the prompt that it is trained under; the prefix that it shares with others of its group
-    ends before its first trained token."""
+    """The rollout with the prompt that it is trained under; the prefix that it shares with others of its
+    group ends before its first trained token."""
     context = rollout.prompt_ids or prompt.token_ids
     trained = [i for i, origin in enumerate(rollout.origin) if origin is not Origin.CONTEXT]
     behavior = rollout.behavior_logprobs

@@ -36,8 +36,8 @@ STREAM_GROUP = 1 << 30  # groups of demonstrations beside the sampled ones are n
 @dataclass(frozen=True, kw_only=True)
 class StepData:
     """The sequences of one step on this rank, cut into the mini-batches of its optimizer updates.
-    ``buffered`` are those of a further update by the buffer's separate optimizer; ``controls`` the controller's
-    values; ``memory`` what the method remembers once the step is done."""
+    ``buffered`` are those of a further update by the buffer's separate optimizer; ``controls`` the
+    controller's values; ``memory`` what the method remembers once the step is done."""
 
     minibatches: list[list[TrainSequence]]
     buffered: list[TrainSequence] | None = None
@@ -242,8 +242,8 @@ class RolloutSource:
     def _remember(
         self, memory: Memory, groups: Sequence[GatedGroup], solved: float
     ) -> tuple[Memory, list[TrainSequence] | None]:
-        """The memory after these groups, and the demonstrations that are due. The same on all ranks: what each
-        of them adds is sorted by problem."""
+        """The memory after these groups, and the demonstrations that are due. The same on all ranks: what
+        each of them adds is sorted by problem."""
         buffered = None
         buffer, replay = self.method.part(DemonstrationBuffer), self.method.part(Replay)
         if buffer is not None:
@@ -274,7 +274,8 @@ class RolloutSource:
 
 
 def _seen(gated_group: GatedGroup) -> Any:
-    """A group's plain own samples for the replay store: how many solved the problem, and the finished ones."""
+    """A group's plain own samples for the replay store: how many solved the problem, and the finished
+    ones."""
     group = gated_group.group
     triples = zip(group.rollouts, gated_group.view.solved, strict=True)
     own = [(r, solved) for r, solved in triples if r.member is Origin.POLICY and r.round.is_plain]
@@ -291,7 +292,8 @@ def _work(engine: Engine) -> Ledger:
 
 
 def _occurrences(names: Sequence[str]) -> list[int]:
-    """How often each name occurs earlier in the list (a batch that spans two epochs can hold a prompt twice)."""
+    """How often each name occurs earlier in the list (a batch that spans two epochs can hold a prompt
+    twice)."""
     seen: Counter[str] = Counter()
     counts = []
     for name in names:

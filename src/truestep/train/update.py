@@ -29,7 +29,8 @@ NO_FAULTS = FaultSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizers:
-    """The stage's optimizer, and that of the method's buffer if it has one: same parameters, separate moments."""
+    """The stage's optimizer, and that of the method's buffer if it has one: same parameters, separate
+    moments."""
 
     main: MasterOptimizer
     buffer: MasterOptimizer | None = None
@@ -125,7 +126,8 @@ class Updater:
         return found
 
     def _weights(self, fault: WeightsOf | None, batches: Sequence[TokenBatch]) -> list[float] | None:
-        """This rank's part of the fault's weights, from the trained tokens of all micro-batches of all ranks."""
+        """This rank's part of the fault's weights, from the trained tokens of all micro-batches of all
+        ranks."""
         if fault is None:
             return None
         ranks = self.scorer.ranks

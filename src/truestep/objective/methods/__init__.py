@@ -37,7 +37,8 @@ EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
 def build(method: str | Row, options: Mapping[str, Any]) -> Method:
-    """A row, named or a user's own, with its options. Raises ValueError naming the known methods or options."""
+    """A row, named or a user's own, with its options. Raises ValueError naming the known methods or
+    options."""
     if isinstance(method, str) and method not in METHODS:
         now = f"; it is now called {RENAMED[method]}" if method in RENAMED else ""
         raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}{now}")

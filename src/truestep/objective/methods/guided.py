@@ -20,7 +20,8 @@ from truestep.objective.schedule import Schedule
 
 
 def _chord(name: str, imitated: Coefficient, mu: Schedule, stream_share: float, clip: float) -> Method:
-    """(1−μ)·GRPO + μ·imitation; demonstrations are a stream beside the groups, each part with its own total."""
+    """(1−μ)·GRPO + μ·imitation; demonstrations are a stream beside the groups, each part with its own
+    total."""
     return Method(
         name=name,
         terms=(

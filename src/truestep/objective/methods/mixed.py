@@ -4,8 +4,8 @@ Most papers of this family release code with LUFFY's normaliser: Σ_t/L per micr
 ranks averaged. Here every term is divided by a global count. ``legacy_scale`` = W, the GPUs of the official
 run, gives the official gradient's size back: terms over N·L are multiplied by N/W; token means, which that
 code adds up over the micro-batches of a rank, by ``legacy_microbatches``. That last number depends on packing
-and is not a constant of any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to the entropy
-bonus and to the balance of RL and imitation.
+and is not a constant of any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to the
+entropy bonus and to the balance of RL and imitation.
 
 The letters in brackets are explained in ``methods/__init__.py``.
 """
@@ -187,7 +187,8 @@ def exgrpo(
 
 def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
     """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows
-    with the policy's improbability of the token. No std and no clip, as in the code [C] (the paper has a std)."""
+    with the policy's improbability of the token. No std and no clip, as in the code [C] (the paper has a
+    std)."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)))
     legacy = (legacy_scale, legacy_microbatches)
     return _family("rl_plus", terms, legacy, "arXiv:2508.00222", plan=plan.with_demonstration)

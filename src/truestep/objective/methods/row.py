@@ -1,4 +1,5 @@
-"""What a row of the table is made of: terms, statistics, and what a method needs of data and scoring passes."""
+"""What a row of the table is made of: terms, statistics, and what a method needs of data and scoring
+passes."""
 
 from __future__ import annotations
 
@@ -146,8 +147,8 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """Options of any row that samples: an entropy bonus, a KL term to the stage's start (k1, k2, k3 in the loss,
-    or in the reward), and a correction for the difference of engine and trainer."""
+    """Options of any row that samples: an entropy bonus, a KL term to the stage's start (k1, k2, k3 in the
+    loss, or in the reward), and a correction for the difference of engine and trainer."""
 
     entropy_bonus: float = 0.0
     kl: str = "none"
@@ -208,7 +209,8 @@ KL_TERMS = {"k1": coefficients.kl_k1, "k2": coefficients.kl_k2, "k3": coefficien
 
 
 def complete(row: Method, given: Mapping[str, Any]) -> Method:
-    """The row with its extras, overridden by the recipe's (``given``). Raises ValueError for unknown values."""
+    """The row with its extras, overridden by the recipe's (``given``). Raises ValueError for unknown
+    values."""
     extras = replace(row.extras, **given)
     for key, known in (("kl", ("none", *KL_TERMS, "reward")), ("correction", corrections.CORRECTIONS)):
         if (value := getattr(extras, key)) not in known:
