@@ -143,35 +143,28 @@ def load(folder: Path, case: Case, *, learning_rate: float) -> Observation:
         rate = learning_rate * case.rate(min(index, case.steps - 1))
         if not case.decay:
             rate = _at(logged["learning_rate"], index) or rate
-        steps.append(
-            Step(
-                before=_read(folder, parts[0]["before"]),
-                after=afters[0],
-                learning_rate=rate,
-                max_grad_norm=case.max_grad_norm,
-                carried=case.momentum * steps[-1].direction if steps and case.momentum else 0.0,
-                microbatches=tuple(
-                    m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)
-                ),
-                control=np.sum([_read(folder, p["control"]) for p in parts], axis=0),
-                extras={
-                    k: np.sum([_read(folder, p["extras"][k]) for p in parts], axis=0)
-                    for k in parts[0]["extras"]
-                },
-                logged_loss=_at(logged["loss"], index),
-            )
+        micro = [m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)]
+        extras = {k: [_read(folder, p["extras"][k]) for p in parts] for k in parts[0]["extras"]}
+        step = Step(
+            before=_read(folder, parts[0]["before"]),
+            after=afters[0],
+            learning_rate=rate,
+            max_grad_norm=case.max_grad_norm,
+            carried=case.momentum * steps[-1].direction if steps and case.momentum else 0.0,
+            microbatches=tuple(micro),
+            control=np.sum([_read(folder, p["control"]) for p in parts], axis=0),
+            extras={k: np.sum(values, axis=0) for k, values in extras.items()},
+            logged_loss=_at(logged["loss"], index),
         )
+        steps.append(step)
     return Observation(
-        versions=ranks[0]["versions"],
+        asked=case,
         steps=tuple(steps),
         ranks_differ=worst,
         forwards_without_step=max(r["forwards_without_step"] for r in ranks),
         unmatched=sum(r["unmatched_lines"] for r in ranks),
-        asked=case,
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
-        location=ranks[0]["location"],
-        autocast=ranks[0]["autocast"],
-        seconds=ranks[0]["seconds"],
+        **{key: ranks[0][key] for key in ("versions", "location", "autocast", "seconds")},
     )
 
 
@@ -194,15 +187,11 @@ def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> 
     found = []
     for index, lines in enumerate(part["microbatches"]):
         rows = [row for line in lines for row in line]
-        found.append(
-            MicroBatch(
-                rank=rank,
-                index=index,
-                lines=tuple(map(tuple, lines)),
-                row_counts=tuple(counts[row] for row in rows),
-                row_gradients=tuple(gradients[row] for row in rows),
-                loss_sum=sum(losses[row] for row in rows),
-                size=size,
-            )
-        )
+        of_rows: dict[str, Any] = {
+            "row_counts": tuple(counts[row] for row in rows),
+            "row_gradients": tuple(gradients[row] for row in rows),
+            "loss_sum": sum(losses[row] for row in rows),
+        }
+        place = tuple(map(tuple, lines))
+        found.append(MicroBatch(rank=rank, index=index, lines=place, size=size, **of_rows))
     return found

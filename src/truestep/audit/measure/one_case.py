@@ -89,11 +89,12 @@ def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
     ranks = sorted({m.rank for m in step.microbatches})
     parts = [[m.gradient / step.num_trained for m in step.microbatches if m.rank == rank] for rank in ranks]
     found: list[tuple[float, str]] = []
-    for kind, predict in (
-        ("clip_of_micro_batches", _each),
-        ("clip_of_ranks", _ranks),
-        ("clip_after_every_micro_batch", _running),
-    ):
+    kinds = {
+        "clip_of_micro_batches": _each,
+        "clip_of_ranks": _ranks,
+        "clip_after_every_micro_batch": _running,
+    }
+    for kind, predict in kinds.items():
         for limit in dict.fromkeys(step.max_grad_norm / n for n in (1, accumulation, len(ranks))):
             wanted = predict(parts, limit)
             scale = float(used @ wanted) / float(wanted @ wanted)
@@ -169,11 +170,8 @@ def resume(run: Observation, limit: float) -> Cause | None:
     schedule = ("_schedule" if anew else "_rate") if off else ""
     if not forgotten and not off:
         return None
-    return cause(
-        "momentum_lost" if forgotten else "schedule",
-        f"resume{'_momentum' if forgotten else ''}{schedule}",
-        **({"rate": rate} if off and not anew else {}),
-    )
+    code, kind = ("momentum_lost", "resume_momentum") if forgotten else ("schedule", "resume")
+    return cause(code, kind + schedule, **({"rate": rate} if off and not anew else {}))
 
 
 def data_coverage(run: Observation) -> Causes:
@@ -189,35 +187,27 @@ def data_coverage(run: Observation) -> Causes:
     found: list[Cause] = []
     lost_whole = False
     if not any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines):  # packed
-        sizes = [_rows_of(step) for step in run.steps]
+        # On the busiest rank: samplers may give the others rows twice.
+        sizes = [max(Counter(m.rank for m in s.microbatches for _ in m.rows).values()) for s in run.steps]
+
         filtered = _asked_sizes(run, len(asked.rows) - never)  # left out before rows were put into windows
-        if sizes != filtered and not _skipped(
-            sizes, _asked_sizes(run, len(asked.rows)), never * asked.epochs
-        ):
+        whole = _asked_sizes(run, len(asked.rows))
+        if sizes != filtered and not _skipped(sizes, whole, never * asked.epochs):
             window = asked.accumulation * asked.rows_per_microbatch
             lost_whole = sizes == [n for n in filtered if n == window]
             found.append(cause("grouping", "step_sizes", rows=sizes, asked=filtered))
     if lost:
         found.insert(0 if lost_whole else len(found), cause("data_lost", "rows_lost", rows=lost))
-    elif twice > _evened_out(run, len(asked.rows) - never):
+    # A sampler may repeat rows so that all ranks have equally many batches.
+    elif twice > (never - len(asked.rows)) % (run.num_ranks * asked.rows_per_microbatch) * asked.epochs:
         found.append(cause("data_lost", "rows_repeated", rows=twice))
     return tuple(found)
-
-
-def _rows_of(step: Step) -> int:
-    """On the busiest rank: samplers may give the others rows twice."""
-    return max(Counter(m.rank for m in step.microbatches for _ in m.rows).values())
 
 
 def _skipped(sizes: Sequence[int], asked: Sequence[int], untrained: int) -> bool:
     """Whether the windows are the asked ones but for rows without trained tokens that were passed over."""
     missing = [a - s for a, s in zip(asked, sizes, strict=False)]
     return len(sizes) == len(asked) and min(missing) >= 0 and sum(missing) <= untrained
-
-
-def _evened_out(run: Observation, num_rows: int) -> int:
-    """Rows that a sampler may repeat, so that all ranks have equally many batches."""
-    return -num_rows % (run.num_ranks * run.asked.rows_per_microbatch) * run.asked.epochs
 
 
 def _asked_sizes(run: Observation, num_rows: int) -> list[int]:

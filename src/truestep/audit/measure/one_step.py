@@ -20,21 +20,9 @@ from truestep.faults import recover_weights
 
 Parameters = Sequence[tuple[str, tuple[int, ...]]]
 CONSTANTS = {"scale", "accumulation_factor", "rank_factor", "empty_counted"}
-NORMALISERS: dict[str, faults.WeightsOf] = {
-    "global": faults.right,
-    "rank_mean": faults.rank_mean,
-    "micro_mean": faults.micro_mean,
-    "dp_token_mean": faults.dp_token_mean,
-}
-ADDITIONS = {  # column → (code, kind)
-    "prompt": ("prompt_trained", "prompt_trained"),
-    "shift_0": ("shift_0", "shift_0"),
-    "shift_2": ("shift_2", "shift_2"),
-    "stop": ("stop_untrained", "stop_untrained"),
-    "decay": ("weight_decay", "weight_decay"),
-    "decay of matrices": ("weight_decay", "weight_decay_of_matrices"),
-    "before": ("momentum", "momentum"),
-}
+OTHERS = (faults.rank_mean, faults.micro_mean, faults.dp_token_mean)
+NORMALISERS: dict[str, faults.WeightsOf] = {"global": faults.right, **{f.__name__: f for f in OTHERS}}
+KINDS = {"prompt": "prompt_trained", "stop": "stop_untrained"}  # of a column; else its own name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +50,8 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
     noise, residual = thresholds.NOISE_FACTOR * found.noise, thresholds.RESIDUAL[dtype]
     if found.relative_error <= min(noise, residual):
         return Seen(recovered=found)
-    if found.residual > max(residual, noise):
-        return Seen(
-            causes=(_residual_cause(step, previous, found, parameters, max(residual, noise)),),
-            recovered=found,
-        )
+    if found.residual > (limit := max(residual, noise)):
+        return Seen(causes=(_residual_cause(step, previous, found, parameters, limit),), recovered=found)
     pattern = fit_pattern(found, dtype)
     if pattern is None:
         named = _clipped_parts(step, found) or _unknown("unknown_weights", found.weights)
@@ -85,12 +70,9 @@ def used_length(step: Step) -> float:
 
 
 def reaches_clip(step: Step) -> bool:
-    """Whether the used gradient is exactly as long as it was asked to be at most."""
-    return bool(step.max_grad_norm) and _close(used_length(step), step.max_grad_norm)
-
-
-def _close(value: float, wanted: float) -> bool:
-    return abs(value - wanted) <= thresholds.CLOSE * abs(wanted)
+    """Whether the used gradient is exactly as long as the configured clip allows."""
+    limit = step.max_grad_norm
+    return bool(limit) and abs(used_length(step) - limit) <= thresholds.CLOSE * limit
 
 
 def alike(values: Sequence[float] | np.ndarray) -> bool:
@@ -144,11 +126,8 @@ def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) 
         return None
     # One, if no weight contradicts it: a single noisy weight does not hide the scale of the others.
     scale = 1.0 if (np.abs(weights - predicted * kept) <= allowed).all() else scale
-    parts = (
-        _kept_cause(kept, recovered),
-        cause(name, name) if name != "global" else None,
-        _scale_cause(scale, recovered, kept, name),
-    )
+    normaliser = cause(name, name) if name != "global" else None
+    parts = (_kept_cause(kept, recovered), normaliser, _scale_cause(scale, recovered, kept, name))
     return Pattern(causes=tuple(p for p in parts if p), scale=scale)
 
 
@@ -175,11 +154,8 @@ def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normalise
     ]
     if normaliser == "micro_mean":
         known.append(("empty_counted", "empty_is_zero_mean", used / asked))
-    fitting = [
-        (code, kind)
-        for code, kind, value in known
-        if value != 1.0 and abs(scale - value) <= thresholds.KNOWN_FACTOR * abs(value)
-    ]
+    close = thresholds.KNOWN_FACTOR
+    fitting = [(c, k) for c, k, value in known if value != 1.0 and abs(scale - value) <= close * abs(value)]
     if not fitting:
         return cause("scale", "scale", scale=scale)
     return cause(fitting[0][0], *(kind for _, kind in fitting[:2]))
@@ -194,15 +170,11 @@ def _kept_cause(kept: np.ndarray, recovered: Recovered) -> Cause | None:
     first = by_rank[0]
     size = len(first)
     if any(rank != first for rank in by_rank):
-        return cause(
-            "kept", "dropped_by_rank", dropped={r: numbers for r, numbers in gone.items() if numbers}
-        )
-    if size > 2 and first == [True] + [False] * (size - 2) + [True]:
-        return cause("kept", "kept_first_and_last")
-    if first == [False] * (size - 1) + [True]:
-        return cause("kept", "kept_last")
-    if first == [True] + [False] * (size - 1):
-        return cause("kept", "kept_first")
+        return cause("kept", "dropped_by_rank", dropped={r: places for r, places in gone.items() if places})
+    places = tuple(i for i, k in enumerate(first) if k)
+    known = {(0,): "kept_first", (size - 1,): "kept_last", (0, size - 1): "kept_first_and_last"}
+    if places in known:
+        return cause("kept", known[places])
     return cause("kept", "dropped", dropped=gone["0"], of=size)
 
 
@@ -232,21 +204,15 @@ def _residual_cause(
     step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float
 ) -> Cause:
     """The best explanation of a residual: the one law, or the one addition, that explains the rest."""
-    return (
-        _rows(step, found, limit)
-        or _frozen(step, parameters)
-        or _rounded(step)
-        or _clipped_entries(step)
-        or _addition(step, previous, found, parameters)
-        or cause("unexplained", "unexplained", share=found.residual)
-    )
+    law = _rows(step, found, limit) or _frozen(step, parameters) or _rounded(step) or _clipped_entries(step)
+    added = law or _addition(step, previous, found, parameters)
+    return added or cause("unexplained", "unexplained", share=found.residual)
 
 
 def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
     """Weights of single rows, if micro-batches hold several."""
-    rows = [
-        (n, g) for m in step.microbatches for n, g in zip(m.row_counts, m.row_gradients, strict=True) if n
-    ]
+    pairs = [pair for m in step.microbatches for pair in zip(m.row_counts, m.row_gradients, strict=True)]
+    rows = [(n, g) for n, g in pairs if n]
     if len(rows) <= len(found.weights):
         return None
     weights, residual, _ = recover_weights(observed_gradient(step), [g / step.num_trained for _, g in rows])
@@ -276,11 +242,9 @@ def _rounded(step: Step) -> Cause | None:
     wanted = np.abs(step.learning_rate * step.clip_scale * step.expected)
     visible = wanted > thresholds.VISIBLE_UPDATE * size
     lost, small = visible & (change == 0), visible & (wanted <= thresholds.SMALL_UPDATE * size)
-    if (
-        lost.sum() > thresholds.LOST_UPDATES * visible.sum()
-        and small[lost].mean() > thresholds.LOST_ARE_SMALL
-        and lost[small].mean() > thresholds.SMALL_ARE_LOST
-    ):
+    if lost.sum() <= thresholds.LOST_UPDATES * visible.sum():
+        return None
+    if small[lost].mean() > thresholds.LOST_ARE_SMALL and lost[small].mean() > thresholds.SMALL_ARE_LOST:
         return cause("rounding", "small_updates_lost", share=float(lost.sum() / visible.sum()))
     return None
 
@@ -295,14 +259,14 @@ def _clipped_entries(step: Step) -> Cause | None:
 def _addition(step: Step, previous: Step | None, found: Recovered, parameters: Parameters) -> Cause | None:
     observed = observed_gradient(step)
     used = [m.gradient / step.num_trained for m in step.microbatches if m.num_trained]
-    candidates = {k: v / step.num_trained for k, v in step.extras.items()} | {"decay": step.before}
+    candidates = {k: v / step.num_trained for k, v in step.extras.items()} | {"weight_decay": step.before}
     matrices = np.zeros_like(step.before)
     for (_, part), (_, shape) in zip(_slices(parameters), parameters, strict=True):
         if len(shape) > 1:
             matrices[part] = step.before[part]
-    candidates["decay of matrices"] = matrices
+    candidates["weight_decay_of_matrices"] = matrices
     if previous is not None:
-        candidates["before"] = previous.direction
+        candidates["momentum"] = previous.direction
     best: tuple[float, str, float] | None = None
     for name, column in candidates.items():
         if not np.linalg.norm(column):
@@ -313,8 +277,8 @@ def _addition(step: Step, previous: Step | None, found: Recovered, parameters: P
             best = (residual, name, float(weights[-1]))
     if best is None:
         return None
-    code, kind = ADDITIONS[best[1]]
-    return cause(code, kind, coefficient=best[2])
+    kind = KINDS.get(best[1], best[1])
+    return cause(kind.removesuffix("_of_matrices"), kind, coefficient=best[2])
 
 
 def _slices(parameters: Parameters) -> Iterator[tuple[str, slice]]:

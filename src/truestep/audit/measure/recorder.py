@@ -81,10 +81,7 @@ class Recorder:
 
     def __init__(self, spec: Any, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
         self.spec, self.began = spec, time.perf_counter()
-        self.copy = copy.deepcopy(model).double()
-        self.copy.eval()
-        own = parameters_of(model)
-        self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
+        self.copy = copy.deepcopy(model).double().eval()
         self.needles, self.ignored = [bytes(row["ids"]) for row in spec.rows], b""
         self.before: Tensor | None = None
         self.microbatches: list[list[list[int]]] = []  # the rows of every line of every forward pass
@@ -93,16 +90,19 @@ class Recorder:
         self.autocast: torch.dtype | None = None  # that the model was run under
         self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
         self.stack: list[tuple[str, int]] = []  # of the first forward pass, from within
+        self._observe(model, snapshot)
+
+    def _observe(self, model: nn.Module, snapshot: Callable[[], Tensor] | None) -> None:
+        own = parameters_of(model)
+        self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def resume(self, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
         """Watch a model that was made anew and loaded from a checkpoint; call it before training."""
         self._close_step()
         self._hook.remove()
-        own = parameters_of(model)
-        self.snapshot = snapshot if snapshot is not None else lambda: flat(own)
         self.before = None
-        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._observe(model, snapshot)
 
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
         """Watch another module instead, and find a row by another part of it: for trainers that run the model in
@@ -122,9 +122,8 @@ class Recorder:
         self._close_step()
         if ids.numel() == len(self.ignored) and bytes(ids.flatten().tolist()) == self.ignored:
             return
-        lines = [
-            self._rows_in(bytes(t % 256 for t in line)) for line in ids.reshape(-1, ids.shape[-1]).tolist()
-        ]
+        rows = ids.reshape(-1, ids.shape[-1]).tolist()
+        lines = [self._rows_in(bytes(t % 256 for t in row)) for row in rows]
         self.unmatched += sum(not rows for rows in lines)
         self.microbatches.append(lines)
         self.stack = self.stack or stack()
@@ -168,11 +167,9 @@ class Recorder:
     def _location(self, versions: Iterable[str]) -> str:
         """FILE:LINE where the audited package, or the user's own loop, runs the model."""
         own = str(self.spec.options.get("file", ""))
-        for package in versions:
-            for file, line in self.stack:
-                if f"/site-packages/{package}/" in file:
-                    return f"{file}:{line}"
-        return next((f"{file}:{line}" for file, line in self.stack if file == own), "")
+        parts = [f"/site-packages/{package}/" for package in versions]
+        found = [f"{file}:{line}" for part in parts for file, line in self.stack if part in file]
+        return next(iter(found + [f"{file}:{line}" for file, line in self.stack if file == own]), "")
 
     def _write_step(
         self, index: int, before: Tensor, after: Tensor, lines: list[list[list[int]]]
@@ -184,11 +181,8 @@ class Recorder:
             parameter.data.copy_(before[offset : offset + count].view_as(parameter))
             offset += count
         rows = sorted({row for batch in micro for row in batch})
-        losses, gradients = [], []
-        for row in rows:
-            loss, gradient = self._gradient(self.copy, [row])
-            losses.append(loss)
-            gradients.append(gradient)
+        pairs = [self._gradient(self.copy, [row]) for row in rows]
+        losses, gradients = [loss for loss, _ in pairs], [gradient for _, gradient in pairs]
         control = self._control(micro, dict(zip(rows, gradients, strict=True)))
         extras = {} if self._explained(before - after, gradients) else self._extras(micro)
         name = f"rank-{self.spec.rank}-step-{index}"
@@ -223,7 +217,7 @@ class Recorder:
         """
         if self.spec.options.get("optimizer", "sgd") != "sgd" or not bool(torch.isfinite(change).all()):
             return True
-        if self.spec.is_relation:  # its own deviations have names of their own
+        if self.spec.is_relation:  # its deviations have their own names
             return True
         if self.spec.world_size > 1 or not gradients:
             return False
@@ -233,23 +227,17 @@ class Recorder:
 
     def _extras(self, micro: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """What a wrong mask or a wrong shift would have added to the step's gradient sum."""
-        wrong: dict[str, dict[str, Any]] = {
-            "prompt": {"untrained": True},
-            "shift_0": {"shift": 0},
-            "shift_2": {"shift": 2},
-            "stop": {"ends": True},
-        }
-        nothing = torch.zeros_like(flat(parameters_of(self.copy)))
-        return {
-            key: sum((self._gradient(self.copy, rows, **how)[1] for rows in micro), nothing)
-            for key, how in wrong.items()
-        }
+        wrong: dict[str, dict[str, Any]] = {"prompt": {"untrained": True}, "shift_0": {"shift": 0}}
+        wrong |= {"shift_2": {"shift": 2}, "stop": {"ends": True}}
+        nothing, extras = torch.zeros_like(flat(parameters_of(self.copy))), {}
+        for key, how in wrong.items():
+            extras[key] = sum((self._gradient(self.copy, rows, **how)[1] for rows in micro), nothing)
+        return extras
 
     def _gradient(
         self,
         model: nn.Module,
         rows: Sequence[int],
-        *,
         untrained: bool = False,
         shift: int = 1,
         ends: bool = False,
@@ -262,9 +250,8 @@ class Recorder:
             trained = self.spec.rows[row]["trained"]
             chosen = [bool(t) != untrained for t in trained]
             if ends:
-                chosen = [
-                    bool(on) and not after for on, after in zip(trained, [*trained[1:], 0], strict=True)
-                ]
+                pairs = zip(trained, [*trained[1:], 0], strict=True)
+                chosen = [bool(on) and not after for on, after in pairs]
             loss = nll_sum(model, self.spec.rows[row]["ids"], chosen, shift)
             if loss.requires_grad:
                 loss.backward()

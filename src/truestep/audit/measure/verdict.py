@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -56,14 +56,10 @@ def judge(
     differences = broken | {name: case.differences for name, case in seen.items()}
     cases = {name: differences[name] for name in runs if name in differences}
     hidden += [cause("", "case_left_out", case=name, why=why) for name, why in without.items()]
-    hidden += [
-        cause("", "hidden_by_rounding", case=name, dtype=dtype)
-        for name, case in seen.items()
-        if any(s.hidden for s in case.steps)
-    ]
-    finding = replace(
-        _verdict(nothing, cases, seen, documented), cases=cases, reasons=tuple(hidden), documented=documented
-    )
+    rounded = [name for name, case in seen.items() if any(s.hidden for s in case.steps)]
+    hidden += [cause("", "hidden_by_rounding", case=name, dtype=dtype) for name in rounded]
+    finding = _verdict(nothing, cases, seen, documented)
+    finding = replace(finding, cases=cases, reasons=tuple(hidden), documented=documented)
     return _with_numbers(finding, seen, runs) if seen else finding
 
 
@@ -79,12 +75,8 @@ def _with_numbers(finding: Finding, seen: Mapping[str, CaseSeen], runs: Mapping[
         tokens=[list(rank) for rank in found.counts],
         weights=[rank.tolist() for rank in by_ranks(found.weights, found.counts)],
         standard_errors=[rank.tolist() for rank in by_ranks(found.errors, found.counts)],
-        relative_error=found.relative_error,
-        residual=found.residual,
-        noise=found.noise,
-        condition=found.condition,
-        logged_loss=step.logged_loss,
-        true_loss=step.true_loss,
+        **{key: getattr(found, key) for key in ("relative_error", "residual", "noise", "condition")},
+        **{key: getattr(step, key) for key in ("logged_loss", "true_loss")},
         logged_loss_could_show_it=loss_shows_it(step) if finding.codes else None,
     )
 
@@ -120,12 +112,12 @@ def _unusable(run: Observation, some_moved: bool) -> Causes:
     """Why single steps are not judged: a fault, or a cause without a code. ``some_moved``: in any case."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
-    if not run.steps:
-        if run.forwards_without_step and some_moved:
-            return (cause("data_lost", "no_step", microbatches=run.forwards_without_step),)
-        if run.forwards_without_step:
-            return (cause("stale_parameters", "nothing_moved"),)
+    if not run.steps and not run.forwards_without_step:
         return (cause("", "never_trained"),)
+    if not run.steps and some_moved:
+        return (cause("data_lost", "no_step", microbatches=run.forwards_without_step),)
+    if not run.steps:
+        return (cause("stale_parameters", "nothing_moved"),)
     if any(not np.isfinite(s.after).all() for s in run.steps):
         return ()
     if run.ranks_differ > thresholds.RANKS_EQUAL:
@@ -159,7 +151,8 @@ def _verdict(
     if documented and set(codes) <= CHOICES:
         return replace(nothing, verdict=Verdict.DOCUMENTED_CHOICE, codes=codes, found=first)
     scales = [s.scale for name in plain if name in seen for s in seen[name].steps]
-    if set(codes) == {"scale"} and everywhere and len(plain) > 1 and _same(scales):
+    same = bool(scales) and np.ptp(scales) <= thresholds.CLOSE * abs(scales[0])
+    if set(codes) == {"scale"} and everywhere and len(plain) > 1 and same:
         constant = Differences(steps=((cause("scale", "scale_of_every_split", scale=scales[0]),),))
         return replace(nothing, verdict=Verdict.DEFAULT, codes=codes, found=constant)
     kinds = {kind for step in first.steps for c in step for kind in c.kinds}
@@ -171,10 +164,6 @@ def _verdict(
     return replace(nothing, verdict=Verdict.FAULT, codes=codes, found=first)
 
 
-def _same(scales: Sequence[float]) -> bool:
-    return bool(np.ptp(scales) <= thresholds.CLOSE * abs(scales[0]))
-
-
 def _judge_adamw(
     nothing: Finding, runs: Mapping[str, Observation], broken: Mapping[str, Differences]
 ) -> Finding:
@@ -182,22 +171,16 @@ def _judge_adamw(
     cases, worst = dict(broken), 0.0
     for name, run in runs.items():
         found = errors(run.steps)
-        best = next(iter(found), "right")
-        worst = max(worst, found.get("right", math.inf))
-        cases[name] = Differences()
-        if found.get("right", math.inf) > thresholds.ADAMW_ERROR:
+        best, missed = next(iter(found), "right"), found.get("right", math.inf)
+        worst, cases[name] = max(worst, missed), Differences()
+        if missed > thresholds.ADAMW_ERROR:
             known = found.get(best, math.inf) <= thresholds.ADAMW_ERROR
             named = cause(best, "catalogued", fault=best) if known else cause("unexplained", "unknown_adamw")
             cases[name] = Differences(steps=((named,),))
     wrong = [cases[name] for name in (*runs, *broken) if cases[name].codes]
-    return replace(
-        nothing,
-        verdict=Verdict.FAULT if wrong else Verdict.RIGHT,
-        found=wrong[0] if wrong else Differences(),
-        codes=tuple(dict.fromkeys(c for case in wrong for c in case.codes)),
-        cases=cases,
-        relative_error=worst,
-    )
+    codes = tuple(dict.fromkeys(c for case in wrong for c in case.codes))
+    verdict, first = (Verdict.FAULT, wrong[0]) if wrong else (Verdict.RIGHT, Differences())
+    return replace(nothing, verdict=verdict, found=first, codes=codes, cases=cases, relative_error=worst)
 
 
 def loss_shows_it(step: Step) -> bool | None:

@@ -79,9 +79,8 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
     covariance = np.linalg.pinv(np.stack(parts, axis=1).T @ np.stack(parts, axis=1))
     # The noise vector is spread over P directions; only its part along the g_i reaches the weights.
     spread = np.sqrt(np.diag(covariance)) * noise * size / math.sqrt(len(observed))
-    drift = np.abs(
-        recover_weights(step.control / step.num_trained, parts)[0] - 1.0
-    )  # of a right path's own weights
+    # Of a right path's own weights.
+    drift = np.abs(recover_weights(step.control / step.num_trained, parts)[0] - 1.0)
     ranks = sorted({m.rank for m in step.microbatches})
     return Recovered(
         weights=weights,
