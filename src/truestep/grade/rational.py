@@ -59,9 +59,8 @@ def same_formula(gold: str, found: str) -> bool | None:
         return None
     text = gold + found
     names = {name for polynomial in (*left[1], *right[1]) for term in polynomial for name, _ in term}
-    is_open = (
-        "." in text or "i" in names or {"e", r"\pi"} <= names
-    )  # a rounded value, √-1, and nobody knows of e + π
+    # A rounded value, √-1, and e + π, of which nothing is known.
+    is_open = "." in text or "i" in names or {"e", r"\pi"} <= names
     is_name = any(re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\S{1,20})?\s*", side) for side in (gold, found))
     return None if is_open or is_name else False
 
@@ -174,9 +173,8 @@ def _read_side(text: str) -> Quotient:
         match = _TOKEN.match(text, place)
         if match is None or (match[2] or "")[:1] == "d":  # a differential
             raise _NotRead
-        tokens.append(
-            ("number", match[1]) if match[1] else ("name", match[2]) if match[2] else (match[3], "")
-        )
+        number, name, sign = match.groups()
+        tokens.append(("number", number) if number else ("name", name) if name else (sign, ""))
         place = match.end()
     tokens.reverse()  # the next one is the last
     found = _sum(tokens, 0)
