@@ -99,7 +99,6 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
 
 def parse_number(text: str, *, letters: bool = False) -> Number | None:
     """The number that a normalised answer is, with its unit; None if it is anything else, or more than that.
-
     With ``letters`` a bare letter may be a unit: 5 m is five metres where the other answer has a unit as
     well."""
     text, sign, unit = text.strip(), 1, ""
@@ -154,12 +153,9 @@ def _unit(rest: str, *, letters: bool) -> str | None:
 
 
 def same_number(gold: Number, found: Number) -> bool:
-    """Whether two numbers as written are the same answer.
-
-    Exact, with three allowances: a decimal of at least six digits may round a fraction; a unit may be left
-    out or be converted, but not be another one; a percent sign may be left out where the bare number, being
-    at least 1, cannot be the fraction.
-    """
+    """Whether two numbers as written are the same answer. Exact, with three allowances: a decimal of at least
+    six digits may round a fraction; a unit may be left out or be converted, but not be another one; a percent
+    sign may be left out where the bare number, being at least 1, cannot be the fraction."""
     left, right = gold.value, found.value
     if gold.unit == PERCENT or found.unit == PERCENT:
         one_bare = gold.unit != found.unit

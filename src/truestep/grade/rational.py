@@ -73,9 +73,6 @@ def _proportional(left: Formula, right: Formula) -> bool | None:
     return True if len(ratios) == 1 and (left[0] == "=" or min(ratios) > 0) else None
 
 
-# ------------------------------------------------------------------------------------------------ polynomials
-
-
 def _add(left: Quotient, right: Quotient) -> Quotient:
     total = dict(_times(left[0], right[1]))
     for term, factor in _times(right[0], left[1]).items():
@@ -148,9 +145,6 @@ def _root(quotient: Quotient) -> Quotient:
         divisor += 1
     free += [number] if number > 1 else []
     return {tuple(sorted((f"√{prime}", 1) for prime in free)): whole}, _number(Fraction(1))
-
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 
 @lru_cache(maxsize=256)
