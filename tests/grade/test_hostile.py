@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from grade_one import grade_pair
 from hostile_answers import KINDS, cases
 
-from truestep.grade.score import Grader, grade_pair
+from truestep.grade.score import Grader
 from truestep.records import Verdict
 
 pytest.importorskip("math_verify")

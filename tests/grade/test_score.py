@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from grade_one import grade_pair
 
 from truestep.errors import UserError
 from truestep.grade.pairs import grade_pairs, read_pairs
-from truestep.grade.score import Grader, grade_pair
+from truestep.grade.score import Grader
 from truestep.records import Message, Problem, Verdict, conserve
 
 pytest.importorskip("math_verify")

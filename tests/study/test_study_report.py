@@ -119,7 +119,7 @@ def test_latex_has_as_many_cells_in_every_line(study: Any) -> None:
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no results\.json of a study"):
+    with pytest.raises(UserError, match=r"is not a study directory"):
         write_study(tmp_path)
 
 

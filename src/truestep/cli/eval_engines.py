@@ -25,10 +25,8 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
 
             client = stack.enter_context(connect(settings.evaluate.engine))
             concurrent = settings.evaluate.sampling.max_running
-            yield (
-                EndpointAdapter(engine=EndpointEngine(client, settings.model.path, concurrent=concurrent)),
-                "",
-            )
+            engine = EndpointEngine(client, settings.model.path, concurrent=concurrent)
+            yield EndpointAdapter(engine=engine), ""
             return
         from truestep.model.load import load_tokenizer, model_content
 
@@ -87,13 +85,10 @@ def _vllm(settings: Settings, context: int, stack: ExitStack) -> Engine:
 
     source, running = resolve(settings.model), settings.evaluate.sampling.max_running
     if source == "tiny":
-        raise UserError(
-            'engine = "vllm" needs a model folder, and the built-in model has none: use engine = "torch"'
-        )
+        raise UserError('engine = "vllm": the built-in model has no model folder: use engine = "torch"')
     dtype = settings.compute.dtype
-    return stack.enter_context(
-        serve(VllmServer(model=source, dtype=dtype, context_length=context, max_running=running))
-    )
+    server = VllmServer(model=source, dtype=dtype, context_length=context, max_running=running)
+    return stack.enter_context(serve(server))
 
 
 def figures(settings: Settings) -> dict[str, Any] | None:

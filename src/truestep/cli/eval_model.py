@@ -30,14 +30,11 @@ Samples = Annotated[int | None, option("--samples", "Samples of each problem.", 
 Prompts = Annotated[str, option("--prompts", _TEMPLATES, _OWN)]
 FewShot = Annotated[int | None, option("--few-shot", "Worked examples before each problem.", "0", min=0)]
 Engine = Annotated[str, option("--engine", _ENGINE, "torch")]
-Set = Annotated[
-    list[str] | None,
-    option("--set", "Change any other setting: --set temperature=0. May be repeated.", False),
-]
+_SET = "Change any other setting: --set temperature=0. May be repeated."
+_DRY_RUN = "Check everything, count tokens and memory, and sample nothing."
+Set = Annotated[list[str] | None, option("--set", _SET, False)]
 Out = Annotated[Path | None, option("--out", "The run directory.", "runs/NAME-HASH")]
-DryRun = Annotated[
-    bool, option("--dry-run", "Check everything, count tokens and memory, and sample nothing.")
-]
+DryRun = Annotated[bool, option("--dry-run", _DRY_RUN)]
 
 
 def evaluate(
@@ -73,10 +70,8 @@ def evaluate(
         table = table | {"limits": {k: v for k, v in limits.items() if k in named and limit is None}}
     from truestep.evaluate.jobs import evaluation_settings
 
-    # The options come last: they go before the recipe's keys.
-    settings = evaluation_settings(
-        {k: v for k, v in raw.items() if k != "evaluate"} | {"evaluate": table | given}, model
-    )
+    raw.pop("evaluate", None)  # the options come last: they go before the recipe's keys
+    settings = evaluation_settings({**raw, "evaluate": table | given}, model)
     _execute(settings, base_dir, out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
@@ -97,10 +92,8 @@ def _own_sets(
     from truestep.settings import load_settings
 
     if given:
-        raise UserError(
-            f"{next(iter(given))}: {recipe} names no benchmarks, so its own data sets are evaluated: pass "
-            "--benchmarks, or leave this option out"
-        )
+        own = f"{recipe} names no benchmarks, so its own data sets are evaluated"
+        raise UserError(f"{next(iter(given))}: {own}: pass --benchmarks, or leave this option out")
     execute(only_evaluation(load_settings(recipe, overrides or ()), recipe), recipe, out, **more)
 
 
@@ -161,10 +154,9 @@ def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
     if not (raw.get("benchmarks") or raw.get("evaluate", {}).get("benchmarks")):
         raise UserError(f"{folder} holds a training run, not an evaluation: {rundir.ELSEWHERE}")
     for key, was, now in changed(evaluation_settings(raw, str(folder)), settings):
-        raise UserError(
-            f"{folder} was started with another {key} ({rundir.redact(str(was))}; now {rundir.redact(str(now))}), and "
-            f"samples of both must not be mixed: {rundir.ELSEWHERE}"
-        )
+        values = f"{rundir.redact(str(was))}; now {rundir.redact(str(now))}"
+        mixed = f"{folder} was started with another {key} ({values}), and samples of both must not be mixed"
+        raise UserError(f"{mixed}: {rundir.ELSEWHERE}")
 
 
 def _plan_text(plan: dict[str, Any], folder: Path) -> str:

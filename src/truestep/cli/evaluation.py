@@ -28,6 +28,7 @@ def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any
     return typer.Option(flag, help=text, show_default=default, **more)
 
 
+_SECOND = "Also grade every answer with math-verify, and count disagreements."
 Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first it has")]
 Folder = Annotated[Path, option("--out", "The folder to write into.", False)]
 Logged = Annotated[Path, _argument("A run directory, a samples file, or a log of another harness.")]
@@ -70,10 +71,9 @@ def list_benchmarks(as_json: Json = False) -> None:
     for b in TABLE:
         source = f"hub:{b.hub.rstrip(':')}" if b.hub else "local file only"
         published = f"; the paper's SFT→RL: {b.published['SFT→RL']}" if b.published else ""
-        typer.echo(
-            f"{b.id:<14} {b.num_rows:>6} rows {b.content[:12]:<12} avg@{b.samples:<2} {b.prompt:<5} {source}{published}"
-            + (f"; note: {b.mind}" if b.mind else "")
-        )
+        note = f"; note: {b.mind}" if b.mind else ""
+        line = f"{b.id:<14} {b.num_rows:>6} rows {b.content[:12]:<12} avg@{b.samples:<2} {b.prompt:<5}"
+        typer.echo(f"{line} {source}{published}{note}")
 
 
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
@@ -95,10 +95,8 @@ def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) ->
 
 def _sentence(row: dict[str, Any]) -> str:
     def side(s: dict[str, Any]) -> str:
-        seed = "" if s["seed"] is None else f", seed {s['seed']}"
-        return (
-            f"{100 * s['score']:.1f} % [{100 * s['low']:.1f}, {100 * s['high']:.1f}] ({s['made_by']}{seed})"
-        )
+        made_by = s["made_by"] if s["seed"] is None else f"{s['made_by']}, seed {s['seed']}"
+        return f"{100 * s['score']:.1f} % [{100 * s['low']:.1f}, {100 * s['high']:.1f}] ({made_by})"
 
     least = "unknown" if row["detectable"] is None else f"{100 * row['detectable']:.1f}"
     return (
@@ -151,8 +149,12 @@ def overlap(
     data: Annotated[str, option("--data", "Folder with the benchmarks.", "the Hugging Face hub")] = "",
     as_json: Json = False,
 ) -> None:
+<<<<<<< HEAD
     """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of
     13 words."""
+=======
+    """Count the problems of each benchmark in a training set: equal texts, and shared runs of 13 words."""
+>>>>>>> wt-l
     announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.benchmarks import contamination
 
@@ -172,11 +174,8 @@ def overlap(
 
 def grade(
     pairs: Annotated[Path, _argument("A file of JSON lines with the fields gold and pred.")],
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes for symbolic algebra.")] = 2,
-    second: Annotated[
-        bool,
-        typer.Option("--second", help="Also grade every answer with math-verify, and count disagreements."),
-    ] = False,
+    workers: Annotated[int, option("--workers", "Processes for symbolic algebra.", min=1)] = 2,
+    second: Annotated[bool, option("--second", _SECOND)] = False,
     as_json: Json = False,
 ) -> None:
     """Grade every (gold, pred) pair of a file, without a model. Optional fields: id, kind (choice),

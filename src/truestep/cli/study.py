@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from truestep.cli.evaluation import option
 from truestep.cli.run import Json
 
 Paths = Annotated[
@@ -19,25 +20,15 @@ Paths = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="The study directory.", show_default="runs/study-NAME")
-]
-Keep = Annotated[
-    Path | None,
-    typer.Option(
-        "--results", help="Also keep compact results in this folder; cells found there are not run again."
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option("--workers", min=1, help="How many cells run at the same time.", show_default="the study's"),
-]
-EngineName = Annotated[
-    str, typer.Option("--engine", help="What runs the cells: local (child processes) or ray (a Ray cluster).")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check the study and print its plan with estimates; run nothing.")
-]
+_KEEP = "Also keep compact results in this folder; cells found there are not run again."
+_WORKERS = "How many cells run at the same time."
+_ENGINE = "What runs the cells: local (child processes) or ray (a Ray cluster)."
+_DRY_RUN = "Check the study and print its plan with estimates; run nothing."
+Out = Annotated[Path | None, option("--out", "The study directory.", "runs/study-NAME")]
+Keep = Annotated[Path | None, option("--results", _KEEP)]
+Workers = Annotated[int | None, option("--workers", _WORKERS, "the study's", min=1)]
+EngineName = Annotated[str, option("--engine", _ENGINE)]
+DryRun = Annotated[bool, option("--dry-run", _DRY_RUN)]
 
 
 def study(
@@ -49,8 +40,7 @@ def study(
     engine: EngineName = "local",
     workers: Workers = None,
 ) -> None:
-    """Train every arm of a study with every seed and compare them (resumable); or count the FLOPs of
-    recipes."""
+    """Train every arm of a study with every seed and compare them (resumable); or count recipes' FLOPs."""
     if paths[0] == "flops":
         flops([Path(p) for p in paths[1:]], as_json)
         return
@@ -69,7 +59,7 @@ def flops(paths: list[Path], as_json: bool) -> None:
     from truestep.study.budget import flops_table, sentences
 
     if not paths:
-        raise UserError("study flops: expected recipes: write truestep study flops recipes/paper")
+        raise UserError("study flops: no recipe is given: pass files or folders, for example recipes/paper")
     table = flops_table(paths)
     if as_json:
         typer.echo(json.dumps(table))
@@ -118,9 +108,9 @@ def run_study(
     if dry_run:
         show_plan(study, path, folder, as_json)
         return
+    launched = launch.engine(engine, study.workers)
     runner = cell_runner.Runner(
-        study=study, where=path, out=folder, launch=launch.engine(engine, study.workers), workers=study.workers,
-        results=results, say=reporter.say,
+        study=study, where=path, out=folder, launch=launched, workers=study.workers, results=results, say=reporter.say
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, folder / "study.toml")
@@ -157,12 +147,10 @@ def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
             for name, cell in made.items():
                 write_cell(folder / compact / kind / f"{name}.json", cell)
     if runner.stopped.is_set():
-        runner.say(
-            f"interrupted: {len(found)} cells are finished and saved. To continue, run the same command again."
-        )
+        saved = f"interrupted: {len(found)} cells are finished and saved"
+        runner.say(f"{saved}. To continue, run the same command again.")
         raise typer.Exit(130)
-    tuning = tuning_cost(runner, runner.study.arms)
-    base = base_identity(runner)
+    tuning, base = tuning_cost(runner, runner.study.arms), base_identity(runner)
     table = tabulate(runner.study, found, tuning=tuning, failures=runner.failures, base=base)
     for folder in places:
         rundir.write_json(folder / "results.json", table)
@@ -179,10 +167,9 @@ def write_cell(path: Path, cell: dict[str, Any]) -> None:
     """One short line a key: small, and still a readable difference under version control."""
     from truestep import rundir
 
-    lines = [
-        f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in cell.items()
-    ]
-    rundir.write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    texts = {k: json.dumps(v, ensure_ascii=False, allow_nan=False) for k, v in cell.items()}
+    lines = ",\n".join(f" {json.dumps(k)}: {text}" for k, text in texts.items())
+    rundir.write_atomic(path, f"{{\n{lines}\n}}\n")
 
 
 def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
@@ -196,8 +183,7 @@ def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
         typer.echo(json.dumps(plan))
         return
     table = Table(title=f"{study.name}: estimated cost")
-    columns = ("arm", "stages", "cells", "trials", "FLOPs a cell", "CPU s a cell", "GiB", "")
-    for name in columns:
+    for name in ("arm", "stages", "cells", "trials", "FLOPs a cell", "CPU s a cell", "GiB", ""):
         table.add_column(name, justify="left" if name in ("arm", "stages", "") else "right")
     for row in plan["arms"]:
         table.add_row(row["arm"], " ".join(row["stages"]), str(row["cells"]), str(row["trials"]),

@@ -139,10 +139,7 @@ def find(id: str) -> Benchmark:
 
 def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
     """All problems of a benchmark, its rows counted and their content checked against the table; ``bare``
-    ones have only their question, without options.
-
-    Raises UserError if they are not the pinned ones.
-    """
+    ones have only their question, without options. Raises UserError if they are not the pinned ones."""
     path = _file(benchmark, folder)
     if path is None:
         items, where = _from_hub(benchmark), f"hub:{benchmark.hub}"
@@ -229,10 +226,8 @@ def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) ->
 
 def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
     """The overlap of a training set with each benchmark, by bare question (options would hide equal ones).
-
     Without ``ids``, every benchmark in the folder ``data``; the others are listed as missing. Examples are
-    only ids, so private benchmarks stay private.
-    """
+    only ids, so private benchmarks stay private."""
     folder = Path(data) if data else None
     tested, missing = {}, []
     for id in ids or BY_ID:

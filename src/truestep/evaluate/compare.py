@@ -17,13 +17,11 @@ from truestep.records import Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How much better ``b`` is than ``a`` on the same problems.
-
-    ``difference`` is the mean over problems of (share of correct samples of b) - (that of a), with its 95 %
-    interval; ``p_value`` is the paired t test's, ``p_exact`` the sign-flip permutation test's (McNemar's with
-    one sample a problem). ``detectable`` is the smallest true difference that problems like these would show
-    with 80 % power at the 5 % level: None, and the interval [-1, 1], if there is only one problem.
-    """
+    """How much better ``b`` is than ``a`` on the same problems. ``difference`` is the mean over problems of
+    (share of correct samples of b) - (that of a), with its 95 % interval; ``p_value`` is the paired t test's,
+    ``p_exact`` the sign-flip permutation test's (McNemar's with one sample a problem). ``detectable`` is the
+    smallest true difference that problems like these would show with 80 % power at the 5 % level: None, and
+    the interval [-1, 1], if there is only one problem."""
 
     difference: float
     low: float
@@ -40,10 +38,8 @@ class Comparison:
 
 
 def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
-    """The paired difference b - a of per-sample records.
-
-    Raises UserError if the two are not samples of the same problems.
-    """
+    """The paired difference b - a of per-sample records. Raises UserError if the two are not samples of the
+    same problems."""
     counts_a, counts_b = _correct_of(a), _correct_of(b)
     if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):
         have, lack = ("first", "second") if unpaired[0] in counts_a else ("second", "first")
@@ -68,12 +64,10 @@ def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 
 
 def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, float | None, float | None]:
-    """Mean, interval, p-value and detectable difference of paired differences.
-
-    If all differences are equal the spread says nothing, and pseudo-observations are added: half of +unit,
-    half of -unit and one of 0 (with one sample a problem, the interval of Agresti and Min 2005,
-    doi:10.1002/sim.1781). There is then no t statistic, hence no p-value.
-    """
+    """Mean, interval, p-value and detectable difference of paired differences. If all differences are equal
+    the spread says nothing, and pseudo-observations are added: half of +unit, half of -unit and one of 0
+    (with one sample a problem, the interval of Agresti and Min 2005, doi:10.1002/sim.1781). There is then no
+    t statistic, hence no p-value."""
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return mean, -1.0, 1.0, None, None

@@ -25,11 +25,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a set of samples says about a model. n = correct + incorrect + unscored.
-
-    ``score`` is the mean over problems of the share of correct samples; an unscored sample counts as not
-    correct, and ``score_if_unscored_correct`` says how much that could cost. ``stderr`` is None for one problem.
-    """
+    """What a set of samples says about a model. n = correct + incorrect + unscored. ``score`` is the mean
+    over problems of the share of correct samples; an unscored sample counts as not correct, and
+    ``score_if_unscored_correct`` says how much that could cost. ``stderr`` is None for one problem."""
 
     score: float
     low: float
@@ -75,9 +73,7 @@ def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
     """The score of per-sample records with its interval, pass@k for each k of ``pass_at``, and all counts.
-
-    Raises UserError if a problem has fewer than k samples.
-    """
+    Raises UserError if a problem has fewer than k samples."""
     groups = by_problem(rows)
     samples = [row for group in groups.values() for row in group]
     num_correct = np.array([_count(group, Verdict.CORRECT) for group in groups.values()], dtype=float)
@@ -153,11 +149,8 @@ def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
 
 def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
     """The chance that the most frequent answer of k samples, drawn without replacement, is the correct one;
-    ties are broken by a fair draw, samples without an answer do not vote.
-
-    Exact: ``ways[v][t]`` counts the ways to draw v samples of the wrong answers such that none has more than
-    j votes and t of them have j.
-    """
+    ties are broken by a fair draw, samples without an answer do not vote. Exact: ``ways[v][t]`` counts the
+    ways to draw v samples of the wrong answers such that none has more than j votes and t of them have j."""
     total = 0.0
     for j in range(1, min(right, k) + 1):
         ways = {(0, 0): 1}

@@ -43,11 +43,9 @@ class Evaluation:
 
 
 def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
-    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; if a log
-    has several scores of a sample, ``metric`` names the one that counts.
-
-    Raises UserError if it is none of them.
-    """
+    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; if a log has
+    several scores of a sample, ``metric`` names the one that counts. Raises UserError if it is none of
+    them."""
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
@@ -280,9 +278,6 @@ def _said(turns: Any) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return str(content)
-
-
-# ---------------------------------------------------------------------------------------------------- writing
 
 
 def write_lm_eval(run: Path, out: Path) -> list[Path]:

@@ -21,10 +21,8 @@ _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
 
 def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> dict[str, Any]:
-    """Write external evaluations as a run directory, once all are read; returns its summary.
-
-    Raises UserError if the directory is not empty, or an evaluation is there twice.
-    """
+    """Write external evaluations as a run directory, once all are read; returns its summary. Raises UserError
+    if the directory is not empty, or an evaluation is there twice."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder: pass --out with a different path")
     read = [(e, *_estimated(e)) for path in paths for e in read_evaluations(path, metric)]
@@ -78,10 +76,8 @@ def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
     """``comparisons``, b - a for every task that both have, paired by problem: by id if the texts agree, else
-    by the problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over.
-
-    Raises UserError if no task, or not the same problems, are in both, or one side is unfinished.
-    """
+    by the problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over. Raises UserError if no task,
+    or not the same problems, are in both, or one side is unfinished."""
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
     # Other templates, harnesses or filters are compared if one side has only one.

@@ -37,10 +37,8 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def mean_interval(values: np.ndarray, num_trials: float) -> Interval:
-    """Mean of per-problem values in [0, 1] with its 95 % interval, which never has width 0.
-
-    ``num_trials`` is the number of samples behind the values: that of the problems, or more.
-    """
+    """Mean of per-problem values in [0, 1] with its 95 % interval, which never has width 0. ``num_trials`` is
+    the number of samples behind the values: that of the problems, or more."""
     num_problems, mean = len(values), float(values.mean())
     if num_trials <= num_problems or num_problems == 1:
         low, high = binomial_interval(mean * num_problems, num_problems)
@@ -144,9 +142,6 @@ def _beta_ends(correct: float, num: float, alpha: float, inward: float) -> tuple
     if wrong > 0:
         high = beta_quantile(1 - alpha / 2, correct + 1 - inward, wrong + inward)
     return low, high
-
-
-# ---------------------------------------------------------------------------------------------- distributions
 
 
 def t_cdf(t: float, df: float) -> float:

@@ -49,10 +49,8 @@ class Job:
 
 
 def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
-    """The settings of ``truestep eval``: a recipe whose evaluation keys may be short ones.
-
-    Raises UserError if no benchmark is named, or a benchmark, template or setting is unknown.
-    """
+    """The settings of ``truestep eval``: a recipe whose evaluation keys may be short ones. Raises UserError
+    if no benchmark is named, or a benchmark, template or setting is unknown."""
     table: dict[str, Any] = {"name": "eval-" + _stem(raw), "data": {}, "stages": []}
     for key, value in raw.items():
         if key == "data" and isinstance(value, str):
@@ -94,10 +92,8 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
-    """Every benchmark loaded and checked, and every template of it.
-
-    Raises UserError if a benchmark's rows are not the pinned ones.
-    """
+    """Every benchmark loaded and checked, and every template of it. Raises UserError if a benchmark's rows
+    are not the pinned ones."""
     evaluate = settings.evaluate
     folder = _folder(evaluate.folder, base_dir)
     jobs = []
@@ -169,9 +165,7 @@ def budget(
     jobs: Sequence[Job], limits: Sequence[int], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What the jobs need at most: tokens, and memory and arithmetic if the model's ``shape`` is known.
-
-    ``limits`` and ``prompt_tokens``: for each job the tokens of a completion, and of all its prompts.
-    """
+    ``limits`` and ``prompt_tokens``: for each job the tokens of a completion, and of all its prompts."""
     rows: list[dict[str, Any]] = [
         {
             "data": job.benchmark.id, "prompt": job.template.id, "problems": len(job.problems),

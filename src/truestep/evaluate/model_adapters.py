@@ -58,9 +58,6 @@ def fingerprint(prompts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------------------- tokens
-
-
 @dataclass(kw_only=True)
 class TokenAdapter:
     """Through the model's tokenizer and an engine of truestep, opened for the first sample."""
@@ -140,9 +137,6 @@ class TokenAdapter:
                 yield replace(sample, text=text, stop=Stop.STOP_TOKEN if was_cut else sample.stop)
 
         return answer
-
-
-# --------------------------------------------------------------------------------------------------- endpoint
 
 
 @dataclass(frozen=True, kw_only=True)

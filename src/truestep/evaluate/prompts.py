@@ -30,10 +30,8 @@ _LETTER = " The final answer is the letter of the right choice alone."
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """How a problem is asked. ``suffix`` opens the model's turn, and is read as the model's own text.
-
     ``chat`` False is text to continue, without a chat template; a completion then ends at the first ``stop``.
-    The worked examples of a ``brief`` one have one step and one line.
-    """
+    The worked examples of a ``brief`` one have one step and one line."""
 
     id: str
     math: str

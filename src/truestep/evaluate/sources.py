@@ -41,10 +41,8 @@ def content_hash(items: Iterable[Item]) -> str:
 
 
 def item_of(row: Row, id: str) -> Item:
-    """Reads the published layouts and the plain one (problem or question, answer, optional choices).
-
-    Raises RowError that never quotes the row: some benchmarks must not appear in plain text.
-    """
+    """Reads the published layouts and the plain one (problem or question, answer, optional choices). Raises
+    RowError that never quotes the row: some benchmarks must not appear in plain text."""
     id = str(row.get("id") or row.get("Record ID") or row.get("question_id") or id)
     question, choices, answer = _parts(row)
     question, answer = question.strip(), answer.strip()

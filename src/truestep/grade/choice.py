@@ -21,8 +21,7 @@ _ARTICLE = re.compile(r"\b[AI](?= (?!or\b|and\b)[a-z])")
 
 
 def choice_letter(text: str) -> str:
-    """The letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" where it names none or
-    several."""
+    """The letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" if none or several."""
     text = plain(text[:MAX_LENGTH])
     if "\\" in text:
         return ""  # a formula, in which a letter is a variable
@@ -30,6 +29,4 @@ def choice_letter(text: str) -> str:
     letters = set(_LETTER.findall(text))
     if len(letters) > 1:
         letters = set(_LETTER.findall(_ARTICLE.sub(" ", text)))
-    if len(letters) == 1:
-        return letters.pop()
-    return ""
+    return letters.pop() if len(letters) == 1 else ""

@@ -1,5 +1,4 @@
-"""Countdown: reach a target with every given number exactly once. A parser of its own, and exact
-fractions."""
+"""Countdown: reach a target with every given number exactly once. A small parser with exact fractions."""
 
 from __future__ import annotations
 
@@ -11,15 +10,7 @@ from fractions import Fraction
 MAX_LENGTH = 300
 MAX_DEPTH = 20
 
-_SPELLINGS = (
-    (r"\times", "*"),
-    (r"\cdot", "*"),
-    (r"\div", "/"),
-    (r"\left", ""),
-    (r"\right", ""),
-    ("[", "("),
-    ("]", ")"),
-)
+_SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", "[": "(", "]": ")"}
 _TOKEN = re.compile(r"\s*(?:(\d{1,18})(?![\d.])|([-+*/()]))", re.ASCII)
 
 
@@ -28,9 +19,8 @@ class NotArithmetic(ValueError):
 
 
 def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
-    """Why an expression does not solve a countdown problem; "" if it does. "= target" may stand at its
-    end."""
-    for spelling, sign in _SPELLINGS:
+    """Why an expression does not solve a countdown problem; "" if it does. It may end with "= target"."""
+    for spelling, sign in _SPELLINGS.items():
         answer = answer.replace(spelling, sign)
     expression, equals, claimed = answer.partition("=")
     try:
@@ -47,8 +37,7 @@ def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
-    """The exact value of an arithmetic expression, and the numbers it uses. Raises NotArithmetic,
-    ZeroDivisionError."""
+    """The exact value of an expression, and the numbers it uses. Raises NotArithmetic, ZeroDivisionError."""
     tokens = _tokens(text)
     value, position = _sum(tokens, 0, 0)
     if position != len(tokens):

@@ -16,16 +16,8 @@ from truestep.grade.extract import num_words
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number
 from truestep.grade.structure import (
-    CLOSE,
-    OPEN,
-    as_tuples,
-    as_vector,
-    brackets,
-    elements,
-    matrix,
-    region,
-    without_names,
-)
+    CLOSE, OPEN, as_tuples, as_vector, brackets, elements, matrix, region, without_names,
+)  # fmt: skip
 from truestep.grade.units import same_time, spelled_number
 
 MAX_LENGTH = 2_000  # characters; longer answers are compared as text only
@@ -42,9 +34,8 @@ _ARITHMETIC = re.compile(r"(?:[\d\s.+*/^()-]|\\times|\\cdot|\\div)+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
 _TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
-_EXPANDING = re.compile(
-    r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]"
-)  # one that may be many
+# one that may be many
+_EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
 _INDEX_WORD = re.compile(r"_\{?([a-z]{3,8})\}?$")
 _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
@@ -52,8 +43,8 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``equal`` is None where only algebra can tell. ``reason`` says how it was decided; ``refused`` why
-    algebra must not be asked ("" where it may)."""
+    """``equal`` is None if only algebra can tell. ``reason``: how it was decided; ``refused``: why algebra must
+    not be asked ("" if it may)."""
 
     equal: bool | None
     reason: str = ""
@@ -144,8 +135,7 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
-    """The same part of the line, said by intervals, or by relations in one answer and by intervals in the
-    other."""
+    """The same part of the line, as intervals in both answers, or as relations in only one of them."""
     left, right = region(gold), region(found)
     if left is None or right is None or (left.by_relation and right.by_relation):
         return None
@@ -238,8 +228,7 @@ def _same_european(gold: str, found: str, left: Number | None, right: Number | N
 
 
 def _same_base(gold: str, found: str) -> bool | None:
-    """Numbers with their base as index: 204_5 is 204_5, or 204 where the gold answer names the base; 7 is
-    111_2."""
+    """Numbers with their base as index: 204_5 is 204_5, or 204 if the gold names the base; 7 is 111_2."""
     left, right = (_BASED.fullmatch(_INDEX_WORD.sub(_index, canonical(text))) for text in (gold, found))
     if left is None or right is None or not (left[2] or right[2]):
         return None
@@ -269,9 +258,8 @@ def _same_words(gold_raw: str, found_raw: str) -> bool | None:
     if not (_WORDS_ONLY.match(gold) and _WORDS_ONLY.match(found)):
         return None
     is_text = any(re.match(TEXT_COMMAND, raw) for raw in (gold_raw, found_raw))
-    if (
-        is_text or max(len(word) for word in f"{gold} {found}".split()) > 3
-    ):  # shorter ones may be products of variables
+    longest = max(len(word) for word in f"{gold} {found}".split())
+    if is_text or longest > 3:  # shorter ones may be products of variables
         return _word_form(gold) == _word_form(found)
     return None
 
@@ -300,13 +288,9 @@ def _split_left(text: str) -> tuple[str, str]:
     if opening == "(" and "=" in inside and len(elements(inside)) == 1:
         text = inside
     for relation in (r"\in ", "=", r"\approx "):
-        left, sign, right = text.partition(relation)
-        if (
-            sign
-            and (_LEFT_SIDE.match(left.strip()) or _ARITHMETIC.match(left))
-            and right.strip()
-            and len(elements(text)) == 1
-        ):
+        left, _, right = text.partition(relation)
+        has_sides = right.strip() and (_LEFT_SIDE.match(left.strip()) or _ARITHMETIC.match(left))
+        if has_sides and len(elements(text)) == 1:
             return left.strip(), _right_side(right)
     return "", text
 
@@ -351,17 +335,12 @@ def _matching(table: list[list[bool | None]]) -> bool | None:
 
 def symbolic_form(text: str) -> str:
     """A normalised answer as the LaTeX that algebra reads: one formula, no delimiters inside."""
-    text = re.sub(
-        rf"{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])",
-        ", ",
-        text.replace("$", ""),
-    )
+    joint = rf"{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])"
+    text = re.sub(joint, ", ", text.replace("$", ""))
     text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text)
-    text = re.sub(  # an angle in degrees is a number of radians to a function
-        r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*([\d.]{1,8})\s*\^\{\\circ\}\s*[)}]?",
-        r"\\\1(\\frac{\2 \\pi}{180})",
-        text,
-    )
+    # An angle in degrees is a number of radians to a function.
+    in_degrees = r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*([\d.]{1,8})\s*\^\{\\circ\}\s*[)}]?"
+    text = re.sub(in_degrees, r"\\\1(\\frac{\2 \\pi}{180})", text)
     text = re.sub(r"\\sqrt \(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
     return re.sub(r"\s*\*\s*", r" \\cdot ", text).strip(" .,;")

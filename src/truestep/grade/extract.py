@@ -44,17 +44,14 @@ _SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A
     r"(?<!\w)\(([A-J])\)|\*\*\(?([A-J])(?=[).:,]|\*\*|$)|"
     r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))"
 )
-_DENIAL = re.compile(
-    r"\b(?:not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?)\b|n't\b", re.IGNORECASE
-)
+_DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
+_DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
-_MATH = (
-    re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one as well
-        r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
-        r"(?<![\\$])\$ ((?:[^$\n\\]|\\.){1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
-        re.DOTALL,
-    )
+_MATH = re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one too
+    r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
+    r"(?<![\\$])\$ ((?:[^$\n\\]|\\.){1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
+    re.DOTALL,
 )
 _NUMBER = re.compile(
     r"(?<![A-Za-z_.\d])(?:(?<![\w)\]}])-)?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+(?:,\d{1,2}(?![\d,]))?)?"
@@ -64,23 +61,8 @@ _NUMBER = re.compile(
 _WORDS = re.compile(
     r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff]|^[A-Z]:\s"
 )
-_FUNCTIONS = (
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "exp",
-    "sqrt",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "det",
-    "lim",
-)
-_NO_WORDS = WORDS | {*_FUNCTIONS, "and", "min", "max", "mod"}
+_FUNCTIONS = "sin cos tan cot sec csc log exp sqrt arcsin arccos arctan det lim min max mod"
+_NO_WORDS = WORDS | {*_FUNCTIONS.split(), "and"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +114,10 @@ def _after_thought(text: str) -> str:
     return "" if "<think>" in text else text
 
 
-def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""(start, end, content) of every balanced, outermost, non-blank ``\boxed{…}``, in order."""
-    return _scan_boxes(text)[0]
-
-
-def _scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
-    """The boxes of a text, and whether one was opened and never closed."""
-    stack: list[
-        tuple[int, int]
-    ] = []  # (where the token starts, where its content starts; -1 for a plain brace)
+def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
+    r"""(start, end, content) of every balanced, outermost, non-blank ``\boxed{…}``, in order; and whether one
+    was opened and never closed."""
+    stack: list[tuple[int, int]] = []  # starts of the token and of its content; -1 for a plain brace
     found: list[tuple[int, int, str]] = []
     for token in _BRACES.finditer(text):
         if token[0] == "{":
@@ -162,7 +138,7 @@ def _boxed(text: str) -> tuple[str, How] | None:
     only box is never closed, the answer was cut off: there is none."""
     if "boxed" not in text and "fbox" not in text:
         return None
-    found, unclosed = _scan_boxes(text)
+    found, unclosed = scan_boxes(text)
     if not found:
         return ("", "none") if unclosed else None
     later = _answer_is(text[found[-1][1] :]) if _FINAL_ANSWER.search(text, found[-1][1]) else None
@@ -181,7 +157,7 @@ def _boxed(text: str) -> tuple[str, How] | None:
 def gold_answer(text: str) -> str:
     """The answer that a gold text is or contains: its boxes, also one that is never closed; the answer that a
     whole solution ends with; or the text itself."""
-    found, unclosed = _scan_boxes(text)
+    found, unclosed = scan_boxes(text)
     if found:
         return extract_answer(text, strict=True).answer
     if unclosed:
@@ -203,8 +179,7 @@ def _marker(text: str) -> tuple[str, How] | None:
 
 
 def _answer_is(text: str) -> tuple[str, How] | None:
-    """What follows the last "answer is" or "answer:" up to the end of its formula, bold span, sentence or
-    line."""
+    """What follows the last "answer is" or "answer:", to the end of its formula, bold span or sentence."""
     end = -1
     for match in _ANSWER_IS.finditer(text):
         end = match.end()

@@ -1,5 +1,4 @@
-"""Child processes that do algebra, forked from one that has imported it: a new one costs milliseconds, not a
-second."""
+"""Child processes that do algebra, forked from one that has imported it: each costs only milliseconds."""
 
 from __future__ import annotations
 
@@ -58,9 +57,7 @@ class Worker:
         where the fork server, which alone can tell, has ended before."""
         self._channel.close()
         try:
-            os.kill(
-                self.pid, signal.SIGKILL
-            )  # the process id is its own until the fork server is asked to reap it
+            os.kill(self.pid, signal.SIGKILL)  # the id is its own until the fork server is asked to reap it
         except OSError:
             return None
         try:
@@ -79,21 +76,15 @@ class ForkServer:
         self._control.settimeout(START_SECONDS)
         self._asked, self._said, self._ready = 0, b"", False
         with far_end:
+            limits = map(str, (far_end.fileno(), seconds, memory_mb))
+            silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
             self._process = subprocess.Popen(
                 # -P: a file called sympy.py in the working directory is not imported
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "truestep.grade.symbolic",
-                    *map(str, (far_end.fileno(), seconds, memory_mb)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                [sys.executable, "-P", "-m", "truestep.grade.symbolic", *limits],
                 env={**os.environ, "PYTHONPATH": path},
                 pass_fds=(far_end.fileno(),),
                 start_new_session=True,  # Ctrl-C is for the parent, which then closes the pool
+                **silent,
             )
         self.pid = self._process.pid
 
@@ -102,9 +93,8 @@ class ForkServer:
         while not self._ready:
             reply = self._hear()
             if "missing" in reply:
-                raise UserError(
-                    f'the checker "math" needs the package {reply["missing"]}: write pip install "truestep[train]"'
-                )
+                needed = f'the checker "math" needs the package {reply["missing"]}'
+                raise UserError(f'{needed}: pip install "truestep[train]"')
             self._ready = "ready" in reply
 
     def start(self) -> Worker:
@@ -120,13 +110,11 @@ class ForkServer:
         return Worker(pid, near_end, self)
 
     def ask(self, request: dict[str, Any], *descriptors: int) -> dict[str, Any]:
-        """The reply to a request; one to an earlier request, at which the caller was interrupted, is passed
-        over."""
+        """The reply to a request; one to an earlier request, at which the caller was interrupted, is skipped."""
         self._asked += 1
+        line = json.dumps({"id": self._asked, **request}).encode() + b"\n"
         try:
-            socket.send_fds(
-                self._control, [json.dumps({"id": self._asked, **request}).encode() + b"\n"], descriptors
-            )
+            socket.send_fds(self._control, [line], descriptors)
         except OSError:
             raise WorkerDied("its channel is closed") from None
         while True:

@@ -1,5 +1,4 @@
-"""Numbers as they are written in answers, read exactly: integers, decimals, fractions, mixed numbers, powers,
-units."""
+"""Numbers in answers, read exactly: integers, decimals, fractions, mixed numbers, powers, units."""
 
 from __future__ import annotations
 
@@ -44,9 +43,8 @@ def _decimal(text: str) -> Number:
     whole, point, rest = text.lstrip("+-").partition(".")
     digits = len((whole + rest).lstrip("0"))
     value = Fraction(int((whole + rest) or "0"), 10 ** len(rest))
-    return Number(
-        value=-value if text.startswith("-") else value, places=len(rest) if point else None, digits=digits
-    )
+    value = -value if text.startswith("-") else value
+    return Number(value=value, places=len(rest) if point else None, digits=digits)
 
 
 def _quotient(match: re.Match[str]) -> Number | None:
@@ -60,8 +58,7 @@ def _mixed(match: re.Match[str]) -> Number | None:
 
 
 def _scientific(match: re.Match[str]) -> Number | None:
-    front = _decimal(match[1] or "1").value
-    return _scaled(front, 10, int(match[2] or match[3]))
+    return _scaled(_decimal(match[1]).value, 10, int(match[2] or match[3]))
 
 
 def _repeating(match: re.Match[str]) -> Number:
@@ -101,9 +98,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
 
 
 def parse_number(text: str, *, letters: bool = False) -> Number | None:
-    """The number that a normalised answer is, with its unit; None where it is anything else, or more than
-    that.
-
+    """The number that a normalised answer is, with its unit; None if it is anything else, or more than that.
     With ``letters`` a bare letter may be a unit: 5 m is five metres where the other answer has a unit as
     well."""
     text, sign, unit = text.strip(), 1, ""
@@ -116,11 +111,7 @@ def parse_number(text: str, *, letters: bool = False) -> Number | None:
                 return None
         elif text[:1] in tuple(CURRENCIES):
             unit, text = text[0], text[1:].strip()
-        elif (
-            (text[:1], text[-1:]) in (("(", ")"), ("{", "}"))
-            and text[0] not in text[1:]
-            and text[-1] not in text[:-1]
-        ):
+        elif text[:1] + text[-1:] in ("()", "{}") and text[0] not in text[1:] and text[-1] not in text[:-1]:
             text = text[1:-1].strip()
         else:
             break
@@ -162,12 +153,9 @@ def _unit(rest: str, *, letters: bool) -> str | None:
 
 
 def same_number(gold: Number, found: Number) -> bool:
-    """Whether two numbers as written are the same answer.
-
-    Exact, with three allowances: a decimal of at least six digits may round a fraction; a unit may be left
-    out or be converted, but not be another one; a percent sign may be left out where the bare number, being
-    at least 1, cannot be the fraction.
-    """
+    """Whether two numbers as written are the same answer. Exact, with three allowances: a decimal of at least
+    six digits may round a fraction; a unit may be left out or be converted, but not be another one; a percent
+    sign may be left out where the bare number, being at least 1, cannot be the fraction."""
     left, right = gold.value, found.value
     if gold.unit == PERCENT or found.unit == PERCENT:
         one_bare = gold.unit != found.unit

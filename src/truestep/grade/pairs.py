@@ -29,8 +29,7 @@ class Pair:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file of JSON lines: gold, pred, and id (else the row number), kind, choices where
-    given."""
+    """The pairs of a file of JSON lines: gold, pred, id (default: the row number), kind, choices."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -57,21 +56,19 @@ def _pair(where: str, number: int, line: str) -> Pair:
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
         raise UserError(f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]')
-    given = {"id": number, "kind": ""} | {
-        name: row[name] for name in ("id", "kind") if row.get(name) is not None
+    fields = {"id": number, "kind": ""} | {
+        k: row[k] for k in ("id", "kind", "gold", "pred") if row.get(k) is not None
     }
-    fields = {name: str(value) for name, value in given.items()}
-    return Pair(gold=str(row["gold"]), pred=str(row["pred"]), choices=tuple(choices), **fields)
+    return Pair(choices=tuple(choices), **{name: str(value) for name, value in fields.items()})
 
 
 def grade_pairs(
     pairs: Sequence[Pair], *, workers: int = 2, seconds: float = 1.5, second_opinion: bool = False
 ) -> dict[str, Any]:
-    """``samples``, one for each pair in order, and ``counts``; ready for JSON.
-
-    ``verdict`` is the default policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With
-    ``second_opinion`` math-verify is asked about every answer that our own rules have decided, and
-    ``counts["second_opinion"]`` says how often it disagrees."""
+    """``samples``, one for each pair in order, and ``counts``; ready for JSON. ``verdict`` is the default
+    policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With ``second_opinion`` math-verify is
+    asked about every answer that our own rules have decided, and ``counts["second_opinion"]`` says how often
+    it disagrees."""
     with Grader(workers=workers, seconds=seconds) as grader:
         judged = grader.judge_many([(_problem(pair), pair.pred) for pair in pairs])
         samples = [_sample(*each) for each in zip(pairs, judged, strict=True)]
@@ -86,32 +83,20 @@ def grade_pairs(
 
 def _problem(pair: Pair) -> Problem:
     checker = "choice" if pair.kind == "choice" or pair.choices else "math"
-    messages = (Message(role="user", content=""),)
-    return Problem(
-        id=pair.id or "?",
-        messages=messages,
-        answer=pair.gold,
-        checker=checker,
-        meta={"choices": pair.choices},
-    )
+    messages, meta = (Message(role="user", content=""),), {"choices": pair.choices}
+    return Problem(id=pair.id or "?", messages=messages, answer=pair.gold, checker=checker, meta=meta)
 
 
 def _sample(pair: Pair, judged: Judgment) -> dict[str, Any]:
     return {
-        "id": pair.id,
-        "verdict": judged.score.label,
-        "strict": judged.strict.value,
-        "lenient": judged.lenient.value,
-        "reason": judged.reason,
-        "extracted": judged.score.extracted,
-        "how": judged.answer.how,
-    }
+        "id": pair.id, "verdict": judged.score.label, "strict": judged.strict.value, "lenient": judged.lenient.value,
+        "reason": judged.reason, "extracted": judged.score.extracted, "how": judged.answer.how,
+    }  # fmt: skip
 
 
 def _second_opinion(grader: Grader, pairs: Sequence[Pair], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    asked = [
-        (p, s) for p, s in zip(pairs, samples, strict=True) if s["extracted"] and "algebra" not in s["reason"]
-    ]
+    both = zip(pairs, samples, strict=True)
+    asked = [(p, s) for p, s in both if s["extracted"] and "algebra" not in s["reason"]]
     texts = [(symbolic_form(gold_answer(p.gold)), symbolic_form(s["extracted"])) for p, s in asked]
     safe = [i for i, pair in enumerate(texts) if not refusal(pair)]
     outcomes = grader.pool.compare_many([texts[i] for i in safe]) if safe else []
@@ -130,10 +115,8 @@ def table(result: dict[str, Any]) -> str:
         policies = "  ".join(f"{s[policy]:<9}" for policy in ("verdict", "strict", "lenient"))
         lines.append(f"{_inert(s['id'][:24]):<{width}}  {policies}  {_inert(s['reason'])}")
     for name, count in result["counts"].items():
-        lines.append(
-            f"{name}: "
-            + (", ".join(f"{k} {v}" for k, v in count.items()) if type(count) is dict else str(count))
-        )
+        several = ", ".join(f"{k} {v}" for k, v in count.items()) if type(count) is dict else count
+        lines.append(f"{name}: {several}")
     return "\n".join(lines)
 
 

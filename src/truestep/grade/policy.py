@@ -74,8 +74,7 @@ def objection(gold: str, found: str, how: How) -> str:
 
 
 def nearly(gold: str, found: str) -> bool:
-    """Whether an answer that is wrong rounds the gold one, all of its parts to three significant digits or
-    more."""
+    """Whether a wrong answer rounds the gold one, every part to at least three significant digits."""
     rows = matrix(gold), matrix(found)
     if rows[0] is not None and rows[1] is not None:
         parts = [[entry for row in side for entry in row] for side in rows if side is not None]

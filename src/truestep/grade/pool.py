@@ -1,5 +1,4 @@
-"""Algebra in processes that can be killed: a deadline, new workers from a warm process, and no comparison
-ever lost."""
+"""Algebra in processes that can be killed: a deadline, quick new workers, and no comparison ever lost."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ class _Job:
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time of a process so far; infinite where the system does not tell, so that nobody waits for
-    it."""
+    """Processor time of a process so far; infinite if the system does not tell: no more time is given."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
@@ -115,9 +113,8 @@ class Pool:
         worker = self._take()
         gold, found = pairs[number]
         now, work = time.monotonic(), processor_seconds(worker.pid)
-        self._busy[worker] = _Job(
-            number=number, deadline=now + self.seconds, attempt=attempt, begun=now, work=work
-        )
+        deadline = now + self.seconds
+        self._busy[worker] = _Job(number=number, deadline=deadline, attempt=attempt, begun=now, work=work)
         try:
             worker.send({"id": number, "gold": gold, "found": found})
         except WorkerDied:

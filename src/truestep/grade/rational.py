@@ -59,9 +59,8 @@ def same_formula(gold: str, found: str) -> bool | None:
         return None
     text = gold + found
     names = {name for polynomial in (*left[1], *right[1]) for term in polynomial for name, _ in term}
-    is_open = (
-        "." in text or "i" in names or {"e", r"\pi"} <= names
-    )  # a rounded value, √-1, and nobody knows of e + π
+    # A rounded value, √-1, and e + π, of which nothing is known.
+    is_open = "." in text or "i" in names or {"e", r"\pi"} <= names
     is_name = any(re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\S{1,20})?\s*", side) for side in (gold, found))
     return None if is_open or is_name else False
 
@@ -72,9 +71,6 @@ def _proportional(left: Formula, right: Formula) -> bool | None:
         return None
     ratios = {ours[term] / theirs[term] for term in ours}
     return True if len(ratios) == 1 and (left[0] == "=" or min(ratios) > 0) else None
-
-
-# ------------------------------------------------------------------------------------------------ polynomials
 
 
 def _add(left: Quotient, right: Quotient) -> Quotient:
@@ -151,9 +147,6 @@ def _root(quotient: Quotient) -> Quotient:
     return {tuple(sorted((f"√{prime}", 1) for prime in free)): whole}, _number(Fraction(1))
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 @lru_cache(maxsize=256)
 def _read(text: str) -> Formula:
     """A formula, or the difference of the two sides of a relation, which is 0, positive, or not negative."""
@@ -174,9 +167,8 @@ def _read_side(text: str) -> Quotient:
         match = _TOKEN.match(text, place)
         if match is None or (match[2] or "")[:1] == "d":  # a differential
             raise _NotRead
-        tokens.append(
-            ("number", match[1]) if match[1] else ("name", match[2]) if match[2] else (match[3], "")
-        )
+        number, name, sign = match.groups()
+        tokens.append(("number", number) if number else ("name", name) if name else (sign, ""))
         place = match.end()
     tokens.reverse()  # the next one is the last
     found = _sum(tokens, 0)

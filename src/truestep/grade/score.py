@@ -18,7 +18,7 @@ from truestep.grade.normal import canonical, normalise
 from truestep.grade.policy import Judgment, judgment
 from truestep.grade.pool import Outcome, Pool
 from truestep.grade.rational import same_formula
-from truestep.records import Message, Problem, Score, Verdict, judged
+from truestep.records import Problem, Score, Verdict, judged
 
 MAX_SHOWN = 2_000  # characters of an answer that a score keeps
 
@@ -56,12 +56,8 @@ def _check_exact(problem: Problem, found: str) -> Score | Question:
 
 def _check_integer(problem: Problem, found: str) -> Score | Question:
     equal = same_integer(gold_answer(problem.answer), found)
-    reason = (
-        "compared as numbers"
-        if equal is not None
-        else f"the gold answer {problem.answer[:80]!r} is not a number"
-    )
-    return _score(equal, found, reason)
+    unread = f"the gold answer {problem.answer[:80]!r} is not a number"
+    return _score(equal, found, unread if equal is None else "compared as numbers")
 
 
 def _check_choice(problem: Problem, found: str) -> Score | Question:
@@ -70,7 +66,7 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
     if not letter:
         equal = same_integer(gold, found)  # choices that are numbered
         return _score(
-            equal, found, "compared as choices" if equal is not None else f"{gold[:80]!r} names no choice"
+            equal, found, f"{gold[:80]!r} names no choice" if equal is None else "compared as choices"
         )
     named = choice_letter(found)
     if not named and isinstance(choices, list | tuple):  # the text of a choice, or its number
@@ -152,10 +148,9 @@ class Grader:
             results.append(result := self._check(problem, found))
             for part in result.parts if isinstance(result, Question) else ():
                 if part not in outcomes:
-                    outcomes[part] = Outcome(
-                        equal=same_formula(*part), reason="compared as rational functions"
-                    )
-                    if outcomes[part].equal is None:
+                    equal = same_formula(*part)
+                    outcomes[part] = Outcome(equal=equal, reason="compared as rational functions")
+                    if equal is None:
                         self.pool.prepare()  # it gets ready while the rest is looked at
         asked = [part for part, outcome in outcomes.items() if outcome.equal is None]
         outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
@@ -165,8 +160,7 @@ class Grader:
         ]
 
     def check_gold(self, problem: Problem) -> Score:
-        """The gold answer graded as if it were a completion: where it is not correct, the row of data is
-        bad."""
+        """The gold answer graded as if it were a completion: if it is not correct, the row of data is bad."""
         if problem.checker == "countdown" and problem.answer.strip() == str(problem.meta.get("target")):
             return _score(True, problem.answer, "the row names its target, not a solution")
         gold = Extraction(answer=gold_answer(problem.answer), how="whole")
@@ -174,10 +168,8 @@ class Grader:
 
     def _check(self, problem: Problem, found: Extraction) -> Score | Question:
         if problem.checker not in CHECKERS:
-            known = ", ".join(CHECKERS)
-            raise UserError(
-                f"{problem.row or problem.id}: unknown checker {problem.checker!r}: use one of {known}"
-            )
+            unknown = f"{problem.row or problem.id}: unknown checker {problem.checker!r}"
+            raise UserError(f"{unknown}: use one of {', '.join(CHECKERS)}")
         if not problem.answer.strip() and problem.checker != "countdown":
             return _score(None, found.answer, "the problem has no gold answer")
         if not found.answer:
@@ -192,9 +184,3 @@ def _conclude(outcomes: Sequence[Outcome], extracted: str) -> Score:
             if outcome.equal is equal:
                 return _score(equal, extracted, outcome.reason)
     return _score(None, extracted, "nothing was compared")
-
-
-def grade_pair(gold: str, pred_text: str, grader: Grader) -> Score:
-    """Score a text against a gold answer with the "math" checker."""
-    message = Message(role="user", content="")
-    return grader.score(Problem(id="pair", messages=(message,), answer=gold), pred_text)

@@ -1,5 +1,4 @@
-"""Answers that have parts: brackets, lists, regions of the line, assignments, matrices. Text alone, no
-algebra."""
+"""Answers that have parts: brackets, lists, regions of the line, assignments, matrices; without algebra."""
 
 from __future__ import annotations
 
@@ -80,13 +79,10 @@ class Region:
 
 
 def region(text: str) -> Region | None:
-    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions of
-    them."""
+    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
-    builder = re.fullmatch(
-        r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}", text
-    )
-    text = builder[2] if builder else text
+    set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
+    text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
     if re.fullmatch(r"\\(?:mathbb|mathbf|Bbb)\s*\{?\s*R\s*\}?", text.strip()):
         return Region(stretches=(_stretch(r"-\infty", r"\infty"),), by_relation=False)
     is_relation = bool(_RELATION.search(text))
@@ -125,11 +121,8 @@ def _from_relation(text: str) -> Stretch | None:
     closed = [sign == r"\leq" for sign in signs]
     if len(terms) == 3:
         low, middle, high = terms
-        return (
-            _stretch(low, high, *closed)
-            if _VARIABLE.fullmatch(middle) and _is_end(low) and _is_end(high)
-            else None
-        )
+        is_stretch = _VARIABLE.fullmatch(middle) and _is_end(low) and _is_end(high)
+        return _stretch(low, high, *closed) if is_stretch else None
     low, high = terms
     if _VARIABLE.fullmatch(low) and _is_end(high) and not _is_end(low):
         return _stretch(r"-\infty", high, False, closed[0])
@@ -140,9 +133,8 @@ def _from_relation(text: str) -> Stretch | None:
 
 def _is_end(text: str) -> bool:
     """Whether a text has no variable: an end of a stretch."""
-    bare = re.sub(
-        r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])|(?<![A-Za-z])[e](?![A-Za-z])", "", text
-    )
+    constants = r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])|(?<![A-Za-z])[e](?![A-Za-z])"
+    bare = re.sub(constants, "", text)
     return bool(text) and not re.search(r"[A-Za-z,]", bare)
 
 

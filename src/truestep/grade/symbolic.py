@@ -40,9 +40,7 @@ def main() -> int:
     gc.freeze()  # a collection in a worker then does not copy what is shared
     _say(control, {"ready": os.getpid()})
     while True:
-        line, descriptors, _, _ = socket.recv_fds(
-            control, 1 << 12, 1
-        )  # one request at a time, of a few bytes
+        line, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)  # one request, of a few bytes
         if not line:
             return 0
         request = json.loads(line)
@@ -80,8 +78,7 @@ def _work(channel: socket.socket, compare: Compare, seconds: float, memory_mb: i
             equal, note = compare(request["gold"], request["found"])
         except MemoryError:
             note = OUT_OF_MEMORY
-        # The algebra swallows a MemoryError and answers "different": a peak close to the limit is read as
-        # one.
+        # The algebra swallows a MemoryError and answers "different": a peak close to the limit is one.
         if not equal and _memory("VmPeak") > floor:
             note = OUT_OF_MEMORY
         _say(channel, {"id": request["id"], "equal": equal, "note": note})
@@ -98,23 +95,14 @@ def _comparison() -> Compare:
     @lru_cache(maxsize=64)  # the gold answer that many completions are compared with
     def read(text: str) -> list[Any]:
         # One formula, all of it or nothing: no hunting for a piece of the text that can be read.
-        return list(
-            parse(
-                f"${text}$",
-                reading,
-                fallback_mode="no_fallback",
-                extraction_mode="first_match",
-                parsing_timeout=None,
-            )
-        )
+        how: dict[str, Any] = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
+        return list(parse(f"${text}$", reading, parsing_timeout=None, **how))
 
     def compare(gold: str, found: str) -> tuple[bool, str]:
         left, right = read(gold), read(found)
         if not left or not right:
-            return (
-                False,
-                f"the {'answer' if left else 'gold answer'} is no formula that could be read: compared as text",
-            )
+            which = "answer" if left else "gold answer"
+            return False, f"the {which} is no formula that could be read: compared as text"
         if len(left) == len(right) == 1 and _clearly_different(left[0], right[0]):
             return False, "compared by value"
         return bool(verify(left, right, timeout_seconds=None)), "compared by algebra"
@@ -128,15 +116,11 @@ def _clearly_different(left: Any, right: Any) -> bool:
     on it allows."""
     from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
 
-    if (
-        not (isinstance(left, Expr) and isinstance(right, Expr))
-        or isinstance(left, Symbol)
-        or isinstance(right, Symbol)
-    ):
+    if any(isinstance(side, Symbol) or not isinstance(side, Expr) for side in (left, right)):
         return False
-    if left.has(UnevaluatedExpr) or right.has(
-        UnevaluatedExpr
-    ):  # a percentage, which may be meant without its sign
+    if any(
+        side.has(UnevaluatedExpr) for side in (left, right)
+    ):  # a percentage, perhaps meant without its sign
         return False
     variables = left.free_symbols | right.free_symbols
     if variables and not (_is_elementary(left) and _is_elementary(right)):
@@ -153,22 +137,12 @@ def _clearly_different(left: Any, right: Any) -> bool:
 
 
 def _is_elementary(formula: Any) -> bool:
-    """Whether it is made of numbers, variables, powers and elementary functions alone: no sum, limit or
-    f(x)."""
+    """Whether it has only numbers, variables, powers and elementary functions: no sum, limit or f(x)."""
     import sympy
 
     atoms = (sympy.Number, sympy.NumberSymbol, sympy.Symbol)
-    operations = (
-        sympy.Add,
-        sympy.Mul,
-        sympy.Pow,
-        sympy.Abs,
-        sympy.exp,
-        sympy.log,
-        sympy.sin,
-        sympy.cos,
-        sympy.tan,
-    )
+    functions = (sympy.Abs, sympy.exp, sympy.log, sympy.sin, sympy.cos, sympy.tan)
+    operations = (sympy.Add, sympy.Mul, sympy.Pow, *functions)
     return all(isinstance(part, (*atoms, *operations)) for part in sympy.preorder_traversal(formula))
 
 
@@ -186,8 +160,7 @@ def _limit(kind: int, value: int, *, keep_hard: bool = False) -> None:
 
 
 def _memory(field: str) -> int:
-    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB where the system does not
-    tell."""
+    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB if the system does not tell."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 2**30)

@@ -9,8 +9,7 @@ from truestep.grade.normal import plain
 
 PERCENT = "%"
 
-# name: (dimension, size in the dimension's first unit); the names are what ``unit_name`` makes of the
-# spellings
+# name: (dimension, size in the dimension's first unit); names as ``unit_name`` makes them of the spellings
 _SIZES: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(size))
     for dimension, sizes in {
@@ -46,23 +45,9 @@ CURRENCIES = "$€£¥"
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = re.compile(rf"\s*(?:\\text\s*\{{\s*)?({'|'.join(_SCALES)})s?(?![A-Za-z])\s*\}}?", re.IGNORECASE)
 _SMALL = (
-    *(
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-    ),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
-)
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _VALUES = {word: i for i, word in enumerate(_SMALL)} | {word: 10 * i for i, word in enumerate(_TENS, start=2)}
 _TIME = re.compile(r"(\d{1,2}):(\d{2})\s*(?:([ap])\.?\s?m\.?)?$", re.IGNORECASE | re.ASCII)
@@ -99,8 +84,7 @@ def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool |
 
 
 def same_unit(left: str, right: str) -> bool:
-    """Whether two units are one, said with more or fewer words: "degree" and "degree C", "apple" and "red
-    apple"."""
+    """Whether two units are one, in more or fewer words: "degree" and "degree C", "apple", "red apple"."""
     one, other = set(left.split()), set(right.split())
     changes = (one ^ other) & {"per", *_SIZES}  # miles are not miles per hour
     return (one <= other or other <= one) and not changes
@@ -120,8 +104,7 @@ def spelled_number(text: str) -> int | None:
 
 
 def same_time(gold: str, found: str) -> bool | None:
-    """Whether two times of day are the same, am or pm left out or said by the 24-hour clock; None for
-    others."""
+    """Whether two times of day are the same (am or pm may be left out); None if either is not a time."""
     left, right = _TIME.match(plain(gold)), _TIME.match(plain(found))
     if left is None or right is None or not (left[3] or right[3]):
         return None

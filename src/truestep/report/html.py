@@ -29,10 +29,8 @@ _SEARCHED = 20_000  # lines that are searched for them
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from whatever files the run has so far.
-
-    Raises UserError if the folder is not a run directory.
-    """
+    """Write RUN/report.html from whatever files the run has so far. Raises UserError if the folder is not a
+    run directory."""
     if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
         raise UserError(f"{run}: not a run directory (no resolved.toml): pass the folder that a run printed")
     page = page_environment().get_template("report.html").render(_context(run))
@@ -108,9 +106,6 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- stages
-
-
 def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every stage that has a folder or an entry in the summary, in order of the folders."""
     paths = sorted(path for path in run.glob("stages/[0-9]*-*") if path.is_dir())
@@ -176,9 +171,6 @@ def _compute(stages: Sequence[Row], rows: Sequence[ScoreRow]) -> list[dict[str, 
         ("Dev score", figures.curve("Dev score by flops", dev, label, y_percent=True)),
     ]
     return [{"title": title, "figure": figure} for title, figure in drawn if figure]
-
-
-# --------------------------------------------------------------------------------------------- samples
 
 
 def pick_rollouts(rows: Sequence[Row]) -> list[Row]:

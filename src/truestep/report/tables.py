@@ -20,8 +20,6 @@ NONE = "–"
 Interval = Mapping[str, float]  # value, low, high
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-# ------------------------------------------------------------------------------------ text and numbers
-
 
 def clip(text: str, limit: int = 1600) -> str:
     """Head and tail of a long text, and how much was left out between them."""
@@ -71,9 +69,6 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-# ---------------------------------------------------------------------------------------------- scores
 
 
 @dataclass(frozen=True, kw_only=True)

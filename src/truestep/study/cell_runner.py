@@ -214,9 +214,6 @@ def _link(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
-# ------------------------------------------------------------------------------------------------ pinned base
-
-
 def base_recipe(where: Path, study: Study) -> Settings:
     """Raises UserError if it cannot be read or has no stage."""
     settings = load_settings(where.parent / study.base)

@@ -189,9 +189,6 @@ def parse_study(raw: Mapping[str, Any], where: str) -> Study:
     return study
 
 
-# --------------------------------------------------------------------------------------------------- settings
-
-
 def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
     """The arm's stages with its own changes, named as in the study."""
     tables = []
@@ -262,9 +259,6 @@ def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any,
             if theirs.get(key) != mine.get(key):
                 found[f"{stage.kind}.{key}"] = (theirs.get(key), mine.get(key))
     return found
-
-
-# ----------------------------------------------------------------------------------------------------- checks
 
 
 def check_study(study: Study, where: str) -> None:

@@ -22,10 +22,8 @@ NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
 
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
-    """All cells of the study, seed by seed; the finished ones by name. What failed is in ``failures``.
-
-    After Ctrl-C the children at work, which have got it as well, are waited for: see ``stopped``.
-    """
+    """All cells of the study, seed by seed; the finished ones by name. What failed is in ``failures``. After
+    Ctrl-C the children at work, which have got it as well, are waited for: see ``stopped``."""
     runner.out.mkdir(parents=True, exist_ok=True)
     study = runner.study
     wanted = [(arm, seed) for seed in study.seeds for arm in study.arms if seed in study.seeds_of(arm)]
@@ -85,9 +83,6 @@ def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
     """The compact result of one cell, from an earlier day if there is one."""
     settings: Settings = runner.once(f"settled {arm} {seed}", lambda: _settled(runner, arm, seed))
     return result(runner, settings, arm)
-
-
-# --------------------------------------------------------------------------------- learning rates and budgets
 
 
 def _settled(runner: Runner, arm: str, seed: int) -> Settings:

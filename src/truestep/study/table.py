@@ -64,9 +64,6 @@ def _tables(by_seed: Mapping[int, Cell], seeds: Sequence[int]) -> dict[str, np.n
     return {name: np.stack([share(by_seed[s], name) for s in seeds]) for name in names}
 
 
-# ------------------------------------------------------------------------------------------------------- arms
-
-
 def _arm(
     study: Study, arm: Arm, by_arm: Mapping[str, Mapping[int, Cell]], tuning: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -171,9 +168,6 @@ def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
         for name, value in cell["content"].items():
             seen.setdefault(name, set()).add(value)
     return {name: sorted(values) for name, values in sorted(seen.items())}
-
-
-# -------------------------------------------------------------------------------------------------- contrasts
 
 
 def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, primary: bool) -> dict[str, Any]:
