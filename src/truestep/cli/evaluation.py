@@ -149,12 +149,7 @@ def overlap(
     data: Annotated[str, option("--data", "Folder with the benchmarks.", "the Hugging Face hub")] = "",
     as_json: Json = False,
 ) -> None:
-<<<<<<< HEAD
-    """Count the problems of each benchmark that a training set already holds: equal texts, and shared runs of
-    13 words."""
-=======
     """Count the problems of each benchmark in a training set: equal texts, and shared runs of 13 words."""
->>>>>>> wt-l
     announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.benchmarks import contamination
 
