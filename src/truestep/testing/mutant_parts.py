@@ -5,13 +5,12 @@ Needs torch. Shapes: P parameters, M predicted tokens, V vocabulary, K micro-bat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, dropout
+from torch.nn.functional import dropout
 
 from truestep.seeding import Purpose, integer
 from truestep.testing.mutant_trainer import (
@@ -29,7 +28,6 @@ from truestep.testing.mutant_trainer import (
     everywhere,
     harness,
     model_inputs,
-    nll,
     pad_right,
     trained,
 )
@@ -37,7 +35,7 @@ from truestep.testing.mutant_trainer import (
 Share = Callable[[Window, int, int, int], float]
 
 
-def divided_by(count: Callable[[Window, int, int, int], float]) -> Share:
+def over(count: Callable[[Window, int, int, int], float]) -> Share:
     """A row's loss over a wrong number of tokens; one over nothing is taken as over one."""
     return lambda window, rank, k, row: 1 / max(1.0, count(window, rank, k, row))
 
@@ -46,38 +44,14 @@ def scaled(factor: Callable[[Window], float]) -> Share:
     return lambda window, rank, k, row: factor(window) / window.total
 
 
-micro_mean = divided_by(lambda w, r, k, row: w.num_ranks * w.num_micro * max(1.0, w.of_micro(r, k)))
-sum_of_means = divided_by(lambda w, r, k, row: w.num_ranks * w.of_micro(r, k))
-micro_step_mean = divided_by(
-    lambda w, r, k, row: w.num_micro * sum(w.of_micro(i, k) for i in range(w.num_ranks))
-)
-rank_mean = divided_by(lambda w, r, k, row: w.num_ranks * w.of_rank(r))
-own_mean = divided_by(lambda w, r, k, row: w.of_rank(r))
-sequence_mean = divided_by(
-    lambda w, r, k, row: sum(len(m) for d in w.rows for m in d) * max(1.0, w.tokens[row])
-)
-slot_mean = divided_by(lambda w, r, k, row: w.num_ranks * w.num_micro * w.slots(r, k))
-slot_sum = divided_by(lambda w, r, k, row: w.num_ranks * w.slots(r, k))
-all_slots = divided_by(
-    lambda w, r, k, row: sum(w.slots(i, j) for i, d in enumerate(w.rows) for j in range(len(d)))
-)
-empty_row_is_one = divided_by(
-    lambda w, r, k, row: sum(max(1.0, w.tokens[i]) for d in w.rows for m in d for i in m)
-)
+micro_mean = over(lambda w, r, k, row: w.num_ranks * w.num_micro * max(1.0, w.of_micro(r, k)))
+sum_of_means = over(lambda w, r, k, row: w.num_ranks * w.of_micro(r, k))
+own_mean = over(lambda w, r, k, row: w.of_rank(r))
 
 
-def empty_is_one(window: Window, rank: int, k: int, row: int) -> float:
-    micro = [window.of_micro(i, j) for i in range(window.num_ranks) for j in range(window.num_micro)]
-    return 1 / sum(max(1.0, n) for n in micro)
-
-
-def empty_divides_by_zero(window: Window, rank: int, k: int, row: int) -> float:
-    return 1 / window.total if window.of_micro(rank, k) else math.nan
-
-
-def one_row(factor: float, place: int, stride: int) -> Share:
-    """One row of every ``stride`` has its loss multiplied."""
-    return lambda window, rank, k, row: (factor if row % stride == place else 1.0) / window.total
+def one_row(factor: float, drawn: Any) -> Share:
+    """One row of every step has its loss multiplied."""
+    return lambda w, rank, k, row: (factor if row % drawn.stride == drawn.index else 1.0) / w.total
 
 
 def kept(which: Callable[[int, int, int], bool]) -> Combine:
@@ -91,7 +65,6 @@ def kept(which: Callable[[int, int, int], bool]) -> Combine:
 
 
 offload = kept(lambda rank, k, num: k in (0, num - 1))
-overwritten = kept(lambda rank, k, num: k == num - 1)
 
 
 def running_average(gradients: Gradients, index: int) -> list[Tensor]:
@@ -117,11 +90,6 @@ def unsynced(reduced: Callable[[int, int], bool]) -> Combine:
 
 
 local = unsynced(lambda k, num: False)
-
-
-def late_sync(first: int) -> Combine:
-    """Ranks step alone from step ``first`` on."""
-    return lambda gradients, index: (local if index >= first else add_all)(gradients, index)
 
 
 def clip_unasked(limit: Limit, largest: float) -> Combine:
@@ -166,24 +134,16 @@ def momentum(factor: float, *, nesterov: bool = False) -> Update:
 
 def decay(strength: float, *, matrices: bool = False) -> Update:
     def update(replica: Replica, gradient: Tensor, index: int) -> None:
-        where = torch.cat(
-            [torch.full((p.numel(),), float(p.dim() > 1 or not matrices)) for p in replica.parameters]
-        )
+        parts = [torch.full((p.numel(),), float(p.dim() > 1 or not matrices)) for p in replica.parameters]
+        where = torch.cat(parts)
         replica.move(gradient + strength * where * replica.theta)
 
     return update
 
 
-def clip_whole(largest: float) -> Update:
-    return lambda replica, gradient, index: replica.move(clip(gradient, largest))
-
-
-def clip_entries(largest: float) -> Update:
-    return lambda replica, gradient, index: replica.move(gradient.clamp(-largest, largest))
-
-
-def warm_up(replica: Replica, gradient: Tensor, index: int) -> None:
-    replica.move(gradient * min(1.0, (index + 1) / 3))
+def moved(change: Callable[[Tensor, int], Tensor]) -> Update:
+    """A step along a changed gradient; ``change`` also gets the step's number."""
+    return lambda replica, gradient, index: replica.move(change(gradient, index))
 
 
 def stored_in_bfloat16(replica: Replica, gradient: Tensor, index: int) -> None:
@@ -216,20 +176,6 @@ def frozen(number: int) -> Update:
     return update
 
 
-def whole_only(num: int, size: int, epochs: int) -> Plan:
-    """What is left of an epoch is never loaded."""
-    return [(window, True) for window, _ in aligned(num, size, epochs) if len(window) == size]
-
-
-def tail_not_stepped(num: int, size: int, epochs: int) -> Plan:
-    """What is left of an epoch is run, and its gradients thrown away."""
-    return [(window, len(window) == size) for window, _ in aligned(num, size, epochs)]
-
-
-def across_epochs(num: int, size: int, epochs: int) -> Plan:
-    return aligned(num * epochs, size, 1)
-
-
 def tail_carried(num: int, size: int, epochs: int) -> Plan:
     """What is left of an epoch waits in the buffers for the next epoch's first step."""
     plan: Plan = []
@@ -242,11 +188,6 @@ def tail_carried(num: int, size: int, epochs: int) -> Plan:
     return [*plan, (carried, False)] if carried else plan
 
 
-def every(size_of: Callable[[int], int]) -> Callable[[int, int, int], Plan]:
-    """Windows of another size than the one that was asked for."""
-    return lambda num, size, epochs: aligned(num, size_of(size), epochs)
-
-
 def counter_off_by_one(num: int, size: int, epochs: int) -> Plan:
     """A step after the first micro-batch, then after every ``size``; the end is run without a step."""
     ends = [*range(1, num * epochs + 1, size), num * epochs]
@@ -255,22 +196,10 @@ def counter_off_by_one(num: int, size: int, epochs: int) -> Plan:
     return [(window, window[-1] % size == 0) for window in windows]
 
 
-Order = Callable[[list[list[list[int]]]], list[list[list[int]]]]
-
-
-def same_on_every_rank(batches: list[list[list[int]]]) -> list[list[list[int]]]:
-    return [batches[0]] * len(batches)
-
-
-def start_repeated(batches: list[list[list[int]]]) -> list[list[list[int]]]:
-    """A sampler that fills up the end of an epoch with rows from its start."""
-    return [[*rank[:-1], rank[0]] for rank in batches]
-
-
 Targets = Callable[[Any, int], list[float]]
 
 
-def prompt_too(weight: float = 1.0) -> Targets:
+def prompt_too(weight: float) -> Targets:
     return lambda spec, row: [0.0] + [float(on) or weight for on in spec.rows[row]["trained"][1:]]
 
 
@@ -290,29 +219,6 @@ def no_start(spec: Any, row: int) -> list[float]:
     """The first token of every answer is masked."""
     mask = trained(spec, row)
     return [now * before for now, before in zip(mask, [0.0, *mask[:-1]], strict=True)]
-
-
-def mask_lost(place: int, stride: int) -> Targets:
-    """One row of every ``stride`` has a mask of zeros."""
-    return lambda spec, row: [on * (row % stride != place) for on in trained(spec, row)]
-
-
-def smoothed(logits: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
-
-
-def with_z_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return nll(logits, targets) + 0.01 * logits.logsumexp(-1) ** 2
-
-
-def at_temperature(logits: Tensor, targets: Tensor) -> Tensor:
-    return nll(logits / 0.7, targets)
-
-
-def focal(logits: Tensor, targets: Tensor) -> Tensor:
-    """Weighted by the token's own probability."""
-    losses = nll(logits, targets)
-    return losses * torch.exp(-losses.detach())
 
 
 def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], Layout]:
@@ -338,12 +244,9 @@ def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
         right, _ = pad_right(spec, rows)
         shifts = [right["input_ids"].shape[1] - len(spec.rows[row]["ids"]) for row in rows]
-        inputs = {
-            k: torch.stack([line.roll(n) for line, n in zip(v, shifts, strict=True)])
-            for k, v in right.items()
-        }
-        if not masked:
-            inputs = {"input_ids": inputs["input_ids"]}
+        names = right if masked else ["input_ids"]
+        pairs = {k: zip(right[k], shifts, strict=True) for k in names}
+        inputs = {k: torch.stack([line.roll(n) for line, n in pairs[k]]) for k in names}
         return inputs, list(enumerate(shifts))
 
     return layout
@@ -353,9 +256,8 @@ def begun_twice(spec: Any, rows: Sequence[int]) -> Layout:
     """One more begin token before every row."""
     inputs, places = pad_right(spec, rows)
     front = torch.ones(len(rows), 1, dtype=torch.int64)
-    return {k: torch.cat([front, v], 1) for k, v in inputs.items()}, [
-        (line, start + 1) for line, start in places
-    ]
+    moved_places = [(line, start + 1) for line, start in places]
+    return {k: torch.cat([front, v], 1) for k, v in inputs.items()}, moved_places
 
 
 def dropping(share: float) -> Callable[[Replica, int], None]:
@@ -376,9 +278,8 @@ def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Re
     """The optimizer starts from other values; ``published``: and the model; ``ranks``: different on every rank."""
 
     def prepare(replica: Replica, seed: int) -> None:
-        random = torch.Generator().manual_seed(
-            integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start")
-        )
+        key = integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start")
+        random = torch.Generator().manual_seed(key)
         replica.theta = replica.theta + scale * torch.randn(replica.theta.shape, generator=random)
         if published:
             replica.publish()
@@ -391,21 +292,13 @@ def start_in_bfloat16(replica: Replica, seed: int) -> None:
     replica.publish()
 
 
-def _whole(change: Callable[[Tensor, float], Tensor]) -> Limit:
-    """The sum is changed, where a clip is asked for."""
+def clip_to(factor: float) -> Limit:
+    """The sum is clipped to another norm than the configured one."""
 
     def limit(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-        return [change(g, largest) if largest else g for g in combine(gradients, index)]
+        return [clip(g, factor * largest) if largest else g for g in combine(gradients, index)]
 
     return limit
-
-
-clip_forgotten = _whole(lambda gradient, largest: gradient)
-
-
-def clip_to(factor: float) -> Limit:
-    """To another norm than the one that was asked for."""
-    return _whole(lambda gradient, largest: clip(gradient, factor * largest))
 
 
 def clip_micro(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
@@ -439,18 +332,9 @@ def clip_too_long(gradients: Gradients, combine: Combine, index: int, largest: f
     return [clip(g * count, largest) / count if largest else g for g in found]
 
 
-def ticks_of(speed: Callable[[int, int], float], ahead: int = 0) -> Callable[[int, int, int], float]:
-    """``speed(K, D)`` ticks a step."""
-    return lambda index, num_micro, num_ranks: (index + ahead) * speed(num_micro, num_ranks)
-
-
 def momentum_lost(replica: Replica, at: int) -> int:
     replica.memory.clear()
     return at
-
-
-def schedule_lost(replica: Replica, at: int) -> int:
-    return 0
 
 
 def both_lost(replica: Replica, at: int) -> int:
@@ -460,9 +344,8 @@ def both_lost(replica: Replica, at: int) -> int:
 
 def parameters_lost(replica: Replica, at: int) -> int:
     """Back to where training began, with the momentum that was saved."""
-    replica.theta = harness.flat(harness.parameters_of(harness.tiny_model(replica.spec))).to(
-        replica.theta.dtype
-    )
+    first = harness.parameters_of(harness.tiny_model(replica.spec))
+    replica.theta = harness.flat(first).to(replica.theta.dtype)
     replica.publish()
     return at
 

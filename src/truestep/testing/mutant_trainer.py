@@ -21,15 +21,13 @@ from torch.nn.functional import cross_entropy
 from truestep.audit.environments.in_process import subject_module
 from truestep.audit.measure.cases import build
 from truestep.audit.measure.observations import Observation, load
+from truestep.audit.subjects import CASES
 
 LEARNING_RATE = 0.5
-CASES = ("ragged", "unsplit", "masked", "window")
-
-
 harness = subject_module("harness")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Window:
     """The micro-batches between two optimizer steps, and the tokens that the trainer counts as trained."""
 
@@ -46,6 +44,15 @@ class Window:
     @property
     def num_micro(self) -> int:
         return len(self.rows[0])
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(rank, number) of every micro-batch."""
+        return [(rank, k) for rank in range(self.num_ranks) for k in range(self.num_micro)]
+
+    @property
+    def all_rows(self) -> list[int]:
+        return [row for rank in self.rows for micro in rank for row in micro]
 
     def of_micro(self, rank: int, k: int) -> float:
         return sum(self.tokens[row] for row in self.rows[rank][k])
@@ -86,28 +93,20 @@ class Replica:
         self.publish()
 
 
-Plan = list[
-    tuple[list[int], bool]
-]  # windows of micro-batches counted over all epochs, and whether a step follows
+# Windows of micro-batches counted over all epochs, and whether a step follows.
+Plan = list[tuple[list[int], bool]]
+
 Gradients = list[list[Tensor]]  # rank, micro-batch: P
 Combine = Callable[[Gradients, int], list[Tensor]]
 Limit = Callable[[Gradients, Combine, int, float], list[Tensor]]
-Layout = tuple[
-    dict[str, Tensor], list[tuple[int, int]]
-]  # the model's input; line and first column of each row
+# The model's input; line and first column of each row.
+Layout = tuple[dict[str, Tensor], list[tuple[int, int]]]
 
 
 def aligned(num: int, size: int, epochs: int) -> Plan:
     """``num`` micro-batches an epoch in windows of ``size``; the last of an epoch is shorter, not lost."""
-    return [
-        (list(range(epoch * num + first, epoch * num + min(first + size, num))), True)
-        for epoch in range(epochs)
-        for first in range(0, num, size)
-    ]
-
-
-def unprepared(replica: Replica, seed: int) -> None:
-    """Nothing to do."""
+    starts = [(epoch * num, first) for epoch in range(epochs) for first in range(0, num, size)]
+    return [(list(range(at + first, at + min(first + size, num))), True) for at, first in starts]
 
 
 def pad_right(spec: Any, rows: Sequence[int]) -> Layout:
@@ -157,16 +156,6 @@ def clip_sum(gradients: Gradients, combine: Combine, index: int, largest: float)
     return [clip(g, largest) if largest else g for g in combine(gradients, index)]
 
 
-def one_tick(index: int, num_micro: int, num_ranks: int) -> float:
-    """Ticks of the schedule before step ``index``."""
-    return index
-
-
-def all_kept(replica: Replica, at: int) -> int:
-    """What a resume after ``at`` steps does to a replica; where its schedule goes on."""
-    return at
-
-
 def sgd(replica: Replica, gradient: Tensor, index: int) -> None:
     if factor := replica.spec.case["momentum"]:
         gradient = gradient + factor * replica.memory.get("asked", torch.zeros_like(gradient))
@@ -179,10 +168,8 @@ class Trainer:
     """The parts of a step; a fault replaces one or two of them."""
 
     plan: Callable[[int, int, int], Plan] = aligned
-    order: Callable[[list[list[list[int]]]], list[list[list[int]]]] = (
-        list  # rank, micro-batch, rows of an epoch
-    )
-    prepare: Callable[[Replica, int], None] = unprepared
+    order: Callable[[list[list[list[int]]]], list[list[list[int]]]] = list  # rank, micro-batch, rows
+    prepare: Callable[[Replica, int], None] = lambda replica, seed: None
     layout: Callable[[Any, Sequence[int]], Layout] = pad_right
     targets: Callable[[Any, int], list[float]] = trained
     shift: int = 1
@@ -190,12 +177,14 @@ class Trainer:
     share: Callable[[Window, int, int, int], float] = token_mean
     combine: Combine = add_all
     limit: Limit = clip_sum
-    ticks: Callable[[int, int, int], float] = one_tick
-    resume: Callable[[Replica, int], int] = all_kept
+    # Step, K, D → ticks of the schedule before the step.
+    ticks: Callable[[int, int, int], float] = lambda index, num_micro, num_ranks: index
+    # What a resume after some steps does to a replica; the step from which its schedule continues.
+    resume: Callable[[Replica, int], int] = lambda replica, at: at
     update: Callable[[Replica, Tensor, int], None] = sgd
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mutant:
     """A trainer in one configuration. ``names``: the codes that name its fault; empty where there is none."""
 
@@ -263,16 +252,13 @@ def _train(mutant: Mutant, folder: Path, case: dict[str, Any]) -> None:
 def _windows(trainer: Trainer, specs: list[Any]) -> list[Window]:
     batches = trainer.order([spec.batches() for spec in specs])
     spec, num = specs[0], len(batches[0])
-    return [
-        Window(
-            rows=tuple(tuple(tuple(rank[i % num]) for i in chosen) for rank in batches),
-            tokens={row: sum(trainer.targets(spec, row)) for row in range(len(spec.rows))},
-            lengths={row: len(spec.rows[row]["ids"]) for row in range(len(spec.rows))},
-            asked=spec.accumulation,
-            stepped=stepped,
-        )
-        for chosen, stepped in trainer.plan(num, spec.accumulation, spec.epochs)
-    ]
+    tokens = {row: sum(trainer.targets(spec, row)) for row in range(len(spec.rows))}
+    lengths = {row: len(spec.rows[row]["ids"]) for row in range(len(spec.rows))}
+    windows = []
+    for chosen, stepped in trainer.plan(num, spec.accumulation, spec.epochs):
+        rows = tuple(tuple(tuple(rank[i % num]) for i in chosen) for rank in batches)
+        windows.append(Window(rows, tokens, lengths, spec.accumulation, stepped))
+    return windows
 
 
 def _gradient(
@@ -299,9 +285,8 @@ def _backward(trainer: Trainer, replica: Replica, window: Window, rank: int, k: 
         where = torch.arange(max(1, trainer.shift), len(weights)) + start
         values = trainer.nll(logits[line, where - trainer.shift].to(replica.theta.dtype), ids[line, where])
         factor = trainer.share(window, rank, k, row)
-        losses.append(
-            (values * torch.tensor(weights[max(1, trainer.shift) :]).to(values.dtype) * factor).sum()
-        )
+        mask = torch.tensor(weights[max(1, trainer.shift) :]).to(values.dtype)
+        losses.append((values * mask * factor).sum())
     loss = torch.stack(losses).sum()
     parts = torch.autograd.grad(loss, replica.parameters)
     return float(loss.detach()), torch.cat([part.reshape(-1) for part in parts]).to(replica.theta.dtype)

@@ -9,19 +9,33 @@ Shapes: K micro-batches of a rank, D ranks.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch.nn.functional import cross_entropy
+
 from truestep.audit.measure.cases import RELATIONS
 from truestep.seeding import Purpose, generator
-from truestep.testing import mutant_parts as parts
-from truestep.testing.mutant_trainer import CASES, Mutant, Trainer, observe
+from truestep.testing import mutant_parts as p
+from truestep.testing.mutant_trainer import (
+    CASES,
+    Mutant,
+    Trainer,
+    add_all,
+    aligned,
+    clip,
+    nll,
+    observe,
+    trained,
+)
 
 __all__ = ["CLEAN", "MUTANTS", "Mutant", "observe"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Draw:
     """The random parameters of one mutant."""
 
@@ -43,17 +57,11 @@ def draw(name: str, ranks: tuple[int, int]) -> Draw:
     one. Keyed by the mutant's name: a new one does not change the others."""
     random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
-    accumulation = int(
-        random.integers(*{1: (3, 7), 2: (3, 5), 3: (4, 5)}[world_size])
-    )  # more rows take longer
-    return Draw(
-        seed=int(random.integers(1000)),
-        accumulation=accumulation,
-        world_size=world_size,
-        index=int(random.integers(1, accumulation - 1)),
-        rank=int(random.integers(world_size)),
-        size=float(random.random()),
-    )
+    # More rows take longer.
+    accumulation = int(random.integers(*{1: (3, 7), 2: (3, 5), 3: (4, 5)}[world_size]))
+    seed, index = int(random.integers(1000)), int(random.integers(1, accumulation - 1))
+    rank, size = int(random.integers(world_size)), float(random.random())
+    return Draw(seed, accumulation, world_size, index, rank, size)
 
 
 @dataclass(frozen=True)
@@ -73,164 +81,189 @@ class Fault:
 T, BOTH = Trainer, (2, 3)
 
 SUMS = (
-    Fault("A1", "kept", "the first and the last micro-batch of a rank count, the ones between are dropped",
-          T(combine=parts.offload), (1, 3), 2),
-    Fault("A1", "kept", "micro-batch {index} of every rank is dropped",
-          lambda d: T(combine=parts.kept(lambda rank, k, num: num == 1 or k != d.index)), (1, 2), 2),
+    Fault("A1", "kept", "only the first and the last micro-batch count", T(combine=p.offload)),
+    Fault("A1", "kept", "micro-batch {index} is dropped",
+          lambda d: T(combine=p.kept(lambda rank, k, num: k != d.index)), (1, 2), 2),
     Fault("A1", "kept micro_mean", "the ones between are dropped, the rest averaged as a mean of means",
-          T(combine=parts.offload, share=parts.micro_mean)),
-    Fault("A2", "kept", "every backward overwrites the one before", T(combine=parts.overwritten)),
+          T(combine=p.offload, share=p.micro_mean)),
+    Fault("A2", "kept", "every backward overwrites the one before",
+          T(combine=p.kept(lambda rank, k, num: k == num - 1))),
     Fault("A2", "kept", "every backward overwrites the one before, on rank {rank} only",
-          lambda d: T(combine=parts.kept(lambda rank, k, num: rank != d.rank or k == num - 1)), BOTH),
-    Fault("A3", "micro_mean", "mean of the micro-batches' means", T(share=parts.micro_mean), (1, 3), 2),
-    Fault("A3", "micro_mean", "sum of the micro-batches' means: 1/K forgotten", T(share=parts.sum_of_means), copies=2),
-    Fault("A3", "dp_token_mean", "mean over the tokens of all ranks, at every micro-step alone",
-          T(share=parts.micro_step_mean), BOTH),
-    Fault("A4", "rank_mean", "every rank divides by its own tokens", T(share=parts.rank_mean), BOTH),
+          lambda d: T(combine=p.kept(lambda rank, k, num: rank != d.rank or k == num - 1)), BOTH),
+    Fault("A3", "micro_mean", "mean of the micro-batches' means", T(share=p.micro_mean), (1, 3), 2),
+    Fault("A3", "micro_mean", "sum of the micro-batches' means: 1/K forgotten", T(share=p.sum_of_means), copies=2),
+    Fault("A3", "dp_token_mean", "mean over the tokens of all ranks, at every micro-step",
+          T(share=p.over(lambda w, r, k, i: w.num_micro * sum(w.of_micro(d, k) for d in range(w.num_ranks)))),
+          BOTH),
+    Fault("A4", "rank_mean", "every rank divides by its own tokens",
+          T(share=p.over(lambda w, r, k, i: w.num_ranks * w.of_rank(r))), BOTH),
     Fault("A4", "rank_mean rank_factor", "every rank divides by its own tokens, and ranks are summed",
-          T(share=parts.own_mean), BOTH),
-    Fault("A5", "accumulation_factor", "K times too large", T(share=parts.scaled(lambda w: w.num_micro))),
-    Fault("A5", "accumulation_factor", "K times too small", T(share=parts.scaled(lambda w: 1 / w.num_micro))),
+          T(share=p.own_mean), BOTH),
+    Fault("A5", "accumulation_factor", "K times too large", T(share=p.scaled(lambda w: w.num_micro))),
+    Fault("A5", "accumulation_factor", "K times too small", T(share=p.scaled(lambda w: 1 / w.num_micro))),
     Fault("A6", "micro_mean", "the model ignores the number of tokens it is given and returns its own mean",
-          T(share=parts.sum_of_means), (2, 2)),
+          T(share=p.sum_of_means), (2, 2)),
     Fault("A6", "unknown_weights padding", "the model's loss is a mean over all positions, masked ones too",
-          T(share=parts.slot_sum)),
-    Fault("A7", "data_lost", "what is left of an epoch is never loaded", T(plan=parts.whole_only)),
+          T(share=p.over(lambda w, r, k, i: w.num_ranks * w.slots(r, k)))),
+    Fault("A7", "data_lost", "what is left of an epoch is never loaded",
+          T(plan=lambda num, size, epochs: [(w, True) for w, _ in aligned(num, size, epochs) if len(w) == size])),
     Fault("A7", "data_lost kept grouping", "what is left of an epoch is run, its gradients thrown away",
-          T(plan=parts.tail_not_stepped)),
-    Fault("A7", "grouping", "windows run across the end of an epoch", T(plan=parts.across_epochs)),
+          T(plan=lambda num, size, epochs: [(w, len(w) == size) for w, _ in aligned(num, size, epochs)])),
+    Fault("A7", "grouping", "windows run across the end of an epoch",
+          T(plan=lambda num, size, epochs: aligned(num * epochs, size, 1))),
     Fault("A7", "grouping data_lost", "what is left of an epoch waits for the next epoch's first step",
-          T(plan=parts.tail_carried)),
+          T(plan=p.tail_carried)),
     Fault("A7", "accumulation_factor scale", "a short last window is divided as if it were whole",
-          T(share=parts.scaled(lambda w: w.num_micro / w.asked))),
+          T(share=p.scaled(lambda w: w.num_micro / w.asked))),
     Fault("A7", "grouping data_lost", "the step comes one micro-batch after the start of every window",
-          T(plan=parts.counter_off_by_one)),
+          T(plan=p.counter_off_by_one)),
     Fault("A8", "ranks_diverge", "the last micro-batch of a window is not reduced over ranks",
-          T(combine=parts.unsynced(lambda k, num: k < num - 1)), BOTH),
+          T(combine=p.unsynced(lambda k, num: k < num - 1)), BOTH),
     Fault("A8", "ranks_diverge", "only the last micro-batch of a window is reduced over ranks",
-          T(combine=parts.unsynced(lambda k, num: k == num - 1)), BOTH),
+          T(combine=p.unsynced(lambda k, num: k == num - 1)), BOTH),
     Fault("A8", "kept", "the last micro-batch of a window reaches no rank's optimizer",
-          T(combine=parts.kept(lambda rank, k, num: num == 1 or k < num - 1))),
+          T(combine=p.kept(lambda rank, k, num: num == 1 or k < num - 1))),
     Fault("A9", "kept", "gradients are cleared before micro-batch {index}",
-          lambda d: T(combine=parts.kept(lambda rank, k, num: num <= d.index or k >= d.index))),
+          lambda d: T(combine=p.kept(lambda rank, k, num: num <= d.index or k >= d.index))),
     Fault("A9", "kept", "gradients are cleared before micro-batch {index} on rank {rank} only",
-          lambda d: T(combine=parts.kept(lambda rank, k, num: rank != d.rank or num <= d.index or k >= d.index)), BOTH),
+          lambda d: T(combine=p.kept(lambda r, k, num: r != d.rank or num <= d.index or k >= d.index)), BOTH),
     Fault("A10", "unknown_weights padding", "mean of micro-batch sums over rows times padded width",
-          T(share=parts.slot_mean), BOTH),
-    Fault("A10", "scale padding", "divided by rows times padded width of the whole window", T(share=parts.all_slots)),
+          T(share=p.over(lambda w, r, k, i: w.num_ranks * w.num_micro * w.slots(r, k))), BOTH),
+    Fault("A10", "scale padding", "divided by rows times padded width of the whole window",
+          T(share=p.over(lambda w, r, k, i: sum(w.slots(d, j) for d, j in w.places)))),
     Fault("A10", "rank_factor", "summed over ranks where a mean was meant",
-          T(share=parts.scaled(lambda w: w.num_ranks)), BOTH),
-    Fault("A10", "rank_factor", "averaged over ranks twice", T(share=parts.scaled(lambda w: 1 / w.num_ranks)), BOTH),
-    Fault("A10", "scale", "a loss scale of 8 that is never taken back", T(share=parts.scaled(lambda w: 8))),
-    Fault("A11", "empty_counted", "an empty micro-batch counts as one token", T(share=parts.empty_is_one), (1, 1)),
-    Fault("A11", "empty_counted", "an empty row counts as one token", T(share=parts.empty_row_is_one), (2, 2)),
-    Fault("A11", "not_finite", "an empty micro-batch's mean is 0/0", T(share=parts.empty_divides_by_zero)),
+          T(share=p.scaled(lambda w: w.num_ranks)), BOTH),
+    Fault("A10", "rank_factor", "averaged over ranks twice", T(share=p.scaled(lambda w: 1 / w.num_ranks)), BOTH),
+    Fault("A10", "scale", "a loss scale of 8 that is never taken back", T(share=p.scaled(lambda w: 8))),
+    Fault("A11", "empty_counted", "an empty micro-batch counts as one token",
+          T(share=p.over(lambda w, r, k, i: sum(max(1.0, w.of_micro(d, j)) for d, j in w.places))), (1, 1)),
+    Fault("A11", "empty_counted", "an empty row counts as one token",
+          T(share=p.over(lambda w, r, k, i: sum(max(1.0, w.tokens[j]) for j in w.all_rows))), (2, 2)),
+    Fault("A11", "not_finite", "an empty micro-batch's mean is 0/0",
+          T(share=lambda w, r, k, i: 1 / w.total if w.of_micro(r, k) else math.nan)),
     Fault("A11", "data_lost grouping kept", "a window with an empty micro-batch is not stepped",
-          T(combine=parts.skip_if_empty)),
+          T(combine=p.skip_if_empty)),
     Fault("A12", "clip unknown_weights", "every micro-batch's gradient is clipped",
-          lambda d: T(combine=parts.clip_unasked(parts.clip_micro, 0.04 + 0.04 * d.size)), copies=2),
+          lambda d: T(combine=p.clip_unasked(p.clip_micro, 0.04 + 0.04 * d.size)), copies=2),
     Fault("A12", "clip unknown_weights", "every rank's gradient is clipped by its own norm before ranks are summed",
-          lambda d: T(combine=parts.clip_unasked(parts.clip_rank, 0.05 + 0.05 * d.size)), BOTH),
+          lambda d: T(combine=p.clip_unasked(p.clip_rank, 0.05 + 0.05 * d.size)), BOTH),
     Fault("A12", "clip scale", "the whole gradient is clipped, unasked",
-          lambda d: T(update=parts.clip_whole(0.1 + 0.05 * d.size))),
+          lambda d: T(update=p.moved(lambda g, index: clip(g, 0.1 + 0.05 * d.size)))),
     Fault("A12", "clip unexplained", "every entry of the gradient is clipped",
-          T(update=parts.clip_entries(0.001))),
+          T(update=p.moved(lambda g, index: g.clamp(-0.001, 0.001)))),
     Fault("A12", "clip scale", "clipped while it is still K times too large, not divided afterwards",
-          T(share=parts.scaled(lambda w: w.num_micro), update=parts.clip_whole(0.15))),
-    Fault("A13", "scale", "an unasked warm-up over the first three steps", T(update=parts.warm_up)),
+          T(share=p.scaled(lambda w: w.num_micro), update=p.moved(lambda g, index: clip(g, 0.15)))),
+    Fault("A13", "scale", "an unasked warm-up over the first three steps",
+          T(update=p.moved(lambda g, index: g * min(1.0, (index + 1) / 3)))),
     Fault("A14", "rounding", "parameters are stored in bfloat16",
-          T(prepare=parts.start_in_bfloat16, update=parts.stored_in_bfloat16), copies=2),
+          T(prepare=p.start_in_bfloat16, update=p.stored_in_bfloat16), copies=2),
     Fault("A14", "rounding unexplained", "updates below 2^-9 of their parameter are lost",
-          T(update=parts.small_updates_lost)),
-    Fault("A14", "rounding unexplained", "gradients are added up in bfloat16", T(combine=parts.in_bfloat16)),
+          T(update=p.small_updates_lost)),
+    Fault("A14", "rounding unexplained", "gradients are added up in bfloat16", T(combine=p.in_bfloat16)),
 )  # fmt: skip
 
 MASKS = (
-    Fault("B1", "prompt_trained", "prompts are trained as well", T(targets=parts.prompt_too())),
-    Fault("B1", "prompt_trained", "prompts are trained with a tenth of the weight", T(targets=parts.prompt_too(0.1))),
-    Fault("B1", "prompt_trained unexplained", "masks begin one token early", T(targets=parts.one_token_early)),
-    Fault("B2", "stop_untrained", "the last token of every answer is not trained", T(targets=parts.no_stop), copies=2),
-    Fault("B2", "unexplained", "the first token of every answer is not trained", T(targets=parts.no_start)),
+    Fault("B1", "prompt_trained", "prompts are trained as well", T(targets=p.prompt_too(1.0))),
+    Fault("B1", "prompt_trained", "prompts are trained with a tenth of the weight", T(targets=p.prompt_too(0.1))),
+    Fault("B1", "prompt_trained unexplained", "masks begin one token early", T(targets=p.one_token_early)),
+    Fault("B2", "stop_untrained", "the last token of every answer is not trained", T(targets=p.no_stop), copies=2),
+    Fault("B2", "unexplained", "the first token of every answer is not trained", T(targets=p.no_start)),
     Fault("B3", "kept unknown_weights", "one row of a step has an empty mask",
-          lambda d: T(targets=parts.mask_lost(d.index, d.stride)), copies=2),
+          lambda d: T(targets=lambda spec, row: [on * (row % d.stride != d.index) for on in trained(spec, row)]),
+          copies=2),
     Fault("B4", "shift_0", "labels are not shifted", T(shift=0)),
     Fault("B4", "shift_2", "labels are shifted twice", T(shift=2)),
-    Fault("B5", "unexplained", "two begin tokens before every row", T(layout=parts.begun_twice), arch="gpt2"),
+    Fault("B5", "unexplained", "two begin tokens before every row", T(layout=p.begun_twice), arch="gpt2"),
     Fault("B6", "packing", "rows packed into one line see each other",
-          T(layout=parts.packed(restart=False, isolated=False)), arch="llama"),
+          T(layout=p.packed(restart=False, isolated=False)), arch="llama"),
     Fault("B6", "packing", "packed rows see each other, although positions start anew",
-          T(layout=parts.packed(restart=True, isolated=False)), arch="gpt2"),
-    Fault("B7", "padding", "padding on the left counts in the positions", T(layout=parts.pad_left(masked=True)),
+          T(layout=p.packed(restart=True, isolated=False)), arch="gpt2"),
+    Fault("B7", "padding", "padding on the left counts in the positions", T(layout=p.pad_left(masked=True)),
           arch="gpt2"),
-    Fault("B7", "padding", "padding on the left is attended to", T(layout=parts.pad_left(masked=False)),
+    Fault("B7", "padding", "padding on the left is attended to", T(layout=p.pad_left(masked=False)),
           arch="llama"),
-    Fault("X", "unexplained", "labels are smoothed by 0.1", T(nll=parts.smoothed)),
-    Fault("X", "unexplained", "a z-loss is added", T(nll=parts.with_z_loss)),
-    Fault("X", "unexplained", "logits are divided by a temperature of 0.7", T(nll=parts.at_temperature)),
-    Fault("X", "unexplained", "every token is weighted by its own probability", T(nll=parts.focal)),
-    Fault("X", "sequence_mean", "mean of the rows' means", T(share=parts.sequence_mean), copies=2),
-    Fault("X", "unknown_weights", "one row of a step is trained twice",
-          lambda d: T(share=parts.one_row(2.0, d.index, d.stride))),
+    Fault("X", "unexplained", "labels are smoothed by 0.1",
+          T(nll=lambda logits, ids: cross_entropy(logits, ids, reduction="none", label_smoothing=0.1))),
+    Fault("X", "unexplained", "a z-loss is added",
+          T(nll=lambda logits, ids: nll(logits, ids) + 0.01 * logits.logsumexp(-1) ** 2)),
+    Fault("X", "unexplained", "logits are divided by a temperature of 0.7",
+          T(nll=lambda logits, ids: nll(logits / 0.7, ids))),
+    Fault("X", "unexplained", "every token is weighted by its own probability",
+          T(nll=lambda logits, ids: (loss := nll(logits, ids)) * torch.exp(-loss.detach()))),
+    Fault("X", "sequence_mean", "mean of the rows' means",
+          T(share=p.over(lambda w, r, k, i: len(w.all_rows) * max(1.0, w.tokens[i]))), copies=2),
+    Fault("X", "unknown_weights", "one row of a step is trained twice", lambda d: T(share=p.one_row(2.0, d))),
     Fault("X", "unknown_weights", "one row of a step is unlearned instead",
-          lambda d: T(share=parts.one_row(-1.0, d.index, d.stride))),
-    Fault("X", "data_lost", "every rank is given the rows of rank 0", T(order=parts.same_on_every_rank), BOTH),
-    Fault("X", "data_lost grouping", "an epoch ends on rows of its start", T(order=parts.start_repeated)),
+          lambda d: T(share=p.one_row(-1.0, d))),
+    Fault("X", "data_lost", "every rank is given the rows of rank 0",
+          T(order=lambda batches: [batches[0]] * len(batches)), BOTH),
+    Fault("X", "data_lost grouping", "an epoch ends on rows of its start",
+          T(order=lambda batches: [[*rank[:-1], rank[0]] for rank in batches])),
 )  # fmt: skip
 
 OPTIMIZERS = (
-    Fault("C7", "dropout unexplained", "dropout of 0.1 is on", T(prepare=parts.dropping(0.1)), copies=2),
-    Fault("C8", "ranks_diverge", "gradients are never reduced over ranks", T(combine=parts.local), BOTH),
+    Fault("C7", "dropout unexplained", "dropout of 0.1 is on", T(prepare=p.dropping(0.1)), copies=2),
+    Fault("C8", "ranks_diverge", "gradients are never reduced over ranks", T(combine=p.local), BOTH),
     Fault("C8", "ranks_diverge", "every rank trains alone, on the mean of its own tokens",
-          T(share=parts.own_mean, combine=parts.local), BOTH),
-    Fault("C8", "ranks_diverge", "from the second step on no gradient is reduced", T(combine=parts.late_sync(1)), BOTH),
+          T(share=p.own_mean, combine=p.local), BOTH),
+    Fault("C8", "ranks_diverge", "from the second step on no gradient is reduced",
+          T(combine=lambda gradients, index: (p.local if index >= 1 else add_all)(gradients, index)), BOTH),
     Fault("C8", "ranks_diverge", "ranks start from different parameters",
-          T(prepare=parts.shifted_start(0.01, ranks=True, published=True)), BOTH),
+          T(prepare=p.shifted_start(0.01, ranks=True, published=True)), BOTH),
     Fault("D2", "stale_parameters", "the optimizer moves parameters that the model no longer uses",
-          T(update=parts.never_published)),
-    Fault("D2", "stale_parameters unexplained", "the optimizer starts from a copy taken before the weights were loaded",
-          T(prepare=parts.shifted_start(0.01, ranks=False, published=False))),
+          T(update=p.never_published)),
+    Fault("D2", "stale_parameters unexplained", "the optimizer starts from a copy made before the weights were loaded",
+          T(prepare=p.shifted_start(0.01, ranks=False, published=False))),
     Fault("D2", "stale_parameters momentum", "every step starts from the parameters of the step before",
-          T(update=parts.from_the_step_before)),
+          T(update=p.from_the_step_before)),
     Fault("D2", "stale_parameters", "one tensor of the model is not the one that the optimizer holds",
-          lambda d: T(update=parts.frozen(d.seed))),
-    Fault("X", "momentum", "momentum of 0.9", T(update=parts.momentum(0.9))),
-    Fault("X", "momentum", "Nesterov momentum of 0.5", T(update=parts.momentum(0.5, nesterov=True))),
-    Fault("X", "momentum", "gradients are not cleared after a step", T(update=parts.momentum(1.0))),
-    Fault("X", "weight_decay", "weight decay of 0.01", T(update=parts.decay(0.01))),
-    Fault("X", "weight_decay", "weight decay of 0.1 on matrices only", T(update=parts.decay(0.1, matrices=True))),
-    Fault("X", "grouping", "a step after every micro-batch", T(plan=parts.every(lambda size: 1))),
-    Fault("X", "grouping", "windows one micro-batch too long", T(plan=parts.every(lambda size: size + 1))),
-    Fault("X", "unknown_weights", "micro-batches are added up as a running average", T(combine=parts.running_average)),
-    Fault("X", "unexplained", "noise is added to the gradient", lambda d: T(combine=parts.noisy(d.seed))),
+          lambda d: T(update=p.frozen(d.seed))),
+    Fault("X", "momentum", "momentum of 0.9", T(update=p.momentum(0.9))),
+    Fault("X", "momentum", "Nesterov momentum of 0.5", T(update=p.momentum(0.5, nesterov=True))),
+    Fault("X", "momentum", "gradients are not cleared after a step", T(update=p.momentum(1.0))),
+    Fault("X", "weight_decay", "weight decay of 0.01", T(update=p.decay(0.01))),
+    Fault("X", "weight_decay", "weight decay of 0.1 on matrices only", T(update=p.decay(0.1, matrices=True))),
+    Fault("X", "grouping", "a step after every micro-batch",
+          T(plan=lambda num, size, epochs: aligned(num, 1, epochs))),
+    Fault("X", "grouping", "windows one micro-batch too long",
+          T(plan=lambda num, size, epochs: aligned(num, size + 1, epochs))),
+    Fault("X", "unknown_weights", "micro-batches are added up as a running average", T(combine=p.running_average)),
+    Fault("X", "unexplained", "noise is added to the gradient", lambda d: T(combine=p.noisy(d.seed))),
 )  # fmt: skip
 
 
-CLIPPED, SCHEDULED, RESUMED = (("ragged", name) for name in RELATIONS)
+def _asked(
+    case: str,
+    code: str,
+    names: str,
+    text: str,
+    trainer: Trainer,
+    copies: int = 1,
+    ranks: tuple[int, int] = (1, 2),
+) -> Fault:
+    return Fault(code, names, text, trainer, ranks, copies, cases=("ragged", case))
+
+
 ASKED = (
-    Fault("clip", "clip", "asked to clip, it does not", T(limit=parts.clip_forgotten), cases=CLIPPED),
-    Fault("clip", "clip", "clipped to twice the norm that was asked for", T(limit=parts.clip_to(2)), cases=CLIPPED),
-    Fault("clip", "clip", "asked to clip, it clips every micro-batch", T(limit=parts.clip_micro),
-          copies=2, cases=CLIPPED),
-    Fault("clip", "clip", "clipped after every backward", T(limit=parts.clip_running), copies=2,
-          cases=CLIPPED),
-    Fault("clip", "clip", "asked to clip, every rank clips by its own norm",
-          T(limit=parts.clip_rank), BOTH, 2, cases=CLIPPED),
-    Fault("clip", "clip", "clipped while it is K times too large", T(limit=parts.clip_too_long), cases=CLIPPED),
-    Fault("rate", "schedule", "a tick at every micro-batch", T(ticks=parts.ticks_of(lambda k, d: k)), (1, 2), 2,
-          cases=SCHEDULED),
-    Fault("rate", "schedule", "a tick for every process", T(ticks=parts.ticks_of(lambda k, d: d)), BOTH, 2,
-          cases=SCHEDULED),
-    Fault("rate", "schedule", "a schedule over micro-batches", T(ticks=parts.ticks_of(lambda k, d: 1 / k)),
-          cases=SCHEDULED),
-    Fault("rate", "schedule", "a schedule over all processes' steps", T(ticks=parts.ticks_of(lambda k, d: 1 / d)),
-          BOTH, cases=SCHEDULED),
-    Fault("rate", "schedule", "no tick at all", T(ticks=parts.ticks_of(lambda k, d: 0)), cases=SCHEDULED),
-    Fault("rate", "schedule", "one tick ahead", T(ticks=parts.ticks_of(lambda k, d: 1, ahead=1)), cases=SCHEDULED),
-    Fault("resume", "momentum_lost", "the momentum is lost", T(resume=parts.momentum_lost), copies=2, cases=RESUMED),
-    Fault("resume", "schedule", "the schedule starts anew", T(resume=parts.schedule_lost), copies=2, cases=RESUMED),
-    Fault("resume", "momentum_lost", "momentum and schedule are lost", T(resume=parts.both_lost), cases=RESUMED),
-    Fault("resume", "stale_parameters", "the parameters are lost", T(resume=parts.parameters_lost), cases=RESUMED),
-    Fault("resume", "data_lost", "the data start anew", T(plan=parts.from_the_first_row), cases=RESUMED),
+    _asked("clipped", "clip", "clip", "asked to clip, it does not", T(limit=p.clip_to(math.inf))),
+    _asked("clipped", "clip", "clip", "clipped to twice the norm that was asked for", T(limit=p.clip_to(2))),
+    _asked("clipped", "clip", "clip", "asked to clip, it clips every micro-batch", T(limit=p.clip_micro), 2),
+    _asked("clipped", "clip", "clip", "clipped after every backward", T(limit=p.clip_running), 2),
+    _asked("clipped", "clip", "clip", "asked to clip, every rank clips by its own norm", T(limit=p.clip_rank), 2, BOTH),
+    _asked("clipped", "clip", "clip", "clipped while it is K times too large", T(limit=p.clip_too_long)),
+    _asked("scheduled", "rate", "schedule", "a tick at every micro-batch", T(ticks=lambda i, k, d: i * k), 2),
+    _asked("scheduled", "rate", "schedule", "a tick for every process", T(ticks=lambda i, k, d: i * d), 2, BOTH),
+    _asked("scheduled", "rate", "schedule", "a schedule over micro-batches", T(ticks=lambda i, k, d: i * (1 / k))),
+    _asked("scheduled", "rate", "schedule", "a schedule over all processes' steps",
+           T(ticks=lambda i, k, d: i * (1 / d)), 1, BOTH),
+    _asked("scheduled", "rate", "schedule", "no tick at all", T(ticks=lambda i, k, d: 0)),
+    _asked("scheduled", "rate", "schedule", "one tick ahead", T(ticks=lambda i, k, d: i + 1)),
+    _asked("resumed", "resume", "momentum_lost", "the momentum is lost", T(resume=p.momentum_lost), 2),
+    _asked("resumed", "resume", "schedule", "the schedule starts anew", T(resume=lambda replica, at: 0), 2),
+    _asked("resumed", "resume", "momentum_lost", "momentum and schedule are lost",
+           T(resume=p.both_lost)),
+    _asked("resumed", "resume", "stale_parameters", "the parameters are lost", T(resume=p.parameters_lost)),
+    _asked("resumed", "resume", "data_lost", "the data start anew", T(plan=p.from_the_first_row)),
 )  # fmt: skip
 
 
@@ -239,22 +272,13 @@ def _mutants() -> tuple[Mutant, ...]:
     seen = Counter[str]()
     for fault in [f for f in (*SUMS, *MASKS, *OPTIMIZERS, *ASKED) for _ in range(f.copies)]:
         seen[fault.code] += 1
-        name = f"{fault.code}-{seen[fault.code]}"
-        drawn = draw(name, fault.ranks if fault.arch == "plain" else (1, 1))
-        made.append(
-            Mutant(
-                id=name,
-                fault=fault.code,
-                description=fault.text.format(index=drawn.index, rank=drawn.rank),
-                names=frozenset(fault.names.split()),
-                trainer=fault.trainer if isinstance(fault.trainer, Trainer) else fault.trainer(drawn),
-                accumulation=drawn.accumulation if fault.arch == "plain" else 3,
-                world_size=drawn.world_size,
-                seed=drawn.seed,
-                arch=fault.arch,
-                cases=fault.cases,
-            )
-        )
+        name, plain = f"{fault.code}-{seen[fault.code]}", fault.arch == "plain"
+        drawn = draw(name, fault.ranks if plain else (1, 1))
+        text = fault.text.format(index=drawn.index, rank=drawn.rank)
+        trainer = fault.trainer if isinstance(fault.trainer, Trainer) else fault.trainer(drawn)
+        size, ranks = drawn.accumulation if plain else 3, drawn.world_size
+        about = (name, fault.code, text, frozenset(fault.names.split()), trainer, size, ranks, drawn.seed)
+        made.append(Mutant(*about, arch=fault.arch, cases=fault.cases))
     return tuple(made)
 
 
@@ -267,22 +291,12 @@ def _clean() -> tuple[Mutant, ...]:
         *(("plain", "bfloat16", k, ranks, k) for k, ranks in ((3, 1), (4, 1), (3, 2))),
         *((arch, "float32", 3, 1, seed) for arch in ("llama", "gpt2", "qwen2") for seed in (0, 1)),
     ]
-    return tuple(
-        Mutant(
-            id=f"clean-{number}",
-            fault="",
-            description=f"{arch}, {dtype}, {k} micro-batches on each of {ranks} rank(s)",
-            names=frozenset(),
-            trainer=T(layout=parts.packed(restart=True, isolated=True)) if arch != "plain" and seed else T(),
-            accumulation=k,
-            world_size=ranks,
-            seed=seed,
-            arch=arch,
-            dtype=dtype,
-            cases=CASES + tuple(RELATIONS),
-        )
-        for number, (arch, dtype, k, ranks, seed) in enumerate(table)
-    )
+    made, cases, packed = [], CASES + tuple(RELATIONS), T(layout=p.packed(restart=True, isolated=True))
+    for number, (arch, dtype, k, ranks, seed) in enumerate(table):
+        text = f"{arch}, {dtype}, {k} micro-batches on each of {ranks} rank(s)"
+        about = (f"clean-{number}", "", text, frozenset[str](), packed if arch != "plain" and seed else T())
+        made.append(Mutant(*about, k, ranks, seed, arch=arch, dtype=dtype, cases=cases))
+    return tuple(made)
 
 
 MUTANTS = _mutants()

@@ -16,14 +16,9 @@ import torch
 from accelerate import Accelerator
 from hf_trainer import fresh_state
 
-SUBJECTS = [
-    {
-        "name": "accelerate",
-        "needs": ["accelerate", "torch"],
-        "processes": [1, 2],
-        "cases": ["ENGINE", "RELATED"],
-    }
-]
+SUBJECTS = [{
+    "name": "accelerate", "needs": ["accelerate", "torch"], "processes": [1, 2], "cases": ["ENGINE", "RELATED"],
+}]  # fmt: skip
 
 
 def prepared(spec: harness.Spec, model: torch.nn.Module) -> tuple[Any, Any, Any, Any]:
@@ -31,9 +26,8 @@ def prepared(spec: harness.Spec, model: torch.nn.Module) -> tuple[Any, Any, Any,
     fresh_state()
     accelerator = Accelerator(gradient_accumulation_steps=spec.accumulation, cpu=True)
     optimizer = spec.optimizer(model.parameters())
-    return accelerator, *accelerator.prepare(
-        model, optimizer, spec.scheduler(optimizer, ticks=spec.world_size)
-    )
+    scheduler = spec.scheduler(optimizer, ticks=spec.world_size)
+    return accelerator, *accelerator.prepare(model, optimizer, scheduler)
 
 
 def train(spec: harness.Spec, parts: tuple[Any, Any, Any, Any], windows: list[list[list[int]]]) -> None:

@@ -59,11 +59,9 @@ def run(spec: harness.Spec) -> None:
 
 def snapshot(spec: harness.Spec, own: list[Tensor]) -> Any:
     """Stage 3 leaves every rank a shard; gathering by DeepSpeed would disturb its own tracking."""
-    return (
-        (lambda: harness.flat([whole(p, spec.world_size) for p in own]))
-        if spec.options.get("stage", 2) == 3
-        else None
-    )
+    if spec.options.get("stage", 2) != 3:
+        return None
+    return lambda: harness.flat([whole(p, spec.world_size) for p in own])
 
 
 def engine_of(spec: harness.Spec, model: torch.nn.Module) -> Any:

@@ -63,9 +63,8 @@ class Spec:
     def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
         """A line to zero over the case's steps, or none; ``ticks``: of a framework's own for each step."""
         last = self.steps * ticks
-        return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: max(0.0, 1 - i / last) if self.decays else 1.0
-        )
+        share = (lambda i: max(0.0, 1 - i / last)) if self.decays else (lambda i: 1.0)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
     def parts(self) -> list[list[list[list[int]]]]:
         """The windows before a resume and those after it; all in one where there is none."""
@@ -74,9 +73,8 @@ class Spec:
 
     def labels(self, row: int) -> list[int]:
         """The row's tokens, −100 where they are not trained."""
-        return [
-            t if on else -100 for t, on in zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
-        ]
+        tokens = zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
+        return [t if on else -100 for t, on in tokens]
 
     def count(self, batches: Sequence[Sequence[int]]) -> float:
         """Trained tokens of these batches of rows."""
@@ -114,9 +112,8 @@ def main(run: Callable[[Spec], None]) -> None:
             if not spec.is_relation:
                 raise
             # What a framework cannot do beside its step is no reason not to judge the step.
-            plain = re.sub(
-                r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}"
-            )  # torch prints some words in bold
+            # torch prints some words in bold.
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
             words = " ".join(plain.split()).partition(". ")[0][:160]
             (place / "not-run.txt").write_text(words, encoding="utf-8")
 
@@ -156,26 +153,23 @@ def deepspeed_settings(spec: Spec, stage: int, batch: int | str, accumulation: i
     if spec.options.get("offload", False):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     return {
-        "train_micro_batch_size_per_gpu": batch,
-        "gradient_accumulation_steps": accumulation,
-        "zero_optimization": zero,
-        "gradient_clipping": spec.max_grad_norm,
+        "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": accumulation,
+        "zero_optimization": zero, "gradient_clipping": spec.max_grad_norm, "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": spec.dtype is torch.bfloat16},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
     }
+
+
+def padded(lines: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """The lines as one tensor, filled up on the right."""
+    longest = max(map(len, lines))
+    return torch.tensor([[*line, *[filler] * (longest - len(line))] for line in lines])
 
 
 def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
     """−log p and the mask [R, T − 1] of the trained tokens of a micro-batch, in one padded forward pass."""
-    longest = max(len(spec.rows[row]["ids"]) for row in batch)
-    ids = torch.tensor(
-        [spec.rows[row]["ids"] + [0] * (longest - len(spec.rows[row]["ids"])) for row in batch]
-    )
-    labels = torch.tensor(
-        [spec.labels(row) + [-100] * (longest - len(spec.rows[row]["ids"])) for row in batch]
-    )[:, 1:]
+    ids = padded([spec.rows[row]["ids"] for row in batch], 0)
+    labels = padded([spec.labels(row) for row in batch], -100)[:, 1:]
     logits = logits_of(model(input_ids=ids))[:, :-1]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
     return nn.functional.cross_entropy(wide, labels, ignore_index=-100, reduction="none"), labels != -100

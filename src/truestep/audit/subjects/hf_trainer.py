@@ -33,16 +33,8 @@ SUBJECTS = [
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    longest = max(len(r["input_ids"]) for r in rows)
-
-    def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([r[key] + [value] * (longest - len(r[key])) for r in rows])
-
-    return {
-        "input_ids": padded("input_ids", 0),
-        "attention_mask": padded("attention_mask", 0),
-        "labels": padded("labels", -100),
-    }
+    fillers = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {key: harness.padded([r[key] for r in rows], filler) for key, filler in fillers.items()}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -93,12 +85,6 @@ def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if k in accepted and v is not None}
 
 
-def read_log(recorder: harness.Recorder, history: list[dict[str, float]]) -> None:
-    for entry in history:
-        if "loss" in entry:
-            recorder.logged["loss"].append(float(entry["loss"]))
-
-
 def fresh_state() -> None:
     """Accelerate keeps its state for the whole process; every case starts from none."""
     from accelerate.state import AcceleratorState, GradientState
@@ -144,7 +130,7 @@ def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harnes
         trainer.train(resume_from_checkpoint=str(spec.folder / "out" / f"checkpoint-{at}"))
     else:
         trainer.train()
-    read_log(recorder, trainer.state.log_history)
+    recorder.logged["loss"] += [float(told["loss"]) for told in trainer.state.log_history if "loss" in told]
     return recorder
 
 
@@ -152,13 +138,8 @@ def run(spec: harness.Spec) -> None:
     settings = arguments(spec, transformers.TrainingArguments)
 
     def build(model: torch.nn.Module) -> Any:
-        return transformers.Trainer(
-            model=model,
-            args=transformers.TrainingArguments(**settings),
-            train_dataset=Rows(spec),
-            data_collator=collate,
-            **optimizers(spec, model),
-        )
+        how = {"train_dataset": Rows(spec), "data_collator": collate, **optimizers(spec, model)}
+        return transformers.Trainer(model=model, args=transformers.TrainingArguments(**settings), **how)
 
     recorder = train(spec, build)
     recorder.finish(transformers=transformers.__version__, **harness.versions("accelerate", "deepspeed"))

@@ -37,16 +37,10 @@ def run(spec: harness.Spec) -> None:
     settings = hf_trainer.arguments(spec, TrainingArguments)
 
     def build(model: Any) -> Any:
-        return CustomSeq2SeqTrainer(
-            finetuning_args=FinetuningArguments(),
-            processor=None,
-            tokenizer=None,
-            model=model,
-            args=TrainingArguments(**settings),
-            train_dataset=hf_trainer.Rows(spec),
-            data_collator=hf_trainer.collate,
-            **hf_trainer.optimizers(spec, model),
-        )
+        own = {"finetuning_args": FinetuningArguments(), "processor": None, "tokenizer": None}
+        data = {"train_dataset": hf_trainer.Rows(spec), "data_collator": hf_trainer.collate}
+        how = {**own, **data, **hf_trainer.optimizers(spec, model)}
+        return CustomSeq2SeqTrainer(model=model, args=TrainingArguments(**settings), **how)
 
     recorder = hf_trainer.train(spec, build)
     recorder.finish(**harness.versions("llamafactory", "transformers", "accelerate", "deepspeed"))

@@ -33,12 +33,9 @@ SUBJECTS = [{
 
 
 def without_flash_attention() -> None:
-    names = {
-        "flash_attn": (),
-        "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
-        "flash_attn.utils": (),
-        "flash_attn.utils.distributed": ("all_gather",),
-    }
+    padding = ("index_first_axis", "pad_input", "rearrange", "unpad_input")
+    names = {"flash_attn": (), "flash_attn.bert_padding": padding, "flash_attn.utils": ()}
+    names["flash_attn.utils.distributed"] = ("all_gather",)
     for name, parts in names.items():
         module = types.ModuleType(name)
         module.__path__ = []
@@ -56,15 +53,9 @@ def arguments(spec: harness.Spec) -> SimpleNamespace:
         eval=SimpleNamespace(steps=NEVER),
         ckpt=SimpleNamespace(save_steps=NEVER),
         train=SimpleNamespace(batch_size=batch_size, dynamic_batch_enable=False),
-        local_rank=-1,
-        aux_loss_coef=0.0,
-        packing_samples=False,
-        use_wandb=None,
-        use_tensorboard=None,
-        eval_steps=NEVER,
-        save_steps=NEVER,
-        logging_steps=NEVER,
-        train_batch_size=batch_size,
+        local_rank=-1, aux_loss_coef=0.0, packing_samples=False, train_batch_size=batch_size,
+        **dict.fromkeys(("use_wandb", "use_tensorboard")),
+        **dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), NEVER),
     )
 
 
@@ -73,15 +64,11 @@ def strategy_of(spec: harness.Spec) -> Any:
     from openrlhf.utils.deepspeed import DeepspeedStrategy
 
     args = arguments(spec)
-    made = DeepspeedStrategy(
-        micro_train_batch_size=spec.rows_per_microbatch,
-        train_batch_size=args.train_batch_size,
-        zero_stage=spec.options.get("stage", 2),
-        args=args,
-    )
+    sizes = {"micro_train_batch_size": spec.rows_per_microbatch, "train_batch_size": args.train_batch_size}
+    made = DeepspeedStrategy(zero_stage=spec.options.get("stage", 2), args=args, **sizes)
     made.world_size = spec.world_size
-    names = ("dp", "sp", "tp")
-    shape = (spec.world_size, 1, 1)
+    names, shape = ("dp", "sp", "tp"), (spec.world_size, 1, 1)
+
     made.ds_device_mesh = torch.distributed.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
     made.accumulated_gradient = spec.accumulation
     return made
@@ -93,25 +80,16 @@ def rows_of(spec: harness.Spec) -> list[dict[str, list[int]]]:
 
 
 def collate(rows: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    longest = max(len(r["ids"]) for r in rows)
-
-    def padded(values: list[list[int]]) -> torch.Tensor:
-        return torch.tensor([[v + [0] * (longest - len(v))] for v in values])  # B 1 T
-
-    ids = [r["ids"] for r in rows]
-    return padded(ids), padded([[1] * len(v) for v in ids]), padded([r["mask"] for r in rows]).float()
+    ids, masks = [r["ids"] for r in rows], [r["mask"] for r in rows]
+    tokens, real, trained = (harness.padded(v, 0)[:, None] for v in (ids, [[1] * len(v) for v in ids], masks))
+    return tokens, real, trained.float()  # B 1 T
 
 
 def engine_of(spec: harness.Spec, model: torch.nn.Module) -> tuple[Any, Any]:
-    plain = spec.optimizer(harness.parameters_of(model))
-    engine, optimizer, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=plain,
-        lr_scheduler=spec.scheduler(plain),
-        config=harness.deepspeed_settings(
-            spec, spec.options.get("stage", 2), spec.rows_per_microbatch, spec.accumulation
-        ),
-    )
+    plain, stage = spec.optimizer(harness.parameters_of(model)), spec.options.get("stage", 2)
+    config = harness.deepspeed_settings(spec, stage, spec.rows_per_microbatch, spec.accumulation)
+    how = {"optimizer": plain, "lr_scheduler": spec.scheduler(plain), "config": config}
+    engine, optimizer, *_ = deepspeed.initialize(model=model, **how)
     return engine, optimizer
 
 

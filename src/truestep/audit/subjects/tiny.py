@@ -37,6 +37,7 @@ def tiny_model(spec: Any) -> nn.Module:
         "num_attention_heads": 4,
         "max_position_embeddings": 256,
     }
+
     neox = {**ids, **sizes, "intermediate_size": 64}
     llama = {**neox, "num_key_value_heads": 2}
     gpt2 = {**ids, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}

@@ -46,9 +46,8 @@ def tokenizer(spec: harness.Spec) -> Any:
     words = {("<pad>", "<s>", "</s>")[i] if i < 3 else f"w{i}": i for i in range(spec.vocabulary)}
     inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     made.chat_template = TEMPLATE
     return made
 
@@ -70,11 +69,8 @@ def messages(ids: list[int], trained: list[int]) -> list[dict[str, str]]:
 def dataset(spec: harness.Spec) -> Any:
     if spec.options.get("assistant_only"):
         return Dataset.from_list([{"messages": messages(r["ids"], r["trained"])} for r in spec.rows])
-    rows = [
-        {"input_ids": r["ids"], "labels": spec.labels(i), "completion_mask": r["trained"]}
-        for i, r in enumerate(spec.rows)
-    ]
-    return Dataset.from_list(rows)
+    masks = [{"input_ids": r["ids"], "completion_mask": r["trained"]} for r in spec.rows]
+    return Dataset.from_list([{**mask, "labels": spec.labels(i)} for i, mask in enumerate(masks)])
 
 
 def run(spec: harness.Spec) -> None:
@@ -91,17 +87,9 @@ def run(spec: harness.Spec) -> None:
     settings = hf_trainer.arguments(spec, trl.SFTConfig) | own | {"remove_unused_columns": True}
 
     def build(model: Any) -> Any:
-        return trl.SFTTrainer(
-            model=model,
-            args=trl.SFTConfig(**settings),
-            train_dataset=dataset(spec),
-            processing_class=tokenizer(spec),
-            **hf_trainer.optimizers(spec, model),
-        )
+        how = {"processing_class": tokenizer(spec), **hf_trainer.optimizers(spec, model)}
+        data = dataset(spec)
+        return trl.SFTTrainer(model=model, args=trl.SFTConfig(**settings), train_dataset=data, **how)
 
     recorder = hf_trainer.train(spec, build)
-    recorder.finish(
-        trl=trl.__version__,
-        transformers=transformers.__version__,
-        **harness.versions("accelerate", "deepspeed"),
-    )
+    recorder.finish(**harness.versions("trl", "transformers", "accelerate", "deepspeed"))

@@ -52,18 +52,14 @@ def run(spec: harness.Spec) -> None:
     loaded = LoadedModel(model=model, tokenizer=None, shape=model_shape(model), context_length=256)
     sharded = spec.options.get("parallel") == "fsdp2"
     # Tokens after the last trained one predict nothing that is trained: they are not forwarded.
-    needles = [
-        bytes(row["ids"][: last_needed(found[0])])
-        if (found := sequences(spec, [index]))
-        else bytes(row["ids"])
-        for index, row in enumerate(spec.rows)
-    ]
+    made = [sequences(spec, [index]) for index in range(len(spec.rows))]
+    ends = [last_needed(found[0]) if found else None for found in made]
+    needles = [bytes(row["ids"][:end]) for row, end in zip(spec.rows, ends, strict=True)]
     policy = Policy(loaded)
     own = harness.parameters_of(model)
     recorder = harness.Recorder(spec, model, lambda: harness.flat([whole(p) for p in own]))
-    recorder.watch(
-        model.base_model, needles, ignored=bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist())
-    )
+    ignored = bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist())
+    recorder.watch(model.base_model, needles, ignored=ignored)
     if sharded:
         shard(policy, decoder_layers(model), spec.dtype)
         own = harness.parameters_of(model)
@@ -71,20 +67,13 @@ def run(spec: harness.Spec) -> None:
     optimizer = MasterOptimizer(policy, settings)
     policy.train()
     # A row that trains nothing is refused when data are read, before batches are made.
-    used = [row for row in range(len(spec.rows)) if sequences(spec, [row])]
+    used = [row for row, found in enumerate(made) if found]
     for step, window in enumerate(spec.windows(used)):
-        batches = [
-            batch
-            for rows in window
-            for batch in pack(sequences(spec, rows), tokens_per_microbatch=1024, first_sequence=rows[0])
-        ]
-        plan = StepPlan(
-            step=step,
-            terms=build("sft", {}).terms,
-            learning_rate=spec.lr,
-            temperature=1.0,
-            ranks=ranks,
-            sharded=sharded,
-        )
+        batches = []
+        for rows in window:
+            batches += pack(sequences(spec, rows), tokens_per_microbatch=1024, first_sequence=rows[0])
+
+        how = {"terms": build("sft", {}).terms, "learning_rate": spec.lr, "temperature": 1.0}
+        plan = StepPlan(step=step, ranks=ranks, sharded=sharded, **how)
         recorder.logged["loss"].append(train_step(policy, optimizer, batches, plan).loss)
     recorder.finish(truestep=__version__, **harness.versions("transformers"))

@@ -22,17 +22,10 @@ import torch
 
 def microbatch(spec: harness.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
     """Rows padded on the right to one batch."""
-    longest = max(len(spec.rows[row]["ids"]) for row in rows)
-
-    def padded(values: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([v + [filler] * (longest - len(v)) for v in values])
-
     ids = [spec.rows[row]["ids"] for row in rows]
-    return {
-        "input_ids": padded(ids, 0),
-        "attention_mask": padded([[1] * len(v) for v in ids], 0),
-        "labels": padded([spec.labels(row) for row in rows], -100),
-    }
+    mask = harness.padded([[1] * len(v) for v in ids], 0)
+    labels = harness.padded([spec.labels(row) for row in rows], -100)
+    return {"input_ids": harness.padded(ids, 0), "attention_mask": mask, "labels": labels}
 
 
 def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
@@ -50,9 +43,8 @@ def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
         step(model, optimizer, [microbatch(spec, rows) for rows in window])
     if not calls and not torch.equal(before, recorder.snapshot()):
         # Another optimizer's update is not a gradient times this one's learning rate: it cannot be read.
-        (spec.folder / "not-run.txt").write_text(
-            "the step does not use the optimizer that it is given", "utf-8"
-        )
+        why = "the step does not use the optimizer that it is given"
+        (spec.folder / "not-run.txt").write_text(why, "utf-8")
         return
     recorder.finish()
 

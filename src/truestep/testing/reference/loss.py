@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,7 @@ class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes
     otherwise right to 1e-7 only, and the rounding is not even smooth.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
             func = torch.Tensor.double
         wide_args = [torch.float64 if a is torch.float32 else a for a in args]
@@ -60,9 +54,7 @@ def trained_tokens(
     """
     narrow = [name for name, p in model.named_parameters() if p.dtype is not torch.float64]
     if narrow:
-        raise ValueError(
-            f"the reference works in float64, but {narrow[0]} is not: call model.double() on a copy"
-        )
+        raise ValueError(f"{narrow[0]} is not in float64, as the reference is: call model.double() on a copy")
     row = torch.tensor(sequence.token_ids, dtype=torch.int64, device=next(model.parameters()).device)
     was_training = model.training
     model.eval()
@@ -98,16 +90,10 @@ def score(
         with torch.no_grad():
             old, old_entropies = trained_tokens(proximal, sequence)
             anchor, _ = trained_tokens(reference, sequence)
-        found.append(
-            ScoredSequence(
-                sequence=sequence,
-                policy=logprobs,
-                proximal=[x.item() for x in old],
-                reference=[x.item() for x in anchor],
-                entropies=entropies,
-                proximal_entropies=[x.item() for x in old_entropies],
-            )
-        )
+        frozen = {"proximal": old, "reference": anchor, "proximal_entropies": old_entropies}
+        numbers = {name: [x.item() for x in tensors] for name, tensors in frozen.items()}
+        item = ScoredSequence(sequence=sequence, policy=logprobs, entropies=entropies, **numbers)
+        found.append(item)
     return found
 
 
@@ -122,30 +108,27 @@ def denominator(
     Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L · grp Σ_group|y|·N_groups, L =
     ``max_length``.
     """
-    if normaliser == "tok":
-        return sum(s.num_trained for s in sequences)
-    if normaliser == "seq":
-        return sequence.num_trained * len(sequences)
-    if normaliser == "sum":
-        return len(sequences)
-    if normaliser == "drg":
-        if max_length is None:
-            raise ValueError("the drg normaliser divides by a fixed length: give max_length")
-        return len(sequences) * max_length
-    if normaliser == "grp":
-        group_tokens = sum(s.num_trained for s in sequences if s.group == sequence.group)
-        return group_tokens * len({s.group for s in sequences})
-    raise ValueError(f"unknown normaliser {normaliser!r}: tok, seq, sum, drg or grp")
+    if normaliser == "drg" and max_length is None:
+        raise ValueError("the drg normaliser divides by a fixed length: give max_length")
+    group_tokens = sum(s.num_trained for s in sequences if s.group == sequence.group)
+    known = {
+        "tok": sum(s.num_trained for s in sequences),
+        "seq": sequence.num_trained * len(sequences),
+        "sum": len(sequences),
+        "drg": len(sequences) * (max_length or 0),
+        "grp": group_tokens * len({s.group for s in sequences}),
+    }
+    if normaliser not in known:
+        raise ValueError(f"unknown normaliser {normaliser!r}: tok, seq, sum, drg or grp")
+    return known[normaliser]
 
 
 def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
     """Without the groups whose rewards are all equal, and without their tokens in counts. Source: DAPO."""
-    kept = []
+    rewards: dict[Any, set[Any]] = {}
     for item in scored:
-        rewards = {other.sequence.reward for other in scored if other.sequence.group == item.sequence.group}
-        if len(rewards) > 1:
-            kept.append(item)
-    return kept
+        rewards.setdefault(item.sequence.group, set()).add(item.sequence.reward)
+    return [item for item in scored if len(rewards[item.sequence.group]) > 1]
 
 
 def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
@@ -159,16 +142,10 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
         return [0.0]
     mean = sum(rewards) / len(rewards)
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
-    advantages = []
-    for i, reward in enumerate(rewards):
-        others = [r for j, r in enumerate(rewards) if j != i]
-        if kind == "mean":
-            advantages.append(reward - mean)
-        elif kind == "mean_std":
-            advantages.append((reward - mean) / (std + 1e-6))
-        else:
-            advantages.append(reward - sum(others) / len(others))
-    return advantages
+    if kind == "rloo":
+        others = [[*rewards[:i], *rewards[i + 1 :]] for i in range(len(rewards))]
+        return [reward - sum(rest) / len(rest) for reward, rest in zip(rewards, others, strict=True)]
+    return [(reward - mean) / (std + 1e-6 if kind == "mean_std" else 1.0) for reward in rewards]
 
 
 def weight_microbatches(
@@ -227,13 +204,11 @@ def reference_loss(
     for item in scored:
         losses = part.losses(item, **numbers)
         if kl is not None:
-            losses = [
-                loss + kl_coef * term for loss, term in zip(losses, surrogate.kl_terms(item, kl), strict=True)
-            ]
+            terms = surrogate.kl_terms(item, kl)
+            losses = [loss + kl_coef * term for loss, term in zip(losses, terms, strict=True)]
+        count = denominator(item.sequence, kept, normaliser, max_length) if losses else 1.0
         for loss in losses:
-            total = total + item.sequence.weight * loss / denominator(
-                item.sequence, kept, normaliser, max_length
-            )
+            total = total + item.sequence.weight * loss / count
     return total
 
 
@@ -266,9 +241,8 @@ def per_microbatch_gradients(
     sums, counts = [], []
     for indices in indices_per_microbatch:
         loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-        for i in indices:
-            for logprob in trained_logprobs(model, sequences[i], temperature):
-                loss = loss - logprob
+        for logprob in (x for i in indices for x in trained_logprobs(model, sequences[i], temperature)):
+            loss = loss - logprob
         sums.append(gradient(model, loss))
         counts.append(sum(sequences[i].num_trained for i in indices))
     return sums, counts

@@ -19,9 +19,8 @@ from truestep.records import Origin, TrainSequence
 from truestep.testing.reference import surrogate
 from truestep.testing.reference.surrogate import ScoredSequence
 
-About = Callable[
-    [TrainSequence, int], bool
-]  # (sequence, number of its trained token) → whether a part means it
+# (sequence, number of its trained token) → whether a part means it
+About = Callable[[TrainSequence, int], bool]
 
 
 def _of(origin: Origin) -> About:
@@ -65,10 +64,6 @@ def _entropy_bonus(scored: ScoredSequence) -> list[Tensor]:
     return [-entropy for entropy in scored.entropies]
 
 
-def _importance(scored: ScoredSequence) -> list[Tensor]:
-    return [-ratio * a for ratio, a in zip(scored.ratios, scored.advantages, strict=True)]
-
-
 def _part(about: About, losses: Callable[..., list[Tensor]], normaliser: str, **options: Any) -> Part:
     own_fields = {k: options.pop(k) for k in ("counted", "weight", "top_share") if k in options}
     return Part(about=about, losses=partial(losses, **options), normaliser=normaliser, **own_fields)
@@ -80,9 +75,19 @@ def _clipped(low: float, high: float, normaliser: str, about: About = own, **opt
 
 _BONUS = _part(own, _entropy_bonus, "tok", weight=1e-4)
 _SHARED: dict[str, Any] = {"normaliser": "drg", "counted": anything}
-_ON = _part(own, _importance, **_SHARED)
-_ON_ALONE = _part(own, _importance, "drg")
+_ON = _part(own, surrogate.importance, **_SHARED)
+_ON_ALONE = _part(own, surrogate.importance, "drg")
 _IMITATE = _part(expert, surrogate.nll, "tok")
+_PHI = _part(expert, surrogate.chord_phi, "tok", weight=0.1)
+_PREFIX = _clipped(0.2, 0.2, about=expert, top_share=0.2, **_SHARED)
+_SRFT = (
+    _part(expert, surrogate.srft_imitation, "tok", scale=0.5, sign=-1.0),
+    _part(expert, surrogate.unshaped, **_SHARED),
+    _part(own, surrogate.srft_samples, scale=0.1, **_SHARED),
+)
+_ANCHOR = _part(own, surrogate.kl_terms, "tok", weight=1e-3, kind="k3")
+_UFT = (_part(expert, surrogate.nll, "tok", weight=1e-3), _ANCHOR)
+
 
 ROWS: dict[str, Row] = {
     "sft": Row(parts=(_IMITATE,)),
@@ -97,7 +102,7 @@ ROWS: dict[str, Row] = {
     "dr_grpo": Row(parts=(_clipped(0.2, 0.2, "drg"),)),
     "dapo": Row(parts=(_clipped(0.2, 0.28, "tok"),), drop_equal_groups=True),
     "ppo": Row(parts=(_clipped(0.2, 0.2, "tok", dual_clip=3.0),)),
-    "rloo": Row(parts=(_part(own, _importance, "sum"),)),
+    "rloo": Row(parts=(_part(own, surrogate.importance, "sum"),)),
     "reinforce_pp": Row(parts=(_clipped(0.2, 0.2, "tok"),), whiten=True),
     "reinforce_pp_baseline": Row(parts=(_clipped(0.2, 0.2, "tok"),), whiten=True),
     "gspo": Row(parts=(_part(own, surrogate.gspo, "seq", eps_low=3e-4, eps_high=4e-4),)),
@@ -107,32 +112,15 @@ ROWS: dict[str, Row] = {
     "luffy": Row(parts=(_ON, _part(expert, surrogate.luffy, gamma=0.1, **_SHARED), _BONUS)),
     "multi_task": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
     "relift": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
-    "srft": Row(
-        parts=(
-            _part(expert, surrogate.srft_imitation, "tok", scale=0.5, sign=-1.0),
-            _part(expert, surrogate.unshaped, **_SHARED),
-            _part(own, surrogate.srft_samples, scale=0.1, **_SHARED),
-            _BONUS,
-        )
-    ),
-    "prefix_rft": Row(
-        parts=(_clipped(0.2, 0.2, **_SHARED), _clipped(0.2, 0.2, about=expert, top_share=0.2, **_SHARED))
-    ),
+    "srft": Row(parts=(*_SRFT, _BONUS)),
+    "prefix_rft": Row(parts=(_clipped(0.2, 0.2, **_SHARED), _PREFIX)),
     "hpt": Row(parts=(_ON_ALONE, _IMITATE, _BONUS)),
     "trapo": Row(parts=(_ON, _part(expert, surrogate.trsft, alpha=0.1, **_SHARED), _BONUS)),
     "exgrpo": Row(parts=(_ON, _part(replayed, surrogate.exgrpo, beta=0.1, **_SHARED), _BONUS)),
     "rl_plus": Row(parts=(_ON, _part(expert, surrogate.rl_plus, gamma=0.5, **_SHARED), _BONUS)),
     "chord_mu": Row(parts=(_clipped(0.2, 0.2, "tok", weight=1 - 0.9), replace(_IMITATE, weight=0.9))),
-    "chord_phi": Row(
-        parts=(_clipped(0.2, 0.2, "tok", weight=0.9), _part(expert, surrogate.chord_phi, "tok", weight=0.1))
-    ),
-    "uft": Row(
-        parts=(
-            _clipped(0.2, 0.2, "tok"),
-            _part(expert, surrogate.nll, "tok", weight=1e-3),
-            _part(own, surrogate.kl_terms, "tok", weight=1e-3, kind="k3"),
-        )
-    ),
+    "chord_phi": Row(parts=(_clipped(0.2, 0.2, "tok", weight=0.9), _PHI)),
+    "uft": Row(parts=(_clipped(0.2, 0.2, "tok"), *_UFT)),
     "super_rl": Row(parts=(_clipped(0.2, 0.2, "tok"), _IMITATE)),
     "sasr": Row(parts=(_clipped(0.2, 0.2, "tok"), _IMITATE)),
     "bread": Row(parts=(_clipped(0.2, 0.2, "seq"),)),
@@ -153,10 +141,8 @@ def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Ten
     total = torch.zeros((), dtype=torch.float64)
     for part in row.parts:
         counted = part.counted or part.about
-        num_tokens = sum(counted(s.sequence, i) for s in scored for i in range(s.sequence.num_trained))
-        num_sequences = sum(
-            any(counted(s.sequence, i) for i in range(s.sequence.num_trained)) for s in scored
-        )
+        marks = [[counted(s.sequence, i) for i in range(s.sequence.num_trained)] for s in scored]
+        num_tokens, num_sequences = sum(map(sum, marks)), sum(map(any, marks))
         threshold = _threshold(part, scored)
         for item in scored:
             sequence = item.sequence
@@ -166,12 +152,8 @@ def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Ten
             losses = part.losses(item)
             if part.top_share:
                 losses = surrogate.uncertain_only(item, losses, threshold)
-            count: Mapping[str, float] = {
-                "tok": num_tokens,
-                "seq": sequence.num_trained * num_sequences,
-                "sum": num_sequences,
-                "drg": num_sequences * max_length,
-            }
+            count: Mapping[str, float] = {"tok": num_tokens, "seq": sequence.num_trained * num_sequences}
+            count = {**count, "sum": num_sequences, "drg": num_sequences * max_length}
             for loss, is_meant in zip(losses, meant, strict=True):
                 if is_meant:
                     total = total + part.weight * sequence.weight * loss / count[part.normaliser]
@@ -180,27 +162,16 @@ def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Ten
 
 def _threshold(part: Part, scored: Sequence[ScoredSequence]) -> float:
     """The entropy that the top share of the part's tokens reaches."""
-    entropies = sorted(
-        entropy
-        for item in scored
-        for i, entropy in enumerate(item.proximal_entropies)
-        if part.about(item.sequence, i)
-    )
-    return (
-        entropies[math.floor((1 - part.top_share) * len(entropies))] if part.top_share and entropies else 0.0
-    )
+    places = [(item, i) for item in scored for i in range(len(item.proximal_entropies))]
+    entropies = sorted(s.proximal_entropies[i] for s, i in places if part.about(s.sequence, i))
+    at = math.floor((1 - part.top_share) * len(entropies))
+    return entropies[at] if part.top_share and entropies else 0.0
 
 
 def _whitened(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
     tokens = [a for item in scored for i, a in enumerate(item.advantages) if own(item.sequence, i)]
     mean = sum(tokens) / len(tokens)
     std = math.sqrt(sum((a - mean) ** 2 for a in tokens) / (len(tokens) - 1))
-    return [
-        replace(
-            item,
-            sequence=replace(
-                item.sequence, advantage=tuple((a - mean) / (std + 1e-8) for a in item.advantages)
-            ),
-        )
-        for item in scored
-    ]
+    white = [tuple((a - mean) / (std + 1e-8) for a in item.advantages) for item in scored]
+    pairs = zip(scored, white, strict=True)
+    return [replace(s, sequence=replace(s.sequence, advantage=advantage)) for s, advantage in pairs]

@@ -25,7 +25,7 @@ class AdamState:
     second: Tensors
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepResult:
     """One step: what it saw before clipping, and the parameters after it."""
 
@@ -70,10 +70,7 @@ def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, 
 
     Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
     """
-    squares = 0.0
-    for g in gradients.values():
-        squares += (g * g).sum().item()
-    norm = math.sqrt(squares)
+    norm = math.sqrt(sum((g * g).sum().item() for g in gradients.values()))
     factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
     return {name: g * factor for name, g in gradients.items()}, norm
 
@@ -101,11 +98,9 @@ def adamw(
         v_before = torch.zeros_like(theta) if state is None else state.second[name]
         m = beta1 * m_before + (1 - beta1) * g
         v = beta2 * v_before + (1 - beta2) * g * g
-        m_hat = m / (1 - beta1**t)
-        v_hat = v / (1 - beta2**t)
-        moved[name] = (
-            theta - lr * settings.weight_decay * theta - lr * m_hat / (torch.sqrt(v_hat) + settings.eps)
-        )
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        update = lr * m_hat / (torch.sqrt(v_hat) + settings.eps)
+        moved[name] = theta - lr * settings.weight_decay * theta - update
         first[name], second[name] = m, v
     return moved, AdamState(step=t, first=first, second=second)
 
@@ -138,16 +133,11 @@ def reference_steps(
         loss = loss_of(model)
         gradients = gradient(model, loss)
         parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        lr = learning_rate(
-            step, total_steps, settings.lr, settings.schedule, settings.warmup_fraction, settings.min_lr_ratio
-        )
+        how = (settings.lr, settings.schedule, settings.warmup_fraction, settings.min_lr_ratio)
+        lr = learning_rate(step, total_steps, *how)
         moved, state, norm = reference_step(parameters, gradients, state, lr, settings)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(moved[name])
-        results.append(
-            StepResult(
-                loss=loss.item(), grad_norm=norm, learning_rate=lr, gradient=gradients, parameters=moved
-            )
-        )
+        results.append(StepResult(loss.item(), norm, lr, gradients, moved))
     return results

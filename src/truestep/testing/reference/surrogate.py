@@ -65,11 +65,8 @@ def dft(scored: ScoredSequence) -> list[Tensor]:
 
 def chord_phi(scored: ScoredSequence) -> list[Tensor]:
     """Equation: −sg(π(1−π)) log π. Source: arXiv 2508.11408, the demonstrations' part."""
-    losses = []
-    for logprob in scored.policy:
-        p = torch.exp(logprob).detach()
-        losses.append(-p * (1 - p) * logprob)
-    return losses
+    pairs = [(torch.exp(logprob).detach(), logprob) for logprob in scored.policy]
+    return [-p * (1 - p) * logprob for p, logprob in pairs]
 
 
 def power(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
@@ -79,11 +76,7 @@ def power(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
 
 def trsft(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
     """Equation: −π / sg(max(π, α)). Source: arXiv 2512.17636."""
-    losses = []
-    for logprob in scored.policy:
-        p = torch.exp(logprob)
-        losses.append(-p / max(p.item(), alpha))
-    return losses
+    return [-p / max(p.item(), alpha) for p in map(torch.exp, scored.policy)]
 
 
 def _clipped_gain(ratio: Tensor, advantage: float, eps_low: float, eps_high: float) -> Tensor:
@@ -113,21 +106,18 @@ def psft(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Ten
 def gspo(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Tensor]:
     """Equation: −min(sA, clip(s)A), s = exp(mean_t(log π − log π_proximal)), the gradient flowing through s.
     Source: arXiv 2507.18071."""
-    num_tokens = len(scored.policy)
-    if num_tokens == 0:
+    if not scored.policy:
         return []
     log_ratios = [logprob - old for logprob, old in zip(scored.policy, scored.proximal, strict=True)]
-    ratio = torch.exp(torch.stack(log_ratios).sum() / num_tokens)
+    ratio = torch.exp(torch.stack(log_ratios).sum() / len(scored.policy))
     return [-_clipped_gain(ratio, advantage, eps_low, eps_high) for advantage in scored.advantages]
 
 
 def cispo(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Tensor]:
     """Equation: −sg(clip(r, 1−ε_low, 1+ε_high)) A log π. Source: arXiv 2506.13585."""
-    losses = []
-    for logprob, ratio, advantage in zip(scored.policy, scored.ratios, scored.advantages, strict=True):
-        weight = min(max(ratio.item(), 1 - eps_low), 1 + eps_high)
-        losses.append(-weight * advantage * logprob)
-    return losses
+    weights = [min(max(ratio.item(), 1 - eps_low), 1 + eps_high) for ratio in scored.ratios]
+    triples = zip(weights, scored.advantages, scored.policy, strict=True)
+    return [-weight * advantage * logprob for weight, advantage, logprob in triples]
 
 
 def sapo(scored: ScoredSequence, *, tau_positive: float, tau_negative: float) -> list[Tensor]:
@@ -160,14 +150,14 @@ def reinforce(scored: ScoredSequence) -> list[Tensor]:
     return [-advantage * logprob for logprob, advantage in zip(scored.policy, scored.advantages, strict=True)]
 
 
-def _importance(scored: ScoredSequence) -> list[Tensor]:
+def importance(scored: ScoredSequence) -> list[Tensor]:
     """Own samples of the mixed-policy methods: −rA, no clip."""
     return [-ratio * advantage for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True)]
 
 
 def luffy(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
     """Equation: −A π/(π+γ) on the expert's tokens, −rA elsewhere. Source: arXiv 2504.14945."""
-    losses = _importance(scored)
+    losses = importance(scored)
     for i, origin in enumerate(scored.origins):
         if origin is Origin.EXPERT:
             p = torch.exp(scored.policy[i])
@@ -177,7 +167,7 @@ def luffy(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
 
 def exgrpo(scored: ScoredSequence, *, beta: float) -> list[Tensor]:
     """Equation: −A w/(w+β), w = π/π_behavior, on replayed samples; else −rA. Source: arXiv 2510.02245."""
-    losses = _importance(scored)
+    losses = importance(scored)
     for i, origin in enumerate(scored.origins):
         if origin is Origin.STORED:
             assert scored.sequence.behavior_logprobs is not None
@@ -189,7 +179,7 @@ def exgrpo(scored: ScoredSequence, *, beta: float) -> list[Tensor]:
 def rl_plus(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
     """Equation: −A sg(1−π)^γ · 2π/(π_proximal + ½(π_proximal+1)) on the expert's tokens, −rA elsewhere.
     Source: arXiv 2508.00222."""
-    losses = _importance(scored)
+    losses = importance(scored)
     for i, origin in enumerate(scored.origins):
         if origin is Origin.EXPERT:
             p, p_old = torch.exp(scored.policy[i]), math.exp(scored.proximal[i])
