@@ -22,8 +22,7 @@ from truestep.errors import UserError
 from truestep.pipeline.code import code_of
 from truestep.settings import OptimizerSettings, RlSettings, SamplingSettings, load_settings
 from truestep.study import launch
-from truestep.study.cell_runner import Runner, base_identity, with_absolute_paths
-from truestep.study.launch import Order
+from truestep.study.cell_runner import Order, Runner, base_identity, with_absolute_paths
 from truestep.study.plan import load_study
 from truestep.study.run import run_cells, tables_of, tuning_cost
 from truestep.study.table import results
@@ -215,7 +214,7 @@ def test_no_two_children_in_one_folder(tmp_path: Path) -> None:
     import fcntl
     import threading
 
-    from truestep.study.launch import start
+    from truestep.study.cell_runner import start
 
     study = tmp_path / "s"
     (study / "cells").mkdir(parents=True)

@@ -13,9 +13,7 @@ from truestep.cli.progress import announce
 from truestep.cli.run import Json
 
 DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
-HELP = (
-    "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or one of these commands."
-)
+HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
 COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
 
 

@@ -12,14 +12,9 @@ import typer
 from truestep.cli.evaluation import option
 from truestep.cli.run import Json
 
-Paths = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="STUDY.toml | flops RECIPE...",
-        help="The study, a TOML file; or the word flops and recipes (files or folders) to count.",
-        show_default=False,
-    ),
-]
+_PATHS = "The study, a TOML file; or the word flops and recipes (files or folders) to count."
+_USAGE = "STUDY.toml | flops RECIPE..."
+Paths = Annotated[list[str], typer.Argument(metavar=_USAGE, help=_PATHS, show_default=False)]
 _KEEP = "Also keep compact results in this folder; cells found there are not run again."
 _WORKERS = "How many cells run at the same time."
 _ENGINE = "What runs the cells: local (child processes) or ray (a Ray cluster)."
@@ -90,7 +85,7 @@ def run_study(
 
     announce(f"truestep study: checking {path} and its data")
     from truestep.errors import UserError
-    from truestep.study import cell_runner, launch, plan
+    from truestep.study import cell_runner, plan
 
     reporter = ConsoleReporter()
     study = plan.load_study(path)
@@ -108,7 +103,7 @@ def run_study(
     if dry_run:
         show_plan(study, path, folder, as_json)
         return
-    launched = launch.engine(engine, study.workers)
+    launched = cell_runner.engine(engine, study.workers)
     runner = cell_runner.Runner(
         study=study, where=path, out=folder, launch=launched, workers=study.workers, results=results, say=reporter.say
     )  # fmt: skip

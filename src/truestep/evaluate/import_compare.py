@@ -108,9 +108,7 @@ def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
         key = (evaluation.task, Path(evaluation.source).parent.name if ours else evaluation.made_by)
         if key in found:
             also = f"{key[0]} of {key[1]} is also in {found[key].source}"
-            raise UserError(
-                f"{evaluation.source}: {also}: pass files, or folders with one evaluation of each"
-            )
+            raise UserError(f"{evaluation.source}: {also}: pass files, or folders with one of each")
         found[key] = evaluation
     return found
 

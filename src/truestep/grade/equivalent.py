@@ -16,7 +16,15 @@ from truestep.grade.extract import num_words
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number
 from truestep.grade.structure import (
-    CLOSE, OPEN, as_tuples, as_vector, brackets, elements, matrix, region, without_names,
+    CLOSE,
+    OPEN,
+    as_tuples,
+    as_vector,
+    brackets,
+    elements,
+    matrix,
+    region,
+    without_names,
 )  # fmt: skip
 from truestep.grade.units import same_time, spelled_number
 

@@ -167,9 +167,8 @@ class Pool:
         elif job.attempt + 1 < ATTEMPTS:
             waiting.appendleft((job.number, job.attempt + 1))
         else:
-            outcomes[job.number] = Outcome(
-                equal=None, reason=f"symbolic comparison crashed (status {status})"
-            )
+            reason = f"symbolic comparison crashed (status {status})"
+            outcomes[job.number] = Outcome(equal=None, reason=reason)
 
     def _drop(self, worker: Worker) -> int | None:
         del self._busy[worker]
@@ -192,6 +191,5 @@ class Pool:
                 reason = str(death)
                 self._server.close()
                 self._server = None
-        raise UserError(
-            f"the symbolic grader cannot be started ({reason}): run python -c 'import math_verify' to see why"
-        )
+        hint = "run python -c 'import math_verify' to see why"
+        raise UserError(f"the symbolic grader cannot be started ({reason}): {hint}")
