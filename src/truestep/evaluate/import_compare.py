@@ -52,7 +52,8 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
         write_json(results_file(folder, task), results)
         scores.append(score_row(task, results, prompt=evaluation.made_by))
     summary = {
-        "schema_version": 1, "kind": "evaluation", "name": out.name, "status": "done", "model": "as in the logs",
+        "schema_version": 1, "kind": "evaluation", "name": out.name, "status": "done",
+        "model": "as in the logs",
         "engine": "imported", "seeds": {}, "scores": scores, "spread": [], "averages": [], "notes": notes,
     }  # fmt: skip
     write_json(out / "summary.json", summary)

@@ -80,7 +80,8 @@ class TokenAdapter:
         return ReadyJob(
             prompts=prompts, stop_token_ids=self._stops(template), max_new_tokens=min(limit, room),
             stop_sequences=self._stop_sequences(template), num_prompt_tokens=sum(map(len, ids)),
-            fingerprint=fingerprint(ids), opening="<think>\n" if tail.endswith("<think>") else "", notes=tuple(notes),
+            fingerprint=fingerprint(ids), opening="<think>\n" if tail.endswith("<think>") else "",
+            notes=tuple(notes),
         )  # fmt: skip
 
     def _prompt(self, problem: Problem, messages: tuple[Message, ...], template: Template) -> Prompt:

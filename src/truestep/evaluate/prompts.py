@@ -69,7 +69,8 @@ TEMPLATES: tuple[Template, ...] = (
         choice="ANSWER THIS NOW!!! {problem}\nONLY THE LETTER IN \\boxed{} COUNTS!!!",
     ),
     Template(
-        id="odd-after", odd=True, math="Answer in \\boxed{} what stands between the rules.\n-----\n{problem}\n-----",
+        id="odd-after", odd=True,
+        math="Answer in \\boxed{} what stands between the rules.\n-----\n{problem}\n-----",
         choice="Answer in \\boxed{} with a letter what stands between the rules.\n-----\n{problem}\n-----",
     ),
     Template(

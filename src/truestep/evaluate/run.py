@@ -210,7 +210,7 @@ def check_kept(plan: EvaluationPlan) -> None:
         raise UserError(f"{path}: {made}: pass --out with a different path")
     wanted = set(plan.sample_keys())
     if extra := [row for row in rows if (row.get("problem_id"), row.get("sample_index")) not in wanted]:
-        more = f"has {len(rows)} samples, {len(extra)} more than are asked for: a run can only grow"
+        more = f"has {len(rows)} samples, {len(extra)} more than are asked for: a run can grow and not shrink"
         raise UserError(f"{path}: {more}; pass a greater --limit or --samples, or a different --out")
 
 

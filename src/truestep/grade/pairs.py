@@ -87,7 +87,8 @@ def _problem(pair: Pair) -> Problem:
 
 def _sample(pair: Pair, judged: Judgment) -> dict[str, Any]:
     return {
-        "id": pair.id, "verdict": judged.score.label, "strict": judged.strict.value, "lenient": judged.lenient.value,
+        "id": pair.id, "verdict": judged.score.label, "strict": judged.strict.value,
+        "lenient": judged.lenient.value,
         "reason": judged.reason, "extracted": judged.score.extracted, "how": judged.answer.how,
     }  # fmt: skip
 
