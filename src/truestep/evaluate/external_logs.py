@@ -43,9 +43,8 @@ class Evaluation:
 
 
 def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
-    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; if a log has
-    several scores of a sample, ``metric`` names the one that counts. Raises UserError if it is none of
-    them."""
+    """Every evaluation in a file or folder of truestep, lm-eval, lighteval or inspect (else UserError);
+    ``metric`` names the score that counts if a log has several."""
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})

@@ -91,8 +91,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
 
 def parse_number(text: str, *, letters: bool = False) -> Number | None:
     """The number that a normalised answer is, with its unit; None if it is anything else, or more than that.
-    With ``letters`` a bare letter may be a unit: 5 m is five metres where the other answer has a unit as
-    well."""
+    With ``letters`` a bare letter may be a unit: 5 m is five metres if the other answer has a unit too."""
     text, sign, unit = text.strip(), 1, ""
     if len(text) > MAX_DIGITS + 100 or re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return None

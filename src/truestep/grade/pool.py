@@ -86,9 +86,8 @@ class Pool:
         self._busy, self._idle, self._server = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of
-        the clock where the machine gives the process a core: a verdict must not depend on what else the
-        machine does."""
+        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of the
+        clock if the process has a core: a verdict must not depend on what else the machine does."""
         outcomes: list[Outcome | None] = [None] * len(pairs)
         waiting = deque((number, 0) for number in range(len(pairs)))
         try:

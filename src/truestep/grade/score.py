@@ -119,8 +119,7 @@ class Grader:
         self.pool.close()
 
     def score(self, problem: Problem, completion: str) -> Score:
-        """The verdict on one completion. Raises UserError for a problem that no completion could be
-        scored on."""
+        """The verdict on one completion. Raises UserError if the problem could not be scored for any."""
         return self.score_many([(problem, completion)])[0]
 
     def score_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
