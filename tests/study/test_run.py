@@ -21,9 +21,8 @@ from truestep.cli.study import write_cell
 from truestep.errors import UserError
 from truestep.pipeline.code import code_of
 from truestep.settings import OptimizerSettings, RlSettings, SamplingSettings, load_settings
-from truestep.study import launch
-from truestep.study.cell_runner import Runner, base_identity, with_absolute_paths
-from truestep.study.launch import Order
+from truestep.study import cell_runner
+from truestep.study.cell_runner import Order, Runner, base_identity, with_absolute_paths
 from truestep.study.plan import load_study
 from truestep.study.run import run_cells, tables_of, tuning_cost
 from truestep.study.table import results
@@ -215,7 +214,7 @@ def test_no_two_children_in_one_folder(tmp_path: Path) -> None:
     import fcntl
     import threading
 
-    from truestep.study.launch import start
+    from truestep.study.cell_runner import start
 
     study = tmp_path / "s"
     (study / "cells").mkdir(parents=True)
@@ -433,15 +432,15 @@ class Quick:
         self.exitcode = 0
 
     def start(self) -> None:
-        assert launch.ONE_AT_A_TIME.locked()
+        assert cell_runner.ONE_AT_A_TIME.locked()
 
     def join(self) -> None:
-        assert launch.ONE_AT_A_TIME.locked()
+        assert cell_runner.ONE_AT_A_TIME.locked()
 
 
 def test_exit_codes_are_read_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two threads that read the end of one child the second finds nothing: exit code 255 of one that was
     well."""
-    monkeypatch.setattr(launch, "_forks", lambda: SimpleNamespace(Process=Quick))
+    monkeypatch.setattr(cell_runner, "_forks", lambda: SimpleNamespace(Process=Quick))
     (tmp_path / "run.log").write_text("said\n")
-    assert launch.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "said")
+    assert cell_runner.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "said")

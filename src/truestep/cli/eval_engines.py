@@ -33,12 +33,10 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
         context, eos = context_and_eos(settings)
         vllm = settings.evaluate.engine == "vllm"
         adapter = TokenAdapter(
-            tokenizer=load_tokenizer(settings.model),
-            context_length=context,
-            model_eos=eos,
+            tokenizer=load_tokenizer(settings.model), context_length=context, model_eos=eos,
             open_engine=lambda: _vllm(settings, context, stack) if vllm else _torch(settings),
             pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
-        )
+        )  # fmt: skip
         yield adapter, model_content(settings.model)
 
 
@@ -109,12 +107,12 @@ def figures(settings: Settings) -> dict[str, Any] | None:
     config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "bytes_per_parameter": width,
-        "cache_bytes": 2 * heads * size * config.num_hidden_layers * width,
-        "max_running": settings.evaluate.sampling.max_running,
-    }
+    num, cache = (
+        sum(p.numel() for p in model.parameters()),
+        2 * heads * size * config.num_hidden_layers * width,
+    )
+    running = settings.evaluate.sampling.max_running
+    return {"num_parameters": num, "bytes_per_parameter": width, "cache_bytes": cache, "max_running": running}
 
 
 def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:

@@ -127,8 +127,8 @@ def _execute(
         try:
             with signals.deferred(), Grader() as grader:
                 summary = run_suite(
-                    settings, ready, plans, adapter=adapter, judge=grader.judge, folder=folder, reporter=reporter,
-                    check_stop=signals.check,
+                    settings, ready, plans, adapter=adapter, judge=grader.judge, folder=folder,
+                    reporter=reporter, check_stop=signals.check,
                 )  # fmt: skip
         except signals.Interrupted as stop:
             reporter.close()

@@ -13,9 +13,7 @@ from truestep.cli.progress import announce
 from truestep.cli.run import Json
 
 DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
-HELP = (
-    "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or one of these commands."
-)
+HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
 COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
 
 
@@ -77,8 +75,8 @@ def list_benchmarks(as_json: Json = False) -> None:
 
 
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
-    """Compare two evaluations of the same problems: the paired difference B - A of every task that both have,
-    with its 95 % interval, p-values and the smallest detectable difference."""
+    """Compare two evaluations of the same problems: the paired difference B - A of every common task, with its
+    95 % interval, p-values and the smallest detectable difference."""
     announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.import_compare import compare_evaluations
 
@@ -113,8 +111,7 @@ def import_logs(
     metric: Metric = "",
     as_json: Json = False,
 ) -> None:
-    """Import logs of other harnesses as a run directory with intervals and a report. Verdicts are kept as
-    they are; nothing is graded again."""
+    """Import logs of other harnesses as a run directory with a report. Verdicts are kept, not graded again."""
     announce(f"truestep eval import: reading {', '.join(map(str, files))}")
     from truestep.evaluate.import_compare import import_evaluations
     from truestep.report.evaluation import write_evaluation_report

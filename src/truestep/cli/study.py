@@ -12,14 +12,9 @@ import typer
 from truestep.cli.evaluation import option
 from truestep.cli.run import Json
 
-Paths = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="STUDY.toml | flops RECIPE...",
-        help="The study, a TOML file; or the word flops and recipes (files or folders) to count.",
-        show_default=False,
-    ),
-]
+_PATHS = "The study, a TOML file; or the word flops and recipes (files or folders) to count."
+_USAGE = "STUDY.toml | flops RECIPE..."
+Paths = Annotated[list[str], typer.Argument(metavar=_USAGE, help=_PATHS, show_default=False)]
 _KEEP = "Also keep compact results in this folder; cells found there are not run again."
 _WORKERS = "How many cells run at the same time."
 _ENGINE = "What runs the cells: local (child processes) or ray (a Ray cluster)."
@@ -44,11 +39,39 @@ def study(
     if paths[0] == "flops":
         flops([Path(p) for p in paths[1:]], as_json)
         return
+    from truestep import rundir
+    from truestep.cli.progress import ConsoleReporter, announce
     from truestep.errors import UserError
 
     if len(paths) != 1:
         raise UserError(f"study: expected one study file, got {len(paths)}: run them one after the other")
-    run_study(Path(paths[0]), out, results, engine=engine, workers=workers, dry_run=dry_run, as_json=as_json)
+    path = Path(paths[0])
+    announce(f"truestep study: checking {path} and its data")
+    from truestep.study import cell_runner, plan
+
+    declared = plan.load_study(path)
+    if workers is not None:
+        declared = declared.model_copy(update={"workers": workers})
+    folder = out or Path("runs") / f"study-{declared.name}"
+    for name, place in (("--out", folder), ("--results", results)):
+        if place and place.exists() and not place.is_dir():
+            raise UserError(f"{name} {place}: is a file: pass a folder")
+    if results and results.resolve() == folder.resolve():
+        raise UserError(f"--results {results} is also --out: pass a different folder")
+    plan.check_disjoint(declared, path.parent)
+    if declared.base:
+        cell_runner.base_recipe(path, declared)
+    if dry_run:
+        show_plan(declared, path, folder, as_json)
+        return
+    launched = cell_runner.engine(engine, declared.workers)
+    runner = cell_runner.Runner(
+        study=declared, where=path, out=folder, launch=launched, workers=declared.workers, results=results,
+        say=ConsoleReporter().say,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, folder / "study.toml")
+    finish(runner, as_json, {**rundir.provenance(declared.seeds[0]), "trainer_audit": trainer_verdict()})
 
 
 def flops(paths: list[Path], as_json: bool) -> None:
@@ -72,49 +95,6 @@ def flops(paths: list[Path], as_json: bool) -> None:
     Console(highlight=False).print(shown)
     for line in sentences(table):
         typer.echo(line)
-
-
-def run_study(
-    path: Path,
-    out: Path | None,
-    results: Path | None,
-    *,
-    engine: str,
-    workers: int | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Check, plan, run what is missing, analyse, report; the last line of stdout is the study directory."""
-    from truestep import rundir
-    from truestep.cli.progress import ConsoleReporter, announce
-
-    announce(f"truestep study: checking {path} and its data")
-    from truestep.errors import UserError
-    from truestep.study import cell_runner, launch, plan
-
-    reporter = ConsoleReporter()
-    study = plan.load_study(path)
-    if workers is not None:
-        study = study.model_copy(update={"workers": workers})
-    folder = out or Path("runs") / f"study-{study.name}"
-    for name, place in (("--out", folder), ("--results", results)):
-        if place and place.exists() and not place.is_dir():
-            raise UserError(f"{name} {place}: is a file: pass a folder")
-    if results and results.resolve() == folder.resolve():
-        raise UserError(f"--results {results} is also --out: pass a different folder")
-    plan.check_disjoint(study, path.parent)
-    if study.base:
-        cell_runner.base_recipe(path, study)
-    if dry_run:
-        show_plan(study, path, folder, as_json)
-        return
-    launched = launch.engine(engine, study.workers)
-    runner = cell_runner.Runner(
-        study=study, where=path, out=folder, launch=launched, workers=study.workers, results=results, say=reporter.say
-    )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(path, folder / "study.toml")
-    finish(runner, as_json, {**rundir.provenance(study.seeds[0]), "trainer_audit": trainer_verdict()})
 
 
 def trainer_verdict() -> str:

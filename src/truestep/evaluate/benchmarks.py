@@ -62,8 +62,8 @@ _GSM8K = Benchmark(
     content="840e254a49f8e3956eb37315d3f8eb38738636ba502f7fba9a858b172f39be04", hub="openai/gsm8k:main:test",
 )  # fmt: skip
 _MMLU_PRO = Benchmark(
-    id="mmlu_pro", title="MMLU-Pro", num_rows=12032, content=UNKNOWN, hub="TIGER-Lab/MMLU-Pro::test", kind="choice",
-    scorer="exact", average="OOD", published=_figures("50.2±0.3", "55.1±0.6", "53.0", "52.1"),
+    id="mmlu_pro", title="MMLU-Pro", num_rows=12032, content=UNKNOWN, hub="TIGER-Lab/MMLU-Pro::test",
+    kind="choice", scorer="exact", average="OOD", published=_figures("50.2±0.3", "55.1±0.6", "53.0", "52.1"),
 )  # fmt: skip
 
 TABLE: tuple[Benchmark, ...] = (
@@ -74,7 +74,8 @@ TABLE: tuple[Benchmark, ...] = (
         published=_figures("28.2±0.7", "29.8±0.7", "23.1", "26.4"),
     ),
     replace(
-        _AIME24, id="amc22_23", title="AMC 12 2022 and 2023", num_rows=83, hub="AI-MO/aimo-validation-amc::train",
+        _AIME24, id="amc22_23", title="AMC 12 2022 and 2023", num_rows=83,
+        hub="AI-MO/aimo-validation-amc::train",
         content="e532865b8d0cb90e870cb611e437717a0f028e12161468f9aa9a4ed47e08be2b",
         published=_figures("65.4±0.9", "73.2±1.2", "65.6", "68.2"),
     ),
@@ -101,14 +102,16 @@ TABLE: tuple[Benchmark, ...] = (
         published=_figures("82.5±0.6", "84.0±0.6", "80.5", "84.0"),
     ),
     replace(
-        _MMLU_PRO, id="gpqa_diamond", title="GPQA-Diamond", num_rows=198, hub="Idavidrein/gpqa:gpqa_diamond:train",
-        private=True, mind="its authors ask that it is never put in plain text: samples keep ids and verdicts only",
+        _MMLU_PRO, id="gpqa_diamond", title="GPQA-Diamond", num_rows=198,
+        hub="Idavidrein/gpqa:gpqa_diamond:train",
+        private=True,
+        mind="its authors ask that it is never put in plain text: samples keep ids and verdicts only",
         published=_figures("24.6±2.9", "40.6±1.8", "39.9", "39.1"),
     ),
     _MMLU_PRO,
     replace(
-        _MMLU_PRO, id="mmlu_pro_700", title="MMLU-Pro, 50 of each of 14 categories", num_rows=700, hub="", average="",
-        content="e9e8e7b28cc9ad2f5e30b50422413586986b47705baaf0eba2481fbcaf3ed22d", published={},
+        _MMLU_PRO, id="mmlu_pro_700", title="MMLU-Pro, 50 of each of 14 categories", num_rows=700, hub="",
+        average="", content="e9e8e7b28cc9ad2f5e30b50422413586986b47705baaf0eba2481fbcaf3ed22d", published={},
         mind="a fixed part of mmlu_pro: not comparable with figures on the whole",
     ),
     _GSM8K,
@@ -210,8 +213,8 @@ def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
         text, answer = "\n".join([f"{text}\n", *lines]), LETTERS[order.index(int(answer))]
         meta = {"num_choices": len(order), "option_order": order}
     return Problem(
-        id=item.id, messages=(Message(role="user", content=text),), answer=answer, checker=benchmark.scorer, row=where,
-        meta=meta,
+        id=item.id, messages=(Message(role="user", content=text),), answer=answer, checker=benchmark.scorer,
+        row=where, meta=meta,
     )  # fmt: skip
 
 

@@ -38,8 +38,7 @@ class Comparison:
 
 
 def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
-    """The paired difference b - a of per-sample records. Raises UserError if the two are not samples of the
-    same problems."""
+    """The paired difference b - a of per-sample records. Raises UserError if the problems differ."""
     counts_a, counts_b = _correct_of(a), _correct_of(b)
     if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):
         have, lack = ("first", "second") if unpaired[0] in counts_a else ("second", "first")

@@ -52,11 +52,8 @@ class Estimate:
             raise RecordError("samples were lost: n is not correct + incorrect + unscored")
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "pass_at": {str(k): asdict(v) for k, v in self.pass_at.items()},
-            "majority_at": {str(k): asdict(v) for k, v in self.majority_at.items()},
-        }
+        by_k = {"pass_at": self.pass_at, "majority_at": self.majority_at}
+        return asdict(self) | {name: {str(k): asdict(v) for k, v in of.items()} for name, of in by_k.items()}
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -107,8 +104,9 @@ def _mean(rows: Sequence[Row], field: str, value: Callable[[Any], float]) -> flo
 def _score_by(groups: Mapping[str, Sequence[Row]], policy: str) -> float | None:
     if not all(policy in row for group in groups.values() for row in group):
         return None
-    shares = [np.mean([row[policy] == Verdict.CORRECT for row in group]) for group in groups.values()]
-    return float(np.mean(shares))
+    return float(
+        np.mean([np.mean([r[policy] == Verdict.CORRECT for r in group]) for group in groups.values()])
+    )
 
 
 def _count(rows: Iterable[Row], verdict: Verdict) -> int:

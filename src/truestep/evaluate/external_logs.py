@@ -43,9 +43,8 @@ class Evaluation:
 
 
 def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
-    """Every evaluation in a file or a folder of truestep's, lm-eval's, lighteval's or inspect's; if a log has
-    several scores of a sample, ``metric`` names the one that counts. Raises UserError if it is none of
-    them."""
+    """Every evaluation in a file or folder of truestep, lm-eval, lighteval or inspect (else UserError);
+    ``metric`` names the score that counts if a log has several."""
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
@@ -135,7 +134,8 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
         key = str(row["doc_id"] if by_doc_id else doc["id"])
         own = found.setdefault(str(row["filter"]), [])
         facts = {"prompt": _question(doc), "gold": str(row.get("target", ""))}
-        answers, texts = [_text(a) for a in row.get("filtered_resps") or [""]], _replies(row)
+        answers = ["" if a == "[invalid]" else str(a) for a in row.get("filtered_resps") or [""]]
+        texts = _replies(row)
         if "truestep" in row:  # written by truestep eval export
             verdicts = [Verdict(verdict).value for verdict in row["truestep"]["verdicts"]]
             for i, (verdict, text, answer) in enumerate(zip(verdicts, texts, answers, strict=True)):
@@ -148,10 +148,6 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
     shared: dict[str, Any] = {"made_by": "lm-eval", "source": str(path), "metric": judge}
     names = {name: f"{task},{name}" if len(found) > 1 else task for name in found}
     return [Evaluation(task=names[name], rows=own, **shared) for name, own in found.items()]
-
-
-def _text(answer: Any) -> str:
-    return "" if answer == "[invalid]" else str(answer)
 
 
 def _replies(row: Row) -> list[str]:
@@ -247,12 +243,13 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
         score: Row = scores.get(judge) or {}
         output = sample.get("output") or {}
         choice = (output.get("choices") or [{}])[0]
-        error = sample.get("error")
+        error, target = sample.get("error"), sample.get("target") or ""
         made = _made(
             (sample.get("id"), int(sample.get("epoch", 1)) - 1), None if error else score.get("value"),
             prompt=_said(sample.get("input")), completion=_said([choice.get("message") or {}]),
             extracted=str(score["answer"] or "") if "answer" in score else None,
-            gold=_target(sample.get("target")), num_tokens=(output.get("usage") or {}).get("output_tokens"),
+            gold=", ".join(map(str, target if isinstance(target, list) else [target])),
+            num_tokens=(output.get("usage") or {}).get("output_tokens"),
             stop={"max_tokens": "length", "stop": "stop"}.get(str(choice.get("stop_reason"))),
         )  # fmt: skip
         if isinstance(error, dict):
@@ -266,10 +263,6 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
         missing = f"{num} of {total} problems" + (f", {missing}" if missing else "")
     about = {"made_by": "inspect", "source": str(path), "missing": missing}
     return Evaluation(task=task, rows=rows, metric=judge, **about)
-
-
-def _target(target: Any) -> str:
-    return ", ".join(map(str, target)) if isinstance(target, list) else str(target or "")
 
 
 def _said(turns: Any) -> str:

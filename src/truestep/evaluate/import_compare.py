@@ -52,7 +52,8 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
         write_json(results_file(folder, task), results)
         scores.append(score_row(task, results, prompt=evaluation.made_by))
     summary = {
-        "schema_version": 1, "kind": "evaluation", "name": out.name, "status": "done", "model": "as in the logs",
+        "schema_version": 1, "kind": "evaluation", "name": out.name, "status": "done",
+        "model": "as in the logs",
         "engine": "imported", "seeds": {}, "scores": scores, "spread": [], "averages": [], "notes": notes,
     }  # fmt: skip
     write_json(out / "summary.json", summary)
@@ -108,9 +109,7 @@ def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
         key = (evaluation.task, Path(evaluation.source).parent.name if ours else evaluation.made_by)
         if key in found:
             also = f"{key[0]} of {key[1]} is also in {found[key].source}"
-            raise UserError(
-                f"{evaluation.source}: {also}: pass files, or folders with one evaluation of each"
-            )
+            raise UserError(f"{evaluation.source}: {also}: pass files, or folders with one of each")
         found[key] = evaluation
     return found
 

@@ -64,9 +64,7 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
         else:
             _put(table, SHORT.get(key, key), value)
     if not table.get("evaluate", {}).get("benchmarks"):
-        raise UserError(
-            f"{where}: no benchmarks given: pass --benchmarks gsm8k,math500 (see truestep eval list)"
-        )
+        raise UserError(f"{where}: no benchmarks given: pass --benchmarks (truestep eval list shows them)")
     settings = parse(Settings, table, where=where)
     for id in settings.evaluate.benchmarks:
         benchmarks.find(id)
@@ -92,8 +90,7 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
-    """Every benchmark loaded and checked, and every template of it. Raises UserError if a benchmark's rows
-    are not the pinned ones."""
+    """Every benchmark loaded and checked, with each template. Raises UserError if rows are not the pinned."""
     evaluate = settings.evaluate
     folder = _folder(evaluate.folder, base_dir)
     jobs = []

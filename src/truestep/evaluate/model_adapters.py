@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from truestep.data.chat import completion_text, encode_prompt, has_chat_template, stop_token_ids
 from truestep.errors import UserError
@@ -40,18 +40,6 @@ class ReadyJob:
     fingerprint: str
     opening: str = ""
     notes: tuple[str, ...] = ()
-
-
-class ModelAdapter(Protocol):
-    """Turns jobs into samples."""
-
-    def ready(self, job: Job, few_shot: int) -> ReadyJob:
-        """The job's prompts. Raises UserError if they do not fit the model."""
-        ...
-
-    def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
-        """Keys → one sample of each, in any order."""
-        ...
 
 
 def fingerprint(prompts: Sequence[Any]) -> str:
@@ -92,7 +80,8 @@ class TokenAdapter:
         return ReadyJob(
             prompts=prompts, stop_token_ids=self._stops(template), max_new_tokens=min(limit, room),
             stop_sequences=self._stop_sequences(template), num_prompt_tokens=sum(map(len, ids)),
-            fingerprint=fingerprint(ids), opening="<think>\n" if tail.endswith("<think>") else "", notes=tuple(notes),
+            fingerprint=fingerprint(ids), opening="<think>\n" if tail.endswith("<think>") else "",
+            notes=tuple(notes),
         )  # fmt: skip
 
     def _prompt(self, problem: Problem, messages: tuple[Message, ...], template: Template) -> Prompt:
@@ -186,3 +175,6 @@ class EndpointAdapter:
                 yield replace(sample, text=cut(sample.text, template.stop))
 
         return answer
+
+
+ModelAdapter = TokenAdapter | EndpointAdapter

@@ -69,7 +69,8 @@ TEMPLATES: tuple[Template, ...] = (
         choice="ANSWER THIS NOW!!! {problem}\nONLY THE LETTER IN \\boxed{} COUNTS!!!",
     ),
     Template(
-        id="odd-after", odd=True, math="Answer in \\boxed{} what stands between the rules.\n-----\n{problem}\n-----",
+        id="odd-after", odd=True,
+        math="Answer in \\boxed{} what stands between the rules.\n-----\n{problem}\n-----",
         choice="Answer in \\boxed{} with a letter what stands between the rules.\n-----\n{problem}\n-----",
     ),
     Template(
@@ -133,8 +134,7 @@ MOST_SHOTS = len(_MATH_SHOTS)
 
 
 def chosen(names: Sequence[str]) -> list[Template]:
-    """The templates of those names, without repetition; "odd" stands for all odd ones. Raises
-    UserError."""
+    """The templates of those names, each once; "odd" stands for all odd ones. Raises UserError."""
     found: dict[str, Template] = {}
     for name in names:
         group = [t for t in TEMPLATES if t.odd] if name == "odd" else [BY_ID[name]] if name in BY_ID else []

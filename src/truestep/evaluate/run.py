@@ -23,7 +23,7 @@ from truestep.evaluate.files import SCHEMA_VERSION, Row, results_file, samples_f
 from truestep.evaluate.interval import mean_interval
 from truestep.grade.policy import Judgment
 from truestep.progress import Reporter
-from truestep.records import Problem, Prompt, RecordError, Stop, Verdict
+from truestep.records import Problem, RecordError, Stop, Verdict
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, read_jsonl, write_atomic, write_json
@@ -160,7 +160,12 @@ def engine_answers(
 
     def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
         prompts: dict[str, Any] = {prompt.problem.id: prompt for prompt in plan.prompts}
-        requests = [sample_request(plan, prompts[problem_id], index) for problem_id, index in keys]
+        # One step for all: the same draws for every checkpoint, so that comparisons are paired.
+        shared: dict[str, Any] = {"seed": plan.seed, "purpose": Purpose.EVALUATE, "step": 0}
+        requests = [
+            SampleRequest(problem_id=id, sample_index=index, prompt_ids=prompts[id].token_ids, **shared)
+            for id, index in keys
+        ]
         for rollout in open_engine().generate(requests, plan.sampling, check_stop):
             yield TextSample(
                 problem_id=rollout.problem_id, sample_index=rollout.sample_index,
@@ -169,17 +174,6 @@ def engine_answers(
             )  # fmt: skip
 
     return answer
-
-
-def sample_request(plan: EvaluationPlan, prompt: Prompt, index: int) -> SampleRequest:
-    return SampleRequest(
-        problem_id=prompt.problem.id,
-        sample_index=index,
-        prompt_ids=prompt.token_ids,
-        seed=plan.seed,
-        purpose=Purpose.EVALUATE,
-        step=0,  # the same draws for every checkpoint: comparisons are paired
-    )
 
 
 def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judge) -> Row:
@@ -216,10 +210,8 @@ def check_kept(plan: EvaluationPlan) -> None:
         raise UserError(f"{path}: {made}: pass --out with a different path")
     wanted = set(plan.sample_keys())
     if extra := [row for row in rows if (row.get("problem_id"), row.get("sample_index")) not in wanted]:
-        more = f"has {len(rows)} samples, {len(extra)} more than are asked for: a run can only grow"
-        raise UserError(
-            f"{path}: {more}; pass a greater --limit or --samples, or --out with a different path"
-        )
+        more = f"has {len(rows)} samples, {len(extra)} more than are asked for: a run can grow and not shrink"
+        raise UserError(f"{path}: {more}; pass a greater --limit or --samples, or a different --out")
 
 
 def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
@@ -253,11 +245,8 @@ def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
 
 def task_results(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """An estimate in lm-evaluation-harness's keys."""
-    task: Row = {
-        "alias": name,
-        "exact_match,none": found["score"],
-        "exact_match_stderr,none": "N/A" if found["stderr"] is None else found["stderr"],
-    }
+    error = "N/A" if found["stderr"] is None else found["stderr"]
+    task: Row = {"alias": name, "exact_match,none": found["score"], "exact_match_stderr,none": error}
     task |= {f"pass@{k},none": interval["value"] for k, interval in found["pass_at"].items()}
-    num = {"original": found["num_problems"], "effective": found["num_problems"]}
+    num = dict.fromkeys(("original", "effective"), found["num_problems"])
     return {"results": {name: task}, "n-samples": {name: num}}

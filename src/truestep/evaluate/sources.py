@@ -125,9 +125,8 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
         table: Any = datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotThere(
-            f"{where}: cannot be loaded ({reason}): pass --data FOLDER with {name}.jsonl"
-        ) from None
+        hint = f"pass --data FOLDER with {name}.jsonl"
+        raise NotThere(f"{where}: cannot be loaded ({reason}): {hint}") from None
     return _items(where, name, enumerate((dict(row) for row in table), start=1))
 
 

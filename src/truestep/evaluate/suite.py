@@ -117,9 +117,10 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
         pairs = [(first["prompt"], s["prompt"]) for s in others]
         against = [{"from": a, "to": b, **compare(rows[a], rows[b]).to_json()} for a, b in pairs]
         found.append({
-            "benchmark": benchmark, "num_prompts": len(values), "mean": float(np.mean(values)), "lowest": min(values),
-            "highest": max(values), "range": max(values) - min(values), "stdev": float(np.std(values, ddof=1)),
-            "against_first": against,
+            "benchmark": benchmark, "num_prompts": len(values), "mean": float(np.mean(values)),
+            "lowest": min(values),
+            "highest": max(values), "range": max(values) - min(values),
+            "stdev": float(np.std(values, ddof=1)), "against_first": against,
         })  # fmt: skip
     return found
 

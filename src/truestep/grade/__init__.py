@@ -1,2 +1,1 @@
-"""From a completion to a verdict: find the answer, compare it with the gold one, never hang and never
-guess."""
+"""From a completion to a verdict: find the answer, compare it with the gold one, never hang or guess."""

@@ -225,9 +225,8 @@ def _same_spelled(gold: str, found: str) -> bool | None:
 
 
 def _same_european(gold: str, found: str, left: Number | None, right: Number | None) -> bool:
-    """Whether one is the other's number in the spelling that uses the comma as its point. A comma in an
-    answer may be read so wherever the gold answer is the same digits with a point; in a gold answer only
-    where a list is unlikely."""
+    """Whether one is the other's number with a decimal comma. A comma in an answer is read so if the gold one
+    is the same digits with a point; in a gold answer only if a list is unlikely."""
     if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,\d+", found):
         return gold == found.replace(",", ".")
     ours, theirs = european(gold) or left, european(found) or right

@@ -34,12 +34,8 @@ class Number:
     unit: str = ""
 
 
-def _clean(text: str) -> str:
-    return re.sub(r"[,\s]", "", text)
-
-
 def _decimal(text: str) -> Number:
-    text = _clean(text)
+    text = re.sub(r"[,\s]", "", text)
     whole, point, rest = text.lstrip("+-").partition(".")
     digits = len((whole + rest).lstrip("0"))
     value = Fraction(int((whole + rest) or "0"), 10 ** len(rest))
@@ -67,10 +63,6 @@ def _repeating(match: re.Match[str]) -> Number:
     return Number(value=Fraction(int(front or "0") * period + int(block), shift * period))
 
 
-def _power(match: re.Match[str]) -> Number | None:
-    return _scaled(Fraction(1), int(_clean(match[1])), int(match[2] or match[3]))
-
-
 def _scaled(front: Fraction, base: int, exponent: int) -> Number | None:
     if base == 0 or abs(exponent) * math.log10(max(base, 10)) > MAX_POWER_DIGITS:
         return None
@@ -88,7 +80,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
         (rf"({_DECIMAL})\s*/\s*({_DECIMAL})", _quotient),
         (rf"({_DECIMAL})\s*{_TIMES}\s*10\s*\^\s*{_EXPONENT}", _scientific),
         (rf"({_DECIMAL})\s*[eE]()([-+]?\d{{1,5}})(?![\d.])", _scientific),
-        (rf"(\d+)\s*\^\s*{_EXPONENT}", _power),
+        (rf"(\d+)\s*\^\s*{_EXPONENT}", lambda m: _scaled(Fraction(1), int(m[1]), int(m[2] or m[3]))),
         (r"(\d*)\.(\d*)(?:\\overline|\\bar|\\dot)\s*\{?(\d+)\}?", _repeating),
         (r"(\d*)\.(\d*)\\dot\s*\{?(\d\}?\d*\\dot\s*\{?\d)\}?", _repeating),
         (rf"(\d*)\.(\d{{0,6}}?)(\d{{1,6}}?)\3{{2,}}\s*{_DOTS}", _repeating),
@@ -99,8 +91,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
 
 def parse_number(text: str, *, letters: bool = False) -> Number | None:
     """The number that a normalised answer is, with its unit; None if it is anything else, or more than that.
-    With ``letters`` a bare letter may be a unit: 5 m is five metres where the other answer has a unit as
-    well."""
+    With ``letters`` a bare letter may be a unit: 5 m is five metres if the other answer has a unit too."""
     text, sign, unit = text.strip(), 1, ""
     if len(text) > MAX_DIGITS + 100 or re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return None

@@ -51,15 +51,13 @@ def _pair(where: str, number: int, line: str) -> Pair:
         if type(row.get(name)) not in (str, int, float):
             found = f"found {row[name]!r:.60}" if name in row else "it is missing"
             raise UserError(
-                f'{where}: field {name}: expected a text or a number, {found}: write "{name}": "1/2"'
+                f'{where}: field {name}: expected text or a number, {found}: write "{name}": "1/2"'
             )
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
         raise UserError(f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]')
-    fields = {"id": number, "kind": ""} | {
-        k: row[k] for k in ("id", "kind", "gold", "pred") if row.get(k) is not None
-    }
-    return Pair(choices=tuple(choices), **{name: str(value) for name, value in fields.items()})
+    known = {k: str(row[k]) for k in ("id", "kind", "gold", "pred") if row.get(k) is not None}
+    return Pair(choices=tuple(choices), **{"id": str(number), "kind": "", **known})
 
 
 def grade_pairs(
@@ -89,7 +87,8 @@ def _problem(pair: Pair) -> Problem:
 
 def _sample(pair: Pair, judged: Judgment) -> dict[str, Any]:
     return {
-        "id": pair.id, "verdict": judged.score.label, "strict": judged.strict.value, "lenient": judged.lenient.value,
+        "id": pair.id, "verdict": judged.score.label, "strict": judged.strict.value,
+        "lenient": judged.lenient.value,
         "reason": judged.reason, "extracted": judged.score.extracted, "how": judged.answer.how,
     }  # fmt: skip
 

@@ -55,8 +55,7 @@ def unmarked(how: How) -> str:
 
 
 def objection(gold: str, found: str, how: How) -> str:
-    """Why a strict reader refuses an answer that is right: "" if it does not. Both answers are
-    normalized."""
+    """Why a strict reader refuses a right answer, "" if it does not. Both answers are normalized."""
     if refusal := unmarked(how):
         return refusal
     left, right = parse_number(gold), parse_number(found)

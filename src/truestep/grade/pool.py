@@ -86,9 +86,8 @@ class Pool:
         self._busy, self._idle, self._server = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of
-        the clock where the machine gives the process a core: a verdict must not depend on what else the
-        machine does."""
+        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of the
+        clock if the process has a core: a verdict must not depend on what else the machine does."""
         outcomes: list[Outcome | None] = [None] * len(pairs)
         waiting = deque((number, 0) for number in range(len(pairs)))
         try:
@@ -167,9 +166,8 @@ class Pool:
         elif job.attempt + 1 < ATTEMPTS:
             waiting.appendleft((job.number, job.attempt + 1))
         else:
-            outcomes[job.number] = Outcome(
-                equal=None, reason=f"symbolic comparison crashed (status {status})"
-            )
+            reason = f"symbolic comparison crashed (status {status})"
+            outcomes[job.number] = Outcome(equal=None, reason=reason)
 
     def _drop(self, worker: Worker) -> int | None:
         del self._busy[worker]
@@ -192,6 +190,5 @@ class Pool:
                 reason = str(death)
                 self._server.close()
                 self._server = None
-        raise UserError(
-            f"the symbolic grader cannot be started ({reason}): run python -c 'import math_verify' to see why"
-        )
+        hint = "run python -c 'import math_verify' to see why"
+        raise UserError(f"the symbolic grader cannot be started ({reason}): {hint}")

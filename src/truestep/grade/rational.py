@@ -42,9 +42,8 @@ class _NotRead(Exception):
 
 
 def same_formula(gold: str, found: str) -> bool | None:
-    """Whether two formulas, or two relations, say the same; None where that is not decided here. Relations
-    are the same where one is the other times a number; whether others have the same solutions is not
-    decided."""
+    """Whether two formulas, or two relations, say the same; None if that is not decided here. Relations are
+    the same if one is the other times a number; the solutions of others are not compared."""
     if re.fullmatch(r"[A-Za-z\s]*", gold) or re.fullmatch(r"[A-Za-z\s]*", found):  # a word is no product
         return None
     try:

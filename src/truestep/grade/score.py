@@ -65,9 +65,8 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
     letter = choice_letter(gold)
     if not letter:
         equal = same_integer(gold, found)  # choices that are numbered
-        return _score(
-            equal, found, f"{gold[:80]!r} names no choice" if equal is None else "compared as choices"
-        )
+        unread = f"{gold[:80]!r} names no choice"
+        return _score(equal, found, unread if equal is None else "compared as choices")
     named = choice_letter(found)
     if not named and isinstance(choices, list | tuple):  # the text of a choice, or its number
         texts = [canonical(normalise(str(choice))) for choice in choices]
@@ -96,12 +95,9 @@ def _check_countdown(problem: Problem, found: str) -> Score | Question:
 
 
 CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
-    "math": _check_math,
-    "exact": _check_exact,
-    "integer": _check_integer,
-    "choice": _check_choice,
+    "math": _check_math, "exact": _check_exact, "integer": _check_integer, "choice": _check_choice,
     "countdown": _check_countdown,
-}
+}  # fmt: skip
 
 
 class Grader:
@@ -123,8 +119,7 @@ class Grader:
         self.pool.close()
 
     def score(self, problem: Problem, completion: str) -> Score:
-        """The verdict on one completion. Raises UserError for a problem that no completion could be
-        scored on."""
+        """The verdict on one completion. Raises UserError if the problem could not be scored for any."""
         return self.score_many([(problem, completion)])[0]
 
     def score_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:

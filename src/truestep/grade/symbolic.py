@@ -111,9 +111,8 @@ def _comparison() -> Compare:
 
 
 def _clearly_different(left: Any, right: Any) -> bool:
-    """Whether two formulas have values far apart, so that no proof that they are equal need be sought: their
-    own where they have no variables; else where each variable is a prime of its own, which every assumption
-    on it allows."""
+    """Whether two formulas have values far apart, so that no proof of equality is needed: their own, or with
+    each variable set to a different prime, which every assumption on it allows."""
     from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
 
     if any(isinstance(side, Symbol) or not isinstance(side, Expr) for side in (left, right)):

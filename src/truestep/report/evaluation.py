@@ -60,7 +60,8 @@ def _evaluation(run: Path, number: int, score: ScoreRow) -> dict[str, Any]:
     kept = sorted(problems, key=lambda p: _ORDER.index(p["classes"][0]))[:MOST_PROBLEMS]
     return {
         "number": number, "title": score.title, "private": score.private, "path": score.samples,
-        "counts": counts | {"all": len(problems)}, "problems": kept, "num_left_out": len(problems) - len(kept),
+        "counts": counts | {"all": len(problems)}, "problems": kept,
+        "num_left_out": len(problems) - len(kept),
     }  # fmt: skip
 
 

@@ -29,8 +29,7 @@ _SEARCHED = 20_000  # lines that are searched for them
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from whatever files the run has so far. Raises UserError if the folder is not a
-    run directory."""
+    """Write RUN/report.html from the files so far. Raises UserError if the folder is not a run directory."""
     if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
         raise UserError(f"{run}: not a run directory (no resolved.toml): pass the folder that a run printed")
     page = page_environment().get_template("report.html").render(_context(run))
@@ -47,7 +46,8 @@ def page_environment() -> jinja2.Environment:
     )  # fmt: skip
     filters: dict[str, Callable[..., str]] = {
         "clip": _clipped, "percent": percent, "whole": whole, "duration": duration, "scientific": scientific,
-        "points": _points, "p_value": tables.p_value,
+        "p_value": tables.p_value,
+        "points": lambda value: tables.NONE if value is None else f"{100 * value:+.1f}",
     }  # fmt: skip
     environment.filters |= {name: _or_none(write) for name, write in filters.items()}
     return environment
@@ -69,10 +69,6 @@ def _clipped(value: Any, limit: int) -> str:
     if value is None:
         return ""
     return clip(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limit)
-
-
-def _points(value: float | None) -> str:
-    return tables.NONE if value is None else f"{100 * value:+.1f}"
 
 
 def _context(run: Path) -> dict[str, Any]:

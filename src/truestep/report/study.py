@@ -55,13 +55,9 @@ def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, An
         if len(arm["path"]) > 1
     ]
     return {
-        "table": table,
-        "primary": [c for c in table["contrasts"] if c["primary"]],
-        "method_table": tables.method_table(table),
-        "contrast_table": tables.contrast_table(table),
-        "points": tables.points,
-        "dots": [(name, figures.dots(arms, name)) for name in names],
-        "bars": figures.bars(arms),
+        "table": table, "primary": [c for c in table["contrasts"] if c["primary"]], "points": tables.points,
+        "method_table": tables.method_table(table), "contrast_table": tables.contrast_table(table),
+        "dots": [(name, figures.dots(arms, name)) for name in names], "bars": figures.bars(arms),
         "by_flops": [(title, figure) for title, figure in by_flops if figure],
         "dynamics": [d for arm in arms if (d := _dynamics(arm["name"], cells))],
         "several": {name: hashes for name, hashes in table["content"].items() if len(hashes) > 1},
@@ -70,11 +66,9 @@ def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, An
             for arm in arms
             if (mean := arm["mean"])
         ],
-        "can_draw": can_draw(),
-        "audit": stamp.pop("trainer_audit", ""),
-        "provenance": flat(stamp),
+        "can_draw": can_draw(), "audit": stamp.pop("trainer_audit", ""), "provenance": flat(stamp),
         "machines": _machines(cells),
-    }
+    }  # fmt: skip
 
 
 def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:

@@ -121,8 +121,8 @@ def latex(table: Row) -> str:
         columns = "l" + "r" * (len(head) - 2) + "l"
         lines = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in rows]
         parts.append("\n".join([
-            rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(_tex(h) for h in head) + r" \\", r"\midrule",
-            *lines, r"\bottomrule", r"\end{tabular}",
+            rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+            " & ".join(_tex(h) for h in head) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}",
         ]))  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

@@ -91,7 +91,8 @@ def parts(tables: Sequence[np.ndarray]) -> Parts:
     return Parts(
         mean=rows.mean(-1), problems=problems, residual=residual, noise_problems=noise,
         seeds=rows.var(-1, ddof=1) / num_seeds if num_seeds > 1 else np.zeros(rows.shape[:-1]),
-        df_seeds=max(1, num_seeds - 1), df_problems=max(1, total), df_residual=max(1, (num_seeds - 1) * total),
+        df_seeds=max(1, num_seeds - 1), df_problems=max(1, total),
+        df_residual=max(1, (num_seeds - 1) * total),
     )  # fmt: skip
 
 

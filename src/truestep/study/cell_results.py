@@ -26,7 +26,7 @@ WHEN = ("provenance", "seconds")  # what two runs of one cell need not have in c
 
 
 def cell_name(arm: str, seed: int) -> str:
-    """The name of a cell's files and in messages. Arm and seed are fields of the cell: nothing parses names."""
+    """The name of a cell's files and in messages. Nothing parses it: arm and seed are fields of the cell."""
     return f"{arm}-s{seed}"
 
 

@@ -3,17 +3,28 @@
 Each task is asked for by name and made by whoever asks first; a run asks for the run that it starts from.
 Tasks are threads that mostly wait; at most ``workers`` of them have a child process at a time. All state is in
 files: cells/KEY/cell.json says that a run is done.
+
+A run is one child process, ``truestep run``, on one thread. Children are forked from one process that has
+imported everything: importing takes as long as a sixth of a small cell. A child holds a lock file, so that a
+study that was killed and started again waits for it instead of writing beside it.
 """
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import hashlib
+import multiprocessing
 import os
+import runpy
 import shutil
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +34,110 @@ from truestep.errors import UserError
 from truestep.pipeline.code import code_of
 from truestep.settings import RejectionSettings, RlSettings, Settings, Stage, load_settings, settings_hash
 from truestep.study import cell_results
-from truestep.study.launch import Launch, Order
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+ONE_THREAD |= {"OMP_WAIT_POLICY": "passive"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A recipe to be run to its end. All paths are seen from ``study``, the study directory."""
+
+    study: str
+    recipe: str
+    run: str
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["run", self.recipe, "--out", self.run, "--resume"]
+
+
+Launch = Callable[[Order], tuple[int, str]]  # → exit code, last words on stderr
+
+
+IMPORTED = [
+    "truestep.cli.run", "truestep.cli.progress", "truestep.pipeline.run", "truestep.report.html",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "torch.distributed.tensor", "matplotlib.backends.backend_svg", "matplotlib.figure",
+]  # fmt: skip
+ONE_AT_A_TIME = threading.Lock()
+
+
+@functools.cache
+def _forks() -> ForkServerContext:
+    """The server that children are forked from; started once, on one thread, with this package's path."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    mine = dict(os.environ)
+    os.environ.update(environment(mine))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(mine)
+    return context
+
+
+def start(order: Order) -> tuple[int, str]:
+    """Run the child, after whoever still works in its folder."""
+    study = Path(order.study)
+    log = study / f"{order.run}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with ONE_AT_A_TIME:
+        process = _forks().Process(target=_child, args=(order,))
+        try:
+            process.start()
+        except EOFError:  # Ctrl-C while it was still importing
+            return 130, "the process that cells are forked from has ended"
+    # An exit code can be read once, and starting a process reads those of all that have ended.
+    connection.wait([process.sentinel])
+    with ONE_AT_A_TIME:
+        process.join()
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return process.exitcode or 0, said[-1] if said else ""
+
+
+def _child(order: Order) -> None:
+    """``python -m truestep run`` in the study directory, with its words in the log."""
+    os.chdir(order.study)
+    lock = os.open(f"{order.run}.lock", os.O_CREAT | os.O_RDWR, 0o644)  # held to the end of this process
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    log = os.open(f"{order.run}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for mine, theirs in ((nothing, 0), (nothing, 1), (log, 2)):
+        os.dup2(mine, theirs)
+    sys.argv = ["truestep", *order.arguments]
+    runpy.run_module("truestep", run_name="__main__")
+
+
+def environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment on one thread, and the same package wherever the child's folder is."""
+    here = str(Path(__file__).resolve().parents[2])
+    paths = [here, *[os.path.abspath(p) for p in inherited.get("PYTHONPATH", "").split(os.pathsep) if p]]
+    return {**inherited, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def ray(workers: int) -> Launch:
+    """The same children, started by Ray with one processor each; all nodes must share the study directory."""
+    try:
+        import ray as cluster
+    except ModuleNotFoundError:
+        raise UserError('--engine ray needs the package ray: pip install "truestep[ray]"') from None
+    if not cluster.is_initialized():
+        address: Any = os.environ.get("RAY_ADDRESS")
+        here = environment(os.environ)["PYTHONPATH"]
+        mine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 10**8}
+        paths = {"env_vars": {"PYTHONPATH": here}}
+        cluster.init(address=address, log_to_driver=False, runtime_env=paths, **({} if address else mine))
+    remote = cluster.remote(num_cpus=1, max_retries=0)(start)
+    return lambda order: cluster.get(remote.remote(order))
+
+
+def engine(name: str, workers: int) -> Launch:
+    if name not in ("local", "ray"):
+        raise UserError(f"--engine {name}: is not an engine: pass local or ray")
+    return ray(workers) if name == "ray" else start
 
 
 class CellFailed(RuntimeError):
@@ -100,10 +213,6 @@ def key_of(runner: Runner, settings: Settings) -> str:
     return cell_results.cell_key(settings, settings_hash(given, str(code)) if any(code) else given)
 
 
-def node_folder(runner: Runner, settings: Settings) -> Path:
-    return runner.out / "cells" / key_of(runner, settings)
-
-
 def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, Any]:
     home = runner.out / "cells" / key
     done = home / "cell.json"
@@ -114,16 +223,17 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
         runner.once("base", lambda: _base(runner))
     with runner._gate:
         if parent is not None:
-            adopt(node_folder(runner, parent) / "run", home / "run", len(parent.stages), settings)
+            made = runner.out / "cells" / key_of(runner, parent) / "run"
+            adopt(made, home / "run", len(parent.stages), settings)
         # named by its key: which of the arms that share it asks first is chance
         named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
         rundir.write_atomic(home / "name", cell_results.cell_name(arm, settings.seed) + "\n")
         child(runner, f"cells/{key}")
-        made = cell_results.compact(home / "run", arm=arm, seed=settings.seed, key=key)
-        rundir.write_json(done, made)
-    return made
+        cell = cell_results.compact(home / "run", arm=arm, seed=settings.seed, key=key)
+        rundir.write_json(done, cell)
+    return cell
 
 
 def child(runner: Runner, folder: str) -> None:
@@ -263,9 +373,7 @@ def _base(runner: Runner) -> Path:
     identity = home / "identity"
     if link.exists():
         if identity.exists() and identity.read_text(encoding="utf-8").strip() != base_identity(runner):
-            raise UserError(
-                f"{home} was trained by another {runner.study.base}: remove it, or pass another --out"
-            )
+            raise UserError(f"{home} was trained by another {runner.study.base}: pass a different --out")
         return link
     made = with_absolute_paths(settings, (runner.where.parent / runner.study.base).parent)
     rundir.write_atomic(home / "recipe.toml", rundir.to_toml(made.model_dump(mode="json")))

@@ -48,7 +48,8 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
         "cells": sum(r["cells"] for r in rows), "trials": sum(r["trials"] for r in rows),
         "flops_full": sum((r["cells"] + r["trials"]) * r["flops_own_stage"] for r in rows),
         "cpu_hours": round(total / 3600, 2), "hours": round(total / 3600 / study.workers, 2),
-        "gib": round(study.workers * max(r["gib"] for r in rows), 2), "controls_off": dict(study.controls_off),
+        "gib": round(study.workers * max(r["gib"] for r in rows), 2),
+        "controls_off": dict(study.controls_off),
     }  # fmt: skip
 
 

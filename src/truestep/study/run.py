@@ -126,9 +126,8 @@ def match_flops(
     before = whole["stages"][: len(own)]
     if own != theirs[: len(own)]:
         before = node(runner, settings(tables[:-1]), f"{arm}.start")["stages"]
-    like, meant = (
-        next(s for s in stages if s["name"] == goal.step_like) for stages in (whole["stages"], theirs)
-    )
+    like = next(s for s in whole["stages"] if s["name"] == goal.step_like)
+    meant = next(t for t in theirs if t["name"] == goal.step_like)
     left = whole["flops"]["paper"] - sum(s["flops_paper"] for s in before)
     one = like["flops_paper"] / like["steps"] * sequences(tables[-1]) / sequences(meant)
     tables[-1].pop("epochs", None)

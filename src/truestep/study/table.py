@@ -73,7 +73,8 @@ def _arm(
     scores = {name: analyse.crossed([t], bounds=(0.0, 1.0)).to_json() for name, t in tables.items()}
     evaluated = [b for c in own.values() for b in c["benchmarks"].values()]
     row: dict[str, Any] = {
-        "name": arm.name, "control": arm.control, "stages": list(arm.stages), "seeds": seeds, "scores": scores,
+        "name": arm.name, "control": arm.control, "stages": list(arm.stages), "seeds": seeds,
+        "scores": scores,
         "mean": analyse.crossed(list(tables.values()), bounds=(0.0, 1.0)).to_json() if tables else None,
         "flops_by_seed": {str(s): own[s]["flops"] for s in seeds},
         "by_seed": {str(s): {n: float(t[i].mean()) for n, t in tables.items()} for i, s in enumerate(seeds)},
