@@ -63,7 +63,7 @@ class EvaluationPlan:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise UserError(f"data.{self.name}: a name must be a file name: use only letters, digits, . _ -")
+            raise UserError(f"data.{self.name}: the name is a file name: use only letters, digits, . _ -")
         ids = Counter(prompt.problem.id for prompt in self.prompts)
         if not ids:
             raise UserError(f"{self.name}: no problems: expected at least one, set limit >= 1")
