@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,16 @@ def _own_loop(target: str, arch: str) -> Subject:
     if not path.is_file():
         raise UserError(f"{file} does not exist: pass FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
-    configuration = registry.Configuration(options=options)
-    return Subject(
-        name=f"{path.name}:{function}", script="user_loop", needs=("torch",), configurations=[configuration]
-    )
+    one, name = registry.Configuration(options=options), f"{path.name}:{function}"
+    return Subject(name=name, script="user_loop", needs=("torch",), configurations=[one])
 
 
 def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
     found = [s for s in subjects if only.lower() in s.name.lower()]
     if not found:
         known = ", ".join(s.name for s in (subjects or registry.TABLE))
-        raise UserError(
-            f"{where} has nothing to audit{f' whose name contains {only!r}' if only else ''}; known: {known}"
-        )
+        narrowed = f" whose name contains {only!r}" if only else ""
+        raise UserError(f"{where} has nothing to audit{narrowed}; known: {known}")
     return found
 
 
@@ -155,11 +152,8 @@ def run(
     began = time.monotonic()
     try:
         for index, (subject, configuration) in enumerate(pairs):
-            left = (
-                f", about {(time.monotonic() - began) / index * (len(pairs) - index):.0f} s left"
-                if index
-                else ""
-            )
+            seconds = (time.monotonic() - began) / max(1, index) * (len(pairs) - index)
+            left = f", about {seconds:.0f} s left" if index else ""
             said = words.configuration_in_words(configuration.to_json())
             say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {said}{left}")
             finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
@@ -172,13 +166,9 @@ def run(
             findings.append(finding)
     except KeyboardInterrupt:
         say(f"interrupted: {len(findings)} of {len(pairs)} were audited; the others are shown as NOT RUN")
-        for subject, configuration in pairs[len(findings) :]:
-            shown = configuration.to_json()
-            findings.append(
-                Finding(
-                    subject=subject.name, configuration=shown, verdict=Verdict.NOT_RUN, reasons=(INTERRUPTED,)
-                )
-            )
+        rest: dict[str, Any] = {"verdict": Verdict.NOT_RUN, "reasons": (INTERRUPTED,)}
+        left_out = [(s.name, c.to_json()) for s, c in pairs[len(findings) :]]
+        findings += [Finding(subject=name, configuration=shown, **rest) for name, shown in left_out]
     return findings
 
 
@@ -202,18 +192,12 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
 
 def absent(python: Path, only: str) -> list[Finding]:
     """What this python has not installed: named, so that a missing row is never taken for a right one."""
-    found = environment.installed(python)
-    return [
-        Finding(
-            subject=s.name,
-            configuration={},
-            verdict=Verdict.NOT_RUN,
-            reasons=(cause("", "not_installed", packages=missing),),
-        )
-        for s in registry.TABLE
-        if only.lower() in s.name.lower()
-        and (missing := [n for n in (*s.needs, *s.brings) if n not in found])
-    ]
+    found, findings = environment.installed(python), []
+    for s in [s for s in registry.TABLE if only.lower() in s.name.lower()]:
+        if missing := [n for n in (*s.needs, *s.brings) if n not in found]:
+            why = (cause("", "not_installed", packages=missing),)
+            findings.append(Finding(subject=s.name, configuration={}, verdict=Verdict.NOT_RUN, reasons=why))
+    return findings
 
 
 def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path | None]) -> None:
@@ -229,12 +213,16 @@ def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path
     if as_json:
         typer.echo(json.dumps(formats.to_document(rows, stamp), allow_nan=False))
         return
-    from rich.console import Console
-
     from truestep.audit.present.table import findings_table
 
+    _print(lambda width: findings_table(rows, width=width))
+
+
+def _print(table: Callable[[int], Any]) -> None:
+    from rich.console import Console
+
     console = Console(highlight=False)
-    console.print(findings_table(rows, width=min(console.width, 120)))
+    console.print(table(min(console.width, 120)))
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
@@ -269,18 +257,13 @@ def past(folder: Path, *, as_json: bool) -> None:
 
     answers = look_back(folder)
     if as_json:
-        typer.echo(
-            json.dumps(
-                {"schema": 1, "folder": str(folder), "answers": [words.answer_row(a) for a in answers]}
-            )
-        )
+        rows = [words.answer_row(a) for a in answers]
+        typer.echo(json.dumps({"schema": 1, "folder": str(folder), "answers": rows}))
     else:
-        from rich.console import Console
-
         from truestep.audit.present.table import answers_table
 
-        console = Console(highlight=False)
-        console.print(answers_table(answers, width=min(console.width, 120)))
+        _print(lambda width: answers_table(answers, width=width))
+
     found = {a.answer for a in answers}
     raise typer.Exit(1 if "affected" in found else 4 if "unknown" in found else 0)
 
@@ -293,28 +276,24 @@ def bisect(
         raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
     first, last = bisection.parse_range(text)
     releases = bisection.releases_between(Path(sys.executable), target, first, last)
-    say(
-        f"{len(releases)} releases from {first} to {last}; assuming that the faulty ones are one contiguous interval"
-    )
+    assumed = "assuming that the faulty ones are one contiguous interval"
+    say(f"{len(releases)} releases from {first} to {last}; {assumed}")
 
     def probe(version: str) -> bool | None:
         subjects, python = select(f"{target}=={version}", None, only=only, arch="")
         finding = audit_one(subjects[0], subjects[0].configurations[0], python, seed=seed, timeout=timeout)
         say(f"{target} {version}: {finding.verdict}  {words.found_in_words(words.row_of(finding))}")
-        return (
-            None
-            if finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
-            else finding.verdict == Verdict.FAULT
-        )
+        seen = finding.verdict not in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
+        return finding.verdict == Verdict.FAULT if seen else None
 
     found = bisection.search(releases, probe, known_bad)
     document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(releases), **vars(found)}
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
-        typer.echo(
-            f"first bad {found.first_bad}, last bad {found.last_bad} ({len(found.tried)} releases run)"
-        )
+        ran = f"({len(found.tried)} releases run)"
+        typer.echo(f"first bad {found.first_bad}, last bad {found.last_bad} {ran}")
+
     else:
         typer.echo(f"no faulty release found ({len(found.tried)} of {len(releases)} run)")
     raise typer.Exit(1 if found.first_bad else 0)

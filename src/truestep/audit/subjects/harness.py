@@ -153,9 +153,13 @@ def deepspeed_settings(spec: Spec, stage: int, batch: int | str, accumulation: i
     if spec.options.get("offload", False):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     return {
-        "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": accumulation,
-        "zero_optimization": zero, "gradient_clipping": spec.max_grad_norm, "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": zero,
+        "gradient_clipping": spec.max_grad_norm,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": spec.dtype is torch.bfloat16},
     }
 

@@ -53,7 +53,10 @@ def arguments(spec: harness.Spec) -> SimpleNamespace:
         eval=SimpleNamespace(steps=NEVER),
         ckpt=SimpleNamespace(save_steps=NEVER),
         train=SimpleNamespace(batch_size=batch_size, dynamic_batch_enable=False),
-        local_rank=-1, aux_loss_coef=0.0, packing_samples=False, train_batch_size=batch_size,
+        local_rank=-1,
+        aux_loss_coef=0.0,
+        packing_samples=False,
+        train_batch_size=batch_size,
         **dict.fromkeys(("use_wandb", "use_tensorboard")),
         **dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), NEVER),
     )
