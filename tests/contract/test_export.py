@@ -179,7 +179,7 @@ def table_rows(card: str, first: str) -> list[list[str]]:
 def test_the_card_says_data_seeds_work_and_scores_with_intervals() -> None:
     card = model_card("tiny-sums", "org/base-1.5B", STAGES, SCORES, PROVENANCE)
     assert table_rows(card, "warm") == [["warm", "sft", "–", "sums", "7", "200", "1.25e+15"]]
-    assert table_rows(card, "rl") == [["rl", "rl", "grpo_token_mean", "sums", "9", "50", "–"]]
+    assert table_rows(card, "rl") == [["rl", "rl", r"grpo\_token\_mean", "sums", "9", "50", "–"]]
     assert table_rows(card, "test") == [["test", "avg@8", "0.500", "0.400 to 0.612", "30", "–"]]
     for fact in ("abc123, changed", "truestep run r.toml", "torch 2.13.0"):
         assert fact in card

@@ -111,7 +111,7 @@ def test_a_demonstration_that_is_too_long_leaves_its_problem_out(tmp_path: Path)
 def test_options_that_cannot_be(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "tiny", "grpo")
     for options, words in (
-        ('{kl = "k4", kl_coef = 0.1}', "k1, k2, k3 or reward"),
+        ('{kl = "k4", kl_coef = 0.1}', "k1, k2, k3, reward"),
         ('{kl = "k3"}', "give both or neither"),
         ('{correction = "tis"}', "truncate"),
     ):

@@ -32,12 +32,8 @@ def audit_step() -> Callable[..., Finding]:
             if fail:
                 raise
             name, why = getattr(step, "__qualname__", "step"), f"{type(error).__name__}: {error}"
-            finding = Finding(
-                subject=name,
-                configuration={},
-                verdict=Verdict.NOT_RUN,
-                reasons=(cause("", "said", text=why),),
-            )
+            reasons, verdict = (cause("", "said", text=why),), Verdict.NOT_RUN
+            finding = Finding(subject=name, configuration={}, verdict=verdict, reasons=reasons)
         if fail and finding.verdict not in (Verdict.RIGHT, Verdict.DEFAULT):
             pytest.fail(as_text(row_of(finding)), pytrace=False)
         return finding

@@ -91,7 +91,7 @@ def _own_loop(target: str, arch: str) -> Subject:
     if not path.is_file():
         raise UserError(f"{file} does not exist; pass FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
-    name, one = f"{path.name}:{function}", registry.Configuration(options=options)
+    one, name = registry.Configuration(options=options), f"{path.name}:{function}"
     return Subject(name=name, script="user_loop", needs=("torch",), configurations=[one])
 
 
@@ -99,8 +99,8 @@ def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
     found = [s for s in subjects if only.lower() in s.name.lower()]
     if not found:
         known = ", ".join(s.name for s in (subjects or registry.TABLE))
-        named = f" whose name contains {only!r}" if only else ""
-        raise UserError(f"{where} has nothing to audit{named}; known: {known}")
+        narrowed = f" whose name contains {only!r}" if only else ""
+        raise UserError(f"{where} has nothing to audit{narrowed}; known: {known}")
     return found
 
 
@@ -151,8 +151,8 @@ def run(
         for index, (subject, configuration) in enumerate(pairs):
             seconds = (time.monotonic() - began) / max(1, index) * (len(pairs) - index)
             left = f", about {seconds:.0f} s left" if index else ""
-            shown = words.configuration_in_words(configuration.to_json())
-            say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {shown}{left}")
+            said = words.configuration_in_words(configuration.to_json())
+            say(f"audit {index + 1}/{len(pairs)}  {subject.name}: {said}{left}")
             finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
             if finding.verdict is Verdict.FAULT and remedies_for is not None:
                 say("  looking for a remedy")
@@ -163,7 +163,9 @@ def run(
             findings.append(finding)
     except KeyboardInterrupt:
         say(f"interrupted: {len(findings)} of {len(pairs)} were audited; the others are shown as NOT RUN")
-        findings += [_not_run(s.name, c.to_json(), INTERRUPTED) for s, c in pairs[len(findings) :]]
+        rest: dict[str, Any] = {"verdict": Verdict.NOT_RUN, "reasons": (INTERRUPTED,)}
+        left_out = [(s.name, c.to_json()) for s, c in pairs[len(findings) :]]
+        findings += [Finding(subject=name, configuration=shown, **rest) for name, shown in left_out]
     return findings
 
 
@@ -190,11 +192,13 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
 
 
 def absent(python: Path, only: str) -> list[Finding]:
-    """The subjects that are not installed, as findings, so that none looks right because it is missing."""
-    found = environment.installed(python)
-    chosen = [s for s in registry.TABLE if only.lower() in s.name.lower()]
-    missing = {s.name: [n for n in (*s.needs, *s.brings) if n not in found] for s in chosen}
-    return [_not_run(n, {}, cause("", "not_installed", packages=m)) for n, m in missing.items() if m]
+    """What this python has not installed: named, so that a missing row is never taken for a right one."""
+    found, findings = environment.installed(python), []
+    for s in [s for s in registry.TABLE if only.lower() in s.name.lower()]:
+        if missing := [n for n in (*s.needs, *s.brings) if n not in found]:
+            why = (cause("", "not_installed", packages=missing),)
+            findings.append(Finding(subject=s.name, configuration={}, verdict=Verdict.NOT_RUN, reasons=why))
+    return findings
 
 
 def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path | None]) -> None:
@@ -212,14 +216,14 @@ def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path
         return
     from truestep.audit.present.table import findings_table
 
-    _print(findings_table, rows)
+    _print(lambda width: findings_table(rows, width=width))
 
 
-def _print(table: Callable[..., Any], rows: Sequence[Any]) -> None:
+def _print(table: Callable[[int], Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(table(rows, width=min(console.width, 120)))
+    console.print(table(min(console.width, 120)))
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
@@ -259,7 +263,8 @@ def past(folder: Path, *, as_json: bool) -> None:
     else:
         from truestep.audit.present.table import answers_table
 
-        _print(answers_table, answers)
+        _print(lambda width: answers_table(answers, width=width))
+
     found = {a.answer for a in answers}
     raise typer.Exit(1 if "affected" in found else 4 if "unknown" in found else 0)
 
@@ -272,22 +277,24 @@ def bisect(
         raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
     first, last = bisection.parse_range(text)
     releases = bisection.releases_between(Path(sys.executable), target, first, last)
-    say(f"{len(releases)} releases from {first} to {last}; the faulty ones are assumed to be one interval")
+    assumed = "assuming that the faulty ones are one contiguous interval"
+    say(f"{len(releases)} releases from {first} to {last}; {assumed}")
 
     def probe(version: str) -> bool | None:
         subjects, python = select(f"{target}=={version}", None, only=only, arch="")
         finding = audit_one(subjects[0], subjects[0].configurations[0], python, seed=seed, timeout=timeout)
         say(f"{target} {version}: {finding.verdict}  {words.found_in_words(words.row_of(finding))}")
-        unknown = finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
-        return None if unknown else finding.verdict == Verdict.FAULT
+        seen = finding.verdict not in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
+        return finding.verdict == Verdict.FAULT if seen else None
 
     found = bisection.search(releases, probe, known_bad)
     document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(releases), **vars(found)}
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
-        count = len(found.tried)
-        typer.echo(f"first bad {found.first_bad}, last bad {found.last_bad} ({count} releases run)")
+        ran = f"({len(found.tried)} releases run)"
+        typer.echo(f"first bad {found.first_bad}, last bad {found.last_bad} {ran}")
+
     else:
         typer.echo(f"no faulty release found ({len(found.tried)} of {len(releases)} run)")
     raise typer.Exit(1 if found.first_bad else 0)

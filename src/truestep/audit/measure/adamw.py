@@ -27,9 +27,8 @@ def predicted(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
         except ValueError:
             return None
         used = [m.gradient for m in step.microbatches if m.num_trained]
-        gradient = np.sum([w * g for w, g in zip(weights, used, strict=True)], axis=0) / max(
-            1, step.num_trained
-        )
+        total = np.sum([w * g for w, g in zip(weights, used, strict=True)], axis=0)
+        gradient = total / max(1, step.num_trained)
         first = BETAS[0] * first + (1 - BETAS[0]) * gradient
         second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
         mean, variance = first / (1 - BETAS[0] ** number), second / (1 - BETAS[1] ** number)

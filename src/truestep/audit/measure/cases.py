@@ -116,9 +116,8 @@ def window(*, world_size: int = 1, accumulation: int = 4, seed: int = 0) -> Case
 def chat(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
     """Several answers a row, each after a prompt that is not trained."""
     counts = [max(3, c) for c in counts_of(world_size * accumulation * steps)]
-    return Case(
-        name="chat", rows=make_rows(counts, seed=seed, turns=3), accumulation=accumulation, steps=steps
-    )
+    rows = make_rows(counts, seed=seed, turns=3)
+    return Case(name="chat", rows=rows, accumulation=accumulation, steps=steps)
 
 
 def clipped(*, world_size: int = 1, accumulation: int = 4, steps: int = 2, seed: int = 0) -> Case:

@@ -41,7 +41,7 @@ class Configuration:
         return {**self.options, "processes": self.world_size}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Subject:
     """An entry of the table; ``script`` is the adapter's file without its suffix."""
 
@@ -61,17 +61,12 @@ def _subjects_of(path: Path) -> Iterator[Subject]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUBJECTS":
             for entry in ast.literal_eval(node.value):
-                shared = {
-                    key: entry[key] for key in ("processes", "cases", "without", "documented") if key in entry
-                }
+                keys = [k for k in ("processes", "cases", "without", "documented") if k in entry]
+                shared = {key: entry[key] for key in keys}
                 own = entry.get("configurations", [{}])
-                yield Subject(
-                    name=entry["name"],
-                    script=path.stem,
-                    needs=tuple(entry["needs"]),
-                    brings=tuple(entry.get("brings", ())),
-                    configurations=[one for options in own for one in _configurations({**shared, **options})],
-                )
+                made = [one for options in own for one in _configurations({**shared, **options})]
+                needs, brings = tuple(entry["needs"]), tuple(entry.get("brings", ()))
+                yield Subject(entry["name"], path.stem, needs, made, brings)
 
 
 def _configurations(options: dict[str, Any]) -> Iterator[Configuration]:
@@ -100,13 +95,8 @@ def meant_by(names: Sequence[str]) -> list[Subject]:
     """The subjects that a requirement is about: all of the named packages are theirs, one of them is what is
     audited, and no framework comes in that was not named."""
     frameworks = {s.needs[0] for s in TABLE} - {"torch", "accelerate", "transformers"}
-    return [
-        s
-        for s in TABLE
-        if set(names) <= {*s.needs, *s.brings}
-        and s.needs[0] in names
-        and not (set(s.needs) & frameworks) - set(names)
-    ]
+    theirs = [s for s in TABLE if set(names) <= {*s.needs, *s.brings} and s.needs[0] in names]
+    return [s for s in theirs if not (set(s.needs) & frameworks) - set(names)]
 
 
 def with_arch(subject: Subject, arch: str) -> Subject:

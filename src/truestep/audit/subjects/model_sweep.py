@@ -105,12 +105,9 @@ def ask(model: torch.nn.Module) -> dict[str, Any]:
     loss = float(out.loss)
     shift = next((s for s in (1, 0, 2) if abs(own[s] - loss) <= CLOSE * abs(loss)), None)
     answer: dict[str, Any] = {"shift": "none of 0, 1, 2" if shift is None else shift}
-    takes = any(
-        p.kind is inspect.Parameter.VAR_KEYWORD or n == "num_items_in_batch"
-        for n, p in inspect.signature(model.forward).parameters.items()
-    )
+    takes = inspect.signature(model.forward).parameters
     answer["count"] = "not taken"
-    if takes:
+    if "num_items_in_batch" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         num_labels = ids.shape[1] - (1 if shift is None else shift)
         doubled = float(model(input_ids=ids, labels=ids, num_items_in_batch=2 * num_labels).loss)
         answer["count"] = "honoured" if abs(doubled / loss - 0.5) < 0.01 else "ignored"
@@ -118,18 +115,13 @@ def ask(model: torch.nn.Module) -> dict[str, Any]:
     mask = torch.tensor([[1] * 12 + [0] * 5])
     real = model(input_ids=padded, attention_mask=mask).logits[0, :12]
     answer["padding"] = "neutral" if differ(real, out.logits[0]) <= CLOSE else "changes real tokens"
-    for key, extra in (
-        (
-            "packed, restarted positions",
-            {"position_ids": torch.cat([torch.arange(9), torch.arange(12)])[None]},
-        ),
-        ("packed, a mask of ones", {"attention_mask": torch.ones(1, 21, dtype=torch.int64)}),
-    ):
+    positions = torch.cat([torch.arange(9), torch.arange(12)])[None]
+    layouts = {"packed, restarted positions": {"position_ids": positions}}
+    layouts["packed, a mask of ones"] = {"attention_mask": torch.ones(1, 21, dtype=torch.int64)}
+    for key, extra in layouts.items():
+        lines = [torch.cat([row, second])[None] for row in (first, other)]
         try:
-            seen = [
-                model(input_ids=torch.cat([row, second])[None], **extra).logits[0, 9:]
-                for row in (first, other)
-            ]
+            seen = [model(input_ids=line, **extra).logits[0, 9:] for line in lines]
             answer[key] = "isolated" if differ(seen[0], seen[1]) <= CLOSE else "rows see each other"
         except TypeError:
             answer[key] = "not taken"
@@ -149,9 +141,9 @@ def main() -> None:
             with limited(SECONDS), contextlib.redirect_stdout(io.StringIO()):
                 row |= ask(build(kind, name))
         except FAILURES as error:  # whatever a class that is not made for this raises is the answer
-            row["not_run"] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-            )
+            words = str(error).splitlines() or [""]
+            row["not_run"] = f"{type(error).__name__}: {words[0][:160]}"
+
         rows.append(row)
     found = {"transformers": transformers.__version__, "seconds": time.perf_counter() - began, "models": rows}
     (folder / "models.json").write_text(json.dumps(found), encoding="utf-8")

@@ -9,9 +9,8 @@ from typing import Any
 import harness
 from torch import nn
 
-Watch = Callable[
-    ..., None
-]  # (model, snapshot=None): as harness.Recorder wants them, before the model is wrapped
+Watch = Callable[..., None]  # (model, snapshot=None): for harness.Recorder, before the model is wrapped
+
 Window = list[list[int]]
 
 SUBJECTS = [{"name": "torch loop", "needs": ["torch"], "cases": ["CASES", "RELATED"]}]  # fmt: skip

@@ -85,37 +85,37 @@ def run(spec: harness.Spec) -> None:
     recipe = recipe_class()
     made = recipe.__new__(recipe)
     optimizer = spec.optimizer(decoder.parameters())
+
+    def log(told: dict[str, float], step: int) -> None:
+        recorder.logged["loss"].append(float(told["loss"]))
+
     vars(made).update(
+        **dict.fromkeys(("_compile", "_optimizer_in_bwd", "_log_peak_memory_stats"), False),
+        profiler_profile_memory=False,
+        max_steps_per_epoch=None,
+        _log_every_n_steps=1,
+        epochs_run=0,
+        total_epochs=spec.epochs,
+        global_step=0,
         _device=torch.device("cpu"),
-        _compile=False,
-        _optimizer_in_bwd=False,
         _gradient_accumulation_steps=spec.accumulation,
         _clip_grad_norm=spec.max_grad_norm or None,
-        _log_every_n_steps=1,
-        _log_peak_memory_stats=False,
         _model=ByTokens(model),
         _tokenizer=SimpleNamespace(pad_id=0),
         _optimizer=optimizer,
         _loss_fn=loss,
         _lr_scheduler=spec.scheduler(optimizer) if spec.decays else None,
         _profiler=DummyProfiler(),
-        _metric_logger=SimpleNamespace(
-            log_dict=lambda told, step: recorder.logged["loss"].append(float(told["loss"]))
-        ),
-        profiler_profile_memory=False,
+        _metric_logger=SimpleNamespace(log_dict=log),
         activations_handling_ctx=contextlib.nullcontext(),
         ignore_labels_cache=torch.full((spec.rows_per_microbatch, 1), loss.ignore_index),
-        epochs_run=0,
-        total_epochs=spec.epochs,
-        max_steps_per_epoch=None,
-        global_step=0,
         save_checkpoint=lambda epoch: None,
     )
     ids, labels = [r["ids"] for r in spec.rows], [spec.labels(i) for i in range(len(spec.rows))]
     dataset = DictConfig({"_component_": "torchtune_sft.Rows", "ids": ids, "labels": labels})
-    made._dataloader = made._setup_data(
-        dataset, True, spec.rows_per_microbatch, "torchtune.data.padded_collate_sft"
-    )
+    collate = "torchtune.data.padded_collate_sft"
+    made._dataloader = made._setup_data(dataset, True, spec.rows_per_microbatch, collate)
+
     made._steps_per_epoch = len(made._dataloader) // spec.accumulation
     made.train()
     recorder.finish(**harness.versions("torchtune", "torchao"))
