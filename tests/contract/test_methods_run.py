@@ -112,7 +112,7 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "tiny", "grpo")
     for options, words in (
         ('{kl = "k4", kl_coef = 0.1}', "k1, k2, k3, reward"),
-        ('{kl = "k3"}', "give both or neither"),
+        ('{kl = "k3"}', "set both or neither"),
         ('{correction = "tis"}', "truncate"),
     ):
         with pytest.raises(UserError, match=words):
