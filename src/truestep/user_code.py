@@ -6,6 +6,7 @@ The user's own code, run with the user's rights; its content hash is part of a r
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -80,12 +81,20 @@ def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
 
 def _import_file(path: Path) -> ModuleType:
     name = path.stem if path.stem not in sys.modules else f"recipe_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    loader = _FromSource(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
+
+
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Without byte code: a cached one is chosen by the file's second and size, and would run what stood there
+    before an edit, under the hash of what stands there now."""
+
+    def path_stats(self, path: str) -> Mapping[str, Any]:
+        raise OSError
 
 
 def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_stopped_anywhere_and_resumed_is_never_stopped(
     reporter = go(made, folder, resume=True)
     assert differing(fingerprint(folder), fingerprint(expected)) == []
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for stage in done for p in files(stage)}
-    assert sum("done already, skipped" in said for said in reporter.said) == len(done)
+    assert sum("already done, skipped" in said for said in reporter.said) == len(done)
 
 
 @pytest.mark.parametrize("nth_score", [0, 1, 2])
@@ -142,8 +142,8 @@ def test_a_finished_run_is_left_as_it_is(
     reporter = go(made, folder, resume=True)
     assert {p: p.read_bytes() for p in files(folder / "stages")} == before
     assert [s for s in reporter.said if "skipped" in s] == [
-        "sft: done already, skipped",
-        "rl: done already, skipped",
+        "sft: already done, skipped",
+        "rl: already done, skipped",
     ]
 
 

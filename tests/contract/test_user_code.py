@@ -258,3 +258,14 @@ def test_a_row_that_does_not_declare_a_column_is_told(folder: Path, tmp_path: Pa
     relations = check_method("row.py:undeclared", {}, base_dir=folder, folder=tmp_path, reporter=Silent())
     with pytest.raises(Exception, match=r"reads reference_logprobs.*declare needs"):
         next(relations)
+
+
+def test_edited_code_is_what_runs(tmp_path: Path) -> None:
+    """Within the same second and with the same size, byte code of what stood there before would be taken."""
+    row = tmp_path / "row.py"
+    for high in ("0.3", "0.4"):
+        row.write_text(ROW.replace("high: float = 0.5", f"high: float = {high}"))
+        context = find_method("row.py:wide", {}, tmp_path).terms[0].coefficient
+        assert context is not None
+        assert high == str(context.__closure__[0].cell_contents), "the clip's upper bound"  # type: ignore[index]
+        assert not (tmp_path / "__pycache__").exists()

@@ -145,7 +145,7 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
     for example in examples.values():
         trained = [span for span in example["spans"] if span["trained"]]
         assert all(span["role"] == "assistant" and span["text"].endswith("<|end|>") for span in trained)
-    assert "expected a recipe" in str(run("show", recipe.parent / "test.jsonl").exception)
+    assert "pass a recipe" in str(run("show", recipe.parent / "test.jsonl").exception)
 
 
 def test_reading_data_needs_neither_torch_nor_the_network() -> None:

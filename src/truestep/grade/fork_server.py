@@ -80,7 +80,7 @@ class ForkServer:
             silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
             self._process = subprocess.Popen(
                 # -P: a file called sympy.py in the working directory is not imported
-                [sys.executable, "-P", "-m", "truestep.grade.symbolic", *limits],
+                [sys.executable, "-P", "-B", "-m", "truestep.grade.symbolic", *limits],
                 env={**os.environ, "PYTHONPATH": path},
                 pass_fds=(far_end.fileno(),),
                 start_new_session=True,  # Ctrl-C is for the parent, which then closes the pool

@@ -4,7 +4,7 @@ The completion is data between marks that the policy cannot predict, and a score
 on the last line of the judge's answer: an echo of the completion is never a score. The mark is a hash of the
 content, so that equal questions are equal requests whose answer can be stored.
 
-Held by: tests/rewards/test_judge.py
+Held by: tests/rewards/test_llm_judge.py
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class RewardScorer:
     files. Entering starts one worker for each function, and raises UserError if one cannot be loaded. Not for
     use from several threads.
 
-    Held by: tests/rewards/test_hostile.py, tests/rewards/test_scorer.py
+    Held by: tests/rewards/test_hostile_rewards.py, tests/rewards/test_scorer.py
     """
 
     def __init__(self, entries: Sequence[RewardSettings], *, grade: Grade, base: Path, folder: Path) -> None:

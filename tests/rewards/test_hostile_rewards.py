@@ -280,7 +280,7 @@ def test_workers_end_with_the_program_that_started_them(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_hostile import opened, sample, BAD
+from test_hostile_rewards import opened, sample, BAD
 with opened(Path({str(tmp_path)!r}), timeout_seconds=600) as scorer:
     scorer.score([sample(BAD)])
 """
