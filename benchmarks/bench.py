@@ -268,7 +268,7 @@ def run_contestant(
     # A peer runs as its users run it: without our packages, and without the wait policy that truestep sets.
     ours = contestant.script == "ours.py"
     hidden = {"PYTHONPATH"} if contestant.environment else set()
-    hidden |= set() if ours else {"OMP_WAIT_POLICY"}
+    hidden |= set() if ours else {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
     variables = {
         **{k: v for k, v in os.environ.items() if k not in hidden},
         "OMP_NUM_THREADS": threads,

@@ -32,10 +32,10 @@ import truestep, sys
 assert "torch" not in sys.modules
 import torch, subprocess
 torch.ones(4).sum()
-print(subprocess.run(["sh", "-c", "echo $OMP_WAIT_POLICY"], capture_output=True, text=True).stdout.strip())
+print(subprocess.run(["sh", "-c", "echo $OMP_WAIT_POLICY $GOMP_SPINCOUNT"], capture_output=True, text=True).stdout.strip())
 """
     done = child(code, OMP_DISPLAY_ENV="TRUE")
-    assert done.stdout.strip() == "PASSIVE"
+    assert done.stdout.strip() == "PASSIVE 10000"
     if "OMP_WAIT_POLICY" in done.stderr:  # not every build of OpenMP displays its settings
         assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
 
