@@ -351,8 +351,8 @@ def test_without_proximal_the_ratio_is_one(model: LlamaForCausalLM) -> None:
 def test_denominators_count_the_whole_step() -> None:
     lengths = [s.num_trained for s in SEQUENCES]
     assert lengths == [3, 8, 1, 4, 2, 4, 6]
-    of = {n: denominator(SEQUENCES[3], SEQUENCES, n, LONGEST) for n in ("tok", "seq", "sum", "drg", "grp")}
-    assert of == {"tok": 28, "seq": 4 * 7, "sum": 7, "drg": 7 * 12, "grp": (4 + 2) * 3}
+    of = {n: denominator(SEQUENCES[3], SEQUENCES, n, LONGEST) for n in ("tok", "seq", "sum", "drg")}
+    assert of == {"tok": 28, "seq": 4 * 7, "sum": 7, "drg": 7 * 12}
     with pytest.raises(ValueError, match="max_length"):
         denominator(SEQUENCES[3], SEQUENCES, "drg")
     with pytest.raises(ValueError, match="unknown normaliser"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,7 @@ class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes
 
 
 def trained_logprobs(model: nn.Module, sequence: TrainSequence, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probabilities, with gradient, of the trained tokens of one sequence, run alone, unpadded, without
-    dropout.
+    """Log-probabilities, with gradient, of a sequence's trained tokens; run alone, unpadded, without dropout.
 
     Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t.
     Raises: ValueError where the model is not in float64.
@@ -92,8 +92,7 @@ def score(
             anchor, _ = trained_tokens(reference, sequence)
         frozen = {"proximal": old, "reference": anchor, "proximal_entropies": old_entropies}
         numbers = {name: [x.item() for x in tensors] for name, tensors in frozen.items()}
-        item = ScoredSequence(sequence=sequence, policy=logprobs, entropies=entropies, **numbers)
-        found.append(item)
+        found.append(ScoredSequence(sequence=sequence, policy=logprobs, entropies=entropies, **numbers))
     return found
 
 
@@ -105,30 +104,26 @@ def denominator(
 ) -> float:
     """What a token of ``sequence`` is divided by; all ``sequences`` of the step count, whatever their weight.
 
-    Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L · grp Σ_group|y|·N_groups, L =
-    ``max_length``.
+    Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L, L = ``max_length``.
     """
     if normaliser == "drg" and max_length is None:
         raise ValueError("the drg normaliser divides by a fixed length: give max_length")
-    group_tokens = sum(s.num_trained for s in sequences if s.group == sequence.group)
     known = {
         "tok": sum(s.num_trained for s in sequences),
         "seq": sequence.num_trained * len(sequences),
         "sum": len(sequences),
         "drg": len(sequences) * (max_length or 0),
-        "grp": group_tokens * len({s.group for s in sequences}),
     }
     if normaliser not in known:
-        raise ValueError(f"unknown normaliser {normaliser!r}: tok, seq, sum, drg or grp")
+        raise ValueError(f"unknown normaliser {normaliser!r}: tok, seq, sum or drg")
     return known[normaliser]
 
 
 def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
     """Without the groups whose rewards are all equal, and without their tokens in counts. Source: DAPO."""
-    rewards: dict[Any, set[Any]] = {}
-    for item in scored:
-        rewards.setdefault(item.sequence.group, set()).add(item.sequence.reward)
-    return [item for item in scored if len(rewards[item.sequence.group]) > 1]
+    seen = {(item.sequence.group, item.sequence.reward) for item in scored}
+    different = Counter(group for group, _ in seen)
+    return [item for item in scored if different[item.sequence.group] > 1]
 
 
 def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
@@ -151,8 +146,7 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
 def weight_microbatches(
     sequences: Sequence[TrainSequence], microbatches: Microbatches
 ) -> list[TrainSequence]:
-    """The sequences with their weights multiplied by that of their micro-batch. No micro-batches: as they
-    are.
+    """The sequences, their weights multiplied by that of their micro-batch; as they are without any.
 
     Raises: ValueError where a sequence is in no micro-batch or in two.
     """

@@ -7,7 +7,7 @@ as it stands and divided by counts of the whole step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -88,7 +88,6 @@ _SRFT = (
 _ANCHOR = _part(own, surrogate.kl_terms, "tok", weight=1e-3, kind="k3")
 _UFT = (_part(expert, surrogate.nll, "tok", weight=1e-3), _ANCHOR)
 
-
 ROWS: dict[str, Row] = {
     "sft": Row(parts=(_IMITATE,)),
     "dft": Row(parts=(_part(expert, surrogate.dft, "tok"),)),
@@ -152,8 +151,8 @@ def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Ten
             losses = part.losses(item)
             if part.top_share:
                 losses = surrogate.uncertain_only(item, losses, threshold)
-            count: Mapping[str, float] = {"tok": num_tokens, "seq": sequence.num_trained * num_sequences}
-            count = {**count, "sum": num_sequences, "drg": num_sequences * max_length}
+            count = {"tok": num_tokens, "seq": sequence.num_trained * num_sequences}
+            count |= {"sum": num_sequences, "drg": num_sequences * max_length}
             for loss, is_meant in zip(losses, meant, strict=True):
                 if is_meant:
                     total = total + part.weight * sequence.weight * loss / count[part.normaliser]

@@ -65,8 +65,7 @@ def learning_rate(
 
 
 def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
-    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 leaves them as they
-    are.
+    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 is no clip.
 
     Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
     """
@@ -89,15 +88,14 @@ def adamw(
     v/(1−β2^t).
     Source: arXiv 1711.05101, algorithm 2.
     """
-    beta1, beta2 = settings.betas
-    t = 1 if state is None else state.step + 1
+    zeros = {name: torch.zeros_like(theta) for name, theta in parameters.items()}
+    before = state or AdamState(step=0, first=zeros, second=zeros)
+    (beta1, beta2), t = settings.betas, before.step + 1
     moved, first, second = {}, {}, {}
     for name, theta in parameters.items():
         g = gradients[name]
-        m_before = torch.zeros_like(theta) if state is None else state.first[name]
-        v_before = torch.zeros_like(theta) if state is None else state.second[name]
-        m = beta1 * m_before + (1 - beta1) * g
-        v = beta2 * v_before + (1 - beta2) * g * g
+        m = beta1 * before.first[name] + (1 - beta1) * g
+        v = beta2 * before.second[name] + (1 - beta2) * g * g
         m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
         update = lr * m_hat / (torch.sqrt(v_hat) + settings.eps)
         moved[name] = theta - lr * settings.weight_decay * theta - update
