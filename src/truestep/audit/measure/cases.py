@@ -52,11 +52,6 @@ class Case:
     momentum: float = 0.0
     resume_after: int = 0  # steps, after which everything is saved, made anew and loaded
 
-    @property
-    def untrained_rows(self) -> tuple[int, ...]:
-        """Rows without a trained token: a framework may leave them out."""
-        return tuple(i for i, row in enumerate(self.rows) if not row.num_trained)
-
     def rate(self, step: float) -> float:
         """The share of the learning rate that step (from 0) was to have."""
         return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0

@@ -69,9 +69,9 @@ class Step:
     @property
     def clip_scale(self) -> float:
         """What the clip that was asked for makes of the right gradient."""
-        if not self.max_grad_norm:
-            return 1.0
-        return min(1.0, self.max_grad_norm / float(np.linalg.norm(self.expected)))
+        return (
+            min(1.0, self.max_grad_norm / float(np.linalg.norm(self.expected))) if self.max_grad_norm else 1.0
+        )
 
     @cached_property
     def direction(self) -> np.ndarray:
@@ -183,15 +183,17 @@ def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> 
     gradients = dict(zip(part["rows"], _read(folder, part["gradients"]), strict=True))
     losses = dict(zip(part["rows"], part["row_losses"], strict=True))
     counts = {row: case.rows[row].num_trained for row in part["rows"]}
-    size = next(iter(gradients.values())).shape[0]
     found = []
     for index, lines in enumerate(part["microbatches"]):
         rows = [row for line in lines for row in line]
-        of_rows: dict[str, Any] = {
-            "row_counts": tuple(counts[row] for row in rows),
-            "row_gradients": tuple(gradients[row] for row in rows),
-            "loss_sum": sum(losses[row] for row in rows),
-        }
-        place = tuple(map(tuple, lines))
-        found.append(MicroBatch(rank=rank, index=index, lines=place, size=size, **of_rows))
+        one = MicroBatch(
+            rank=rank,
+            index=index,
+            lines=tuple(map(tuple, lines)),
+            row_counts=tuple(counts[row] for row in rows),
+            row_gradients=tuple(gradients[row] for row in rows),
+            loss_sum=sum(losses[row] for row in rows),
+            size=next(iter(gradients.values())).shape[0],
+        )
+        found.append(one)
     return found

@@ -11,25 +11,17 @@ that contradict each other make unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from truestep.audit.measure.findings import Cause, Causes, cause
 from truestep.audit.postmortem.run_files import Evidence, gather
 
 TRAINER, OPENRLHF_SFT = "transformers Trainer", "OpenRLHF sft"
 MOST_PROBLEMS = 5  # unread files that an answer names
-Values = Mapping[str, Any]
 Verdict = Literal["affected", "not affected", "unknown"]
-
-
-@dataclass(frozen=True)
-class Reason:
-    """One thing that the files say, or do not say; ``present.words`` makes the sentence of its kind."""
-
-    kind: str
-    values: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,11 +29,11 @@ class Check:
     """Whether one condition of a fault was met: True, False, or None if the files do not say."""
 
     met: bool | None
-    reason: Reason
+    reason: Cause
 
 
 def check(met: bool | None, kind: str, **values: Any) -> Check:
-    return Check(met, Reason(kind, values))
+    return Check(met, cause("", kind, **values))
 
 
 Condition = Callable[[Evidence], Check]
@@ -66,7 +58,7 @@ class Answer:
 
     finding: str
     answer: Verdict
-    reasons: tuple[Reason, ...]
+    reasons: Causes
     source: str
 
 
@@ -86,10 +78,10 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
     elif not by[None]:
         verdict, told = "affected", by[True]
     else:
-        unread = [Reason("said", {"text": text}) for text in evidence.problems[:MOST_PROBLEMS]]
+        unread = [cause("", "said", text=text) for text in evidence.problems[:MOST_PROBLEMS]]
         verdict, told = "unknown", [*by[None], *unread, *by[True]]
         if (more := len(evidence.problems) - MOST_PROBLEMS) > 0:
-            told.append(Reason("more_unread", {"files": more}))
+            told.append(cause("", "more_unread", files=more))
     return Answer(finding=measured.finding, answer=verdict, reasons=tuple(told), source=measured.source)
 
 
@@ -106,7 +98,7 @@ def release(version: str) -> tuple[int, ...] | None:
 
 def judge_release(measured: Measured, version: str) -> Check:
     """Whether this release has the fault: as measured, or between two releases that were measured alike."""
-    name: Values = {"package": measured.package, "version": version}
+    name = {"package": measured.package, "version": version}
     own = release(version)
     if own is None:
         return check(None, "no_release", **name)
@@ -138,8 +130,7 @@ def _release_check(measured: Measured, evidence: Evidence) -> Check:
             return check(False, "not_in_environment", package=package, packages=size, file=file)
         return check(None, "not_pinned", package=package, asked=asked or "")
     judged = [judge_release(measured, version) for version in found]
-    pairs = zip(judged, found.values(), strict=True)
-    told = [Reason(c.reason.kind, {**c.reason.values, "file": file}) for c, file in pairs]
+    told = [_with(c, file=file).reason for c, file in zip(judged, found.values(), strict=True)]
     return _together([c.met for c in judged], "releases", reasons=told)
 
 
@@ -157,41 +148,37 @@ def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Co
         if not found:
             return check(None, "not_said", setting=key)
         together = _together([test(value) for value in found], "setting", setting=key, found=found)
-        return together if together.met or not note else _noted(together, note)
+        return together if together.met or not note else _with(together, note=note)
 
     return condition
 
 
-def _noted(checked: Check, note: str) -> Check:
-    return Check(checked.met, Reason(checked.reason.kind, {**checked.reason.values, "note": note}))
+def _with(checked: Check, **values: str) -> Check:
+    return Check(checked.met, replace(checked.reason, values={**checked.reason.values, **values}))
 
 
-def _micro_batches(evidence: Evidence, least: int) -> tuple[Check, Evidence]:
-    """Whether a step has so many micro-batches, and the evidence with their number."""
+def _micro_batches(evidence: Evidence, least: int) -> Check:
+    """Whether a step has so many micro-batches."""
     found = _accumulation(evidence)
     if not found.settings.get("accumulation"):
-        return _arithmetic(evidence), found
-    return _setting("accumulation", lambda k: k >= least)(found), found
+        return _arithmetic(evidence)
+    return _setting("accumulation", lambda k: k >= least)(found)
 
 
 def _three_micro_batches(evidence: Evidence) -> Check:
     """The offload fault drops what is neither first nor last."""
-    checked, found = _micro_batches(evidence, 3)
+    checked = _micro_batches(evidence, 3)
     if checked.met is False:
-        return _noted(checked, "two_drop_nothing" if 2 in found.settings["accumulation"] else "drops_nothing")
+        two = 2 in checked.reason.values["found"]
+        return _with(checked, note="two_drop_nothing" if two else "drops_nothing")
     return checked
-
-
-def _boundary_by_hand(evidence: Evidence) -> Check:
-    """It is the training loop that calls it, and no file of a run shows a loop."""
-    return check(None, "boundary_not_shown")
 
 
 def _several_micro_batches(evidence: Evidence) -> Check:
     """A mean of means needs two; without accumulation the mean is surely right only on one process."""
-    checked, _ = _micro_batches(evidence, 2)
+    checked = _micro_batches(evidence, 2)
     if checked.met is False and set(evidence.settings.get("processes", {})) != {1}:
-        return Check(None, _noted(checked, "several_not_measured").reason)
+        return replace(_with(checked, note="several_not_measured"), met=None)
     return checked
 
 
@@ -281,7 +268,8 @@ MEASURED: tuple[Measured, ...] = (
         "deepspeed",
         _OFFLOAD + "keeps only the last micro-batch, in loops that set the accumulation boundary by hand",
         "0.15.1 0.15.2 0.18.9", "0.19.0 0.19.8",
-        "0.15.1, 0.15.2 and 0.18.9 [0, 0, 0, 1]; 0.19.0, 0.19.8: ones", *_OFFLOADED, _boundary_by_hand,
+        "0.15.1, 0.15.2 and 0.18.9 [0, 0, 0, 1]; 0.19.0, 0.19.8: ones", *_OFFLOADED,
+        lambda evidence: check(None, "boundary_not_shown"),  # a training loop calls it, which no file of a run shows
     ),
     _measured(
         "verl", "verl's agg_loss takes the mean of micro-batch means", "0.6.0", "0.9.1",
