@@ -21,7 +21,7 @@ from truestep.audit.environments import bisect as bisection
 from truestep.audit.environments import configured, remedy
 from truestep.audit.environments import virtual as environment
 from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script
-from truestep.audit.measure.findings import Cause, Finding, Verdict, cause
+from truestep.audit.measure.findings import Finding, Verdict, cause
 from truestep.audit.present import formats, reproduce, words
 from truestep.audit.subjects import Subject
 from truestep.errors import UserError
@@ -91,8 +91,8 @@ def _own_loop(target: str, arch: str) -> Subject:
     if not path.is_file():
         raise UserError(f"{file} does not exist; pass FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
-    one, name = registry.Configuration(options=options), f"{path.name}:{function}"
-    return Subject(name=name, script="user_loop", needs=("torch",), configurations=[one])
+    one = registry.Configuration(options=options)
+    return Subject(f"{path.name}:{function}", "user_loop", ("torch",), [one])
 
 
 def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
@@ -163,14 +163,9 @@ def run(
             findings.append(finding)
     except KeyboardInterrupt:
         say(f"interrupted: {len(findings)} of {len(pairs)} were audited; the others are shown as NOT RUN")
-        rest: dict[str, Any] = {"verdict": Verdict.NOT_RUN, "reasons": (INTERRUPTED,)}
-        left_out = [(s.name, c.to_json()) for s, c in pairs[len(findings) :]]
-        findings += [Finding(subject=name, configuration=shown, **rest) for name, shown in left_out]
+        for s, c in pairs[len(findings) :]:
+            findings.append(Finding(subject=s.name, configuration=c.to_json(), reasons=(INTERRUPTED,)))
     return findings
-
-
-def _not_run(subject: str, configuration: Mapping[str, Any], reason: Cause) -> Finding:
-    return Finding(subject=subject, configuration=configuration, verdict=Verdict.NOT_RUN, reasons=(reason,))
 
 
 def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) -> Finding:
@@ -193,11 +188,11 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
 
 def absent(python: Path, only: str) -> list[Finding]:
     """What this python has not installed: named, so that a missing row is never taken for a right one."""
-    found, findings = environment.installed(python), []
-    for s in [s for s in registry.TABLE if only.lower() in s.name.lower()]:
-        if missing := [n for n in (*s.needs, *s.brings) if n not in found]:
-            why = (cause("", "not_installed", packages=missing),)
-            findings.append(Finding(subject=s.name, configuration={}, verdict=Verdict.NOT_RUN, reasons=why))
+    findings, found = [], environment.installed(python)
+    for s in registry.TABLE:
+        missing = [n for n in (*s.needs, *s.brings) if n not in found]
+        if missing and only.lower() in s.name.lower():
+            findings.append(Finding(subject=s.name, reasons=(cause("", "not_installed", packages=missing),)))
     return findings
 
 
@@ -264,7 +259,6 @@ def past(folder: Path, *, as_json: bool) -> None:
         from truestep.audit.present.table import answers_table
 
         _print(lambda width: answers_table(answers, width=width))
-
     found = {a.answer for a in answers}
     raise typer.Exit(1 if "affected" in found else 4 if "unknown" in found else 0)
 
@@ -284,17 +278,16 @@ def bisect(
         subjects, python = select(f"{target}=={version}", None, only=only, arch="")
         finding = audit_one(subjects[0], subjects[0].configurations[0], python, seed=seed, timeout=timeout)
         say(f"{target} {version}: {finding.verdict}  {words.found_in_words(words.row_of(finding))}")
-        seen = finding.verdict not in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
-        return finding.verdict == Verdict.FAULT if seen else None
+        unseen = finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
+        return None if unseen else finding.verdict is Verdict.FAULT
 
     found = bisection.search(releases, probe, known_bad)
     document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(releases), **vars(found)}
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
-        ran = f"({len(found.tried)} releases run)"
-        typer.echo(f"first bad {found.first_bad}, last bad {found.last_bad} {ran}")
-
+        bad = f"first bad {found.first_bad}, last bad {found.last_bad}"
+        typer.echo(f"{bad} ({len(found.tried)} releases run)")
     else:
         typer.echo(f"no faulty release found ({len(found.tried)} of {len(releases)} run)")
     raise typer.Exit(1 if found.first_bad else 0)

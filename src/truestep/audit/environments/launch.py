@@ -83,7 +83,7 @@ def audit_one(
     built = [cases.build(name, **size) for name in configuration.only]
     rate = LEARNING_RATE[str(options.get("optimizer", "sgd"))]
     job = Job(subject.script, python, built, options, learning_rate=rate, world_size=ranks, timeout=timeout)
-    nothing = Finding(subject=subject.name, configuration=configuration.to_json(), verdict=Verdict.NOT_RUN)
+    nothing = Finding(subject=subject.name, configuration=configuration.to_json())
     known: dict[str, Any] = {"documented": configuration.documented, "without": dict(configuration.without)}
     try:
         finding = judge(subject.name, nothing.configuration, run(job), **known)
