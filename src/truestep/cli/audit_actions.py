@@ -37,9 +37,8 @@ def say(text: str) -> None:
 def select(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None
 ) -> tuple[list[Subject], Path]:
-    """The subjects and the Python to run them with; an environment is built for a requirement. A
-    configuration file chooses one subject and its one configuration. Raises UserError if nothing of it can be
-    audited."""
+    """The subjects and the Python to run them with; an environment is built for a requirement. A config file
+    chooses one subject, in one configuration. Raises UserError if nothing of it can be audited."""
     if arch and arch not in registry.ARCHS:
         raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:

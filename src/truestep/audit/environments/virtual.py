@@ -296,7 +296,6 @@ def installed(python: Path) -> dict[str, str]:
 
 def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
     """Package → version of all that this python finds, ``modules`` without metadata too. Raises: UserError."""
-
     if not python.is_file():
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"

@@ -2,8 +2,7 @@
 
 A right step is known exactly (``observations.Step``: clip scale, rate, carried momentum), so no second run is
 needed. Rows are counted, never forward passes: their number in a pass does not change the step, and a row
-without trained tokens adds nothing. Frameworks shuffle: only the number of rows of a step is compared.
-Shapes: P parameters.
+without trained tokens adds nothing. Frameworks shuffle: only numbers of rows are compared. P: parameters.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Watches a model from outside while something trains it. A copy runs in the audited environment, with only
-the standard library and torch.
+"""Watches a model that something trains. A copy runs in the audited environment: standard library and torch.
 
 What is left behind is ``CASE/rank-R.json`` with tensors:
 
@@ -195,8 +194,8 @@ class Recorder:
         return total
 
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
-        """Whether weights of the rows explain this step, so that the extras are not needed. Always for a clip or a
-        schedule (they have their own names), AdamW (no sum of gradients) and NaN; never if other ranks have rows."""
+        """Whether weights of the rows explain this step, so that the extras are not needed. Always for NaN,
+        AdamW (no sum of gradients) and relations (named otherwise); never if other ranks have rows too."""
         if self.spec.is_relation or self.spec.options.get("optimizer", "sgd") != "sgd":
             return True
         if not bool(torch.isfinite(change).all()):
@@ -217,7 +216,7 @@ class Recorder:
     def _gradient(
         self, model: nn.Module, rows: Sequence[int], masked: bool = False, shift: int = 1, ends: bool = False
     ) -> tuple[float, Tensor]:
-        """(Σ of losses, gradient [P] in float64) of rows, each run alone; of ``masked`` tokens; ``ends``: of last."""
+        """(Σ of losses, float64 gradient [P]) of rows, each alone; of ``masked`` tokens, or only of ``ends``."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0

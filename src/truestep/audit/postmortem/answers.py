@@ -1,5 +1,4 @@
-"""Was a past run hit? Answered from the files that it left, for every fault that was measured; nothing is
-executed.
+"""Was a past run hit? Answered for every measured fault from the files that it left; nothing is executed.
 
 Read are: pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed
 configurations (also inside TrainingArguments, accelerate and LLaMA-Factory files), command lines in scripts,
@@ -269,7 +268,7 @@ MEASURED: tuple[Measured, ...] = (
         _OFFLOAD + "keeps only the last micro-batch, in loops that set the accumulation boundary by hand",
         "0.15.1 0.15.2 0.18.9", "0.19.0 0.19.8",
         "0.15.1, 0.15.2 and 0.18.9 [0, 0, 0, 1]; 0.19.0, 0.19.8: ones", *_OFFLOADED,
-        lambda evidence: check(None, "boundary_not_shown"),  # a training loop calls it, which no file of a run shows
+        lambda evidence: check(None, "boundary_not_shown"),  # no file shows the loop that calls it
     ),
     _measured(
         "verl", "verl's agg_loss takes the mean of micro-batch means", "0.6.0", "0.9.1",

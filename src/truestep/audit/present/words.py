@@ -49,7 +49,7 @@ def _some(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values[:6])) + (" …" if len(values) > 6 else "")
 
 
-def _short(values: Sequence[float]) -> str:
+def _few(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
 
 
@@ -83,8 +83,8 @@ SENTENCES: dict[str, Form] = {
     "divided_by_kept": "divided by the tokens that were kept",
     "empty_is_one_token": "micro-batches without trained tokens count as one token",
     "empty_is_zero_mean": "micro-batches without trained tokens count as a mean of zero",
-    "unknown_weights": lambda v: f"an unknown pattern of weights [{_short(v['weights'])}]",
-    "unknown_row_weights": lambda v: f"rows of one micro-batch have different weights [{_short(v['weights'])}]",
+    "unknown_weights": lambda v: f"an unknown pattern of weights [{_few(v['weights'])}]",
+    "unknown_row_weights": lambda v: f"rows of one micro-batch have different weights [{_few(v['weights'])}]",
     # one step: what no weights explain
     "unexplained": "no weights of the micro-batches explain {share:.1%} of the gradient",
     "no_trained_token": "a step was taken without any trained token",
@@ -111,8 +111,8 @@ SENTENCES: dict[str, Form] = {
     "clip_to": "the gradient is clipped to a norm of {norm:.3g}",
     "clip_to_other": "the gradient is clipped to a norm of {norm:.3g}; the configured norm is {asked:.3g}",
     "schedule_ahead": "the schedule is one step ahead",
-    "schedule_rates": lambda v: f"the learning rates are {_short(v['rates'])} of the first, expected "
-    f"{_short(v['asked'])}",
+    "schedule_rates": lambda v: f"the learning rates are {_few(v['rates'])} of the first, expected "
+    f"{_few(v['asked'])}",
     "schedule_still": "the learning rate does not change: the schedule is not stepped",
     "schedule_by_micro_batch": "the schedule is stepped at every micro-batch",
     "schedule_by_process": "the schedule is stepped once for every process",

@@ -1,10 +1,8 @@
-"""Every causal language model class of the installed transformers, tiny and random: is its own loss the one
-it claims?
+"""Every causal language model class of the installed transformers, tiny: is its loss the one it claims?
 
 Four questions a class, each answered from logits and losses alone: at which shift the loss is a cross-entropy
-of the own logits; whether ``num_items_in_batch`` is honoured where the forward pass takes it; whether padding
-changes the logits of real tokens; whether packed rows see each other, with restarted positions and with a
-mask of ones.
+of the own logits; whether ``num_items_in_batch`` is honoured where it is taken; whether padding changes the
+logits of real tokens; whether packed rows see each other, with restarted positions and with a mask of ones.
 """
 
 from __future__ import annotations
@@ -143,7 +141,6 @@ def main() -> None:
         except FAILURES as error:  # whatever a class that is not made for this raises is the answer
             words = str(error).splitlines() or [""]
             row["not_run"] = f"{type(error).__name__}: {words[0][:160]}"
-
         rows.append(row)
     found = {"transformers": transformers.__version__, "seconds": time.perf_counter() - began, "models": rows}
     (folder / "models.json").write_text(json.dumps(found), encoding="utf-8")

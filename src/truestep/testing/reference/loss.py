@@ -174,8 +174,7 @@ def reference_loss(
 
     A row of ``proximal`` that is None is the policy's own, detached: the first update after a rollout.
     ``options`` overrides the method's numbers, its ``normaliser``, and adds a KL term: ``kl`` (k1, k2, k3),
-    ``kl_coef`` and ``reference_logprobs``. Weights, of sequences and of micro-batches, multiply numerators
-    only.
+    ``kl_coef`` and ``reference_logprobs``. Weights of sequences and micro-batches multiply numerators only.
     Equation: Σ_sequences weight Σ_tokens (surrogate + kl_coef · kl) / denominator.
     """
     part, numbers = named_part(method), dict(options or {})

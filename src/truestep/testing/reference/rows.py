@@ -39,9 +39,8 @@ def anything(sequence: TrainSequence, i: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Σ over the tokens it is about ÷ a count: tok of its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L,
-    where N_seq counts sequences with a token that ``counted`` means. ``top_share``: only tokens of the
-    highest proximal entropy."""
+    """Σ over the tokens it is about ÷ a count: tok of its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L;
+    N_seq sequences with a ``counted`` token. ``top_share``: only tokens of the highest proximal entropy."""
 
     about: About
     losses: partial[list[Tensor]]

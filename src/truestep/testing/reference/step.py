@@ -84,8 +84,7 @@ def adamw(
 ) -> tuple[dict[str, Tensor], AdamState]:
     """AdamW on every tensor alike; ``state`` None is the state before the first step.
 
-    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), m̂ = m/(1−β1^t), v̂ =
-    v/(1−β2^t).
+    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), ^ = /(1−β^t) each.
     Source: arXiv 1711.05101, algorithm 2.
     """
     zeros = {name: torch.zeros_like(theta) for name, theta in parameters.items()}

@@ -1,9 +1,8 @@
 """What each trained token contributes to a loss: the surrogates of the papers, as they are written there.
 
 Every one is differentiated as it stands, never a detached coefficient times a log-probability, so that it can
-disagree with code that works with coefficients. Log-probabilities: ``policy`` of the current weights, with
-gradient; ``proximal`` frozen at the start of the update; ``behavior`` of what sampled; ``reference`` of the
-KL anchor.
+disagree with code that works with coefficients. Log-probabilities: ``policy`` of the weights, with gradient;
+``proximal`` frozen at the start of the update; ``behavior`` of what sampled; ``reference`` of the KL anchor.
 """
 
 from __future__ import annotations
