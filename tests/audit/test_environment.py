@@ -150,7 +150,7 @@ def test_a_name_is_of_all_that_is_installed(monkeypatch: pytest.MonkeyPatch):
         "torch==2.12.0+trl==1.16.0+deepspeed==0.18.9",
     ]
     assert len({name, *(environment.plan(text).name for text in others)}) == 4
-    monkeypatch.setitem(environment.ALONE, "deepspeed", ("hjson",))
+    monkeypatch.setitem(environment.ALONE, "deepspeed", "hjson")
     assert environment.plan("trl==1.16.0+deepspeed==0.18.9").name != name
 
 

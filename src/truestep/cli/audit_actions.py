@@ -20,7 +20,7 @@ from truestep.audit import subjects as registry
 from truestep.audit.environments import bisect as bisection
 from truestep.audit.environments import configured, remedy
 from truestep.audit.environments import virtual as environment
-from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script
+from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script, sweep
 from truestep.audit.measure.findings import Finding, Verdict, cause
 from truestep.audit.present import formats, reproduce, words
 from truestep.audit.subjects import Subject
@@ -233,8 +233,6 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
     """Sweep the model classes of the installed transformers."""
-    from truestep.audit.environments.model_classes import sweep, wrong
-
     chosen = _program(python)
     if "transformers" not in environment.installed(chosen):
         raise UserError(f"{chosen} has no transformers; pass --python of an environment that has it")
@@ -243,8 +241,8 @@ def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
     except SubjectFailed as error:
         say(f"error: {error}")
         raise typer.Exit(3) from None
-    typer.echo(json.dumps(document) if as_json else words.models_in_words(document, wrong(document)))
-    raise typer.Exit(1 if wrong(document) else 0)
+    typer.echo(json.dumps(document) if as_json else words.models_in_words(document))
+    raise typer.Exit(1 if words.wrong_models(document) else 0)
 
 
 def past(folder: Path, *, as_json: bool) -> None:

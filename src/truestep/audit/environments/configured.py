@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,7 @@ def _accelerate(found: Mapping[str, Any], path: Path) -> Configured:
 
 
 def _openrlhf(found: Mapping[str, Any]) -> Configured:
-    def first(*names: str) -> Any:
-        return next((found[name] for name in names if name in found), None)
-
+    first = partial(past_files.first, found)
     configured = Configured(subject="OpenRLHF SFTTrainer", options=dict(LLAMA))
     configured.options["stage"] = whole(first("zero_stage", "ds.zero_stage")) or 2
     configured.options["offload"] = bool(truth(first("adam_offload", "ds.adam_offload")))

@@ -152,9 +152,26 @@ def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool |
     finally:
         for process in processes:
             process.kill()
-    lines = [line for line in said[0].splitlines() if line.strip()] or ["no output"]
-    shown = [line for line in lines if line.startswith("weights [")]
-    return (processes[0].returncode == 1, shown[-1]) if shown else (None, lines[-1][:200])
+    shown = last_line(said[0], r"weights \[")
+    return (processes[0].returncode == 1, shown) if shown.startswith("weights [") else (None, shown[:200])
+
+
+def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
+    """What each causal language model class of transformers does with its loss: version, seconds and one row a
+    class. Raises SubjectFailed where the child left nothing."""
+    with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
+        folder = Path(name)
+        command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
+        env, quiet = child_environment(1, folder, 0, free_port()), subprocess.DEVNULL
+        how: dict[str, Any] = {"env": env, "cwd": folder, "stdin": quiet, "timeout": timeout}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, **how)
+        except subprocess.TimeoutExpired:
+            raise SubjectFailed(f"no result within {timeout:.0f} s; pass a larger --timeout") from None
+        file = folder / "models.json"
+        if not file.is_file():
+            raise SubjectFailed(f"exit code {done.returncode}: {redact(last_line(done.stderr))[:200]}")
+        return {"schema": 1, **json.loads(file.read_text(encoding="utf-8"))}
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -175,9 +192,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def last_line(text: str, error: str = "") -> str:
+    """The last line that begins as ``error`` says (a library may print more on its way out), else the last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ([line for line in lines if re.match(error, line)] or lines or ["no output"])[-1]
+
+
 def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # The line of the error itself, not a warning that a library prints on its way out.
-    raised = re.compile(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b")
-    errors = [line for line in lines if raised.match(line)]
-    return redact((errors or lines or ["no output"])[-1])[:300]
+    raised = r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b"
+    return redact(last_line(log.read_text(errors="replace"), raised))[:300]

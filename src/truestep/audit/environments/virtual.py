@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from truestep import rundir
+from truestep.audit.environments.launch import last_line
 from truestep.audit.environments.packages import ALONE, COMPANIONS
 from truestep.audit.subjects import TABLE
 from truestep.errors import UserError
@@ -106,7 +107,7 @@ def plan(text: str) -> Plan:
                 # A bare name is only a need: what fits to this release replaces it.
                 if wanted.get(own, own) == own:
                     wanted[own] = companion
-    wanted = {need: need for name in wanted for need in ALONE.get(name, ())} | wanted
+    wanted = {need: need for name in wanted for need in ALONE.get(name, "").split()} | wanted
     resolved = tuple(sorted(r for n, r in wanted.items() if n not in ALONE))
     alone = tuple(sorted(r for n, r in wanted.items() if n in ALONE))
     return Plan(pins=pins, torch=pins.get("torch", TORCH), resolved=resolved, alone=alone)
@@ -217,10 +218,7 @@ def _execute(
 
 def _last_words(log: Path) -> str:
     """The installer's own error line, else the last one."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
-    last = (errors or lines or ["no output"])[-1]
+    last = last_line(log.read_text(encoding="utf-8", errors="replace"), r"ERROR:|error:|cause:|[×╰]")
     return rundir.redact(re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", last))[:240]
 
 
@@ -277,9 +275,7 @@ def _uv_variables() -> dict[str, str]:
             break
     names = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "cert": "SSL_CERT_FILE"}
     names |= {"find-links": "UV_FIND_LINKS"}
-    given = {
-        name: found[key].split() for key, name in names.items() if key in found and name not in os.environ
-    }
+    given = {name: found[k].split() for k, name in names.items() if k in found and name not in os.environ}
     told_uv = {name: ("," if name == "UV_FIND_LINKS" else " ").join(parts) for name, parts in given.items()}
     # pip takes the best version of all indexes; uv by default stops at the first that has the package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match", **told_uv} if "UV_INDEX" in told_uv else told_uv
@@ -309,8 +305,7 @@ def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
         done = subprocess.run(command, env=env, capture_output=True, text=True, **how)
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        words = rundir.redact(said[-1] if said else "no output")[:200]
+        words = rundir.redact(last_line(getattr(error, "stderr", "") or str(error)))[:200]
         message = f"--python {python}: does not run as a Python 3.8 or later ({words})"
         raise UserError(f"{message}; pass the path of an interpreter, such as .venv/bin/python") from None
     return {str(k): str(v) for k, v in found.items()}

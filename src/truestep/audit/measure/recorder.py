@@ -216,7 +216,7 @@ class Recorder:
     def _gradient(
         self, model: nn.Module, rows: Sequence[int], masked: bool = False, shift: int = 1, ends: bool = False
     ) -> tuple[float, Tensor]:
-        """(Σ of losses, float64 gradient [P]) of rows, each alone; of ``masked`` tokens, or only of ``ends``."""
+        """(Σ of losses, float64 gradient [P]) of rows, each alone; of ``masked`` tokens or only ``ends``."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0

@@ -87,12 +87,10 @@ def gather(folder: Path) -> Evidence:
 
 def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
     """Regular files with their sizes, in order of names, as many as can be read in seconds."""
-    count = total = 0
-
-    def unreadable(error: OSError) -> None:
-        evidence.problems.append(f"{error.filename}: {error.strerror}")
-
-    for root, folders, names in os.walk(folder, onerror=unreadable):
+    count, total, problems = 0, 0, evidence.problems
+    for root, folders, names in os.walk(
+        folder, onerror=lambda e: problems.append(f"{e.filename}: {e.strerror}")
+    ):
         folders[:] = sorted(f for f in folders if f not in SKIPPED)
         for name in sorted(names):
             path = Path(root) / name
@@ -106,7 +104,7 @@ def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
                 continue
             total += status.st_size if status.st_size <= _limit(path) else 0
             if count > MOST_FILES or total > MOST_BYTES:
-                evidence.problems.append(f"stopped at {path.relative_to(folder)}: give the folder of one run")
+                problems.append(f"stopped at {path.relative_to(folder)}: give the folder of one run")
                 return
             yield path, status.st_size
 
@@ -316,23 +314,21 @@ def _choose_deepspeed(evidence: Evidence) -> None:
 
 def _commands(text: str, name: str, evidence: Evidence) -> None:
     """Every line that starts a training; a backslash continues one."""
-    if "--" not in text:
-        return
-    for line in _command_lines(text):
+    for line in _command_lines(text) if "--" in text else ():
         flags = _flags(line)
-        per_node = _first(flags, "nproc_per_node", "num_gpus", "num_processes")
-        nodes = _first(flags, "nnodes", "num_nodes")
+        per_node = first(flags, "nproc_per_node", "num_gpus", "num_processes")
+        nodes = first(flags, "nnodes", "num_nodes")
         if whole(per_node) and (nodes is None or whole(nodes)):
             total = (whole(per_node) or 1) * (1 if "num_processes" in flags else whole(nodes) or 1)
             evidence.add("processes", total, name)
         trainer = re.search(r"train_(\w+)", line)
         if trainer and "openrlhf" in line.lower():
             evidence.add("trainer", f"OpenRLHF {trainer[1]}", name)
-            evidence.add("zero_stage", whole(_first(flags, "zero_stage", "ds.zero_stage")), name)
-            offloads = _first(flags, "adam_offload", "ds.adam_offload")
+            evidence.add("zero_stage", whole(first(flags, "zero_stage", "ds.zero_stage")), name)
+            offloads = first(flags, "adam_offload", "ds.adam_offload")
             evidence.add("offload", "cpu" if offloads else "none", name)
-            evidence.add("batch_size", whole(_first(flags, "train_batch_size", "train.batch_size")), name)
-            micro = _first(flags, "micro_train_batch_size", "train.micro_batch_size")
+            evidence.add("batch_size", whole(first(flags, "train_batch_size", "train.batch_size")), name)
+            micro = first(flags, "micro_train_batch_size", "train.micro_batch_size")
             evidence.add("micro_batch_size", whole(micro), name)
             evidence.named.setdefault("", name)
         elif flags:
@@ -360,5 +356,5 @@ def _command_lines(text: str) -> list[str]:
     return re.sub(r"\\[ \t]*\n", " ", "\n".join(lines)).splitlines()
 
 
-def _first(flags: Mapping[str, str], *names: str) -> str | None:
+def first(flags: Mapping[str, Any], *names: str) -> Any:
     return next((flags[name] for name in names if name in flags), None)

@@ -255,9 +255,15 @@ def as_text(row: Row) -> str:
     return "\n".join(lines)
 
 
-def models_in_words(document: Row, wrong: Sequence[Row]) -> str:
-    """The sweep over model classes: what is unusual, class by class, and how the others answered."""
+def wrong_models(document: Row) -> list[Row]:
+    """Classes whose loss is not the shifted cross-entropy of their logits, or ignores the token count."""
     ran = [row for row in document["models"] if "not_run" not in row]
+    return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]
+
+
+def models_in_words(document: Row) -> str:
+    """The sweep over model classes: what is unusual, class by class, and how the others answered."""
+    ran, wrong = [row for row in document["models"] if "not_run" not in row], wrong_models(document)
     count = f"{len(ran)} of {len(document['models'])} classes were run"
     lines = [f"transformers {document['transformers']}: {count}"]
     lines += [f"  {r['class']}: labels at shift {r['shift']}, num_items_in_batch {r['count']}" for r in wrong]
