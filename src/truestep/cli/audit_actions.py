@@ -35,10 +35,11 @@ def say(text: str) -> None:
 
 
 def select(
-    target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None
+    target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None, build: bool = True
 ) -> tuple[list[Subject], Path]:
-    """The subjects and the Python to run them with; an environment is built for a requirement. A config file
-    chooses one subject, in one configuration. Raises UserError if nothing of it can be audited."""
+    """The subjects and the Python to run them with; an environment is built for a requirement, unless without
+    ``build``: then the requirement stands for it. A configuration file chooses one subject and its one
+    configuration. Raises UserError if nothing of it can be audited."""
     if arch and arch not in registry.ARCHS:
         raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
@@ -53,7 +54,7 @@ def select(
         return _as_configured(config, target, python, arch)
     if target:
         subjects = _named(registry.meant_by(list(environment.parse(target))), only, target)
-        chosen = environment.build(target, say=say)
+        chosen = environment.build(target, say=say) if build else Path(target)
     else:
         chosen = _program(python)
         found = environment.installed(chosen)
@@ -116,13 +117,8 @@ def show_plan(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool
 ) -> None:
     """Print what would be run. Builds no environment."""
-    if target and ".py:" not in target and config is None and python is None:
-        subjects, where = _named(registry.meant_by(list(environment.parse(target))), only, target), target
-        subjects = _on(arch, subjects)
-    else:
-        subjects, chosen = select(target, python, only=only, arch=arch, config=config)
-        where = str(chosen)
-    pairs = [(s.name, c) for s in subjects for c in s.configurations]
+    subjects, chosen = select(target, python, only=only, arch=arch, config=config, build=False)
+    pairs, where = [(s.name, c) for s in subjects for c in s.configurations], str(chosen)
     if as_json:
         rows = [{"subject": name, "configuration": c.to_json(), "cases": c.only} for name, c in pairs]
         typer.echo(json.dumps({"schema": 1, "python": where, "planned": rows}))

@@ -157,7 +157,7 @@ def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool |
 
 
 def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
-    """What each causal language model class of transformers does with its loss: version, seconds and one row a
+    """What each causal language model class of transformers does with its loss: version, seconds, one row a
     class. Raises SubjectFailed where the child left nothing."""
     with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
         folder = Path(name)
@@ -193,7 +193,7 @@ def free_port() -> int:
 
 
 def last_line(text: str, error: str = "") -> str:
-    """The last line that begins as ``error`` says (a library may print more on its way out), else the last."""
+    """The last line that begins as ``error`` says (a library may print more after it), else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return ([line for line in lines if re.match(error, line)] or lines or ["no output"])[-1]
 

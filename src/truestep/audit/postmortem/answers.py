@@ -87,12 +87,7 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
 def release(version: str) -> tuple[int, ...] | None:
     """The numbers of a release, without trailing zeros; None for a pre-release or what is no version."""
     found = re.fullmatch(r"v?(\d{1,9}(?:\.\d{1,9}){0,7})(?:\.post\d+)?(?:\+[\w.]+)?", version)
-    if not found:
-        return None
-    numbers = [int(n) for n in found[1].split(".")]
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
+    return tuple(int(n) for n in re.sub(r"(\.0+)+$", "", found[1]).split(".")) if found else None
 
 
 def judge_release(measured: Measured, version: str) -> Check:

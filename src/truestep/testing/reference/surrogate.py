@@ -121,11 +121,9 @@ def cispo(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Te
 
 def sapo(scored: ScoredSequence, *, tau_positive: float, tau_negative: float) -> list[Tensor]:
     """Equation: −(4/τ) σ(τ(r−1)) A, τ by the sign of A. Source: arXiv 2511.20347."""
-    losses = []
-    for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
-        tau = tau_positive if advantage > 0 else tau_negative
-        losses.append(-4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage)
-    return losses
+    taus = [tau_positive if advantage > 0 else tau_negative for advantage in scored.advantages]
+    triples = zip(scored.ratios, scored.advantages, taus, strict=True)
+    return [-4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage for ratio, advantage, tau in triples]
 
 
 def nft(scored: ScoredSequence, *, low: float, high: float) -> list[Tensor]:
@@ -230,8 +228,5 @@ def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: 
 
 def kl_terms(scored: ScoredSequence, kind: str) -> list[Tensor]:
     """With d = log π − log π_reference: k1 = d; k2 = d²/2; k3 = e^(−d) + d − 1. Source: Schulman 2020."""
-    terms = []
-    for logprob, anchor in zip(scored.policy, scored.reference, strict=True):
-        d = logprob - anchor
-        terms.append({"k1": d, "k2": d * d / 2, "k3": torch.exp(-d) + d - 1}[kind])
-    return terms
+    gaps = [logprob - anchor for logprob, anchor in zip(scored.policy, scored.reference, strict=True)]
+    return [{"k1": d, "k2": d * d / 2, "k3": torch.exp(-d) + d - 1}[kind] for d in gaps]
