@@ -76,11 +76,9 @@ def audit(
     from truestep.cli import audit_actions as actions
     from truestep.errors import UserError
 
+    if past is not None and (dry_run or junit or sarif or html):
+        raise UserError("--past can only print text or --json; remove --dry-run, --junit, --sarif and --html")
     if past is not None:
-        if dry_run or junit or sarif or html:
-            raise UserError(
-                "--past can only print text or --json; remove --dry-run, --junit, --sarif and --html"
-            )
         actions.past(past, as_json=as_json)
         return
     if dry_run and (bisect or target == "models"):

@@ -51,9 +51,8 @@ offload = kept(lambda rank, k, num: k in (0, num - 1))
 
 
 def running_average(gradients: Gradients, index: int) -> list[Tensor]:
-    return trainer.everywhere(
-        gradients, [reduce(lambda buffer, g: (buffer + g) / 2, rank) for rank in gradients]
-    )
+    buffers = [reduce(lambda buffer, g: (buffer + g) / 2, rank) for rank in gradients]
+    return trainer.everywhere(gradients, buffers)
 
 
 def unsynced(reduced: Callable[[int, int], bool]) -> Combine:
@@ -269,9 +268,7 @@ def start_in_bfloat16(replica: Replica, seed: int) -> None:
 
 def clip_to(factor: float) -> Limit:
     """The sum is clipped to another norm than the configured one."""
-    return lambda gradients, combine, index, largest: trainer.clip_sum(
-        gradients, combine, index, factor * largest
-    )
+    return lambda parts, combine, index, largest: trainer.clip_sum(parts, combine, index, factor * largest)
 
 
 def clip_micro(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
@@ -288,9 +285,8 @@ def clip_running(gradients: Gradients, combine: Combine, index: int, largest: fl
 
 def clip_rank(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
     """Every rank by its own norm, before they are added up."""
-    return trainer.everywhere(
-        gradients, [trainer.clip(torch.stack(rank).sum(0), largest) for rank in gradients]
-    )
+    clipped = [trainer.clip(torch.stack(rank).sum(0), largest) for rank in gradients]
+    return trainer.everywhere(gradients, clipped)
 
 
 def clip_too_long(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:

@@ -235,7 +235,7 @@ def _train(mutant: Mutant, folder: Path, case: dict[str, Any]) -> None:
                 missed = at - trainer.resume(replica, at)
             ticks = trainer.ticks(index - missed, case["accumulation"], mutant.world_size)
             replica.rate = max(0.0, 1 - ticks / case["steps"]) if case["decay"] else 1.0
-        loss, combined = _gradient(trainer, replicas, window, index)
+        loss, combined = _run(trainer, replicas, window, index)
         if not window.stepped:
             continue
         for replica, gradient in zip(replicas, combined, strict=True):
@@ -258,9 +258,7 @@ def _windows(trainer: Trainer, specs: list[Any]) -> list[Window]:
     return windows
 
 
-def _gradient(
-    trainer: Trainer, replicas: list[Replica], window: Window, index: int
-) -> tuple[float, list[Tensor]]:
+def _run(trainer: Trainer, replicas: list[Replica], window: Window, index: int) -> tuple[float, list[Tensor]]:
     """Forward and backward over a window: its loss, and the gradient that each rank's optimizer is given."""
     loss, gradients = 0.0, []
     for rank, replica in enumerate(replicas):

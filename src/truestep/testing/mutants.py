@@ -51,9 +51,7 @@ def draw(name: str, ranks: tuple[int, int]) -> Draw:
     # More rows take longer.
     accumulation = int(random.integers(*{1: (3, 7), 2: (3, 5), 3: (4, 5)}[world_size]))
     seed, index = int(random.integers(1000)), int(random.integers(1, accumulation - 1))
-    return Draw(
-        seed, accumulation, world_size, index, int(random.integers(world_size)), float(random.random())
-    )
+    return Draw(seed, accumulation, world_size, index, int(random.integers(world_size)), random.random())
 
 
 @dataclass(frozen=True)

@@ -175,13 +175,12 @@ def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 
 
 def _limit() -> None:
     if _LIBC is not None:
-        # Nothing would hold it to its time after this process is killed.
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # PR_SET_PDEATHSIG: nothing would hold it to its time after this process is killed.
+        _LIBC.prctl(1, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -159,11 +160,7 @@ def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[
                 shutil.rmtree(leftover)
         began = time.monotonic()
         with log.open("w", encoding="utf-8") as out:
-
-            def do(command: Sequence[str | Path], **variables: str) -> None:
-                _execute(command, variables, name, out, lock)
-
-            fill(temporary, do)
+            fill(temporary, partial(_execute, name, out, lock))
         temporary.rename(home)
         say(f"built {name} in {time.monotonic() - began:.0f} s")
     return python
@@ -190,9 +187,7 @@ def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
         yield file.fileno()
 
 
-def _execute(
-    command: Sequence[str | Path], variables: Mapping[str, str], name: str, out: IO[str], lock: int
-) -> None:
+def _execute(name: str, out: IO[str], lock: int, command: Sequence[str | Path], **variables: str) -> None:
     """Run one command of a build; what it prints goes to the log."""
     kept = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
     words, env = [str(part) for part in command], {**kept, **variables}

@@ -101,9 +101,7 @@ def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -
         raise ValueError(f"accumulation = {accumulation}: the case {name} needs 3 or more")
     asked = {"steps": 3, **CASES[name]}
     if name in ("scheduled", "resumed"):
-        accumulation = min(
-            accumulation, 3
-        )  # else one tick a micro-batch ends the schedule after the first step
+        accumulation = min(accumulation, 3)  # else one tick a micro-batch ends it after the first step
     num = world_size * (2 * accumulation - 2 if name == "window" else accumulation * asked["steps"])
     counts = [TRAINED[i % len(TRAINED)] + len(TRAINED) * 2 * (i // len(TRAINED)) for i in range(num)]
     if name == "masked":

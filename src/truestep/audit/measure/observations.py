@@ -69,9 +69,8 @@ class Step:
     @property
     def clip_scale(self) -> float:
         """What the clip that was asked for makes of the right gradient."""
-        return (
-            min(1.0, self.max_grad_norm / float(np.linalg.norm(self.expected))) if self.max_grad_norm else 1.0
-        )
+        limit = self.max_grad_norm
+        return min(1.0, limit / float(np.linalg.norm(self.expected))) if limit else 1.0
 
     @cached_property
     def direction(self) -> np.ndarray:

@@ -89,7 +89,7 @@ def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
     ranks = sorted({m.rank for m in step.microbatches})
     parts = [[m.gradient / step.num_trained for m in step.microbatches if m.rank == rank] for rank in ranks]
     found: list[tuple[float, str]] = []
-    for kind, predict in CLIPS_OF_PARTS.items():
+    for kind, predict in CLIPS.items():
         for limit in dict.fromkeys(step.max_grad_norm / n for n in (1, accumulation, len(ranks))):
             wanted = predict(parts, limit)
             scale = float(used @ wanted) / float(wanted @ wanted)
@@ -108,20 +108,15 @@ def _each(parts: Parts, limit: float) -> np.ndarray:
 
 def _running(parts: Parts, limit: float) -> np.ndarray:
     nothing = np.zeros_like(parts[0][0])
-    return np.sum(
-        [reduce(lambda buffer, g: _short(buffer + g, limit), rank, nothing) for rank in parts], axis=0
-    )
+    sums = [reduce(lambda buffer, g: _short(buffer + g, limit), rank, nothing) for rank in parts]
+    return np.sum(sums, axis=0)
 
 
 def _ranks(parts: Parts, limit: float) -> np.ndarray:
     return np.sum([_short(np.sum(rank, axis=0), limit) for rank in parts], axis=0)
 
 
-CLIPS_OF_PARTS = {
-    "clip_of_micro_batches": _each,
-    "clip_of_ranks": _ranks,
-    "clip_after_every_micro_batch": _running,
-}
+CLIPS = {"clip_of_micro_batches": _each, "clip_of_ranks": _ranks, "clip_after_every_micro_batch": _running}
 
 
 def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:

@@ -51,7 +51,7 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
     if found.relative_error <= min(noise, residual):
         return Seen(recovered=found)
     if found.residual > (limit := max(residual, noise)):
-        return Seen(causes=(_residual_cause(step, previous, found, parameters, limit),), recovered=found)
+        return Seen(causes=(_rest(step, previous, found, parameters, limit),), recovered=found)
     pattern = fit_pattern(found, dtype)
     if pattern is None:
         named = _clipped_parts(step, found) or _unknown("unknown_weights", found.weights)
@@ -191,9 +191,7 @@ def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
     return cause("clip", "clip_of_ranks") if len(ranks) > 1 and alike(parts) else None
 
 
-def _residual_cause(
-    step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float
-) -> Cause:
+def _rest(step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float) -> Cause:
     """The best explanation of a residual: the one law, or the one addition, that explains the rest."""
     law = _rows(step, found, limit) or _frozen(step, parameters) or _rounded(step) or _clipped_entries(step)
     added = law or _addition(step, previous, found, parameters)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 SCHEMA = 1
+Lines = list[list[list[int]]]  # the rows of every line of every forward pass
 EXPLAINED = 1e-4  # relative: what weights of the rows leave of a right step
 
 
@@ -67,8 +68,8 @@ class Recorder:
         self.copy = copy.deepcopy(model).double().eval()
         self.needles, self.ignored = [bytes(row["ids"]) for row in spec.rows], b""
         self.before: Tensor | None = None
-        self.microbatches: list[list[list[int]]] = []  # the rows of every line of every forward pass
-        self.steps: list[tuple[Tensor, Tensor, list[list[list[int]]]]] = []
+        self.microbatches: Lines = []
+        self.steps: list[tuple[Tensor, Tensor, Lines]] = []
         self.unmatched = 0
         self.autocast: torch.dtype | None = None  # that the model was run under
         self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
@@ -156,9 +157,7 @@ class Recorder:
         found = [f"{file}:{line}" for part in parts for file, line in self.stack if part in file]
         return next(iter(found + [f"{file}:{line}" for file, line in self.stack if file == own]), "")
 
-    def _write_step(
-        self, index: int, before: Tensor, after: Tensor, lines: list[list[list[int]]]
-    ) -> dict[str, Any]:
+    def _write_step(self, index: int, before: Tensor, after: Tensor, lines: Lines) -> dict[str, Any]:
         micro = [[row for line in batch for row in line] for batch in lines]
         own = parameters_of(self.copy)
         for parameter, part in zip(own, before.split([p.numel() for p in own]), strict=True):

@@ -20,6 +20,7 @@ from truestep.audit.measure.one_step import by_ranks
 from truestep.audit.measure.weights import adamw_errors, condition_of
 
 OF_PARTS = {"clip_of_micro_batches", "clip_of_ranks"}  # these depend on how a batch is split
+Cases = Mapping[str, Differences]
 CHOICES = {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}
 
 
@@ -127,9 +128,7 @@ def _unusable(run: Observation, some_moved: bool) -> Causes:
     return data_coverage(run) or (cause("", "ill_conditioned", condition=worst),)
 
 
-def _verdict(
-    nothing: Finding, cases: Mapping[str, Differences], seen: Mapping[str, CaseSeen], documented: str
-) -> Finding:
+def _verdict(nothing: Finding, cases: Cases, seen: Mapping[str, CaseSeen], documented: str) -> Finding:
     wrong = {name: case for name, case in cases.items() if case.codes}
     if not wrong:
         return replace(nothing, verdict=Verdict.RIGHT)
@@ -160,9 +159,7 @@ def _verdict(
     return replace(nothing, verdict=Verdict.FAULT, codes=codes, found=first)
 
 
-def _judge_adamw(
-    nothing: Finding, runs: Mapping[str, Observation], broken: Mapping[str, Differences]
-) -> Finding:
+def _judge_adamw(nothing: Finding, runs: Mapping[str, Observation], broken: Cases) -> Finding:
     """The known weight vector whose textbook AdamW updates come closest to the observed ones."""
     cases, worst = dict(broken), 0.0
     for name, run in runs.items():

@@ -87,10 +87,8 @@ def gather(folder: Path) -> Evidence:
 
 def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
     """Regular files with their sizes, in order of names, as many as can be read in seconds."""
-    count, total, problems = 0, 0, evidence.problems
-    for root, folders, names in os.walk(
-        folder, onerror=lambda e: problems.append(f"{e.filename}: {e.strerror}")
-    ):
+    count, total, told = 0, 0, evidence.problems
+    for root, folders, names in os.walk(folder, onerror=lambda e: told.append(f"{e.filename}: {e.strerror}")):
         folders[:] = sorted(f for f in folders if f not in SKIPPED)
         for name in sorted(names):
             path = Path(root) / name
@@ -104,7 +102,7 @@ def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
                 continue
             total += status.st_size if status.st_size <= _limit(path) else 0
             if count > MOST_FILES or total > MOST_BYTES:
-                problems.append(f"stopped at {path.relative_to(folder)}: give the folder of one run")
+                told.append(f"stopped at {path.relative_to(folder)}: give the folder of one run")
                 return
             yield path, status.st_size
 

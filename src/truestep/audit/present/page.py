@@ -22,7 +22,7 @@ from truestep.audit.present.words import Row, line, number, small
 
 UNIT, HIGHEST, LOWEST = 44, 2.0, -0.5  # pixels of weight 1; what is beyond is cut off, and marked
 STEP, GAP, HEAD = 46, 26, 32  # pixels: a bar with its space, between ranks, above the bars
-KINDS = {Verdict.RIGHT: "right", Verdict.FAULT: "fault"}
+KINDS = dict.fromkeys(Verdict, "unanswered") | {Verdict.RIGHT: "right", Verdict.FAULT: "fault"}
 KINDS |= dict.fromkeys((Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE), "choice")
 
 
@@ -34,14 +34,10 @@ def render_page(rows: Sequence[Row], provenance: Row) -> str:
     environment = jinja2.Environment(autoescape=True, loader=loader, **how)
     return environment.get_template("audit.html.j2").render(
         outcome=_outcome(rows),
-        counts=[(counts[v], v.value, _kind(v)) for v in Verdict if counts[v]],
+        counts=[(counts[v], v.value, KINDS[v]) for v in Verdict if counts[v]],
         rows=[_entry(row) for row in rows],
         provenance={line(k, 80): line(v, 2000) for k, v in _flat(provenance).items()},
     )
-
-
-def _kind(verdict: str) -> str:
-    return KINDS.get(Verdict(verdict), "unanswered")
 
 
 def _outcome(rows: Sequence[Row]) -> str:
@@ -66,7 +62,7 @@ def _entry(row: Row) -> dict[str, Any]:
         "versions": words.versions_in_words(row),
         "configuration": words.configuration_in_words(row["configuration"]),
         "verdict": row["verdict"],
-        "kind": _kind(row["verdict"]),
+        "kind": KINDS[row["verdict"]],
         "found": words.found_in_words(row),
         "drawing": draw(row),
         "facts": {name: small(row[k]) for k, name in facts.items() if row.get(k) is not None},

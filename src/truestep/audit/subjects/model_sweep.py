@@ -22,6 +22,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -88,18 +89,14 @@ def differ(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def cross_entropy(logits: torch.Tensor, ids: torch.Tensor, shift: int) -> torch.Tensor:
-    """Mean over a row without padding; the label of position t is the token at t + shift."""
-    length = ids.shape[0] - shift
-    return torch.nn.functional.cross_entropy(logits[:length], ids[shift:])
-
-
 def ask(model: torch.nn.Module) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     first, second, other = (torch.randint(3, VOCABULARY, (n,), generator=draw) for n in (9, 12, 9))
     ids = second[None]
     out = model(input_ids=ids, labels=ids)
-    own = {shift: float(cross_entropy(out.logits[0].float(), second, shift)) for shift in (0, 1, 2)}
+    logits = out.logits[0].float()
+    # The label of position t is the token at t + shift.
+    own = {s: float(cross_entropy(logits[: len(second) - s], second[s:])) for s in (0, 1, 2)}
     loss = float(out.loss)
     shift = next((s for s in (1, 0, 2) if abs(own[s] - loss) <= CLOSE * abs(loss)), None)
     answer: dict[str, Any] = {"shift": "none of 0, 1, 2" if shift is None else shift}

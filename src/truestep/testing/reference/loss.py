@@ -37,20 +37,17 @@ class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes
 
 
 def trained_logprobs(model: nn.Module, sequence: TrainSequence, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probabilities, with gradient, of a sequence's trained tokens; run alone, unpadded, without dropout.
-
-    Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t.
-    Raises: ValueError where the model is not in float64.
-    """
+    """The log-probabilities of ``trained_tokens`` alone."""
     return trained_tokens(model, sequence, temperature)[0]
 
 
 def trained_tokens(
     model: nn.Module, sequence: TrainSequence, temperature: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same, and the entropy of the distribution that each of these tokens was drawn from, with gradient.
+    """Log-probabilities of a sequence's trained tokens, and the entropies of the distributions that they were
+    drawn from, with gradient; run alone, unpadded, without dropout. Raises ValueError for less than float64.
 
-    Equation: −Σ_v p_v log p_v.
+    Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t; −Σ_v p_v log p_v.
     """
     narrow = [name for name, p in model.named_parameters() if p.dtype is not torch.float64]
     if narrow:
@@ -75,7 +72,7 @@ def trained_tokens(
 def frozen_logprobs(
     model: nn.Module, sequences: Sequence[TrainSequence], temperature: float = 1.0
 ) -> list[list[float]]:
-    """The same as plain numbers: the proximal log-probabilities of later updates, or those of a KL anchor."""
+    """Plain numbers: the proximal log-probabilities of later updates, or those of a KL anchor."""
     with torch.no_grad():
         return [[logprob.item() for logprob in trained_logprobs(model, s, temperature)] for s in sequences]
 
@@ -143,9 +140,7 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
     return [(reward - mean) / (std + 1e-6 if kind == "mean_std" else 1.0) for reward in rewards]
 
 
-def weight_microbatches(
-    sequences: Sequence[TrainSequence], microbatches: Microbatches
-) -> list[TrainSequence]:
+def weigh_microbatches(sequences: Sequence[TrainSequence], microbatches: Microbatches) -> list[TrainSequence]:
     """The sequences, their weights multiplied by that of their micro-batch; as they are without any.
 
     Raises: ValueError where a sequence is in no micro-batch or in two.
@@ -183,7 +178,7 @@ def reference_loss(
     anchors = numbers.pop("reference_logprobs", None)
 
     scored = []
-    for i, sequence in enumerate(weight_microbatches(sequences, microbatches)):
+    for i, sequence in enumerate(weigh_microbatches(sequences, microbatches)):
         policy = trained_logprobs(model, sequence, temperature)
         given = None if proximal is None else proximal[i]
         old = [logprob.item() for logprob in policy] if given is None else given
