@@ -57,8 +57,7 @@ def select(
         chosen = environment.build(target, say=say) if build else Path(target)
     else:
         chosen = _program(python)
-        found = environment.installed(chosen)
-        subjects = _named(registry.applicable(found), only, str(chosen))
+        subjects = _named(registry.applicable(environment.installed(chosen)), only, str(chosen))
     return _on(arch, subjects), chosen
 
 

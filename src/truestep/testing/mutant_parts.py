@@ -111,8 +111,7 @@ def momentum(factor: float, *, nesterov: bool = False) -> Update:
 def decay(strength: float, *, matrices: bool = False) -> Update:
     def update(replica: Replica, gradient: Tensor, index: int) -> None:
         parts = [torch.full((p.numel(),), float(p.dim() > 1 or not matrices)) for p in replica.parameters]
-        where = torch.cat(parts)
-        replica.move(gradient + strength * where * replica.theta)
+        replica.move(gradient + strength * torch.cat(parts) * replica.theta)
 
     return update
 

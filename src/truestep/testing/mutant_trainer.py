@@ -140,8 +140,7 @@ def add_all(gradients: Gradients, index: int) -> list[Tensor]:
 
 def everywhere(gradients: Gradients, parts: Sequence[Tensor]) -> list[Tensor]:
     """The sum of ``parts`` for every rank."""
-    total = torch.stack([*parts, torch.zeros_like(gradients[0][0])]).sum(0)
-    return [total] * len(gradients)
+    return [torch.stack([*parts, torch.zeros_like(gradients[0][0])]).sum(0)] * len(gradients)
 
 
 def clip(gradient: Tensor, largest: float) -> Tensor:

@@ -42,15 +42,15 @@ def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interv
     last = len(releases) - 1
     ends = [i for i in (0, last) if faulty(i)]
     bad = ends[0] if ends else releases.index(known_bad) if known_bad else _interior(last, faulty)
-    if bad is None or not faulty(bad):
-        return Interval(tried=_tried(releases, seen))
-    low = 0 if faulty(0) else _edge(bad, 0, faulty)
-    high = last if faulty(last) else _edge(bad, last, faulty)
-    rights = [i for i, f in seen.items() if f is False]
-    before = releases[max((i for i in rights if i < low), default=low)] if low else ""
-    after = releases[min((i for i in rights if i > high), default=high)] if high < last else ""
-    bad_ends = {"first_bad": releases[low], "last_bad": releases[high]}
-    return Interval(**bad_ends, before=before, after=after, tried=_tried(releases, seen))
+    found = {}
+    if bad is not None and faulty(bad):
+        low = 0 if faulty(0) else _edge(bad, 0, faulty)
+        high = last if faulty(last) else _edge(bad, last, faulty)
+        rights = [i for i, f in seen.items() if f is False]
+        before = releases[max((i for i in rights if i < low), default=low)] if low else ""
+        after = releases[min((i for i in rights if i > high), default=high)] if high < last else ""
+        found = {"first_bad": releases[low], "last_bad": releases[high], "before": before, "after": after}
+    return Interval(**found, tried=tuple((releases[i], seen[i]) for i in sorted(seen)))
 
 
 def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
@@ -76,10 +76,6 @@ def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
             return bad
         bad, right = (answered, right) if faulty(answered) else (bad, answered)
     return bad
-
-
-def _tried(releases: Sequence[str], seen: dict[int, bool | None]) -> tuple[tuple[str, bool | None], ...]:
-    return tuple((releases[i], seen[i]) for i in sorted(seen))
 
 
 def parse_range(text: str) -> tuple[str, str]:

@@ -124,15 +124,13 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
             with log.open("wb") as out:
                 env = child_environment(job.world_size, home, rank, port)
                 processes.append(_start(command, out, home, env | {"PYTHONPATH": str(folder / "modules")}))
-        while any(p.poll() is None for p in processes):
-            if any(p.poll() not in (None, 0) for p in processes):
-                break
+        while None in (codes := [p.poll() for p in processes]) and not any(codes):
             if time.monotonic() > deadline:
                 raise SubjectFailed(f"no result within {job.timeout:.0f} s; {_last_words(logs[0])}")
             time.sleep(0.02)
-        for rank, process in enumerate(processes):
-            if process.poll() not in (None, 0):
-                raise SubjectFailed(f"exit code {process.returncode}: {_last_words(logs[rank])}")
+        for code, log in zip(codes, logs, strict=True):
+            if code:
+                raise SubjectFailed(f"exit code {code}: {_last_words(log)}")
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):

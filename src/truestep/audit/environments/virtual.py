@@ -250,8 +250,7 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
         do([*install, *extra, *wanted.resolved], **variables)
     if wanted.alone:
         # No installer cache: a wheel that was built beside this torch must not reach other environments.
-        fresh = "--no-cache" if uv else "--no-cache-dir"
-        how = ["--no-deps", "--no-build-isolation", fresh]
+        how = ["--no-deps", "--no-build-isolation", "--no-cache" if uv else "--no-cache-dir"]
         do([*install, *how, *wanted.alone], DS_BUILD_OPS="0", **variables)
 
 
@@ -293,8 +292,7 @@ def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
         raise UserError(f"--python {python}: no such program; pass {hint}")
     # -I: no PYTHONPATH and no user site folder, as in the audited process; -B: no bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
-    kept = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
-    env = {k: v for k, v in os.environ.items() if k in kept}
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")}
     how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "timeout": 60, "check": True}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, **how)

@@ -90,8 +90,7 @@ class Step:
     @cached_property
     def expected(self) -> np.ndarray:
         """The gradient of the mean over all trained tokens of the step."""
-        total = np.sum([m.gradient for m in self.microbatches], axis=0)
-        return np.asarray(total / max(1, self.num_trained))
+        return np.asarray(np.sum([m.gradient for m in self.microbatches], axis=0) / max(1, self.num_trained))
 
     @property
     def true_loss(self) -> float:

@@ -187,8 +187,7 @@ def data_coverage(run: Observation) -> Causes:
         filtered = _asked_sizes(run, len(asked.rows) - never)  # left out before rows were put into windows
         whole = _asked_sizes(run, len(asked.rows))
         if sizes != filtered and not _skipped(sizes, whole, never * asked.epochs):
-            window = asked.accumulation * asked.rows_per_microbatch
-            lost_whole = sizes == [n for n in filtered if n == window]
+            lost_whole = sizes == [n for n in filtered if n == asked.accumulation * asked.rows_per_microbatch]
             found.append(cause("grouping", "step_sizes", rows=sizes, asked=filtered))
     if lost:
         found.insert(0 if lost_whole else len(found), cause("data_lost", "rows_lost", rows=lost))

@@ -42,8 +42,7 @@ def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift:
     tokens = torch.tensor([list(ids)])
     logits = logits_of(model(input_ids=tokens))[0]
     logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-    targets = [t for t in range(max(1, shift), len(ids)) if chosen[t]]
-    where = torch.tensor(targets, dtype=torch.int64)
+    where = torch.tensor([t for t in range(max(1, shift), len(ids)) if chosen[t]], dtype=torch.int64)
     return -logp[where - shift, tokens[0][where]].sum()
 
 

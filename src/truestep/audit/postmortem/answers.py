@@ -110,8 +110,7 @@ def judge_release(measured: Measured, version: str) -> Check:
     if not above:
         return check(None, "newer", newest=low, faulty=low_faulty, **name)
     _, high, high_faulty = above[0]
-    alike = low_faulty == high_faulty
-    kind, met = ("between_alike", low_faulty) if alike else ("between_different", None)
+    kind, met = ("between_alike", low_faulty) if low_faulty == high_faulty else ("between_different", None)
     return check(met, kind, low=low, high=high, faulty=low_faulty, **name)
 
 
@@ -153,10 +152,9 @@ def _with(checked: Check, **values: str) -> Check:
 
 def _micro_batches(evidence: Evidence, least: int) -> Check:
     """Whether a step has so many micro-batches."""
-    found = _accumulation(evidence)
-    if not found.settings.get("accumulation"):
+    if not evidence.settings.get("accumulation"):
         return _arithmetic(evidence)
-    return _setting("accumulation", lambda k: k >= least)(found)
+    return _setting("accumulation", lambda k: k >= least)(evidence)
 
 
 def _three_micro_batches(evidence: Evidence) -> Check:
@@ -174,16 +172,6 @@ def _several_micro_batches(evidence: Evidence) -> Check:
     if checked.met is False and set(evidence.settings.get("processes", {})) != {1}:
         return replace(_with(checked, note="several_not_measured"), met=None)
     return checked
-
-
-def _accumulation(evidence: Evidence) -> Evidence:
-    """Evidence whose accumulation is worked out from the batch sizes, if only they are given."""
-    batch, micro, processes = (evidence.only(k) for k in ("batch_size", "micro_batch_size", "processes"))
-    if evidence.settings.get("accumulation") or None in (batch, micro, processes) or not micro * processes:
-        return evidence
-    steps = max(1, batch // (micro * processes))
-    file = f"{batch} / ({micro} × {processes}), {next(iter(evidence.settings['batch_size'].values()))}"
-    return Evidence(settings={**evidence.settings, "accumulation": {steps: file}})
 
 
 def _arithmetic(evidence: Evidence) -> Check:

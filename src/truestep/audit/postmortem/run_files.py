@@ -37,7 +37,7 @@ _RANGE = re.compile(r"""^[\s\-"']*([A-Za-z0-9][\w.\-]*)(?:\[[^\]]*\])?\s*(@|[<>~
 
 
 class Broken(ValueError):
-    """A file that cannot be read; says why."""
+    """A file that cannot be read, or a value that no such file can have; says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,7 @@ def gather(folder: Path) -> Evidence:
         except (Broken, OSError) as error:
             evidence.problems.append(f"{name}: {getattr(error, 'strerror', error)}")
     _choose_deepspeed(evidence)
+    _work_out_accumulation(evidence)
     return evidence
 
 
@@ -308,6 +309,14 @@ def _choose_deepspeed(evidence: Evidence) -> None:
         if wanted and not fitting:
             why = "which is not in the folder or cannot be read"
             evidence.problems.append(f"{by}: names {wanted[:200]}, {why}")
+
+
+def _work_out_accumulation(evidence: Evidence) -> None:
+    """From the batch sizes, if only they are given."""
+    batch, micro, processes = (evidence.only(k) for k in ("batch_size", "micro_batch_size", "processes"))
+    if not evidence.settings.get("accumulation") and batch is not None and micro and processes:
+        file = f"{batch} / ({micro} × {processes}), {next(iter(evidence.settings['batch_size'].values()))}"
+        evidence.add("accumulation", max(1, batch // (micro * processes)), file)
 
 
 def _commands(text: str, name: str, evidence: Evidence) -> None:

@@ -56,14 +56,13 @@ def _template(name: str) -> str:
 
 
 def _of_deepspeed(options: Mapping[str, Any]) -> dict[str, str]:
-    manual = bool(options.get("manual"))
+    manual = options.get("manual")
+    step = "index == 3" if manual else "True"
     zero: dict[str, Any] = {"stage": options.get("stage", options.get("zero_stage", 2))}
     if options.get("offload"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    if manual:
-        boundary = "engine.set_gradient_accumulation_boundary(index == 3)"
-        return {"zero": repr(zero), "accumulation": "1", "boundary": boundary, "step": "index == 3"}
-    return {"zero": repr(zero), "accumulation": "4", "boundary": "", "step": "True"}
+    boundary = f"engine.set_gradient_accumulation_boundary({step})" if manual else ""
+    return {"zero": repr(zero), "accumulation": "1" if manual else "4", "boundary": boundary, "step": step}
 
 
 def _of_trainer(options: Mapping[str, Any]) -> dict[str, str]:

@@ -107,8 +107,7 @@ def ask(model: torch.nn.Module) -> dict[str, Any]:
         doubled = float(model(input_ids=ids, labels=ids, num_items_in_batch=2 * num_labels).loss)
         answer["count"] = "honoured" if abs(doubled / loss - 0.5) < 0.01 else "ignored"
     padded = torch.cat([second, torch.zeros(5, dtype=torch.int64)])[None]
-    mask = torch.tensor([[1] * 12 + [0] * 5])
-    real = model(input_ids=padded, attention_mask=mask).logits[0, :12]
+    real = model(input_ids=padded, attention_mask=torch.tensor([[1] * 12 + [0] * 5])).logits[0, :12]
     answer["padding"] = "neutral" if differ(real, out.logits[0]) <= CLOSE else "changes real tokens"
     positions = torch.cat([torch.arange(9), torch.arange(12)])[None]
     layouts = {"packed, restarted positions": {"position_ids": positions}}

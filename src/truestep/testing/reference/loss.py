@@ -1,11 +1,13 @@
-"""The loss of an optimizer step: float64, token by token, each sequence alone, the batch in one graph."""
+"""An optimizer step. Its loss: float64, token by token, each sequence alone, the batch in one graph. The step:
+the textbook's over name → float64 tensor, one clip, one update, no hidden state."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from truestep.records import Origin, TrainSequence
-from truestep.testing.reference import surrogate
+from truestep.settings import OptimizerSettings
 from truestep.testing.reference.rows import ROWS, named_part
 from truestep.testing.reference.surrogate import ScoredSequence
 
 LogprobRows = Sequence[Sequence[float] | None]  # one row a sequence, one number a trained token
 Microbatches = Sequence[tuple[Sequence[int], float]]  # (indices of its sequences, its weight)
+Tensors = Mapping[str, Tensor]  # by parameter name
 
 
 class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes by inheritance only
@@ -151,7 +154,7 @@ def weigh_microbatches(sequences: Sequence[TrainSequence], microbatches: Microba
     if listed != list(range(len(sequences))):
         raise ValueError(f"micro-batches hold sequences {listed}, not each of 0..{len(sequences) - 1} once")
     weight_of = {i: weight for indices, weight in microbatches for i in indices}
-    return [dataclasses.replace(s, weight=s.weight * weight_of[i]) for i, s in enumerate(sequences)]
+    return [replace(s, weight=s.weight * weight_of[i]) for i, s in enumerate(sequences)]
 
 
 def reference_loss(
@@ -168,22 +171,18 @@ def reference_loss(
     """The loss of one optimizer step over the whole batch, with its graph.
 
     A row of ``proximal`` that is None is the policy's own, detached: the first update after a rollout.
-    ``options`` overrides the method's numbers, its ``normaliser``, and adds a KL term: ``kl`` (k1, k2, k3),
-    ``kl_coef`` and ``reference_logprobs``. Weights of sequences and micro-batches multiply numerators only.
-    Equation: Σ_sequences weight Σ_tokens (surrogate + kl_coef · kl) / denominator.
+    ``options`` overrides the method's numbers and its ``normaliser``. Weights of sequences and micro-batches
+    multiply numerators only.
+    Equation: Σ_sequences weight Σ_tokens surrogate / denominator.
     """
     part, numbers = named_part(method), dict(options or {})
     normaliser = numbers.pop("normaliser", part.normaliser)
-    kl, kl_coef = numbers.pop("kl", None), numbers.pop("kl_coef", 0.0)
-    anchors = numbers.pop("reference_logprobs", None)
-
     scored = []
     for i, sequence in enumerate(weigh_microbatches(sequences, microbatches)):
         policy = trained_logprobs(model, sequence, temperature)
         given = None if proximal is None else proximal[i]
         old = [logprob.item() for logprob in policy] if given is None else given
-        anchor = () if anchors is None else anchors[i]
-        scored.append(ScoredSequence(sequence=sequence, policy=policy, proximal=old, reference=anchor))
+        scored.append(ScoredSequence(sequence=sequence, policy=policy, proximal=old))
     if ROWS[method].drop_equal_groups:
         scored = drop_equal_groups(scored)
 
@@ -191,9 +190,6 @@ def reference_loss(
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for item in scored:
         losses = part.losses(item, **numbers)
-        if kl is not None:
-            terms = surrogate.kl_terms(item, kl)
-            losses = [loss + kl_coef * term for loss, term in zip(losses, terms, strict=True)]
         count = denominator(item.sequence, kept, normaliser, max_length) if losses else 1.0
         for loss in losses:
             total = total + item.sequence.weight * loss / count
@@ -234,3 +230,127 @@ def per_microbatch_gradients(
         sums.append(gradient(model, loss))
         counts.append(sum(sequences[i].num_trained for i in indices))
     return sums, counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamState:
+    """The running means of g and g², and how many steps they have seen."""
+
+    step: int
+    first: Tensors
+    second: Tensors
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step: what it saw before clipping, and the parameters after it."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    gradient: Tensors
+    parameters: Tensors
+
+
+def learning_rate(
+    step: int,
+    total_steps: int,
+    peak: float,
+    schedule: str = "constant",
+    warmup_fraction: float = 0.0,
+    min_lr_ratio: float = 0.1,
+) -> float:
+    """The learning rate of step 0 … total_steps − 1.
+
+    Equation: W = round(warmup_fraction · T). s < W: peak·(s+1)/W. Then constant: peak; or cosine: floor +
+    (peak−floor)·½(1+cos(π(s−W)/(T−W))), floor = min_lr_ratio·peak. So step W−1 and step W have the peak, and
+    the floor would be reached at step T, one after the last.
+    """
+    if not 0 <= step < total_steps:
+        raise ValueError(f"step {step} is not one of 0..{total_steps - 1}")
+    warmup_steps = round(warmup_fraction * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    if schedule != "cosine":
+        raise ValueError(f"unknown schedule {schedule!r}: constant or cosine")
+    floor = min_lr_ratio * peak
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
+    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 is no clip.
+
+    Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
+    """
+    norm = math.sqrt(sum((g * g).sum().item() for g in gradients.values()))
+    factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+    return {name: g * factor for name, g in gradients.items()}, norm
+
+
+def sgd(parameters: Tensors, gradients: Tensors, lr: float) -> dict[str, Tensor]:
+    """Equation: θ − lr·g."""
+    return {name: theta - lr * gradients[name] for name, theta in parameters.items()}
+
+
+def adamw(
+    parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
+) -> tuple[dict[str, Tensor], AdamState]:
+    """AdamW on every tensor alike; ``state`` None is the state before the first step.
+
+    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), ^ = /(1−β^t) each.
+    Source: arXiv 1711.05101, algorithm 2.
+    """
+    zeros = {name: torch.zeros_like(theta) for name, theta in parameters.items()}
+    before = state or AdamState(step=0, first=zeros, second=zeros)
+    (beta1, beta2), t = settings.betas, before.step + 1
+    moved, first, second = {}, {}, {}
+    for name, theta in parameters.items():
+        g = gradients[name]
+        m = beta1 * before.first[name] + (1 - beta1) * g
+        v = beta2 * before.second[name] + (1 - beta2) * g * g
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        update = lr * m_hat / (torch.sqrt(v_hat) + settings.eps)
+        moved[name] = theta - lr * settings.weight_decay * theta - update
+        first[name], second[name] = m, v
+    return moved, AdamState(step=t, first=first, second=second)
+
+
+def reference_step(
+    parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
+) -> tuple[dict[str, Tensor], AdamState | None, float]:
+    """Clip, then update: the new parameters, the new state (None for sgd), and the norm before clipping."""
+    clipped, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
+    if settings.kind == "sgd":
+        return sgd(parameters, clipped, lr), None, norm
+    moved, after = adamw(parameters, clipped, state, lr, settings)
+    return moved, after, norm
+
+
+def reference_steps(
+    model: nn.Module,
+    losses: Sequence[Callable[[nn.Module], Tensor]],
+    settings: OptimizerSettings,
+    total_steps: int,
+) -> list[StepResult]:
+    """Consecutive steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: a loss function a step.
+
+    A loss function is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
+    """
+    model = copy.deepcopy(model)
+    state: AdamState | None = None
+    results = []
+    for step, loss_of in enumerate(losses):
+        loss = loss_of(model)
+        gradients = gradient(model, loss)
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        how = (settings.lr, settings.schedule, settings.warmup_fraction, settings.min_lr_ratio)
+        lr = learning_rate(step, total_steps, *how)
+        moved, state, norm = reference_step(parameters, gradients, state, lr, settings)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(moved[name])
+        results.append(StepResult(loss.item(), norm, lr, gradients, moved))
+    return results

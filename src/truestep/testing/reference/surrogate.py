@@ -79,8 +79,7 @@ def trsft(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
 
 
 def _clipped_gain(ratio: Tensor, advantage: float, eps_low: float, eps_high: float) -> Tensor:
-    clipped = torch.clamp(ratio, 1 - eps_low, 1 + eps_high)
-    return torch.minimum(ratio * advantage, clipped * advantage)
+    return torch.minimum(ratio * advantage, torch.clamp(ratio, 1 - eps_low, 1 + eps_high) * advantage)
 
 
 def ppo_clip(
