@@ -17,8 +17,7 @@ from typing import Any
 import typer
 
 from truestep.audit import subjects as registry
-from truestep.audit.environments import bisect as bisection
-from truestep.audit.environments import configured, remedy
+from truestep.audit.environments import configured, releases
 from truestep.audit.environments import virtual as environment
 from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script, sweep
 from truestep.audit.measure.findings import Finding, Verdict, cause
@@ -150,7 +149,7 @@ def run(
             finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
             if finding.verdict is Verdict.FAULT and remedies_for is not None:
                 say("  looking for a remedy")
-                better = remedy.find(subject, configuration, python, remedies_for, timeout=timeout)
+                better = releases.remedy(subject, configuration, python, remedies_for, timeout=timeout)
                 finding = replace(finding, remedy=better or "none found")
             if finding.verdict is Verdict.FAULT and reproducers is not None:
                 finding = _reproduced(finding, subject, python, reproducers)
@@ -261,10 +260,10 @@ def bisect(
     """Search releases of one package; each is judged by its subject's first configuration."""
     if not target or "=" in target:
         raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
-    first, last = bisection.parse_range(text)
-    releases = bisection.releases_between(Path(sys.executable), target, first, last)
+    first, last = releases.parse_range(text)
+    between = releases.releases_between(Path(sys.executable), target, first, last)
     assumed = "assuming that the faulty ones are one contiguous interval"
-    say(f"{len(releases)} releases from {first} to {last}; {assumed}")
+    say(f"{len(between)} releases from {first} to {last}; {assumed}")
 
     def probe(version: str) -> bool | None:
         subjects, python = select(f"{target}=={version}", None, only=only, arch="")
@@ -273,13 +272,13 @@ def bisect(
         unseen = finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
         return None if unseen else finding.verdict is Verdict.FAULT
 
-    found = bisection.search(releases, probe, known_bad)
-    document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(releases), **vars(found)}
+    found = releases.search(between, probe, known_bad)
+    document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(between), **vars(found)}
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
         bad = f"first bad {found.first_bad}, last bad {found.last_bad}"
         typer.echo(f"{bad} ({len(found.tried)} releases run)")
     else:
-        typer.echo(f"no faulty release found ({len(found.tried)} of {len(releases)} run)")
+        typer.echo(f"no faulty release found ({len(found.tried)} of {len(between)} run)")
     raise typer.Exit(1 if found.first_bad else 0)

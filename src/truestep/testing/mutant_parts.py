@@ -75,9 +75,8 @@ def clip_unasked(limit: Limit, largest: float) -> Combine:
 
 
 def skip_if_empty(gradients: Gradients, index: int) -> list[Tensor]:
-    if all(bool(g.any()) for rank in gradients for g in rank):
-        return trainer.add_all(gradients, index)
-    return trainer.everywhere(gradients, [])
+    parts = [g for rank in gradients for g in rank]
+    return trainer.everywhere(gradients, parts if all(bool(g.any()) for g in parts) else [])
 
 
 def in_bfloat16(gradients: Gradients, index: int) -> list[Tensor]:

@@ -58,8 +58,7 @@ class Case:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON reads it back."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return document
+        return json.loads(json.dumps(asdict(self)))
 
 
 def make_rows(counts: Sequence[int], *, seed: int = 0, turns: int = 1) -> tuple[Row, ...]:

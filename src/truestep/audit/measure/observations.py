@@ -6,6 +6,7 @@ Shapes: P parameters, M micro-batches of a step over all ranks (rank after rank)
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -175,16 +176,15 @@ def _read(folder: Path, header: dict[str, Any]) -> np.ndarray:
     return values.reshape(header["shape"]).astype(np.float64)
 
 
-def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> list[MicroBatch]:
+def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> Iterator[MicroBatch]:
     if part["gradients"] is None:
         raise ObservationError("no_row_found")
     gradients = dict(zip(part["rows"], _read(folder, part["gradients"]), strict=True))
     losses = dict(zip(part["rows"], part["row_losses"], strict=True))
     counts = {row: case.rows[row].num_trained for row in part["rows"]}
-    found = []
     for index, lines in enumerate(part["microbatches"]):
         rows = [row for line in lines for row in line]
-        one = MicroBatch(
+        yield MicroBatch(
             rank=rank,
             index=index,
             lines=tuple(map(tuple, lines)),
@@ -193,5 +193,3 @@ def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> 
             loss_sum=sum(losses[row] for row in rows),
             size=next(iter(gradients.values())).shape[0],
         )
-        found.append(one)
-    return found

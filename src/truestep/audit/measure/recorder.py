@@ -32,9 +32,7 @@ EXPLAINED = 1e-4  # relative: what weights of the rows leave of a right step
 
 
 def logits_of(out: Any) -> Tensor:
-    found = out if isinstance(out, Tensor) else out.logits
-    assert isinstance(found, Tensor)
-    return found
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
@@ -95,10 +93,8 @@ class Recorder:
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (torch.is_grad_enabled() and module.training):
-            return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
+        if ids is None or not (torch.is_grad_enabled() and module.training):
             return
         one = torch.ones(1, 1, dtype=self.spec.dtype)
         if (product := one @ one).dtype is not one.dtype:

@@ -192,9 +192,7 @@ def configuration_in_words(configuration: Row) -> str:
             parts.append(f"ZeRO-{line(value, 20)}")
         elif key in ("world_size", "processes"):
             parts.append("1 process" if value == 1 else f"{line(value, 20)} processes")
-        elif key in ("dtype", "arch"):
-            parts.append(line(value, 60))
-        elif key == "optimizer":
+        elif key in ("dtype", "arch", "optimizer"):
             parts.append({"sgd": "SGD", "adamw": "AdamW"}.get(str(value), line(value, 60)))
         elif isinstance(value, bool):
             parts.append(name if value else f"no {name}")

@@ -81,8 +81,7 @@ def build(kind: str, name: str) -> torch.nn.Module:
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size / 1e6:.0f} M parameters at the smallest known settings")
     torch.manual_seed(0)
-    model: torch.nn.Module = made(config)
-    return model.eval()
+    return made(config).eval()
 
 
 def differ(a: torch.Tensor, b: torch.Tensor) -> float:

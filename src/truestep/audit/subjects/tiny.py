@@ -50,5 +50,4 @@ def tiny_model(spec: Any) -> nn.Module:
     config_name, model_name, options = names[arch]
     config = getattr(transformers, config_name)(**options)
     config._attn_implementation = spec.options.get("attention", "eager")
-    model: nn.Module = getattr(transformers, model_name)(config)
-    return model
+    return getattr(transformers, model_name)(config)

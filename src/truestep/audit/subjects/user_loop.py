@@ -59,8 +59,7 @@ def load(file: str, name: str) -> Callable[..., Any]:
     found.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise AttributeError(f"{path.name} has no function {name}")
-    function: Callable[..., Any] = getattr(module, name)
-    return function
+    return getattr(module, name)
 
 
 def run(spec: harness.Spec) -> None:

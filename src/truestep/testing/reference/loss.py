@@ -1,5 +1,5 @@
-"""An optimizer step. Its loss: float64, token by token, each sequence alone, the batch in one graph. The step:
-the textbook's over name → float64 tensor, one clip, one update, no hidden state."""
+"""The loss of an optimizer step: float64, token by token, each sequence alone, the batch in one graph; and the
+textbook step over name → float64 tensor: one clip, one update, no hidden state."""
 
 from __future__ import annotations
 
@@ -335,9 +335,9 @@ def reference_steps(
     settings: OptimizerSettings,
     total_steps: int,
 ) -> list[StepResult]:
-    """Consecutive steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: a loss function a step.
+    """Steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: a loss function a step.
 
-    A loss function is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
+    It is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
     """
     model = copy.deepcopy(model)
     state: AdamState | None = None
