@@ -23,7 +23,7 @@ from truestep.testing.reference.loss import (
     group_advantages,
     reference_gradient,
     reference_loss,
-    trained_logprobs,
+    trained_tokens,
 )
 from truestep.testing.reference.rows import named_part
 
@@ -229,7 +229,7 @@ def coefficient_gradient(
     for i in kept:
         sequence, length = SEQUENCES[i], SEQUENCES[i].num_trained
         z = {"tok": num_tokens, "seq": length * len(kept), "sum": len(kept), "drg": len(kept) * LONGEST}
-        policy = trained_logprobs(model, sequence)
+        policy, _ = trained_tokens(model, sequence)
         origins = [o for o in sequence.origin if o is not Origin.CONTEXT]
         log_ratio = sum(x.item() - y for x, y in zip(policy, proximal[i], strict=True)) / length
         advantage = (

@@ -307,9 +307,8 @@ def _choose_deepspeed(evidence: Evidence) -> None:
         for name in fitting:
             _deepspeed(evidence.deepspeed[name], name, evidence)
         if wanted and not fitting:
-            evidence.problems.append(
-                f"{by}: names {wanted[:200]}, which is not in the folder or cannot be read"
-            )
+            why = "which is not in the folder or cannot be read"
+            evidence.problems.append(f"{by}: names {wanted[:200]}, {why}")
 
 
 def _work_out_accumulation(evidence: Evidence) -> None:

@@ -1,5 +1,5 @@
-"""The loss of an optimizer step: float64, token by token, each sequence alone, the batch in one graph; and the
-textbook step over name → float64 tensor: one clip, one update, no hidden state."""
+"""The loss of an optimizer step: float64, token by token, each sequence alone, the batch in one graph; and
+the textbook step over name → float64 tensor: one clip, one update, no hidden state."""
 
 from __future__ import annotations
 
@@ -39,11 +39,6 @@ class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes
         return func(*wide_args, **wide_kwargs)
 
 
-def trained_logprobs(model: nn.Module, sequence: TrainSequence, temperature: float = 1.0) -> list[Tensor]:
-    """The log-probabilities of ``trained_tokens`` alone."""
-    return trained_tokens(model, sequence, temperature)[0]
-
-
 def trained_tokens(
     model: nn.Module, sequence: TrainSequence, temperature: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -77,7 +72,7 @@ def frozen_logprobs(
 ) -> list[list[float]]:
     """Plain numbers: the proximal log-probabilities of later updates, or those of a KL anchor."""
     with torch.no_grad():
-        return [[logprob.item() for logprob in trained_logprobs(model, s, temperature)] for s in sequences]
+        return [[logprob.item() for logprob in trained_tokens(model, s, temperature)[0]] for s in sequences]
 
 
 def score(
@@ -179,7 +174,7 @@ def reference_loss(
     normaliser = numbers.pop("normaliser", part.normaliser)
     scored = []
     for i, sequence in enumerate(weigh_microbatches(sequences, microbatches)):
-        policy = trained_logprobs(model, sequence, temperature)
+        policy, _ = trained_tokens(model, sequence, temperature)
         given = None if proximal is None else proximal[i]
         old = [logprob.item() for logprob in policy] if given is None else given
         scored.append(ScoredSequence(sequence=sequence, policy=policy, proximal=old))
@@ -225,7 +220,7 @@ def per_microbatch_gradients(
     sums, counts = [], []
     for indices in indices_per_microbatch:
         loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-        for logprob in (x for i in indices for x in trained_logprobs(model, sequences[i], temperature)):
+        for logprob in (x for i in indices for x in trained_tokens(model, sequences[i], temperature)[0]):
             loss = loss - logprob
         sums.append(gradient(model, loss))
         counts.append(sum(sequences[i].num_trained for i in indices))
