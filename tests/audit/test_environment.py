@@ -150,7 +150,7 @@ def test_a_name_is_of_all_that_is_installed(monkeypatch: pytest.MonkeyPatch):
         "torch==2.12.0+trl==1.16.0+deepspeed==0.18.9",
     ]
     assert len({name, *(environment.plan(text).name for text in others)}) == 4
-    monkeypatch.setitem(environment.ALONE, "deepspeed", ("hjson",))
+    monkeypatch.setitem(environment.ALONE, "deepspeed", "hjson")
     assert environment.plan("trl==1.16.0+deepspeed==0.18.9").name != name
 
 
@@ -268,7 +268,7 @@ def test_an_installer_that_hangs_is_ended_with_its_children(tmp_path: Path, monk
         (tmp_path / "log").open("w") as log,
         pytest.raises(environment.BuildFailed, match=r"x: the installer did not end within 2 s"),
     ):
-        environment._execute(command, {}, "x", log, lock.fileno())
+        environment._execute("x", log, lock.fileno(), command)
     wait_for(lambda: not _alive(int(pid.read_text())))
     assert time.monotonic() - began < 50, "it ended by itself"
 

@@ -10,9 +10,8 @@ import torch
 
 from truestep.audit import subjects as registry
 from truestep.audit.environments.launch import audit_one
-from truestep.audit.environments.model_classes import wrong
 from truestep.audit.measure.findings import Verdict
-from truestep.audit.present.words import models_in_words
+from truestep.audit.present.words import models_in_words, wrong_models
 from truestep.audit.subjects import model_sweep
 
 OWN = next(s for s in registry.TABLE if s.name == "truestep")
@@ -65,8 +64,8 @@ def test_the_sweep_reads_shift_and_count_from_a_loss(shift: int, counts: bool) -
     assert answer["count"] == ("honoured" if counts else "ignored")
     assert answer["padding"] == "neutral"
     document = {"transformers": "0", "models": [{"model": "plain", "class": "Plain", **answer}]}
-    assert bool(wrong(document)) == (shift != 1 or not counts)
-    assert ("Plain: labels" in models_in_words(document, wrong(document))) == bool(wrong(document))
+    assert bool(wrong_models(document)) == (shift != 1 or not counts)
+    assert ("Plain: labels" in models_in_words(document)) == bool(wrong_models(document))
 
 
 def test_attention_over_packed_rows_is_seen() -> None:

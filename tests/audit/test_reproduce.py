@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from truestep.audit import subjects as registry
-from truestep.audit.environments import launch, remedy
+from truestep.audit.environments import launch, releases
 from truestep.audit.measure.findings import Differences, Finding, Verdict, cause
 from truestep.audit.present import reproduce
 from truestep.audit.subjects import Configuration
@@ -73,14 +73,14 @@ def test_a_remedy_is_the_first_change_that_was_audited_to_right(monkeypatch: pyt
         verdict = Verdict.FAULT if configuration.options.get("offload") else Verdict.RIGHT
         return Finding(subject=subject.name, configuration={}, verdict=verdict)
 
-    monkeypatch.setattr(remedy, "audit_one", audit_one)
+    monkeypatch.setattr(releases, "audit_one", audit_one)
     subject = next(s for s in registry.TABLE if s.name == "DeepSpeed")
     configuration = Configuration(options={"stage": 2, "offload": True, "manual": True})
-    found = remedy.find(subject, configuration, Path(sys.executable), "", timeout=1)
+    found = releases.remedy(subject, configuration, Path(sys.executable), "", timeout=1)
     assert found == "no offload_optimizer"
     assert tried == [
         {"stage": 2, "offload": True, "manual": False},
         {"stage": 2, "offload": False, "manual": True},
     ]
     only = Configuration(options={"stage": 2})
-    assert remedy.find(subject, only, Path(sys.executable), "", timeout=1) == ""
+    assert releases.remedy(subject, only, Path(sys.executable), "", timeout=1) == ""

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from truestep.audit.measure.findings import Finding, Verdict, cause
-from truestep.audit.postmortem.answers import Answer, Reason
+from truestep.audit.postmortem.answers import Answer
 from truestep.audit.present.table import BLOCKS, answers_table, bar, bars, findings_table
 from truestep.audit.present.words import Row, row_of
 
@@ -144,7 +144,7 @@ def test_hostile_names_move_no_cursor_and_are_no_markup() -> None:
 def test_answers_about_a_past_run() -> None:
     answers = [
         Answer(
-            finding="a fault", answer=word, reasons=(Reason("said", {"text": "because \x1b[1m"}),), source=""
+            finding="a fault", answer=word, reasons=(cause("", "said", text="because \x1b[1m"),), source=""
         )
         for word in ("affected", "not affected", "unknown")
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from truestep.audit.measure import adamw, thresholds
+from truestep.audit.measure import thresholds
 from truestep.audit.measure.cases import Case, Row
 from truestep.audit.measure.findings import Verdict
 from truestep.audit.measure.observations import MicroBatch, Observation, Step
@@ -25,7 +25,7 @@ from truestep.audit.measure.one_step import (
     see,
 )
 from truestep.audit.measure.verdict import _unusable, judge, loss_shows_it
-from truestep.audit.measure.weights import Recovered, noise_of
+from truestep.audit.measure.weights import Recovered, adamw_changes, noise_of
 
 SIZE, COUNTS = 400, (2, 27, 3, 17)
 DRAW = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def parallel(condition: float) -> bool:
 
 
 def adamw_update(size: float) -> bool:
-    (change,) = adamw.predicted([step()], "right") or []
+    (change,) = adamw_changes([step()], "right") or []
     off = ELSEWHERE * np.linalg.norm(change) / np.linalg.norm(ELSEWHERE)
     moved = replace(step(), after=change + size * off)
     exact = float(np.linalg.norm(moved.after - change) / np.linalg.norm(moved.after))

@@ -40,8 +40,7 @@ from truestep.objective.methods import build
 from truestep.objective.schedule import learning_rate
 from truestep.records import Origin, RecordError, TokenBatch, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.testing.reference.loss import frozen_logprobs, reference_loss
-from truestep.testing.reference.step import StepResult, reference_steps
+from truestep.testing.reference.loss import StepResult, frozen_logprobs, reference_loss, reference_steps
 from truestep.train.optim import MasterOptimizer
 from truestep.train.packing import dummy_batch, pack
 from truestep.train.parallel import Ranks

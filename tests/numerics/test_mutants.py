@@ -40,8 +40,12 @@ from truestep.model.attention import PackedLayout
 from truestep.objective.normalise import local_total, normalise
 from truestep.records import Origin, Segment, TokenBatch, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.testing.reference.loss import exact_float64, frozen_logprobs, per_microbatch_gradients
-from truestep.testing.reference.step import reference_step
+from truestep.testing.reference.loss import (
+    exact_float64,
+    frozen_logprobs,
+    per_microbatch_gradients,
+    reference_step,
+)
 from truestep.train import policy as policy_module
 from truestep.train import step as step_module
 from truestep.train.optim import MasterOptimizer

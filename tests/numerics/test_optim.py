@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from truestep.objective.schedule import learning_rate
 from truestep.settings import OptimizerSettings
-from truestep.testing.reference import step as reference
+from truestep.testing.reference import loss as reference
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
 from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy

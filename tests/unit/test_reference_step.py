@@ -14,8 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from truestep.records import Origin, TrainSequence
 from truestep.settings import OptimizerSettings
-from truestep.testing.reference.loss import reference_loss
-from truestep.testing.reference.step import adamw, clip_by_global_norm, learning_rate, reference_steps, sgd
+from truestep.testing.reference.loss import (
+    adamw,
+    clip_by_global_norm,
+    learning_rate,
+    reference_loss,
+    reference_steps,
+    sgd,
+)
 
 torch.set_num_threads(1)
 

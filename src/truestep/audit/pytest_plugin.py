@@ -31,9 +31,8 @@ def audit_step() -> Callable[..., Finding]:
         except subject_module("harness").FAILURES as error:
             if fail:
                 raise
-            name, why = getattr(step, "__qualname__", "step"), f"{type(error).__name__}: {error}"
-            reasons, verdict = (cause("", "said", text=why),), Verdict.NOT_RUN
-            finding = Finding(subject=name, configuration={}, verdict=verdict, reasons=reasons)
+            why = cause("", "said", text=f"{type(error).__name__}: {error}")
+            finding = Finding(subject=getattr(step, "__qualname__", "step"), reasons=(why,))
         if fail and finding.verdict not in (Verdict.RIGHT, Verdict.DEFAULT):
             pytest.fail(as_text(row_of(finding)), pytrace=False)
         return finding

@@ -6,13 +6,13 @@ import signal
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from truestep.cli.run import Json
 
 Target = Annotated[
     str,
-    typer.Argument(
+    Argument(
         help="NAME==VERSION[+NAME==VERSION] (installed into a separate environment), FILE.py:FUNCTION (your own "
         "step(model, optimizer, microbatches)), or models (the loss of every model class of transformers).",
         show_default="what --python has installed",
@@ -20,45 +20,30 @@ Target = Annotated[
 ]
 Python = Annotated[
     Path | None,
-    typer.Option(
-        help="Audit the packages of this Python, without changing them.", show_default="the current one"
-    ),
+    Option(help="Audit the packages of this Python, without changing them.", show_default="the current one"),
 ]
-Only = Annotated[str, typer.Option(help="Only subjects whose name contains this text.", show_default="all")]
+Only = Annotated[str, Option(help="Only subjects whose name contains this text.", show_default="all")]
 Arch = Annotated[
     str,
-    typer.Option(
+    Option(
         help="Audit with a tiny model of this architecture: plain, llama, qwen2, gemma3, gpt2, neox or opt.",
         show_default="each subject's",
     ),
 ]
 Config = Annotated[
     Path | None,
-    typer.Option(
-        help="Audit the step of this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF configuration."
-    ),
+    Option(help="Audit the step of this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF configuration."),
 ]
 Bisect = Annotated[
-    str,
-    typer.Option(metavar="FIRST..LAST", help="Find the first and last faulty release of NAME in this range."),
+    str, Option(metavar="FIRST..LAST", help="Find the first and last faulty release of NAME in this range.")
 ]
-KnownBad = Annotated[str, typer.Option(help="With --bisect: a release that is known to be faulty.")]
 Past = Annotated[
     Path | None,
-    typer.Option(
-        help="Check the files of a finished run for known faults; no code is run, no GPU is needed."
-    ),
+    Option(help="Check the files of a finished run for known faults; no code is run, no GPU is needed."),
 ]
-Remedy = Annotated[bool, typer.Option("--remedy", help="Search options and releases without the fault.")]
-Reproduce = Annotated[
-    Path | None, typer.Option(help="Write and run a short script per fault in this folder.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random training rows.")]
-Timeout = Annotated[float, typer.Option(min=1, help="Stop a configuration after this many seconds.")]
-Junit = Annotated[Path | None, typer.Option(help="Also write the findings to this file as JUnit XML.")]
-Sarif = Annotated[Path | None, typer.Option(help="Also write the findings to this file as SARIF.")]
-Html = Annotated[Path | None, typer.Option(help="Also write the findings to this file as an HTML page.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="List the configurations; build and run nothing.")]
+Remedy = Annotated[bool, Option("--remedy", help="Search options and releases without the fault.")]
+DryRun = Annotated[bool, Option("--dry-run", help="List the configurations; build and run nothing.")]
+Reproduce = Annotated[Path | None, Option(help="Write and run a short script per fault in this folder.")]
 
 
 def audit(
@@ -68,16 +53,16 @@ def audit(
     arch: Arch = "",
     config: Config = None,
     bisect: Bisect = "",
-    known_bad: KnownBad = "",
+    known_bad: Annotated[str, Option(help="With --bisect: a release that is known to be faulty.")] = "",
     past: Past = None,
     remedy: Remedy = False,
     reproduce: Reproduce = None,
-    seed: Seed = 0,
-    timeout: Timeout = 180.0,
+    seed: Annotated[int, Option(min=0, help="Seed of the random training rows.")] = 0,
+    timeout: Annotated[float, Option(min=1, help="Stop a configuration after this many seconds.")] = 180.0,
     as_json: Json = False,
-    junit: Junit = None,
-    sarif: Sarif = None,
-    html: Html = None,
+    junit: Annotated[Path | None, Option(help="Also write the findings to this file as JUnit XML.")] = None,
+    sarif: Annotated[Path | None, Option(help="Also write the findings to this file as SARIF.")] = None,
+    html: Annotated[Path | None, Option(help="Also write the findings to this file as an HTML page.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run real optimizer steps on the CPU, and recover the weight of every micro-batch in the update.
@@ -91,11 +76,9 @@ def audit(
     from truestep.cli import audit_actions as actions
     from truestep.errors import UserError
 
+    if past is not None and (dry_run or junit or sarif or html):
+        raise UserError("--past can only print text or --json; remove --dry-run, --junit, --sarif and --html")
     if past is not None:
-        if dry_run or junit or sarif or html:
-            raise UserError(
-                "--past can only print text or --json; remove --dry-run, --junit, --sarif and --html"
-            )
         actions.past(past, as_json=as_json)
         return
     if dry_run and (bisect or target == "models"):
@@ -120,4 +103,4 @@ def audit(
     if not target and config is None:
         findings += actions.absent(chosen, only)
     actions.show(findings, as_json=as_json, files={"junit": junit, "sarif": sarif, "html": html})
-    raise typer.Exit(actions.exit_code(findings))
+    raise Exit(actions.exit_code(findings))

@@ -17,11 +17,10 @@ from typing import Any
 import typer
 
 from truestep.audit import subjects as registry
-from truestep.audit.environments import bisect as bisection
-from truestep.audit.environments import configured, remedy
+from truestep.audit.environments import configured, releases
 from truestep.audit.environments import virtual as environment
-from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script
-from truestep.audit.measure.findings import Cause, Finding, Verdict, cause
+from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script, sweep
+from truestep.audit.measure.findings import Finding, Verdict, cause
 from truestep.audit.present import formats, reproduce, words
 from truestep.audit.subjects import Subject
 from truestep.errors import UserError
@@ -35,11 +34,11 @@ def say(text: str) -> None:
 
 
 def select(
-    target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None
+    target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None, build: bool = True
 ) -> tuple[list[Subject], Path]:
-    """The subjects and the Python to run them with; an environment is built for a requirement. A
-    configuration file chooses one subject and its one configuration. Raises UserError if nothing of it can be
-    audited."""
+    """The subjects and the Python to run them with; an environment is built for a requirement, unless without
+    ``build``: then the requirement stands for it. A configuration file chooses one subject and its one
+    configuration. Raises UserError if nothing of it can be audited."""
     if arch and arch not in registry.ARCHS:
         raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
@@ -54,11 +53,10 @@ def select(
         return _as_configured(config, target, python, arch)
     if target:
         subjects = _named(registry.meant_by(list(environment.parse(target))), only, target)
-        chosen = environment.build(target, say=say)
+        chosen = environment.build(target, say=say) if build else Path(target)
     else:
         chosen = _program(python)
-        found = environment.installed(chosen)
-        subjects = _named(registry.applicable(found), only, str(chosen))
+        subjects = _named(registry.applicable(environment.installed(chosen)), only, str(chosen))
     return _on(arch, subjects), chosen
 
 
@@ -91,8 +89,8 @@ def _own_loop(target: str, arch: str) -> Subject:
     if not path.is_file():
         raise UserError(f"{file} does not exist; pass FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
-    one, name = registry.Configuration(options=options), f"{path.name}:{function}"
-    return Subject(name=name, script="user_loop", needs=("torch",), configurations=[one])
+    one = registry.Configuration(options=options)
+    return Subject(f"{path.name}:{function}", "user_loop", ("torch",), [one])
 
 
 def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
@@ -117,13 +115,8 @@ def show_plan(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool
 ) -> None:
     """Print what would be run. Builds no environment."""
-    if target and ".py:" not in target and config is None and python is None:
-        subjects, where = _named(registry.meant_by(list(environment.parse(target))), only, target), target
-        subjects = _on(arch, subjects)
-    else:
-        subjects, chosen = select(target, python, only=only, arch=arch, config=config)
-        where = str(chosen)
-    pairs = [(s.name, c) for s in subjects for c in s.configurations]
+    subjects, chosen = select(target, python, only=only, arch=arch, config=config, build=False)
+    pairs, where = [(s.name, c) for s in subjects for c in s.configurations], str(chosen)
     if as_json:
         rows = [{"subject": name, "configuration": c.to_json(), "cases": c.only} for name, c in pairs]
         typer.echo(json.dumps({"schema": 1, "python": where, "planned": rows}))
@@ -156,21 +149,16 @@ def run(
             finding = audit_one(subject, configuration, python, seed=seed, timeout=timeout)
             if finding.verdict is Verdict.FAULT and remedies_for is not None:
                 say("  looking for a remedy")
-                better = remedy.find(subject, configuration, python, remedies_for, timeout=timeout)
+                better = releases.remedy(subject, configuration, python, remedies_for, timeout=timeout)
                 finding = replace(finding, remedy=better or "none found")
             if finding.verdict is Verdict.FAULT and reproducers is not None:
                 finding = _reproduced(finding, subject, python, reproducers)
             findings.append(finding)
     except KeyboardInterrupt:
         say(f"interrupted: {len(findings)} of {len(pairs)} were audited; the others are shown as NOT RUN")
-        rest: dict[str, Any] = {"verdict": Verdict.NOT_RUN, "reasons": (INTERRUPTED,)}
-        left_out = [(s.name, c.to_json()) for s, c in pairs[len(findings) :]]
-        findings += [Finding(subject=name, configuration=shown, **rest) for name, shown in left_out]
+        for s, c in pairs[len(findings) :]:
+            findings.append(Finding(subject=s.name, configuration=c.to_json(), reasons=(INTERRUPTED,)))
     return findings
-
-
-def _not_run(subject: str, configuration: Mapping[str, Any], reason: Cause) -> Finding:
-    return Finding(subject=subject, configuration=configuration, verdict=Verdict.NOT_RUN, reasons=(reason,))
 
 
 def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) -> Finding:
@@ -193,11 +181,11 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
 
 def absent(python: Path, only: str) -> list[Finding]:
     """What this python has not installed: named, so that a missing row is never taken for a right one."""
-    found, findings = environment.installed(python), []
-    for s in [s for s in registry.TABLE if only.lower() in s.name.lower()]:
-        if missing := [n for n in (*s.needs, *s.brings) if n not in found]:
-            why = (cause("", "not_installed", packages=missing),)
-            findings.append(Finding(subject=s.name, configuration={}, verdict=Verdict.NOT_RUN, reasons=why))
+    findings, found = [], environment.installed(python)
+    for s in registry.TABLE:
+        missing = [n for n in (*s.needs, *s.brings) if n not in found]
+        if missing and only.lower() in s.name.lower():
+            findings.append(Finding(subject=s.name, reasons=(cause("", "not_installed", packages=missing),)))
     return findings
 
 
@@ -239,8 +227,6 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
     """Sweep the model classes of the installed transformers."""
-    from truestep.audit.environments.model_classes import sweep, wrong
-
     chosen = _program(python)
     if "transformers" not in environment.installed(chosen):
         raise UserError(f"{chosen} has no transformers; pass --python of an environment that has it")
@@ -249,8 +235,8 @@ def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
     except SubjectFailed as error:
         say(f"error: {error}")
         raise typer.Exit(3) from None
-    typer.echo(json.dumps(document) if as_json else words.models_in_words(document, wrong(document)))
-    raise typer.Exit(1 if wrong(document) else 0)
+    typer.echo(json.dumps(document) if as_json else words.models_in_words(document))
+    raise typer.Exit(1 if words.wrong_models(document) else 0)
 
 
 def past(folder: Path, *, as_json: bool) -> None:
@@ -264,7 +250,6 @@ def past(folder: Path, *, as_json: bool) -> None:
         from truestep.audit.present.table import answers_table
 
         _print(lambda width: answers_table(answers, width=width))
-
     found = {a.answer for a in answers}
     raise typer.Exit(1 if "affected" in found else 4 if "unknown" in found else 0)
 
@@ -275,26 +260,25 @@ def bisect(
     """Search releases of one package; each is judged by its subject's first configuration."""
     if not target or "=" in target:
         raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
-    first, last = bisection.parse_range(text)
-    releases = bisection.releases_between(Path(sys.executable), target, first, last)
+    first, last = releases.parse_range(text)
+    between = releases.releases_between(Path(sys.executable), target, first, last)
     assumed = "assuming that the faulty ones are one contiguous interval"
-    say(f"{len(releases)} releases from {first} to {last}; {assumed}")
+    say(f"{len(between)} releases from {first} to {last}; {assumed}")
 
     def probe(version: str) -> bool | None:
         subjects, python = select(f"{target}=={version}", None, only=only, arch="")
         finding = audit_one(subjects[0], subjects[0].configurations[0], python, seed=seed, timeout=timeout)
         say(f"{target} {version}: {finding.verdict}  {words.found_in_words(words.row_of(finding))}")
-        seen = finding.verdict not in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
-        return finding.verdict == Verdict.FAULT if seen else None
+        unseen = finding.verdict in (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
+        return None if unseen else finding.verdict is Verdict.FAULT
 
-    found = bisection.search(releases, probe, known_bad)
-    document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(releases), **vars(found)}
+    found = releases.search(between, probe, known_bad)
+    document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(between), **vars(found)}
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
-        ran = f"({len(found.tried)} releases run)"
-        typer.echo(f"first bad {found.first_bad}, last bad {found.last_bad} {ran}")
-
+        bad = f"first bad {found.first_bad}, last bad {found.last_bad}"
+        typer.echo(f"{bad} ({len(found.tried)} releases run)")
     else:
-        typer.echo(f"no faulty release found ({len(found.tried)} of {len(releases)} run)")
+        typer.echo(f"no faulty release found ({len(found.tried)} of {len(between)} run)")
     raise typer.Exit(1 if found.first_bad else 0)

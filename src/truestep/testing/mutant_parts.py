@@ -1,11 +1,10 @@
-"""Wrong parts for the reference trainer; ``mutants`` puts them in. One file: its only importer needs all.
-
-Needs torch. Shapes: P parameters, M predicted tokens, V vocabulary, K micro-batches of a rank, D ranks.
-"""
+"""Wrong parts for the reference trainer; ``mutants`` puts them in. Needs torch. Shapes as there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import mul
 from typing import Any
 
 import torch
@@ -13,24 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from truestep.seeding import Purpose, integer
-from truestep.testing.mutant_trainer import (
-    LEARNING_RATE,
-    Combine,
-    Gradients,
-    Layout,
-    Limit,
-    Plan,
-    Replica,
-    Window,
-    add_all,
-    aligned,
-    clip,
-    everywhere,
-    harness,
-    model_inputs,
-    pad_right,
-    trained,
-)
+from truestep.testing import mutant_trainer as trainer
+from truestep.testing.mutant_trainer import Combine, Gradients, Layout, Limit, Plan, Replica, Window
 
 Share = Callable[[Window, int, int, int], float]
 
@@ -59,7 +42,7 @@ def kept(which: Callable[[int, int, int], bool]) -> Combine:
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         parts = [g for r, rank in enumerate(gradients) for k, g in enumerate(rank) if which(r, k, len(rank))]
-        return everywhere(gradients, parts)
+        return trainer.everywhere(gradients, parts)
 
     return combine
 
@@ -68,13 +51,8 @@ offload = kept(lambda rank, k, num: k in (0, num - 1))
 
 
 def running_average(gradients: Gradients, index: int) -> list[Tensor]:
-    buffers = []
-    for rank in gradients:
-        buffer = rank[0]
-        for gradient in rank[1:]:
-            buffer = (buffer + gradient) / 2
-        buffers.append(buffer)
-    return everywhere(gradients, buffers)
+    buffers = [reduce(lambda buffer, g: (buffer + g) / 2, rank) for rank in gradients]
+    return trainer.everywhere(gradients, buffers)
 
 
 def unsynced(reduced: Callable[[int, int], bool]) -> Combine:
@@ -82,7 +60,7 @@ def unsynced(reduced: Callable[[int, int], bool]) -> Combine:
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         shared = [g for rank in gradients for k, g in enumerate(rank) if reduced(k, len(rank))]
-        base = everywhere(gradients, shared)
+        base = trainer.everywhere(gradients, shared)
         own = [[g for k, g in enumerate(rank) if not reduced(k, len(rank))] for rank in gradients]
         return [torch.stack([b, *parts]).sum(0) for b, parts in zip(base, own, strict=True)]
 
@@ -93,26 +71,23 @@ local = unsynced(lambda k, num: False)
 
 
 def clip_unasked(limit: Limit, largest: float) -> Combine:
-    return lambda gradients, index: limit(gradients, add_all, index, largest)
+    return lambda gradients, index: limit(gradients, trainer.add_all, index, largest)
 
 
 def skip_if_empty(gradients: Gradients, index: int) -> list[Tensor]:
-    if all(bool(g.any()) for rank in gradients for g in rank):
-        return add_all(gradients, index)
-    return everywhere(gradients, [])
+    parts = [g for rank in gradients for g in rank]
+    return trainer.everywhere(gradients, parts if all(bool(g.any()) for g in parts) else [])
 
 
 def in_bfloat16(gradients: Gradients, index: int) -> list[Tensor]:
-    buffer = torch.zeros_like(gradients[0][0], dtype=torch.bfloat16)
-    for rank in gradients:
-        for gradient in rank:
-            buffer += gradient.bfloat16()
-    return everywhere(gradients, [buffer.to(gradients[0][0].dtype)])
+    nothing = torch.zeros_like(gradients[0][0], dtype=torch.bfloat16)
+    total = sum((g.bfloat16() for rank in gradients for g in rank), nothing)
+    return trainer.everywhere(gradients, [total.to(gradients[0][0].dtype)])
 
 
 def noisy(seed: int) -> Combine:
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
-        right = add_all(gradients, index)
+        right = trainer.add_all(gradients, index)
         random = torch.Generator().manual_seed(integer(seed, Purpose.PROBE, index, "noise"))
         noise = torch.randn(right[0].shape, generator=random)
         return [g + 0.05 * g.norm() / noise.norm() * noise for g in right]
@@ -135,8 +110,7 @@ def momentum(factor: float, *, nesterov: bool = False) -> Update:
 def decay(strength: float, *, matrices: bool = False) -> Update:
     def update(replica: Replica, gradient: Tensor, index: int) -> None:
         parts = [torch.full((p.numel(),), float(p.dim() > 1 or not matrices)) for p in replica.parameters]
-        where = torch.cat(parts)
-        replica.move(gradient + strength * where * replica.theta)
+        replica.move(gradient + strength * torch.cat(parts) * replica.theta)
 
     return update
 
@@ -147,16 +121,16 @@ def moved(change: Callable[[Tensor, int], Tensor]) -> Update:
 
 
 def stored_in_bfloat16(replica: Replica, gradient: Tensor, index: int) -> None:
-    replica.theta = (replica.theta - LEARNING_RATE * gradient).bfloat16().float()
+    replica.theta = (replica.theta - trainer.LEARNING_RATE * gradient).bfloat16().float()
     replica.publish()
 
 
 def small_updates_lost(replica: Replica, gradient: Tensor, index: int) -> None:
-    replica.move(gradient * (LEARNING_RATE * gradient.abs() >= 2**-9 * replica.theta.abs()))
+    replica.move(gradient * (trainer.LEARNING_RATE * gradient.abs() >= 2**-9 * replica.theta.abs()))
 
 
 def never_published(replica: Replica, gradient: Tensor, index: int) -> None:
-    replica.theta = replica.theta - LEARNING_RATE * gradient
+    replica.theta = replica.theta - trainer.LEARNING_RATE * gradient
 
 
 def from_the_step_before(replica: Replica, gradient: Tensor, index: int) -> None:
@@ -180,7 +154,7 @@ def tail_carried(num: int, size: int, epochs: int) -> Plan:
     """What is left of an epoch waits in the buffers for the next epoch's first step."""
     plan: Plan = []
     carried: list[int] = []
-    for window, _ in aligned(num, size, epochs):
+    for window, _ in trainer.aligned(num, size, epochs):
         carried = carried + window
         if len(window) == size:
             plan.append((carried, True))
@@ -203,22 +177,20 @@ def prompt_too(weight: float) -> Targets:
     return lambda spec, row: [0.0] + [float(on) or weight for on in spec.rows[row]["trained"][1:]]
 
 
-def one_token_early(spec: Any, row: int) -> list[float]:
-    """The last token of every prompt as well."""
-    mask = trained(spec, row)
-    return [0.0] + [max(now, after) for now, after in zip(mask[1:], [*mask[2:], 0.0], strict=True)]
+def beside(shift: int, of: Callable[[float, float], float]) -> Targets:
+    """Every token's weight from its own and that of the token one before it or after it (``shift`` -1, 1)."""
+
+    def targets(spec: Any, row: int) -> list[float]:
+        mask = trainer.trained(spec, row)
+        neighbours = [*mask[1:], 0.0] if shift > 0 else [0.0, *mask[:-1]]
+        return [0.0, *map(of, mask[1:], neighbours[1:])]
+
+    return targets
 
 
-def no_stop(spec: Any, row: int) -> list[float]:
-    """The last token of every answer is masked."""
-    mask = trained(spec, row)
-    return [now * after for now, after in zip(mask, [*mask[1:], 0.0], strict=True)]
-
-
-def no_start(spec: Any, row: int) -> list[float]:
-    """The first token of every answer is masked."""
-    mask = trained(spec, row)
-    return [now * before for now, before in zip(mask, [0.0, *mask[:-1]], strict=True)]
+one_token_early = beside(1, max)  # the last token of every prompt as well
+no_stop = beside(1, mul)  # the last token of every answer is masked
+no_start = beside(-1, mul)  # the first token of every answer is masked
 
 
 def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], Layout]:
@@ -232,7 +204,7 @@ def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], L
         owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
         seen = (owner[:, None] == owner) if isolated else torch.ones(len(owner), len(owner), dtype=torch.bool)
         hidden = torch.where(seen.tril(), 0.0, torch.finfo(spec.dtype).min).to(spec.dtype)[None, None]
-        inputs = model_inputs(spec, line, position_ids=places[None], attention_mask=hidden)
+        inputs = trainer.model_inputs(spec, line, position_ids=places[None], attention_mask=hidden)
         return inputs, [(0, start) for start in starts]
 
     return layout
@@ -242,7 +214,7 @@ def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
     """Padding first, and positions that count it; not ``masked``: it is attended to as well."""
 
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
-        right, _ = pad_right(spec, rows)
+        right, _ = trainer.pad_right(spec, rows)
         shifts = [right["input_ids"].shape[1] - len(spec.rows[row]["ids"]) for row in rows]
         names = right if masked else ["input_ids"]
         pairs = {k: zip(right[k], shifts, strict=True) for k in names}
@@ -254,7 +226,7 @@ def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
 
 def begun_twice(spec: Any, rows: Sequence[int]) -> Layout:
     """One more begin token before every row."""
-    inputs, places = pad_right(spec, rows)
+    inputs, places = trainer.pad_right(spec, rows)
     front = torch.ones(len(rows), 1, dtype=torch.int64)
     moved_places = [(line, start + 1) for line, start in places]
     return {k: torch.cat([front, v], 1) for k, v in inputs.items()}, moved_places
@@ -294,42 +266,31 @@ def start_in_bfloat16(replica: Replica, seed: int) -> None:
 
 def clip_to(factor: float) -> Limit:
     """The sum is clipped to another norm than the configured one."""
-
-    def limit(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-        return [clip(g, factor * largest) if largest else g for g in combine(gradients, index)]
-
-    return limit
+    return lambda parts, combine, index, largest: trainer.clip_sum(parts, combine, index, factor * largest)
 
 
 def clip_micro(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
     """Every micro-batch by its own norm."""
-    return combine([[clip(g, largest) if largest else g for g in rank] for rank in gradients], index)
+    return combine([[trainer.clip(g, largest) for g in rank] for rank in gradients], index)
 
 
 def clip_running(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
     """After every backward the gradient that has been added up so far."""
-    if not largest:
-        return combine(gradients, index)
-    sums = []
-    for rank in gradients:
-        buffer = torch.zeros_like(rank[0])
-        for gradient in rank:
-            buffer = clip(buffer + gradient, largest)
-        sums.append(buffer)
-    return everywhere(gradients, sums)
+    nothing = torch.zeros_like(gradients[0][0])
+    sums = [reduce(lambda buffer, g: trainer.clip(buffer + g, largest), rank, nothing) for rank in gradients]
+    return trainer.everywhere(gradients, sums)
 
 
 def clip_rank(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
     """Every rank by its own norm, before they are added up."""
-    if not largest:
-        return combine(gradients, index)
-    return everywhere(gradients, [clip(torch.stack(rank).sum(0), largest) for rank in gradients])
+    clipped = [trainer.clip(torch.stack(rank).sum(0), largest) for rank in gradients]
+    return trainer.everywhere(gradients, clipped)
 
 
 def clip_too_long(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
     """Before the division by the accumulation steps."""
     found, count = combine(gradients, index), len(gradients[0])
-    return [clip(g * count, largest) / count if largest else g for g in found]
+    return [trainer.clip(g * count, largest) / count for g in found]
 
 
 def momentum_lost(replica: Replica, at: int) -> int:
@@ -344,14 +305,14 @@ def both_lost(replica: Replica, at: int) -> int:
 
 def parameters_lost(replica: Replica, at: int) -> int:
     """Back to where training began, with the momentum that was saved."""
-    first = harness.parameters_of(harness.tiny_model(replica.spec))
-    replica.theta = harness.flat(first).to(replica.theta.dtype)
+    first = trainer.harness.parameters_of(trainer.harness.tiny_model(replica.spec))
+    replica.theta = trainer.harness.flat(first).to(replica.theta.dtype)
     replica.publish()
     return at
 
 
 def from_the_first_row(num: int, size: int, epochs: int) -> Plan:
     """After the resume the data start anew."""
-    windows = aligned(num, size, epochs)
+    windows = trainer.aligned(num, size, epochs)
     half = len(windows) // 2
     return windows[:half] + windows[: len(windows) - half]

@@ -3,8 +3,7 @@
 One process plays all ranks: a replica of the model and a recorder each. A right step is plain SGD on the mean
 over all trained tokens of its window. Needs torch, so only the mutants import this.
 
-Shapes: P parameters, T tokens of a row, M predicted tokens of a row, V vocabulary, K micro-batches of a rank,
-D ranks.
+Shapes: P parameters, K micro-batches of a rank, D ranks.
 """
 
 from __future__ import annotations
@@ -95,7 +94,6 @@ class Replica:
 
 # Windows of micro-batches counted over all epochs, and whether a step follows.
 Plan = list[tuple[list[int], bool]]
-
 Gradients = list[list[Tensor]]  # rank, micro-batch: P
 Combine = Callable[[Gradients, int], list[Tensor]]
 Limit = Callable[[Gradients, Combine, int, float], list[Tensor]]
@@ -111,10 +109,9 @@ def aligned(num: int, size: int, epochs: int) -> Plan:
 
 def pad_right(spec: Any, rows: Sequence[int]) -> Layout:
     ids = [spec.rows[row]["ids"] for row in rows]
-    width = max(map(len, ids))
-    lines = torch.tensor([line + [0] * (width - len(line)) for line in ids])
-    mask = torch.tensor([[1] * len(line) + [0] * (width - len(line)) for line in ids])
-    return model_inputs(spec, lines, attention_mask=mask), [(line, 0) for line in range(len(rows))]
+    mask = harness.padded([[1] * len(line) for line in ids], 0)
+    inputs = model_inputs(spec, harness.padded(ids, 0), attention_mask=mask)
+    return inputs, [(line, 0) for line in range(len(rows))]
 
 
 def model_inputs(spec: Any, lines: Tensor, **others: Tensor) -> dict[str, Tensor]:
@@ -143,8 +140,7 @@ def add_all(gradients: Gradients, index: int) -> list[Tensor]:
 
 def everywhere(gradients: Gradients, parts: Sequence[Tensor]) -> list[Tensor]:
     """The sum of ``parts`` for every rank."""
-    total = torch.stack([*parts, torch.zeros_like(gradients[0][0])]).sum(0)
-    return [total] * len(gradients)
+    return [torch.stack([*parts, torch.zeros_like(gradients[0][0])]).sum(0)] * len(gradients)
 
 
 def clip(gradient: Tensor, largest: float) -> Tensor:
@@ -152,8 +148,8 @@ def clip(gradient: Tensor, largest: float) -> Tensor:
 
 
 def clip_sum(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-    """One clip of the whole step's gradient; ``largest`` 0 is none."""
-    return [clip(g, largest) if largest else g for g in combine(gradients, index)]
+    """One clip of the whole step's gradient."""
+    return [clip(g, largest) for g in combine(gradients, index)]
 
 
 def sgd(replica: Replica, gradient: Tensor, index: int) -> None:
@@ -238,7 +234,7 @@ def _train(mutant: Mutant, folder: Path, case: dict[str, Any]) -> None:
                 missed = at - trainer.resume(replica, at)
             ticks = trainer.ticks(index - missed, case["accumulation"], mutant.world_size)
             replica.rate = max(0.0, 1 - ticks / case["steps"]) if case["decay"] else 1.0
-        loss, combined = _gradient(trainer, replicas, window, index)
+        loss, combined = _run(trainer, replicas, window, index)
         if not window.stepped:
             continue
         for replica, gradient in zip(replicas, combined, strict=True):
@@ -261,17 +257,16 @@ def _windows(trainer: Trainer, specs: list[Any]) -> list[Window]:
     return windows
 
 
-def _gradient(
-    trainer: Trainer, replicas: list[Replica], window: Window, index: int
-) -> tuple[float, list[Tensor]]:
+def _run(trainer: Trainer, replicas: list[Replica], window: Window, index: int) -> tuple[float, list[Tensor]]:
     """Forward and backward over a window: its loss, and the gradient that each rank's optimizer is given."""
     loss, gradients = 0.0, []
     for rank, replica in enumerate(replicas):
         pairs = [_backward(trainer, replica, window, rank, k) for k in range(window.num_micro)]
         loss += sum(value for value, _ in pairs)
         gradients.append([gradient for _, gradient in pairs])
-    asked = replicas[0].spec.case["max_grad_norm"]
-    return loss, trainer.limit(gradients, trainer.combine, index, asked)
+    if largest := replicas[0].spec.case["max_grad_norm"]:
+        return loss, trainer.limit(gradients, trainer.combine, index, largest)
+    return loss, trainer.combine(gradients, index)
 
 
 def _backward(trainer: Trainer, replica: Replica, window: Window, rank: int, k: int) -> tuple[float, Tensor]:

@@ -12,25 +12,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from truestep.audit.measure.cases import RELATIONS
+from truestep.audit.subjects import CASES
 from truestep.seeding import Purpose, generator
 from truestep.testing import mutant_parts as p
-from truestep.testing.mutant_trainer import (
-    CASES,
-    Mutant,
-    Trainer,
-    add_all,
-    aligned,
-    clip,
-    nll,
-    observe,
-    trained,
-)
+from truestep.testing.mutant_trainer import Mutant, Trainer, add_all, aligned, clip, nll, observe, trained
 
 __all__ = ["CLEAN", "MUTANTS", "Mutant", "observe"]
 
@@ -53,15 +44,14 @@ class Draw:
 
 
 def draw(name: str, ranks: tuple[int, int]) -> Draw:
-    """3 … 6 micro-batches, and ranks as the fault needs them; never K = D, which would make their factors
-    one. Keyed by the mutant's name: a new one does not change the others."""
+    """3 … 6 micro-batches, and ranks as the fault needs them; never K = D, where their factors become one.
+    Keyed by the mutant's name: a new one does not change the others."""
     random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
     # More rows take longer.
     accumulation = int(random.integers(*{1: (3, 7), 2: (3, 5), 3: (4, 5)}[world_size]))
     seed, index = int(random.integers(1000)), int(random.integers(1, accumulation - 1))
-    rank, size = int(random.integers(world_size)), float(random.random())
-    return Draw(seed, accumulation, world_size, index, rank, size)
+    return Draw(seed, accumulation, world_size, index, int(random.integers(world_size)), random.random())
 
 
 @dataclass(frozen=True)
@@ -231,40 +221,33 @@ OPTIMIZERS = (
     Fault("X", "unexplained", "noise is added to the gradient", lambda d: T(combine=p.noisy(d.seed))),
 )  # fmt: skip
 
-
-def _asked(
-    case: str,
-    code: str,
-    names: str,
-    text: str,
-    trainer: Trainer,
-    copies: int = 1,
-    ranks: tuple[int, int] = (1, 2),
-) -> Fault:
-    return Fault(code, names, text, trainer, ranks, copies, cases=("ragged", case))
-
-
-ASKED = (
-    _asked("clipped", "clip", "clip", "asked to clip, it does not", T(limit=p.clip_to(math.inf))),
-    _asked("clipped", "clip", "clip", "clipped to twice the norm that was asked for", T(limit=p.clip_to(2))),
-    _asked("clipped", "clip", "clip", "asked to clip, it clips every micro-batch", T(limit=p.clip_micro), 2),
-    _asked("clipped", "clip", "clip", "clipped after every backward", T(limit=p.clip_running), 2),
-    _asked("clipped", "clip", "clip", "asked to clip, every rank clips by its own norm", T(limit=p.clip_rank), 2, BOTH),
-    _asked("clipped", "clip", "clip", "clipped while it is K times too large", T(limit=p.clip_too_long)),
-    _asked("scheduled", "rate", "schedule", "a tick at every micro-batch", T(ticks=lambda i, k, d: i * k), 2),
-    _asked("scheduled", "rate", "schedule", "a tick for every process", T(ticks=lambda i, k, d: i * d), 2, BOTH),
-    _asked("scheduled", "rate", "schedule", "a schedule over micro-batches", T(ticks=lambda i, k, d: i * (1 / k))),
-    _asked("scheduled", "rate", "schedule", "a schedule over all processes' steps",
-           T(ticks=lambda i, k, d: i * (1 / d)), 1, BOTH),
-    _asked("scheduled", "rate", "schedule", "no tick at all", T(ticks=lambda i, k, d: 0)),
-    _asked("scheduled", "rate", "schedule", "one tick ahead", T(ticks=lambda i, k, d: i + 1)),
-    _asked("resumed", "resume", "momentum_lost", "the momentum is lost", T(resume=p.momentum_lost), 2),
-    _asked("resumed", "resume", "schedule", "the schedule starts anew", T(resume=lambda replica, at: 0), 2),
-    _asked("resumed", "resume", "momentum_lost", "momentum and schedule are lost",
-           T(resume=p.both_lost)),
-    _asked("resumed", "resume", "stale_parameters", "the parameters are lost", T(resume=p.parameters_lost)),
-    _asked("resumed", "resume", "data_lost", "the data start anew", T(plan=p.from_the_first_row)),
-)  # fmt: skip
+CLIPS = (
+    Fault("clip", "clip", "asked to clip, it does not", T(limit=p.clip_to(math.inf))),
+    Fault("clip", "clip", "clipped to twice the norm that was asked for", T(limit=p.clip_to(2))),
+    Fault("clip", "clip", "asked to clip, it clips every micro-batch", T(limit=p.clip_micro), copies=2),
+    Fault("clip", "clip", "clipped after every backward", T(limit=p.clip_running), copies=2),
+    Fault("clip", "clip", "asked to clip, every rank clips by its own norm", T(limit=p.clip_rank), BOTH, 2),
+    Fault("clip", "clip", "clipped while it is K times too large", T(limit=p.clip_too_long)),
+)
+RATES = (
+    Fault("rate", "schedule", "a tick at every micro-batch", T(ticks=lambda i, k, d: i * k), copies=2),
+    Fault("rate", "schedule", "a tick for every process", T(ticks=lambda i, k, d: i * d), BOTH, 2),
+    Fault("rate", "schedule", "a schedule over micro-batches", T(ticks=lambda i, k, d: i * (1 / k))),
+    Fault(
+        "rate", "schedule", "a schedule over all processes' steps", T(ticks=lambda i, k, d: i * (1 / d)), BOTH
+    ),
+    Fault("rate", "schedule", "no tick at all", T(ticks=lambda i, k, d: 0)),
+    Fault("rate", "schedule", "one tick ahead", T(ticks=lambda i, k, d: i + 1)),
+)
+RESUMES = (
+    Fault("resume", "momentum_lost", "the momentum is lost", T(resume=p.momentum_lost), copies=2),
+    Fault("resume", "schedule", "the schedule starts anew", T(resume=lambda replica, at: 0), copies=2),
+    Fault("resume", "momentum_lost", "momentum and schedule are lost", T(resume=p.both_lost)),
+    Fault("resume", "stale_parameters", "the parameters are lost", T(resume=p.parameters_lost)),
+    Fault("resume", "data_lost", "the data start anew", T(plan=p.from_the_first_row)),
+)
+BESIDE = {"clipped": CLIPS, "scheduled": RATES, "resumed": RESUMES}
+ASKED = [replace(fault, cases=("ragged", case)) for case, faults in BESIDE.items() for fault in faults]
 
 
 def _mutants() -> tuple[Mutant, ...]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from truestep.audit.postmortem import run_files as past_files
-from truestep.audit.postmortem.run_files import truth, whole
+from truestep.audit.postmortem.run_files import Broken, truth, whole
 from truestep.audit.subjects import CASES, ENGINE, TABLE, Configuration, Subject
 from truestep.errors import UserError
 
@@ -65,14 +66,10 @@ class Configured:
             self.notes.append("float16 needs a GPU: audited in float32")
 
 
-class _Wrong(Exception):
-    """A value that no such file can have; says which setting."""
-
-
 def _table(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = found.get(key) or {}
     if not isinstance(value, Mapping):
-        raise _Wrong(f"{key}: expected a table of settings, got {type(value).__name__}")
+        raise Broken(f"{key}: expected a table of settings, got {type(value).__name__}")
     return value
 
 
@@ -83,7 +80,7 @@ def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6
     if value is None or (number is None and open_):
         return None
     if number is None or not least <= number <= most:
-        raise _Wrong(f"{key} = {value!r}: expected a whole number from {least} to {most}")
+        raise Broken(f"{key} = {value!r}: expected a whole number from {least} to {most}")
     return number
 
 
@@ -94,7 +91,7 @@ def read(path: Path) -> tuple[Subject, list[str]]:
     """
     try:
         configured = _recognise(_load(path), path)
-    except _Wrong as error:
+    except Broken as error:
         raise UserError(f"--config {path}: {error}") from None
     _reduce(configured)
     subject = next(s for s in TABLE if s.name == configured.subject)
@@ -120,7 +117,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     parsers |= dict.fromkeys(past_files.SCRIPTS, past_files.flags_of)
     try:
         found = parsers.get(path.suffix.lower(), past_files.parse_json)(text)
-    except past_files.Broken as error:
+    except Broken as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(found, Mapping):
         raise UserError(f"--config {path}: expected a table of settings, got {type(found).__name__}")
@@ -176,9 +173,7 @@ def _accelerate(found: Mapping[str, Any], path: Path) -> Configured:
 
 
 def _openrlhf(found: Mapping[str, Any]) -> Configured:
-    def first(*names: str) -> Any:
-        return next((found[name] for name in names if name in found), None)
-
+    first = partial(past_files.first, found)
     configured = Configured(subject="OpenRLHF SFTTrainer", options=dict(LLAMA))
     configured.options["stage"] = whole(first("zero_stage", "ds.zero_stage")) or 2
     configured.options["offload"] = bool(truth(first("adam_offload", "ds.adam_offload")))

@@ -1,5 +1,4 @@
-"""The audit of a step function in this process, for tests: the same cases, recorder and judge, without a
-child.
+"""The audit of a step function in this process, for tests: the same cases, recorder and judge, no child.
 
 Needs torch. Imported by the pytest plugin only when a test asks for it.
 """

@@ -83,7 +83,7 @@ def audit_one(
     built = [cases.build(name, **size) for name in configuration.only]
     rate = LEARNING_RATE[str(options.get("optimizer", "sgd"))]
     job = Job(subject.script, python, built, options, learning_rate=rate, world_size=ranks, timeout=timeout)
-    nothing = Finding(subject=subject.name, configuration=configuration.to_json(), verdict=Verdict.NOT_RUN)
+    nothing = Finding(subject=subject.name, configuration=configuration.to_json())
     known: dict[str, Any] = {"documented": configuration.documented, "without": dict(configuration.without)}
     try:
         finding = judge(subject.name, nothing.configuration, run(job), **known)
@@ -124,15 +124,13 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
             with log.open("wb") as out:
                 env = child_environment(job.world_size, home, rank, port)
                 processes.append(_start(command, out, home, env | {"PYTHONPATH": str(folder / "modules")}))
-        while any(p.poll() is None for p in processes):
-            if any(p.poll() not in (None, 0) for p in processes):
-                break
+        while None in (codes := [p.poll() for p in processes]) and not any(codes):
             if time.monotonic() > deadline:
                 raise SubjectFailed(f"no result within {job.timeout:.0f} s; {_last_words(logs[0])}")
             time.sleep(0.02)
-        for rank, process in enumerate(processes):
-            if process.poll() not in (None, 0):
-                raise SubjectFailed(f"exit code {process.returncode}: {_last_words(logs[rank])}")
+        for code, log in zip(codes, logs, strict=True):
+            if code:
+                raise SubjectFailed(f"exit code {code}: {_last_words(log)}")
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -152,19 +150,35 @@ def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool |
     finally:
         for process in processes:
             process.kill()
-    lines = [line for line in said[0].splitlines() if line.strip()] or ["no output"]
-    shown = [line for line in lines if line.startswith("weights [")]
-    return (processes[0].returncode == 1, shown[-1]) if shown else (None, lines[-1][:200])
+    shown = last_line(said[0], r"weights \[")
+    return (processes[0].returncode == 1, shown) if shown.startswith("weights [") else (None, shown[:200])
+
+
+def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
+    """What each causal language model class of transformers does with its loss: version, seconds, one row a
+    class. Raises SubjectFailed where the child left nothing."""
+    with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
+        folder = Path(name)
+        command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
+        env, quiet = child_environment(1, folder, 0, free_port()), subprocess.DEVNULL
+        how: dict[str, Any] = {"env": env, "cwd": folder, "stdin": quiet, "timeout": timeout}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, **how)
+        except subprocess.TimeoutExpired:
+            raise SubjectFailed(f"no result within {timeout:.0f} s; pass a larger --timeout") from None
+        file = folder / "models.json"
+        if not file.is_file():
+            raise SubjectFailed(f"exit code {done.returncode}: {redact(last_line(done.stderr))[:200]}")
+        return {"schema": 1, **json.loads(file.read_text(encoding="utf-8"))}
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 
 
 def _limit() -> None:
     if _LIBC is not None:
-        # Nothing would hold it to its time after this process is killed.
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # PR_SET_PDEATHSIG: nothing would hold it to its time after this process is killed.
+        _LIBC.prctl(1, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -175,9 +189,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def last_line(text: str, error: str = "") -> str:
+    """The last line that begins as ``error`` says (a library may print more after it), else the last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ([line for line in lines if re.match(error, line)] or lines or ["no output"])[-1]
+
+
 def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # The line of the error itself, not a warning that a library prints on its way out.
-    raised = re.compile(r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b")
-    errors = [line for line in lines if raised.match(line)]
-    return redact((errors or lines or ["no output"])[-1])[:300]
+    raised = r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b"
+    return redact(last_line(log.read_text(errors="replace"), raised))[:300]

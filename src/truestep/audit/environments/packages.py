@@ -15,15 +15,12 @@ COMPANIONS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("transformers", (999,), ("accelerate",)),
 )
 # Installed without their dependencies (which want a GPU's compiler), after the ones that they do need here.
-ALONE: dict[str, tuple[str, ...]] = {
-    package: tuple(needs.split())
-    for package, needs in {
-        "deepspeed": "hjson ninja py-cpuinfo msgpack psutil einops pydantic tqdm packaging numpy",
-        "llamafactory": "accelerate<=1.11.0,>=1.3.0 datasets<=4.0.0,>=2.16.0 peft<=0.18.1,>=0.18.0 "
-        "transformers<=5.6.0,>=4.55.0,!=4.57.0 trl<=0.24.0,>=0.18.0 einops hf-transfer matplotlib "
-        "omegaconf pillow pyyaml scipy sentencepiece tiktoken",
-        "verl": "accelerate codetiming datasets hydra-core numpy omegaconf orjson packaging pandas peft "
-        "ray tensordict transformers",
-        "openrlhf": "transformers accelerate peft torchdata pylatexenc sympy tqdm packaging pillow",
-    }.items()
+ALONE = {
+    "deepspeed": "hjson ninja py-cpuinfo msgpack psutil einops pydantic tqdm packaging numpy",
+    "llamafactory": "accelerate<=1.11.0,>=1.3.0 datasets<=4.0.0,>=2.16.0 peft<=0.18.1,>=0.18.0 "
+    "transformers<=5.6.0,>=4.55.0,!=4.57.0 trl<=0.24.0,>=0.18.0 einops hf-transfer matplotlib "
+    "omegaconf pillow pyyaml scipy sentencepiece tiktoken",
+    "verl": "accelerate codetiming datasets hydra-core numpy omegaconf orjson packaging pandas peft "
+    "ray tensordict transformers",
+    "openrlhf": "transformers accelerate peft torchdata pylatexenc sympy tqdm packaging pillow",
 }

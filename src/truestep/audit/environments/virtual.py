@@ -20,10 +20,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from truestep import rundir
+from truestep.audit.environments.launch import last_line
 from truestep.audit.environments.packages import ALONE, COMPANIONS
 from truestep.audit.subjects import TABLE
 from truestep.errors import UserError
@@ -106,7 +108,7 @@ def plan(text: str) -> Plan:
                 # A bare name is only a need: what fits to this release replaces it.
                 if wanted.get(own, own) == own:
                     wanted[own] = companion
-    wanted = {need: need for name in wanted for need in ALONE.get(name, ())} | wanted
+    wanted = {need: need for name in wanted for need in ALONE.get(name, "").split()} | wanted
     resolved = tuple(sorted(r for n, r in wanted.items() if n not in ALONE))
     alone = tuple(sorted(r for n, r in wanted.items() if n in ALONE))
     return Plan(pins=pins, torch=pins.get("torch", TORCH), resolved=resolved, alone=alone)
@@ -158,11 +160,7 @@ def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[
                 shutil.rmtree(leftover)
         began = time.monotonic()
         with log.open("w", encoding="utf-8") as out:
-
-            def do(command: Sequence[str | Path], **variables: str) -> None:
-                _execute(command, variables, name, out, lock)
-
-            fill(temporary, do)
+            fill(temporary, partial(_execute, name, out, lock))
         temporary.rename(home)
         say(f"built {name} in {time.monotonic() - began:.0f} s")
     return python
@@ -189,9 +187,7 @@ def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
         yield file.fileno()
 
 
-def _execute(
-    command: Sequence[str | Path], variables: Mapping[str, str], name: str, out: IO[str], lock: int
-) -> None:
+def _execute(name: str, out: IO[str], lock: int, command: Sequence[str | Path], **variables: str) -> None:
     """Run one command of a build; what it prints goes to the log."""
     kept = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
     words, env = [str(part) for part in command], {**kept, **variables}
@@ -217,10 +213,7 @@ def _execute(
 
 def _last_words(log: Path) -> str:
     """The installer's own error line, else the last one."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"ERROR:|error:|cause:|[×╰]", line)]
-    last = (errors or lines or ["no output"])[-1]
+    last = last_line(log.read_text(encoding="utf-8", errors="replace"), r"ERROR:|error:|cause:|[×╰]")
     return rundir.redact(re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", last))[:240]
 
 
@@ -257,8 +250,7 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
         do([*install, *extra, *wanted.resolved], **variables)
     if wanted.alone:
         # No installer cache: a wheel that was built beside this torch must not reach other environments.
-        fresh = "--no-cache" if uv else "--no-cache-dir"
-        how = ["--no-deps", "--no-build-isolation", fresh]
+        how = ["--no-deps", "--no-build-isolation", "--no-cache" if uv else "--no-cache-dir"]
         do([*install, *how, *wanted.alone], DS_BUILD_OPS="0", **variables)
 
 
@@ -277,9 +269,7 @@ def _uv_variables() -> dict[str, str]:
             break
     names = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "cert": "SSL_CERT_FILE"}
     names |= {"find-links": "UV_FIND_LINKS"}
-    given = {
-        name: found[key].split() for key, name in names.items() if key in found and name not in os.environ
-    }
+    given = {name: found[k].split() for k, name in names.items() if k in found and name not in os.environ}
     told_uv = {name: ("," if name == "UV_FIND_LINKS" else " ").join(parts) for name, parts in given.items()}
     # pip takes the best version of all indexes; uv by default stops at the first that has the package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match", **told_uv} if "UV_INDEX" in told_uv else told_uv
@@ -296,22 +286,19 @@ def installed(python: Path) -> dict[str, str]:
 
 def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
     """Package → version of all that this python finds, ``modules`` without metadata too. Raises: UserError."""
-
     if not python.is_file():
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
         raise UserError(f"--python {python}: no such program; pass {hint}")
     # -I: no PYTHONPATH and no user site folder, as in the audited process; -B: no bytecode.
     command = [str(python), "-I", "-B", "-c", _PROBE, *modules]
-    kept = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
-    env = {k: v for k, v in os.environ.items() if k in kept}
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH")}
     how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "timeout": 60, "check": True}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, **how)
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        words = rundir.redact(said[-1] if said else "no output")[:200]
+        words = rundir.redact(last_line(getattr(error, "stderr", "") or str(error)))[:200]
         message = f"--python {python}: does not run as a Python 3.8 or later ({words})"
         raise UserError(f"{message}; pass the path of an interpreter, such as .venv/bin/python") from None
     return {str(k): str(v) for k, v in found.items()}

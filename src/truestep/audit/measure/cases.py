@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ FIRST_TOKEN = 3  # 0, 1 and 2 are padding, begin and end
 # Trained tokens of consecutive rows: neighbours differ by an order of magnitude, and no two are equal, so
 # that any window of any shuffle is told apart from its mean.
 TRAINED = (2, 27, 3, 17, 40, 5, 22, 9, 33, 4, 14, 30, 6, 19, 36, 11, 25, 7, 44, 13, 1, 29, 8, 38)
-SHORTEST = 6
+SHORTEST, SHORTEST_PROMPT = 6, 3  # tokens
 CLIPPED_TO = 0.1  # below the norm of every step's gradient, and of most micro-batches'
 
 
@@ -52,96 +52,44 @@ class Case:
     momentum: float = 0.0
     resume_after: int = 0  # steps, after which everything is saved, made anew and loaded
 
-    @property
-    def untrained_rows(self) -> tuple[int, ...]:
-        """Rows without a trained token: a framework may leave them out."""
-        return tuple(i for i, row in enumerate(self.rows) if not row.num_trained)
-
     def rate(self, step: float) -> float:
         """The share of the learning rate that step (from 0) was to have."""
         return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON reads it back."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return document
+        return json.loads(json.dumps(asdict(self)))
 
 
-def make_rows(counts: Sequence[int], *, seed: int = 0, prompt: int = 3, turns: int = 1) -> tuple[Row, ...]:
+def make_rows(counts: Sequence[int], *, seed: int = 0, turns: int = 1) -> tuple[Row, ...]:
     """Rows of random tokens, ``counts`` of them trained (0: all masked), in ``turns`` answers of a chat."""
     rows = []
     for index, count in enumerate(counts):
         draw = generator(seed, Purpose.PROBE, index, "audit")
-        answers = np.array_split(np.ones(count, dtype=int), turns)
         mask: list[int] = []
-        for answer in answers:
-            mask += [0] * int(draw.integers(prompt, prompt + 5)) + answer.tolist()
+        for answer in np.array_split(np.ones(count, dtype=int), turns):
+            mask += [0] * int(draw.integers(SHORTEST_PROMPT, SHORTEST_PROMPT + 5)) + answer.tolist()
         mask += [0] * max(0, SHORTEST - len(mask))
         ids = draw.integers(FIRST_TOKEN, VOCABULARY, len(mask)).tolist()
         rows.append(Row(ids=tuple(ids), trained=tuple(mask)))
     return tuple(rows)
 
 
-def counts_of(number: int) -> list[int]:
-    return [TRAINED[i % len(TRAINED)] + len(TRAINED) * 2 * (i // len(TRAINED)) for i in range(number)]
-
-
-def ragged(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
-    """The base case: one row a micro-batch, every number of trained tokens different."""
-    rows = make_rows(counts_of(world_size * accumulation * steps), seed=seed)
-    return Case(name="ragged", rows=rows, accumulation=accumulation, steps=steps)
-
-
-def unsplit(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
-    """The same rows in one micro-batch a step: a difference from ``ragged`` comes from the split."""
-    base = ragged(world_size=world_size, accumulation=accumulation, steps=steps, seed=seed)
-    return Case(name="unsplit", rows=base.rows, accumulation=1, rows_per_microbatch=accumulation, steps=steps)
-
-
-def masked(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
-    """A row without any trained token and a row with one, in every step."""
-    counts = counts_of(world_size * accumulation * steps)
-    for first in range(0, len(counts), world_size * accumulation):
-        counts[first], counts[first + 1] = 0, 1
-    rows = make_rows(counts, seed=seed)
-    return Case(name="masked", rows=rows, accumulation=accumulation, steps=steps)
-
-
-def window(*, world_size: int = 1, accumulation: int = 4, seed: int = 0) -> Case:
-    """Two epochs of data that are no multiple of the accumulation window."""
-    rows = make_rows(counts_of(world_size * (2 * accumulation - 2)), seed=seed)
-    return Case(name="window", rows=rows, accumulation=accumulation, epochs=2, steps=4)
-
-
-def chat(*, world_size: int = 1, accumulation: int = 4, steps: int = 3, seed: int = 0) -> Case:
-    """Several answers a row, each after a prompt that is not trained."""
-    counts = [max(3, c) for c in counts_of(world_size * accumulation * steps)]
-    rows = make_rows(counts, seed=seed, turns=3)
-    return Case(name="chat", rows=rows, accumulation=accumulation, steps=steps)
-
-
-def clipped(*, world_size: int = 1, accumulation: int = 4, steps: int = 2, seed: int = 0) -> Case:
-    """The base case with one clip by the global norm of each step's whole gradient."""
-    base = ragged(world_size=world_size, accumulation=accumulation, steps=steps, seed=seed)
-    return replace(base, name="clipped", max_grad_norm=CLIPPED_TO)
-
-
-def scheduled(*, world_size: int = 1, accumulation: int = 3, seed: int = 0) -> Case:
-    """A linear schedule: no other number of ticks a step gives the same rates. The window stays shorter than the
-    schedule, so that one tick a micro-batch does not end it after the first step."""
-    base = ragged(world_size=world_size, accumulation=min(accumulation, 3), steps=4, seed=seed)
-    return replace(base, name="scheduled", decay=True)
-
-
-def resumed(*, world_size: int = 1, accumulation: int = 3, seed: int = 0) -> Case:
-    """Two steps, a checkpoint, and two more from it, with momentum and a schedule that have to survive."""
-    base = scheduled(world_size=world_size, accumulation=accumulation, seed=seed)
-    return replace(base, name="resumed", momentum=0.5, resume_after=2)
-
-
 # What has to hold besides the weights, each with the settings that it needs.
-RELATIONS = {"clipped": clipped, "scheduled": scheduled, "resumed": resumed}
-CASES = {"ragged": ragged, "unsplit": unsplit, "masked": masked, "window": window, "chat": chat, **RELATIONS}
+RELATIONS: dict[str, dict[str, Any]] = {
+    "clipped": {"steps": 2, "max_grad_norm": CLIPPED_TO},  # once, by the norm of each step's whole gradient
+    "scheduled": {"steps": 4, "decay": True},  # linear: no other number of ticks a step gives the same rates
+    # Two steps, a checkpoint, and two more from it, with momentum and a schedule that have to survive.
+    "resumed": {"steps": 4, "decay": True, "momentum": 0.5, "resume_after": 2},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "ragged": {},  # one row a micro-batch, every number of trained tokens different: the base of all others
+    "unsplit": {},  # the same rows in one micro-batch a step: a difference from ragged comes from the split
+    "masked": {},  # a row without any trained token and a row with one, in every step
+    "window": {"epochs": 2, "steps": 4},  # data that are no multiple of the accumulation window
+    "chat": {},  # several answers a row, each after a prompt that is not trained
+    **RELATIONS,
+}
 
 
 def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -> Case:
@@ -150,4 +98,16 @@ def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -
         raise ValueError(f"case = {name!r}: write {', '.join(CASES)}")
     if accumulation < 3 and name not in ("ragged", "unsplit", *RELATIONS):
         raise ValueError(f"accumulation = {accumulation}: the case {name} needs 3 or more")
-    return CASES[name](world_size=world_size, accumulation=accumulation, seed=seed)
+    asked = {"steps": 3, **CASES[name]}
+    if name in ("scheduled", "resumed"):
+        accumulation = min(accumulation, 3)  # else one tick a micro-batch ends it after the first step
+    num = world_size * (2 * accumulation - 2 if name == "window" else accumulation * asked["steps"])
+    counts = [TRAINED[i % len(TRAINED)] + len(TRAINED) * 2 * (i // len(TRAINED)) for i in range(num)]
+    if name == "masked":
+        for first in range(0, num, world_size * accumulation):
+            counts[first : first + 2] = 0, 1
+    if name == "chat":
+        counts = [max(3, count) for count in counts]
+    rows = make_rows(counts, seed=seed, turns=3 if name == "chat" else 1)
+    size = accumulation if name == "unsplit" else 1
+    return Case(name=name, rows=rows, accumulation=accumulation // size, rows_per_microbatch=size, **asked)

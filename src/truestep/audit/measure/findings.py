@@ -59,8 +59,8 @@ class Finding:
     """One subject in one configuration."""
 
     subject: str
-    configuration: Mapping[str, Any]
-    verdict: Verdict
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Verdict = Verdict.NOT_RUN
     found: Differences = Differences()
     codes: Sequence[str] = ()  # of all cases, the main one first
     documented: str = ""  # the option that asks for it

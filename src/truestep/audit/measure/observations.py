@@ -6,6 +6,7 @@ Shapes: P parameters, M micro-batches of a step over all ranks (rank after rank)
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -69,9 +70,8 @@ class Step:
     @property
     def clip_scale(self) -> float:
         """What the clip that was asked for makes of the right gradient."""
-        if not self.max_grad_norm:
-            return 1.0
-        return min(1.0, self.max_grad_norm / float(np.linalg.norm(self.expected)))
+        limit = self.max_grad_norm
+        return min(1.0, limit / float(np.linalg.norm(self.expected))) if limit else 1.0
 
     @cached_property
     def direction(self) -> np.ndarray:
@@ -91,8 +91,7 @@ class Step:
     @cached_property
     def expected(self) -> np.ndarray:
         """The gradient of the mean over all trained tokens of the step."""
-        total = np.sum([m.gradient for m in self.microbatches], axis=0)
-        return np.asarray(total / max(1, self.num_trained))
+        return np.asarray(np.sum([m.gradient for m in self.microbatches], axis=0) / max(1, self.num_trained))
 
     @property
     def true_loss(self) -> float:
@@ -177,21 +176,20 @@ def _read(folder: Path, header: dict[str, Any]) -> np.ndarray:
     return values.reshape(header["shape"]).astype(np.float64)
 
 
-def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> list[MicroBatch]:
+def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> Iterator[MicroBatch]:
     if part["gradients"] is None:
         raise ObservationError("no_row_found")
     gradients = dict(zip(part["rows"], _read(folder, part["gradients"]), strict=True))
     losses = dict(zip(part["rows"], part["row_losses"], strict=True))
     counts = {row: case.rows[row].num_trained for row in part["rows"]}
-    size = next(iter(gradients.values())).shape[0]
-    found = []
     for index, lines in enumerate(part["microbatches"]):
         rows = [row for line in lines for row in line]
-        of_rows: dict[str, Any] = {
-            "row_counts": tuple(counts[row] for row in rows),
-            "row_gradients": tuple(gradients[row] for row in rows),
-            "loss_sum": sum(losses[row] for row in rows),
-        }
-        place = tuple(map(tuple, lines))
-        found.append(MicroBatch(rank=rank, index=index, lines=place, size=size, **of_rows))
-    return found
+        yield MicroBatch(
+            rank=rank,
+            index=index,
+            lines=tuple(map(tuple, lines)),
+            row_counts=tuple(counts[row] for row in rows),
+            row_gradients=tuple(gradients[row] for row in rows),
+            loss_sum=sum(losses[row] for row in rows),
+            size=next(iter(gradients.values())).shape[0],
+        )

@@ -2,8 +2,7 @@
 
 A right step is known exactly (``observations.Step``: clip scale, rate, carried momentum), so no second run is
 needed. Rows are counted, never forward passes: their number in a pass does not change the step, and a row
-without trained tokens adds nothing. Frameworks shuffle: only the number of rows of a step is compared.
-Shapes: P parameters.
+without trained tokens adds nothing. Frameworks shuffle: only numbers of rows are compared. P: parameters.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 
@@ -89,12 +89,7 @@ def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
     ranks = sorted({m.rank for m in step.microbatches})
     parts = [[m.gradient / step.num_trained for m in step.microbatches if m.rank == rank] for rank in ranks]
     found: list[tuple[float, str]] = []
-    kinds = {
-        "clip_of_micro_batches": _each,
-        "clip_of_ranks": _ranks,
-        "clip_after_every_micro_batch": _running,
-    }
-    for kind, predict in kinds.items():
+    for kind, predict in CLIPS.items():
         for limit in dict.fromkeys(step.max_grad_norm / n for n in (1, accumulation, len(ranks))):
             wanted = predict(parts, limit)
             scale = float(used @ wanted) / float(wanted @ wanted)
@@ -112,17 +107,16 @@ def _each(parts: Parts, limit: float) -> np.ndarray:
 
 
 def _running(parts: Parts, limit: float) -> np.ndarray:
-    total = np.zeros_like(parts[0][0])
-    for rank in parts:
-        buffer = np.zeros_like(total)
-        for gradient in rank:
-            buffer = _short(buffer + gradient, limit)
-        total += buffer
-    return total
+    nothing = np.zeros_like(parts[0][0])
+    sums = [reduce(lambda buffer, g: _short(buffer + g, limit), rank, nothing) for rank in parts]
+    return np.sum(sums, axis=0)
 
 
 def _ranks(parts: Parts, limit: float) -> np.ndarray:
     return np.sum([_short(np.sum(rank, axis=0), limit) for rank in parts], axis=0)
+
+
+CLIPS = {"clip_of_micro_batches": _each, "clip_of_ranks": _ranks, "clip_after_every_micro_batch": _running}
 
 
 def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
@@ -178,23 +172,22 @@ def data_coverage(run: Observation) -> Causes:
     """Whether the optimizer was stepped as configured, on all trained rows, each once an epoch."""
     if any(not np.isfinite(s.after).all() for s in run.steps):
         return ()  # changes of what is not a number are no steps
-    asked, untrained = run.asked, run.asked.untrained_rows
+    asked = run.asked
     seen = Counter(row for s in run.steps for m in s.microbatches for row in m.rows)
-    trained = [row for row in range(len(asked.rows)) if row not in untrained]
+    trained = [i for i, row in enumerate(asked.rows) if row.num_trained]
     lost = sum(max(0, asked.epochs - seen[row]) for row in trained)
     twice = sum(max(0, seen[row] - asked.epochs) for row in trained)
-    never = sum(not seen[row] for row in untrained)
+    # Rows without a trained token: a framework may leave them out.
+    never = sum(not seen[i] for i, row in enumerate(asked.rows) if not row.num_trained)
     found: list[Cause] = []
     lost_whole = False
     if not any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines):  # packed
         # On the busiest rank: samplers may give the others rows twice.
         sizes = [max(Counter(m.rank for m in s.microbatches for _ in m.rows).values()) for s in run.steps]
-
         filtered = _asked_sizes(run, len(asked.rows) - never)  # left out before rows were put into windows
         whole = _asked_sizes(run, len(asked.rows))
         if sizes != filtered and not _skipped(sizes, whole, never * asked.epochs):
-            window = asked.accumulation * asked.rows_per_microbatch
-            lost_whole = sizes == [n for n in filtered if n == window]
+            lost_whole = sizes == [n for n in filtered if n == asked.accumulation * asked.rows_per_microbatch]
             found.append(cause("grouping", "step_sizes", rows=sizes, asked=filtered))
     if lost:
         found.insert(0 if lost_whole else len(found), cause("data_lost", "rows_lost", rows=lost))

@@ -7,7 +7,7 @@ fault is still described. Shapes: P parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
     if found.relative_error <= min(noise, residual):
         return Seen(recovered=found)
     if found.residual > (limit := max(residual, noise)):
-        return Seen(causes=(_residual_cause(step, previous, found, parameters, limit),), recovered=found)
+        return Seen(causes=(_rest(step, previous, found, parameters, limit),), recovered=found)
     pattern = fit_pattern(found, dtype)
     if pattern is None:
         named = _clipped_parts(step, found) or _unknown("unknown_weights", found.weights)
@@ -60,8 +60,7 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
     if len(causes) > 1 and causes[-1].code in CONSTANTS and reaches_clip(step):
         # Other weights have another norm, and were clipped to the right one: the constant says nothing more.
         return Seen(causes=causes[:-1], recovered=found)
-    hidden = not causes and hides_weights(found)
-    return Seen(causes=causes, recovered=found, scale=pattern.scale, hidden=hidden)
+    return replace(pattern, hidden=not causes and hides_weights(found))
 
 
 def used_length(step: Step) -> float:
@@ -83,22 +82,15 @@ def _unknown(kind: str, weights: np.ndarray) -> Cause:
     return cause("unknown_weights", kind, weights=weights.tolist())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pattern:
-    """What of kept × normaliser × scale is not right, in this order."""
-
-    causes: Causes
-    scale: float
-
-
-def fit_pattern(recovered: Recovered, dtype: str) -> Pattern | None:
-    """The simplest pattern that the weights obey within their errors; None if none does."""
+def fit_pattern(recovered: Recovered, dtype: str) -> Seen | None:
+    """What of kept × normaliser × scale is not right, in this order, in the simplest pattern that the weights
+    obey within their errors; None if they obey none."""
     weights = recovered.weights
     errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
     seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())
     # Nothing is wrong or dropped unless the weights show it: 1 ± 1.5 could be zero, and is no sign of it.
     if (np.abs(weights - 1.0) <= errors).all():
-        return Pattern(causes=(), scale=1.0)
+        return Seen(recovered=recovered)
     if not seen.any():
         return None
     for kept in (np.ones_like(seen), seen):
@@ -113,7 +105,7 @@ def hides_weights(recovered: Recovered) -> bool:
     return bool((thresholds.STANDARD_ERRORS * recovered.errors >= 1.0).any())
 
 
-def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) -> Pattern | None:
+def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) -> Seen | None:
     """kept × the normaliser × the scale that fits best, if the weights obey it."""
     try:
         predicted = NORMALISERS[name](recovered.counts)
@@ -128,7 +120,7 @@ def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) 
     scale = 1.0 if (np.abs(weights - predicted * kept) <= allowed).all() else scale
     normaliser = cause(name, name) if name != "global" else None
     parts = (_kept_cause(kept, recovered), normaliser, _scale_cause(scale, recovered, kept, name))
-    return Pattern(causes=tuple(p for p in parts if p), scale=scale)
+    return Seen(causes=tuple(p for p in parts if p), recovered=recovered, scale=scale)
 
 
 def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> Cause | None:
@@ -167,8 +159,7 @@ def _kept_cause(kept: np.ndarray, recovered: Recovered) -> Cause | None:
         return None
     by_rank = [part.tolist() for part in by_ranks(kept, recovered.counts)]
     gone = {str(r): [i + 1 for i, k in enumerate(rank) if not k] for r, rank in enumerate(by_rank)}
-    first = by_rank[0]
-    size = len(first)
+    first, size = by_rank[0], len(by_rank[0])
     if any(rank != first for rank in by_rank):
         return cause("kept", "dropped_by_rank", dropped={r: places for r, places in gone.items() if places})
     places = tuple(i for i, k in enumerate(first) if k)
@@ -200,9 +191,7 @@ def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
     return cause("clip", "clip_of_ranks") if len(ranks) > 1 and alike(parts) else None
 
 
-def _residual_cause(
-    step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float
-) -> Cause:
+def _rest(step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float) -> Cause:
     """The best explanation of a residual: the one law, or the one addition, that explains the rest."""
     law = _rows(step, found, limit) or _frozen(step, parameters) or _rounded(step) or _clipped_entries(step)
     added = law or _addition(step, previous, found, parameters)

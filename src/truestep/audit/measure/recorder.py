@@ -1,5 +1,4 @@
-"""Watches a model from outside while something trains it. A copy runs in the audited environment, with only
-the standard library and torch.
+"""Watches a model that something trains. A copy runs in the audited environment: standard library and torch.
 
 What is left behind is ``CASE/rank-R.json`` with tensors:
 
@@ -20,21 +19,20 @@ import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 SCHEMA = 1
+Lines = list[list[list[int]]]  # the rows of every line of every forward pass
 EXPLAINED = 1e-4  # relative: what weights of the rows leave of a right step
 
 
 def logits_of(out: Any) -> Tensor:
-    found = out if isinstance(out, Tensor) else out.logits
-    assert isinstance(found, Tensor)
-    return found
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
@@ -42,25 +40,8 @@ def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift:
     tokens = torch.tensor([list(ids)])
     logits = logits_of(model(input_ids=tokens))[0]
     logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-    targets = [t for t in range(max(1, shift), len(ids)) if chosen[t]]
-    where = torch.tensor(targets, dtype=torch.int64)
+    where = torch.tensor([t for t in range(max(1, shift), len(ids)) if chosen[t]], dtype=torch.int64)
     return -logp[where - shift, tokens[0][where]].sum()
-
-
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """What a product of two such numbers comes out as here and now: another type under autocast."""
-    one = torch.ones(1, 1, dtype=dtype)
-    return (one @ one).dtype
-
-
-def stack() -> list[tuple[str, int]]:
-    """(file, line) of whoever called, the innermost first."""
-    found = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        found.append((frame.f_code.co_filename, frame.f_lineno))
-        frame = frame.f_back
-    return found
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -84,12 +65,12 @@ class Recorder:
         self.copy = copy.deepcopy(model).double().eval()
         self.needles, self.ignored = [bytes(row["ids"]) for row in spec.rows], b""
         self.before: Tensor | None = None
-        self.microbatches: list[list[list[int]]] = []  # the rows of every line of every forward pass
-        self.steps: list[tuple[Tensor, Tensor, list[list[list[int]]]]] = []
+        self.microbatches: Lines = []
+        self.steps: list[tuple[Tensor, Tensor, Lines]] = []
         self.unmatched = 0
         self.autocast: torch.dtype | None = None  # that the model was run under
         self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
-        self.stack: list[tuple[str, int]] = []  # of the first forward pass, from within
+        self.stack: list[tuple[str, int]] = []  # (file, line) of the first forward pass, the innermost first
         self._observe(model, snapshot)
 
     def _observe(self, model: nn.Module, snapshot: Callable[[], Tensor] | None) -> None:
@@ -112,13 +93,12 @@ class Recorder:
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (torch.is_grad_enabled() and module.training):
-            return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
+        if ids is None or not (torch.is_grad_enabled() and module.training):
             return
-        if (dtype := computed_in(self.spec.dtype)) is not self.spec.dtype:
-            self.autocast = dtype
+        one = torch.ones(1, 1, dtype=self.spec.dtype)
+        if (product := one @ one).dtype is not one.dtype:
+            self.autocast = product.dtype
         self._close_step()
         if ids.numel() == len(self.ignored) and bytes(ids.flatten().tolist()) == self.ignored:
             return
@@ -126,7 +106,8 @@ class Recorder:
         lines = [self._rows_in(bytes(t % 256 for t in row)) for row in rows]
         self.unmatched += sum(not rows for rows in lines)
         self.microbatches.append(lines)
-        self.stack = self.stack or stack()
+        frames = traceback.walk_stack(sys._getframe())
+        self.stack = self.stack or [(frame.f_code.co_filename, line) for frame, line in frames]
 
     def _rows_in(self, line: bytes) -> list[int]:
         """The rows in this line, in order: rows are random tokens, so one contains another only if equal."""
@@ -171,15 +152,11 @@ class Recorder:
         found = [f"{file}:{line}" for part in parts for file, line in self.stack if part in file]
         return next(iter(found + [f"{file}:{line}" for file, line in self.stack if file == own]), "")
 
-    def _write_step(
-        self, index: int, before: Tensor, after: Tensor, lines: list[list[list[int]]]
-    ) -> dict[str, Any]:
+    def _write_step(self, index: int, before: Tensor, after: Tensor, lines: Lines) -> dict[str, Any]:
         micro = [[row for line in batch for row in line] for batch in lines]
-        offset = 0
-        for parameter in parameters_of(self.copy):
-            count = parameter.numel()
-            parameter.data.copy_(before[offset : offset + count].view_as(parameter))
-            offset += count
+        own = parameters_of(self.copy)
+        for parameter, part in zip(own, before.split([p.numel() for p in own]), strict=True):
+            parameter.data.copy_(part.view_as(parameter))
         rows = sorted({row for batch in micro for row in batch})
         pairs = [self._gradient(self.copy, [row]) for row in rows]
         losses, gradients = [loss for loss, _ in pairs], [gradient for _, gradient in pairs]
@@ -211,13 +188,11 @@ class Recorder:
         return total
 
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
-        """Whether weights of the rows explain this step, so that the extras are not needed.
-
-        Always for AdamW (no sum of gradients) and NaN; never if other ranks have rows too.
-        """
-        if self.spec.options.get("optimizer", "sgd") != "sgd" or not bool(torch.isfinite(change).all()):
+        """Whether weights of the rows explain this step, so that the extras are not needed. Always for NaN,
+        AdamW (no sum of gradients) and relations (named otherwise); never if other ranks have rows too."""
+        if self.spec.is_relation or self.spec.options.get("optimizer", "sgd") != "sgd":
             return True
-        if self.spec.is_relation:  # its deviations have their own names
+        if not bool(torch.isfinite(change).all()):
             return True
         if self.spec.world_size > 1 or not gradients:
             return False
@@ -227,28 +202,21 @@ class Recorder:
 
     def _extras(self, micro: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """What a wrong mask or a wrong shift would have added to the step's gradient sum."""
-        wrong: dict[str, dict[str, Any]] = {"prompt": {"untrained": True}, "shift_0": {"shift": 0}}
+        wrong: dict[str, dict[str, Any]] = {"prompt": {"masked": True}, "shift_0": {"shift": 0}}
         wrong |= {"shift_2": {"shift": 2}, "stop": {"ends": True}}
-        nothing, extras = torch.zeros_like(flat(parameters_of(self.copy))), {}
-        for key, how in wrong.items():
-            extras[key] = sum((self._gradient(self.copy, rows, **how)[1] for rows in micro), nothing)
-        return extras
+        nothing, how = torch.zeros_like(flat(parameters_of(self.copy))), wrong.items()
+        return {k: sum((self._gradient(self.copy, rows, **h)[1] for rows in micro), nothing) for k, h in how}
 
     def _gradient(
-        self,
-        model: nn.Module,
-        rows: Sequence[int],
-        untrained: bool = False,
-        shift: int = 1,
-        ends: bool = False,
+        self, model: nn.Module, rows: Sequence[int], masked: bool = False, shift: int = 1, ends: bool = False
     ) -> tuple[float, Tensor]:
-        """(Σ of the losses, gradient [P] in float64) of rows, each run alone; ``ends``: only of last tokens."""
+        """(Σ of losses, float64 gradient [P]) of rows, each alone; of ``masked`` tokens or only ``ends``."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0
         for row in rows:
             trained = self.spec.rows[row]["trained"]
-            chosen = [bool(t) != untrained for t in trained]
+            chosen = [bool(t) != masked for t in trained]
             if ends:
                 pairs = zip(trained, [*trained[1:], 0], strict=True)
                 chosen = [bool(on) and not after for on, after in pairs]

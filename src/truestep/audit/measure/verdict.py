@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from truestep.audit.measure import thresholds
-from truestep.audit.measure.adamw import errors
 from truestep.audit.measure.cases import RELATIONS
-from truestep.audit.measure.findings import Cause, Causes, Differences, Finding, Verdict, cause
+from truestep.audit.measure.findings import Causes, Differences, Finding, Verdict, cause
 from truestep.audit.measure.observations import Observation, Step
 from truestep.audit.measure.one_case import CaseSeen, data_coverage, see_case
 from truestep.audit.measure.one_step import by_ranks
-from truestep.audit.measure.weights import condition_of
+from truestep.audit.measure.weights import adamw_errors, condition_of
 
 OF_PARTS = {"clip_of_micro_batches", "clip_of_ranks"}  # these depend on how a batch is split
+Cases = Mapping[str, Differences]
 CHOICES = {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}
 
 
@@ -36,7 +36,7 @@ def judge(
     to change how a step is normalised; ``without`` the cases that cannot be run, and why."""
     if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
         configuration = {**configuration, "autocast": autocast}
-    nothing = Finding(subject=subject, configuration=configuration, verdict=Verdict.NOT_RUN)
+    nothing = Finding(subject=subject, configuration=configuration)
     if not runs:
         return replace(nothing, reasons=(cause("", "no_case"),))
     first = next(iter(runs.values()))
@@ -45,7 +45,8 @@ def judge(
     some_moved = any(run.steps for run in runs.values())
     unusable = {name: why for name, run in runs.items() if (why := _unusable(run, some_moved))}
     broken = {name: Differences(data=why) for name, why in unusable.items() if why[0].code}
-    hidden = [_in_case(name, why[0]) for name, why in unusable.items() if not why[0].code]
+    reasons = {name: why[0] for name, why in unusable.items() if not why[0].code}
+    hidden = [replace(why, values={**why.values, "case": name}) for name, why in reasons.items()]
     usable = {name: run for name, run in runs.items() if name not in unusable}
     if hidden and not usable:
         return replace(nothing, verdict=Verdict.NOT_OBSERVABLE, reasons=(hidden[0],))
@@ -79,10 +80,6 @@ def _with_numbers(finding: Finding, seen: Mapping[str, CaseSeen], runs: Mapping[
         **{key: getattr(step, key) for key in ("logged_loss", "true_loss")},
         logged_loss_could_show_it=loss_shows_it(step) if finding.codes else None,
     )
-
-
-def _in_case(name: str, why: Cause) -> Cause:
-    return replace(why, values={**why.values, "case": name})
 
 
 def _layout_code(run: Observation) -> str:
@@ -131,9 +128,7 @@ def _unusable(run: Observation, some_moved: bool) -> Causes:
     return data_coverage(run) or (cause("", "ill_conditioned", condition=worst),)
 
 
-def _verdict(
-    nothing: Finding, cases: Mapping[str, Differences], seen: Mapping[str, CaseSeen], documented: str
-) -> Finding:
+def _verdict(nothing: Finding, cases: Cases, seen: Mapping[str, CaseSeen], documented: str) -> Finding:
     wrong = {name: case for name, case in cases.items() if case.codes}
     if not wrong:
         return replace(nothing, verdict=Verdict.RIGHT)
@@ -164,13 +159,11 @@ def _verdict(
     return replace(nothing, verdict=Verdict.FAULT, codes=codes, found=first)
 
 
-def _judge_adamw(
-    nothing: Finding, runs: Mapping[str, Observation], broken: Mapping[str, Differences]
-) -> Finding:
+def _judge_adamw(nothing: Finding, runs: Mapping[str, Observation], broken: Cases) -> Finding:
     """The known weight vector whose textbook AdamW updates come closest to the observed ones."""
     cases, worst = dict(broken), 0.0
     for name, run in runs.items():
-        found = errors(run.steps)
+        found = adamw_errors(run.steps)
         best, missed = next(iter(found), "right"), found.get("right", math.inf)
         worst, cases[name] = max(worst, missed), Differences()
         if missed > thresholds.ADAMW_ERROR:

@@ -3,7 +3,8 @@
 Under plain SGD the used gradient is (before − after) / lr. It is written as Σ w_i · g_i / N, with g_i the
 exact gradient sum of micro-batch i and N all trained tokens: ones are right. The noise is measured, not
 assumed: the same rows once in the subject's own precision, plus what reading a small change back from stored
-parameters costs.
+parameters costs. AdamW's first steps hide every scale: its textbook update is computed for each known weight
+vector, and the one that comes closest names what happened.
 
 Shapes: P parameters, M micro-batches (those with trained tokens).
 """
@@ -11,16 +12,18 @@ Shapes: P parameters, M micro-batches (those with trained tokens).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from truestep.audit.measure import thresholds
 from truestep.audit.measure.observations import Step
-from truestep.faults import recover_weights
+from truestep.faults import FAULTS, recover_weights
 
 EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
 CLIP_EPSILON = 1e-6  # torch's and DeepSpeed's
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,6 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
     spread = np.sqrt(np.diag(covariance)) * noise * size / math.sqrt(len(observed))
     # Of a right path's own weights.
     drift = np.abs(recover_weights(step.control / step.num_trained, parts)[0] - 1.0)
-    ranks = sorted({m.rank for m in step.microbatches})
     return Recovered(
         weights=weights,
         errors=np.maximum(np.maximum(spread, drift), thresholds.NOISE_FLOOR),
@@ -89,6 +91,39 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
         condition=condition,
         relative_error=float(np.linalg.norm(observed - expected) / np.linalg.norm(expected)),
         noise=noise,
-        counts=tuple(tuple(m.num_trained for m in used if m.rank == r) for r in ranks),
+        counts=tuple(tuple(n for n in rank if n) for rank in step.counts),
         empty=tuple((m.rank, m.index) for m in step.microbatches if not m.num_trained),
     )
+
+
+def adamw_changes(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
+    """Each step's Δ [P] under AdamW without weight decay, with the fault's gradients; None if it has none."""
+    first = second = np.zeros(1)
+    changes = []
+    for number, step in enumerate(steps, start=1):
+        counts = [[n for n in rank if n] for rank in step.counts]
+        try:
+            weights = FAULTS[name][0](counts)
+        except ValueError:
+            return None
+        used = [m.gradient for m in step.microbatches if m.num_trained]
+        total = np.sum([w * g for w, g in zip(weights, used, strict=True)], axis=0)
+        gradient = total / max(1, step.num_trained)
+        first = BETAS[0] * first + (1 - BETAS[0]) * gradient
+        second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
+        mean, variance = first / (1 - BETAS[0] ** number), second / (1 - BETAS[1] ** number)
+        changes.append(-step.learning_rate * mean / (np.sqrt(variance) + EPSILON))
+    return changes
+
+
+def adamw_errors(steps: Sequence[Step]) -> dict[str, float]:
+    """Fault → relative error of its predicted updates over all steps, best first."""
+    observed = [s.after - s.before for s in steps]
+    size = sum(float(np.linalg.norm(o)) for o in observed)
+    found = {}
+    for name in FAULTS:
+        changes = adamw_changes(steps, name)
+        if changes is not None and size:
+            missed = sum(float(np.linalg.norm(o - c)) for o, c in zip(observed, changes, strict=True))
+            found[name] = missed / size
+    return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -1,5 +1,4 @@
-"""Was a past run hit? Answered from the files that it left, for every fault that was measured; nothing is
-executed.
+"""Was a past run hit? Answered for every measured fault from the files that it left; nothing is executed.
 
 Read are: pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed
 configurations (also inside TrainingArguments, accelerate and LLaMA-Factory files), command lines in scripts,
@@ -11,25 +10,17 @@ that contradict each other make unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from truestep.audit.measure.findings import Cause, Causes, cause
 from truestep.audit.postmortem.run_files import Evidence, gather
 
 TRAINER, OPENRLHF_SFT = "transformers Trainer", "OpenRLHF sft"
 MOST_PROBLEMS = 5  # unread files that an answer names
-Values = Mapping[str, Any]
 Verdict = Literal["affected", "not affected", "unknown"]
-
-
-@dataclass(frozen=True)
-class Reason:
-    """One thing that the files say, or do not say; ``present.words`` makes the sentence of its kind."""
-
-    kind: str
-    values: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,11 +28,11 @@ class Check:
     """Whether one condition of a fault was met: True, False, or None if the files do not say."""
 
     met: bool | None
-    reason: Reason
+    reason: Cause
 
 
 def check(met: bool | None, kind: str, **values: Any) -> Check:
-    return Check(met, Reason(kind, values))
+    return Check(met, cause("", kind, **values))
 
 
 Condition = Callable[[Evidence], Check]
@@ -66,7 +57,7 @@ class Answer:
 
     finding: str
     answer: Verdict
-    reasons: tuple[Reason, ...]
+    reasons: Causes
     source: str
 
 
@@ -86,27 +77,22 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
     elif not by[None]:
         verdict, told = "affected", by[True]
     else:
-        unread = [Reason("said", {"text": text}) for text in evidence.problems[:MOST_PROBLEMS]]
+        unread = [cause("", "said", text=text) for text in evidence.problems[:MOST_PROBLEMS]]
         verdict, told = "unknown", [*by[None], *unread, *by[True]]
         if (more := len(evidence.problems) - MOST_PROBLEMS) > 0:
-            told.append(Reason("more_unread", {"files": more}))
+            told.append(cause("", "more_unread", files=more))
     return Answer(finding=measured.finding, answer=verdict, reasons=tuple(told), source=measured.source)
 
 
 def release(version: str) -> tuple[int, ...] | None:
     """The numbers of a release, without trailing zeros; None for a pre-release or what is no version."""
     found = re.fullmatch(r"v?(\d{1,9}(?:\.\d{1,9}){0,7})(?:\.post\d+)?(?:\+[\w.]+)?", version)
-    if not found:
-        return None
-    numbers = [int(n) for n in found[1].split(".")]
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
+    return tuple(int(n) for n in re.sub(r"(\.0+)+$", "", found[1]).split(".")) if found else None
 
 
 def judge_release(measured: Measured, version: str) -> Check:
     """Whether this release has the fault: as measured, or between two releases that were measured alike."""
-    name: Values = {"package": measured.package, "version": version}
+    name = {"package": measured.package, "version": version}
     own = release(version)
     if own is None:
         return check(None, "no_release", **name)
@@ -124,8 +110,7 @@ def judge_release(measured: Measured, version: str) -> Check:
     if not above:
         return check(None, "newer", newest=low, faulty=low_faulty, **name)
     _, high, high_faulty = above[0]
-    alike = low_faulty == high_faulty
-    kind, met = ("between_alike", low_faulty) if alike else ("between_different", None)
+    kind, met = ("between_alike", low_faulty) if low_faulty == high_faulty else ("between_different", None)
     return check(met, kind, low=low, high=high, faulty=low_faulty, **name)
 
 
@@ -138,8 +123,7 @@ def _release_check(measured: Measured, evidence: Evidence) -> Check:
             return check(False, "not_in_environment", package=package, packages=size, file=file)
         return check(None, "not_pinned", package=package, asked=asked or "")
     judged = [judge_release(measured, version) for version in found]
-    pairs = zip(judged, found.values(), strict=True)
-    told = [Reason(c.reason.kind, {**c.reason.values, "file": file}) for c, file in pairs]
+    told = [_with(c, file=file).reason for c, file in zip(judged, found.values(), strict=True)]
     return _together([c.met for c in judged], "releases", reasons=told)
 
 
@@ -157,52 +141,37 @@ def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Co
         if not found:
             return check(None, "not_said", setting=key)
         together = _together([test(value) for value in found], "setting", setting=key, found=found)
-        return together if together.met or not note else _noted(together, note)
+        return together if together.met or not note else _with(together, note=note)
 
     return condition
 
 
-def _noted(checked: Check, note: str) -> Check:
-    return Check(checked.met, Reason(checked.reason.kind, {**checked.reason.values, "note": note}))
+def _with(checked: Check, **values: str) -> Check:
+    return Check(checked.met, replace(checked.reason, values={**checked.reason.values, **values}))
 
 
-def _micro_batches(evidence: Evidence, least: int) -> tuple[Check, Evidence]:
-    """Whether a step has so many micro-batches, and the evidence with their number."""
-    found = _accumulation(evidence)
-    if not found.settings.get("accumulation"):
-        return _arithmetic(evidence), found
-    return _setting("accumulation", lambda k: k >= least)(found), found
+def _micro_batches(evidence: Evidence, least: int) -> Check:
+    """Whether a step has so many micro-batches."""
+    if not evidence.settings.get("accumulation"):
+        return _arithmetic(evidence)
+    return _setting("accumulation", lambda k: k >= least)(evidence)
 
 
 def _three_micro_batches(evidence: Evidence) -> Check:
     """The offload fault drops what is neither first nor last."""
-    checked, found = _micro_batches(evidence, 3)
+    checked = _micro_batches(evidence, 3)
     if checked.met is False:
-        return _noted(checked, "two_drop_nothing" if 2 in found.settings["accumulation"] else "drops_nothing")
+        two = 2 in checked.reason.values["found"]
+        return _with(checked, note="two_drop_nothing" if two else "drops_nothing")
     return checked
-
-
-def _boundary_by_hand(evidence: Evidence) -> Check:
-    """It is the training loop that calls it, and no file of a run shows a loop."""
-    return check(None, "boundary_not_shown")
 
 
 def _several_micro_batches(evidence: Evidence) -> Check:
     """A mean of means needs two; without accumulation the mean is surely right only on one process."""
-    checked, _ = _micro_batches(evidence, 2)
+    checked = _micro_batches(evidence, 2)
     if checked.met is False and set(evidence.settings.get("processes", {})) != {1}:
-        return Check(None, _noted(checked, "several_not_measured").reason)
+        return replace(_with(checked, note="several_not_measured"), met=None)
     return checked
-
-
-def _accumulation(evidence: Evidence) -> Evidence:
-    """Evidence whose accumulation is worked out from the batch sizes, if only they are given."""
-    batch, micro, processes = (evidence.only(k) for k in ("batch_size", "micro_batch_size", "processes"))
-    if evidence.settings.get("accumulation") or None in (batch, micro, processes) or not micro * processes:
-        return evidence
-    steps = max(1, batch // (micro * processes))
-    file = f"{batch} / ({micro} × {processes}), {next(iter(evidence.settings['batch_size'].values()))}"
-    return Evidence(settings={**evidence.settings, "accumulation": {steps: file}})
 
 
 def _arithmetic(evidence: Evidence) -> Check:
@@ -281,7 +250,8 @@ MEASURED: tuple[Measured, ...] = (
         "deepspeed",
         _OFFLOAD + "keeps only the last micro-batch, in loops that set the accumulation boundary by hand",
         "0.15.1 0.15.2 0.18.9", "0.19.0 0.19.8",
-        "0.15.1, 0.15.2 and 0.18.9 [0, 0, 0, 1]; 0.19.0, 0.19.8: ones", *_OFFLOADED, _boundary_by_hand,
+        "0.15.1, 0.15.2 and 0.18.9 [0, 0, 0, 1]; 0.19.0, 0.19.8: ones", *_OFFLOADED,
+        lambda evidence: check(None, "boundary_not_shown"),  # no file shows the loop that calls it
     ),
     _measured(
         "verl", "verl's agg_loss takes the mean of micro-batch means", "0.6.0", "0.9.1",

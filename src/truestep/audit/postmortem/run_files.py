@@ -37,7 +37,7 @@ _RANGE = re.compile(r"""^[\s\-"']*([A-Za-z0-9][\w.\-]*)(?:\[[^\]]*\])?\s*(@|[<>~
 
 
 class Broken(ValueError):
-    """A file that cannot be read; says why."""
+    """A file that cannot be read, or a value that no such file can have; says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +82,14 @@ def gather(folder: Path) -> Evidence:
         except (Broken, OSError) as error:
             evidence.problems.append(f"{name}: {getattr(error, 'strerror', error)}")
     _choose_deepspeed(evidence)
+    _work_out_accumulation(evidence)
     return evidence
 
 
 def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
     """Regular files with their sizes, in order of names, as many as can be read in seconds."""
-    count = total = 0
-
-    def unreadable(error: OSError) -> None:
-        evidence.problems.append(f"{error.filename}: {error.strerror}")
-
-    for root, folders, names in os.walk(folder, onerror=unreadable):
+    count, total, told = 0, 0, evidence.problems
+    for root, folders, names in os.walk(folder, onerror=lambda e: told.append(f"{e.filename}: {e.strerror}")):
         folders[:] = sorted(f for f in folders if f not in SKIPPED)
         for name in sorted(names):
             path = Path(root) / name
@@ -106,7 +103,7 @@ def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
                 continue
             total += status.st_size if status.st_size <= _limit(path) else 0
             if count > MOST_FILES or total > MOST_BYTES:
-                evidence.problems.append(f"stopped at {path.relative_to(folder)}: give the folder of one run")
+                told.append(f"stopped at {path.relative_to(folder)}: give the folder of one run")
                 return
             yield path, status.st_size
 
@@ -314,25 +311,31 @@ def _choose_deepspeed(evidence: Evidence) -> None:
             evidence.problems.append(f"{by}: names {wanted[:200]}, {why}")
 
 
+def _work_out_accumulation(evidence: Evidence) -> None:
+    """From the batch sizes, if only they are given."""
+    batch, micro, processes = (evidence.only(k) for k in ("batch_size", "micro_batch_size", "processes"))
+    if not evidence.settings.get("accumulation") and batch is not None and micro and processes:
+        file = f"{batch} / ({micro} × {processes}), {next(iter(evidence.settings['batch_size'].values()))}"
+        evidence.add("accumulation", max(1, batch // (micro * processes)), file)
+
+
 def _commands(text: str, name: str, evidence: Evidence) -> None:
     """Every line that starts a training; a backslash continues one."""
-    if "--" not in text:
-        return
-    for line in _command_lines(text):
+    for line in _command_lines(text) if "--" in text else ():
         flags = _flags(line)
-        per_node = _first(flags, "nproc_per_node", "num_gpus", "num_processes")
-        nodes = _first(flags, "nnodes", "num_nodes")
+        per_node = first(flags, "nproc_per_node", "num_gpus", "num_processes")
+        nodes = first(flags, "nnodes", "num_nodes")
         if whole(per_node) and (nodes is None or whole(nodes)):
             total = (whole(per_node) or 1) * (1 if "num_processes" in flags else whole(nodes) or 1)
             evidence.add("processes", total, name)
         trainer = re.search(r"train_(\w+)", line)
         if trainer and "openrlhf" in line.lower():
             evidence.add("trainer", f"OpenRLHF {trainer[1]}", name)
-            evidence.add("zero_stage", whole(_first(flags, "zero_stage", "ds.zero_stage")), name)
-            offloads = _first(flags, "adam_offload", "ds.adam_offload")
+            evidence.add("zero_stage", whole(first(flags, "zero_stage", "ds.zero_stage")), name)
+            offloads = first(flags, "adam_offload", "ds.adam_offload")
             evidence.add("offload", "cpu" if offloads else "none", name)
-            evidence.add("batch_size", whole(_first(flags, "train_batch_size", "train.batch_size")), name)
-            micro = _first(flags, "micro_train_batch_size", "train.micro_batch_size")
+            evidence.add("batch_size", whole(first(flags, "train_batch_size", "train.batch_size")), name)
+            micro = first(flags, "micro_train_batch_size", "train.micro_batch_size")
             evidence.add("micro_batch_size", whole(micro), name)
             evidence.named.setdefault("", name)
         elif flags:
@@ -360,5 +363,5 @@ def _command_lines(text: str) -> list[str]:
     return re.sub(r"\\[ \t]*\n", " ", "\n".join(lines)).splitlines()
 
 
-def _first(flags: Mapping[str, str], *names: str) -> str | None:
+def first(flags: Mapping[str, Any], *names: str) -> Any:
     return next((flags[name] for name in names if name in flags), None)

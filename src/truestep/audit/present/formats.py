@@ -24,9 +24,7 @@ SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schem
 def to_document(rows: Sequence[Row], provenance: Row) -> dict[str, Any]:
     """The audit as one JSON object. Numbers that JSON does not know are the strings NaN and ±Infinity."""
     tool = {"name": "truestep", "version": __version__}
-    document = {"schema": SCHEMA, "tool": tool, "provenance": provenance, "findings": rows}
-    plain: dict[str, Any] = _plain(document)
-    return plain
+    return _plain({"schema": SCHEMA, "tool": tool, "provenance": provenance, "findings": rows})
 
 
 def _plain(value: Any) -> Any:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -22,35 +22,8 @@ from truestep.audit.present.words import Row, line, number, small
 
 UNIT, HIGHEST, LOWEST = 44, 2.0, -0.5  # pixels of weight 1; what is beyond is cut off, and marked
 STEP, GAP, HEAD = 46, 26, 32  # pixels: a bar with its space, between ranks, above the bars
-KINDS = {Verdict.RIGHT: "right", Verdict.FAULT: "fault"}
+KINDS = dict.fromkeys(Verdict, "unanswered") | {Verdict.RIGHT: "right", Verdict.FAULT: "fault"}
 KINDS |= dict.fromkeys((Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE), "choice")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """One micro-batch. Units: pixels from the left and the top."""
-
-    x: float
-    y: float
-    height: float
-    label: str
-    label_y: float
-    tokens: str
-    good: bool
-    cut: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """The weights of one finding."""
-
-    bars: tuple[Bar, ...]
-    ranks: tuple[tuple[float, str], ...]  # where each rank begins, if there are several
-    width: float
-    height: float
-    zero: float  # where the base line is
-    one: float  # where weight 1 is
-    spoken: str
 
 
 def render_page(rows: Sequence[Row], provenance: Row) -> str:
@@ -61,14 +34,10 @@ def render_page(rows: Sequence[Row], provenance: Row) -> str:
     environment = jinja2.Environment(autoescape=True, loader=loader, **how)
     return environment.get_template("audit.html.j2").render(
         outcome=_outcome(rows),
-        counts=[(counts[v], v.value, _kind(v)) for v in Verdict if counts[v]],
+        counts=[(counts[v], v.value, KINDS[v]) for v in Verdict if counts[v]],
         rows=[_entry(row) for row in rows],
         provenance={line(k, 80): line(v, 2000) for k, v in _flat(provenance).items()},
     )
-
-
-def _kind(verdict: str) -> str:
-    return KINDS.get(Verdict(verdict), "unanswered")
 
 
 def _outcome(rows: Sequence[Row]) -> str:
@@ -93,7 +62,7 @@ def _entry(row: Row) -> dict[str, Any]:
         "versions": words.versions_in_words(row),
         "configuration": words.configuration_in_words(row["configuration"]),
         "verdict": row["verdict"],
-        "kind": _kind(row["verdict"]),
+        "kind": KINDS[row["verdict"]],
         "found": words.found_in_words(row),
         "drawing": draw(row),
         "facts": {name: small(row[k]) for k, name in facts.items() if row.get(k) is not None},
@@ -104,8 +73,9 @@ def _entry(row: Row) -> dict[str, Any]:
     }
 
 
-def draw(row: Row) -> Drawing | None:
-    """Where each bar goes; None where no weights were recovered."""
+def draw(row: Row) -> SimpleNamespace | None:
+    """Where each bar goes, each rank, and the lines of weight 0 and 1; None where no weights were recovered.
+    Units: pixels from the left and the top."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     flat = [w for rank in weights for w in rank if isinstance(w, int | float) and math.isfinite(w)]
     if not flat:
@@ -123,18 +93,18 @@ def draw(row: Row) -> Drawing | None:
     spoken = "; ".join(f"rank {r}: {', '.join(map(number, values))}" for r, values in enumerate(weights))
     spoken = f"Weights per micro-batch, 1 is right: {spoken}"
     size = {"width": x - GAP + 6, "height": top - UNIT * min(0.0, max(LOWEST, min(flat))) + 24}
-    ranks = tuple(starts) if len(weights) > 1 else ()
-    return Drawing(bars=tuple(bars), ranks=ranks, zero=top, one=top - UNIT, spoken=spoken, **size)
+    ranks = starts if len(weights) > 1 else []
+    return SimpleNamespace(bars=bars, ranks=ranks, zero=top, one=top - UNIT, spoken=spoken, **size)
 
 
-def _bar(weight: Any, count: Any, x: float, zero: float, right: bool) -> Bar:
+def _bar(weight: Any, count: Any, x: float, zero: float, right: bool) -> SimpleNamespace:
     known = isinstance(weight, int | float) and math.isfinite(weight)
     shown = min(HIGHEST, max(LOWEST, weight)) if known else 0.0
     upper, height = zero - max(0.0, shown) * UNIT, round(max(1.5, abs(shown) * UNIT), 1)
     label, tokens = number(weight), "" if count is None else number(count)
     good, cut = right or (known and abs(weight - 1) <= CLOSE), known and shown != weight
     place = {"x": x, "y": round(upper, 1), "height": height, "label_y": round(upper - 5, 1)}
-    return Bar(label=label, tokens=tokens, good=good, cut=cut, **place)
+    return SimpleNamespace(label=label, tokens=tokens, good=good, cut=cut, **place)
 
 
 def _flat(value: Row, prefix: str = "") -> dict[str, Any]:

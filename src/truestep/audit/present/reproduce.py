@@ -15,46 +15,9 @@ from truestep.audit.measure.findings import Finding
 from truestep.audit.present.words import row_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-PLAIN = """class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.inner = torch.nn.Embedding(64, 32), torch.nn.Linear(32, 32)
-        self.head = torch.nn.Linear(32, 64)
-    def forward(self, input_ids):
-        return self.head(torch.tanh(self.inner(self.embed(input_ids))))
-def make_model():
-    torch.manual_seed(0)
-    return Model()
-def logits_of(output):
-    return output"""
-LLAMA = """import transformers
-def make_model():
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, attn_implementation="eager"))
-def logits_of(output):
-    return output.logits"""
-GPT2 = """import transformers
-def make_model():
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-def logits_of(output):
-    return output.logits"""
-TORCHTUNE = """from torchtune.models.llama3 import llama3
-def make_model():
-    torch.manual_seed(0)
-    return llama3(vocab_size=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=256,
-                  intermediate_dim=64)
-def logits_of(output):
-    return output"""
-MODELS = {"plain": PLAIN, "llama": LLAMA, "gpt2": GPT2}
 ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it. Right is 1 each."""
 TWO_EPOCHS = """Two epochs of six micro-batches, four to a step; prints the weights in the second epoch's first step.
 Right is 1 for its own four and 0 for the two that the first epoch left over."""
-OF_TORCHTUNE = {"says": TWO_EPOCHS, "rows": "6", "model": TORCHTUNE}
 WITHOUT_COMPILER = """import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then"""
 TRAINER_CONFIG = (
@@ -68,36 +31,38 @@ def script(finding: Finding, which: str) -> str:
 
     It reproduces the pattern of weights over one step of four micro-batches a rank, under SGD.
     """
-    template = TEMPLATES / f"reproduce_{which}.txt"
-    if not template.is_file():
+    if not (TEMPLATES / f"reproduce_{which}.txt").is_file():
         return ""
     options, ranks = finding.configuration, int(finding.configuration.get("processes", 1))
     found = ", ".join(f"{k} {v}" for k, v in finding.versions.items())
+    torchtune, arch = which == "torchtune_sft", str(options.get("arch", "plain"))
+    model = "torchtune" if torchtune else arch if arch in ("plain", "gpt2") else "llama"
     title = re.sub(r'["\\\n]', " ", f"{finding.subject} ({found}): {row_of(finding)['fault']}.")
     words = {
         "title": title[:118],
         "run": f"torchrun --nproc-per-node {ranks} FILE" if ranks > 1 else "python FILE",
-        "says": ONE_STEP.format(4 * ranks),
-        "rows": "4",
-        "model": MODELS.get(str(options.get("arch", "plain")), LLAMA),
-        **(OF_TORCHTUNE if which == "torchtune_sft" else {}),
+        "says": TWO_EPOCHS if torchtune else ONE_STEP.format(4 * ranks),
+        "rows": "6" if torchtune else "4",
+        "model": _template(f"model_{model}"),
         **_of_deepspeed(options),
         **_of_trainer(options),
     }
-    common = (TEMPLATES / "reproduce_common.txt").read_text(encoding="utf-8")
-    text = Template(common + template.read_text(encoding="utf-8")).substitute(words)
+    text = Template(_template("common") + _template(which)).substitute(words)
     return "\n".join(line for line in text.split("\n") if line.strip()) + "\n"
 
 
+def _template(name: str) -> str:
+    return (TEMPLATES / f"reproduce_{name}.txt").read_text(encoding="utf-8")
+
+
 def _of_deepspeed(options: Mapping[str, Any]) -> dict[str, str]:
-    manual = bool(options.get("manual"))
+    manual = options.get("manual")
+    step = "index == 3" if manual else "True"
     zero: dict[str, Any] = {"stage": options.get("stage", options.get("zero_stage", 2))}
     if options.get("offload"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    if manual:
-        boundary = "engine.set_gradient_accumulation_boundary(index == 3)"
-        return {"zero": repr(zero), "accumulation": "1", "boundary": boundary, "step": "index == 3"}
-    return {"zero": repr(zero), "accumulation": "4", "boundary": "", "step": "True"}
+    boundary = f"engine.set_gradient_accumulation_boundary({step})" if manual else ""
+    return {"zero": repr(zero), "accumulation": "1" if manual else "4", "boundary": boundary, "step": step}
 
 
 def _of_trainer(options: Mapping[str, Any]) -> dict[str, str]:

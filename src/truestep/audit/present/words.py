@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from truestep.audit.measure.findings import Cause, Differences, Finding, Verdict
-from truestep.audit.postmortem.answers import Answer, Reason
+from truestep.audit.postmortem.answers import Answer
 from truestep.faults import FAULTS
 from truestep.pages import visible
 from truestep.rundir import redact
@@ -49,8 +49,8 @@ def _some(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values[:6])) + (" …" if len(values) > 6 else "")
 
 
-def _weights(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{w:.3g}" for w in values["weights"])
+def _few(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
 
 
 def _by_rank(values: Mapping[str, Any]) -> str:
@@ -58,14 +58,10 @@ def _by_rank(values: Mapping[str, Any]) -> str:
     return f"micro-batches are dropped ({'; '.join(ranks)})"
 
 
-def _rates(values: Mapping[str, Any]) -> str:
-    got, asked = (", ".join(f"{r:.3g}" for r in values[key]) for key in ("rates", "asked"))
-    return f"the learning rates are {got} of the first, expected {asked}"
-
-
+Form = str | Callable[[Mapping[str, Any]], str]
 _COEFFICIENT = " (coefficient {coefficient:.3g})"
 # kind of a cause → its sentence: a format of its values, or a function of them
-SENTENCES: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
+SENTENCES: dict[str, Form] = {
     # one step: weights
     "kept_first_and_last": "the intermediate micro-batches are dropped",
     "kept_last": "every backward overwrites the one before: only the last micro-batch counts",
@@ -87,8 +83,8 @@ SENTENCES: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "divided_by_kept": "divided by the tokens that were kept",
     "empty_is_one_token": "micro-batches without trained tokens count as one token",
     "empty_is_zero_mean": "micro-batches without trained tokens count as a mean of zero",
-    "unknown_weights": lambda v: f"an unknown pattern of weights [{_weights(v)}]",
-    "unknown_row_weights": lambda v: f"rows of one micro-batch have different weights [{_weights(v)}]",
+    "unknown_weights": lambda v: f"an unknown pattern of weights [{_few(v['weights'])}]",
+    "unknown_row_weights": lambda v: f"rows of one micro-batch have different weights [{_few(v['weights'])}]",
     # one step: what no weights explain
     "unexplained": "no weights of the micro-batches explain {share:.1%} of the gradient",
     "no_trained_token": "a step was taken without any trained token",
@@ -115,7 +111,8 @@ SENTENCES: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "clip_to": "the gradient is clipped to a norm of {norm:.3g}",
     "clip_to_other": "the gradient is clipped to a norm of {norm:.3g}; the configured norm is {asked:.3g}",
     "schedule_ahead": "the schedule is one step ahead",
-    "schedule_rates": _rates,
+    "schedule_rates": lambda v: f"the learning rates are {_few(v['rates'])} of the first, expected "
+    f"{_few(v['asked'])}",
     "schedule_still": "the learning rate does not change: the schedule is not stepped",
     "schedule_by_micro_batch": "the schedule is stepped at every micro-batch",
     "schedule_by_process": "the schedule is stepped once for every process",
@@ -157,12 +154,11 @@ SENTENCES: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
 
 def sentence(cause: Cause) -> str:
     """A cause in words: its readings with "or" between them, after the case that it belongs to."""
-    readings = []
-    for kind in cause.kinds:
-        form = SENTENCES[kind]
-        readings.append(form.format(**cause.values) if isinstance(form, str) else form(cause.values))
-    case = cause.values.get("case")
-    return (f"{case}: " if case else "") + " or ".join(readings)
+    forms, values = [SENTENCES.get(kind) or REASONS[kind] for kind in cause.kinds], cause.values
+    readings = [form.format(**values) if isinstance(form, str) else form(values) for form in forms]
+    case = f"{values['case']}: " if values.get("case") else ""
+    file = f" ({values['file']})" if "version" in values and "file" in values else ""
+    return case + " or ".join(readings) + file
 
 
 def differences_in_words(found: Differences) -> str:
@@ -196,9 +192,7 @@ def configuration_in_words(configuration: Row) -> str:
             parts.append(f"ZeRO-{line(value, 20)}")
         elif key in ("world_size", "processes"):
             parts.append("1 process" if value == 1 else f"{line(value, 20)} processes")
-        elif key in ("dtype", "arch"):
-            parts.append(line(value, 60))
-        elif key == "optimizer":
+        elif key in ("dtype", "arch", "optimizer"):
             parts.append({"sgd": "SGD", "adamw": "AdamW"}.get(str(value), line(value, 60)))
         elif isinstance(value, bool):
             parts.append(name if value else f"no {name}")
@@ -210,11 +204,9 @@ def configuration_in_words(configuration: Row) -> str:
 
 
 def versions_in_words(row: Row) -> str:
-    """The packages that the subject names, else all but torch; torch last."""
-    versions: Mapping[str, Any] = row.get("versions") or {}
-    named = [n for n in versions if n != "torch" and n.lower() in str(row.get("subject")).lower()]
-    others = [n for n in versions if n != "torch" and n not in named]
-    order = [*named, *others, *(n for n in versions if n == "torch")]
+    """First the packages that the subject names; torch last."""
+    versions, subject = row.get("versions") or {}, str(row.get("subject")).lower()
+    order = sorted(versions, key=lambda name: (name == "torch", name.lower() not in subject))
     return ", ".join(f"{line(n, 40)} {line(versions[n], 40)}" for n in order)
 
 
@@ -261,9 +253,15 @@ def as_text(row: Row) -> str:
     return "\n".join(lines)
 
 
-def models_in_words(document: Row, wrong: Sequence[Row]) -> str:
-    """The sweep over model classes: what is unusual, class by class, and how the others answered."""
+def wrong_models(document: Row) -> list[Row]:
+    """Classes whose loss is not the shifted cross-entropy of their logits, or ignores the token count."""
     ran = [row for row in document["models"] if "not_run" not in row]
+    return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]
+
+
+def models_in_words(document: Row) -> str:
+    """The sweep over model classes: what is unusual, class by class, and how the others answered."""
+    ran, wrong = [row for row in document["models"] if "not_run" not in row], wrong_models(document)
     count = f"{len(ran)} of {len(document['models'])} classes were run"
     lines = [f"transformers {document['transformers']}: {count}"]
     lines += [f"  {r['class']}: labels at shift {r['shift']}, num_items_in_batch {r['count']}" for r in wrong]
@@ -286,8 +284,6 @@ NOTES = {
     "two_drop_nothing": ": with 2 the first and the last are all there is, and nothing is dropped",
     "several_not_measured": ": right on one process; on several nothing was measured without accumulation",
 }
-
-
 _WORD = {True: "faulty", False: "right"}
 
 
@@ -300,8 +296,7 @@ def _together(values: Mapping[str, Any], told: str) -> str:
 
 
 _NAME = "{package} {version}"
-REASONS: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
-    "said": "{text}",
+REASONS: dict[str, Form] = {
     "more_unread": "and {files} more files could not be read",
     "no_release": _NAME + " is not a release, and was not measured",
     "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
@@ -315,7 +310,7 @@ REASONS: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     f"({_WORD[v['faulty']]}) and {v['high']} ({_WORD[not v['faulty']]})",
     "not_in_environment": "{package} is not among the {packages} packages of {file}",
     "not_pinned": lambda v: f"no file pins the version of {v['package']}" + (f" ({v['asked']})" if v["asked"] else ""),
-    "releases": lambda v: _together(v, "; ".join(map(reason_in_words, v["reasons"]))),
+    "releases": lambda v: _together(v, "; ".join(map(sentence, v["reasons"]))),
     "setting": lambda v: _together(v, f"{SETTINGS[v['setting']]} {_found(v)}") + NOTES.get(v.get("note", ""), ""),
     "not_said": lambda v: f"{SETTINGS[v['setting']]}: no file says",
     "boundary_not_shown": "no file shows whether the loop calls set_gradient_accumulation_boundary itself",
@@ -327,13 +322,7 @@ REASONS: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
 }  # fmt: skip
 
 
-def reason_in_words(reason: Reason) -> str:
-    form, values = REASONS[reason.kind], reason.values
-    text = form.format(**values) if isinstance(form, str) else form(values)
-    return f"{text} ({values['file']})" if "version" in values and "file" in values else text
-
-
 def answer_row(answer: Answer) -> Row:
     """An answer with its reasons in words. File names and versions come from whoever made the files."""
-    reasons = [line(reason_in_words(reason), 500) for reason in answer.reasons]
+    reasons = [line(sentence(reason), 500) for reason in answer.reasons]
     return {"finding": answer.finding, "answer": answer.answer, "reasons": reasons, "source": answer.source}

@@ -27,8 +27,7 @@ ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
     """One way to use a framework. ``documented``: the option, away from its default, that changes the step on
-    purpose; ``only``: the cases that make sense here; ``without``: relations that cannot be seen here, and
-    why."""
+    purpose; ``only``: the cases that make sense here; ``without``: relations not to be seen here, and why."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     world_size: int = 1
@@ -61,8 +60,8 @@ def _subjects_of(path: Path) -> Iterator[Subject]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUBJECTS":
             for entry in ast.literal_eval(node.value):
-                keys = [k for k in ("processes", "cases", "without", "documented") if k in entry]
-                shared = {key: entry[key] for key in keys}
+                keys = ("processes", "cases", "without", "documented")
+                shared = {key: entry[key] for key in keys if key in entry}
                 own = entry.get("configurations", [{}])
                 made = [one for options in own for one in _configurations({**shared, **options})]
                 needs, brings = tuple(entry["needs"]), tuple(entry.get("brings", ()))

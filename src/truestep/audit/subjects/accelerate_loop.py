@@ -1,5 +1,4 @@
-"""accelerate's documented loop: ``accumulate``, ``backward``, and the summed loss divided by the window's
-tokens.
+"""accelerate's documented loop: ``accumulate``, ``backward``, the summed loss over the window's tokens.
 
 Accelerate divides by the accumulation steps itself and DDP averages over ranks; its guide multiplies both
 back. Its scheduler ticks once a process in every step, which its guide says, and is made for so many ticks.

@@ -1,5 +1,4 @@
-"""torch FSDP2 (``fully_shard``): gradients are averaged over ranks, synchronised on the last micro-batch of a
-window.
+"""torch FSDP2 (``fully_shard``): gradients are averaged over ranks, on the last micro-batch of a window.
 
 Options: arch, optimizer; ``local_mean`` as in ddp.
 """

@@ -1,9 +1,7 @@
-"""What every subject shares. Runs inside the audited environment: the standard library and torch, nothing
-else.
+"""What every subject shares. Runs inside the audited environment: only the standard library and torch.
 
-A subject is a module with a function ``run(spec)`` and a literal ``SUBJECTS`` that says how it is audited. It
-lets its framework train a tiny model, watched by a ``recorder.Recorder``, on the rows of a case. ``child.py``
-is the process that calls it.
+A subject is a module with a function ``run(spec)``, which ``child.py`` calls, and a literal ``SUBJECTS``: how
+it is audited. It lets its framework train a tiny model, watched by a ``Recorder``, on the rows of a case.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Every causal language model class of the installed transformers, tiny and random: is its own loss the one
-it claims?
+"""Every causal language model class of the installed transformers, tiny: is its loss the one it claims?
 
 Four questions a class, each answered from logits and losses alone: at which shift the loss is a cross-entropy
-of the own logits; whether ``num_items_in_batch`` is honoured where the forward pass takes it; whether padding
-changes the logits of real tokens; whether packed rows see each other, with restarted positions and with a
-mask of ones.
+of the own logits; whether ``num_items_in_batch`` is honoured where it is taken; whether padding changes the
+logits of real tokens; whether packed rows see each other, with restarted positions and with a mask of ones.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -82,18 +81,11 @@ def build(kind: str, name: str) -> torch.nn.Module:
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size / 1e6:.0f} M parameters at the smallest known settings")
     torch.manual_seed(0)
-    model: torch.nn.Module = made(config)
-    return model.eval()
+    return made(config).eval()
 
 
 def differ(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
-
-
-def cross_entropy(logits: torch.Tensor, ids: torch.Tensor, shift: int) -> torch.Tensor:
-    """Mean over a row without padding; the label of position t is the token at t + shift."""
-    length = ids.shape[0] - shift
-    return torch.nn.functional.cross_entropy(logits[:length], ids[shift:])
 
 
 def ask(model: torch.nn.Module) -> dict[str, Any]:
@@ -101,7 +93,9 @@ def ask(model: torch.nn.Module) -> dict[str, Any]:
     first, second, other = (torch.randint(3, VOCABULARY, (n,), generator=draw) for n in (9, 12, 9))
     ids = second[None]
     out = model(input_ids=ids, labels=ids)
-    own = {shift: float(cross_entropy(out.logits[0].float(), second, shift)) for shift in (0, 1, 2)}
+    logits = out.logits[0].float()
+    # The label of position t is the token at t + shift.
+    own = {s: float(cross_entropy(logits[: len(second) - s], second[s:])) for s in (0, 1, 2)}
     loss = float(out.loss)
     shift = next((s for s in (1, 0, 2) if abs(own[s] - loss) <= CLOSE * abs(loss)), None)
     answer: dict[str, Any] = {"shift": "none of 0, 1, 2" if shift is None else shift}
@@ -112,8 +106,7 @@ def ask(model: torch.nn.Module) -> dict[str, Any]:
         doubled = float(model(input_ids=ids, labels=ids, num_items_in_batch=2 * num_labels).loss)
         answer["count"] = "honoured" if abs(doubled / loss - 0.5) < 0.01 else "ignored"
     padded = torch.cat([second, torch.zeros(5, dtype=torch.int64)])[None]
-    mask = torch.tensor([[1] * 12 + [0] * 5])
-    real = model(input_ids=padded, attention_mask=mask).logits[0, :12]
+    real = model(input_ids=padded, attention_mask=torch.tensor([[1] * 12 + [0] * 5])).logits[0, :12]
     answer["padding"] = "neutral" if differ(real, out.logits[0]) <= CLOSE else "changes real tokens"
     positions = torch.cat([torch.arange(9), torch.arange(12)])[None]
     layouts = {"packed, restarted positions": {"position_ids": positions}}
@@ -143,7 +136,6 @@ def main() -> None:
         except FAILURES as error:  # whatever a class that is not made for this raises is the answer
             words = str(error).splitlines() or [""]
             row["not_run"] = f"{type(error).__name__}: {words[0][:160]}"
-
         rows.append(row)
     found = {"transformers": transformers.__version__, "seconds": time.perf_counter() - began, "models": rows}
     (folder / "models.json").write_text(json.dumps(found), encoding="utf-8")

@@ -71,7 +71,6 @@ def strategy_of(spec: harness.Spec) -> Any:
     made = DeepspeedStrategy(zero_stage=spec.options.get("stage", 2), args=args, **sizes)
     made.world_size = spec.world_size
     names, shape = ("dp", "sp", "tp"), (spec.world_size, 1, 1)
-
     made.ds_device_mesh = torch.distributed.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
     made.accumulated_gradient = spec.accumulation
     return made

@@ -31,13 +31,8 @@ def tiny_model(spec: Any) -> nn.Module:
     import transformers
 
     ids = {"vocab_size": spec.vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-    }
-
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes["max_position_embeddings"] = 256
     neox = {**ids, **sizes, "intermediate_size": 64}
     llama = {**neox, "num_key_value_heads": 2}
     gpt2 = {**ids, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -55,5 +50,4 @@ def tiny_model(spec: Any) -> nn.Module:
     config_name, model_name, options = names[arch]
     config = getattr(transformers, config_name)(**options)
     config._attn_implementation = spec.options.get("attention", "eager")
-    model: nn.Module = getattr(transformers, model_name)(config)
-    return model
+    return getattr(transformers, model_name)(config)

@@ -10,7 +10,6 @@ import harness
 from torch import nn
 
 Watch = Callable[..., None]  # (model, snapshot=None): for harness.Recorder, before the model is wrapped
-
 Window = list[list[int]]
 
 SUBJECTS = [{"name": "torch loop", "needs": ["torch"], "cases": ["CASES", "RELATED"]}]  # fmt: skip

@@ -1,8 +1,7 @@
 """torchtune's single-device recipe for full fine-tuning: its own ``train``, loss step, loss and data loader.
 
 What its ``setup`` reads from files (weights, tokenizer, logger) is put in place instead, around torchtune's
-own Llama 3 made tiny. Its checkpoints hold whole epochs and are written by a checkpointer of weight files:
-none is written here.
+own Llama 3 made tiny. No checkpoint is written: its own hold whole epochs, as files of weights.
 """
 
 from __future__ import annotations
@@ -115,7 +114,6 @@ def run(spec: harness.Spec) -> None:
     dataset = DictConfig({"_component_": "torchtune_sft.Rows", "ids": ids, "labels": labels})
     collate = "torchtune.data.padded_collate_sft"
     made._dataloader = made._setup_data(dataset, True, spec.rows_per_microbatch, collate)
-
     made._steps_per_epoch = len(made._dataloader) // spec.accumulation
     made.train()
     recorder.finish(**harness.versions("torchtune", "torchao"))

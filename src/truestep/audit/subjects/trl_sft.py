@@ -1,7 +1,6 @@
 """TRL's SFTTrainer: rows as token ids with a mask of the assistant's tokens, plain, packed, or as a chat.
 
-Options: those of hf_trainer; ``packing``; ``assistant_only`` gives messages and lets TRL's template make the
-mask.
+Options: those of hf_trainer; ``packing``; ``assistant_only`` gives messages, TRL's template makes the mask.
 """
 
 from __future__ import annotations

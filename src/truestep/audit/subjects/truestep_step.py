@@ -72,7 +72,6 @@ def run(spec: harness.Spec) -> None:
         batches = []
         for rows in window:
             batches += pack(sequences(spec, rows), tokens_per_microbatch=1024, first_sequence=rows[0])
-
         how = {"terms": build("sft", {}).terms, "learning_rate": spec.lr, "temperature": 1.0}
         plan = StepPlan(step=step, ranks=ranks, sharded=sharded, **how)
         recorder.logged["loss"].append(train_step(policy, optimizer, batches, plan).loss)

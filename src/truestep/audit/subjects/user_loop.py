@@ -1,11 +1,9 @@
-"""A user's own step: a function ``step(model, optimizer, microbatches)`` in a file, called once for every
-window.
+"""A user's own step: a function ``step(model, optimizer, microbatches)`` in a file, called once a window.
 
 ``model(input_ids=…)`` gives logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is
 torch's SGD on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``,
 ``attention_mask`` and ``labels`` [B, T] (−100 where a token is not trained, not shifted). The function must
-take exactly one step of this optimizer and clear the gradients; how it groups the rows into forward passes is
-its own choice.
+take exactly one step of this optimizer and clear the gradients; it may group rows into forward passes freely.
 """
 
 from __future__ import annotations
@@ -61,8 +59,7 @@ def load(file: str, name: str) -> Callable[..., Any]:
     found.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise AttributeError(f"{path.name} has no function {name}")
-    function: Callable[..., Any] = getattr(module, name)
-    return function
+    return getattr(module, name)
 
 
 def run(spec: harness.Spec) -> None:

@@ -1,10 +1,13 @@
-"""The loss of an optimizer step: float64, token by token, each sequence alone, the batch in one graph."""
+"""The loss of an optimizer step: float64, token by token, each sequence alone, the batch in one graph; and
+the textbook step over name → float64 tensor: one clip, one update, no hidden state."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +15,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from truestep.records import Origin, TrainSequence
-from truestep.testing.reference import surrogate
+from truestep.settings import OptimizerSettings
 from truestep.testing.reference.rows import ROWS, named_part
 from truestep.testing.reference.surrogate import ScoredSequence
 
 LogprobRows = Sequence[Sequence[float] | None]  # one row a sequence, one number a trained token
 Microbatches = Sequence[tuple[Sequence[int], float]]  # (indices of its sequences, its weight)
+Tensors = Mapping[str, Tensor]  # by parameter name
 
 
 class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes by inheritance only
@@ -35,22 +39,13 @@ class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes
         return func(*wide_args, **wide_kwargs)
 
 
-def trained_logprobs(model: nn.Module, sequence: TrainSequence, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probabilities, with gradient, of the trained tokens of one sequence, run alone, unpadded, without
-    dropout.
-
-    Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t.
-    Raises: ValueError where the model is not in float64.
-    """
-    return trained_tokens(model, sequence, temperature)[0]
-
-
 def trained_tokens(
     model: nn.Module, sequence: TrainSequence, temperature: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same, and the entropy of the distribution that each of these tokens was drawn from, with gradient.
+    """Log-probabilities of a sequence's trained tokens, and the entropies of the distributions that they were
+    drawn from, with gradient; run alone, unpadded, without dropout. Raises ValueError for less than float64.
 
-    Equation: −Σ_v p_v log p_v.
+    Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t; −Σ_v p_v log p_v.
     """
     narrow = [name for name, p in model.named_parameters() if p.dtype is not torch.float64]
     if narrow:
@@ -75,9 +70,9 @@ def trained_tokens(
 def frozen_logprobs(
     model: nn.Module, sequences: Sequence[TrainSequence], temperature: float = 1.0
 ) -> list[list[float]]:
-    """The same as plain numbers: the proximal log-probabilities of later updates, or those of a KL anchor."""
+    """Plain numbers: the proximal log-probabilities of later updates, or those of a KL anchor."""
     with torch.no_grad():
-        return [[logprob.item() for logprob in trained_logprobs(model, s, temperature)] for s in sequences]
+        return [[logprob.item() for logprob in trained_tokens(model, s, temperature)[0]] for s in sequences]
 
 
 def score(
@@ -92,8 +87,7 @@ def score(
             anchor, _ = trained_tokens(reference, sequence)
         frozen = {"proximal": old, "reference": anchor, "proximal_entropies": old_entropies}
         numbers = {name: [x.item() for x in tensors] for name, tensors in frozen.items()}
-        item = ScoredSequence(sequence=sequence, policy=logprobs, entropies=entropies, **numbers)
-        found.append(item)
+        found.append(ScoredSequence(sequence=sequence, policy=logprobs, entropies=entropies, **numbers))
     return found
 
 
@@ -105,30 +99,26 @@ def denominator(
 ) -> float:
     """What a token of ``sequence`` is divided by; all ``sequences`` of the step count, whatever their weight.
 
-    Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L · grp Σ_group|y|·N_groups, L =
-    ``max_length``.
+    Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L, L = ``max_length``.
     """
     if normaliser == "drg" and max_length is None:
         raise ValueError("the drg normaliser divides by a fixed length: give max_length")
-    group_tokens = sum(s.num_trained for s in sequences if s.group == sequence.group)
     known = {
         "tok": sum(s.num_trained for s in sequences),
         "seq": sequence.num_trained * len(sequences),
         "sum": len(sequences),
         "drg": len(sequences) * (max_length or 0),
-        "grp": group_tokens * len({s.group for s in sequences}),
     }
     if normaliser not in known:
-        raise ValueError(f"unknown normaliser {normaliser!r}: tok, seq, sum, drg or grp")
+        raise ValueError(f"unknown normaliser {normaliser!r}: tok, seq, sum or drg")
     return known[normaliser]
 
 
 def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
     """Without the groups whose rewards are all equal, and without their tokens in counts. Source: DAPO."""
-    rewards: dict[Any, set[Any]] = {}
-    for item in scored:
-        rewards.setdefault(item.sequence.group, set()).add(item.sequence.reward)
-    return [item for item in scored if len(rewards[item.sequence.group]) > 1]
+    seen = {(item.sequence.group, item.sequence.reward) for item in scored}
+    different = Counter(group for group, _ in seen)
+    return [item for item in scored if different[item.sequence.group] > 1]
 
 
 def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
@@ -148,11 +138,8 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
     return [(reward - mean) / (std + 1e-6 if kind == "mean_std" else 1.0) for reward in rewards]
 
 
-def weight_microbatches(
-    sequences: Sequence[TrainSequence], microbatches: Microbatches
-) -> list[TrainSequence]:
-    """The sequences with their weights multiplied by that of their micro-batch. No micro-batches: as they
-    are.
+def weigh_microbatches(sequences: Sequence[TrainSequence], microbatches: Microbatches) -> list[TrainSequence]:
+    """The sequences, their weights multiplied by that of their micro-batch; as they are without any.
 
     Raises: ValueError where a sequence is in no micro-batch or in two.
     """
@@ -162,7 +149,7 @@ def weight_microbatches(
     if listed != list(range(len(sequences))):
         raise ValueError(f"micro-batches hold sequences {listed}, not each of 0..{len(sequences) - 1} once")
     weight_of = {i: weight for indices, weight in microbatches for i in indices}
-    return [dataclasses.replace(s, weight=s.weight * weight_of[i]) for i, s in enumerate(sequences)]
+    return [replace(s, weight=s.weight * weight_of[i]) for i, s in enumerate(sequences)]
 
 
 def reference_loss(
@@ -179,23 +166,18 @@ def reference_loss(
     """The loss of one optimizer step over the whole batch, with its graph.
 
     A row of ``proximal`` that is None is the policy's own, detached: the first update after a rollout.
-    ``options`` overrides the method's numbers, its ``normaliser``, and adds a KL term: ``kl`` (k1, k2, k3),
-    ``kl_coef`` and ``reference_logprobs``. Weights, of sequences and of micro-batches, multiply numerators
-    only.
-    Equation: Σ_sequences weight Σ_tokens (surrogate + kl_coef · kl) / denominator.
+    ``options`` overrides the method's numbers and its ``normaliser``. Weights of sequences and micro-batches
+    multiply numerators only.
+    Equation: Σ_sequences weight Σ_tokens surrogate / denominator.
     """
     part, numbers = named_part(method), dict(options or {})
     normaliser = numbers.pop("normaliser", part.normaliser)
-    kl, kl_coef = numbers.pop("kl", None), numbers.pop("kl_coef", 0.0)
-    anchors = numbers.pop("reference_logprobs", None)
-
     scored = []
-    for i, sequence in enumerate(weight_microbatches(sequences, microbatches)):
-        policy = trained_logprobs(model, sequence, temperature)
+    for i, sequence in enumerate(weigh_microbatches(sequences, microbatches)):
+        policy, _ = trained_tokens(model, sequence, temperature)
         given = None if proximal is None else proximal[i]
         old = [logprob.item() for logprob in policy] if given is None else given
-        anchor = () if anchors is None else anchors[i]
-        scored.append(ScoredSequence(sequence=sequence, policy=policy, proximal=old, reference=anchor))
+        scored.append(ScoredSequence(sequence=sequence, policy=policy, proximal=old))
     if ROWS[method].drop_equal_groups:
         scored = drop_equal_groups(scored)
 
@@ -203,9 +185,6 @@ def reference_loss(
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for item in scored:
         losses = part.losses(item, **numbers)
-        if kl is not None:
-            terms = surrogate.kl_terms(item, kl)
-            losses = [loss + kl_coef * term for loss, term in zip(losses, terms, strict=True)]
         count = denominator(item.sequence, kept, normaliser, max_length) if losses else 1.0
         for loss in losses:
             total = total + item.sequence.weight * loss / count
@@ -241,8 +220,132 @@ def per_microbatch_gradients(
     sums, counts = [], []
     for indices in indices_per_microbatch:
         loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-        for logprob in (x for i in indices for x in trained_logprobs(model, sequences[i], temperature)):
+        for logprob in (x for i in indices for x in trained_tokens(model, sequences[i], temperature)[0]):
             loss = loss - logprob
         sums.append(gradient(model, loss))
         counts.append(sum(sequences[i].num_trained for i in indices))
     return sums, counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamState:
+    """The running means of g and g², and how many steps they have seen."""
+
+    step: int
+    first: Tensors
+    second: Tensors
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step: what it saw before clipping, and the parameters after it."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    gradient: Tensors
+    parameters: Tensors
+
+
+def learning_rate(
+    step: int,
+    total_steps: int,
+    peak: float,
+    schedule: str = "constant",
+    warmup_fraction: float = 0.0,
+    min_lr_ratio: float = 0.1,
+) -> float:
+    """The learning rate of step 0 … total_steps − 1.
+
+    Equation: W = round(warmup_fraction · T). s < W: peak·(s+1)/W. Then constant: peak; or cosine: floor +
+    (peak−floor)·½(1+cos(π(s−W)/(T−W))), floor = min_lr_ratio·peak. So step W−1 and step W have the peak, and
+    the floor would be reached at step T, one after the last.
+    """
+    if not 0 <= step < total_steps:
+        raise ValueError(f"step {step} is not one of 0..{total_steps - 1}")
+    warmup_steps = round(warmup_fraction * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    if schedule != "cosine":
+        raise ValueError(f"unknown schedule {schedule!r}: constant or cosine")
+    floor = min_lr_ratio * peak
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
+    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 is no clip.
+
+    Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
+    """
+    norm = math.sqrt(sum((g * g).sum().item() for g in gradients.values()))
+    factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+    return {name: g * factor for name, g in gradients.items()}, norm
+
+
+def sgd(parameters: Tensors, gradients: Tensors, lr: float) -> dict[str, Tensor]:
+    """Equation: θ − lr·g."""
+    return {name: theta - lr * gradients[name] for name, theta in parameters.items()}
+
+
+def adamw(
+    parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
+) -> tuple[dict[str, Tensor], AdamState]:
+    """AdamW on every tensor alike; ``state`` None is the state before the first step.
+
+    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), ^ = /(1−β^t) each.
+    Source: arXiv 1711.05101, algorithm 2.
+    """
+    zeros = {name: torch.zeros_like(theta) for name, theta in parameters.items()}
+    before = state or AdamState(step=0, first=zeros, second=zeros)
+    (beta1, beta2), t = settings.betas, before.step + 1
+    moved, first, second = {}, {}, {}
+    for name, theta in parameters.items():
+        g = gradients[name]
+        m = beta1 * before.first[name] + (1 - beta1) * g
+        v = beta2 * before.second[name] + (1 - beta2) * g * g
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        update = lr * m_hat / (torch.sqrt(v_hat) + settings.eps)
+        moved[name] = theta - lr * settings.weight_decay * theta - update
+        first[name], second[name] = m, v
+    return moved, AdamState(step=t, first=first, second=second)
+
+
+def reference_step(
+    parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
+) -> tuple[dict[str, Tensor], AdamState | None, float]:
+    """Clip, then update: the new parameters, the new state (None for sgd), and the norm before clipping."""
+    clipped, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
+    if settings.kind == "sgd":
+        return sgd(parameters, clipped, lr), None, norm
+    moved, after = adamw(parameters, clipped, state, lr, settings)
+    return moved, after, norm
+
+
+def reference_steps(
+    model: nn.Module,
+    losses: Sequence[Callable[[nn.Module], Tensor]],
+    settings: OptimizerSettings,
+    total_steps: int,
+) -> list[StepResult]:
+    """Steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: a loss function a step.
+
+    It is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
+    """
+    model = copy.deepcopy(model)
+    state: AdamState | None = None
+    results = []
+    for step, loss_of in enumerate(losses):
+        loss = loss_of(model)
+        gradients = gradient(model, loss)
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        how = (settings.lr, settings.schedule, settings.warmup_fraction, settings.min_lr_ratio)
+        lr = learning_rate(step, total_steps, *how)
+        moved, state, norm = reference_step(parameters, gradients, state, lr, settings)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(moved[name])
+        results.append(StepResult(loss.item(), norm, lr, gradients, moved))
+    return results

@@ -7,7 +7,7 @@ as it stands and divided by counts of the whole step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,9 +39,8 @@ def anything(sequence: TrainSequence, i: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Σ over the tokens it is about ÷ a count: tok of its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L,
-    where N_seq counts sequences with a token that ``counted`` means. ``top_share``: only tokens of the
-    highest proximal entropy."""
+    """Σ over the tokens it is about ÷ a count: tok of its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L;
+    N_seq sequences with a ``counted`` token. ``top_share``: only tokens of the highest proximal entropy."""
 
     about: About
     losses: partial[list[Tensor]]
@@ -87,7 +86,6 @@ _SRFT = (
 )
 _ANCHOR = _part(own, surrogate.kl_terms, "tok", weight=1e-3, kind="k3")
 _UFT = (_part(expert, surrogate.nll, "tok", weight=1e-3), _ANCHOR)
-
 
 ROWS: dict[str, Row] = {
     "sft": Row(parts=(_IMITATE,)),
@@ -152,8 +150,8 @@ def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Ten
             losses = part.losses(item)
             if part.top_share:
                 losses = surrogate.uncertain_only(item, losses, threshold)
-            count: Mapping[str, float] = {"tok": num_tokens, "seq": sequence.num_trained * num_sequences}
-            count = {**count, "sum": num_sequences, "drg": num_sequences * max_length}
+            count = {"tok": num_tokens, "seq": sequence.num_trained * num_sequences}
+            count |= {"sum": num_sequences, "drg": num_sequences * max_length}
             for loss, is_meant in zip(losses, meant, strict=True):
                 if is_meant:
                     total = total + part.weight * sequence.weight * loss / count[part.normaliser]

@@ -1,9 +1,8 @@
 """What each trained token contributes to a loss: the surrogates of the papers, as they are written there.
 
 Every one is differentiated as it stands, never a detached coefficient times a log-probability, so that it can
-disagree with code that works with coefficients. Log-probabilities: ``policy`` of the current weights, with
-gradient; ``proximal`` frozen at the start of the update; ``behavior`` of what sampled; ``reference`` of the
-KL anchor.
+disagree with code that works with coefficients. Log-probabilities: ``policy`` of the weights, with gradient;
+``proximal`` frozen at the start of the update; ``behavior`` of what sampled; ``reference`` of the KL anchor.
 """
 
 from __future__ import annotations
@@ -80,8 +79,7 @@ def trsft(scored: ScoredSequence, *, alpha: float) -> list[Tensor]:
 
 
 def _clipped_gain(ratio: Tensor, advantage: float, eps_low: float, eps_high: float) -> Tensor:
-    clipped = torch.clamp(ratio, 1 - eps_low, 1 + eps_high)
-    return torch.minimum(ratio * advantage, clipped * advantage)
+    return torch.minimum(ratio * advantage, torch.clamp(ratio, 1 - eps_low, 1 + eps_high) * advantage)
 
 
 def ppo_clip(
@@ -122,11 +120,9 @@ def cispo(scored: ScoredSequence, *, eps_low: float, eps_high: float) -> list[Te
 
 def sapo(scored: ScoredSequence, *, tau_positive: float, tau_negative: float) -> list[Tensor]:
     """Equation: −(4/τ) σ(τ(r−1)) A, τ by the sign of A. Source: arXiv 2511.20347."""
-    losses = []
-    for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
-        tau = tau_positive if advantage > 0 else tau_negative
-        losses.append(-4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage)
-    return losses
+    taus = [tau_positive if advantage > 0 else tau_negative for advantage in scored.advantages]
+    triples = zip(scored.ratios, scored.advantages, taus, strict=True)
+    return [-4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage for ratio, advantage, tau in triples]
 
 
 def nft(scored: ScoredSequence, *, low: float, high: float) -> list[Tensor]:
@@ -231,8 +227,5 @@ def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: 
 
 def kl_terms(scored: ScoredSequence, kind: str) -> list[Tensor]:
     """With d = log π − log π_reference: k1 = d; k2 = d²/2; k3 = e^(−d) + d − 1. Source: Schulman 2020."""
-    terms = []
-    for logprob, anchor in zip(scored.policy, scored.reference, strict=True):
-        d = logprob - anchor
-        terms.append({"k1": d, "k2": d * d / 2, "k3": torch.exp(-d) + d - 1}[kind])
-    return terms
+    gaps = [logprob - anchor for logprob, anchor in zip(scored.policy, scored.reference, strict=True)]
+    return [{"k1": d, "k2": d * d / 2, "k3": torch.exp(-d) + d - 1}[kind] for d in gaps]

@@ -1,4 +1,4 @@
-"""First and last faulty release between two, found by running them; nothing here knows any version.
+"""First and last faulty release between two, and what would have been right; nothing here knows any version.
 
 Both ends right: releases between them are tried from the middle outwards until one is faulty. It is assumed
 that the faulty releases are one contiguous interval.
@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from truestep.audit.environments import virtual as environment
+from truestep.audit.environments.launch import audit_one
+from truestep.audit.measure.findings import Verdict
+from truestep.audit.subjects import Configuration, Subject
 from truestep.errors import UserError
 
 Probe = Callable[[str], bool | None]  # version → faulty, right, or None: it could not be run
@@ -42,15 +48,15 @@ def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interv
     last = len(releases) - 1
     ends = [i for i in (0, last) if faulty(i)]
     bad = ends[0] if ends else releases.index(known_bad) if known_bad else _interior(last, faulty)
-    if bad is None or not faulty(bad):
-        return Interval(tried=_tried(releases, seen))
-    low = 0 if faulty(0) else _edge(bad, 0, faulty)
-    high = last if faulty(last) else _edge(bad, last, faulty)
-    rights = [i for i, f in seen.items() if f is False]
-    before = releases[max((i for i in rights if i < low), default=low)] if low else ""
-    after = releases[min((i for i in rights if i > high), default=high)] if high < last else ""
-    bad_ends = {"first_bad": releases[low], "last_bad": releases[high]}
-    return Interval(**bad_ends, before=before, after=after, tried=_tried(releases, seen))
+    found = {}
+    if bad is not None and faulty(bad):
+        low = 0 if faulty(0) else _edge(bad, 0, faulty)
+        high = last if faulty(last) else _edge(bad, last, faulty)
+        rights = [i for i, f in seen.items() if f is False]
+        before = releases[max((i for i in rights if i < low), default=low)] if low else ""
+        after = releases[min((i for i in rights if i > high), default=high)] if high < last else ""
+        found = {"first_bad": releases[low], "last_bad": releases[high], "before": before, "after": after}
+    return Interval(**found, tried=tuple((releases[i], seen[i]) for i in sorted(seen)))
 
 
 def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
@@ -76,10 +82,6 @@ def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
             return bad
         bad, right = (answered, right) if faulty(answered) else (bad, answered)
     return bad
-
-
-def _tried(releases: Sequence[str], seen: dict[int, bool | None]) -> tuple[tuple[str, bool | None], ...]:
-    return tuple((releases[i], seen[i]) for i in sorted(seen))
 
 
 def parse_range(text: str) -> tuple[str, str]:
@@ -122,3 +124,45 @@ def _releases(python: Path, package: str) -> list[str]:
 
 def _key(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version))
+
+
+# (options that differ, words), in the order in which they are tried where they change anything.
+OPTIONS: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"average_tokens_across_devices": True}, "average_tokens_across_devices = true"),
+    ({"manual": False}, "let the engine count the micro-batches"),
+    ({"offload": False}, "no offload_optimizer"),
+)
+
+
+def remedy(
+    subject: Subject, configuration: Configuration, python: Path, target: str, *, timeout: float
+) -> str:
+    """The first change that makes this configuration RIGHT, in words; "" where none was found.
+
+    ``target`` is the requirement that was audited, "" for a user's own environment: only options are tried.
+    """
+    for changes, words in OPTIONS:
+        options = configuration.options
+        if changed := {k: v for k, v in changes.items() if k in options and options[k] != v}:
+            other = replace(configuration, options={**options, **changed}, documented="")
+            if audit_one(subject, other, python, timeout=timeout).verdict is Verdict.RIGHT:
+                return words
+    pins = environment.parse(target) if "==" in target else {}
+    for name in reversed(pins):
+        if newer := _newer(name, pins):
+            upgraded, other_python = newer
+            if audit_one(subject, configuration, other_python, timeout=timeout).verdict is Verdict.RIGHT:
+                return upgraded
+    return ""
+
+
+def _newer(name: str, pins: Mapping[str, str]) -> tuple[str, Path] | None:
+    """``name==newest`` and a python that has it beside the other pins; None if it is not newer or fails."""
+    try:
+        newest = newest_release(Path(sys.executable), name)
+        if newest == pins[name]:
+            return None
+        together = "+".join(f"{k}=={newest if k == name else v}" for k, v in pins.items())
+        return f"{name}=={newest}", environment.build(together)
+    except (UserError, environment.BuildFailed):
+        return None
