@@ -67,8 +67,7 @@ def decide(gold: str, found: str) -> Decision:
         return Decision(equal=False, reason=f"over {MAX_LENGTH:,} characters: compared as text")
     if refused := refusal((gold, found)):
         return Decision(equal=None, refused=refused)
-    equal = _same(gold, found, depth=0)
-    if equal is not None:
+    if (equal := _same(gold, found, depth=0)) is not None:
         return Decision(equal=equal, reason="compared as numbers, words or lists")
     if num_words(re.sub(r"\b(?:and|or)\b", " ", plain(found))) > MAX_PROSE:
         return Decision(equal=False, reason="the answer is a sentence: compared as text")
@@ -127,17 +126,14 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
     if left is not None and right is not None:
         return same_number(left, right) or _same_european(gold, found, left, right)
     for rule in (_same_base, same_time, _same_words, _same_spelled):
-        equal = rule(gold, found)
-        if equal is not None:
+        if (equal := rule(gold, found)) is not None:
             return equal
     if left is not None and _WORDS_ONLY.match(plain(found)):
         return False
     for reshape in (_same_region, _same_assignments, _same_matrix):
-        equal = reshape(gold, found, depth)
-        if equal is not None:
+        if (equal := reshape(gold, found, depth)) is not None:
             return equal
-    stripped = _without_left_side(gold, found)
-    if stripped is not None:
+    if stripped := _without_left_side(gold, found):
         return _same(*stripped, depth + 1)
     return _same_european(gold, found, left, right) or _same_lists(gold, found, depth)
 
@@ -166,8 +162,7 @@ def _same_region(gold: str, found: str, depth: int) -> bool | None:
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
     """What algebra has to say yes to, every part of it, for two undecided answers to be equal: the undecided
     entries of tuples, intervals and matrices, or the whole."""
-    stripped = _without_left_side(gold, found)
-    if stripped is not None and depth < MAX_DEPTH:
+    if (stripped := _without_left_side(gold, found)) and depth < MAX_DEPTH:
         return questions(*stripped, depth + 1)
     left, right = brackets(gold), brackets(found)
     ours, theirs = elements(left[1]), elements(right[1])
@@ -185,10 +180,8 @@ def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
 def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
     """x = 1, y = 2 against (1, 2): the names stand for their places, in alphabetical order."""
     sides = [without_names(text) or text for text in (gold, found)]
-    if "=" in sides[0] and "=" not in sides[1]:
-        sides[0] = as_tuples(sides[0]) or sides[0]
-    elif "=" in sides[1] and "=" not in sides[0]:
-        sides[1] = as_tuples(sides[1]) or sides[1]
+    if ("=" in sides[0]) != ("=" in sides[1]):
+        sides = [as_tuples(side) or side for side in sides]
     has_tuple = all("(" in side for side in sides)
     return _same(sides[0], sides[1], depth + 1) if sides != [gold, found] and has_tuple else None
 
@@ -216,9 +209,8 @@ def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
 
 def _same_spelled(gold: str, found: str) -> bool | None:
     """A number against a number in words."""
-    sides = [parse_number(text) for text in (gold, found)]
-    words = [spelled_number(plain(text)) for text in (gold, found)]
-    for number, word in ((sides[0], words[1]), (sides[1], words[0])):
+    for one, other in ((gold, found), (found, gold)):
+        number, word = parse_number(one), spelled_number(plain(other))
         if number is not None and word is not None:
             return number.value == word
     return None
@@ -285,9 +277,8 @@ def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
         constant = all(parse_number(value) is not None for _, value in sides)  # then f(n) says what f(x) says
         same = names[0] == names[1] if constant else canonical(sides[0][0]) == canonical(sides[1][0])
         return (sides[0][1], sides[1][1]) if same else None
-    if sides[0][0] or sides[1][0]:
-        return None if "=" in sides[0][1] + sides[1][1] else (sides[0][1], sides[1][1])
-    return None
+    has_one = (sides[0][0] or sides[1][0]) and "=" not in sides[0][1] + sides[1][1]
+    return (sides[0][1], sides[1][1]) if has_one else None
 
 
 def _split_left(text: str) -> tuple[str, str]:

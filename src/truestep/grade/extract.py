@@ -172,20 +172,16 @@ def _marker(text: str) -> tuple[str, How] | None:
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     if start >= 0:
         return text[start + len("<answer>") : end], "marker"
-    found = ""
-    for match in _HASHES.finditer(text) if "####" in text else ():
-        found = match[1]
-    return (found, "marker") if found else None
+    found = _HASHES.findall(text) if "####" in text else []
+    return (found[-1], "marker") if found else None
 
 
 def _answer_is(text: str) -> tuple[str, How] | None:
     """What follows the last "answer is" or "answer:", to the end of its formula, bold span or sentence."""
-    end = -1
-    for match in _ANSWER_IS.finditer(text):
-        end = match.end()
-    if end < 0:
+    ends = [match.end() for match in _ANSWER_IS.finditer(text)]
+    if not ends:
         return None
-    tail = text[end : end + MAX_FORMULA].lstrip(" \t\r\n*_:")
+    tail = text[ends[-1] : ends[-1] + MAX_FORMULA].lstrip(" \t\r\n*_:")
     if formula := _MATH.match(tail):
         return _content(formula), "answer_is"
     sentence = re.split(r"\n|\.(?=\s|$)|\*\*", tail, maxsplit=1)[0].strip()
@@ -226,12 +222,9 @@ def num_words(text: str) -> int:
 def _last(text: str) -> tuple[str, How] | None:
     """The last number, or the formula that it is a part of."""
     text = typographic(text[-MAX_TAIL:])
-    number = formula = None
-    for match in _NUMBER.finditer(text):
-        if not _NEGATION.search(text, max(0, match.start() - 12), match.start()):
-            number = match
-    for formula in _MATH.finditer(text):  # noqa: B007
-        pass
-    if formula is not None and (number is None or formula.start() < number.start() < formula.end()):
+    numbers = reversed(list(_NUMBER.finditer(text)))
+    number = next((m for m in numbers if not _NEGATION.search(text, max(0, m.start() - 12), m.start())), None)
+    *_, formula = None, *_MATH.finditer(text)
+    if formula and (number is None or formula.start() < number.start() < formula.end()):
         return _content(formula), "last_formula"
-    return (number[0], "last_number") if number is not None else None
+    return (number[0], "last_number") if number else None

@@ -174,8 +174,6 @@ class Grader:
 
 def _conclude(outcomes: Sequence[Outcome], extracted: str) -> Score:
     """Equal if every part is; different if one is; unscored if that hangs on one without a verdict."""
-    for equal in (False, None, True):
-        for outcome in outcomes:
-            if outcome.equal is equal:
-                return _score(equal, extracted, outcome.reason)
-    return _score(None, extracted, "nothing was compared")
+    nothing = Outcome(equal=None, reason="nothing was compared")
+    worst = min(outcomes, key=lambda outcome: (False, None, True).index(outcome.equal), default=nothing)
+    return _score(worst.equal, extracted, worst.reason)

@@ -25,9 +25,7 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\en
 def elements(text: str) -> list[str]:
     """The parts of a text between top-level commas, semicolons, "and" and "or"."""
     text = _JOINING_TEXT.sub(r" \1 ", text)
-    if "," not in text and ";" not in text and not re.search(r"and|or|\\l?or|\\wedge|\\vee", text):
-        return [text]
-    if parse_number(text) is not None:
+    if not re.search(r"[,;]|and|or|\\wedge|\\vee", text) or parse_number(text) is not None:
         return [text]
     parts, start, depth = [], 0, 0
     for match in _SEPARATOR.finditer(text):
@@ -110,15 +108,13 @@ def _from_relation(text: str) -> Stretch | None:
     parts = [part.strip() for part in _RELATION.split(text)]
     if len(parts) not in (3, 5):
         return None
-    if ">" in parts[1] or "geq" in parts[1]:  # read it from the smaller side
-        parts = parts[::-1]
-        signs = [{">": "<", r"\geq": r"\leq"}.get(sign) for sign in parts[1::2]]
-    else:
-        signs = [sign if sign in ("<", r"\leq") else None for sign in parts[1::2]]
-    terms = parts[::2]
-    if None in signs:
+    is_falling = parts[1] in (">", r"\geq")
+    parts = parts[::-1] if is_falling else parts  # read it from the smaller side
+    strict, weak = (">", r"\geq") if is_falling else ("<", r"\leq")
+    terms, signs = parts[::2], parts[1::2]
+    if not {*signs} <= {strict, weak}:
         return None
-    closed = [sign == r"\leq" for sign in signs]
+    closed = [sign == weak for sign in signs]
     if len(terms) == 3:
         low, middle, high = terms
         is_stretch = _VARIABLE.fullmatch(middle) and _is_end(low) and _is_end(high)

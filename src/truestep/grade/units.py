@@ -27,23 +27,20 @@ _SPELLINGS = {
     spelling: name
     for name, spellings in {
         "m": "meter metre", "km": "kilometer kilometre kms", "cm": "centimeter centimetre cms",
-        "mm": "millimeter",
-        "in": "inch inches", "ft": "foot feet", "yd": "yard yds", "mi": "mile", "g": "gram gm",
-        "kg": "kilogram kgs",
-        "mg": "milligram", "lb": "pound lbs", "oz": "ounce", "s": "second sec secs", "min": "minute mins",
-        "h": "hour hr hrs", "l": "liter litre", "ml": "milliliter millilitre", "$": "dollar usd bucks buck",
-        "cent": "¢", "€": "euro eur", "£": "gbp", "degree": "deg degrees", "rad": "radian",
+        "mm": "millimeter", "in": "inch inches", "ft": "foot feet", "yd": "yard yds", "mi": "mile",
+        "g": "gram gm", "kg": "kilogram kgs", "mg": "milligram", "lb": "pound lbs", "oz": "ounce",
+        "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "l": "liter litre",
+        "ml": "milliliter millilitre", "$": "dollar usd bucks buck", "cent": "¢", "€": "euro eur",
+        "£": "gbp", "degree": "deg degrees", "rad": "radian",
     }.items()
     for spelling in spellings.split()
 }  # fmt: skip
-WORDS = frozenset({
-    *_SPELLINGS, *(name + "s" for name in _SPELLINGS), "dollars", "cents", "cent", "euros", "percent", "pct",
-    "unit",
-    "units", "ft", "mph", "kph", "km", "cm", "mm", "nm", "kg", "mg", "ml", "min", "days", "day", "weeks",
-    "week",
-    "months", "month", "years", "year", "people", "students", "square", "cubic", "sq", "per", "in", "yuan",
-    "yen",
-}) - {"¢", "gm", "buck", "bucks", "deg"}  # fmt: skip
+_MORE = (
+    "dollars cents cent euros percent pct unit units ft mph kph km cm mm nm kg mg ml min days day weeks week "
+    "months month years year people students square cubic sq per in yuan yen"
+)
+WORDS = frozenset({*_SPELLINGS, *(name + "s" for name in _SPELLINGS), *_MORE.split()})
+WORDS -= {"¢", "gm", "buck", "bucks", "deg"}
 LETTERS = frozenset("mgshlLNJWVAKC")  # units that a formula would read as variables
 CURRENCIES = "$€£¥"
 
