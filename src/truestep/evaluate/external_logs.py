@@ -53,13 +53,9 @@ def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
         return [evaluation for file in files for evaluation in read_evaluations(file, metric)]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder: pass a run directory or a log file")
-    if path.suffix == ".eval":
-        return [_inspect(path, *_unpacked(path), metric)]
-    if path.suffix == ".parquet":
-        return [_lighteval(path, metric)]
-    if path.suffix == ".json":
-        return [_inspect_json(path, metric)]
-    return _jsonl(path, metric)
+    if path.suffix in (".eval", ".json"):
+        return [_inspect(path, *(_unpacked if path.suffix == ".eval" else _inspect_json)(path), metric)]
+    return [_lighteval(path, metric)] if path.suffix == ".parquet" else _jsonl(path, metric)
 
 
 def _jsonl(path: Path, metric: str) -> list[Evaluation]:
@@ -84,16 +80,11 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
     return _lm_eval(path, rows, metric)
 
 
-def _judged(value: Any) -> Verdict:
-    """Another harness's score: 1, true and C are right; 0, false, I and N wrong; others are not verdicts."""
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return Verdict.CORRECT if value else Verdict.INCORRECT
-    known = {"C": Verdict.CORRECT, "I": Verdict.INCORRECT, "N": Verdict.INCORRECT}
-    return known.get(str(value), Verdict.UNSCORED)
-
-
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
-    verdict = _judged(value)
+    """A row. Of scores 1, true and C are right; 0, false, I and N wrong; others are not verdicts."""
+    scores: dict[Any, Verdict] = dict.fromkeys((0, "I", "N"), Verdict.INCORRECT)
+    scores |= dict.fromkeys((1, "C"), Verdict.CORRECT)
+    verdict = scores.get(value if isinstance(value, bool | int | float) else str(value), Verdict.UNSCORED)
     reason = f"its score is {value!r:.60}" if verdict is Verdict.UNSCORED else JUDGED
     row: Row = {"problem_id": str(key[0]), "sample_index": key[1], "prompt": "", "completion": "", "gold": ""}
     known = {k: v for k, v in more.items() if v is not None}  # what a log does not say is not in the row
@@ -223,7 +214,7 @@ def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
     return found
 
 
-def _inspect_json(path: Path, metric: str) -> Evaluation:
+def _inspect_json(path: Path) -> tuple[Row, Iterator[Row]]:
     try:
         log = read_json(path)
     except (ValueError, RecursionError) as error:
@@ -232,7 +223,7 @@ def _inspect_json(path: Path, metric: str) -> Evaluation:
         results = isinstance(log, dict) and "results" in log
         hint = "pass the samples_*.jsonl beside it" if results else AS_WRITTEN
         raise UserError(f"{path}: expected an inspect log with eval and samples: {hint}")
-    return _inspect(path, log, iter(log["samples"] or []), metric)
+    return log, iter(log["samples"] or [])
 
 
 def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metric: str) -> Evaluation:

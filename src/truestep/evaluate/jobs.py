@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
     """Every benchmark loaded and checked, with each template. Raises UserError if rows are not the pinned."""
     evaluate = settings.evaluate
-    folder = _folder(evaluate.folder, base_dir)
+    folder = Path(evaluate.folder).expanduser() if evaluate.folder else None
+    if folder and (base_dir / folder).is_dir():  # relative to the recipe, else to the current folder
+        folder = base_dir / folder
     jobs = []
     for id in dict.fromkeys(evaluate.benchmarks):
         benchmark = benchmarks.find(id)
@@ -111,17 +114,9 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
     return jobs
 
 
-def _folder(data: str, base_dir: Path) -> Path | None:
-    """Relative to the recipe, else to the current folder."""
-    wanted = Path(data).expanduser()
-    return (base_dir / wanted if (base_dir / wanted).is_dir() else wanted) if data else None
-
-
 def _hash(problems: Sequence[Problem]) -> str:
-    digest = hashlib.sha256()
-    for p in problems:
-        digest.update(f"{p.id}\x1f{p.messages[-1].content}\x1f{p.answer}\x1c".encode())
-    return digest.hexdigest()[:16]
+    text = "".join(f"{p.id}\x1f{p.messages[-1].content}\x1f{p.answer}\x1c" for p in problems)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def engine_kind(settings: Settings) -> str:
@@ -140,14 +135,8 @@ def job_identity(settings: Settings, job: Job, model_content: str) -> str:
 
 def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
     """The settings of FIXED that differ: key, old value, new value."""
-    pairs = ((key, _value(old, key), _value(new, key)) for key in FIXED)
+    pairs = ((key, attrgetter(key)(old), attrgetter(key)(new)) for key in FIXED)
     return [(key, a, b) for key, a, b in pairs if a != b]
-
-
-def _value(settings: Any, key: str) -> Any:
-    for part in key.split("."):
-        settings = getattr(settings, part)
-    return settings
 
 
 def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:

@@ -58,8 +58,7 @@ def run_suite(
     def summarize(status: str) -> dict[str, Any]:
         summary = {
             "schema_version": 1, "kind": "evaluation", "name": folder.name, "status": status,
-            "model": rundir.redact(settings.model.path),
-            "engine": rundir.redact(settings.evaluate.engine),
+            "model": rundir.redact(settings.model.path), "engine": rundir.redact(settings.evaluate.engine),
             "seeds": {"sampling": settings.seed, "options and limits": SHUFFLE_SEED},
             "scores": scores, "spread": spread(scores, folder), "averages": averages(scores), "notes": notes,
         }  # fmt: skip
@@ -68,10 +67,8 @@ def run_suite(
 
     summarize("running")
     for number, ((job, _), plan) in enumerate(zip(ready, plans, strict=True), start=1):
-        answer, title = (
-            adapter.answers(plan, job.template, check_stop),
-            f"[{number}/{len(ready)}] {job.title}",
-        )
+        answer = adapter.answers(plan, job.template, check_stop)
+        title = f"[{number}/{len(ready)}] {job.title}"
         results = run_evaluation(plan, answer=answer, judge=judge, reporter=reporter, title=title)
         scores.append(score_row(plan.name, results, prompt=job.template.id))
         if (rate := scores[-1]["extracted_rate"]) < FEW_EXTRACTED:
@@ -118,8 +115,7 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
         against = [{"from": a, "to": b, **compare(rows[a], rows[b]).to_json()} for a, b in pairs]
         found.append({
             "benchmark": benchmark, "num_prompts": len(values), "mean": float(np.mean(values)),
-            "lowest": min(values),
-            "highest": max(values), "range": max(values) - min(values),
+            "lowest": min(values), "highest": max(values), "range": max(values) - min(values),
             "stdev": float(np.std(values, ddof=1)), "against_first": against,
         })  # fmt: skip
     return found

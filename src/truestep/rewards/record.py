@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ class Unscored:
 # One value per sample: a number, None or Unscored (no reward, but not a failure), a mapping of named parts,
 # or an exception object (a failure of only this sample).
 Value = float | None | Unscored | Mapping[str, float] | Exception
-RewardFn = Callable[[Sequence[RewardInput]], Sequence[Value]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ class RewardScorer:
             elif entry.function == "random":
                 answers[entry.name] = [Answer(value=fair_coin(sample)) for sample in inputs]
             else:
-                answers[entry.name] = [_of_verdict(score) for score in graded]
+                answers[entry.name] = [Answer(value=s.reward, reason=s.reason) for s in graded if s]
         rows = [{name: column[i] for name, column in answers.items()} for i in range(len(inputs))]
         return [self._sum(row, score) for row, score in zip(rows, graded, strict=True)]
 
@@ -116,8 +116,3 @@ def fair_coin(sample: RewardInput) -> float:
     """
     item = f"{sample.problem.id}/{sample.sample}"
     return float(generator(sample.seed, Purpose.RANDOM_REWARD, sample.step, item).random() < 0.5)
-
-
-def _of_verdict(score: Score | None) -> Answer:
-    assert score is not None
-    return Answer(value=score.reward, reason=score.reason)
