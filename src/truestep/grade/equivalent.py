@@ -11,8 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from truestep.grade.choice import choice_letter
-from truestep.grade.extract import num_words
+from truestep.grade.extract import choice_letter, num_words
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number
 from truestep.grade.structure import (

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from truestep.grade.choice import choice_letter
-from truestep.grade.normal import normalise, typographic
+from truestep.grade.normal import normalise, plain, typographic
 from truestep.grade.units import WORDS
 
 How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
@@ -17,6 +16,7 @@ MAX_BARE = 200  # characters of a completion that may be nothing but an answer
 MAX_FORMULA = 1_000
 MAX_TAIL = 10_000  # characters at the end of a completion in which a last number or formula is looked for
 MAX_GOLD_WORDS = 8  # a gold text with more is a whole solution
+MAX_CHOICE = 400  # characters of an answer that may name a choice
 MAX_WORDS = 2  # more than these beside an answer make it prose
 
 _BRACES = re.compile(r"\\{1,4}(?:(?:begin)?boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
@@ -44,6 +44,16 @@ _SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A
     r"(?<!\w)\(([A-J])\)|\*\*\(?([A-J])(?=[).:,]|\*\*|$)|"
     r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))"
 )
+_NEGATED = re.compile(
+    r"(?:\b(?:not|non|nicht|no|pas|nor|isn't)\b|不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])|"
+    r"\(?(?<![A-Za-z0-9])[A-J]\)? (?:is|was|seems|looks|(?:must|would|could|can|may) be) (?:[a-z]{2,9} )?"
+    r"(?:incorrect|wrong|false|not)\b"
+)
+_CHOICE = re.compile(
+    r"(?<![A-Za-z0-9\\'=+*/^_|-])(?<![=+*/^-] )(?<![A-Za-z]\()\(?([A-J])\)?(?![A-Za-z0-9'_^(|]|\s*[=+*/^<>]|\s*-\s*\d)"
+)
+_SPEAKER = re.compile(r"\bI(?= (?:choose|pick|select|think|believe|guess|say|would|will|can|am|go)\b)")
+_ARTICLE = re.compile(r"\b[AI](?= (?!or\b|and\b)[a-z])")
 _DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
 _DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
@@ -228,3 +238,15 @@ def _last(text: str) -> tuple[str, How] | None:
     if formula and (number is None or formula.start() < number.start() < formula.end()):
         return _content(formula), "last_formula"
     return (number[0], "last_number") if number else None
+
+
+def choice_letter(text: str) -> str:
+    """The letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" if none or several."""
+    text = plain(text[:MAX_CHOICE])
+    if "\\" in text:
+        return ""  # a formula, in which a letter is a variable
+    text = _NEGATED.sub(" ", _SPEAKER.sub(" ", text))
+    letters = set(_CHOICE.findall(text))
+    if len(letters) > 1:
+        letters = set(_CHOICE.findall(_ARTICLE.sub(" ", text)))
+    return letters.pop() if len(letters) == 1 else ""

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from truestep.errors import UserError
-from truestep.grade.choice import choice_letter
 from truestep.grade.countdown import check_countdown
 from truestep.grade.equivalent import decide, questions, same_integer, symbolic_form
-from truestep.grade.extract import Extraction, extract_answer, extract_choice, gold_answer
+from truestep.grade.extract import Extraction, choice_letter, extract_answer, extract_choice, gold_answer
 from truestep.grade.normal import canonical, normalise
 from truestep.grade.policy import Judgment, judgment
 from truestep.grade.pool import Outcome, Pool
