@@ -124,7 +124,9 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
         doc = row.get("doc") or {}
         key = str(row["doc_id"] if by_doc_id else doc["id"])
         own = found.setdefault(str(row["filter"]), [])
-        facts = {"prompt": _question(doc), "gold": str(row.get("target", ""))}
+        asked = (doc.get(name) for name in ("problem", "question", "query", "input"))
+        prompt = next((text for text in asked if isinstance(text, str)), "")
+        facts = {"prompt": prompt, "gold": str(row.get("target", ""))}
         answers = ["" if a == "[invalid]" else str(a) for a in row.get("filtered_resps") or [""]]
         texts = _replies(row)
         if "truestep" in row:  # written by truestep eval export
@@ -153,11 +155,6 @@ def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
             f"{path}: has no score {wanted}: pass --metric with one of {', '.join(logged) or 'none'}"
         )
     return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
-
-
-def _question(doc: Mapping[str, Any]) -> str:
-    names = ("problem", "question", "query", "input")
-    return next((doc[name] for name in names if isinstance(doc.get(name), str)), "")
 
 
 def _lighteval(path: Path, metric: str) -> Evaluation:

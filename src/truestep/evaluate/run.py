@@ -93,14 +93,11 @@ class EvaluationPlan:
 def run_evaluation(
     plan: EvaluationPlan, *, answer: Answer, judge: Judge, reporter: Reporter | None = None, title: str = ""
 ) -> dict[str, Any]:
-    """Sample, grade and record what is not yet recorded; write and return the results.
-
-    ``answer`` yields one sample of each key that it is asked for, in any order; it is not called if all
-    samples exist. An exception between two samples leaves the finished ones, which the next call does not
-    repeat. A sample that could not be made is unscored, and the next call asks for it again.
-
-    Raises RecordError if the answers are not those asked for, or one comes twice, or not at all.
-    """
+    """Sample, grade and record what is not yet recorded; write and return the results. ``answer`` yields one
+    sample of each key that it is asked for, in any order; it is not called if all samples exist. An exception
+    between two samples leaves the finished ones, which the next call does not repeat. A sample that could not
+    be made is unscored, and the next call asks for it again. Raises RecordError if the answers are not those
+    asked for, or one comes twice, or not at all."""
     problems = {prompt.problem.id: prompt.problem for prompt in plan.prompts}
     rows, keys = _resume(plan), plan.sample_keys()
     running = RunningScore(rows.values())

@@ -123,10 +123,8 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
 
 def averages(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """The paper's plain means, for each template under which all benchmarks of one have been evaluated whole.
-    The distances of the interval's ends are those of the benchmarks, added in quadrature.
-
-    Source: Zou and Donner 2008 (doi:10.1002/sim.3095)
-    """
+    The distances of the interval's ends are those of the benchmarks, added in quadrature. Source: Zou and
+    Donner 2008 (doi:10.1002/sim.3095)"""
     found = []
     for name in ("ID", "OOD"):
         members = {b.id for b in TABLE if b.average == name}

@@ -11,20 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from truestep.grade import structure
 from truestep.grade.extract import choice_letter, num_words
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number
-from truestep.grade.structure import (
-    CLOSE,
-    OPEN,
-    as_tuples,
-    as_vector,
-    brackets,
-    elements,
-    matrix,
-    region,
-    without_names,
-)  # fmt: skip
+from truestep.grade.structure import brackets, elements, matrix
 from truestep.grade.units import same_time, spelled_number
 
 MAX_LENGTH = 2_000  # characters; longer answers are compared as text only
@@ -96,7 +87,7 @@ def _refusal(text: str) -> str:
     """Why a text must not be handed to algebra: it would cost more than any answer is worth."""
     depth = deepest = 0
     for character in text:
-        depth += (character in OPEN) - (character in CLOSE)
+        depth += (character in structure.OPEN) - (character in structure.CLOSE)
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
         return f"nested deeper than {MAX_DEPTH} brackets"
@@ -139,23 +130,20 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
     """The same part of the line, as intervals in both answers, or as relations in only one of them."""
-    left, right = region(gold), region(found)
-    if left is None or right is None or (left.by_relation and right.by_relation):
+    left, right = structure.region(gold), structure.region(found)
+    if left is None or right is None or (left[1] and right[1]):
         return None
-    if len(left.stretches) != len(right.stretches):
+    if len(left[0]) != len(right[0]):
         return None  # two of them may be one that is cut
 
-    def same(i: int, j: int) -> bool | None:
-        one, other = left.stretches[i], right.stretches[j]
-        if (one.has_low, one.has_high) != (other.has_low, other.has_high):
+    def same(one: structure.Stretch, other: structure.Stretch) -> bool | None:
+        if one[2:] != other[2:]:
             return False
-        ends = (_same(one.low, other.low, depth + 1), _same(one.high, other.high, depth + 1))
+        ends = [_same(a, b, depth + 1) for a, b in zip(one[:2], other[:2], strict=True)]
         return False if False in ends else True if all(ends) else None
 
-    indices = range(len(left.stretches))
-    return _matching([[same(i, j) for j in indices] for i in indices]) or (
-        False if len(indices) == 1 else None
-    )
+    equal = _matching([[same(one, other) for other in right[0]] for one in left[0]])
+    return equal or (False if len(left[0]) == 1 else None)
 
 
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
@@ -178,9 +166,9 @@ def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
 
 def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
     """x = 1, y = 2 against (1, 2): the names stand for their places, in alphabetical order."""
-    sides = [without_names(text) or text for text in (gold, found)]
+    sides = [structure.without_names(text) or text for text in (gold, found)]
     if ("=" in sides[0]) != ("=" in sides[1]):
-        sides = [as_tuples(side) or side for side in sides]
+        sides = [structure.as_tuples(side) or side for side in sides]
     has_tuple = all("(" in side for side in sides)
     return _same(sides[0], sides[1], depth + 1) if sides != [gold, found] and has_tuple else None
 
@@ -198,7 +186,7 @@ def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
     if rows is None:
         return None
     kind = brackets(other)[0]
-    flat = as_vector(rows) if kind == "(" else None
+    flat = structure.as_vector(rows) if kind == "(" else None
     if kind == "[" and "[" in brackets(other)[1]:
         flat = "[" + ", ".join(f"[{', '.join(row)}]" for row in rows) + "]"
     if flat is None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from truestep.errors import UserError
@@ -22,12 +21,8 @@ from truestep.records import Problem, Score, Verdict, judged
 MAX_SHOWN = 2_000  # characters of an answer that a score keeps
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What only algebra can answer: is each of these pairs of formulas equal?"""
-
-    parts: tuple[tuple[str, str], ...]
-    extracted: str
+# What only algebra can answer: is each of these pairs of formulas equal?
+Question = list[tuple[str, str]]
 
 
 def find_answer(problem: Problem, text: str) -> Extraction:
@@ -44,8 +39,7 @@ def _check_math(problem: Problem, found: str) -> Score | Question:
     gold = gold_answer(problem.answer)
     decision = decide(gold, found)
     if decision.equal is None and not decision.refused:
-        parts = tuple((symbolic_form(a), symbolic_form(b)) for a, b in questions(gold, found))
-        return Question(parts=parts, extracted=found)
+        return [(symbolic_form(a), symbolic_form(b)) for a, b in questions(gold, found)]
     return _score(decision.equal, found, decision.reason or f"not compared: {decision.refused}")
 
 
@@ -140,7 +134,7 @@ class Grader:
         outcomes: dict[tuple[str, str], Outcome] = {}
         for problem, found in pairs:
             results.append(result := self._check(problem, found))
-            for part in result.parts if isinstance(result, Question) else ():
+            for part in () if isinstance(result, Score) else result:
                 if part not in outcomes:
                     equal = same_formula(*part)
                     outcomes[part] = Outcome(equal=equal, reason="compared as rational functions")
@@ -149,8 +143,8 @@ class Grader:
         asked = [part for part, outcome in outcomes.items() if outcome.equal is None]
         outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
         return [
-            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r.parts], r.extracted)
-            for r in results
+            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r], found.answer)
+            for r, (_, found) in zip(results, pairs, strict=True)
         ]
 
     def check_gold(self, problem: Problem) -> Score:

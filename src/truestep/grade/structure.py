@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from truestep.grade.normal import TEXT_COMMAND, canonical
 from truestep.grade.numeric import parse_number
@@ -58,42 +57,29 @@ def brackets(text: str) -> tuple[str, str, str]:
     return bare[0], bare[1:-1], bare[-1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stretch:
-    """A stretch of the line, its ends as text."""
-
-    low: str
-    high: str
-    has_low: bool
-    has_high: bool
+# A stretch of the line: its low and high end as text, and whether it has them.
+Stretch = tuple[str, str, bool, bool]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Region:
-    """A union of stretches, and whether it was said by relations (0 < x) or by intervals (0, ∞)."""
-
-    stretches: tuple[Stretch, ...]
-    by_relation: bool
-
-
-def region(text: str) -> Region | None:
-    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions."""
+def region(text: str) -> tuple[list[Stretch], bool] | None:
+    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions; and
+    whether it was said by relations."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
     set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
     text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
     if re.fullmatch(r"\\(?:mathbb|mathbf|Bbb)\s*\{?\s*R\s*\}?", text.strip()):
-        return Region(stretches=(_stretch(r"-\infty", r"\infty"),), by_relation=False)
+        return [_stretch(r"-\infty", r"\infty")], False
     is_relation = bool(_RELATION.search(text))
     joint = rf"\\cup(?![A-Za-z])|{TEXT_COMMAND}\{{\s*or\s*\}}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])"
     parts = re.split(joint if is_relation else r"\\cup(?![A-Za-z])", text)
     found = [_from_relation(part) if is_relation else _from_interval(part) for part in parts[:20]]
-    stretches = tuple(part for part in found if part is not None)
-    return Region(stretches=stretches, by_relation=is_relation) if len(stretches) == len(parts) else None
+    stretches = [part for part in found if part is not None]
+    return (stretches, is_relation) if len(stretches) == len(parts) else None
 
 
 def _stretch(low: str, high: str, has_low: bool = False, has_high: bool = False) -> Stretch:
     low, high = (re.sub(r"\+\s*(?=\\infty)", "", end.strip()) for end in (low, high))
-    return Stretch(low=low, high=high, has_low=has_low, has_high=has_high)
+    return low, high, has_low, has_high
 
 
 def _from_interval(text: str) -> Stretch | None:

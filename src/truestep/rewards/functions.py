@@ -1,7 +1,5 @@
 """Rewards that ship with truestep, as ordinary reward functions: copy one to start another.
-
-Held by: tests/rewards/test_functions.py
-"""
+Held by: tests/rewards/test_functions.py"""
 
 from __future__ import annotations
 

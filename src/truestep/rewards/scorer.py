@@ -34,10 +34,7 @@ def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
 class RewardScorer:
     """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory for the functions'
     files. Entering starts one worker for each function, and raises UserError if one cannot be loaded. Not for
-    use from several threads.
-
-    Held by: tests/rewards/test_hostile_rewards.py, tests/rewards/test_scorer.py
-    """
+    use from several threads. Held by: tests/rewards/test_hostile_rewards.py, tests/rewards/test_scorer.py"""
 
     def __init__(self, entries: Sequence[RewardSettings], *, grade: Grade, base: Path, folder: Path) -> None:
         self._entries, self._grade, self._stack = tuple(entries), grade, ExitStack()
@@ -111,8 +108,6 @@ class RewardScorer:
 
 def fair_coin(sample: RewardInput) -> float:
     """0 or 1, a function of only the sample's identity: a control for gains that do not come from the reward.
-
-    Held by: tests/rewards/test_scorer.py
-    """
+    Held by: tests/rewards/test_scorer.py"""
     item = f"{sample.problem.id}/{sample.sample}"
     return float(generator(sample.seed, Purpose.RANDOM_REWARD, sample.step, item).random() < 0.5)
