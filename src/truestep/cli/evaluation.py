@@ -79,15 +79,15 @@ def list_benchmarks(as_json: Json = False) -> None:
 
     from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
 
-    if as_json:
-        typer.echo(json.dumps({"shuffle_seed": SHUFFLE_SEED, "benchmarks": [asdict(b) for b in TABLE]}))
-        return
+    lines = []
     for b in TABLE:
         source = f"hub:{b.hub.rstrip(':')}" if b.hub else "local file only"
         published = f"; the paper's SFT→RL: {b.published['SFT→RL']}" if b.published else ""
         note = f"; note: {b.mind}" if b.mind else ""
         line = f"{b.id:<14} {b.num_rows:>6} rows {b.content[:12]:<12} avg@{b.samples:<2} {b.prompt:<5}"
-        typer.echo(f"{line} {source}{published}{note}")
+        lines.append(f"{line} {source}{published}{note}")
+    document = {"shuffle_seed": SHUFFLE_SEED, "benchmarks": [asdict(b) for b in TABLE]}
+    typer.echo(json.dumps(document) if as_json else "\n".join(lines))
 
 
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
@@ -97,14 +97,10 @@ def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) ->
     from truestep.evaluate.import_compare import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    for row in found["comparisons"]:
-        typer.echo(_sentence(row))
-    for side, path in (("only_in_a", a), ("only_in_b", b)):
-        if found[side]:
-            typer.echo(f"not compared, only in {path}: {', '.join(found[side])}")
+    lines = [_sentence(row) for row in found["comparisons"]]
+    left_over = ((path, found[side]) for side, path in (("only_in_a", a), ("only_in_b", b)))
+    lines += [f"not compared, only in {path}: {', '.join(tasks)}" for path, tasks in left_over if tasks]
+    typer.echo(json.dumps(found) if as_json else "\n".join(lines))
 
 
 def _sentence(row: dict[str, Any]) -> str:
@@ -167,17 +163,14 @@ def overlap(
     from truestep.evaluate.benchmarks import contamination
 
     report = contamination(source, words_of(benchmarks), data)
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    for pair in report["pairs"]:
-        typer.echo(
-            f"{pair['evaluation']:<16} {pair['num_evaluation']:>6} problems: {pair['exact']['num_evaluation']} equal, "
-            f"{pair['ngram']['num_evaluation']} share {report['ngram_words']} words, "
-            f"{pair['ngram']['num_short']} too short"
-        )
-    for id in report["missing"]:
-        typer.echo(f"{id:<16} not checked: it has no file here")
+    lines = [
+        f"{pair['evaluation']:<16} {pair['num_evaluation']:>6} problems: {pair['exact']['num_evaluation']} equal, "
+        f"{pair['ngram']['num_evaluation']} share {report['ngram_words']} words, "
+        f"{pair['ngram']['num_short']} too short"
+        for pair in report["pairs"]
+    ]
+    lines += [f"{id:<16} not checked: it has no file here" for id in report["missing"]]
+    typer.echo(json.dumps(report) if as_json else "\n".join(lines))
 
 
 def grade(

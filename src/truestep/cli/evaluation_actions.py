@@ -66,14 +66,13 @@ def _execute(
             plan = plan_of(settings, jobs, adapter)
             typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
             return
-        ready = [(job, adapter.ready(job, settings.evaluate.few_shot)) for job in jobs]
-        plans = make_plans(settings, ready, folder, content)
+        plans, notes = make_plans(settings, jobs, adapter, folder, content)
         rundir.open_run(folder, settings.model_dump(mode="json"))
         rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
         try:
             with signals.deferred(), Grader() as grader:
                 summary = run_suite(
-                    settings, ready, plans, adapter=adapter, judge=grader.judge, folder=folder,
+                    settings, plans, notes, adapter=adapter, judge=grader.judge, folder=folder,
                     reporter=reporter, check_stop=signals.check,
                 )  # fmt: skip
         except signals.Interrupted as stop:
@@ -118,8 +117,7 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
-    """The adapter that turns jobs into samples, and a hash of the model ("" for an endpoint, which hides
-    it)."""
+    """The adapter that turns jobs into samples, and a hash of the model ("" for an endpoint)."""
     with ExitStack() as stack:
         if settings.evaluate.is_endpoint:
             client = stack.enter_context(connect(settings.evaluate.engine))

@@ -67,15 +67,10 @@ def alpha_of(num_problems: int) -> float:
 @lru_cache(maxsize=4096)
 def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
     """The ends of {p: P(a tail as unlikely as this one's, or less likely) > alpha}, rounded outwards."""
-    outer = _beta_ends(float(correct), float(num), alpha, 0.0)  # Blaker's interval lies within
-    share = correct / num
     ends = []
-    for outside in outer:
-        if outside in (0.0, 1.0):
-            ends.append(outside)
-            continue
-        inside = share
-        for num_points in GRID:
+    for outside in _beta_ends(float(correct), float(num), alpha, 0.0):  # Blaker's interval lies within
+        inside = correct / num
+        for num_points in GRID if outside not in (0.0, 1.0) else ():
             points = np.linspace(outside, inside, num_points)
             first = np.flatnonzero(_acceptability(correct, num, points) > alpha)[0]
             outside, inside = points[max(0, first - 1)], points[first]

@@ -28,29 +28,22 @@ Score = Mapping[str, Any]
 
 
 def make_plans(
-    settings: Settings, ready: Sequence[tuple[Job, ReadyJob]], folder: Path, model_content: str
-) -> list[EvaluationPlan]:
-    """One plan for each job. Raises UserError if samples that the folder holds would be lost."""
-    plans = []
-    for job, made in ready:
-        plans.append(_plan(settings, job, made, folder, job_identity(settings, job, model_content)))
-        check_kept(plans[-1])
-    return plans
+    settings: Settings, jobs: Sequence[Job], adapter: ModelAdapter, folder: Path, content: str
+) -> tuple[list[tuple[Job, EvaluationPlan]], list[str]]:
+    """One plan for each job, and notes for the user. Raises UserError if samples that the folder holds would
+    be lost. ``content`` is a hash of the model."""
+    ready = [(job, adapter.ready(job, settings.evaluate.few_shot)) for job in jobs]
+    plans = [(j, _plan(settings, j, made, folder, job_identity(settings, j, content))) for j, made in ready]
+    for _, plan in plans:
+        check_kept(plan)
+    return plans, remarks(settings, jobs) + [note for _, made in ready for note in made.notes]
 
 
 def run_suite(
-    settings: Settings,
-    ready: Sequence[tuple[Job, ReadyJob]],
-    plans: Sequence[EvaluationPlan],
-    *,
-    adapter: ModelAdapter,
-    judge: Judge,
-    folder: Path,
-    reporter: Reporter,
-    check_stop: Callable[[], None],
-) -> dict[str, Any]:
+    settings: Settings, plans: Sequence[tuple[Job, EvaluationPlan]], notes: list[str], *,
+    adapter: ModelAdapter, judge: Judge, folder: Path, reporter: Reporter, check_stop: Callable[[], None],
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate what is not yet evaluated; write and return the summary."""
-    notes = remarks(settings, [job for job, _ in ready]) + [note for _, made in ready for note in made.notes]
     for note in notes:
         reporter.say(note)
     scores: list[dict[str, Any]] = []
@@ -66,9 +59,9 @@ def run_suite(
         return summary
 
     summarize("running")
-    for number, ((job, _), plan) in enumerate(zip(ready, plans, strict=True), start=1):
+    for number, (job, plan) in enumerate(plans, start=1):
         answer = adapter.answers(plan, job.template, check_stop)
-        title = f"[{number}/{len(ready)}] {job.title}"
+        title = f"[{number}/{len(plans)}] {job.title}"
         results = run_evaluation(plan, answer=answer, judge=judge, reporter=reporter, title=title)
         scores.append(score_row(plan.name, results, prompt=job.template.id))
         if (rate := scores[-1]["extracted_rate"]) < FEW_EXTRACTED:

@@ -41,8 +41,8 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``equal`` is None if only algebra can tell. ``reason``: how it was decided; ``refused``: why algebra must
-    not be asked ("" if it may)."""
+    """``equal`` is None without a verdict. ``reason``: how it was decided, or why it could not be; ``refused``:
+    why algebra must not be asked ("" if it may)."""
 
     equal: bool | None
     reason: str = ""
@@ -186,10 +186,11 @@ def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
     if rows is None:
         return None
     kind = brackets(other)[0]
-    flat = structure.as_vector(rows) if kind == "(" else None
-    if kind == "[" and "[" in brackets(other)[1]:
+    if kind == "(" and 1 in (len(rows), len(rows[0])):
+        flat = f"({', '.join(entry for row in rows for entry in row)})"
+    elif kind == "[" and "[" in brackets(other)[1]:
         flat = "[" + ", ".join(f"[{', '.join(row)}]" for row in rows) + "]"
-    if flat is None:
+    else:
         return None
     return _same(*((flat, found) if left is not None else (gold, flat)), depth + 1)
 

@@ -89,8 +89,7 @@ NOTHING = Extraction(answer="", how="none")
 def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
     r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and
     unless ``strict`` the whole of a short text, or its last formula or number. Only what follows the last
-    </think> counts; a <think> that is never closed leaves no answer, and where the model ``thinks`` a
-    </think> must be there."""
+    </think> counts; an open <think> leaves no answer, nor does a missing </think> if the model ``thinks``."""
     if thinks and "</think>" not in text:
         return NOTHING
     text = _after_thought(text)
@@ -125,8 +124,7 @@ def _after_thought(text: str) -> str:
 
 
 def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
-    r"""(start, end, content) of every balanced, outermost, non-blank ``\boxed{…}``, in order; and whether one
-    was opened and never closed."""
+    r"""(start, end, content) of every balanced, outermost, non-blank ``\boxed{…}``; whether one stayed open."""
     stack: list[tuple[int, int]] = []  # starts of the token and of its content; -1 for a plain brace
     found: list[tuple[int, int, str]] = []
     for token in _BRACES.finditer(text):

@@ -35,8 +35,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\{,\}|,\\!\s*(?=\d{3})", ","),  # the separators of thousands
         (r"(?<!\\)\\!|\\hspace\{[^{}]*\}", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
-        (r"(?<!\\)\\%", "%"),
-        (r"(?<!\\)\\[$]", "$"),
+        (r"(?<!\\)\\([%$])", r"\1"),
         (r"\\(?:le|leqslant)(?![a-zA-Z])|<=", r"\\leq "),
         (r"\\(?:ge|geqslant)(?![a-zA-Z])|>=", r"\\geq "),
         (r"\\ne(?![a-zA-Z])|!=", r"\\neq "),

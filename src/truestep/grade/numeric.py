@@ -153,7 +153,7 @@ def same_number(gold: Number, found: Number) -> bool:
             left, right = (n.value / (100 if n.unit == PERCENT else 1) for n in (gold, found))
         return units <= {PERCENT, ""} and left == right
     if gold.unit and found.unit and not same_unit(gold.unit, found.unit):
-        return in_common((left, gold.unit), (right, found.unit)) or False
+        return in_common((left, gold.unit), (right, found.unit))
     has_exact = gold.places is None or found.places is None
     return left == right or (has_exact and rounds(gold, found, ROUNDED_DIGITS))
 

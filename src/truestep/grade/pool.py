@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truestep.errors import UserError
+from truestep.grade.equivalent import Decision
 from truestep.grade.fork_server import ForkServer, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY
 
@@ -20,14 +21,6 @@ PATIENCE = 20.0  # times its limit of processor time that a comparison may take 
 ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """``equal`` is None where there is no verdict; then ``reason`` says why."""
-
-    equal: bool | None
-    reason: str
 
 
 @dataclass(kw_only=True)
@@ -78,10 +71,10 @@ class Pool:
             self._server.close()
         self._busy, self._idle, self._server = {}, [], None
 
-    def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
+    def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Decision]:
         """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of the
         clock if the process has a core: a verdict must not depend on what else the machine does."""
-        self._outcomes: dict[int, Outcome] = {}
+        self._outcomes: dict[int, Decision] = {}
         self._waiting = deque((number, 0) for number in range(len(pairs)))
         try:
             while self._waiting or self._busy:
@@ -94,7 +87,7 @@ class Pool:
             for worker in list(self._busy):  # interrupted: a late reply must not meet the next question
                 worker.end()
             self._busy.clear()
-        lost = Outcome(equal=None, reason="symbolic comparison was lost")
+        lost = Decision(equal=None, reason="symbolic comparison was lost")
         return [self._outcomes.get(number, lost) for number in range(len(pairs))]
 
     def _begin(self, number: int, attempt: int, gold: str, found: str) -> None:
@@ -135,7 +128,7 @@ class Pool:
             if reply["note"] == OUT_OF_MEMORY:
                 self._drop(worker, NO_MEMORY)
             else:
-                self._outcomes[job.number] = Outcome(equal=reply["equal"], reason=reply["note"])
+                self._outcomes[job.number] = Decision(equal=reply["equal"], reason=reply["note"])
                 del self._busy[worker]
                 self._idle.append(worker)
 
@@ -144,18 +137,18 @@ class Pool:
         job = self._busy[worker]
         status = self._drop(worker)
         if status == -signal.SIGXCPU:
-            self._outcomes[job.number] = Outcome(equal=None, reason=TIMED_OUT)
+            self._outcomes[job.number] = Decision(equal=None, reason=TIMED_OUT)
         elif job.attempt + 1 < ATTEMPTS:
             self._waiting.appendleft((job.number, job.attempt + 1))
         else:
             reason = f"symbolic comparison crashed (status {status})"
-            self._outcomes[job.number] = Outcome(equal=None, reason=reason)
+            self._outcomes[job.number] = Decision(equal=None, reason=reason)
 
     def _drop(self, worker: Worker, reason: str = "") -> int | None:
         """End a worker; with a reason, its comparison stays without a verdict."""
         job = self._busy.pop(worker)
         if reason:
-            self._outcomes[job.number] = Outcome(equal=None, reason=reason)
+            self._outcomes[job.number] = Decision(equal=None, reason=reason)
         return worker.end()
 
     def _take(self) -> Worker:

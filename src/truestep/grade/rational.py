@@ -54,26 +54,20 @@ def same_formula(gold: str, found: str) -> bool | None:
         left, right = _read(gold), _read(found)
         if left[0] != right[0]:
             return None
-        if left[0]:
-            return _proportional(left, right)
-        if _times(left[1][0], right[1][1]) == _times(right[1][0], left[1][1]):
-            return True
+        ours, theirs = _times(left[1][0], right[1][1]), _times(right[1][0], left[1][1])
     except _NotRead:
         return None
+    if left[0]:
+        ratios = {ours[term] / theirs[term] for term in ours} if ours.keys() == theirs.keys() else set()
+        return True if len(ratios) == 1 and (left[0] == "=" or min(ratios) > 0) else None
+    if ours == theirs:
+        return True
     text = gold + found
     names = {name for polynomial in (*left[1], *right[1]) for term in polynomial for name, _ in term}
     # A rounded value, √-1, and e + π, of which nothing is known.
     is_open = "." in text or "i" in names or {"e", r"\pi"} <= names
     is_name = any(re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\S{1,20})?\s*", side) for side in (gold, found))
     return None if is_open or is_name else False
-
-
-def _proportional(left: Formula, right: Formula) -> bool | None:
-    ours, theirs = _times(left[1][0], right[1][1]), _times(right[1][0], left[1][1])
-    if not ours or ours.keys() != theirs.keys():
-        return None
-    ratios = {ours[term] / theirs[term] for term in ours}
-    return True if len(ratios) == 1 and (left[0] == "=" or min(ratios) > 0) else None
 
 
 def _add(left: Quotient, right: Quotient) -> Quotient:

@@ -10,11 +10,11 @@ from typing import Self
 
 from truestep.errors import UserError
 from truestep.grade.countdown import check_countdown
-from truestep.grade.equivalent import decide, questions, same_integer, symbolic_form
+from truestep.grade.equivalent import Decision, decide, questions, same_integer, symbolic_form
 from truestep.grade.extract import Extraction, choice_letter, extract_answer, extract_choice, gold_answer
 from truestep.grade.normal import canonical, normalise
 from truestep.grade.policy import Judgment, judgment
-from truestep.grade.pool import Outcome, Pool
+from truestep.grade.pool import Pool
 from truestep.grade.rational import same_formula
 from truestep.records import Problem, Score, Verdict, judged
 
@@ -94,9 +94,8 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 
 
 class Grader:
-    """Scores completions. Algebra runs in child processes, which are started when it is first needed, have
-    ``seconds`` of processor time for one comparison and may take ``memory_mb`` on top of what its libraries
-    take. Not for use from several threads."""
+    """Scores completions, not from several threads. Algebra runs in child processes, started when first needed,
+    with ``seconds`` of processor time a comparison and ``memory_mb`` on top of what its libraries take."""
 
     def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384) -> None:
         self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
@@ -131,13 +130,13 @@ class Grader:
     def score_answers(self, pairs: Sequence[tuple[Problem, Extraction]]) -> list[Score]:
         """One score per (problem, answer that was found), in order."""
         results: list[Score | Question] = []
-        outcomes: dict[tuple[str, str], Outcome] = {}
+        outcomes: dict[tuple[str, str], Decision] = {}
         for problem, found in pairs:
             results.append(result := self._check(problem, found))
             for part in () if isinstance(result, Score) else result:
                 if part not in outcomes:
                     equal = same_formula(*part)
-                    outcomes[part] = Outcome(equal=equal, reason="compared as rational functions")
+                    outcomes[part] = Decision(equal=equal, reason="compared as rational functions")
                     if equal is None:
                         self.pool.prepare()  # it gets ready while the rest is looked at
         asked = [part for part, outcome in outcomes.items() if outcome.equal is None]
@@ -165,8 +164,8 @@ class Grader:
         return CHECKERS[problem.checker](problem, found.answer)
 
 
-def _conclude(outcomes: Sequence[Outcome], extracted: str) -> Score:
+def _conclude(outcomes: Sequence[Decision], extracted: str) -> Score:
     """Equal if every part is; different if one is; unscored if that hangs on one without a verdict."""
-    nothing = Outcome(equal=None, reason="nothing was compared")
+    nothing = Decision(equal=None, reason="nothing was compared")
     worst = min(outcomes, key=lambda outcome: (False, None, True).index(outcome.equal), default=nothing)
     return _score(worst.equal, extracted, worst.reason)

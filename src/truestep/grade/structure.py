@@ -62,8 +62,7 @@ Stretch = tuple[str, str, bool, bool]
 
 
 def region(text: str) -> tuple[list[Stretch], bool] | None:
-    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions; and
-    whether it was said by relations."""
+    r"""A text (``a < x \leq b``, intervals, ``\mathbb{R}``, unions) as a region; whether relations said it."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
     set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
     text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
@@ -121,9 +120,8 @@ def _is_end(text: str) -> bool:
 
 
 def as_tuples(text: str) -> str | None:
-    """Assignments as tuples in the alphabetical order of their names, or in the order that "(y, x) =" gives:
-    p=5, q=2; p=7, q=2 is (5,2), (7,2). None for anything but whole groups of assignments to the same two to
-    six names."""
+    """Assignments as tuples in the alphabetical order of their names: p=5, q=2; p=7, q=2 is (5,2), (7,2). None
+    for anything but whole groups of assignments to the same two to six names."""
     found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
     if len(found) < 2 or len(found) > 60 or None in found:
         return None
@@ -151,9 +149,3 @@ def matrix(text: str) -> list[list[str]] | None:
         return None
     rows = [[entry.strip() for entry in row.split("&")] for row in re.split(r"\\\\", match[2]) if row.strip()]
     return rows if rows and len({len(row) for row in rows}) == 1 else None
-
-
-def as_vector(rows: list[list[str]]) -> str | None:
-    """A matrix of one row or column as a tuple; None for others."""
-    flat = [entry for row in rows for entry in row]
-    return f"({', '.join(flat)})" if len(rows) == 1 or len(rows[0]) == 1 else None

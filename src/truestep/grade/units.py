@@ -73,14 +73,12 @@ def unit_name(words: str, power: str = "") -> str:
     return " ".join(parts) + power
 
 
-def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool | None:
-    """Whether two (value, unit) are the same quantity; None where the units cannot be compared."""
-    if left[1] == right[1]:
-        return left[0] == right[0]
+def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool:
+    """Whether two (value, unit) of different units are the same quantity."""
     sizes = [_SIZES.get(unit.partition("^")[0]) for _, unit in (left, right)]
     powers = [unit.partition("^")[2] or "1" for _, unit in (left, right)]
     if sizes[0] is None or sizes[1] is None or sizes[0][0] != sizes[1][0] or powers[0] != powers[1]:
-        return None
+        return False
     power = int(powers[0])
     return left[0] * sizes[0][1] ** power == right[0] * sizes[1][1] ** power
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from truestep import user_code
@@ -93,20 +94,18 @@ def _die_with_parent(parent: int) -> NoReturn:
 def serve(channel: socket.socket) -> None:
     requests = channel.makefile("rb")
     setup = json.loads(requests.readline())
-    state: dict[str, Any] = {}
 
-    def prepare() -> Answer:
+    def prepare() -> Callable[..., Any]:
         function = load(Source(**setup["source"]), setup["path"])
         options = with_folder(function, setup["options"], setup["folder"])
         if not setup["source"]["sha256"]:  # one that ships with truestep checks its options when called
             function([], **options)
-        state.update(function=function, options=options)
-        return Answer()
+        return partial(call, function, options)
 
-    channel.sendall(to_json(attempt(prepare)))
+    score = attempt(prepare)
+    channel.sendall(to_json(score if isinstance(score, Answer) else Answer()))
     for line in requests:
-        samples = [read_input(table) for table in json.loads(line)]
-        values = attempt(call, state["function"], state["options"], samples)
+        values = attempt(score, [read_input(table) for table in json.loads(line)])
         if isinstance(values, list):
             values = [attempt(answer, value) for value in values]
         channel.sendall(to_json(values))
