@@ -112,7 +112,7 @@ def _count(rows: Iterable[Row], verdict: Verdict, policy: str = "verdict") -> in
 
 
 def pass_interval(num_correct: np.ndarray, sizes: np.ndarray, k: int) -> Interval:
-    """Unbiased pass@k over problems, with its interval. Source: Chen et al. 2021 (arXiv:2107.03374), equation 1
+    """Unbiased pass@k over problems, with its interval. Source: Chen et al. 2021 (arXiv:2107.03374), eq. 1
     Equation: mean over problems of 1 - C(n-c, k) / C(n, k)"""
     counts = zip(num_correct.astype(int).tolist(), sizes.astype(int).tolist(), strict=True)
     values = np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) for c, n in counts])

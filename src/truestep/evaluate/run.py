@@ -172,10 +172,8 @@ def engine_answers(
 
 def request_of(plan: EvaluationPlan, key: Key, prompt_ids: tuple[int, ...] = ()) -> SampleRequest:
     """One step for all: the same draws for every checkpoint, so that comparisons are paired."""
-    return SampleRequest(
-        problem_id=key[0], sample_index=key[1], prompt_ids=prompt_ids, seed=plan.seed, purpose=Purpose.EVALUATE,
-        step=0,
-    )  # fmt: skip
+    named: dict[str, Any] = {"problem_id": key[0], "sample_index": key[1], "prompt_ids": prompt_ids}
+    return SampleRequest(seed=plan.seed, purpose=Purpose.EVALUATE, step=0, **named)
 
 
 def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judge) -> Row:

@@ -41,8 +41,8 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``equal`` is None without a verdict. ``reason``: how it was decided, or why it could not be; ``refused``:
-    why algebra must not be asked ("" if it may)."""
+    """``equal`` is None without a verdict. ``reason``: how it was decided, or why it was not; ``refused``: why
+    algebra must not be asked ("" if it may)."""
 
     equal: bool | None
     reason: str = ""

@@ -124,7 +124,7 @@ def _after_thought(text: str) -> str:
 
 
 def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
-    r"""(start, end, content) of every balanced, outermost, non-blank ``\boxed{…}``; whether one stayed open."""
+    r"""(start, end, content) of all balanced, outermost, non-blank ``\boxed{…}``; whether one stayed open."""
     stack: list[tuple[int, int]] = []  # starts of the token and of its content; -1 for a plain brace
     found: list[tuple[int, int, str]] = []
     for token in _BRACES.finditer(text):

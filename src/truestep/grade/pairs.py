@@ -65,7 +65,7 @@ def grade_pairs(
 ) -> dict[str, Any]:
     """``samples``, one for each pair in order, and ``counts``; ready for JSON. ``verdict`` is the default
     policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With ``second_opinion`` math-verify is
-    asked about every answer that our rules have decided; ``counts["second_opinion"]``: how often it differs."""
+    asked about all answers that our rules have decided; ``counts["second_opinion"]``: how often it differs."""
     with Grader(workers=workers, seconds=seconds) as grader:
         judged = grader.judge_many([(_problem(pair), pair.pred) for pair in pairs])
         samples = [_sample(*each) for each in zip(pairs, judged, strict=True)]

@@ -26,8 +26,8 @@ _TOKEN = re.compile(  # a power without braces has one digit: x^23 is x^2 3
     r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<name>(?:[A-Za-z]|\\(?:"
     + LETTERS.replace(" ", "|")
     + r")(?![A-Za-z]))"
-    r"(?:_(?:[A-Za-z0-9]|\{\\?[A-Za-z0-9]{1,12}\s?\}))?)|\^\s*(?P<power>\d(?!\d|\.\d)|\{\s*-?\s*\d{1,3}\s*\})|"
-    r"(?P<sign>\\(?:frac|sqrt|cdot|times|div)(?![A-Za-z])|[-+*/(){}]))",
+    r"(?:_(?:[A-Za-z0-9]|\{\\?[A-Za-z0-9]{1,12}\s?\}))?)|\^\s*(?P<power>\d(?!\d|\.\d)|\{\s*-?\s*\d{1,3}\s*\})"
+    r"|(?P<sign>\\(?:frac|sqrt|cdot|times|div)(?![A-Za-z])|[-+*/(){}]))",
     re.ASCII,
 )
 _RELATION = re.compile(r"([^=<>]*?)(?:(=|<|>|\\[lg]eq(?![A-Za-z]))(.*))?$", re.DOTALL)

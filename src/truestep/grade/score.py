@@ -94,7 +94,7 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 
 
 class Grader:
-    """Scores completions, not from several threads. Algebra runs in child processes, started when first needed,
+    """Scores completions, not from several threads. Algebra runs in child processes, started at first need,
     with ``seconds`` of processor time a comparison and ``memory_mb`` on top of what its libraries take."""
 
     def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384) -> None:

@@ -62,7 +62,7 @@ Stretch = tuple[str, str, bool, bool]
 
 
 def region(text: str) -> tuple[list[Stretch], bool] | None:
-    r"""A text (``a < x \leq b``, intervals, ``\mathbb{R}``, unions) as a region; whether relations said it."""
+    r"""A text (``a < x \leq b``, intervals, ``\mathbb{R}``, unions) as a region; whether by relations."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
     set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
     text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
@@ -120,8 +120,8 @@ def _is_end(text: str) -> bool:
 
 
 def as_tuples(text: str) -> str | None:
-    """Assignments as tuples in the alphabetical order of their names: p=5, q=2; p=7, q=2 is (5,2), (7,2). None
-    for anything but whole groups of assignments to the same two to six names."""
+    """Assignments as tuples in the alphabetical order of their names: p=5, q=2; p=7, q=2 is (5,2), (7,2).
+    None for anything but whole groups of assignments to the same two to six names."""
     found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
     if len(found) < 2 or len(found) > 60 or None in found:
         return None

@@ -21,7 +21,7 @@ def format_reward(
 ) -> list[float]:
     """1 if the completion has the required form, else 0: each tag of ``tags`` opens and closes once, in this
     order, with text inside; text follows the last tag if that is "think". ``opened``: the prompt ends with
-    the first opening tag. ``pattern`` instead: a regular expression for all of it ("." matches a line break)."""
+    the first opening tag. ``pattern`` instead: a regular expression for it all ("." matches line breaks)."""
     body = r"\s*".join(rf"<{re.escape(tag)}>.*\S.*</{re.escape(tag)}>" for tag in tags)
     rest = r".*\S\s*" if tags and tags[-1] == "think" else r"\s*"
     try:
