@@ -142,10 +142,12 @@ def find(id: str) -> Benchmark:
 def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
     """All problems of a benchmark, its rows counted and their content checked against the table; ``bare``
     ones have only their question, without options. Raises UserError if they are not the pinned ones."""
-    if folder is None:
-        items, where = _from_hub(benchmark), f"hub:{benchmark.hub}"
-    else:
+    if folder is not None:
         items, where = file_items(path := _file(benchmark, folder)), str(path)
+    elif benchmark.hub:
+        items, where = hub_items(benchmark.id, *benchmark.hub.split(":")), f"hub:{benchmark.hub}"
+    else:
+        raise NotThere(f"{benchmark.id}: has no hub source: pass --data FOLDER with {benchmark.id}.jsonl")
     if len(items) != benchmark.num_rows:
         expected = f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}"
         raise UserError(f"{expected}: provide the whole file (--limit takes a part of it)")
@@ -177,12 +179,6 @@ def _file(benchmark: Benchmark, folder: Path) -> Path:
     if not found:
         raise NotThere(f"{folder}: has no {benchmark.id}.jsonl, .parquet or .csv: put the file there")
     return found[0]
-
-
-def _from_hub(benchmark: Benchmark) -> list[Item]:
-    if not benchmark.hub:
-        raise NotThere(f"{benchmark.id}: has no hub source: pass --data FOLDER with {benchmark.id}.jsonl")
-    return hub_items(benchmark.id, *benchmark.hub.split(":"))
 
 
 def _first_seen(id: str, found: str) -> str:

@@ -159,25 +159,25 @@ def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
 
 def _lighteval(path: Path, metric: str) -> Evaluation:
     """A details file: one row a document, ``__metric__`` (older: metrics) with one score of each kind."""
-    read: list[tuple[Row, Row, Row]] = []  # document, reply, scores
+    read: list[tuple[Row, list[str], list[int], Row]] = []  # document, replies, their tokens, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
             raise UserError(f"{path}:{number}: expected lighteval's details with __doc__ and __metric__")
         reply = row.get("__model_response__") or row.get("model_response") or {}
+        texts = [str(text) for text in reply.get("text") or [""]]
+        tokens = [len(ids) for ids in reply.get("output_tokens") or []]
         scores = row.get("__metric__") or row.get("metric") or {}
-        read.append((row.get("__doc__") or row["doc"], reply, scores))
-    logged = read[0][2] if read else {}
+        read.append((row.get("__doc__") or row["doc"], texts, tokens, scores))
+    logged = read[0][-1] if read else {}
     best_first = sorted(logged, key=lambda m: _SCORES.index(m) if m in _SCORES else len(_SCORES))
     judge = _metric(path, metric, best_first)
-    replies = [list(map(str, reply.get("text") or [""])) for _, reply, _ in read]
-    averaged = any(_is_share(s.get(judge), len(texts)) for (*_, s), texts in zip(read, replies, strict=True))
+    averaged = any(_is_share(scores.get(judge), len(texts)) for _, texts, _, scores in read)
     rows = []
-    for number, ((doc, reply, scores), texts) in enumerate(zip(read, replies, strict=True)):
+    for number, (doc, texts, tokens, scores) in enumerate(read):
         gold, index = doc.get("choices") or [""], doc.get("gold_index")
         index = next(iter(index), None) if isinstance(index, list) else index
         answer = str(gold[index]) if isinstance(index, int) and 0 <= index < len(gold) else ""
         facts = {"prompt": str(doc.get("query", "")), "gold": answer}
-        tokens = [len(ids) for ids in reply.get("output_tokens") or []]
         for i, (score, text, reason) in enumerate(_samples(scores.get(judge), texts, averaged)):
             num = tokens[i] if i < len(tokens) else None
             key = (doc.get("id") or number, i)

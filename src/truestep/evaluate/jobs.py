@@ -11,8 +11,6 @@ from typing import Any
 
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
-from truestep.evaluate.benchmarks import Benchmark
-from truestep.evaluate.prompts import Template
 from truestep.records import Problem
 from truestep.settings import SamplingSettings, Settings, parse, settings_hash
 
@@ -36,8 +34,8 @@ class Job:
     """One benchmark under one template. ``content`` hashes the problems taken, ``source`` all of the
     benchmark's: with a greater limit the samples of a smaller one are kept."""
 
-    benchmark: Benchmark
-    template: Template
+    benchmark: benchmarks.Benchmark
+    template: prompts.Template
     problems: Sequence[Problem]
     samples: int
     sampling: SamplingSettings

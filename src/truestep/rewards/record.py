@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from truestep.records import Message, Problem, RewardInput, Stop, Verdict
@@ -41,7 +40,7 @@ def to_json(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if is_dataclass(value):
         return vars(value)
     if isinstance(value, Mapping):
         return dict(value)

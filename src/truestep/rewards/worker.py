@@ -19,17 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from truestep import user_code
 from truestep.errors import UserError
 from truestep.records import RewardInput
 from truestep.reward_settings import NAME
 from truestep.rewards.record import Answer, Unscored, read_input, to_json
-from truestep.user_code import Raised, Source, load, raised, with_folder
+from truestep.user_code import Raised, Source, attempt, load, raised, with_folder
 
 
-def attempt(work: Callable[..., Any], *given: Any) -> Any:
+def tried(work: Callable[..., Any], *given: Any) -> Any:
     """The result of the user's code, or a failed Answer with its traceback."""
-    result = user_code.attempt(work, *given)
+    result = attempt(work, *given)
     return failed(result) if isinstance(result, Raised) else result
 
 
@@ -102,12 +101,12 @@ def serve(channel: socket.socket) -> None:
             function([], **options)
         return partial(call, function, options)
 
-    score = attempt(prepare)
+    score = tried(prepare)
     channel.sendall(to_json(score if isinstance(score, Answer) else Answer()))
     for line in requests:
-        values = attempt(score, [read_input(table) for table in json.loads(line)])
+        values = tried(score, [read_input(table) for table in json.loads(line)])
         if isinstance(values, list):
-            values = [attempt(answer, value) for value in values]
+            values = [tried(answer, value) for value in values]
         channel.sendall(to_json(values))
 
 
