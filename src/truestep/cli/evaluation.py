@@ -13,6 +13,7 @@ from truestep.cli.progress import announce
 from truestep.cli.run import Json, Resume
 
 DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
+HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
 
 
 def _argument(text: str) -> Any:
@@ -195,10 +196,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def app() -> typer.Typer:
     """The group of ``eval`` commands."""
-    about = (
-        "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
-    )
-    group = typer.Typer(help=about, no_args_is_help=True)
+    group = typer.Typer(help=HELP, no_args_is_help=True)
     for name, function in COMMANDS.items():
         group.command(name)(function)
     return group

@@ -18,7 +18,7 @@ from truestep.cli.evaluation import show
 from truestep.cli.progress import ConsoleReporter
 from truestep.cli.run import execute, only_evaluation
 from truestep.errors import UserError
-from truestep.evaluate.jobs import Job, budget, changed, evaluation_settings, make_jobs, remarks
+from truestep.evaluate.jobs import Job, changed, evaluation_settings, make_jobs, remarks
 from truestep.evaluate.model_adapters import EndpointAdapter, ModelAdapter, TokenAdapter
 from truestep.evaluate.suite import make_plans, run_suite
 from truestep.grade.score import Grader
@@ -42,9 +42,8 @@ def evaluate(
             raise UserError(f"{next(iter(given))}: {own}: pass --benchmarks, or leave this option out")
         execute(only_evaluation(load_settings(path, overrides), path), path, out, **how)
         return
-    if limits := raw.pop("limits", None) or table.get(
-        "limits"
-    ):  # a recipe's, for the benchmarks and without the limit of the command line
+    # A recipe's limits are for the benchmarks, and without the limit of the command line.
+    if limits := raw.pop("limits", None) or table.get("limits"):
         named = given.get("benchmarks", limits)
         table = table | {"limits": {k: v for k, v in limits.items() if k in named and "limit" not in given}}
     settings = evaluation_settings({**raw, "evaluate": table | given}, model)
@@ -186,10 +185,8 @@ def _vllm(settings: Settings, context: int, stack: ExitStack) -> Engine:
     return stack.enter_context(serve(server))
 
 
-def figures(settings: Settings) -> dict[str, Any] | None:
-    """What memory and arithmetic depend on, without loading weights; None for an endpoint."""
-    if settings.evaluate.is_endpoint:
-        return None
+def figures(settings: Settings) -> tuple[int, int, int]:
+    """The number of parameters, and the bytes of one and of a cached token; without loading weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -204,23 +201,38 @@ def figures(settings: Settings) -> dict[str, Any] | None:
     config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "num_parameters": sum(p.numel() for p in model.parameters()), "bytes_per_parameter": width,
-        "cache_bytes": 2 * heads * size * config.num_hidden_layers * width,
-        "max_running": settings.evaluate.sampling.max_running,
-    }  # fmt: skip
+    cache_bytes = 2 * heads * size * config.num_hidden_layers * width
+    return sum(p.numel() for p in model.parameters()), width, cache_bytes
 
 
 def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:
-    """For --dry-run: every prompt made and counted, no weights loaded."""
+    """For --dry-run: every prompt made and counted, no weights loaded. What the jobs need at most: tokens, and
+    memory and arithmetic if the model's shape is known."""
     ready = [adapter.ready(job, settings.evaluate.few_shot) for job in jobs]
-    limits, tokens = [a.max_new_tokens for a in ready], [a.num_prompt_tokens for a in ready]
-    found = budget(jobs, limits, tokens, figures(settings))
-    if "flops_at_most" in found["total"] and settings.evaluate.engine == "torch":
+    rows: list[dict[str, Any]] = [
+        {
+            "data": job.benchmark.id, "prompt": job.template.id, "problems": len(job.problems),
+            "samples": len(job.problems) * job.samples, "prompt_tokens": made.num_prompt_tokens,
+            "generated_tokens_at_most": len(job.problems) * job.samples * made.max_new_tokens,
+        }
+        for job, made in zip(jobs, ready, strict=True)
+    ]  # fmt: skip
+    counted = ("samples", "prompt_tokens", "generated_tokens_at_most")
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in counted}
+    if not settings.evaluate.is_endpoint:
+        num_parameters, bytes_per_parameter, cache_bytes = figures(settings)
+        tokens = total["prompt_tokens"] + total["generated_tokens_at_most"]
+        total["flops_at_most"] = 2 * num_parameters * tokens
+        longest = max(made.max_new_tokens + made.num_prompt_tokens / len(made.prompts) for made in ready)
+        most = min(settings.evaluate.sampling.max_running, max(row["samples"] for row in rows))
+        weights = num_parameters * bytes_per_parameter
+        total["memory_bytes_at_most"] = round(weights + cache_bytes * longest * most)
+    if settings.evaluate.engine == "torch":
         import torch
 
         from truestep.device import matmul_rate
 
-        seconds = found["total"]["flops_at_most"] / matmul_rate(getattr(torch, settings.compute.dtype))
-        found["total"]["hours_if_all_run_to_the_limit"] = round(seconds / 3600, 2)
-    return {**found, "notes": remarks(settings, jobs) + [note for job in ready for note in job.notes]}
+        seconds = total["flops_at_most"] / matmul_rate(getattr(torch, settings.compute.dtype))
+        total["hours_if_all_run_to_the_limit"] = round(seconds / 3600, 2)
+    notes = remarks(settings, jobs) + [note for made in ready for note in made.notes]
+    return {"jobs": rows, "total": total, "notes": notes}

@@ -151,11 +151,9 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
     if len(items) != benchmark.num_rows:
         expected = f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}"
         raise UserError(f"{expected}: provide the whole file (--limit takes a part of it)")
-    lacking = [n for n, item in enumerate(items, start=1) if not item.choices]
-    if benchmark.kind == "choice" and lacking:
-        raise UserError(
-            f"{where}:{lacking[0]}: choices: expected a list of choices, got none: correct the row"
-        )
+    empty = [n for n, item in enumerate(items, start=1) if not item.choices]
+    if benchmark.kind == "choice" and empty:
+        raise UserError(f"{where}:{empty[0]}: choices: expected a list of choices, got none: correct the row")
     found, expected = content_hash(items), benchmark.content
     pinned = "the pinned ones: provide the original file"
     if expected == UNKNOWN:

@@ -151,9 +151,8 @@ def _replies(row: Row) -> list[str]:
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
     """The score to judge by. Raises UserError if the log does not have the one that is wanted."""
     if wanted and wanted not in logged:
-        raise UserError(
-            f"{path}: has no score {wanted}: pass --metric with one of {', '.join(logged) or 'none'}"
-        )
+        known = ", ".join(logged) or "none"
+        raise UserError(f"{path}: has no score {wanted}: pass --metric with one of {known}")
     return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
 
 

@@ -143,29 +143,3 @@ def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
     greedy = dict.fromkeys(j.benchmark.id for j in jobs if wanted != "benchmark" and j.samples < wanted)
     same = "at temperature 0 all are the same"
     return [f"{id}: 1 sample per problem instead of {wanted}: {same}" for id in greedy]
-
-
-def budget(
-    jobs: Sequence[Job], limits: Sequence[int], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What the jobs need at most: tokens, and memory and arithmetic if the model's ``shape`` is known.
-    ``limits`` and ``prompt_tokens``: for each job the tokens of a completion, and of all its prompts."""
-    rows: list[dict[str, Any]] = [
-        {
-            "data": job.benchmark.id, "prompt": job.template.id, "problems": len(job.problems),
-            "samples": len(job.problems) * job.samples, "prompt_tokens": tokens,
-            "generated_tokens_at_most": len(job.problems) * job.samples * limit,
-        }
-        for job, limit, tokens in zip(jobs, limits, prompt_tokens, strict=True)
-    ]  # fmt: skip
-    counted = ("samples", "prompt_tokens", "generated_tokens_at_most")
-    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in counted}
-    if shape:
-        tokens = total["prompt_tokens"] + total["generated_tokens_at_most"]
-        total["flops_at_most"] = 2 * shape["num_parameters"] * tokens
-        sizes = zip(limits, prompt_tokens, jobs, strict=True)
-        longest = max(limit + tokens / max(1, len(job.problems)) for limit, tokens, job in sizes)
-        most = min(shape["max_running"], max(row["samples"] for row in rows))
-        weights = shape["num_parameters"] * shape["bytes_per_parameter"]
-        total["memory_bytes_at_most"] = round(weights + shape["cache_bytes"] * longest * most)
-    return {"jobs": rows, "total": total}

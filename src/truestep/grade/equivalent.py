@@ -41,8 +41,8 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``equal`` is None without a verdict. ``reason``: how it was decided, or why it was not; ``refused``: why
-    algebra must not be asked ("" if it may)."""
+    """``equal`` is None without a verdict. ``reason``: how it was decided, or why it was not; ``refused``:
+    why algebra must not be asked ("" if it may)."""
 
     equal: bool | None
     reason: str = ""
@@ -93,9 +93,8 @@ def _refusal(text: str) -> str:
         return f"nested deeper than {MAX_DEPTH} brackets"
     if re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return f"a number of more than {MAX_DIGITS:,} digits"
-    if re.search(r"!\s*[)}]*\s*!", text) or any(
-        len(n) > 5 or int(n) > _LARGEST_FACTORIAL for n in _FACTORIAL.findall(text)
-    ):
+    is_large = any(len(n) > 5 or int(n) > _LARGEST_FACTORIAL for n in _FACTORIAL.findall(text))
+    if is_large or re.search(r"!\s*[)}]*\s*!", text):
         return "a factorial too large to compute"
     for _, base, exponent in _TOWER.findall(text):
         if len(exponent) > 4 or int(exponent) * math.log10(max(int(base), 2)) > _LARGEST_POWER:

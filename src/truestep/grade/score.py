@@ -74,11 +74,7 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
 
 def _check_countdown(problem: Problem, found: str) -> Score | Question:
     numbers, target = problem.meta.get("numbers"), problem.meta.get("target")
-    if (
-        not isinstance(numbers, list | tuple)
-        or not all(type(n) is int for n in numbers)
-        or type(target) is not int
-    ):
+    if not isinstance(numbers, list | tuple) or not all(type(n) is int for n in (*numbers, target)):
         raise UserError(
             f'{problem.row or problem.id}: checker "countdown" expected meta numbers (whole numbers) and target '
             '(a whole number): write "numbers": [3, 4, 5], "target": 35'

@@ -36,11 +36,9 @@ def failed(raised: Raised) -> Answer:
     return Answer(reason=raised.reason, failed=True, detail=raised.detail)
 
 
-def call(
-    function: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]
-) -> list[Any]:
-    """One value for each sample. Raises UserError if the function returns anything else."""
-    output = function(samples, **options)
+def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]) -> list[Any]:
+    """One value for each sample. Raises UserError if it returns anything else."""
+    output = reward(samples, **options)
     if isinstance(output, str | Mapping) or not hasattr(output, "__iter__"):
         raise UserError(f"returned {_shown(output)}; expected a list with one value for each sample")
     values = list(output)
