@@ -108,8 +108,7 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
     total = plan["total"]
     if "memory_bytes_at_most" in total:
         lines.append(f"memory: at most about {total['memory_bytes_at_most'] / 2**30:.1f} GiB")
-    if "hours_if_all_run_to_the_limit" in total:
-        hours = total["hours_if_all_run_to_the_limit"]
+    if (hours := total.get("hours_if_all_run_to_the_limit")) is not None:
         lines.append(f"time: {hours} h if every completion runs to its limit, at this machine's matrix rate")
     return "\n".join([*lines, *plan["notes"], str(folder)])
 
@@ -206,7 +205,7 @@ def figures(settings: Settings) -> tuple[int, int, int]:
 
 
 def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:
-    """For --dry-run: every prompt made and counted, no weights loaded. What the jobs need at most: tokens, and
+    """For --dry-run: every prompt made and counted, no weights loaded. What the jobs need at most: tokens,
     memory and arithmetic if the model's shape is known."""
     ready = [adapter.ready(job, settings.evaluate.few_shot) for job in jobs]
     rows: list[dict[str, Any]] = [

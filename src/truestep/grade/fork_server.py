@@ -134,8 +134,7 @@ class ForkServer:
                 raise WorkerDied(f"ended with status {self._process.wait()}")
             self._said += chunk
         line, _, self._said = self._said.partition(b"\n")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        return dict(json.loads(line))
 
     def close(self) -> None:
         """End it; its workers are to be ended before."""

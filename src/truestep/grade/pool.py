@@ -136,13 +136,12 @@ class Pool:
         """A worker ended that nobody here has killed: its question is asked again, of another worker."""
         job = self._busy[worker]
         status = self._drop(worker)
-        if status == -signal.SIGXCPU:
-            self._outcomes[job.number] = Decision(equal=None, reason=TIMED_OUT)
-        elif job.attempt + 1 < ATTEMPTS:
+        if status != -signal.SIGXCPU and job.attempt + 1 < ATTEMPTS:
             self._waiting.appendleft((job.number, job.attempt + 1))
-        else:
-            reason = f"symbolic comparison crashed (status {status})"
-            self._outcomes[job.number] = Decision(equal=None, reason=reason)
+            return
+        crashed = f"symbolic comparison crashed (status {status})"
+        reason = TIMED_OUT if status == -signal.SIGXCPU else crashed
+        self._outcomes[job.number] = Decision(equal=None, reason=reason)
 
     def _drop(self, worker: Worker, reason: str = "") -> int | None:
         """End a worker; with a reason, its comparison stays without a verdict."""

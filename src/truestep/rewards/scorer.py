@@ -96,14 +96,10 @@ class RewardScorer:
                 missing.append(f"{entry.name}: {found.reason}")
         if not missing and not math.isfinite(total):
             missing.append("the weighted sum is not a finite number")
-        return Score(
-            reward=None if missing else total,
-            verdict=score.verdict if score else None,
-            parts=parts,
-            extracted=score.extracted if score else "",
-            reason="; ".join(missing) or (score.reason if score else ""),
-            failed=any(found.failed for found in row.values()),
-        )
+        checked = score or Score(reward=0.0, verdict=None)
+        reason = "; ".join(missing) or checked.reason
+        failed = any(found.failed for found in row.values())
+        return replace(checked, reward=None if missing else total, parts=parts, reason=reason, failed=failed)
 
 
 def fair_coin(sample: RewardInput) -> float:
