@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,8 +76,6 @@ def evaluate(
 
 def list_benchmarks(as_json: Json = False) -> None:
     """List the pinned benchmarks: rows, content hash, source, template, samples, published figures."""
-    from dataclasses import asdict
-
     from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
 
     lines = []

@@ -28,19 +28,17 @@ from truestep.rollout.engine_endpoint import EndpointEngine, connect
 from truestep.settings import Settings, load_settings, override, read_recipe, settings_hash
 
 
-def evaluate(
-    model: str, given: dict[str, Any], overrides: Sequence[str], out: Path | None, **how: bool
-) -> None:
-    """``given``: the options that say what is evaluated, as keys of ``[evaluate]``. A training recipe that
-    names no benchmarks: its own evaluation sets."""
+def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path | None, **how: bool) -> None:
+    """``given``: the options that say what is evaluated, as keys of ``[evaluate]``; ``sets``: those of --set.
+    A training recipe that names no benchmarks: its own evaluation sets."""
     is_recipe, path = model.endswith(".toml"), Path(model)
-    raw = read_recipe(model, overrides) if is_recipe else override({"model": {"path": model}}, overrides)
+    raw = read_recipe(model, sets) if is_recipe else override({"model": {"path": model}}, sets)
     table = raw.pop("evaluate", {})  # the options come last: they go before the recipe's keys
     if is_recipe and "benchmarks" not in {*raw, *table, *given}:
         if given:
             own = f"{path} names no benchmarks, so its own data sets are evaluated"
             raise UserError(f"{next(iter(given))}: {own}: pass --benchmarks, or leave this option out")
-        execute(only_evaluation(load_settings(path, overrides), path), path, out, **how)
+        execute(only_evaluation(load_settings(path, sets), path), path, out, **how)
         return
     # A recipe's limits are for the benchmarks, and without the limit of the command line.
     if limits := raw.pop("limits", None) or table.get("limits"):
@@ -119,8 +117,7 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
     with ExitStack() as stack:
         if settings.evaluate.is_endpoint:
             client = stack.enter_context(connect(settings.evaluate.engine))
-            concurrent = settings.evaluate.sampling.max_running
-            engine = EndpointEngine(client, settings.model.path, concurrent=concurrent)
+            engine = EndpointEngine(client, settings.model.path, settings.evaluate.sampling.max_running)
             yield EndpointAdapter(engine=engine), ""
             return
         from truestep.model.load import load_tokenizer, model_content

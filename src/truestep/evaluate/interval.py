@@ -122,11 +122,9 @@ def clustered_interval(mean: float, variance: float, num_problems: int, num_tria
 
 def _beta_ends(correct: float, num: float, alpha: float, inward: float) -> tuple[float, float]:
     """Clopper and Pearson's ends for a count that need not be whole, drawn in by ``inward`` of a trial."""
-    low, high, wrong = 0.0, 1.0, num - correct
-    if correct > 0:
-        low = beta_quantile(alpha / 2, correct + inward, wrong + 1 - inward)
-    if wrong > 0:
-        high = beta_quantile(1 - alpha / 2, correct + 1 - inward, wrong + inward)
+    wrong = num - correct
+    low = beta_quantile(alpha / 2, correct + inward, wrong + 1 - inward) if correct > 0 else 0.0
+    high = beta_quantile(1 - alpha / 2, correct + 1 - inward, wrong + inward) if wrong > 0 else 1.0
     return low, high
 
 

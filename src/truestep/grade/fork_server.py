@@ -58,11 +58,8 @@ class Worker:
         self._channel.close()
         try:
             os.kill(self.pid, signal.SIGKILL)  # the id is its own until the fork server is asked to reap it
-        except OSError:
-            return None
-        try:
             return int(self._server.ask({"reap": self.pid})["status"])
-        except WorkerDied:
+        except (OSError, WorkerDied):
             return None
 
 

@@ -108,11 +108,10 @@ def same_time(gold: str, found: str) -> bool | None:
     left, right = _TIME.match(plain(gold)), _TIME.match(plain(found))
     if left is None or right is None or not (left[3] or right[3]):
         return None
-    times = [_minutes(match) for match in (left, right)]
-    if left[3] and right[3]:
-        return times[0] == times[1]
-    bare = right if left[3] else left
-    return times[0] == times[1] or (left.group(1, 2) == right.group(1, 2) and int(bare[1]) <= 12)
+    if _minutes(left) == _minutes(right):
+        return True
+    has_bare = not (left[3] and right[3])
+    return has_bare and left.group(1, 2) == right.group(1, 2) and int(left[1]) <= 12
 
 
 def _minutes(match: re.Match[str]) -> int:
