@@ -22,6 +22,7 @@ from truestep.seeding import permutation
 from truestep.settings import DataSettings
 
 UNKNOWN = "unknown"
+SUFFIXES = (".jsonl", ".parquet", ".csv")
 SHUFFLE_SEED = 0  # of the options of multiple choice, and of the order in which a limit takes problems
 
 
@@ -171,11 +172,7 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
 def _file(benchmark: Benchmark, folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: pass --data with the folder of {benchmark.id}.jsonl")
-    names = [
-        f"{sub}{benchmark.id}{suffix}"
-        for suffix in (".jsonl", ".parquet", ".csv")
-        for sub in ("", "benchmarks/")
-    ]
+    names = [f"{sub}{benchmark.id}{suffix}" for suffix in SUFFIXES for sub in ("", "benchmarks/")]
     found = [path for name in names if (path := folder / name).is_file()]
     if not found:
         raise NotThere(f"{folder}: has no {benchmark.id}.jsonl, .parquet or .csv: put the file there")

@@ -8,6 +8,7 @@ here.
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -129,13 +130,11 @@ def _root(quotient: Quotient) -> Quotient:
     free: list[int] = []
     if not 0 < number <= MAX_RADICAND:
         raise _NotRead
-    divisor = 2
-    while divisor * divisor <= number:
+    for divisor in range(2, math.isqrt(number) + 1):
         while number % (divisor * divisor) == 0:
             number, whole = number // divisor**2, whole * divisor
         if number % divisor == 0:
             number, free = number // divisor, [*free, divisor]
-        divisor += 1
     free += [number] if number > 1 else []
     return {tuple(sorted((f"√{prime}", 1) for prime in free)): whole}, ONE
 

@@ -29,10 +29,8 @@ def elements(text: str) -> list[str]:
     parts, start, depth = [], 0, 0
     for match in _SEPARATOR.finditer(text):
         token = match[0]
-        if token in OPEN:
-            depth += 1
-        elif token in CLOSE:
-            depth -= 1
+        if token in OPEN or token in CLOSE:
+            depth += 1 if token in OPEN else -1
         elif depth == 0:
             parts.append(text[start : match.start()])
             start = match.end()
