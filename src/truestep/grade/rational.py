@@ -20,13 +20,11 @@ MAX_BITS = 2_000  # of a coefficient
 MAX_RADICAND = 10**6
 MAX_DEPTH = 20
 LETTERS = (
-    "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega "
-    "Gamma Delta Theta Lambda Phi Psi Omega hbar pi"
+    "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|"
+    "Gamma|Delta|Theta|Lambda|Phi|Psi|Omega|hbar|pi"
 )
 _TOKEN = re.compile(  # a power without braces has one digit: x^23 is x^2 3
-    r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<name>(?:[A-Za-z]|\\(?:"
-    + LETTERS.replace(" ", "|")
-    + r")(?![A-Za-z]))"
+    r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<name>(?:[A-Za-z]|\\(?:" + LETTERS + r")(?![A-Za-z]))"
     r"(?:_(?:[A-Za-z0-9]|\{\\?[A-Za-z0-9]{1,12}\s?\}))?)|\^\s*(?P<power>\d(?!\d|\.\d)|\{\s*-?\s*\d{1,3}\s*\})"
     r"|(?P<sign>\\(?:frac|sqrt|cdot|times|div)(?![A-Za-z])|[-+*/(){}]))",
     re.ASCII,
