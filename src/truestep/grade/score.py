@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 from truestep.errors import UserError
 from truestep.grade.countdown import check_countdown
@@ -73,7 +73,8 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
 
 
 def _check_countdown(problem: Problem, found: str) -> Score | Question:
-    numbers, target = problem.meta.get("numbers"), problem.meta.get("target")
+    numbers: Any = problem.meta.get("numbers")
+    target: Any = problem.meta.get("target")
     if not isinstance(numbers, list | tuple) or not all(type(n) is int for n in (*numbers, target)):
         raise UserError(
             f'{problem.row or problem.id}: checker "countdown" expected meta numbers (whole numbers) and target '
