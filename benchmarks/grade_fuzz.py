@@ -18,9 +18,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from truestep.grade.choice import choice_letter
 from truestep.grade.equivalent import decide, questions, symbolic_form
-from truestep.grade.extract import extract_answer, extract_choice, gold_answer
+from truestep.grade.extract import choice_letter, extract_answer, extract_choice, gold_answer
 from truestep.grade.policy import nearly, objection
 from truestep.grade.rational import same_formula
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from truestep.cli.eval_engines import context_and_eos
+from truestep.cli.evaluation_actions import context_and_eos
 from truestep.evaluate.jobs import Job, evaluation_settings, make_jobs
 from truestep.evaluate.model_adapters import TokenAdapter
 from truestep.evaluate.prompts import cut

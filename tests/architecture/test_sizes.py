@@ -39,7 +39,7 @@ def test_functions_take_few_parameters() -> None:
             asked = [n for n in names if n not in ("self", "cls", "ctx")]
             is_verb = short(path) in (
                 "cli/audit.py",
-                "cli/eval_model.py",
+                "cli/evaluation.py",
             )  # their parameters are the options that a user sees
             if len(asked) > MOST_PARAMETERS and not is_verb:
                 many[f"{short(path)}:{f.name}"] = len(asked)

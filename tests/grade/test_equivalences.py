@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truestep.grade.choice import choice_letter
 from truestep.grade.equivalent import decide
-from truestep.grade.extract import extract_answer, gold_answer
+from truestep.grade.extract import choice_letter, extract_answer, gold_answer
 from truestep.grade.normal import normalise
 from truestep.grade.policy import nearly, objection
 from truestep.grade.units import spelled_number

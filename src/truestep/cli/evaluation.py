@@ -1,20 +1,20 @@
-"""``truestep eval``: the group of commands, and those that work on files without a model."""
+"""``truestep eval``: a model on benchmarks or a recipe's own data sets, and commands that need no model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from truestep.cli.progress import announce
-from truestep.cli.run import Json
+from truestep.cli.run import Json, Resume
 
 DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
 HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
-COMMANDS = (DEFAULT, "list", "compare", "import", "export", "overlap", "grade")
 
 
 def _argument(text: str) -> Any:
@@ -26,30 +26,19 @@ def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any
     return typer.Option(flag, help=text, show_default=default, **more)
 
 
+_MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
+_IDS = "Comma-separated ids; truestep eval list shows them all."
+_TEMPLATES = "Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd."
+_SHOTS = "Worked examples before each problem."
+_DATA = "Folder with ID.jsonl, .parquet or .csv of each benchmark."
+_ENGINE = "torch, vllm, or the URL of an OpenAI-compatible endpoint."
+_OWN = "each benchmark's"
+_SET = "Change any other setting: --set temperature=0. May be repeated."
+_DRY_RUN = "Check everything, count tokens and memory, and sample nothing."
 _SECOND = "Also grade every answer with math-verify, and count disagreements."
 Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first it has")]
 Folder = Annotated[Path, option("--out", "The folder to write into.", False)]
 Logged = Annotated[Path, _argument("A run directory, a samples file, or a log of another harness.")]
-
-
-def app() -> typer.Typer:
-    """The group of ``eval`` commands."""
-    from truestep.cli.eval_model import evaluate
-
-    group = typer.Typer(help=HELP, no_args_is_help=True)
-    functions: tuple[Callable[..., None], ...] = (
-        evaluate, list_benchmarks, compare, import_logs, export, overlap, grade,
-    )  # fmt: skip
-    for name, function in zip(COMMANDS, functions, strict=True):
-        group.command(name)(function)
-    return group
-
-
-def with_default(words: Sequence[str]) -> list[str]:
-    """A command line in which ``eval MODEL`` names its command."""
-    if len(words) > 1 and words[0] == "eval" and words[1] not in (*COMMANDS, "--help"):
-        return ["eval", DEFAULT, *words[1:]]
-    return list(words)
 
 
 def words_of(text: str) -> list[str]:
@@ -57,21 +46,47 @@ def words_of(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_MODEL, metavar="MODEL", show_default=False)],
+    benchmarks: Annotated[str, option("--benchmarks", _IDS)] = "",
+    data: Annotated[str, option("--data", _DATA, "the Hugging Face hub")] = "",
+    limit: Annotated[int | None, option("--limit", "Problems of each benchmark.", "all", min=1)] = None,
+    samples: Annotated[int | None, option("--samples", "Samples of each problem.", _OWN, min=1)] = None,
+    prompts: Annotated[str, option("--prompts", _TEMPLATES, _OWN)] = "",
+    few_shot: Annotated[int | None, option("--few-shot", _SHOTS, "0", min=0)] = None,
+    engine: Annotated[str, option("--engine", _ENGINE, "torch")] = "",
+    overrides: Annotated[list[str] | None, option("--set", _SET, False)] = None,
+    out: Annotated[Path | None, option("--out", "The run directory.", "runs/NAME-HASH")] = None,
+    resume: Resume = False,
+    dry_run: Annotated[bool, option("--dry-run", _DRY_RUN)] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model on benchmarks, or a training recipe's model on the recipe's own data sets."""
+    announce(f"truestep eval: reading {model} and the benchmarks")
+    from truestep.cli import evaluation_actions
+
+    given: dict[str, Any] = {
+        "benchmarks": words_of(benchmarks), "folder": data, "limit": limit, "samples_per_problem": samples,
+        "prompts": words_of(prompts), "few_shot": few_shot, "engine": engine,
+    }  # fmt: skip
+    given = {key: value for key, value in given.items() if value not in (None, "", [])}
+    how = {"resume": resume, "dry_run": dry_run, "as_json": as_json}
+    evaluation_actions.evaluate(model, given, overrides or (), out, **how)
+
+
 def list_benchmarks(as_json: Json = False) -> None:
     """List the pinned benchmarks: rows, content hash, source, template, samples, published figures."""
-    from dataclasses import asdict
-
     from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
 
-    if as_json:
-        typer.echo(json.dumps({"shuffle_seed": SHUFFLE_SEED, "benchmarks": [asdict(b) for b in TABLE]}))
-        return
+    lines = []
     for b in TABLE:
         source = f"hub:{b.hub.rstrip(':')}" if b.hub else "local file only"
         published = f"; the paper's SFT→RL: {b.published['SFT→RL']}" if b.published else ""
         note = f"; note: {b.mind}" if b.mind else ""
         line = f"{b.id:<14} {b.num_rows:>6} rows {b.content[:12]:<12} avg@{b.samples:<2} {b.prompt:<5}"
-        typer.echo(f"{line} {source}{published}{note}")
+        lines.append(f"{line} {source}{published}{note}")
+    document = {"shuffle_seed": SHUFFLE_SEED, "benchmarks": [asdict(b) for b in TABLE]}
+    typer.echo(json.dumps(document) if as_json else "\n".join(lines))
 
 
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
@@ -81,14 +96,10 @@ def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) ->
     from truestep.evaluate.import_compare import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    for row in found["comparisons"]:
-        typer.echo(_sentence(row))
-    for side, path in (("only_in_a", a), ("only_in_b", b)):
-        if found[side]:
-            typer.echo(f"not compared, only in {path}: {', '.join(found[side])}")
+    lines = [_sentence(row) for row in found["comparisons"]]
+    left_over = ((path, found[side]) for side, path in (("only_in_a", a), ("only_in_b", b)))
+    lines += [f"not compared, only in {path}: {', '.join(tasks)}" for path, tasks in left_over if tasks]
+    typer.echo(json.dumps(found) if as_json else "\n".join(lines))
 
 
 def _sentence(row: dict[str, Any]) -> str:
@@ -151,17 +162,14 @@ def overlap(
     from truestep.evaluate.benchmarks import contamination
 
     report = contamination(source, words_of(benchmarks), data)
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    for pair in report["pairs"]:
-        typer.echo(
-            f"{pair['evaluation']:<16} {pair['num_evaluation']:>6} problems: {pair['exact']['num_evaluation']} equal, "
-            f"{pair['ngram']['num_evaluation']} share {report['ngram_words']} words, "
-            f"{pair['ngram']['num_short']} too short"
-        )
-    for id in report["missing"]:
-        typer.echo(f"{id:<16} not checked: it has no file here")
+    lines = [
+        f"{pair['evaluation']:<16} {pair['num_evaluation']:>6} problems: {pair['exact']['num_evaluation']} equal, "
+        f"{pair['ngram']['num_evaluation']} share {report['ngram_words']} words, "
+        f"{pair['ngram']['num_short']} too short"
+        for pair in report["pairs"]
+    ]
+    lines += [f"{id:<16} not checked: it has no file here" for id in report["missing"]]
+    typer.echo(json.dumps(report) if as_json else "\n".join(lines))
 
 
 def grade(
@@ -177,3 +185,24 @@ def grade(
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)
     typer.echo(json.dumps(result) if as_json else table(result))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    DEFAULT: evaluate, "list": list_benchmarks, "compare": compare, "import": import_logs, "export": export,
+    "overlap": overlap, "grade": grade,
+}  # fmt: skip
+
+
+def app() -> typer.Typer:
+    """The group of ``eval`` commands."""
+    group = typer.Typer(help=HELP, no_args_is_help=True)
+    for name, function in COMMANDS.items():
+        group.command(name)(function)
+    return group
+
+
+def with_default(words: Sequence[str]) -> list[str]:
+    """A command line in which ``eval MODEL`` names its command."""
+    if len(words) > 1 and words[0] == "eval" and words[1] not in (*COMMANDS, "--help"):
+        return ["eval", DEFAULT, *words[1:]]
+    return list(words)

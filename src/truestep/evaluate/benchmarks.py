@@ -103,8 +103,7 @@ TABLE: tuple[Benchmark, ...] = (
     ),
     replace(
         _MMLU_PRO, id="gpqa_diamond", title="GPQA-Diamond", num_rows=198,
-        hub="Idavidrein/gpqa:gpqa_diamond:train",
-        private=True,
+        hub="Idavidrein/gpqa:gpqa_diamond:train", private=True,
         mind="its authors ask that it is never put in plain text: samples keep ids and verdicts only",
         published=_figures("24.6±2.9", "40.6±1.8", "39.9", "39.1"),
     ),
@@ -143,17 +142,18 @@ def find(id: str) -> Benchmark:
 def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
     """All problems of a benchmark, its rows counted and their content checked against the table; ``bare``
     ones have only their question, without options. Raises UserError if they are not the pinned ones."""
-    path = _file(benchmark, folder)
-    if path is None:
-        items, where = _from_hub(benchmark), f"hub:{benchmark.hub}"
+    if folder is not None:
+        items, where = file_items(path := _file(benchmark, folder)), str(path)
+    elif benchmark.hub:
+        items, where = hub_items(benchmark.id, *benchmark.hub.split(":")), f"hub:{benchmark.hub}"
     else:
-        items, where = file_items(path), str(path)
+        raise NotThere(f"{benchmark.id}: has no hub source: pass --data FOLDER with {benchmark.id}.jsonl")
     if len(items) != benchmark.num_rows:
         expected = f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}"
         raise UserError(f"{expected}: provide the whole file (--limit takes a part of it)")
-    if benchmark.kind == "choice" and not all(item.choices for item in items):
-        number = next(n for n, item in enumerate(items, start=1) if not item.choices)
-        raise UserError(f"{where}:{number}: choices: expected a list of choices, got none: correct the row")
+    empty = [n for n, item in enumerate(items, start=1) if not item.choices]
+    if benchmark.kind == "choice" and empty:
+        raise UserError(f"{where}:{empty[0]}: choices: expected a list of choices, got none: correct the row")
     found, expected = content_hash(items), benchmark.content
     pinned = "the pinned ones: provide the original file"
     if expected == UNKNOWN:
@@ -169,9 +169,7 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
     return [problem_of(benchmark, item, f"{where}:{n}") for n, item in enumerate(items, start=1)]
 
 
-def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
-    if folder is None:
-        return None
+def _file(benchmark: Benchmark, folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: pass --data with the folder of {benchmark.id}.jsonl")
     names = [f"{sub}{benchmark.id}{suffix}" for suffix in SUFFIXES for sub in ("", "benchmarks/")]
@@ -179,12 +177,6 @@ def _file(benchmark: Benchmark, folder: Path | None) -> Path | None:
     if not found:
         raise NotThere(f"{folder}: has no {benchmark.id}.jsonl, .parquet or .csv: put the file there")
     return found[0]
-
-
-def _from_hub(benchmark: Benchmark) -> list[Item]:
-    if not benchmark.hub:
-        raise NotThere(f"{benchmark.id}: has no hub source: pass --data FOLDER with {benchmark.id}.jsonl")
-    return hub_items(benchmark.id, *benchmark.hub.split(":"))
 
 
 def _first_seen(id: str, found: str) -> str:

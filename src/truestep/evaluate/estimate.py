@@ -104,21 +104,16 @@ def _mean(rows: Sequence[Row], field: str, value: Callable[[Any], float]) -> flo
 def _score_by(groups: Mapping[str, Sequence[Row]], policy: str) -> float | None:
     if not all(policy in row for group in groups.values() for row in group):
         return None
-    return float(
-        np.mean([np.mean([r[policy] == Verdict.CORRECT for r in group]) for group in groups.values()])
-    )
+    return float(np.mean([_count(group, Verdict.CORRECT, policy) / len(group) for group in groups.values()]))
 
 
-def _count(rows: Iterable[Row], verdict: Verdict) -> int:
-    return sum(row["verdict"] == verdict for row in rows)
+def _count(rows: Iterable[Row], verdict: Verdict, policy: str = "verdict") -> int:
+    return sum(row[policy] == verdict for row in rows)
 
 
 def pass_interval(num_correct: np.ndarray, sizes: np.ndarray, k: int) -> Interval:
-    """Unbiased pass@k over problems, with its interval.
-
-    Equation: mean over problems of 1 - C(n-c, k) / C(n, k)
-    Source: Chen et al. 2021 (arXiv:2107.03374), equation 1
-    """
+    """Unbiased pass@k over problems, with its interval. Source: Chen et al. 2021 (arXiv:2107.03374), eq. 1
+    Equation: mean over problems of 1 - C(n-c, k) / C(n, k)"""
     counts = zip(num_correct.astype(int).tolist(), sizes.astype(int).tolist(), strict=True)
     values = np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) for c, n in counts])
     return mean_interval(values, num_trials=float((sizes // k).sum()))
@@ -128,13 +123,9 @@ def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[
     """majority@k for each k, if every sample says what it answered."""
     if not all(isinstance(row.get("extracted"), str) for group in groups.values() for row in group):
         return {}
-    sizes = np.array([len(group) for group in groups.values()], dtype=float)
     votes = [_votes(group) for group in groups.values()]
-    found = {}
-    for k in ks:
-        values = np.array([majority(right, wrong, silent, k) for right, wrong, silent in votes])
-        found[k] = mean_interval(values, num_trials=float((sizes // k).sum()))
-    return found
+    values = {k: np.array([majority(*each, k) for each in votes]) for k in ks}
+    return {k: mean_interval(v, float(sum(len(g) // k for g in groups.values()))) for k, v in values.items()}
 
 
 def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:

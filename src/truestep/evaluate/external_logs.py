@@ -53,13 +53,9 @@ def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
         return [evaluation for file in files for evaluation in read_evaluations(file, metric)]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder: pass a run directory or a log file")
-    if path.suffix == ".eval":
-        return [_inspect(path, *_unpacked(path), metric)]
-    if path.suffix == ".parquet":
-        return [_lighteval(path, metric)]
-    if path.suffix == ".json":
-        return [_inspect_json(path, metric)]
-    return _jsonl(path, metric)
+    if path.suffix in (".eval", ".json"):
+        return [_inspect(path, *(_unpacked if path.suffix == ".eval" else _inspect_json)(path), metric)]
+    return [_lighteval(path, metric)] if path.suffix == ".parquet" else _jsonl(path, metric)
 
 
 def _jsonl(path: Path, metric: str) -> list[Evaluation]:
@@ -84,16 +80,11 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
     return _lm_eval(path, rows, metric)
 
 
-def _judged(value: Any) -> Verdict:
-    """Another harness's score: 1, true and C are right; 0, false, I and N wrong; others are not verdicts."""
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return Verdict.CORRECT if value else Verdict.INCORRECT
-    known = {"C": Verdict.CORRECT, "I": Verdict.INCORRECT, "N": Verdict.INCORRECT}
-    return known.get(str(value), Verdict.UNSCORED)
-
-
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
-    verdict = _judged(value)
+    """A row. Of scores 1, true and C are right; 0, false, I and N wrong; others are not verdicts."""
+    scores: dict[Any, Verdict] = dict.fromkeys((0, "I", "N"), Verdict.INCORRECT)
+    scores |= dict.fromkeys((1, "C"), Verdict.CORRECT)
+    verdict = scores.get(value if isinstance(value, bool | int | float) else str(value), Verdict.UNSCORED)
     reason = f"its score is {value!r:.60}" if verdict is Verdict.UNSCORED else JUDGED
     row: Row = {"problem_id": str(key[0]), "sample_index": key[1], "prompt": "", "completion": "", "gold": ""}
     known = {k: v for k, v in more.items() if v is not None}  # what a log does not say is not in the row
@@ -133,7 +124,9 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
         doc = row.get("doc") or {}
         key = str(row["doc_id"] if by_doc_id else doc["id"])
         own = found.setdefault(str(row["filter"]), [])
-        facts = {"prompt": _question(doc), "gold": str(row.get("target", ""))}
+        asked = (doc.get(name) for name in ("problem", "question", "query", "input"))
+        prompt = next((text for text in asked if isinstance(text, str)), "")
+        facts = {"prompt": prompt, "gold": str(row.get("target", ""))}
         answers = ["" if a == "[invalid]" else str(a) for a in row.get("filtered_resps") or [""]]
         texts = _replies(row)
         if "truestep" in row:  # written by truestep eval export
@@ -158,38 +151,32 @@ def _replies(row: Row) -> list[str]:
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
     """The score to judge by. Raises UserError if the log does not have the one that is wanted."""
     if wanted and wanted not in logged:
-        raise UserError(
-            f"{path}: has no score {wanted}: pass --metric with one of {', '.join(logged) or 'none'}"
-        )
+        known = ", ".join(logged) or "none"
+        raise UserError(f"{path}: has no score {wanted}: pass --metric with one of {known}")
     return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
-
-
-def _question(doc: Mapping[str, Any]) -> str:
-    names = ("problem", "question", "query", "input")
-    return next((doc[name] for name in names if isinstance(doc.get(name), str)), "")
 
 
 def _lighteval(path: Path, metric: str) -> Evaluation:
     """A details file: one row a document, ``__metric__`` (older: metrics) with one score of each kind."""
-    read: list[tuple[Row, Row, Row]] = []  # document, reply, scores
+    read: list[tuple[Row, list[str], list[int], Row]] = []  # document, replies, their tokens, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
             raise UserError(f"{path}:{number}: expected lighteval's details with __doc__ and __metric__")
         reply = row.get("__model_response__") or row.get("model_response") or {}
+        texts = [str(text) for text in reply.get("text") or [""]]
+        tokens = [len(ids) for ids in reply.get("output_tokens") or []]
         scores = row.get("__metric__") or row.get("metric") or {}
-        read.append((row.get("__doc__") or row["doc"], reply, scores))
-    logged = read[0][2] if read else {}
+        read.append((row.get("__doc__") or row["doc"], texts, tokens, scores))
+    logged = read[0][-1] if read else {}
     best_first = sorted(logged, key=lambda m: _SCORES.index(m) if m in _SCORES else len(_SCORES))
     judge = _metric(path, metric, best_first)
-    replies = [list(map(str, reply.get("text") or [""])) for _, reply, _ in read]
-    averaged = any(_is_share(s.get(judge), len(texts)) for (*_, s), texts in zip(read, replies, strict=True))
+    averaged = any(_is_share(scores.get(judge), len(texts)) for _, texts, _, scores in read)
     rows = []
-    for number, ((doc, reply, scores), texts) in enumerate(zip(read, replies, strict=True)):
+    for number, (doc, texts, tokens, scores) in enumerate(read):
         gold, index = doc.get("choices") or [""], doc.get("gold_index")
         index = next(iter(index), None) if isinstance(index, list) else index
         answer = str(gold[index]) if isinstance(index, int) and 0 <= index < len(gold) else ""
         facts = {"prompt": str(doc.get("query", "")), "gold": answer}
-        tokens = [len(ids) for ids in reply.get("output_tokens") or []]
         for i, (score, text, reason) in enumerate(_samples(scores.get(judge), texts, averaged)):
             num = tokens[i] if i < len(tokens) else None
             key = (doc.get("id") or number, i)
@@ -223,7 +210,7 @@ def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
     return found
 
 
-def _inspect_json(path: Path, metric: str) -> Evaluation:
+def _inspect_json(path: Path) -> tuple[Row, Iterator[Row]]:
     try:
         log = read_json(path)
     except (ValueError, RecursionError) as error:
@@ -232,7 +219,7 @@ def _inspect_json(path: Path, metric: str) -> Evaluation:
         results = isinstance(log, dict) and "results" in log
         hint = "pass the samples_*.jsonl beside it" if results else AS_WRITTEN
         raise UserError(f"{path}: expected an inspect log with eval and samples: {hint}")
-    return _inspect(path, log, iter(log["samples"] or []), metric)
+    return log, iter(log["samples"] or [])
 
 
 def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metric: str) -> Evaluation:

@@ -53,8 +53,8 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
         scores.append(score_row(task, results, prompt=evaluation.made_by))
     summary = {
         "schema_version": 1, "kind": "evaluation", "name": out.name, "status": "done",
-        "model": "as in the logs",
-        "engine": "imported", "seeds": {}, "scores": scores, "spread": [], "averages": [], "notes": notes,
+        "model": "as in the logs", "engine": "imported", "seeds": {}, "scores": scores, "spread": [],
+        "averages": [], "notes": notes,
     }  # fmt: skip
     write_json(out / "summary.json", summary)
     write_json(out / "provenance.json", provenance(0))

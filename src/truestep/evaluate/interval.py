@@ -50,37 +50,27 @@ def mean_interval(values: np.ndarray, num_trials: float) -> Interval:
 
 def binomial_interval(correct: float, num: int) -> Ends:
     """Exact interval of a share: Blaker's up to 2,000 trials, then Clopper and Pearson's.
-
-    Source: Blaker 2000 (doi:10.2307/3315916)
-    """
+    Source: Blaker 2000 (doi:10.2307/3315916)"""
     if correct != round(correct) or num > BLAKER_UP_TO:
         return _beta_ends(correct, float(num), 0.05, 0.0)
     return _blaker(round(correct), num, alpha_of(num))
 
 
 def alpha_of(num_problems: int) -> float:
-    """One minus the level at which the ends are computed: 94 % for the smallest sets, tending to 95 %.
-
-    Ends that hold the truth in no less than 94 % of cases wherever it lies hold it more often than that on
+    """One minus the level at which the ends are computed: 94 % for the smallest sets, tending to 95 %. Ends
+    that hold the truth in no less than 94 % of cases wherever it lies hold it more often than that on
     average; at a level of 95 % it would be 96.4 % for 30 problems.
-
-    Equation: alpha = 5 % + min(1 %, 30 % / n)
-    """
+    Equation: alpha = 5 % + min(1 %, 30 % / n)"""
     return 0.05 + min(0.01, 0.3 / num_problems)
 
 
 @lru_cache(maxsize=4096)
 def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
     """The ends of {p: P(a tail as unlikely as this one's, or less likely) > alpha}, rounded outwards."""
-    outer = _beta_ends(float(correct), float(num), alpha, 0.0)  # Blaker's interval lies within
-    share = correct / num
     ends = []
-    for outside in outer:
-        if outside in (0.0, 1.0):
-            ends.append(outside)
-            continue
-        inside = share
-        for num_points in GRID:
+    for outside in _beta_ends(float(correct), float(num), alpha, 0.0):  # Blaker's interval lies within
+        inside = correct / num
+        for num_points in GRID if outside not in (0.0, 1.0) else ():
             points = np.linspace(outside, inside, num_points)
             first = np.flatnonzero(_acceptability(correct, num, points) > alpha)[0]
             outside, inside = points[max(0, first - 1)], points[first]
@@ -111,18 +101,14 @@ def _log_choose(num: int) -> np.ndarray:
 
 
 def clustered_interval(mean: float, variance: float, num_problems: int, num_trials: float) -> Ends:
-    """Interval of the mean of problem shares that have several samples each.
-
-    The effective number of trials is the one at which a proportion would have the error that the problems
-    show: between the number of problems (their samples wholly alike) and that of samples (independent), and
-    smaller by the ratio of normal to Student quantile, squared, because the error is an estimate; but never
-    below the number of problems, since no mean of shares spreads more than that of as many verdicts. Where
-    few problems carry the mean their spread is underestimated together with it, so it is drawn to the largest
-    there can be, m (1 - m).
-
+    """Interval of the mean of problem shares that have several samples each. The effective number of trials
+    is the one at which a proportion would have the error that the problems show: between the number of
+    problems (their samples wholly alike) and that of samples (independent), and smaller by the ratio of
+    normal to Student quantile, squared, because the error is an estimate; but never below the number of
+    problems, since no mean of shares spreads more than that of as many verdicts. Where few problems carry the
+    mean their spread is underestimated with it, so it is drawn to the largest there can be, m (1 - m).
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
-    Source: Korn and Graubard 1998, Survey Methodology 24:193, for the effective number; the pull is truestep's own
-    """
+    Source for the effective number: Korn and Graubard 1998, Survey Methodology 24:193; the pull is our own"""
     most = mean * (1 - mean)
     if most == 0:  # all samples agree: nothing is known of the spread
         return binomial_interval(mean * num_problems, num_problems)
@@ -136,19 +122,15 @@ def clustered_interval(mean: float, variance: float, num_problems: int, num_tria
 
 def _beta_ends(correct: float, num: float, alpha: float, inward: float) -> tuple[float, float]:
     """Clopper and Pearson's ends for a count that need not be whole, drawn in by ``inward`` of a trial."""
-    low, high, wrong = 0.0, 1.0, num - correct
-    if correct > 0:
-        low = beta_quantile(alpha / 2, correct + inward, wrong + 1 - inward)
-    if wrong > 0:
-        high = beta_quantile(1 - alpha / 2, correct + 1 - inward, wrong + inward)
+    wrong = num - correct
+    low = beta_quantile(alpha / 2, correct + inward, wrong + 1 - inward) if correct > 0 else 0.0
+    high = beta_quantile(1 - alpha / 2, correct + 1 - inward, wrong + inward) if wrong > 0 else 1.0
     return low, high
 
 
 def t_cdf(t: float, df: float) -> float:
     """Student's distribution function with ``df`` degrees of freedom.
-
-    Equation: tail = I_x(df / 2, 1 / 2) / 2 at x = df / (df + t^2)
-    """
+    Equation: tail = I_x(df / 2, 1 / 2) / 2 at x = df / (df + t^2)"""
     tail = 0.5 * _incomplete_beta(df / 2, 0.5, df / (df + t * t), t * t / (df + t * t))
     return tail if t < 0 else 1 - tail
 
@@ -177,10 +159,7 @@ def _solve(rising: Callable[[float], float], wanted: float, low: float, high: fl
 
 def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
     """Regularised incomplete beta function I_x(a, b) by its continued fraction (modified Lentz). ``y`` is 1 -
-    x, which the caller knows to more digits than a subtraction leaves.
-
-    Source: NIST DLMF 8.17.22
-    """
+    x, which the caller knows to more digits than a subtraction leaves. Source: NIST DLMF 8.17.22"""
     if x <= 0 or y <= 0:
         return float(y <= 0)
     if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side of the mean

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
-from truestep.evaluate.benchmarks import Benchmark
-from truestep.evaluate.prompts import Template
 from truestep.records import Problem
 from truestep.settings import SamplingSettings, Settings, parse, settings_hash
 
@@ -35,8 +34,8 @@ class Job:
     """One benchmark under one template. ``content`` hashes the problems taken, ``source`` all of the
     benchmark's: with a greater limit the samples of a smaller one are kept."""
 
-    benchmark: Benchmark
-    template: Template
+    benchmark: benchmarks.Benchmark
+    template: prompts.Template
     problems: Sequence[Problem]
     samples: int
     sampling: SamplingSettings
@@ -92,7 +91,9 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
     """Every benchmark loaded and checked, with each template. Raises UserError if rows are not the pinned."""
     evaluate = settings.evaluate
-    folder = _folder(evaluate.folder, base_dir)
+    folder = Path(evaluate.folder).expanduser() if evaluate.folder else None
+    if folder and (base_dir / folder).is_dir():  # relative to the recipe, else to the current folder
+        folder = base_dir / folder
     jobs = []
     for id in dict.fromkeys(evaluate.benchmarks):
         benchmark = benchmarks.find(id)
@@ -111,17 +112,9 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
     return jobs
 
 
-def _folder(data: str, base_dir: Path) -> Path | None:
-    """Relative to the recipe, else to the current folder."""
-    wanted = Path(data).expanduser()
-    return (base_dir / wanted if (base_dir / wanted).is_dir() else wanted) if data else None
-
-
 def _hash(problems: Sequence[Problem]) -> str:
-    digest = hashlib.sha256()
-    for p in problems:
-        digest.update(f"{p.id}\x1f{p.messages[-1].content}\x1f{p.answer}\x1c".encode())
-    return digest.hexdigest()[:16]
+    text = "".join(f"{p.id}\x1f{p.messages[-1].content}\x1f{p.answer}\x1c" for p in problems)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def engine_kind(settings: Settings) -> str:
@@ -140,14 +133,8 @@ def job_identity(settings: Settings, job: Job, model_content: str) -> str:
 
 def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
     """The settings of FIXED that differ: key, old value, new value."""
-    pairs = ((key, _value(old, key), _value(new, key)) for key in FIXED)
+    pairs = ((key, attrgetter(key)(old), attrgetter(key)(new)) for key in FIXED)
     return [(key, a, b) for key, a, b in pairs if a != b]
-
-
-def _value(settings: Any, key: str) -> Any:
-    for part in key.split("."):
-        settings = getattr(settings, part)
-    return settings
 
 
 def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
@@ -156,29 +143,3 @@ def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
     greedy = dict.fromkeys(j.benchmark.id for j in jobs if wanted != "benchmark" and j.samples < wanted)
     same = "at temperature 0 all are the same"
     return [f"{id}: 1 sample per problem instead of {wanted}: {same}" for id in greedy]
-
-
-def budget(
-    jobs: Sequence[Job], limits: Sequence[int], prompt_tokens: Sequence[int], shape: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What the jobs need at most: tokens, and memory and arithmetic if the model's ``shape`` is known.
-    ``limits`` and ``prompt_tokens``: for each job the tokens of a completion, and of all its prompts."""
-    rows: list[dict[str, Any]] = [
-        {
-            "data": job.benchmark.id, "prompt": job.template.id, "problems": len(job.problems),
-            "samples": len(job.problems) * job.samples, "prompt_tokens": tokens,
-            "generated_tokens_at_most": len(job.problems) * job.samples * limit,
-        }
-        for job, limit, tokens in zip(jobs, limits, prompt_tokens, strict=True)
-    ]  # fmt: skip
-    counted = ("samples", "prompt_tokens", "generated_tokens_at_most")
-    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in counted}
-    if shape:
-        tokens = total["prompt_tokens"] + total["generated_tokens_at_most"]
-        total["flops_at_most"] = 2 * shape["num_parameters"] * tokens
-        sizes = zip(limits, prompt_tokens, jobs, strict=True)
-        longest = max(limit + tokens / max(1, len(job.problems)) for limit, tokens, job in sizes)
-        most = min(shape["max_running"], max(row["samples"] for row in rows))
-        weights = shape["num_parameters"] * shape["bytes_per_parameter"]
-        total["memory_bytes_at_most"] = round(weights + shape["cache_bytes"] * longest * most)
-    return {"jobs": rows, "total": total}

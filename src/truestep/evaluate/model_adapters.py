@@ -9,17 +9,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from truestep.data.chat import completion_text, encode_prompt, has_chat_template, stop_token_ids
 from truestep.errors import UserError
 from truestep.evaluate.jobs import Job
 from truestep.evaluate.prompts import Template, cut, messages_of, plain_text
-from truestep.evaluate.run import Answer, Asked, EvaluationPlan, Key, engine_answers
+from truestep.evaluate.run import Answer, EvaluationPlan, Key, TextPrompt, engine_answers, request_of
 from truestep.records import Message, Problem, Prompt, Stop
-from truestep.rollout.engine import Engine, SampleRequest
+from truestep.rollout.engine import Engine
 from truestep.rollout.engine_endpoint import EndpointEngine, TextRequest, TextSample, text_seed
-from truestep.seeding import Purpose
 from truestep.settings import ChatSettings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ LEAST_ROOM = 8  # tokens that a completion must have beside the longest prompt
 class ReadyJob:
     """A job with its prompts. ``fingerprint`` is a hash of them, the same for every engine."""
 
-    prompts: Sequence[Asked]
+    prompts: Sequence[Prompt] | Sequence[TextPrompt]
     stop_token_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     max_new_tokens: int
@@ -53,9 +53,8 @@ class TokenAdapter:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     model_eos: Any
-    open_engine: Callable[[], Engine]
+    open_engine: Callable[[], Engine]  # called for every job: it opens one and keeps it
     pinned_limit: bool  # the length limit is a benchmark's, and may be lowered to what the model can hold
-    engine: Engine | None = None
 
     def ready(self, job: Job, few_shot: int) -> ReadyJob:
         template, kind = job.template, job.benchmark.kind
@@ -86,8 +85,7 @@ class TokenAdapter:
 
     def _prompt(self, problem: Problem, messages: tuple[Message, ...], template: Template) -> Prompt:
         if not template.chat:
-            ids: Any = self.tokenizer(plain_text(messages))["input_ids"]
-            return Prompt(problem=problem, token_ids=tuple(ids))
+            return Prompt(problem=problem, token_ids=tuple(self.tokenizer(plain_text(messages))["input_ids"]))
         turns = replace(problem, messages=messages, meta={**problem.meta, "turns_given": True})
         made = encode_prompt(self.tokenizer, turns, ChatSettings(generation_suffix=template.suffix))
         return Prompt(problem=problem, token_ids=made.token_ids)
@@ -99,25 +97,18 @@ class TokenAdapter:
         ends = [text for text in template.stop if not text.strip()]
         if not ends:
             return stops
-        tokenizer: Any = self.tokenizer
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         return (*stops, *(i for i, t in enumerate(texts) if i not in stops and any(end in t for end in ends)))
 
     def _stop_sequences(self, template: Template) -> tuple[tuple[int, ...], ...]:
         """The stops as tokens, for a tokenizer that has no token for an empty line."""
-        tokenizer: Any = self.tokenizer
+        tokenizer = self.tokenizer
         made = ((stop, tokenizer(stop, add_special_tokens=False)["input_ids"]) for stop in template.stop)
         return tuple(tuple(ids) for stop, ids in made if len(ids) > 1 and stop in tokenizer.decode(ids))
 
-    def _engine(self) -> Engine:
-        self.engine = self.engine or self.open_engine()
-        return self.engine
-
     def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
-        def decode(ids: Sequence[int]) -> str:
-            return completion_text(self.tokenizer, ids)
-
-        sampled = engine_answers(plan, self._engine, decode, check_stop)
+        decode = partial(completion_text, self.tokenizer)
+        sampled = engine_answers(plan, self.open_engine, decode, check_stop)
 
         def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
             for sample in sampled(keys):
@@ -126,15 +117,6 @@ class TokenAdapter:
                 yield replace(sample, text=text, stop=Stop.STOP_TOKEN if was_cut else sample.stop)
 
         return answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextPrompt:
-    """A problem as turns, or as text to go on with."""
-
-    problem: Problem
-    messages: tuple[Message, ...]
-    text: str
 
 
 @dataclass(kw_only=True)
@@ -148,8 +130,8 @@ class EndpointAdapter:
         prompts = []
         for problem in job.problems:
             messages = messages_of(template, problem, job.benchmark.kind, few_shot)
-            text = "" if template.chat else plain_text(messages)
-            prompts.append(TextPrompt(problem=problem, messages=messages if template.chat else (), text=text))
+            asked: Any = {"messages": messages} if template.chat else {"text": plain_text(messages)}
+            prompts.append(TextPrompt(problem=problem, **asked))
         opening = template.suffix.strip()
         note = f"{job.title}: an endpoint opens the model's turn itself, so it was not begun with {opening}"
         sent = [p.text or [[m.role, m.content] for m in p.messages] for p in prompts]
@@ -163,14 +145,13 @@ class EndpointAdapter:
     def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
         prompts: dict[str, Any] = {p.problem.id: p for p in plan.prompts}
 
-        def request(problem_id: str, index: int) -> TextRequest:
-            key: Any = {"problem_id": problem_id, "sample_index": index}
-            drawn = SampleRequest(prompt_ids=(), seed=plan.seed, purpose=Purpose.EVALUATE, step=0, **key)
-            asked: Any = {"messages": prompts[problem_id].messages, "text": prompts[problem_id].text}
-            return TextRequest(seed=text_seed(drawn), stop=template.stop[:4], **asked, **key)
+        def request(key: Key) -> TextRequest:
+            asked, seed = prompts[key[0]], text_seed(request_of(plan, key))
+            named: Any = {"problem_id": key[0], "sample_index": key[1], "stop": template.stop[:4]}
+            return TextRequest(seed=seed, messages=asked.messages, text=asked.text, **named)
 
         def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
-            requests = [request(id, index) for id, index in keys]
+            requests = [request(key) for key in keys]
             for sample in self.engine.answer(requests, plan.sampling, check_stop):
                 yield replace(sample, text=cut(sample.text, template.stop))
 

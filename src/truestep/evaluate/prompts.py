@@ -163,13 +163,8 @@ def _user(body: str, question: str) -> Message:
 
 def plain_text(messages: Sequence[Message]) -> str:
     """The turns as text to continue: an answer follows its question after a space; then an empty line."""
-    blocks: list[str] = []
-    for message in messages:
-        if message.role == "assistant":
-            blocks[-1] += f" {message.content}"
-        else:
-            blocks.append(message.content)
-    return "\n\n".join(blocks)
+    text = "".join((" " if m.role == "assistant" else "\n\n") + m.content for m in messages)
+    return text.removeprefix("\n\n")
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

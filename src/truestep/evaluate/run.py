@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from truestep.evaluate.files import SCHEMA_VERSION, Row, results_file, samples_f
 from truestep.evaluate.interval import mean_interval
 from truestep.grade.policy import Judgment
 from truestep.progress import Reporter
-from truestep.records import Problem, RecordError, Stop, Verdict
+from truestep.records import Message, Problem, Prompt, RecordError, Stop, Verdict
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, read_jsonl, write_atomic, write_json
@@ -37,11 +37,13 @@ Judge = Callable[[Problem, str], Judgment]
 Answer = Callable[[Sequence[Key]], Iterator[TextSample]]
 
 
-class Asked(Protocol):
-    """A prompt of any kind: tokens for an engine of truestep, turns for an endpoint."""
+@dataclass(frozen=True, kw_only=True)
+class TextPrompt:
+    """A problem as turns, or as text to go on with."""
 
-    @property
-    def problem(self) -> Problem: ...
+    problem: Problem
+    messages: tuple[Message, ...] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class EvaluationPlan:
     (model, data, chat, sampling, seed): samples of another identity are never mixed with these."""
 
     name: str  # the data set's
-    prompts: Sequence[Asked]
+    prompts: Sequence[Prompt] | Sequence[TextPrompt]
     sampling: SamplingParameters
     samples_per_problem: int
     seed: int
@@ -91,14 +93,11 @@ class EvaluationPlan:
 def run_evaluation(
     plan: EvaluationPlan, *, answer: Answer, judge: Judge, reporter: Reporter | None = None, title: str = ""
 ) -> dict[str, Any]:
-    """Sample, grade and record what is not yet recorded; write and return the results.
-
-    ``answer`` yields one sample of each key that it is asked for, in any order; it is not called if all
-    samples exist. An exception between two samples leaves the finished ones, which the next call does not
-    repeat. A sample that could not be made is unscored, and the next call asks for it again.
-
-    Raises RecordError if the answers are not those asked for, or one comes twice, or not at all.
-    """
+    """Sample, grade and record what is not yet recorded; write and return the results. ``answer`` yields one
+    sample of each key that it is asked for, in any order; it is not called if all samples exist. An exception
+    between two samples leaves the finished ones, which the next call does not repeat. A sample that could not
+    be made is unscored, and the next call asks for it again. Raises RecordError if the answers are not those
+    asked for, or one comes twice, or not at all."""
     problems = {prompt.problem.id: prompt.problem for prompt in plan.prompts}
     rows, keys = _resume(plan), plan.sample_keys()
     running = RunningScore(rows.values())
@@ -160,12 +159,7 @@ def engine_answers(
 
     def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
         prompts: dict[str, Any] = {prompt.problem.id: prompt for prompt in plan.prompts}
-        # One step for all: the same draws for every checkpoint, so that comparisons are paired.
-        shared: dict[str, Any] = {"seed": plan.seed, "purpose": Purpose.EVALUATE, "step": 0}
-        requests = [
-            SampleRequest(problem_id=id, sample_index=index, prompt_ids=prompts[id].token_ids, **shared)
-            for id, index in keys
-        ]
+        requests = [request_of(plan, key, prompts[key[0]].token_ids) for key in keys]
         for rollout in open_engine().generate(requests, plan.sampling, check_stop):
             yield TextSample(
                 problem_id=rollout.problem_id, sample_index=rollout.sample_index,
@@ -174,6 +168,12 @@ def engine_answers(
             )  # fmt: skip
 
     return answer
+
+
+def request_of(plan: EvaluationPlan, key: Key, prompt_ids: tuple[int, ...] = ()) -> SampleRequest:
+    """One step for all: the same draws for every checkpoint, so that comparisons are paired."""
+    named: dict[str, Any] = {"problem_id": key[0], "sample_index": key[1], "prompt_ids": prompt_ids}
+    return SampleRequest(seed=plan.seed, purpose=Purpose.EVALUATE, step=0, **named)
 
 
 def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judge) -> Row:
@@ -234,8 +234,7 @@ def write_samples(path: Path, name: str, identity: str, rows: Iterable[Row]) -> 
 def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
     """The results file; ``results`` and ``n-samples`` are keyed by task as lm-evaluation-harness has them."""
     score, sampling = found.to_json(), asdict(plan.sampling)
-    for key in ("stop_token_ids", "stop_sequences"):
-        sampling[key] = list(sampling[key])
+    sampling |= {key: list(sampling[key]) for key in ("stop_token_ids", "stop_sequences")}
     return {
         "schema_version": SCHEMA_VERSION, **task_results(plan.name, score), "estimate": score,
         "samples_per_problem": plan.samples_per_problem, "sampling": sampling, "seed": plan.seed,

@@ -131,19 +131,18 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
 
 
 def _items(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) -> list[Item]:
-    items, used = [], set()
+    items: dict[str, Item] = {}
     for number, row in rows:
         try:
             if isinstance(row, RowError):
                 raise row
             item = item_of(row, f"{stem}-{number - 1}")
-            if item.id in used:
+            if item.id in items:
                 raise RowError("id", "expected a unique one, got the id of an earlier row")
         except RowError as error:
             raise UserError(f"{label}:{number}: {error}: correct the row") from None
-        used.add(item.id)
-        items.append(item)
-    return items
+        items[item.id] = item
+    return list(items.values())
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:

@@ -28,29 +28,22 @@ Score = Mapping[str, Any]
 
 
 def make_plans(
-    settings: Settings, ready: Sequence[tuple[Job, ReadyJob]], folder: Path, model_content: str
-) -> list[EvaluationPlan]:
-    """One plan for each job. Raises UserError if samples that the folder holds would be lost."""
-    plans = []
-    for job, made in ready:
-        plans.append(_plan(settings, job, made, folder, job_identity(settings, job, model_content)))
-        check_kept(plans[-1])
-    return plans
+    settings: Settings, jobs: Sequence[Job], adapter: ModelAdapter, folder: Path, content: str
+) -> tuple[list[tuple[Job, EvaluationPlan]], list[str]]:
+    """One plan for each job, and notes for the user. Raises UserError if samples that the folder holds would
+    be lost. ``content`` is a hash of the model."""
+    ready = [(job, adapter.ready(job, settings.evaluate.few_shot)) for job in jobs]
+    plans = [(j, _plan(settings, j, made, folder, job_identity(settings, j, content))) for j, made in ready]
+    for _, plan in plans:
+        check_kept(plan)
+    return plans, remarks(settings, jobs) + [note for _, made in ready for note in made.notes]
 
 
 def run_suite(
-    settings: Settings,
-    ready: Sequence[tuple[Job, ReadyJob]],
-    plans: Sequence[EvaluationPlan],
-    *,
-    adapter: ModelAdapter,
-    judge: Judge,
-    folder: Path,
-    reporter: Reporter,
-    check_stop: Callable[[], None],
-) -> dict[str, Any]:
+    settings: Settings, plans: Sequence[tuple[Job, EvaluationPlan]], notes: list[str], *,
+    adapter: ModelAdapter, judge: Judge, folder: Path, reporter: Reporter, check_stop: Callable[[], None],
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate what is not yet evaluated; write and return the summary."""
-    notes = remarks(settings, [job for job, _ in ready]) + [note for _, made in ready for note in made.notes]
     for note in notes:
         reporter.say(note)
     scores: list[dict[str, Any]] = []
@@ -58,8 +51,7 @@ def run_suite(
     def summarize(status: str) -> dict[str, Any]:
         summary = {
             "schema_version": 1, "kind": "evaluation", "name": folder.name, "status": status,
-            "model": rundir.redact(settings.model.path),
-            "engine": rundir.redact(settings.evaluate.engine),
+            "model": rundir.redact(settings.model.path), "engine": rundir.redact(settings.evaluate.engine),
             "seeds": {"sampling": settings.seed, "options and limits": SHUFFLE_SEED},
             "scores": scores, "spread": spread(scores, folder), "averages": averages(scores), "notes": notes,
         }  # fmt: skip
@@ -67,11 +59,9 @@ def run_suite(
         return summary
 
     summarize("running")
-    for number, ((job, _), plan) in enumerate(zip(ready, plans, strict=True), start=1):
-        answer, title = (
-            adapter.answers(plan, job.template, check_stop),
-            f"[{number}/{len(ready)}] {job.title}",
-        )
+    for number, (job, plan) in enumerate(plans, start=1):
+        answer = adapter.answers(plan, job.template, check_stop)
+        title = f"[{number}/{len(plans)}] {job.title}"
         results = run_evaluation(plan, answer=answer, judge=judge, reporter=reporter, title=title)
         scores.append(score_row(plan.name, results, prompt=job.template.id))
         if (rate := scores[-1]["extracted_rate"]) < FEW_EXTRACTED:
@@ -118,8 +108,7 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
         against = [{"from": a, "to": b, **compare(rows[a], rows[b]).to_json()} for a, b in pairs]
         found.append({
             "benchmark": benchmark, "num_prompts": len(values), "mean": float(np.mean(values)),
-            "lowest": min(values),
-            "highest": max(values), "range": max(values) - min(values),
+            "lowest": min(values), "highest": max(values), "range": max(values) - min(values),
             "stdev": float(np.std(values, ddof=1)), "against_first": against,
         })  # fmt: skip
     return found
@@ -127,10 +116,8 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
 
 def averages(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """The paper's plain means, for each template under which all benchmarks of one have been evaluated whole.
-    The distances of the interval's ends are those of the benchmarks, added in quadrature.
-
-    Source: Zou and Donner 2008 (doi:10.1002/sim.3095)
-    """
+    The distances of the interval's ends are those of the benchmarks, added in quadrature. Source: Zou and
+    Donner 2008 (doi:10.1002/sim.3095)"""
     found = []
     for name in ("ID", "OOD"):
         members = {b.id for b in TABLE if b.average == name}

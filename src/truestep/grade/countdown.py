@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ MAX_LENGTH = 300
 MAX_DEPTH = 20
 
 _SPELLINGS = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", "[": "(", "]": ")"}
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _TOKEN = re.compile(r"\s*(?:(\d{1,18})(?![\d.])|([-+*/()]))", re.ASCII)
 
 
@@ -39,10 +41,12 @@ def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
     """The exact value of an expression, and the numbers it uses. Raises NotArithmetic, ZeroDivisionError."""
     tokens = _tokens(text)
-    value, position = _sum(tokens, 0, 0)
-    if position != len(tokens):
-        raise NotArithmetic(f"unexpected {tokens[position]!r}")
-    return value, [int(token) for token in tokens if token.isdigit()]
+    numbers = [int(token) for token in tokens if token.isdigit()]
+    tokens.reverse()  # the next one is the last
+    value = _chain(tokens, 0)
+    if tokens:
+        raise NotArithmetic(f"unexpected {tokens[-1]!r}")
+    return value, numbers
 
 
 def _tokens(text: str) -> list[str]:
@@ -58,36 +62,30 @@ def _tokens(text: str) -> list[str]:
     return tokens
 
 
-def _sum(tokens: list[str], position: int, depth: int) -> tuple[Fraction, int]:
-    value, position = _product(tokens, position, depth)
-    while position < len(tokens) and tokens[position] in "+-":
-        other, after = _product(tokens, position + 1, depth)
-        value = value + other if tokens[position] == "+" else value - other
-        position = after
-    return value, position
+def _chain(tokens: list[str], depth: int, signs: str = "+-") -> Fraction:
+    """A sum of products, or with the signs "*/" a product of factors, from the left."""
+
+    def part() -> Fraction:
+        return _chain(tokens, depth, "*/") if signs == "+-" else _factor(tokens, depth)
+
+    value = part()
+    while tokens and tokens[-1] in signs:
+        operation = _OPERATIONS[tokens.pop()]
+        value = operation(value, part())
+    return value
 
 
-def _product(tokens: list[str], position: int, depth: int) -> tuple[Fraction, int]:
-    value, position = _factor(tokens, position, depth)
-    while position < len(tokens) and tokens[position] in "*/":
-        other, after = _factor(tokens, position + 1, depth)
-        value = value * other if tokens[position] == "*" else value / other
-        position = after
-    return value, position
-
-
-def _factor(tokens: list[str], position: int, depth: int) -> tuple[Fraction, int]:
-    if position >= len(tokens) or depth > MAX_DEPTH:
+def _factor(tokens: list[str], depth: int) -> Fraction:
+    if not tokens or depth > MAX_DEPTH:
         raise NotArithmetic("ends too early" if depth <= MAX_DEPTH else f"nested deeper than {MAX_DEPTH}")
-    token = tokens[position]
+    token = tokens.pop()
     if token.isdigit():
-        return Fraction(int(token)), position + 1
+        return Fraction(int(token))
     if token == "-":
-        value, position = _factor(tokens, position + 1, depth + 1)
-        return -value, position
+        return -_factor(tokens, depth + 1)
     if token != "(":
         raise NotArithmetic(f"unexpected {token!r}")
-    value, position = _sum(tokens, position + 1, depth + 1)
-    if position >= len(tokens) or tokens[position] != ")":
+    value = _chain(tokens, depth + 1)
+    if not tokens or tokens.pop() != ")":
         raise NotArithmetic("a bracket is not closed")
-    return value, position + 1
+    return value

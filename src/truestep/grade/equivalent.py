@@ -11,21 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from truestep.grade.choice import choice_letter
-from truestep.grade.extract import num_words
+from truestep.grade import structure
+from truestep.grade.extract import choice_letter, num_words
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number
-from truestep.grade.structure import (
-    CLOSE,
-    OPEN,
-    as_tuples,
-    as_vector,
-    brackets,
-    elements,
-    matrix,
-    region,
-    without_names,
-)  # fmt: skip
+from truestep.grade.structure import brackets, elements, matrix
 from truestep.grade.units import same_time, spelled_number
 
 MAX_LENGTH = 2_000  # characters; longer answers are compared as text only
@@ -51,8 +41,8 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``equal`` is None if only algebra can tell. ``reason``: how it was decided; ``refused``: why algebra must
-    not be asked ("" if it may)."""
+    """``equal`` is None without a verdict. ``reason``: how it was decided, or why it was not; ``refused``:
+    why algebra must not be asked ("" if it may)."""
 
     equal: bool | None
     reason: str = ""
@@ -67,8 +57,7 @@ def decide(gold: str, found: str) -> Decision:
         return Decision(equal=False, reason=f"over {MAX_LENGTH:,} characters: compared as text")
     if refused := refusal((gold, found)):
         return Decision(equal=None, refused=refused)
-    equal = _same(gold, found, depth=0)
-    if equal is not None:
+    if (equal := _same(gold, found, depth=0)) is not None:
         return Decision(equal=equal, reason="compared as numbers, words or lists")
     if num_words(re.sub(r"\b(?:and|or)\b", " ", plain(found))) > MAX_PROSE:
         return Decision(equal=False, reason="the answer is a sentence: compared as text")
@@ -98,15 +87,14 @@ def _refusal(text: str) -> str:
     """Why a text must not be handed to algebra: it would cost more than any answer is worth."""
     depth = deepest = 0
     for character in text:
-        depth += (character in OPEN) - (character in CLOSE)
+        depth += (character in structure.OPEN) - (character in structure.CLOSE)
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
         return f"nested deeper than {MAX_DEPTH} brackets"
     if re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return f"a number of more than {MAX_DIGITS:,} digits"
-    if re.search(r"!\s*[)}]*\s*!", text) or any(
-        len(n) > 5 or int(n) > _LARGEST_FACTORIAL for n in _FACTORIAL.findall(text)
-    ):
+    is_large = any(len(n) > 5 or int(n) > _LARGEST_FACTORIAL for n in _FACTORIAL.findall(text))
+    if is_large or re.search(r"!\s*[)}]*\s*!", text):
         return "a factorial too large to compute"
     for _, base, exponent in _TOWER.findall(text):
         if len(exponent) > 4 or int(exponent) * math.log10(max(int(base), 2)) > _LARGEST_POWER:
@@ -127,47 +115,40 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
     if left is not None and right is not None:
         return same_number(left, right) or _same_european(gold, found, left, right)
     for rule in (_same_base, same_time, _same_words, _same_spelled):
-        equal = rule(gold, found)
-        if equal is not None:
+        if (equal := rule(gold, found)) is not None:
             return equal
     if left is not None and _WORDS_ONLY.match(plain(found)):
         return False
     for reshape in (_same_region, _same_assignments, _same_matrix):
-        equal = reshape(gold, found, depth)
-        if equal is not None:
+        if (equal := reshape(gold, found, depth)) is not None:
             return equal
-    stripped = _without_left_side(gold, found)
-    if stripped is not None:
+    if stripped := _without_left_side(gold, found):
         return _same(*stripped, depth + 1)
     return _same_european(gold, found, left, right) or _same_lists(gold, found, depth)
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
     """The same part of the line, as intervals in both answers, or as relations in only one of them."""
-    left, right = region(gold), region(found)
-    if left is None or right is None or (left.by_relation and right.by_relation):
+    left, right = structure.region(gold), structure.region(found)
+    if left is None or right is None or (left[1] and right[1]):
         return None
-    if len(left.stretches) != len(right.stretches):
+    if len(left[0]) != len(right[0]):
         return None  # two of them may be one that is cut
 
-    def same(i: int, j: int) -> bool | None:
-        one, other = left.stretches[i], right.stretches[j]
-        if (one.has_low, one.has_high) != (other.has_low, other.has_high):
+    def same(one: structure.Stretch, other: structure.Stretch) -> bool | None:
+        if one[2:] != other[2:]:
             return False
-        ends = (_same(one.low, other.low, depth + 1), _same(one.high, other.high, depth + 1))
+        ends = [_same(a, b, depth + 1) for a, b in zip(one[:2], other[:2], strict=True)]
         return False if False in ends else True if all(ends) else None
 
-    indices = range(len(left.stretches))
-    return _matching([[same(i, j) for j in indices] for i in indices]) or (
-        False if len(indices) == 1 else None
-    )
+    equal = _matching([[same(one, other) for other in right[0]] for one in left[0]])
+    return equal or (False if len(left[0]) == 1 else None)
 
 
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
     """What algebra has to say yes to, every part of it, for two undecided answers to be equal: the undecided
     entries of tuples, intervals and matrices, or the whole."""
-    stripped = _without_left_side(gold, found)
-    if stripped is not None and depth < MAX_DEPTH:
+    if (stripped := _without_left_side(gold, found)) and depth < MAX_DEPTH:
         return questions(*stripped, depth + 1)
     left, right = brackets(gold), brackets(found)
     ours, theirs = elements(left[1]), elements(right[1])
@@ -184,11 +165,9 @@ def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
 
 def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
     """x = 1, y = 2 against (1, 2): the names stand for their places, in alphabetical order."""
-    sides = [without_names(text) or text for text in (gold, found)]
-    if "=" in sides[0] and "=" not in sides[1]:
-        sides[0] = as_tuples(sides[0]) or sides[0]
-    elif "=" in sides[1] and "=" not in sides[0]:
-        sides[1] = as_tuples(sides[1]) or sides[1]
+    sides = [structure.without_names(text) or text for text in (gold, found)]
+    if ("=" in sides[0]) != ("=" in sides[1]):
+        sides = [structure.as_tuples(side) or side for side in sides]
     has_tuple = all("(" in side for side in sides)
     return _same(sides[0], sides[1], depth + 1) if sides != [gold, found] and has_tuple else None
 
@@ -206,19 +185,19 @@ def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
     if rows is None:
         return None
     kind = brackets(other)[0]
-    flat = as_vector(rows) if kind == "(" else None
-    if kind == "[" and "[" in brackets(other)[1]:
+    if kind == "(" and 1 in (len(rows), len(rows[0])):
+        flat = f"({', '.join(entry for row in rows for entry in row)})"
+    elif kind == "[" and "[" in brackets(other)[1]:
         flat = "[" + ", ".join(f"[{', '.join(row)}]" for row in rows) + "]"
-    if flat is None:
+    else:
         return None
     return _same(*((flat, found) if left is not None else (gold, flat)), depth + 1)
 
 
 def _same_spelled(gold: str, found: str) -> bool | None:
     """A number against a number in words."""
-    sides = [parse_number(text) for text in (gold, found)]
-    words = [spelled_number(plain(text)) for text in (gold, found)]
-    for number, word in ((sides[0], words[1]), (sides[1], words[0])):
+    for one, other in ((gold, found), (found, gold)):
+        number, word = parse_number(one), spelled_number(plain(other))
         if number is not None and word is not None:
             return number.value == word
     return None
@@ -285,9 +264,8 @@ def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
         constant = all(parse_number(value) is not None for _, value in sides)  # then f(n) says what f(x) says
         same = names[0] == names[1] if constant else canonical(sides[0][0]) == canonical(sides[1][0])
         return (sides[0][1], sides[1][1]) if same else None
-    if sides[0][0] or sides[1][0]:
-        return None if "=" in sides[0][1] + sides[1][1] else (sides[0][1], sides[1][1])
-    return None
+    has_one = (sides[0][0] or sides[1][0]) and "=" not in sides[0][1] + sides[1][1]
+    return (sides[0][1], sides[1][1]) if has_one else None
 
 
 def _split_left(text: str) -> tuple[str, str]:

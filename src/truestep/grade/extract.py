@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from truestep.grade.choice import choice_letter
-from truestep.grade.normal import normalise, typographic
+from truestep.grade.normal import normalise, plain, typographic
 from truestep.grade.units import WORDS
 
 How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
@@ -17,6 +16,7 @@ MAX_BARE = 200  # characters of a completion that may be nothing but an answer
 MAX_FORMULA = 1_000
 MAX_TAIL = 10_000  # characters at the end of a completion in which a last number or formula is looked for
 MAX_GOLD_WORDS = 8  # a gold text with more is a whole solution
+MAX_CHOICE = 400  # characters of an answer that may name a choice
 MAX_WORDS = 2  # more than these beside an answer make it prose
 
 _BRACES = re.compile(r"\\{1,4}(?:(?:begin)?boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
@@ -44,6 +44,16 @@ _SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A
     r"(?<!\w)\(([A-J])\)|\*\*\(?([A-J])(?=[).:,]|\*\*|$)|"
     r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))"
 )
+_NEGATED = re.compile(
+    r"(?:\b(?:not|non|nicht|no|pas|nor|isn't)\b|不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])|"
+    r"\(?(?<![A-Za-z0-9])[A-J]\)? (?:is|was|seems|looks|(?:must|would|could|can|may) be) (?:[a-z]{2,9} )?"
+    r"(?:incorrect|wrong|false|not)\b"
+)
+_CHOICE = re.compile(
+    r"(?<![A-Za-z0-9\\'=+*/^_|-])(?<![=+*/^-] )(?<![A-Za-z]\()\(?([A-J])\)?(?![A-Za-z0-9'_^(|]|\s*[=+*/^<>]|\s*-\s*\d)"
+)
+_SPEAKER = re.compile(r"\bI(?= (?:choose|pick|select|think|believe|guess|say|would|will|can|am|go)\b)")
+_ARTICLE = re.compile(r"\b[AI](?= (?!or\b|and\b)[a-z])")
 _DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
 _DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
@@ -79,8 +89,7 @@ NOTHING = Extraction(answer="", how="none")
 def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
     r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and
     unless ``strict`` the whole of a short text, or its last formula or number. Only what follows the last
-    </think> counts; a <think> that is never closed leaves no answer, and where the model ``thinks`` a
-    </think> must be there."""
+    </think> counts; an open <think> leaves no answer, nor does a missing </think> if the model ``thinks``."""
     if thinks and "</think>" not in text:
         return NOTHING
     text = _after_thought(text)
@@ -115,8 +124,7 @@ def _after_thought(text: str) -> str:
 
 
 def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
-    r"""(start, end, content) of every balanced, outermost, non-blank ``\boxed{…}``, in order; and whether one
-    was opened and never closed."""
+    r"""(start, end, content) of all balanced, outermost, non-blank ``\boxed{…}``; whether one stayed open."""
     stack: list[tuple[int, int]] = []  # starts of the token and of its content; -1 for a plain brace
     found: list[tuple[int, int, str]] = []
     for token in _BRACES.finditer(text):
@@ -172,20 +180,16 @@ def _marker(text: str) -> tuple[str, How] | None:
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     if start >= 0:
         return text[start + len("<answer>") : end], "marker"
-    found = ""
-    for match in _HASHES.finditer(text) if "####" in text else ():
-        found = match[1]
-    return (found, "marker") if found else None
+    found = _HASHES.findall(text) if "####" in text else []
+    return (found[-1], "marker") if found else None
 
 
 def _answer_is(text: str) -> tuple[str, How] | None:
     """What follows the last "answer is" or "answer:", to the end of its formula, bold span or sentence."""
-    end = -1
-    for match in _ANSWER_IS.finditer(text):
-        end = match.end()
-    if end < 0:
+    ends = [match.end() for match in _ANSWER_IS.finditer(text)]
+    if not ends:
         return None
-    tail = text[end : end + MAX_FORMULA].lstrip(" \t\r\n*_:")
+    tail = text[ends[-1] : ends[-1] + MAX_FORMULA].lstrip(" \t\r\n*_:")
     if formula := _MATH.match(tail):
         return _content(formula), "answer_is"
     sentence = re.split(r"\n|\.(?=\s|$)|\*\*", tail, maxsplit=1)[0].strip()
@@ -226,12 +230,21 @@ def num_words(text: str) -> int:
 def _last(text: str) -> tuple[str, How] | None:
     """The last number, or the formula that it is a part of."""
     text = typographic(text[-MAX_TAIL:])
-    number = formula = None
-    for match in _NUMBER.finditer(text):
-        if not _NEGATION.search(text, max(0, match.start() - 12), match.start()):
-            number = match
-    for formula in _MATH.finditer(text):  # noqa: B007
-        pass
-    if formula is not None and (number is None or formula.start() < number.start() < formula.end()):
+    numbers = reversed(list(_NUMBER.finditer(text)))
+    number = next((m for m in numbers if not _NEGATION.search(text, max(0, m.start() - 12), m.start())), None)
+    *_, formula = None, *_MATH.finditer(text)
+    if formula and (number is None or formula.start() < number.start() < formula.end()):
         return _content(formula), "last_formula"
-    return (number[0], "last_number") if number is not None else None
+    return (number[0], "last_number") if number else None
+
+
+def choice_letter(text: str) -> str:
+    """The letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" if none or several."""
+    text = plain(text[:MAX_CHOICE])
+    if "\\" in text:
+        return ""  # a formula, in which a letter is a variable
+    text = _NEGATED.sub(" ", _SPEAKER.sub(" ", text))
+    letters = set(_CHOICE.findall(text))
+    if len(letters) > 1:
+        letters = set(_CHOICE.findall(_ARTICLE.sub(" ", text)))
+    return letters.pop() if len(letters) == 1 else ""

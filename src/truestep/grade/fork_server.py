@@ -58,11 +58,8 @@ class Worker:
         self._channel.close()
         try:
             os.kill(self.pid, signal.SIGKILL)  # the id is its own until the fork server is asked to reap it
-        except OSError:
-            return None
-        try:
             return int(self._server.ask({"reap": self.pid})["status"])
-        except WorkerDied:
+        except (OSError, WorkerDied):
             return None
 
 
@@ -134,8 +131,7 @@ class ForkServer:
                 raise WorkerDied(f"ended with status {self._process.wait()}")
             self._said += chunk
         line, _, self._said = self._said.partition(b"\n")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        return dict(json.loads(line))
 
     def close(self) -> None:
         """End it; its workers are to be ended before."""

@@ -18,10 +18,10 @@ _TYPOGRAPHY = {**_WIDE, **_SPACES, **_INVISIBLE, **_BROKEN, **_SIGNS}
 
 _SYMBOLS = {
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "≤": r"\leq ", "≥": r"\geq ",
-    "≠": r"\neq ",
-    "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^{\circ}",
-    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "²": "^2", "³": "^3",
-    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "…": r"\ldots ", "∅": r"\emptyset ",
+    "≠": r"\neq ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
+    "∈": r"\in ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
+    "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "…": r"\ldots ",
+    "∅": r"\emptyset ",
 }  # fmt: skip
 
 _WRAPPERS = ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
@@ -35,8 +35,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\{,\}|,\\!\s*(?=\d{3})", ","),  # the separators of thousands
         (r"(?<!\\)\\!|\\hspace\{[^{}]*\}", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
-        (r"(?<!\\)\\%", "%"),
-        (r"(?<!\\)\\[$]", "$"),
+        (r"(?<!\\)\\([%$])", r"\1"),
         (r"\\(?:le|leqslant)(?![a-zA-Z])|<=", r"\\leq "),
         (r"\\(?:ge|geqslant)(?![a-zA-Z])|>=", r"\\geq "),
         (r"\\ne(?![a-zA-Z])|!=", r"\\neq "),

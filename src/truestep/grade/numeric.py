@@ -148,31 +148,27 @@ def same_number(gold: Number, found: Number) -> bool:
     six digits may round a fraction; a unit may be left out or be converted, but not be another one; a percent
     sign may be left out where the bare number, being at least 1, cannot be the fraction."""
     left, right = gold.value, found.value
-    if gold.unit == PERCENT or found.unit == PERCENT:
-        one_bare = gold.unit != found.unit
-        if one_bare and {gold.unit, found.unit} != {PERCENT, ""}:
-            return False
-        if not one_bare or (left == right and abs(left) >= 1):
-            return left == right
-        left, right = (n.value / (100 if n.unit == PERCENT else 1) for n in (gold, found))
-        return left == right
+    if PERCENT in (units := {gold.unit, found.unit}):
+        if "" in units and not (left == right and abs(left) >= 1):
+            left, right = (n.value / (100 if n.unit == PERCENT else 1) for n in (gold, found))
+        return units <= {PERCENT, ""} and left == right
     if gold.unit and found.unit and not same_unit(gold.unit, found.unit):
-        return in_common((left, gold.unit), (right, found.unit)) or False
-    return left == right or _rounds(gold, found) or _rounds(found, gold)
+        return in_common((left, gold.unit), (right, found.unit))
+    has_exact = gold.places is None or found.places is None
+    return left == right or (has_exact and rounds(gold, found, ROUNDED_DIGITS))
 
 
 def european(text: str) -> Number | None:
     """A number with a comma for its decimal point or points between its thousands, where that is the only
     reading beside a list: 1.234.567, 1.234,56, 0,5, 1,22; not 1,5 and not 1,234."""
-    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
+    sign, digits = text[: text.startswith("-")], text.removeprefix("-")
     if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", digits, re.ASCII):
         digits = digits.replace(".", "")
     elif re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d+|0,\d+|\d+,(?:\d\d|\d{4,})", digits, re.ASCII):
         digits = digits.replace(".", "").replace(",", ".")
     else:
         return None
-    number = _decimal(digits)
-    return Number(value=sign * number.value, places=number.places, digits=number.digits)
+    return _decimal(sign + digits)
 
 
 def rounds(one: Number, other: Number, digits: int) -> bool:
@@ -181,9 +177,3 @@ def rounds(one: Number, other: Number, digits: int) -> bool:
         a.places is not None and a.digits >= digits and a.value == round(b.value, a.places)
         for a, b in ((one, other), (other, one))
     )
-
-
-def _rounds(decimal: Number, exact: Number) -> bool:
-    if decimal.places is None or exact.places is not None or decimal.digits < ROUNDED_DIGITS:
-        return False
-    return decimal.value == round(exact.value, decimal.places)

@@ -49,10 +49,8 @@ def _pair(where: str, number: int, line: str) -> Pair:
         raise UserError(f'{where}: expected an object: write {{"gold": "1/2", "pred": "0.5"}}')
     for name in ("gold", "pred"):
         if type(row.get(name)) not in (str, int, float):
-            found = f"found {row[name]!r:.60}" if name in row else "it is missing"
-            raise UserError(
-                f'{where}: field {name}: expected text or a number, {found}: write "{name}": "1/2"'
-            )
+            was = f"found {row[name]!r:.60}" if name in row else "it is missing"
+            raise UserError(f'{where}: field {name}: expected text or a number, {was}: write "{name}": "1/2"')
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
         raise UserError(f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]')
@@ -65,8 +63,7 @@ def grade_pairs(
 ) -> dict[str, Any]:
     """``samples``, one for each pair in order, and ``counts``; ready for JSON. ``verdict`` is the default
     policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With ``second_opinion`` math-verify is
-    asked about every answer that our own rules have decided, and ``counts["second_opinion"]`` says how often
-    it disagrees."""
+    asked about all answers that our rules decided; ``counts["second_opinion"]``: how often it differs."""
     with Grader(workers=workers, seconds=seconds) as grader:
         judged = grader.judge_many([(_problem(pair), pair.pred) for pair in pairs])
         samples = [_sample(*each) for each in zip(pairs, judged, strict=True)]

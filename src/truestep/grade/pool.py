@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from truestep.errors import UserError
+from truestep.grade.equivalent import Decision
 from truestep.grade.fork_server import ForkServer, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY
 
@@ -21,14 +21,6 @@ PATIENCE = 20.0  # times its limit of processor time that a comparison may take 
 ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """``equal`` is None where there is no verdict; then ``reason`` says why."""
-
-    equal: bool | None
-    reason: str
 
 
 @dataclass(kw_only=True)
@@ -58,12 +50,6 @@ class Pool:
         self._server: ForkServer | None = None
         self._busy: dict[Worker, _Job] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @property
     def process_ids(self) -> list[int]:
         """The child processes that are alive, the one that forks the others last."""
@@ -85,43 +71,36 @@ class Pool:
             self._server.close()
         self._busy, self._idle, self._server = {}, [], None
 
-    def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
+    def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Decision]:
         """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of the
         clock if the process has a core: a verdict must not depend on what else the machine does."""
-        outcomes: list[Outcome | None] = [None] * len(pairs)
-        waiting = deque((number, 0) for number in range(len(pairs)))
+        self._outcomes: dict[int, Decision] = {}
+        self._waiting = deque((number, 0) for number in range(len(pairs)))
         try:
-            while waiting or self._busy:
-                while waiting and len(self._busy) < self._num_workers:
-                    self._begin(*waiting.popleft(), pairs, outcomes, waiting)
-                self._collect(outcomes, waiting)
+            while self._waiting or self._busy:
+                while self._waiting and len(self._busy) < self._num_workers:
+                    number, attempt = self._waiting.popleft()
+                    self._begin(number, attempt, *pairs[number])
+                if self._busy:
+                    self._collect()
         finally:
             for worker in list(self._busy):  # interrupted: a late reply must not meet the next question
                 worker.end()
             self._busy.clear()
-        return [outcome or Outcome(equal=None, reason="symbolic comparison was lost") for outcome in outcomes]
+        lost = Decision(equal=None, reason="symbolic comparison was lost")
+        return [self._outcomes.get(number, lost) for number in range(len(pairs))]
 
-    def _begin(
-        self,
-        number: int,
-        attempt: int,
-        pairs: Sequence[tuple[str, str]],
-        outcomes: list[Outcome | None],
-        waiting: deque[tuple[int, int]],
-    ) -> None:
+    def _begin(self, number: int, attempt: int, gold: str, found: str) -> None:
         worker = self._take()
-        gold, found = pairs[number]
         now, work = time.monotonic(), processor_seconds(worker.pid)
         deadline = now + self.seconds
         self._busy[worker] = _Job(number=number, deadline=deadline, attempt=attempt, begun=now, work=work)
         try:
             worker.send({"id": number, "gold": gold, "found": found})
         except WorkerDied:
-            self._lose(worker, outcomes, waiting)
+            self._lose(worker)
 
-    def _collect(self, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]) -> None:
-        if not self._busy:
-            return
+    def _collect(self) -> None:
         with selectors.DefaultSelector() as selector:
             for worker in self._busy:
                 selector.register(worker, selectors.EVENT_READ)
@@ -129,10 +108,9 @@ class Pool:
             spoken = [key.fileobj for key, _ in selector.select(max(0.0, soonest - time.monotonic()))]
         for worker, job in list(self._busy.items()):
             if worker in spoken:
-                self._hear(worker, job, outcomes, waiting)
+                self._hear(worker, job)
             elif time.monotonic() >= job.deadline and not self._extend(worker, job):
-                outcomes[job.number] = Outcome(equal=None, reason=TIMED_OUT)
-                self._drop(worker)
+                self._drop(worker, TIMED_OUT)
 
     def _extend(self, worker: Worker, job: _Job) -> bool:
         """More time for a comparison that the machine has not let work for as long as it may."""
@@ -140,37 +118,36 @@ class Pool:
         job.deadline += max(left, 0.05)  # sooner it cannot have used it up
         return left > 0.05 and job.deadline - job.begun <= PATIENCE * self.seconds
 
-    def _hear(
-        self, worker: Worker, job: _Job, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]
-    ) -> None:
+    def _hear(self, worker: Worker, job: _Job) -> None:
         try:
             replies = worker.receive()
         except WorkerDied:
-            self._lose(worker, outcomes, waiting)
+            self._lose(worker)
             return
         for reply in replies:
             if reply["note"] == OUT_OF_MEMORY:
-                outcomes[job.number] = Outcome(equal=None, reason=NO_MEMORY)
-                self._drop(worker)
+                self._drop(worker, NO_MEMORY)
             else:
-                outcomes[job.number] = Outcome(equal=reply["equal"], reason=reply["note"])
+                self._outcomes[job.number] = Decision(equal=reply["equal"], reason=reply["note"])
                 del self._busy[worker]
                 self._idle.append(worker)
 
-    def _lose(self, worker: Worker, outcomes: list[Outcome | None], waiting: deque[tuple[int, int]]) -> None:
+    def _lose(self, worker: Worker) -> None:
         """A worker ended that nobody here has killed: its question is asked again, of another worker."""
         job = self._busy[worker]
         status = self._drop(worker)
-        if status == -signal.SIGXCPU:
-            outcomes[job.number] = Outcome(equal=None, reason=TIMED_OUT)
-        elif job.attempt + 1 < ATTEMPTS:
-            waiting.appendleft((job.number, job.attempt + 1))
-        else:
-            reason = f"symbolic comparison crashed (status {status})"
-            outcomes[job.number] = Outcome(equal=None, reason=reason)
+        if status != -signal.SIGXCPU and job.attempt + 1 < ATTEMPTS:
+            self._waiting.appendleft((job.number, job.attempt + 1))
+            return
+        crashed = f"symbolic comparison crashed (status {status})"
+        reason = TIMED_OUT if status == -signal.SIGXCPU else crashed
+        self._outcomes[job.number] = Decision(equal=None, reason=reason)
 
-    def _drop(self, worker: Worker) -> int | None:
-        del self._busy[worker]
+    def _drop(self, worker: Worker, reason: str = "") -> int | None:
+        """End a worker; with a reason, its comparison stays without a verdict."""
+        job = self._busy.pop(worker)
+        if reason:
+            self._outcomes[job.number] = Decision(equal=None, reason=reason)
         return worker.end()
 
     def _take(self) -> Worker:

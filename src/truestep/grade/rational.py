@@ -8,6 +8,7 @@ here.
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -19,12 +20,13 @@ MAX_BITS = 2_000  # of a coefficient
 MAX_RADICAND = 10**6
 MAX_DEPTH = 20
 LETTERS = (
-    "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega "
-    "Gamma Delta Theta Lambda Phi Psi Omega hbar pi"
+    "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|"
+    "Gamma|Delta|Theta|Lambda|Phi|Psi|Omega|hbar|pi"
 )
-_TOKEN = re.compile(
-    r"\s*(?:(\d+(?:\.\d+)?)|((?:[A-Za-z]|\\(?:" + "|".join(LETTERS.split()) + r")(?![A-Za-z]))"
-    r"(?:_(?:[A-Za-z0-9]|\{\\?[A-Za-z0-9]{1,12}\s?\}))?)|(\\(?:frac|sqrt|cdot|times|div)(?![A-Za-z])|[-+*/^(){}]))",
+_TOKEN = re.compile(  # a power without braces has one digit: x^23 is x^2 3
+    r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<name>(?:[A-Za-z]|\\(?:" + LETTERS + r")(?![A-Za-z]))"
+    r"(?:_(?:[A-Za-z0-9]|\{\\?[A-Za-z0-9]{1,12}\s?\}))?)|\^\s*(?P<power>\d(?!\d|\.\d)|\{\s*-?\s*\d{1,3}\s*\})"
+    r"|(?P<sign>\\(?:frac|sqrt|cdot|times|div)(?![A-Za-z])|[-+*/(){}]))",
     re.ASCII,
 )
 _RELATION = re.compile(r"([^=<>]*?)(?:(=|<|>|\\[lg]eq(?![A-Za-z]))(.*))?$", re.DOTALL)
@@ -34,7 +36,8 @@ Monomial = tuple[tuple[str, int], ...]
 Polynomial = dict[Monomial, Fraction]
 Quotient = tuple[Polynomial, Polynomial]
 Formula = tuple[str, Quotient]  # "" and its value, or a relation and what is so related to 0
-Token = tuple[str, str]  # what it is ("number", "name" or the sign itself), and its text
+ONE: Polynomial = {(): Fraction(1)}
+Token = tuple[str, str]  # what it is ("number", "name", "power" or the sign itself), and its text
 
 
 class _NotRead(Exception):
@@ -50,26 +53,20 @@ def same_formula(gold: str, found: str) -> bool | None:
         left, right = _read(gold), _read(found)
         if left[0] != right[0]:
             return None
-        if left[0]:
-            return _proportional(left, right)
-        if _times(left[1][0], right[1][1]) == _times(right[1][0], left[1][1]):
-            return True
+        ours, theirs = _times(left[1][0], right[1][1]), _times(right[1][0], left[1][1])
     except _NotRead:
         return None
+    if left[0]:
+        ratios = {ours[term] / theirs[term] for term in ours} if ours.keys() == theirs.keys() else set()
+        return True if len(ratios) == 1 and (left[0] == "=" or min(ratios) > 0) else None
+    if ours == theirs:
+        return True
     text = gold + found
     names = {name for polynomial in (*left[1], *right[1]) for term in polynomial for name, _ in term}
     # A rounded value, √-1, and e + π, of which nothing is known.
     is_open = "." in text or "i" in names or {"e", r"\pi"} <= names
     is_name = any(re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\S{1,20})?\s*", side) for side in (gold, found))
     return None if is_open or is_name else False
-
-
-def _proportional(left: Formula, right: Formula) -> bool | None:
-    ours, theirs = _times(left[1][0], right[1][1]), _times(right[1][0], left[1][1])
-    if not ours or ours.keys() != theirs.keys():
-        return None
-    ratios = {ours[term] / theirs[term] for term in ours}
-    return True if len(ratios) == 1 and (left[0] == "=" or min(ratios) > 0) else None
 
 
 def _add(left: Quotient, right: Quotient) -> Quotient:
@@ -106,10 +103,6 @@ def _term(left: Monomial, right: Monomial, factor: Fraction) -> tuple[Monomial, 
     return tuple(sorted((name, power) for name, power in powers.items() if power)), factor
 
 
-def _number(value: Fraction) -> Polynomial:
-    return {(): value} if value else {}
-
-
 def _divide(left: Quotient, right: Quotient) -> Quotient:
     if not right[0]:
         raise _NotRead
@@ -119,7 +112,7 @@ def _divide(left: Quotient, right: Quotient) -> Quotient:
 def _power(base: Quotient, exponent: int) -> Quotient:
     if abs(exponent) > MAX_POWER or (not base[0] and exponent <= 0):
         raise _NotRead
-    above, below = _number(Fraction(1)), _number(Fraction(1))
+    above, below = ONE, ONE
     for _ in range(abs(exponent)):
         above, below = _times(above, base[0]), _times(below, base[1])
     return (above, below) if exponent >= 0 else (below, above)
@@ -135,15 +128,13 @@ def _root(quotient: Quotient) -> Quotient:
     free: list[int] = []
     if not 0 < number <= MAX_RADICAND:
         raise _NotRead
-    divisor = 2
-    while divisor * divisor <= number:
+    for divisor in range(2, math.isqrt(number) + 1):
         while number % (divisor * divisor) == 0:
             number, whole = number // divisor**2, whole * divisor
         if number % divisor == 0:
             number, free = number // divisor, [*free, divisor]
-        divisor += 1
     free += [number] if number > 1 else []
-    return {tuple(sorted((f"√{prime}", 1) for prime in free)): whole}, _number(Fraction(1))
+    return {tuple(sorted((f"√{prime}", 1) for prime in free)): whole}, ONE
 
 
 @lru_cache(maxsize=256)
@@ -164,10 +155,9 @@ def _read_side(text: str) -> Quotient:
     place, text = 0, _INDEX_LAST.sub(r"\1\3^\2", text.rstrip())
     while place < len(text):
         match = _TOKEN.match(text, place)
-        if match is None or (match[2] or "")[:1] == "d":  # a differential
+        if match is None or (match["name"] or "")[:1] == "d":  # a differential
             raise _NotRead
-        number, name, sign = match.groups()
-        tokens.append(("number", number) if number else ("name", name) if name else (sign, ""))
+        tokens.append((match["sign"] or str(match.lastgroup), match[str(match.lastgroup)]))
         place = match.end()
     tokens.reverse()  # the next one is the last
     found = _sum(tokens, 0)
@@ -178,12 +168,6 @@ def _read_side(text: str) -> Quotient:
 
 def _next(tokens: list[Token]) -> str:
     return tokens[-1][0] if tokens else ""
-
-
-def _take(tokens: list[Token], kind: str) -> str:
-    if _next(tokens) != kind:
-        raise _NotRead
-    return tokens.pop()[1]
 
 
 def _sum(tokens: list[Token], depth: int) -> Quotient:
@@ -204,60 +188,37 @@ def _product(tokens: list[Token], depth: int) -> Quotient:
     while kind := _next(tokens):
         if kind in (r"\cdot", r"\times", "*", "/", r"\div"):
             tokens.pop()
-            factor, last = _factor(tokens, depth)
-            is_division = kind in ("/", r"\div")
-            value = _divide(value, factor) if is_division else _multiply(value, factor)
-            divided = divided or is_division
-        elif kind in ("name", "(", r"\frac", r"\sqrt") and not divided:
-            # 1/2x may be x/2 or 1/(2x), 3\frac12 a mixed number, f(x) the value of a function
-            if (kind == r"\frac" and last == "number") or (kind == "(" and last == "name"):
-                raise _NotRead
-            factor, last = _factor(tokens, depth)
-            value = _multiply(value, factor)
+        elif divided or kind not in ("name", "(", r"\frac", r"\sqrt"):
+            break  # 1/2x may be x/2 or 1/(2x)
+        elif (kind == r"\frac" and last == "number") or (kind == "(" and last == "name"):
+            raise _NotRead  # 3\frac12 may be a mixed number, f(x) the value of a function
+        factor, last = _factor(tokens, depth)
+        if kind in ("/", r"\div"):
+            value, divided = _divide(value, factor), True
         else:
-            break
+            value = _times(value[0], factor[0]), _times(value[1], factor[1])
     return value
-
-
-def _multiply(left: Quotient, right: Quotient) -> Quotient:
-    return _times(left[0], right[0]), _times(left[1], right[1])
 
 
 def _factor(tokens: list[Token], depth: int) -> tuple[Quotient, str]:
     """A base with its exponent, and what kind of base it was."""
     kind = _next(tokens)
     base = _base(tokens, depth)
-    if _next(tokens) != "^":
+    if _next(tokens) != "power":
         return base, kind
-    tokens.pop()
-    exponent = _exponent(tokens)
-    if _next(tokens) == "^":
+    exponent = int(re.sub(r"[{}\s]", "", tokens.pop()[1]))
+    if _next(tokens) == "power":
         raise _NotRead
     return _power(base, exponent), "power"
 
 
-def _exponent(tokens: list[Token]) -> int:
-    in_braces = _next(tokens) == "{"
-    if in_braces:
-        tokens.pop()
-    is_negative = in_braces and _next(tokens) == "-"
-    if is_negative:
-        tokens.pop()
-    digits = _take(tokens, "number")
-    if in_braces:
-        _take(tokens, "}")
-    if not digits.isdigit() or len(digits) > (3 if in_braces else 1):  # x^23 without braces is x^2 3
-        raise _NotRead
-    return -int(digits) if is_negative else int(digits)
-
-
 def _base(tokens: list[Token], depth: int) -> Quotient:
-    one = _number(Fraction(1))
     kind = _next(tokens)
     if kind == "number":
-        return _number(Fraction(tokens.pop()[1])), one
+        value = Fraction(tokens.pop()[1])
+        return {(): value} if value else {}, ONE
     if kind == "name":
-        return {((re.sub(r"[{}\s]", "", tokens.pop()[1]), 1),): Fraction(1)}, one
+        return {((re.sub(r"[{}\s]", "", tokens.pop()[1]), 1),): Fraction(1)}, ONE
     if kind in ("(", "{"):
         return _group(tokens, kind, depth)
     if kind == r"\sqrt":
@@ -271,7 +232,11 @@ def _base(tokens: list[Token], depth: int) -> Quotient:
 
 
 def _group(tokens: list[Token], opening: str, depth: int) -> Quotient:
-    _take(tokens, opening)
+    if _next(tokens) != opening:
+        raise _NotRead
+    tokens.pop()
     inside = _sum(tokens, depth + 1)
-    _take(tokens, {"(": ")", "{": "}"}[opening])
+    if _next(tokens) != {"(": ")", "{": "}"}[opening]:
+        raise _NotRead
+    tokens.pop()
     return inside

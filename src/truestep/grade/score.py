@@ -6,29 +6,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from truestep.errors import UserError
-from truestep.grade.choice import choice_letter
 from truestep.grade.countdown import check_countdown
-from truestep.grade.equivalent import decide, questions, same_integer, symbolic_form
-from truestep.grade.extract import Extraction, extract_answer, extract_choice, gold_answer
+from truestep.grade.equivalent import Decision, decide, questions, same_integer, symbolic_form
+from truestep.grade.extract import Extraction, choice_letter, extract_answer, extract_choice, gold_answer
 from truestep.grade.normal import canonical, normalise
 from truestep.grade.policy import Judgment, judgment
-from truestep.grade.pool import Outcome, Pool
+from truestep.grade.pool import Pool
 from truestep.grade.rational import same_formula
 from truestep.records import Problem, Score, Verdict, judged
 
 MAX_SHOWN = 2_000  # characters of an answer that a score keeps
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What only algebra can answer: is each of these pairs of formulas equal?"""
-
-    parts: tuple[tuple[str, str], ...]
-    extracted: str
+# What only algebra can answer: is each of these pairs of formulas equal?
+Question = list[tuple[str, str]]
 
 
 def find_answer(problem: Problem, text: str) -> Extraction:
@@ -45,8 +39,7 @@ def _check_math(problem: Problem, found: str) -> Score | Question:
     gold = gold_answer(problem.answer)
     decision = decide(gold, found)
     if decision.equal is None and not decision.refused:
-        parts = tuple((symbolic_form(a), symbolic_form(b)) for a, b in questions(gold, found))
-        return Question(parts=parts, extracted=found)
+        return [(symbolic_form(a), symbolic_form(b)) for a, b in questions(gold, found)]
     return _score(decision.equal, found, decision.reason or f"not compared: {decision.refused}")
 
 
@@ -80,12 +73,9 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
 
 
 def _check_countdown(problem: Problem, found: str) -> Score | Question:
-    numbers, target = problem.meta.get("numbers"), problem.meta.get("target")
-    if (
-        not isinstance(numbers, list | tuple)
-        or not all(type(n) is int for n in numbers)
-        or type(target) is not int
-    ):
+    numbers: Any = problem.meta.get("numbers")
+    target: Any = problem.meta.get("target")
+    if not isinstance(numbers, list | tuple) or not all(type(n) is int for n in (*numbers, target)):
         raise UserError(
             f'{problem.row or problem.id}: checker "countdown" expected meta numbers (whole numbers) and target '
             '(a whole number): write "numbers": [3, 4, 5], "target": 35'
@@ -101,9 +91,8 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 
 
 class Grader:
-    """Scores completions. Algebra runs in child processes, which are started when it is first needed, have
-    ``seconds`` of processor time for one comparison and may take ``memory_mb`` on top of what its libraries
-    take. Not for use from several threads."""
+    """Scores completions, not from several threads. Algebra runs in child processes, started at first need,
+    with ``seconds`` of processor time a comparison and ``memory_mb`` on top of what its libraries take."""
 
     def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384) -> None:
         self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
@@ -138,20 +127,20 @@ class Grader:
     def score_answers(self, pairs: Sequence[tuple[Problem, Extraction]]) -> list[Score]:
         """One score per (problem, answer that was found), in order."""
         results: list[Score | Question] = []
-        outcomes: dict[tuple[str, str], Outcome] = {}
+        outcomes: dict[tuple[str, str], Decision] = {}
         for problem, found in pairs:
             results.append(result := self._check(problem, found))
-            for part in result.parts if isinstance(result, Question) else ():
+            for part in () if isinstance(result, Score) else result:
                 if part not in outcomes:
                     equal = same_formula(*part)
-                    outcomes[part] = Outcome(equal=equal, reason="compared as rational functions")
+                    outcomes[part] = Decision(equal=equal, reason="compared as rational functions")
                     if equal is None:
                         self.pool.prepare()  # it gets ready while the rest is looked at
         asked = [part for part, outcome in outcomes.items() if outcome.equal is None]
         outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
         return [
-            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r.parts], r.extracted)
-            for r in results
+            r if isinstance(r, Score) else _conclude([outcomes[part] for part in r], found.answer)
+            for r, (_, found) in zip(results, pairs, strict=True)
         ]
 
     def check_gold(self, problem: Problem) -> Score:
@@ -172,10 +161,8 @@ class Grader:
         return CHECKERS[problem.checker](problem, found.answer)
 
 
-def _conclude(outcomes: Sequence[Outcome], extracted: str) -> Score:
+def _conclude(outcomes: Sequence[Decision], extracted: str) -> Score:
     """Equal if every part is; different if one is; unscored if that hangs on one without a verdict."""
-    for equal in (False, None, True):
-        for outcome in outcomes:
-            if outcome.equal is equal:
-                return _score(equal, extracted, outcome.reason)
-    return _score(None, extracted, "nothing was compared")
+    nothing = Decision(equal=None, reason="nothing was compared")
+    worst = min(outcomes, key=lambda outcome: (False, None, True).index(outcome.equal), default=nothing)
+    return _score(worst.equal, extracted, worst.reason)

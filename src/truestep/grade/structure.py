@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from truestep.grade.normal import TEXT_COMMAND, canonical
 from truestep.grade.numeric import parse_number
@@ -25,17 +24,13 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\en
 def elements(text: str) -> list[str]:
     """The parts of a text between top-level commas, semicolons, "and" and "or"."""
     text = _JOINING_TEXT.sub(r" \1 ", text)
-    if "," not in text and ";" not in text and not re.search(r"and|or|\\l?or|\\wedge|\\vee", text):
-        return [text]
-    if parse_number(text) is not None:
+    if not re.search(r"[,;]|and|or|\\wedge|\\vee", text) or parse_number(text) is not None:
         return [text]
     parts, start, depth = [], 0, 0
     for match in _SEPARATOR.finditer(text):
         token = match[0]
-        if token in OPEN:
-            depth += 1
-        elif token in CLOSE:
-            depth -= 1
+        if token in OPEN or token in CLOSE:
+            depth += 1 if token in OPEN else -1
         elif depth == 0:
             parts.append(text[start : match.start()])
             start = match.end()
@@ -60,42 +55,28 @@ def brackets(text: str) -> tuple[str, str, str]:
     return bare[0], bare[1:-1], bare[-1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stretch:
-    """A stretch of the line, its ends as text."""
-
-    low: str
-    high: str
-    has_low: bool
-    has_high: bool
+# A stretch of the line: its low and high end as text, and whether it has them.
+Stretch = tuple[str, str, bool, bool]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Region:
-    """A union of stretches, and whether it was said by relations (0 < x) or by intervals (0, ∞)."""
-
-    stretches: tuple[Stretch, ...]
-    by_relation: bool
-
-
-def region(text: str) -> Region | None:
-    r"""A text as a region of the line: ``a < x \leq b``, ``x > a``, intervals, ``\mathbb{R}``, and unions."""
+def region(text: str) -> tuple[list[Stretch], bool] | None:
+    r"""A text (``a < x \leq b``, intervals, ``\mathbb{R}``, unions) as a region; whether by relations."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
     set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
     text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
     if re.fullmatch(r"\\(?:mathbb|mathbf|Bbb)\s*\{?\s*R\s*\}?", text.strip()):
-        return Region(stretches=(_stretch(r"-\infty", r"\infty"),), by_relation=False)
+        return [_stretch(r"-\infty", r"\infty")], False
     is_relation = bool(_RELATION.search(text))
     joint = rf"\\cup(?![A-Za-z])|{TEXT_COMMAND}\{{\s*or\s*\}}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])"
     parts = re.split(joint if is_relation else r"\\cup(?![A-Za-z])", text)
     found = [_from_relation(part) if is_relation else _from_interval(part) for part in parts[:20]]
-    stretches = tuple(part for part in found if part is not None)
-    return Region(stretches=stretches, by_relation=is_relation) if len(stretches) == len(parts) else None
+    stretches = [part for part in found if part is not None]
+    return (stretches, is_relation) if len(stretches) == len(parts) else None
 
 
 def _stretch(low: str, high: str, has_low: bool = False, has_high: bool = False) -> Stretch:
     low, high = (re.sub(r"\+\s*(?=\\infty)", "", end.strip()) for end in (low, high))
-    return Stretch(low=low, high=high, has_low=has_low, has_high=has_high)
+    return low, high, has_low, has_high
 
 
 def _from_interval(text: str) -> Stretch | None:
@@ -110,15 +91,13 @@ def _from_relation(text: str) -> Stretch | None:
     parts = [part.strip() for part in _RELATION.split(text)]
     if len(parts) not in (3, 5):
         return None
-    if ">" in parts[1] or "geq" in parts[1]:  # read it from the smaller side
-        parts = parts[::-1]
-        signs = [{">": "<", r"\geq": r"\leq"}.get(sign) for sign in parts[1::2]]
-    else:
-        signs = [sign if sign in ("<", r"\leq") else None for sign in parts[1::2]]
-    terms = parts[::2]
-    if None in signs:
+    is_falling = parts[1] in (">", r"\geq")
+    parts = parts[::-1] if is_falling else parts  # read it from the smaller side
+    strict, weak = (">", r"\geq") if is_falling else ("<", r"\leq")
+    terms, signs = parts[::2], parts[1::2]
+    if not {*signs} <= {strict, weak}:
         return None
-    closed = [sign == r"\leq" for sign in signs]
+    closed = [sign == weak for sign in signs]
     if len(terms) == 3:
         low, middle, high = terms
         is_stretch = _VARIABLE.fullmatch(middle) and _is_end(low) and _is_end(high)
@@ -139,9 +118,8 @@ def _is_end(text: str) -> bool:
 
 
 def as_tuples(text: str) -> str | None:
-    """Assignments as tuples in the alphabetical order of their names, or in the order that "(y, x) =" gives:
-    p=5, q=2; p=7, q=2 is (5,2), (7,2). None for anything but whole groups of assignments to the same two to
-    six names."""
+    """Assignments as tuples in the alphabetical order of their names: p=5, q=2; p=7, q=2 is (5,2), (7,2).
+    None for anything but whole groups of assignments to the same two to six names."""
     found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
     if len(found) < 2 or len(found) > 60 or None in found:
         return None
@@ -169,9 +147,3 @@ def matrix(text: str) -> list[list[str]] | None:
         return None
     rows = [[entry.strip() for entry in row.split("&")] for row in re.split(r"\\\\", match[2]) if row.strip()]
     return rows if rows and len({len(row) for row in rows}) == 1 else None
-
-
-def as_vector(rows: list[list[str]]) -> str | None:
-    """A matrix of one row or column as a tuple; None for others."""
-    flat = [entry for row in rows for entry in row]
-    return f"({', '.join(flat)})" if len(rows) == 1 or len(rows[0]) == 1 else None

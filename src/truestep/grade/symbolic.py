@@ -50,19 +50,14 @@ def main() -> int:
             continue
         pid = os.fork()
         if pid == 0:
-            control.close()
-            _work_and_exit(descriptors[0], compare, seconds, memory_mb)
+            try:
+                control.close()
+                _work(socket.socket(fileno=descriptors[0]), compare, seconds, memory_mb)
+                os._exit(0)
+            finally:
+                os._exit(1)
         os.close(descriptors[0])
         _say(control, {"id": request["id"], "pid": pid})
-
-
-def _work_and_exit(descriptor: int, compare: Compare, seconds: float, memory_mb: int) -> None:
-    status = 1
-    try:
-        _work(socket.socket(fileno=descriptor), compare, seconds, memory_mb)
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def _work(channel: socket.socket, compare: Compare, seconds: float, memory_mb: int) -> None:
@@ -115,12 +110,8 @@ def _clearly_different(left: Any, right: Any) -> bool:
     each variable set to a different prime, which every assumption on it allows."""
     from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
 
-    if any(isinstance(side, Symbol) or not isinstance(side, Expr) for side in (left, right)):
-        return False
-    if any(
-        side.has(UnevaluatedExpr) for side in (left, right)
-    ):  # a percentage, perhaps meant without its sign
-        return False
+    if any(isinstance(s, Symbol) or not isinstance(s, Expr) or s.has(UnevaluatedExpr) for s in (left, right)):
+        return False  # the last one is a percentage, perhaps meant without its sign
     variables = left.free_symbols | right.free_symbols
     if variables and not (_is_elementary(left) and _is_elementary(right)):
         return False
@@ -139,10 +130,9 @@ def _is_elementary(formula: Any) -> bool:
     """Whether it has only numbers, variables, powers and elementary functions: no sum, limit or f(x)."""
     import sympy
 
-    atoms = (sympy.Number, sympy.NumberSymbol, sympy.Symbol)
+    simple = (sympy.Number, sympy.NumberSymbol, sympy.Symbol, sympy.Add, sympy.Mul, sympy.Pow)
     functions = (sympy.Abs, sympy.exp, sympy.log, sympy.sin, sympy.cos, sympy.tan)
-    operations = (sympy.Add, sympy.Mul, sympy.Pow, *functions)
-    return all(isinstance(part, (*atoms, *operations)) for part in sympy.preorder_traversal(formula))
+    return all(isinstance(part, (*simple, *functions)) for part in sympy.preorder_traversal(formula))
 
 
 def _say(channel: socket.socket, reply: dict[str, Any]) -> None:

@@ -27,23 +27,20 @@ _SPELLINGS = {
     spelling: name
     for name, spellings in {
         "m": "meter metre", "km": "kilometer kilometre kms", "cm": "centimeter centimetre cms",
-        "mm": "millimeter",
-        "in": "inch inches", "ft": "foot feet", "yd": "yard yds", "mi": "mile", "g": "gram gm",
-        "kg": "kilogram kgs",
-        "mg": "milligram", "lb": "pound lbs", "oz": "ounce", "s": "second sec secs", "min": "minute mins",
-        "h": "hour hr hrs", "l": "liter litre", "ml": "milliliter millilitre", "$": "dollar usd bucks buck",
-        "cent": "¢", "€": "euro eur", "£": "gbp", "degree": "deg degrees", "rad": "radian",
+        "mm": "millimeter", "in": "inch inches", "ft": "foot feet", "yd": "yard yds", "mi": "mile",
+        "g": "gram gm", "kg": "kilogram kgs", "mg": "milligram", "lb": "pound lbs", "oz": "ounce",
+        "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "l": "liter litre",
+        "ml": "milliliter millilitre", "$": "dollar usd bucks buck", "cent": "¢", "€": "euro eur",
+        "£": "gbp", "degree": "deg degrees", "rad": "radian",
     }.items()
     for spelling in spellings.split()
 }  # fmt: skip
-WORDS = frozenset({
-    *_SPELLINGS, *(name + "s" for name in _SPELLINGS), "dollars", "cents", "cent", "euros", "percent", "pct",
-    "unit",
-    "units", "ft", "mph", "kph", "km", "cm", "mm", "nm", "kg", "mg", "ml", "min", "days", "day", "weeks",
-    "week",
-    "months", "month", "years", "year", "people", "students", "square", "cubic", "sq", "per", "in", "yuan",
-    "yen",
-}) - {"¢", "gm", "buck", "bucks", "deg"}  # fmt: skip
+_MORE = (
+    "dollars cents cent euros percent pct unit units ft mph kph km cm mm nm kg mg ml min days day weeks week "
+    "months month years year people students square cubic sq per in yuan yen"
+)
+WORDS = frozenset({*_SPELLINGS, *(name + "s" for name in _SPELLINGS), *_MORE.split()})
+WORDS -= {"¢", "gm", "buck", "bucks", "deg"}
 LETTERS = frozenset("mgshlLNJWVAKC")  # units that a formula would read as variables
 CURRENCIES = "$€£¥"
 
@@ -76,14 +73,12 @@ def unit_name(words: str, power: str = "") -> str:
     return " ".join(parts) + power
 
 
-def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool | None:
-    """Whether two (value, unit) are the same quantity; None where the units cannot be compared."""
-    if left[1] == right[1]:
-        return left[0] == right[0]
+def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool:
+    """Whether two (value, unit) of different units are the same quantity."""
     sizes = [_SIZES.get(unit.partition("^")[0]) for _, unit in (left, right)]
     powers = [unit.partition("^")[2] or "1" for _, unit in (left, right)]
     if sizes[0] is None or sizes[1] is None or sizes[0][0] != sizes[1][0] or powers[0] != powers[1]:
-        return None
+        return False
     power = int(powers[0])
     return left[0] * sizes[0][1] ** power == right[0] * sizes[1][1] ** power
 
@@ -113,11 +108,10 @@ def same_time(gold: str, found: str) -> bool | None:
     left, right = _TIME.match(plain(gold)), _TIME.match(plain(found))
     if left is None or right is None or not (left[3] or right[3]):
         return None
-    times = [_minutes(match) for match in (left, right)]
-    if left[3] and right[3]:
-        return times[0] == times[1]
-    bare = right if left[3] else left
-    return times[0] == times[1] or (left.group(1, 2) == right.group(1, 2) and int(bare[1]) <= 12)
+    if _minutes(left) == _minutes(right):
+        return True
+    has_bare = not (left[3] and right[3])
+    return has_bare and left.group(1, 2) == right.group(1, 2) and int(left[1]) <= 12
 
 
 def _minutes(match: re.Match[str]) -> int:

@@ -1,7 +1,5 @@
 """Rewards that ship with truestep, as ordinary reward functions: copy one to start another.
-
-Held by: tests/rewards/test_functions.py
-"""
+Held by: tests/rewards/test_functions.py"""
 
 from __future__ import annotations
 
@@ -23,8 +21,7 @@ def format_reward(
 ) -> list[float]:
     """1 if the completion has the required form, else 0: each tag of ``tags`` opens and closes once, in this
     order, with text inside; text follows the last tag if that is "think". ``opened``: the prompt ends with
-    the first opening tag. ``pattern`` instead: a regular expression for the whole completion ("." matches a
-    line break)."""
+    the first opening tag. ``pattern`` instead: a regular expression for it all ("." matches line breaks)."""
     body = r"\s*".join(rf"<{re.escape(tag)}>.*\S.*</{re.escape(tag)}>" for tag in tags)
     rest = r".*\S\s*" if tags and tags[-1] == "think" else r"\s*"
     try:
@@ -45,8 +42,7 @@ def length_reward(
     correct_only: bool = True,
 ) -> list[float | None]:
     """1 for an empty completion, falling to 0 at ``budget`` tokens (0: the length limit) and beyond. With
-    ``correct_only`` an incorrect one gets 0, so that a short wrong one gains nothing, and an unscored one
-    None."""
+    ``correct_only`` an incorrect one gets 0 (a short wrong one gains nothing), an unscored one None."""
     if budget < 0 or shape not in ("linear", "cosine"):
         raise UserError(
             'options: budget or shape is not valid; set budget >= 0, shape = "linear" or "cosine"'

@@ -3,9 +3,7 @@
 The completion is data between marks that the policy cannot predict, and a score counts only after such a mark
 on the last line of the judge's answer: an echo of the completion is never a score. The mark is a hash of the
 content, so that equal questions are equal requests whose answer can be stored.
-
-Held by: tests/rewards/test_llm_judge.py
-"""
+Held by: tests/rewards/test_llm_judge.py"""
 
 from __future__ import annotations
 
@@ -57,9 +55,7 @@ class JudgeSettings(Frozen):
 
     url: str = Field(pattern=r"^https?://")  # up to and with /v1
     model: str
-    prompt: str = Field(
-        PROMPT, pattern=r"\{completion\}"
-    )  # with {problem}, {answer} or any column of the data
+    prompt: str = Field(PROMPT, pattern=r"\{completion\}")  # with {problem}, {answer} or any column
     scale: float = Field(10.0, gt=0)  # the best score; the reward is score / scale
     key_env: str = ""  # the environment variable that holds the API key
     concurrency: int = Field(8, ge=1)
@@ -75,9 +71,8 @@ def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -
     settings = parse(JudgeSettings, options, where="options")
     if settings.key_env and not os.environ.get(settings.key_env):
         raise UserError(f"options.key_env: the environment variable {redact(settings.key_env)} is not set")
-    opened = _opened(settings.model_dump_json(), folder)
     with concurrent.futures.ThreadPoolExecutor(settings.concurrency) as pool:
-        return list(pool.map(opened.value, samples))
+        return list(pool.map(Judge(settings.model_dump_json(), folder).value, samples))
 
 
 def question(sample: RewardInput, settings: JudgeSettings) -> tuple[str, list[dict[str, str]]]:
@@ -107,16 +102,13 @@ def read_score(text: str, mark: str, scale: float) -> float | Unscored:
 
 
 @functools.cache
-def _opened(settings: str, folder: str) -> Judge:
-    path = Path(folder) / "judge.jsonl" if folder else None
-    return Judge(JudgeSettings.model_validate_json(settings), path)
-
-
 class Judge:
-    """One endpoint, used by several threads at once."""
+    """One endpoint, used by several threads at once; one for equal ``settings``, as JSON, and folder."""
 
-    def __init__(self, settings: JudgeSettings, path: Path | None) -> None:
-        self.settings, self._path, self._lock, self._free_at = settings, path, threading.Lock(), 0.0
+    def __init__(self, settings_json: str, folder: str) -> None:
+        settings = self.settings = JudgeSettings.model_validate_json(settings_json)
+        self._path = path = Path(folder) / "judge.jsonl" if folder else None
+        self._lock, self._free_at = threading.Lock(), 0.0
         self._key = os.environ.get(settings.key_env, "") if settings.key_env else ""
         self._opener = urllib.request.OpenerDirector()
         for handler in HANDLERS:

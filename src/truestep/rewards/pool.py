@@ -65,15 +65,15 @@ class Worker:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         with far_end:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-P", "-u", "-m", "truestep.rewards.worker", str(far_end.fileno())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
                 pass_fds=(far_end.fileno(),),
                 start_new_session=True,  # one signal ends all that it starts; Ctrl-C is for the parent
             )  # fmt: skip
-        assert self._process.stdout is not None
-        self._output = self._process.stdout
+        assert self.process.stdout is not None
+        self._output = self.process.stdout
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._channel, selectors.EVENT_READ)
         self._selector.register(self._output, selectors.EVENT_READ)
@@ -96,10 +96,6 @@ class Worker:
         printed = self._printed.decode("utf-8", "replace").strip()
         detail += f"\nThe function printed:\n{printed}" if printed else ""
         return Answer(reason=redact(reason), failed=True, detail=redact(detail.strip()))
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
 
     def _send(self, request: Any, seconds: float) -> None:
         self._channel.settimeout(seconds)
@@ -128,7 +124,7 @@ class Worker:
                         raise WorkerFailed("wrote to a channel that is not the function's") from None
                 if not chunk:
                     raise self._ended()
-            elif self._process.poll() is not None:
+            elif self.process.poll() is not None:
                 raise self._ended()
             elif left <= 0:
                 raise WorkerFailed(f"took longer than timeout_seconds = {seconds:g}")
@@ -142,16 +138,16 @@ class Worker:
             self._selector.unregister(self._output)
 
     def _watch_memory(self) -> None:
-        resident = sum(processes(self._process.pid).values()) >> 20
+        resident = sum(processes(self.process.pid).values()) >> 20
         if resident > self._memory_mb:
             raise WorkerFailed(f"took {resident} MB, more than memory_mb = {self._memory_mb}")
 
     def _ended(self) -> WorkerFailed:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
+            self.process.wait(1.0)
         while self._output in {key.fileobj for key, _ in self._selector.select(0)}:
             self._read_output()
-        status = self._process.returncode
+        status = self.process.returncode
         how = "closed its channel" if status is None else f"ended with exit status {status}"
         if status is not None and status < 0:
             how = f"was ended by signal {-status} ({signal.strsignal(-status)})"
@@ -160,13 +156,13 @@ class Worker:
     def kill(self) -> None:
         """Kill it and everything it has started, and wait for their end."""
         for _ in range(50):
-            family = processes(self._process.pid)
+            family = processes(self.process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):  # the only way without /proc
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, signal.SIGKILL)
             for pid in family:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            self._process.wait()
+            self.process.wait()
             if not family:
                 return
             time.sleep(0.01)
@@ -252,7 +248,7 @@ class FunctionPool:
 
     def _take(self) -> Worker:
         while self._idle and not self._closed:
-            if (worker := self._idle.pop()).alive:
+            if (worker := self._idle.pop()).process.poll() is None:
                 return worker
             self._drop(worker)
         worker = Worker(self._setup, self.entry.memory_mb)

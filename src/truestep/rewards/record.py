@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from truestep.records import Message, Problem, RewardInput, Stop, Verdict
@@ -21,7 +20,6 @@ class Unscored:
 # One value per sample: a number, None or Unscored (no reward, but not a failure), a mapping of named parts,
 # or an exception object (a failure of only this sample).
 Value = float | None | Unscored | Mapping[str, float] | Exception
-RewardFn = Callable[[Sequence[RewardInput]], Sequence[Value]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,7 @@ def to_json(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if is_dataclass(value):
         return vars(value)
     if isinstance(value, Mapping):
         return dict(value)

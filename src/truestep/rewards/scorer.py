@@ -34,10 +34,7 @@ def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
 class RewardScorer:
     """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory for the functions'
     files. Entering starts one worker for each function, and raises UserError if one cannot be loaded. Not for
-    use from several threads.
-
-    Held by: tests/rewards/test_hostile_rewards.py, tests/rewards/test_scorer.py
-    """
+    use from several threads. Held by: tests/rewards/test_hostile_rewards.py, tests/rewards/test_scorer.py"""
 
     def __init__(self, entries: Sequence[RewardSettings], *, grade: Grade, base: Path, folder: Path) -> None:
         self._entries, self._grade, self._stack = tuple(entries), grade, ExitStack()
@@ -83,7 +80,7 @@ class RewardScorer:
             elif entry.function == "random":
                 answers[entry.name] = [Answer(value=fair_coin(sample)) for sample in inputs]
             else:
-                answers[entry.name] = [_of_verdict(score) for score in graded]
+                answers[entry.name] = [Answer(value=s.reward, reason=s.reason) for s in graded if s]
         rows = [{name: column[i] for name, column in answers.items()} for i in range(len(inputs))]
         return [self._sum(row, score) for row, score in zip(rows, graded, strict=True)]
 
@@ -99,25 +96,14 @@ class RewardScorer:
                 missing.append(f"{entry.name}: {found.reason}")
         if not missing and not math.isfinite(total):
             missing.append("the weighted sum is not a finite number")
-        return Score(
-            reward=None if missing else total,
-            verdict=score.verdict if score else None,
-            parts=parts,
-            extracted=score.extracted if score else "",
-            reason="; ".join(missing) or (score.reason if score else ""),
-            failed=any(found.failed for found in row.values()),
-        )
+        checked = score or Score(reward=0.0, verdict=None)
+        reason = "; ".join(missing) or checked.reason
+        failed = any(found.failed for found in row.values())
+        return replace(checked, reward=None if missing else total, parts=parts, reason=reason, failed=failed)
 
 
 def fair_coin(sample: RewardInput) -> float:
     """0 or 1, a function of only the sample's identity: a control for gains that do not come from the reward.
-
-    Held by: tests/rewards/test_scorer.py
-    """
+    Held by: tests/rewards/test_scorer.py"""
     item = f"{sample.problem.id}/{sample.sample}"
     return float(generator(sample.seed, Purpose.RANDOM_REWARD, sample.step, item).random() < 0.5)
-
-
-def _of_verdict(score: Score | None) -> Answer:
-    assert score is not None
-    return Answer(value=score.reward, reason=score.reason)

@@ -16,19 +16,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
-from truestep import user_code
 from truestep.errors import UserError
 from truestep.records import RewardInput
 from truestep.reward_settings import NAME
 from truestep.rewards.record import Answer, Unscored, read_input, to_json
-from truestep.user_code import Raised, Source, load, raised, with_folder
+from truestep.user_code import Raised, Source, attempt, load, raised, with_folder
 
 
-def attempt(work: Callable[..., Any], *given: Any) -> Any:
+def tried(work: Callable[..., Any], *given: Any) -> Any:
     """The result of the user's code, or a failed Answer with its traceback."""
-    result = user_code.attempt(work, *given)
+    result = attempt(work, *given)
     return failed(result) if isinstance(result, Raised) else result
 
 
@@ -36,11 +36,9 @@ def failed(raised: Raised) -> Answer:
     return Answer(reason=raised.reason, failed=True, detail=raised.detail)
 
 
-def call(
-    function: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]
-) -> list[Any]:
-    """One value for each sample. Raises UserError if the function returns anything else."""
-    output = function(samples, **options)
+def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]) -> list[Any]:
+    """One value for each sample. Raises UserError if it returns anything else."""
+    output = reward(samples, **options)
     if isinstance(output, str | Mapping) or not hasattr(output, "__iter__"):
         raise UserError(f"returned {_shown(output)}; expected a list with one value for each sample")
     values = list(output)
@@ -93,22 +91,20 @@ def _die_with_parent(parent: int) -> NoReturn:
 def serve(channel: socket.socket) -> None:
     requests = channel.makefile("rb")
     setup = json.loads(requests.readline())
-    state: dict[str, Any] = {}
 
-    def prepare() -> Answer:
+    def prepare() -> Callable[..., Any]:
         function = load(Source(**setup["source"]), setup["path"])
         options = with_folder(function, setup["options"], setup["folder"])
         if not setup["source"]["sha256"]:  # one that ships with truestep checks its options when called
             function([], **options)
-        state.update(function=function, options=options)
-        return Answer()
+        return partial(call, function, options)
 
-    channel.sendall(to_json(attempt(prepare)))
+    score = tried(prepare)
+    channel.sendall(to_json(score if isinstance(score, Answer) else Answer()))
     for line in requests:
-        samples = [read_input(table) for table in json.loads(line)]
-        values = attempt(call, state["function"], state["options"], samples)
+        values = tried(score, [read_input(table) for table in json.loads(line)])
         if isinstance(values, list):
-            values = [attempt(answer, value) for value in values]
+            values = [tried(answer, value) for value in values]
         channel.sendall(to_json(values))
 
 

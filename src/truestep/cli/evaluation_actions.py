@@ -1,0 +1,234 @@
+"""What ``truestep eval MODEL`` and ``truestep eval RECIPE`` do: settings, engine, run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from truestep import rundir, signals
+from truestep.cli.evaluation import show
+from truestep.cli.progress import ConsoleReporter
+from truestep.cli.run import execute, only_evaluation
+from truestep.errors import UserError
+from truestep.evaluate.jobs import Job, changed, evaluation_settings, make_jobs, remarks
+from truestep.evaluate.model_adapters import EndpointAdapter, ModelAdapter, TokenAdapter
+from truestep.evaluate.suite import make_plans, run_suite
+from truestep.grade.score import Grader
+from truestep.report.evaluation import write_evaluation_report
+from truestep.rollout.engine import Engine
+from truestep.rollout.engine_endpoint import EndpointEngine, connect
+from truestep.settings import Settings, load_settings, override, read_recipe, settings_hash
+
+
+def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path | None, **how: bool) -> None:
+    """``given``: the options that say what is evaluated, as keys of ``[evaluate]``; ``sets``: those of --set.
+    A training recipe that names no benchmarks: its own evaluation sets."""
+    is_recipe, path = model.endswith(".toml"), Path(model)
+    raw = read_recipe(model, sets) if is_recipe else override({"model": {"path": model}}, sets)
+    table = raw.pop("evaluate", {})  # the options come last: they go before the recipe's keys
+    if is_recipe and "benchmarks" not in {*raw, *table, *given}:
+        if given:
+            own = f"{path} names no benchmarks, so its own data sets are evaluated"
+            raise UserError(f"{next(iter(given))}: {own}: pass --benchmarks, or leave this option out")
+        execute(only_evaluation(load_settings(path, sets), path), path, out, **how)
+        return
+    # A recipe's limits are for the benchmarks, and without the limit of the command line.
+    if limits := raw.pop("limits", None) or table.get("limits"):
+        named = given.get("benchmarks", limits)
+        table = table | {"limits": {k: v for k, v in limits.items() if k in named and "limit" not in given}}
+    settings = evaluation_settings({**raw, "evaluate": table | given}, model)
+    _execute(settings, path.parent if is_recipe else Path(), out, **how)
+
+
+def _execute(
+    settings: Settings, base_dir: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
+) -> None:
+    folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
+    reporter = ConsoleReporter()
+    if not dry_run:
+        _check_folder(settings, folder, resume=resume)
+        if resume and not folder.exists():
+            reporter.say(f"{folder} does not exist yet: starting there")
+    jobs = make_jobs(settings, base_dir)
+    with opened(settings) as (adapter, content):
+        if dry_run:
+            plan = plan_of(settings, jobs, adapter)
+            typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
+            return
+        plans, notes = make_plans(settings, jobs, adapter, folder, content)
+        rundir.open_run(folder, settings.model_dump(mode="json"))
+        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
+        try:
+            with signals.deferred(), Grader() as grader:
+                summary = run_suite(
+                    settings, plans, notes, adapter=adapter, judge=grader.judge, folder=folder,
+                    reporter=reporter, check_stop=signals.check,
+                )  # fmt: skip
+        except signals.Interrupted as stop:
+            reporter.close()
+            words = [word for word in sys.argv[1:] if word != "--resume"]
+            command = shlex.join(["truestep", *words, "--resume"])
+            reporter.say(f"{stop}; every finished sample is saved. To continue: {command}")
+            raise typer.Exit(128 + stop.signum) from None
+        finally:
+            reporter.close()
+    show(folder, summary, write_evaluation_report(folder), as_json)
+
+
+def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
+    """Raises UserError if the run directory is taken by something else. Writes nothing."""
+    if not rundir.holds_run(folder, resume=resume):
+        return
+    raw = read_recipe(folder / "resolved.toml")
+    if not (raw.get("benchmarks") or raw.get("evaluate", {}).get("benchmarks")):
+        raise UserError(f"{folder} holds a training run, not an evaluation: {rundir.ELSEWHERE}")
+    for key, was, now in changed(evaluation_settings(raw, str(folder)), settings):
+        values = f"{rundir.redact(str(was))}; now {rundir.redact(str(now))}"
+        mixed = f"{folder} was started with another {key} ({values}), and samples of both must not be mixed"
+        raise UserError(f"{mixed}: {rundir.ELSEWHERE}")
+
+
+def _plan_text(plan: dict[str, Any], folder: Path) -> str:
+    """The dry run as text."""
+    lines = [
+        f"{j['data']:<16} {j['prompt']:<12} {j['problems']:>6} problems {j['samples']:>7} samples "
+        f"{j['prompt_tokens']:>9} prompt tokens, at most {j['generated_tokens_at_most']} generated"
+        for j in plan["jobs"]
+    ]
+    total = plan["total"]
+    if "memory_bytes_at_most" in total:
+        lines.append(f"memory: at most about {total['memory_bytes_at_most'] / 2**30:.1f} GiB")
+    if (hours := total.get("hours_if_all_run_to_the_limit")) is not None:
+        lines.append(f"time: {hours} h if every completion runs to its limit, at this machine's matrix rate")
+    return "\n".join([*lines, *plan["notes"], str(folder)])
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
+    """The adapter that turns jobs into samples, and a hash of the model ("" for an endpoint)."""
+    with ExitStack() as stack:
+        if settings.evaluate.is_endpoint:
+            client = stack.enter_context(connect(settings.evaluate.engine))
+            engine = EndpointEngine(client, settings.model.path, settings.evaluate.sampling.max_running)
+            yield EndpointAdapter(engine=engine), ""
+            return
+        from truestep.model.load import load_tokenizer, model_content
+
+        context, eos = context_and_eos(settings)
+        vllm = settings.evaluate.engine == "vllm"
+        adapter = TokenAdapter(
+            tokenizer=load_tokenizer(settings.model), context_length=context, model_eos=eos,
+            open_engine=cache(lambda: _vllm(settings, context, stack) if vllm else _torch(settings)),
+            pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
+        )  # fmt: skip
+        yield adapter, model_content(settings.model)
+
+
+def context_and_eos(settings: Settings) -> tuple[int, Any]:
+    """The model's context after the override, and its eos ids, from the config only."""
+    from truestep.model.load import TINY_CONTEXT, resolve
+
+    source, override = resolve(settings.model), settings.model.context_length
+    if source == "tiny":
+        return (TINY_CONTEXT if override == "model" else override), ()
+    config = _config(source)
+    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
+    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _torch(settings: Settings) -> Engine:
+    import torch
+
+    from truestep.device import compute_device, make_deterministic, set_threads
+    from truestep.model.load import load_model
+    from truestep.rollout.engine_torch import TorchEngine
+    from truestep.train.policy import Policy
+
+    set_threads(settings.compute.threads)
+    make_deterministic()
+    dtype = getattr(torch, settings.compute.dtype)
+    policy = Policy(load_model(settings.model, dtype=dtype, device=compute_device(), seed=settings.seed))
+    running = settings.evaluate.sampling.max_running
+    return TorchEngine(policy.model, max_running=running, packs=policy.packs and policy.plain_head)
+
+
+def _vllm(settings: Settings, context: int, stack: ExitStack) -> Engine:
+    from truestep.model.load import resolve
+    from truestep.rollout.engine_vllm import VllmServer, serve
+
+    source, running = resolve(settings.model), settings.evaluate.sampling.max_running
+    if source == "tiny":
+        raise UserError('engine = "vllm": the built-in model has no model folder: use engine = "torch"')
+    dtype = settings.compute.dtype
+    server = VllmServer(model=source, dtype=dtype, context_length=context, max_running=running)
+    return stack.enter_context(serve(server))
+
+
+def figures(settings: Settings) -> tuple[int, int, int]:
+    """The number of parameters, and the bytes of one and of a cached token; without loading weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from truestep.model.load import load_model, resolve
+
+    if (source := resolve(settings.model)) == "tiny":
+        cpu = torch.device("cpu")
+        model: Any = load_model(settings.model, dtype=torch.float32, device=cpu, seed=settings.seed).model
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_config(source))
+    config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache_bytes = 2 * heads * size * config.num_hidden_layers * width
+    return sum(p.numel() for p in model.parameters()), width, cache_bytes
+
+
+def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:
+    """For --dry-run: every prompt made and counted, no weights loaded. What the jobs need at most: tokens,
+    memory and arithmetic if the model's shape is known."""
+    ready = [adapter.ready(job, settings.evaluate.few_shot) for job in jobs]
+    rows: list[dict[str, Any]] = [
+        {
+            "data": job.benchmark.id, "prompt": job.template.id, "problems": len(job.problems),
+            "samples": len(job.problems) * job.samples, "prompt_tokens": made.num_prompt_tokens,
+            "generated_tokens_at_most": len(job.problems) * job.samples * made.max_new_tokens,
+        }
+        for job, made in zip(jobs, ready, strict=True)
+    ]  # fmt: skip
+    counted = ("samples", "prompt_tokens", "generated_tokens_at_most")
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in counted}
+    if not settings.evaluate.is_endpoint:
+        num_parameters, bytes_per_parameter, cache_bytes = figures(settings)
+        tokens = total["prompt_tokens"] + total["generated_tokens_at_most"]
+        total["flops_at_most"] = 2 * num_parameters * tokens
+        longest = max(made.max_new_tokens + made.num_prompt_tokens / len(made.prompts) for made in ready)
+        most = min(settings.evaluate.sampling.max_running, max(row["samples"] for row in rows))
+        weights = num_parameters * bytes_per_parameter
+        total["memory_bytes_at_most"] = round(weights + cache_bytes * longest * most)
+    if settings.evaluate.engine == "torch":
+        import torch
+
+        from truestep.device import matmul_rate
+
+        seconds = total["flops_at_most"] / matmul_rate(getattr(torch, settings.compute.dtype))
+        total["hours_if_all_run_to_the_limit"] = round(seconds / 3600, 2)
+    notes = remarks(settings, jobs) + [note for made in ready for note in made.notes]
+    return {"jobs": rows, "total": total, "notes": notes}
