@@ -24,7 +24,15 @@ from truestep.pipeline.code import code_of
 from truestep.pipeline.track import require_trackers
 from truestep.records import Message, Problem, Prompt, Verdict
 from truestep.rewards.scorer import RewardScorer
-from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
+from truestep.settings import (
+    OUTSIDE_RESULTS,
+    RejectionSettings,
+    RlSettings,
+    Settings,
+    SftSettings,
+    StageSettings,
+    settings_hash,
+)
 from truestep.train.update import fault_of
 from truestep.user_code import Raised, attempt, find_source, load
 
@@ -73,17 +81,13 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     _check_ranks(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
-    context, eos = _context_length(settings)
+    context, eos = context_and_eos(settings)
     prepared = Prepared(
-        settings=settings,
-        base_dir=base_dir,
-        tokenizer=tokenizer,
-        context_length=context,
-        stop_ids=stop_token_ids(tokenizer, eos),
-        model_content=model_content(settings.model),
+        settings=settings, base_dir=base_dir, tokenizer=tokenizer, context_length=context,
+        stop_ids=stop_token_ids(tokenizer, eos), model_content=model_content(settings.model),
         methods={s.name: method_of(s, base_dir) for s in settings.stages},
         code={s.name: code_of(s, base_dir) for s in settings.stages},
-    )
+    )  # fmt: skip
     _check_rewards(settings, base_dir)
     needs: dict[str, set[str]] = {}
     for name, what in _uses(settings):
@@ -113,13 +117,10 @@ def _check_rewards(settings: Settings, base_dir: Path) -> None:
     """Load every reward function once, in its worker: a mistake in one shows before anything is trained."""
     for stage in settings.stages:
         if isinstance(stage, RlSettings) and world()[0] == 0:
-            with (
-                tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder,
-                RewardScorer(
-                    stage.reward_entries, grade=lambda pairs: [], base=base_dir, folder=Path(folder)
-                ),
-            ):
-                pass
+            with tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder:
+                given: dict[str, Any] = {"grade": lambda pairs: [], "base": base_dir, "folder": Path(folder)}
+                with RewardScorer(stage.reward_entries, **given):
+                    pass
 
 
 def _uses(settings: Settings) -> list[tuple[str, str]]:
@@ -208,20 +209,23 @@ def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
     return result
 
 
-def _context_length(settings: Settings) -> tuple[int, Any]:
-    """(context length after the override, the model's eos ids), only from the config."""
-    source = resolve(settings.model)
-    override = settings.model.context_length
+def context_and_eos(settings: Settings) -> tuple[int, Any]:
+    """The model's context length after the override, and its eos ids, only from the config."""
+    source, override = resolve(settings.model), settings.model.context_length
     if source == "tiny":
         return (TINY_CONTEXT if override == "model" else override), ()
+    config = model_config(source)
+    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
+    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
+
+
+def model_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
-    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
 
 
 def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:
@@ -245,8 +249,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
 def hinted_prompt(
     prepared: Prepared, prompt: Prompt, fraction: float
 ) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """The turns and tokens of the prompt, with the first part of the solution (by characters) in the user's
-    turn."""
+    """Turns and tokens of the prompt, with the first part of the solution (by characters) in the user's."""
     *before, last = prompt.problem.messages
     shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
     turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
@@ -341,14 +344,40 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
         else:
             num = len(prepared.prompts[stage.data])
             values = (num, "after sampling", "–", stage.sequences_per_step, "–")
-        rows.append(
-            {
-                "stage": stage.name,
-                "kind": stage.kind,
-                **dict(zip(columns, values, strict=True)),
-                "ranks": world_size,
-                "tokens per micro-batch": stage.tokens_per_microbatch,
-                "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
-            }
-        )
+        rows.append({
+            "stage": stage.name, "kind": stage.kind, **dict(zip(columns, values, strict=True)),
+            "ranks": world_size, "tokens per micro-batch": stage.tokens_per_microbatch,
+            "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
+        })  # fmt: skip
     return rows
+
+
+def stage_identity(prepared: Prepared, index: int) -> str:
+    """The hash of a stage's settings, code and data, and of every stage before it."""
+    settings = prepared.settings
+    parts: list[Any] = [base_identity(prepared), settings.chat]
+    for stage in settings.stages[: index + 1]:
+        ignored: dict[str, Any] = {**OUTSIDE_RESULTS}
+        if isinstance(stage, RlSettings | RejectionSettings):
+            ignored["sampling"] = stage.sampling.model_copy(update={"max_running": 1})
+        if code := prepared.code[stage.name]:
+            parts.append(str(sorted(code.items())))
+        frozen, dev = stage.model_copy(update=ignored), stage.dev.data
+        parts += [frozen, prepared.content[stage.data], prepared.content.get(dev, "")]
+        parts += [settings.evaluate.data_sampling.model_copy(update={"max_running": 1})] if dev else []
+    return settings_hash(*parts)
+
+
+def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
+    """The hash of all that an evaluation on the data set ``name`` depends on."""
+    settings = prepared.settings
+    sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
+    sampled = (sampling, settings.evaluate.data_samples, settings.chat, settings.seed)
+    return settings_hash(*sampled, model_identity, prepared.content[name])
+
+
+def base_identity(prepared: Prepared) -> str:
+    """The hash of the base model: its settings and the content of its files."""
+    settings = prepared.settings
+    compute = settings.compute.model_copy(update={"threads": 1})
+    return settings_hash(settings.model, prepared.model_content, compute, settings.seed)

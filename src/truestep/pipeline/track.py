@@ -27,10 +27,9 @@ def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Log
     return [openers[name](folder, run_name) for name in names]
 
 
-def _tensorboard(folder: Path, run_name: str) -> Log:
+def _tensorboard(folder: Path, _: str) -> Log:
     from tensorboardX import SummaryWriter
 
-    del run_name
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(step: int, metrics: Mapping[str, float]) -> None:

@@ -27,8 +27,8 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
         settings = cell_settings(study, arm.name, 0, stage_tables(study, arm), study.name)
         work = [_stage(settings, stage, base_dir, lengths) for stage in settings.stages]
         per_seed, shape = sum(work, Ledger()), _shape(settings)
-        tuned = bool(study.tuning and arm.stages and not arm.untuned)
-        trials = len(study.tuning.factors) * len(study.tuning.seeds) if tuned and study.tuning else 0
+        tuning = study.tuning_of(arm)
+        trials = len(tuning.factors) * len(tuning.seeds) if tuning else 0
         own = work[-1].full_flops(shape) if work else 0.0
         seeds = len(study.seeds_of(arm))
         new_cells = seeds + trials
