@@ -140,9 +140,8 @@ class FaultSettings(Frozen):
     @model_validator(mode="after")
     def _one_mean(self) -> Self:
         if self.micro_mean and self.dp_token_mean:
-            raise ValueError(
-                "micro_mean and dp_token_mean are two ways to take one mean; set only one of them"
-            )
+            both = "micro_mean and dp_token_mean"
+            raise ValueError(f"{both} are two ways to take one mean; set only one of them")
         return self
 
 

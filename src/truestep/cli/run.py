@@ -47,8 +47,7 @@ def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Calla
 def only(settings: Settings, kind: str, recipe: Path) -> Settings:
     from truestep.errors import UserError
 
-    stages = tuple(s for s in settings.stages if s.kind == kind)
-    if not stages:
+    if not (stages := tuple(s for s in settings.stages if s.kind == kind)):
         raise UserError(f'{recipe} has no stage of kind {kind}; add [[stages]] with kind = "{kind}"')
     return settings.model_copy(update={"stages": stages})
 

@@ -14,8 +14,8 @@ from truestep.cli.evaluation import option
 from truestep.cli.run import Json
 
 _PATHS = "The study, a TOML file; or the word flops and recipes (files or folders) to count."
-_USAGE = "STUDY.toml | flops RECIPE..."
-Paths = Annotated[list[str], typer.Argument(metavar=_USAGE, help=_PATHS, show_default=False)]
+_FORM = "STUDY.toml | flops RECIPE..."
+Paths = Annotated[list[str], typer.Argument(metavar=_FORM, help=_PATHS, show_default=False)]
 _KEEP = "Also keep compact results in this folder; cells found there are not run again."
 _WORKERS = "How many cells run at the same time."
 _ENGINE = "What runs the cells: local (child processes) or ray (a Ray cluster)."

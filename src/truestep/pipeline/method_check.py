@@ -56,8 +56,7 @@ class Relation:
 
 
 def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict[str, object]:
-    """A run of the row: a model of some 10,000 parameters, sums with worked solutions, and a coin as the
-    reward, so that an untrained model has mixed groups."""
+    """The row on some 10,000 parameters and solved sums; the reward is a coin, so that groups are mixed."""
     stage: dict[str, object] = {
         "kind": "rl" if samples else "sft", "name": "check", "data": "sums", "steps": STEPS,
         "tokens_per_microbatch": TOKENS, "method": method, "method_options": options, "save_every": 1,

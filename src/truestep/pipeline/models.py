@@ -1,10 +1,12 @@
-"""The models of a run in its dtype, as policies and as sampling engines."""
+"""What the stages of a run share: its models, as policies and as sampling engines, and hashes of all that a
+result depends on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from truestep.pipeline.track import Log
 from truestep.progress import Reporter
 from truestep.records import Prompt
 from truestep.rollout.engine_torch import TorchEngine
+from truestep.settings import OUTSIDE_RESULTS, RejectionSettings, RlSettings, settings_hash
 from truestep.train.parallel import Ranks, replicate, shard
 from truestep.train.policy import Policy
 
@@ -80,3 +83,34 @@ def make_engine(session: Session, policy: Policy | None, path: str, max_running:
     if policy is None or sharded:
         policy = Policy(open_model(session, path))
     return TorchEngine(policy.model, max_running=max_running, packs=policy.packs and policy.plain_head)
+
+
+def stage_identity(prepared: Prepared, index: int) -> str:
+    """The hash of a stage's settings, code and data, and of every stage before it."""
+    settings = prepared.settings
+    parts: list[Any] = [base_identity(prepared), settings.chat]
+    for stage in settings.stages[: index + 1]:
+        ignored: dict[str, Any] = {**OUTSIDE_RESULTS}
+        if isinstance(stage, RlSettings | RejectionSettings):
+            ignored["sampling"] = stage.sampling.model_copy(update={"max_running": 1})
+        if code := prepared.code[stage.name]:
+            parts.append(str(sorted(code.items())))
+        frozen, dev = stage.model_copy(update=ignored), stage.dev.data
+        parts += [frozen, prepared.content[stage.data], prepared.content.get(dev, "")]
+        parts += [settings.evaluate.data_sampling.model_copy(update={"max_running": 1})] if dev else []
+    return settings_hash(*parts)
+
+
+def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
+    """The hash of all that an evaluation on the data set ``name`` depends on."""
+    settings = prepared.settings
+    sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
+    sampled = (sampling, settings.evaluate.data_samples, settings.chat, settings.seed)
+    return settings_hash(*sampled, model_identity, prepared.content[name])
+
+
+def base_identity(prepared: Prepared) -> str:
+    """The hash of the base model: its settings and the content of its files."""
+    settings = prepared.settings
+    compute = settings.compute.model_copy(update={"threads": 1})
+    return settings_hash(settings.model, prepared.model_content, compute, settings.seed)

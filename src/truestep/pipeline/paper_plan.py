@@ -59,7 +59,7 @@ def read_declared(settings: Settings, where: str) -> Declared:
         raise UserError(f"{where}: declared.{key}: {first['msg']}") from None
 
 
-def read_config(settings: Settings, declared: Declared, base_dir: Path) -> dict[str, Any]:
+def read_config(declared: Declared, base_dir: Path) -> dict[str, Any]:
     path = base_dir / declared.config
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -99,8 +99,7 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
-    """The work of a stage from its settings and the declared mean lengths. Attention is counted at the mean
-    lengths, which is a little less than the mean over lengths."""
+    """The work of a stage at the declared mean lengths (of attention a little less than its mean)."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
         rows = declared.rows[stage.data]
@@ -108,8 +107,7 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
         return sequence_work(prompt, demonstration).times(sequences)
     if isinstance(stage, RejectionSettings):
         raise UserError(f"stages.{stage.name}: what a rejection stage keeps cannot be declared")
-    if not isinstance(stage, RlSettings):
-        raise TypeError(f"unknown stage {type(stage).__name__}")
+    assert isinstance(stage, RlSettings)
     known = declared.stages.get(stage.name, DeclaredStage())
     length = known.rollout_tokens or stage.sampling.max_new_tokens
     own = [length] * (known.own_samples or stage.samples_per_prompt)
@@ -135,7 +133,7 @@ def rl_work(
 def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]:
     """The FLOPs of a whole recipe by the paper's formula (with its N) and by the fuller count."""
     declared = read_declared(settings, where)
-    shape = shape_of(read_config(settings, declared, base_dir))
+    shape = shape_of(read_config(declared, base_dir))
     rounded = replace(shape, num_parameters=int(declared.formula_parameters))
     work = sum((stage_work(s, declared) for s in settings.stages), Ledger())
     return {"flops_paper_formula": work.paper_flops(rounded), "flops_full": work.full_flops(rounded)}
@@ -181,7 +179,7 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
 
     declared = read_declared(settings, where)
     check_methods(settings, base_dir)
-    config = read_config(settings, declared, base_dir)
+    config = read_config(declared, base_dir)
     model = meta_model(settings, config)
     context = int(model.config.max_position_embeddings)
     rope = getattr(model.config, "rope_parameters", None) or {}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +25,7 @@ from truestep.pipeline.code import code_of
 from truestep.pipeline.track import require_trackers
 from truestep.records import Message, Problem, Prompt, Verdict
 from truestep.rewards.scorer import RewardScorer
-from truestep.settings import (
-    OUTSIDE_RESULTS,
-    RejectionSettings,
-    RlSettings,
-    Settings,
-    SftSettings,
-    StageSettings,
-    settings_hash,
-)
+from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.train.update import fault_of
 from truestep.user_code import Raised, attempt, find_source, load
 
@@ -89,9 +82,7 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
         code={s.name: code_of(s, base_dir) for s in settings.stages},
     )  # fmt: skip
     _check_rewards(settings, base_dir)
-    needs: dict[str, set[str]] = {}
-    for name, what in _uses(settings):
-        needs.setdefault(name, set()).add(what)
+    needs = _needs(settings)
     sampled = [s for s in settings.stages if s.kind != "sft"]
     guided = {s.data: s for s in sampled if prepared.methods[s.name].needs_demonstrations}
     for name, wanted in needs.items():
@@ -123,28 +114,29 @@ def _check_rewards(settings: Settings, base_dir: Path) -> None:
                     pass
 
 
-def _uses(settings: Settings) -> list[tuple[str, str]]:
-    """(data set, the column that it is used for) of every use; a set that no stage names is not loaded. A
-    stage that asks no checker needs no answers."""
-    columns = {"sft": "solution", "rejection": "answer", "rl": "answer"}
-    uses = []
+def _needs(settings: Settings) -> dict[str, set[str]]:
+    """Data set → the columns that it is used for; a set that nothing uses is not loaded. A stage that asks no
+    checker needs no answers."""
+    needs: defaultdict[str, set[str]] = defaultdict(set)
     for stage in settings.stages:
         checked = not isinstance(stage, RlSettings) or "checker" in [e.function for e in stage.reward_entries]
-        uses.append((stage.data, columns[stage.kind] if checked else "problem"))
+        column = "solution" if stage.kind == "sft" else "answer"
+        needs[stage.data].add(column if checked else "problem")
         if stage.dev.data:
-            uses.append((stage.dev.data, "answer"))
-    return uses + [(name, "answer") for name in settings.evaluate.data]
+            needs[stage.dev.data].add("answer")
+    for name in settings.evaluate.data:
+        needs[name].add("answer")
+    return needs
 
 
 def _check_ranks(settings: Settings) -> None:
     """Refuse, before anything is loaded, several processes for what runs only on one."""
     for stage in settings.stages if world()[1] > 1 else ():
+        where = f"stages.{stage.name}"
         if stage.dev.data:
-            raise UserError(f"stages.{stage.name}.dev: evaluation in training needs one process; remove it")
+            raise UserError(f"{where}.dev: evaluation in training needs one process; remove it")
         if isinstance(stage, RejectionSettings):
-            raise UserError(
-                f"stages.{stage.name}: a rejection stage needs one process; start without torchrun"
-            )
+            raise UserError(f"{where}: a rejection stage needs one process; start without torchrun")
 
 
 def check_methods(settings: Settings, base_dir: Path) -> None:
@@ -329,8 +321,8 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
     """Everything about batches that the settings imply, one row a stage."""
     rows: list[Mapping[str, Any]] = []
     columns = ("problems", "steps", "optimizer updates", "sequences per update", "epochs")
+    values: tuple[Any, ...]
     for stage in prepared.settings.stages:
-        values: tuple[Any, ...]
         if isinstance(stage, SftSettings):
             num = len(prepared.demonstrations[stage.data].kept)
             updates = prepared.methods[stage.name].updates_per_step
@@ -350,34 +342,3 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
             "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
         })  # fmt: skip
     return rows
-
-
-def stage_identity(prepared: Prepared, index: int) -> str:
-    """The hash of a stage's settings, code and data, and of every stage before it."""
-    settings = prepared.settings
-    parts: list[Any] = [base_identity(prepared), settings.chat]
-    for stage in settings.stages[: index + 1]:
-        ignored: dict[str, Any] = {**OUTSIDE_RESULTS}
-        if isinstance(stage, RlSettings | RejectionSettings):
-            ignored["sampling"] = stage.sampling.model_copy(update={"max_running": 1})
-        if code := prepared.code[stage.name]:
-            parts.append(str(sorted(code.items())))
-        frozen, dev = stage.model_copy(update=ignored), stage.dev.data
-        parts += [frozen, prepared.content[stage.data], prepared.content.get(dev, "")]
-        parts += [settings.evaluate.data_sampling.model_copy(update={"max_running": 1})] if dev else []
-    return settings_hash(*parts)
-
-
-def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
-    """The hash of all that an evaluation on the data set ``name`` depends on."""
-    settings = prepared.settings
-    sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
-    sampled = (sampling, settings.evaluate.data_samples, settings.chat, settings.seed)
-    return settings_hash(*sampled, model_identity, prepared.content[name])
-
-
-def base_identity(prepared: Prepared) -> str:
-    """The hash of the base model: its settings and the content of its files."""
-    settings = prepared.settings
-    compute = settings.compute.model_copy(update={"threads": 1})
-    return settings_hash(settings.model, prepared.model_content, compute, settings.seed)

@@ -23,8 +23,8 @@ from truestep.evaluate.files import read_samples, results_file, samples_file, sc
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
 from truestep.pipeline.evaluation import evaluate_checkpoint
-from truestep.pipeline.models import Session, open_model
-from truestep.pipeline.prepare import Prepared, base_identity, stage_identity
+from truestep.pipeline.models import Session, base_identity, open_model, stage_identity
+from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.stages import make_stage, stage_folder
 from truestep.pipeline.track import open_trackers
 from truestep.progress import Reporter
@@ -168,9 +168,6 @@ def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, An
     export_hf(spec.folder / "export", model, session.prepared.tokenizer, card=card)
 
 
-# ------------------------------------------------------------------------ summary.json: what is done, as rows
-
-
 def stage_row(session: Session, done: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("name", "kind", "method", "data", "steps", "flops_paper", "flops_full", "seconds", "tokens")
     row = {key: done[key] for key in kept}
@@ -209,6 +206,7 @@ def comparisons(session: Session) -> list[dict[str, Any]]:
 
 
 def summarize(session: Session, status: str) -> dict[str, Any]:
+    """Write and return summary.json: what the run has done so far, as rows for the report and the exports."""
     prepared, settings = session.prepared, session.prepared.settings
     shapes = [rundir.read_json(p)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
     summary = {

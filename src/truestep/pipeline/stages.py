@@ -12,8 +12,8 @@ from truestep.objective.methods import Method
 from truestep.objective.methods.row import DemonstrationBuffer
 from truestep.objective.schedule import learning_rate
 from truestep.pipeline.evaluation import dev_score, sampling_parameters
-from truestep.pipeline.models import Session, make_engine, make_policy
-from truestep.pipeline.prepare import hinted_prompt, num_sequences, num_steps, stage_identity
+from truestep.pipeline.models import Session, make_engine, make_policy, stage_identity
+from truestep.pipeline.prepare import hinted_prompt, num_sequences, num_steps
 from truestep.pipeline.rejection import rejection_samples
 from truestep.records import Score
 from truestep.rewards.scorer import RewardScorer

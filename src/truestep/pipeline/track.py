@@ -1,5 +1,4 @@
-"""Metrics to TensorBoard, wandb or trackio, if the recipe sets ``trackers``. No login is needed: wandb is
-offline unless WANDB_MODE is set."""
+"""Metrics to the recipe's ``trackers``: TensorBoard, trackio, or wandb (offline unless WANDB_MODE is set)."""
 
 from __future__ import annotations
 

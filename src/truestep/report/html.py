@@ -137,8 +137,7 @@ def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
     present = {key.removeprefix(f"{stage}/") for row in metrics for key in row}
     for title, keys in panels_of(present).items():
         share = all(metric(key).unit == "share" for key in keys)
-        series = {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}
-        if series:
+        if series := {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}:
             ends = [found[-1][1] for found in series.values()]
             last = " · ".join(f"{100 * end:.1f} %" if share else f"{end:.3g}" for end in ends)
             figure = figures.curve(f"{stage} {title}", series, y_percent=share)

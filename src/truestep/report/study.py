@@ -23,8 +23,7 @@ CURVES = {"reward": "Reward", "completions/mean_length": "Completion length", "e
 
 
 def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
-    """Write FOLDER/report.html, table.md, table.csv and table.tex from its results.json and compact cells.
-    Raises UserError if there are no results."""
+    """Write FOLDER/report.html and table.{md,csv,tex} from its results (else UserError) and compact cells."""
     table = read_object(folder / "results.json")
     if "arms" not in table:
         raise UserError(f"{folder} is not a study directory: pass the folder that truestep study printed")

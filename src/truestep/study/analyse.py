@@ -27,10 +27,9 @@ MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
 
 @dataclass(frozen=True, kw_only=True)
 class Crossed:
-    """A mean over seeds and problems with its 95 % interval and the p-value of the mean being 0.
-    ``detectable`` is the smallest true value that such a table would show with 80 % power at the 5 % level.
-    ``df`` are the effective degrees of freedom; with one seed nothing is known of seeds, ``low`` and ``high``
-    are over problems only and ``seeds_known`` is False."""
+    """A mean over seeds and problems with its 95 % interval and the p-value of the mean being 0, at ``df``
+    effective degrees of freedom. ``detectable``: the smallest true value that such a table would show with
+    80 % power at the 5 % level. With one seed ``low`` and ``high`` are over problems: not ``seeds_known``."""
 
     value: float
     low: float

@@ -46,10 +46,6 @@ class Order:
     recipe: str
     run: str
 
-    @property
-    def arguments(self) -> list[str]:
-        return ["run", self.recipe, "--out", self.run, "--resume"]
-
 
 Launch = Callable[[Order], tuple[int, str]]  # → exit code, last words on stderr
 
@@ -105,7 +101,7 @@ def _child(order: Order) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for mine, theirs in ((nothing, 0), (nothing, 1), (log, 2)):
         os.dup2(mine, theirs)
-    sys.argv = ["truestep", *order.arguments]
+    sys.argv = ["truestep", "run", order.recipe, "--out", order.run, "--resume"]
     runpy.run_module("truestep", run_name="__main__")
 
 
@@ -124,9 +120,8 @@ def ray(workers: int) -> Launch:
         raise UserError('--engine ray needs the package ray: pip install "truestep[ray]"') from None
     if not cluster.is_initialized():
         address: Any = os.environ.get("RAY_ADDRESS")
-        here = environment(os.environ)["PYTHONPATH"]
         mine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 10**8}
-        paths = {"env_vars": {"PYTHONPATH": here}}
+        paths = {"env_vars": {"PYTHONPATH": environment(os.environ)["PYTHONPATH"]}}
         cluster.init(address=address, log_to_driver=False, runtime_env=paths, **({} if address else mine))
     remote = cluster.remote(num_cpus=1, max_retries=0)(start)
     return lambda order: cluster.get(remote.remote(order))

@@ -54,8 +54,7 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
 
 
 def _lengths(settings: Settings, name: str, base_dir: Path, known: Lengths) -> tuple[int, int]:
-    """Mean tokens of prompt and worked solution (0: none): a character is a token for the built-in model,
-    about a quarter of one for others."""
+    """Mean tokens of prompt and solution (0: none): of 1 character in the built-in model, else of about 4."""
     if name not in known:
         data, seed = settings.data[name], settings.seed
         problems = load_problems(name, data, seed=seed, base_dir=base_dir, needs=("answer",))

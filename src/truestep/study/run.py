@@ -127,11 +127,10 @@ def match_flops(
     goal = runner.study.arm(arm).equal_flops
     if not goal:
         return
-    theirs = stage_tables(runner.study, runner.study.arm(goal.to))
-    whole = other(goal.to)
-    own = stage_tables(runner.study, runner.study.arm(arm))[:-1]
-    before = whole["stages"][: len(own)]
-    if own != theirs[: len(own)]:
+    theirs, own = (stage_tables(runner.study, runner.study.arm(name)) for name in (goal.to, arm))
+    whole, num = other(goal.to), len(own) - 1
+    before = whole["stages"][:num]
+    if own[:num] != theirs[:num]:
         before = node(runner, settings(tables[:-1]), f"{arm}.start")["stages"]
     like = next(s for s in whole["stages"] if s["name"] == goal.step_like)
     meant = next(t for t in theirs if t["name"] == goal.step_like)
@@ -150,18 +149,18 @@ def sequences(table: Mapping[str, Any]) -> float:
 
 def chosen_factor(runner: Runner, arm: str) -> float:
     """The learning-rate factor that did best on the dev set in the trials (1 if there are none)."""
-    return float(runner.once(f"factor {arm}", lambda: _chosen(runner, arm)))
-
-
-def _chosen(runner: Runner, arm: str) -> float:
     tuning = runner.study.tuning_of(runner.study.arm(arm))
     if tuning is None:
         return 1.0
-    scores = {f: _mean(made) for f in tuning.factors if (made := trials(runner, arm, f))}
-    if not scores:
-        raise CellFailed(f"{arm}: every one of its learning-rate trials has failed")
-    best = max(scores.values())
-    return min((f for f in scores if scores[f] == best), key=lambda f: (abs(f - 1), f))
+
+    def choose() -> float:
+        scores = {f: _mean(made) for f in tuning.factors if (made := trials(runner, arm, f))}
+        if not scores:
+            raise CellFailed(f"{arm}: every one of its learning-rate trials has failed")
+        best = max(scores.values())
+        return min((f for f in scores if scores[f] == best), key=lambda f: (abs(f - 1), f))
+
+    return float(runner.once(f"factor {arm}", choose))
 
 
 def _mean(results: Iterable[Mapping[str, Any]]) -> float:
