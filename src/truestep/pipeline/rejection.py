@@ -31,10 +31,8 @@ def rejection_samples(
         for i in range(stage.samples_per_prompt)
     ]
     session.reporter.begin(f"{stage.name}: sampling", len(requests))
-    rollouts = []
-    for rollout in engine.generate(
-        requests, sampling_parameters(stage.sampling, prepared.stop_ids), signals.check
-    ):
+    rollouts, sampling = [], sampling_parameters(stage.sampling, prepared.stop_ids)
+    for rollout in engine.generate(requests, sampling, signals.check):
         rollouts.append(rollout)
         session.reporter.advance(len(rollouts))
     rollouts.sort(key=lambda r: (r.problem_id, r.sample_index))
