@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "study
 from micro import STUDY, write_study
 
 from truestep.rundir import read_json, to_toml
-from truestep.study.cell_results import without_times
 
 
 def small(text: str) -> str:
@@ -58,7 +57,8 @@ def fingerprint(out: Path) -> dict[str, str]:
         name: (out / name).read_text() for name in ("results.json", "table.md", "table.csv", "table.tex")
     }
     for path in sorted(out.glob("compact/*/*.json")):
-        found[str(path.relative_to(out))] = json.dumps(without_times(read_json(path)))
+        cell = {k: v for k, v in read_json(path).items() if k not in ("provenance", "seconds")}  # when, where
+        found[str(path.relative_to(out))] = json.dumps(cell)
     for path in sorted(out.glob("cells/*/run/stages/*/export/model.safetensors")):
         found[str(path.relative_to(out))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from truestep.cli.evaluation_actions import context_and_eos
 from truestep.evaluate.jobs import Job, evaluation_settings, make_jobs
 from truestep.evaluate.model_adapters import TokenAdapter
 from truestep.evaluate.prompts import cut
 from truestep.grade.score import Grader, find_answer
 from truestep.model.load import load_model, load_tokenizer, resolve
+from truestep.pipeline.prepare import context_and_eos
 from truestep.records import Verdict
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_torch import TorchEngine

@@ -36,8 +36,7 @@ def redact(text: str) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader, also after a power loss, sees the old content or the new, never a
-    part."""
+    """A reader, also after a power loss, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -63,8 +62,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def holds_run(folder: Path, *, resume: bool) -> bool:
-    """Whether the folder contains a run to continue. Writes nothing. Raises UserError if it contains a run
-    and ``resume`` is not set, or anything else."""
+    """Whether there is a run to continue. Raises UserError for a run without ``resume``, or anything else."""
     if (folder / "resolved.toml").exists():
         if not resume:
             raise UserError(f"{folder} already contains a run; pass --resume to continue it, or {ELSEWHERE}")
@@ -128,11 +126,8 @@ def cache_folder() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
@@ -178,43 +173,34 @@ def _value(value: Any) -> str:
 def _git(*words: str) -> str:
     command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        return done.stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    libraries = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify", "pyarrow")
-    for name in ("truestep", *libraries):
+    found, libraries = {}, "torch transformers tokenizers safetensors numpy math-verify pyarrow"
+    for name in ("truestep", *libraries.split()):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
 
 
 def _hardware() -> dict[str, Any]:
-    model = ""
+    model = None
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
+        model = re.search(r"^model name[^:\n]*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    cpu = model or platform.processor()
+    cpu = (model[1].strip() if model else "") or platform.processor()
     return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
 
 
 def provenance(seed: int) -> dict[str, Any]:
     """Commit, versions, hardware, command and seed: what a reader needs to do the run again."""
+    name, *words = sys.argv
+    command = ["truestep" if Path(name).name == "__main__.py" else name, *words]
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "command": ["truestep" if Path(sys.argv[0]).name == "__main__.py" else redact(sys.argv[0])]
-        + [redact(word) for word in sys.argv[1:]],
-        "seed": seed,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": _versions(),
-        "hardware": _hardware(),
-    }
+        "commit": _git("rev-parse", "HEAD"), "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "command": [redact(word) for word in command], "seed": seed, "python": platform.python_version(),
+        "platform": platform.platform(), "versions": _versions(), "hardware": _hardware(),
+    }  # fmt: skip

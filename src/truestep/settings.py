@@ -1,9 +1,8 @@
 """One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with
 the way out; ``resolved.toml`` in the run directory shows every setting that was in force.
 
-Batch sizes are named by what they count; everything else about a batch is derived. One file: the models refer
-to each other.
-"""
+Batch sizes are named by what they count; the rest of a batch is derived. One file: the models refer to each
+other."""
 
 from __future__ import annotations
 
@@ -39,10 +38,9 @@ class TinySettings(Frozen):
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_size = {self.hidden_size} is not a multiple of {2 * self.num_heads} (2 x num_heads)"
-            )
+        size, even = self.hidden_size, 2 * self.num_heads
+        if size % even:
+            raise ValueError(f"hidden_size = {size} is not a multiple of {even} (2 x num_heads)")
         return self
 
 
@@ -142,9 +140,8 @@ class FaultSettings(Frozen):
     @model_validator(mode="after")
     def _one_mean(self) -> Self:
         if self.micro_mean and self.dp_token_mean:
-            raise ValueError(
-                "micro_mean and dp_token_mean are two ways to take one mean; set only one of them"
-            )
+            both = "micro_mean and dp_token_mean"
+            raise ValueError(f"{both} are two ways to take one mean; set only one of them")
         return self
 
 
@@ -158,6 +155,10 @@ class StageSettings(Frozen):
     keep_checkpoints: int = Field(2, ge=1)
     dev: DevSettings = DevSettings()
     faults: FaultSettings = FaultSettings()
+
+
+# Of a stage: memory and files only. They are no part of its identity, and may change when a run is resumed.
+OUTSIDE_RESULTS = {"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1}
 
 
 def _has_one_length(stage: Any) -> Any:
@@ -256,9 +257,8 @@ class EvaluationSampling(Frozen):
 
 
 class EvaluateSettings(Frozen):
-    """How models are evaluated: a run's checkpoints on its data sets, and with ``truestep eval`` any model on
-    pinned benchmarks. With ``benchmarks``, ``samples_per_problem`` and ``sampling`` default to
-    "benchmark"."""
+    """A run's checkpoints on its data sets; with ``truestep eval`` any model on pinned ``benchmarks``: then
+    ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
 
     data: tuple[str, ...] = ()
     before: bool = True  # also evaluate the base model
@@ -336,24 +336,20 @@ class Settings(Frozen):
     @classmethod
     def _stage_names(cls, raw: Any) -> Any:
         """A stage without a name is called after its kind."""
-
-        def named(stage: Any) -> Any:
-            return (
-                {**stage, "name": stage.get("name") or stage.get("kind", "")}
-                if isinstance(stage, dict)
-                else stage
-            )
-
-        listed = isinstance(raw, dict) and isinstance(raw.get("stages"), list)
-        return {**raw, "stages": [named(s) for s in raw["stages"]]} if listed else raw
+        listed = raw.get("stages") if isinstance(raw, dict) else None
+        if not isinstance(listed, list):
+            return raw
+        named = [
+            {**s, "name": s.get("name") or s.get("kind", "")} if isinstance(s, dict) else s for s in listed
+        ]
+        return {**raw, "stages": named}
 
     @model_validator(mode="after")
     def _references(self) -> Self:
         for name in self.data:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(
-                    f"data.{name}: is used as a file name; use only letters, digits, '.', '_' and '-'"
-                )
+                allowed = "use only letters, digits, '.', '_' and '-'"
+                raise ValueError(f"data.{name}: is used as a file name; {allowed}")
         names = [s.name for s in self.stages]
         for name in names:
             if names.count(name) > 1:
@@ -371,9 +367,8 @@ class Settings(Frozen):
                 raise ValueError(f"{key} is also trained or tested on; set another data set")
         for where, name in wanted:
             if name not in self.data:
-                known = ", ".join(self.data) or "none"
-                hint = did_you_mean(name, list(self.data))
-                raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {known}{hint}')
+                known = (", ".join(self.data) or "none") + did_you_mean(name, list(self.data))
+                raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {known}')
         if self.compute.parallel == "fsdp2" and self.compute.compile:
             raise ValueError("compute.compile with fsdp2 has not been proven equal; set compile = false")
         return self
@@ -381,14 +376,10 @@ class Settings(Frozen):
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe and apply ``--set key=value`` overrides (values in TOML syntax; a bare word is a string).
-
-    Raises UserError with one line naming the file, the key and what was expected.
-    """
+    Raises UserError with one line naming the file, the key and what was expected."""
     settings = parse_settings(read_recipe(path, overrides), where=str(path))
     model = settings.model.path
-    beside = (
-        Path(path).parent / model
-    )  # as for data: relative to the recipe's folder, else to the current one
+    beside = Path(path).parent / model  # as for data: from the recipe's folder, else from the current one
     if beside.exists() and ("/" in model or model.endswith(".gguf")) and not Path(model).is_absolute():
         found = settings.model.model_copy(update={"path": str(beside)})
         settings = settings.model_copy(update={"model": found})
@@ -417,7 +408,20 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The table with ``key=value`` items put in, in place."""
     for item in overrides:
-        _apply(raw, item)
+        key, sep, text = item.partition("=")
+        if not sep or not key.strip():
+            raise UserError(f"--set {item}: is not KEY=VALUE; pass for example --set stages.rl.steps=50")
+        try:
+            value = tomllib.loads(f"x = {text.strip()}")["x"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()  # a bare word is a string
+        node: Any = raw
+        *parents, leaf = [part.strip() for part in key.split(".")]
+        for part in parents:
+            node = _child(node, part, item)
+        if not isinstance(node, dict):
+            raise UserError(f"--set {item}: {'.'.join(parents)} is not a table")
+        node[leaf] = value
     return raw
 
 
@@ -431,24 +435,6 @@ def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
         return model.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{where}: " + one_line(error, model)) from None
-
-
-def _apply(raw: dict[str, Any], item: str) -> None:
-    key, sep, text = item.partition("=")
-    if not sep or not key.strip():
-        raise UserError(f"--set {item}: is not KEY=VALUE; pass for example --set stages.rl.steps=50")
-    text = text.strip()
-    try:
-        value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    node: Any = raw
-    *parents, leaf = [part.strip() for part in key.split(".")]
-    for part in parents:
-        node = _child(node, part, item)
-    if not isinstance(node, dict):
-        raise UserError(f"--set {item}: {'.'.join(parents)} is not a table")
-    node[leaf] = value
 
 
 def _child(node: Any, part: str, item: str) -> Any:

@@ -1,7 +1,5 @@
-"""Code of a recipe: FILE.py:NAME or PACKAGE.MODULE:NAME → the file, its hash and the function.
-
-The user's own code, run with the user's rights; its content hash is part of a run's identity and provenance.
-"""
+"""Code of a recipe: FILE.py:NAME or PACKAGE.MODULE:NAME → the file, its hash and the function. It is run with
+the user's rights; its content hash is part of a run's identity and provenance."""
 
 from __future__ import annotations
 
@@ -98,15 +96,12 @@ class _FromSource(importlib.machinery.SourceFileLoader):
 
 
 def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The keyword arguments of a function, with the run's for a parameter ``folder``. Raises UserError if the
-    function does not take them."""
+    """The keyword arguments of a function, with ``folder`` if it takes it. Raises UserError for others."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # written in C
         return dict(options)
-    given = dict(options)
-    if "folder" in signature.parameters:
-        given.setdefault("folder", folder)
+    given = ({"folder": folder} if "folder" in signature.parameters else {}) | dict(options)
     try:
         signature.bind([], **given)
     except TypeError as error:

@@ -76,7 +76,7 @@ def test_the_shape_by_arithmetic_is_the_models_own(model: str) -> None:
 
     path = FOLDER / f"{model}-sft.toml"
     settings = load_settings(path)
-    config = read_config(settings, read_declared(settings, ""), path.parent)
+    config = read_config(read_declared(settings, ""), path.parent)
     assert shape_of(config) == model_shape(meta_model(settings, config))
 
 

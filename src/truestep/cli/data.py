@@ -11,18 +11,16 @@ from truestep.cli.run import Json, Set
 app = typer.Typer(help="Check data row by row, or show which tokens are trained.", no_args_is_help=True)
 
 
+_SOURCE = "A recipe (.toml), a .jsonl or .parquet file, or a folder."
+_GOLD = "Grade every gold answer against itself, and report those that are refused."
+Source = Annotated[str, typer.Argument(help=_SOURCE, show_default=False)]
+Recipe = Annotated[str, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
+Num = Annotated[int, typer.Option("--num", min=1, help="Examples of each data set to print.")]
+Gold = Annotated[bool, typer.Option(help=_GOLD)]
+
+
 @app.command()
-def check(
-    source: Annotated[
-        str,
-        typer.Argument(help="A recipe (.toml), a .jsonl or .parquet file, or a folder.", show_default=False),
-    ],
-    overrides: Set = None,
-    gold: Annotated[
-        bool, typer.Option(help="Grade every gold answer against itself, and report those that are refused.")
-    ] = True,
-    as_json: Json = False,
-) -> None:
+def check(source: Source, overrides: Set = None, gold: Gold = True, as_json: Json = False) -> None:
     """Validate every row; print counts, lengths, duplicates, gold answers that the grader refuses, and
     overlap between training and evaluation data."""
     from truestep.cli import data_actions
@@ -31,12 +29,7 @@ def check(
 
 
 @app.command()
-def show(
-    recipe: Annotated[str, typer.Argument(help="The recipe, a TOML file.", show_default=False)],
-    num: Annotated[int, typer.Option("--num", min=1, help="Examples of each data set to print.")] = 2,
-    overrides: Set = None,
-    as_json: Json = False,
-) -> None:
+def show(recipe: Recipe, num: Num = 2, overrides: Set = None, as_json: Json = False) -> None:
     """Print examples as the model sees them; trained tokens are bold green, between ⟦ and ⟧."""
     from truestep.cli import data_actions
 

@@ -121,6 +121,7 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
             yield EndpointAdapter(engine=engine), ""
             return
         from truestep.model.load import load_tokenizer, model_content
+        from truestep.pipeline.prepare import context_and_eos
 
         context, eos = context_and_eos(settings)
         vllm = settings.evaluate.engine == "vllm"
@@ -130,27 +131,6 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
             pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
         )  # fmt: skip
         yield adapter, model_content(settings.model)
-
-
-def context_and_eos(settings: Settings) -> tuple[int, Any]:
-    """The model's context after the override, and its eos ids, from the config only."""
-    from truestep.model.load import TINY_CONTEXT, resolve
-
-    source, override = resolve(settings.model), settings.model.context_length
-    if source == "tiny":
-        return (TINY_CONTEXT if override == "model" else override), ()
-    config = _config(source)
-    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
-    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
-
-
-def _config(source: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _torch(settings: Settings) -> Engine:
@@ -187,13 +167,14 @@ def figures(settings: Settings) -> tuple[int, int, int]:
     from transformers import AutoModelForCausalLM
 
     from truestep.model.load import load_model, resolve
+    from truestep.pipeline.prepare import model_config
 
     if (source := resolve(settings.model)) == "tiny":
         cpu = torch.device("cpu")
         model: Any = load_model(settings.model, dtype=torch.float32, device=cpu, seed=settings.seed).model
     else:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_config(source))
+            model = AutoModelForCausalLM.from_config(model_config(source))
     config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

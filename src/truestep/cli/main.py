@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from truestep import __version__
 
-EXIT = {"settings": 2, "could not run": 3, "resources": 5}
+# Exceptions that end a command with one line: module, class, exit code.
+FAULTS = (
+    ("errors", "UserError", 2), ("checkpoint.store", "OutOfSpace", 5), ("train.step", "NonFiniteError", 3),
+    ("train.weight_sync", "StaleWeightsError", 3), ("rollout.sampling", "NonFiniteLogitsError", 3),
+    ("audit.environments.virtual", "BuildFailed", 3),
+)  # fmt: skip
 
 
 def _version(wanted: bool) -> None:
@@ -18,33 +23,28 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_VERSION = "Print the version and exit."
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help=_VERSION)]
+
+
 def _app() -> typer.Typer:
     from truestep.cli import audit, data, evaluation, method, report, study
     from truestep.cli import run as verbs
 
     app = typer.Typer(
-        no_args_is_help=True,
-        add_completion=True,
+        no_args_is_help=True, pretty_exceptions_enable=False,
         rich_markup_mode=None,  # Rich takes "[default: ...]" for markup and drops it
-        pretty_exceptions_enable=False,
         help="SFT-then-RL training in which every optimizer step is provably the one that was asked for.",
-    )
+    )  # fmt: skip
 
     @app.callback()
-    def root(
-        version: bool = typer.Option(
-            False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
-        ),
-    ) -> None:
+    def root(version: Version = False) -> None:
         """Exit codes: 0 done · 2 usage, settings, data · 3 could not run · 5 resources · 130/143 interrupted,
         saved."""
 
-    app.command("run")(verbs.run)
-    app.command("sft")(verbs.sft)
-    app.command("rl")(verbs.rl)
-    app.command("study")(study.study)
-    app.command("audit")(audit.audit)
-    app.command("report")(report.report)
+    named = {"study": study.study, "audit": audit.audit, "report": report.report}
+    for name, command in {"run": verbs.run, "sft": verbs.sft, "rl": verbs.rl, **named}.items():
+        app.command(name)(command)
     app.add_typer(data.app, name="data")
     app.add_typer(method.app, name="method")
     app.add_typer(evaluation.app(), name="eval")
@@ -65,25 +65,15 @@ def main() -> None:
         _app()(args=with_default(sys.argv[1:]))
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("truestep"):
-            message = f'the package {error.name} is not installed; pip install "truestep[train]"'
-            _fail(message, EXIT["could not run"])
+            _fail(f'the package {error.name} is not installed; pip install "truestep[train]"', 3)
         raise
     except MemoryError:
         way_out = "lower tokens_per_microbatch or sampling.max_running, which do not change the update"
-        _fail(f"out of memory; {way_out}", EXIT["resources"])
+        _fail(f"out of memory; {way_out}", 5)
     except Exception as error:
-        if isinstance(error, _lazily("truestep.errors", "UserError")):
-            _fail(str(error), EXIT["settings"])
-        if isinstance(error, _lazily("truestep.checkpoint.store", "OutOfSpace")):
-            _fail(str(error), EXIT["resources"])
-        for module, name in (
-            ("truestep.train.step", "NonFiniteError"),
-            ("truestep.train.weight_sync", "StaleWeightsError"),
-            ("truestep.rollout.sampling", "NonFiniteLogitsError"),
-            ("truestep.audit.environments.virtual", "BuildFailed"),
-        ):
-            if isinstance(error, _lazily(module, name)):
-                _fail(str(error), EXIT["could not run"])
+        for module, name, code in FAULTS:
+            if isinstance(error, _lazily(f"truestep.{module}", name)):
+                _fail(str(error), code)
         raise
 
 

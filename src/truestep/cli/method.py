@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(no_args_is_help=True, help="Training methods: list the built-in rows, or check a row.")
-Named = Annotated[
-    str,
-    typer.Argument(metavar="METHOD", help="FILE.py:ROW, or the name of a built-in row.", show_default=False),
-]
+_NAMED = "FILE.py:ROW, or the name of a built-in row."
+_OPTION = "An option of the row: clip_high=0.3. May be repeated."
+Named = Annotated[str, typer.Argument(metavar="METHOD", help=_NAMED, show_default=False)]
+Options = Annotated[list[str] | None, typer.Option("--option", help=_OPTION)]
 Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document.")]
 
 
@@ -22,35 +22,23 @@ def list_methods(as_json: Json = False) -> None:
     """List the built-in rows: what they train on, and their paper."""
     from truestep.objective.methods import METHODS
 
-    rows = [make() for make in METHODS.values()]
-    table = [
-        {
-            "method": row.name,
-            "kind": "sft" if row.plan is None else "rl",
-            "demonstrations": row.plan is None or row.needs_demonstrations,
-            "terms": [term.name for term in row.terms],
-            "source": row.source,
-        }
-        for row in rows
-    ]
+    table = []
+    for row in (make() for make in METHODS.values()):
+        kind, uses = ("sft", "demonstrations") if row.plan is None else ("rl", "samples")
+        also = kind == "rl" and row.needs_demonstrations
+        table.append({
+            "method": row.name, "kind": kind, "demonstrations": kind == "sft" or also,
+            "terms": [term.name for term in row.terms], "source": row.source,
+        })  # fmt: skip
+        if not as_json:
+            uses += ", demonstrations" if also else ""
+            typer.echo(f"{row.name:<22} {kind:<4} {uses:<24} {row.source}")
     if as_json:
         typer.echo(json.dumps(table, indent=1))
-        return
-    for row_ in table:
-        uses = "demonstrations" if row_["kind"] == "sft" else "samples"
-        uses += ", demonstrations" if row_["kind"] == "rl" and row_["demonstrations"] else ""
-        typer.echo(f"{row_['method']:<22} {row_['kind']:<4} {uses:<24} {row_['source']}")
 
 
 @app.command()
-def check(
-    method: Named,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--option", help="An option of the row: clip_high=0.3. May be repeated."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
+def check(method: Named, options: Options = None, as_json: Json = False) -> None:
     """Check that a row's update does not depend on how a step is split, packed, ordered, or dealt to
     processes.
 
@@ -67,11 +55,10 @@ def check(
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--option: {error}; pass NAME=VALUE in TOML syntax, e.g. clip_high=0.3") from None
     typer.echo(f"{method}: a tiny model in float64, 4 steps", err=True)
-    found = []
+    found, quiet = [], ConsoleReporter(quiet=True)
     with tempfile.TemporaryDirectory(prefix="truestep-method-") as folder:
-        for relation in check_method(
-            method, given, base_dir=Path.cwd(), folder=Path(folder), reporter=ConsoleReporter(quiet=True)
-        ):
+        relations = check_method(method, given, base_dir=Path.cwd(), folder=Path(folder), reporter=quiet)
+        for relation in relations:
             found.append(relation)
             if not as_json:
                 verdict = f"{relation.name:<20} {'holds' if relation.holds else 'VIOLATED':<9}"

@@ -7,16 +7,8 @@ import sys
 import time
 
 import typer
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 HEARTBEAT_SECONDS = 15.0
 
@@ -33,8 +25,8 @@ class ConsoleReporter:
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.quiet = quiet
-        self.live: Progress | None = None
-        self.task: TaskID | None = None
+        self.live: bars.Progress | None = None
+        self.task: bars.TaskID | None = None
         self.what, self.total, self.first, self.began, self.spoke = "", 0, 0, 0.0, 0.0
 
     def say(self, text: str) -> None:
@@ -48,10 +40,15 @@ class ConsoleReporter:
         if self.quiet:
             return
         if sys.stderr.isatty():
-            texts = [TextColumn(text) for text in ("{task.description}", "left", "{task.fields[note]}")]
-            bars = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            columns = (texts[0], *bars, texts[1], TimeRemainingColumn(), texts[2])
-            self.live = Progress(*columns, console=self.console)
+            counts = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+            columns = (
+                "{task.description}",
+                *counts,
+                "left",
+                bars.TimeRemainingColumn(),
+                "{task.fields[note]}",
+            )
+            self.live = bars.Progress(*columns, console=self.console)
             self.live.start()
             self.task = self.live.add_task(what, total=total, completed=done, note="")
         else:

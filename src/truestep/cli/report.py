@@ -33,9 +33,8 @@ def report(
         typer.echo(document if as_json else f"report: {page}\n{run}")
         return
     if not (run / "resolved.toml").is_file():
-        raise UserError(
-            f"{run} is not a run directory (no resolved.toml); pass the folder that a run printed"
-        )
+        fault = f"{run} is not a run directory (no resolved.toml)"
+        raise UserError(f"{fault}; pass the folder that a run printed")
     evaluation = read_summary(run).get("kind") == "evaluation"
     path = write_evaluation_report(run) if evaluation else write_report(run)
     if as_json:

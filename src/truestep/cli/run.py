@@ -15,20 +15,12 @@ if TYPE_CHECKING:
     from truestep.settings import Settings
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a setting of the recipe, such as seed=1 or data.NAME.limit=100. Can be repeated.",
-    ),
-]
+_SET = "Override a setting of the recipe, such as seed=1 or data.NAME.limit=100. Can be repeated."
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=_SET)]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory.", show_default="runs/NAME-HASH")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Check the recipe, models and data, and print the plan; do not train."),
-]
+_DRY_RUN = "Check the recipe, models and data, and print the plan; do not train."
+DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout instead of text.")]
 
 
@@ -55,8 +47,7 @@ def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Calla
 def only(settings: Settings, kind: str, recipe: Path) -> Settings:
     from truestep.errors import UserError
 
-    stages = tuple(s for s in settings.stages if s.kind == kind)
-    if not stages:
+    if not (stages := tuple(s for s in settings.stages if s.kind == kind)):
         raise UserError(f'{recipe} has no stage of kind {kind}; add [[stages]] with kind = "{kind}"')
     return settings.model_copy(update={"stages": stages})
 
@@ -115,7 +106,7 @@ def execute(
     ranks = join()
     try:
         with signals.deferred():
-            result = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
+            summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
     except signals.Interrupted as stop:
         reporter.close()
         words = [word for word in sys.argv[1:] if word != "--resume"]
@@ -129,7 +120,7 @@ def execute(
         reporter.close()
         leave()
     if rank == 0:
-        show(folder, result.summary, write_report(folder), as_json)
+        show(folder, summary, write_report(folder), as_json)
 
 
 def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:
@@ -169,7 +160,6 @@ def show(folder: Path, summary: Any, report: Path, as_json: bool) -> None:
 
     from truestep.report.tables import score_table, terminal_table
 
-    rows = score_table(folder)
-    if rows:
+    if rows := score_table(folder):
         Console(highlight=False).print(terminal_table(rows, title=summary["name"]))
     typer.echo(f"report: {report}\n{folder}")

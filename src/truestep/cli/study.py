@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,8 @@ from truestep.cli.evaluation import option
 from truestep.cli.run import Json
 
 _PATHS = "The study, a TOML file; or the word flops and recipes (files or folders) to count."
-_USAGE = "STUDY.toml | flops RECIPE..."
-Paths = Annotated[list[str], typer.Argument(metavar=_USAGE, help=_PATHS, show_default=False)]
+_FORM = "STUDY.toml | flops RECIPE..."
+Paths = Annotated[list[str], typer.Argument(metavar=_FORM, help=_PATHS, show_default=False)]
 _KEEP = "Also keep compact results in this folder; cells found there are not run again."
 _WORKERS = "How many cells run at the same time."
 _ENGINE = "What runs the cells: local (child processes) or ray (a Ray cluster)."
@@ -74,10 +75,25 @@ def study(
     finish(runner, as_json, {**rundir.provenance(declared.seeds[0]), "trainer_audit": trainer_verdict()})
 
 
-def flops(paths: list[Path], as_json: bool) -> None:
+def _print_table(
+    title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]
+) -> None:
+    """Cells are plain text; columns are to the right, but for those with a number in ``left``."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    from truestep.report.tables import visible
+
+    table = Table(title=Text(title) if title else None)
+    for i, head in enumerate(heads):
+        table.add_column(Text(head), justify="left" if i in left else "right")
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def flops(paths: list[Path], as_json: bool) -> None:
     from truestep.errors import UserError
     from truestep.study.budget import flops_table, sentences
 
@@ -87,12 +103,8 @@ def flops(paths: list[Path], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(table))
         return
-    shown = Table()
-    for heading in ("recipe", "FLOPs, the paper's formula", "FLOPs, fuller count"):
-        shown.add_column(heading, justify="left" if heading == "recipe" else "right")
-    for arm in table["arms"]:
-        shown.add_row(arm["name"], f"{arm['flops_paper_formula']:.3g}", f"{arm['flops_full']:.3g}")
-    Console(highlight=False).print(shown)
+    rows = [(a["name"], f"{a['flops_paper_formula']:.3g}", f"{a['flops_full']:.3g}") for a in table["arms"]]
+    _print_table("", ("recipe", "FLOPs, the paper's formula", "FLOPs, fuller count"), rows, left=(0,))
     for line in sentences(table):
         typer.echo(line)
 
@@ -153,23 +165,19 @@ def write_cell(path: Path, cell: dict[str, Any]) -> None:
 
 
 def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from truestep.study.estimate import estimate
 
     plan = {**estimate(study, path.parent), "study": str(path), "study_dir": str(folder)}
     if as_json:
         typer.echo(json.dumps(plan))
         return
-    table = Table(title=f"{study.name}: estimated cost")
-    for name in ("arm", "stages", "cells", "trials", "FLOPs a cell", "CPU s a cell", "GiB", ""):
-        table.add_column(name, justify="left" if name in ("arm", "stages", "") else "right")
-    for row in plan["arms"]:
-        table.add_row(row["arm"], " ".join(row["stages"]), str(row["cells"]), str(row["trials"]),
-                      f"{row['flops_full']:.2e}", str(row["cpu_seconds_per_cell"]), f"{row['gib']:.2f}",
-                      row["matched"])  # fmt: skip
-    Console(highlight=False).print(table)
+    heads = ("arm", "stages", "cells", "trials", "FLOPs a cell", "CPU s a cell", "GiB", "")
+    rows = [
+        (r["arm"], " ".join(r["stages"]), str(r["cells"]), str(r["trials"]), f"{r['flops_full']:.2e}",
+         str(r["cpu_seconds_per_cell"]), f"{r['gib']:.2f}", r["matched"])
+        for r in plan["arms"]
+    ]  # fmt: skip
+    _print_table(f"{study.name}: estimated cost", heads, rows, left=(0, 1, 7))
     for control, reason in plan["controls_off"].items():
         typer.echo(f"control {control} is off: {reason}")
     typer.echo(f"{plan['cells']} cells and {plan['trials']} trials, {plan['flops_full']:.2e} FLOPs, "
@@ -182,24 +190,15 @@ def show(folder: Path, table: dict[str, Any], page: Path, as_json: bool) -> None
     if as_json:
         typer.echo(json.dumps({"study_dir": str(folder), "report": str(page), **table}))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from truestep.report.study_tables import contrast_table, method_table
     from truestep.report.tables import visible
 
     head, rows = method_table(table)
     kept = [i for i, h in enumerate(head) if h not in ("FLOPs (fuller)", "Trials: FLOPs", "Checkpoint")]
-    shown = Table(title=Text(table["name"]))
-    for i in kept:
-        shown.add_column(Text(head[i]), justify="left" if i in (0, kept[-1]) else "right")
-    for row in rows:
-        shown.add_row(*(Text(visible(row[i])) for i in kept))
-    Console(highlight=False).print(shown)
+    shown = [[row[i] for i in kept] for row in rows]
+    _print_table(table["name"], [head[i] for i in kept], shown, left=(0, len(kept) - 1))
     for row in contrast_table(table)[1]:
         typer.echo(visible(f"{row[0]}: {row[1]} points, p {row[3]}, Holm {row[4]}: {row[-1]}"))
     for cell, why in table["failures"].items():
         typer.echo(visible(f"failed: {cell}: {why}"))
-    typer.echo(f"report: {page}")
-    typer.echo(str(folder))
+    typer.echo(f"report: {page}\n{folder}")

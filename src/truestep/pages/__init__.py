@@ -17,8 +17,7 @@ def loader(templates: Path) -> jinja2.BaseLoader:
 
 
 def visible(text: object) -> str:
-    """Text without characters that move a cursor, turn the direction, hide or break XML: each becomes its
-    number."""
+    """Text in which characters that move a cursor, turn the direction, hide or break XML are numbers."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩"
         for c in str(text)

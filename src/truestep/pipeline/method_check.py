@@ -2,8 +2,7 @@
 
 The row trains a tiny model in float64 on generated problems, with the source, updater and loop of any run.
 Its update must be the same however a step is split, packed, ordered, or divided between two processes; a
-resumed run must equal an uninterrupted one bit for bit.
-"""
+resumed run must equal an uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -57,20 +56,12 @@ class Relation:
 
 
 def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict[str, object]:
-    """A run of the row: a model of some 10,000 parameters, sums with worked solutions, and a coin as the
-    reward, so that an untrained model has mixed groups."""
+    """The row on some 10,000 parameters and solved sums; the reward is a coin, so that groups are mixed."""
     stage: dict[str, object] = {
-        "kind": "rl" if samples else "sft",
-        "name": "check",
-        "data": "sums",
-        "steps": STEPS,
-        "tokens_per_microbatch": TOKENS,
-        "method": method,
-        "method_options": options,
-        "save_every": 1,
-        "keep_checkpoints": STEPS,
-        "optimizer": {"lr": 0.05, "kind": "sgd", "weight_decay": 0.0},
-    }
+        "kind": "rl" if samples else "sft", "name": "check", "data": "sums", "steps": STEPS,
+        "tokens_per_microbatch": TOKENS, "method": method, "method_options": options, "save_every": 1,
+        "keep_checkpoints": STEPS, "optimizer": {"lr": 0.05, "kind": "sgd", "weight_decay": 0.0},
+    }  # fmt: skip
     if samples:
         sampling = {"max_new_tokens": 64}
         stage |= {"prompts_per_step": 4, "samples_per_prompt": 6, "reward": "random", "sampling": sampling}
@@ -78,12 +69,10 @@ def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict
         stage |= {"sequences_per_step": 16}
     tiny = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
     return {
-        "name": "method-check",
-        "model": {"path": "tiny", "tiny": tiny},
+        "name": "method-check", "model": {"path": "tiny", "tiny": tiny},
         "compute": {"dtype": "float64", "threads": 1},
-        "data": {"sums": {"source": "procedural:addition", "limit": 24}},
-        "stages": [stage],
-    }
+        "data": {"sums": {"source": "procedural:addition", "limit": 24}}, "stages": [stage],
+    }  # fmt: skip
 
 
 def check_method(
@@ -138,12 +127,9 @@ def _update(spec: StageSpec, data: StepData, step: int, limit: int = TOKENS) -> 
     """The difference that the step's updates make to the parameters, which are then restored."""
     policy, updater = spec.policy, spec.updater
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    fresh = replace(
-        updater,
-        scorer=replace(updater.scorer, tokens_per_microbatch=limit),
-        optimizers=optimizers_of(policy, spec.settings, updater.method),
-    )
-    fresh.update(data, step)
+    scorer = replace(updater.scorer, tokens_per_microbatch=limit)
+    optimizers = optimizers_of(policy, spec.settings, updater.method)
+    replace(updater, scorer=scorer, optimizers=optimizers).update(data, step)
     with torch.no_grad():
         moved = torch.cat([(p - start[name]).flatten() for name, p in policy.named_parameters()])
         for name, p in policy.named_parameters():

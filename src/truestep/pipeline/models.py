@@ -1,13 +1,16 @@
-"""The models of a run in its dtype, as policies and as sampling engines."""
+"""What the stages of a run share: its models, as policies and as sampling engines, and hashes of all that a
+result depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from truestep import signals
 from truestep.data.chat import completion_text
 from truestep.device import compute_device, matmul_rate
 from truestep.grade.score import Grader
@@ -18,6 +21,7 @@ from truestep.pipeline.track import Log
 from truestep.progress import Reporter
 from truestep.records import Prompt
 from truestep.rollout.engine_torch import TorchEngine
+from truestep.settings import OUTSIDE_RESULTS, RejectionSettings, RlSettings, settings_hash
 from truestep.train.parallel import Ranks, replicate, shard
 from truestep.train.policy import Policy
 
@@ -33,6 +37,11 @@ class Session:
     reporter: Reporter
     trackers: Sequence[Log] = ()
 
+    @property
+    def check_stop(self) -> Callable[[], None]:
+        """With several ranks none may leave in the middle of a step."""
+        return signals.check if self.ranks.world_size == 1 else lambda: None
+
     def decode(self, ids: Sequence[int]) -> str:
         return completion_text(self.prepared.tokenizer, ids)
 
@@ -43,8 +52,7 @@ class Session:
 def open_model(session: Session, path: str) -> LoadedModel:
     """The model of a folder (or the base model) in the run's dtype."""
     settings = session.prepared.settings
-    model = settings.model.model_copy(update={"path": path})
-    dtype = getattr(torch, settings.compute.dtype)
+    model, dtype = settings.model.model_copy(update={"path": path}), getattr(torch, settings.compute.dtype)
     return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)
 
 
@@ -55,8 +63,13 @@ def make_policy(session: Session, path: str) -> Policy:
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
     for note in policy.notes:
         session.reporter.say(note)
-    if compute.dtype == "bfloat16":
-        _warn_if_slow(session.reporter)
+    if compute.dtype == "bfloat16":  # a processor without AMX or AVX-512 has no fast path for it
+        rate, plain = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
+        if rate <= plain:
+            session.reporter.say(
+                f"bfloat16 runs {plain / rate:.0f} times slower than float32 on this processor "
+                f'({rate / 1e9:.1f} against {plain / 1e9:.1f} GFLOP/s); set compute.dtype = "float32"'
+            )
     if session.ranks.world_size > 1:
         replicate(policy, session.ranks)
         if compute.parallel == "fsdp2":
@@ -64,18 +77,40 @@ def make_policy(session: Session, path: str) -> Policy:
     return policy
 
 
-def _warn_if_slow(reporter: Reporter) -> None:
-    """A processor without AMX or AVX-512 has no fast path for bfloat16."""
-    rate, plain = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
-    if rate <= plain:
-        reporter.say(
-            f"bfloat16 runs {plain / rate:.0f} times slower than float32 on this processor ({rate / 1e9:.1f} against "
-            f'{plain / 1e9:.1f} GFLOP/s); set compute.dtype = "float32"'
-        )
-
-
-def make_engine(session: Session, policy: Policy, path: str, max_running: int) -> TorchEngine:
-    """An engine on the policy's module, or on a second, whole model if the policy is sharded."""
-    if session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2":
+def make_engine(session: Session, policy: Policy | None, path: str, max_running: int) -> TorchEngine:
+    """An engine on the policy's module; without one, or if it is sharded, on a whole model of its own."""
+    sharded = session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2"
+    if policy is None or sharded:
         policy = Policy(open_model(session, path))
     return TorchEngine(policy.model, max_running=max_running, packs=policy.packs and policy.plain_head)
+
+
+def stage_identity(prepared: Prepared, index: int) -> str:
+    """The hash of a stage's settings, code and data, and of every stage before it."""
+    settings = prepared.settings
+    parts: list[Any] = [base_identity(prepared), settings.chat]
+    for stage in settings.stages[: index + 1]:
+        ignored: dict[str, Any] = {**OUTSIDE_RESULTS}
+        if isinstance(stage, RlSettings | RejectionSettings):
+            ignored["sampling"] = stage.sampling.model_copy(update={"max_running": 1})
+        if code := prepared.code[stage.name]:
+            parts.append(str(sorted(code.items())))
+        frozen, dev = stage.model_copy(update=ignored), stage.dev.data
+        parts += [frozen, prepared.content[stage.data], prepared.content.get(dev, "")]
+        parts += [settings.evaluate.data_sampling.model_copy(update={"max_running": 1})] if dev else []
+    return settings_hash(*parts)
+
+
+def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
+    """The hash of all that an evaluation on the data set ``name`` depends on."""
+    settings = prepared.settings
+    sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
+    sampled = (sampling, settings.evaluate.data_samples, settings.chat, settings.seed)
+    return settings_hash(*sampled, model_identity, prepared.content[name])
+
+
+def base_identity(prepared: Prepared) -> str:
+    """The hash of the base model: its settings and the content of its files."""
+    settings = prepared.settings
+    compute = settings.compute.model_copy(update={"threads": 1})
+    return settings_hash(settings.model, prepared.model_content, compute, settings.seed)

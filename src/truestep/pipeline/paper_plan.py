@@ -1,8 +1,7 @@
 """A dry run of a recipe without its weights and data: ``[declared]`` gives the facts that it needs of them.
 
 The declaration (numbers of rows, observed mean lengths) is the author's; a real run never reads it. Shapes
-come from a ``config.json`` beside the recipe, through the model's class on the meta device.
-"""
+come from a ``config.json`` beside the recipe, through the model's class on the meta device."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def read_declared(settings: Settings, where: str) -> Declared:
         raise UserError(f"{where}: declared.{key}: {first['msg']}") from None
 
 
-def read_config(settings: Settings, declared: Declared, base_dir: Path) -> dict[str, Any]:
+def read_config(declared: Declared, base_dir: Path) -> dict[str, Any]:
     path = base_dir / declared.config
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -71,8 +70,7 @@ def read_config(settings: Settings, declared: Declared, base_dir: Path) -> dict[
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """The shape of a Llama or Qwen2 from its config, only by arithmetic.
 
-    Held by: tests/study/test_paper_recipes.py (equal to the model's own class on the meta device)
-    """
+    Held by: tests/study/test_paper_recipes.py (equal to the model's own class on the meta device)"""
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     keys, queries = config["num_key_value_heads"] * head, heads * head
@@ -82,11 +80,9 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     tied = bool(config.get("tie_word_embeddings"))
     total = layers * layer + hidden + table * (1 if tied else 2)
     return ModelShape(
-        num_parameters=total,
-        num_matmul_parameters=total - (0 if tied else table),
-        num_layers=layers,
+        num_parameters=total, num_matmul_parameters=total - (0 if tied else table), num_layers=layers,
         attention_width=queries,
-    )
+    )  # fmt: skip
 
 
 def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel:
@@ -103,8 +99,7 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
-    """The work of a stage from its settings and the declared mean lengths. Attention is counted at the mean
-    lengths, which is a little less than the mean over lengths."""
+    """The work of a stage at the declared mean lengths (of attention a little less than its mean)."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
         rows = declared.rows[stage.data]
@@ -112,8 +107,7 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
         return sequence_work(prompt, demonstration).times(sequences)
     if isinstance(stage, RejectionSettings):
         raise UserError(f"stages.{stage.name}: what a rejection stage keeps cannot be declared")
-    if not isinstance(stage, RlSettings):
-        raise TypeError(f"unknown stage {type(stage).__name__}")
+    assert isinstance(stage, RlSettings)
     known = declared.stages.get(stage.name, DeclaredStage())
     length = known.rollout_tokens or stage.sampling.max_new_tokens
     own = [length] * (known.own_samples or stage.samples_per_prompt)
@@ -139,7 +133,7 @@ def rl_work(
 def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]:
     """The FLOPs of a whole recipe by the paper's formula (with its N) and by the fuller count."""
     declared = read_declared(settings, where)
-    shape = shape_of(read_config(settings, declared, base_dir))
+    shape = shape_of(read_config(declared, base_dir))
     rounded = replace(shape, num_parameters=int(declared.formula_parameters))
     work = sum((stage_work(s, declared) for s in settings.stages), Ledger())
     return {"flops_paper_formula": work.paper_flops(rounded), "flops_full": work.full_flops(rounded)}
@@ -152,8 +146,7 @@ def gib_per_gpu(
 
     Sharded: master weights, moments and gradients. Whole: the sampling engine's copy of a sharded policy and
     its key-value cache; one layer's weights and activations at ``tokens_per_microbatch`` (every layer's if
-    nothing is recomputed), and the logits of one chunk.
-    """
+    nothing is recomputed), and the logits of one chunk."""
     shape, dtype = shape_of(config), settings.compute.dtype
     compute = DTYPE_BYTES[dtype] or 4
     sharded = settings.compute.parallel == "fsdp2"
@@ -180,31 +173,25 @@ def gib_per_gpu(
 
 
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
-    """The plan of a recipe without its weights and data. Raises UserError if the declared figures contradict
-    the settings."""
+    """The plan without weights and data. Raises UserError if the declared figures contradict the settings."""
     from truestep.model.load import model_shape
     from truestep.pipeline.prepare import check_methods
 
     declared = read_declared(settings, where)
     check_methods(settings, base_dir)
-    config = read_config(settings, declared, base_dir)
+    config = read_config(declared, base_dir)
     model = meta_model(settings, config)
     context = int(model.config.max_position_embeddings)
     rope = getattr(model.config, "rope_parameters", None) or {}
     rows = [_stage_row(settings, declared, config, stage, context) for stage in settings.stages]
-    for name in settings.evaluate.data:
-        if name not in declared.rows:
-            raise UserError(
-                f"{where}: declared.rows has no {name!r} of evaluate.data; set its number of rows"
-            )
+    if lost := [name for name in settings.evaluate.data if name not in declared.rows]:
+        raise UserError(f"{where}: declared.rows has no {lost[0]!r} of evaluate.data; set its number of rows")
     return {
         "name": settings.name,
         "model": {"path": settings.model.path, **vars(model_shape(model)), "context_length": context,
                   "rope_theta": rope.get("rope_theta")},
         "template": f"{settings.chat.system}\n{settings.chat.user}\n{settings.chat.generation_suffix}",
-        "rows": declared.rows,
-        "num_gpus": declared.num_gpus,
-        "stages": rows,
+        "rows": declared.rows, "num_gpus": declared.num_gpus, "stages": rows,
         **flops_of(settings, base_dir, where),
     }  # fmt: skip
 
@@ -228,13 +215,11 @@ def _stage_row(
     work, shape = stage_work(stage, declared), shape_of(config)
     steps, per_update, updates, epochs = _arithmetic(stage, rows)
     return {
-        "stage": stage.name,
-        "kind": getattr(stage, "kind", ""), "method": getattr(stage, "method", ""), "rows": rows, "steps": steps,
-        "optimizer updates": updates, "sequences per update": per_update, "epochs": round(epochs, 2),
-        "tokens per micro-batch": stage.tokens_per_microbatch,
-        "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
-        "longest sequence": longest, "flops_full": work.full_flops(shape), "gib": held,
-        "gib_per_gpu": round(sum(held.values()), 1),
+        "stage": stage.name, "kind": stage.kind, "method": getattr(stage, "method", ""), "rows": rows,
+        "steps": steps, "optimizer updates": updates, "sequences per update": per_update,
+        "epochs": round(epochs, 2), "tokens per micro-batch": stage.tokens_per_microbatch,
+        "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}", "longest sequence": longest,
+        "flops_full": work.full_flops(shape), "gib": held, "gib_per_gpu": round(sum(held.values()), 1),
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,21 +74,15 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     _check_ranks(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
-    context, eos = _context_length(settings)
+    context, eos = context_and_eos(settings)
     prepared = Prepared(
-        settings=settings,
-        base_dir=base_dir,
-        tokenizer=tokenizer,
-        context_length=context,
-        stop_ids=stop_token_ids(tokenizer, eos),
-        model_content=model_content(settings.model),
+        settings=settings, base_dir=base_dir, tokenizer=tokenizer, context_length=context,
+        stop_ids=stop_token_ids(tokenizer, eos), model_content=model_content(settings.model),
         methods={s.name: method_of(s, base_dir) for s in settings.stages},
         code={s.name: code_of(s, base_dir) for s in settings.stages},
-    )
+    )  # fmt: skip
     _check_rewards(settings, base_dir)
-    needs: dict[str, set[str]] = {}
-    for name, what in _uses(settings):
-        needs.setdefault(name, set()).add(what)
+    needs = _needs(settings)
     sampled = [s for s in settings.stages if s.kind != "sft"]
     guided = {s.data: s for s in sampled if prepared.methods[s.name].needs_demonstrations}
     for name, wanted in needs.items():
@@ -113,37 +108,35 @@ def _check_rewards(settings: Settings, base_dir: Path) -> None:
     """Load every reward function once, in its worker: a mistake in one shows before anything is trained."""
     for stage in settings.stages:
         if isinstance(stage, RlSettings) and world()[0] == 0:
-            with (
-                tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder,
-                RewardScorer(
-                    stage.reward_entries, grade=lambda pairs: [], base=base_dir, folder=Path(folder)
-                ),
-            ):
-                pass
+            with tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder:
+                given: dict[str, Any] = {"grade": lambda pairs: [], "base": base_dir, "folder": Path(folder)}
+                with RewardScorer(stage.reward_entries, **given):
+                    pass
 
 
-def _uses(settings: Settings) -> list[tuple[str, str]]:
-    """(data set, the column that it is used for) of every use; a set that no stage names is not loaded. A
-    stage that asks no checker needs no answers."""
-    columns = {"sft": "solution", "rejection": "answer", "rl": "answer"}
-    uses = []
+def _needs(settings: Settings) -> dict[str, set[str]]:
+    """Data set → the columns that it is used for; a set that nothing uses is not loaded. A stage that asks no
+    checker needs no answers."""
+    needs: defaultdict[str, set[str]] = defaultdict(set)
     for stage in settings.stages:
         checked = not isinstance(stage, RlSettings) or "checker" in [e.function for e in stage.reward_entries]
-        uses.append((stage.data, columns[stage.kind] if checked else "problem"))
+        column = "solution" if stage.kind == "sft" else "answer"
+        needs[stage.data].add(column if checked else "problem")
         if stage.dev.data:
-            uses.append((stage.dev.data, "answer"))
-    return uses + [(name, "answer") for name in settings.evaluate.data]
+            needs[stage.dev.data].add("answer")
+    for name in settings.evaluate.data:
+        needs[name].add("answer")
+    return needs
 
 
 def _check_ranks(settings: Settings) -> None:
     """Refuse, before anything is loaded, several processes for what runs only on one."""
     for stage in settings.stages if world()[1] > 1 else ():
+        where = f"stages.{stage.name}"
         if stage.dev.data:
-            raise UserError(f"stages.{stage.name}.dev: evaluation in training needs one process; remove it")
+            raise UserError(f"{where}.dev: evaluation in training needs one process; remove it")
         if isinstance(stage, RejectionSettings):
-            raise UserError(
-                f"stages.{stage.name}: a rejection stage needs one process; start without torchrun"
-            )
+            raise UserError(f"{where}: a rejection stage needs one process; start without torchrun")
 
 
 def check_methods(settings: Settings, base_dir: Path) -> None:
@@ -208,20 +201,23 @@ def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
     return result
 
 
-def _context_length(settings: Settings) -> tuple[int, Any]:
-    """(context length after the override, the model's eos ids), only from the config."""
-    source = resolve(settings.model)
-    override = settings.model.context_length
+def context_and_eos(settings: Settings) -> tuple[int, Any]:
+    """The model's context length after the override, and its eos ids, only from the config."""
+    source, override = resolve(settings.model), settings.model.context_length
     if source == "tiny":
         return (TINY_CONTEXT if override == "model" else override), ()
+    config = model_config(source)
+    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
+    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
+
+
+def model_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
-    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
 
 
 def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:
@@ -245,8 +241,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
 def hinted_prompt(
     prepared: Prepared, prompt: Prompt, fraction: float
 ) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """The turns and tokens of the prompt, with the first part of the solution (by characters) in the user's
-    turn."""
+    """Turns and tokens of the prompt, with the first part of the solution (by characters) in the user's."""
     *before, last = prompt.problem.messages
     shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
     turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
@@ -326,8 +321,8 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
     """Everything about batches that the settings imply, one row a stage."""
     rows: list[Mapping[str, Any]] = []
     columns = ("problems", "steps", "optimizer updates", "sequences per update", "epochs")
+    values: tuple[Any, ...]
     for stage in prepared.settings.stages:
-        values: tuple[Any, ...]
         if isinstance(stage, SftSettings):
             num = len(prepared.demonstrations[stage.data].kept)
             updates = prepared.methods[stage.name].updates_per_step
@@ -341,14 +336,9 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
         else:
             num = len(prepared.prompts[stage.data])
             values = (num, "after sampling", "–", stage.sequences_per_step, "–")
-        rows.append(
-            {
-                "stage": stage.name,
-                "kind": stage.kind,
-                **dict(zip(columns, values, strict=True)),
-                "ranks": world_size,
-                "tokens per micro-batch": stage.tokens_per_microbatch,
-                "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
-            }
-        )
+        rows.append({
+            "stage": stage.name, "kind": stage.kind, **dict(zip(columns, values, strict=True)),
+            "ranks": world_size, "tokens per micro-batch": stage.tokens_per_microbatch,
+            "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
+        })  # fmt: skip
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from truestep import rundir, signals
 from truestep.errors import UserError
@@ -19,26 +20,18 @@ from truestep.train.policy import Policy
 def rejection_samples(
     session: Session, stage: RejectionSettings, policy: Policy, folder: Path, path: str
 ) -> tuple[list[Demonstration], Ledger]:
-    """Sample from the initial model; keep at most ``keep_per_prompt`` distinct accepted completions a
-    prompt."""
+    """Sample from the initial model; keep at most ``keep_per_prompt`` distinct accepted samples a prompt."""
     prepared = session.prepared
     engine = make_engine(session, policy, path, stage.sampling.max_running)
     prompts = {p.problem.id: p for p in prepared.prompts[stage.data]}
+    shared: dict[str, Any] = {"seed": prepared.settings.seed, "purpose": Purpose.SAMPLE, "step": 0}
     requests = [
-        SampleRequest(
-            problem_id=p.problem.id,
-            sample_index=i,
-            prompt_ids=p.token_ids,
-            seed=prepared.settings.seed,
-            purpose=Purpose.SAMPLE,
-            step=0,
-        )
-        for p in prompts.values()
+        SampleRequest(problem_id=name, sample_index=i, prompt_ids=prompt.token_ids, **shared)
+        for name, prompt in prompts.items()
         for i in range(stage.samples_per_prompt)
     ]
     session.reporter.begin(f"{stage.name}: sampling", len(requests))
-    rollouts = []
-    sampling = sampling_parameters(stage.sampling, prepared.stop_ids)
+    rollouts, sampling = [], sampling_parameters(stage.sampling, prepared.stop_ids)
     for rollout in engine.generate(requests, sampling, signals.check):
         rollouts.append(rollout)
         session.reporter.advance(len(rollouts))
@@ -62,19 +55,14 @@ def rejection_samples(
         )
     cost = engine.take_cost()
     return kept, Ledger(
-        rollout_tokens=sum(len(r.completion_ids) for r in rollouts),
-        prompt_tokens=cost.prefill_tokens,
-        generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
-        generated_pairs=cost.pairs,
-    )
+        rollout_tokens=sum(len(r.completion_ids) for r in rollouts), prompt_tokens=cost.prefill_tokens,
+        generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens, generated_pairs=cost.pairs,
+    )  # fmt: skip
 
 
 def _as_demonstration(prompt: Prompt, completion: tuple[int, ...]) -> Demonstration:
     num, own = len(prompt.token_ids), len(completion)
     return Demonstration(
-        problem_id=prompt.problem.id,
-        token_ids=prompt.token_ids + completion,
-        roles=(Role.USER,) * num + (Role.ASSISTANT,) * own,
-        trained=(False,) * num + (True,) * own,
-        num_prompt_tokens=num,
-    )
+        problem_id=prompt.problem.id, token_ids=prompt.token_ids + completion, num_prompt_tokens=num,
+        roles=(Role.USER,) * num + (Role.ASSISTANT,) * own, trained=(False,) * num + (True,) * own,
+    )  # fmt: skip

@@ -6,8 +6,8 @@ import contextlib
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,36 @@ from truestep.checkpoint.export import export_hf, model_card
 from truestep.checkpoint.store import latest_step, list_checkpoints
 from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.errors import UserError
+from truestep.evaluate.compare import compare
+from truestep.evaluate.files import read_samples, results_file, samples_file, score_row
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
-from truestep.pipeline.evaluation import score_rows
-from truestep.pipeline.identity import base_identity, evaluation_identity, stage_identity
-from truestep.pipeline.models import Session, open_model
+from truestep.pipeline.evaluation import evaluate_checkpoint
+from truestep.pipeline.models import Session, base_identity, open_model, stage_identity
 from truestep.pipeline.prepare import Prepared
-from truestep.pipeline.stages import evaluate, make_stage, stage_folder
-from truestep.pipeline.summary import evaluated, stage_row, stage_rows, summarize
+from truestep.pipeline.stages import make_stage, stage_folder
 from truestep.pipeline.track import open_trackers
 from truestep.progress import Reporter
-from truestep.settings import Settings, StageSettings, load_settings
+from truestep.settings import Settings, load_settings
 from truestep.signals import Interrupted
 from truestep.train.checkpoints import load_best, summed
 from truestep.train.loop import StageSpec, run_stage
 from truestep.train.parallel import Ranks, full, is_sharded
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    folder: Path
-    summary: Mapping[str, Any]
-
-
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
     """Raises UserError if the run directory is taken, or with --resume another run's. Writes nothing."""
-    if rundir.holds_run(folder, resume=resume):
-        _require_same_stages(settings, load_settings(folder / "resolved.toml"), folder)
+    held = rundir.holds_run(folder, resume=resume)
+    old = load_settings(folder / "resolved.toml").stages if held else ()
+    for index, (a, b) in enumerate(zip(settings.stages, old, strict=False)):
+        if a.name != b.name:
+            names = f"{b.name!r} there and {a.name!r} here"
+            raise UserError(f"{folder}: stage {index + 1} is called {names}; {rundir.ELSEWHERE}")
 
 
 def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
-    """Make the run directory, or continue an existing one with --resume. Raises UserError, before anything is
-    written, if it is taken or has stages of other settings or data. Only rank 0 checks: the others would take
-    the directory that it has just made for another run's."""
+    """Make the run directory, or continue one with --resume. Raises UserError, before anything is written, if
+    it is taken or has stages of other settings or data. Only rank 0 checks: others would see what it made."""
     if rank != 0:
         return
     settings = prepared.settings
@@ -67,30 +64,22 @@ def _require_identity(stage: Path, identity: str) -> None:
         # a damaged checkpoint is passed over when loading
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             found.append(rundir.read_json(checkpoint / "manifest.json")["state"]["identity"])
-    for other in found:
-        if other != identity:
-            raise UserError(
-                f"{stage}: was made with other settings or data (identity {other}, now {identity}); "
-                f"{rundir.ELSEWHERE}, or delete that folder to train the stage again"
-            )
+    if others := [other for other in found if other != identity]:
+        raise UserError(
+            f"{stage}: was made with other settings or data (identity {others[0]}, now {identity}); "
+            f"{rundir.ELSEWHERE}, or delete that folder to train the stage again"
+        )
 
 
-def _require_same_stages(new: Settings, old: Settings, folder: Path) -> None:
-    for index, (a, b) in enumerate(zip(new.stages, old.stages, strict=False)):
-        if a.name != b.name:
-            names = f"{b.name!r} there and {a.name!r} here"
-            raise UserError(f"{folder}: stage {index + 1} is called {names}; {rundir.ELSEWHERE}")
-
-
-def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> RunResult:
-    """Do what is not yet done of a prepared run. Raises Interrupted with everything saved."""
+def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
+    """Do what is left of a prepared run; its summary (on rank 0). Raises Interrupted with all saved."""
     settings = prepared.settings
     threads = set_threads(settings.compute.threads)
     make_deterministic()
     keep_free_memory()
     if ranks.rank == 0:
-        provenance = {**rundir.provenance(settings.seed), "threads": threads}
-        rundir.write_json(folder / "provenance.json", provenance)
+        stamp = {**rundir.provenance(settings.seed), "threads": threads}
+        rundir.write_json(folder / "provenance.json", stamp)
     with Grader() as grader:
         trackers = open_trackers(settings.trackers, folder, settings.name) if ranks.rank == 0 else []
         session = Session(
@@ -102,42 +91,36 @@ def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -
             if ranks.rank == 0:
                 summarize(session, "interrupted")
             raise
-    summary = summarize(session, "done") if ranks.rank == 0 else {}
-    return RunResult(folder=folder, summary=summary)
+    return summarize(session, "done") if ranks.rank == 0 else {}
 
 
 def _stages(session: Session) -> None:
     prepared, ranks = session.prepared, session.ranks
     settings = prepared.settings
-    path, identity = settings.model.path, base_identity(prepared)
+    path, ledger, steps_before = settings.model.path, Ledger(), 0
     if settings.evaluate.before:
-        _evaluate(session, "base", path, identity)
-    ledger, steps_before = Ledger(), 0
+        _evaluate(session, "base", path, base_identity(prepared))
     for index, stage in enumerate(settings.stages):
-        done = _done(session, index, stage)
-        if done is None:
-            done = _train(session, index, path, ledger, steps_before)
-        else:
+        folder, identity = stage_folder(session.folder, index, stage), stage_identity(prepared, index)
+        _require_identity(folder, identity)
+        if (folder / "done.json").exists():
+            done = rundir.read_json(folder / "done.json")
             session.reporter.say(f"{stage.name}: already done, skipped")
+        else:
+            done = _train(session, index, path, ledger, steps_before)
         ledger = Ledger.from_json(done["ledger_after"]) if ranks.rank == 0 else Ledger()
         steps_before += int(done["steps"])
-        path = str(stage_folder(session.folder, index, stage) / "export")
+        path = str(folder / "export")
         ranks.barrier()
-        _evaluate(session, stage.name, path, stage_identity(prepared, index))
+        _evaluate(session, stage.name, path, identity)
 
 
 def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> None:
     """On rank 0; the others wait."""
     if session.ranks.rank == 0 and session.prepared.settings.evaluate.data:
-        evaluate(session, checkpoint, path, partial(evaluation_identity, session.prepared, identity))
+        evaluate_checkpoint(session, checkpoint, path, identity)
         summarize(session, "running")
     session.ranks.barrier()
-
-
-def _done(session: Session, index: int, stage: StageSettings) -> dict[str, Any] | None:
-    folder = stage_folder(session.folder, index, stage)
-    _require_identity(folder, stage_identity(session.prepared, index))
-    return rundir.read_json(folder / "done.json") if (folder / "done.json").exists() else None
 
 
 def _train(session: Session, index: int, path: str, before: Ledger, steps_before: int) -> dict[str, Any]:
@@ -156,20 +139,12 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
     totals = [summed(part, session.ranks) for part in (own, state.ledger)]
     shape = spec.policy.shape
     done = {
-        "identity": spec.identity,
-        "name": spec.name,
-        "kind": spec.settings.kind,
-        "method": spec.updater.method.name,
-        "steps": spec.num_steps,
-        "seconds": time.perf_counter() - began,
-        "data": spec.settings.data,
-        "tokens": totals[0].to_json(),
-        "flops_paper": totals[0].paper_flops(shape),
-        "flops_full": totals[0].full_flops(shape),
-        "ledger_after": totals[1].to_json(),
-        "best": dict(state.best),
-        "shape": asdict(shape),
-    }
+        "identity": spec.identity, "name": spec.name, "kind": spec.settings.kind,
+        "method": spec.updater.method.name, "steps": spec.num_steps, "seconds": time.perf_counter() - began,
+        "data": spec.settings.data, "tokens": totals[0].to_json(),
+        "flops_paper": totals[0].paper_flops(shape), "flops_full": totals[0].full_flops(shape),
+        "ledger_after": totals[1].to_json(), "best": dict(state.best), "shape": asdict(shape),
+    }  # fmt: skip
     _export(session, index, spec, done)
     if session.ranks.rank == 0:
         rundir.write_json(spec.folder / "done.json", done)
@@ -188,7 +163,59 @@ def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, An
         model = open_model(session, settings.model.path).model
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    rows, scores = [*stage_rows(session, index), stage_row(session, done)], score_rows(*evaluated(session))
-    stamp = rundir.provenance(settings.seed)
-    card = model_card(settings.name, settings.model.path, rows, scores, stamp)
+    rows, stamp = [*stage_rows(session, index), stage_row(session, done)], rundir.provenance(settings.seed)
+    card = model_card(settings.name, settings.model.path, rows, score_rows(session), stamp)
     export_hf(spec.folder / "export", model, session.prepared.tokenizer, card=card)
+
+
+def stage_row(session: Session, done: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("name", "kind", "method", "data", "steps", "flops_paper", "flops_full", "seconds", "tokens")
+    row = {key: done[key] for key in kept}
+    return row | {"seed": session.prepared.settings.seed, "flops": done["flops_paper"]}
+
+
+def stage_rows(session: Session, before: int | None = None) -> list[dict[str, Any]]:
+    stages = session.prepared.settings.stages[:before]
+    paths = [stage_folder(session.folder, index, stage) / "done.json" for index, stage in enumerate(stages)]
+    return [stage_row(session, rundir.read_json(path)) for path in paths if path.exists()]
+
+
+def _checkpoints(session: Session) -> list[Path]:
+    """The folders of the evaluations, in order of the checkpoints."""
+    names = ["base", *(s.name for s in session.prepared.settings.stages)]
+    return [session.folder / "evaluations" / name for name in names]
+
+
+def score_rows(session: Session) -> list[dict[str, Any]]:
+    """Every checkpoint on every data set that has results."""
+    sets = session.prepared.settings.evaluate.data
+    paths = [(c.name, d, results_file(c, d)) for c in _checkpoints(session) for d in sets]
+    return [score_row(d, rundir.read_json(path), checkpoint=c) for c, d, path in paths if path.exists()]
+
+
+def comparisons(session: Session) -> list[dict[str, Any]]:
+    """Each checkpoint against the one before it, paired by problem."""
+    rows = []
+    for before, after in pairwise(_checkpoints(session)):
+        for name in session.prepared.settings.evaluate.data:
+            if all(results_file(c, name).exists() for c in (before, after)):
+                a, b = (read_samples(samples_file(c, name)) for c in (before, after))
+                row = {"from": before.name, "to": after.name, "data": name, **compare(a, b).to_json()}
+                rows.append(row)
+    return rows
+
+
+def summarize(session: Session, status: str) -> dict[str, Any]:
+    """Write and return summary.json: what the run has done so far, as rows for the report and the exports."""
+    prepared, settings = session.prepared, session.prepared.settings
+    shapes = [rundir.read_json(p)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
+    summary = {
+        "name": settings.name, "seed": settings.seed, "status": status,
+        "model": {"path": rundir.redact(settings.model.path), **(shapes[0] if shapes else {})},
+        "stages": stage_rows(session), "scores": score_rows(session), "comparisons": comparisons(session),
+        "content": {"model": prepared.model_content, **prepared.content},
+        "code": {name: code for name, code in prepared.code.items() if code},
+        "overlap": prepared.overlap or None, "notes": prepared.notes,
+    }  # fmt: skip
+    rundir.write_json(session.folder / "summary.json", summary)
+    return summary

@@ -1,5 +1,4 @@
-"""Metrics to TensorBoard, wandb or trackio, if the recipe sets ``trackers``. No login is needed: wandb is
-offline unless WANDB_MODE is set."""
+"""Metrics to the recipe's ``trackers``: TensorBoard, trackio, or wandb (offline unless WANDB_MODE is set)."""
 
 from __future__ import annotations
 
@@ -27,10 +26,9 @@ def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Log
     return [openers[name](folder, run_name) for name in names]
 
 
-def _tensorboard(folder: Path, run_name: str) -> Log:
+def _tensorboard(folder: Path, _: str) -> Log:
     from tensorboardX import SummaryWriter
 
-    del run_name
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(step: int, metrics: Mapping[str, float]) -> None:

@@ -32,9 +32,8 @@ def write_evaluation_report(run: Path) -> Path:
     headings, cells = tables.cells_of(rows, tables.score_columns(rows))
     page = page_environment().get_template("evaluation.html").render(
         name=summary.get("name") or run.resolve().name, summary=summary, headings=headings, rows=cells,
-        curves=[curve for row in rows if (curve := _curve(row))],
+        curves=[curve for row in rows if (curve := _curve(row))], filters=FILTERS,
         evaluations=[_evaluation(run, number, row) for number, row in enumerate(rows)],
-        filters=FILTERS,
         provenance={k: redact(str(v)) for k, v in tables.read_object(run / "provenance.json").items()},
         settings=redact(text_of(run / "resolved.toml")),
     )  # fmt: skip

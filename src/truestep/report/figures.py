@@ -1,7 +1,4 @@
-"""Figures as inline SVG in the page's colors (light or dark); without matplotlib there are none.
-
-The same data give the same bytes.
-"""
+"""Figures as inline SVG in the page's colors; none without matplotlib. The same data give the same bytes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """report.html: one page that holds everything, asks for nothing, and runs nothing.
 
 Every text of a run is untrusted (models write it). The environment, not the templates, escapes all of it and
-shows its invisible characters; the templates clip it. The page's policy forbids scripts and requests.
-"""
+shows its invisible characters; the templates clip it. The page's policy forbids scripts and requests."""
 
 from __future__ import annotations
 
@@ -114,13 +113,10 @@ def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         rollouts = read_jsonl(folder / "rollouts.jsonl") if folder else []
         tokens = {k: v for k, v in (entry.get("tokens") or {}).items() if k.endswith("tokens")}
         found.append({
-            "name": name,
-            **{key: entry.get(key) for key in ("kind", "seconds", "flops_paper", "flops_full")},
+            "name": name, **{key: entry.get(key) for key in ("kind", "seconds", "flops_paper", "flops_full")},
             "steps": entry.get("steps", metrics[-1]["step"] if metrics else None),
             "tokens": {key.removesuffix("_tokens").replace("_", " "): n for key, n in tokens.items()},
-            "metrics": metrics,
-            "panels": _panels(name, metrics),
-            "samples": pick_rollouts(rollouts),
+            "metrics": metrics, "panels": _panels(name, metrics), "samples": pick_rollouts(rollouts),
         })  # fmt: skip
     return found
 
@@ -141,8 +137,7 @@ def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
     present = {key.removeprefix(f"{stage}/") for row in metrics for key in row}
     for title, keys in panels_of(present).items():
         share = all(metric(key).unit == "share" for key in keys)
-        series = {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}
-        if series:
+        if series := {label: found for key, label in keys.items() if (found := points(metrics, stage, key))}:
             ends = [found[-1][1] for found in series.values()]
             last = " · ".join(f"{100 * end:.1f} %" if share else f"{end:.3g}" for end in ends)
             figure = figures.curve(f"{stage} {title}", series, y_percent=share)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,7 @@ CURVES = {"reward": "Reward", "completions/mean_length": "Completion length", "e
 
 
 def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
-    """Write FOLDER/report.html, table.md, table.csv and table.tex from its results.json and compact cells.
-    Raises UserError if there are no results."""
+    """Write FOLDER/report.html and table.{md,csv,tex} from its results (else UserError) and compact cells."""
     table = read_object(folder / "results.json")
     if "arms" not in table:
         raise UserError(f"{folder} is not a study directory: pass the folder that truestep study printed")
@@ -45,21 +46,15 @@ def read_cells(folder: Path, table: Row) -> dict[str, Row]:
 def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, Any]:
     arms, names = table["arms"], table["benchmarks"]
     stamp = read_object(folder / "provenance.json")
-    by_flops = [
-        (
-            f"{arm['name']}, {name}" if len(names) > 1 else arm["name"],
-            figures.by_flops(arms, arm["name"], name),
-        )
-        for name in names
-        for arm in arms
-        if len(arm["path"]) > 1
-    ]
+    by_flops = []
+    for name, arm in product(names, [arm for arm in arms if len(arm["path"]) > 1]):
+        if figure := figures.by_flops(arms, arm["name"], name):
+            by_flops.append((f"{arm['name']}, {name}" if len(names) > 1 else arm["name"], figure))
     return {
         "table": table, "primary": [c for c in table["contrasts"] if c["primary"]], "points": tables.points,
         "method_table": tables.method_table(table), "contrast_table": tables.contrast_table(table),
         "dots": [(name, figures.dots(arms, name)) for name in names], "bars": figures.bars(arms),
-        "by_flops": [(title, figure) for title, figure in by_flops if figure],
-        "dynamics": [d for arm in arms if (d := _dynamics(arm["name"], cells))],
+        "by_flops": by_flops, "dynamics": [d for arm in arms if (d := _dynamics(arm["name"], cells))],
         "several": {name: hashes for name, hashes in table["content"].items() if len(hashes) > 1},
         "spread": [
             {"arm": arm["name"], "sample": arm["sd_sample"], **{k: mean[f"sd_{k}"] for k in PARTS}}
@@ -88,11 +83,9 @@ def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
 
 def _machines(cells: Mapping[str, Row]) -> dict[str, int]:
     """Commits and processors that the cells were run with: name → how many."""
-    found: dict[str, int] = {}
-    for cell in cells.values():
-        stamp = cell["provenance"]
+    names = []
+    for stamp in (cell["provenance"] for cell in cells.values()):
         changes = " with uncommitted changes" if stamp["uncommitted_changes"] else ""
         torch = stamp["versions"].get("torch", "?")
-        name = f"commit {stamp['commit'][:12]}{changes}, torch {torch}, {stamp['hardware']['cpu']}"
-        found[name] = found.get(name, 0) + 1
-    return found
+        names.append(f"commit {stamp['commit'][:12]}{changes}, torch {torch}, {stamp['hardware']['cpu']}")
+    return Counter(names)

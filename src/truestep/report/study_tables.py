@@ -99,9 +99,8 @@ def as_csv(table: Row) -> str:
             ends = [found["low"], found["high"]] if found["seeds_known"] else ["", ""]
             lines.append(["all", name, found["value"], *ends, arm["flops"], marks])
         for seed, by in arm["by_seed"].items():
-            lines += [
-                [seed, name, score, "", "", arm["flops_by_seed"][seed], ""] for name, score in by.items()
-            ]
+            spent = arm["flops_by_seed"][seed]
+            lines += [[seed, name, score, "", "", spent, ""] for name, score in by.items()]
         for *front, spent, note in lines:
             line = (arm["name"], arm["control"], *front, spent["paper"], spent["full"], note)
             writer.writerow([_cell(v) for v in line])

@@ -1,10 +1,9 @@
 """What a table of scores says: seeds × problems, crossed; the samples of a cell nested in it.
 
 Every seed of an arm answers the same problems, so a score has two sources of error that do not average out
-together: the training seed and the choice of problems. An interval over problems only ignores other
-seeds, and one over seeds only ignores other problems. Here both are counted, with the degrees
-of freedom that few seeds leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples,
-one array a benchmark; a paired difference is such a table too.
+together: the training seed and the choice of problems. Both are counted, with the degrees of freedom that few
+seeds leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples, one array a
+benchmark; a paired difference is such a table too.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
 
 @dataclass(frozen=True, kw_only=True)
 class Crossed:
-    """A mean over seeds and problems with its 95 % interval and the p-value of the mean being 0.
-    ``detectable`` is the smallest true value that such a table would show with 80 % power at the 5 % level.
-    ``df`` are the effective degrees of freedom; with one seed nothing is known of seeds, ``low`` and ``high``
-    are over problems only and ``seeds_known`` is False."""
+    """A mean over seeds and problems with its 95 % interval and the p-value of the mean being 0, at ``df``
+    effective degrees of freedom. ``detectable``: the smallest true value that such a table would show with
+    80 % power at the 5 % level. With one seed ``low`` and ``high`` are over problems: not ``seeds_known``."""
 
     value: float
     low: float
@@ -73,8 +71,7 @@ def parts(tables: Sequence[np.ndarray]) -> Parts:
     Equation: of one benchmark: var_s(row means)/S + var_p(column means)/P - MS_residual/(S P); over
     benchmarks rows are averaged (a seed is the same seed everywhere) and the other two are summed with
     weights 1/B² (problems are not).
-    Source: the two-way random model (Cornfield and Tukey 1956); unbiased for σ²_s/S + σ²_p/P + σ²_e/(SP)
-    """
+    Source: the two-way random model (Cornfield and Tukey 1956); unbiased for σ²_s/S + σ²_p/P + σ²_e/(SP)"""
     num_seeds, num = tables[0].shape[-2], len(tables)
     rows = sum(t.mean(-1) for t in tables) / num
     problems = residual = noise = np.zeros(tables[0].shape[:-2])
@@ -103,8 +100,7 @@ def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
     above. Satterthwaite's df are too many if a part with few df carries much of the variance (94.0 % at five
     seeds that carry 90 % of it); seven tenths, and at least those of the seeds, hold 94.9 to 95.6 %.
     Equation: V = max(V_s, V_p, V_s + V_p - V_e); df = max(S - 1, 0.7 V² / Σ V_i²/df_i)
-    Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py
-    """
+    Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py"""
     plain = found.seeds + found.problems - found.residual
     variance = np.maximum(plain, np.maximum(found.seeds, found.problems))
     noise = found.seeds**2 / found.df_seeds + found.noise_problems
@@ -116,10 +112,8 @@ def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0, 1.0)) -> Crossed:
-    """The mean of the tables' means, with its interval. Shapes: [S, P_b] each
-
-    Raises UserError if the tables have no common seeds.
-    """
+    """The mean of the tables' means, with its interval. Shapes: [S, P_b] each. Raises UserError if the tables
+    have no common seeds."""
     if not tables or len({t.shape[0] for t in tables}) != 1 or min(t.size for t in tables) == 0:
         raise UserError("a comparison needs at least one problem and the same seeds on every benchmark")
     found = parts([t.astype(float) for t in tables])
@@ -164,8 +158,7 @@ def sign_flip(by_seed: np.ndarray) -> float:
 def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
     """Holm's adjusted p-values: the chance of any false finding among them stays below 5 %.
 
-    Source: Holm 1979. Held by: tests/study/test_analyse.py (statsmodels)
-    """
+    Source: Holm 1979. Held by: tests/study/test_analyse.py (statsmodels)"""
     highest, adjusted = 0.0, dict.fromkeys(p_values, 0.0)
     for rank, name in enumerate(sorted(p_values, key=lambda k: p_values[k])):
         adjusted[name] = highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
@@ -174,10 +167,7 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
 
 def sample_sd(correct: Sequence[np.ndarray], samples: Sequence[int]) -> float | None:
     """Standard deviation of one decoding sample around its cell's chance; None with one sample a problem.
-
-    Shapes: correct [S, P_b] counts. Decoding samples are no training seeds: more of them make this part
-    smaller, and nothing else.
-    """
+    More samples make this part smaller, and nothing else. Shapes: correct [S, P_b] counts"""
     pooled = [c / k * (1 - c / k) * k / (k - 1) for c, k in zip(correct, samples, strict=True) if k > 1]
     return math.sqrt(float(np.mean(np.concatenate([p.ravel() for p in pooled])))) if pooled else None
 

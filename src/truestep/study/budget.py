@@ -13,23 +13,18 @@ from truestep.settings import RlSettings, Settings, SftSettings, load_settings
 COUNTS = {"flops_paper_formula": "the paper's formula", "flops_full": "the fuller count"}
 
 
-def recipe_files(paths: Sequence[Path]) -> list[Path]:
-    """The recipes of the given files and folders, in order. Raises UserError if there are none."""
-    found = [file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])]
-    if not found:
-        raise UserError(f"{', '.join(map(str, paths))}: no recipe (.toml) there: give a folder or files")
-    return found
-
-
 def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
-    """FLOPs of every recipe by both counts; SFT-then-RL compared with the other recipes of its model.
+    """FLOPs of every recipe in files and folders by both counts; SFT-then-RL compared with the other recipes
+    of its model. Raises UserError if there are none.
 
     Source: arXiv:2604.23747, table 6 (6ND a demonstration token, 8ND a rollout token)
-    Held by: tests/study/test_paper_recipes.py
-    """
+    Held by: tests/study/test_paper_recipes.py"""
     arms: list[dict[str, Any]] = []
     loaded: dict[str, tuple[Settings, Path]] = {}
-    for path in recipe_files(paths):
+    files = [file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"{', '.join(map(str, paths))}: no recipe (.toml) there: give a folder or files")
+    for path in files:
         settings = load_settings(path)
         if not settings.declared:
             raise UserError(f"{path}: has no [declared] lengths: add them, or pass other recipes")
@@ -59,9 +54,9 @@ def _claims(
             continue
         row: dict[str, Any] = {"arm": arm["name"], "against": other["name"], "steps": rl.steps}
         for key in COUNTS:
-            steps = max(0.0, (other[key] - only_sft[key]) / ((arm[key] - only_sft[key]) / rl.steps))
-            fewer = arm[key] < other[key]
-            row[key] = {"ratio": arm[key] / other[key], "fewer": fewer, "equal_at_steps": steps}
+            a, b, start = arm[key], other[key], only_sft[key]
+            steps = max(0.0, (b - start) / ((a - start) / rl.steps))
+            row[key] = {"ratio": a / b, "fewer": a < b, "equal_at_steps": steps}
         row["own_tokens_per_prompt"] = samples / (rl.steps * rl.prompts_per_step)
         claims.append(row)
     return claims
@@ -72,8 +67,7 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
     lines = []
     for claim in table["claims"]:
         parts = []
-        for key, name in COUNTS.items():
-            found = claim[key]
+        for found, name in ((claim[key], name) for key, name in COUNTS.items()):
             word, steps = "fewer" if found["fewer"] else "more", f"{found['equal_at_steps']:.0f} RL steps"
             parts.append(f"{found['ratio']:.2f}x by {name} ({word}; equal at {steps})")
         lines.append(f"{claim['arm']} against {claim['against']}: " + ", ".join(parts))

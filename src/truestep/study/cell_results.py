@@ -1,7 +1,5 @@
-"""A finished cell as one small file: scores by problem, FLOPs, dynamics, hashes, provenance.
-
-Enough for every table, and small enough to be committed, so that a study goes on another day.
-"""
+"""A finished cell as one small file, enough for every table: scores by problem, FLOPs, dynamics, hashes,
+provenance. It can be committed, so that a study goes on another day."""
 
 from __future__ import annotations
 
@@ -16,13 +14,12 @@ from truestep.errors import UserError
 from truestep.evaluate.files import read_samples
 from truestep.records import Stop, Verdict
 from truestep.rundir import read_json, read_jsonl
-from truestep.settings import Settings, settings_hash
+from truestep.settings import OUTSIDE_RESULTS, Settings, settings_hash
 
 SCHEMA = 1
 DYNAMICS = ("reward", "completions/mean_length", "entropy", "grad_norm", "loss", "dev/score", "flops_paper")
 MOST_POINTS = 50
 EVALUATED = ("data", "samples_per_problem", "pass_at", "sampling", "before")  # a study uses only data sets
-WHEN = ("provenance", "seconds")  # what two runs of one cell need not have in common
 
 
 def cell_name(arm: str, seed: int) -> str:
@@ -31,10 +28,8 @@ def cell_name(arm: str, seed: int) -> str:
 
 
 def cell_key(settings: Settings, base: str) -> str:
-    """The identity of a cell: everything that its scores depend on, and no path or name. ``base`` is the
-    identity of the pinned base ("" without one)."""
-    files = {"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1}
-    stages = tuple(stage.model_copy(update=files) for stage in settings.stages)
+    """The identity of a cell: all that its scores depend on, no path or name. ``base``: the pinned base's."""
+    stages = tuple(stage.model_copy(update=OUTSIDE_RESULTS) for stage in settings.stages)
     own = settings.model_copy(update={"name": "cell", "stages": stages, "trackers": ()})
     payload = own.model_dump(mode="json")
     evaluate = {**payload["evaluate"], "sampling": settings.evaluate.data_sampling.model_dump(mode="json")}
@@ -92,7 +87,7 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         raise UserError("an evaluation has problems with unequal numbers of samples: run the cell again")
     return {
         "problems": settings_hash(*order), "num_problems": len(order), "samples": len(samples) // len(order),
-        "correct": " ".join(str(n) for n in correct.values()),
+        "correct": " ".join(map(str, correct.values())),
         "unscored": {problem: n for problem, n in unscored.items() if n},
         "truncated": float(np.mean([row.get("stop") == Stop.LENGTH for row in samples])),
         "mean_tokens": float(np.mean([row.get("num_tokens", 0) for row in samples])),
@@ -110,11 +105,6 @@ def dynamics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]
         if cuts:
             found[name] = [[cut[-1][0], float(f"{np.mean([v for _, v in cut]):.6g}")] for cut in cuts]
     return found
-
-
-def without_times(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same whenever, wherever and however often interrupted the cell was run."""
-    return {k: v for k, v in cell.items() if k not in WHEN}
 
 
 def counts(cell: Mapping[str, Any], benchmark: str) -> np.ndarray:

@@ -1,19 +1,17 @@
 """What a study is made of, each part once: runs, the pinned base, and what earlier days have left.
 
-Each task is asked for by name and made by whoever asks first; a run asks for the run that it starts from.
-Tasks are threads that mostly wait; at most ``workers`` of them have a child process at a time. All state is in
-files: cells/KEY/cell.json says that a run is done.
-
-A run is one child process, ``truestep run``, on one thread. Children are forked from one process that has
-imported everything: importing takes as long as a sixth of a small cell. A child holds a lock file, so that a
-study that was killed and started again waits for it instead of writing beside it.
+A task is asked for by name and made by whoever asks first; a run asks for the run that it starts from. Tasks
+are threads that mostly wait; at most ``workers`` of them have a child process. All state is in files:
+cells/KEY/cell.json says that a run is done. A run is one child process, ``truestep run``, on one thread,
+forked from a process that has imported everything: importing takes a sixth of a small cell. It holds a lock
+file: a study that was killed and started again waits for it instead of writing beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
-import hashlib
 import multiprocessing
 import os
 import runpy
@@ -47,10 +45,6 @@ class Order:
     study: str
     recipe: str
     run: str
-
-    @property
-    def arguments(self) -> list[str]:
-        return ["run", self.recipe, "--out", self.run, "--resume"]
 
 
 Launch = Callable[[Order], tuple[int, str]]  # → exit code, last words on stderr
@@ -107,7 +101,7 @@ def _child(order: Order) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for mine, theirs in ((nothing, 0), (nothing, 1), (log, 2)):
         os.dup2(mine, theirs)
-    sys.argv = ["truestep", *order.arguments]
+    sys.argv = ["truestep", "run", order.recipe, "--out", order.run, "--resume"]
     runpy.run_module("truestep", run_name="__main__")
 
 
@@ -126,9 +120,8 @@ def ray(workers: int) -> Launch:
         raise UserError('--engine ray needs the package ray: pip install "truestep[ray]"') from None
     if not cluster.is_initialized():
         address: Any = os.environ.get("RAY_ADDRESS")
-        here = environment(os.environ)["PYTHONPATH"]
         mine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 10**8}
-        paths = {"env_vars": {"PYTHONPATH": here}}
+        paths = {"env_vars": {"PYTHONPATH": environment(os.environ)["PYTHONPATH"]}}
         cluster.init(address=address, log_to_driver=False, runtime_env=paths, **({} if address else mine))
     remote = cluster.remote(num_cpus=1, max_retries=0)(start)
     return lambda order: cluster.get(remote.remote(order))
@@ -182,22 +175,13 @@ class Runner:
 
 def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
     """The compact result of these settings: from the folder of earlier results, else by running them."""
-    key = key_of(runner, settings)
-    for kind in ("cells", "trials"):
-        name = cell_results.cell_name(arm, settings.seed)
-        old = kept(runner.results / kind / f"{name}.json") if runner.results else {}
-        if old.get("key") == key:
-            return old
+    key, name = key_of(runner, settings), cell_results.cell_name(arm, settings.seed)
+    for folder in (runner.results / "cells", runner.results / "trials") if runner.results else ():
+        with contextlib.suppress(OSError, ValueError):  # a file that cannot be read is no result
+            old = rundir.read_json(folder / f"{name}.json")
+            if isinstance(old, dict) and old.get("key") == key:
+                return old
     return {**node(runner, settings, arm), "arm": arm}  # two arms with equal settings share one run
-
-
-def kept(path: Path) -> dict[str, Any]:
-    """A compact result of an earlier day; {} if none can be read."""
-    try:
-        found = rundir.read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def node(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
@@ -247,8 +231,7 @@ def child(runner: Runner, folder: str) -> None:
 
 
 def _parent(runner: Runner, settings: Settings) -> Settings | None:
-    """The settings of the run that this one continues: all stages but the last. It runs first, and once for
-    all arms that begin with these stages at this seed."""
+    """The settings of the run that this one continues, all stages but the last: it runs first, and once."""
     if not settings.stages:
         return None
     before = settings.model_copy(update={"stages": settings.stages[:-1]})
@@ -316,11 +299,9 @@ def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
 def _link(source: str, target: str) -> None:
     """Weights are linked (nothing writes into them), everything else is copied."""
     if source.endswith(".safetensors"):
-        try:
+        with contextlib.suppress(OSError):  # another file system
             os.link(source, target)
             return
-        except OSError:  # another file system
-            pass
     shutil.copy2(source, target)
 
 
@@ -356,13 +337,10 @@ def files_of(settings: Settings, base_dir: Path) -> str:
     """A hash of the files that data sets and the model are read from; "" if there are none."""
     places = {name: local_source(name, one.source, base_dir) for name, one in settings.data.items()}
     places["model"] = local_model(settings.model.path, base_dir)
-    parts = []
-    for name, place in places.items():
-        if place is None:
-            continue
-        for path in sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]:
-            with path.open("rb") as file:
-                parts.append(f"{name} {path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    parts: list[str] = []
+    for name, place in ((name, place) for name, place in places.items() if place):
+        files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+        parts += [f"{name} {path.name} {rundir.file_sha256(path)}" for path in files]
     return settings_hash(*parts) if parts else ""
 
 

@@ -27,8 +27,8 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
         settings = cell_settings(study, arm.name, 0, stage_tables(study, arm), study.name)
         work = [_stage(settings, stage, base_dir, lengths) for stage in settings.stages]
         per_seed, shape = sum(work, Ledger()), _shape(settings)
-        tuned = bool(study.tuning and arm.stages and not arm.untuned)
-        trials = len(study.tuning.factors) * len(study.tuning.seeds) if tuned and study.tuning else 0
+        tuning = study.tuning_of(arm)
+        trials = len(tuning.factors) * len(tuning.seeds) if tuning else 0
         own = work[-1].full_flops(shape) if work else 0.0
         seeds = len(study.seeds_of(arm))
         new_cells = seeds + trials
@@ -54,8 +54,7 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
 
 
 def _lengths(settings: Settings, name: str, base_dir: Path, known: Lengths) -> tuple[int, int]:
-    """Mean tokens of prompt and worked solution (0: none): a character is a token for the built-in model,
-    about a quarter of one for others."""
+    """Mean tokens of prompt and solution (0: none): of 1 character in the built-in model, else of about 4."""
     if name not in known:
         data, seed = settings.data[name], settings.seed
         problems = load_problems(name, data, seed=seed, base_dir=base_dir, needs=("answer",))

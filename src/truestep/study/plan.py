@@ -1,14 +1,15 @@
 """A study as one TOML file: arms × seeds, what they share, and how they may differ; all checked first.
 
 An arm is a list of stages out of the study's own. What an arm changes in them (``set``) must be among the
-keys that ``may_differ`` declares; everything else is equal by construction.
-"""
+keys that ``may_differ`` declares; everything else is equal by construction."""
 
 from __future__ import annotations
 
 import fnmatch
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -133,9 +134,8 @@ class Study(Frozen):
                 )
         for arm in self.arms:
             if arm.control and not _is_control(arm, arm.control, [self.stages[s] for s in arm.stages]):
-                raise ValueError(
-                    f"arms.{arm.name}: control = {arm.control!r} means: {_CONTROL[arm.control][0]}"
-                )
+                meaning = _CONTROL[arm.control][0]
+                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} means: {meaning}")
         if any(not reason.strip() for reason in self.controls_off.values()):
             raise ValueError("controls_off: a reason must say something")
         return self
@@ -146,25 +146,25 @@ class Study(Frozen):
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         return self.seeds[: arm.num_seeds or None]
 
+    def tuning_of(self, arm: Arm) -> Tuning | None:
+        """The trials of an arm, if it has any."""
+        return self.tuning if self.tuning and arm.stages and not arm.untuned else None
+
 
 Kinds = Sequence[Any]  # of an arm's stages; and whether one of them has the random reward
 _CONTROL: dict[Control, tuple[str, Callable[[Kinds, bool], bool]]] = {
-    "base": ("it has no stages", lambda kinds, _: not kinds),
-    "sft": ("it has only SFT stages, at least one", lambda kinds, _: set(kinds) == {"sft"}),
-    "sft-continued": (
-        "it has only SFT stages, at least two",
-        lambda kinds, _: len(kinds) > 1 and set(kinds) == {"sft"},
-    ),
-    "rl-from-base": ("its first stage is RL", lambda kinds, _: kinds[:1] == ["rl"]),
+    "base": ("it has no stages", lambda k, _: not k),
+    "sft": ("it has only SFT stages, at least one", lambda k, _: set(k) == {"sft"}),
+    "sft-continued": ("it has only SFT stages, at least two", lambda k, _: len(k) > 1 and set(k) == {"sft"}),
+    "rl-from-base": ("its first stage is RL", lambda k, _: k[:1] == ["rl"]),
     "random-reward": ('it sets the reward of an RL stage to "random"', lambda _, random: random),
-    "rejection": ("it has a rejection stage", lambda kinds, _: "rejection" in kinds),
+    "rejection": ("it has a rejection stage", lambda k, _: "rejection" in k),
 }
 
 
 def _is_control(arm: Arm, control: Control, stages: Sequence[Mapping[str, Any]]) -> bool:
-    random = any(key.endswith(".reward") and value == "random" for key, value in arm.set.items())
-    random = random or any(stage.get("reward") == "random" for stage in stages)
-    return _CONTROL[control][1]([stage.get("kind") for stage in stages], random)
+    rewards = [v for key, v in arm.set.items() if key.endswith(".reward")] + [s.get("reward") for s in stages]
+    return _CONTROL[control][1]([stage.get("kind") for stage in stages], "random" in rewards)
 
 
 def load_study(path: Path) -> Study:
@@ -193,7 +193,7 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
     """The arm's stages with its own changes, named as in the study."""
     tables = []
     for name in arm.stages:
-        table: dict[str, Any] = {**_copied(study.stages[name]), "name": name}
+        table: dict[str, Any] = {**deepcopy(study.stages[name]), "name": name}
         for key, value in arm.set.items():
             stage, _, rest = key.partition(".")
             if stage == name:
@@ -215,18 +215,12 @@ def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
     return next((a.name for a in arms if stage_tables(study, a) == list(tables)), "")
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    return list(value) if isinstance(value, list) else value
-
-
 def cell_settings(
     study: Study, arm: str, seed: int, stages: Sequence[Mapping[str, Any]], where: str
 ) -> Settings:
     """A run of the given stages: what all cells share, one thread, and the seed. Children run in the study
     directory, so that no path of this machine is in what identifies a stage."""
-    raw = _copied(study.run)
+    raw = deepcopy(study.run)
     if study.base:
         raw["model"] = {**raw.get("model", {}), "path": BASE_MODEL}
     raw["compute"] = {**raw.get("compute", {}), "threads": 1}
@@ -250,11 +244,8 @@ def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any,
     reference, own = (cell_settings(study, a.name, 0, stage_tables(study, a), where) for a in pair)
     kinds = {s.kind: s for s in reversed(reference.stages)}
     found: dict[str, tuple[Any, Any]] = {}
-    for stage in own.stages:
-        if stage.kind not in kinds:
-            continue
-        theirs = dict(flattened(kinds[stage.kind].model_dump(mode="json")))
-        mine = dict(flattened(stage.model_dump(mode="json")))
+    for stage in (stage for stage in own.stages if stage.kind in kinds):
+        theirs, mine = (dict(flattened(s.model_dump(mode="json"))) for s in (kinds[stage.kind], stage))
         for key in sorted((theirs.keys() | mine.keys()) - {"name", "kind"}):
             if theirs.get(key) != mine.get(key):
                 found[f"{stage.kind}.{key}"] = (theirs.get(key), mine.get(key))
@@ -302,8 +293,8 @@ def check_stages(study: Study, where: str) -> None:
 
     for arm in study.arms:
         tables = stage_tables(study, arm)
-        factors = study.tuning.factors if study.tuning and tables and not arm.untuned else (1.0,)
-        for factor in factors:
+        tuning = study.tuning_of(arm)
+        for factor in tuning.factors if tuning else (1.0,):
             stages = [*tables[:-1], scaled(tables[-1], factor)] if tables else []
             try:
                 check_methods(cell_settings(study, arm.name, 0, stages, where), Path(where).parent)
@@ -337,7 +328,6 @@ def check_disjoint(study: Study, base_dir: Path) -> None:
     for name in {*dev, *settings.evaluate.data}:
         problems = load_problems(name, settings.data[name], seed=0, base_dir=base_dir)
         texts[name] = {problem.messages[-1].content for problem in problems}
-    for a in dev:
-        for b in settings.evaluate.data:
-            if shared := texts[a] & texts[b]:
-                raise UserError(f"data.{a} and data.{b} share {len(shared)} problems: remove them from {a}")
+    for a, b in product(dev, settings.evaluate.data):
+        if shared := texts[a] & texts[b]:
+            raise UserError(f"data.{a} and data.{b} share {len(shared)} problems: remove them from {a}")

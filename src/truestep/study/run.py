@@ -2,8 +2,7 @@
 
 A cell's settings are known once its learning rates are chosen and its budget is matched: the last stage of an
 arm is tuned by the arm's own trials, a stage before it by those of the arm that ends there. Trials are further
-cells, evaluated on the dev set.
-"""
+cells, evaluated on the dev set."""
 
 from __future__ import annotations
 
@@ -62,39 +61,47 @@ def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], No
         except (UserError, OSError, RuntimeError) as error:
             raised.append(error)
 
+    def join() -> None:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)  # a join without end would not let Ctrl-C through
+
     threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
     try:
-        _join(threads)
+        join()
     except KeyboardInterrupt:
         interrupted()
-        _join(threads)
+        join()
     return raised
-
-
-def _join(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.2)  # a join without end would not let Ctrl-C through
 
 
 def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
     """The compact result of one cell, from an earlier day if there is one."""
-    settings: Settings = runner.once(f"settled {arm} {seed}", lambda: _settled(runner, arm, seed))
-    return result(runner, settings, arm)
+
+    def make() -> Settings:
+        return settled(runner, arm, seed, chosen_factor(runner, arm))
+
+    return result(runner, runner.once(f"settled {arm} {seed}", make), arm)
 
 
-def _settled(runner: Runner, arm: str, seed: int) -> Settings:
-    """The settings of a cell once its learning rates are chosen and its steps are matched."""
+def settled(runner: Runner, arm: str, seed: int, factor: float, *, dev: str = "") -> Settings:
+    """The settings of a cell, or of a trial, which is evaluated only on the ``dev`` set: the last stage's
+    rate times ``factor``, the rates before it as they were chosen, and the steps matched."""
     tables = tables_of(runner, arm)
     if tables:
-        tables[-1] = scaled(tables[-1], chosen_factor(runner, arm))
+        tables[-1] = scaled(tables[-1], factor)
 
     def settings(stages: Sequence[Mapping[str, Any]]) -> Settings:
-        return cell_settings(runner.study, arm, seed, stages, str(runner.where))
+        made = cell_settings(runner.study, arm, seed, stages, str(runner.where))
+        evaluate = made.evaluate.model_copy(update={"data": (dev,)} if dev else {})
+        return made.model_copy(update={"evaluate": evaluate})
 
-    match_flops(runner, arm, tables, settings, lambda other: cell(runner, other, seed))
+    def spent(other: str) -> Mapping[str, Any]:
+        return trial(runner, other, chosen_factor(runner, other), seed) if dev else cell(runner, other, seed)
+
+    match_flops(runner, arm, tables, settings, spent)
     return settings(tables)
 
 
@@ -120,11 +127,10 @@ def match_flops(
     goal = runner.study.arm(arm).equal_flops
     if not goal:
         return
-    theirs = stage_tables(runner.study, runner.study.arm(goal.to))
-    whole = other(goal.to)
-    own = stage_tables(runner.study, runner.study.arm(arm))[:-1]
-    before = whole["stages"][: len(own)]
-    if own != theirs[: len(own)]:
+    theirs, own = (stage_tables(runner.study, runner.study.arm(name)) for name in (goal.to, arm))
+    whole, num = other(goal.to), len(own) - 1
+    before = whole["stages"][:num]
+    if own[:num] != theirs[:num]:
         before = node(runner, settings(tables[:-1]), f"{arm}.start")["stages"]
     like = next(s for s in whole["stages"] if s["name"] == goal.step_like)
     meant = next(t for t in theirs if t["name"] == goal.step_like)
@@ -143,18 +149,18 @@ def sequences(table: Mapping[str, Any]) -> float:
 
 def chosen_factor(runner: Runner, arm: str) -> float:
     """The learning-rate factor that did best on the dev set in the trials (1 if there are none)."""
-    return float(runner.once(f"factor {arm}", lambda: _chosen(runner, arm)))
-
-
-def _chosen(runner: Runner, arm: str) -> float:
-    tuning = runner.study.tuning
-    if not tuning or not runner.study.arm(arm).stages or runner.study.arm(arm).untuned:
+    tuning = runner.study.tuning_of(runner.study.arm(arm))
+    if tuning is None:
         return 1.0
-    scores = {f: _mean(made) for f in tuning.factors if (made := trials(runner, arm, f))}
-    if not scores:
-        raise CellFailed(f"{arm}: every one of its learning-rate trials has failed")
-    best = max(scores.values())
-    return min((f for f in scores if scores[f] == best), key=lambda f: (abs(f - 1), f))
+
+    def choose() -> float:
+        scores = {f: _mean(made) for f in tuning.factors if (made := trials(runner, arm, f))}
+        if not scores:
+            raise CellFailed(f"{arm}: every one of its learning-rate trials has failed")
+        best = max(scores.values())
+        return min((f for f in scores if scores[f] == best), key=lambda f: (abs(f - 1), f))
+
+    return float(runner.once(f"factor {arm}", choose))
 
 
 def _mean(results: Iterable[Mapping[str, Any]]) -> float:
@@ -178,31 +184,15 @@ def trials(runner: Runner, arm: str, factor: float) -> list[dict[str, Any]]:
 
 def trial(runner: Runner, arm: str, factor: float, seed: int) -> dict[str, Any]:
     """One learning-rate trial: the arm with its last stage's rate scaled, evaluated on the dev set only."""
+    assert runner.study.tuning
     label = trial_arm(arm, factor)
-    made = result(runner, trial_settings(runner, arm, factor, seed), label)
+    made = result(runner, settled(runner, arm, seed, factor, dev=runner.study.tuning.data), label)
     runner.trials[cell_name(label, seed)] = made
     return made
 
 
 def trial_arm(arm: str, factor: float) -> str:
     return f"{arm}.lr{factor:g}"
-
-
-def trial_settings(runner: Runner, arm: str, factor: float, seed: int) -> Settings:
-    assert runner.study.tuning
-    dev = (runner.study.tuning.data,)
-    tables = tables_of(runner, arm)
-    tables[-1] = scaled(tables[-1], factor)
-
-    def settings(stages: Sequence[Mapping[str, Any]]) -> Settings:
-        made = cell_settings(runner.study, arm, seed, stages, str(runner.where))
-        return made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"data": dev})})
-
-    def spent(other: str) -> Mapping[str, Any]:
-        return trial(runner, other, chosen_factor(runner, other), seed)
-
-    match_flops(runner, arm, tables, settings, spent)
-    return settings(tables)
 
 
 def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
@@ -219,8 +209,8 @@ def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]
 
 
 def _own_cost(runner: Runner, arm: Arm) -> dict[str, Any]:
-    tuning = runner.study.tuning
-    if not tuning or not arm.stages or arm.untuned:
+    tuning = runner.study.tuning_of(arm)
+    if tuning is None:
         empty: dict[str, Any] = {"trials": 0, "factor": 1.0, "scores": {}, "failed": [], "flops": NO_FLOPS}
         return empty | {"reason": arm.untuned}
     made = {f: trials(runner, arm.name, f) for f in tuning.factors}

@@ -1,7 +1,5 @@
 """Finished cells → the study's results: arms, contrasts, budgets, and what is not as equal as it should be.
-
-A pure function of the cells: two sittings that end with the same cells end with the same bytes.
-"""
+A pure function of the cells: two sittings that end with the same cells end with the same bytes."""
 
 from __future__ import annotations
 
@@ -14,16 +12,12 @@ from truestep.study import analyse, cell_results
 from truestep.study.plan import CONTROLS, Arm, Study, differences, owner_of, stage_tables
 
 Cell = Mapping[str, Any]
+Cells = Mapping[str, Cell]  # by name, or whatever else is known of each
 CLOSE = 0.05  # budgets that differ by less count as equal
 
 
 def results(
-    study: Study,
-    found: Mapping[str, Cell],
-    *,
-    tuning: Mapping[str, Mapping[str, Any]],
-    failures: Mapping[str, str],
-    base: str = "",
+    study: Study, found: Cells, *, tuning: Cells, failures: Mapping[str, str], base: str = ""
 ) -> dict[str, Any]:
     """Everything that the report and the exports show. ``found``: finished cells by name; none counts as 0."""
     by_arm = {arm.name: _cells_of(study, found.values(), arm) for arm in study.arms}
@@ -54,12 +48,12 @@ def _cells_of(study: Study, cells: Iterable[Cell], arm: Arm) -> dict[int, Cell]:
     return {seed: own[seed] for seed in study.seeds_of(arm) if seed in own}
 
 
-def share(cell: Cell, benchmark: str) -> np.ndarray:
-    return cell_results.counts(cell, benchmark) / cell["benchmarks"][benchmark]["samples"]
-
-
 def _tables(by_seed: Mapping[int, Cell], seeds: Sequence[int]) -> dict[str, np.ndarray]:
     """[S, P] shares of correct samples of each benchmark."""
+
+    def share(cell: Cell, name: str) -> np.ndarray:
+        return cell_results.counts(cell, name) / cell["benchmarks"][name]["samples"]
+
     names = list(next(iter(by_seed.values()))["benchmarks"]) if by_seed else []
     return {name: np.stack([share(by_seed[s], name) for s in seeds]) for name in names}
 
@@ -83,8 +77,7 @@ def _arm(
         "tuning": dict(tuning), "path": _path(own),
         "unscored": sum(sum(b["unscored"].values()) for b in evaluated),
         "samples": sum(b["samples"] * b["num_problems"] for b in evaluated),
-        "truncated": _mean(b["truncated"] for b in evaluated),
-        "mean_tokens": _mean(b["mean_tokens"] for b in evaluated),
+        **{k: _mean(b[k] for b in evaluated) for k in ("truncated", "mean_tokens")},
         "differs": {k: [repr(a), repr(b)] for k, (a, b) in differences(study, arm).items()},
         "data": _data(own),
         "checkpoint": "best on dev" if any(b for c in own.values() for b in c["best"].values()) else "last",
@@ -143,23 +136,21 @@ def _marks(
     tables = stage_tables(study, arm) if study.tuning else []
     if loose := [t["name"] for i, t in enumerate(tables[:-1]) if not owner_of(study, tables[: i + 1])]:
         marks.append(f"no arm ends with, and so none tunes: {', '.join(loose)}")
-    mine, theirs = _sets(own), _sets(reference)
+    mine, theirs = (
+        {s["data"] for cell in cells.values() for s in cell["stages"]} for cells in (own, reference)
+    )
     if extra := sorted(mine - theirs):
         marks.append(f"data that the reference does not see: {', '.join(extra)}")
     if lacking := sorted(theirs - mine) if arm.stages else []:
         marks.append(f"does not see: {', '.join(lacking)}")
-    goal = _mean(c["flops"]["paper"] for c in reference.values())
-    if goal and arm.stages and row["flops"]["paper"] is not None and arm.name != study.reference:
-        ratio = row["flops"]["paper"] / goal
-        if abs(ratio - 1) > CLOSE:
-            marks.append(f"budget {ratio:.2f}x")
+    goal, spent = _mean(c["flops"]["paper"] for c in reference.values()), row["flops"]["paper"]
+    compared = goal and arm.stages and arm.name != study.reference
+    ratio = spent / goal if compared and spent is not None else 1.0
+    if abs(ratio - 1) > CLOSE:
+        marks.append(f"budget {ratio:.2f}x")
     if row["unscored"]:
         marks.append(f"{row['unscored']} of {row['samples']} samples unscored, counted as not correct")
     return marks
-
-
-def _sets(own: Mapping[int, Cell]) -> set[str]:
-    return {stage["data"] for cell in own.values() for stage in cell["stages"]}
 
 
 def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
