@@ -169,10 +169,6 @@ class Rollout:
         """What it is to its group, by its last token: sampled (also if it failed), stored or expert."""
         return self.origin[-1] if self.origin else Origin.POLICY
 
-    def count(self, origin: Origin) -> int:
-        """How many of its tokens have this origin."""
-        return self.origin.count(origin)
-
 
 class Verdict(enum.StrEnum):
     CORRECT = "correct"
@@ -287,10 +283,6 @@ class TrainSequence:
     @property
     def num_trained(self) -> int:
         return len(self.origin) - self.origin.count(Origin.CONTEXT)
-
-    def count(self, origin: Origin) -> int:
-        """How many of its tokens have this origin."""
-        return self.origin.count(origin)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,13 +60,7 @@ def rejection_samples(
             f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were accepted, fewer than "
             f"sequences_per_step = {stage.sequences_per_step}; sample more, or start from a better model"
         )
-    cost = engine.take_cost()
-    return kept, Ledger(
-        rollout_tokens=sum(len(r.completion_ids) for r in rollouts),
-        prompt_tokens=cost.prefill_tokens,
-        generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens,
-        generated_pairs=cost.pairs,
-    )
+    return kept, engine.take_cost() + Ledger(rollout_tokens=sum(len(r.completion_ids) for r in rollouts))
 
 
 def _as_demonstration(prompt: Prompt, completion: tuple[int, ...]) -> Demonstration:

@@ -119,7 +119,7 @@ def _stages(session: Session) -> None:
             done = _train(session, index, path, ledger, steps_before)
         else:
             session.reporter.say(f"{stage.name}: already done, skipped")
-        ledger = Ledger.from_json(done["ledger_after"]) if ranks.rank == 0 else Ledger()
+        ledger = Ledger(**done["ledger_after"]) if ranks.rank == 0 else Ledger()
         steps_before += int(done["steps"])
         path = str(stage_folder(session.folder, index, stage) / "export")
         ranks.barrier()
@@ -152,7 +152,7 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         state = run_stage(spec)
     if state.best:
         load_best(spec, state)
-    own = Ledger(**{k: v - before.to_json()[k] for k, v in state.ledger.to_json().items()})
+    own = Ledger(**{k: v - vars(before)[k] for k, v in vars(state.ledger).items()})
     totals = [summed(part, session.ranks) for part in (own, state.ledger)]
     shape = spec.policy.shape
     done = {
@@ -163,10 +163,10 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         "steps": spec.num_steps,
         "seconds": time.perf_counter() - began,
         "data": spec.settings.data,
-        "tokens": totals[0].to_json(),
+        "tokens": asdict(totals[0]),
         "flops_paper": totals[0].paper_flops(shape),
         "flops_full": totals[0].full_flops(shape),
-        "ledger_after": totals[1].to_json(),
+        "ledger_after": asdict(totals[1]),
         "best": dict(state.best),
         "shape": asdict(shape),
     }

@@ -24,11 +24,10 @@ from truestep.rollout.sample import Sampler
 from truestep.settings import RejectionSettings, RlSettings, SftSettings, StageSettings
 from truestep.train.loop import StageSpec
 from truestep.train.optim import MasterOptimizer
-from truestep.train.parallel import is_sharded
 from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
-from truestep.train.source import DemonstrationSource, RolloutSource, Source
-from truestep.train.update import Optimizers, Updater
+from truestep.train.source import DemonstrationSource, RolloutSource
+from truestep.train.update import Updater
 
 
 def make_stage(
@@ -55,7 +54,7 @@ def make_stage(
         base, grade = prepared.base_dir, session.grader.score_many
         rewards = RewardScorer(stage.reward_entries, grade=grade, base=base, folder=folder / "rewards")
         score = stack.enter_context(rewards).score
-        source: Source = _rollout_source(session, stage, engine, scorer, score)
+        source: DemonstrationSource | RolloutSource = _rollout_source(session, stage, engine, scorer, score)
         steps = stage.steps
     elif isinstance(stage, RejectionSettings):
         kept, cost = rejection_samples(session, stage, policy, folder, path)
@@ -81,7 +80,6 @@ def make_stage(
         updates_per_step=source.updates_per_step,
         faults=stage.faults,
         max_length=sampling.max_new_tokens if sampling else prepared.context_length,
-        sharded=is_sharded(policy),
     )
     return StageSpec(
         name=stage.name,
@@ -106,14 +104,14 @@ def _check_stop(session: Session) -> Callable[[], None]:
     return signals.check if session.ranks.world_size == 1 else lambda: None
 
 
-def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> Optimizers:
+def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> dict[str, MasterOptimizer]:
     """The stage's optimizer, and the separate one of a method with a buffer."""
     main = MasterOptimizer(policy, stage.optimizer)
     buffer = method.part(DemonstrationBuffer)
     if buffer is None:
-        return Optimizers(main=main)
+        return {"optimizer": main}
     own = stage.optimizer.model_copy(update={"lr": buffer.lr, "max_grad_norm": buffer.max_grad_norm})
-    return Optimizers(main=main, buffer=MasterOptimizer(policy, own, beside=main))
+    return {"optimizer": main, "buffer-optimizer": MasterOptimizer(policy, own, beside=main)}
 
 
 def _on_step(session: Session, name: str, before: int) -> Callable[[int, Mapping[str, float], float], None]:

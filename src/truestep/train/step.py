@@ -24,13 +24,12 @@ from truestep.records import BatchTotals, Origin, RecordError, StepReport, Token
 from truestep.train.metrics import Meter
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
 from truestep.train.packing import dummy_batch
-from truestep.train.parallel import Ranks
+from truestep.train.parallel import Ranks, is_sharded
 from truestep.train.policy import Policy
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity: the step was stopped before the optimizer. ``batches`` are the micro-batches that
-    may have caused it."""
+    """A NaN or an infinity: the step was stopped before the optimizer. ``batches`` may have caused it."""
 
     def __init__(self, message: str, batches: Sequence[TokenBatch] = ()) -> None:
         super().__init__(message)
@@ -47,7 +46,6 @@ class StepPlan:
     temperature: float
     max_length: int = 1  # L of the max_length normaliser
     ranks: Ranks = field(default_factory=Ranks)
-    sharded: bool = False
     microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
     statistics: Mapping[str, float] = field(default_factory=dict)  # of the whole step, for coefficients
     controls: Mapping[str, float] = field(default_factory=dict)  # the controller's values of this step
@@ -85,12 +83,12 @@ def train_step(
     except BaseException:
         optimizer.zero_grad()
         raise
-    gradients = optimizer.gradients()
-    if not plan.sharded:
+    gradients, sharded = optimizer.gradients(), is_sharded(policy)
+    if not sharded:
         plan.ranks.sum_gradients(gradients.values())
-    norm = global_norm(gradients.values(), plan.ranks, sharded=plan.sharded)
+    norm = global_norm(gradients.values(), plan.ranks, sharded=sharded)
     if not math.isfinite(norm):
-        norms = {name: global_norm([g], plan.ranks, sharded=plan.sharded) for name, g in gradients.items()}
+        norms = {name: global_norm([g], plan.ranks, sharded=sharded) for name, g in gradients.items()}
         name = next((name for name, value in norms.items() if not math.isfinite(value)), "a parameter")
         optimizer.zero_grad()
         raise NonFiniteError(f"step {plan.step}: the gradient of {name} is not finite", batches)
@@ -125,14 +123,6 @@ def _num_sequences(batches: Sequence[TokenBatch]) -> int:
             "or pass different first_sequence numbers"
         )
     return held.numel()
-
-
-def term_weight(term: Term, plan: StepPlan, totals: BatchTotals) -> float:
-    """The factor of a term's normalised loss: its schedule, its controller's value, its legacy scale."""
-    weight = term.weight(plan.step)
-    if term.control:
-        weight = weight * plan.controls[term.control]
-    return weight if term.scale is None else weight * term.scale(totals)
 
 
 def microbatch_loss(
@@ -176,7 +166,8 @@ def microbatch_loss(
         values = values * selected.to(values.dtype) * batch.weight
         which, longest = term.normaliser, plan.max_length
         part = normalise(values, normaliser=which, batch=batch, total=total, max_length=longest)
-        weight_now = term_weight(term, plan, totals)
+        weight_now = term.weight(plan.step) * (plan.controls[term.control] if term.control else 1.0)
+        weight_now *= 1.0 if term.scale is None else term.scale(totals)
         loss = loss + weight_now * part
         meter.add(f"loss/{term.name}", weight_now * float(part.detach()))
     _measure(meter, context)
@@ -239,8 +230,7 @@ def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> S
 
 
 def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every
-    rank."""
+    """As many micro-batches as the busiest rank has: collectives inside the model need all ranks."""
     most = int(ranks.max([float(len(batches))])[0])
     if len(batches) == most:
         return list(batches)
