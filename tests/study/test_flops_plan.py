@@ -73,7 +73,7 @@ def test_the_ledger_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run_pipeline(made, folder, ranks=Ranks(), reporter=Silent())
     sft, rl = (rundir.read_json(p) for p in sorted(folder.glob("stages/*/done.json")))
 
-    kept = made.demonstrations["train"].kept
+    kept = made.demonstrations["train"]
     order = [int(i) for epoch in range(4) for i in permutation(0, epoch, 12)][:48]
     expected = Ledger()
     for i in order:

@@ -23,11 +23,6 @@ _MAX_DRAWS = 2000  # for one problem of the wanted split
 _MAX_REPEATS = 1000  # repeated problems in a row, after which a split counts as used up
 
 
-def character_set() -> str:
-    """Every character of the problems, traces and answers of all embedded tasks, sorted."""
-    return "".join(sorted("0123456789+-*/=?(), >#abcdefghijorstw\n"))
-
-
 def split_of(canonical: str) -> str:
     """The split that a problem with this content is in."""
     bucket = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big") % 10
@@ -58,8 +53,7 @@ def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], 
 
 
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
-    """The first ``num`` different problems of a split. Raises UserError as ``make_problem``, and if there are
-    fewer."""
+    """The first ``num`` different problems of a split. Raises UserError as ``make_problem``, or for too few."""
     found: dict[str, Problem] = {}
     index = repeats = 0
     while len(found) < num:

@@ -9,7 +9,7 @@ from truestep.errors import UserError
 from truestep.flops import Ledger
 from truestep.pipeline.evaluation import sampling_parameters
 from truestep.pipeline.models import Session, make_engine
-from truestep.records import Demonstration, Prompt, Role, Stop, Verdict
+from truestep.records import Demonstration, Prompt, Stop, Verdict
 from truestep.rollout.engine import SampleRequest
 from truestep.seeding import Purpose
 from truestep.settings import RejectionSettings
@@ -64,11 +64,5 @@ def rejection_samples(
 
 
 def _as_demonstration(prompt: Prompt, completion: tuple[int, ...]) -> Demonstration:
-    num, own = len(prompt.token_ids), len(completion)
-    return Demonstration(
-        problem_id=prompt.problem.id,
-        token_ids=prompt.token_ids + completion,
-        roles=(Role.USER,) * num + (Role.ASSISTANT,) * own,
-        trained=(False,) * num + (True,) * own,
-        num_prompt_tokens=num,
-    )
+    tokens, num = prompt.token_ids + completion, len(prompt.token_ids)
+    return Demonstration(problem_id=prompt.problem.id, token_ids=tokens, num_prompt_tokens=num)

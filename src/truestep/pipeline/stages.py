@@ -61,7 +61,7 @@ def make_stage(
         ledger = ledger + cost
         source, steps = _demonstrations(session, stage, kept)
     elif isinstance(stage, SftSettings):
-        source, steps = _demonstrations(session, stage, prepared.demonstrations[stage.data].kept)
+        source, steps = _demonstrations(session, stage, prepared.demonstrations[stage.data])
     else:
         raise TypeError(f"unknown stage {type(stage).__name__}")
     o = stage.optimizer
@@ -139,7 +139,7 @@ def step_note(metrics: Mapping[str, float]) -> str:
 
 def _demonstrations(
     session: Session, stage: SftSettings | RejectionSettings, kept: Sequence[Demonstration]
-) -> tuple[Source, int]:
+) -> tuple[DemonstrationSource, int]:
     source = DemonstrationSource(
         kept,
         sequences_per_step=stage.sequences_per_step,
@@ -153,11 +153,11 @@ def _demonstrations(
 
 def _rollout_source(
     session: Session, stage: RlSettings, engine: Engine, scorer: Scorer, score: Callable[..., list[Score]]
-) -> Source:
+) -> RolloutSource:
     prepared = session.prepared
     method = prepared.methods[stage.name]
     assert method.plan is not None  # checked when the run was prepared
-    traces = prepared.demonstrations[stage.data].kept if method.needs_demonstrations else ()
+    traces = prepared.demonstrations[stage.data] if method.needs_demonstrations else ()
     sampler = Sampler(
         engine=engine,
         plan=method.plan,

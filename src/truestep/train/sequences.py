@@ -90,8 +90,7 @@ def demonstration_sequence(
 
 
 def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
-    """Means over samples of the policy, not demonstrations or stored ones. An unscored sample counts only in
-    its own rate, in no mean of rewards."""
+    """Means over samples of the policy alone. An unscored one counts in its own rate, in no mean of rewards."""
     for group, view in [(g.group, g.view) for g in groups]:
         meter.add("mixed_groups", not view.is_degenerate)
         meter.add("solved_groups", any(view.own_solved))

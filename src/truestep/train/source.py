@@ -76,7 +76,8 @@ class DemonstrationSource:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
         sequences = []
         for i, d in enumerate(chosen):
-            origin = tuple(Origin.EXPERT if trained else Origin.CONTEXT for trained in d.trained)
+            num, own = d.num_prompt_tokens, len(d.token_ids) - d.num_prompt_tokens
+            origin = (Origin.CONTEXT,) * num + (Origin.EXPERT,) * own
             sequences.append(
                 TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
             )
