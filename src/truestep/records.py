@@ -74,8 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens: those of ``Prompt``, then what enters the loss (assistant text and its stop
-    token)."""
+    """A worked solution as tokens: those of ``Prompt``, then those in the loss: text and stop token."""
 
     problem_id: str
     token_ids: tuple[int, ...]

@@ -28,7 +28,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises UserError if the folder holds anything else, OutOfSpace if it is too big."""
+    Replaces an older export. Raises UserError if the folder holds other things, OutOfSpace on a full disk."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 A prompt is the template's text up to the assistant's turn, plus ``chat.generation_suffix``. A demonstration
 is that prompt, the solution's text tokenized separately (as if it had been sampled), and the token with which
-the template ends the assistant's turn. ``num_prompt_tokens`` says what is trained, never a token id, so that the
+the template ends the assistant's turn. A place, never a token id, says what is trained, so that the
 padding token may be the stop token. A tokenizer without a chat template (a base model) gets a plain one: the
 turns with an empty line between them, then a newline.
 """

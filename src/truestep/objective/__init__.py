@@ -1,1 +1,1 @@
-"""Objectives as pure functions: log-probabilities, detached coefficients, one division, a table of methods."""
+"""Objectives as pure functions: log-probabilities, detached coefficients, one division, the methods."""

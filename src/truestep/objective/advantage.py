@@ -57,7 +57,7 @@ Advantage = Callable[[GroupView], list[float | None]]
 def group_mean(group: GroupView) -> list[float | None]:
     """A_i = R_i − mean(R) over all members, including a demonstration if the plan added one.
 
-    Source: Dr. GRPO (arXiv:2503.20783); the paper's RL (arXiv:2604.23747, app. A); arXiv:2504.14945 (LUFFY)."""
+    Source: arXiv:2503.20783 (Dr. GRPO), 2604.23747, app. A (the paper's RL), 2504.14945 (LUFFY)."""
     mean = sum(group.scored) / max(1, len(group.scored))
     return [None if r is None else r - mean for r in group.rewards]
 

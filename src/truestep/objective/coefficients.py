@@ -76,8 +76,8 @@ def with_options(function: Callable[Concatenate[Context, Options], Tensor]) -> C
     return lambda *given, **named: lambda context: function(context, *given, **named)
 
 
-# Reductions over a token's own whole sequence, the only ones that a coefficient may make in a micro-batch: sequences
-# are never split. Shapes: [M] → [M].
+# Reductions over a token's own whole sequence, the only ones that a coefficient may make in a micro-batch:
+# sequences are never split. Shapes: [M] → [M].
 
 
 def sequence_sum(values: Tensor, batch: TokenBatch) -> Tensor:
@@ -130,7 +130,7 @@ def trusted(alpha: float) -> Coefficient:
 
 
 def proximal_likelihood(clip_high: float) -> Coefficient:
-    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1 (its lower clip is inert)."""
+    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1 (lower clip inert)."""
     return lambda context: context.ratio * (context.ratio <= 1 + clip_high)
 
 
@@ -204,7 +204,7 @@ def softly_gated(context: Context, temperature_right: float, temperature_wrong: 
 @with_options
 def implicit_negative(context: Context, low: float, high: float) -> Tensor:
     """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on another, q the group's share of
-    correct ones, clamped: NFT (arXiv:2505.18116). With rewards of 0 and 1 the advantage R − q gives q back."""
+    correct ones, clamped: NFT (arXiv:2505.18116). With rewards of 0 and 1 the advantage, R − q, has q."""
     gain, correct, ratio = context.advantage, context.batch.solved, context.ratio
     share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
     rest = ((1 - share * ratio) / (1 - share)).clamp(min=1.0)

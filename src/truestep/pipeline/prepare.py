@@ -237,8 +237,8 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
         )
         if num_dropped := len(problems) - len(made):
             prepared.notes.append(
-                f"data.{name}: {num_dropped} of {len(problems)} demonstrations are longer than the context of "
-                f"{context} tokens and are left out"
+                f"data.{name}: {num_dropped} of {len(problems)} demonstrations are longer than the context "
+                f"of {context} tokens and are left out"
             )
 
 

@@ -102,7 +102,7 @@ class Engine(Protocol):
         """Make the given weights the ones that the next ``generate`` samples from."""
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights (checks a publish)."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights, to check it."""
 
     def take_cost(self) -> Ledger:
-        """The work since the last call: tokens of prompts, tokens in all (prefill and decoding), and pairs."""
+        """The work since the last call: tokens of prompts, of prefill and decoding together, and pairs."""

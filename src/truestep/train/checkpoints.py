@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """The state of a stage after ``step`` steps, besides weights and optimizer. ``ledger`` is the run's on
-    this rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` log lines not yet written."""
+    this rank; ``best`` step and score of the best dev checkpoint; ``unlogged`` the last step's log lines."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)

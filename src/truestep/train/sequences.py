@@ -26,10 +26,6 @@ class GatedGroup:
     view: GroupView
     decision: GateDecision
 
-    @property
-    def is_dropped(self) -> bool:
-        return not any(self.decision.keep)
-
 
 def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
     """Ask the method's gate, before any length penalty: a penalty does not make a group informative."""
@@ -90,7 +86,7 @@ def demonstration_sequence(
 
 
 def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
-    """Means over samples of the policy alone. An unscored one counts in its own rate, in no mean of rewards."""
+    """Means over samples of the policy alone. An unscored one counts in its own rate only, in no mean."""
     for group, view in [(g.group, g.view) for g in groups]:
         meter.add("mixed_groups", not view.is_degenerate)
         meter.add("solved_groups", any(view.own_solved))

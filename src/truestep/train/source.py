@@ -199,7 +199,7 @@ class RolloutSource:
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)
         for attempt in range(0 if refill is None else refill.rounds):
-            kept = [[g for g in cut if not g.is_dropped] for cut in cuts]
+            kept = [[g for g in cut if any(g.decision.keep)] for cut in cuts]
             missing = sum(len(cut) for cut in cuts) - sum(len(cut) for cut in kept)
             wanted = self.ranks.gather(missing)
             seen = set(self._gathered([g.group.prompt.problem.id for g in everything]))

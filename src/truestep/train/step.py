@@ -18,9 +18,9 @@ from torch import Tensor
 
 from truestep.device import return_free_memory
 from truestep.objective.coefficients import Context
-from truestep.objective.methods import Term
+from truestep.objective.methods.row import EXPERT, POLICY, Term
 from truestep.objective.normalise import local_total, normalise
-from truestep.records import BatchTotals, Origin, RecordError, StepReport, TokenBatch
+from truestep.records import BatchTotals, RecordError, StepReport, TokenBatch
 from truestep.train.metrics import Meter
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
 from truestep.train.packing import dummy_batch
@@ -157,7 +157,7 @@ def microbatch_loss(
                 _count_clipped(meter, coefficient, selected, batch)
             if term.correction is not None:
                 weight = term.correction(context)
-                _count(meter, "correction/dropped", weight == 0, _sampled(batch) & selected)
+                _count(meter, "correction/dropped", weight == 0, POLICY(batch) & selected)
                 coefficient = coefficient * torch.where(selected, weight, 0.0)
             values = -(coefficient * logprobs)
         else:
@@ -174,10 +174,6 @@ def microbatch_loss(
     return loss
 
 
-def _sampled(batch: TokenBatch) -> Tensor:
-    return batch.origin == int(Origin.POLICY)
-
-
 def _count(meter: Meter, key: str, which: Tensor, among: Tensor) -> None:
     """A share of tokens."""
     meter.add(key, float((which & among).sum()), float(among.sum()))
@@ -185,20 +181,20 @@ def _count(meter: Meter, key: str, which: Tensor, among: Tensor) -> None:
 
 def _count_clipped(meter: Meter, coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
     """Sampled tokens of a clipped surrogate that have an advantage and yet no gradient."""
-    clipped, sampled = coefficient == 0, _sampled(batch) & selected
+    clipped, sampled = coefficient == 0, POLICY(batch) & selected
     _count(meter, "clip_ratio/low", clipped & (batch.advantage < 0), sampled)
     _count(meter, "clip_ratio/high", clipped & (batch.advantage > 0), sampled)
 
 
 def _measure(meter: Meter, context: Context) -> None:
     """The metrics of every step. The expert's tokens are measured separately."""
-    batch, expert = context.batch, context.batch.origin == int(Origin.EXPERT)
+    batch, expert = context.batch, EXPERT(context.batch)
     for prefix, mask in (("", ~expert), ("expert/", expert)):
         count = float(mask.sum())
         meter.add(f"{prefix}entropy", float(context.entropy[mask].sum()), count)
         meter.add(f"{prefix}nll", -float(context.policy_logprobs[mask].sum()), count)
     meter.add("expert/share", float(expert.sum()), float(batch.num_targets))
-    sampled = _sampled(batch)
+    sampled = POLICY(batch)
     if count := float(sampled.sum()):
         log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
         meter.add("approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()), count)

@@ -27,7 +27,7 @@ NO_FAULTS = FaultSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class Updates:
-    """What a step's updates reported, their statistics with the last ``grad_norm``, and the work they took."""
+    """What a step's updates reported, their statistics and last ``grad_norm``, and the work they took."""
 
     metrics: Mapping[str, float]
     seen: Mapping[str, float]
@@ -135,7 +135,7 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """The weights of micro-batches with all injected faults, None without. Raises UserError for unknown ones."""
+    """The weights of micro-batches with all injected faults; None without. Raises UserError for others."""
     unknown = [name for name in settings.others if name not in FAULTS]
     if unknown:
         raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")
