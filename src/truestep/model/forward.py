@@ -79,9 +79,8 @@ def install_packing(model: PreTrainedModel) -> str:
         else:
             difference = float((got - expected).norm() / expected.norm())
             limit = PACKING_TOLERANCE[expected.dtype]
-            reason = (
-                "" if difference <= limit else f"packed rows differ by {difference:.1e} (limit {limit:.0e})"
-            )
+            fault = f"packed rows differ by {difference:.1e} (limit {limit:.0e})"
+            reason = "" if difference <= limit else fault
     if reason:
         model.set_attn_implementation(plain)
     return reason

@@ -78,9 +78,8 @@ class DemonstrationSource:
         for i, d in enumerate(chosen):
             num, own = d.num_prompt_tokens, len(d.token_ids) - d.num_prompt_tokens
             origin = (Origin.CONTEXT,) * num + (Origin.EXPERT,) * own
-            sequences.append(
-                TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
-            )
+            one = TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
+            sequences.append(one)
         size = -(-self.sequences_per_step // self.updates_per_step)
         mine = [self.ranks.mine(sequences[i * size : (i + 1) * size]) for i in range(self.updates_per_step)]
         trained = sum(s.num_trained for cut in mine for s in cut)

@@ -72,16 +72,14 @@ class Updater:
             statistics=statistics,
             controls=data.controls,
         )
-        reports = []
+        reports, optimizer = [], self.optimizers["optimizer"]
         for index, batches in enumerate(packed):
             self._require_columns(batches)
             rate = self.learning_rate(step * self.updates_per_step + index)
             planned = plan(learning_rate=rate, microbatch_weights=self._weights(fault, batches))
             # After its first update a step is finished: to stop would leave it half done.
             check_stop = scorer.check_stop if index == 0 else lambda: None
-            reports.append(
-                train_step(self.policy, self.optimizers["optimizer"], batches, planned, check_stop)
-            )
+            reports.append(train_step(self.policy, optimizer, batches, planned, check_stop))
         metrics = combine([_row(report) for report in reports])
         metrics |= {f"statistics/{name}": value for name, value in statistics.items()}
         if data.buffered is not None:
