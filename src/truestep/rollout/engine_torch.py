@@ -251,9 +251,8 @@ class TorchEngine:
             ids.extend(own)
             running.extend(share)
         device = self.model.device
-        positions = torch.cat(
-            [torch.arange(s.stop - s.start, device=device) + s.prefix_stop for s in segments]
-        )
+        runs = [torch.arange(s.stop - s.start, device=device) + s.prefix_stop for s in segments]
+        positions = torch.cat(runs)
         layout = _PrefillLayout(segments, positions, cache, slots)
         hidden = hidden_states(self.model, torch.tensor(ids, device=device), positions, layout)
         self._prefilled += len(ids)

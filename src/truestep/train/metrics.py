@@ -135,8 +135,10 @@ class Meter:
         for key, most in zip(keys, largest, strict=True):
             total, count, squares = next(sums), next(sums), next(sums)
             mean, within = total / max(1.0, count), metric(key).within
-            std = math.sqrt(max(0.0, squares / max(1.0, count) - mean**2))
-            found[key] = {"mean": mean, "std": std, "max": most}.get(within, total)
+            if within == "std":
+                found[key] = math.sqrt(max(0.0, squares / max(1.0, count) - mean**2))
+            else:
+                found[key] = {"mean": mean, "max": most}.get(within, total)
         return found
 
 
