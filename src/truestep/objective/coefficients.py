@@ -204,7 +204,7 @@ def softly_gated(context: Context, temperature_right: float, temperature_wrong: 
 @with_options
 def implicit_negative(context: Context, low: float, high: float) -> Tensor:
     """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on another, q the group's share of
-    correct ones, clamped: NFT (arXiv:2505.18116). With rewards of 0 and 1 the advantage, R − q, has q."""
+    correct ones, clamped: NFT (arXiv:2505.18116). With rewards of 0 and 1 the advantage is R − q."""
     gain, correct, ratio = context.advantage, context.batch.solved, context.ratio
     share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
     rest = ((1 - share * ratio) / (1 - share)).clamp(min=1.0)

@@ -8,15 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from truestep.objective.coefficients import (
-    Coefficient,
-    Context,
-    bounded_exp,
-    sequence_mean,
-    sequence_sum,
-    to_go,
-    with_options,
-)
+from truestep.objective import coefficients
+from truestep.objective.coefficients import Coefficient, Context, bounded_exp, with_options
 from truestep.records import Origin
 
 
@@ -44,9 +37,9 @@ def mismatch_weight(context: Context, correction: str, low: float, high: float) 
     elif correction == "mask":
         found = inside.to(rho.dtype)
     elif correction == "sequence":
-        found = bounded_exp(sequence_sum(log_rho, batch)).clamp(max=high)
+        found = bounded_exp(coefficients.sequence_sum(log_rho, batch)).clamp(max=high)
     else:
-        mean = bounded_exp(sequence_mean(log_rho, batch))
+        mean = bounded_exp(coefficients.sequence_mean(log_rho, batch))
         found = rho * ((mean >= low) & (mean <= high))
     return torch.where(known, found, 1.0)
 
@@ -65,7 +58,8 @@ def kl_in_reward(context: Context, beta: float) -> Tensor:
     follows it. With REINFORCE the gradient is that of the reverse KL."""
     own = context.batch.origin == int(Origin.POLICY)
     charge = torch.where(own, context.proximal_logprobs - context.reference_logprobs, 0.0)
-    return torch.where(own, context.advantage - beta * to_go(charge, context.batch), context.advantage)
+    charges = beta * coefficients.to_go(charge, context.batch)
+    return torch.where(own, context.advantage - charges, context.advantage)
 
 
 def whitened(mean: str, std: str) -> Callable[[Context], Tensor]:
