@@ -78,9 +78,8 @@ def _of_own(advantage: Advantage) -> Advantage:
     """The baseline over own members only; the others are not part of it and have advantage 0."""
 
     def own(group: GroupView) -> list[float | None]:
-        columns = (group.rewards, group.solved, group.origins)
-        rewards, solved, origins = (tuple(compress(column, group.is_own)) for column in columns)
-        found = iter(advantage(GroupView(rewards=rewards, solved=solved, origins=origins)))
+        mine = {name: tuple(compress(column, group.is_own)) for name, column in vars(group).items()}
+        found = iter(advantage(GroupView(**mine)))
         return [next(found) if is_own else 0.0 for is_own in group.is_own]
 
     return own
