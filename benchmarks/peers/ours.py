@@ -50,8 +50,8 @@ from truestep.train.memory import Memory
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
-from truestep.train.source import RolloutSource, Source, StepData
-from truestep.train.update import Optimizers, Updater
+from truestep.train.source import DemonstrationSource, RolloutSource, StepData
+from truestep.train.update import Updater
 
 FAR = 1_000_000  # a step that is never reached: the last step of a stage saves a checkpoint
 LR = 1e-5
@@ -97,7 +97,7 @@ def stage_spec(
     folder: Path,
     scorer: Scorer,
     method: Method,
-    source: Source,
+    source: DemonstrationSource | RolloutSource,
     max_length: int,
     engine: Engine | None = None,
 ) -> StageSpec:
@@ -105,7 +105,7 @@ def stage_spec(
         policy=scorer.policy,
         scorer=scorer,
         method=method,
-        optimizers=Optimizers(main=MasterOptimizer(scorer.policy, stage.optimizer)),
+        optimizers={"optimizer": MasterOptimizer(scorer.policy, stage.optimizer)},
         learning_rate=constant(LR),
         updates_per_step=source.updates_per_step,
         max_length=max_length,

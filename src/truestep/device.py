@@ -33,8 +33,7 @@ def set_threads(wanted: int | Literal["auto"]) -> int:
     """Pin the intra-op threads, and return their number: results are bit-exact at a fixed number only.
 
     "auto": OMP_NUM_THREADS if it is set, else the usable cores, shared by the ranks of this machine; with
-    several ranks it is ignored, because torchrun itself sets it to 1.
-    """
+    several ranks it is ignored, because torchrun itself sets it to 1."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] if ranks == 1 else ""
     automatic = int(given) if given.isdigit() and int(given) else max(1, usable_cores() // ranks)
@@ -53,8 +52,7 @@ def usable_cores() -> int:
 def cpu_quota(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
     """How many CPUs the cgroup of this process and those above it allow; infinity without a limit.
 
-    cgroup v2: ``cpu.max`` contains "QUOTA PERIOD" or "max PERIOD". v1: two files; -1 means unlimited.
-    """
+    cgroup v2: ``cpu.max`` contains "QUOTA PERIOD" or "max PERIOD". v1: two files; -1 means unlimited."""
     quota = math.inf
     with contextlib.suppress(OSError):
         for line in membership.read_text().splitlines():
@@ -108,8 +106,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear``; outside autograd, float32 on a CPU goes through oneDNN instead of MKL.
 
     Measured on an AMD EPYC at the head's shapes (49,152 columns of 576): 1.3 to 1.6 times as fast.
-    Shapes: input [N, D], weight [V, D], bias [V] or None → [N, V].
-    """
+    Shapes: input [N, D], weight [V, D], bias [V] or None → [N, V]."""
     on_cpu = input.device.type == "cpu" and input.dtype == torch.float32
     if _ONEDNN is None or not on_cpu or torch.is_grad_enabled():
         return torch.nn.functional.linear(input, weight, bias)

@@ -1,5 +1,4 @@
-"""Known faults as wrong weight vectors, and the recovery of such a vector from an observed gradient. No
-torch.
+"""Known faults as wrong weight vectors, and how to recover such a vector from a gradient. No torch.
 
 A step whose right gradient is Σ_i g_i / N (g_i the gradient sum of micro-batch i, N all its tokens over all
 ranks) is described by weights w: what really happened is Σ_i w_i·g_i / N. ``counts[rank][k]`` is the number
@@ -150,8 +149,7 @@ def recover_weights(observed: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[
     ``parts`` are flat gradients on the scale of ``observed``: g_i / N for the weights above. ``residual`` is
     what the weights do not explain, relative to ``observed``. ``condition`` is that of the parts at unit
     length, the factor by which noise grows; infinite (the weights then mean nothing) if one part is zero or a
-    mixture of the others.
-    """
+    mixture of the others."""
     matrix = np.stack([np.asarray(part, dtype=np.float64).ravel() for part in parts], axis=1)
     target = np.asarray(observed, dtype=np.float64).ravel()
     lengths = np.linalg.norm(matrix, axis=0)

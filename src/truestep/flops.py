@@ -9,8 +9,8 @@ input embedding, which is a table look-up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +55,11 @@ class Ledger:
         matmul = n * (6 * self.trained_pass_tokens + 2 * forward_only)
         return matmul + attention * (3 * self.trained_pairs + self.generated_pairs + self.scored_pairs)
 
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(raw: Mapping[str, int]) -> Ledger:
-        return Ledger(**raw)
-
 
 def sequence_work(prompt: int, completion: int) -> Ledger:
     """One demonstration trained on: the last token predicts nothing and is not forwarded.
 
-    Units: tokens; ``completion`` counts the stop token. Held by: tests/study/test_flops_plan.py
-    """
+    Units: tokens; ``completion`` counts the stop token. Held by: tests/study/test_flops_plan.py"""
     length = prompt + completion - 1
     return Ledger(
         demonstration_tokens=completion,
@@ -83,8 +75,7 @@ def group_work(
     """One prompt of a rollout batch: prefilled once, every own sample decoded, and all trained on in one tree
     that forwards the prompt once. ``scored`` adds the pass for the proximal log-probabilities.
 
-    Units: tokens; lengths count the stop token. Held by: tests/study/test_flops_plan.py
-    """
+    Units: tokens; lengths count the stop token. Held by: tests/study/test_flops_plan.py"""
     members = [n - 1 for n in (*own, *demonstrations)]
     tree = prompt + sum(members)
     context = prompt * (prompt + 1) // 2

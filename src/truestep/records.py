@@ -74,21 +74,16 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens. ``trained`` is True for tokens that enter the loss (assistant text and its
-    stop token). ``num_prompt_tokens`` counts the tokens shared with ``Prompt``."""
+    """A worked solution as tokens: those of ``Prompt``, then those in the loss: text and stop token."""
 
     problem_id: str
     token_ids: tuple[int, ...]
-    roles: tuple[Role, ...]
-    trained: tuple[bool, ...]
     num_prompt_tokens: int
 
     def __post_init__(self) -> None:
-        name, num = f"demonstration of {self.problem_id}", len(self.token_ids)
-        equal = num == len(self.roles) == len(self.trained)
-        _require(equal, f"{name}: token_ids, roles and trained differ in length")
-        _require(any(self.trained), f"{name} trains no token")
-        _require(not self.trained[0], f"{name} trains its first token, which has no context")
+        name, num = f"demonstration of {self.problem_id}", self.num_prompt_tokens
+        _require(num < len(self.token_ids), f"{name} trains no token")
+        _require(num > 0, f"{name} trains its first token, which has no context")
 
 
 class Origin(enum.IntEnum):
@@ -106,8 +101,7 @@ NOT_SAMPLED = -1  # policy_version of a token that no policy has sampled
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """How the policy's distribution was changed before sampling: the one of the behavior
-    log-probabilities."""
+    """How the policy's distribution was changed before sampling (that of behavior log-probabilities)."""
 
     temperature: float
     top_p: float = 1.0
@@ -169,10 +163,6 @@ class Rollout:
         """What it is to its group, by its last token: sampled (also if it failed), stored or expert."""
         return self.origin[-1] if self.origin else Origin.POLICY
 
-    def count(self, origin: Origin) -> int:
-        """How many of its tokens have this origin."""
-        return self.origin.count(origin)
-
 
 class Verdict(enum.StrEnum):
     CORRECT = "correct"
@@ -185,8 +175,7 @@ class Score:
     """What a completion is worth. ``verdict`` is about truth (None if no checker was asked); ``reward`` is
     what RL climbs (None: unscored). ``parts`` are the reward's parts by name, ``extracted`` the answer that
     was found ("" if none was). ``reason`` says how the verdict was reached; an unscored sample needs one.
-    ``failed`` marks a sample that a reward function could not score (it raised, hung, or returned nonsense).
-    """
+    ``failed`` marks a sample that a reward function could not score (it raised, hung, returned nonsense)."""
 
     reward: float | None
     verdict: Verdict | None
@@ -216,16 +205,14 @@ class Score:
 
 
 def judged(verdict: Verdict, *, extracted: str = "", reason: str = "") -> Score:
-    """A checker's score: reward 1 for correct, 0 for incorrect, None for unscored (a failure is never a
-    zero)."""
+    """A checker's score: reward 1 for correct, 0 for incorrect, None for unscored (a failure is no zero)."""
     reward = {Verdict.CORRECT: 1.0, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}[verdict]
     return Score(reward=reward, verdict=verdict, extracted=extracted, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardInput:
-    """What a reward function gets for one sample. ``seed``, ``step`` and ``sample`` identify the sample,
-    whatever the rank and the order."""
+    """What a reward function gets for one sample, which ``seed``, ``step`` and ``sample`` identify."""
 
     problem: Problem  # its columns are those of the row
     messages: tuple[Message, ...]  # the prompt that was sampled from
@@ -262,9 +249,7 @@ class TrainSequence:
 
     token_ids: tuple[int, ...]
     origin: tuple[Origin, ...]  # every token that is not CONTEXT is trained
-    num_prefix_tokens: (
-        int  # shared with other sequences of the group, and may be computed once for all of them
-    )
+    num_prefix_tokens: int  # shared with others of the group, and may be computed once for all of them
     group: int
     advantage: tuple[float, ...] | float = 0.0
     behavior_logprobs: tuple[float, ...] | None = None
@@ -287,10 +272,6 @@ class TrainSequence:
     @property
     def num_trained(self) -> int:
         return len(self.origin) - self.origin.count(Origin.CONTEXT)
-
-    def count(self, origin: Origin) -> int:
-        """How many of its tokens have this origin."""
-        return self.origin.count(origin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,8 +301,7 @@ class TokenBatch:
     shared prompt predicts the first of every completion. ``sequence_index`` numbers the sequences of the
     whole step on this rank. The optional columns are None until a scoring pass fills them;
     ``behavior_logprobs`` is None if no token of the batch was sampled, and 0 at the tokens that were not (see
-    ``origin``).
-    """
+    ``origin``)."""
 
     input_ids: Tensor  # N int64
     position_ids: Tensor  # N int64

@@ -125,7 +125,7 @@ def test_inheritance_is_rare() -> None:
     """From Protocols, settings models, exceptions, enums and what torch asks for; hardly ever from each
     other."""
     allowed = {
-        "Protocol", "Frozen", "BaseModel", "StageSettings", "ImitationSettings", "nn.Module", "Mapping[str, Tensor]", "Exception",
+        "Protocol", "Frozen", "BaseModel", "StageSettings", "ImitationSettings", "nn.Module", "UserDict[str, Tensor]", "Exception",
         "ValueError", "RuntimeError", "ArithmeticError", "OSError", "UserError",
         "enum.Enum", "enum.IntEnum", "enum.StrEnum", "torch.autograd.Function", "PackedLayout", "TorchFunctionMode",
         "torch.utils.data.Dataset", "importlib.machinery.SourceFileLoader",

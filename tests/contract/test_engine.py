@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import STOPS, VOCABULARY, bare_model, policy, requests, sequence
 
+from truestep.flops import Ledger
 from truestep.model.load import keep_float64
 from truestep.records import Origin, Rollout, Stop
 from truestep.rollout.engine import SampleRequest, SamplingParameters
@@ -204,10 +205,10 @@ def test_score_is_what_sampling_recorded_and_costs_nothing(trained: Policy, pack
     engine = TorchEngine(trained.model, packs=packs)
     (rollout,) = engine.generate([request], sampling(0.7))
     cost = engine.take_cost()
-    assert cost.decode_tokens == len(rollout.completion_ids) - 1
+    assert cost.generated_pass_tokens - cost.prompt_tokens == len(rollout.completion_ids) - 1
     got = engine.score(request.prompt_ids + rollout.completion_ids, len(request.prompt_ids), 0.7)
     assert max(abs(a - b) for a, b in zip(got, rollout.behavior_logprobs, strict=True)) <= 1e-9
-    assert engine.take_cost().decode_tokens == 0, "a probe is no work of the run"
+    assert engine.take_cost() == Ledger(), "a probe is no work of the run"
     unbent = engine.score(request.prompt_ids + rollout.completion_ids, len(request.prompt_ids), 1.0)
     assert max(abs(a - b) for a, b in zip(unbent, got, strict=True)) > 1e-3
 
@@ -229,15 +230,16 @@ def test_a_shared_prompt_is_prefilled_once(trained: Policy) -> None:
     engine = TorchEngine(trained.model, max_running=32)
     rollouts = list(engine.generate(asked, sampling()))
     cost = engine.take_cost()
-    assert cost.prefill_tokens == sum(len(r.prompt_ids) for r in asked if r.sample_index == 0)
-    assert cost.decode_tokens == sum(len(r.completion_ids) - 1 for r in rollouts), "no padding row is decoded"
+    assert cost.prompt_tokens == sum(len(r.prompt_ids) for r in asked if r.sample_index == 0)
+    decoded = cost.generated_pass_tokens - cost.prompt_tokens
+    assert decoded == sum(len(r.completion_ids) - 1 for r in rollouts), "no padding row is decoded"
     prompts = {r.problem_id: len(r.prompt_ids) for r in asked}
     pairs = sum(n * (n + 1) // 2 for n in prompts.values())
     for rollout in rollouts:
         n = prompts[rollout.problem_id]
         pairs += sum(n + i for i in range(1, len(rollout.completion_ids)))
-    assert cost.pairs == pairs
-    assert engine.take_cost().prefill_tokens == 0, "taken is taken"
+    assert cost.generated_pairs == pairs
+    assert engine.take_cost().prompt_tokens == 0, "taken is taken"
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -258,7 +260,7 @@ def test_what_all_prompts_begin_with_is_prefilled_once(trained: Policy, samples:
     engine = TorchEngine(trained.model, max_running=len(asked))
     list(engine.generate(asked, sampling()))
     own = {r.problem_id: len(r.prompt_ids) - len(beginning) + 1 for r in asked}
-    assert engine.take_cost().prefill_tokens == len(beginning) - 1 + sum(own.values())
+    assert engine.take_cost().prompt_tokens == len(beginning) - 1 + sum(own.values())
 
 
 class _StoppedError(Exception):

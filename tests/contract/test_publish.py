@@ -60,12 +60,12 @@ def samples(engine: TorchEngine) -> list[tuple[int, ...]]:
 
 def test_the_next_sample_uses_the_new_weights(trained: Policy) -> None:
     engine = OwnCopy(trained)
-    assert publish(trained, engine, 0).difference < 1e-4
+    assert publish(trained, engine, 0) < 1e-4
     before = samples(engine)
     update(trained)
     assert samples(engine) == before, "not published yet"
-    proof = publish(trained, engine, 1)
-    assert proof.version == engine.policy_version == 1
+    publish(trained, engine, 1)
+    assert engine.policy_version == 1
     assert samples(engine) != before
     assert samples(engine) == samples(TorchEngine(trained.model))
     assert all(set(r.policy_version) == {1} for r in engine.generate(requests(2), SAMPLING))

@@ -32,7 +32,7 @@ from truestep.objective.schedule import learning_rate
 from truestep.records import Origin, TrainSequence
 from truestep.settings import OptimizerSettings
 from truestep.train.optim import MasterOptimizer
-from truestep.train.parallel import Ranks, full, is_sharded, join, leave, replicate, shard
+from truestep.train.parallel import Ranks, full, join, leave, replicate, shard
 from truestep.train.step import count_totals
 
 ADAMW = OptimizerSettings(
@@ -110,9 +110,7 @@ def run_case(case: Case, ranks: Ranks) -> tuple[dict[str, Tensor], list[dict[str
         batches = one_each(dealt(case, sequences_of(case, step), ranks), case.dtype)
         # A large update is read from float32 parameters with a small rounding.
         speed = rate(step) if case.optimizer == "adamw" else 1.0 if case.dtype is torch.float64 else 1024.0
-        plan = plan_for(
-            family.method, step=step, learning_rate=speed, ranks=ranks, sharded=is_sharded(policy)
-        )
+        plan = plan_for(family.method, step=step, learning_rate=speed, ranks=ranks)
         totals = count_totals(plan.terms, batches, ranks)
         report = run_step(policy, optimizer, batches, plan)
         reports.append({"totals": asdict(totals), "report": asdict(report), "num_batches": len(batches)})

@@ -14,8 +14,7 @@ from step_cases import EXACT, check
 from table_cases import sequences
 
 from truestep.objective import corrections
-from truestep.objective.coefficients import Context, advantage
-from truestep.objective.sequences import sequence_mean, sequence_sum, to_go
+from truestep.objective.coefficients import Context, advantage, sequence_mean, sequence_sum, to_go
 from truestep.records import Origin
 from truestep.train.packing import pack
 

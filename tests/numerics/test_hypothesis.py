@@ -191,7 +191,7 @@ def test_the_cases_are_what_they_claim() -> None:
     def count(case: Case) -> None:
         for name, found in {
             case.row: True,
-            "mixed": len({s.count(Origin.EXPERT) > 0 for s in case.sequences}) > 1,
+            "mixed": len({s.origin.count(Origin.EXPERT) > 0 for s in case.sequences}) > 1,
             "later": bool(case.shifts),
             "holes": any(has_hole(s) for s in case.sequences),
             "several micro-batches": len(packed(case)) > 1,

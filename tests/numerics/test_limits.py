@@ -64,7 +64,7 @@ def test_rl_plus_leaves_alone_what_is_certain() -> None:
 
 
 def test_prefix_rft_without_a_prefix_is_dr_grpo() -> None:
-    given = [s for s in of("own", "prefix") if s.count(Origin.EXPERT) == 0]
+    given = [s for s in of("own", "prefix") if s.origin.count(Origin.EXPERT) == 0]
     assert len(given) > len(of("own")), "one continues a prefix of no length"
     close("limit, prefix_rft", row_gradient("prefix_rft", given), row_gradient("dr_grpo", given))
 
@@ -90,14 +90,14 @@ def hpt_step(most_correct: int) -> dict[str, Tensor]:
 
 
 def test_hpt_without_imitation_is_dr_grpo_without_a_clip() -> None:
-    samples = [s for s in sequences(groups=(1,)) if s.count(Origin.POLICY)]
+    samples = [s for s in sequences(groups=(1,)) if s.origin.count(Origin.POLICY)]
     unclipped = row_gradient("dr_grpo", samples, options={"clip_low": 1.0, "clip_high": 1e9})
     close("limit, hpt γ = −1", hpt_step(-1), unclipped)
     assert relative_error(unclipped, row_gradient("dr_grpo", samples)) > 1e-3
 
 
 def test_hpt_that_always_imitates_is_sft() -> None:
-    demos = [s for s in sequences(groups=(1,)) if s.count(Origin.EXPERT)]
+    demos = [s for s in sequences(groups=(1,)) if s.origin.count(Origin.EXPERT)]
     close("limit, hpt γ = n", hpt_step(8), row_gradient("sft", demos))
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from two_processes import launch
 
 from truestep.objective import coefficients
-from truestep.objective.coefficients import Context
+from truestep.objective.coefficients import Context, sequence_mean
 from truestep.objective.methods import METHODS, Method, Term, build, row
-from truestep.objective.sequences import sequence_mean
 from truestep.records import Origin, TokenBatch
 from truestep.testing.reference.loss import gradient, score
 from truestep.testing.reference.rows import ROWS, row_loss

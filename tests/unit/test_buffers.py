@@ -103,7 +103,7 @@ def test_a_prefix_is_given_and_continued() -> None:
     assert group.scores[-1].verdict is Verdict.CORRECT  # the whole completion is judged
     asked = engine.asked[-1]
     assert (asked.prompt_ids, asked.num_given) == ((5, 10, 7, 3, 4), 3)
-    (sequence,) = [s for s in sequences_of([group], build("prefix_rft", {})) if s.count(Origin.EXPERT)]
+    (sequence,) = [s for s in sequences_of([group], build("prefix_rft", {})) if s.origin.count(Origin.EXPERT)]
     assert (sequence.token_ids, sequence.num_trained) == ((5, 10, 7, 3, 4, 8, 1), 5)
     assert sequence.origin == (Origin.CONTEXT,) * 2 + (Origin.EXPERT,) * 3 + (Origin.POLICY,) * 2
     assert sequence.behavior_logprobs == (0.0, 0.0, 0.0, -0.5, -0.1)
@@ -114,14 +114,14 @@ def test_a_prefix_as_context_is_not_trained() -> None:
     traces = {"p0": (3, 4, 5, 6, 1)}  # without the right answer's token, so that the policy decides
     made = replace(sampler(plan.anchored(4, 0.01, 0.99), engine), demonstrations=traces)
     (group,) = made.groups(prompts(1), 0)
-    num = group.rollouts[0].count(Origin.CONTEXT)
+    num = group.rollouts[0].origin.count(Origin.CONTEXT)
     assert num > 0
     assert all(r.origin == (Origin.CONTEXT,) * num + (Origin.POLICY,) * 2 for r in group.rollouts)
     assert all(r.completion_ids[:num] == traces["p0"][:num] for r in group.rollouts)
     kept = sequences_of([group], build("bread", {}))
     assert len(kept) == 4
     for s in kept:
-        assert s.count(Origin.EXPERT) == 0
+        assert s.origin.count(Origin.EXPERT) == 0
         assert s.num_trained == 2
         assert s.num_prefix_tokens == 2 + num  # all of it is shared with the others
         assert s.behavior_logprobs == (-0.5, -0.1)
@@ -157,7 +157,7 @@ def test_hinted_samples_are_trained_under_the_prompt_that_they_saw() -> None:
     assert group.num_discarded_tokens == 8
     for s in sequences_of([group], build("ghpo", {})):
         assert s.token_ids == (5, 10, 65, 7, 1)
-        assert s.num_trained == s.count(Origin.POLICY) == 2
+        assert s.num_trained == s.origin.count(Origin.POLICY) == 2
 
 
 def test_a_plan_that_samples_nothing_has_an_empty_group() -> None:
@@ -184,7 +184,7 @@ def test_a_prefix_leaves_room_for_a_token_of_its_own() -> None:
     engine = ScriptedEngine(lambda r: 8)
     once = plan._once(lambda state: (Round(num_samples=1, prefix=0.999),))
     (group,) = sampler(once, engine).groups(prompts(1), 0)
-    assert group.rollouts[0].count(Origin.EXPERT) == len(TRACE) - 1
+    assert group.rollouts[0].origin.count(Origin.EXPERT) == len(TRACE) - 1
 
 
 # ------------------------------------------------------------------------------------------- streams, buffers
@@ -197,8 +197,8 @@ def test_chord_s_stream_is_a_fifth_of_each_update() -> None:
         for part in made.take(step, Memory()).minibatches:
             origins = Counter(only_origin(s) for s in part)
             assert origins == {Origin.POLICY: 8, Origin.EXPERT: 2}
-            assert len({s.group for s in part if s.count(Origin.EXPERT)}) == 2
-            seen.update(s.token_ids for s in part if s.count(Origin.EXPERT))
+            assert len({s.group for s in part if s.origin.count(Origin.EXPERT)}) == 2
+            seen.update(s.token_ids for s in part if s.origin.count(Origin.EXPERT))
     assert set(seen.values()) == {2}  # twelve demonstrations, six problems: each twice
 
 
@@ -271,7 +271,7 @@ def test_exgrpo_replays_the_sample_of_the_lowest_entropy() -> None:
     memory = made.take(0, Memory()).memory
     assert memory.replay_open
     data = made.take(1, memory)
-    replays = [s for s in flat(data.minibatches) if s.count(Origin.STORED)]
+    replays = [s for s in flat(data.minibatches) if s.origin.count(Origin.STORED)]
     assert len(replays) == 2  # half of four prompts
     asked = cast(Entropies, made.scorer).asked
     assert len(asked) >= 2
@@ -279,12 +279,14 @@ def test_exgrpo_replays_the_sample_of_the_lowest_entropy() -> None:
     assert {s.policy_version for s in replays} == {(0, 0)}
     for s in replays:
         own = [
-            x for x in flat(data.minibatches) if x.count(Origin.POLICY) and x.token_ids[:2] == s.token_ids[:2]
+            x
+            for x in flat(data.minibatches)
+            if x.origin.count(Origin.POLICY) and x.token_ids[:2] == s.token_ids[:2]
         ]
         assert len(own) % 4 == 3  # it takes the place of one sample
         assert s.behavior_logprobs == (-0.5, -0.1)
     part = data.minibatches[0]
-    assert sum(s.count(Origin.STORED) > 0 for s in part) == 1  # every mini-batch has its share
+    assert sum(s.origin.count(Origin.STORED) > 0 for s in part) == 1  # every mini-batch has its share
 
 
 def test_only_finished_right_samples_of_a_plain_round_are_stored() -> None:
@@ -330,5 +332,5 @@ def test_a_stored_sample_is_stored_by_its_policy_and_used_as_stored() -> None:
     assert kept.behavior_logprobs == (-0.5, -0.1)
     (group,) = sampler(plan.with_replay, engine).groups(prompts(1), 1, stored={0: kept})
     assert [r.member for r in group.rollouts] == [Origin.POLICY] * 3 + [Origin.STORED]
-    (stored,) = [s for s in sequences_of([group], build("exgrpo", {})) if s.count(Origin.STORED)]
+    (stored,) = [s for s in sequences_of([group], build("exgrpo", {})) if s.origin.count(Origin.STORED)]
     assert (stored.policy_version, stored.behavior_logprobs) == ((4, 4), (-0.5, -0.1))

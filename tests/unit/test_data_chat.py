@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from truestep.data.chat import (
     completion_text,
     encode_demonstration,
+    encode_demonstrations,
     encode_prompt,
     has_chat_template,
     prompt_roles,
     stop_token_ids,
 )
-from truestep.data.demonstrations import encode_demonstrations
 from truestep.data.problems import load_problems
-from truestep.data.procedural import character_set, make_problem
+from truestep.data.procedural import make_problem
 from truestep.errors import UserError
 from truestep.records import Message, Problem, Role
 from truestep.settings import ChatSettings, DataSettings
@@ -59,7 +59,7 @@ def byte_level(template: str | None = MARKED, **special: Any) -> PreTrainedToken
 
 
 def characters(template: str | None = MARKED) -> PreTrainedTokenizerFast:
-    names = [*SPECIAL, *sorted(set(character_set() + "abcdefghijklmnopqrstuvwxyz <"))]
+    names = [*SPECIAL, *sorted(set("0123456789+-*/=?(), >#\nabcdefghijklmnopqrstuvwxyz <"))]
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<|unk|>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
@@ -100,11 +100,11 @@ def test_demonstration_is_the_prompt_then_solution_then_stop(
     n = demonstration.num_prompt_tokens
     assert demonstration.token_ids[:n] == prompt.token_ids
     assert decoded(tokenizer, demonstration.token_ids[n:]) == "2+3=5\n#### 5<|end|>"
-    assert demonstration.trained == (False,) * n + (True,) * (len(demonstration.token_ids) - n)
     assert demonstration.token_ids[-1] == tokenizer.eos_token_id
     assert demonstration.token_ids[-1] in stop_token_ids(tokenizer)
-    assert Role.ASSISTANT not in demonstration.roles[:n]
-    assert set(demonstration.roles[n:]) == {Role.ASSISTANT}
+    roles = prompt_roles(tokenizer, problem(), chat)
+    assert len(roles) == n
+    assert Role.ASSISTANT not in roles
 
 
 @pytest.mark.parametrize("make", [byte_level, characters])
@@ -143,11 +143,12 @@ def test_roles_say_who_wrote_each_token() -> None:
     chat = ChatSettings(system="other", user="not used: {problem}")
     demonstration = encode_demonstration(tokenizer, given, chat)
     written: dict[Role, str] = dict.fromkeys(Role, "")
-    for token, role in zip(demonstration.token_ids, demonstration.roles, strict=True):
+    n = demonstration.num_prompt_tokens
+    for token, role in zip(demonstration.token_ids[:n], prompt_roles(tokenizer, given, chat), strict=True):
         written[role] += decoded(tokenizer, [token])
     assert written[Role.SYSTEM] == "sys"
     assert written[Role.USER] == "aacc"
-    assert written[Role.ASSISTANT] == "bbdd<|end|>"
+    assert written[Role.ASSISTANT] == "bb"
     marks = [
         "<|system|>",
         "<|end|>\n<|user|>",
@@ -156,8 +157,9 @@ def test_roles_say_who_wrote_each_token() -> None:
         "<|end|>\n<|assistant|>",
     ]
     assert written[Role.TEMPLATE] == "".join(marks)
-    trained = [t for t, keep in zip(demonstration.token_ids, demonstration.trained, strict=True) if keep]
-    assert decoded(tokenizer, trained) == "dd<|end|>"  # the earlier assistant turn is context
+    assert (
+        decoded(tokenizer, demonstration.token_ids[n:]) == "dd<|end|>"
+    )  # the earlier assistant turn is context
 
 
 def test_roles_cover_bytes_that_share_a_character_and_the_suffix() -> None:
@@ -205,7 +207,8 @@ def test_bos_comes_once() -> None:
     without = encode_demonstration(tokenizer, problem(), ChatSettings(system="sys"))
     assert without.token_ids.count(bos) == 1
     assert without.token_ids[0] == bos
-    assert len(without.roles) == len(without.token_ids)
+    roles = prompt_roles(tokenizer, problem(), ChatSettings(system="sys"))
+    assert len(roles) == without.num_prompt_tokens
 
 
 def test_plain_template_where_there_is_none() -> None:
@@ -285,20 +288,17 @@ def test_completion_text_keeps_spaces_and_drops_special_tokens(make: Any) -> Non
     assert completion_text(tokenizer, [*tokenizer(text).input_ids, tokenizer.eos_token_id]) == text
 
 
-def test_what_does_not_fit_is_named_not_cut() -> None:
+def test_what_does_not_fit_is_left_out_not_cut() -> None:
     tokenizer = characters()
     problems = [make_problem("addition", "train", i, {"digits": 1 + 4 * (i % 2)}, 0) for i in range(6)]
     lengths = [len(encode_demonstration(tokenizer, p, ChatSettings()).token_ids) for p in problems]
     limit = max(lengths[0::2])
-    result = encode_demonstrations(problems, tokenizer, ChatSettings(), context_length=limit)
-    assert [d.problem_id for d in result.kept] == [p.id for p in problems[0::2]]
-    assert [(d.problem_id, d.row, d.num_tokens) for d in result.dropped] == [
-        (p.id, p.row, n) for p, n in zip(problems[1::2], lengths[1::2], strict=True)
-    ]
+    kept = encode_demonstrations(tokenizer, problems, ChatSettings(), limit)
+    assert [d.problem_id for d in kept] == [p.id for p in problems[0::2]]
     with pytest.raises(
         UserError, match=rf"none of the 6 .* fits into 5 tokens, the shortest has {min(lengths)}"
     ):
-        encode_demonstrations(problems, tokenizer, ChatSettings(), context_length=5)
+        encode_demonstrations(tokenizer, problems, ChatSettings(), 5)
 
 
 def test_demonstrations_from_a_file(tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ def test_demonstrations_from_a_file(tmp_path: Path) -> None:
         (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:limit_rows]))
         settings = DataSettings(source="some.jsonl")
         problems = load_problems("sft", settings, seed=0, base_dir=tmp_path, needs=("solution",))
-        return encode_demonstrations(problems, byte_level(), ChatSettings(), context_length=99)
+        return encode_demonstrations(byte_level(), problems, ChatSettings(), 99)
 
-    assert [d.problem_id for d in load(1).kept] == ["some-1"]
+    assert [d.problem_id for d in load(1)] == ["some-1"]
     with pytest.raises(UserError, match=r"some\.jsonl:2: solution: expected a worked one, got none"):
         load(2)

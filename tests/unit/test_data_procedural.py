@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from truestep.data.problems import load_problems
-from truestep.data.procedural import SPLITS, TASKS, character_set, make_problem, make_problems, split_of
+from truestep.data.procedural import SPLITS, TASKS, make_problem, make_problems, split_of
 from truestep.errors import UserError
 from truestep.grade.score import Grader
 from truestep.records import Problem, Verdict
@@ -108,7 +108,11 @@ def make_steps(task: str, text: str) -> str:
     from truestep.data import procedural_tasks
 
     a, b = (int(n) for n in re.findall(r"\d+", text))
-    steps = getattr(procedural_tasks, f"{task}_steps")(a, b)
+    steps = {
+        "addition": lambda: procedural_tasks.column_steps(a, b, "+"),
+        "subtraction": lambda: procedural_tasks.column_steps(a, b, "-"),
+        "multiplication": lambda: procedural_tasks.multiplication_steps(a, b),
+    }[task]()
     return "\n".join([*steps, f"#### {value(text.removesuffix('=?'))}"])
 
 
@@ -188,8 +192,7 @@ def test_character_set_is_exactly_what_the_tasks_write() -> None:
             for index in range(40):
                 problem = make_problem(task, split, index, options, seed=0)
                 seen |= set(text_of(problem) + problem.solution + problem.answer)
-    assert "".join(sorted(seen)) == character_set()
-    assert character_set().isascii()
+    assert "".join(sorted(seen)) == "".join(sorted("0123456789+-*/=?(), >#abcdefghijorstw\n"))
 
 
 def test_traces_of_the_defaults_are_short() -> None:
@@ -230,8 +233,7 @@ def test_through_the_settings() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_described(task: str) -> None:
-    assert TASKS[task].description.isascii()
+def test_the_defaults_of_every_task_are_in_range(task: str) -> None:
     assert all(low <= default <= high for default, low, high in TASKS[task].options.values())
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from truestep.errors import UserError
 from truestep.evaluate.run import EvaluationPlan, engine_answers, run_evaluation
+from truestep.flops import Ledger
 from truestep.grade.extract import NOTHING
 from truestep.grade.policy import Judgment
 from truestep.records import Message, Origin, Problem, Prompt, RecordError, Rollout, Stop, Verdict, judged
-from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters
+from truestep.rollout.engine import SampleRequest, SamplingParameters
 
 SAMPLING = SamplingParameters(temperature=0.6, max_new_tokens=4, stop_token_ids=(0,))
 
@@ -60,8 +61,8 @@ class FakeEngine:
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         raise AssertionError("an evaluation scores nothing")
 
-    def take_cost(self) -> GenerationCost:
-        return GenerationCost()
+    def take_cost(self) -> Ledger:
+        return Ledger()
 
 
 def decode(ids: Sequence[int]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -51,4 +52,4 @@ def test_fuller_count_adds_prompts_scoring_and_attention() -> None:
 
 def test_json_round_trip() -> None:
     ledger = rollouts(3, 2, 5) + demonstrations(1)
-    assert Ledger.from_json(ledger.to_json()) == ledger
+    assert Ledger(**json.loads(json.dumps(asdict(ledger)))) == ledger

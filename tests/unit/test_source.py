@@ -25,7 +25,7 @@ from truestep.records import (
     Verdict,
     judged,
 )
-from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
+from truestep.rollout.engine import SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.sample import Sampler
 from truestep.train.memory import Memory
 from truestep.train.parallel import Ranks
@@ -76,8 +76,8 @@ class ScriptedEngine:
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         return []
 
-    def take_cost(self) -> GenerationCost:
-        return GenerationCost()
+    def take_cost(self) -> Ledger:
+        return Ledger()
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -28,9 +28,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises UserError if the folder holds anything else, OutOfSpace if the disk is
-    full.
-    """
+    Replaces an older export. Raises UserError if the folder holds other things, OutOfSpace on a full disk."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +70,7 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's generation config, with every token that ends a turn (its own and the tokenizer's) as a
-    stop.
+    """The model's generation config; every token that ends a turn (its own, the tokenizer's) is a stop.
 
     A model trained to stop at ``<|im_end|>`` whose config names only ``<|endoftext|>`` would not stop."""
     from transformers import GenerationConfig
@@ -84,9 +81,7 @@ def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if any(getattr(config, name, None) is not None for name in _SAMPLING):
-        config.do_sample = (
-            True  # some published models lack it, and transformers then refuses to save the values
-        )
+        config.do_sample = True  # some published models lack it; transformers then refuses to save the values
     return config
 
 

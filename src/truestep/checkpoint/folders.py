@@ -54,9 +54,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float) -> Iterator[bool]:
-    """Hold the folder's lock, which the kernel releases when the process ends. Yields False if the file
-    system has no locks (on some clusters). Raises UserError if another process holds it for ``patience``
-    seconds."""
+    """Hold the folder's lock, which the kernel releases when the process ends. Yields False if there are none
+    (on some clusters). Raises UserError if another process holds it for ``patience`` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

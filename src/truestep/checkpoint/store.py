@@ -90,8 +90,7 @@ def save_checkpoint(
 ) -> Path:
     """Write and commit a checkpoint, then delete older ones beyond ``keep`` (this one counts).
 
-    Every rank calls it with its own local tensors and the same step, state and group names; state is taken
-    from rank 0.
+    Every rank calls it with its own tensors and the same step, state (rank 0's is taken) and group names.
 
     Raises OutOfSpace; UserError if another process is saving into the folder; RuntimeError if another rank
     failed; ValueError for what cannot be stored."""
@@ -165,8 +164,7 @@ def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> d
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file piece by piece, without a second copy of the model; tensors may be tied or
-    strided."""
+    """A safetensors file in pieces, without a second copy of the model; tensors may be tied or strided."""
     # The widest first, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, stop = {}, 0
@@ -250,8 +248,7 @@ def _step_of(path: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the files of killed writers. Only with the folder's lock: those of a live writer look the
-    same."""
+    """Remove files of killed writers. Only with the folder's lock: those of a live writer look the same."""
     for path in [p for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name)] if folder.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -149,15 +149,16 @@ def _example(
     from rich.text import Text
 
     from truestep.data.chat import encode_demonstration, encode_prompt, prompt_roles
-    from truestep.records import Role
+    from truestep.records import Demonstration, Prompt, Role
 
-    if problem.solution:
-        demonstration = encode_demonstration(tokenizer, problem, settings.chat)
-        ids, roles, trained = demonstration.token_ids, demonstration.roles, demonstration.trained
-    else:
-        ids = encode_prompt(tokenizer, problem, settings.chat).token_ids
-        roles = prompt_roles(tokenizer, problem, settings.chat)
-        trained = (False,) * len(ids)
+    encoded: Demonstration | Prompt = (
+        encode_demonstration(tokenizer, problem, settings.chat)
+        if problem.solution
+        else encode_prompt(tokenizer, problem, settings.chat)
+    )
+    ids, roles = encoded.token_ids, prompt_roles(tokenizer, problem, settings.chat)
+    own = len(ids) - len(roles)
+    trained, roles = (False,) * len(roles) + (True,) * own, roles + (Role.ASSISTANT,) * own
     styles = {Role.SYSTEM: "magenta", Role.USER: "cyan", Role.ASSISTANT: "yellow", Role.TEMPLATE: "dim"}
     text, spans = Text(), []
     for (role, is_trained), group in groupby(zip(ids, roles, trained, strict=True), key=itemgetter(1, 2)):

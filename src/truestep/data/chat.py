@@ -2,7 +2,7 @@
 
 A prompt is the template's text up to the assistant's turn, plus ``chat.generation_suffix``. A demonstration
 is that prompt, the solution's text tokenized separately (as if it had been sampled), and the token with which
-the template ends the assistant's turn. ``trained`` marks what is trained, never a token id, so that the
+the template ends the assistant's turn. A place, never a token id, says what is trained, so that the
 padding token may be the stop token. A tokenizer without a chat template (a base model) gets a plain one: the
 turns with an empty line between them, then a newline.
 """
@@ -30,8 +30,7 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]:
-    """The turns of the prompt: ``chat.user`` around a bare problem text, ``chat.system`` if the row has
-    none."""
+    """The turns of the prompt: ``chat.user`` around bare text, ``chat.system`` if the row has none."""
     messages = problem.messages
     if not problem.meta.get("turns_given"):
         *before, last = messages
@@ -54,9 +53,8 @@ def encode_demonstration(
 
     A solution that repeats what the prompt ends with (``<think>``, by the template or by
     ``generation_suffix``) loses that beginning. Raises UserError as ``encode_prompt``, and if there is no
-    solution, the template renders an answered prompt differently, or no stop token would be trained.
-    """
-    prompt_ids, roles = _prompt(tokenizer, problem, chat)
+    solution, the template renders an answered prompt differently, or no stop token would be trained."""
+    prompt_ids, _ = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
     opening, after = _answered(tokenizer, problem, messages)
     stop_id = _turn_end(tokenizer, after)
@@ -72,14 +70,24 @@ def encode_demonstration(
         raise UserError(f"{_where(problem)}: solution: expected a worked solution to train on, got none")
     solution_ids = _ids(tokenizer, solution)
     _check_text(tokenizer, problem, "solution", solution, solution_ids)
-    num_prompt, num_trained = len(prompt_ids), len(solution_ids) + 1
-    return Demonstration(
-        problem_id=problem.id,
-        token_ids=(*prompt_ids, *solution_ids, stop_id),
-        roles=(*roles, *[Role.ASSISTANT] * num_trained),
-        trained=(*[False] * num_prompt, *[True] * num_trained),
-        num_prompt_tokens=num_prompt,
-    )
+    token_ids = (*prompt_ids, *solution_ids, stop_id)
+    return Demonstration(problem_id=problem.id, token_ids=token_ids, num_prompt_tokens=len(prompt_ids))
+
+
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], chat: ChatSettings, context_length: int
+) -> list[Demonstration]:
+    """Those of at most ``context_length`` tokens, in order: what does not fit is left out, never cut. Raises
+    UserError if none fits."""
+    made = [encode_demonstration(tokenizer, problem, chat) for problem in problems]
+    kept = [d for d in made if len(d.token_ids) <= context_length]
+    if made and not kept:
+        shortest = min(len(d.token_ids) for d in made)
+        raise UserError(
+            f"none of the {len(made)} demonstrations fits into {context_length} tokens, the shortest has "
+            f"{shortest}; raise model.context_length or use shorter ones"
+        )
+    return kept
 
 
 def prompt_roles(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[Role, ...]:
@@ -155,8 +163,7 @@ def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answe
 
 
 def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, str]:
-    """What the template puts before the assistant's text when it opens the turn (``<think>``), and after
-    it."""
+    """What the template puts before the assistant's text in its turn (``<think>``), and after it."""
     prompt = _render(tokenizer, problem, messages)
     before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
@@ -192,9 +199,8 @@ def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Se
         if token in text:
             raise UserError(f'{where}: expected plain text, got the special token "{token}"; remove it')
     unknown = tokenizer.unk_token_id
-    if (
-        unknown is not None and unknown in ids and unknown in _ids(tokenizer, text)
-    ):  # not only in the template
+    # Not only in the template:
+    if unknown is not None and unknown in ids and unknown in _ids(tokenizer, text):
         found = next((c for c in text if unknown in _ids(tokenizer, c)), text[:60])
         raise UserError(f"{where}: the tokenizer does not know the character {found!r}; replace it")
 

@@ -45,8 +45,7 @@ TASKS: dict[str, Callable[[str], int]] = {
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
     """``num`` different questions of a split; the text of a question decides its split, whatever the seed.
 
-    Raises UserError for an unknown task or option, a missing package, or an answer that is not ours.
-    """
+    Raises UserError for an unknown task or option, a missing package, or an answer that is not ours."""
     if task not in TASKS:
         raise UserError(unknown_name("reasoning_gym task", task, TASKS))
     check_split(split)

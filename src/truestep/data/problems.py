@@ -1,5 +1,4 @@
-"""The sources of problems: files, folders, the hub, or a program. All rows are validated before any is
-used."""
+"""The sources of problems: files, folders, the hub, a program. All rows are checked before any is used."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ def load_problems(
     """The problems of ``[data.NAME]``: ``skip`` left out, at most ``limit``.
 
     ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), both, or, if empty,
-    either. Raises UserError with file, row (1-based) and field, or the setting.
-    """
+    either. Raises UserError with file, row (1-based) and field, or the setting."""
     scheme, _, rest = settings.source.partition(":")
     if scheme in ("procedural", "reasoning_gym"):
         return _generated(name, scheme, rest, settings, seed, needs)

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from truestep.data.procedural_tasks import TASKS, Task
+from truestep.data.procedural_tasks import TASKS
 from truestep.errors import UserError
 from truestep.records import Message, Problem
 from truestep.seeding import Purpose, generator
@@ -21,11 +21,6 @@ SPLITS = {"train": range(7), "dev": range(7, 8), "test": range(8, 10)}
 OPTIONS = {"plain_percent": (100, 0, 100)}  # of every task: the percentage of problems without "do "
 _MAX_DRAWS = 2000  # for one problem of the wanted split
 _MAX_REPEATS = 1000  # repeated problems in a row, after which a split counts as used up
-
-
-def character_set() -> str:
-    """Every character of the problems, traces and answers of all embedded tasks, sorted."""
-    return "".join(sorted("0123456789+-*/=?(), >#abcdefghijorstw\n"))
 
 
 def split_of(canonical: str) -> str:
@@ -38,8 +33,9 @@ def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], 
     """Problem number ``index`` of a split: a pure function of its arguments. Raises UserError for an unknown
     task, split or option, and if the split has hardly any such problem."""
     check_split(split)
-    chosen = _task(task)
-    values = _option_values(task, chosen, options)
+    if task not in TASKS:
+        raise UserError(unknown_name("procedural task", task, TASKS))
+    chosen, values = TASKS[task], _option_values(task, options)
     rng = generator(seed, Purpose.PROCEDURAL, index, f"{task}/{split}")
     for _ in range(_MAX_DRAWS):
         drawn = chosen.draw(rng, values)
@@ -58,8 +54,7 @@ def make_problem(task: str, split: str, index: int, options: Mapping[str, Any], 
 
 
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
-    """The first ``num`` different problems of a split. Raises UserError as ``make_problem``, and if there are
-    fewer."""
+    """``num`` different problems of a split. Raises UserError as ``make_problem``, and for too few."""
     found: dict[str, Problem] = {}
     index = repeats = 0
     while len(found) < num:
@@ -70,7 +65,7 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         if repeats == _MAX_REPEATS:
             raise UserError(
                 f"procedural:{task} has about {len(found)} different {split} problems with options "
-                f"{_option_values(task, _task(task), options)}, {num} are asked for; lower limit (or skip), or "
+                f"{_option_values(task, options)}, {num} are asked for; lower limit (or skip), or "
                 "set larger options"
             )
     return list(found.values())
@@ -88,19 +83,13 @@ def unknown_name(kind: str, word: str, known: Iterable[str]) -> str:
     return f'no {kind} is called "{word}"; there are {", ".join(names) or "none"}{hint}'
 
 
-def _task(name: str) -> Task:
-    if name not in TASKS:
-        raise UserError(unknown_name("procedural task", name, TASKS))
-    return TASKS[name]
-
-
-def _option_values(name: str, task: Task, options: Mapping[str, Any]) -> dict[str, int]:
+def _option_values(task: str, options: Mapping[str, Any]) -> dict[str, int]:
     """The task's options with their defaults, each within its range."""
-    known = {**task.options, **OPTIONS}
+    known = {**TASKS[task].options, **OPTIONS}
     values = {key: default for key, (default, _, _) in known.items()}
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"options.{key}: " + unknown_name(f"option of procedural:{name}", key, known))
+            raise UserError(f"options.{key}: " + unknown_name(f"option of procedural:{task}", key, known))
         _, low, high = known[key]
         if type(value) is not int or not low <= value <= high:
             raise UserError(f"options.{key}: expected a whole number from {low} to {high}, got {value!r}")

@@ -23,9 +23,8 @@ class Drawn:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Task:
-    description: str
     options: Mapping[str, tuple[int, int, int]]  # name → default, smallest, largest
     checker: str
     draw: Callable[[Generator, Mapping[str, int]], Drawn]
@@ -51,25 +50,15 @@ def _digits(number: int, width: int) -> list[int]:
     return [number // 10**i % 10 for i in range(width)]
 
 
-def addition_steps(a: int, b: int) -> list[str]:
-    """One line per column from the right: digit + digit (+ carry) = sum, the digit written, the new carry."""
+def column_steps(a: int, b: int, sign: str) -> list[str]:
+    """One line per column from the right: digit + digit (+ carry) = sum, the digit written, the new carry; or
+    a − b with a borrow, a at least b."""
     width, carry, lines = max(len(str(a)), len(str(b))), 0, []
     for i, (x, y) in enumerate(zip(_digits(a, width), _digits(b, width), strict=True)):
-        total = x + y + carry
-        terms = f"{x}+{y}+{carry}" if i else f"{x}+{y}"
-        carry = total // 10
-        lines.append(f"{terms}={total} w{total % 10} c{carry}")
-    return lines
-
-
-def subtraction_steps(a: int, b: int) -> list[str]:
-    """As addition, with a borrow; a is at least b."""
-    width, borrow, lines = len(str(a)), 0, []
-    for i, (x, y) in enumerate(zip(_digits(a, width), _digits(b, width), strict=True)):
-        total = x - y - borrow
-        terms = f"{x}-{y}-{borrow}" if i else f"{x}-{y}"
-        borrow = int(total < 0)
-        lines.append(f"{terms}={total} w{total % 10} b{borrow}")
+        total = x + y + carry if sign == "+" else x - y - carry
+        terms = f"{x}{sign}{y}{sign}{carry}" if i else f"{x}{sign}{y}"
+        carry = abs(total // 10)
+        lines.append(f"{terms}={total} w{total % 10} {'c' if sign == '+' else 'b'}{carry}")
     return lines
 
 
@@ -87,25 +76,28 @@ def multiplication_steps(a: int, b: int) -> list[str]:
         partial = a * y * 10**shift
         if shift:
             lines.append(f"{total}+{partial}")
-            lines += addition_steps(total, partial)
+            lines += column_steps(total, partial, "+")
         total += partial
     return lines
 
 
 def draw_addition(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    """a+b, column by column from the right with carries."""
     a, b = _numbers(rng, options)
     low, high = sorted((a, b))
-    steps = tuple(addition_steps(a, b))
+    steps = tuple(column_steps(a, b, "+"))
     return Drawn(canonical=f"{low}+{high}", text=f"{a}+{b}=?", answer=str(a + b), steps=steps)
 
 
 def draw_subtraction(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    """a-b with a >= b, column by column from the right with borrows."""
     b, a = sorted(_numbers(rng, options))
-    steps = tuple(subtraction_steps(a, b))
+    steps = tuple(column_steps(a, b, "-"))
     return Drawn(canonical=f"{a}-{b}", text=f"{a}-{b}=?", answer=str(a - b), steps=steps)
 
 
 def draw_multiplication(rng: Generator, options: Mapping[str, int]) -> Drawn:
+    """a*b, digit by digit with carries, shifted products added up."""
     a, b = _operand(rng, options["digits_a"]), _operand(rng, options["digits_b"])
     low, high = sorted((a, b))
     steps = tuple(multiplication_steps(a, b))
@@ -190,40 +182,14 @@ def draw_letters(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 TASKS: dict[str, Task] = {
-    "addition": Task(
-        description="a+b, column by column from the right with carries",
-        options={"digits": (3, 1, 12), "min_digits": (0, 0, 12)},
-        checker="integer",
-        draw=draw_addition,
-    ),
-    "subtraction": Task(
-        description="a-b with a >= b, column by column from the right with borrows",
-        options={"digits": (3, 1, 12), "min_digits": (0, 0, 12)},
-        checker="integer",
-        draw=draw_subtraction,
-    ),
-    "multiplication": Task(
-        description="a*b, digit by digit with carries, shifted products added up",
-        options={"digits_a": (2, 1, 6), "digits_b": (1, 1, 6)},
-        checker="integer",
-        draw=draw_multiplication,
-    ),
-    "chain": Task(
-        description="several small numbers joined by + - *, products first",
-        options={"terms": (4, 3, 12), "max_number": (9, 2, 99)},
-        checker="integer",
-        draw=draw_chain,
-    ),
+    "addition": Task({"digits": (3, 1, 12), "min_digits": (0, 0, 12)}, "integer", draw_addition),
+    "subtraction": Task({"digits": (3, 1, 12), "min_digits": (0, 0, 12)}, "integer", draw_subtraction),
+    "multiplication": Task({"digits_a": (2, 1, 6), "digits_b": (1, 1, 6)}, "integer", draw_multiplication),
+    "chain": Task({"terms": (4, 3, 12), "max_number": (9, 2, 99)}, "integer", draw_chain),
     "countdown": Task(
-        description="reach a target with every given number exactly once and + - * /",
-        options={"numbers": (3, 2, 6), "max_number": (9, 3, 99), "max_target": (99, 9, 999)},
-        checker="countdown",
-        draw=draw_countdown,
+        {"numbers": (3, 2, 6), "max_number": (9, 3, 99), "max_target": (99, 9, 999)},
+        "countdown",
+        draw_countdown,
     ),
-    "letters": Task(
-        description="letters in alphabetical order, one at a time (not mathematics)",
-        options={"length": (5, 2, 12), "alphabet": (10, 3, 10)},
-        checker="exact",
-        draw=draw_letters,
-    ),
+    "letters": Task({"length": (5, 2, 12), "alphabet": (10, 3, 10)}, "exact", draw_letters),
 }

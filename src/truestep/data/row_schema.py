@@ -25,8 +25,7 @@ ALIASES = {
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
     """The problem of a row. ``needs`` names what it must have: "answer", "solution", both, neither
-    ("problem"), or (empty) one of them.
-    Raises RowError with the first fault."""
+    ("problem"), or (empty) one of them. Raises RowError with the first fault."""
     messages, solution, given = _turns(row)
     answer, solution = _answer(row), _solution(row, solution)
     if "answer" in needs and not answer:
@@ -128,9 +127,8 @@ def _answer(row: Row) -> str:
     if reward is None:
         return answer
     if not isinstance(reward, dict):
-        raise RowError(
-            "reward_model", f'expected {{"ground_truth": ..., "style": "rule"}}, got {shown(reward)}'
-        )
+        expected = '{"ground_truth": ..., "style": "rule"}'
+        raise RowError("reward_model", f"expected {expected}, got {shown(reward)}")
     style = reward.get("style")
     if style is not None and not str(style).startswith("rule"):
         raise RowError("reward_model.style", f'expected "rule" (checked by a program), got {shown(style)}')

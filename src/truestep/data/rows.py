@@ -122,8 +122,6 @@ def _parquet_row(batch: Any, index: int) -> Row | RowError:
             row[name] = column[0].as_py()
         except UnicodeDecodeError:
             return RowError(name, "expected UTF-8 text, got other bytes; write the column as UTF-8")
-        except (
-            ValueError
-        ):  # a date or a duration out of Python's range; no column that is used has such a type
+        except ValueError:  # a date or a duration out of Python's range; no used column has such a type
             row[name] = None
     return row

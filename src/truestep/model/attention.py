@@ -128,10 +128,8 @@ class PackedLayout:
             order = torch.empty_like(self.position_ids, dtype=torch.int64)
             for group, bucket in zip(groups, buckets, strict=True):
                 for row, s in enumerate(group):
-                    first = base + row * bucket.queries.shape[1]
-                    order[s.start : s.stop] = torch.arange(
-                        first, first + s.stop - s.start, device=order.device
-                    )
+                    first, length = base + row * bucket.queries.shape[1], s.stop - s.start
+                    order[s.start : s.stop] = torch.arange(first, first + length, device=order.device)
                 base += bucket.queries.numel()
             self._plans[window] = (buckets, order)
         return self._plans[window]

@@ -48,17 +48,14 @@ def hidden_states_by_segment(
     pieces = []
     for s in segments:
         prefix, own = slice(s.prefix_start, s.prefix_stop), slice(s.start, s.stop)
-        ids, positions = (
-            torch.cat([column[prefix], column[own]])[None] for column in (input_ids, position_ids)
-        )
+        ids, positions = (torch.cat([row[prefix], row[own]])[None] for row in (input_ids, position_ids))
         out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         pieces.append(out.last_hidden_state[0, s.prefix_stop - s.prefix_start :])
     return torch.cat(pieces)
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Switch the packed attention on if this model's packed forward equals its plain one; "" or why it does
-    not.
+    """Switch packed attention on if this model's packed forward equals its plain one; "" or why not.
 
     Two rows with a shared prefix and a separate third are run packed and one by one on random tokens."""
     plain = model.config._attn_implementation
@@ -68,8 +65,8 @@ def install_packing(model: PreTrainedModel) -> str:
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4], device=device)
     segments = (
         Segment(start=0, stop=4),
-        Segment(start=4, stop=7, prefix_start=0, prefix_stop=4),
-        Segment(start=7, stop=12, prefix_start=0, prefix_stop=4),
+        Segment(start=4, stop=7, prefix_stop=4),
+        Segment(start=7, stop=12, prefix_stop=4),
         Segment(start=12, stop=17),
     )
     with torch.no_grad():

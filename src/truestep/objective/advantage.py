@@ -1,11 +1,11 @@
-"""Advantages from the rewards of a group. Pure functions of floats; an unscored member (None) has no
-advantage. Shapes: G members of one prompt."""
+"""Advantages from the rewards of a group's G members. Pure functions; an unscored one (None) has none."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 
 from truestep.records import Origin, RecordError
 
@@ -38,12 +38,12 @@ class GroupView:
     @property
     def own(self) -> list[float]:
         """Rewards of the scored own members."""
-        return [r for r, own in zip(self.rewards, self.is_own, strict=True) if own and r is not None]
+        return [r for r in compress(self.rewards, self.is_own) if r is not None]
 
     @property
     def own_solved(self) -> list[bool]:
         """``solved`` of the scored members that the policy sampled."""
-        return [s for s, own in zip(self.solved, self.is_own, strict=True) if own and s is not None]
+        return [s for s in compress(self.solved, self.is_own) if s is not None]
 
     @property
     def is_degenerate(self) -> bool:
@@ -54,22 +54,11 @@ class GroupView:
 Advantage = Callable[[GroupView], list[float | None]]
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _spread(values: list[float]) -> float:
-    """Unbiased standard deviation plus 1e-6."""
-    mean = _mean(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) + STD_EPSILON
-
-
 def group_mean(group: GroupView) -> list[float | None]:
     """A_i = R_i − mean(R) over all members, including a demonstration if the plan added one.
 
-    Source: Dr. GRPO (arXiv:2503.20783); the paper's RL (arXiv:2604.23747, app. A); LUFFY
-    (arXiv:2504.14945)."""
-    mean = _mean(group.scored)
+    Source: arXiv:2503.20783 (Dr. GRPO), 2604.23747, app. A (the paper's RL), 2504.14945 (LUFFY)."""
+    mean = sum(group.scored) / max(1, len(group.scored))
     return [None if r is None else r - mean for r in group.rewards]
 
 
@@ -77,26 +66,20 @@ def group_mean_std(group: GroupView) -> list[float | None]:
     """A_i = (R_i − mean(R)) / (std(R) + 1e-6), unbiased std; 0 in a group of one.
 
     Source: GRPO (arXiv:2402.03300), as verl computes it."""
-    scored = group.scored
-    if len(scored) < 2:
+    centred = group_mean(group)
+    squares = [a**2 for a in centred if a is not None]
+    if len(squares) < 2:
         return [None if r is None else 0.0 for r in group.rewards]
-    mean, spread = _mean(scored), _spread(scored)
-    return [None if r is None else (r - mean) / spread for r in group.rewards]
+    spread = math.sqrt(sum(squares) / (len(squares) - 1)) + STD_EPSILON
+    return [None if a is None else a / spread for a in centred]
 
 
 def _of_own(advantage: Advantage) -> Advantage:
     """The baseline over own members only; the others are not part of it and have advantage 0."""
 
     def own(group: GroupView) -> list[float | None]:
-        mine = [
-            (r, s) for r, s, is_own in zip(group.rewards, group.solved, group.is_own, strict=True) if is_own
-        ]
-        view = GroupView(
-            rewards=tuple(r for r, _ in mine),
-            solved=tuple(s for _, s in mine),
-            origins=(Origin.POLICY,) * len(mine),
-        )
-        found = iter(advantage(view))
+        mine = {name: tuple(compress(column, group.is_own)) for name, column in vars(group).items()}
+        found = iter(advantage(GroupView(**mine)))
         return [next(found) if is_own else 0.0 for is_own in group.is_own]
 
     return own

@@ -10,14 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
-from truestep.objective.sequences import sequence_mean
 from truestep.records import RecordError, TokenBatch
 
 MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range; beyond it float32 would overflow
+
+
+def _column(name: str) -> property:
+    """An optional column of the batch. Raises RecordError if the step does not have it."""
+
+    def read(context: Context) -> Tensor:
+        column: Tensor | None = getattr(context.batch, name)
+        if column is None:
+            remedy = f'declare needs=("{name}",) in its term'
+            raise RecordError(f"a coefficient reads {name}, which this step does not have; {remedy}")
+        return column
+
+    return property(read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +57,9 @@ class Context:
     def advantage(self) -> Tensor:
         return self.batch.advantage
 
-    @property
-    def behavior_logprobs(self) -> Tensor:
-        return self._column("behavior_logprobs")
-
-    @property
-    def proximal_entropy(self) -> Tensor:
-        return self._column("proximal_entropy")
-
-    @property
-    def reference_logprobs(self) -> Tensor:
-        return self._column("reference_logprobs")
-
-    def _column(self, name: str) -> Tensor:
-        column: Tensor | None = getattr(self.batch, name)
-        if column is None:
-            remedy = f'declare needs=("{name}",) in its term'
-            raise RecordError(f"a coefficient reads {name}, which this step does not have; {remedy}")
-        return column
+    behavior_logprobs = _column("behavior_logprobs")
+    proximal_entropy = _column("proximal_entropy")
+    reference_logprobs = _column("reference_logprobs")
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -70,6 +68,37 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
 
 
 Coefficient = Callable[[Context], Tensor]
+Options = ParamSpec("Options")
+
+
+def with_options(function: Callable[Concatenate[Context, Options], Tensor]) -> Callable[Options, Coefficient]:
+    """The function without its context: called with its options, it gives a coefficient."""
+    return lambda *given, **named: lambda context: function(context, *given, **named)
+
+
+# Reductions over a token's own whole sequence, the only ones that a coefficient may make in a micro-batch:
+# sequences are never split. Shapes: [M] → [M].
+
+
+def sequence_sum(values: Tensor, batch: TokenBatch) -> Tensor:
+    """Σ over the token's sequence, given to each of its tokens."""
+    names, place = batch.sequence_index.unique(return_inverse=True)
+    return values.new_zeros(names.shape[0]).index_add_(0, place, values)[place]
+
+
+def sequence_mean(values: Tensor, batch: TokenBatch) -> Tensor:
+    """The sum over the token's sequence ÷ its number of trained tokens."""
+    return sequence_sum(values, batch) / batch.sequence_length
+
+
+def to_go(values: Tensor, batch: TokenBatch) -> Tensor:
+    """Σ from the token to the end of its sequence. The tokens of a sequence are adjacent and in order, so one
+    running sum (in float64) serves all sequences."""
+    before = torch.cumsum(values.double(), 0) - values.double()
+    first = torch.ones_like(batch.sequence_index, dtype=torch.bool)
+    first[1:] = batch.sequence_index[1:] != batch.sequence_index[:-1]
+    start = before[first][torch.cumsum(first, 0) - 1]
+    return sequence_sum(values, batch) - (before - start).to(values.dtype)
 
 
 # --------------------------------------------------------------------------------------- only demonstrations
@@ -101,19 +130,15 @@ def trusted(alpha: float) -> Coefficient:
 
 
 def proximal_likelihood(clip_high: float) -> Coefficient:
-    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1, whose lower clip is
-    inert."""
+    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1 (lower clip inert)."""
     return lambda context: context.ratio * (context.ratio <= 1 + clip_high)
 
 
-def sequence_weighted(temperature: float, low: float, high: float) -> Coefficient:
+@with_options
+def sequence_weighted(context: Context, temperature: float, low: float, high: float) -> Tensor:
     """C = clamp(exp(τ·mean_t(log π − log π_ref)), low, high), one a sequence: iw-SFT (arXiv:2507.12856)."""
-
-    def coefficient(context: Context) -> Tensor:
-        gain = sequence_mean(context.policy_logprobs - context.reference_logprobs, context.batch)
-        return bounded_exp(temperature * gain).clamp(low, high)
-
-    return coefficient
+    gain = sequence_mean(context.policy_logprobs - context.reference_logprobs, context.batch)
+    return bounded_exp(temperature * gain).clamp(low, high)
 
 
 def token_weighted(low: float, high: float) -> Coefficient:
@@ -139,21 +164,18 @@ def importance(context: Context) -> Tensor:
     return context.advantage * context.ratio
 
 
-def clipped_ratio(clip_low: float, clip_high: float, dual_clip: float = 0.0) -> Coefficient:
+@with_options
+def clipped_ratio(context: Context, clip_low: float, clip_high: float, dual_clip: float = 0.0) -> Tensor:
     """C = A·r if the clipped surrogate still has a gradient: r ≤ 1+ε_high if A > 0, r ≥ 1−ε_low if A < 0.
 
     With ``dual_clip`` c > 0 a token with A < 0 has none above r = c either. The log-ratio is clamped to ±20
     first, which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
     Source: PPO (arXiv:1707.06347), asymmetric as in DAPO (arXiv:2503.14476), dual clip (arXiv:1912.09729)."""
-
-    def coefficient(context: Context) -> Tensor:
-        gain, ratio = context.advantage, context.ratio
-        below = ratio >= 1 - clip_low
-        if dual_clip > 0:
-            below = below & (ratio <= dual_clip)
-        return gain * ratio * torch.where(gain > 0, ratio <= 1 + clip_high, below)
-
-    return coefficient
+    gain, ratio = context.advantage, context.ratio
+    below = ratio >= 1 - clip_low
+    if dual_clip > 0:
+        below = below & (ratio <= dual_clip)
+    return gain * ratio * torch.where(gain > 0, ratio <= 1 + clip_high, below)
 
 
 def clipped_weight(clip_low: float, clip_high: float) -> Coefficient:
@@ -161,54 +183,40 @@ def clipped_weight(clip_low: float, clip_high: float) -> Coefficient:
     return lambda context: context.advantage * context.ratio.clamp(1 - clip_low, 1 + clip_high)
 
 
-def clipped_sequence_ratio(clip_low: float, clip_high: float) -> Coefficient:
+@with_options
+def clipped_sequence_ratio(context: Context, clip_low: float, clip_high: float) -> Tensor:
     """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)): GSPO (arXiv:2507.18071).
 
     The 1/|y| of the ratio's own gradient is that of the ``sequences`` normaliser."""
-
-    def coefficient(context: Context) -> Tensor:
-        gain = context.advantage
-        ratio = bounded_exp(sequence_mean(context.policy_logprobs - context.proximal_logprobs, context.batch))
-        return gain * ratio * torch.where(gain > 0, ratio <= 1 + clip_high, ratio >= 1 - clip_low)
-
-    return coefficient
+    gain = context.advantage
+    ratio = bounded_exp(sequence_mean(context.policy_logprobs - context.proximal_logprobs, context.batch))
+    return gain * ratio * torch.where(gain > 0, ratio <= 1 + clip_high, ratio >= 1 - clip_low)
 
 
-def softly_gated(temperature_right: float, temperature_wrong: float) -> Coefficient:
-    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), instead of a
-    clip."""
-
-    def coefficient(context: Context) -> Tensor:
-        gain, ratio, moved = context.advantage, context.ratio, context.ratio - 1
-        gate = torch.sigmoid(torch.where(gain > 0, temperature_right * moved, temperature_wrong * moved))
-        return gain * ratio * 4 * gate * (1 - gate)
-
-    return coefficient
+@with_options
+def softly_gated(context: Context, temperature_right: float, temperature_wrong: float) -> Tensor:
+    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), without a clip."""
+    gain, ratio, moved = context.advantage, context.ratio, context.ratio - 1
+    gate = torch.sigmoid(torch.where(gain > 0, temperature_right * moved, temperature_wrong * moved))
+    return gain * ratio * 4 * gate * (1 - gate)
 
 
-def implicit_negative(low: float, high: float) -> Coefficient:
+@with_options
+def implicit_negative(context: Context, low: float, high: float) -> Tensor:
     """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on another, q the group's share of
-    correct ones: NFT (arXiv:2505.18116). With rewards of 0 and 1, R − q is the advantage, which gives q back;
-    it is clamped."""
-
-    def coefficient(context: Context) -> Tensor:
-        gain, correct, ratio = context.advantage, context.batch.solved, context.ratio
-        share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
-        rest = ((1 - share * ratio) / (1 - share)).clamp(min=1.0)
-        return torch.where(correct, 1 - share, -share * ratio / rest)
-
-    return coefficient
+    correct ones, clamped: NFT (arXiv:2505.18116). With rewards of 0 and 1 the advantage is R − q."""
+    gain, correct, ratio = context.advantage, context.batch.solved, context.ratio
+    share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
+    rest = ((1 - share * ratio) / (1 - share)).clamp(min=1.0)
+    return torch.where(correct, 1 - share, -share * ratio / rest)
 
 
-def signed_by_verdict(scale: float) -> Coefficient:
+@with_options
+def signed_by_verdict(context: Context, scale: float) -> Tensor:
     """C = scale·exp(H) on a correct sample, −1 on another, H the mean entropy of the sequence: SRFT's own
     samples (arXiv:2506.19767)."""
-
-    def coefficient(context: Context) -> Tensor:
-        weight = scale * torch.exp(sequence_mean(context.entropy, context.batch))
-        return torch.where(context.batch.solved, weight, -torch.ones_like(weight))
-
-    return coefficient
+    weight = scale * torch.exp(sequence_mean(context.entropy, context.batch))
+    return torch.where(context.batch.solved, weight, -torch.ones_like(weight))
 
 
 # --------------------------------------------------------------------------- demonstrations with an advantage
@@ -224,39 +232,30 @@ def shaped_demonstration(gamma: float) -> Coefficient:
     return lambda c: c.advantage * gamma * c.probability / (c.probability + gamma) ** 2
 
 
-def shaped_replay(beta: float) -> Coefficient:
+@with_options
+def shaped_replay(context: Context, beta: float) -> Tensor:
     """C = A·βw/(w+β)², w = π/π_behavior of the stored sample: ExGRPO (arXiv:2510.02245)."""
-
-    def coefficient(context: Context) -> Tensor:
-        w = bounded_exp(context.policy_logprobs - context.behavior_logprobs)
-        return context.advantage * beta * w / (w + beta) ** 2
-
-    return coefficient
+    w = bounded_exp(context.policy_logprobs - context.behavior_logprobs)
+    return context.advantage * beta * w / (w + beta) ** 2
 
 
-def mixed_importance(exponent: float) -> Coefficient:
+@with_options
+def mixed_importance(context: Context, exponent: float) -> Tensor:
     """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222), a demonstration's ratio to the mixture of
     the proximal policy and a behavior policy of ½(p_proximal+1), its advantage greater if p is small."""
-
-    def coefficient(context: Context) -> Tensor:
-        p, old = context.probability, context.proximal_logprobs.exp()
-        return context.advantage * (1 - p).clamp(min=0) ** exponent * 4 * p / (3 * old + 1)
-
-    return coefficient
+    p, old = context.probability, context.proximal_logprobs.exp()
+    return context.advantage * (1 - p).clamp(min=0) ** exponent * 4 * p / (3 * old + 1)
 
 
-def where_uncertain(coefficient: Coefficient, statistic: str) -> Coefficient:
+@with_options
+def where_uncertain(context: Context, coefficient: Coefficient, statistic: str) -> Tensor:
     """The coefficient if the proximal policy's entropy reaches a statistic of the step, otherwise 0.
 
     Source: Prefix-RFT (arXiv:2507.01679), entropy-masked SFT (arXiv:2510.04454)."""
-
-    def masked(context: Context) -> Tensor:
-        threshold = context.statistics.get(statistic)
-        if threshold is None:  # the step has no such token
-            return torch.zeros_like(context.policy_logprobs)
-        return coefficient(context) * (context.proximal_entropy >= threshold)
-
-    return masked
+    threshold = context.statistics.get(statistic)
+    if threshold is None:  # the step has no such token
+        return torch.zeros_like(context.policy_logprobs)
+    return coefficient(context) * (context.proximal_entropy >= threshold)
 
 
 # ------------------------------------------------------------------------------------ distance to a reference

@@ -1,5 +1,4 @@
-"""Controllers: the scalar state of a method, updated once a step by pure functions and kept in
-checkpoints."""
+"""Controllers: the scalar state of a method, updated once a step by pure functions, in checkpoints."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ class Controller:
 
 def phases(*, gamma: float, warmup_steps: int) -> Controller:
     """Value ``imitate``: 1 in the warm-up, then with probability G_sft/(G_sft + γ·G_warmup), else 0. G is the
-    gradient norm of the last step that imitated, and of the last of the warm-up. Source: SASR
-    (arXiv:2505.13026)."""
+    gradient norm of the last step that imitated, and of the last of the warm-up. Source: arXiv:2505.13026."""
 
     def decide(state: Scalars, step: int, draw: float) -> Scalars:
         total = state["norm"] + gamma * state["warmup_norm"]

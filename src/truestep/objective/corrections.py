@@ -1,8 +1,4 @@
-"""Changes to a method's coefficients: another advantage, or a weight for the difference of engine and
-trainer.
-
-Shapes: M trained tokens.
-"""
+"""Changes to a coefficient: another advantage, or a weight for what engine and trainer disagree about."""
 
 from __future__ import annotations
 
@@ -12,43 +8,40 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from truestep.objective.coefficients import Coefficient, Context, bounded_exp
-from truestep.objective.sequences import sequence_mean, sequence_sum, to_go
+from truestep.objective import coefficients
+from truestep.objective.coefficients import Coefficient, Context, bounded_exp, with_options
 from truestep.records import Origin
 
 
-def mismatch_weight(correction: str, low: float, high: float) -> Callable[[Context], Tensor]:
+@with_options
+def mismatch_weight(context: Context, correction: str, low: float, high: float) -> Tensor:
     """The weight of a token by ρ = π_proximal/π_engine; 1 if the engine did not sample it.
 
     truncate min(ρ, high) (TIS) · clamp within [low, high] · drop ρ inside [low, high], else 0 (IcePop) · mask
     1 inside, else 0 (MIS) · sequence min(Πρ, high) · geometric ρ if the sequence's geometric mean of ρ
     is inside, else 0 (ρ itself is not bounded, as in OpenRLHF's code).
     Held by: tests/numerics/test_corrections.py"""
-
-    def weight(context: Context) -> Tensor:
-        batch = context.batch
-        if batch.behavior_logprobs is None:  # no token of this micro-batch was sampled
-            return torch.ones_like(context.policy_logprobs)
-        known = batch.origin == int(Origin.POLICY)
-        log_rho = torch.where(known, context.proximal_logprobs - batch.behavior_logprobs, 0.0)
-        rho = bounded_exp(log_rho)
-        inside = (rho >= low) & (rho <= high)
-        if correction == "truncate":
-            found = rho.clamp(max=high)
-        elif correction == "clamp":
-            found = rho.clamp(low, high)
-        elif correction == "drop":
-            found = rho * inside
-        elif correction == "mask":
-            found = inside.to(rho.dtype)
-        elif correction == "sequence":
-            found = bounded_exp(sequence_sum(log_rho, batch)).clamp(max=high)
-        else:
-            mean = bounded_exp(sequence_mean(log_rho, batch))
-            found = rho * ((mean >= low) & (mean <= high))
-        return torch.where(known, found, 1.0)
-
-    return weight
+    batch = context.batch
+    if batch.behavior_logprobs is None:  # no token of this micro-batch was sampled
+        return torch.ones_like(context.policy_logprobs)
+    known = batch.origin == int(Origin.POLICY)
+    log_rho = torch.where(known, context.proximal_logprobs - batch.behavior_logprobs, 0.0)
+    rho = bounded_exp(log_rho)
+    inside = (rho >= low) & (rho <= high)
+    if correction == "truncate":
+        found = rho.clamp(max=high)
+    elif correction == "clamp":
+        found = rho.clamp(low, high)
+    elif correction == "drop":
+        found = rho * inside
+    elif correction == "mask":
+        found = inside.to(rho.dtype)
+    elif correction == "sequence":
+        found = bounded_exp(coefficients.sequence_sum(log_rho, batch)).clamp(max=high)
+    else:
+        mean = bounded_exp(coefficients.sequence_mean(log_rho, batch))
+        found = rho * ((mean >= low) & (mean <= high))
+    return torch.where(known, found, 1.0)
 
 
 CORRECTIONS = ("none", "truncate", "clamp", "drop", "mask", "sequence", "geometric")
@@ -59,19 +52,16 @@ def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tens
     return lambda c: coefficient(replace(c, batch=replace(c.batch, advantage=advantage(c))))
 
 
-def kl_in_reward(beta: float) -> Callable[[Context], Tensor]:
+@with_options
+def kl_in_reward(context: Context, beta: float) -> Tensor:
     """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1 of itself and of what
     follows it. With REINFORCE the gradient is that of the reverse KL."""
-
-    def advantage(context: Context) -> Tensor:
-        own = context.batch.origin == int(Origin.POLICY)
-        charge = torch.where(own, context.proximal_logprobs - context.reference_logprobs, 0.0)
-        return torch.where(own, context.advantage - beta * to_go(charge, context.batch), context.advantage)
-
-    return advantage
+    own = context.batch.origin == int(Origin.POLICY)
+    charge = torch.where(own, context.proximal_logprobs - context.reference_logprobs, 0.0)
+    charges = beta * coefficients.to_go(charge, context.batch)
+    return torch.where(own, context.advantage - charges, context.advantage)
 
 
 def whitened(mean: str, std: str) -> Callable[[Context], Tensor]:
-    """(A − mean)/(std + 1e-8) by two statistics of the step over its own tokens (REINFORCE++,
-    arXiv:2501.03262)."""
+    """(A − mean)/(std + 1e-8) by statistics of the step's own tokens (REINFORCE++, arXiv:2501.03262)."""
     return lambda context: (context.advantage - context.statistics[mean]) / (context.statistics[std] + 1e-8)

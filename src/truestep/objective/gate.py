@@ -40,11 +40,9 @@ def drop_degenerate(group: GroupView) -> GateDecision:
 
 
 def imitate_where_unsolved(most_correct: int) -> Gate:
-    """Only the demonstration if at most ``most_correct`` own samples solve the problem, else only own
-    samples.
+    """Only the demonstration if at most ``most_correct`` own samples solve the problem, else only those.
 
-    −1 never imitates, the number of samples always. Source: HPT (arXiv:2509.04419), SuperRL
-    (arXiv:2506.01096)."""
+    −1 never imitates, the number of samples always. Source: arXiv:2509.04419 (HPT), 2506.01096 (SuperRL)."""
 
     def gate(group: GroupView) -> GateDecision:
         if not group.own_solved:  # no own sample has a score: an unscored sample is not a wrong one

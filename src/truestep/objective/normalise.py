@@ -42,9 +42,6 @@ def normalise(
     Raises ZeroDivisionError for a term without tokens: the step leaves such terms out."""
     if total <= 0:
         raise ZeroDivisionError("a term whose global total is 0 has no loss")
-    share: Tensor | int = 1
-    if normaliser is Normaliser.SEQUENCES:
-        share = batch.sequence_length
-    elif normaliser is Normaliser.MAX_LENGTH:
-        share = max_length
+    constant = max_length if normaliser is Normaliser.MAX_LENGTH else 1
+    share: Tensor | int = batch.sequence_length if normaliser is Normaliser.SEQUENCES else constant
     return (values / (share * total)).sum()

@@ -114,8 +114,7 @@ def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporte
             for name, other in found.items():
                 errors[name] = max(errors[name], float((other - base).norm() / base.norm().clamp(min=1e-30)))
             done = spec.updater.update(data, step)
-            seen = {**done.statistics, "grad_norm": done.grad_norm}
-            memory = learn(spec.updater.method, data.memory, step, data.controls, seen)
+            memory = learn(spec.updater.method, data.memory, step, data.controls, done.seen)
             if spec.engine is not None:
                 spec.engine.publish(dict(policy.model.named_parameters()), step + 1)
     if moved == 0:

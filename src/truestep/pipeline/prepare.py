@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truestep.data.chat import encode_prompt, stop_token_ids
-from truestep.data.demonstrations import Demonstrations, encode_demonstrations
+from truestep.data.chat import encode_demonstrations, encode_prompt, stop_token_ids
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
 from truestep.device import world
@@ -23,7 +22,7 @@ from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, res
 from truestep.objective.methods import METHODS, Method, build
 from truestep.pipeline.code import code_of
 from truestep.pipeline.track import require_trackers
-from truestep.records import Message, Problem, Prompt, Verdict
+from truestep.records import Demonstration, Message, Problem, Prompt, Verdict
 from truestep.rewards.scorer import RewardScorer
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.train.update import fault_of
@@ -46,7 +45,7 @@ class Prepared:
     stop_ids: tuple[int, ...]
     problems: dict[str, list[Problem]] = field(default_factory=dict)
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
-    demonstrations: dict[str, Demonstrations] = field(default_factory=dict)
+    demonstrations: dict[str, list[Demonstration]] = field(default_factory=dict)
     stage_prompts: dict[str, list[Prompt]] = field(default_factory=dict)  # of RL stages, by name
     model_content: str = ""  # hash of the base model's files
     content: dict[str, str] = field(default_factory=dict)  # hash of each data set's content
@@ -161,7 +160,7 @@ def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
     prompts = prepared.prompts[stage.data]
     if not prepared.methods[stage.name].needs_demonstrations:
         return prompts
-    limit, whole = stage.sampling.max_new_tokens, prepared.demonstrations[stage.data].kept
+    limit, whole = stage.sampling.max_new_tokens, prepared.demonstrations[stage.data]
     fit = {d.problem_id for d in whole if len(d.token_ids) - d.num_prompt_tokens <= limit}
     kept = [p for p in prompts if p.problem.id in fit]
     if len(kept) < len(prompts):
@@ -229,12 +228,13 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
     if wanted & {"answer", "problem"}:
         prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
     if "solution" in wanted:
-        made = encode_demonstrations(problems, tokenizer, settings.chat, context_length=context)
-        prepared.demonstrations[name] = made
-        if made.dropped:
+        made = prepared.demonstrations[name] = encode_demonstrations(
+            tokenizer, problems, settings.chat, context
+        )
+        if num_dropped := len(problems) - len(made):
             prepared.notes.append(
-                f"data.{name}: {len(made.dropped)} of {len(problems)} demonstrations are longer than the context of "
-                f"{context} tokens and are left out"
+                f"data.{name}: {num_dropped} of {len(problems)} demonstrations are longer than the context "
+                f"of {context} tokens and are left out"
             )
 
 
@@ -277,7 +277,7 @@ def _check_lengths(prepared: Prepared) -> None:
         where = f"stages.{stage.name}"
         longest = 0
         if isinstance(stage, SftSettings):
-            kept = prepared.demonstrations[stage.data].kept
+            kept = prepared.demonstrations[stage.data]
             longest = max(len(d.token_ids) for d in kept)
             if (size := stage.sequences_per_step) > (num := num_sequences(stage, len(kept))):
                 fault = f"is more than the {num} sequences of the whole stage"
@@ -324,7 +324,7 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
     values: tuple[Any, ...]
     for stage in prepared.settings.stages:
         if isinstance(stage, SftSettings):
-            num = len(prepared.demonstrations[stage.data].kept)
+            num = len(prepared.demonstrations[stage.data])
             updates = prepared.methods[stage.name].updates_per_step
             steps, epochs = num_steps(stage, num), round(num_sequences(stage, num) / num, 2)
             values = (num, steps, steps * updates, stage.sequences_per_step // updates, epochs)

@@ -10,7 +10,7 @@ from truestep.errors import UserError
 from truestep.flops import Ledger
 from truestep.pipeline.evaluation import sampling_parameters
 from truestep.pipeline.models import Session, make_engine
-from truestep.records import Demonstration, Prompt, Role, Stop, Verdict
+from truestep.records import Demonstration, Prompt, Stop, Verdict
 from truestep.rollout.engine import SampleRequest
 from truestep.seeding import Purpose
 from truestep.settings import RejectionSettings
@@ -53,16 +53,9 @@ def rejection_samples(
             f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were accepted, fewer than "
             f"sequences_per_step = {stage.sequences_per_step}; sample more, or start from a better model"
         )
-    cost = engine.take_cost()
-    return kept, Ledger(
-        rollout_tokens=sum(len(r.completion_ids) for r in rollouts), prompt_tokens=cost.prefill_tokens,
-        generated_pass_tokens=cost.prefill_tokens + cost.decode_tokens, generated_pairs=cost.pairs,
-    )  # fmt: skip
+    return kept, engine.take_cost() + Ledger(rollout_tokens=sum(len(r.completion_ids) for r in rollouts))
 
 
 def _as_demonstration(prompt: Prompt, completion: tuple[int, ...]) -> Demonstration:
-    num, own = len(prompt.token_ids), len(completion)
-    return Demonstration(
-        problem_id=prompt.problem.id, token_ids=prompt.token_ids + completion, num_prompt_tokens=num,
-        roles=(Role.USER,) * num + (Role.ASSISTANT,) * own, trained=(False,) * num + (True,) * own,
-    )  # fmt: skip
+    tokens, num = prompt.token_ids + completion, len(prompt.token_ids)
+    return Demonstration(problem_id=prompt.problem.id, token_ids=tokens, num_prompt_tokens=num)

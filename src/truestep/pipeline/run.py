@@ -108,7 +108,7 @@ def _stages(session: Session) -> None:
             session.reporter.say(f"{stage.name}: already done, skipped")
         else:
             done = _train(session, index, path, ledger, steps_before)
-        ledger = Ledger.from_json(done["ledger_after"]) if ranks.rank == 0 else Ledger()
+        ledger = Ledger(**done["ledger_after"]) if ranks.rank == 0 else Ledger()
         steps_before += int(done["steps"])
         path = str(folder / "export")
         ranks.barrier()
@@ -135,15 +135,15 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         state = run_stage(spec)
     if state.best:
         load_best(spec, state)
-    own = Ledger(**{k: v - before.to_json()[k] for k, v in state.ledger.to_json().items()})
+    own = Ledger(**{k: v - vars(before)[k] for k, v in vars(state.ledger).items()})
     totals = [summed(part, session.ranks) for part in (own, state.ledger)]
     shape = spec.policy.shape
     done = {
         "identity": spec.identity, "name": spec.name, "kind": spec.settings.kind,
         "method": spec.updater.method.name, "steps": spec.num_steps, "seconds": time.perf_counter() - began,
-        "data": spec.settings.data, "tokens": totals[0].to_json(),
+        "data": spec.settings.data, "tokens": asdict(totals[0]),
         "flops_paper": totals[0].paper_flops(shape), "flops_full": totals[0].full_flops(shape),
-        "ledger_after": totals[1].to_json(), "best": dict(state.best), "shape": asdict(shape),
+        "ledger_after": asdict(totals[1]), "best": dict(state.best), "shape": asdict(shape),
     }  # fmt: skip
     _export(session, index, spec, done)
     if session.ranks.rank == 0:

@@ -22,11 +22,10 @@ from truestep.rollout.sample import Sampler
 from truestep.settings import RejectionSettings, RlSettings, SftSettings, StageSettings
 from truestep.train.loop import StageSpec
 from truestep.train.optim import MasterOptimizer
-from truestep.train.parallel import is_sharded
 from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
-from truestep.train.source import DemonstrationSource, RolloutSource, Source
-from truestep.train.update import Optimizers, Updater
+from truestep.train.source import DemonstrationSource, RolloutSource
+from truestep.train.update import Updater
 
 # What progress shows of a step.
 SHOWN = ("reward", "loss", "mixed_groups", "dev/score", "entropy")
@@ -48,12 +47,13 @@ def make_stage(
         tokens_per_microbatch=stage.tokens_per_microbatch, ranks=ranks, check_stop=session.check_stop,
     )  # fmt: skip
     engine: Engine | None = None
-    source: Source
+    source: DemonstrationSource | RolloutSource
     if isinstance(stage, RlSettings):
         engine = make_engine(session, policy, path, stage.sampling.max_running)
         base, grade = prepared.base_dir, session.grader.score_many
         rewards = RewardScorer(stage.reward_entries, grade=grade, base=base, folder=folder / "rewards")
-        source = _rollout_source(session, stage, engine, scorer, stack.enter_context(rewards).score)
+        score = stack.enter_context(rewards).score
+        source = _rollout_source(session, stage, engine, scorer, score)
         steps = stage.steps
     else:
         assert isinstance(stage, SftSettings | RejectionSettings)
@@ -61,7 +61,7 @@ def make_stage(
             kept, cost = rejection_samples(session, stage, policy, folder, path)
             ledger = ledger + cost
         else:
-            kept = list(prepared.demonstrations[stage.data].kept)
+            kept = prepared.demonstrations[stage.data]
         source = DemonstrationSource(
             kept, sequences_per_step=stage.sequences_per_step, num_sequences=num_sequences(stage, len(kept)),
             seed=prepared.settings.seed, ranks=ranks, updates_per_step=method.updates_per_step,
@@ -74,7 +74,7 @@ def make_stage(
     )  # fmt: skip
     updater = Updater(
         policy=policy, scorer=scorer, method=method, optimizers=optimizers_of(policy, stage, method),
-        learning_rate=rate, updates_per_step=updates, faults=stage.faults, sharded=is_sharded(policy),
+        learning_rate=rate, updates_per_step=updates, faults=stage.faults,
         max_length=sampling.max_new_tokens if sampling else prepared.context_length,
     )  # fmt: skip
     return StageSpec(
@@ -85,14 +85,14 @@ def make_stage(
     )  # fmt: skip
 
 
-def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> Optimizers:
+def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> dict[str, MasterOptimizer]:
     """The stage's optimizer, and the separate one of a method with a buffer."""
     main = MasterOptimizer(policy, stage.optimizer)
     buffer = method.part(DemonstrationBuffer)
     if buffer is None:
-        return Optimizers(main=main)
+        return {"optimizer": main}
     own = stage.optimizer.model_copy(update={"lr": buffer.lr, "max_grad_norm": buffer.max_grad_norm})
-    return Optimizers(main=main, buffer=MasterOptimizer(policy, own, beside=main))
+    return {"optimizer": main, "buffer-optimizer": MasterOptimizer(policy, own, beside=main)}
 
 
 def _on_step(session: Session, name: str, before: int) -> Callable[[int, Mapping[str, float], float], None]:
@@ -115,11 +115,11 @@ def stage_folder(run: Path, index: int, stage: StageSettings) -> Path:
 
 def _rollout_source(
     session: Session, stage: RlSettings, engine: Engine, scorer: Scorer, score: Callable[..., list[Score]]
-) -> Source:
+) -> RolloutSource:
     prepared = session.prepared
     method = prepared.methods[stage.name]
     assert method.plan is not None  # checked when the run was prepared
-    traces = prepared.demonstrations[stage.data].kept if method.needs_demonstrations else ()
+    traces = prepared.demonstrations[stage.data] if method.needs_demonstrations else ()
     sampler = Sampler(
         engine=engine, plan=method.plan, sampling=sampling_parameters(stage.sampling, prepared.stop_ids),
         samples_per_prompt=stage.samples_per_prompt, decode=session.decode, score=score,

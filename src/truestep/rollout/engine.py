@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from truestep.flops import Ledger
 from truestep.records import Distribution, Origin, Rollout, Stop
 from truestep.seeding import Purpose, generator
 
@@ -63,10 +64,9 @@ class SamplingParameters:
 def sampled_rollout(
     request: SampleRequest,
     sampling: SamplingParameters,
-    *,
+    policy_version: int,
     tokens: Sequence[int],
     logprobs: Sequence[float] | None,
-    policy_version: int,
     error: str = "",
 ) -> Rollout:
     """The answer to a request: every token is sampled by one version of the policy."""
@@ -82,15 +82,6 @@ def sampled_rollout(
         stop=Stop.ERROR if error else Stop.STOP_TOKEN if stopped else Stop.LENGTH,
         error=error,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationCost:
-    """Tokens and query-key pairs that an engine has computed since the last call (for the FLOPs ledger)."""
-
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    pairs: int = 0
 
 
 class Engine(Protocol):
@@ -111,8 +102,7 @@ class Engine(Protocol):
         """Make the given weights the ones that the next ``generate`` samples from."""
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights, to check a
-        publish."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights, to check it."""
 
-    def take_cost(self) -> GenerationCost:
-        """The work done since the last call."""
+    def take_cost(self) -> Ledger:
+        """The work since the last call: tokens of prompts, of prefill and decoding together, and pairs."""

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from truestep.device import linear
+from truestep.flops import Ledger
 from truestep.model.attention import PackedLayout, count_pairs, visible
 from truestep.model.forward import hidden_states
 from truestep.records import Rollout, Segment
-from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
+from truestep.rollout.engine import SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.sampling import sample_tokens
 from truestep.seeding import Purpose
 
@@ -49,8 +50,7 @@ class _Row:
 
 
 class KvCache:
-    """Keys and values of all slots: one pair of tensors [slots, K, T, D] a layer, made when it first
-    writes."""
+    """Keys and values of all slots: one pair of tensors [slots, K, T, D] a layer, made on its first write."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
@@ -149,14 +149,15 @@ class TorchEngine:
         depends on its shape."""
         count = sampling.max_new_tokens
         rows = deque(_Row(request=r, uniforms=r.uniforms(count), length=0) for r in requests)
+        yield from self._sampled(rows, sampling, check_stop)
+
+    def _sampled(
+        self, rows: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]
+    ) -> Iterator[Rollout]:
         was_training = self.model.training
         self.model.eval()
         try:
-            if self.packs:
-                yield from self._run(rows, sampling, check_stop)
-            else:
-                for row in rows:
-                    yield self._rollout(self._run_alone(row, sampling, check_stop), sampling)
+            yield from (self._run if self.packs else self._run_alone)(rows, sampling, check_stop)
         finally:
             self.model.train(was_training)
 
@@ -174,8 +175,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` through this engine's prefill and
-        decoding."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by this engine's prefill and decoding."""
         forced = tuple(token_ids[num_prompt_tokens:])
         sampling = SamplingParameters(temperature=temperature, max_new_tokens=len(forced), stop_token_ids=())
         request = SampleRequest(
@@ -187,20 +187,16 @@ class TorchEngine:
             step=0,
         )
         row = _Row(request=request, uniforms=[0.0] * len(forced), length=0, forced=forced)
-        was_training, cost = self.model.training, (self._prefilled, self._decoded, self._pairs)
-        self.model.eval()
+        cost = self._prefilled, self._decoded, self._pairs
         try:
-            if self.packs:
-                list(self._run(deque([row]), sampling, lambda: None))
-            else:
-                self._run_alone(row, sampling, lambda: None)
+            list(self._sampled(deque([row]), sampling, lambda: None))
         finally:
-            self.model.train(was_training)
             self._prefilled, self._decoded, self._pairs = cost  # a probe is not work of the run
         return row.logprobs
 
-    def take_cost(self) -> GenerationCost:
-        cost = GenerationCost(prefill_tokens=self._prefilled, decode_tokens=self._decoded, pairs=self._pairs)
+    def take_cost(self) -> Ledger:
+        work = {"prompt_tokens": self._prefilled, "generated_pass_tokens": self._prefilled + self._decoded}
+        cost = Ledger(**work, generated_pairs=self._pairs)
         self._prefilled = self._decoded = self._pairs = 0
         return cost
 
@@ -230,8 +226,7 @@ class TorchEngine:
     def _admit(
         self, waiting: deque[_Row], running: list[_Row], cache: KvCache, sampling: SamplingParameters
     ) -> None:
-        """Prefill as many waiting rows as there are free slots; neighbors with one prompt share its
-        prefill."""
+        """Prefill waiting rows into the free slots; neighbors with one prompt share its prefill."""
         shares: list[list[_Row]] = []
         free = cache.num_slots - len(running)
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
@@ -246,8 +241,8 @@ class TorchEngine:
                 shares.append([waiting.popleft()])
                 tokens += len(prompt) - shared
             free -= 1
-        slots: list[range] = []
-        segments = [Segment(start=0, stop=shared)] if shared else []
+        slots = [range(0)] * bool(shared)
+        segments = [Segment(start=0, stop=shared)] * bool(shared)
         ids = list(shares[0][0].request.prompt_ids[:shared])
         for share in shares:
             own = share[0].request.prompt_ids[shared:]
@@ -255,22 +250,21 @@ class TorchEngine:
             slots.append(range(len(running), len(running) + len(share)))
             ids.extend(own)
             running.extend(share)
-        device = self._device()
+        device = self.model.device
         runs = [torch.arange(s.stop - s.start, device=device) + s.prefix_stop for s in segments]
         positions = torch.cat(runs)
-        layout = _PrefillLayout(segments, positions, cache, [range(0)] * bool(shared) + slots)
+        layout = _PrefillLayout(segments, positions, cache, slots)
         hidden = hidden_states(self.model, torch.tensor(ids, device=device), positions, layout)
         self._prefilled += len(ids)
         self._pairs += count_pairs(segments)
-        pairs = zip(segments[bool(shared) :], shares, strict=True)
-        ends = [segment.stop - 1 for segment, share in pairs for _ in share]
+        ends = [segment.stop - 1 for segment, rows in zip(segments, slots, strict=True) for _ in rows]
         fresh = [row for share in shares for row in share]
         for row in fresh:
             row.length = len(row.request.prompt_ids)
         self._sample(hidden[torch.tensor(ends, device=device)], fresh, sampling)
 
     def _decode(self, running: list[_Row], cache: KvCache, sampling: SamplingParameters) -> None:
-        device, lengths = self._device(), [row.length for row in running]
+        device, lengths = self.model.device, [row.length for row in running]
         ids = torch.tensor([row.tokens[-1] for row in running], device=device)
         layout = _DecodeLayout(cache, lengths, device)
         hidden = hidden_states(self.model, ids, layout.position, layout)
@@ -297,37 +291,30 @@ class TorchEngine:
         full = len(row.tokens) + row.request.num_given >= sampling.max_new_tokens
         return full or sampling.ends(row.tokens)
 
-    def _run_alone(self, row: _Row, sampling: SamplingParameters, check_stop: Callable[[], None]) -> _Row:
-        """For models whose attention cannot be packed: the model's forward pass and cache, one row at a
-        time."""
-        ids = torch.tensor([row.request.prompt_ids], device=self._device())
-        past = None
-        while not row.tokens or not self._finished(row, sampling):
-            check_stop()
-            out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            self._prefilled += 0 if row.tokens else ids.shape[1]
-            self._decoded += 1 if row.tokens else 0
-            row.length += ids.shape[1]
-            self._pairs += row.length
-            self._take(out.logits[:, -1], [row], sampling)
-            ids = torch.tensor([[row.tokens[-1]]], device=ids.device)
-        return row
+    def _run_alone(
+        self, rows: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]
+    ) -> Iterator[Rollout]:
+        """For models whose attention cannot be packed: one row at a time through the model's own cache."""
+        for row in rows:
+            ids, past = torch.tensor([row.request.prompt_ids], device=self.model.device), None
+            while not row.tokens or not self._finished(row, sampling):
+                check_stop()
+                out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                self._prefilled += 0 if row.tokens else ids.shape[1]
+                self._decoded += 1 if row.tokens else 0
+                row.length += ids.shape[1]
+                self._pairs += row.length
+                self._take(out.logits[:, -1], [row], sampling)
+                ids = torch.tensor([[row.tokens[-1]]], device=ids.device)
+            yield self._rollout(row, sampling)
 
     def _rollout(self, row: _Row, sampling: SamplingParameters) -> Rollout:
-        version = self.policy_version
-        tokens, logprobs = row.tokens, row.logprobs
-        return sampled_rollout(
-            row.request, sampling, tokens=tokens, logprobs=logprobs, policy_version=version
-        )
-
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return sampled_rollout(row.request, sampling, self.policy_version, row.tokens, row.logprobs)
 
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many first tokens all prompts share, 0 if too few; each keeps at least one token that is not
-    shared."""
+    """How many first tokens all prompts share, 0 if too few; each keeps at least one of its own."""
     first, last = min(prompts), max(prompts)  # all prompts in between share what these two share
     most = min(map(len, prompts)) - 1
     same = next((i for i in range(most) if first[i] != last[i]), most)

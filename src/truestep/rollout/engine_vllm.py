@@ -18,15 +18,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
+from truestep.flops import Ledger
 from truestep.records import Rollout
-from truestep.rollout.engine import GenerationCost, SampleRequest, SamplingParameters, sampled_rollout
+from truestep.rollout.engine import SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.engine_endpoint import each, text_seed
 
 if TYPE_CHECKING:
@@ -107,16 +108,10 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for how, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
-        try:
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, how)
-            process.wait(seconds)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        if how is signal.SIGKILL:
-            return
+            process.wait(15)
 
 
 class VllmEngine:
@@ -143,8 +138,7 @@ class VllmEngine:
         raise UserError('engine = "vllm" evaluates only; train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]``. Raises UserError unless at temperature
-        1."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]``. Raises UserError if temperature ≠ 1."""
         if temperature != 1.0:
             raise UserError('engine = "vllm" scores at temperature 1 only')
         body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
@@ -152,8 +146,8 @@ class VllmEngine:
         places = range(num_prompt_tokens, len(token_ids))
         return [float(entries[i][str(token_ids[i])]["logprob"]) for i in places]
 
-    def take_cost(self) -> GenerationCost:
-        cost, self._decoded = GenerationCost(decode_tokens=self._decoded), 0
+    def take_cost(self) -> Ledger:
+        cost, self._decoded = Ledger(generated_pass_tokens=self._decoded), 0
         return cost
 
     def _sample(self, request: SampleRequest, sampling: SamplingParameters) -> Rollout:
@@ -170,16 +164,16 @@ class VllmEngine:
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        answered = partial(sampled_rollout, request, sampling, policy_version=self.policy_version)
+        answered = partial(sampled_rollout, request, sampling, self.policy_version)
         try:
             choice = self._post(body)["choices"][0]
             tokens = [int(t) for t in choice["token_ids"]]
             logprobs = [float(v) for v in choice["logprobs"]["token_logprobs"]]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as failure:
-            return answered(tokens=(), logprobs=(), error=f"vllm: {_reason(failure)}")
+            return answered((), (), f"vllm: {_reason(failure)}")
         if sampling.temperature == 0:
             logprobs = [0.0] * len(tokens)  # the distribution is a point
-        return answered(tokens=tokens, logprobs=logprobs, error="" if tokens else "vllm: sent no token")
+        return answered(tokens, logprobs, "" if tokens else "vllm: sent no token")
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
         data = json.dumps({"model": SERVED, **body}).encode()

@@ -5,26 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from truestep import records
 from truestep.objective.plan import Done, Plan, PlanState, RoundResult
-from truestep.records import (
-    NOT_SAMPLED,
-    Distribution,
-    Group,
-    Message,
-    Origin,
-    Prompt,
-    RecordError,
-    RewardInput,
-    Rollout,
-    Round,
-    Score,
-    Stop,
-    Verdict,
-)
+from truestep.records import Group, Message, Origin, Prompt, RewardInput, Rollout, Round, Score, Stop
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.seeding import Purpose, generator
 
 MAX_SAMPLES = 1 << 20  # of one prompt in one step; numbers of a prompt's second group start here
+Decode = Callable[[Sequence[int]], str]
 ScoreMany = Callable[[Sequence[RewardInput]], list[Score]]
 # A prompt and the share of its solution's text to show → the turns and token ids of the hinted prompt.
 Hint = Callable[[Prompt, float], tuple[tuple[Message, ...], tuple[int, ...]]]
@@ -42,7 +30,7 @@ class Sampler:
     plan: Plan
     sampling: SamplingParameters
     samples_per_prompt: int
-    decode: Callable[[Sequence[int]], str]
+    decode: Decode
     score: ScoreMany
     seed: int
     solved_at: float = 1.0
@@ -77,14 +65,13 @@ class Sampler:
 
     def _wants_more(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
         """Whether the plan has further rounds for this prompt; they are added to the place."""
-        results = [
-            RoundResult(round=r, solved=tuple(s.solved(self.solved_at) for s in scores))
-            for r, (_, scores) in zip(place.rounds, place.done, strict=True)
-        ]
         state = PlanState(
             step=step,
             num_samples=self.samples_per_prompt,
-            history=tuple(results),
+            history=tuple(
+                RoundResult(round=r, solved=tuple(s.solved(self.solved_at) for s in scores))
+                for r, (_, scores) in zip(place.rounds, place.done, strict=True)
+            ),
             draw=place.draw,
             controls=controls,
             has_stored=place.stored is not None,
@@ -121,19 +108,19 @@ class Sampler:
         scores = self.score([self._input(asking[i].prompt, rollouts[i, n], step) for i, n in keys])
         graded = {key: _of(rollouts[key], score) for key, score in zip(keys, scores, strict=True)}
         for index, span in spans:
-            parts = ([rollouts[index, n] for n in span], [graded[index, n] for n in span])
-            asking[index].done.append(parts)
+            asking[index].done.append(([rollouts[index, n] for n in span], [graded[index, n] for n in span]))
 
     def _start(self, place: _Place, round_: Round) -> _Start:
         """What a sample of this round begins with."""
         name = place.prompt.problem.id
         if round_.stored:
             if place.stored is None:
-                raise RecordError(f"the plan needs a stored sample of {name}, which has none")
+                raise records.RecordError(f"the plan needs a stored sample of {name}, which has none")
             return _Start(round=round_, stored=place.stored, is_whole=True)
         if round_.hint:
             if self.hinted is None:
-                raise RecordError("the plan needs hints, but this sampler cannot make them (hinted is None)")
+                fault = "the plan needs hints, but this sampler cannot make them (hinted is None)"
+                raise records.RecordError(fault)
             return _Start(round=round_, prompt_ids=self.hinted(place.prompt, round_.hint)[1])
         if not round_.prefix:
             return _Start(round=round_)
@@ -192,9 +179,9 @@ class _Start:
             sample_index=number,
             completion_ids=self.tokens,
             origin=(self.round.prefix_origin,) * num,
-            policy_version=(NOT_SAMPLED,) * num,
+            policy_version=(records.NOT_SAMPLED,) * num,
             behavior_logprobs=None,
-            distribution=Distribution(temperature=sampling.temperature),
+            distribution=records.Distribution(temperature=sampling.temperature),
             stop=Stop.STOP_TOKEN,
             round=self.round,
         )
@@ -208,7 +195,7 @@ class _Start:
             sampled,
             completion_ids=self.tokens + sampled.completion_ids,
             origin=(self.round.prefix_origin,) * num + sampled.origin,
-            policy_version=(NOT_SAMPLED,) * num + sampled.policy_version,
+            policy_version=(records.NOT_SAMPLED,) * num + sampled.policy_version,
             behavior_logprobs=None if behavior is None else (0.0,) * num + behavior,
             round=self.round,
         )
@@ -216,8 +203,7 @@ class _Start:
 
 @dataclass(kw_only=True)
 class _Place:
-    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers the next
-    sample."""
+    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers samples."""
 
     prompt: Prompt
     next: int
@@ -231,13 +217,13 @@ class _Place:
 def _of(rollout: Rollout, score: Score) -> Score:
     """A sample that the engine could not finish is unscored."""
     if rollout.stop is Stop.ERROR:
-        return Score(reward=None, verdict=Verdict.UNSCORED, reason=f"engine: {rollout.error}")
+        return Score(reward=None, verdict=records.Verdict.UNSCORED, reason=f"engine: {rollout.error}")
     return score
 
 
 def num_sampled_tokens(rollouts: Sequence[Rollout]) -> int:
     """Tokens that the current policy has generated."""
-    return sum(r.count(Origin.POLICY) for r in rollouts)
+    return sum(r.origin.count(Origin.POLICY) for r in rollouts)
 
 
 def _merge(place: _Place) -> Group:

@@ -38,7 +38,9 @@ def sample_tokens(
     if sampling.top_k or sampling.top_p < 1:
         logits = _truncate(logits, sampling)
     shifted = logits.sub_(logits.amax(1, keepdim=True))
-    blocks = _in_blocks(shifted.exp())
+    # Two short searches of the CDF, over zero-padded blocks, replace one long cumulative sum.
+    padding = -shifted.shape[1] % BLOCK
+    blocks = torch.nn.functional.pad(shifted.exp(), (0, padding)).view(shifted.shape[0], -1, BLOCK)
     block_sums = blocks.sum(2, dtype=torch.float64)  # R B
     total = block_sums.sum(1)
     target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * total
@@ -47,12 +49,6 @@ def sample_tokens(
     tokens = torch.where(given >= 0, given, tokens)
     logprobs = shifted.gather(1, tokens[:, None])[:, 0].double() - total.log()
     return tokens.tolist(), logprobs.tolist()
-
-
-def _in_blocks(values: Tensor) -> Tensor:
-    """[R, V] → [R, B, BLOCK], zero-padded: two short searches of the CDF replace one long cumulative sum."""
-    padding = -values.shape[1] % BLOCK
-    return torch.nn.functional.pad(values, (0, padding)).view(values.shape[0], -1, BLOCK)
 
 
 def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """The state of a stage after ``step`` steps, besides weights and optimizer. ``ledger`` is the run's on
-    this rank; ``best`` the step and score of the best dev checkpoint; ``unlogged`` the last step's log lines
-    (JSON) until they are written."""
+    this rank; ``best`` step and score of the best dev checkpoint; ``unlogged`` the last step's log lines."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)
@@ -40,14 +39,14 @@ class TrainState:
 
 def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
     """The work of all ranks (a collective)."""
-    raw = ledger.to_json()
-    total = ranks.sum([float(count) for count in raw.values()])
-    return Ledger(**{kind: int(count) for kind, count in zip(raw, total, strict=True)})
+    total = ranks.sum([float(count) for count in vars(ledger).values()])
+    return Ledger(**{kind: int(count) for kind, count in zip(vars(ledger), total, strict=True)})
 
 
 def save(spec: StageSpec, state: TrainState) -> None:
     """Everything that the stage needs to continue from here."""
-    tensors = {**spec.updater.optimizers.state_tensors(), "memory": state.memory.tensors()}
+    tensors = {name: o.state_tensors() for name, o in spec.updater.optimizers.items()}
+    tensors["memory"] = state.memory.tensors()
     _save(spec, state, "checkpoints", tensors, spec.settings.keep_checkpoints)
 
 
@@ -68,7 +67,7 @@ def _save(
         "step": state.step,
         "memory": state.memory.state(),
         "identity": spec.identity,
-        "ledger": summed(state.ledger, spec.ranks).to_json(),
+        "ledger": asdict(summed(state.ledger, spec.ranks)),
         "best": dict(state.best),
         "unlogged": state.unlogged,
         "threads": torch.get_num_threads(),
@@ -84,8 +83,7 @@ def restore(spec: StageSpec) -> TrainState:
     files are cut to its step, so that nothing is written twice."""
     folder = spec.folder / "checkpoints"
     state = TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger)
-    found = _newest(spec, folder)
-    if found is not None:
+    if (found := _newest(spec, folder)) is not None:
         header = found.state
         if header["identity"] != spec.identity:
             identities = f"identity {header['identity']}, now {spec.identity}"
@@ -97,11 +95,12 @@ def restore(spec: StageSpec) -> TrainState:
                 "run is not bit for bit the uninterrupted one"
             )
         load_parameters(spec.policy, found)
-        spec.updater.optimizers.load_state_tensors(found.tensors)
+        for name, optimizer in spec.updater.optimizers.items():
+            optimizer.load_state_tensors(found.tensors[name])
         state = TrainState(
             step=found.step,
             memory=Memory.load(header["memory"], found.tensors["memory"]),
-            ledger=Ledger.from_json(header["ledger"]) if spec.ranks.rank == 0 else Ledger(),
+            ledger=Ledger(**header["ledger"]) if spec.ranks.rank == 0 else Ledger(),
             best=dict(header["best"]),
             unlogged=header.get("unlogged"),
         )

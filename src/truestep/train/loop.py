@@ -22,7 +22,7 @@ from truestep.train.memory import learn
 from truestep.train.metrics import checked
 from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
-from truestep.train.source import Source
+from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.step import NonFiniteError
 from truestep.train.update import Updater
 from truestep.train.weight_sync import publish
@@ -40,7 +40,7 @@ class StageSpec:
     settings: StageSettings
     identity: str
     policy: Policy
-    source: Source
+    source: DemonstrationSource | RolloutSource
     updater: Updater
     num_steps: int
     engine: Engine | None = None
@@ -82,11 +82,10 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
     data = spec.source.take(state.step, state.memory)
     sampled = time.perf_counter()
     updates = spec.updater.update(data, state.step)
-    seen, done = {**updates.statistics, "grad_norm": updates.grad_norm}, state.step + 1
-    memory = learn(spec.updater.method, data.memory, state.step, data.controls, seen)
-    metrics = {**updates.metrics, **data.metrics}
+    memory = learn(spec.updater.method, data.memory, state.step, data.controls, updates.seen)
+    metrics, done = {**updates.metrics, **data.metrics}, state.step + 1
     if spec.engine is not None:
-        metrics["publish/probe_difference"] = publish(spec.policy, spec.engine, done).difference
+        metrics["publish/probe_difference"] = publish(spec.policy, spec.engine, done)
     times = {"rollout_seconds": sampled - began, "train_seconds": time.perf_counter() - sampled}
     unlogged = {"metrics": metrics, "rows": list(data.rows), "times": times}
     ledger = state.ledger + data.ledger + updates.ledger
@@ -103,7 +102,7 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
         metrics["dev/score"] = spec.dev_score(state.step)
         state = checkpoints.keep_best(spec, state, metrics["dev/score"])
     shape, work = spec.policy.shape, summed(state.ledger, spec.ranks)
-    metrics |= {f"work/{kind}": float(count) for kind, count in work.to_json().items()}
+    metrics |= {f"work/{kind}": float(count) for kind, count in vars(work).items()}
     metrics |= {"flops_paper": work.paper_flops(shape), "flops_full": work.full_flops(shape)}
     metrics = checked(metrics)
     seconds = sum(times.values()) + time.perf_counter() - began

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from truestep.train.parallel import Ranks
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """``within`` says how the values of one update are combined over micro-batches and ranks: mean (Σ value ÷
     Σ count), std (of the values, biased), sum, max, or once (the same on every rank). ``across`` says how the
@@ -94,8 +94,7 @@ _ROWS = (
     ("flops_full", "once", "mean", "FLOPs", "", "", "cumulative over the run, with prompts, scoring and attention"),
 )
 # fmt: on
-_FIELDS = ("key", "within", "across", "unit", "panel", "elsewhere", "meaning")
-METRICS = {row[0]: Metric(**dict(zip(_FIELDS, row, strict=True))) for row in _ROWS}
+METRICS = {row[0]: Metric(*row) for row in _ROWS}
 
 
 def metric(key: str) -> Metric:
@@ -110,10 +109,10 @@ def metric(key: str) -> Metric:
 
 
 class Meter:
-    """Collects the metrics of one update, or of one rollout batch, on this rank."""
+    """Collects the metrics of one update, or of one rollout batch, on this rank. ``keys`` are reported even
+    if nothing is ever added (as 0)."""
 
     def __init__(self, *keys: str) -> None:
-        """``keys`` are reported even if nothing is ever added (as 0)."""
         self._sums: dict[str, list[float]] = {key: [0.0, 0.0, 0.0] for key in keys if metric(key)}
 
     def add(self, key: str, value: float, count: float = 1.0) -> None:
@@ -139,7 +138,7 @@ class Meter:
             if within == "std":
                 found[key] = math.sqrt(max(0.0, squares / max(1.0, count) - mean**2))
             else:
-                found[key] = {"mean": mean, "sum": total, "max": most}.get(within, total)
+                found[key] = {"mean": mean, "max": most}.get(within, total)
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class MasterOptimizer:
             for name, parameter in self.parameters.items():
                 if parameter.dtype in _LOW_PRECISION:
                     self.masters[name] = parameter.detach().to(torch.float32, copy=True)
-                    parameter.register_post_accumulate_grad_hook(self._accumulate(name))
+                    parameter.register_post_accumulate_grad_hook(partial(self._accumulate, name))
                 else:
                     self.masters[name] = parameter
         s, masters = settings, list(self.masters.values())
@@ -45,17 +46,12 @@ class MasterOptimizer:
         else:
             self._inner = torch.optim.AdamW(masters, s.lr, s.betas, s.eps, s.weight_decay, fused=True)
 
-    def _accumulate(self, name: str):  # type: ignore[no-untyped-def]
-        def hook(parameter: Tensor) -> None:
-            grad, parameter.grad = parameter.grad, None
-            if grad is None:
-                return
-            if name in self._wide_grads:
-                self._wide_grads[name] += grad
-            else:
-                self._wide_grads[name] = grad.to(torch.float32)
-
-        return hook
+    def _accumulate(self, name: str, parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        if grad is not None and name in self._wide_grads:
+            self._wide_grads[name] += grad
+        elif grad is not None:
+            self._wide_grads[name] = grad.to(torch.float32)
 
     def zero_grad(self) -> None:
         self._wide_grads.clear()
@@ -67,13 +63,7 @@ class MasterOptimizer:
         found = {}
         for name, parameter in self.parameters.items():
             grad = self._wide_grads.get(name) if parameter.dtype in _LOW_PRECISION else parameter.grad
-            if grad is None:
-                grad = torch.zeros_like(self.masters[name])
-                if parameter.dtype in _LOW_PRECISION:
-                    self._wide_grads[name] = grad
-                else:
-                    parameter.grad = grad
-            found[name] = grad
+            found[name] = torch.zeros_like(self.masters[name]) if grad is None else grad
         return found
 
     @torch.no_grad()
@@ -125,8 +115,7 @@ def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> 
 
 @torch.no_grad()
 def clip_(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) as torch's clip_grad_norm_; not for max_norm
-    0."""
+    """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_; not for max_norm 0."""
     factor = max_norm / (norm + 1e-6)
     if max_norm > 0 and factor < 1:
         for grad in gradients:

@@ -45,11 +45,10 @@ def pack(
     bins: list[list[_Tree]] = []
     space: list[int] = []
     for tree in sorted(trees, key=lambda t: -t.size):  # sorted is stable: a function of only the sequences
-        slot = next((i for i, free in enumerate(space) if free >= tree.size), None)
-        if slot is None:
+        slot = next((i for i, free in enumerate(space) if free >= tree.size), len(bins))
+        if slot == len(bins):
             bins.append([])
             space.append(tokens_per_microbatch)
-            slot = len(bins) - 1
         bins[slot].append(tree)
         space[slot] -= tree.size
     return [_batch(trees, sequences, first_sequence, dtype, device) for trees in bins]
@@ -146,8 +145,7 @@ def _spread(value: Sequence[float] | float, count: int) -> Sequence[float]:
 
 
 def dummy_batch(dtype: torch.dtype, device: torch.device | str) -> TokenBatch:
-    """Two tokens and no target: a rank without work runs it, so that collectives inside the model still
-    match."""
+    """Two tokens and no target, for a rank without work: collectives inside the model still match."""
     origin = (Origin.CONTEXT, Origin.CONTEXT, Origin.POLICY)
     sequence = TrainSequence(token_ids=(0, 0, 0), origin=origin, num_prefix_tokens=0, group=0)
     (batch,) = pack([sequence], tokens_per_microbatch=2, dtype=dtype, device=device)

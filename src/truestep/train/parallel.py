@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from truestep.device import collective_backend, compute_device, world
 
@@ -92,8 +94,6 @@ def replicate(module: nn.Module, ranks: Ranks) -> None:
 def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.dtype) -> None:
     """FSDP2 over all ranks: parameters sharded in their (master) dtype, computed in ``compute_dtype``,
     gradients reduced in at least float32 and never divided."""
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
     parameter_dtype = next(module.parameters()).dtype
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == parameter_dtype else compute_dtype,
@@ -110,36 +110,26 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.d
 
 def reshard(module: nn.Module) -> None:
     """Free the parameters that FSDP's root keeps gathered after a forward pass without a backward."""
-    from torch.distributed.fsdp import FSDPModule
-
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    from torch.distributed.tensor import DTensor
-
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; the tensor itself otherwise."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank (a collective)."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(part: Tensor, like: Tensor, key: str) -> Tensor:
     """This rank's part as a tensor that is sharded the way ``like`` is (scalars such as "step" are not)."""
-    from torch.distributed.tensor import DTensor
-
     if key == "step" or not isinstance(like, DTensor):
         return part
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())

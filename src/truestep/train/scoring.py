@@ -19,8 +19,7 @@ from truestep.train.step import levelled, require_finite
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores sequences and packed micro-batches (collectives). ``reference``: the frozen start of the stage,
-    if the method needs it."""
+    """Scores sequences and packed micro-batches (collectives). ``reference``: the frozen start of a stage."""
 
     policy: Policy
     temperature: float
@@ -63,7 +62,7 @@ class Scorer:
             for index in batch.sequence_index.unique().tolist():
                 sums[index] = float(batch.proximal_entropy[batch.sequence_index == index].sum())
         found = [total / max(1, s.num_trained) for total, s in zip(sums, sequences, strict=True)]
-        return found, scored_work(batches)
+        return found, work("scored", batches)
 
     @torch.no_grad()
     def _passed(
@@ -81,13 +80,7 @@ class Scorer:
         return found
 
 
-def trained_work(batches: Sequence[TokenBatch]) -> Ledger:
-    """Forward and backward passes over these batches."""
+def work(kind: str, batches: Sequence[TokenBatch]) -> Ledger:
+    """Passes over these batches: forward ("scored"), or forward and backward ("trained")."""
     tokens, pairs = sum(b.num_tokens for b in batches), sum(count_pairs(b.segments) for b in batches)
-    return Ledger(trained_pass_tokens=tokens, trained_pairs=pairs)
-
-
-def scored_work(batches: Sequence[TokenBatch]) -> Ledger:
-    """A forward pass over these batches."""
-    tokens, pairs = sum(b.num_tokens for b in batches), sum(count_pairs(b.segments) for b in batches)
-    return Ledger(scored_pass_tokens=tokens, scored_pairs=pairs)
+    return Ledger(**{f"{kind}_pass_tokens": tokens, f"{kind}_pairs": pairs})

@@ -12,7 +12,7 @@ from truestep.objective.gate import GateDecision
 from truestep.objective.methods import Method
 from truestep.objective.methods.row import Overlong
 from truestep.records import Group, Origin, Prompt, Rollout, Score, Stop, TrainSequence, Verdict
-from truestep.rollout.sample import num_sampled_tokens
+from truestep.rollout.sample import Decode, num_sampled_tokens
 from truestep.train.metrics import Meter
 
 NUM_SHOWN = 4  # rollouts kept for the report, each step
@@ -26,10 +26,6 @@ class GatedGroup:
     view: GroupView
     decision: GateDecision
 
-    @property
-    def is_dropped(self) -> bool:
-        return not any(self.decision.keep)
-
 
 def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
     """Ask the method's gate, before any length penalty: a penalty does not make a group informative."""
@@ -42,22 +38,17 @@ def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
 
 
 def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> list[TrainSequence]:
-    """Every member that the gate keeps and that has an advantage, in order. ``limit``: tokens of a
-    completion."""
-    sequences = []
-    overlong = method.part(Overlong)
+    """Every member that the gate keeps and that has an advantage, in order; ``limit`` is on tokens."""
+    sequences, overlong = [], method.part(Overlong)
     for number, gated_group in enumerate(groups):
         group, view, decision = gated_group.group, gated_group.view, gated_group.decision
         if overlong is not None:
-            lengths = [len(rollout.completion_ids) for rollout in group.rollouts]
-            shaped = [
-                None if reward is None else overlong.shaped(reward, length, limit)
-                for reward, length in zip(view.rewards, lengths, strict=True)
-            ]
+            pairs = zip(
+                view.rewards, (len(rollout.completion_ids) for rollout in group.rollouts), strict=True
+            )
+            shaped = (r if r is None else overlong.shaped(r, length, limit) for r, length in pairs)
             view = replace(view, rewards=tuple(shaped))
-        advantages = method.advantage(view)
-        for i, rollout in enumerate(group.rollouts):
-            advantage = advantages[i]
+        for i, (rollout, advantage) in enumerate(zip(group.rollouts, method.advantage(view), strict=True)):
             if decision.keep[i] and advantage is not None and rollout.completion_ids:
                 score = {"solved": view.solved[i] is True, "reward": view.rewards[i] or 0.0}
                 part = {"group": number, "advantage": advantage, "weight": decision.weights[i]}
@@ -95,8 +86,7 @@ def demonstration_sequence(
 
 
 def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
-    """Means over samples of the policy, not demonstrations or stored ones. An unscored sample counts only in
-    its own rate, in no mean of rewards."""
+    """Means over samples of the policy alone. An unscored one counts in its own rate only, in no mean."""
     for group, view in [(g.group, g.view) for g in groups]:
         meter.add("mixed_groups", not view.is_degenerate)
         meter.add("solved_groups", any(view.own_solved))
@@ -119,10 +109,7 @@ def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
 
 
 def sample_rows(
-    groups: Sequence[Group],
-    step: int,
-    decode: Callable[[Sequence[int]], str],
-    decode_prompt: Callable[[Prompt], str],
+    groups: Sequence[Group], step: int, decode: Decode, decode_prompt: Callable[[Prompt], str]
 ) -> list[Mapping[str, Any]]:
     """A few samples for the report: the first of the first groups."""
 
@@ -148,7 +135,7 @@ def sample_rows(
 def group_ledger(groups: Sequence[Group], minibatches: Sequence[Sequence[TrainSequence]]) -> Ledger:
     """Generated tokens (also those of discarded rounds), and trained ones by who wrote them."""
     sequences = [s for part in minibatches for s in part]
-    expert = sum(s.count(Origin.EXPERT) for s in sequences)
+    expert = sum(s.origin.count(Origin.EXPERT) for s in sequences)
     return Ledger(
         rollout_tokens=sum(num_sampled_tokens(g.rollouts) + g.num_discarded_tokens for g in groups),
         rollout_trained_tokens=sum(s.num_trained for s in sequences) - expert,

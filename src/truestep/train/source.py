@@ -6,17 +6,15 @@ rollout is redone from its seeds.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from truestep import seeding
 from truestep.flops import Ledger
 from truestep.objective.methods import Method
 from truestep.objective.methods.row import DemonstrationBuffer, Refill, Replay, Stream
 from truestep.records import Demonstration, Origin, Prompt, Rollout, Stop, TrainSequence
-from truestep.rollout.engine import Engine
 from truestep.rollout.sample import Sampler
 from truestep.train import sequences as seq
 from truestep.train.memory import Memory, choose_replays, decide, remember, seen_of, with_waiting
@@ -48,22 +46,11 @@ class StepData:
     ledger: Ledger = field(default_factory=Ledger)
 
 
-class Source(Protocol):
-    """The data of a stage."""
-
-    updates_per_step: int
-
-    def take(self, step: int, memory: Memory) -> StepData: ...
-
-
 def window(
     items: Sequence[Item], step: int, size: int, seed: int, limit: int = 0, item: str = ""
 ) -> list[Item]:
-    """Items ``step·size … (step+1)·size`` of the endless sequence of shuffled epochs; with ``limit`` it ends
-    there.
-
-    A window may span two epochs, so no item is ever skipped or seen more often than its neighbours by more
-    than one."""
+    """Items ``step·size … (step+1)·size`` of the endless sequence of shuffled epochs, which ends at ``limit``
+    if that is not 0. A window may span two epochs: an item is seen at most once more than any other."""
     stop = (step + 1) * size if limit == 0 else min(limit, (step + 1) * size)
     picked: list[Item] = []
     for epoch in range((step * size) // len(items), (stop - 1) // len(items) + 1):
@@ -89,7 +76,8 @@ class DemonstrationSource:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
         sequences = []
         for i, d in enumerate(chosen):
-            origin = tuple(Origin.EXPERT if trained else Origin.CONTEXT for trained in d.trained)
+            num, own = d.num_prompt_tokens, len(d.token_ids) - d.num_prompt_tokens
+            origin = (Origin.CONTEXT,) * num + (Origin.EXPERT,) * own
             one = TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
             sequences.append(one)
         size = -(-self.sequences_per_step // self.updates_per_step)
@@ -121,7 +109,9 @@ class RolloutSource:
         controls = decide(self.method, memory, step, self.sampler.seed)
         size = self.prompts_per_step // self.updates_per_step
         chosen, replayed = self._prompts(step, memory)
-        numbered = list(zip(chosen, _occurrences([p.problem.id for p in chosen]), replayed, strict=True))
+        names = [p.problem.id for p in chosen]
+        occurrences = [names[:i].count(name) for i, name in enumerate(names)]  # a batch may span two epochs
+        numbered = list(zip(chosen, occurrences, replayed, strict=True))
         mine = [self.ranks.mine(numbered[i : i + size]) for i in range(0, len(numbered), size)]
         flat = [part for cut in mine for part in cut]
         prompts = [prompt for prompt, _, _ in flat]
@@ -141,16 +131,21 @@ class RolloutSource:
         if len(parts) == 1:  # it is the reward itself
             del metrics[parts[0]]
         memory, buffered = self._remember(memory, everything, metrics["solved"])
+        metrics |= {f"control/{name}": value for name, value in controls.items()}
+        if self.method.part(DemonstrationBuffer) is not None:
+            metrics["buffer/waiting"] = float(len(memory.waiting))
+        if self.method.part(Replay) is not None:
+            metrics["replay/problems"] = float(len(memory.replay))
         bare = [g.group for g in everything]
-        ledger = scored + seq.group_ledger(bare, [*minibatches, buffered or []]) + _work(self.sampler.engine)
+        ledger = scored + seq.group_ledger(bare, [*minibatches, buffered or []])
         return StepData(
             minibatches=minibatches,
             buffered=buffered,
             controls=controls,
             memory=memory,
-            metrics=metrics | self._kept_metrics(memory, controls),
+            metrics=metrics,
             rows=seq.sample_rows(bare, step, self.sampler.decode, self.decode_prompt),
-            ledger=ledger,
+            ledger=ledger + self.sampler.engine.take_cost(),
         )
 
     def _groups(self, prompts: Sequence[Prompt], *place: Any, **given: Any) -> list[GatedGroup]:
@@ -203,7 +198,7 @@ class RolloutSource:
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)
         for attempt in range(0 if refill is None else refill.rounds):
-            kept = [[g for g in cut if not g.is_dropped] for cut in cuts]
+            kept = [[g for g in cut if any(g.decision.keep)] for cut in cuts]
             missing = sum(len(cut) for cut in cuts) - sum(len(cut) for cut in kept)
             wanted = self.ranks.gather(missing)
             seen = set(self._gathered([g.group.prompt.problem.id for g in everything]))
@@ -264,39 +259,12 @@ class RolloutSource:
         """The lists of all ranks as one (a collective)."""
         return [part for parts in self.ranks.gather(mine) for part in parts]
 
-    def _kept_metrics(self, memory: Memory, controls: Mapping[str, float]) -> dict[str, float]:
-        found = {f"control/{name}": value for name, value in controls.items()}
-        if self.method.part(DemonstrationBuffer) is not None:
-            found["buffer/waiting"] = float(len(memory.waiting))
-        if self.method.part(Replay) is not None:
-            found["replay/problems"] = float(len(memory.replay))
-        return found
-
 
 def _seen(gated_group: GatedGroup) -> Any:
-    """A group's plain own samples for the replay store: how many solved the problem, and the finished
-    ones."""
+    """A group's plain own samples for the replay store: how many are right, and the finished ones."""
     group = gated_group.group
     triples = zip(group.rollouts, gated_group.view.solved, strict=True)
     own = [(r, solved) for r, solved in triples if r.member is Origin.POLICY and r.round.is_plain]
     right = [r for r, solved in own if solved and r.stop is Stop.STOP_TOKEN]
     num_solved, num_scored = sum(s is True for _, s in own), sum(s is not None for _, s in own)
     return seen_of(group.prompt.problem.id, num_solved, num_scored, right)
-
-
-def _work(engine: Engine) -> Ledger:
-    """The engine's work since the last call."""
-    cost = engine.take_cost()
-    passed = cost.prefill_tokens + cost.decode_tokens
-    return Ledger(prompt_tokens=cost.prefill_tokens, generated_pairs=cost.pairs, generated_pass_tokens=passed)
-
-
-def _occurrences(names: Sequence[str]) -> list[int]:
-    """How often each name occurs earlier in the list (a batch that spans two epochs can hold a prompt
-    twice)."""
-    seen: Counter[str] = Counter()
-    counts = []
-    for name in names:
-        counts.append(seen[name])
-        seen[name] += 1
-    return counts

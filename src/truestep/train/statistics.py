@@ -54,8 +54,7 @@ def _values(statistic: Statistic, batch: TokenBatch, step: int) -> Tensor:
 def _ranked(values: Tensor, number: int, ranks: Ranks) -> float:
     """The value with ``number`` values before it in the order of all ranks together, exactly.
 
-    A search over the order of float64 numbers, 16 parts at a time: 16 sums of 16 counts; no value moves
-    between ranks."""
+    A search over the order of float64 numbers by 16 sums of 16 counts; no value moves between ranks."""
     bits = values.contiguous().view(torch.int64)
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)  # integers in the order of the numbers
     low, high = -(1 << 63), (1 << 63) - 1

@@ -18,19 +18,18 @@ from torch import Tensor
 
 from truestep.device import return_free_memory
 from truestep.objective.coefficients import Context
-from truestep.objective.methods import Term
+from truestep.objective.methods.row import EXPERT, POLICY, Term
 from truestep.objective.normalise import local_total, normalise
-from truestep.records import BatchTotals, Origin, RecordError, StepReport, TokenBatch
+from truestep.records import BatchTotals, RecordError, StepReport, TokenBatch
 from truestep.train.metrics import Meter
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
 from truestep.train.packing import dummy_batch
-from truestep.train.parallel import Ranks
+from truestep.train.parallel import Ranks, is_sharded
 from truestep.train.policy import Policy
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity: the step was stopped before the optimizer. ``batches`` are the micro-batches that
-    may have caused it."""
+    """A NaN or an infinity: the step was stopped before the optimizer. ``batches`` may have caused it."""
 
     def __init__(self, message: str, batches: Sequence[TokenBatch] = ()) -> None:
         super().__init__(message)
@@ -47,7 +46,6 @@ class StepPlan:
     temperature: float
     max_length: int = 1  # L of the max_length normaliser
     ranks: Ranks = field(default_factory=Ranks)
-    sharded: bool = False
     microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
     statistics: Mapping[str, float] = field(default_factory=dict)  # of the whole step, for coefficients
     controls: Mapping[str, float] = field(default_factory=dict)  # the controller's values of this step
@@ -85,12 +83,12 @@ def train_step(
     except BaseException:
         optimizer.zero_grad()
         raise
-    gradients = optimizer.gradients()
-    if not plan.sharded:
+    gradients, sharded = optimizer.gradients(), is_sharded(policy)
+    if not sharded:
         plan.ranks.sum_gradients(gradients.values())
-    norm = global_norm(gradients.values(), plan.ranks, sharded=plan.sharded)
+    norm = global_norm(gradients.values(), plan.ranks, sharded=sharded)
     if not math.isfinite(norm):
-        norms = {name: global_norm([g], plan.ranks, sharded=plan.sharded) for name, g in gradients.items()}
+        norms = {name: global_norm([g], plan.ranks, sharded=sharded) for name, g in gradients.items()}
         name = next((name for name, value in norms.items() if not math.isfinite(value)), "a parameter")
         optimizer.zero_grad()
         raise NonFiniteError(f"step {plan.step}: the gradient of {name} is not finite", batches)
@@ -127,14 +125,6 @@ def _num_sequences(batches: Sequence[TokenBatch]) -> int:
     return held.numel()
 
 
-def term_weight(term: Term, plan: StepPlan, totals: BatchTotals) -> float:
-    """The factor of a term's normalised loss: its schedule, its controller's value, its legacy scale."""
-    weight = term.weight(plan.step)
-    if term.control:
-        weight = weight * plan.controls[term.control]
-    return weight if term.scale is None else weight * term.scale(totals)
-
-
 def microbatch_loss(
     policy: Policy, batch: TokenBatch, plan: StepPlan, totals: BatchTotals, meter: Meter
 ) -> Tensor:
@@ -167,7 +157,7 @@ def microbatch_loss(
                 _count_clipped(meter, coefficient, selected, batch)
             if term.correction is not None:
                 weight = term.correction(context)
-                _count(meter, "correction/dropped", weight == 0, _sampled(batch) & selected)
+                _count(meter, "correction/dropped", weight == 0, POLICY(batch) & selected)
                 coefficient = coefficient * torch.where(selected, weight, 0.0)
             values = -(coefficient * logprobs)
         else:
@@ -176,15 +166,12 @@ def microbatch_loss(
         values = values * selected.to(values.dtype) * batch.weight
         which, longest = term.normaliser, plan.max_length
         part = normalise(values, normaliser=which, batch=batch, total=total, max_length=longest)
-        weight_now = term_weight(term, plan, totals)
+        weight_now = term.weight(plan.step) * (plan.controls[term.control] if term.control else 1.0)
+        weight_now *= 1.0 if term.scale is None else term.scale(totals)
         loss = loss + weight_now * part
         meter.add(f"loss/{term.name}", weight_now * float(part.detach()))
     _measure(meter, context)
     return loss
-
-
-def _sampled(batch: TokenBatch) -> Tensor:
-    return batch.origin == int(Origin.POLICY)
 
 
 def _count(meter: Meter, key: str, which: Tensor, among: Tensor) -> None:
@@ -194,20 +181,20 @@ def _count(meter: Meter, key: str, which: Tensor, among: Tensor) -> None:
 
 def _count_clipped(meter: Meter, coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
     """Sampled tokens of a clipped surrogate that have an advantage and yet no gradient."""
-    clipped, sampled = coefficient == 0, _sampled(batch) & selected
+    clipped, sampled = coefficient == 0, POLICY(batch) & selected
     _count(meter, "clip_ratio/low", clipped & (batch.advantage < 0), sampled)
     _count(meter, "clip_ratio/high", clipped & (batch.advantage > 0), sampled)
 
 
 def _measure(meter: Meter, context: Context) -> None:
     """The metrics of every step. The expert's tokens are measured separately."""
-    batch, expert = context.batch, context.batch.origin == int(Origin.EXPERT)
+    batch, expert = context.batch, EXPERT(context.batch)
     for prefix, mask in (("", ~expert), ("expert/", expert)):
         count = float(mask.sum())
         meter.add(f"{prefix}entropy", float(context.entropy[mask].sum()), count)
         meter.add(f"{prefix}nll", -float(context.policy_logprobs[mask].sum()), count)
     meter.add("expert/share", float(expert.sum()), float(batch.num_targets))
-    sampled = _sampled(batch)
+    sampled = POLICY(batch)
     if count := float(sampled.sum()):
         log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
         meter.add("approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()), count)
@@ -239,8 +226,7 @@ def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> S
 
 
 def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """As many micro-batches as the busiest rank has: collectives inside the model need partners on every
-    rank."""
+    """As many micro-batches as the busiest rank has: collectives inside the model need all ranks."""
     most = int(ranks.max([float(len(batches))])[0])
     if len(batches) == most:
         return list(batches)

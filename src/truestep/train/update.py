@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
-
 from truestep import faults
 from truestep.errors import UserError
 from truestep.faults import FAULTS, WeightsOf
@@ -19,7 +17,7 @@ from truestep.settings import FaultSettings
 from truestep.train.metrics import combine
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
-from truestep.train.scoring import Scorer, scored_work, trained_work
+from truestep.train.scoring import Scorer, work
 from truestep.train.source import StepData
 from truestep.train.statistics import measure
 from truestep.train.step import StepPlan, train_step
@@ -28,61 +26,41 @@ NO_FAULTS = FaultSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizers:
-    """The stage's optimizer, and that of the method's buffer if it has one: same parameters, separate
-    moments."""
-
-    main: MasterOptimizer
-    buffer: MasterOptimizer | None = None
-
-    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Groups of a checkpoint."""
-        found = {"optimizer": self.main.state_tensors()}
-        return found if self.buffer is None else {**found, "buffer-optimizer": self.buffer.state_tensors()}
-
-    def load_state_tensors(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.main.load_state_tensors(groups["optimizer"])
-        if self.buffer is not None:
-            self.buffer.load_state_tensors(groups["buffer-optimizer"])
-
-
-@dataclass(frozen=True, kw_only=True)
 class Updates:
-    """What a step's updates reported, the statistics they used, and the work they took."""
+    """What a step's updates reported, their statistics and last ``grad_norm``, and the work they took."""
 
     metrics: Mapping[str, float]
-    grad_norm: float  # of the step's last update
-    statistics: Mapping[str, float]
+    seen: Mapping[str, float]
     ledger: Ledger
 
 
 @dataclass(frozen=True, kw_only=True)
 class Updater:
-    """Turns a step's sequences into updates. ``max_length`` is L of the max_length normaliser."""
+    """Turns a step's sequences into updates. ``optimizers``: "optimizer" and, for a method with a buffer,
+    "buffer-optimizer" (same parameters, separate moments). ``max_length``: L of the max_length normaliser."""
 
     policy: Policy
     scorer: Scorer
     method: Method
-    optimizers: Optimizers
+    optimizers: Mapping[str, MasterOptimizer]
     learning_rate: Schedule  # of the optimizer update, 0-based
     updates_per_step: int
     faults: FaultSettings = NO_FAULTS
     max_length: int = 1
-    sharded: bool = False
 
     def update(self, data: StepData, step: int) -> Updates:
         """The updates of one step. Statistics and proximal values of all of them are made before the first;
         the buffer's separate update comes last."""
         scorer, fault = self.scorer, fault_of(self.faults)
         packed = [self._pack(part, fault) for part in data.minibatches]
-        ledger = sum((trained_work(batches) for batches in packed), Ledger())
+        ledger = sum((work("trained", batches) for batches in packed), Ledger())
         if scorer.reference is not None:
             packed = [scorer.with_reference(batches, step) for batches in packed]
-            ledger = sum((scored_work(batches) for batches in packed), ledger)
+            ledger = sum((work("scored", batches) for batches in packed), ledger)
         # The first update needs no proximal pass: there the policy is the proximal policy.
         for index in range(0 if self.method.scores_first else 1, len(packed)):
             packed[index] = scorer.with_proximal(packed[index], step)
-            ledger = ledger + scored_work(packed[index])
+            ledger += work("scored", packed[index])
         statistics = measure(self.method.statistics, [b for part in packed for b in part], step, scorer.ranks)
         plan = partial(
             StepPlan,
@@ -91,27 +69,26 @@ class Updater:
             temperature=scorer.temperature,
             max_length=self.max_length,
             ranks=scorer.ranks,
-            sharded=self.sharded,
             statistics=statistics,
             controls=data.controls,
         )
-        reports = []
+        reports, optimizer = [], self.optimizers["optimizer"]
         for index, batches in enumerate(packed):
             self._require_columns(batches)
             rate = self.learning_rate(step * self.updates_per_step + index)
             planned = plan(learning_rate=rate, microbatch_weights=self._weights(fault, batches))
             # After its first update a step is finished: to stop would leave it half done.
             check_stop = scorer.check_stop if index == 0 else lambda: None
-            reports.append(train_step(self.policy, self.optimizers.main, batches, planned, check_stop))
+            reports.append(train_step(self.policy, optimizer, batches, planned, check_stop))
         metrics = combine([_row(report) for report in reports])
         metrics |= {f"statistics/{name}": value for name, value in statistics.items()}
-        if data.buffered is not None and self.optimizers.buffer is not None:
-            batches = scorer.pack(data.buffered)
-            planned = plan(learning_rate=self.optimizers.buffer.settings.lr)
-            extra = train_step(self.policy, self.optimizers.buffer, batches, planned)
+        if data.buffered is not None:
+            batches, optimizer = scorer.pack(data.buffered), self.optimizers["buffer-optimizer"]
+            extra = train_step(self.policy, optimizer, batches, plan(learning_rate=optimizer.settings.lr))
             metrics |= {"buffer/loss": extra.loss, "buffer/grad_norm": extra.grad_norm}
-            ledger = ledger + trained_work(batches)
-        return Updates(metrics=metrics, grad_norm=reports[-1].grad_norm, statistics=statistics, ledger=ledger)
+            ledger += work("trained", batches)
+        seen = {**statistics, "grad_norm": reports[-1].grad_norm}
+        return Updates(metrics=metrics, seen=seen, ledger=ledger)
 
     def _pack(self, sequences: Sequence[TrainSequence], fault: WeightsOf | None) -> list[TokenBatch]:
         """Micro-batches by memory; for an injected fault, which depends on them, by number and in order."""
@@ -126,8 +103,7 @@ class Updater:
         return found
 
     def _weights(self, fault: WeightsOf | None, batches: Sequence[TokenBatch]) -> list[float] | None:
-        """This rank's part of the fault's weights, from the trained tokens of all micro-batches of all
-        ranks."""
+        """This rank's part of the fault's weights, from the trained tokens of all ranks' micro-batches."""
         if fault is None:
             return None
         ranks = self.scorer.ranks
@@ -157,8 +133,7 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """The weights of a step's micro-batches with all injected faults, None without. Raises UserError for an
-    unknown name."""
+    """The weights of micro-batches with all injected faults; None without. Raises UserError for others."""
     unknown = [name for name in settings.others if name not in FAULTS]
     if unknown:
         raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import UserDict
 
 import torch
 from torch import Tensor
@@ -25,36 +24,20 @@ class StaleWeightsError(RuntimeError):
     """The engine does not sample from the weights that it was given."""
 
 
-class _Weights(Mapping[str, Tensor]):
-    """The model's parameters by name, gathered one at a time if they are sharded."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.parameters = dict(policy.model.named_parameters())
+class _Weights(UserDict[str, Tensor]):
+    """Parameters by name, gathered one at a time if they are sharded."""
 
     def __getitem__(self, name: str) -> Tensor:
-        return full(self.parameters[name].detach())
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self.parameters)
-
-    def __len__(self) -> int:
-        return len(self.parameters)
+        return full(self.data[name].detach())
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishProof:
-    """Largest difference of the engine's and the trainer's log-probabilities of the probe. Units: nats."""
-
-    version: int
-    difference: float
-
-
-def publish(policy: Policy, engine: Engine, version: int) -> PublishProof:
-    """Give the engine the policy's weights and compare both on a probe of random tokens.
+def publish(policy: Policy, engine: Engine, version: int) -> float:
+    """Give the engine the policy's weights, and return the largest difference of both's log-probabilities of
+    a probe of random tokens. Units: nats.
 
     Raises StaleWeightsError if they differ by more than two kernels' rounding.
     Held by: tests/contract/test_publish.py"""
-    engine.publish(_Weights(policy), version)
+    engine.publish(_Weights(policy.model.named_parameters()), version)
     parameter, vocabulary = next(policy.parameters()), int(policy.model.config.vocab_size)
     ids = generator(version, Purpose.PROBE).integers(0, vocabulary, NUM_PROBE_TOKENS).tolist()
     num_prompt = NUM_PROBE_TOKENS - NUM_PROBE_DECODED
@@ -72,4 +55,4 @@ def publish(policy: Policy, engine: Engine, version: int) -> PublishProof:
             f"after publishing version {version} the engine (version {engine.policy_version}) and the trainer "
             f"differ by {difference:.3g} nats on a probe; kernels of {parameter.dtype} differ by less than {limit:g}"
         )
-    return PublishProof(version=version, difference=difference)
+    return difference

@@ -73,6 +73,6 @@ def run(spec: harness.Spec) -> None:
         for rows in window:
             batches += pack(sequences(spec, rows), tokens_per_microbatch=1024, first_sequence=rows[0])
         how = {"terms": build("sft", {}).terms, "learning_rate": spec.lr, "temperature": 1.0}
-        plan = StepPlan(step=step, ranks=ranks, sharded=sharded, **how)
+        plan = StepPlan(step=step, ranks=ranks, **how)
         recorder.logged["loss"].append(train_step(policy, optimizer, batches, plan).loss)
     recorder.finish(truestep=__version__, **harness.versions("transformers"))

@@ -1,5 +1,4 @@
-"""The table of methods: a method is a row (plan + gate + advantage + terms + parts), never a branch in a
-trainer.
+"""The table of methods: a method is a row (plan, gate, advantage, terms, parts), not a branch in a trainer.
 
 ``build("grpo", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name. A
 row is a function with keyword-only options that returns a Method; ``build`` takes one from user code too.
@@ -37,8 +36,7 @@ EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
 def build(method: str | Row, options: Mapping[str, Any]) -> Method:
-    """A row, named or a user's own, with its options. Raises ValueError naming the known methods or
-    options."""
+    """A row, named or a user's own, with its options. Raises ValueError naming the known ones."""
     if isinstance(method, str) and method not in METHODS:
         now = f"; it is now called {RENAMED[method]}" if method in RENAMED else ""
         raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}{now}")

@@ -1,5 +1,4 @@
-"""Rows that mix clipped RL with imitation by a schedule, a switch or a hint: CHORD, UFT, SuperRL, SASR,
-BREAD, GHPO.
+"""Rows that mix clipped RL with imitation by a schedule, a switch or a hint.
 
 The letters in brackets are explained in ``methods/__init__.py``.
 """
@@ -20,8 +19,7 @@ from truestep.objective.schedule import Schedule
 
 
 def _chord(name: str, imitated: Coefficient, mu: Schedule, stream_share: float, clip: float) -> Method:
-    """(1−μ)·GRPO + μ·imitation; demonstrations are a stream beside the groups, each part with its own
-    total."""
+    """(1−μ)·GRPO + μ·imitation of a stream of demonstrations beside the groups, each with its own total."""
     return Method(
         name=name,
         terms=(
@@ -43,8 +41,7 @@ def chord_mu(
     stream_share: float = 0.2,
     clip: float = 0.2,
 ) -> Method:
-    """CHORD-μ: the balance falls from 0.9 to 0.05 over 200 steps; a fifth of the sequences are demonstrations
-    [C]."""
+    """CHORD-μ: the balance falls from 0.9 to 0.05 over 200 steps; a fifth of all are demonstrations [C]."""
     steps = {"warmup_steps": warmup_steps, "decay_steps": decay_steps}
     mu = schedule.warmed_cosine(valley=mu_valley, peak=mu_peak, **steps)
     return _chord("chord_mu", coefficients.ones, mu, stream_share, clip)
@@ -66,8 +63,7 @@ def uft(
 ) -> Method:
     """All samples of a problem continue the same k of 5 parts of its demonstration, k binomial with a
     probability that falls with a cosine; the parts are imitated with weight 0.001, the continuations are
-    GRPO's, with KL (k3) 0.001 to the stage's start [C]. Parts are of equal length in tokens, not
-    sentences."""
+    GRPO's, with KL (k3) 0.001 to the stage's start [C]. Parts are equally many tokens, not sentences."""
     falling = schedule.cosine(prefix_start, prefix_end, prefix_steps)
     return Method(
         name="uft",

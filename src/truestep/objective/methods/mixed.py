@@ -187,8 +187,7 @@ def exgrpo(
 
 def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
     """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows
-    with the policy's improbability of the token. No std and no clip, as in the code [C] (the paper has a
-    std)."""
+    with the token's improbability. No std, no clip, as in the code [C]; the paper has a std."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)))
     legacy = (legacy_scale, legacy_microbatches)
     return _family("rl_plus", terms, legacy, "arXiv:2508.00222", plan=plan.with_demonstration)

@@ -23,8 +23,7 @@ def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual
 
 
 def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: R − group mean, asymmetric clipping, global token mean, no KL. All-equal groups
-    count."""
+    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL. All-equal groups count."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
@@ -65,23 +64,18 @@ def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0
 
 
 def rloo() -> Method:
-    """The mean of the other samples as the baseline, unclipped, summed over a sequence, mean over
-    sequences."""
+    """The mean of the other samples as the baseline, unclipped; sums over a sequence, mean over these."""
     term = policy_term(coefficients.importance, Normaliser.SEQUENCE_SUMS)
     return Method(name="rloo", terms=(term,), advantage=leave_one_out, source="arXiv:2402.14740")
 
 
 def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float) -> Method:
-    """Advantages whitened over all own tokens of the step: long samples weigh more in the moments (verl
-    [C])."""
+    """Advantages whitened over all own tokens of the step: long samples weigh more (verl [C])."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     coefficient = corrections.with_advantage(clipped, corrections.whitened("mean", "std"))
     moment = partial(Statistic, select=POLICY, values=coefficients.advantage)
-    moments, source = (
-        (moment(name="mean", reduce="mean"), moment(name="std", reduce="std")),
-        "arXiv:2501.03262",
-    )
-    terms = (policy_term(coefficient, Normaliser.TOKENS, clips=True),)
+    moments = (moment(name="mean", reduce="mean"), moment(name="std", reduce="std"))
+    terms, source = (policy_term(coefficient, Normaliser.TOKENS, clips=True),), "arXiv:2501.03262"
     return Method(name=name, terms=terms, advantage=advantage, statistics=moments, source=source)
 
 

@@ -1,5 +1,4 @@
-"""What a row of the table is made of: terms, statistics, and what a method needs of data and scoring
-passes."""
+"""What a row of the table is made of: terms, statistics, and what a method needs of data and scoring."""
 
 from __future__ import annotations
 
@@ -209,8 +208,7 @@ KL_TERMS = {"k1": coefficients.kl_k1, "k2": coefficients.kl_k2, "k3": coefficien
 
 
 def complete(row: Method, given: Mapping[str, Any]) -> Method:
-    """The row with its extras, overridden by the recipe's (``given``). Raises ValueError for unknown
-    values."""
+    """The row with its extras, overridden by the recipe's (``given``). Raises ValueError for unknown ones."""
     extras = replace(row.extras, **given)
     for key, known in (("kl", ("none", *KL_TERMS, "reward")), ("correction", corrections.CORRECTIONS)):
         if (value := getattr(extras, key)) not in known:

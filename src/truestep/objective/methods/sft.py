@@ -80,8 +80,7 @@ def trsft(*, alpha: float = 0.1) -> Method:
 
 
 def power_sft(*, alpha: float = 0.5) -> Method:
-    """The family between the likelihood (α → 0) and DFT (α = 1): the loss (1 − p^α)/α. The default α is
-    ours."""
+    """The family between the likelihood (α → 0) and DFT (α = 1): the loss (1 − p^α)/α. 0.5 is ours."""
     if not 0 < alpha <= 1:
         raise ValueError(f"method_options.alpha: expected more than 0 and at most 1, got {alpha}")
     term = imitation_term(coefficients.powered(alpha))
@@ -91,8 +90,7 @@ def power_sft(*, alpha: float = 0.5) -> Method:
 
 def entropy_sft(*, share: float = 0.2) -> Method:
     """The likelihood of the ``share`` of tokens with the highest entropy over the whole step, by the policy
-    before it; Z counts that share of all tokens. MIFO's ρ is in an appendix that was not obtained: 0.2 is
-    [U]."""
+    before it; Z counts that share of all tokens. MIFO's ρ is in an appendix not obtained: 0.2 is [U]."""
     if not 0 < share <= 1:
         raise ValueError(f"method_options.share: expected more than 0 and at most 1, got {share}")
     term = imitation_term(coefficients.where_uncertain(coefficients.ones, "entropy"), weight=1 / share)
