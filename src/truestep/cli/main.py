@@ -42,9 +42,12 @@ def _app() -> typer.Typer:
         """Exit codes: 0 done · 2 usage, settings, data · 3 could not run · 5 resources · 130/143 interrupted,
         saved."""
 
-    named = {"study": study.study, "audit": audit.audit, "report": report.report}
-    for name, command in {"run": verbs.run, "sft": verbs.sft, "rl": verbs.rl, **named}.items():
-        app.command(name)(command)
+    app.command("run")(verbs.run)
+    app.command("sft")(verbs.sft)
+    app.command("rl")(verbs.rl)
+    app.command("study")(study.study)
+    app.command("audit")(audit.audit)
+    app.command("report")(report.report)
     app.add_typer(data.app, name="data")
     app.add_typer(method.app, name="method")
     app.add_typer(evaluation.app(), name="eval")

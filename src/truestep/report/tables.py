@@ -175,8 +175,11 @@ def _names(rows: Sequence[ScoreRow]) -> list[Column]:
 def pass_columns(rows: Sequence[ScoreRow]) -> list[Column]:
     """Names and pass@k for every k > 1 (pass@1 is the score); [] if there is none."""
     ks = sorted({k for row in rows for k in row.pass_at if k != "1"}, key=int)
-    cells: list[Column] = [(f"pass@{k}", lambda row, k=k: interval(row.pass_at.get(k))) for k in ks]
-    return [*_names(rows), *cells] if ks else []
+    return [*_names(rows), *((f"pass@{k}", _pass_cell(k)) for k in ks)] if ks else []
+
+
+def _pass_cell(k: str) -> Callable[[ScoreRow], str]:
+    return lambda row: interval(row.pass_at.get(k))
 
 
 def interval(found: Interval | None) -> str:
