@@ -86,7 +86,7 @@ def test_an_audited_environment_never_sees_a_token(tmp_path: Path, monkeypatch: 
     assert "PATH=" in seen.read_text()
     assert "secret" not in seen.read_text()
     with (tmp_path / "log").open("w") as log, (tmp_path / "lock").open("w") as lock:
-        environment._execute(["sh", "-c", f"env > {seen}"], {"UV_LINK_MODE": "copy"}, "x", log, lock.fileno())
+        environment._execute("x", log, lock.fileno(), ["sh", "-c", f"env > {seen}"], UV_LINK_MODE="copy")
     assert "secret" not in seen.read_text()
     assert "PIP_INDEX_URL=http://localhost/simple" in seen.read_text()
     assert "UV_LINK_MODE=copy" in seen.read_text()
