@@ -1,13 +1,13 @@
-"""False alarms: right trainers over seeds, precisions, ranks and model classes; every one must be RIGHT.
+"""Count false alarms: correct trainers over seeds, precisions, ranks and model classes must all be RIGHT.
 
     python benchmarks/audit_clean.py [--seeds 10] [--python PATH ...] [--out results/audit-clean/clean.json]
 
-What the file holds already is not run again (delete it to repeat everything), so that this may be
-interrupted.
+Runs that are already in the file are not repeated (delete the file to repeat everything), so this script may
+be interrupted.
 
-A run is one configuration on one seed's rows. Seeds of a configuration share their processes: importing a
-framework costs most. Without --python the subjects of this environment are run; further environments add what
-it does not have.
+A run is one configuration with the rows of one seed. All seeds of a configuration share their processes,
+because importing a framework takes most of the time. Without --python the subjects in this environment are
+run; each further environment adds the subjects that the earlier ones do not have.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TORCH = ("torch loop", "torch DDP", "torch FSDP2")
 
 
 def variants(subject: Subject) -> Iterator[Configuration]:
-    """The table's configurations that ask for nothing odd, in more precisions and model classes."""
+    """The table's configurations without documented choices, in more precisions and model classes."""
     for configuration in subject.configurations:
         if configuration.documented:
             continue
@@ -50,7 +50,7 @@ def variants(subject: Subject) -> Iterator[Configuration]:
 
 
 def run(subject: Subject, configuration: Configuration, python: Path, seeds: range) -> list[dict[str, Any]]:
-    """One finding a seed, as far as it is needed here."""
+    """One finding per seed, reduced to the fields that are needed here."""
     options = configuration.options
     built = {
         (name, seed): replace(
@@ -104,8 +104,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--python", action="append", default=[], help="another environment's python")
-    parser.add_argument("--only", default="", help="subjects whose name holds one of these, comma-separated")
+    parser.add_argument(
+        "--python", action="append", default=[], help="the Python of a further environment; may be repeated"
+    )
+    parser.add_argument(
+        "--only", default="", help="only subjects whose name contains one of these, comma-separated"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results/audit-clean/clean.json")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = read_json(given.out)["rows"] if given.out.is_file() else []

@@ -1,10 +1,9 @@
-"""Audit pinned releases from the package index, one command each, and write docs/findings.md from what was
-found.
+"""Audit pinned releases from the package index, one command each, and write the results to docs/findings.md.
 
     python benchmarks/audit_findings.py [--only TEXT] [--table-only]
 
-Results are kept as results/audit/NAME.json; a release that has one is not run again (delete the file to
-repeat it).
+Results are stored as results/audit/NAME.json. A release that has a result is not run again (delete the file
+to repeat it).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "trl-1.16.0": ("trl==1.16.0",),
     "trl-1.16.0+deepspeed-0.18.9": ("trl==1.16.0+deepspeed==0.18.9",),
 }
-# (in the subject's name or its versions, code, where it was reported or repaired)
+# (a part of the subject's name, code of the fault, where the fault was reported or repaired)
 UPSTREAM = (
     ("deepspeed", "kept", "https://github.com/deepspeedai/DeepSpeed/pull/7967"),
     ("transformers", "micro_mean", "https://github.com/huggingface/transformers/issues/34191"),
@@ -65,9 +64,10 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Findings",
         "",
-        "Made by `python benchmarks/audit_findings.py` from results/audit/. A weight says how much the tokens of a",
-        "micro-batch counted in one optimizer step, rank after rank; 1 is the mean over all trained tokens (audit.md says",
-        "how it is measured). The last column: does the logged loss differ from the true one by more than 2 %?",
+        "`python benchmarks/audit_findings.py` makes this page from results/audit/. A weight says how much the tokens of a",
+        "micro-batch counted in one optimizer step, rank by rank; 1 is the weight in the mean over all trained tokens",
+        '(audit.md says how it is measured). The last column says "shows it" if the logged loss differs from the true loss by',
+        'more than 2 %, and "looks right" if it does not.',
         "",
         "| subject | versions | configuration | verdict | what | weights | error | logged loss |",
         "|---|---|---|---|---|---|---|---|",
@@ -102,8 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="targets whose name holds this text")
-    parser.add_argument("--table-only", action="store_true", help="run nothing, only write the page again")
+    parser.add_argument("--only", default="", help="only targets whose name contains this text")
+    parser.add_argument(
+        "--table-only", action="store_true", help="only write the page again, without running audits"
+    )
     given = parser.parse_args()
     for name, words in TARGETS.items():
         if given.only in name and not given.table_only and not (FOLDER / f"{name}.json").exists():

@@ -1,14 +1,14 @@
-"""Speed and memory against TRL, transformers and vLLM: same machine, model, data and dtype, ratios of the
-same run.
+"""Compare speed and memory with TRL, transformers and vLLM, with the same machine, model, data and dtype.
 
     python benchmarks/bench.py [--only sft,rollout,rl,matmul] [--repetitions 3] [--threads 2] [--data
                                FILE.jsonl] [--dtype float32|bfloat16] [--model PATH] [--quick] [--out
                                results/bench/results.json] [--size rl_steps=1 ...]
 
 Every repetition is a fresh process, and repetitions are interleaved (ours, peer, ours, peer, ...), so that a
-slow minute of the machine hits all. Peers live in environments of their own under .bench/, made on first use.
-A peer that cannot be installed or fails is reported, never fatal. Progress goes to stderr, one table to
-stdout, raw figures with provenance to the JSON file; sections that were not run keep what it held.
+slow minute of the machine affects all of them; a ratio compares the same repetition. Each peer has a separate
+environment under .bench/, made on first use. A peer that cannot be installed, or that fails, is reported and
+does not end the benchmark. Progress goes to stderr, a table per section to stdout, and raw figures with
+provenance to the JSON file, which keeps its figures for sections that were not run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PEERS = Path(__file__).resolve().parent / "peers"
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is run; a size is the same for truestep and its peers."""
+    """Sizes of the workload, the same for truestep and its peers."""
 
     sft_steps: int = 4
     sequences_per_step: int = 16
@@ -76,14 +76,14 @@ QUICK = Sizes(
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """One process to be measured: a script of peers/, in an environment ("" is our own), with what it is
-    told."""
+    """One process to be measured: a script in peers/, its environment ("" is our own), and its
+    specification."""
 
     name: str
     script: str
     spec: Mapping[str, Any]
     environment: str = ""
-    once: bool = False  # in the first repetition only
+    once: bool = False  # only in the first repetition
 
 
 def say(text: str) -> None:
@@ -105,7 +105,7 @@ def sft_contestants(sizes: Sizes) -> list[Contestant]:
         "accumulation": sizes.sequences_per_step // 8,
         "compile": False,
     }
-    # A packed row of TRL holds 1024 tokens: three of them are about 16 sequences of 188.
+    # A packed row of TRL has 1024 tokens: three rows are about 16 sequences of 188 tokens.
     rows = max(1, round(sizes.sequences_per_step * 188 / 1024))
     packed = {**common, "packing": True, "batch_size": 1, "accumulation": rows}
     batch = f"8 x {common['accumulation']}, padded"
@@ -189,7 +189,7 @@ CONTESTANTS = {
 
 def workload_of(section: str, sizes: Sizes, model: str, data: str) -> dict[str, Any]:
     if section in ("sft", "matmul"):
-        steps = sizes.sft_steps + 3  # two for warm-up, one to spare: packing may fill its rows better
+        steps = sizes.sft_steps + 3  # two for warm-up and one spare: packing may fill its rows better
         return sft_workload(model, data, steps * sizes.sequences_per_step, SEED)
     if section == "rollout":
         return prompt_workload(model, data, sizes.rollout_prompts, sizes.rollout_prompts, SEED)
@@ -199,7 +199,7 @@ def workload_of(section: str, sizes: Sizes, model: str, data: str) -> dict[str, 
 
 
 def fitted(contestant: Contestant, workload: dict[str, Any]) -> Contestant:
-    """The contestant with a micro-batch that holds the longest sequence: truestep never splits one."""
+    """The contestant with micro-batches large enough for the longest sequence: truestep never splits one."""
     spec = dict(contestant.spec)
     if "tokens_per_microbatch" in spec:
         least = longest(workload, spec.get("max_new_tokens", 0))
@@ -260,12 +260,12 @@ def run_section(
 def run_contestant(
     contestant: Contestant, spec: Mapping[str, Any], folder: Path, timeout: int
 ) -> dict[str, Any]:
-    """One process, one line of figures. Raises NotAvailable with one line where there are none."""
+    """The figures of one process. Raises NotAvailable with one line if there are none."""
     python = interpreter(contestant.environment, say)
     path = folder / "specification.json"
     write_json(path, dict(spec))
     threads = str(spec["threads"])
-    # A peer runs as its users run it: without our packages, and without the wait policy that truestep sets.
+    # A peer runs as its users run it: without our packages and without truestep's wait policy for OpenMP.
     ours = contestant.script == "ours.py"
     hidden = {"PYTHONPATH"} if contestant.environment else set()
     hidden |= set() if ours else {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
@@ -302,7 +302,7 @@ def shown(figures: Mapping[str, Any]) -> str:
 
 
 def pick_dtype(wanted: str, threads: int) -> tuple[str, dict[str, float]]:
-    """bfloat16 only where the processor multiplies it faster than float32."""
+    """The dtype: bfloat16 only if the processor multiplies it faster than float32; and the measured rates."""
     set_threads(threads)
     rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     say("matmul: " + ", ".join(f"{name} {rate / 1e9:.1f} GFLOP/s" for name, rate in rates.items()))
@@ -310,7 +310,7 @@ def pick_dtype(wanted: str, threads: int) -> tuple[str, dict[str, float]]:
 
 
 def quick_model(tokenizer_folder: str) -> str:
-    """A random two-layer model under the real tokenizer, for trying everything out."""
+    """A random two-layer model with the real tokenizer, to try everything out."""
     target = FOLDER / "models" / "quick"
     if not (target / "config.json").is_file():
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -335,43 +335,49 @@ def quick_model(tokenizer_folder: str) -> str:
 
 
 def default_data() -> str:
-    """TRUESTEP_DATA: a file, or a folder with gsm8k/train.jsonl."""
+    """The file that TRUESTEP_DATA names: a file, or a folder with gsm8k/train.jsonl; "" without one."""
     place = Path(os.environ.get("TRUESTEP_DATA", ""))
     file = place if place.is_file() else place / "gsm8k" / "train.jsonl"
     return str(file) if os.environ.get("TRUESTEP_DATA") and file.is_file() else ""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed and memory of truestep against its peers.")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated (default: all)")
-    parser.add_argument("--repetitions", type=int, default=0, help="default 3; 1 with --quick")
+    parser = argparse.ArgumentParser(description="Compare the speed and memory of truestep with its peers.")
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help="sections to run, comma-separated (default: all)"
+    )
+    parser.add_argument("--repetitions", type=int, default=0, help="default: 3, or 1 with --quick")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--data", default=default_data(), help="JSONL with problem and solution (default: made up)"
+        "--data",
+        default=default_data(),
+        help="a JSONL file with problem and solution (default: made-up data)",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="", help="default: the faster one here"
+        "--dtype", choices=("float32", "bfloat16"), default="", help="default: the faster one on this machine"
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny random model and few steps: tries everything out"
+        "--quick", action="store_true", help="try everything out, with a tiny random model and few steps"
     )
     parser.add_argument(
-        "--out", default="", help="default results/bench/results.json; .bench/quick.json with --quick"
+        "--out", default="", help="default: results/bench/results.json, or .bench/quick.json with --quick"
     )
     parser.add_argument(
-        "--size", action="append", default=[], help="NAME=NUMBER of class Sizes; may be repeated"
+        "--size", action="append", default=[], help="NAME=NUMBER, a field of the class Sizes; may be repeated"
     )
     options = parser.parse_args(arguments)
     options.sections = [s.strip() for s in options.only.split(",") if s.strip()]
     unknown = [s for s in options.sections if s not in SECTIONS]
     if unknown:
-        parser.error(f"--only {unknown[0]}: write {', '.join(SECTIONS)}")
+        parser.error(f"--only {unknown[0]} is unknown; pass {', '.join(SECTIONS)}")
     known = {f.name for f in fields(Sizes)} - {"matmul_seconds"}
     for text in options.size:
         name, _, value = text.partition("=")
         if name not in known or not value.isdigit() or int(value) < 1:
-            parser.error(f"--size {text}: write NAME=NUMBER with one of {', '.join(sorted(known))}")
+            parser.error(
+                f"--size {text} is not valid; pass NAME=NUMBER, with NAME one of {', '.join(sorted(known))}"
+            )
     options.size = {name: int(value) for name, _, value in (text.partition("=") for text in options.size)}
     options.repetitions = options.repetitions or (1 if options.quick else 3)
     options.out = Path(

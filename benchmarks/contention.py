@@ -1,13 +1,14 @@
-"""Seconds of the demo's steps beside other work, of this source tree and of another one, in pairs.
+"""Time the demo's steps under load and idle, in this source tree and in another one, in pairs of runs.
 
     python benchmarks/contention.py --base OTHER_CHECKOUT [--only rl_beside_torch,sft_beside_busy,rl_idle,sft_idle]
                                     [--pairs 5] [--rl-steps 3] [--sft-steps 20] [--out FILE.json]
 
-A pair is one short run of each tree, one right after the other, in alternating order, with the same Python and
-packages and with the same load running; its ratio is the base's median step over this tree's. The load is four
-processes: torch with two threads each ("torch"), or a loop that does nothing ("busy"). OpenMP's variables are
-removed from the environment of all processes. RL starts from a model that the base's SFT stage has made. Prints
-each ratio (geometric mean of the pairs, smallest and largest pair) beside its bar; exits 1 if a bar is missed.
+A pair is one short run of each tree, one directly after the other, in alternating order, with the same
+Python, packages and load. Its ratio is the median step time of the base divided by that of this tree. The
+load is four processes: torch with two threads each ("torch"), or a loop that does nothing ("busy"). OpenMP's
+variables are removed from the environment of all processes. RL starts from a model that the base's SFT stage
+has made. Prints each ratio (geometric mean of the pairs, smallest and largest pair) with the smallest ratio
+that is required; exits with 1 if a ratio is too small.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NUM_LOADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A stage of the demo beside a load. ``bar``: the least ratio of the base's seconds to this tree's."""
+    """A stage of the demo and a load. ``bar`` is the smallest ratio of the base's seconds to this tree's."""
 
     stage: str
     load: str
@@ -58,7 +59,7 @@ def say(text: str) -> None:
 
 
 def environment(tree: Path | None) -> dict[str, str]:
-    """The caller's variables without OpenMP's, and the source tree that is to be imported."""
+    """The caller's variables without OpenMP's, and with the source tree that is to be imported."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
     kept.pop("PYTHONPATH", None)
     return kept | ({"PYTHONPATH": str(tree / "src")} if tree else {}) | {"HF_HUB_OFFLINE": "1"}
@@ -66,7 +67,7 @@ def environment(tree: Path | None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def beside(load: str) -> Iterator[None]:
-    """Four processes of that load, for as long as the block lasts."""
+    """Run four processes of that load until the block ends."""
     code = LOADS[load]
     command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, env=environment(None)) for _ in range(NUM_LOADS if code else 0)]
@@ -79,7 +80,7 @@ def beside(load: str) -> Iterator[None]:
 
 
 def train(tree: Path, stage: str, steps: int, out: Path, model: str = "tiny") -> Path:
-    """One stage of the demo with that tree's code and recipe; its folder. Nothing is evaluated."""
+    """Train one stage of the demo with that tree's code and recipe, without evaluation; its folder."""
     settings = (f"stages.{stage}.steps={steps}", f"model.path={model}", "evaluate.data=[]")
     words = [word for item in settings for word in ("--set", item)]
     command = [sys.executable, "-m", "truestep", stage, str(tree / "recipes/demo.toml"), "--out", str(out)]
@@ -92,7 +93,7 @@ def train(tree: Path, stage: str, steps: int, out: Path, model: str = "tiny") ->
 
 
 def step_seconds(tree: Path, stage: str, steps: int, model: str) -> float:
-    """The median step, without the first, which loads and allocates."""
+    """The median time of a step, without the first step, which loads and allocates."""
     with tempfile.TemporaryDirectory(prefix="contention-") as folder:
         made = train(tree, stage, steps + 1, Path(folder) / "run", model)
         rows = [json.loads(line) for line in (made / "timings.jsonl").read_text().splitlines()]
@@ -112,7 +113,7 @@ def measure(name: str, options: argparse.Namespace, sft_model: str) -> dict[str,
                 seconds[who] = step_seconds(tree, case.stage, steps, model)
         pairs.append(seconds)
         say(
-            f"{name}  {number + 1}/{options.pairs}: base {seconds['base']:.3f} s, this {seconds['this']:.3f} s a step"
+            f"{name}  {number + 1}/{options.pairs}: base {seconds['base']:.3f} s, this tree {seconds['this']:.3f} s per step"
         )
     return {"pairs": pairs, "bar": case.bar, **summary([p["base"] / p["this"] for p in pairs])}
 
@@ -124,27 +125,33 @@ def summary(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The demo's steps beside other work, in two source trees.")
-    parser.add_argument("--base", type=Path, required=True, help="another checkout of this repository")
-    parser.add_argument("--only", default=",".join(CASES), help="cases, comma-separated (default: all)")
+    parser = argparse.ArgumentParser(
+        description="Time the demo's steps under load and idle, in two source trees."
+    )
+    parser.add_argument("--base", type=Path, required=True, help="a different checkout of this repository")
+    parser.add_argument(
+        "--only", default=",".join(CASES), help="cases to run, comma-separated (default: all)"
+    )
     parser.add_argument("--pairs", type=int, default=5, help="pairs of runs for each case (default: 5)")
-    parser.add_argument("--rl-steps", type=int, default=3, help="measured RL steps of a run (default: 3)")
-    parser.add_argument("--sft-steps", type=int, default=20, help="measured SFT steps of a run (default: 20)")
-    parser.add_argument("--warm-up", type=int, default=150, help="SFT steps of the model that RL starts from")
+    parser.add_argument("--rl-steps", type=int, default=3, help="measured RL steps per run (default: 3)")
+    parser.add_argument("--sft-steps", type=int, default=20, help="measured SFT steps per run (default: 20)")
+    parser.add_argument(
+        "--warm-up", type=int, default=150, help="SFT steps for the model that RL starts from"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args(arguments)
     options.base = options.base.absolute()
     options.only = [name for name in options.only.split(",") if name]
     if unknown := [name for name in options.only if name not in CASES]:
-        parser.error(f"--only {unknown[0]} is unknown: pass {', '.join(CASES)}")
+        parser.error(f"--only {unknown[0]} is unknown; pass {', '.join(CASES)}")
     if not (options.base / "src/truestep").is_dir():
-        parser.error(f"--base {options.base} is not a checkout of truestep")
+        parser.error(f"--base {options.base} is not a checkout of truestep; pass the root of one")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the load is ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the load is stopped
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="contention-model-") as folder:
         model = ""
@@ -156,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, row in found.items():
         verdict = "reached" if row["ratio"] >= row["bar"] else "MISSED"
         print(f"{name:<16} {row['ratio']:.2f} times as fast as the base [{row['lowest']:.2f}, {row['highest']:.2f}] "
-              f"in {len(row['pairs'])} pairs; bar {row['bar']:.2f}: {verdict}")  # fmt: skip
+              f"in {len(row['pairs'])} pairs; required {row['bar']:.2f}: {verdict}")  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["ratio"] >= row["bar"] for row in found.values()) else 1

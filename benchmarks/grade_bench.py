@@ -1,12 +1,12 @@
-"""Throughput of the grader and of math-verify on the same pairs, the same number of processes, interleaved.
+"""Compare the throughput of the grader and of math-verify on the same pairs, with interleaved runs.
 
     python benchmarks/grade_bench.py PAIRS.jsonl --processes 2 --rounds 3
 
-math-verify runs as its documentation shows (parse, verify, its own time limits) in a process pool. Each
-measurement is made with new processes, and the two take turns at coming first. Prints JSON: wall-clock
-seconds, and seconds of processor time, which other work on the machine changes little; once with processes
-that have been started and have imported their libraries ("pairs"), that start apart ("start"), and once from
-nothing ("cold"); all pairs, and those alone that need algebra ("slow_path").
+Both use the same number of processes. math-verify runs as its documentation shows (parse, verify, its own
+time limits) in a process pool. Each measurement uses new processes, and the two take turns at going first.
+Prints JSON with wall-clock seconds and with seconds of processor time, which other work on the machine hardly
+changes. "pairs" is measured in processes that have started and have imported their libraries, "start" is that
+start, and "cold" is both together. "all" has all pairs, and "slow_path" only the pairs that need algebra.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def theirs(pair: tuple[str, str]) -> bool:
 
 
 def work(children: Iterable[int]) -> float:
-    """Processor seconds so far: this process, its living children and theirs, and those that have ended."""
+    """Processor seconds so far of this process, its ended children, and the given living children."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + ended.ru_utime + ended.ru_stime + sum(map(seconds_of, children))
 
 
 def seconds_of(pid: int) -> float:
-    """Processor seconds of a process and of those of its children that have ended."""
+    """Processor seconds of a process and of its ended children."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 class Clock:
-    """Wall and processor seconds between two laps."""
+    """Wall-clock and processor seconds between two laps."""
 
     def __init__(self, children: Callable[[], Iterable[int]]) -> None:
         self._children, self._last = children, (time.perf_counter(), work(()))
@@ -67,7 +67,7 @@ class Clock:
 
 
 def measure_theirs(pairs: list[Pair], processes: int, warm: bool) -> list[tuple[float, float]]:
-    """The laps of one run: of the start, where the processes are warmed up first, and of the pairs."""
+    """The laps of one run: the start, if the processes are warmed up first, and the pairs."""
     laps = []
     with ProcessPoolExecutor(processes) as pool:
         clock = Clock(lambda: list(pool._processes or ()))
@@ -99,8 +99,8 @@ def needs_algebra(pair: Pair) -> bool:
 
 
 def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:
-    """Seconds and ratios of one list of pairs: of the start, of the pairs after it, and of both from
-    nothing."""
+    """Seconds and ratios for one list of pairs: of the start, of the pairs after it, and of both in a cold
+    run."""
     ours: list[dict[str, tuple[float, float]]] = []
     other: list[dict[str, tuple[float, float]]] = []
     for number in range(rounds):
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--sample", type=int, default=0, help="so many pairs, drawn with seed 0 [default: all]"
+        "--sample", type=int, default=0, help="number of pairs, drawn with seed 0 (default: all)"
     )
     options = parser.parse_args()
     pairs = [pair for pair in read_pairs(options.pairs) if pair.kind != "choice"]

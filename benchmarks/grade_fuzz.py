@@ -1,11 +1,11 @@
-"""Fuzz the grader: no crash, bounded time, the same verdict after edits that change no meaning.
+"""Fuzz the grader: it must not crash or be slow, and edits that keep the meaning must keep the verdict.
 
     python benchmarks/grade_fuzz.py --engine hypothesis --cases 100000
-    python benchmarks/grade_fuzz.py --engine atheris --cases 100000      # where atheris is installed
+    python benchmarks/grade_fuzz.py --engine atheris --cases 100000      # if atheris is installed
 
-Answers are made of tokens that answers are made of. What is fuzzed is all that runs in the caller's process:
-reading, normalisation, comparison, policies. Algebra runs in children whose death is an outcome, and has its
-own tests.
+The answers are random sequences of tokens that occur in answers. Everything that runs in the caller's process
+is fuzzed: reading, normalization, comparison, policies. Algebra is not: it runs in child processes, whose
+death is a valid outcome, and has separate tests.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ EDITS: tuple[tuple[str, Callable[[str], str]], ...] = (
 def verdict(gold: str, answer: str) -> bool | None:
     truth, found = gold_answer(gold), extract_answer("\\boxed{" + answer + "}").answer
     if not truth:
-        return None  # which is never graded
+        return None  # an empty gold answer is never graded
     decision = decide(truth, found)
     if decision.equal is not None or decision.refused or not found:
         return decision.equal
@@ -70,7 +70,7 @@ def verdict(gold: str, answer: str) -> bool | None:
 
 
 def examine(gold: str, answer: str) -> None:
-    """Raises where the grader would crash, is slow, contradicts itself or changes its mind."""
+    """Raises if the grader crashes, is slow, contradicts itself, or changes its verdict after an edit."""
     begin = time.process_time()
     for text in (answer, "\\boxed{" + answer + "}", "The answer is " + answer):
         found = extract_answer(text)
@@ -82,27 +82,27 @@ def examine(gold: str, answer: str) -> None:
             for part in questions(gold_answer(gold), found.answer):
                 same = same_formula(symbolic_form(part[0]), symbolic_form(part[1]))
                 assert same_formula(symbolic_form(part[1]), symbolic_form(part[0])) is same, (
-                    f"one way only: {part!r}"
+                    f"not symmetric: {part!r}"
                 )
     found = extract_answer("\\boxed{" + answer + "}")
     if found.answer:
-        assert decide(found.answer, found.answer).equal, f"not itself: {found.answer!r}"
+        assert decide(found.answer, found.answer).equal, f"not equal to itself: {found.answer!r}"
     assert time.process_time() - begin < LIMIT, f"slow: {gold!r} {answer!r}"
     if (
         answer.count("{") != answer.count("}")
         or "$" in answer
         or "boxed" in answer
         or "fbox" in answer
-        or "think>" in answer  # which cuts the box in two
-        or re.search(r"\\[\u200b-\u202e]*$", answer)  # what comes behind would be escaped
+        or "think>" in answer  # the mark would cut the box in two
+        or re.search(r"\\[\u200b-\u202e]*$", answer)  # the text after it would be escaped
     ):
-        return  # an edit may then change what the box holds
+        return  # an edit may then change the content of the box
     before, edited = verdict(gold, answer), answer
     for _, edit in EDITS:
         edited = edit(edited)
     if verdict(gold, edited) is before:
         return
-    for name, edit in EDITS:  # which one was it?
+    for name, edit in EDITS:  # find the edit that did it
         after = verdict(gold, edit(answer))
         assert before is after, f"{name} turns {before} into {after}: gold {gold!r}, answer {answer!r}"
     raise AssertionError(f"all edits together change {before}: gold {gold!r}, answer {answer!r}")
@@ -112,7 +112,7 @@ CHUNK = 2_000
 
 
 def with_hypothesis(cases: int, seed: int) -> None:
-    """In chunks with seeds of their own, so that a run that is stopped has still said how far it came."""
+    """Runs in chunks, each with its own seed, so that a stopped run has still shown its progress."""
     begin, done = time.monotonic(), 0
     while done < cases:
         done += one_chunk(min(CHUNK, cases - done), seed + done)

@@ -1,15 +1,14 @@
-"""Kill a run at random moments, resume it, kill it again: the end must be that of the run that was never
-killed.
+"""Kill a run at random moments and resume it, repeatedly; it must end like a run that was never killed.
 
     python benchmarks/kill.py --kills 100 [--stage sft|rl|both] [--seed 0] [--keep FOLDER]
 
-One tiny SFT→RL run goes through untouched. Then runs in fresh folders get SIGKILL at random moments and are
-resumed with ``--resume`` until they are done, until so many kills have been given. Every finished run must
-have the same bytes: exported model, optimizer state, metrics of each stage, evaluation samples. Prints where
-the kills landed, and one JSON line; exits 1 where anything differs.
+One tiny SFT→RL run is not interrupted. Then runs in new folders get SIGKILL at random moments and are resumed
+with ``--resume`` until they finish; new runs are started until the given number of kills is reached. Every
+finished run must have the same bytes: exported model, optimizer state, metrics of each stage, evaluation
+samples. Prints when the kills happened, and one JSON line; exits with 1 if anything differs.
 
-Start-up (importing torch and transformers) takes longer than such a run trains, so four of five kills are
-drawn from the time after training has begun, the fifth from the time before.
+Start-up (importing torch and transformers) takes longer than the training of such a tiny run, so four of five
+kills are drawn from the time after training has begun, and the fifth from the time before.
 """
 
 from __future__ import annotations
@@ -70,13 +69,13 @@ sampling = { temperature = 0.6, max_new_tokens = 24 }
 """
 STEPS = {"sft": 200, "rl": 20}
 FOLDERS = {"sft": "01-sft", "rl": "02-rl"}
-PATIENCE = 600.0  # seconds until a launch that neither trains nor ends counts as hung
+PATIENCE = 600.0  # seconds after which a launch that neither trains nor ends counts as hung
 SHARE_BEFORE_TRAINING = 0.2
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """What has happened so far."""
+    """Counts of what has happened so far."""
 
     kills: int = 0
     runs: int = 0
@@ -98,7 +97,7 @@ def log_of(folder: Path) -> Path:
 
 
 def training_began(folder: Path) -> bool:
-    """Whether the current launch has reached a stage: it says so on stderr."""
+    """Whether the current launch has reached a stage, which it prints on stderr."""
     return bool(re.search(rb"^(sft|rl) \((sft|rl)\): ", log_of(folder).read_bytes(), re.MULTILINE))
 
 
@@ -112,7 +111,7 @@ def wait_for_training(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def place(folder: Path) -> tuple[str, str, int]:
-    """(what was going on, stage, steps logged) when the process died, read from what it left."""
+    """What the process was doing when it died, the stage, and the logged steps, from the files that it left."""
     said = re.findall(r"^(evaluate|sft \(|rl \()", log_of(folder).read_text(errors="replace"), re.MULTILINE)
     if not said:
         return "start-up", "", 0
@@ -132,8 +131,8 @@ def place(folder: Path) -> tuple[str, str, int]:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of all that must not depend on the kills; leftovers of killed writers are named, and must not be
-    there."""
+    """Hashes of all files that must not depend on the kills. Temporary files of killed writers are also listed,
+    so that they count as differences."""
     names = [*folder.glob("stages/*/metrics.jsonl"), *folder.glob("stages/*/rollouts.jsonl")]
     names += [
         *folder.glob("stages/*/export/model.safetensors"),
@@ -156,8 +155,8 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
 def killed_run(
     recipe: Path, folder: Path, tally: Tally, budget: int, times: tuple[float, float], draw: random.Random
 ) -> None:
-    """One run from the beginning to its end, with up to ``budget`` kills; ``times``: the longest waits before
-    and in training."""
+    """Do one run from beginning to end, with up to ``budget`` kills. ``times`` are the longest waits before and
+    during training."""
     before, after = times
     given = 0
     while True:
@@ -176,7 +175,7 @@ def killed_run(
             process.send_signal(signal.SIGKILL)
             code = process.wait()
         if code != -signal.SIGKILL:
-            finish(process, folder)  # it was done before its time had come
+            finish(process, folder)  # it finished before the kill
             return
         given += 1
         tally.kills += 1
@@ -191,7 +190,7 @@ def killed_run(
 
 
 def begin(folder: Path, reference: Path, stage: str) -> None:
-    """For ``--stage rl`` a run starts with its SFT stage done: what is killed is RL."""
+    """With ``--stage rl``, a run starts with a finished SFT stage, so that only RL is killed."""
     if stage == "rl":
         folder.mkdir()
         shutil.copy(reference / "resolved.toml", folder)
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stage", choices=["sft", "rl", "both"], default="both")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="work in this folder, and leave it")
+    parser.add_argument("--keep", type=Path, help="work in this folder, and keep it")
     given = parser.parse_args()
     work = given.keep or Path(tempfile.mkdtemp(prefix="truestep-kill-"))
     work.mkdir(parents=True, exist_ok=True)
@@ -227,13 +226,13 @@ def main() -> None:
         for x in p.read_text().splitlines()
     ]
     learned = sum(row["rl/grad_norm"] > 0 for row in rows)
-    print(f"uninterrupted: {until_training:.1f} s until training, {training:.1f} s of it, {len(expected)} hashes, "
+    print(f"uninterrupted: {until_training:.1f} s until training, {training:.1f} s of training, {len(expected)} hashes, "
           f"{learned} of {len(rows)} RL steps with a gradient", file=sys.stderr)  # fmt: skip
     while tally.kills < given.kills:
         folder = work / f"run-{tally.runs:03d}"
         begin(folder, reference, given.stage)
-        # A third of the training time as the longest wait: a few kills a run, and each launch still gets
-        # ahead.
+        # The longest wait is a third of the training time: a few kills per run, and each launch still makes
+        # progress.
         killed_run(recipe, folder, tally, given.kills - tally.kills, (until_training, training / 3), draw)
         tally.runs += 1
         got = fingerprint(folder)

@@ -1,11 +1,11 @@
-"""Kill an evaluation at random moments, resume it: the files must be those of one that was never killed.
+"""Kill an evaluation at random moments and resume it; it must end like one that was never killed.
 
     python benchmarks/kill_evaluate.py [--kills 20] [--seed 0]
 
-The built-in model on made-up sums, 48 problems x 4 samples. SIGKILL comes at a random moment after sampling
-has begun, until so many have been given; then the evaluation ends in peace. Prints one JSON line: kills,
-runs, samples that were recorded when a kill came, and whether samples and results have the same bytes; exits
-1 where they differ.
+The built-in model is evaluated on generated sums, 48 problems x 4 samples. SIGKILL is sent at a random moment
+after sampling has begun, until the given number of kills has been sent; then the evaluation may finish.
+Prints one JSON line with the kills, the runs, the number of samples recorded at each kill, and the number of
+runs whose samples or results differ; exits with 1 if any differ.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def recorded(out: Path) -> int:
 
 
 def run_and_kill(recipe: Path, out: Path, rng: random.Random, span: float) -> int | None:
-    """Samples recorded at the kill, or None where the evaluation was faster."""
+    """The number of samples recorded at the kill, or None if the evaluation finished first."""
     before = recorded(out)
     process = subprocess.Popen(command(recipe, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while recorded(out) <= before and process.poll() is None:

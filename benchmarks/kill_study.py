@@ -1,12 +1,13 @@
-"""A study that is killed, or run by another engine, must end with the same bytes as one that was left alone.
+"""Kill a study, or run it with a different engine; it must end with the same bytes as an uninterrupted one.
 
     python benchmarks/kill_study.py --kills 3 [--seed 0] [--work FOLDER]
     python benchmarks/kill_study.py --kills 0 --engine ray [--python PYTHON] [--work FOLDER]
 
-A micro study (tests/study/micro.py; with --small a part of it) goes through untouched, in FOLDER/reference.
-Then it is run again, gets SIGKILL at random moments (alone, or with all its children, by the toss of a coin),
-is started again each time, and runs to its end. results.json, the tables and every compact cell without its
-times must be equal, byte for byte. Prints one JSON line; exits 1 where anything differs.
+A micro study (tests/study/micro.py; with --small a part of it) runs without interruption in FOLDER/reference.
+Then it is run again and gets SIGKILL at random moments (a coin flip decides whether its child processes are
+killed too), is restarted each time, and finally runs to its end. results.json, the tables, and every compact
+cell without its times must be the same, byte for byte. Prints one JSON line; exits with 1 if anything
+differs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from truestep.rundir import read_json, to_toml
 
 
 def small(text: str) -> str:
-    """One seed, four arms, no trials: five child processes instead of some thirty."""
+    """The study with one seed, four arms and no trials: five child processes instead of about thirty."""
     raw = tomllib.loads(text)
     raw |= {"seeds": [1], "secondary": [["sft-rl", "coin"]]}
     raw.pop("tuning")
@@ -88,7 +89,7 @@ def main() -> None:
         process = launch(given.python, study, other, given.engine)
         try:
             process.wait(timeout=draw.uniform(5, max(10.0, 0.8 * took)))
-            break  # it was done before its time had come
+            break  # it finished before the kill
         except subprocess.TimeoutExpired:
             alone = draw.random() < 0.5
             done = len(list(other.glob("cells/*/cell.json")))

@@ -1,15 +1,15 @@
-"""The same prompts through lm-evaluation-harness and through truestep: equal tokens, equal answers?
+"""Check that lm-evaluation-harness and truestep give the same tokens and answers for the same prompts.
 
     python benchmarks/lm_eval_agreement.py LM_EVAL_PYTHON DATA [--limit 20] [--benchmarks
         mawps,svamp,arc_challenge] [--prompt completion] [--few-shot 4] [--model FOLDER] [--label NAME] [--out
         results/lm-eval-agreement.json]
 
-Greedy, float32, batch 1. LM_EVAL_PYTHON is the Python of an environment with lm_eval 0.4.13 and torch, DATA a
-folder with the benchmarks. lm-eval gets our rendered prompts as a task of its own (with our stops), so that
-only generation, cutting and extraction differ; both texts go through our extraction, and both token sequences
-are compared up to the cut. Prints every difference and one JSON line; exits 1 below 99 %. ``--out`` is
-written after each benchmark and keeps what it holds of others (``--label`` tells two runs of one benchmark
-apart).
+Sampling is greedy, in float32, with batch size 1. LM_EVAL_PYTHON is the Python of an environment with lm_eval
+0.4.13 and torch; DATA is a folder with the benchmarks. lm-eval gets our rendered prompts as a separate task
+(with our stops), so that only generation, cutting and extraction differ. Both texts go through our
+extraction, and both token sequences are compared up to the cut. Prints every difference and one JSON line;
+exits with 1 if less than 99 % agree. ``--out`` is written after each benchmark and keeps the entries of other
+benchmarks (``--label`` distinguishes two runs of the same benchmark).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
 
 def theirs(python: str, model: str, job: Job, prompts: list[str], folder: Path) -> list[str]:
-    """What lm-eval's hf backend writes for each prompt."""
+    """The output of lm-eval's hf backend for each prompt."""
     name, file = f"agreement_{job.benchmark.id}", folder / f"{job.benchmark.id}.jsonl"
     rows = [{"prompt": text, "answer": p.answer} for text, p in zip(prompts, job.problems, strict=True)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,10 +96,10 @@ def ours(job: Job, asked: Any, tokenizer: Any, engine: TorchEngine) -> list[str]
 
 
 def as_text(tokenizer: Any, ids: tuple[int, ...]) -> str:
-    """The text that a tokenizer makes these ids of again: what lm-eval is given."""
+    """The text that lm-eval is given: the tokenizer must turn it into exactly these ids again."""
     text = str(tokenizer.decode(ids))
     if tokenizer(text)["input_ids"] != list(ids):
-        raise SystemExit(f"these tokens have no text of their own: {text!r}")
+        raise SystemExit(f"no text gives exactly these tokens: {text!r}")
     return text
 
 

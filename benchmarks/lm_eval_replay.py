@@ -1,13 +1,13 @@
-"""Recorded answers of other models through lm-evaluation-harness and through truestep: the same score?
+"""Check that lm-evaluation-harness and truestep give the same score to recorded answers of other models.
 
     python benchmarks/lm_eval_replay.py LM_EVAL_PYTHON PAIRS.jsonl [--out FILE] [--show]
 
-PAIRS holds rows with gold, pred (a whole answer), kind (response or choice), verdict (1 or 0: the label) and
-origin. Each goes through lm-eval's own task, with a model that writes down what was recorded: gsm8k
-(strict-match, flexible-extract) where the gold answer comes from GSM8K, mmlu_pro where it is a letter,
-minerva_math (exact_match, math_verify) elsewhere. LM_EVAL_PYTHON is the Python of an environment with
-lm_eval[math] 0.4.13. Prints JSON: for each task and metric how often it and truestep agree, who has the label
-on his side where they do not, and the ids.
+PAIRS contains rows with gold, pred (a whole answer), kind (response or choice), verdict (the label, 1 or 0)
+and origin. Each row goes through one of lm-eval's own tasks, with a model that outputs the recorded answer:
+gsm8k (strict-match, flexible-extract) if the gold answer comes from GSM8K, mmlu_pro if it is a letter, and
+minerva_math (exact_match, math_verify) otherwise. LM_EVAL_PYTHON is the Python of an environment with
+lm_eval[math] 0.4.13. Prints, for each task and metric, a JSON line that says how often lm-eval and truestep
+agree, and which of them the label supports if they do not; ``--out`` also gets the ids.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def task_of(row: dict[str, Any]) -> str:
 
 
 def theirs(python: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By id: what each metric of the row's task scored, and what it extracted where the task says so."""
+    """By id, for each metric of the row's task: its score, and the answer that it extracted."""
     with tempfile.TemporaryDirectory() as folder:
         given = [{key: row[key] for key in ("id", "gold", "pred")} | {"task": task_of(row)} for row in rows]
         (Path(folder) / "rows.json").write_text(json.dumps(given))
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("python")
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", action="store_true", help="what each side extracted where they differ")
+    parser.add_argument("--show", action="store_true", help="print what each side extracted if they differ")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.pairs.read_text().splitlines()]
     rows = [row for row in rows if row["kind"] == "response" or "model_outputs" in row["origin"]]

@@ -1,4 +1,4 @@
-"""The part of lm_eval_replay.py that runs inside lm-eval's environment: FOLDER/rows.json to
+"""The part of lm_eval_replay.py that runs in lm-eval's environment: it reads FOLDER/rows.json and writes
 FOLDER/found.json."""
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Recorded(LM):
 
 
 def document(row: dict[str, Any]) -> dict[str, Any]:
-    """A row in the fields that its task reads."""
+    """The row as a document, with the fields that its task reads."""
     gold = row["gold"]
     by_task = {
         "gsm8k": {"question": row["id"], "answer": f"#### {gold}"},

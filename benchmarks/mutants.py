@@ -1,8 +1,9 @@
-"""One-place changes of Python source: what ``benchmarks/mutate.py`` draws from.
+"""Changes of Python source in one place, from which ``benchmarks/mutate.py`` draws.
 
-An operator, a constant, a name of one of a few functions, a condition, a returned value, a keyword argument or a whole
-statement becomes another. Left out: annotations, imports, docstrings, prose, the text of errors, decorators, and
-keyword arguments that only guard against wrong calls (``strict``, ``encoding``).
+A change replaces an operator, a constant, a function name (one of a few), a condition, a returned value, a
+keyword argument or a whole statement. Annotations, imports, docstrings, prose, the text of errors,
+decorators, and keyword arguments that only guard against wrong calls (``strict``, ``encoding``) are not
+changed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SYMBOLS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One change: the bytes ``start … end`` of a file become ``now``. ``reach`` are the lines that run if it runs."""
+    """One change: the bytes ``start … end`` of a file become ``now``. ``reach``: the lines that run with it."""
 
     file: str
     line: int
@@ -48,7 +49,7 @@ class Mutant:
 
 
 class Sites(ast.NodeVisitor):
-    """All mutants of one file, in ``found``."""
+    """Collects all mutants of one file in ``found``."""
 
     def __init__(self, file: str, source: bytes) -> None:
         self.file, self.source = file, source
@@ -82,7 +83,7 @@ class Sites(ast.NodeVisitor):
         )
 
     def between(self, kind: Any, left: Any, right: Any) -> None:
-        """Swap the operator that stands between two operands."""
+        """Add a mutant that swaps the operator between two operands."""
         symbol = SYMBOLS.get(type(kind), "")
         first, last = self.span(left)[1], self.span(right)[0]
         match = re.search(re.escape(symbol).replace(r"\ ", r"\s+"), self.source[first:last].decode())
@@ -102,7 +103,7 @@ class Sites(ast.NodeVisitor):
         mutate = getattr(self, f"on_{type(node).__name__}", None)
         if mutate:
             mutate(node)
-        if isinstance(node, ast.FunctionDef):  # a default matters when the body runs
+        if isinstance(node, ast.FunctionDef):  # a default value matters when the body runs
             self.reach = (node.body[0].lineno, node.end_lineno or node.lineno)
         for field, value in ast.iter_fields(node):
             if field not in ("annotation", "returns", "decorator_list"):

@@ -1,11 +1,12 @@
-"""Random one-place changes of the code that decides numbers: how many does no test see?
+"""Change the code that computes numbers at random places, and count the changes that no test detects.
 
     python benchmarks/mutate.py [--mutants 200] [--minutes 300] [--jobs 2] [--list] [--only TEXT]
 
-The mutants are drawn once from all that the operators give, with the last commit that touched tests/ as the seed.
-Each is applied in a copy of the tree and judged by the test files that reach its line, one pytest process for each
-mutant, which stops at the first failure. Results are lines of runs/mutate/SEED.jsonl: Ctrl-C and start again goes
-on. Exits 1 if more than 8 % survive. benchmarks/mutate_equivalent.json lists mutants that change nothing, by hand.
+The mutants are drawn once from all that the operators can make, with the last commit that touched tests/ as
+the seed. Each is applied in a copy of the tree and tested with the test files that run its line, in one
+pytest process per mutant, which stops at the first failure. Results are lines in runs/mutate/SEED.jsonl;
+after Ctrl-C, the same command continues. Exits with 1 if more than 8 % survive.
+benchmarks/mutate_equivalent.json is a list, made by hand, of mutants that change nothing.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "src/truestep"
 TARGETS = ("train", "objective", "rollout", "evaluate", "grade/policy.py", "audit/measure")
 EQUIVALENT = ROOT / "benchmarks/mutate_equivalent.json"
-NOT_JUDGES = ("tests/architecture/",)  # they read the source's text, not what it does
-FIRST = "tests/golden/test_golden.py"  # sees most changes of a number at once
+NOT_JUDGES = ("tests/architecture/",)  # they check the text of the source, not what it does
+FIRST = "tests/golden/test_golden.py"  # detects most changes of a number at once
 LARGEST_SHARE = 0.08
 RUNNING: set[subprocess.Popen[str]] = set()
 STOPPED = threading.Event()
 
 
 def draw(seed: str, count: int) -> tuple[list[Mutant], int]:
-    """``count`` different mutants of the targets, and how many there are to draw from."""
+    """``count`` different mutants of the targets, and the number of mutants to draw from."""
     paths = [ROOT / PACKAGE / target for target in TARGETS]
     sources = {str(p.relative_to(ROOT)): p.read_bytes()
                for t in paths for p in (sorted(t.rglob("*.py")) if t.is_dir() else [t])}  # fmt: skip
@@ -57,7 +58,7 @@ def draw(seed: str, count: int) -> tuple[list[Mutant], int]:
 
 
 def copied(folder: Path) -> Path:
-    """The tracked files of the tree as they are now, in a new folder."""
+    """Copies the tracked files of the tree, as they are now, to a new folder."""
     for name in subprocess.check_output(["git", "-C", str(ROOT), "ls-files", "-z"], text=True).split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def end(child: subprocess.Popen[str]) -> None:
 
 
 def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = "") -> tuple[int | None, str]:
-    """The exit code (None: out of time) and the output of the fast tests of these files; no child outlives it."""
+    """Runs these files' fast tests: exit code (None: out of time) and output. No child process survives."""
     how = ["-m", "coverage", "run", f"--rcfile={trace}"] if trace else []
     words = [
         sys.executable,
@@ -97,7 +98,7 @@ def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = ""
             'ulimit -v 33554432; exec "$@"',
             "sh",
             *words,
-        ]  # KiB: a mutant may allocate without end
+        ]  # KiB, because a mutant may allocate without end
         child = subprocess.Popen(limited, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
                                  start_new_session=True)  # fmt: skip
         RUNNING.add(child)
@@ -112,7 +113,7 @@ def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = ""
 
 
 def reach_of(folder: Path, test: str) -> dict[str, Any]:
-    """The lines that a test file runs, in its own process and its children, and the time that it takes."""
+    """The lines that a test file runs, in its own process and in child processes, and its time."""
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "rc"
         config.write_text(f"[run]\nparallel = true\ndata_file = {scratch}/data\nsource = {folder / PACKAGE}\n"
@@ -132,7 +133,7 @@ def reach_of(folder: Path, test: str) -> dict[str, Any]:
 
 
 def judges(mutant: Mutant, reach: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The test files that run the mutant's lines: the golden runs first, then the quick ones."""
+    """The test files that run the mutant's lines: the golden runs first, then the others, fastest first."""
     first, last = mutant.reach
     found = [
         r for r in reach if r["passes"] and any(first <= n <= last for n in r["lines"].get(mutant.file, ()))
@@ -173,7 +174,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Results, one line each, from several threads; the copies that the threads work in."""
+    """Writes results of several threads, one line each, and has the copies that the threads work in."""
 
     def __init__(self, path: Path, jobs: int, folder: Path) -> None:
         self.path, self.lock = path, threading.Lock()
@@ -205,13 +206,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mutants", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=300, help="begin no further mutant after that")
+    parser.add_argument("--minutes", type=float, default=300, help="do not start a mutant after this time")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", default="", help="of the drawn mutants, those whose name holds this text")
+    parser.add_argument("--only", default="", help="only drawn mutants whose name contains this text")
     parser.add_argument(
-        "--tests", default="", help="to try it out: a pattern of the test files that may judge"
+        "--tests", default="", help="use only test files that match this pattern (to try it out)"
     )
-    parser.add_argument("--list", action="store_true", help="print the drawn mutants and run nothing")
+    parser.add_argument("--list", action="store_true", help="only print the drawn mutants")
     given = parser.parse_args()
     seed = subprocess.check_output(
         ["git", "-C", str(ROOT), "log", "-1", "--format=%H", "--", "tests"], text=True
@@ -237,7 +238,9 @@ def main() -> int:
             list(pool.map(lambda test: logs.work(lambda copy: reach_of(copy, test), stop), tests))
             reach = rows_of(reach_path)
             if len(reach) < len(known) + len(tests):
-                print("out of time before it is known which tests reach a line: the same command goes on")
+                print(
+                    "out of time while finding the tests that run each line; run the same command to continue"
+                )
                 return 1
             logs.path = path
             known = {row["name"] for row in rows_of(path)}
@@ -247,7 +250,7 @@ def main() -> int:
             STOPPED.set()
             for child in list(RUNNING):
                 end(child)
-            print("stopped: what is judged is kept; the same command goes on")
+            print("stopped; finished mutants are kept; run the same command to continue")
             return 130
     return summary(
         [row for row in rows_of(path) if row["name"] in {m.name for m in drawn}], reach, len(drawn)
@@ -255,7 +258,7 @@ def main() -> int:
 
 
 def summary(rows: list[dict[str, Any]], reach: list[dict[str, Any]], wanted: int) -> int:
-    """Print the share that survives with its 95 % interval (Clopper-Pearson), and every survivor."""
+    """Prints the surviving share with its 95 % interval (Clopper-Pearson), and every survivor."""
     same = {(e["file"], e["was"], e["now"]): e["reason"] for e in json.loads(EQUIVALENT.read_text())}
     counted = [row for row in rows if (row["file"], changed_lines(row)[0], changed_lines(row)[1]) not in same]
     survivors = [row for row in counted if row["outcome"] == "survived"]
@@ -263,20 +266,20 @@ def summary(rows: list[dict[str, Any]], reach: list[dict[str, Any]], wanted: int
     for row in survivors:
         was, now = changed_lines(row)
         print(
-            f"\n{row['file']}:{row['line']} ({row['operator']}; {row['tests']} test files reach it)\n- {was}\n+ {now}"
+            f"\n{row['file']}:{row['line']} ({row['operator']}; {row['tests']} test files run it)\n- {was}\n+ {now}"
         )
     failing = [r["test"] for r in reach if not r["passes"]]
     if failing:
-        print(f"\nnot used, because they fail without a mutant: {', '.join(failing)}")
+        print(f"\ntest files not used, because they fail without a mutant: {', '.join(failing)}")
     low = beta_quantile(0.025, bad, num - bad + 1) if bad else 0.0
     high = beta_quantile(0.975, bad + 1, num - bad) if bad < num else 1.0
-    print(f"\n{len(rows)} of {wanted} mutants judged, {len(rows) - num} of them equivalent; {bad} of {num} survive: "
+    print(f"\n{len(rows)} of {wanted} mutants tested, {len(rows) - num} of them equivalent; {bad} of {num} survive: "
           f"{bad / max(1, num):.1%} (95 % interval {low:.1%} to {high:.1%})")  # fmt: skip
     return int(bad > LARGEST_SHARE * num)
 
 
 def changed_lines(row: dict[str, Any]) -> tuple[str, str]:
-    """The line of the change before and after it, without its indentation."""
+    """The changed line, before and after the change, without its indentation."""
     source = (ROOT / row["file"]).read_bytes()
     first = source.rfind(b"\n", 0, row["start"]) + 1
     tail = source.find(b"\n", row["end"])

@@ -1,9 +1,9 @@
-"""Write the documents that are made by a program: from results/ the README's picture, its audit output and its table of
-stacks, and docs/metrics.md from the table of metrics.
+"""Write the generated documents: the README's picture, audit output and table of stacks from results/, and
+docs/metrics.md from the table of metrics.
 
     python benchmarks/readme_figures.py [--check]
 
-``--check`` writes nothing and exits with 1 if a file is out of date.
+With ``--check``, no file is written, and the exit code is 1 if a file is out of date.
 Held by: tests/architecture/test_generated.py
 """
 
@@ -35,8 +35,8 @@ OFFLOAD = {"stage": 2, "offload": True, "processes": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """One row. ``subjects``: which findings it is about, by subject and the settings that a configuration must have;
-    ``package``: the one whose releases the row compares."""
+    """One row of the table. ``subjects`` and ``having`` (settings of the configuration) select its findings;
+    ``package`` is the package whose releases the row compares."""
 
     name: str
     package: str
@@ -106,7 +106,7 @@ def _weights(finding: Finding) -> str:
 
 
 def audit_output(finding: Finding) -> str:
-    """What ``truestep audit deepspeed==0.18.9`` prints about one finding, 72 columns wide."""
+    """The output of ``truestep audit deepspeed==0.18.9`` for one finding, 72 columns wide."""
     shown = {**finding, "remedy": "", "reproducer": ""}  # the results were made with --remedy and --reproduce
     file = io.StringIO()
     Console(file=file, width=72, highlight=False).print(findings_table([shown], width=72))
@@ -130,7 +130,7 @@ STYLE = """
 
 
 def picture(bad: Finding, right: Finding) -> str:
-    """The recovered weights of two releases beside each other."""
+    """The recovered weights of two releases, side by side."""
     title = (
         f"Weights of the four micro-batches of one optimizer step: {_weights(bad)} in DeepSpeed "
         f"{bad['versions']['deepspeed']}, {_weights(right)} in {right['versions']['deepspeed']}"
@@ -179,10 +179,10 @@ def _panel(finding: Finding, left: int) -> list[str]:
 
 METRICS_HEAD = """# Metrics
 
-A stage writes one line a step to `metrics.jsonl`, with the keys `STAGE/KEY`. This page is made from the table in
-`src/truestep/train/metrics.py` (`python benchmarks/readme_figures.py`); a key that is not in the table is an error.
-"Within an update" says how values are combined over micro-batches and ranks, "across updates" how the updates of one
-step are combined.
+A stage writes one line per step to `metrics.jsonl`, with the keys `STAGE/KEY`. `python benchmarks/readme_figures.py`
+makes this page from the table in `src/truestep/train/metrics.py`; a key that is not in the table is an error.
+"Within an update" says how values are combined over micro-batches and ranks. "Across updates" says how the values of
+the updates of one step are combined.
 
 """
 
@@ -193,7 +193,7 @@ def marked(text: str, name: str, content: str) -> str:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise ValueError(f"README.md has no part {name!r}; write {begin} and {end} around it")
+        raise ValueError(f"README.md has no part {name!r}; put {begin} and {end} around it")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
@@ -216,7 +216,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if a file is out of date"
+        "--check", action="store_true", help="do not write; exit with 1 if a file is out of date"
     )
     check = parser.parse_args().check
     old = [p for p, text in files().items() if not p.exists() or p.read_text(encoding="utf-8") != text]

@@ -1,12 +1,11 @@
-"""Make the data folder of recipes/smollm2-gsm8k.toml from local copies of the public sets.
+"""Make the data folder for recipes/smollm2-gsm8k.toml from local copies of the public data sets.
 
     python benchmarks/smollm_data.py SOURCE [TARGET=data]
 
-SOURCE holds gsm8k/train.jsonl (problem, answer, solution) and benchmarks/{mawps,asdiv,svamp,gsm8k}.jsonl
-(problem, answer). Writes gsm8k-demonstrations.jsonl and, for each word-problem set,
-NAME-{train,dev,test}.jsonl. ASDiv and MAWPS share problems, and MAWPS repeats its own: a text that has been
-seen in any set is dropped, and the split is decided by the text alone, so that no problem can stand on two
-sides.
+SOURCE contains gsm8k/train.jsonl (problem, answer, solution) and benchmarks/{mawps,asdiv,svamp,gsm8k}.jsonl
+(problem, answer). Writes gsm8k-demonstrations.jsonl, gsm8k-test.jsonl and, for each word-problem set,
+NAME-{train,dev,test}.jsonl. ASDiv and MAWPS share problems, and MAWPS has duplicates. Therefore a text that
+has been seen in any set is dropped, and only the text decides the split, so that no problem is in two splits.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def split_of(text: str) -> str:
 def main() -> None:
     if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "gsm8k" / "train.jsonl").is_file():
         raise SystemExit(
-            "error: write python benchmarks/smollm_data.py SOURCE [TARGET]; SOURCE has gsm8k/train.jsonl"
+            "error: no SOURCE with gsm8k/train.jsonl; run python benchmarks/smollm_data.py SOURCE [TARGET]"
         )
     source, target = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "data")
     demonstrations = [

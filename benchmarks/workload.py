@@ -1,4 +1,4 @@
-"""The data that all contestants share: rows to imitate, and prompts to sample from, as token ids."""
+"""The data that all contestants share, as token ids: rows for SFT, and prompts to sample from."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from truestep.records import Message, Problem
 from truestep.settings import ChatSettings, DataSettings, ModelSettings
 from truestep.train.source import window
 
-# One token each for most tokenizers, so that a length in words is a length in tokens.
+# Most tokenizers make one token of each word, so that a length in words is a length in tokens.
 WORDS = """
 the a of to and in is for on with as by at from or an be this that it are was has have had will can more than one two
 three four five six seven eight nine ten time day week year man woman child home school work water food money price
 cost buy sell give take make find left right many much how what when where each other total number
 """
-# GSM8K through SmolLM2's chat template: prompt and solution tokens (mean, standard deviation), and their
+# GSM8K with SmolLM2's chat template: tokens of prompt and solution (mean, standard deviation), and their
 # correlation.
 LENGTHS = ((95.0, 22.0), (93.0, 42.0), 0.49)
-SMALLEST = 20  # tokens of a solution; a prompt is at least its template
+SMALLEST = 20  # smallest number of tokens of a solution, and of a prompt without its template
 
 
 def load_rows(data: str, count: int, seed: int) -> list[Problem]:
-    """``count`` problems with solutions: a seeded choice from a file, or made up with the same lengths."""
+    """``count`` problems with solutions: a seeded choice from a file, or generated with similar lengths."""
     if not data:
         return _made_up(count, seed)
     found = load_problems(
@@ -56,14 +56,14 @@ def _made_up(count: int, seed: int) -> list[Problem]:
 
 
 def sft_workload(model: str, data: str, count: int, seed: int) -> dict[str, Any]:
-    """Demonstrations: token ids, and how many of them are context."""
+    """Demonstrations as token ids, with the number of ids that are context."""
     tokenizer = load_tokenizer(ModelSettings(path=model))
     made = [encode_demonstration(tokenizer, p, ChatSettings()) for p in load_rows(data, count, seed)]
     return {"rows": [{"ids": list(d.token_ids), "num_prompt": d.num_prompt_tokens} for d in made]}
 
 
 def prompt_workload(model: str, data: str, count: int, per_step: int, seed: int) -> dict[str, Any]:
-    """Different prompts, in their own order and in that in which truestep's steps take them."""
+    """Different prompts, in the order of the data and in the order in which truestep's steps use them."""
     tokenizer = load_tokenizer(ModelSettings(path=model))
     problems = load_rows(data, count, seed)
     prompts = [
@@ -78,7 +78,7 @@ def prompt_workload(model: str, data: str, count: int, per_step: int, seed: int)
 
 
 def longest(workload: dict[str, Any], max_new_tokens: int) -> int:
-    """Tokens of the longest sequence that a training step can get: a row, or a prompt with its completion."""
+    """Length in tokens of the longest possible sequence of a step: a row, or a prompt with its completion."""
     return max(
         [len(row["ids"]) for row in workload.get("rows", ())]
         + [len(prompt["ids"]) + max_new_tokens for prompt in workload.get("prompts", ())]
@@ -86,7 +86,7 @@ def longest(workload: dict[str, Any], max_new_tokens: int) -> int:
 
 
 def describe(workload: dict[str, Any]) -> str:
-    """The lengths, in one line."""
+    """The number of sequences and their lengths, in one line."""
     key = "rows" if "rows" in workload else "prompts"
     lengths = np.array([len(row["ids"]) for row in workload[key]])
     return f"{len(lengths)} {key}, {lengths.mean():.0f} ± {lengths.std():.0f} tokens ({lengths.min()} to {lengths.max()})"

@@ -1,15 +1,15 @@
-"""Golden runs: what every step of a handful of tiny runs did, by the bytes and by the values.
+"""Golden runs: record the bytes and the values of every step of some tiny runs, and compare them later.
 
-    python tests/golden/golden.py record [--src SRC]       write or extend golden.json; a clean tree only
-    python tests/golden/golden.py compare [--src SRC]      the tree against golden.json
-    python tests/golden/golden.py compare-demo BASE HEAD   two trees' shortened demo, bit for bit
+    python tests/golden/golden.py record [--src SRC]       write or extend golden.json; needs a clean tree
+    python tests/golden/golden.py compare [--src SRC]      compare the tree with golden.json
+    python tests/golden/golden.py compare-demo BASE HEAD   compare a shortened demo of two trees, bit for bit
 
-SRC is a ``src`` folder of any commit. The runs go through the command line and are read from the files that it
-leaves, so that what is compared does not depend on how the package is built inside.
+SRC is the ``src`` folder of any commit. The runs are started by the command line, and their results are read
+from the files that it writes, so that the comparison does not depend on how the package is built inside.
 
-For every step: the SHA-256 of the parameters' bytes, the norm of the parameters, and every metric, on one thread.
-Bytes are the same only on one kind of machine: they are kept by instruction set and torch version. On a machine
-without an entry only the values are compared.
+For every step, on one thread, it compares the SHA-256 of the parameters' bytes, the norm of the parameters,
+and every metric. Bytes are the same only on one kind of machine, so they are stored by instruction set and
+torch version. On a machine without an entry only the values are compared.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ HERE = Path(__file__).resolve()
 RECORDED = HERE.with_name("golden.json")
 SRC = HERE.parents[2] / "src"
 DEMO = HERE.parents[2] / "recipes/demo.toml"
-# Relative. RoPE's sines are float32: without x86 vector kernels their last digit differs (measured: to 6e-6).
+# Relative. RoPE's sines are float32: without x86 vector kernels their last digit differs (measured: up to 6e-6).
 TOLERANCE, TOLERANCE_ELSEWHERE = 1e-6, 1e-4
 VECTOR_KERNELS = ("AVX2", "AVX512")
-FLOOR = 1e-9  # absolute: differences of float64 log-probabilities that are zero but for rounding
+FLOOR = 1e-9  # absolute: differences of float64 log-probabilities that are zero except for rounding
 
-# A metric that was renamed: recorded key → key now.
+# Renamed metrics: recorded key → current key.
 RENAMED: dict[str, str] = {}
-# Values that were wrong when they were recorded: "RUN/KEY" (RUN may be *) → why. They are not compared.
+# Values that were recorded wrongly and are not compared: "RUN/KEY" (RUN may be *) → the reason.
 MOVED: dict[str, str] = {
     f"{run}/clip_ratio/{side}": why
     for run, why in (
@@ -52,7 +52,7 @@ MOVED: dict[str, str] = {
     for side in ("low", "high")
 }
 
-# float64, so that no sampled token and no value at 1e-6 hangs on a rounding; two runs in the other dtypes.
+# float64, so that rounding does not decide a sampled token or a value at 1e-6; two runs use the other dtypes.
 HEAD = """
 name = "golden"
 [model]
@@ -99,14 +99,14 @@ sampling = {{ max_new_tokens = 4, max_running = 6 }}
 def _run(
     method: str, options: str = "", *, stage: str = RL, dtype: str = "float64", **given: Any
 ) -> tuple[str, str]:
-    # A great eps: with the default AdamW turns the last digit of a small gradient into a whole step.
+    # A large eps: with the default, AdamW turns the last digit of a small gradient into a whole step.
     values = {"steps": 3, "updates": 2, "lr": 5e-3, "eps": 1e-3 if dtype == "float64" else 1e-8, **given}
-    # The default of an RL stage has changed its name since the record: it is not named here.
+    # The default method of an RL stage has been renamed since the recording, so it is not named here.
     named = f'method = "{method}"' if method else ""
     return stage.format(method=named, options="{" + options + "}", **values), dtype
 
 
-# "start" comes first: the others begin at the model that it leaves, which solves some of the problems.
+# "start" comes first: the other runs start from the model that it exports, which solves some of the problems.
 RUNS: dict[str, tuple[str, str]] = {
     "start": _run("sft", stage=SFT, steps=14, lr=2e-2),
     "sft": _run("dft", stage=SFT),
@@ -127,7 +127,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "controller": _run("super_rl", "learned_weights = true, sigma_rate = 0.1"),
     "rejection": _run("", stage=REJECTION),
 }
-# In these dtypes a sum in another order changes the values: on another machine they say nothing.
+# In these dtypes a different order of a sum changes the values, so they cannot be compared across machines.
 COARSE = ("sft-float32", "rl-bfloat16")
 
 
@@ -135,7 +135,7 @@ COARSE = ("sft-float32", "rl-bfloat16")
 
 
 def run_tree(src: Path, folder: Path, runs: Iterable[str] = RUNS) -> dict[str, list[dict[str, Any]]]:
-    """The steps of the named runs of the tree in ``src``; all in one child process."""
+    """Runs the named runs of the tree in ``src``, all in one child process; their steps."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"id": f"q{i}", "problem": f"{i}+{i * 7 % 4}", "answer": str(i * 7 % 2), "checker": "exact",
@@ -153,7 +153,7 @@ def run_tree(src: Path, folder: Path, runs: Iterable[str] = RUNS) -> dict[str, l
 
 
 def run_commands(src: Path, folder: Path, commands: Sequence[Sequence[str]]) -> None:
-    """``truestep`` with each list of words in turn, in one process of the tree in ``src``, on one thread."""
+    """Runs ``truestep`` with each list of words, in one process of the tree in ``src``, on one thread."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     path = os.pathsep.join([str(src.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **threads, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
@@ -173,7 +173,7 @@ def _child(src: str, commands: Sequence[Sequence[str]]) -> None:
         raise SystemExit(f"truestep was imported from {truestep.__file__}, not from {src}")
     with contextlib.suppress(
         ImportError, AttributeError
-    ):  # drawing a page takes longer than the run, and is no number
+    ):  # drawing a page takes longer than the run, and gives no number
         from truestep.report import html
 
         html.write_report = lambda run: run
@@ -189,11 +189,11 @@ def _child(src: str, commands: Sequence[Sequence[str]]) -> None:
 
 def require_one_thread(count: int, command: str) -> None:
     if count != 1:
-        raise SystemExit(f"truestep {command}: ran on {count} threads: set compute.threads = 1")
+        raise SystemExit(f"truestep {command}: ran on {count} threads; set compute.threads = 1")
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
-    """What every step of a run's stages left, in order; the last entry of a stage is its exported model."""
+    """The results of every step of a run's stages, in order; a stage's last entry is its exported model."""
     found = []
     for stage in sorted((run / "stages").iterdir()):
         for line in (stage / "metrics.jsonl").read_text().splitlines():
@@ -208,7 +208,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 
 def _parameters(path: Path) -> dict[str, Any]:
-    """SHA-256 of the tensors of a safetensors file, whatever their order in it, and their norm."""
+    """The SHA-256 of the tensors in a safetensors file, independent of their order there, and their norm."""
     import safetensors.torch
     import torch
 
@@ -222,7 +222,7 @@ def _parameters(path: Path) -> dict[str, Any]:
 
 
 def instruction_set() -> str:
-    """What the bytes depend on: kernels are chosen by vendor and widest instructions, and change with torch."""
+    """What the bytes depend on: kernels differ with vendor, widest instructions and release of torch."""
     import torch
 
     try:
@@ -252,7 +252,7 @@ def instruction_set() -> str:
 def differences(
     recorded: Mapping[str, Any], now: Mapping[str, Any], hashes: bool, tolerance: float = TOLERANCE
 ) -> list[str]:
-    """One line for each thing that is not as recorded. Values are compared even if the bytes are the same."""
+    """One line for each difference from the record. Values are compared even if the bytes are the same."""
     found = []
     for run, steps in recorded.items():
         if run not in now:
@@ -269,14 +269,14 @@ def _step_differences(
     run: str, old: Mapping[str, Any], new: Mapping[str, Any], hashes: bool, tolerance: float
 ) -> list[str]:
     where = old["at"]
-    found = [f"{where}: other bytes"] if hashes and old["sha256"] != new["sha256"] else []
+    found = [f"{where}: different bytes"] if hashes and old["sha256"] != new["sha256"] else []
     values = {"parameter norm": old["norm"], **{RENAMED.get(k, k): v for k, v in old["values"].items()}}
     current = {"parameter norm": new["norm"], **new["values"]}
     for key, value in values.items():
         if f"{run}/{key}" in MOVED or f"*/{key}" in MOVED:
             continue
         if key not in current:
-            found.append(f"{where}: {key} is missing (a renamed metric belongs into RENAMED)")
+            found.append(f"{where}: {key} is missing (add a renamed metric to RENAMED)")
         elif not math.isclose(value, current[key], rel_tol=tolerance, abs_tol=FLOOR if tolerance else 0.0):
             found.append(f"{where}: {key} is {current[key]!r}, was {value!r}")
     return found
@@ -290,17 +290,17 @@ def _git(src: Path, *words: str) -> str:
 
 
 def require_clean(src: Path) -> None:
-    """Raises SystemExit if anything but the record is not committed: the commit would not say what ran."""
+    """Raises SystemExit if anything except the record is uncommitted: no commit would name the code."""
     changed = _git(src, "status", "--porcelain").splitlines()
     changed = [line for line in changed if not line.endswith(f"golden/{RECORDED.name}")]
     if changed:
         raise SystemExit(
-            f"{src}: {changed[0].strip()} is not committed ({len(changed)} changes): commit first"
+            f"{src}: {changed[0].strip()} is not committed ({len(changed)} changes); commit first"
         )
 
 
 def record(src: Path) -> None:
-    """Write what the tree does; the same commit and runs only get a further instruction set."""
+    """Record the tree's runs. If commit and runs are the recorded ones, only this instruction set is added."""
     require_clean(src)
     with tempfile.TemporaryDirectory() as folder:
         now = run_tree(src, Path(folder))
@@ -322,7 +322,7 @@ def record(src: Path) -> None:
         }
     old["sha256"][instruction_set()] = hashes
     RECORDED.write_text(json.dumps(old, indent=1) + "\n")
-    print(f"wrote {RECORDED}: {commit[:7]}, {sum(map(len, now.values()))} entries of {len(now)} runs")
+    print(f"wrote {RECORDED}: {commit[:7]}, {sum(map(len, now.values()))} entries in {len(now)} runs")
 
 
 def read_record() -> tuple[dict[str, Any], bool, float]:
@@ -340,7 +340,7 @@ def read_record() -> tuple[dict[str, Any], bool, float]:
 
 
 def compare_demo(base: Path, head: Path, sets: Sequence[str]) -> list[str]:
-    """Both trees run the demo recipe with the same few steps on one thread; what differs, bit for bit."""
+    """The differences, bit for bit, if both trees run the demo recipe with the same few steps on one thread."""
     recipe, found = DEMO.read_text(), {}
     overrides = [word for item in ("compute.threads=1", *sets) for word in ("--set", item)]
     for name, src in (("base", base), ("head", head)):
@@ -356,7 +356,7 @@ def compare_demo(base: Path, head: Path, sets: Sequence[str]) -> list[str]:
     return differences(found["base"], found["head"], True, tolerance=0.0)
 
 
-# Sums of one digit, so that a few steps of SFT leave something for RL to work on.
+# Sums of one-digit numbers, so that after a few steps of SFT there is something left for RL to learn.
 SHORT = (
     "data.demonstrations.options={ digits = 1 }", "data.demonstrations.limit=40",
     "data.problems.options={ digits = 1 }", "data.problems.skip=0", "data.problems.limit=40",
@@ -378,7 +378,7 @@ def main() -> None:
     demo.add_argument("base", type=Path, help="a src folder")
     demo.add_argument("head", type=Path, help="a src folder")
     demo.add_argument(
-        "--set", action="append", dest="sets", default=[], help="a further override of the recipe"
+        "--set", action="append", dest="sets", default=[], help="an additional override of the recipe"
     )
     child = commands.add_parser("child")
     child.add_argument("src")
@@ -395,7 +395,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = differences(recorded, run_tree(given.src, Path(folder)), hashes, tolerance)
         print(
-            "bytes and values" if hashes else f"values only: no hashes are recorded for {instruction_set()}"
+            "bytes and values" if hashes else f"values only; no hashes are recorded for {instruction_set()}"
         )
     else:
         found = compare_demo(given.base, given.head, [*SHORT, *given.sets])
