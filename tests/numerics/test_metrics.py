@@ -38,7 +38,7 @@ from truestep.records import (
     judged,
 )
 from truestep.rollout.engine_torch import TorchEngine
-from truestep.train import metrics, sequences, step, update
+from truestep.train import metrics, sequences, update
 from truestep.train.memory import first_memory
 from truestep.train.metrics import METRICS, Meter, checked, metric
 from truestep.train.optim import MasterOptimizer
@@ -245,7 +245,7 @@ def of_groups() -> dict[str, float]:
     for members in GROUPS:
         rollouts, scores = zip(*members, strict=True)
         group = Group(prompt=prompt, rollouts=rollouts, scores=scores)
-        sequences.measure_groups(meter, [sequences.gated(group, method, 1.0)])
+        metrics.of_groups(meter, [sequences.gated(group, method, 1.0)])
     return meter.reduce(Ranks())
 
 
@@ -322,16 +322,14 @@ Patch = pytest.MonkeyPatch
 
 
 def sides_exchanged(patch: Patch) -> None:
-    original = step._count_clipped
-
-    def mutant(meter: Meter, coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
-        original(meter, coefficient, selected, replace(batch, advantage=-batch.advantage))
-
-    patch.setattr(step, "_count_clipped", mutant)
+    original = metrics.of_clipping
+    patch.setattr(
+        metrics, "of_clipping", lambda meter, c, advantage, mask: original(meter, c, -advantage, mask)
+    )
 
 
 def all_instead_of_any(patch: Patch) -> None:
-    patch.setattr(sequences, "any", all, raising=False)
+    patch.setattr(metrics, "any", all, raising=False)
 
 
 def combined(key: str, **changed: str) -> Callable[[Patch], None]:

@@ -42,7 +42,7 @@ from truestep.train.memory import (
     seen_of,
     with_waiting,
 )
-from truestep.train.metrics import Meter
+from truestep.train.metrics import Meter, of_groups
 from truestep.train.parallel import Ranks
 from truestep.train.sequences import group_ledger
 from truestep.train.source import RolloutSource
@@ -176,7 +176,7 @@ def test_failed_samples_after_a_prefix_are_unscored() -> None:
     assert group.scores[-1].verdict is Verdict.UNSCORED
     assert len(sequences_of([group], build("prefix_rft", {}))) == 3
     meter = Meter()
-    sequences.measure_groups(meter, [sequences.gated(group, build("prefix_rft", {}), 1.0)])
+    of_groups(meter, [sequences.gated(group, build("prefix_rft", {}), 1.0)])
     assert meter.reduce(Ranks())["unscored"] == 1 / 4  # it is an own sample that failed
 
 

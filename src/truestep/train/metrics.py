@@ -1,7 +1,8 @@
 """Every metric of a training stage: what it is called, how it is reduced, and what it means.
 
 A key is written to ``metrics.jsonl`` as ``STAGE/KEY``. docs/metrics.md and the panels of the report page are
-made from this table; a key that is not in it is an error. No torch here: the report reads it too.
+made from this table; a key that is not in it is an error. What is measured of rollouts and of tokens is worked
+out at the end of this file. torch is not imported here, because the report reads the table too.
 Held by: tests/numerics/test_metrics.py (a group of a few tokens, worked out on paper)
 """
 
@@ -12,8 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from truestep.records import Origin, Stop, Verdict
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from truestep.objective.coefficients import Context
     from truestep.train.parallel import Ranks
+    from truestep.train.sequences import GatedGroup
 
 
 @dataclass(frozen=True)
@@ -183,3 +190,75 @@ def markdown() -> str:
         cells = (f"`{m.key}`", m.unit or "–", m.within, m.across, meaning, m.elsewhere or "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+# Reported in every step with samples.
+OF_GROUPS = (
+    "reward", "reward_std", "reward_failures", "solved", "mixed_groups", "solved_groups", "unscored",
+    "completions/mean_length", "completions/truncated",
+)  # fmt: skip
+
+
+def of_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
+    """Means over samples of the policy alone. An unscored one counts in its own rate only, in no mean."""
+    for group, view in [(g.group, g.view) for g in groups]:
+        meter.add("mixed_groups", not view.is_degenerate)
+        meter.add("solved_groups", any(view.own_solved))
+        for rollout, score, solved in zip(group.rollouts, group.scores, view.solved, strict=True):
+            if rollout.member is Origin.EXPERT:
+                meter.add("demonstrations/correct", score.verdict is Verdict.CORRECT)
+            if rollout.member is not Origin.POLICY:
+                continue
+            meter.add("unscored", score.reward is None)
+            meter.add("completions/mean_length", len(rollout.completion_ids))
+            meter.add("completions/truncated", rollout.stop is Stop.LENGTH)
+            if score.reward is not None:
+                meter.add("reward", score.reward)
+                meter.add("reward_std", score.reward)
+            if solved is not None:
+                meter.add("solved", solved)
+            meter.add("reward_failures", score.failed)
+            for name, value in score.parts.items():
+                meter.add(f"reward/{name}", value)
+
+
+def of_tokens(meter: Meter, context: Context) -> None:
+    """The metrics of a micro-batch's trained tokens. The expert's tokens are measured separately."""
+    batch, origin = context.batch, context.batch.origin
+    expert, sampled = origin == int(Origin.EXPERT), origin == int(Origin.POLICY)
+    for prefix, mask in (("", ~expert), ("expert/", expert)):
+        count = float(mask.sum())
+        meter.add(f"{prefix}entropy", float(context.entropy[mask].sum()), count)
+        meter.add(f"{prefix}nll", -float(context.policy_logprobs[mask].sum()), count)
+    meter.add("expert/share", float(expert.sum()), float(batch.num_targets))
+    if count := float(sampled.sum()):
+        log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
+        meter.add("approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()), count)
+        if batch.behavior_logprobs is not None:
+            # The policy that sampled is the proximal one: the gap of engine and trainer.
+            gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
+            meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
+            meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
+            meter.add("sampling/kl", float((gap.exp() - 1 - gap).sum()), count)
+
+
+def of_clipping(meter: Meter, coefficient: Tensor, advantage: Tensor, sampled: Tensor) -> None:
+    """``sampled``: tokens of a clipped surrogate; those with an advantage and yet no gradient are clipped."""
+    count, clipped = float(sampled.sum()), (coefficient == 0) & sampled
+    meter.add("clip_ratio/low", float((clipped & (advantage < 0)).sum()), count)
+    meter.add("clip_ratio/high", float((clipped & (advantage > 0)).sum()), count)
+
+
+def of_correction(meter: Meter, weight: Tensor, sampled: Tensor) -> None:
+    """``weight``: the correction of each token for the difference of engine and trainer."""
+    meter.add("correction/dropped", float(((weight == 0) & sampled).sum()), float(sampled.sum()))
+
+
+def with_expert(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an update: those of the expert's tokens have their own keys only beside sampled tokens."""
+    found = {key: value for key, value in metrics.items() if not key.startswith("expert/")}
+    expert = {key: value for key, value in metrics.items() if key.startswith("expert/")}
+    share = expert.get("expert/share", 0.0)
+    if share == 1:  # no token was sampled, all are the expert's
+        return found | {k.removeprefix("expert/"): v for k, v in expert.items() if k != "expert/share"}
+    return found | expert if share > 0 else found

@@ -11,9 +11,8 @@ from truestep.objective.advantage import GroupView
 from truestep.objective.gate import GateDecision
 from truestep.objective.methods import Method
 from truestep.objective.methods.row import Overlong
-from truestep.records import Group, Origin, Prompt, Rollout, Score, Stop, TrainSequence, Verdict
+from truestep.records import Group, Origin, Prompt, Rollout, Score, TrainSequence
 from truestep.rollout.sample import Decode, num_sampled_tokens
-from truestep.train.metrics import Meter
 
 NUM_SHOWN = 4  # rollouts kept for the report, each step
 
@@ -83,29 +82,6 @@ def demonstration_sequence(
         num_prefix_tokens=num,
         group=group,
     )
-
-
-def measure_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
-    """Means over samples of the policy alone. An unscored one counts in its own rate only, in no mean."""
-    for group, view in [(g.group, g.view) for g in groups]:
-        meter.add("mixed_groups", not view.is_degenerate)
-        meter.add("solved_groups", any(view.own_solved))
-        for rollout, score, solved in zip(group.rollouts, group.scores, view.solved, strict=True):
-            if rollout.member is Origin.EXPERT:
-                meter.add("demonstrations/correct", score.verdict is Verdict.CORRECT)
-            if rollout.member is not Origin.POLICY:
-                continue
-            meter.add("unscored", score.reward is None)
-            meter.add("completions/mean_length", len(rollout.completion_ids))
-            meter.add("completions/truncated", rollout.stop is Stop.LENGTH)
-            if score.reward is not None:
-                meter.add("reward", score.reward)
-                meter.add("reward_std", score.reward)
-            if solved is not None:
-                meter.add("solved", solved)
-            meter.add("reward_failures", score.failed)
-            for name, value in score.parts.items():
-                meter.add(f"reward/{name}", value)
 
 
 def sample_rows(

@@ -18,16 +18,12 @@ from truestep.records import Demonstration, Origin, Prompt, Rollout, Stop, Train
 from truestep.rollout.sample import Sampler
 from truestep.train import sequences as seq
 from truestep.train.memory import Memory, choose_replays, decide, remember, seen_of, with_waiting
-from truestep.train.metrics import Meter
+from truestep.train.metrics import OF_GROUPS, Meter, of_groups
 from truestep.train.parallel import Ranks
 from truestep.train.scoring import Scorer
 from truestep.train.sequences import GatedGroup, demonstration_sequence
 
 Item = TypeVar("Item")
-ALWAYS = (
-    "reward", "reward_std", "reward_failures", "solved", "mixed_groups", "solved_groups", "unscored",
-    "completions/mean_length", "completions/truncated",
-)  # fmt: skip
 STREAM_GROUP = 1 << 30  # groups of demonstrations beside the sampled ones are numbered from here
 
 
@@ -124,8 +120,8 @@ class RolloutSource:
             seq.sequences_of(part, self.method, limit) + self._stream(step * self.updates_per_step + update)
             for update, part in enumerate(cut_groups)
         ]
-        meter = Meter(*ALWAYS)
-        seq.measure_groups(meter, everything)
+        meter = Meter(*OF_GROUPS)
+        of_groups(meter, everything)
         metrics = meter.reduce(self.ranks)
         parts = [key for key in metrics if key.startswith("reward/")]
         if len(parts) == 1:  # it is the reward itself

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from truestep.device import return_free_memory
 from truestep.objective.coefficients import Context
-from truestep.objective.methods.row import EXPERT, POLICY, Term
+from truestep.objective.methods.row import POLICY, Term
 from truestep.objective.normalise import local_total, normalise
 from truestep.records import BatchTotals, RecordError, StepReport, TokenBatch
+from truestep.train import metrics
 from truestep.train.metrics import Meter
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
 from truestep.train.packing import dummy_batch
@@ -153,11 +154,12 @@ def microbatch_loss(
         if term.coefficient is not None:
             # On tokens that are not selected a coefficient may be anything, even not a number.
             coefficient = torch.where(selected, term.coefficient(context), 0.0)
+            sampled = POLICY(batch) & selected
             if term.clips:
-                _count_clipped(meter, coefficient, selected, batch)
+                metrics.of_clipping(meter, coefficient, batch.advantage, sampled)
             if term.correction is not None:
                 weight = term.correction(context)
-                _count(meter, "correction/dropped", weight == 0, POLICY(batch) & selected)
+                metrics.of_correction(meter, weight, sampled)
                 coefficient = coefficient * torch.where(selected, weight, 0.0)
             values = -(coefficient * logprobs)
         else:
@@ -170,58 +172,20 @@ def microbatch_loss(
         weight_now *= 1.0 if term.scale is None else term.scale(totals)
         loss = loss + weight_now * part
         meter.add(f"loss/{term.name}", weight_now * float(part.detach()))
-    _measure(meter, context)
+    metrics.of_tokens(meter, context)
     return loss
 
 
-def _count(meter: Meter, key: str, which: Tensor, among: Tensor) -> None:
-    """A share of tokens."""
-    meter.add(key, float((which & among).sum()), float(among.sum()))
-
-
-def _count_clipped(meter: Meter, coefficient: Tensor, selected: Tensor, batch: TokenBatch) -> None:
-    """Sampled tokens of a clipped surrogate that have an advantage and yet no gradient."""
-    clipped, sampled = coefficient == 0, POLICY(batch) & selected
-    _count(meter, "clip_ratio/low", clipped & (batch.advantage < 0), sampled)
-    _count(meter, "clip_ratio/high", clipped & (batch.advantage > 0), sampled)
-
-
-def _measure(meter: Meter, context: Context) -> None:
-    """The metrics of every step. The expert's tokens are measured separately."""
-    batch, expert = context.batch, EXPERT(context.batch)
-    for prefix, mask in (("", ~expert), ("expert/", expert)):
-        count = float(mask.sum())
-        meter.add(f"{prefix}entropy", float(context.entropy[mask].sum()), count)
-        meter.add(f"{prefix}nll", -float(context.policy_logprobs[mask].sum()), count)
-    meter.add("expert/share", float(expert.sum()), float(batch.num_targets))
-    sampled = POLICY(batch)
-    if count := float(sampled.sum()):
-        log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
-        meter.add("approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()), count)
-        if batch.behavior_logprobs is not None:
-            # The policy that sampled is the proximal one: the gap of engine and trainer.
-            gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
-            meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
-            meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
-            meter.add("sampling/kl", float((gap.exp() - 1 - gap).sum()), count)
-
-
 def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> StepReport:
-    metrics = meter.reduce(plan.ranks)
-    parts = {f"loss/{term.name}": metrics.pop(f"loss/{term.name}", 0.0) for term in plan.terms}
-    share = metrics.pop("expert/share", 0.0)
-    expert = {key: metrics.pop(f"expert/{key}") for key in ("entropy", "nll") if f"expert/{key}" in metrics}
-    if share == 1:  # no token was sampled, all are the expert's
-        metrics |= expert
-    elif share > 0:
-        metrics |= {f"expert/{key}": value for key, value in expert.items()} | {"expert/share": share}
+    found = metrics.with_expert(meter.reduce(plan.ranks))
+    parts = {f"loss/{term.name}": found.pop(f"loss/{term.name}", 0.0) for term in plan.terms}
     return StepReport(
         step=plan.step,
         loss=math.fsum(parts.values()),
         grad_norm=norm,
         learning_rate=plan.learning_rate,
         num_tokens=totals.num_tokens,
-        metrics=metrics | (parts if len(plan.terms) > 1 else {}),
+        metrics=found | (parts if len(plan.terms) > 1 else {}),
     )
 
 
