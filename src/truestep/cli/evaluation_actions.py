@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,16 +124,17 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
         from truestep.pipeline.prepare import context_and_eos
 
         context, eos = context_and_eos(settings)
-        vllm = settings.evaluate.engine == "vllm"
+        open_engine = ENGINES[settings.evaluate.engine]
         adapter = TokenAdapter(
             tokenizer=load_tokenizer(settings.model), context_length=context, model_eos=eos,
-            open_engine=cache(lambda: _vllm(settings, context, stack) if vllm else _torch(settings)),
+            open_engine=cache(lambda: stack.enter_context(open_engine(settings, context))),
             pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
         )  # fmt: skip
         yield adapter, model_content(settings.model)
 
 
-def _torch(settings: Settings) -> Engine:
+@contextmanager
+def _torch(settings: Settings, context: int) -> Iterator[Engine]:
     import torch
 
     from truestep.device import compute_device, make_deterministic, set_threads
@@ -146,19 +147,28 @@ def _torch(settings: Settings) -> Engine:
     dtype = getattr(torch, settings.compute.dtype)
     policy = Policy(load_model(settings.model, dtype=dtype, device=compute_device(), seed=settings.seed))
     running = settings.evaluate.sampling.max_running
-    return TorchEngine(policy.model, max_running=running, packs=policy.packs and policy.plain_head)
+    yield TorchEngine(policy.model, max_running=running, packs=policy.packs and policy.plain_head)
 
 
-def _vllm(settings: Settings, context: int, stack: ExitStack) -> Engine:
+@contextmanager
+def _vllm(settings: Settings, context: int) -> Iterator[Engine]:
     from truestep.model.load import resolve
     from truestep.rollout.engine_vllm import VllmServer, serve
 
     source, running = resolve(settings.model), settings.evaluate.sampling.max_running
     if source == "tiny":
-        raise UserError('engine = "vllm": the built-in model has no model folder: use engine = "torch"')
+        raise UserError('engine = "vllm": the built-in model has no model folder; use engine = "torch"')
     dtype = settings.compute.dtype
     server = VllmServer(model=source, dtype=dtype, context_length=context, max_running=running)
-    return stack.enter_context(serve(server))
+    with serve(server) as engine:
+        yield engine
+
+
+# How each engine of settings.ENGINES is opened.
+ENGINES: dict[str, Callable[[Settings, int], AbstractContextManager[Engine]]] = {
+    "torch": _torch,
+    "vllm": _vllm,
+}
 
 
 def figures(settings: Settings) -> tuple[int, int, int]:

@@ -69,6 +69,10 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     file, row and field, or the setting, and the way out."""
     if settings.evaluate.benchmarks:
         raise UserError("evaluate.benchmarks: a run evaluates only evaluate.data; use truestep eval RECIPE")
+    if settings.evaluate.engine != "torch":
+        raise UserError(
+            "evaluate.engine: evaluate.data is sampled with torch; remove it, or evaluate benchmarks"
+        )
     check_methods(settings, base_dir)
     _check_ranks(settings)
     require_trackers(settings.trackers)
