@@ -153,7 +153,7 @@ for kl in ("k1", "k2", "k3"):
         origin=Origin.POLICY,
     )
 
-NOT_COEFFICIENTS = {"bounded_exp"}
+NOT_COEFFICIENTS = {"bounded_exp", "with_options", "sequence_sum", "sequence_mean", "to_go"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ def error_of(case: Case) -> float:
         ]
         batches = [with_proximal(b, rows) for b in batches]
     method, asked = method_of(case)
-    chosen = [i for i, s in enumerate(case.sequences) if s.count(origin_of(case.row))]
+    chosen = [i for i, s in enumerate(case.sequences) if s.origin.count(origin_of(case.row))]
     parts = [
         ([chosen.index(i) for i in b.sequence_index.unique().tolist() if i in chosen], w)
         for b, w in zip(batches, case.weights, strict=False)

@@ -150,7 +150,7 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
 
 def test_reading_data_needs_neither_torch_nor_the_network() -> None:
     code = (
-        "import sys, truestep.cli.data, truestep.data.chat, truestep.data.demonstrations\n"
+        "import sys, truestep.cli.data, truestep.data.chat\n"
         "print([m for m in ('torch', 'transformers', 'pyarrow', 'datasets', 'reasoning_gym') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
