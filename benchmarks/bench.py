@@ -199,7 +199,7 @@ def workload_of(section: str, sizes: Sizes, model: str, data: str) -> dict[str, 
 
 
 def fitted(contestant: Contestant, workload: dict[str, Any]) -> Contestant:
-    """The contestant with micro-batches large enough for the longest sequence: truestep never splits one."""
+    """The contestant with micro-batches that fit the longest sequence, because truestep never splits one."""
     spec = dict(contestant.spec)
     if "tokens_per_microbatch" in spec:
         least = longest(workload, spec.get("max_new_tokens", 0))
@@ -302,7 +302,7 @@ def shown(figures: Mapping[str, Any]) -> str:
 
 
 def pick_dtype(wanted: str, threads: int) -> tuple[str, dict[str, float]]:
-    """The dtype: bfloat16 only if the processor multiplies it faster than float32; and the measured rates."""
+    """The wanted dtype, or the one that this processor multiplies faster; and the measured rates."""
     set_threads(threads)
     rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     say("matmul: " + ", ".join(f"{name} {rate / 1e9:.1f} GFLOP/s" for name, rate in rates.items()))
@@ -335,7 +335,7 @@ def quick_model(tokenizer_folder: str) -> str:
 
 
 def default_data() -> str:
-    """The file that TRUESTEP_DATA names: a file, or a folder with gsm8k/train.jsonl; "" without one."""
+    """The file in TRUESTEP_DATA (a file, or a folder with gsm8k/train.jsonl), or "" if there is none."""
     place = Path(os.environ.get("TRUESTEP_DATA", ""))
     file = place if place.is_file() else place / "gsm8k" / "train.jsonl"
     return str(file) if os.environ.get("TRUESTEP_DATA") and file.is_file() else ""

@@ -39,7 +39,7 @@ NUM_LOADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A stage of the demo and a load. ``bar`` is the smallest ratio of the base's seconds to this tree's."""
+    """A stage of the demo and a load. ``bar``: the smallest allowed ratio of base time to this tree's time."""
 
     stage: str
     load: str
@@ -80,7 +80,7 @@ def beside(load: str) -> Iterator[None]:
 
 
 def train(tree: Path, stage: str, steps: int, out: Path, model: str = "tiny") -> Path:
-    """Train one stage of the demo with that tree's code and recipe, without evaluation; its folder."""
+    """Train one stage of the demo with that tree's code and recipe, without evaluation; return its folder."""
     settings = (f"stages.{stage}.steps={steps}", f"model.path={model}", "evaluate.data=[]")
     words = [word for item in settings for word in ("--set", item)]
     command = [sys.executable, "-m", "truestep", stage, str(tree / "recipes/demo.toml"), "--out", str(out)]

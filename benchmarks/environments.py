@@ -27,7 +27,7 @@ class NotAvailable(RuntimeError):
 
 
 def interpreter(name: str, say: Callable[[str], None]) -> Path:
-    """The Python of our own environment ("") or of a peer's. Raises NotAvailable."""
+    """The Python of our own environment ("") or of a peer's environment. Raises NotAvailable."""
     if not name:
         return Path(sys.executable)
     install = {"trl": _install_trl, "vllm": _install_vllm}[name]
@@ -69,7 +69,7 @@ def _install_trl(python: Path) -> None:
 
 
 def _install_vllm(python: Path) -> None:
-    """Uses uv, which can leave out a dependency as pip cannot. uv does not read pip's settings, so they are
+    """Uses uv, which, unlike pip, can leave out a dependency. uv does not read pip's settings, so they are
     passed to it."""
     _run(str(python), "-m", "pip", "install", "-q", "uv")
     overrides = python.parent.parent / "overrides.txt"

@@ -1,4 +1,4 @@
-"""Changes of Python source in one place, from which ``benchmarks/mutate.py`` draws.
+"""Find the small changes of Python source from which ``benchmarks/mutate.py`` draws its mutants.
 
 A change replaces an operator, a constant, a function name (one of a few), a condition, a returned value, a
 keyword argument or a whole statement. Annotations, imports, docstrings, prose, the text of errors,
@@ -32,7 +32,7 @@ SYMBOLS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One change: the bytes ``start … end`` of a file become ``now``. ``reach``: the lines that run with it."""
+    """The bytes ``start … end`` of a file become ``now``. ``reach`` has the lines that run if the mutant runs."""
 
     file: str
     line: int

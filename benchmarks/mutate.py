@@ -142,7 +142,7 @@ def judges(mutant: Mutant, reach: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def judge(mutant: Mutant, folder: Path, reach: list[dict[str, Any]]) -> dict[str, Any]:
-    """Apply the mutant in the copy, run its tests, put the file back."""
+    """Apply the mutant in the copy, run its tests, and put the file back."""
     chosen = judges(mutant, reach)
     row = {**asdict(mutant), "name": mutant.name, "tests": len(chosen), "outcome": "survived", "by": ""}
     began, path = time.monotonic(), folder / mutant.file
@@ -174,7 +174,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Writes results of several threads, one line each, and has the copies that the threads work in."""
+    """Writes the results of several threads, one line each, and keeps the copies in which they work."""
 
     def __init__(self, path: Path, jobs: int, folder: Path) -> None:
         self.path, self.lock = path, threading.Lock()
