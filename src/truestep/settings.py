@@ -256,9 +256,6 @@ class EvaluationSampling(Frozen):
         return SamplingSettings.model_validate(pinned | given)
 
 
-ENGINES = ("torch", "vllm")  # what truestep samples tokens with; cli/evaluation_actions.py opens them
-
-
 class EvaluateSettings(Frozen):
     """A run's checkpoints on its data sets; with ``truestep eval`` any model on pinned ``benchmarks``: then
     ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
@@ -270,7 +267,9 @@ class EvaluateSettings(Frozen):
     sampling: EvaluationSampling = EvaluationSampling(temperature=0.6, max_new_tokens=256)
     benchmarks: tuple[str, ...] = ()
     folder: str = ""  # with ID.jsonl, .parquet or .csv of each benchmark; "": the Hugging Face hub
-    engine: str = "torch"  # one of ENGINES, or the URL of an OpenAI-compatible endpoint
+    engine: str = (
+        "torch"  # one of cli/evaluation_actions.py's ENGINES, or the URL of an OpenAI-compatible endpoint
+    )
     prompts: tuple[str, ...] = ("benchmark",)
     few_shot: int = Field(0, ge=0, le=8)
     limit: Positive | Literal["all"] = "all"
@@ -295,9 +294,6 @@ class EvaluateSettings(Frozen):
                 raise ValueError(f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {samples}")
             if self.sampling.temperature == 0 and samples > 1:
                 raise ValueError("temperature 0 makes all samples equal; set samples_per_problem = 1")
-        if not self.is_endpoint and self.engine not in ENGINES:
-            names = ", ".join(ENGINES)
-            raise ValueError(f'engine = "{self.engine}": expected {names}, or the URL of an endpoint')
         address = urlsplit(self.engine)
         if address.username or address.password or address.query:
             raise ValueError(

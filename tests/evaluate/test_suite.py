@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from truestep.cli.evaluation_actions import opened
 from truestep.cli.main import _app
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
@@ -27,9 +28,10 @@ from truestep.evaluate.run import RunningScore
 from truestep.evaluate.sources import content_hash, file_items
 from truestep.evaluate.suite import averages
 from truestep.model.load import load_tokenizer
+from truestep.pipeline.prepare import prepare
 from truestep.report.tables import ScoreRow, print_scores, score_table
 from truestep.rundir import to_toml
-from truestep.settings import ModelSettings, read_recipe
+from truestep.settings import ModelSettings, load_settings, read_recipe
 
 pytest.importorskip("torch")
 SECRET = "zebra"
@@ -392,9 +394,23 @@ def test_a_recipe_of_short_keys_is_the_long_one() -> None:
         ({"benchmarks": ["gsm8k"], "prompts": ["qwem"]}, "is not one of"),
         ({"benchmarks": ["gsm8k"], "temprature": 0}, "temprature"),
         ({"benchmarks": ["gsm8k"], "limits": {"svamp": 3}}, "limits.svamp"),
-        ({"benchmarks": ["gsm8k"], "engine": "tensorrt"}, "expected torch, vllm"),
     ],
 )
 def test_what_an_evaluation_refuses(raw: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         evaluation_settings({"model": {"path": "tiny"}, **raw}, "recipe")
+
+
+def test_an_unknown_engine_is_refused_before_a_model_is_loaded() -> None:
+    recipe = {"model": {"path": "nowhere"}, "benchmarks": ["gsm8k"], "engine": "tensorrt"}
+    with (
+        pytest.raises(UserError, match="expected torch, vllm"),
+        opened(evaluation_settings(recipe, "recipe")),
+    ):
+        pass
+
+
+def test_a_run_samples_with_torch_only() -> None:
+    recipe = Path(__file__).parents[2] / "recipes/demo.toml"
+    with pytest.raises(UserError, match=r"evaluate\.engine"):
+        prepare(load_settings(recipe, ["evaluate.engine=vllm"]), base_dir=recipe.parent)

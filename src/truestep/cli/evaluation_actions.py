@@ -120,11 +120,14 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
             engine = EndpointEngine(client, settings.model.path, settings.evaluate.sampling.max_running)
             yield EndpointAdapter(engine=engine), ""
             return
+        if (name := settings.evaluate.engine) not in ENGINES:
+            names = ", ".join(ENGINES)
+            raise UserError(f'engine = "{name}": expected {names}, or the URL of an endpoint')
         from truestep.model.load import load_tokenizer, model_content
         from truestep.pipeline.prepare import context_and_eos
 
         context, eos = context_and_eos(settings)
-        open_engine = ENGINES[settings.evaluate.engine]
+        open_engine = ENGINES[name]
         adapter = TokenAdapter(
             tokenizer=load_tokenizer(settings.model), context_length=context, model_eos=eos,
             open_engine=cache(lambda: stack.enter_context(open_engine(settings, context))),
@@ -164,7 +167,6 @@ def _vllm(settings: Settings, context: int) -> Iterator[Engine]:
         yield engine
 
 
-# How each engine of settings.ENGINES is opened.
 ENGINES: dict[str, Callable[[Settings, int], AbstractContextManager[Engine]]] = {
     "torch": _torch,
     "vllm": _vllm,
