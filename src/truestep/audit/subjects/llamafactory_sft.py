@@ -1,4 +1,4 @@
-"""LLaMA-Factory's own CustomSeq2SeqTrainer for SFT, with its own arguments; rows as hf_trainer gives them.
+"""LLaMA-Factory's own CustomSeq2SeqTrainer for SFT, with its own arguments; rows come from hf_trainer.
 
 Only torchaudio is replaced by an empty module: there are no sound files. Options: those of hf_trainer.
 """
