@@ -26,8 +26,8 @@ ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One way to use a framework. ``documented``: the option, set to a non-default value, that changes the step
-    on purpose; ``only``: the cases that make sense here; ``without``: relations that cannot be run, and why."""
+    """One way to use a framework. ``documented``: the option, not at its default, that changes the step on
+    purpose; ``only``: the cases that make sense here; ``without``: relations that cannot run, and why."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     world_size: int = 1

@@ -59,7 +59,7 @@ class Spec:
         return self.decays or bool(self.case.get("max_grad_norm"))
 
     def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
-        """A linear decay to zero over the case's steps, or none; ``ticks``: how often it is advanced per step."""
+        """A linear decay to zero over the case's steps, or none, with ``ticks`` calls per step."""
         last = self.steps * ticks
         share = (lambda i: max(0.0, 1 - i / last)) if self.decays else (lambda i: 1.0)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
