@@ -1,4 +1,4 @@
-"""Wrong parts for the reference trainer; ``mutants`` injects them. Needs torch. Shapes as there."""
+"""Wrong parts for the reference trainer; ``mutants`` injects them. Needs torch. Shapes: as in ``mutants``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def one_row(factor: float, drawn: Any) -> Share:
 
 
 def kept(which: Callable[[int, int, int], bool]) -> Combine:
-    """Only the micro-batches for which ``which(rank, k, K)`` is true count."""
+    """Only the micro-batches with a true ``which(rank, k, K)`` count."""
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         parts = [g for r, rank in enumerate(gradients) for k, g in enumerate(rank) if which(r, k, len(rank))]
@@ -247,7 +247,7 @@ def dropping(share: float) -> Callable[[Replica, int], None]:
 
 
 def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Replica, int], None]:
-    """The optimizer starts from other values; if ``published``, so does the model; if ``ranks``, each rank differs."""
+    """The optimizer starts from other values, the model too if ``published``; they differ by rank if ``ranks``."""
 
     def prepare(replica: Replica, seed: int) -> None:
         key = integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start")

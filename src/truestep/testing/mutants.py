@@ -44,7 +44,7 @@ class Draw:
 
 
 def draw(name: str, ranks: tuple[int, int]) -> Draw:
-    """3 … 6 micro-batches, and as many ranks as the fault needs; never K = D, which have the same factor.
+    """3 … 6 micro-batches, and as many ranks as the fault needs; never K = D, where their factors are the same.
     Keyed by the mutant's name: a new one does not change the others."""
     random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
@@ -74,7 +74,7 @@ SUMS = (
     Fault("A1", "kept", "only the first and the last micro-batch count", T(combine=p.offload)),
     Fault("A1", "kept", "micro-batch {index} is dropped",
           lambda d: T(combine=p.kept(lambda rank, k, num: k != d.index)), (1, 2), 2),
-    Fault("A1", "kept micro_mean", "micro-batches between are dropped, the rest averaged as a mean of means",
+    Fault("A1", "kept micro_mean", "intermediate micro-batches are dropped, the rest averaged as a mean of means",
           T(combine=p.offload, share=p.micro_mean)),
     Fault("A2", "kept", "every backward overwrites the previous one",
           T(combine=p.kept(lambda rank, k, num: k == num - 1))),
@@ -234,7 +234,7 @@ RATES = (
     Fault("rate", "schedule", "one tick per process", T(ticks=lambda i, k, d: i * d), BOTH, 2),
     Fault("rate", "schedule", "the schedule counts micro-batches", T(ticks=lambda i, k, d: i * (1 / k))),
     Fault(
-        "rate", "schedule", "the schedule counts steps of all ranks", T(ticks=lambda i, k, d: i * (1 / d)), BOTH
+        "rate", "schedule", "the schedule counts all ranks' steps", T(ticks=lambda i, k, d: i * (1 / d)), BOTH
     ),
     Fault("rate", "schedule", "no tick at all", T(ticks=lambda i, k, d: 0)),
     Fault("rate", "schedule", "one tick ahead", T(ticks=lambda i, k, d: i + 1)),

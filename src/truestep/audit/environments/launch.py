@@ -99,7 +99,7 @@ def run(job: Job) -> dict[str, Observation]:
     with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
         folder = Path(name)
         (folder / "home").mkdir()
-        (folder / "modules").mkdir()  # apart from the adapters, all of the audit that a subject can import
+        (folder / "modules").mkdir()  # all of the audit that adapters can import, with each other
         shutil.copy(Path(cases.__file__).with_name("recorder.py"), folder / "modules")
         rate, asked = job.learning_rate, [case.to_json() for case in job.cases]
         spec = {"cases": asked, "options": dict(job.options), "learning_rate": rate}

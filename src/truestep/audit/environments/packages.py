@@ -1,4 +1,4 @@
-"""Packages that releases need in addition, to be installed and run on a CPU."""
+"""Additional packages that releases need to be installed and run on a CPU."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Probe = Callable[[str], bool | None]  # version → whether it is faulty; None i
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Among the releases tried. ``before``, ``after``: the nearest right ones, "" at an end of the range."""
+    """The result of a search. ``before``, ``after``: the nearest right ones, "" at an end of the range."""
 
     first_bad: str = ""
     last_bad: str = ""
@@ -126,7 +126,7 @@ def _key(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version))
 
 
-# (options to change, the same in words), in the order in which they are tried if they change anything.
+# (options to change, the change in words), tried in this order; a change without effect is skipped.
 OPTIONS: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"average_tokens_across_devices": True}, "average_tokens_across_devices = true"),
     ({"manual": False}, "let the engine count the micro-batches"),

@@ -83,7 +83,7 @@ RELATIONS: dict[str, dict[str, Any]] = {
     "resumed": {"steps": 4, "decay": True, "momentum": 0.5, "resume_after": 2},
 }
 CASES: dict[str, dict[str, Any]] = {
-    "ragged": {},  # one row per micro-batch, no two with as many trained tokens: the base of all others
+    "ragged": {},  # one row per micro-batch, all with different token counts: the base of all others
     "unsplit": {},  # the same rows, one micro-batch per step: a difference from ragged comes from the split
     "masked": {},  # a row without any trained token and a row with one, in every step
     "window": {"epochs": 2, "steps": 4},  # the number of rows is not a multiple of the accumulation window

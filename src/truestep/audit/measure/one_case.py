@@ -1,4 +1,4 @@
-"""All steps of one case: the configured clip, schedule and resume, and the rows of each step.
+"""All steps of one case: the configured clip, schedule and resuming, and the rows of each step.
 
 A correct step is known exactly (``observations.Step``: clip scale, rate, carried momentum): no second run is
 needed. Rows are counted, not forward passes: how many rows a pass has does not change the step, and a row
@@ -169,7 +169,7 @@ def resume(run: Observation, limit: float) -> Cause | None:
 
 
 def data_coverage(run: Observation) -> Causes:
-    """How the steps deviate from the configured ones: on all trained rows, each once per epoch."""
+    """Rows that were lost, repeated or grouped wrongly: each trained row should count once per epoch."""
     if any(not np.isfinite(s.after).all() for s in run.steps):
         return ()  # a change of NaN is not a step
     asked = run.asked

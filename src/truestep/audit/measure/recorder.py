@@ -175,7 +175,7 @@ class Recorder:
         }
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
-        """The gradient sum in the subject's own precision or autocast: its distance from float64.
+        """The gradient sum in the subject's own precision or autocast, for its distance from float64.
         For a clip or a schedule in float32 it is the exact sum, since other cases measure this distance."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:

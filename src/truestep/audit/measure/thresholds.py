@@ -19,4 +19,5 @@ UNMOVED = 1e-3  # of the gradient's norm: a tensor above it that does not move i
 SMALL_UPDATE = 2.0**-7  # of its parameter: so small that bfloat16 may lose it
 VISIBLE_UPDATE = 2.0**-20  # of its parameter: smaller updates are lost in float32 too
 LOST_UPDATES = 0.01  # share of the visible updates: fewer lost ones may be chance
-LOST_ARE_SMALL, SMALL_ARE_LOST = 0.95, 0.3  # shares: small ones of the lost, lost ones of the small
+# Shares: of the lost updates, those that are small; of the small updates, those that are lost.
+LOST_ARE_SMALL, SMALL_ARE_LOST = 0.95, 0.3

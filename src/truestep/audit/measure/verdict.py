@@ -91,7 +91,7 @@ def _layout_code(run: Observation) -> str:
 
 
 def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> dict[str, CaseSeen]:
-    """Use the layout as the code of an unexplained rest, unless it also occurs without either."""
+    """Use the layout as the code of an unexplained rest, unless it also occurs in a plain layout."""
     layouts = {name: _layout_code(run) for name, run in runs.items()}
     if any(layouts[n] == "unexplained" and "unexplained" in c.differences.codes for n, c in seen.items()):
         return dict(seen)
@@ -106,7 +106,7 @@ def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation])
 
 
 def _unusable(run: Observation, some_moved: bool) -> Causes:
-    """Why single steps are not judged: a fault, or a cause without a code. ``some_moved``: a case stepped."""
+    """Why single steps are not judged: a fault or a cause without code. ``some_moved``: some case took a step."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
     if not run.steps and not run.forwards_without_step:

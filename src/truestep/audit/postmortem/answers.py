@@ -128,7 +128,7 @@ def _release_check(measured: Measured, evidence: Evidence) -> Check:
 
 
 def _together(answers: Sequence[bool | None], kind: str, **values: Any) -> Check:
-    """The answer for several values of one setting: only if all of them give the same answer."""
+    """The common answer for several values of one setting; None if their answers differ."""
     agree = len(set(answers)) == 1
     return check(answers[0] if agree else None, kind, agree=agree, **values)
 
@@ -151,7 +151,7 @@ def _with(checked: Check, **values: str) -> Check:
 
 
 def _micro_batches(evidence: Evidence, least: int) -> Check:
-    """Whether a step has at least so many micro-batches."""
+    """Whether a step has ``least`` or more micro-batches."""
     if not evidence.settings.get("accumulation"):
         return _arithmetic(evidence)
     return _setting("accumulation", lambda k: k >= least)(evidence)

@@ -23,7 +23,7 @@ LOCKS = ("uv.lock", "poetry.lock", "pdm.lock", "pylock.toml")
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".cmd", ".txt")
 SKIPPED = {".git", "__pycache__", "node_modules", "site-packages", ".venv", "venv"}
 MOST_FILES, MOST_BYTES = 100_000, 256 << 20
-WHOLE_ENVIRONMENT = 10  # at least so many packages
+WHOLE_ENVIRONMENT = 10  # at least this many packages
 LIMITS = {".json": 1 << 20, ".yaml": 1 << 18, ".yml": 1 << 18, "lock": 8 << 20}  # bytes; else 1 MiB
 # A JSON or YAML file without any of these words says nothing here, and is not parsed.
 WORDS = (
@@ -42,7 +42,7 @@ class Broken(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Values with the first file that gives each. Settings: ``present.words.SETTINGS`` and batch sizes, trainer."""
+    """Values, each with the first file that gives it. Settings: those in ``words.SETTINGS``, batch sizes, trainer."""
 
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file
     ranges: dict[str, str] = field(default_factory=dict)  # package → what requires it, without its version
@@ -114,7 +114,7 @@ def _limit(path: Path) -> int:
 
 def _read(path: Path, size: int, name: str, evidence: Evidence) -> None:
     if size > _limit(path):
-        # A tokenizer or a data set is not a configuration: no message, unless its beginning has such a word.
+        # A tokenizer or a data set is not a configuration: no message, unless it begins like one.
         if path.name in LOCKS or any(word in _head(path) for word in WORDS):
             raise Broken(f"larger than {_limit(path) >> 10} KiB, not read")
         return

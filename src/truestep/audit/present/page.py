@@ -21,7 +21,7 @@ from truestep.audit.present.table import CLOSE
 from truestep.audit.present.words import Row, line, number, small
 
 UNIT, HIGHEST, LOWEST = 44, 2.0, -0.5  # pixels of weight 1; longer bars are cut off and marked
-STEP, GAP, HEAD = 46, 26, 32  # pixels: a bar with its space, between ranks, above the bars
+STEP, GAP, HEAD = 46, 26, 32  # pixels: a bar with its space, the gap between ranks, the room above bars
 KINDS = dict.fromkeys(Verdict, "unanswered") | {Verdict.RIGHT: "right", Verdict.FAULT: "fault"}
 KINDS |= dict.fromkeys((Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE), "choice")
 
@@ -53,7 +53,7 @@ def _outcome(rows: Sequence[Row]) -> str:
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    """What the template shows of one finding."""
+    """What the template shows about one finding."""
     cases: Mapping[str, str] = row.get("cases") or {}
     facts = {"relative_error": "Relative error", "residual": "Residual", "noise": "Noise of a right step"}
     facts |= {"condition": "Condition"}

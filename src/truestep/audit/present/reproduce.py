@@ -17,7 +17,7 @@ from truestep.audit.present.words import row_of
 TEMPLATES = Path(__file__).parent / "templates"
 ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it; 1 is correct."""
 TWO_EPOCHS = """Two epochs of six micro-batches, four per step; prints the weights in the second epoch's first step.
-Correct are 1 for its own four and 0 for the two that are left over from the first epoch."""
+The correct weights are 1 for its own four and 0 for the two left over from the first epoch."""
 WITHOUT_COMPILER = """import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # then no compiler is needed"""
 TRAINER_CONFIG = (

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from _pickle import UnpicklingError  # only the name of what a framework's own loading may raise
+from _pickle import UnpicklingError  # only the name of an error that a framework's loading may raise
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

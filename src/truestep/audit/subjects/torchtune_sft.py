@@ -1,7 +1,7 @@
 """torchtune's single-device recipe for full fine-tuning: its own ``train``, loss step, loss and data loader.
 
 What its ``setup`` would read from files (weights, tokenizer, logger) is set directly, for a tiny version of
-torchtune's own Llama 3. No checkpoint is written: the recipe's own hold whole epochs, as weight files.
+torchtune's own Llama 3. No checkpoint is written: the recipe's own cover whole epochs, as weight files.
 """
 
 from __future__ import annotations

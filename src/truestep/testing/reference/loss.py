@@ -269,7 +269,7 @@ def learning_rate(
     if schedule == "constant":
         return peak
     if schedule != "cosine":
-        raise ValueError(f"unknown schedule {schedule!r}: constant or cosine")
+        raise ValueError(f"unknown schedule {schedule!r}; use constant or cosine")
     floor = min_lr_ratio * peak
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -147,7 +147,7 @@ def reinforce(scored: ScoredSequence) -> list[Tensor]:
 
 
 def importance(scored: ScoredSequence) -> list[Tensor]:
-    """For the own samples of the mixed-policy methods. Equation: −rA, without a clip."""
+    """For the policy's samples in mixed-policy methods. Equation: −rA, without a clip."""
     return [-ratio * advantage for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True)]
 
 
