@@ -106,7 +106,7 @@ def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation])
 
 
 def _unusable(run: Observation, some_moved: bool) -> Causes:
-    """Why single steps are not judged: a fault or a cause without code. ``some_moved``: some case took a step."""
+    """Why single steps are not judged: a fault or a code-less cause. ``some_moved``: some case took a step."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
     if not run.steps and not run.forwards_without_step:
