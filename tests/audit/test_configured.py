@@ -38,8 +38,8 @@ def test_an_accumulation_that_follows_from_batch_sizes_is_used_and_its_assumptio
     subject, notes = read(written(tmp_path, "ds.json", raw))
     assert subject.configurations[0].options["accumulation"] == 8
     assert notes == [
-        "32 micro-batches a step, assuming one process",
-        "32 micro-batches a step are audited as 8",
+        "32 micro-batches per step, assuming one process",
+        "32 micro-batches per step are audited as 8",
     ]
 
 
@@ -132,7 +132,7 @@ def test_other_tools_are_recognised(tmp_path: Path, name: str, content: str, sub
         (
             "args.json",
             '{"per_device_train_batch_size": 1, "deepspeed": "gone.json"}',
-            "gone.json: cannot be read",
+            r"cannot read .*gone\.json",
         ),
     ],
 )
@@ -143,7 +143,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, name: str, content: str
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"cannot read .*nothing\.json"):
         read(tmp_path / "nothing.json")
 
 

@@ -413,7 +413,7 @@ def test_a_python_that_is_none_says_what_to_write(theirs: Path, tmp_path: Path):
         (tmp_path / "absent", "no such program; pass the path"),
         (theirs.parent.parent, f"pass {theirs}"),
         (broken, "no way"),
-        (script(tmp_path / "silent", "#!/bin/sh\n"), "does not run as a Python"),
+        (script(tmp_path / "silent", "#!/bin/sh\n"), "does not run as Python"),
     ):
         with pytest.raises(UserError) as caught:
             environment.installed(path)

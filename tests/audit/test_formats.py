@@ -264,8 +264,8 @@ def test_a_page_of_nothing() -> None:
 
 def test_a_logged_loss_that_hides_a_fault_is_in_the_first_sentence() -> None:
     hidden, shown = dropped(), dropped(logged_loss_could_show_it=True)
-    assert "In 1 of them the logged loss is right" in render_page([hidden, shown], {})
-    assert "the logged loss is right and does not" not in render_page([shown], {})
+    assert "In 1 of them the logged loss is correct" in render_page([hidden, shown], {})
+    assert "the logged loss is correct and does not" not in render_page([shown], {})
 
 
 # ------------------------------------------------------------------------------------------------------ words

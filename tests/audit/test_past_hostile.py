@@ -54,7 +54,7 @@ def test_yaml_that_nobody_can_read_is_named(tmp_path: Path, monkeypatch: pytest.
     found = offload(
         write(tmp_path, acc__yaml="distributed_type: DEEPSPEED\n", freeze__txt="deepspeed==0.18.9\n")
     )
-    assert "acc.yaml: not read: YAML needs the package pyyaml" in " ".join(found.reasons)
+    assert "acc.yaml: not read: YAML needs the pyyaml package" in " ".join(found.reasons)
 
 
 ODD: list[Any] = [None, [], {}, [[]], "x", "", -1, 1e300, float("nan"), 10**400, True, {"a": [1]}, "9" * 400]

@@ -258,7 +258,7 @@ def test_from_a_file(tmp_path: Path) -> None:
         (["deepspeed"], "NAME==VERSION"),
         (["--python", "/no/such/python"], "does not exist; pass a virtual environment"),
         (["--only", "nonsense"], "nothing to audit whose name contains"),
-        (["deepspeed", "--bisect", "1-2"], "write two versions"),
+        (["deepspeed", "--bisect", "1-2"], "pass two versions"),
         (["--past", "/no/such/folder"], "/no/such/folder"),
         (["--arch", "nonsense", "--only", "torch loop"], "nonsense"),
         (["--arch", "gpt2", "--only", "torch loop"], "does not apply to"),

@@ -4,7 +4,7 @@
         audit_step(my_step)                       # fails with the recovered weights if it is a FAULT
         assert audit_step(other, fail=False).verdict == "FAULT"
 
-``my_step(model, optimizer, microbatches)`` as in ``truestep audit FILE.py:my_step``.
+``my_step(model, optimizer, microbatches)`` is the same function as for ``truestep audit FILE.py:my_step``.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What judges the package and is imported by its tests only."""
+"""Code that checks the package; only its tests import it."""

@@ -1,4 +1,4 @@
-"""Wrong parts for the reference trainer; ``mutants`` puts them in. Needs torch. Shapes as there."""
+"""Wrong parts for the reference trainer; ``mutants`` injects them. Needs torch. Shapes: as in ``mutants``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Share = Callable[[Window, int, int, int], float]
 
 
 def over(count: Callable[[Window, int, int, int], float]) -> Share:
-    """A row's loss over a wrong number of tokens; one over nothing is taken as over one."""
+    """A row's loss divided by a wrong number of tokens; a number below 1 is taken as 1."""
     return lambda window, rank, k, row: 1 / max(1.0, count(window, rank, k, row))
 
 
@@ -33,12 +33,12 @@ own_mean = over(lambda w, r, k, row: w.of_rank(r))
 
 
 def one_row(factor: float, drawn: Any) -> Share:
-    """One row of every step has its loss multiplied."""
+    """The loss of one row of every step is multiplied by ``factor``."""
     return lambda w, rank, k, row: (factor if row % drawn.stride == drawn.index else 1.0) / w.total
 
 
 def kept(which: Callable[[int, int, int], bool]) -> Combine:
-    """Only the micro-batches for which ``which(rank, k, K)``."""
+    """Only the micro-batches with a true ``which(rank, k, K)`` count."""
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         parts = [g for r, rank in enumerate(gradients) for k, g in enumerate(rank) if which(r, k, len(rank))]
@@ -56,7 +56,7 @@ def running_average(gradients: Gradients, index: int) -> list[Tensor]:
 
 
 def unsynced(reduced: Callable[[int, int], bool]) -> Combine:
-    """Each rank steps on its own gradient of the micro-batches that are not ``reduced(k, K)``."""
+    """Each rank uses only its own gradients for the micro-batches that are not ``reduced(k, K)``."""
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         shared = [g for rank in gradients for k, g in enumerate(rank) if reduced(k, len(rank))]
@@ -140,7 +140,7 @@ def from_the_step_before(replica: Replica, gradient: Tensor, index: int) -> None
 
 
 def frozen(number: int) -> Update:
-    """The optimizer was given another tensor than the one that the model uses."""
+    """The optimizer was given a different tensor from the one that the model uses."""
 
     def update(replica: Replica, gradient: Tensor, index: int) -> None:
         lost = number % len(replica.parameters)
@@ -151,7 +151,7 @@ def frozen(number: int) -> Update:
 
 
 def tail_carried(num: int, size: int, epochs: int) -> Plan:
-    """What is left of an epoch waits in the buffers for the next epoch's first step."""
+    """The rest of an epoch waits in the buffers for the next epoch's first step."""
     plan: Plan = []
     carried: list[int] = []
     for window, _ in trainer.aligned(num, size, epochs):
@@ -163,7 +163,7 @@ def tail_carried(num: int, size: int, epochs: int) -> Plan:
 
 
 def counter_off_by_one(num: int, size: int, epochs: int) -> Plan:
-    """A step after the first micro-batch, then after every ``size``; the end is run without a step."""
+    """A step after the first micro-batch, then after every ``size`` more; the end is run without a step."""
     ends = [*range(1, num * epochs + 1, size), num * epochs]
     places = list(range(num * epochs))
     windows = [places[first:last] for first, last in zip([0, *ends], ends, strict=False) if last > first]
@@ -178,7 +178,7 @@ def prompt_too(weight: float) -> Targets:
 
 
 def beside(shift: int, of: Callable[[float, float], float]) -> Targets:
-    """Every token's weight from its own and that of the token one before it or after it (``shift`` -1, 1)."""
+    """Every token's weight, from its own and that of the token before or after it (``shift`` -1 or 1)."""
 
     def targets(spec: Any, row: int) -> list[float]:
         mask = trainer.trained(spec, row)
@@ -194,7 +194,7 @@ no_start = beside(-1, mul)  # the first token of every answer is masked
 
 
 def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], Layout]:
-    """All rows of a micro-batch in one line; not isolated: each sees those before it."""
+    """All rows of a micro-batch in one line; if not isolated, each sees those before it."""
 
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
         lengths = [len(spec.rows[row]["ids"]) for row in rows]
@@ -211,7 +211,7 @@ def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], L
 
 
 def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
-    """Padding first, and positions that count it; not ``masked``: it is attended to as well."""
+    """Padding comes first and is counted in the positions; if not ``masked``, it is also attended to."""
 
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
         right, _ = trainer.pad_right(spec, rows)
@@ -225,7 +225,7 @@ def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
 
 
 def begun_twice(spec: Any, rows: Sequence[int]) -> Layout:
-    """One more begin token before every row."""
+    """An extra begin token before every row."""
     inputs, places = trainer.pad_right(spec, rows)
     front = torch.ones(len(rows), 1, dtype=torch.int64)
     moved_places = [(line, start + 1) for line, start in places]
@@ -233,7 +233,7 @@ def begun_twice(spec: Any, rows: Sequence[int]) -> Layout:
 
 
 def dropping(share: float) -> Callable[[Replica, int], None]:
-    """Dropout behind the embedding, in training only."""
+    """Dropout after the embedding, only in training."""
 
     def prepare(replica: Replica, seed: int) -> None:
         torch.manual_seed(integer(seed, Purpose.PROBE, replica.spec.rank, "dropout"))
@@ -247,7 +247,7 @@ def dropping(share: float) -> Callable[[Replica, int], None]:
 
 
 def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Replica, int], None]:
-    """The optimizer starts from other values; ``published``: and the model; ``ranks``: different on every rank."""
+    """The optimizer starts from other values, the model too if ``published``; they differ by rank if ``ranks``."""
 
     def prepare(replica: Replica, seed: int) -> None:
         key = integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start")
@@ -265,30 +265,30 @@ def start_in_bfloat16(replica: Replica, seed: int) -> None:
 
 
 def clip_to(factor: float) -> Limit:
-    """The sum is clipped to another norm than the configured one."""
+    """The sum is clipped to a different norm from the configured one."""
     return lambda parts, combine, index, largest: trainer.clip_sum(parts, combine, index, factor * largest)
 
 
 def clip_micro(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-    """Every micro-batch by its own norm."""
+    """Clip every micro-batch by its own norm."""
     return combine([[trainer.clip(g, largest) for g in rank] for rank in gradients], index)
 
 
 def clip_running(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-    """After every backward the gradient that has been added up so far."""
+    """Clip the sum of the gradients so far after every backward."""
     nothing = torch.zeros_like(gradients[0][0])
     sums = [reduce(lambda buffer, g: trainer.clip(buffer + g, largest), rank, nothing) for rank in gradients]
     return trainer.everywhere(gradients, sums)
 
 
 def clip_rank(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-    """Every rank by its own norm, before they are added up."""
+    """Clip every rank by its own norm, before the ranks are added up."""
     clipped = [trainer.clip(torch.stack(rank).sum(0), largest) for rank in gradients]
     return trainer.everywhere(gradients, clipped)
 
 
 def clip_too_long(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-    """Before the division by the accumulation steps."""
+    """Clip before the division by the accumulation steps."""
     found, count = combine(gradients, index), len(gradients[0])
     return [trainer.clip(g * count, largest) / count for g in found]
 
@@ -304,7 +304,7 @@ def both_lost(replica: Replica, at: int) -> int:
 
 
 def parameters_lost(replica: Replica, at: int) -> int:
-    """Back to where training began, with the momentum that was saved."""
+    """Return to the initial parameters, with the momentum that was saved."""
     first = trainer.harness.parameters_of(trainer.harness.tiny_model(replica.spec))
     replica.theta = trainer.harness.flat(first).to(replica.theta.dtype)
     replica.publish()
@@ -312,7 +312,7 @@ def parameters_lost(replica: Replica, at: int) -> int:
 
 
 def from_the_first_row(num: int, size: int, epochs: int) -> Plan:
-    """After the resume the data start anew."""
+    """After resuming, the data starts again from the first row."""
     windows = trainer.aligned(num, size, epochs)
     half = len(windows) // 2
     return windows[:half] + windows[: len(windows) - half]

@@ -1,6 +1,6 @@
-"""A reference trainer with replaceable parts: right as it is, faulty with another part.
+"""A reference trainer with replaceable parts: correct as it is, faulty if a part is replaced.
 
-One process plays all ranks: a replica of the model and a recorder each. A right step is plain SGD on the mean
+One process simulates all ranks, each with a model and a recorder. A correct step is plain SGD on the mean
 over all trained tokens of its window. Needs torch, so only the mutants import this.
 
 Shapes: P parameters, K micro-batches of a rank, D ranks.
@@ -31,9 +31,9 @@ class Window:
     """The micro-batches between two optimizer steps, and the tokens that the trainer counts as trained."""
 
     rows: tuple[tuple[tuple[int, ...], ...], ...]  # rank, micro-batch, row number
-    tokens: dict[int, float]  # of a row
+    tokens: dict[int, float]  # row → tokens
     lengths: dict[int, int]
-    asked: int  # accumulation that was asked for
+    asked: int  # the configured accumulation
     stepped: bool  # False: forward and backward only
 
     @property
@@ -92,7 +92,7 @@ class Replica:
         self.publish()
 
 
-# Windows of micro-batches counted over all epochs, and whether a step follows.
+# Windows of micro-batches, numbered over all epochs, and whether a step follows.
 Plan = list[tuple[list[int], bool]]
 Gradients = list[list[Tensor]]  # rank, micro-batch: P
 Combine = Callable[[Gradients, int], list[Tensor]]
@@ -102,7 +102,7 @@ Layout = tuple[dict[str, Tensor], list[tuple[int, int]]]
 
 
 def aligned(num: int, size: int, epochs: int) -> Plan:
-    """``num`` micro-batches an epoch in windows of ``size``; the last of an epoch is shorter, not lost."""
+    """``num`` micro-batches per epoch in windows of ``size``; the last of an epoch may be shorter."""
     starts = [(epoch * num, first) for epoch in range(epochs) for first in range(0, num, size)]
     return [(list(range(at + first, at + min(first + size, num))), True) for at, first in starts]
 
@@ -115,7 +115,7 @@ def pad_right(spec: Any, rows: Sequence[int]) -> Layout:
 
 
 def model_inputs(spec: Any, lines: Tensor, **others: Tensor) -> dict[str, Tensor]:
-    """What the model's forward pass is called with; ``plain`` knows tokens only."""
+    """The arguments of the model's forward pass; ``plain`` takes only tokens."""
     return {"input_ids": lines} if spec.options["arch"] == "plain" else {"input_ids": lines, **others}
 
 
@@ -134,7 +134,7 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def add_all(gradients: Gradients, index: int) -> list[Tensor]:
-    """From every micro-batch's gradient to the one that each rank's optimizer is given, in step ``index``."""
+    """Combine the micro-batches' gradients into the one that each rank's optimizer uses in step ``index``."""
     return everywhere(gradients, [g for rank in gradients for g in rank])
 
 
@@ -175,14 +175,14 @@ class Trainer:
     limit: Limit = clip_sum
     # Step, K, D → ticks of the schedule before the step.
     ticks: Callable[[int, int, int], float] = lambda index, num_micro, num_ranks: index
-    # What a resume after some steps does to a replica; the step from which its schedule continues.
+    # What resuming after some steps does to a replica; returns the step where its schedule continues.
     resume: Callable[[Replica, int], int] = lambda replica, at: at
     update: Callable[[Replica, Tensor, int], None] = sgd
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A trainer in one configuration. ``names``: the codes that name its fault; empty where there is none."""
+    """A trainer in one configuration. ``names``: the codes that name its fault; empty if it has none."""
 
     id: str
     fault: str

@@ -1,8 +1,8 @@
-"""Faults put into the reference trainer, with parameters drawn at random: what an audit must find and name.
+"""Faults injected into the reference trainer, with random parameters: an audit must find and name them.
 
-A fault carries the class under which frameworks went wrong that way (A: how micro-batches and ranks are added
-up, B: what is trained, C: what the model does in training, D: what the optimizer does), X where there is
-none. ``CLEAN`` are configurations without a fault. Needs torch: no other part of the audit imports this.
+A fault has the class of faults that frameworks had (A: how micro-batches and ranks are added up, B: what is
+trained, C: what the model does in training, D: what the optimizer does), or X if there is none. ``CLEAN``
+has configurations without a fault. Needs torch: no other part of the audit imports this.
 
 Shapes: K micro-batches of a rank, D ranks.
 """
@@ -39,16 +39,16 @@ class Draw:
 
     @property
     def stride(self) -> int:
-        """Rows of a step where a micro-batch has one."""
+        """Rows of a step if each micro-batch has one."""
         return self.accumulation * self.world_size
 
 
 def draw(name: str, ranks: tuple[int, int]) -> Draw:
-    """3 … 6 micro-batches, and ranks as the fault needs them; never K = D, where their factors become one.
+    """3 … 6 micro-batches, and as many ranks as the fault needs; never K = D, where their factors are the same.
     Keyed by the mutant's name: a new one does not change the others."""
     random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
-    # More rows take longer.
+    # More ranks have more rows, which take longer.
     accumulation = int(random.integers(*{1: (3, 7), 2: (3, 5), 3: (4, 5)}[world_size]))
     seed, index = int(random.integers(1000)), int(random.integers(1, accumulation - 1))
     return Draw(seed, accumulation, world_size, index, int(random.integers(world_size)), random.random())
@@ -56,7 +56,7 @@ def draw(name: str, ranks: tuple[int, int]) -> Draw:
 
 @dataclass(frozen=True)
 class Fault:
-    """``copies`` mutants with parameters of their own. ``text`` may name them: {index}, {rank}, {size}."""
+    """``copies`` mutants, each with its own parameters; ``text`` may quote these: {index}, {rank}, {size}."""
 
     code: str
     names: str
@@ -74,14 +74,14 @@ SUMS = (
     Fault("A1", "kept", "only the first and the last micro-batch count", T(combine=p.offload)),
     Fault("A1", "kept", "micro-batch {index} is dropped",
           lambda d: T(combine=p.kept(lambda rank, k, num: k != d.index)), (1, 2), 2),
-    Fault("A1", "kept micro_mean", "the ones between are dropped, the rest averaged as a mean of means",
+    Fault("A1", "kept micro_mean", "intermediate micro-batches are dropped, the rest averaged as a mean of means",
           T(combine=p.offload, share=p.micro_mean)),
-    Fault("A2", "kept", "every backward overwrites the one before",
+    Fault("A2", "kept", "every backward overwrites the previous one",
           T(combine=p.kept(lambda rank, k, num: k == num - 1))),
-    Fault("A2", "kept", "every backward overwrites the one before, on rank {rank} only",
+    Fault("A2", "kept", "every backward overwrites the previous one, on rank {rank} only",
           lambda d: T(combine=p.kept(lambda rank, k, num: rank != d.rank or k == num - 1)), BOTH),
     Fault("A3", "micro_mean", "mean of the micro-batches' means", T(share=p.micro_mean), (1, 3), 2),
-    Fault("A3", "micro_mean", "sum of the micro-batches' means: 1/K forgotten", T(share=p.sum_of_means), copies=2),
+    Fault("A3", "micro_mean", "sum of the micro-batches' means: 1/K is missing", T(share=p.sum_of_means), copies=2),
     Fault("A3", "dp_token_mean", "mean over the tokens of all ranks, at every micro-step",
           T(share=p.over(lambda w, r, k, i: w.num_micro * sum(w.of_micro(d, k) for d in range(w.num_ranks)))),
           BOTH),
@@ -93,17 +93,17 @@ SUMS = (
     Fault("A5", "accumulation_factor", "K times too small", T(share=p.scaled(lambda w: 1 / w.num_micro))),
     Fault("A6", "micro_mean", "the model ignores the number of tokens it is given and returns its own mean",
           T(share=p.sum_of_means), (2, 2)),
-    Fault("A6", "unknown_weights padding", "the model's loss is a mean over all positions, masked ones too",
+    Fault("A6", "unknown_weights padding", "the model's loss is a mean over all positions, including masked ones",
           T(share=p.over(lambda w, r, k, i: w.num_ranks * w.slots(r, k)))),
-    Fault("A7", "data_lost", "what is left of an epoch is never loaded",
+    Fault("A7", "data_lost", "the rest of an epoch is never loaded",
           T(plan=lambda num, size, epochs: [(w, True) for w, _ in aligned(num, size, epochs) if len(w) == size])),
-    Fault("A7", "data_lost kept grouping", "what is left of an epoch is run, its gradients thrown away",
+    Fault("A7", "data_lost kept grouping", "the rest of an epoch is run, but its gradients are discarded",
           T(plan=lambda num, size, epochs: [(w, len(w) == size) for w, _ in aligned(num, size, epochs)])),
     Fault("A7", "grouping", "windows run across the end of an epoch",
           T(plan=lambda num, size, epochs: aligned(num * epochs, size, 1))),
-    Fault("A7", "grouping data_lost", "what is left of an epoch waits for the next epoch's first step",
+    Fault("A7", "grouping data_lost", "the rest of an epoch waits for the next epoch's first step",
           T(plan=p.tail_carried)),
-    Fault("A7", "accumulation_factor scale", "a short last window is divided as if it were whole",
+    Fault("A7", "accumulation_factor scale", "a short last window is divided as if it were full",
           T(share=p.scaled(lambda w: w.num_micro / w.asked))),
     Fault("A7", "grouping data_lost", "the step comes one micro-batch after the start of every window",
           T(plan=p.counter_off_by_one)),
@@ -111,39 +111,39 @@ SUMS = (
           T(combine=p.unsynced(lambda k, num: k < num - 1)), BOTH),
     Fault("A8", "ranks_diverge", "only the last micro-batch of a window is reduced over ranks",
           T(combine=p.unsynced(lambda k, num: k == num - 1)), BOTH),
-    Fault("A8", "kept", "the last micro-batch of a window reaches no rank's optimizer",
+    Fault("A8", "kept", "the last micro-batch of a window does not reach any rank's optimizer",
           T(combine=p.kept(lambda rank, k, num: num == 1 or k < num - 1))),
     Fault("A9", "kept", "gradients are cleared before micro-batch {index}",
           lambda d: T(combine=p.kept(lambda rank, k, num: num <= d.index or k >= d.index))),
     Fault("A9", "kept", "gradients are cleared before micro-batch {index} on rank {rank} only",
           lambda d: T(combine=p.kept(lambda r, k, num: r != d.rank or num <= d.index or k >= d.index)), BOTH),
-    Fault("A10", "unknown_weights padding", "mean of micro-batch sums over rows times padded width",
+    Fault("A10", "unknown_weights padding", "mean of micro-batch sums, each divided by rows times padded width",
           T(share=p.over(lambda w, r, k, i: w.num_ranks * w.num_micro * w.slots(r, k))), BOTH),
     Fault("A10", "scale padding", "divided by rows times padded width of the whole window",
           T(share=p.over(lambda w, r, k, i: sum(w.slots(d, j) for d, j in w.places)))),
-    Fault("A10", "rank_factor", "summed over ranks where a mean was meant",
+    Fault("A10", "rank_factor", "summed over ranks instead of averaged",
           T(share=p.scaled(lambda w: w.num_ranks)), BOTH),
     Fault("A10", "rank_factor", "averaged over ranks twice", T(share=p.scaled(lambda w: 1 / w.num_ranks)), BOTH),
-    Fault("A10", "scale", "a loss scale of 8 that is never taken back", T(share=p.scaled(lambda w: 8))),
+    Fault("A10", "scale", "a loss scale of 8 that is never removed", T(share=p.scaled(lambda w: 8))),
     Fault("A11", "empty_counted", "an empty micro-batch counts as one token",
           T(share=p.over(lambda w, r, k, i: sum(max(1.0, w.of_micro(d, j)) for d, j in w.places))), (1, 1)),
     Fault("A11", "empty_counted", "an empty row counts as one token",
           T(share=p.over(lambda w, r, k, i: sum(max(1.0, w.tokens[j]) for j in w.all_rows))), (2, 2)),
     Fault("A11", "not_finite", "an empty micro-batch's mean is 0/0",
           T(share=lambda w, r, k, i: 1 / w.total if w.of_micro(r, k) else math.nan)),
-    Fault("A11", "data_lost grouping kept", "a window with an empty micro-batch is not stepped",
+    Fault("A11", "data_lost grouping kept", "no step is taken for a window with an empty micro-batch",
           T(combine=p.skip_if_empty)),
     Fault("A12", "clip unknown_weights", "every micro-batch's gradient is clipped",
           lambda d: T(combine=p.clip_unasked(p.clip_micro, 0.04 + 0.04 * d.size)), copies=2),
     Fault("A12", "clip unknown_weights", "every rank's gradient is clipped by its own norm before ranks are summed",
           lambda d: T(combine=p.clip_unasked(p.clip_rank, 0.05 + 0.05 * d.size)), BOTH),
-    Fault("A12", "clip scale", "the whole gradient is clipped, unasked",
+    Fault("A12", "clip scale", "the whole gradient is clipped without being configured",
           lambda d: T(update=p.moved(lambda g, index: clip(g, 0.1 + 0.05 * d.size)))),
     Fault("A12", "clip unexplained", "every entry of the gradient is clipped",
           T(update=p.moved(lambda g, index: g.clamp(-0.001, 0.001)))),
-    Fault("A12", "clip scale", "clipped while it is still K times too large, not divided afterwards",
+    Fault("A12", "clip scale", "the gradient is clipped while it is K times too large, and not divided afterwards",
           T(share=p.scaled(lambda w: w.num_micro), update=p.moved(lambda g, index: clip(g, 0.15)))),
-    Fault("A13", "scale", "an unasked warm-up over the first three steps",
+    Fault("A13", "scale", "a warm-up over the first three steps that is not configured",
           T(update=p.moved(lambda g, index: g * min(1.0, (index + 1) / 3)))),
     Fault("A14", "rounding", "parameters are stored in bfloat16",
           T(prepare=p.start_in_bfloat16, update=p.stored_in_bfloat16), copies=2),
@@ -166,9 +166,9 @@ MASKS = (
     Fault("B5", "unexplained", "two begin tokens before every row", T(layout=p.begun_twice), arch="gpt2"),
     Fault("B6", "packing", "rows packed into one line see each other",
           T(layout=p.packed(restart=False, isolated=False)), arch="llama"),
-    Fault("B6", "packing", "packed rows see each other, although positions start anew",
+    Fault("B6", "packing", "packed rows see each other, although positions restart",
           T(layout=p.packed(restart=True, isolated=False)), arch="gpt2"),
-    Fault("B7", "padding", "padding on the left counts in the positions", T(layout=p.pad_left(masked=True)),
+    Fault("B7", "padding", "padding on the left is counted in the positions", T(layout=p.pad_left(masked=True)),
           arch="gpt2"),
     Fault("B7", "padding", "padding on the left is attended to", T(layout=p.pad_left(masked=False)),
           arch="llama"),
@@ -187,16 +187,16 @@ MASKS = (
           lambda d: T(share=p.one_row(-1.0, d))),
     Fault("X", "data_lost", "every rank is given the rows of rank 0",
           T(order=lambda batches: [batches[0]] * len(batches)), BOTH),
-    Fault("X", "data_lost grouping", "an epoch ends on rows of its start",
+    Fault("X", "data_lost grouping", "an epoch ends with rows from its start",
           T(order=lambda batches: [[*rank[:-1], rank[0]] for rank in batches])),
 )  # fmt: skip
 
 OPTIMIZERS = (
     Fault("C7", "dropout unexplained", "dropout of 0.1 is on", T(prepare=p.dropping(0.1)), copies=2),
     Fault("C8", "ranks_diverge", "gradients are never reduced over ranks", T(combine=p.local), BOTH),
-    Fault("C8", "ranks_diverge", "every rank trains alone, on the mean of its own tokens",
+    Fault("C8", "ranks_diverge", "every rank trains separately, on the mean of its own tokens",
           T(share=p.own_mean, combine=p.local), BOTH),
-    Fault("C8", "ranks_diverge", "from the second step on no gradient is reduced",
+    Fault("C8", "ranks_diverge", "from the second step on, no gradient is reduced",
           T(combine=lambda gradients, index: (p.local if index >= 1 else add_all)(gradients, index)), BOTH),
     Fault("C8", "ranks_diverge", "ranks start from different parameters",
           T(prepare=p.shifted_start(0.01, ranks=True, published=True)), BOTH),
@@ -206,7 +206,7 @@ OPTIMIZERS = (
           T(prepare=p.shifted_start(0.01, ranks=False, published=False))),
     Fault("D2", "stale_parameters momentum", "every step starts from the parameters of the step before",
           T(update=p.from_the_step_before)),
-    Fault("D2", "stale_parameters", "one tensor of the model is not the one that the optimizer holds",
+    Fault("D2", "stale_parameters", "one tensor of the model is not the one that the optimizer has",
           lambda d: T(update=p.frozen(d.seed))),
     Fault("X", "momentum", "momentum of 0.9", T(update=p.momentum(0.9))),
     Fault("X", "momentum", "Nesterov momentum of 0.5", T(update=p.momentum(0.5, nesterov=True))),
@@ -222,29 +222,29 @@ OPTIMIZERS = (
 )  # fmt: skip
 
 CLIPS = (
-    Fault("clip", "clip", "asked to clip, it does not", T(limit=p.clip_to(math.inf))),
-    Fault("clip", "clip", "clipped to twice the norm that was asked for", T(limit=p.clip_to(2))),
-    Fault("clip", "clip", "asked to clip, it clips every micro-batch", T(limit=p.clip_micro), copies=2),
+    Fault("clip", "clip", "a clip is configured, but nothing is clipped", T(limit=p.clip_to(math.inf))),
+    Fault("clip", "clip", "clipped to twice the configured norm", T(limit=p.clip_to(2))),
+    Fault("clip", "clip", "every micro-batch is clipped, not the step", T(limit=p.clip_micro), copies=2),
     Fault("clip", "clip", "clipped after every backward", T(limit=p.clip_running), copies=2),
-    Fault("clip", "clip", "asked to clip, every rank clips by its own norm", T(limit=p.clip_rank), BOTH, 2),
-    Fault("clip", "clip", "clipped while it is K times too large", T(limit=p.clip_too_long)),
+    Fault("clip", "clip", "every rank clips by its own norm, not the step's", T(limit=p.clip_rank), BOTH, 2),
+    Fault("clip", "clip", "the gradient is clipped while it is K times too large", T(limit=p.clip_too_long)),
 )
 RATES = (
     Fault("rate", "schedule", "a tick at every micro-batch", T(ticks=lambda i, k, d: i * k), copies=2),
-    Fault("rate", "schedule", "a tick for every process", T(ticks=lambda i, k, d: i * d), BOTH, 2),
-    Fault("rate", "schedule", "a schedule over micro-batches", T(ticks=lambda i, k, d: i * (1 / k))),
+    Fault("rate", "schedule", "one tick per process", T(ticks=lambda i, k, d: i * d), BOTH, 2),
+    Fault("rate", "schedule", "the schedule counts micro-batches", T(ticks=lambda i, k, d: i * (1 / k))),
     Fault(
-        "rate", "schedule", "a schedule over all processes' steps", T(ticks=lambda i, k, d: i * (1 / d)), BOTH
+        "rate", "schedule", "the schedule counts all ranks' steps", T(ticks=lambda i, k, d: i * (1 / d)), BOTH
     ),
     Fault("rate", "schedule", "no tick at all", T(ticks=lambda i, k, d: 0)),
     Fault("rate", "schedule", "one tick ahead", T(ticks=lambda i, k, d: i + 1)),
 )
 RESUMES = (
     Fault("resume", "momentum_lost", "the momentum is lost", T(resume=p.momentum_lost), copies=2),
-    Fault("resume", "schedule", "the schedule starts anew", T(resume=lambda replica, at: 0), copies=2),
+    Fault("resume", "schedule", "the schedule restarts", T(resume=lambda replica, at: 0), copies=2),
     Fault("resume", "momentum_lost", "momentum and schedule are lost", T(resume=p.both_lost)),
     Fault("resume", "stale_parameters", "the parameters are lost", T(resume=p.parameters_lost)),
-    Fault("resume", "data_lost", "the data start anew", T(plan=p.from_the_first_row)),
+    Fault("resume", "data_lost", "the data restarts", T(plan=p.from_the_first_row)),
 )
 BESIDE = {"clipped": CLIPS, "scheduled": RATES, "resumed": RESUMES}
 ASKED = [replace(fault, cases=("ragged", case)) for case, faults in BESIDE.items() for fault in faults]
@@ -266,7 +266,7 @@ def _mutants() -> tuple[Mutant, ...]:
 
 
 def _clean() -> tuple[Mutant, ...]:
-    """(model, dtype, K, D, seed); the last of each attention model packs its rows, isolated."""
+    """(model, dtype, K, D, seed); the last of each attention model packs its rows, which are isolated."""
     table = [
         *(("plain", "float32", k, ranks, 10 * k + ranks) for k in (3, 4, 5, 6) for ranks in (1, 2)),
         *(("plain", "float32", k, 3, k) for k in (3, 4, 5)),

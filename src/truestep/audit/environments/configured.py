@@ -1,7 +1,7 @@
-"""A user's own configuration file → the subject that it configures, and the step as it is configured there.
+"""Reads a user's own configuration file: the subject that it configures, and the step as configured there.
 
-Only what reaches the optimizer step is taken over; the model becomes a tiny one, the optimizer plain SGD, and
-what no CPU can do is said in the notes. The file is read, never executed.
+Only what affects the optimizer step is used; a tiny model and plain SGD replace the configured ones, and the
+notes name what a CPU cannot do. The file is read, never executed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_MICROBATCHES = 8
 TRL_KEYS = ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "max_seq_length")
 FACTORY_KEYS = ("finetuning_type", "dataset_dir", "cutoff_len")
 EXPECTED = (
-    "DeepSpeed JSON, TrainingArguments JSON or YAML, an accelerate or LLaMA-Factory YAML, an OpenRLHF command"
+    "DeepSpeed JSON, TrainingArguments JSON or YAML, accelerate or LLaMA-Factory YAML, or an OpenRLHF command"
 )
 LLAMA = {"arch": "llama"}
 NOT_TAKEN_OVER = ("optim", "weight_decay", "label_smoothing_factor", "neftune_noise_alpha")
@@ -30,25 +30,25 @@ NOT_TAKEN_OVER = ("optim", "weight_decay", "label_smoothing_factor", "neftune_no
 
 @dataclass(kw_only=True)
 class Configured:
-    """What a file asks for; ``notes`` say what was reduced or left out."""
+    """What a file configures; ``notes`` say what was reduced or left out."""
 
     subject: str
     options: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
     documented: str = ""
     notes: list[str] = field(default_factory=list)
-    needs: tuple[str, ...] = ()  # what must be installed beside the subject's own
+    needs: tuple[str, ...] = ()  # what must be installed in addition to the subject's own needs
 
     def accumulate(self, steps: int | None, total: int | None = None, micro: int | None = None) -> None:
-        """Micro-batches a step, as given or from the batch sizes."""
+        """Set the micro-batches per step, as given or from the batch sizes."""
         if steps:
             self.options["accumulation"] = steps
         elif total and micro:
             self.options["accumulation"] = max(1, total // micro)
-            self.notes.append(f"{total // micro} micro-batches a step, assuming one process")
+            self.notes.append(f"{total // micro} micro-batches per step, assuming one process")
 
     def zero(self, key: str, stage: int | None, device: Any, clipping: Any) -> None:
-        """DeepSpeed's own settings."""
+        """Set DeepSpeed's own settings."""
         place = str(device or "none").lower()
         self.options |= {key: stage or 0, "offload": place != "none"}
         if place == "nvme":
@@ -63,7 +63,7 @@ class Configured:
         if truth(bf16):
             self.options["dtype"] = "bfloat16"
         if truth(fp16):
-            self.notes.append("float16 needs a GPU: audited in float32")
+            self.notes.append("float16 needs a GPU; audited in float32")
 
 
 def _table(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -87,7 +87,7 @@ def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6
 def read(path: Path) -> tuple[Subject, list[str]]:
     """The subject with the one configuration that the file describes, and the notes.
 
-    Raises UserError where the file is missing, cannot be read or configures nothing that is known.
+    Raises UserError if the file is missing, cannot be read or does not configure a known trainer.
     """
     try:
         configured = _recognise(_load(path), path)
@@ -112,7 +112,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"--config {path}: cannot be read ({why}); pass {EXPECTED}") from None
+        raise UserError(f"--config: cannot read {path} ({why}); pass {EXPECTED}") from None
     parsers = dict.fromkeys((".yaml", ".yml"), past_files.parse_yaml)
     parsers |= dict.fromkeys(past_files.SCRIPTS, past_files.flags_of)
     try:
@@ -135,7 +135,7 @@ def _recognise(found: Mapping[str, Any], path: Path) -> Configured:
         return _openrlhf(found)
     if any(key in found for key in ("per_device_train_batch_size", "gradient_accumulation_steps", *TRL_KEYS)):
         return _arguments(found, path)
-    raise UserError(f"--config {path}: no setting of a known trainer in it; pass {EXPECTED}")
+    raise UserError(f"--config: {path} contains no setting of a known trainer; pass {EXPECTED}")
 
 
 def _deepspeed(configured: Configured, found: Mapping[str, Any], stage_key: str) -> Configured:
@@ -201,33 +201,33 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
         if truth(found.get(key)):
             configured.options[key.removesuffix("_loss")] = True
     configured.accumulate(_count(found, "gradient_accumulation_steps"))
-    configured.clip(found.get("max_grad_norm", 1.0))  # the Trainer clips unless told otherwise
+    configured.clip(found.get("max_grad_norm", 1.0))  # the Trainer clips by default
     if truth(found.get("average_tokens_across_devices")) is False:
         configured.options["average_tokens_across_devices"] = False
         configured.documented = "average_tokens_across_devices = false"
         configured.processes = 2
-        configured.notes.append("audited on 2 processes, since on one this option changes nothing")
+        configured.notes.append("audited on 2 processes, since this option has no effect on one process")
     configured.precision(found.get("bf16"), found.get("fp16"))
     if left_out := [key for key in NOT_TAKEN_OVER if found.get(key)]:
-        configured.notes.append(f"{', '.join(left_out)}: not taken over, audited with plain SGD")
+        configured.notes.append(f"{', '.join(left_out)}: not used; audited with plain SGD")
     return configured
 
 
 def _beside(name: str, path: Path) -> Mapping[str, Any]:
-    """A file that another one names: relative to it, or to where the command runs."""
+    """A file named in another one, by a path relative to that file or to the current directory."""
     near = path.parent / name
     return _load(near if near.is_file() else Path(name))
 
 
 def _reduce(configured: Configured) -> None:
-    """To what fits on a CPU in seconds and still shows every pattern."""
+    """Reduce it to what runs on a CPU in seconds and still shows every pattern."""
     asked = configured.options.get("accumulation")
     if not asked:
         configured.options["accumulation"] = 4
-        configured.notes.append("the file does not say how many micro-batches a step has: audited with 4")
+        configured.notes.append("the file does not say how many micro-batches a step has; audited with 4")
     elif asked > MOST_MICROBATCHES:
         configured.options["accumulation"] = MOST_MICROBATCHES
-        configured.notes.append(f"{asked} micro-batches a step are audited as {MOST_MICROBATCHES}")
+        configured.notes.append(f"{asked} micro-batches per step are audited as {MOST_MICROBATCHES}")
     if configured.processes > 2:
         configured.notes.append(f"{configured.processes} processes are audited as 2")
     configured.processes = min(2, configured.processes)

@@ -1,6 +1,6 @@
-"""The audit of a step function in this process, for tests: the same cases, recorder and judge, no child.
+"""The audit of a step function in this process, for tests: same cases, recorder and judge, no child process.
 
-Needs torch. Imported by the pytest plugin only when a test asks for it.
+Needs torch. Imported by the pytest plugin only when a test uses it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOADED: dict[str, ModuleType] = {"recorder": recorder}
 def subject_module(name: str) -> Any:
     """A module of subjects/, which are scripts that import each other by their bare names.
 
-    Neither their folder nor their names stay behind: a caller may have a ``harness`` of its own, and a
+    Neither their folder nor their names stay importable: a caller may have its own ``harness``, and a
     subject must not hide the framework that it is named after.
     """
     if name not in _LOADED:
@@ -57,7 +57,7 @@ def audit_function(
 ) -> Finding:
     """Judge ``step(model, optimizer, microbatches)`` (its contract: subjects/user_loop.py) on one process.
 
-    The caller's random numbers go on as if nothing had been audited.
+    The caller's random numbers continue as if nothing had been audited.
     """
     harness, user_loop = subject_module("harness"), subject_module("user_loop")
     subject, configuration = getattr(step, "__qualname__", "step"), {"arch": arch, "processes": 1}

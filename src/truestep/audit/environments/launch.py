@@ -1,6 +1,6 @@
 """Run a subject in a child process, or one per rank, with its own folder, a scrubbed environment and limits.
 
-A subject that hangs, crashes or eats the memory is a finding, never the end of the audit.
+A subject that hangs, crashes or uses up the memory is reported as a finding and does not end the audit.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from truestep.audit.measure.verdict import judge
 from truestep.audit.subjects import FOLDER, Configuration, Subject
 from truestep.rundir import redact
 
-# A large SGD step reads its gradient back more exactly; AdamW's step is its learning rate, whatever the gradient.
+# A large SGD step gives a more exact gradient; the size of AdamW's step does not depend on its gradient.
 LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-2}
-SCRIPT_TIMEOUT = 180.0  # seconds, of a reproducer
-MEMORY = 12 << 30  # bytes of address space a rank may map; torch alone maps several GiB
+SCRIPT_TIMEOUT = 180.0  # seconds for a reproducer
+MEMORY = 12 << 30  # bytes of address space that a rank may map; torch alone maps several GiB
 KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ", "SSL_CERT_FILE", "TORCH_EXTENSIONS_DIR")
 
 
 class SubjectFailed(RuntimeError):
-    """The subject ended without an observation; the message is its last words."""
+    """The subject ended without an observation; the message quotes its last line of output."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """All cases of one configuration of a subject: one process a rank."""
+    """All cases of one configuration of a subject, with one process per rank."""
 
     script: str
     python: Path
@@ -56,7 +56,7 @@ class Job:
 
 
 def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict[str, str]:
-    """Nothing of the caller's but where programs and libraries lie: no tokens, no caches, no home folder."""
+    """Only the caller's paths to programs and libraries are kept: no tokens, no caches, no home folder."""
     return {
         **{k: os.environ[k] for k in KEPT if k in os.environ},
         "HOME": str(home),
@@ -77,7 +77,7 @@ def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict
 def audit_one(
     subject: Subject, configuration: Configuration, python: Path, *, seed: int = 0, timeout: float = 120.0
 ) -> Finding:
-    """One subject in one configuration, all of its cases. One that cannot run is a finding too."""
+    """Run all cases of one subject in one configuration. If it cannot run, that is a finding too."""
     began, options, ranks = time.monotonic(), configuration.options, configuration.world_size
     size = {"world_size": ranks, "accumulation": int(options.get("accumulation", 4)), "seed": seed}
     built = [cases.build(name, **size) for name in configuration.only]
@@ -95,11 +95,11 @@ def audit_one(
 
 
 def run(job: Job) -> dict[str, Observation]:
-    """Case → what was observed. Raises SubjectFailed, or ObservationError if what it left cannot be read."""
+    """Case → what was observed. Raises SubjectFailed, or ObservationError if that cannot be read."""
     with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
         folder = Path(name)
         (folder / "home").mkdir()
-        (folder / "modules").mkdir()  # beside the script, all that a subject can import from here
+        (folder / "modules").mkdir()  # all of the audit that adapters can import, with each other
         shutil.copy(Path(cases.__file__).with_name("recorder.py"), folder / "modules")
         rate, asked = job.learning_rate, [case.to_json() for case in job.cases]
         spec = {"cases": asked, "options": dict(job.options), "learning_rate": rate}
@@ -146,7 +146,7 @@ def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool |
     try:
         said = [process.communicate(timeout=SCRIPT_TIMEOUT)[0].decode() for process in processes]
     except subprocess.TimeoutExpired:
-        return None, f"no end within {SCRIPT_TIMEOUT:.0f} s"
+        return None, f"did not end within {SCRIPT_TIMEOUT:.0f} s"
     finally:
         for process in processes:
             process.kill()
@@ -155,8 +155,8 @@ def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool |
 
 
 def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
-    """What each causal language model class of transformers does with its loss: version, seconds, one row a
-    class. Raises SubjectFailed where the child left nothing."""
+    """How each causal language model class of transformers computes its loss: version, seconds, one row per
+    class. Raises SubjectFailed if the child process wrote nothing."""
     with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
         folder = Path(name)
         command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
@@ -177,7 +177,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def _limit() -> None:
     if _LIBC is not None:
-        # PR_SET_PDEATHSIG: nothing would hold it to its time after this process is killed.
+        # PR_SET_PDEATHSIG: after this process is killed, nothing else would enforce the time limit.
         _LIBC.prctl(1, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -190,7 +190,7 @@ def free_port() -> int:
 
 
 def last_line(text: str, error: str = "") -> str:
-    """The last line that begins as ``error`` says (a library may print more after it), else the last."""
+    """The last line whose beginning matches ``error`` (a library may print more after it), else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return ([line for line in lines if re.match(error, line)] or lines or ["no output"])[-1]
 

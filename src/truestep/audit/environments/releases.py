@@ -1,7 +1,7 @@
-"""First and last faulty release between two, and what would have been right; nothing here knows any version.
+"""Finds the first and last faulty release in a range, and a remedy; no version is hard-coded here.
 
-Both ends right: releases between them are tried from the middle outwards until one is faulty. It is assumed
-that the faulty releases are one contiguous interval.
+If both ends are right, releases between them are tried, the middle one first, until one is faulty. It is
+assumed that the faulty releases are one contiguous interval.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from truestep.audit.measure.findings import Verdict
 from truestep.audit.subjects import Configuration, Subject
 from truestep.errors import UserError
 
-Probe = Callable[[str], bool | None]  # version → faulty, right, or None: it could not be run
+Probe = Callable[[str], bool | None]  # version → whether it is faulty; None if it could not be run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Of the releases tried. ``before`` and ``after``: the nearest right ones, "" where the range ends."""
+    """The result of a search. ``before``, ``after``: the nearest right ones, "" at an end of the range."""
 
     first_bad: str = ""
     last_bad: str = ""
@@ -35,7 +35,7 @@ class Interval:
 
 
 def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interval:
-    """``releases`` in order, the two ends included. Raises UserError if ``known_bad`` is not among them."""
+    """Search the sorted ``releases``. Raises UserError if ``known_bad`` is not among them."""
     if known_bad and known_bad not in releases:
         raise UserError(f"--known-bad {known_bad}: pass a release from {releases[0]} to {releases[-1]}")
     seen: dict[int, bool | None] = {}
@@ -73,7 +73,7 @@ def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
 
 
 def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
-    """The outermost faulty release between a faulty and a right one, past those that cannot run."""
+    """The outermost faulty release between a faulty and a right one, skipping those that cannot run."""
     while abs(right - bad) > 1:
         middle = (bad + right) // 2
         around = sorted(range(min(bad, right) + 1, max(bad, right)), key=lambda i: abs(i - middle))
@@ -88,14 +88,14 @@ def parse_range(text: str) -> tuple[str, str]:
     """``0.15.0..0.19.8`` → the two ends. Raises UserError if it is something else."""
     match = re.fullmatch(r"\s*(\d[\w.]*?)\s*\.\.\s*(\d[\w.]*)\s*", text)
     if not match:
-        raise UserError(f"--bisect {text!r}: not a range; write two versions, such as 0.15.0..0.19.8")
+        raise UserError(f"--bisect {text!r} is not a range; pass two versions, such as 0.15.0..0.19.8")
     return match[1], match[2]
 
 
 def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
-    """All final releases of a package between two, as its index lists them. Raises UserError."""
+    """All final releases of a package from one to another, as its index lists them. Raises UserError."""
     if _key(first) > _key(last):
-        raise UserError(f"--bisect {first}..{last}: the older release comes first; write {last}..{first}")
+        raise UserError(f"--bisect {first}..{last}: the older release comes first; pass {last}..{first}")
     found = _releases(python, package)
     inside = sorted((v for v in found if _key(first) <= _key(v) <= _key(last)), key=_key)
     for end in (first, last):
@@ -108,7 +108,7 @@ def newest_release(python: Path, package: str) -> str:
     """The newest final release. Raises UserError if the index has none or does not answer."""
     found = _releases(python, package)
     if not found:
-        raise UserError(f"{package}: its index lists no final release")
+        raise UserError(f"{package}: the package index lists no final release")
     return max(found, key=_key)
 
 
@@ -118,7 +118,7 @@ def _releases(python: Path, package: str) -> list[str]:
     listed = re.search(r"Available versions:(.*)", done.stdout)
     if done.returncode or not listed:
         why = (done.stderr.strip() or "no answer")[-200:]
-        raise UserError(f"{package}: its releases cannot be listed: {why}")
+        raise UserError(f"cannot list the releases of {package} ({why})")
     return [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]
 
 
@@ -126,7 +126,7 @@ def _key(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version))
 
 
-# (options that differ, words), in the order in which they are tried where they change anything.
+# (options to change, the change in words), tried in this order; a change without effect is skipped.
 OPTIONS: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"average_tokens_across_devices": True}, "average_tokens_across_devices = true"),
     ({"manual": False}, "let the engine count the micro-batches"),
@@ -137,9 +137,9 @@ OPTIONS: tuple[tuple[Mapping[str, Any], str], ...] = (
 def remedy(
     subject: Subject, configuration: Configuration, python: Path, target: str, *, timeout: float
 ) -> str:
-    """The first change that makes this configuration RIGHT, in words; "" where none was found.
+    """The first change that makes this configuration RIGHT, in words; "" if none was found.
 
-    ``target`` is the requirement that was audited, "" for a user's own environment: only options are tried.
+    ``target`` is the requirement that was audited; "" for a user's own environment: only options are tried.
     """
     for changes, words in OPTIONS:
         options = configuration.options
@@ -157,7 +157,7 @@ def remedy(
 
 
 def _newer(name: str, pins: Mapping[str, str]) -> tuple[str, Path] | None:
-    """``name==newest`` and a python that has it beside the other pins; None if it is not newer or fails."""
+    """``name==newest`` and a Python that has it with the other pins; None if it is not newer or fails."""
     try:
         newest = newest_release(Path(sys.executable), name)
         if newest == pins[name]:

@@ -1,7 +1,7 @@
-"""Isolated, cached environments for the releases that are audited, and what an existing one holds.
+"""Isolated, cached environments for the releases that are audited, and what an existing one contains.
 
 One base environment per torch release has the large packages. Each subject has a separate environment with
-only its packages; a ``.pth`` file adds the base behind them. A user's environment is never changed.
+only its packages; a ``.pth`` file adds the base after them. A user's environment is never changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from truestep.audit.subjects import TABLE
 from truestep.errors import UserError
 
 TORCH = "2.13.0"
-BUILD_TIMEOUT = 1800.0  # seconds: of one install command, and of waiting for another audit's build
+BUILD_TIMEOUT = 1800.0  # seconds: for one install command, and for waiting for another audit's build
 PYTHON_TAG = f"py{sys.version_info.major}.{sys.version_info.minor}"
 FRAMEWORKS = tuple(dict.fromkeys(name for s in TABLE for name in (*s.needs, *s.brings)))
 # setuptools 81 dropped pkg_resources, which older releases import; their archives build with wheel.
@@ -59,12 +59,12 @@ class BuildFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an environment holds."""
+    """What an environment contains."""
 
-    pins: Mapping[str, str]  # as asked: package → version
+    pins: Mapping[str, str]  # as requested: package → version
     torch: str
-    resolved: tuple[str, ...]  # requirements that are installed with what they depend on
-    alone: tuple[str, ...]  # installed after them, without
+    resolved: tuple[str, ...]  # requirements that are installed with their dependencies
+    alone: tuple[str, ...]  # installed after them, without dependencies
 
     @property
     def base_name(self) -> str:
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """The folder: readable, and another one whenever anything that is installed differs."""
+        """The folder's name: readable, and different whenever anything that is installed differs."""
         contents = json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
         shown = "+".join(f"{k}-{v}" for k, v in sorted(self.pins.items()))
         return f"{shown}-{PYTHON_TAG}-{hashlib.sha256(contents).hexdigest()[:8]}"
@@ -81,23 +81,23 @@ class Plan:
 def parse(text: str) -> dict[str, str]:
     """Package → version of a text such as ``trl==1.16.0+deepspeed==0.18.9``.
 
-    Raises: UserError where a part is no exact version.
+    Raises: UserError if a part is not an exact version.
     """
     pins: dict[str, str] = {}
     for part in text.split("+"):
         match = _PIN.fullmatch(part.strip())
         if match is None:
-            wrong = f"{part.strip()!r} is not NAME==VERSION; write for example {EXAMPLE}"
+            wrong = f"{part.strip()!r} is not NAME==VERSION; pass, for example, {EXAMPLE}"
             raise UserError(f"requirement {text!r}: {wrong}")
         name = re.sub(r"[-_.]+", "-", match[1]).lower()
         if pins.setdefault(name, match[2]) != match[2]:
-            wrong = f"{name} has two versions; write one, such as {name}=={match[2]}"
+            wrong = f"{name} has two versions; pass one, such as {name}=={match[2]}"
             raise UserError(f"requirement {text!r}: {wrong}")
     return pins
 
 
 def plan(text: str) -> Plan:
-    """All that an environment for ``text`` holds. Raises: UserError as ``parse`` does."""
+    """Everything that an environment for ``text`` contains. Raises: UserError as ``parse`` does."""
     pins = parse(text)
     wanted = {name: f"{name}=={version}" for name, version in pins.items() if name != "torch"}
     for name, before, companions in COMPANIONS:
@@ -105,7 +105,7 @@ def plan(text: str) -> Plan:
         if exact and tuple(int(n) for n in re.findall(r"\d+", exact)) < before:
             for companion in companions:
                 own = re.split(r"[=<>]", companion)[0]
-                # A bare name is only a need: what fits to this release replaces it.
+                # A bare name requires no version: the companion that fits this release replaces it.
                 if wanted.get(own, own) == own:
                     wanted[own] = companion
     wanted = {need: need for name in wanted for need in ALONE.get(name, "").split()} | wanted
@@ -120,9 +120,9 @@ def cache_folder() -> Path:
 
 
 def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The python of an environment that holds ``text``, from the cache or built. ``say`` receives progress.
+    """The Python of an environment with ``text``, from the cache or built. ``say`` receives progress.
 
-    Raises: UserError for a bad text; BuildFailed if it cannot be built.
+    Raises: UserError if ``text`` is not valid; BuildFailed if it cannot be built.
     """
     wanted = plan(text)
     cache = cache_folder()
@@ -137,7 +137,7 @@ def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
     return _cached(cache, wanted.name, say, lambda home, do: _fill_overlay(wanted, base, home, do))
 
 
-# What installers and compilers read; no token of the caller's reaches a package's own set-up code.
+# What installers and compilers read; none of the caller's tokens reaches a package's own setup code.
 BUILDS_NEED = (
     r"PATH|HOME|LANG|LC_ALL|TZ|TMPDIR|USER|(http|https|no|all|ftp)_proxy|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|"
     r"CURL_CA_BUNDLE|(PIP|UV|XDG)_\w+|CC|CXX|CFLAGS|CXXFLAGS|LDFLAGS|LD_LIBRARY_PATH"
@@ -146,13 +146,13 @@ Do = Callable[..., None]  # run a command of a build: (command, **extra environm
 
 
 def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[Path, Do], None]) -> Path:
-    """The python of ``cache/name``: built under another name, renamed when complete, by one process at a time."""
+    """The Python of ``cache/name``: built under a temporary name, then renamed, by one process at a time."""
     home, temporary, log = cache / name, cache / f"{name}.building", cache / f"{name}.log"
     python = home / "bin" / "python"
     if python.exists():
         return python
     with _lock(cache / f"{name}.lock", name, say) as lock:
-        if python.exists():  # another audit has built it meanwhile
+        if python.exists():  # another audit has built it in the meantime
             return python
         say(f"building {name} (once) in {cache}")
         for leftover in (temporary, home):  # of a build that was killed, or of an interpreter that is gone
@@ -177,25 +177,25 @@ def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    why = f"{name}: another audit has been building it for {BUILD_TIMEOUT:.0f} s"
-                    way = "end that audit, or set TRUESTEP_CACHE to another directory"
+                    why = f"another audit has been building {name} for {BUILD_TIMEOUT:.0f} s"
+                    way = "end that audit, or set TRUESTEP_CACHE to a different directory"
                     raise BuildFailed(f"{why}; {way}") from None
                 if not waiting:
-                    say(f"waiting for another audit that builds {name}")
+                    say(f"waiting for another audit that is building {name}")
                 waiting = True
                 time.sleep(0.1)
         yield file.fileno()
 
 
 def _execute(name: str, out: IO[str], lock: int, command: Sequence[str | Path], **variables: str) -> None:
-    """Run one command of a build; what it prints goes to the log."""
+    """Run one command of a build; its output goes to the log."""
     kept = {k: v for k, v in os.environ.items() if re.fullmatch(BUILDS_NEED, k, re.IGNORECASE)}
     words, env = [str(part) for part in command], {**kept, **variables}
     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
     try:
         process = subprocess.Popen(words, env=env, start_new_session=True, pass_fds=(lock,), **streams)
     except OSError as error:
-        why = f"{name}: {command[0]} cannot be run ({error.strerror})"
+        why = f"{name}: cannot run {command[0]} ({error.strerror})"
         raise BuildFailed(f"{why}; install uv or pip") from None
     try:
         code = process.wait(BUILD_TIMEOUT)
@@ -219,7 +219,7 @@ def _last_words(log: Path) -> str:
 
 def _fill_base(wanted: Plan, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
-    # Scripts in bin keep the name of the folder at build time: only ``python -m`` is used.
+    # Scripts in bin contain the name of the folder at build time: only ``python -m`` is used.
     do([sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), home])
     packages = [f"torch=={wanted.torch}", *BASE]
     if uv:
@@ -232,7 +232,7 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
     do([sys.executable, "-m", "venv", "--without-pip", home])
     site = home / "lib" / f"python{PYTHON_TAG[2:]}" / "site-packages"
-    # Relative, so that it holds after the folder is renamed; a .pth folder comes after this one.
+    # Relative, so that it stays valid when the folder is renamed; a .pth folder comes after this one.
     behind = base.parent.parent / site.relative_to(home)
     (site / "truestep-base.pth").write_text(os.path.relpath(behind, site) + "\n", encoding="utf-8")
     (home / "constraints.txt").write_text(f"torch=={wanted.torch}\n", encoding="utf-8")
@@ -249,7 +249,7 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     if wanted.resolved:
         do([*install, *extra, *wanted.resolved], **variables)
     if wanted.alone:
-        # No installer cache: a wheel that was built beside this torch must not reach other environments.
+        # No installer cache: a wheel that was built against this torch must not reach other environments.
         how = ["--no-deps", "--no-build-isolation", "--no-cache" if uv else "--no-cache-dir"]
         do([*install, *how, *wanted.alone], DS_BUILD_OPS="0", **variables)
 
@@ -278,14 +278,14 @@ def _uv_variables() -> dict[str, str]:
 def installed(python: Path) -> dict[str, str]:
     """Framework → version ("unknown": a folder without metadata). Imports none of them and writes nothing.
 
-    Raises: UserError if this python cannot be run.
+    Raises: UserError if this Python cannot be run.
     """
     found = versions(python, FRAMEWORKS)
     return {name: found[name] for name in FRAMEWORKS if name in found}
 
 
 def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
-    """Package → version of all that this python finds, ``modules`` without metadata too. Raises: UserError."""
+    """Package → version of all that this Python finds, ``modules`` without metadata too. Raises: UserError."""
     if not python.is_file():
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
@@ -299,6 +299,6 @@ def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
         found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         words = rundir.redact(last_line(getattr(error, "stderr", "") or str(error)))[:200]
-        message = f"--python {python}: does not run as a Python 3.8 or later ({words})"
+        message = f"--python {python} does not run as Python 3.8 or later ({words})"
         raise UserError(f"{message}; pass the path of an interpreter, such as .venv/bin/python") from None
     return {str(k): str(v) for k, v in found.items()}

@@ -1,1 +1,1 @@
-"""From what a subject left to a verdict: numbers and records, no words, no torch."""
+"""From what a subject wrote to a verdict: only numbers and records, no text, no torch."""

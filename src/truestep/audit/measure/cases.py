@@ -1,4 +1,4 @@
-"""The rows that every subject is given: random tokens, very unequal numbers of them trained.
+"""The rows that every subject receives: random tokens, with very different numbers of trained tokens.
 
 Equal lengths hide a mean of means, two accumulation steps hide a dropped micro-batch and one rank hides a
 rank-wise mean, so no case has any of these. Rows are plain integers: nothing here needs torch.
@@ -17,8 +17,8 @@ from truestep.seeding import Purpose, generator
 
 VOCABULARY = 64
 FIRST_TOKEN = 3  # 0, 1 and 2 are padding, begin and end
-# Trained tokens of consecutive rows: neighbours differ by an order of magnitude, and no two are equal, so
-# that any window of any shuffle is told apart from its mean.
+# Trained tokens of consecutive rows: neighbors differ by an order of magnitude, and no two are the same, so
+# that in any order the rows of any window differ from their mean.
 TRAINED = (2, 27, 3, 17, 40, 5, 22, 9, 33, 4, 14, 30, 6, 19, 36, 11, 25, 7, 44, 13, 1, 29, 8, 38)
 SHORTEST, SHORTEST_PROMPT = 6, 3  # tokens
 CLIPPED_TO = 0.1  # below the norm of every step's gradient, and of most micro-batches'
@@ -26,7 +26,7 @@ CLIPPED_TO = 0.1  # below the norm of every step's gradient, and of most micro-b
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Tokens, and 1 where the token is trained."""
+    """Tokens, and for each of them 1 if it is trained, else 0."""
 
     ids: tuple[int, ...]
     trained: tuple[int, ...]
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained on, and how it must be grouped. ``steps`` is the number that a right trainer takes."""
+    """The training rows and how they must be grouped. A correct trainer takes ``steps`` optimizer steps."""
 
     name: str
     rows: tuple[Row, ...]
@@ -47,17 +47,17 @@ class Case:
     epochs: int = 1
     steps: int = 3
     vocabulary: int = VOCABULARY
-    max_grad_norm: float = 0.0  # asked for: 0 is none
-    decay: bool = False  # the learning rate falls in a line to zero, a step each time
+    max_grad_norm: float = 0.0  # as configured: 0 is none
+    decay: bool = False  # the learning rate falls linearly to zero, once per step
     momentum: float = 0.0
-    resume_after: int = 0  # steps, after which everything is saved, made anew and loaded
+    resume_after: int = 0  # steps after which everything is saved, rebuilt and loaded
 
     def rate(self, step: float) -> float:
-        """The share of the learning rate that step (from 0) was to have."""
+        """The share of the learning rate that a step (counted from 0) should have."""
         return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON reads it back."""
+        """The case as it is read back from JSON."""
         return json.loads(json.dumps(asdict(self)))
 
 
@@ -75,32 +75,32 @@ def make_rows(counts: Sequence[int], *, seed: int = 0, turns: int = 1) -> tuple[
     return tuple(rows)
 
 
-# What has to hold besides the weights, each with the settings that it needs.
+# What is checked in addition to the weights, each with the settings that it needs.
 RELATIONS: dict[str, dict[str, Any]] = {
     "clipped": {"steps": 2, "max_grad_norm": CLIPPED_TO},  # once, by the norm of each step's whole gradient
-    "scheduled": {"steps": 4, "decay": True},  # linear: no other number of ticks a step gives the same rates
-    # Two steps, a checkpoint, and two more from it, with momentum and a schedule that have to survive.
+    "scheduled": {"steps": 4, "decay": True},  # linear: any other number of ticks per step gives other rates
+    # Two steps, a checkpoint and two more steps from it; momentum and schedule must survive.
     "resumed": {"steps": 4, "decay": True, "momentum": 0.5, "resume_after": 2},
 }
 CASES: dict[str, dict[str, Any]] = {
-    "ragged": {},  # one row a micro-batch, every number of trained tokens different: the base of all others
-    "unsplit": {},  # the same rows in one micro-batch a step: a difference from ragged comes from the split
+    "ragged": {},  # one row per micro-batch, all with different token counts: the base of all others
+    "unsplit": {},  # the same rows, one micro-batch per step: a difference from ragged comes from the split
     "masked": {},  # a row without any trained token and a row with one, in every step
-    "window": {"epochs": 2, "steps": 4},  # data that are no multiple of the accumulation window
-    "chat": {},  # several answers a row, each after a prompt that is not trained
+    "window": {"epochs": 2, "steps": 4},  # the number of rows is not a multiple of the accumulation window
+    "chat": {},  # several answers per row, each after a prompt that is not trained
     **RELATIONS,
 }
 
 
 def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -> Case:
-    """The case of that name. Raises ValueError, which lists the known names."""
+    """The case with that name. Raises ValueError, which lists the known names."""
     if name not in CASES:
-        raise ValueError(f"case = {name!r}: write {', '.join(CASES)}")
+        raise ValueError(f"unknown case {name!r}; use {', '.join(CASES)}")
     if accumulation < 3 and name not in ("ragged", "unsplit", *RELATIONS):
         raise ValueError(f"accumulation = {accumulation}: the case {name} needs 3 or more")
     asked = {"steps": 3, **CASES[name]}
     if name in ("scheduled", "resumed"):
-        accumulation = min(accumulation, 3)  # else one tick a micro-batch ends it after the first step
+        accumulation = min(accumulation, 3)  # else one tick per micro-batch would end it after the first step
     num = world_size * (2 * accumulation - 2 if name == "window" else accumulation * asked["steps"])
     counts = [TRAINED[i % len(TRAINED)] + len(TRAINED) * 2 * (i // len(TRAINED)) for i in range(num)]
     if name == "masked":

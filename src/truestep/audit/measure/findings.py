@@ -1,4 +1,4 @@
-"""What was found, as records. ``present.words`` makes the sentences."""
+"""Findings as records. ``present.words`` turns them into sentences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 class Verdict(enum.StrEnum):
     """FAULT: the update depends on how the same batch is split, sharded, padded or packed, or data is lost.
-    DEFAULT: it does not, and yet is not the textbook step (clipping, weight decay, a constant scale).
-    DOCUMENTED CHOICE: a fault's pattern that the user asked for by an option away from its default."""
+    DEFAULT: it does not, but it is not the textbook step (clipping, weight decay, a constant scale).
+    DOCUMENTED CHOICE: the same pattern as a fault, but requested by an option set to a non-default value."""
 
     RIGHT = "RIGHT"
     FAULT = "FAULT"
@@ -23,7 +23,7 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """One deviation from the step that was asked for, or one reason why something was not seen.
+    """One deviation from the configured step, or one reason why something was not observed.
 
     ``code`` is its family, for programs ("" if it is not a fault); ``kinds`` name its sentence, two if the
     evidence has two readings; ``values`` are the numbers and names in it.
@@ -43,10 +43,10 @@ Causes = tuple[Cause, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """How the runs of one case differ from what was asked. Empty: they do not."""
+    """How the runs of one case differ from what was configured; empty if they do not."""
 
-    data: Causes = ()  # of the whole run: windows, lost rows, diverging ranks
-    steps: tuple[Causes, ...] = ()  # what single steps show, each distinct set once
+    data: Causes = ()  # in the whole run: windows, lost rows, diverging ranks
+    steps: tuple[Causes, ...] = ()  # in single steps, each distinct set once
     in_every_step: bool = True
 
     @property
@@ -63,8 +63,8 @@ class Finding:
     verdict: Verdict = Verdict.NOT_RUN
     found: Differences = Differences()
     codes: Sequence[str] = ()  # of all cases, the main one first
-    documented: str = ""  # the option that asks for it
-    reasons: Causes = ()  # of NOT RUN and NOT OBSERVABLE, and what was not seen otherwise
+    documented: str = ""  # the option that requests it
+    reasons: Causes = ()  # for NOT RUN and NOT OBSERVABLE, and for anything else that was not observed
     versions: Mapping[str, str] = field(default_factory=dict)
     cases: Mapping[str, Differences] = field(default_factory=dict)
     tokens: Sequence[Sequence[int]] = ()  # of the step that is shown, per rank
@@ -78,6 +78,6 @@ class Finding:
     true_loss: float | None = None
     logged_loss_could_show_it: bool | None = None
     location: str = ""  # FILE:LINE where the audited code runs the model
-    remedy: str = ""  # a change that was audited again and is RIGHT
-    reproducer: str = ""  # a script that shows it, and was run
+    remedy: str = ""  # a change with which a second audit was RIGHT
+    reproducer: str = ""  # a script that was run and shows it
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a subject left behind, read back: one ``Step`` per optimizer step, all ranks together.
+"""Reads what a subject wrote: one ``Step`` per optimizer step, for all ranks together.
 
 Shapes: P parameters, M micro-batches of a step over all ranks (rank after rank).
 """
@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 class ObservationError(ValueError):
-    """The subject ran, but what it left cannot be judged."""
+    """The subject ran, but what it wrote cannot be judged."""
 
     def __init__(self, kind: str, **values: Any) -> None:
         super().__init__(kind, values)
@@ -34,9 +34,9 @@ class MicroBatch:
 
     rank: int
     index: int  # within its rank and step
-    lines: tuple[tuple[int, ...], ...]  # rows of each line: several where lines are packed
+    lines: tuple[tuple[int, ...], ...]  # rows of each line: several if lines are packed
     row_counts: tuple[int, ...]  # trained tokens of each row
-    row_gradients: tuple[np.ndarray, ...]  # P each: of the sum of −log p over the row's trained tokens
+    row_gradients: tuple[np.ndarray, ...]  # P each: gradient of −Σ log p over the row's trained tokens
     loss_sum: float  # Σ −log p over its trained tokens, float64
     size: int  # P
 
@@ -55,7 +55,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimizer step: parameters around it, and the exact gradient sums of what went into it."""
+    """One optimizer step: parameters before and after it, and exact gradient sums of its micro-batches."""
 
     before: np.ndarray  # P
     after: np.ndarray  # P
@@ -64,18 +64,18 @@ class Step:
     control: np.ndarray  # P: the whole step's gradient sum in the subject's own precision
     extras: dict[str, np.ndarray]  # what a wrong mask or a wrong shift would have added
     logged_loss: float | None = None
-    max_grad_norm: float = 0.0  # asked for
-    carried: np.ndarray | float = 0.0  # P: what momentum was asked to add to the gradient
+    max_grad_norm: float = 0.0  # as configured
+    carried: np.ndarray | float = 0.0  # P: what the configured momentum adds to the gradient
 
     @property
     def clip_scale(self) -> float:
-        """What the clip that was asked for makes of the right gradient."""
+        """The factor by which the configured clip scales the correct gradient."""
         limit = self.max_grad_norm
         return min(1.0, limit / float(np.linalg.norm(self.expected))) if limit else 1.0
 
     @cached_property
     def direction(self) -> np.ndarray:
-        """(before − after) / lr: what the step went against."""
+        """(before − after) / lr: the gradient that plain SGD would have used for this step."""
         return (self.before - self.after) / self.learning_rate
 
     @property
@@ -84,7 +84,7 @@ class Step:
 
     @property
     def counts(self) -> list[list[int]]:
-        """Trained tokens of each rank's micro-batches, as ``truestep.faults`` wants them."""
+        """Trained tokens of each rank's micro-batches, in the form that ``truestep.faults`` takes."""
         ranks = sorted({m.rank for m in self.microbatches})
         return [[m.num_trained for m in self.microbatches if m.rank == r] for r in ranks]
 
@@ -109,9 +109,9 @@ class Observation:
     forwards_without_step: int = 0
     unmatched: int = 0
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
-    location: str = ""  # FILE:LINE where what is audited runs the model
-    autocast: str = ""  # the dtype that the model was run in, where it is another than its parameters'
-    not_run: str = ""  # why this case alone could not be run
+    location: str = ""  # FILE:LINE where the audited code runs the model
+    autocast: str = ""  # the dtype that the model was run in, if different from its parameters'
+    not_run: str = ""  # why only this case could not be run
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -1,8 +1,8 @@
-"""All steps of one case: the configured clip, schedule and resume, and the rows of each step.
+"""All steps of one case: the configured clip, schedule and resuming, and the rows of each step.
 
-A right step is known exactly (``observations.Step``: clip scale, rate, carried momentum), so no second run is
-needed. Rows are counted, never forward passes: their number in a pass does not change the step, and a row
-without trained tokens adds nothing. Frameworks shuffle: only numbers of rows are compared. P: parameters.
+A correct step is known exactly (``observations.Step``: clip scale, rate, carried momentum): no second run is
+needed. Rows are counted, not forward passes: how many rows a pass has does not change the step, and a row
+without trained tokens adds nothing. Frameworks shuffle, so only numbers of rows are compared. P: parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from truestep.audit.measure.observations import Observation, Step
 from truestep.audit.measure.one_step import CONSTANTS, Seen, alike, see, used_length
 from truestep.faults import recover_weights
 
-KEPT = {"kept", "micro_mean", "rank_mean", "dp_token_mean"}  # codes of weights that are no constant
+KEPT = {"kept", "micro_mean", "rank_mean", "dp_token_mean"}  # codes of weights that are not a constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
     for index, named in _related(steps, run, dtype).items():
         kept = tuple(c for c in steps[index].causes if c.code in KEPT)
         steps[index] = replace(steps[index], causes=(*kept, named))
-    # A schedule that has reached zero moves nothing any more: the rows after that are lost to it.
+    # Nothing moves after a schedule has reached zero: rows after that are missing because of the schedule.
     stopped = len(run.steps) < run.asked.steps and any("schedule" in s.codes for s in steps)
     data = () if stopped else data_coverage(run)
-    # A step on other rows than asked, divided by the tokens of those that were asked for, is off by a constant.
+    # A step on the wrong rows, divided by the tokens of the configured ones, is off by a constant.
     regrouped = any(c.code == "grouping" for c in data)
     wrong = [s.causes for s in steps if s.causes and not (regrouped and set(s.codes) <= CONSTANTS)]
     distinct = tuple(c for i, c in enumerate(wrong) if c not in wrong[:i])
@@ -49,7 +49,7 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
 
 
 def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int, Cause]:
-    """Step → what became of the clip, the schedule or a resume, in place of the constant that it looks like."""
+    """Step → the fault of clip, schedule or resuming, which replaces the constant that it looks like."""
     if found := resume(run, thresholds.RESIDUAL[dtype]):
         return dict.fromkeys(range(run.asked.resume_after, len(steps)), found)
     scales = [s.scale if set(s.codes) <= CONSTANTS | KEPT else None for s in steps]
@@ -64,7 +64,7 @@ def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int
 
 
 def clip(run: Observation, scaled: Sequence[int]) -> Cause | None:
-    """Steps that only a constant separates from right ones: clipped unasked, differently, or not at all."""
+    """For steps off only by a constant: clipped without being configured, differently, or not at all."""
     lengths = [used_length(run.steps[i]) for i in scaled]
     wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
     asked = run.asked.max_grad_norm
@@ -81,9 +81,9 @@ Parts = Sequence[Sequence[np.ndarray]]  # rank, micro-batch: P
 
 
 def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
-    """Which clip of its parts predicts the step: of micro-batches, of running sums or of ranks.
+    """Which clip of the step's parts predicts it: of micro-batches, of running sums or of ranks.
 
-    A part may be longer by the steps or the ranks that it is divided by afterwards: the constant is free.
+    Parts may be divided by the number of steps or ranks only after the clip, so the constant is free.
     """
     used = step.direction - step.carried
     ranks = sorted({m.rank for m in step.microbatches})
@@ -120,14 +120,14 @@ CLIPS = {"clip_of_micro_batches": _each, "clip_of_ranks": _ranks, "clip_after_ev
 
 
 def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
-    """Learning rates that follow another line than the configured one. ``scales``: each step's constant."""
+    """Learning rates that do not follow the configured schedule. ``scales``: each step's constant."""
     asked, until = run.asked, run.asked.resume_after or len(scales)
     rates = [asked.rate(i) * scale for i, scale in enumerate(scales[:until]) if scale is not None]
     if not asked.decay or len(rates) < 2 or len(rates) != min(until, len(scales)):
         return None
     right = [asked.rate(i) for i in range(len(rates))]
     early = [asked.rate(i + 1) for i in range(len(rates))]
-    speed = asked.steps * (1 - rates[1] / rates[0])  # ticks a step
+    speed = asked.steps * (1 - rates[1] / rates[0])  # ticks per step
     line = [rates[0] * max(0.0, 1 - speed * i / asked.steps) for i in range(len(rates))]
     if np.allclose(np.array(rates) / rates[0], right, atol=thresholds.CLOSE):
         return None
@@ -145,7 +145,7 @@ def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
 
 
 def resume(run: Observation, limit: float) -> Cause | None:
-    """What did not survive the checkpoint, from the gradients of the first step after it and the step before."""
+    """What the checkpoint lost, found from the gradients of the first step after it and the step before."""
     at, momentum = run.asked.resume_after, run.asked.momentum
     if not at or len(run.steps) <= at:
         return None
@@ -157,7 +157,7 @@ def resume(run: Observation, limit: float) -> Cause | None:
     weights, kept = found[:-1], float(found[-1])
     rate = float(np.median(weights))
     if residual > limit or np.ptp(weights) > 5 * thresholds.CLOSE * abs(rate):
-        return None  # other faults than those of a resume
+        return None  # faults other than those of resuming
     forgotten = bool(momentum) and abs(kept) <= thresholds.CLOSE
     off = abs(rate - 1) > thresholds.CLOSE and (forgotten or abs(kept - rate * momentum) <= thresholds.CLOSE)
     anew = abs(rate * run.asked.rate(at) - run.asked.rate(0)) <= thresholds.CLOSE
@@ -169,9 +169,9 @@ def resume(run: Observation, limit: float) -> Cause | None:
 
 
 def data_coverage(run: Observation) -> Causes:
-    """Whether the optimizer was stepped as configured, on all trained rows, each once an epoch."""
+    """Rows that were lost, repeated or grouped wrongly: each trained row should count once per epoch."""
     if any(not np.isfinite(s.after).all() for s in run.steps):
-        return ()  # changes of what is not a number are no steps
+        return ()  # a change of NaN is not a step
     asked = run.asked
     seen = Counter(row for s in run.steps for m in s.microbatches for row in m.rows)
     trained = [i for i, row in enumerate(asked.rows) if row.num_trained]
@@ -191,20 +191,20 @@ def data_coverage(run: Observation) -> Causes:
             found.append(cause("grouping", "step_sizes", rows=sizes, asked=filtered))
     if lost:
         found.insert(0 if lost_whole else len(found), cause("data_lost", "rows_lost", rows=lost))
-    # A sampler may repeat rows so that all ranks have equally many batches.
+    # A sampler may repeat rows so that all ranks have the same number of batches.
     elif twice > (never - len(asked.rows)) % (run.num_ranks * asked.rows_per_microbatch) * asked.epochs:
         found.append(cause("data_lost", "rows_repeated", rows=twice))
     return tuple(found)
 
 
 def _skipped(sizes: Sequence[int], asked: Sequence[int], untrained: int) -> bool:
-    """Whether the windows are the asked ones but for rows without trained tokens that were passed over."""
+    """Whether the windows are the configured ones, except for skipped rows without trained tokens."""
     missing = [a - s for a, s in zip(asked, sizes, strict=False)]
     return len(sizes) == len(asked) and min(missing) >= 0 and sum(missing) <= untrained
 
 
 def _asked_sizes(run: Observation, num_rows: int) -> list[int]:
-    """Rows of each step, on the busiest rank: whole windows and what is left at the end of an epoch."""
+    """Rows that each step should have on the busiest rank: whole windows, and the rest of an epoch."""
     size = run.asked.rows_per_microbatch
     mine = min(num_rows, size * math.ceil(math.ceil(num_rows / size) / run.num_ranks))
     window = run.asked.accumulation * size

@@ -1,4 +1,4 @@
-"""One step, judged from its own start: the pattern that its weights obey, else what is in it besides them.
+"""Judges one step from its own start: the pattern of its weights, or else what the weights do not explain.
 
 A pattern is kept × normaliser × scale. Causes come from the structure of the weights, so that an unknown
 fault is still described. Shapes: P parameters.
@@ -22,17 +22,17 @@ Parameters = Sequence[tuple[str, tuple[int, ...]]]
 CONSTANTS = {"scale", "accumulation_factor", "rank_factor", "empty_counted"}
 OTHERS = (faults.rank_mean, faults.micro_mean, faults.dp_token_mean)
 NORMALISERS: dict[str, faults.WeightsOf] = {"global": faults.right, **{f.__name__: f for f in OTHERS}}
-KINDS = {"prompt": "prompt_trained", "stop": "stop_untrained"}  # of a column; else its own name
+KINDS = {"prompt": "prompt_trained", "stop": "stop_untrained"}  # column → kind; else the same name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One step. No causes: it is right."""
+    """One judged step; it is right if it has no causes."""
 
     causes: Causes = ()
     recovered: Recovered | None = None
     scale: float = 1.0
-    hidden: bool = False  # right as far as one can tell: the noise hides single weights
+    hidden: bool = False  # no fault is visible, but noise hides single weights
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -58,13 +58,13 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
         return Seen(causes=(named,), recovered=found)
     causes = pattern.causes
     if len(causes) > 1 and causes[-1].code in CONSTANTS and reaches_clip(step):
-        # Other weights have another norm, and were clipped to the right one: the constant says nothing more.
+        # Wrong weights change the norm, and the clip restored it: the constant adds no information.
         return Seen(causes=causes[:-1], recovered=found)
     return replace(pattern, hidden=not causes and hides_weights(found))
 
 
 def used_length(step: Step) -> float:
-    """‖gradient‖ that the step used."""
+    """Norm of the gradient that the step used."""
     return float(np.linalg.norm(step.direction - step.carried))
 
 
@@ -83,12 +83,12 @@ def _unknown(kind: str, weights: np.ndarray) -> Cause:
 
 
 def fit_pattern(recovered: Recovered, dtype: str) -> Seen | None:
-    """What of kept × normaliser × scale is not right, in this order, in the simplest pattern that the weights
-    obey within their errors; None if they obey none."""
+    """Which parts of kept × normaliser × scale are wrong, in this order, in the simplest pattern that fits
+    the weights within their errors; None if no pattern fits."""
     weights = recovered.weights
     errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
     seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())
-    # Nothing is wrong or dropped unless the weights show it: 1 ± 1.5 could be zero, and is no sign of it.
+    # Nothing is wrong or dropped unless the weights show it: 1 ± 1.5 could be zero, but does not show it.
     if (np.abs(weights - 1.0) <= errors).all():
         return Seen(recovered=recovered)
     if not seen.any():
@@ -101,22 +101,22 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Seen | None:
 
 
 def hides_weights(recovered: Recovered) -> bool:
-    """Whether the noise leaves a weight of the step that could as well be zero."""
+    """Whether, within the noise, a weight of the step could also be zero."""
     return bool((thresholds.STANDARD_ERRORS * recovered.errors >= 1.0).any())
 
 
 def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) -> Seen | None:
-    """kept × the normaliser × the scale that fits best, if the weights obey it."""
+    """kept × the normaliser × the scale that fits best, if the weights match it; else None."""
     try:
         predicted = NORMALISERS[name](recovered.counts)
     except ValueError:
-        return None  # ranks with unequal numbers of micro-batches have no micro-step
+        return None  # ranks with different numbers of micro-batches have no common micro-steps
     weights = recovered.weights
     scale = float(np.median(weights[kept] / predicted[kept]))
     allowed = errors * max(1.0, abs(scale) * float(predicted[kept].max()))
     if not (np.abs(weights - scale * predicted * kept) <= allowed).all():
         return None
-    # One, if no weight contradicts it: a single noisy weight does not hide the scale of the others.
+    # A scale of 1, if no weight contradicts it: a single noisy weight does not hide the scale of the others.
     scale = 1.0 if (np.abs(weights - predicted * kept) <= allowed).all() else scale
     normaliser = cause(name, name) if name != "global" else None
     parts = (_kept_cause(kept, recovered), normaliser, _scale_cause(scale, recovered, kept, name))
@@ -124,7 +124,7 @@ def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) 
 
 
 def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> Cause | None:
-    """The constant; two readings if they coincide."""
+    """The cause of a constant, with two readings if they coincide."""
     if scale == 1.0:
         return None
     counts = recovered.counts
@@ -132,7 +132,7 @@ def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normalise
     total, empty, ranks = sum(flat), len(recovered.empty), len(counts)
     used = max(len(rank) for rank in counts)
     asked = max(len(rank) + sum(r == i for r, _ in recovered.empty) for i, rank in enumerate(counts))
-    # On one process the product is the factor of the accumulation, on one micro-batch that of the ranks.
+    # On one process the product is just the accumulation factor, with one micro-batch just that of the ranks.
     both = ranks * asked if ranks > 1 < asked else 1
     known = [
         ("accumulation_factor", "accumulation_missing", asked),
@@ -174,10 +174,10 @@ def by_ranks(values: np.ndarray, counts: Sequence[Sequence[int]]) -> list[np.nda
 
 
 def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
-    """Weights that make every micro-batch's, or every rank's, gradient equally long."""
+    """A clip, if the weights give the gradients of all micro-batches, or of all ranks, the same norm."""
     used = [m for m in step.microbatches if m.num_trained]
     sizes = np.array([np.linalg.norm(m.gradient) for m in used]) * np.abs(found.weights)
-    # A part below the limit is left alone: the clipped ones have the one length that is the largest.
+    # A part below the limit is not clipped: the clipped ones all have the largest norm.
     at_limit = np.isclose(sizes, sizes.max(), rtol=thresholds.CLOSE)
     if at_limit.sum() >= max(2, len(sizes) // 2):
         return cause("clip", "clip_of_micro_batches")
@@ -192,14 +192,14 @@ def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
 
 
 def _rest(step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float) -> Cause:
-    """The best explanation of a residual: the one law, or the one addition, that explains the rest."""
+    """The best explanation of a residual: a single rule or a single added term."""
     law = _rows(step, found, limit) or _frozen(step, parameters) or _rounded(step) or _clipped_entries(step)
     added = law or _addition(step, previous, found, parameters)
     return added or cause("unexplained", "unexplained", share=found.residual)
 
 
 def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
-    """Weights of single rows, if micro-batches hold several."""
+    """Different weights of single rows, if micro-batches contain several rows."""
     pairs = [pair for m in step.microbatches for pair in zip(m.row_counts, m.row_gradients, strict=True)]
     rows = [(n, g) for n, g in pairs if n]
     if len(rows) <= len(found.weights):
@@ -213,7 +213,7 @@ def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
 
 
 def _frozen(step: Step, parameters: Parameters) -> Cause | None:
-    """Whole tensors that have a gradient and do not move."""
+    """A whole tensor that has a gradient but does not move."""
     change, expected = step.after - step.before, step.expected
     least = thresholds.UNMOVED * np.linalg.norm(expected)
     for name, part in _slices(parameters):
@@ -223,7 +223,7 @@ def _frozen(step: Step, parameters: Parameters) -> Cause | None:
 
 
 def _rounded(step: Step) -> Cause | None:
-    """Parameters that lie on bfloat16's grid although they are stored in float32, or lost small updates."""
+    """Float32 parameters whose values are all exact in bfloat16, or small updates that were lost."""
     bits = np.ascontiguousarray(step.after, dtype=np.float32).view(np.uint32)
     if not (bits & 0xFFFF).any() and step.after.any():
         return cause("rounding", "rounded_parameters")

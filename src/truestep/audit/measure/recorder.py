@@ -1,13 +1,13 @@
-"""Watches a model that something trains. A copy runs in the audited environment: standard library and torch.
+"""Watches a model during training. A copy of this file runs in the audited environment; it needs only torch.
 
-What is left behind is ``CASE/rank-R.json`` with tensors:
+It writes ``CASE/rank-R.json`` with tensors:
 
 * which rows went into which micro-batch, seen by a hook on the model's forward pass;
 * the parameters before and after every optimizer step, seen as changes between two forward passes;
-* for every row of a step its gradient at the step's own parameters, in float64, computed from the logits,
+* for every row of a step, its gradient at the step's own parameters, in float64, computed from the logits,
   with the row unpadded in its own forward pass (sum of the negative log-likelihoods of its trained tokens).
 
-Nothing of the framework is hooked or patched. Shapes: P parameters, R rows of a step, T tokens of a row.
+Nothing in the framework is hooked or patched. Shapes: P parameters, R rows of a step, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 SCHEMA = 1
 Lines = list[list[list[int]]]  # the rows of every line of every forward pass
-EXPLAINED = 1e-4  # relative: what weights of the rows leave of a right step
+EXPLAINED = 1e-4  # relative: what weights of the rows leave unexplained of a correct step
 
 
 def logits_of(out: Any) -> Tensor:
@@ -36,7 +36,7 @@ def logits_of(out: Any) -> Tensor:
 
 
 def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
-    """−Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from the logits alone; ``shift`` 0, 2: wrong ones."""
+    """−Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from the logits only; ``shift`` 0 and 2 are wrong."""
     tokens = torch.tensor([list(ids)])
     logits = logits_of(model(input_ids=tokens))[0]
     logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
@@ -49,12 +49,12 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def parameters_of(model: nn.Module) -> list[Tensor]:
-    """Every parameter once, by name: the order in which all vectors of an observation are laid out."""
+    """Every parameter once, sorted by name: the order in all vectors of an observation."""
     return [p for _, p in sorted(model.named_parameters())]
 
 
 class Recorder:
-    """Make it before the framework wraps the model; call ``finish`` at the end.
+    """Create it before the framework wraps the model; call ``finish`` at the end.
 
     ``snapshot`` returns the parameters as one flat float64 vector in the order of ``parameters_of``: for
     frameworks that shard or cast them.
@@ -79,15 +79,15 @@ class Recorder:
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def resume(self, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
-        """Watch a model that was made anew and loaded from a checkpoint; call it before training."""
+        """Watch a model that was rebuilt and loaded from a checkpoint; call this before training."""
         self._close_step()
         self._hook.remove()
         self.before = None
         self._observe(model, snapshot)
 
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
-        """Watch another module instead, and find a row by another part of it: for trainers that run the model in
-        their own way or omit tokens that predict nothing. ``ignored``: a line that keeps idle ranks in step."""
+        """Watch a different module, and find a row by a different part of its tokens: for trainers that run
+        the model differently or omit tokens that predict nothing. ``ignored``: what idle ranks run."""
         self._hook.remove()
         self.needles, self.ignored = list(needles), ignored
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -110,7 +110,7 @@ class Recorder:
         self.stack = self.stack or [(frame.f_code.co_filename, line) for frame, line in frames]
 
     def _rows_in(self, line: bytes) -> list[int]:
-        """The rows in this line, in order: rows are random tokens, so one contains another only if equal."""
+        """The rows in this line, in order. Rows are random: one contains another only if they are the same."""
         hits = [(line.find(needle), number) for number, needle in enumerate(self.needles)]
         return [number for place, number in sorted(hits) if place >= 0]
 
@@ -175,8 +175,8 @@ class Recorder:
         }
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
-        """The gradient sum in the subject's own precision or autocast: how far a right path is from float64.
-        For a clip or a schedule in float32 it is the exact sum: other cases have measured this."""
+        """The gradient sum in the subject's own precision or autocast, for its distance from float64.
+        For a clip or a schedule in float32 it is the exact sum, since other cases measure this distance."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
             return sum((exact[row] for batch in micro for row in batch), total)
@@ -188,8 +188,8 @@ class Recorder:
         return total
 
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
-        """Whether weights of the rows explain this step, so that the extras are not needed. Always for NaN,
-        AdamW (no sum of gradients) and relations (named otherwise); never if other ranks have rows too."""
+        """Whether weights of the rows explain this step, so that the extras are not needed. True for NaN,
+        AdamW (no sum of gradients) and relations (named differently); False if other ranks have rows too."""
         if self.spec.is_relation or self.spec.options.get("optimizer", "sgd") != "sgd":
             return True
         if not bool(torch.isfinite(change).all()):
@@ -210,7 +210,7 @@ class Recorder:
     def _gradient(
         self, model: nn.Module, rows: Sequence[int], masked: bool = False, shift: int = 1, ends: bool = False
     ) -> tuple[float, Tensor]:
-        """(Σ of losses, float64 gradient [P]) of rows, each alone; of ``masked`` tokens or only ``ends``."""
+        """(Σ of losses, float64 gradient [P]) of rows, one by one; of ``masked`` tokens or only ``ends``."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0
@@ -227,7 +227,7 @@ class Recorder:
         return total, flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
     def _write(self, name: str, value: Tensor) -> dict[str, Any]:
-        """A raw little-endian buffer; the JSON that names it is its header."""
+        """Write a raw little-endian buffer; the JSON that names it is its header."""
         data = value.detach().double().contiguous()
         (self.spec.folder / f"{name}.bin").write_bytes(ctypes.string_at(data.data_ptr(), 8 * data.numel()))
         return {"file": f"{name}.bin", "dtype": "<f8", "shape": list(data.shape)}

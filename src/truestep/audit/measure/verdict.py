@@ -32,8 +32,8 @@ def judge(
     documented: str = "",
     without: Mapping[str, str] = MappingProxyType({}),
 ) -> Finding:
-    """All cases of one configuration. ``documented`` names an option, set away from its default, that is known
-    to change how a step is normalised; ``without`` the cases that cannot be run, and why."""
+    """Judge all cases of one configuration. ``documented`` names an option, set to a non-default value, known
+    to change how a step is normalized; ``without`` names the cases that cannot be run, and why."""
     if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
         configuration = {**configuration, "autocast": autocast}
     nothing = Finding(subject=subject, configuration=configuration)
@@ -65,7 +65,7 @@ def judge(
 
 
 def _with_numbers(finding: Finding, seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> Finding:
-    """The weights and sizes of the first step that is wrong, or of the first of all."""
+    """Add the weights and sizes of the first wrong step, or of the first step if none is wrong."""
     wrong = [(name, i) for name, case in seen.items() for i, s in enumerate(case.steps) if s.causes]
     name, index = wrong[0] if wrong else (next(iter(seen)), 0)
     step, found = runs[name].steps[index], seen[name].steps[index].recovered
@@ -83,7 +83,7 @@ def _with_numbers(finding: Finding, seen: Mapping[str, CaseSeen], runs: Mapping[
 
 
 def _layout_code(run: Observation) -> str:
-    """An unexplained rest comes from the layout if lines hold several rows, or rows of different lengths."""
+    """Code of an unexplained rest: packing if a line has several rows, padding if a batch has several."""
     batches = [m for s in run.steps for m in s.microbatches]
     if any(len(line) > 1 for m in batches for line in m.lines):
         return "packing"
@@ -91,7 +91,7 @@ def _layout_code(run: Observation) -> str:
 
 
 def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> dict[str, CaseSeen]:
-    """The layout as the code of an unexplained rest, unless the rest is there without padding and packing."""
+    """Use the layout as the code of an unexplained rest, unless it also occurs in a plain layout."""
     layouts = {name: _layout_code(run) for name, run in runs.items()}
     if any(layouts[n] == "unexplained" and "unexplained" in c.differences.codes for n, c in seen.items()):
         return dict(seen)
@@ -106,7 +106,7 @@ def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation])
 
 
 def _unusable(run: Observation, some_moved: bool) -> Causes:
-    """Why single steps are not judged: a fault, or a cause without a code. ``some_moved``: in any case."""
+    """Why single steps are not judged: a fault or a code-less cause. ``some_moved``: some case took a step."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
     if not run.steps and not run.forwards_without_step:
@@ -136,7 +136,7 @@ def _verdict(nothing: Finding, cases: Cases, seen: Mapping[str, CaseSeen], docum
     first = next(iter(wrong.values()))
     codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
     for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale")):
-        # It shows as something simpler if a micro-batch has one row, or no step was before.
+        # It looks like something simpler if a micro-batch has one row, or if there was no step before.
         if telling in codes:
             told = next(case for case in wrong.values() if telling in case.codes)
             first = told if implied in first.codes else first
@@ -160,7 +160,7 @@ def _verdict(nothing: Finding, cases: Cases, seen: Mapping[str, CaseSeen], docum
 
 
 def _judge_adamw(nothing: Finding, runs: Mapping[str, Observation], broken: Cases) -> Finding:
-    """The known weight vector whose textbook AdamW updates come closest to the observed ones."""
+    """Judge by the known weight vector whose textbook AdamW updates come closest to the observed ones."""
     cases, worst = dict(broken), 0.0
     for name, run in runs.items():
         found = adamw_errors(run.steps)

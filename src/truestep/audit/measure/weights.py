@@ -1,10 +1,10 @@
-"""From an observed step to the weight that each micro-batch's tokens really had, with a standard error.
+"""Recovers from an observed step the weight that each micro-batch's tokens had, with a standard error.
 
 Under plain SGD the used gradient is (before − after) / lr. It is written as Σ w_i · g_i / N, with g_i the
-exact gradient sum of micro-batch i and N all trained tokens: ones are right. The noise is measured, not
-assumed: the same rows once in the subject's own precision, plus what reading a small change back from stored
-parameters costs. AdamW's first steps hide every scale: its textbook update is computed for each known weight
-vector, and the one that comes closest names what happened.
+exact gradient sum of micro-batch i and N the number of trained tokens; correct weights are 1. The noise is
+measured, not assumed: the error of the same rows in the subject's own precision, plus that of reading a small
+change back from stored parameters. AdamW's first steps hide every scale, so its textbook update is computed
+for each known weight vector, and the closest one names what happened.
 
 Shapes: P parameters, M micro-batches (those with trained tokens).
 """
@@ -28,14 +28,14 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """What one step tells."""
+    """What is recovered from one step."""
 
     weights: np.ndarray  # M
     errors: np.ndarray  # M, standard errors from the measured noise
     residual: float  # share of the observed gradient that no weights explain
     condition: float
-    relative_error: float  # of the observed gradient against the right one
-    noise: float  # relative: what a right path shows
+    relative_error: float  # of the observed gradient against the correct one
+    noise: float  # relative: that of a correct step
     counts: tuple[tuple[int, ...], ...]  # trained tokens, rank after rank, without the empty micro-batches
     empty: tuple[tuple[int, int], ...]  # (rank, index) of micro-batches without trained tokens
 
@@ -46,7 +46,7 @@ def observed_gradient(step: Step) -> np.ndarray:
 
 
 def noise_of(step: Step, dtype: str) -> float:
-    """Relative error of a right step in this precision: measured on the same rows, plus the rounding of the
+    """Relative error of a correct step in this precision: measured on the same rows, plus the rounding of the
     read-back (each stored parameter is off by up to half a unit in its last place)."""
     exact = step.expected * step.num_trained
     size = float(np.linalg.norm(exact))
@@ -55,13 +55,13 @@ def noise_of(step: Step, dtype: str) -> float:
     measured = float(np.linalg.norm(step.control - exact)) / size
     used = size / step.num_trained * step.clip_scale
     read_back = EPS[dtype] * float(np.linalg.norm(step.after)) / (step.learning_rate * used)
-    # Clipping divides by the norm plus this; momentum was read back from the step before.
+    # Clipping divides by the norm plus CLIP_EPSILON; momentum was also read back, from the step before.
     clipping = CLIP_EPSILON * step.num_trained / size if step.max_grad_norm else 0.0
     return max(thresholds.NOISE_FLOOR, measured, clipping, read_back * (2 if np.any(step.carried) else 1))
 
 
 def condition_of(step: Step) -> float:
-    """That of the micro-batches' gradients at unit length, without solving for anything."""
+    """Condition number of the micro-batches' gradients, each scaled to unit length."""
     used = [m.gradient for m in step.microbatches if m.num_trained]
     unit = np.stack([g / max(1e-300, float(np.linalg.norm(g))) for g in used])
     smallest, largest = np.linalg.eigvalsh(unit @ unit.T)[[0, -1]]
@@ -69,7 +69,7 @@ def condition_of(step: Step) -> float:
 
 
 def recover(step: Step, dtype: str = "float32") -> Recovered:
-    """Solve for the weights of one SGD step. Raises ValueError where nothing in the step was trained."""
+    """Solve for the weights of one SGD step. Raises ValueError if no token in the step was trained."""
     used = [m for m in step.microbatches if m.num_trained]
     if not used:
         raise ValueError("no trained token in the step")
@@ -82,7 +82,7 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
     covariance = np.linalg.pinv(np.stack(parts, axis=1).T @ np.stack(parts, axis=1))
     # The noise vector is spread over P directions; only its part along the g_i reaches the weights.
     spread = np.sqrt(np.diag(covariance)) * noise * size / math.sqrt(len(observed))
-    # Of a right path's own weights.
+    # How far the weights of a correct step are from 1.
     drift = np.abs(recover_weights(step.control / step.num_trained, parts)[0] - 1.0)
     return Recovered(
         weights=weights,
@@ -97,7 +97,7 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
 
 
 def adamw_changes(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
-    """Each step's Δ [P] under AdamW without weight decay, with the fault's gradients; None if it has none."""
+    """Each step's Δ [P] under AdamW without weight decay, with the fault's gradients; None if undefined."""
     first = second = np.zeros(1)
     changes = []
     for number, step in enumerate(steps, start=1):

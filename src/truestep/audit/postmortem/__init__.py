@@ -1,1 +1,1 @@
-"""Was a past run hit? Answered from the files that it left; nothing is run."""
+"""Was a past run affected? The files that it left answer this; no code is run."""

@@ -1,10 +1,10 @@
-"""Was a past run hit? Answered for every measured fault from the files that it left; nothing is executed.
+"""Was a past run affected? The files that it left answer this for every measured fault; no code is run.
 
-Read are: pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed
+It reads pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed
 configurations (also inside TrainingArguments, accelerate and LLaMA-Factory files), command lines in scripts,
-trainer_state.json and the config.json beside it. An answer is a conjunction of conditions in three values:
-one that is surely not met means "not affected", all met means "affected", anything else is "unknown". Files
-that contradict each other make unknown.
+trainer_state.json and the config.json next to it. A fault has several conditions. If one is certainly not met,
+the answer is "not affected"; if all are met, "affected"; otherwise, "unknown". Files that contradict each
+other make the answer "unknown".
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Measured:
     right: tuple[str, ...]
     conditions: tuple[Condition, ...]
     source: str
-    older_too: bool = False  # infer that whatever came before the first faulty release has the fault
+    older_too: bool = False  # infer that all releases before the first faulty one have the fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Answer:
 
 
 def look_back(folder: Path) -> list[Answer]:
-    """One answer a measured fault, in the order of ``MEASURED``. Raises UserError without such a folder."""
+    """One answer per measured fault, in the order of ``MEASURED``. Raises UserError without such a folder."""
     evidence = gather(folder)
     return [answer(measured, evidence) for measured in MEASURED]
 
@@ -85,13 +85,13 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
 
 
 def release(version: str) -> tuple[int, ...] | None:
-    """The numbers of a release, without trailing zeros; None for a pre-release or what is no version."""
+    """The numbers of a release, without trailing zeros; None for a pre-release or if it is not a version."""
     found = re.fullmatch(r"v?(\d{1,9}(?:\.\d{1,9}){0,7})(?:\.post\d+)?(?:\+[\w.]+)?", version)
     return tuple(int(n) for n in re.sub(r"(\.0+)+$", "", found[1]).split(".")) if found else None
 
 
 def judge_release(measured: Measured, version: str) -> Check:
-    """Whether this release has the fault: as measured, or between two releases that were measured alike."""
+    """Whether this release has the fault: as measured, or between two releases with the same result."""
     name = {"package": measured.package, "version": version}
     own = release(version)
     if own is None:
@@ -128,7 +128,7 @@ def _release_check(measured: Measured, evidence: Evidence) -> Check:
 
 
 def _together(answers: Sequence[bool | None], kind: str, **values: Any) -> Check:
-    """Several values of one thing: they decide only if they all decide the same."""
+    """The common answer for several values of one setting; None if their answers differ."""
     agree = len(set(answers)) == 1
     return check(answers[0] if agree else None, kind, agree=agree, **values)
 
@@ -151,14 +151,14 @@ def _with(checked: Check, **values: str) -> Check:
 
 
 def _micro_batches(evidence: Evidence, least: int) -> Check:
-    """Whether a step has so many micro-batches."""
+    """Whether a step has ``least`` or more micro-batches."""
     if not evidence.settings.get("accumulation"):
         return _arithmetic(evidence)
     return _setting("accumulation", lambda k: k >= least)(evidence)
 
 
 def _three_micro_batches(evidence: Evidence) -> Check:
-    """The offload fault drops what is neither first nor last."""
+    """The offload fault drops the micro-batches that are neither first nor last."""
     checked = _micro_batches(evidence, 3)
     if checked.met is False:
         two = 2 in checked.reason.values["found"]
@@ -167,7 +167,7 @@ def _three_micro_batches(evidence: Evidence) -> Check:
 
 
 def _several_micro_batches(evidence: Evidence) -> Check:
-    """A mean of means needs two; without accumulation the mean is surely right only on one process."""
+    """A mean of means needs two; without accumulation the mean is certainly right only on one process."""
     checked = _micro_batches(evidence, 2)
     if checked.met is False and set(evidence.settings.get("processes", {})) != {1}:
         return replace(_with(checked, note="several_not_measured"), met=None)
@@ -194,7 +194,7 @@ def _trained_by(trainer: str) -> Condition:
 
 
 def _own_tokens(evidence: Evidence) -> Check:
-    """The default of 5.23.0 averages; of other releases it is not known here."""
+    """5.23.0 averages by default; the defaults of other releases are not known here."""
     told = evidence.settings.get("average_tokens")
     if not told and set(evidence.versions.get("transformers", {})) == {"5.23.0"}:
         return check(False, "averages_by_default")
@@ -233,7 +233,7 @@ MEASURED: tuple[Measured, ...] = (
     ),
     _measured(
         "transformers", _TRAINER_STEP + "sums micro-batch means of a model class that takes no loss arguments",
-        "4.46.3", "5.23.0", "4.46.3 GPT-2, tokens 2, 17, 27, 2: [24, 2.8, 1.8, 24], logged loss right; 5.23.0: ones",
+        "4.46.3", "5.23.0", "4.46.3 GPT-2, tokens 2, 17, 27, 2: [24, 2.8, 1.8, 24], logged loss correct; 5.23.0: ones",
         _BY_TRAINER, _GPT2, _several_micro_batches,
     ),
     _measured(
@@ -255,7 +255,7 @@ MEASURED: tuple[Measured, ...] = (
     ),
     _measured(
         "verl", "verl's agg_loss takes the mean of micro-batch means", "0.6.0", "0.9.1",
-        "its function in a loop of ours, 0.6.0, tokens 2, 27, 3, 17: [6.1, .45, 4.1, .72]; 0.9.1: ones",
+        "its function in our own loop, 0.6.0, tokens 2, 27, 3, 17: [6.1, .45, 4.1, .72]; 0.9.1: ones",
         _several_micro_batches,
     ),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """What the files of a past run say about versions and settings, from text, JSON, TOML and plain YAML.
 
-Pickles are not opened, links are not followed; what is too large or broken is named instead of read.
+Pickles are not opened and links are not followed; a file that is too large or broken is named, not read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOCKS = ("uv.lock", "poetry.lock", "pdm.lock", "pylock.toml")
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".cmd", ".txt")
 SKIPPED = {".git", "__pycache__", "node_modules", "site-packages", ".venv", "venv"}
 MOST_FILES, MOST_BYTES = 100_000, 256 << 20
-WHOLE_ENVIRONMENT = 10  # packages at least
+WHOLE_ENVIRONMENT = 10  # at least this many packages
 LIMITS = {".json": 1 << 20, ".yaml": 1 << 18, ".yml": 1 << 18, "lock": 8 << 20}  # bytes; else 1 MiB
 # A JSON or YAML file without any of these words says nothing here, and is not parsed.
 WORDS = (
@@ -37,20 +37,20 @@ _RANGE = re.compile(r"""^[\s\-"']*([A-Za-z0-9][\w.\-]*)(?:\[[^\]]*\])?\s*(@|[<>~
 
 
 class Broken(ValueError):
-    """A file that cannot be read, or a value that no such file can have; says why."""
+    """A file that cannot be read, or a value that is not allowed there; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Values with the first file that gives each. Settings: ``present.words.SETTINGS`` and batch sizes, trainer."""
+    """Values, each with the first file that gives it. Settings: those in ``words.SETTINGS``, batch sizes, trainer."""
 
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file
-    ranges: dict[str, str] = field(default_factory=dict)  # package → what asks for it without a version
+    ranges: dict[str, str] = field(default_factory=dict)  # package → what requires it, without its version
     complete: dict[str, int] = field(default_factory=dict)  # file that pins an environment → its packages
     settings: dict[str, dict[Any, str]] = field(default_factory=dict)  # name → value → file
     problems: list[str] = field(default_factory=list)
-    deepspeed: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # file → a configuration of its own
-    named: dict[str, str] = field(default_factory=dict)  # path of such a file → the file that names it
+    deepspeed: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # file → its whole configuration
+    named: dict[str, str] = field(default_factory=dict)  # path of such a file → the file that refers to it
 
     def add(self, key: str, value: Any, file: str) -> None:
         if value is not None:
@@ -63,7 +63,7 @@ class Evidence:
 
 
 def gather(folder: Path) -> Evidence:
-    """Read a run's folder. Raises UserError where there is none."""
+    """Read a run's folder. Raises UserError if it is not a directory."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory; pass the directory with the files of a past run")
     evidence = Evidence()
@@ -77,7 +77,7 @@ def gather(folder: Path) -> Evidence:
                 states.add(path.parent)
             elif path.name != "config.json":
                 _read(path, size, name, evidence)
-            elif path.parent in states:  # written by the run; elsewhere by whoever made the model
+            elif path.parent in states:  # the run wrote it; elsewhere, the author of the model
                 _model(path, name, evidence)
         except (Broken, OSError) as error:
             evidence.problems.append(f"{name}: {getattr(error, 'strerror', error)}")
@@ -87,7 +87,7 @@ def gather(folder: Path) -> Evidence:
 
 
 def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
-    """Regular files with their sizes, in order of names, as many as can be read in seconds."""
+    """Regular files with their sizes, sorted by name, as many as can be read in seconds."""
     count, total, told = 0, 0, evidence.problems
     for root, folders, names in os.walk(folder, onerror=lambda e: told.append(f"{e.filename}: {e.strerror}")):
         folders[:] = sorted(f for f in folders if f not in SKIPPED)
@@ -103,7 +103,7 @@ def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
                 continue
             total += status.st_size if status.st_size <= _limit(path) else 0
             if count > MOST_FILES or total > MOST_BYTES:
-                told.append(f"stopped at {path.relative_to(folder)}: give the folder of one run")
+                told.append(f"stopped at {path.relative_to(folder)}; pass the directory of one run")
                 return
             yield path, status.st_size
 
@@ -114,7 +114,7 @@ def _limit(path: Path) -> int:
 
 def _read(path: Path, size: int, name: str, evidence: Evidence) -> None:
     if size > _limit(path):
-        # A tokenizer or a data set is no configuration: silent, unless it speaks of one at its beginning.
+        # A tokenizer or a data set is not a configuration: no message, unless it begins like one.
         if path.name in LOCKS or any(word in _head(path) for word in WORDS):
             raise Broken(f"larger than {_limit(path) >> 10} KiB, not read")
         return
@@ -136,7 +136,7 @@ def _head(path: Path) -> str:
 
 
 def _state(path: Path, name: str, evidence: Evidence) -> None:
-    """Written by the Trainer and by nothing else, so that its being there is what it says."""
+    """Only the Trainer writes this file, so its existence shows that the Trainer was used."""
     if '"global_step"' not in _head(path):
         raise Broken("not a trainer state: global_step is missing at its beginning")
     evidence.add("trainer", "transformers Trainer", name)
@@ -153,11 +153,11 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain YAML, where a reader is installed. Raises Broken."""
+    """Plain YAML, if pyyaml is installed. Raises Broken."""
     try:
         yaml: Any = importlib.import_module("yaml")  # not needed by anything else here
     except ModuleNotFoundError:
-        raise Broken("not read: YAML needs the package pyyaml: pip install pyyaml") from None
+        raise Broken("not read: YAML needs the pyyaml package; run pip install pyyaml") from None
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -176,7 +176,7 @@ def _version(package: str, version: Any, file: str, evidence: Evidence) -> None:
 
 
 def _pins(text: str, name: str, evidence: Evidence) -> None:
-    """Lines of requirements, of pip freeze and of a conda environment."""
+    """Read the lines of requirements, of pip freeze or of a conda environment."""
     pinned, loose = set(), 0
     for line in text.splitlines():
         if len(line) > 500 or line.lstrip().startswith("#"):
@@ -216,29 +216,29 @@ def _model(path: Path, name: str, evidence: Evidence) -> None:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number as a file or a command line writes it; None for auto, a variable, and all else."""
+    """A whole number as written in a file or a command line; None for auto, a variable or anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return int(value) if 0 <= value < 1e9 and value == int(value) else None
     return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip()) else None
 
 
 def truth(value: Any) -> bool | None:
-    """A truth value as a file or a command line writes it."""
+    """A truth value as written in a file or a command line."""
     return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(_word(value))
 
 
 def _word(value: Any) -> str:
-    """A name as lower case; YAML reads an unquoted NO as false."""
+    """A name in lower case; YAML reads an unquoted NO as false."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return value.lower() if isinstance(value, str) else ""
 
 
 def _mapping(found: Any, name: str, evidence: Evidence) -> None:
-    """A configuration of whichever tool."""
+    """Read a configuration of any known tool."""
     if not isinstance(found, Mapping):
         return
-    # Trackers wrap every value in an object of its own.
+    # Trackers wrap every value in a separate object.
     found = {k: v["value"] if isinstance(v, Mapping) and "value" in v else v for k, v in found.items()}
     if "distributed_type" in found and ("num_processes" in found or "compute_environment" in found):
         _accelerate(found, name, evidence)
@@ -249,7 +249,7 @@ def _mapping(found: Any, name: str, evidence: Evidence) -> None:
 
 
 def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
-    """TrainingArguments, or what hands them on."""
+    """TrainingArguments, or a file that passes them on."""
     if "per_device_train_batch_size" in found:
         evidence.add("trainer", "transformers Trainer", name)
     evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
@@ -298,7 +298,7 @@ def _deepspeed(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
 
 
 def _choose_deepspeed(evidence: Evidence) -> None:
-    """Of configurations that lie about, those count that a run names; all, where none is named."""
+    """Use the DeepSpeed configurations that a run names, or all of them if none is named."""
     if not evidence.named:
         for name, found in evidence.deepspeed.items():
             _deepspeed(found, name, evidence)
@@ -308,11 +308,11 @@ def _choose_deepspeed(evidence: Evidence) -> None:
             _deepspeed(evidence.deepspeed[name], name, evidence)
         if wanted and not fitting:
             why = "which is not in the folder or cannot be read"
-            evidence.problems.append(f"{by}: names {wanted[:200]}, {why}")
+            evidence.problems.append(f"{by} names {wanted[:200]}, {why}")
 
 
 def _work_out_accumulation(evidence: Evidence) -> None:
-    """From the batch sizes, if only they are given."""
+    """Compute it from the batch sizes, if only they are given."""
     batch, micro, processes = (evidence.only(k) for k in ("batch_size", "micro_batch_size", "processes"))
     if not evidence.settings.get("accumulation") and batch is not None and micro and processes:
         file = f"{batch} / ({micro} × {processes}), {next(iter(evidence.settings['batch_size'].values()))}"
@@ -320,7 +320,7 @@ def _work_out_accumulation(evidence: Evidence) -> None:
 
 
 def _commands(text: str, name: str, evidence: Evidence) -> None:
-    """Every line that starts a training; a backslash continues one."""
+    """Read every line that starts a training run; a backslash continues a line."""
     for line in _command_lines(text) if "--" in text else ():
         flags = _flags(line)
         per_node = first(flags, "nproc_per_node", "num_gpus", "num_processes")
@@ -343,7 +343,7 @@ def _commands(text: str, name: str, evidence: Evidence) -> None:
 
 
 def _flags(line: str) -> dict[str, str]:
-    """--name value, --name=value and --name of a command line; of several the last, as parsers do."""
+    """--name value, --name=value and --name in a command line; of several the last counts, as in parsers."""
     words = [word.strip("\"'") for word in line.split()]
     flags = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):

@@ -22,7 +22,7 @@ SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schem
 
 
 def to_document(rows: Sequence[Row], provenance: Row) -> dict[str, Any]:
-    """The audit as one JSON object. Numbers that JSON does not know are the strings NaN and ±Infinity."""
+    """The audit as one JSON object. Numbers that JSON lacks become the strings NaN and ±Infinity."""
     tool = {"name": "truestep", "version": __version__}
     return _plain({"schema": SCHEMA, "tool": tool, "provenance": provenance, "findings": rows})
 
@@ -46,7 +46,7 @@ def _text(text: str) -> str:
 
 
 def to_junit(rows: Sequence[Row]) -> str:
-    """A FAULT is a failure; what gave no answer is skipped, with the reason; anything else has passed."""
+    """A FAULT is a failure; a finding without an answer is skipped, with the reason; all others pass."""
     suite = ElementTree.Element("testsuite", name="truestep audit", tests=str(len(rows)))
     counts = {"failures": 0, "errors": 0, "skipped": 0}
     for row in rows:
@@ -74,7 +74,7 @@ _LEVELS = {Verdict.FAULT: "error", Verdict.DEFAULT: "note", Verdict.DOCUMENTED_C
 
 
 def to_sarif(rows: Sequence[Row]) -> dict[str, Any]:
-    """One rule a kind of fault. What gave no answer is a notification of the run, not a result."""
+    """One rule for each kind of fault. Findings without an answer become notifications, not results."""
     told = [row for row in rows if row["verdict"] in _LEVELS]
     rules = sorted({rule_of(row) for row in told})
     unanswered = [row for row in rows if row["verdict"] not in _LEVELS and not is_right(row)]
@@ -97,7 +97,7 @@ def rule_of(row: Row) -> str:
 
 def _sarif_text(row: Row, lead: str = "") -> str:
     text = f"{lead}{line(row['subject'])} ({configuration_in_words(row['configuration'])}): {as_text(row)}"
-    return text.replace("](", "] (")  # would be a link
+    return text.replace("](", "] (")  # would become a link
 
 
 def _sarif_result(row: Row, rules: list[str]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _sarif_result(row: Row, rules: list[str]) -> dict[str, Any]:
 
 
 def location_of(row: Row) -> tuple[str, int] | None:
-    """(URI, line from 1) of a finding's ``location``, FILE:LINE or FILE."""
+    """(URI, line counted from 1) of a finding's ``location``, FILE:LINE or FILE."""
     where = str(row.get("location") or "")
     file, _, at = where.rpartition(":")
     if not re.fullmatch(r"[0-9]{1,9}", at):

@@ -1,6 +1,6 @@
 """The findings as one self-contained HTML page without scripts.
 
-All text is untrusted: ``words.line`` shows invisible characters, the environment escapes it.
+All text is untrusted: ``words.line`` makes invisible characters visible, and Jinja escapes it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from truestep.audit.present import words
 from truestep.audit.present.table import CLOSE
 from truestep.audit.present.words import Row, line, number, small
 
-UNIT, HIGHEST, LOWEST = 44, 2.0, -0.5  # pixels of weight 1; what is beyond is cut off, and marked
-STEP, GAP, HEAD = 46, 26, 32  # pixels: a bar with its space, between ranks, above the bars
+UNIT, HIGHEST, LOWEST = 44, 2.0, -0.5  # pixels of weight 1; longer bars are cut off and marked
+STEP, GAP, HEAD = 46, 26, 32  # pixels: a bar with its space, the gap between ranks, the room above bars
 KINDS = dict.fromkeys(Verdict, "unanswered") | {Verdict.RIGHT: "right", Verdict.FAULT: "fault"}
 KINDS |= dict.fromkeys((Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE), "choice")
 
@@ -48,12 +48,12 @@ def _outcome(rows: Sequence[Row]) -> str:
         right = sum(words.is_right(row) for row in rows)
         return f"No fault was found; in {right} of {len(rows)} configurations the step is exactly the configured one."
     silent = sum(row.get("logged_loss_could_show_it") is False for row in faulty)
-    hidden = f" In {silent} of them the logged loss is right and does not show it." if silent else ""
+    hidden = f" In {silent} of them the logged loss is correct and does not show it." if silent else ""
     return f"In {len(faulty)} of {len(rows)} configurations the update is not the configured one.{hidden}"
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    """What the template shows of one finding."""
+    """What the template shows about one finding."""
     cases: Mapping[str, str] = row.get("cases") or {}
     facts = {"relative_error": "Relative error", "residual": "Residual", "noise": "Noise of a right step"}
     facts |= {"condition": "Condition"}
@@ -74,7 +74,7 @@ def _entry(row: Row) -> dict[str, Any]:
 
 
 def draw(row: Row) -> SimpleNamespace | None:
-    """Where each bar goes, each rank, and the lines of weight 0 and 1; None where no weights were recovered.
+    """Positions of the bars, rank labels and lines of weight 0 and 1; None if no weights were recovered.
     Units: pixels from the left and the top."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     flat = [w for rank in weights for w in rank if isinstance(w, int | float) and math.isfinite(w)]
@@ -91,7 +91,7 @@ def draw(row: Row) -> SimpleNamespace | None:
             x += STEP
         x += GAP
     spoken = "; ".join(f"rank {r}: {', '.join(map(number, values))}" for r, values in enumerate(weights))
-    spoken = f"Weights per micro-batch, 1 is right: {spoken}"
+    spoken = f"Weights per micro-batch (1 is correct): {spoken}"
     size = {"width": x - GAP + 6, "height": top - UNIT * min(0.0, max(LOWEST, min(flat))) + 24}
     ranks = starts if len(weights) > 1 else []
     return SimpleNamespace(bars=bars, ranks=ranks, zero=top, one=top - UNIT, spoken=spoken, **size)
@@ -108,7 +108,7 @@ def _bar(weight: Any, count: Any, x: float, zero: float, right: bool) -> SimpleN
 
 
 def _flat(value: Row, prefix: str = "") -> dict[str, Any]:
-    """Nested provenance as one list of name and text."""
+    """Nested provenance as one flat mapping from name to text."""
     flat: dict[str, Any] = {}
     for key, entry in value.items():
         if isinstance(entry, Mapping):

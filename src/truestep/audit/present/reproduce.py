@@ -1,6 +1,6 @@
-"""A short script of its own for a fault: the framework and torch alone, one step, the weights that it had.
+"""A short script that reproduces a fault with only the framework and torch: one step and the weights in it.
 
-It shares no code with the audit: whoever doubts a finding, or reports it upstream, reads one page.
+It shares no code with the audit, so one page is enough to check a finding or to report it upstream.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from truestep.audit.measure.findings import Finding
 from truestep.audit.present.words import row_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it. Right is 1 each."""
-TWO_EPOCHS = """Two epochs of six micro-batches, four to a step; prints the weights in the second epoch's first step.
-Right is 1 for its own four and 0 for the two that the first epoch left over."""
+ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it; 1 is correct."""
+TWO_EPOCHS = """Two epochs of six micro-batches, four per step; prints the weights in the second epoch's first step.
+The correct weights are 1 for its own four and 0 for the two left over from the first epoch."""
 WITHOUT_COMPILER = """import deepspeed.ops
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs no compiler then"""
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # then no compiler is needed"""
 TRAINER_CONFIG = (
     "{'zero_optimization': ZERO, 'zero_force_ds_cpu_optimizer': False, 'zero_allow_untested_optimizer': True, "
     "'train_micro_batch_size_per_gpu': 'auto', 'gradient_accumulation_steps': 'auto'}"
@@ -27,9 +27,9 @@ TRAINER_CONFIG = (
 
 
 def script(finding: Finding, which: str) -> str:
-    """The text; ``which`` names the subject's script. "" where there is no template for it.
+    """The script as text; ``which`` names the subject's adapter. "" if there is no template for it.
 
-    It reproduces the pattern of weights over one step of four micro-batches a rank, under SGD.
+    It reproduces the pattern of weights over one step with four micro-batches per rank, under SGD.
     """
     if not (TEMPLATES / f"reproduce_{which}.txt").is_file():
         return ""

@@ -1,6 +1,6 @@
-"""Findings in words. A ``Row`` is a finding as in the JSON document: every other format is made from rows.
+"""Findings as text. A ``Row`` is a finding as in the JSON document; all other formats are made from rows.
 
-Names of subjects, faults and reasons come from audited programs: none may break a format or a terminal.
+Names of subjects, faults and reasons come from audited programs and must not break a format or a terminal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def line(text: object, limit: int = 400) -> str:
 
 
 def number(value: Any) -> str:
-    """Three digits; what is nearly 0 or 1 is written so."""
+    """Three significant digits; a value very close to 0 or 1 is shown as 0 or 1."""
     if not isinstance(value, int | float):
         return NONE
     if not math.isfinite(value):
@@ -60,7 +60,7 @@ def _by_rank(values: Mapping[str, Any]) -> str:
 
 Form = str | Callable[[Mapping[str, Any]], str]
 _COEFFICIENT = " (coefficient {coefficient:.3g})"
-# kind of a cause → its sentence: a format of its values, or a function of them
+# kind of a cause → its sentence: a format string for its values, or a function of them
 SENTENCES: dict[str, Form] = {
     # one step: weights
     "kept_first_and_last": "the intermediate micro-batches are dropped",
@@ -78,19 +78,19 @@ SENTENCES: dict[str, Form] = {
     "accumulation_twice": "divided by the accumulation steps twice",
     "ranks_summed": "summed over ranks instead of averaged",
     "ranks_twice": "divided by the number of ranks twice",
-    "both_missing": "multiplied by ranks and accumulation steps",
-    "both_twice": "divided by ranks and accumulation steps twice",
-    "divided_by_kept": "divided by the tokens that were kept",
-    "empty_is_one_token": "micro-batches without trained tokens count as one token",
+    "both_missing": "multiplied by the number of ranks and of accumulation steps",
+    "both_twice": "divided twice by the number of ranks and of accumulation steps",
+    "divided_by_kept": "divided by the number of tokens that were kept",
+    "empty_is_one_token": "each micro-batch without trained tokens counts as one token",
     "empty_is_zero_mean": "micro-batches without trained tokens count as a mean of zero",
     "unknown_weights": lambda v: f"an unknown pattern of weights [{_few(v['weights'])}]",
     "unknown_row_weights": lambda v: f"rows of one micro-batch have different weights [{_few(v['weights'])}]",
-    # one step: what no weights explain
-    "unexplained": "no weights of the micro-batches explain {share:.1%} of the gradient",
+    # one step: what the weights do not explain
+    "unexplained": "{share:.1%} of the gradient is not explained by any weights of the micro-batches",
     "no_trained_token": "a step was taken without any trained token",
     "not_finite": "the parameters are no longer finite",
     "not_finite_after_empty": "the parameters are no longer finite after a micro-batch without trained tokens",
-    "tensor_does_not_move": "{name} does not move: the optimizer does not hold the parameter that the model uses",
+    "tensor_does_not_move": "{name} does not move: the optimizer does not have the parameter that the model uses",
     "rounded_parameters": "parameters are rounded to bfloat16 at every step",
     "small_updates_lost": "small updates are lost ({share:.0%} of the entries)",
     "clip_of_entries": "every entry of the gradient is clipped to {limit:.3g}",
@@ -100,7 +100,7 @@ SENTENCES: dict[str, Form] = {
     "stop_untrained": "the last token of each answer is not trained" + _COEFFICIENT,
     "weight_decay": "weight decay" + _COEFFICIENT,
     "weight_decay_of_matrices": "weight decay of matrices" + _COEFFICIENT,
-    "momentum": "part of the step before is applied again" + _COEFFICIENT,
+    "momentum": "part of the previous step is applied again" + _COEFFICIENT,
     "catalogued": lambda v: FAULTS[v["fault"]][1],
     "unknown_adamw": "no known weights explain AdamW's update",
     # clip, schedule, resume
@@ -111,41 +111,41 @@ SENTENCES: dict[str, Form] = {
     "clip_to": "the gradient is clipped to a norm of {norm:.3g}",
     "clip_to_other": "the gradient is clipped to a norm of {norm:.3g}; the configured norm is {asked:.3g}",
     "schedule_ahead": "the schedule is one step ahead",
-    "schedule_rates": lambda v: f"the learning rates are {_few(v['rates'])} of the first, expected "
-    f"{_few(v['asked'])}",
-    "schedule_still": "the learning rate does not change: the schedule is not stepped",
+    "schedule_rates": lambda v: f"the learning rates are {_few(v['rates'])} times the first configured "
+    f"one; expected {_few(v['asked'])}",
+    "schedule_still": "the learning rate does not change: the schedule is never stepped",
     "schedule_by_micro_batch": "the schedule is stepped at every micro-batch",
-    "schedule_by_process": "the schedule is stepped once for every process",
+    "schedule_by_process": "the schedule is stepped once per process",
     "schedule_by_both": "the schedule is stepped at every micro-batch of every process",
-    "schedule_too_long": "the schedule is as long as if every micro-batch were a step",
-    "schedule_of_process": "the schedule is as long as if the steps of all processes were added up",
+    "schedule_too_long": "the schedule is too long: its length counts every micro-batch as a step",
+    "schedule_of_process": "the schedule is too long: its length is the sum of the steps of all processes",
     "schedule_speed": "the schedule advances by {speed:.3g} steps at each step",
-    "resume_parameters": "the parameters after the resume are not those that were saved",
-    "resume_momentum": "after the resume the optimizer's momentum is lost",
-    "resume_schedule": "after the resume the schedule starts again",
-    "resume_rate": "after the resume the learning rate is {rate:.3g} times the configured one",
-    "resume_momentum_schedule": "after the resume the optimizer's momentum is lost and the schedule starts again",
-    "resume_momentum_rate": "after the resume the optimizer's momentum is lost and the learning rate is {rate:.3g} "
+    "resume_parameters": "the parameters after resuming differ from those that were saved",
+    "resume_momentum": "after resuming, the optimizer's momentum is lost",
+    "resume_schedule": "after resuming, the schedule starts again",
+    "resume_rate": "after resuming, the learning rate is {rate:.3g} times the configured one",
+    "resume_momentum_schedule": "after resuming, the optimizer's momentum is lost and the schedule starts again",
+    "resume_momentum_rate": "after resuming, the optimizer's momentum is lost and the learning rate is {rate:.3g} "
     "times the configured one",
     # the whole run
     "step_sizes": lambda v: f"steps were taken after {_some(v['rows'])} rows; expected {_some(v['asked'])}",
     "rows_lost": "data is lost: {rows} rows reached no optimizer step",
     "rows_repeated": "{rows} rows were trained more often than configured",
     "no_step": "no optimizer step was taken: {microbatches} micro-batches are lost",
-    "nothing_moved": "no parameter moved: the optimizer does not hold the parameters that the model uses",
+    "nothing_moved": "no parameter moved: the optimizer does not have the parameters that the model uses",
     "ranks_diverge": "the ranks hold different parameters (by up to {difference:.1e})",
     # what was not seen
     "no_case": "no case was run",
     "case_not_run": "not run ({why})",
     "case_left_out": "{why}",
     "never_trained": "the model was never run in training mode",
-    "unknown_lines": "{lines} lines that the model was given hold none of the case's rows",
+    "unknown_lines": "{lines} lines of the model's input contain none of the case's rows",
     "ill_conditioned": "the micro-batches' gradients are nearly parallel (condition {condition:.0e})",
     "hidden_by_rounding": "rounding in {dtype} hides single weights",
-    "no_observation": "the subject ended early and left no observation: does its code call exit?",
-    "ranks_missing": "{ranks} of {of} ranks left an observation of schema {schema}",
+    "no_observation": "the subject ended early and wrote no observation; does its code call exit?",
+    "ranks_missing": "{ranks} of {of} ranks wrote an observation; all {of} are needed, with schema {schema}",
     "ranks_disagree": lambda v: f"ranks saw different numbers of optimizer steps: {v['steps']}",
-    "no_row_found": "no row of the case was found in what the model was given",
+    "no_row_found": "none of the case's rows was found in the model's input",
     "said": "{text}",
     "interrupted": "interrupted before it was run",
     "not_installed": lambda v: f"not installed: {', '.join(v['packages'])}",
@@ -153,7 +153,7 @@ SENTENCES: dict[str, Form] = {
 
 
 def sentence(cause: Cause) -> str:
-    """A cause in words: its readings with "or" between them, after the case that it belongs to."""
+    """A cause as text: its readings joined by "or", after the name of the case that it belongs to."""
     forms, values = [SENTENCES.get(kind) or REASONS[kind] for kind in cause.kinds], cause.values
     readings = [form.format(**values) if isinstance(form, str) else form(values) for form in forms]
     case = f"{values['case']}: " if values.get("case") else ""
@@ -168,7 +168,7 @@ def differences_in_words(found: Differences) -> str:
 
 
 def row_of(finding: Finding) -> Row:
-    """The finding with its words; its causes stay beside them as records."""
+    """The finding with its texts; its causes are also kept as records."""
     words = differences_in_words(finding.found)
     if finding.verdict is Verdict.DOCUMENTED_CHOICE:
         words += f" ({finding.documented})"
@@ -182,7 +182,7 @@ def row_of(finding: Finding) -> Row:
 
 
 def configuration_in_words(configuration: Row) -> str:
-    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; unknown keys as they are."""
+    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; unknown keys are shown as they are."""
     parts = []
     for key, value in configuration.items():
         name = line(key, 60).replace("_", " ")
@@ -204,7 +204,7 @@ def configuration_in_words(configuration: Row) -> str:
 
 
 def versions_in_words(row: Row) -> str:
-    """First the packages that the subject names; torch last."""
+    """The packages that the subject names come first, torch last."""
     versions, subject = row.get("versions") or {}, str(row.get("subject")).lower()
     order = sorted(versions, key=lambda name: (name == "torch", name.lower() not in subject))
     return ", ".join(f"{line(n, 40)} {line(versions[n], 40)}" for n in order)
@@ -213,13 +213,13 @@ def versions_in_words(row: Row) -> str:
 def found_in_words(row: Row) -> str:
     """What was found, or why nothing was."""
     if is_right(row):
-        unseen = f"; not seen: {row['reason']}" if row.get("reason") else ""
+        unseen = f"; not observed: {row['reason']}" if row.get("reason") else ""
         return line(f"every token counts once{unseen}", 600)
     return line(row.get("fault") or row.get("reason") or "", 600)
 
 
 def loss_in_words(row: Row) -> str:
-    """Whether who watches the logged loss could have seen it."""
+    """Whether the logged loss could have shown the fault."""
     could = row.get("logged_loss_could_show_it")
     if could is None:
         return "no loss was logged for this step, so it could not have shown it"
@@ -239,7 +239,7 @@ def by_rank(row: Row, key: str) -> list[list[Any]]:
 
 
 def as_text(row: Row) -> str:
-    """A finding as a few plain lines."""
+    """A finding as a few lines of plain text."""
     lines = [found_in_words(row)]
     for key in ("tokens", "weights"):
         ranks = [", ".join(map(number, rank)) for rank in by_rank(row, key)]
@@ -260,7 +260,7 @@ def wrong_models(document: Row) -> list[Row]:
 
 
 def models_in_words(document: Row) -> str:
-    """The sweep over model classes: what is unusual, class by class, and how the others answered."""
+    """The sweep over model classes: the unusual classes, then how many classes gave each answer."""
     ran, wrong = [row for row in document["models"] if "not_run" not in row], wrong_models(document)
     count = f"{len(ran)} of {len(document['models'])} classes were run"
     lines = [f"transformers {document['transformers']}: {count}"]
@@ -278,11 +278,11 @@ SETTINGS = {
 }  # fmt: skip
 NOTES = {
     "only_stage_2": "; only stage 2 was measured faulty",
-    "cpu_and_none": "; measured with cpu and none",
+    "cpu_and_none": "; only cpu and none were measured",
     "only_gpt2": "; only GPT-2 was measured",
     "drops_nothing": ": nothing is dropped",
-    "two_drop_nothing": ": with 2 the first and the last are all there is, and nothing is dropped",
-    "several_not_measured": ": right on one process; on several nothing was measured without accumulation",
+    "two_drop_nothing": ": with 2 there are only the first and the last, and nothing is dropped",
+    "several_not_measured": ": right on one process; several processes without accumulation were not measured",
 }
 _WORD = {True: "faulty", False: "right"}
 
@@ -300,29 +300,29 @@ REASONS: dict[str, Form] = {
     "more_unread": "and {files} more files could not be read",
     "no_release": _NAME + " is not a release, and was not measured",
     "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
-    "older_is_faulty": _NAME + " by inference: older than {oldest}, which was measured faulty",
+    "older_is_faulty": _NAME + " is faulty by inference: it is older than {oldest}, which was measured faulty",
     "older": _NAME + " is older than {oldest}, the oldest that was measured",
     "newer": lambda v: f"{v['package']} {v['version']} is newer than {v['newest']} ({_WORD[v['faulty']]}), the newest "
     "that was measured",
-    "between_alike": lambda v: f"{v['package']} {v['version']} by inference: between {v['low']} and {v['high']}, both "
-    f"measured {_WORD[v['faulty']]}",
-    "between_different": lambda v: f"{v['package']} {v['version']} was not measured: it lies between {v['low']} "
+    "between_alike": lambda v: f"{v['package']} {v['version']} is {_WORD[v['faulty']]} by inference: between {v['low']} and "
+    f"{v['high']}, which were both measured {_WORD[v['faulty']]}",
+    "between_different": lambda v: f"{v['package']} {v['version']} was not measured; it is between {v['low']} "
     f"({_WORD[v['faulty']]}) and {v['high']} ({_WORD[not v['faulty']]})",
     "not_in_environment": "{package} is not among the {packages} packages of {file}",
     "not_pinned": lambda v: f"no file pins the version of {v['package']}" + (f" ({v['asked']})" if v["asked"] else ""),
     "releases": lambda v: _together(v, "; ".join(map(sentence, v["reasons"]))),
     "setting": lambda v: _together(v, f"{SETTINGS[v['setting']]} {_found(v)}") + NOTES.get(v.get("note", ""), ""),
-    "not_said": lambda v: f"{SETTINGS[v['setting']]}: no file says",
+    "not_said": lambda v: f"{SETTINGS[v['setting']]} is not given in any file",
     "boundary_not_shown": "no file shows whether the loop calls set_gradient_accumulation_boundary itself",
     "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}): 3 or more on up to "
     "{most} processes",
     "trainer_not_shown": "no file shows whether the {trainer} was used",
     "trained_by": lambda v: f"trained by {_found(v)}",
-    "averages_by_default": "average_tokens_across_devices is set nowhere; 5.23.0 averages by default",
+    "averages_by_default": "average_tokens_across_devices is not set in any file; 5.23.0 averages by default",
 }  # fmt: skip
 
 
 def answer_row(answer: Answer) -> Row:
-    """An answer with its reasons in words. File names and versions come from whoever made the files."""
+    """An answer with its reasons as text. File names and versions come from untrusted files."""
     reasons = [line(sentence(reason), 500) for reason in answer.reasons]
     return {"finding": answer.finding, "answer": answer.answer, "reasons": reasons, "source": answer.source}

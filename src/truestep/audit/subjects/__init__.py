@@ -5,7 +5,7 @@ literal ``SUBJECTS``. This table is read from these literals, without importing 
 
 * name, and needs: the distributions without which the script cannot run; the first one is what is audited;
 * brings: frameworks that come with it whether they are named or not;
-* configurations: options of the script, beside the keys processes (one number or several), cases, without and
+* configurations: options of the script, plus the keys processes (one number or several), cases, without and
   documented, which the entry itself may set for all of them.
 """
 
@@ -26,8 +26,8 @@ ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One way to use a framework. ``documented``: the option, away from its default, that changes the step on
-    purpose; ``only``: the cases that make sense here; ``without``: relations not to be seen here, and why."""
+    """One way to use a framework. ``documented``: the option, not at its default, that changes the step on
+    purpose; ``only``: the cases that make sense here; ``without``: relations that cannot run, and why."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     world_size: int = 1
@@ -36,7 +36,7 @@ class Configuration:
     without: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What a finding says of it."""
+        """How a finding describes it."""
         return {**self.options, "processes": self.world_size}
 
 
@@ -91,17 +91,17 @@ def applicable(installed: Mapping[str, str]) -> list[Subject]:
 
 
 def meant_by(names: Sequence[str]) -> list[Subject]:
-    """The subjects that a requirement is about: all of the named packages are theirs, one of them is what is
-    audited, and no framework comes in that was not named."""
+    """The subjects that a requirement is about: all of the named packages are theirs, one of them is the
+    audited one, and they do not need another framework that was not named."""
     frameworks = {s.needs[0] for s in TABLE} - {"torch", "accelerate", "transformers"}
     theirs = [s for s in TABLE if set(names) <= {*s.needs, *s.brings} and s.needs[0] in names]
     return [s for s in theirs if not (set(s.needs) & frameworks) - set(names)]
 
 
 def with_arch(subject: Subject, arch: str) -> Subject:
-    """The same configurations on another model class; those that differ in nothing else become one.
+    """The same configurations on a different model class; those that then are the same become one.
 
-    A configuration without a model class runs a tiny model of its own, and stays.
+    A configuration without a model class runs its own tiny model and is kept.
     """
     changed: list[Configuration] = []
     for c in subject.configurations:

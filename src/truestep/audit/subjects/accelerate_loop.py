@@ -1,9 +1,9 @@
-"""accelerate's documented loop: ``accumulate``, ``backward``, the summed loss over the window's tokens.
+"""accelerate's documented loop: ``accumulate``, ``backward``, the summed loss divided by the window's tokens.
 
-Accelerate divides by the accumulation steps itself and DDP averages over ranks; its guide multiplies both
-back. Its scheduler ticks once a process in every step, which its guide says, and is made for so many ticks.
-Options: arch, optimizer; ``naive`` leaves the model's mean per micro-batch to accelerate (what the first
-example of the documentation does: a mean of means).
+Accelerate itself divides by the accumulation steps and DDP averages over ranks; the guide multiplies by both
+again. Its scheduler ticks once per process in every step, as the guide says, and is made for so many ticks.
+Options: arch, optimizer; ``naive`` passes the mean of each micro-batch to accelerate (as the first
+example in the documentation does: a mean of means).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """torch DistributedDataParallel as its documentation shows it: ``no_sync`` inside the window, the summed loss
-over the tokens of all ranks, times the world size, since DDP averages gradients over ranks.
+divided by the tokens of all ranks, times the world size, since DDP averages gradients over ranks.
 
-Options: arch, optimizer; ``local_mean`` divides by this rank's tokens instead (common, and a rank-wise mean).
+Options: arch, optimizer; ``local_mean`` divides by this rank's tokens instead (common: a rank-wise mean).
 """
 
 from __future__ import annotations

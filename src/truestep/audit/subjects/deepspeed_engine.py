@@ -1,7 +1,7 @@
 """DeepSpeed's engine with a user's configuration: ZeRO stage, offload, accumulation, boundary by hand.
 
-The loss is what a careful user writes: summed over the trained tokens and divided once by all of the step's,
-times what DeepSpeed divides by (accumulation steps, ranks). A right engine gives every token a weight of 1.
+The loss is what a careful user writes: summed over the trained tokens, divided once by their number in the
+step, times what DeepSpeed divides by (accumulation steps, ranks). A correct engine gives each a weight of 1.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks the accelerator there
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which picks the accelerator
 
 import deepspeed
 import harness
@@ -58,7 +58,7 @@ def run(spec: harness.Spec) -> None:
 
 
 def snapshot(spec: harness.Spec, own: list[Tensor]) -> Any:
-    """Stage 3 leaves every rank a shard; gathering by DeepSpeed would disturb its own tracking."""
+    """With stage 3 each rank has only a shard; gathering with DeepSpeed would disturb its own tracking."""
     if spec.options.get("stage", 2) != 3:
         return None
     return lambda: harness.flat([whole(p, spec.world_size) for p in own])
@@ -67,7 +67,7 @@ def snapshot(spec: harness.Spec, own: list[Tensor]) -> Any:
 def engine_of(spec: harness.Spec, model: torch.nn.Module) -> Any:
     optimizer = spec.optimizer(harness.parameters_of(model))
     scheduler = {"lr_scheduler": spec.scheduler(optimizer)} if spec.decays else {}
-    # With the boundary set by hand the engine is told of no accumulation.
+    # If the boundary is set by hand, the engine is configured without accumulation.
     accumulation = 1 if spec.options.get("manual", False) else spec.accumulation
     stage = spec.options.get("stage", 2)
     config = harness.deepspeed_settings(spec, stage, spec.rows_per_microbatch, accumulation)

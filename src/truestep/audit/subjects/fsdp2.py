@@ -40,6 +40,6 @@ def run(spec: harness.Spec) -> None:
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """All of a parameter, gathered over ranks where it is sharded."""
+    """The whole parameter, gathered over ranks if it is sharded."""
     gather = getattr(parameter.detach(), "full_tensor", None)
     return parameter.detach() if gather is None else gather()

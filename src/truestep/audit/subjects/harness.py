@@ -1,4 +1,4 @@
-"""What every subject shares. Runs inside the audited environment: only the standard library and torch.
+"""Code that all subjects share. It runs in the audited environment, with only the standard library and torch.
 
 A subject is a module with a function ``run(spec)``, which ``child.py`` calls, and a literal ``SUBJECTS``: how
 it is audited. It lets its framework train a tiny model, watched by a ``Recorder``, on the rows of a case.
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from _pickle import UnpicklingError  # only the name of what a framework's own loading may raise
+from _pickle import UnpicklingError  # only the name of an error that a framework's loading may raise
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Spec:
 
     @property
     def max_grad_norm(self) -> float:
-        """The clip that is asked for; 0 is none."""
+        """The configured clip; 0 is none."""
         return float(self.case.get("max_grad_norm") or self.options.get("max_grad_norm") or 0.0)
 
     @property
@@ -55,22 +55,22 @@ class Spec:
 
     @property
     def is_relation(self) -> bool:
-        """Whether the case asks for more than a step."""
+        """Whether the case tests more than single steps."""
         return self.decays or bool(self.case.get("max_grad_norm"))
 
     def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
-        """A line to zero over the case's steps, or none; ``ticks``: of a framework's own for each step."""
+        """A linear decay to zero over the case's steps, or none, with ``ticks`` calls per step."""
         last = self.steps * ticks
         share = (lambda i: max(0.0, 1 - i / last)) if self.decays else (lambda i: 1.0)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
     def parts(self) -> list[list[list[list[int]]]]:
-        """The windows before a resume and those after it; all in one where there is none."""
+        """The windows before and after resuming; all of them in one list if the case does not resume."""
         windows, at = self.windows(), self.case.get("resume_after", 0)
         return [windows[:at], windows[at:]] if at else [windows]
 
     def labels(self, row: int) -> list[int]:
-        """The row's tokens, −100 where they are not trained."""
+        """The row's tokens, with −100 for those that are not trained."""
         tokens = zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
         return [t if on else -100 for t, on in tokens]
 
@@ -85,7 +85,7 @@ class Spec:
         return micro[self.rank :: self.world_size]
 
     def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
-        """The same, step by step, over all epochs; a short window ends an epoch of uneven length."""
+        """The same, step by step, over all epochs; the last window of an epoch may be short."""
         mine = self.batches(rows)
         return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
 
@@ -109,7 +109,7 @@ def main(run: Callable[[Spec], None]) -> None:
         except FAILURES as error:
             if not spec.is_relation:
                 raise
-            # What a framework cannot do beside its step is no reason not to judge the step.
+            # If a framework cannot do this, its step can still be judged.
             # torch prints some words in bold.
             plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
             words = " ".join(plain.split()).partition(". ")[0][:160]
@@ -126,7 +126,7 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def join_ranks(spec: Spec) -> None:
-    """A gloo group of all ranks, once; with one rank too, for frameworks that want one."""
+    """Create a gloo group of all ranks, once; also for one rank, since some frameworks need it."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", rank=spec.rank, world_size=spec.world_size)
 
@@ -139,7 +139,7 @@ def everywhere(value: float) -> float:
 
 
 def deepspeed_without_compiler() -> None:
-    """Its shared-memory collective would be compiled for two minutes; gloo does the same work."""
+    """Compiling its shared-memory collective would take two minutes; gloo does the same work."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

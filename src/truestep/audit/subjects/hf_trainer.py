@@ -1,7 +1,7 @@
-"""transformers' Trainer, plain or under DeepSpeed: rows in a padding collator, one ``train()`` a case.
+"""transformers' Trainer, plain or with DeepSpeed: rows in a padding collator, one ``train()`` per case.
 
-Options: arch, optimizer; ``average_tokens_across_devices``; ``zero_stage`` (with ``offload``) puts DeepSpeed
-under it through the Trainer's own ``deepspeed`` argument.
+Options: arch, optimizer; ``average_tokens_across_devices``; ``zero_stage`` (with ``offload``) runs it on
+DeepSpeed through the Trainer's own ``deepspeed`` argument.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 class Rows(torch.utils.data.Dataset):
-    """The case's rows as the Trainer wants them; no other library is needed."""
+    """The case's rows in the form that the Trainer takes; no other library is needed."""
 
     def __init__(self, spec: harness.Spec) -> None:
         self.spec = spec
@@ -52,7 +52,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
-    """What any trainer of this family is told; only what this release knows."""
+    """Arguments for any trainer of this family; only those that this release accepts."""
     stage = spec.options.get("zero_stage")
     wanted: dict[str, Any] = {
         "output_dir": str(spec.folder / "out"),
@@ -86,7 +86,7 @@ def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
 
 
 def fresh_state() -> None:
-    """Accelerate keeps its state for the whole process; every case starts from none."""
+    """Accelerate keeps its state for the whole process; reset it, so that every case starts without any."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state()
@@ -94,7 +94,7 @@ def fresh_state() -> None:
 
 
 def stop_at(step: int) -> transformers.TrainerCallback:
-    """Saves and ends the training after a step: what a job's time limit does."""
+    """Saves and ends the training after a step, as a job's time limit does."""
 
     def on_step_end(args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == step:
@@ -106,12 +106,12 @@ def stop_at(step: int) -> transformers.TrainerCallback:
 
 
 def optimizers(spec: harness.Spec, model: torch.nn.Module) -> dict[str, Any]:
-    """SGD with momentum, which no argument of the Trainer gives; its scheduler stays the Trainer's own."""
+    """SGD with momentum, for which the Trainer has no argument; its scheduler is still the Trainer's own."""
     return {"optimizers": (spec.optimizer(model.parameters()), None)} if spec.case["resume_after"] else {}
 
 
 def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harness.Recorder:
-    """One ``train()`` of the trainer that ``build`` makes around a model, or two: to a checkpoint and from it."""
+    """Call ``train()`` on the trainer that ``build`` makes, once or twice: to a checkpoint and from it."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
         harness.deepspeed_without_compiler()

@@ -1,7 +1,7 @@
-"""Every causal language model class of the installed transformers, tiny: is its loss the one it claims?
+"""Checks the loss of every causal language model class of the installed transformers, on tiny models.
 
-Four questions a class, each answered from logits and losses alone: at which shift the loss is a cross-entropy
-of the own logits; whether ``num_items_in_batch`` is honoured where it is taken; whether padding changes the
+Four questions per class, each answered only from logits and losses: at which shift the loss is a cross-entropy
+of the model's logits; whether ``num_items_in_batch`` is honored if it is accepted; whether padding changes the
 logits of real tokens; whether packed rows see each other, with restarted positions and with a mask of ones.
 """
 
@@ -133,7 +133,7 @@ def main() -> None:
         try:
             with limited(SECONDS), contextlib.redirect_stdout(io.StringIO()):
                 row |= ask(build(kind, name))
-        except FAILURES as error:  # whatever a class that is not made for this raises is the answer
+        except FAILURES as error:  # a class that is not made for this may raise anything
             words = str(error).splitlines() or [""]
             row["not_run"] = f"{type(error).__name__}: {words[0][:160]}"
         rows.append(row)

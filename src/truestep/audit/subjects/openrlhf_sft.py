@@ -1,7 +1,7 @@
 """OpenRLHF's own SFTTrainer.fit, loss, Actor and strategy, on a DeepSpeed engine.
 
-Of what it imports only flash-attn is replaced by an empty module: it needs a GPU's compiler, and nothing here
-calls it. The engine is made with torch's SGD, because DeepSpeed's own optimizers need that compiler too.
+Only one import is replaced by an empty module: flash-attn, which needs a GPU compiler and is not called here.
+The engine is made with torch's SGD, because DeepSpeed's own optimizers need that compiler too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import types
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: it picks the accelerator there
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which picks the accelerator
 
 import deepspeed
 import harness
@@ -77,7 +77,7 @@ def strategy_of(spec: harness.Spec) -> Any:
 
 
 def rows_of(spec: harness.Spec) -> list[dict[str, list[int]]]:
-    """True at t where token t + 1 is trained: OpenRLHF's mask belongs to the token that predicts."""
+    """1 at t if token t + 1 is trained: OpenRLHF's mask belongs to the token that predicts."""
     return [{"ids": r["ids"], "mask": [*r["trained"][1:], 0]} for r in spec.rows]
 
 

@@ -1,4 +1,4 @@
-"""The tiny models that are stepped on. Runs inside the audited environment."""
+"""The tiny models that subjects train. Runs inside the audited environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class PlainModel(nn.Module):
-    """A token-to-token model without attention: what a subject that is no transformer library steps on."""
+    """A token-to-token model without attention, for subjects that are not transformer libraries."""
 
     def __init__(self, vocabulary: int, width: int = 32) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class PlainModel(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, input_ids: Tensor, **ignored: Any) -> Tensor:
-        """Logits. Without attention a mask and positions change nothing."""
+        """Logits. Without attention, a mask and positions have no effect."""
         return self.head(torch.tanh(self.inner(self.embed(input_ids))))
 
 
@@ -46,7 +46,7 @@ def tiny_model(spec: Any) -> nn.Module:
         "opt": ("OPTConfig", "OPTForCausalLM", {**ids, **sizes, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
     }  # fmt: skip
     if arch not in names:
-        raise SystemExit(f"arch = {arch!r}: write plain, {', '.join(names)}")
+        raise SystemExit(f"unknown arch {arch!r}; use plain, {', '.join(names)}")
     config_name, model_name, options = names[arch]
     config = getattr(transformers, config_name)(**options)
     config._attn_implementation = spec.options.get("attention", "eager")

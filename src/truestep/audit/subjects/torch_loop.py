@@ -1,4 +1,4 @@
-"""A plain torch loop as every tutorial writes it, with the loss summed and divided once: the control."""
+"""A plain torch loop as in every tutorial, with the loss summed and divided once: the control."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def train(
     build: Callable[[Watch], nn.Module],
     backward: Callable[[nn.Module, Window], float | None],
 ) -> harness.Recorder:
-    """Every window through ``backward``, then clip, step and tick of the schedule, with at most one resume."""
+    """Pass every window to ``backward``, then clip, step and advance the schedule; resume at most once."""
     found: list[harness.Recorder] = []
 
     def watch(model: nn.Module, snapshot: Any = None) -> None:
@@ -29,7 +29,7 @@ def train(
         else:
             found.append(harness.Recorder(spec, model, snapshot))
 
-    checkpoint: dict[str, Any] = {}  # of this rank, in memory: how torch writes a file is not the question
+    checkpoint: dict[str, Any] = {}  # of this rank, in memory: how torch writes files is not audited
     parts = spec.parts()
     for number, windows in enumerate(parts):
         model = build(watch)

@@ -1,7 +1,7 @@
 """torchtune's single-device recipe for full fine-tuning: its own ``train``, loss step, loss and data loader.
 
-What its ``setup`` reads from files (weights, tokenizer, logger) is put in place instead, around torchtune's
-own Llama 3 made tiny. No checkpoint is written: its own hold whole epochs, as files of weights.
+What its ``setup`` would read from files (weights, tokenizer, logger) is set directly, for a tiny version of
+torchtune's own Llama 3. No checkpoint is written: the recipe's own cover whole epochs, as weight files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SUBJECTS = [{
 
 
 class Rows(torch.utils.data.Dataset):
-    """What the recipe's data loader is told to make."""
+    """The dataset that the recipe's data loader is configured to make."""
 
     def __init__(self, tokenizer: Any, ids: Any, labels: Any) -> None:
         self.pairs = [{"tokens": list(i), "labels": list(k)} for i, k in zip(ids, labels, strict=True)]
@@ -41,7 +41,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class ByIds(nn.Module):
-    """The decoder with the recorder's name for its input; ``ByTokens`` has the recipe's."""
+    """The decoder with the recorder's name for its input; ``ByTokens`` uses the recipe's name."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ByTokens(nn.Module):
 
 
 def recipe_class() -> Any:
-    """The recipes lie beside the package, as files that are run and not imported."""
+    """Loaded from its file: the recipes are scripts next to the package, not modules in it."""
     path = Path(torchtune.__file__).parent.parent / "recipes" / "full_finetune_single_device.py"
     found = importlib.util.spec_from_file_location("full_finetune_single_device", path)
     assert found is not None

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer: rows as token ids with a mask of the assistant's tokens, plain, packed, or as a chat.
 
-Options: those of hf_trainer; ``packing``; ``assistant_only`` gives messages, TRL's template makes the mask.
+Options: those of hf_trainer; ``packing``; ``assistant_only`` passes messages, and TRL makes the mask.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SUBJECTS = [
 
 
 def tokenizer(spec: harness.Spec) -> Any:
-    """One word per token, so that text and token ids are the same thing."""
+    """One word per token, so that text and token ids correspond exactly."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {("<pad>", "<s>", "</s>")[i] if i < 3 else f"w{i}": i for i in range(spec.vocabulary)}
@@ -56,7 +56,7 @@ def words(ids: list[int]) -> str:
 
 
 def messages(ids: list[int], trained: list[int]) -> list[dict[str, str]]:
-    """Runs of untrained and trained tokens as turns."""
+    """Runs of untrained and of trained tokens, as the turns of user and assistant."""
     turns: list[tuple[int, list[int]]] = []
     for token, on in zip(ids, trained, strict=True):
         if not turns or turns[-1][0] != on:
@@ -77,7 +77,7 @@ def run(spec: harness.Spec) -> None:
         "packing": bool(spec.options.get("packing")),
         "assistant_only_loss": bool(spec.options.get("assistant_only")),
         "completion_only_loss": None if spec.options.get("assistant_only") else True,
-        "max_length": 64 if spec.options.get("packing") else 256,  # so that packed rows are several
+        "max_length": 64 if spec.options.get("packing") else 256,  # so that there are several packed rows
         "max_seq_length": 256,
         "loss_type": spec.options.get("loss_type"),
     }

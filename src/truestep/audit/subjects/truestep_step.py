@@ -1,6 +1,6 @@
-"""truestep's own optimizer step: packing, global totals, summed gradients, plain SGD. Subject number one.
+"""truestep's own optimizer step: packing, global totals, summed gradients, plain SGD.
 
-Options: arch; ``parallel`` fsdp2 shards over the ranks.
+Options: arch; with ``parallel`` fsdp2 the model is sharded over the ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from truestep.train.step import StepPlan, train_step
 
 SUBJECTS = [{
     "name": "truestep", "needs": ["truestep", "transformers", "torch"], "cases": ["ENGINE", "clipped"],
-    "without": {"scheduled": "its step is told its learning rate", "resumed": "held by its own tests of the run"},
+    "without": {"scheduled": "its step is given the learning rate", "resumed": "its own tests cover resuming"},
     "configurations": [
         {"arch": "llama", "processes": [1, 2]},
         {"arch": "llama", "parallel": "fsdp2", "processes": 2},
@@ -33,7 +33,7 @@ SUBJECTS = [{
 
 
 def sequences(spec: harness.Spec, rows: list[int]) -> list[TrainSequence]:
-    """The rows that train anything; the others have no part in a step."""
+    """The rows that have a trained token; the others have no part in a step."""
     made = []
     for row in rows:
         trained = tuple(bool(t) and i > 0 for i, t in enumerate(spec.rows[row]["trained"]))
@@ -51,7 +51,7 @@ def run(spec: harness.Spec) -> None:
     model = harness.tiny_model(spec).to(spec.dtype)
     loaded = LoadedModel(model=model, tokenizer=None, shape=model_shape(model), context_length=256)
     sharded = spec.options.get("parallel") == "fsdp2"
-    # Tokens after the last trained one predict nothing that is trained: they are not forwarded.
+    # Tokens after the last trained one predict nothing that is trained: the model does not see them.
     made = [sequences(spec, [index]) for index in range(len(spec.rows))]
     ends = [last_needed(found[0]) if found else None for found in made]
     needles = [bytes(row["ids"][:end]) for row, end in zip(spec.rows, ends, strict=True)]
@@ -66,7 +66,7 @@ def run(spec: harness.Spec) -> None:
     settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=spec.max_grad_norm)
     optimizer = MasterOptimizer(policy, settings)
     policy.train()
-    # A row that trains nothing is refused when data are read, before batches are made.
+    # A row without a trained token is refused when data is read, before batches are made.
     used = [row for row, found in enumerate(made) if found]
     for step, window in enumerate(spec.windows(used)):
         batches = []

@@ -1,8 +1,8 @@
-"""A user's own step: a function ``step(model, optimizer, microbatches)`` in a file, called once a window.
+"""A user's own step: a function ``step(model, optimizer, microbatches)`` in a file, called once per window.
 
-``model(input_ids=…)`` gives logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is
+``model(input_ids=…)`` returns logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is
 torch's SGD on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``,
-``attention_mask`` and ``labels`` [B, T] (−100 where a token is not trained, not shifted). The function must
+``attention_mask`` and ``labels`` [B, T] (−100 for tokens that are not trained; not shifted). The function must
 take exactly one step of this optimizer and clear the gradients; it may group rows into forward passes freely.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 
 def microbatch(spec: harness.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
-    """Rows padded on the right to one batch."""
+    """One batch of rows, padded on the right."""
     ids = [spec.rows[row]["ids"] for row in rows]
     mask = harness.padded([[1] * len(v) for v in ids], 0)
     labels = harness.padded([spec.labels(row) for row in rows], -100)
@@ -27,7 +27,7 @@ def microbatch(spec: harness.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
 
 
 def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
-    """All windows of a case through the user's function."""
+    """Pass all windows of a case to the user's function."""
     model = harness.tiny_model(spec)
     recorder = harness.Recorder(spec, model)
     # A row's last token predicts nothing: a loop may leave it out.
@@ -40,7 +40,7 @@ def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
     for window in spec.windows():
         step(model, optimizer, [microbatch(spec, rows) for rows in window])
     if not calls and not torch.equal(before, recorder.snapshot()):
-        # Another optimizer's update is not a gradient times this one's learning rate: it cannot be read.
+        # The update of a different optimizer is not a gradient times this learning rate: it cannot be read.
         why = "the step does not use the optimizer that it is given"
         (spec.folder / "not-run.txt").write_text(why, "utf-8")
         return
@@ -48,7 +48,7 @@ def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
 
 
 def load(file: str, name: str) -> Callable[..., Any]:
-    """The function of that name in a file; what lies beside the file can be imported by it."""
+    """The function of that name in a file, which can import modules from its own folder."""
     path = Path(file)
     sys.path.insert(0, str(path.parent))
     found = importlib.util.spec_from_file_location(path.stem, path)

@@ -1,7 +1,7 @@
 """verl's own ``agg_loss``, at function level: its trainers need a cluster of GPUs, its loss does not.
 
-The loop around it is what verl's actor does with the value: a release whose function takes no counts of the
-whole batch averages every micro-batch and divides by their number; one that takes them is given them.
+The loop around it does what verl's actor does with the value: if a release's function takes no counts of the
+whole batch, each micro-batch's mean is divided by the number of micro-batches; else it is given the counts.
 Gradients are averaged over ranks, as FSDP does.
 """
 

@@ -1,1 +1,1 @@
-"""The slow twin of the training step: float64, one sequence at a time, textbook optimizers."""
+"""A slow reference for the training step: float64, one sequence at a time, textbook optimizers."""

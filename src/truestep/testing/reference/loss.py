@@ -1,5 +1,5 @@
-"""The loss of an optimizer step: float64, token by token, each sequence alone, the batch in one graph; and
-the textbook step over name → float64 tensor: one clip, one update, no hidden state."""
+"""The loss of an optimizer step in float64, token by token, each sequence run separately, the batch in one
+graph; and the textbook step on float64 tensors by name: one clip, one update, no hidden state."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from truestep.settings import OptimizerSettings
 from truestep.testing.reference.rows import ROWS, named_part
 from truestep.testing.reference.surrogate import ScoredSequence
 
-LogprobRows = Sequence[Sequence[float] | None]  # one row a sequence, one number a trained token
+LogprobRows = Sequence[Sequence[float] | None]  # one row per sequence, one number per trained token
 Microbatches = Sequence[tuple[Sequence[int], float]]  # (indices of its sequences, its weight)
 Tensors = Mapping[str, Tensor]  # by parameter name
 
 
 class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes by inheritance only
-    """Inside, whatever asks for float32 gets float64.
+    """Inside, every request for float32 gives float64.
 
-    Model code casts norms, softmaxes and losses to float32 whatever the weights are, so a model in float64 is
-    otherwise right to 1e-7 only, and the rounding is not even smooth.
+    Model code casts norms, softmaxes and losses to float32 whatever the type of the weights, so a float64
+    model is otherwise accurate only to 1e-7, and the rounding is not even smooth.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,13 +43,13 @@ def trained_tokens(
     model: nn.Module, sequence: TrainSequence, temperature: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probabilities of a sequence's trained tokens, and the entropies of the distributions that they were
-    drawn from, with gradient; run alone, unpadded, without dropout. Raises ValueError for less than float64.
+    drawn from, with gradient; run separately, unpadded, without dropout. Raises ValueError if not in float64.
 
     Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t; −Σ_v p_v log p_v.
     """
     narrow = [name for name, p in model.named_parameters() if p.dtype is not torch.float64]
     if narrow:
-        raise ValueError(f"{narrow[0]} is not in float64, as the reference is: call model.double() on a copy")
+        raise ValueError(f"{narrow[0]} is not in float64, as it must be; call model.double() on a copy")
     row = torch.tensor(sequence.token_ids, dtype=torch.int64, device=next(model.parameters()).device)
     was_training = model.training
     model.eval()
@@ -78,7 +78,7 @@ def frozen_logprobs(
 def score(
     policy: nn.Module, proximal: nn.Module, reference: nn.Module, sequences: Sequence[TrainSequence]
 ) -> list[ScoredSequence]:
-    """The sequences with the log-probabilities of the three models; the policy's with its graph."""
+    """The sequences with the log-probabilities of the three models; those of the policy keep their graph."""
     found = []
     for sequence in sequences:
         logprobs, entropies = trained_tokens(policy, sequence)
@@ -102,7 +102,7 @@ def denominator(
     Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L, L = ``max_length``.
     """
     if normaliser == "drg" and max_length is None:
-        raise ValueError("the drg normaliser divides by a fixed length: give max_length")
+        raise ValueError("the drg normaliser divides by a fixed length; pass max_length")
     known = {
         "tok": sum(s.num_trained for s in sequences),
         "seq": sequence.num_trained * len(sequences),
@@ -110,24 +110,24 @@ def denominator(
         "drg": len(sequences) * (max_length or 0),
     }
     if normaliser not in known:
-        raise ValueError(f"unknown normaliser {normaliser!r}: tok, seq, sum or drg")
+        raise ValueError(f"unknown normaliser {normaliser!r}; use tok, seq, sum or drg")
     return known[normaliser]
 
 
 def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
-    """Without the groups whose rewards are all equal, and without their tokens in counts. Source: DAPO."""
+    """Drop the groups whose rewards are all the same; their tokens are not counted either. Source: DAPO."""
     seen = {(item.sequence.group, item.sequence.reward) for item in scored}
     different = Counter(group for group, _ in seen)
     return [item for item in scored if different[item.sequence.group] > 1]
 
 
 def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
-    """Advantages of the members of one group; a group of one has nothing to be compared with: 0.
+    """Advantages of the members of one group; 0 for a group of one, which has nothing to compare with.
 
     Equation: mean R−mean · mean_std (R−mean)/(std+1e-6), std with n−1 · rloo R − mean of the others.
     """
     if kind not in ("mean", "mean_std", "rloo"):
-        raise ValueError(f"unknown advantage {kind!r}: mean, mean_std or rloo")
+        raise ValueError(f"unknown advantage {kind!r}; use mean, mean_std or rloo")
     if len(rewards) == 1:
         return [0.0]
     mean = sum(rewards) / len(rewards)
@@ -139,15 +139,15 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
 
 
 def weigh_microbatches(sequences: Sequence[TrainSequence], microbatches: Microbatches) -> list[TrainSequence]:
-    """The sequences, their weights multiplied by that of their micro-batch; as they are without any.
+    """The sequences, with weights multiplied by those of their micro-batches; unchanged if there are none.
 
-    Raises: ValueError where a sequence is in no micro-batch or in two.
+    Raises: ValueError if a sequence is in no micro-batch or in two.
     """
     if not microbatches:
         return list(sequences)
     listed = sorted(i for indices, _ in microbatches for i in indices)
     if listed != list(range(len(sequences))):
-        raise ValueError(f"micro-batches hold sequences {listed}, not each of 0..{len(sequences) - 1} once")
+        raise ValueError(f"micro-batches list sequences {listed}, not each of 0..{len(sequences) - 1} once")
     weight_of = {i: weight for indices, weight in microbatches for i in indices}
     return [replace(s, weight=s.weight * weight_of[i]) for i, s in enumerate(sequences)]
 
@@ -165,7 +165,7 @@ def reference_loss(
 ) -> Tensor:
     """The loss of one optimizer step over the whole batch, with its graph.
 
-    A row of ``proximal`` that is None is the policy's own, detached: the first update after a rollout.
+    If a row of ``proximal`` is None, the policy's own is used, detached: the first update after a rollout.
     ``options`` overrides the method's numbers and its ``normaliser``. Weights of sequences and micro-batches
     multiply numerators only.
     Equation: Σ_sequences weight Σ_tokens surrogate / denominator.
@@ -192,7 +192,7 @@ def reference_loss(
 
 
 def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of ``loss`` by parameter name: one backward; zeros where a parameter has no part in it."""
+    """The gradient of ``loss`` by parameter name: one backward; zeros for parameters not in it."""
     parameters = dict(model.named_parameters())
     if not loss.requires_grad:  # every sequence was dropped
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -215,7 +215,7 @@ def per_microbatch_gradients(
 ) -> tuple[list[dict[str, Tensor]], list[int]]:
     """For each micro-batch, the gradient SUM of −log π over its trained tokens, and how many these are.
 
-    The right SFT gradient of the step is the sum of the first divided by the sum of the second.
+    The correct SFT gradient of the step is the sum of the first divided by the sum of the second.
     """
     sums, counts = [], []
     for indices in indices_per_microbatch:
@@ -238,7 +238,7 @@ class AdamState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step: what it saw before clipping, and the parameters after it."""
+    """One step: its loss, norm and gradient before clipping, and the parameters after it."""
 
     loss: float
     grad_norm: float
@@ -269,14 +269,14 @@ def learning_rate(
     if schedule == "constant":
         return peak
     if schedule != "cosine":
-        raise ValueError(f"unknown schedule {schedule!r}: constant or cosine")
+        raise ValueError(f"unknown schedule {schedule!r}; use constant or cosine")
     floor = min_lr_ratio * peak
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
-    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 is no clip.
+    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 means no clip.
 
     Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
     """
@@ -293,7 +293,7 @@ def sgd(parameters: Tensors, gradients: Tensors, lr: float) -> dict[str, Tensor]
 def adamw(
     parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
 ) -> tuple[dict[str, Tensor], AdamState]:
-    """AdamW on every tensor alike; ``state`` None is the state before the first step.
+    """AdamW, the same for every tensor; ``state`` None is the state before the first step.
 
     Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), ^ = /(1−β^t) each.
     Source: arXiv 1711.05101, algorithm 2.
@@ -330,9 +330,9 @@ def reference_steps(
     settings: OptimizerSettings,
     total_steps: int,
 ) -> list[StepResult]:
-    """Steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: a loss function a step.
+    """Steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: one loss function per step.
 
-    It is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
+    Each is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
     """
     model = copy.deepcopy(model)
     state: AdamState | None = None

@@ -1,7 +1,7 @@
 """The objectives of the papers, part by part, as a whole optimizer step over sequences of several kinds.
 
 Written from the papers' formulas with the surrogates of ``reference.surrogate``; every part is differentiated
-as it stands and divided by counts of the whole step.
+as it is written and divided by counts of the whole step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from truestep.records import Origin, TrainSequence
 from truestep.testing.reference import surrogate
 from truestep.testing.reference.surrogate import ScoredSequence
 
-# (sequence, number of its trained token) → whether a part means it
+# (sequence, number of its trained token) → whether a part is about this token
 About = Callable[[TrainSequence, int], bool]
 
 
@@ -39,8 +39,8 @@ def anything(sequence: TrainSequence, i: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Σ over the tokens it is about ÷ a count: tok of its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L;
-    N_seq sequences with a ``counted`` token. ``top_share``: only tokens of the highest proximal entropy."""
+    """Σ over the tokens it is about ÷ a count: tok its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L, with
+    N_seq the sequences with a ``counted`` token. ``top_share``: only the share with the highest entropy."""
 
     about: About
     losses: partial[list[Tensor]]
@@ -127,7 +127,7 @@ ROWS: dict[str, Row] = {
 
 
 def named_part(name: str) -> Part:
-    """The part of a row that carries its name, or its first: the surrogate of ``loss.reference_loss``."""
+    """The part of a row that has the row's name, or its first: the surrogate of ``loss.reference_loss``."""
     parts = ROWS[name].parts
     return next((part for part in parts if part.losses.func.__name__ == name), parts[0])
 

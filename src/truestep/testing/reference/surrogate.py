@@ -1,8 +1,8 @@
 """What each trained token contributes to a loss: the surrogates of the papers, as they are written there.
 
-Every one is differentiated as it stands, never a detached coefficient times a log-probability, so that it can
-disagree with code that works with coefficients. Log-probabilities: ``policy`` of the weights, with gradient;
-``proximal`` frozen at the start of the update; ``behavior`` of what sampled; ``reference`` of the KL anchor.
+Each is differentiated as written, never as a detached coefficient times a log-probability, so that it can
+disagree with code that uses coefficients. Log-probabilities: ``policy`` of current weights, with gradient;
+``proximal`` frozen at the start of the update; ``behavior`` of the sampler; ``reference`` of the KL anchor.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from truestep.records import Origin, TrainSequence
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredSequence:
-    """A sequence with its log-probabilities, and where a method looks at them the entropies of the
-    distributions they belong to, each aligned with the trained tokens."""
+    """A sequence with its log-probabilities and, if a method uses them, the entropies of their distributions;
+    all are aligned with the trained tokens."""
 
     sequence: TrainSequence
     policy: Sequence[Tensor]
@@ -126,9 +126,9 @@ def sapo(scored: ScoredSequence, *, tau_positive: float, tau_negative: float) ->
 
 
 def nft(scored: ScoredSequence, *, low: float, high: float) -> list[Tensor]:
-    """Equation: −(1−q) log r on a right sample; −(1−q) log max((1−qr)/(1−q), 1) on a wrong one, where the
-    maximum replaces the value and lets the gradient through; q = the group's share of right ones. Source:
-    arXiv 2505.18116."""
+    """Equation: −(1−q) log r on a correct sample; −(1−q) log max((1−qr)/(1−q), 1) on a wrong one, where the
+    maximum replaces the value and lets the gradient through; q = the group's share of correct ones.
+    Source: arXiv 2505.18116."""
     losses = []
     for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
         q = min(max(1 - advantage if scored.sequence.solved else -advantage, low), high)
@@ -147,7 +147,7 @@ def reinforce(scored: ScoredSequence) -> list[Tensor]:
 
 
 def importance(scored: ScoredSequence) -> list[Tensor]:
-    """Own samples of the mixed-policy methods: −rA, no clip."""
+    """For the policy's samples in mixed-policy methods. Equation: −rA, without a clip."""
     return [-ratio * advantage for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True)]
 
 
@@ -212,7 +212,7 @@ def srft_imitation(scored: ScoredSequence, *, scale: float, sign: float) -> list
 
 
 def srft_samples(scored: ScoredSequence, *, scale: float) -> list[Tensor]:
-    """Equation: −scale·sg(e^H) log π on a right sample, +log π on a wrong one. Source: arXiv 2506.19767."""
+    """Equation: −scale·sg(e^H) log π on a correct sample, +log π on a wrong one. Source: arXiv 2506.19767."""
     if scored.sequence.solved:
         weight = scale * math.exp(_mean_entropy(scored))
         return [-weight * logprob for logprob in scored.policy]
