@@ -17,7 +17,7 @@ _TOKEN = re.compile(r"\s*(?:(\d{1,18})(?![\d.])|([-+*/()]))", re.ASCII)
 
 
 class NotArithmetic(ValueError):
-    """The text is no expression of + - * / ( ) and whole numbers."""
+    """The text is not an expression of + - * / ( ) and whole numbers."""
 
 
 def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
@@ -63,7 +63,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _chain(tokens: list[str], depth: int, signs: str = "+-") -> Fraction:
-    """A sum of products, or with the signs "*/" a product of factors, from the left."""
+    """A sum of products or, with the signs "*/", a product of factors, evaluated from the left."""
 
     def part() -> Fraction:
         return _chain(tokens, depth, "*/") if signs == "+-" else _factor(tokens, depth)
