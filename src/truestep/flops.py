@@ -16,14 +16,15 @@ from dataclasses import dataclass, fields
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     num_parameters: int
-    num_matmul_parameters: int  # those that a token is multiplied with: with the head, without the embedding
+    num_matmul_parameters: int  # those that a token is multiplied with: the head too, but not the embedding
     num_layers: int
     attention_width: int  # query channels: heads x head size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Counted work of a stage. Units: tokens; ``*_pairs`` are query-key pairs (of one layer and head)."""
+    """Work of a stage, as counts. Units: tokens; ``*_pairs`` are query-key pairs (of one layer and
+    head)."""
 
     demonstration_tokens: int = 0  # trained tokens of demonstrations
     rollout_tokens: int = 0  # generated tokens
@@ -57,9 +58,9 @@ class Ledger:
 
 
 def sequence_work(prompt: int, completion: int) -> Ledger:
-    """One demonstration trained on: the last token predicts nothing and is not forwarded.
+    """The work of training on one demonstration: the last token predicts nothing and is not forwarded.
 
-    Units: tokens; ``completion`` counts the stop token. Held by: tests/study/test_flops_plan.py"""
+    Units: tokens; ``completion`` includes the stop token. Held by: tests/study/test_flops_plan.py"""
     length = prompt + completion - 1
     return Ledger(
         demonstration_tokens=completion,
@@ -72,10 +73,11 @@ def sequence_work(prompt: int, completion: int) -> Ledger:
 def group_work(
     prompt: int, own: Sequence[int], demonstrations: Sequence[int] = (), *, scored: bool
 ) -> Ledger:
-    """One prompt of a rollout batch: prefilled once, every own sample decoded, and all trained on in one tree
-    that forwards the prompt once. ``scored`` adds the pass for the proximal log-probabilities.
+    """The work of one prompt in a rollout batch: it is prefilled once, every own sample is decoded, and all
+    are trained on in one tree that forwards the prompt once. ``scored`` adds the pass for the proximal
+    log-probabilities.
 
-    Units: tokens; lengths count the stop token. Held by: tests/study/test_flops_plan.py"""
+    Units: tokens; lengths include the stop token. Held by: tests/study/test_flops_plan.py"""
     members = [n - 1 for n in (*own, *demonstrations)]
     tree = prompt + sum(members)
     context = prompt * (prompt + 1) // 2
