@@ -50,7 +50,7 @@ def usable_cores() -> int:
 
 
 def cpu_quota(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """How many CPUs the cgroup of this process and those above it allow; infinity without a limit.
+    """How many CPUs this process's cgroup and its parents allow; infinity if there is no limit.
 
     cgroup v2: ``cpu.max`` contains "QUOTA PERIOD" or "max PERIOD". v1: two files; -1 means unlimited."""
     quota = math.inf

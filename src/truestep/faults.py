@@ -1,4 +1,4 @@
-"""Known faults as wrong weight vectors, and how to recover such a vector from a gradient. No torch.
+"""Known faults as wrong weight vectors, and how to recover such a vector from a gradient. torch is not used.
 
 The correct gradient of a step is Σ_i g_i / N (g_i is the gradient sum of micro-batch i, N the step's tokens
 over all ranks). A fault is described by weights w: the actual gradient is Σ_i w_i·g_i / N.

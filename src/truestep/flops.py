@@ -1,8 +1,8 @@
 """The FLOPs ledger: tokens by kind → FLOPs, by the paper's formula and by a fuller count.
 
-Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens a forward pass costs 2ND, a
-backward pass 4ND: an SFT token 6N, an on-policy rollout token 8N (2N to generate it, 6N to train on it). The
-paper counts only response tokens. The fuller count adds prompt tokens, scoring passes (proximal
+Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens, a forward pass costs 2ND and a
+backward pass 4ND. So an SFT token costs 6N, and an on-policy rollout token 8N (2N to generate it, 6N to train
+on it). The paper counts only response tokens. The fuller count adds prompt tokens, scoring passes (proximal
 log-probabilities) and attention (4 FLOPs per query-key pair, channel and layer, forward), and leaves out the
 input embedding, which is a table look-up.
 """
@@ -23,8 +23,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Work of a stage, as counts. Units: tokens; ``*_pairs`` are query-key pairs (of one layer and
-    head)."""
+    """Work of a stage, as counts. Units: tokens; ``*_pairs``: query-key pairs (of one layer and head)."""
 
     demonstration_tokens: int = 0  # trained tokens of demonstrations
     rollout_tokens: int = 0  # generated tokens
@@ -45,12 +44,12 @@ class Ledger:
         return Ledger(**{f.name: round(getattr(self, f.name) * count) for f in fields(Ledger)})
 
     def paper_flops(self, shape: ModelShape) -> float:
-        """6N per demonstration token, 2N per generated token, 6N per generated token trained on."""
+        """6N per demonstration token, 2N per generated token, 6N per generated token that is trained on."""
         n = float(shape.num_parameters)
         return n * (6 * self.demonstration_tokens + 2 * self.rollout_tokens + 6 * self.rollout_trained_tokens)
 
     def full_flops(self, shape: ModelShape) -> float:
-        """Prompt tokens, scoring passes and attention included; embedding look-ups left out."""
+        """FLOPs including prompt tokens, scoring passes and attention, without embedding look-ups."""
         n, attention = float(shape.num_matmul_parameters), 4.0 * shape.num_layers * shape.attention_width
         forward_only = self.generated_pass_tokens + self.scored_pass_tokens
         matmul = n * (6 * self.trained_pass_tokens + 2 * forward_only)

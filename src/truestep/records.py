@@ -82,7 +82,7 @@ class Demonstration:
 
     def __post_init__(self) -> None:
         name, num = f"demonstration of {self.problem_id}", self.num_prompt_tokens
-        _require(num < len(self.token_ids), f"{name} trains no token")
+        _require(num < len(self.token_ids), f"{name} has no trained token")
         _require(num > 0, f"{name} trains its first token, which has no context")
 
 
@@ -153,7 +153,7 @@ class Rollout:
     def __post_init__(self) -> None:
         name, num = f"rollout {self.problem_id}/{self.sample_index}", len(self.completion_ids)
         _require(len(self.origin) == num, f"{name}: {num} tokens, {len(self.origin)} origins")
-        _require(len(self.policy_version) == num, f"{name}: one policy version per token")
+        _require(len(self.policy_version) == num, f"{name}: expected one policy version per token")
         known = num if self.behavior_logprobs is None else len(self.behavior_logprobs)
         _require(known == num, f"{name}: {num} tokens, {known} log-probabilities")
         _require((self.stop is Stop.ERROR) == bool(self.error), f"{name}: only an error has a reason")
@@ -237,9 +237,9 @@ class Group:
     num_discarded_tokens: int = 0  # sampled and then replaced by a later round: work without training
 
     def __post_init__(self) -> None:
-        _require(len(self.rollouts) == len(self.scores), "one score per rollout")
+        _require(len(self.rollouts) == len(self.scores), "expected one score per rollout")
         same = all(r.problem_id == self.prompt.problem.id for r in self.rollouts)
-        _require(same, "a group needs samples of one prompt only")
+        _require(same, "a group must have samples of only one prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ class TrainSequence:
         for name in ("advantage", "behavior_logprobs", "policy_version"):
             value = getattr(self, name)
             if isinstance(value, tuple):
-                _require(len(value) == self.num_trained, f"one {name} per trained token")
+                _require(len(value) == self.num_trained, f"expected one {name} per trained token")
 
     @property
     def num_trained(self) -> int:

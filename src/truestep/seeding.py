@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Purpose(enum.StrEnum):
-    """What a draw is for. A new use gets a new name, so that it cannot shift an old one."""
+    """What a draw is for. A new use gets a new name, so that it cannot change the draws of an old one."""
 
     MODEL_INIT = "model-init"
     DATA_ORDER = "data-order"

@@ -1,5 +1,4 @@
-"""Ctrl-C and SIGTERM: the first saves everything and stops at the next safe point; the second stops at
-once."""
+"""Ctrl-C and SIGTERM: the first stops a run at the next safe point and saves it; the second is immediate."""
 
 from __future__ import annotations
 

@@ -96,8 +96,7 @@ class _FromSource(importlib.machinery.SourceFileLoader):
 
 
 def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The keyword arguments for a function, with ``folder`` if it takes one. Raises UserError for unknown
-    ones."""
+    """A function's keyword arguments, with ``folder`` if it takes one. Raises UserError for unknown ones."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # written in C

@@ -28,7 +28,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises UserError if it contains other files, OutOfSpace on a full
+    Replaces an older export. Raises UserError for a folder that is not an export, OutOfSpace on a full
     disk."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
@@ -66,7 +66,7 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / _MARK).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
     for path in folder.rglob("*"):
-        fsync_folder(path)  # this call syncs a file too
+        fsync_folder(path)  # this call also syncs a file
     fsync_folder(folder)
 
 

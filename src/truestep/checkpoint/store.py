@@ -4,8 +4,8 @@
         GROUP.rank00000-of-00002.safetensors   manifest.json
     step_00000012.tmp-write/    being written: never read, removed by the next save or load
     step_00000012.tmp-discard/  being deleted: the same
-    step_00000012.aside/        the old version while the same step is replaced: read if nothing newer is there
-    latest                      the newest one's name, for people; loading does not read it
+    step_00000012.aside/        the old version while the same step is replaced: read if there is nothing
+    newer latest                      the newest checkpoint's name, for people; loading does not read it
 
 Ranks share one file system. Every rank reaches every barrier, even after an error, so that a full disk on one
 rank cannot make the others hang.
@@ -70,7 +70,7 @@ class _File(BaseModel):
 
 
 class _Manifest(BaseModel):
-    # A name that matches has no slash and starts with a letter or digit: it cannot leave its folder.
+    # A matching name has no slash and starts with a letter or digit, so it cannot point outside its folder.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     format: int
     step: int = Field(ge=0)
@@ -145,7 +145,7 @@ def save_checkpoint(
 
 
 def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> dict[str, Any]:
-    """The state as JSON reads it back. Raises ValueError for what cannot be stored."""
+    """The state in the form in which JSON reads it back. Raises ValueError for what cannot be stored."""
     if checkpoint.step < 0 or keep < 1 or not 0 <= rank < world_size:
         raise ValueError(f"step {checkpoint.step}, keep {keep}, rank {rank} of {world_size}: out of range")
     for group, tensors in checkpoint.tensors.items():
@@ -235,7 +235,7 @@ def latest_step(folder: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """All committed checkpoints by their names, oldest step first."""
+    """All committed checkpoints according to their names, oldest step first."""
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
     real = [p for p in found if p.is_dir() and not p.is_symlink()]
     return sorted(real, key=lambda p: (_step_of(p), not p.suffix))

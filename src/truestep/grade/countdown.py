@@ -42,7 +42,7 @@ def evaluate(text: str) -> tuple[Fraction, list[int]]:
     """The exact value of an expression, and the numbers it uses. Raises NotArithmetic, ZeroDivisionError."""
     tokens = _tokens(text)
     numbers = [int(token) for token in tokens if token.isdigit()]
-    tokens.reverse()  # the next one is the last
+    tokens.reverse()  # the last entry is the next token
     value = _chain(tokens, 0)
     if tokens:
         raise NotArithmetic(f"unexpected {tokens[-1]!r}")

@@ -18,10 +18,10 @@ from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, s
 from truestep.grade.structure import brackets, elements, matrix
 from truestep.grade.units import same_time, spelled_number
 
-MAX_LENGTH = 2_000  # characters; longer answers are compared as text only
+MAX_LENGTH = 2_000  # characters; longer answers are only compared as text
 MAX_DEPTH = 25  # brackets within brackets
-MAX_ELEMENTS = 60  # of a list, with the lists in it; a longer one is left to algebra
-MAX_PROSE = 2  # words beside the mathematics; an answer with more is a sentence and is compared as text
+MAX_ELEMENTS = 60  # elements of a list, nested lists included; a longer list is left to algebra
+MAX_PROSE = 2  # words next to the mathematics; an answer with more is a sentence and is compared as text
 _LARGEST_FACTORIAL = 5_000
 _LARGEST_POWER = 6  # digits of a numeric exponent
 
@@ -128,7 +128,7 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
-    """Whether both are the same part of the line. Only if not both are relations; None if undecided."""
+    """Whether both are the same part of the line; None if undecided, or if both are relations."""
     left, right = structure.region(gold), structure.region(found)
     if left is None or right is None or (left[1] and right[1]):
         return None
@@ -261,7 +261,7 @@ def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
     sides = [_split_left(text) for text in (gold, found)]
     if sides[0][0] and sides[1][0]:
         names = [re.sub(r"\([a-z]\)$", "()", canonical(side)) for side, _ in sides]
-        constant = all(parse_number(value) is not None for _, value in sides)  # then f(n) says what f(x) says
+        constant = all(parse_number(value) is not None for _, value in sides)  # then f(n) is the same as f(x)
         same = names[0] == names[1] if constant else canonical(sides[0][0]) == canonical(sides[1][0])
         return (sides[0][1], sides[1][1]) if same else None
     has_one = (sides[0][0] or sides[1][0]) and "=" not in sides[0][1] + sides[1][1]

@@ -14,7 +14,7 @@ STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
 
 MAX_BARE = 200  # most characters of a completion that may be only an answer
 MAX_FORMULA = 1_000
-MAX_TAIL = 10_000  # characters at the end of a completion in which a last number or formula is looked for
+MAX_TAIL = 10_000  # characters at the end of a completion that are searched for a last number or formula
 MAX_GOLD_WORDS = 8  # a gold text with more is a whole solution
 MAX_CHOICE = 400  # most characters of an answer that may name a choice
 MAX_WORDS = 2  # with more words next to an answer, it is prose
@@ -58,7 +58,7 @@ _DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
 _DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
-_MATH = re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one too
+_MATH = re.compile(  # a lone dollar is money: a formula after it has no space at either end, or one at both
     r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
     r"(?<![\\$])\$ ((?:[^$\n\\]|\\.){1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
     re.DOTALL,
@@ -87,10 +87,10 @@ NOTHING = Extraction(answer="", how="none")
 
 
 def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
-    r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and
-    unless ``strict`` the whole of a short text, or its last formula or number. Only what follows the last
-    </think> counts; an open <think>, or a missing </think> if the model ``thinks``, means that there is no
-    answer."""
+    r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag, "#### …" line or "answer is …";
+    unless ``strict``, also the whole of a short text, or its last formula or number. Only what follows the
+    last </think> counts; an open <think>, or a missing </think> if the model ``thinks``, means that there is
+    no answer."""
     if thinks and "</think>" not in text:
         return NOTHING
     text = _after_thought(text)
@@ -151,7 +151,7 @@ def _boxed(text: str) -> tuple[str, How] | None:
     if not found:
         return ("", "none") if unclosed else None
     later = _answer_is(text[found[-1][1] :]) if _FINAL_ANSWER.search(text, found[-1][1]) else None
-    if later is not None and re.search(r"\d", later[0]):  # a final answer said after the last box replaces it
+    if later is not None and re.search(r"\d", later[0]):  # a final answer after the last box replaces it
         return later
     parts = [found[-1]]
     for box in reversed(found[-32:-1]):

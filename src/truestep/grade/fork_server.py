@@ -14,7 +14,7 @@ from typing import Any
 
 from truestep.errors import UserError
 
-START_SECONDS = 300.0  # to import the algebra, on a machine that is busy
+START_SECONDS = 300.0  # seconds to import the algebra on a busy machine
 
 
 class WorkerDied(Exception):
@@ -42,7 +42,7 @@ class Worker:
             raise WorkerDied("its channel is closed") from None
 
     def receive(self) -> list[dict[str, Any]]:
-        """The whole replies that have come; raises WorkerDied at the end of the channel."""
+        """The complete replies received so far; raises WorkerDied at the end of the channel."""
         try:
             chunk = self._channel.recv(1 << 16)
         except OSError:
@@ -64,7 +64,7 @@ class Worker:
 
 
 class ForkServer:
-    """The process that has imported the algebra and forks workers when asked to. It never sees an answer."""
+    """The process that has imported the algebra and forks workers when asked to. It compares nothing."""
 
     def __init__(self, seconds: float, memory_mb: int) -> None:
         root = str(Path(__file__).resolve().parents[2])

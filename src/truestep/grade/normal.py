@@ -1,6 +1,6 @@
 """Normalises typography and LaTeX decoration to one spelling; never changes the meaning.
 
-Everything here is linear in the length of the text and looks at text only; nothing is evaluated.
+Everything here is linear in the length of the text and looks only at text; nothing is evaluated.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from truestep.grade.normal import TEXT_COMMAND
 from truestep.grade.units import CURRENCIES, LETTERS, PERCENT, WORDS, in_common, same_unit, scale, unit_name
 
 MAX_DIGITS = 1_000  # longer numbers are compared as text
-MAX_POWER_DIGITS = 20_000  # of the value of a written power such as 2024^{4046}
+MAX_POWER_DIGITS = 20_000  # digits of the value of a written power such as 2024^{4046}
 ROUNDED_DIGITS = 6  # a decimal of at least this many digits may stand for a fraction that it rounds
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
@@ -90,7 +90,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
 
 
 def parse_number(text: str, *, letters: bool = False) -> Number | None:
-    """The number that a normalised answer is, with its unit; None if it is anything else, or more than that.
+    """The number that a normalised answer is, with its unit; None if it is anything else or contains more.
     With ``letters`` a bare letter may be a unit: 5 m is five metres if the other answer has a unit too."""
     text, sign, unit = text.strip(), 1, ""
     if len(text) > MAX_DIGITS + 100 or re.search(rf"\d{{{MAX_DIGITS}}}", text):

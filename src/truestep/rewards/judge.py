@@ -159,7 +159,7 @@ class Judge:
         time.sleep(max(0.0, at - time.monotonic()))
 
     def _back_off(self, error: Exception, seconds: float) -> None:
-        """Retry-After holds for all threads; without it only this one waits."""
+        """Retry-After applies to all threads; without it only this one waits."""
         asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
         if re.fullmatch(r"\d{1,4}(\.\d+)?", asked or ""):
             with self._lock:

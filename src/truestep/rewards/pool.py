@@ -1,6 +1,6 @@
 """The worker processes of one reward function: start, call, monitor and kill them.
 
-A batch that fails as a whole (an exception, no time, no memory, a dead worker) is repeated sample by sample,
+A batch that fails as a whole (an exception, a timeout, too much memory, a dead worker) is repeated by sample,
 so that one sample does not fail the others.
 """
 
@@ -29,9 +29,9 @@ from truestep.rundir import redact
 from truestep.user_code import Source
 
 POLL_SECONDS = 0.1  # between two measurements of a worker's memory
-START_SECONDS = 600.0  # to load a function and its state
+START_SECONDS = 600.0  # seconds to load a function and its state
 RETRY_TIME = 3.0  # times timeout_seconds: the time for all samples of a failed batch together
-MIN_SAMPLES = 20  # a share of fewer samples is noise: steps are counted together until there are as many
+MIN_SAMPLES = 20  # a share of fewer samples is noise: steps are counted together until there are this many
 OUTPUT_TAIL = 4000  # bytes of a worker's output that a failure shows
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -70,7 +70,7 @@ class Worker:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
                 pass_fds=(far_end.fileno(),),
-                start_new_session=True,  # one signal ends all that it starts; Ctrl-C is for the parent
+                start_new_session=True,  # one signal ends all its children too; Ctrl-C is for the parent
             )  # fmt: skip
         assert self.process.stdout is not None
         self._output = self.process.stdout

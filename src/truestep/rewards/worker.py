@@ -48,7 +48,7 @@ def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequen
 
 
 def answer(value: Any) -> Answer:
-    """One value as an Answer. A mapping's value is its key "reward", or the sum of all."""
+    """One value as an Answer. A mapping's value is that of its key "reward", or the sum of all."""
     if value is None:
         return Answer(reason="the function returned None")
     if isinstance(value, Unscored):

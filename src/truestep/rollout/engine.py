@@ -105,5 +105,4 @@ class Engine(Protocol):
         """Log-probabilities of ``token_ids[num_prompt_tokens:]`` under the engine's weights, for checks."""
 
     def take_cost(self) -> Ledger:
-        """The work since the last call: tokens of prompts, tokens of prefill and decoding, query-key
-        pairs."""
+        """The work since the last call: prompt tokens, tokens of prefill and decoding, query-key pairs."""

@@ -316,7 +316,7 @@ class TorchEngine:
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
     """How many leading tokens all prompts share, 0 if too few; each prompt keeps at least one more token."""
-    first, last = min(prompts), max(prompts)  # all prompts sort between these two, so they share the same
+    first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share too
     most = min(map(len, prompts)) - 1
     same = next((i for i in range(most) if first[i] != last[i]), most)
     return same if first != last and same >= SHARED_TOKENS else 0

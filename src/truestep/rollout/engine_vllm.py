@@ -174,7 +174,7 @@ class VllmEngine:
             return answered((), (), f"vllm: {_reason(failure)}")
         if sampling.temperature == 0:
             logprobs = [0.0] * len(tokens)  # the distribution is a point
-        return answered(tokens, logprobs, "" if tokens else "vllm: sent no token")
+        return answered(tokens, logprobs, "" if tokens else "vllm: the server sent no token")
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
         data = json.dumps({"model": SERVED, **body}).encode()

@@ -64,7 +64,7 @@ class Sampler:
             self._sample(asking, step)
 
     def _wants_more(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
-        """Whether the plan has further rounds for this prompt; they are added to the place."""
+        """Whether the plan has further rounds for this prompt; if so, they are added to the place."""
         state = PlanState(
             step=step,
             num_samples=self.samples_per_prompt,
@@ -203,8 +203,8 @@ class _Start:
 
 @dataclass(kw_only=True)
 class _Place:
-    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next``: the next sample
-    number."""
+    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers the next
+    sample."""
 
     prompt: Prompt
     next: int

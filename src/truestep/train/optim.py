@@ -82,7 +82,7 @@ class MasterOptimizer:
         self.zero_grad()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by parameter name ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…")."""
+        """Masters and moments, by parameter name ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…")."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             if master is not self.parameters[name]:

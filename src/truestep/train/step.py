@@ -67,7 +67,7 @@ def train_step(
     totals = count_totals(plan.terms, batches, plan.ranks)
     weights = [1.0] * len(batches) if plan.microbatch_weights is None else list(plan.microbatch_weights)
     if len(weights) != len(batches):
-        raise ValueError(f"{len(weights)} microbatch_weights for {len(batches)} micro-batches")
+        raise ValueError(f"got {len(weights)} microbatch_weights for {len(batches)} micro-batches")
     meter = Meter()
     if not any(totals.terms.values()):  # no rank trains a token: momentum must not move the weights
         return _report(plan, totals, meter, 0.0)
@@ -143,11 +143,11 @@ def microbatch_loss(
         step=plan.step,
         statistics=plan.statistics,
     )
-    loss = logprobs.sum() * 0.0  # zero with a graph: a micro-batch without targets still runs backward
+    loss = logprobs.sum() * 0.0  # zero with a graph: backward runs even for a micro-batch without targets
     for term in plan.terms:
         total = totals.of(term.name)
         if total == 0:
-            continue  # absent from the whole step, on every rank
+            continue  # no rank has this term in this step
         selected = term.select(batch)
         if not bool(selected.any()):
             continue  # a column that the coefficient reads may be missing

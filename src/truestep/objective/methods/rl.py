@@ -23,14 +23,14 @@ def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual
 
 
 def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL. All-equal groups count."""
+    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL; all-equal groups count."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
 
 def grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """Group-normalised advantages, mean over each sequence, then over sequences. The options ``kl`` and
-    ``kl_coef`` set the KL term (β = 0.04, k3)."""
+    """Group-normalised advantages; the loss is a mean over each sequence, then over sequences. The options
+    ``kl`` and ``kl_coef`` set the KL term (β = 0.04, k3)."""
     term = clipped_term(clip_low, clip_high, Normaliser.SEQUENCES)
     return Method(name="grpo", terms=(term,), advantage=group_mean_std, source="arXiv:2402.03300, eq. 3")
 
@@ -64,8 +64,7 @@ def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0
 
 
 def rloo() -> Method:
-    """The mean of the other samples as the baseline, unclipped; sum over each sequence, mean over
-    sequences."""
+    """The baseline is the other samples' mean; no clip; sum over each sequence, mean over sequences."""
     term = policy_term(coefficients.importance, Normaliser.SEQUENCE_SUMS)
     return Method(name="rloo", terms=(term,), advantage=leave_one_out, source="arXiv:2402.14740")
 
