@@ -1,8 +1,8 @@
 """The data that flows through truestep, as frozen keyword-only records, checked at construction.
 
 torch is not imported: the audit and the report read these records in environments without it, and the tensors
-of a ``TokenBatch`` are typed only by name. The records are in one file because they refer to each other and
-every package imports several.
+of a ``TokenBatch`` are typed only by name. One file: the records refer to each other, and every package
+imports several of them.
 """
 
 from __future__ import annotations

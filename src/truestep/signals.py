@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first stops a run at the next safe point and saves it; the second is immediate."""
+"""Ctrl-C and SIGTERM: the first stops a run at the next safe point, fully saved; the second at once."""
 
 from __future__ import annotations
 
