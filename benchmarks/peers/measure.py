@@ -1,8 +1,8 @@
 """What every contestant's script shares: its specification, its clock, and the line that it reports.
 
-A contestant is a process of its own: ``python SCRIPT SPECIFICATION.json``. The last line of its stdout that
-starts with ``{"figures"`` is its result. Nothing of truestep is imported here: this runs in the peers'
-environments too.
+Each contestant is a separate process: ``python SCRIPT SPECIFICATION.json``. The last line of its stdout that
+starts with ``{"figures"`` is its result. truestep is not imported here, because this file is also used in the
+peers' environments.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def specification() -> dict[str, Any]:
 
 
 class StepClock:
-    """Seconds and real tokens of every step; a step ends when the next begins, so nothing falls between
-    two."""
+    """Seconds and real tokens of every step; a step ends when the next begins, so no time is lost between
+    them."""
 
     def __init__(self) -> None:
         self.restart()
@@ -75,7 +75,7 @@ def num_generated(ids: Sequence[int], stops: Sequence[int]) -> int:
 
 
 def text_parity(text: str) -> float:
-    """A reward that costs nothing and is mixed within a group: 1 for an even number of characters."""
+    """A reward that costs nothing and varies within a group: 1 for an even number of characters."""
     return float(len(text) % 2 == 0)
 
 

@@ -1,8 +1,8 @@
 """truestep's side: the stage loop of an ordinary run (``run_stage``), its engine, and the machine's matmul
 rate.
 
-What is timed is what a run does: take data, pack, step, publish and prove, metrics. Only evaluation and
-checkpoints, which are not part of a step, are left out.
+What is timed is what a run does: take data, pack, step, publish and check the weights, compute metrics. Only
+evaluation and checkpoints, which are not part of a step, are left out.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Enough(Exception):
 
 
 class _Rows:
-    """The shared rows in the order in which they lie, so that the peers train on the same ones."""
+    """The shared rows in their given order, so that the peers train on the same ones."""
 
     updates_per_step = 1
 
@@ -190,7 +190,7 @@ def rl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         plan=method.plan,
         sampling=SamplingParameters(
             temperature=1.0, max_new_tokens=limit, stop_token_ids=()
-        ),  # always to the limit
+        ),  # always sample to the limit
         samples_per_prompt=samples,
         decode=lambda ids: str(policy.tokenizer.decode(list(ids), skip_special_tokens=True)),
         score=grade,

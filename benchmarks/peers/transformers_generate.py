@@ -1,4 +1,4 @@
-"""transformers' ``generate``: one left-padded batch of all prompts, cache on, until the last row has
+"""transformers' ``generate``: one left-padded batch of all prompts, with the cache, until the last row has
 stopped."""
 
 from __future__ import annotations

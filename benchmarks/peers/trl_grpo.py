@@ -35,7 +35,7 @@ def main() -> None:
         for ids, p in zip(tokenizer(text=texts)["input_ids"], spec["prompts_in_order"], strict=True)
     )
     if changed:
-        raise SystemExit(f"{changed} of {len(texts)} prompts have other tokens after decoding and encoding")
+        raise SystemExit(f"{changed} of {len(texts)} prompts have different tokens if decoded and encoded")
     lengths: list[int] = []
 
     def reward(completions: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -55,7 +55,7 @@ def main() -> None:
             gradient_accumulation_steps=num_samples // batch,
             num_generations=spec["samples_per_prompt"],
             max_completion_length=spec["max_new_tokens"],
-            generation_kwargs={"min_new_tokens": spec["max_new_tokens"]},  # always to the limit
+            generation_kwargs={"min_new_tokens": spec["max_new_tokens"]},  # always sample to the limit
             max_steps=spec["warmup"] + spec["steps"],
             beta=0.0,
             num_iterations=1,

@@ -1,8 +1,8 @@
 """TRL's SFTTrainer on the shared rows: the same token ids, labels on the completion only, in the same order.
 
-With ``trainer = "transformers"`` it is the plain Trainer, whose loss is the model's own over whole logits:
-TRL's fused output layer has its fast kernels in Triton, and on a processor falls back to one that scores
-prompts and padding too.
+With ``trainer = "transformers"`` it is the plain Trainer, whose loss is the model's own, over whole logits:
+the fast kernels of TRL's fused output layer are in Triton, and on a CPU TRL falls back to a layer that also
+scores prompts and padding.
 """
 
 from __future__ import annotations

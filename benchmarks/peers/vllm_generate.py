@@ -1,4 +1,4 @@
-"""vLLM's offline engine on the same prompts, stop tokens and limit, in this one process."""
+"""vLLM's offline engine on the same prompts, stop tokens and limit, in this process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main() -> None:
         dtype=spec["dtype"],
         max_model_len=max(len(p["ids"]) for p in spec["prompts"]) + spec["max_new_tokens"],
         max_num_seqs=len(spec["prompts"]),
-        enforce_eager=True,  # its compiler needs as long as the whole measurement
+        enforce_eager=True,  # compiling would take as long as the whole measurement
         enable_prefix_caching=False,
         seed=spec["seed"],
     )

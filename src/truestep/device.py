@@ -30,10 +30,10 @@ def collective_backend() -> str:
 
 
 def set_threads(wanted: int | Literal["auto"]) -> int:
-    """Pin the intra-op threads, and return their number: results are bit-exact at a fixed number only.
+    """Pin the intra-op threads, and return their number; results are bit-exact only for a fixed number.
 
-    "auto": OMP_NUM_THREADS if it is set, else the usable cores, shared by the ranks of this machine; with
-    several ranks it is ignored, because torchrun itself sets it to 1."""
+    "auto": OMP_NUM_THREADS if it is set, else the usable cores, divided among the ranks of this machine. With
+    several ranks OMP_NUM_THREADS is ignored, because torchrun sets it to 1."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] if ranks == 1 else ""
     automatic = int(given) if given.isdigit() and int(given) else max(1, usable_cores() // ranks)
@@ -50,7 +50,7 @@ def usable_cores() -> int:
 
 
 def cpu_quota(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """How many CPUs the cgroup of this process and those above it allow; infinity without a limit.
+    """How many CPUs this process's cgroup and its parents allow; infinity if there is no limit.
 
     cgroup v2: ``cpu.max`` contains "QUOTA PERIOD" or "max PERIOD". v1: two files; -1 means unlimited."""
     quota = math.inf
@@ -114,8 +114,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def keep_free_memory() -> None:
-    """Keep freed pages for the next tensor instead of mapping every large one anew (glibc), which costs up
-    to a tenth of a training step's processor time."""
+    """Keep freed pages for the next tensor (glibc). Mapping new pages for every large tensor would cost up to
+    a tenth of a training step's processor time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -123,7 +123,7 @@ def keep_free_memory() -> None:
 
 
 def return_free_memory() -> None:
-    """Return freed pages to the system; glibc keeps those between tensors that live longer."""
+    """Return freed pages to the system; glibc keeps those that lie between longer-lived tensors."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

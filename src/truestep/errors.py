@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 
 class UserError(ValueError):
-    """Bad settings, data or paths: exit code 2. The message is one line: the fault, then the way out."""
+    """Bad settings, data or paths: exit code 2. The message is one line: the fault, then the remedy."""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -40,7 +40,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
-    """The key that may have been meant, with its table if that is another one; else all keys."""
+    """The key that may have been meant, with its table if that is a different one; otherwise all keys."""
     here = [part for part in loc[:-1] if not part.isdigit()]
 
     def is_here(table: list[str]) -> bool:

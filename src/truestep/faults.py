@@ -1,9 +1,9 @@
-"""Known faults as wrong weight vectors, and how to recover such a vector from a gradient. No torch.
+"""Known faults as wrong weight vectors, and how to recover such a vector from a gradient. torch is not used.
 
-A step whose right gradient is Σ_i g_i / N (g_i the gradient sum of micro-batch i, N all its tokens over all
-ranks) is described by weights w: what really happened is Σ_i w_i·g_i / N. ``counts[rank][k]`` is the number
-of trained tokens of a rank's k-th micro-batch; vectors are flat, rank after rank. D counts the ranks, K the
-micro-batches of a rank.
+The correct gradient of a step is Σ_i g_i / N (g_i is the gradient sum of micro-batch i, N the step's tokens
+over all ranks). A fault is described by weights w: the actual gradient is Σ_i w_i·g_i / N.
+``counts[rank][k]`` is the number of trained tokens of a rank's k-th micro-batch; vectors are flat, rank after
+rank. D is the number of ranks, K the number of micro-batches per rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Counts = Sequence[Sequence[int]]
-Weights = np.ndarray  # float64, one entry a micro-batch
+Weights = np.ndarray  # float64, one entry per micro-batch
 WeightsOf = Callable[[Counts], Weights]
 
 
@@ -74,7 +74,7 @@ def dp_token_mean(counts: Counts) -> Weights:
     algorithm 2, called once per micro-step under gradient accumulation."""
     if len({len(rank) for rank in counts}) != 1:
         raise ValueError(
-            "ranks with different numbers of micro-batches cannot sum over ranks at each of them"
+            "ranks with different numbers of micro-batches cannot sum over ranks at each micro-step"
         )
     total, num_steps = sum(map(sum, counts)), len(counts[0])
     per_step = [sum(rank[k] for rank in counts) for k in range(num_steps)]
@@ -124,11 +124,11 @@ FAULTS: dict[str, tuple[WeightsOf, str]] = {
     "right": (right, "every micro-batch counts once"),
     "offload_first_last": (offload_first_last, "the offloaded optimizer drops intermediate micro-batches"),
     "first_only": (first_only, "only the first micro-batch reached the optimizer"),
-    "last_only": (last_only, "every backward overwrote the one before"),
+    "last_only": (last_only, "every backward pass overwrote the one before"),
     "micro_mean": (micro_mean, "mean of micro-batch means instead of one mean over all tokens"),
     "micro_mean_without_1_over_k": (
         micro_mean_without_1_over_k,
-        "sum of micro-batch means: 1/K forgotten too",
+        "sum of micro-batch means: the factor 1/K is missing too",
     ),
     "rank_mean": (rank_mean, "each rank divides by its own tokens"),
     "dp_token_mean": (dp_token_mean, "tokens are counted over ranks, but per micro-step"),
@@ -147,9 +147,9 @@ def recover_weights(observed: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[
     """The weights w for which Σ w_i·parts_i comes closest to ``observed``, as (weights, residual, condition).
 
     ``parts`` are flat gradients on the scale of ``observed``: g_i / N for the weights above. ``residual`` is
-    what the weights do not explain, relative to ``observed``. ``condition`` is that of the parts at unit
-    length, the factor by which noise grows; infinite (the weights then mean nothing) if one part is zero or a
-    mixture of the others."""
+    what the weights do not explain, relative to ``observed``. ``condition`` is the condition number of the
+    parts at unit length, the factor by which noise grows; it is infinite (the weights then mean nothing) if
+    one part is zero or a linear combination of the others."""
     matrix = np.stack([np.asarray(part, dtype=np.float64).ravel() for part in parts], axis=1)
     target = np.asarray(observed, dtype=np.float64).ravel()
     lengths = np.linalg.norm(matrix, axis=0)

@@ -1,8 +1,8 @@
 """The FLOPs ledger: tokens by kind → FLOPs, by the paper's formula and by a fuller count.
 
-Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens a forward pass costs 2ND, a
-backward pass 4ND: an SFT token 6N, an on-policy rollout token 8N (2N to generate it, 6N to train on it). The
-paper counts only response tokens. The fuller count adds prompt tokens, scoring passes (proximal
+Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens, a forward pass costs 2ND and a
+backward pass 4ND. So an SFT token costs 6N, and an on-policy rollout token 8N (2N to generate it, 6N to train
+on it). The paper counts only response tokens. The fuller count adds prompt tokens, scoring passes (proximal
 log-probabilities) and attention (4 FLOPs per query-key pair, channel and layer, forward), and leaves out the
 input embedding, which is a table look-up.
 """
@@ -16,14 +16,14 @@ from dataclasses import dataclass, fields
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     num_parameters: int
-    num_matmul_parameters: int  # those that a token is multiplied with: with the head, without the embedding
+    num_matmul_parameters: int  # those that a token is multiplied with: the head too, but not the embedding
     num_layers: int
     attention_width: int  # query channels: heads x head size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Counted work of a stage. Units: tokens; ``*_pairs`` are query-key pairs (of one layer and head)."""
+    """Work of a stage, as counts. Units: tokens; ``*_pairs``: query-key pairs (of one layer and head)."""
 
     demonstration_tokens: int = 0  # trained tokens of demonstrations
     rollout_tokens: int = 0  # generated tokens
@@ -44,12 +44,12 @@ class Ledger:
         return Ledger(**{f.name: round(getattr(self, f.name) * count) for f in fields(Ledger)})
 
     def paper_flops(self, shape: ModelShape) -> float:
-        """6N per demonstration token, 2N per generated token, 6N per generated token trained on."""
+        """6N per demonstration token, 2N per generated token, 6N per generated token that is trained on."""
         n = float(shape.num_parameters)
         return n * (6 * self.demonstration_tokens + 2 * self.rollout_tokens + 6 * self.rollout_trained_tokens)
 
     def full_flops(self, shape: ModelShape) -> float:
-        """Prompt tokens, scoring passes and attention included; embedding look-ups left out."""
+        """FLOPs including prompt tokens, scoring passes and attention, without embedding look-ups."""
         n, attention = float(shape.num_matmul_parameters), 4.0 * shape.num_layers * shape.attention_width
         forward_only = self.generated_pass_tokens + self.scored_pass_tokens
         matmul = n * (6 * self.trained_pass_tokens + 2 * forward_only)
@@ -57,9 +57,9 @@ class Ledger:
 
 
 def sequence_work(prompt: int, completion: int) -> Ledger:
-    """One demonstration trained on: the last token predicts nothing and is not forwarded.
+    """The work of training on one demonstration: the last token predicts nothing and is not forwarded.
 
-    Units: tokens; ``completion`` counts the stop token. Held by: tests/study/test_flops_plan.py"""
+    Units: tokens; ``completion`` includes the stop token. Held by: tests/study/test_flops_plan.py"""
     length = prompt + completion - 1
     return Ledger(
         demonstration_tokens=completion,
@@ -72,10 +72,11 @@ def sequence_work(prompt: int, completion: int) -> Ledger:
 def group_work(
     prompt: int, own: Sequence[int], demonstrations: Sequence[int] = (), *, scored: bool
 ) -> Ledger:
-    """One prompt of a rollout batch: prefilled once, every own sample decoded, and all trained on in one tree
-    that forwards the prompt once. ``scored`` adds the pass for the proximal log-probabilities.
+    """The work of one prompt in a rollout batch: it is prefilled once, every own sample is decoded, and all
+    are trained on in one tree that forwards the prompt once. ``scored`` adds the pass for the proximal
+    log-probabilities.
 
-    Units: tokens; lengths count the stop token. Held by: tests/study/test_flops_plan.py"""
+    Units: tokens; lengths include the stop token. Held by: tests/study/test_flops_plan.py"""
     members = [n - 1 for n in (*own, *demonstrations)]
     tree = prompt + sum(members)
     context = prompt * (prompt + 1) // 2

@@ -1,4 +1,4 @@
-"""The base of every settings model: frozen, and an unknown key is an error."""
+"""The base of every settings model: it is frozen, and an unknown key is an error."""
 
 from __future__ import annotations
 

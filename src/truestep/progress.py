@@ -10,7 +10,7 @@ class Reporter(Protocol):
         """One line of information."""
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        """A piece of work of ``total`` units starts, of which ``done`` exist already."""
+        """A piece of work of ``total`` units starts; ``done`` of them are already finished."""
 
     def advance(self, done: int, note: str = "") -> None:
         """``done`` units of it are finished."""

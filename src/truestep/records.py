@@ -1,8 +1,8 @@
 """The data that flows through truestep, as frozen keyword-only records, checked at construction.
 
-No torch: the audit and the report read these records in environments without it, and the tensors of a
-``TokenBatch`` are typed by name only. One file: every room imports several records, which refer to each
-other.
+torch is not imported: the audit and the report read these records in environments without it, and the tensors
+of a ``TokenBatch`` are typed only by name. One file: the records refer to each other, and every package
+imports several of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Problem:
     checker: str = "math"  # the function of grade.score that compares a completion with the answer
     solution: str = ""  # a demonstration's text, if there is one
     row: str = ""  # where it came from, "file:line"
-    meta: Mapping[str, Any] = field(default_factory=dict)  # what its checker needs besides
+    meta: Mapping[str, Any] = field(default_factory=dict)  # what else its checker needs
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row as it was read
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens: those of ``Prompt``, then those in the loss: text and stop token."""
+    """A worked solution as tokens: those of ``Prompt``, then text and stop token, which are in the loss."""
 
     problem_id: str
     token_ids: tuple[int, ...]
@@ -82,7 +82,7 @@ class Demonstration:
 
     def __post_init__(self) -> None:
         name, num = f"demonstration of {self.problem_id}", self.num_prompt_tokens
-        _require(num < len(self.token_ids), f"{name} trains no token")
+        _require(num < len(self.token_ids), f"{name} has no trained token")
         _require(num > 0, f"{name} trains its first token, which has no context")
 
 
@@ -101,7 +101,7 @@ NOT_SAMPLED = -1  # policy_version of a token that no policy has sampled
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """How the policy's distribution was changed before sampling (that of behavior log-probabilities)."""
+    """How the policy's distribution was changed before sampling; behavior log-probabilities include that."""
 
     temperature: float
     top_p: float = 1.0
@@ -116,7 +116,7 @@ class Stop(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What a plan requests: ``num_samples`` completions that start alike."""
+    """What a plan requests: ``num_samples`` completions that start the same way."""
 
     num_samples: int
     prefix: float = 0.0  # share of the demonstration's tokens that the completion begins with; 1: all of it
@@ -147,20 +147,20 @@ class Rollout:
     distribution: Distribution
     stop: Stop
     error: str = ""
-    prompt_ids: tuple[int, ...] = ()  # the augmented prompt that it is trained with; empty: the problem's
+    prompt_ids: tuple[int, ...] = ()  # the augmented prompt it is trained with; empty: the problem's prompt
     round: Round = PLAIN
 
     def __post_init__(self) -> None:
         name, num = f"rollout {self.problem_id}/{self.sample_index}", len(self.completion_ids)
         _require(len(self.origin) == num, f"{name}: {num} tokens, {len(self.origin)} origins")
-        _require(len(self.policy_version) == num, f"{name}: one policy version per token")
+        _require(len(self.policy_version) == num, f"{name}: expected one policy version per token")
         known = num if self.behavior_logprobs is None else len(self.behavior_logprobs)
         _require(known == num, f"{name}: {num} tokens, {known} log-probabilities")
-        _require((self.stop is Stop.ERROR) == bool(self.error), f"{name}: an error needs a reason, else none")
+        _require((self.stop is Stop.ERROR) == bool(self.error), f"{name}: only an error has a reason")
 
     @property
     def member(self) -> Origin:
-        """What it is to its group, by its last token: sampled (also if it failed), stored or expert."""
+        """Its role in the group, by its last token: sampled (also if it failed), stored or expert."""
         return self.origin[-1] if self.origin else Origin.POLICY
 
 
@@ -172,10 +172,11 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a completion is worth. ``verdict`` is about truth (None if no checker was asked); ``reward`` is
-    what RL climbs (None: unscored). ``parts`` are the reward's parts by name, ``extracted`` the answer that
-    was found ("" if none was). ``reason`` says how the verdict was reached; an unscored sample needs one.
-    ``failed`` marks a sample that a reward function could not score (it raised, hung, returned nonsense)."""
+    """The score of a completion. ``verdict`` is about truth (None if no checker was used); ``reward`` is what
+    RL maximizes (None: unscored). ``parts`` are the reward's parts by name, ``extracted`` the answer that was
+    found ("" if none was). ``reason`` says how the verdict was reached; an unscored sample needs one.
+    ``failed`` marks a sample that a reward function could not score (it raised, hung or returned no valid
+    value)."""
 
     reward: float | None
     verdict: Verdict | None
@@ -191,13 +192,13 @@ class Score:
 
     @property
     def label(self) -> str:
-        """The verdict in words; "scored" or "unscored" if no checker was asked."""
+        """The verdict in words; "scored" or "unscored" if no checker was used."""
         if self.verdict is not None:
             return self.verdict.value
         return "unscored" if self.reward is None else "scored"
 
     def solved(self, threshold: float = 1.0) -> bool | None:
-        """Whether the sample solves its problem: its verdict if a checker was asked, else a reward of at
+        """Whether the sample solves its problem: by its verdict if a checker was used, else by a reward of at
         least ``threshold``; None if it is unscored."""
         if self.verdict is not None:
             return {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNSCORED: None}[self.verdict]
@@ -205,7 +206,7 @@ class Score:
 
 
 def judged(verdict: Verdict, *, extracted: str = "", reason: str = "") -> Score:
-    """A checker's score: reward 1 for correct, 0 for incorrect, None for unscored (a failure is no zero)."""
+    """A checker's score: reward 1 for correct, 0 for incorrect, None for unscored (a failure is not a 0)."""
     reward = {Verdict.CORRECT: 1.0, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}[verdict]
     return Score(reward=reward, verdict=verdict, extracted=extracted, reason=reason)
 
@@ -236,9 +237,9 @@ class Group:
     num_discarded_tokens: int = 0  # sampled and then replaced by a later round: work without training
 
     def __post_init__(self) -> None:
-        _require(len(self.rollouts) == len(self.scores), "one score per rollout")
+        _require(len(self.rollouts) == len(self.scores), "expected one score per rollout")
         same = all(r.problem_id == self.prompt.problem.id for r in self.rollouts)
-        _require(same, "a group needs samples of one prompt only")
+        _require(same, "a group must have samples of only one prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +268,7 @@ class TrainSequence:
         for name in ("advantage", "behavior_logprobs", "policy_version"):
             value = getattr(self, name)
             if isinstance(value, tuple):
-                _require(len(value) == self.num_trained, f"one {name} per trained token")
+                _require(len(value) == self.num_trained, f"expected one {name} per trained token")
 
     @property
     def num_trained(self) -> int:
@@ -285,7 +286,7 @@ class Segment:
     prefix_stop: int = 0
 
 
-# The fields of a TokenBatch that hold one value per trained token: always, and once known.
+# The fields of a TokenBatch with one value per trained token: those always set, and those set once known.
 TARGET_FIELDS = (
     "target_ids", "source_index", "sequence_index", "sequence_length", "origin", "policy_version",
     "advantage", "weight", "solved",
@@ -317,7 +318,7 @@ class TokenBatch:
     solved: Tensor  # M bool, True if the token's sequence solves its problem
     behavior_logprobs: Tensor | None = None  # M float
     proximal_logprobs: Tensor | None = None  # M float
-    proximal_entropy: Tensor | None = None  # M float, filled with them
+    proximal_entropy: Tensor | None = None  # M float, filled together with proximal_logprobs
     reference_logprobs: Tensor | None = None  # M float, of the frozen reference policy
 
     def __post_init__(self) -> None:
@@ -368,7 +369,7 @@ class StepReport:
 
 
 def conserve(scores: Sequence[Score]) -> dict[str, int]:
-    """Counts of a list of scores: n = correct + incorrect + unscored, always."""
+    """The counts in a list of scores: n = correct + incorrect + unscored, always."""
     counts = {v.value: sum(s.verdict is v for s in scores) for v in Verdict}
     _require(sum(counts.values()) == len(scores), "scores were lost")
     return {"n": len(scores), **counts}

@@ -1,8 +1,8 @@
 """Counter-based random generators: the only source of randomness in truestep.
 
 A generator is a pure function of (run seed, purpose, step, item). It never depends on the rank, the
-micro-batch or the order in which others were made, so world size and batch composition do not change a draw,
-and nothing needs saving.
+micro-batch or the order in which generators are created, so world size and batch composition do not change a
+draw, and no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Purpose(enum.StrEnum):
-    """What a draw is for. A new use gets a new name, so that it cannot shift an old one."""
+    """What a draw is for. A new use gets a new name, so that it cannot change the draws of an old one."""
 
     MODEL_INIT = "model-init"
     DATA_ORDER = "data-order"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first stops a run at the next safe point, everything saved; the second at once."""
+"""Ctrl-C and SIGTERM: the first stops a run at the next safe point, fully saved; the second at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _pending: list[int] = []
 
 
 def pending() -> int:
-    """The signal that has asked to stop, 0 if none."""
+    """The signal that has requested a stop, 0 if none."""
     return _pending[0] if _pending else 0
 
 
@@ -32,7 +32,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """While active the first SIGINT or SIGTERM only asks; the second acts as it would have."""
+    """While active, the first SIGINT or SIGTERM only requests a stop; the second has its usual effect."""
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if _pending:

@@ -129,7 +129,7 @@ def test_nobody_there_is_one_line() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(UserError, match="nothing answers there"), connect(f"http://127.0.0.1:{port}"):
+    with pytest.raises(UserError, match="no server answers"), connect(f"http://127.0.0.1:{port}"):
         pass
 
 

@@ -199,7 +199,7 @@ def test_sequences_of_a_step_need_numbers_of_their_own() -> None:
     close("packed in two calls", sgd_gradient(policy, packed(5), plan), right)
     close("packed in two calls", sgd_gradient(policy, packed(900), plan), right)
     for first in (0, 4):  # all numbers twice, or one
-        with pytest.raises(RecordError, match="hold the same sequence number; pack all sequences"):
+        with pytest.raises(RecordError, match="contain the same sequence number; pack all sequences"):
             sgd_gradient(policy, packed(first), plan)
         with pytest.raises(RecordError, match="or pass different first_sequence numbers"):
             count_totals(plan.terms, packed(first), Ranks())

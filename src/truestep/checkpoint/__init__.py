@@ -1,1 +1,1 @@
-"""What is kept after the process: crash-safe checkpoints, and the finished model as a Hugging Face folder."""
+"""What remains after the process: crash-safe checkpoints, and the finished model as a Hugging Face folder."""

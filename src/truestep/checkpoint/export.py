@@ -28,7 +28,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises UserError if the folder holds other things, OutOfSpace on a full disk."""
+    Replaces an older export. Raises UserError for a folder that is not an export, OutOfSpace on a full
+    disk."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / _MARK).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
     for path in folder.rglob("*"):
-        fsync_folder(path)  # a file is synced by the same call
+        fsync_folder(path)  # this call also syncs a file
     fsync_folder(folder)
 
 
@@ -94,8 +95,9 @@ def model_card(
 ) -> str:
     """The README.md of an export: Markdown with YAML front matter.
 
-    Of a stage it shows name, kind, method, data, seed, steps and flops; of a score data, metric, score, low,
-    high, num_problems and n; "–" if one is absent. ``provenance`` is what ``rundir.provenance`` returns."""
+    For a stage it shows name, kind, method, data, seed, steps and flops; for a score it shows data, metric,
+    score, low, high, num_problems and n; "–" stands for a missing value. ``provenance`` is what
+    ``rundir.provenance`` returns."""
     columns = ("name", "kind", "method", "data", "seed", "steps")
     rows = [{"seed": provenance.get("seed"), **stage} for stage in stages]
     training = [(*_row(s, *columns), _number(s.get("flops"), ".3g")) for s in rows]
@@ -124,7 +126,7 @@ def _row(record: Mapping[str, Any], *keys: str) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Text that is shown as it is: no markup of HTML or Markdown, no cell or line break."""
+    """Text that is shown as it is: without HTML or Markdown markup, cell breaks or line breaks."""
     if value is None or value == "":
         return "–"
     text = html.escape(" ".join(str(value).split()), quote=False)

@@ -18,14 +18,14 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutOfSpace(RuntimeError):
-    """The disk cannot hold what was to be written: exit code 5. What was there before is untouched."""
+    """The disk has no space for what was to be written: exit code 5. What was there before is untouched."""
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
     """Replace a folder with a finished one, durably; a kill in between leaves the old one as NAME.aside."""
     aside = final.with_name(f"{final.name}.aside")
     if final.exists():
-        if aside.exists():  # of an earlier kill; its replacement is whole
+        if aside.exists():  # left by an earlier kill; its replacement is whole
             discard_folder(aside)
         os.rename(final, aside)
     os.rename(temporary, final)
@@ -35,7 +35,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def discard_folder(path: Path) -> None:
-    """Delete a folder; its valid name never holds half of it."""
+    """Delete a folder; a half-deleted folder never has its valid name."""
     trash = path.with_name(f"{path.name}.tmp-discard")
     if trash.exists():
         shutil.rmtree(trash)
@@ -54,8 +54,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float) -> Iterator[bool]:
-    """Hold the folder's lock, which the kernel releases when the process ends. Yields False if there are none
-    (on some clusters). Raises UserError if another process holds it for ``patience`` seconds."""
+    """Hold the folder's lock, which the kernel releases when the process ends. Yields False if locks do not
+    exist (on some clusters). Raises UserError if another process holds it for ``patience`` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

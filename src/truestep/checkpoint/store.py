@@ -4,11 +4,11 @@
         GROUP.rank00000-of-00002.safetensors   manifest.json
     step_00000012.tmp-write/    being written: never read, removed by the next save or load
     step_00000012.tmp-discard/  being deleted: the same
-    step_00000012.aside/        the old version while the same step is replaced: read if nothing newer is there
-    latest                      the newest one's name, for people; loading does not read it
+    step_00000012.aside/        the old version while the same step is replaced: read if there is nothing
+    newer latest                      the newest checkpoint's name, for people; loading does not read it
 
-Ranks share one file system. Every rank reaches every barrier, also after an error, so that a full disk of one
-rank cannot hang the others.
+Ranks share one file system. Every rank reaches every barrier, even after an error, so that a full disk on one
+rank cannot make the others hang.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _File(BaseModel):
 
 
 class _Manifest(BaseModel):
-    # A name that matches has no slash and starts with a letter or digit: it cannot leave its folder.
+    # A matching name has no slash and starts with a letter or digit, so it cannot point outside its folder.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     format: int
     step: int = Field(ge=0)
@@ -145,7 +145,7 @@ def save_checkpoint(
 
 
 def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> dict[str, Any]:
-    """The state as JSON reads it back. Raises ValueError for what cannot be stored."""
+    """The state in the form in which JSON reads it back. Raises ValueError for what cannot be stored."""
     if checkpoint.step < 0 or keep < 1 or not 0 <= rank < world_size:
         raise ValueError(f"step {checkpoint.step}, keep {keep}, rank {rank} of {world_size}: out of range")
     for group, tensors in checkpoint.tensors.items():
@@ -221,7 +221,7 @@ def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _delete_older(folder: Path, step: int, keep: int) -> None:
-    """Later steps, which are those that a load skipped as damaged, stay and do not count."""
+    """Keep ``keep`` − 1 older ones. Later steps, which a load skipped as damaged, stay and do not count."""
     older = [path for path in list_checkpoints(folder) if _step_of(path) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
         discard_folder(path)
@@ -235,7 +235,7 @@ def latest_step(folder: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """All committed checkpoints by their names, oldest step first."""
+    """All committed checkpoints according to their names, oldest step first."""
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
     real = [p for p in found if p.is_dir() and not p.is_symlink()]
     return sorted(real, key=lambda p: (_step_of(p), not p.suffix))
@@ -248,7 +248,7 @@ def _step_of(path: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove files of killed writers. Only with the folder's lock: those of a live writer look the same."""
+    """Remove files of killed writers. Requires the folder's lock: files of a live writer look the same."""
     for path in [p for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name)] if folder.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -259,12 +259,12 @@ def remove_leftovers(folder: Path) -> None:
 def load_latest(
     folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]
 ) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as written, on the CPU; None if there is no checkpoint.
+    """The newest intact checkpoint, loaded on the CPU; None if there is no checkpoint.
 
     Every rank verifies the files of all ranks, so that all choose the same one without communication. A
-    checkpoint of a single process is read whole by any rank.
+    checkpoint that a single process saved is read whole by every rank.
 
-    Raises UserError if checkpoints exist and none is intact, or for another world size or format."""
+    Raises UserError if checkpoints exist and none is intact, or for a different world size or format."""
     if rank == 0 and folder.is_dir():
         # A concurrent writer or a read-only disk is not an error.
         with contextlib.suppress(UserError, OSError), exclusive(folder, patience=0) as locked:
@@ -308,7 +308,7 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
 
 @contextlib.contextmanager
 def _regular_file(path: Path) -> Iterator[Any]:
-    """Open for reading only a regular file: no link is followed, no pipe waited for."""
+    """Open a regular file for reading; links are not followed, and a pipe is not waited for."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:

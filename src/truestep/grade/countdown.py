@@ -17,7 +17,7 @@ _TOKEN = re.compile(r"\s*(?:(\d{1,18})(?![\d.])|([-+*/()]))", re.ASCII)
 
 
 class NotArithmetic(ValueError):
-    """The text is no expression of + - * / ( ) and whole numbers."""
+    """The text is not an expression of + - * / ( ) and whole numbers."""
 
 
 def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
@@ -42,7 +42,7 @@ def evaluate(text: str) -> tuple[Fraction, list[int]]:
     """The exact value of an expression, and the numbers it uses. Raises NotArithmetic, ZeroDivisionError."""
     tokens = _tokens(text)
     numbers = [int(token) for token in tokens if token.isdigit()]
-    tokens.reverse()  # the next one is the last
+    tokens.reverse()  # the last entry is the next token
     value = _chain(tokens, 0)
     if tokens:
         raise NotArithmetic(f"unexpected {tokens[-1]!r}")
@@ -63,7 +63,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _chain(tokens: list[str], depth: int, signs: str = "+-") -> Fraction:
-    """A sum of products, or with the signs "*/" a product of factors, from the left."""
+    """A sum of products or, with the signs "*/", a product of factors, evaluated from the left."""
 
     def part() -> Fraction:
         return _chain(tokens, depth, "*/") if signs == "+-" else _factor(tokens, depth)

@@ -1,4 +1,4 @@
-"""Whether two answers are the same, as far as that is decided without algebra; and what algebra may be asked.
+"""Decides without algebra whether two answers are the same; if it cannot, says what algebra may decide.
 
 Three values everywhere: True, False, and None for "not decided here". Both answers come normalised
 (``grade.normal``).
@@ -18,10 +18,10 @@ from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, s
 from truestep.grade.structure import brackets, elements, matrix
 from truestep.grade.units import same_time, spelled_number
 
-MAX_LENGTH = 2_000  # characters; longer answers are compared as text only
+MAX_LENGTH = 2_000  # characters; longer answers are only compared as text
 MAX_DEPTH = 25  # brackets within brackets
-MAX_ELEMENTS = 60  # of a list, with the lists in it; a longer one is left to algebra
-MAX_PROSE = 2  # words beside the mathematics; with more, an answer is a sentence and is compared as text
+MAX_ELEMENTS = 60  # elements of a list, nested lists included; a longer list is left to algebra
+MAX_PROSE = 2  # words next to the mathematics; an answer with more is a sentence and is compared as text
 _LARGEST_FACTORIAL = 5_000
 _LARGEST_POWER = 6  # digits of a numeric exponent
 
@@ -32,7 +32,7 @@ _ARITHMETIC = re.compile(r"(?:[\d\s.+*/^()-]|\\times|\\cdot|\\div)+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
 _TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
-# one that may be many
+# a formula that may stand for several values
 _EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
 _INDEX_WORD = re.compile(r"_\{?([a-z]{3,8})\}?$")
@@ -42,7 +42,7 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     """``equal`` is None without a verdict. ``reason``: how it was decided, or why it was not; ``refused``:
-    why algebra must not be asked ("" if it may)."""
+    why algebra must not be used ("" if it may be)."""
 
     equal: bool | None
     reason: str = ""
@@ -65,21 +65,21 @@ def decide(gold: str, found: str) -> Decision:
 
 
 def ballot(answer: str) -> str:
-    """What an answer is counted under where answers are votes: its number where it is one (7, 7.0 and $7 are
-    one vote; units are not looked at), else its canonical text."""
+    """The key under which an answer counts as a vote: its number if it is one (7, 7.0 and $7 are the same
+    vote; units are ignored), otherwise its canonical text."""
     number = parse_number(plain(answer)) if len(answer) <= MAX_LENGTH else None
     return str(number.value) if number else canonical(answer)
 
 
 def same_integer(gold: str, found: str) -> bool | None:
-    """Whether two answers are the same number; None where the gold one is not a number."""
+    """Whether two answers are the same number; None if the gold answer is not a number."""
     left = parse_number(plain(gold)) or parse_number(gold)
     right = parse_number(found) or parse_number(_right_side(found))
     return None if left is None else right is not None and same_number(left, right)
 
 
 def refusal(texts: Sequence[str]) -> str:
-    """Why algebra must not be asked about these texts; "" where it may."""
+    """Why algebra must not be used on these texts; "" if it may be."""
     return next(filter(None, map(_refusal, texts)), "")
 
 
@@ -128,12 +128,12 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
-    """The same part of the line, as intervals in both answers, or as relations in only one of them."""
+    """Whether both are the same part of the line; None if undecided, or if both are relations."""
     left, right = structure.region(gold), structure.region(found)
     if left is None or right is None or (left[1] and right[1]):
         return None
     if len(left[0]) != len(right[0]):
-        return None  # two of them may be one that is cut
+        return None  # two stretches may be one that was cut
 
     def same(one: structure.Stretch, other: structure.Stretch) -> bool | None:
         if one[2:] != other[2:]:
@@ -146,7 +146,7 @@ def _same_region(gold: str, found: str, depth: int) -> bool | None:
 
 
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
-    """What algebra has to say yes to, every part of it, for two undecided answers to be equal: the undecided
+    """The pairs that algebra must all find equal for two undecided answers to be equal: the undecided
     entries of tuples, intervals and matrices, or the whole."""
     if (stripped := _without_left_side(gold, found)) and depth < MAX_DEPTH:
         return questions(*stripped, depth + 1)
@@ -164,7 +164,7 @@ def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
 
 
 def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
-    """x = 1, y = 2 against (1, 2): the names stand for their places, in alphabetical order."""
+    """x = 1, y = 2 against (1, 2): the names are matched to places in alphabetical order."""
     sides = [structure.without_names(text) or text for text in (gold, found)]
     if ("=" in sides[0]) != ("=" in sides[1]):
         sides = [structure.as_tuples(side) or side for side in sides]
@@ -204,8 +204,8 @@ def _same_spelled(gold: str, found: str) -> bool | None:
 
 
 def _same_european(gold: str, found: str, left: Number | None, right: Number | None) -> bool:
-    """Whether one is the other's number with a decimal comma. A comma in an answer is read so if the gold one
-    is the same digits with a point; in a gold answer only if a list is unlikely."""
+    """Whether one is the other's number with a decimal comma. A comma in an answer is read as one if the gold
+    answer has the same digits with a point; in a gold answer, only if a list is unlikely."""
     if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,\d+", found):
         return gold == found.replace(",", ".")
     ours, theirs = european(gold) or left, european(found) or right
@@ -251,17 +251,17 @@ def _same_words(gold_raw: str, found_raw: str) -> bool | None:
 
 
 def _word_form(text: str) -> str:
-    """Words without case; one form for what says that there is nothing."""
+    """Words without case, and one form for all texts that say there is nothing."""
     text = re.sub(r"\s+", " ", text.casefold()).strip()
     return "no solution" if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?", text) else text
 
 
 def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
-    """Both answers without "x =" or "x \\in" where only one of them has it, or both the same."""
+    """Both answers without "x =" or "x \\in" if only one of them has it, or both have the same."""
     sides = [_split_left(text) for text in (gold, found)]
     if sides[0][0] and sides[1][0]:
         names = [re.sub(r"\([a-z]\)$", "()", canonical(side)) for side, _ in sides]
-        constant = all(parse_number(value) is not None for _, value in sides)  # then f(n) says what f(x) says
+        constant = all(parse_number(value) is not None for _, value in sides)  # then f(n) is the same as f(x)
         same = names[0] == names[1] if constant else canonical(sides[0][0]) == canonical(sides[1][0])
         return (sides[0][1], sides[1][1]) if same else None
     has_one = (sides[0][0] or sides[1][0]) and "=" not in sides[0][1] + sides[1][1]
@@ -293,7 +293,7 @@ def _same_lists(gold: str, found: str, depth: int) -> bool | None:
         return _same(ours[0], theirs[0], depth + 1) if depth < MAX_DEPTH and left[::2] == right[::2] else None
     kinds = {left[0] + left[2], right[0] + right[2]}
     ordered = bool(kinds & {"()", "[)", "(]"}) or left[0] == "["
-    if not ordered:  # saying an element twice adds nothing to a set
+    if not ordered:  # repeating an element adds nothing to a set
         ours, theirs = (list({canonical(part): part for part in parts}.values()) for parts in (ours, theirs))
     if len(ours) != len(theirs):
         return None if _EXPANDING.search(gold + found) else False
@@ -308,7 +308,7 @@ def _same_lists(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _matching(table: list[list[bool | None]]) -> bool | None:
-    """Whether the elements pair off, each with one of its own; None where that hangs on undecided pairs."""
+    """Whether the elements can be matched one to one; None if that depends on undecided pairs."""
     free = set(range(len(table)))
     for row in table:
         partner = next((j for j in sorted(free) if row[j]), None)
@@ -323,7 +323,7 @@ def symbolic_form(text: str) -> str:
     joint = rf"{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])"
     text = re.sub(joint, ", ", text.replace("$", ""))
     text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text)
-    # An angle in degrees is a number of radians to a function.
+    # An angle in degrees becomes radians inside a function.
     in_degrees = r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*([\d.]{1,8})\s*\^\{\\circ\}\s*[)}]?"
     text = re.sub(in_degrees, r"\\\1(\\frac{\2 \\pi}{180})", text)
     text = re.sub(r"\\sqrt \(([^()]*)\)", r"\\sqrt{\1}", text)

@@ -12,12 +12,12 @@ from truestep.grade.units import WORDS
 How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
 STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
 
-MAX_BARE = 200  # characters of a completion that may be nothing but an answer
+MAX_BARE = 200  # most characters of a completion that may be only an answer
 MAX_FORMULA = 1_000
-MAX_TAIL = 10_000  # characters at the end of a completion in which a last number or formula is looked for
+MAX_TAIL = 10_000  # characters at the end of a completion that are searched for a last number or formula
 MAX_GOLD_WORDS = 8  # a gold text with more is a whole solution
-MAX_CHOICE = 400  # characters of an answer that may name a choice
-MAX_WORDS = 2  # more than these beside an answer make it prose
+MAX_CHOICE = 400  # most characters of an answer that may name a choice
+MAX_WORDS = 2  # with more words next to an answer, it is prose
 
 _BRACES = re.compile(r"\\{1,4}(?:(?:begin)?boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(  # between two boxes that are one answer: closing and opening delimiters, a connective, "x ="
@@ -58,7 +58,7 @@ _DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
 _DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
-_MATH = re.compile(  # a lone dollar is money: what it opens must not begin with a space, or end with one too
+_MATH = re.compile(  # a lone dollar is money: a formula after it has no space at either end, or one at both
     r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
     r"(?<![\\$])\$ ((?:[^$\n\\]|\\.){1,999}) \$|\\\(([^\n]{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]",
     re.DOTALL,
@@ -87,9 +87,10 @@ NOTHING = Extraction(answer="", how="none")
 
 
 def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
-    r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag or "#### …" line, "answer is …", and
-    unless ``strict`` the whole of a short text, or its last formula or number. Only what follows the last
-    </think> counts; an open <think> leaves no answer, nor does a missing </think> if the model ``thinks``."""
+    r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag, "#### …" line or "answer is …";
+    unless ``strict``, also the whole of a short text, or its last formula or number. Only what follows the
+    last </think> counts; an open <think>, or a missing </think> if the model ``thinks``, means that there is
+    no answer."""
     if thinks and "</think>" not in text:
         return NOTHING
     text = _after_thought(text)
@@ -104,9 +105,9 @@ def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> 
 
 
 def extract_choice(text: str, *, strict: bool = False) -> Extraction:
-    """The answer to a question with lettered choices: as ``extract_answer``, and unless ``strict``, where
-    nothing marks an answer, the one choice that the last line names as one: "(B)", "**B**", "option B". A
-    line that denies a choice or names several gives none."""
+    """The answer to a question with lettered choices: as ``extract_answer``; if nothing marks an answer and
+    not ``strict``, the one choice that the last line names as a choice: "(B)", "**B**", "option B". A line
+    that denies a choice or names several gives none."""
     found = extract_answer(text, strict=strict)
     if strict or found.how in STRICT or choice_letter(found.answer):
         return found
@@ -118,7 +119,7 @@ def extract_choice(text: str, *, strict: bool = False) -> Extraction:
 
 
 def _after_thought(text: str) -> str:
-    """What follows the last </think>; nothing where a <think> is never closed."""
+    """What follows the last </think>; nothing if a <think> is never closed."""
     text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
     return "" if "<think>" in text else text
 
@@ -142,15 +143,15 @@ def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
 
 
 def _boxed(text: str) -> tuple[str, How] | None:
-    """The last box, with those before it that "and", "or" or a comma joins to it into one answer. Where the
-    only box is never closed, the answer was cut off: there is none."""
+    """The last box, with those before it that "and", "or" or a comma joins to it into one answer. If the only
+    box is never closed, the answer was cut off, and there is none."""
     if "boxed" not in text and "fbox" not in text:
         return None
     found, unclosed = scan_boxes(text)
     if not found:
         return ("", "none") if unclosed else None
     later = _answer_is(text[found[-1][1] :]) if _FINAL_ANSWER.search(text, found[-1][1]) else None
-    if later is not None and re.search(r"\d", later[0]):  # a final answer said after the last box replaces it
+    if later is not None and re.search(r"\d", later[0]):  # a final answer after the last box replaces it
         return later
     parts = [found[-1]]
     for box in reversed(found[-32:-1]):
@@ -163,8 +164,8 @@ def _boxed(text: str) -> tuple[str, How] | None:
 
 
 def gold_answer(text: str) -> str:
-    """The answer that a gold text is or contains: its boxes, also one that is never closed; the answer that a
-    whole solution ends with; or the text itself."""
+    """The answer that a gold text is or contains: its boxes, including one that is never closed; the answer
+    that a whole solution ends with; or the text itself."""
     found, unclosed = scan_boxes(text)
     if found:
         return extract_answer(text, strict=True).answer
@@ -204,13 +205,13 @@ def _answer_is(text: str) -> tuple[str, How] | None:
 
 
 def _content(formula: re.Match[str]) -> str:
-    """What stands in a formula, with the percent sign that may follow it."""
+    """The content of a formula, with the percent sign that may follow it."""
     percent = re.match(r"\s?(?:\\?%|percent|pct)", formula.string[formula.end() : formula.end() + 12])
     return next(group for group in formula.groups() if group is not None) + ("%" if percent else "")
 
 
 def _whole(text: str) -> tuple[str, How] | None:
-    """A short text that is nothing but an answer: one line, without words beside its numbers."""
+    """A short text that is only an answer: one line, without words beside its numbers."""
     bare = text.strip()
     if len(bare) <= MAX_BARE and (bold := _BOLD.fullmatch(bare)):
         bare = bold[2] + bold[3]
@@ -222,7 +223,7 @@ def _whole(text: str) -> tuple[str, How] | None:
 
 
 def num_words(text: str) -> int:
-    """How many words of a text are no mathematics and no unit."""
+    """How many words of a text are neither mathematics nor a unit."""
     text = re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]{0,100}\})?|(?<=\d)(?:or|and)(?=[A-Z(])", " ", text)
     return sum(word.lower() not in _NO_WORDS for word in _WORDS.findall(text))
 

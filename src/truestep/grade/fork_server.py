@@ -14,15 +14,15 @@ from typing import Any
 
 from truestep.errors import UserError
 
-START_SECONDS = 300.0  # to import the algebra, on a machine that is busy
+START_SECONDS = 300.0  # seconds to import the algebra on a busy machine
 
 
 class WorkerDied(Exception):
-    """A child process ended on its own, or was ended by somebody else."""
+    """A child process ended on its own, or was ended by another process."""
 
 
 class Worker:
-    """One process that compares formulas, and what it has said so far."""
+    """One process that compares formulas, and what it has sent so far."""
 
     def __init__(self, pid: int, channel: socket.socket, server: ForkServer) -> None:
         self.pid = pid
@@ -32,7 +32,7 @@ class Worker:
         return self._channel.fileno()
 
     def is_silent(self) -> bool:
-        """Whether nothing has come from it, its end included: what is true of an idle worker that lives."""
+        """Whether it has sent nothing and has not ended, as is the case for an idle worker that is alive."""
         return not select.select([self], [], [], 0)[0]
 
     def send(self, request: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Worker:
             raise WorkerDied("its channel is closed") from None
 
     def receive(self) -> list[dict[str, Any]]:
-        """The whole replies that have come; raises WorkerDied at the end of the channel."""
+        """The complete replies received so far; raises WorkerDied at the end of the channel."""
         try:
             chunk = self._channel.recv(1 << 16)
         except OSError:
@@ -53,18 +53,18 @@ class Worker:
         return [json.loads(line) for line in lines]
 
     def end(self) -> int | None:
-        """Kill it, if it lives, and wait for its end: its exit status, minus the signal if that was one; None
-        where the fork server, which alone can tell, has ended before."""
+        """Kill it, if it is alive, and wait until it has ended. Returns its exit status, or minus the signal
+        that ended it; None if the fork server, the only process that knows it, has ended before."""
         self._channel.close()
         try:
-            os.kill(self.pid, signal.SIGKILL)  # the id is its own until the fork server is asked to reap it
+            os.kill(self.pid, signal.SIGKILL)  # the process id stays its own until the fork server reaps it
             return int(self._server.ask({"reap": self.pid})["status"])
         except (OSError, WorkerDied):
             return None
 
 
 class ForkServer:
-    """The process that has imported the algebra and forks workers when asked to. It never sees a question."""
+    """The process that has imported the algebra and forks workers when asked to. It compares nothing."""
 
     def __init__(self, seconds: float, memory_mb: int) -> None:
         root = str(Path(__file__).resolve().parents[2])
@@ -86,7 +86,7 @@ class ForkServer:
         self.pid = self._process.pid
 
     def wait_ready(self) -> None:
-        """Wait until the algebra is imported; not counted into any comparison's time."""
+        """Wait until the algebra is imported; this does not count as time of a comparison."""
         while not self._ready:
             reply = self._hear()
             if "missing" in reply:
@@ -95,7 +95,7 @@ class ForkServer:
             self._ready = "ready" in reply
 
     def start(self) -> Worker:
-        """A new worker. Raises WorkerDied where the fork server has ended."""
+        """A new worker. Raises WorkerDied if the fork server has ended."""
         self.wait_ready()
         near_end, far_end = socket.socketpair()
         try:
@@ -107,7 +107,7 @@ class ForkServer:
         return Worker(pid, near_end, self)
 
     def ask(self, request: dict[str, Any], *descriptors: int) -> dict[str, Any]:
-        """The reply to a request; one to an earlier request, at which the caller was interrupted, is skipped."""
+        """The reply to a request; a reply to an earlier request that was interrupted is skipped."""
         self._asked += 1
         line = json.dumps({"id": self._asked, **request}).encode() + b"\n"
         try:
@@ -134,7 +134,7 @@ class ForkServer:
         return dict(json.loads(line))
 
     def close(self) -> None:
-        """End it; its workers are to be ended before."""
+        """End it; its workers must be ended first."""
         self._control.close()
         self._process.kill()
         self._process.wait()

@@ -1,6 +1,6 @@
-"""One spelling for what is written in many: typography and LaTeX decoration, never meaning.
+"""Normalises typography and LaTeX decoration to one spelling; never changes the meaning.
 
-Everything here is linear in the length of the text and looks at text only; nothing is evaluated.
+Everything here is linear in the length of the text and looks only at text; nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ def strip_wrappers(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    r"""A normalised answer with the contents of ``\text{…}`` in the open, and no ``$`` left."""
+    r"""A normalised answer with the contents of ``\text{…}`` unwrapped, and without any ``$``."""
     text = re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text).replace("$", "")).strip()
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
 def canonical(text: str) -> str:
-    """The form in which two answers that differ in spacing and braces alone are the same string."""
+    """The form in which two answers that differ only in spacing and braces are the same string."""
     text = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", plain(text))
     text = re.sub(r"([\^_])\{([A-Za-z0-9])\}", r"\1\2", text)
     return re.sub(r"(\\[A-Za-z]+) (?=[^A-Za-z])", r"\1", text)

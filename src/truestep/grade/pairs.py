@@ -1,4 +1,4 @@
-"""The grader alone: any file of gold and predicted answers, or any list of them, without a model."""
+"""Grading without a model: any file or list of gold and predicted answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Pair:
     id: str
     gold: str
     pred: str
-    kind: str = ""  # "choice" where the gold answer is a letter among choices
+    kind: str = ""  # "choice" if the gold answer is a letter among choices
     choices: tuple[str, ...] = ()
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file of JSON lines: gold, pred, id (default: the row number), kind, choices."""
+    """The pairs in a file of JSON lines: gold, pred, id (default: the row number), kind, choices."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -62,8 +62,8 @@ def grade_pairs(
     pairs: Sequence[Pair], *, workers: int = 2, seconds: float = 1.5, second_opinion: bool = False
 ) -> dict[str, Any]:
     """``samples``, one for each pair in order, and ``counts``; ready for JSON. ``verdict`` is the default
-    policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With ``second_opinion`` math-verify is
-    asked about all answers that our rules decided; ``counts["second_opinion"]``: how often it differs."""
+    policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With ``second_opinion`` math-verify
+    also grades all answers that our rules decided; ``counts["second_opinion"]`` is how often it differs."""
     with Grader(workers=workers, seconds=seconds) as grader:
         judged = grader.judge_many([(_problem(pair), pair.pred) for pair in pairs])
         samples = [_sample(*each) for each in zip(pairs, judged, strict=True)]
@@ -104,7 +104,7 @@ def _second_opinion(grader: Grader, pairs: Sequence[Pair], samples: list[dict[st
 
 
 def table(result: dict[str, Any]) -> str:
-    """The samples as lines and the counts below them."""
+    """The samples as lines, with the counts below them."""
     width = max(len(s["id"][:24]) for s in result["samples"])
     lines = [f"{'id':<{width}}  verdict    strict     lenient    reason"]
     for s in result["samples"]:
@@ -117,5 +117,5 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _inert(text: str) -> str:
-    """Text that a terminal shows and does not obey."""
+    """Text without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

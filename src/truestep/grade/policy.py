@@ -1,5 +1,5 @@
-"""Strict and lenient grading, defined once for every command: the right answers that a strict reader refuses,
-the wrong ones that a lenient reader accepts. The default verdict of ``grade.score`` lies between the two."""
+"""Strict and lenient grading, defined once for every command: the correct answers that ``strict`` refuses,
+and the incorrect ones that ``lenient`` accepts. The default verdict of ``grade.score`` is between the two."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from truestep.grade.structure import brackets, elements, matrix
 from truestep.records import Problem, Score, Verdict
 
 EXPLICIT: tuple[How, ...] = ("boxed", "marker", "answer_is", "whole")
-ROUNDED_DIGITS = 3  # significant ones, of a decimal that a lenient reader takes for what it rounds
+ROUNDED_DIGITS = 3  # significant digits of a decimal that ``lenient`` accepts as a rounded value
 
 _FRACTION = re.compile(
     r"\\frac\{\s*(\d{1,18})\s*\}\{\s*(\d{1,18})\s*\}|(?<![\d.])(\d{1,18})\s*/\s*(\d{1,18})(?![\d.])"
@@ -34,10 +34,10 @@ class Judgment:
 
 
 def judgment(problem: Problem, answer: Extraction, score: Score) -> Judgment:
-    """A score with the strict and the lenient verdict beside it: a strict reader can only refuse a correct
-    answer, a lenient one only accept an incorrect one. Held by: tests/grade/test_policy.py"""
+    """A score with the strict and the lenient verdict: ``strict`` can only refuse a correct answer,
+    ``lenient`` only accept an incorrect one. Held by: tests/grade/test_policy.py"""
     gold, verdict = gold_answer(problem.answer), score.verdict or Verdict.UNSCORED
-    by_form = problem.checker in ("math", "choice")  # the others compare by rules that leave nothing to form
+    by_form = problem.checker in ("math", "choice")  # other checkers do not look at an answer's form
     strict = lenient = verdict
     note = ""
     if verdict is Verdict.CORRECT:
@@ -50,12 +50,12 @@ def judgment(problem: Problem, answer: Extraction, score: Score) -> Judgment:
 
 
 def unmarked(how: How) -> str:
-    """Why a strict reader refuses an answer that was found by this rule; "" for a marked one."""
+    """Why ``strict`` refuses an answer that was found by this rule; "" for a marked answer."""
     return "" if how in EXPLICIT else "strict: the answer is not marked as one"
 
 
 def objection(gold: str, found: str, how: How) -> str:
-    """Why a strict reader refuses a right answer, "" if it does not. Both answers are normalized."""
+    """Why ``strict`` refuses a correct answer; "" if it accepts it. Both answers are normalized."""
     if refusal := unmarked(how):
         return refusal
     left, right = parse_number(gold), parse_number(found)
@@ -73,7 +73,7 @@ def objection(gold: str, found: str, how: How) -> str:
 
 
 def nearly(gold: str, found: str) -> bool:
-    """Whether a wrong answer rounds the gold one, every part to at least three significant digits."""
+    """Whether an incorrect answer rounds the gold one, every part to at least three significant digits."""
     rows = matrix(gold), matrix(found)
     if rows[0] is not None and rows[1] is not None:
         parts = [[entry for row in side for entry in row] for side in rows if side is not None]

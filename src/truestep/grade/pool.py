@@ -17,8 +17,8 @@ from truestep.grade.equivalent import Decision
 from truestep.grade.fork_server import ForkServer, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY
 
-PATIENCE = 20.0  # times its limit of processor time that a comparison may take on the clock of a busy machine
-ATTEMPTS = 3  # at one comparison, when workers end that nobody here has killed
+PATIENCE = 20.0  # the clock time of a comparison is limited to this multiple of its processor time
+ATTEMPTS = 3  # per comparison, if its workers end without having been killed here
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
 
@@ -33,7 +33,7 @@ class _Job:
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time of a process so far; infinite if the system does not tell: no more time is given."""
+    """Processor time of a process so far; infinite if it is not known: no more time is given."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
@@ -57,11 +57,11 @@ class Pool:
         return [*alive, *([self._server.pid] if self._server else [])]
 
     def prepare(self) -> None:
-        """Start the import of the algebra, if that has not been done, and do not wait for it."""
+        """Start the import of the algebra, if that has not been done, without waiting for it."""
         self._server = self._server or ForkServer(self.seconds, self._memory_mb)
 
     def warm(self) -> None:
-        """Have a worker ready: the next comparison, and one after a kill, wait for no import."""
+        """Have a worker ready: the next comparison, and one after a kill, need not wait for an import."""
         self._idle.append(self._take())
 
     def close(self) -> None:
@@ -72,8 +72,8 @@ class Pool:
         self._busy, self._idle, self._server = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Decision]:
-        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time, and of the
-        clock if the process has a core: a verdict must not depend on what else the machine does."""
+        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time (and of
+        clock time, if the process has a core): a verdict must not depend on what else the machine does."""
         self._outcomes: dict[int, Decision] = {}
         self._waiting = deque((number, 0) for number in range(len(pairs)))
         try:
@@ -84,7 +84,7 @@ class Pool:
                 if self._busy:
                     self._collect()
         finally:
-            for worker in list(self._busy):  # interrupted: a late reply must not meet the next question
+            for worker in list(self._busy):  # interrupted: a late reply must not be taken for the next one
                 worker.end()
             self._busy.clear()
         lost = Decision(equal=None, reason="symbolic comparison was lost")
@@ -113,9 +113,9 @@ class Pool:
                 self._drop(worker, TIMED_OUT)
 
     def _extend(self, worker: Worker, job: _Job) -> bool:
-        """More time for a comparison that the machine has not let work for as long as it may."""
+        """Give more time to a comparison that has not yet received its processor time."""
         left = self.seconds - (processor_seconds(worker.pid) - job.work)
-        job.deadline += max(left, 0.05)  # sooner it cannot have used it up
+        job.deadline += max(left, 0.05)  # it cannot have used up its time sooner
         return left > 0.05 and job.deadline - job.begun <= PATIENCE * self.seconds
 
     def _hear(self, worker: Worker, job: _Job) -> None:
@@ -133,7 +133,7 @@ class Pool:
                 self._idle.append(worker)
 
     def _lose(self, worker: Worker) -> None:
-        """A worker ended that nobody here has killed: its question is asked again, of another worker."""
+        """A worker ended without having been killed here: another worker repeats its comparison."""
         job = self._busy[worker]
         status = self._drop(worker)
         if status != -signal.SIGXCPU and job.attempt + 1 < ATTEMPTS:

@@ -1,9 +1,9 @@
 """Exact comparison of rational functions: formulas of +, -, *, /, whole powers and square roots of numbers.
 
 A formula becomes a quotient of polynomials with rational coefficients in its variables, π, and the square
-roots of primes, which are independent over the rationals: two formulas are equal where cross-multiplied they
-have the same coefficients. What is ambiguous (1/2x, a mixed number, f(x)), unknown or large is not decided
-here.
+roots of primes, which are independent over the rationals: two formulas are equal if, after
+cross-multiplication, they have the same coefficients. What is ambiguous (1/2x, a mixed number, f(x)), unknown
+or large is not decided here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TOKEN = re.compile(  # a power without braces has one digit: x^23 is x^2 3
     re.ASCII,
 )
 _RELATION = re.compile(r"([^=<>]*?)(?:(=|<|>|\\[lg]eq(?![A-Za-z]))(.*))?$", re.DOTALL)
-_INDEX_LAST = re.compile(r"([A-Za-z])\^(\d|\{-?\d+\})(_(?:\w|\{\w+\}))", re.ASCII)  # v^2_0 is v_0^2
+_INDEX_LAST = re.compile(r"([A-Za-z])\^(\d|\{-?\d+\})(_(?:\w|\{\w+\}))", re.ASCII)  # v^2_0 means v_0^2
 
 Monomial = tuple[tuple[str, int], ...]
 Polynomial = dict[Monomial, Fraction]
@@ -41,13 +41,13 @@ Token = tuple[str, str]  # what it is ("number", "name", "power" or the sign its
 
 
 class _NotRead(Exception):
-    """No rational function, an ambiguous one, or one that is too large."""
+    """The formula is not a rational function, is ambiguous, or is too large."""
 
 
 def same_formula(gold: str, found: str) -> bool | None:
-    """Whether two formulas, or two relations, say the same; None if that is not decided here. Relations are
+    """Whether two formulas, or two relations, are equivalent; None if that is not decided here. Relations are
     the same if one is the other times a number; the solutions of others are not compared."""
-    if re.fullmatch(r"[A-Za-z\s]*", gold) or re.fullmatch(r"[A-Za-z\s]*", found):  # a word is no product
+    if re.fullmatch(r"[A-Za-z\s]*", gold) or re.fullmatch(r"[A-Za-z\s]*", found):  # a word is not a product
         return None
     try:
         left, right = _read(gold), _read(found)

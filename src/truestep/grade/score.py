@@ -1,6 +1,6 @@
 """The verdict on a completion: correct, incorrect, or unscored with a reason.
 
-What a model wrote never raises: only a problem that could not be scored for any completion does."""
+A completion never raises an error; only a problem that could not be scored for any completion does."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
     gold, choices = gold_answer(problem.answer), problem.meta.get("choices")
     letter = choice_letter(gold)
     if not letter:
-        equal = same_integer(gold, found)  # choices that are numbered
+        equal = same_integer(gold, found)  # the choices are numbered
         unread = f"{gold[:80]!r} names no choice"
         return _score(equal, found, unread if equal is None else "compared as choices")
     named = choice_letter(found)
@@ -91,8 +91,9 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 
 
 class Grader:
-    """Scores completions, not from several threads. Algebra runs in child processes, started at first need,
-    with ``seconds`` of processor time a comparison and ``memory_mb`` on top of what its libraries take."""
+    """Scores completions; not for use from several threads. Algebra runs in child processes, started on first
+    use, with ``seconds`` of processor time per comparison and ``memory_mb`` on top of what its libraries
+    take."""
 
     def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384) -> None:
         self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
@@ -116,7 +117,7 @@ class Grader:
         return self.score_answers([(p, find_answer(p, text)) for p, text in pairs])
 
     def judge(self, problem: Problem, completion: str) -> Judgment:
-        """The verdict on one completion, and what a strict and a lenient reader say."""
+        """The verdict on one completion, also under ``strict`` and ``lenient`` grading."""
         return self.judge_many([(problem, completion)])[0]
 
     def judge_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Judgment]:
@@ -135,7 +136,7 @@ class Grader:
                     equal = same_formula(*part)
                     outcomes[part] = Decision(equal=equal, reason="compared as rational functions")
                     if equal is None:
-                        self.pool.prepare()  # it gets ready while the rest is looked at
+                        self.pool.prepare()  # it gets ready while the remaining samples are looked at
         asked = [part for part, outcome in outcomes.items() if outcome.equal is None]
         outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
         return [
@@ -162,7 +163,7 @@ class Grader:
 
 
 def _conclude(outcomes: Sequence[Decision], extracted: str) -> Score:
-    """Equal if every part is; different if one is; unscored if that hangs on one without a verdict."""
+    """Equal if every part is; different if one is; unscored if that depends on a part without a verdict."""
     nothing = Decision(equal=None, reason="nothing was compared")
     worst = min(outcomes, key=lambda outcome: (False, None, True).index(outcome.equal), default=nothing)
     return _score(worst.equal, extracted, worst.reason)

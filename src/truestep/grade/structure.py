@@ -38,8 +38,8 @@ def elements(text: str) -> list[str]:
 
 
 def brackets(text: str) -> tuple[str, str, str]:
-    r"""The brackets around the whole of a text, and what they hold: intervals keep their two kinds. ``\{ \}``
-    is a set; braces alone only group in LaTeX."""
+    r"""The brackets around the whole of a text, and their content; intervals keep the two kinds of brackets.
+    ``\{ \}`` is a set; braces alone only group in LaTeX."""
     text = text.strip()
     is_set = text.startswith(r"\{") and text.endswith(r"\}")
     bare = "{" + text[2:-2] + "}" if is_set else text
@@ -60,7 +60,7 @@ Stretch = tuple[str, str, bool, bool]
 
 
 def region(text: str) -> tuple[list[Stretch], bool] | None:
-    r"""A text (``a < x \leq b``, intervals, ``\mathbb{R}``, unions) as a region; whether by relations."""
+    r"""A text (``a < x \leq b``, intervals, ``\mathbb{R}``, unions) as a region; whether it has relations."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
     set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
     text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
@@ -92,7 +92,7 @@ def _from_relation(text: str) -> Stretch | None:
     if len(parts) not in (3, 5):
         return None
     is_falling = parts[1] in (">", r"\geq")
-    parts = parts[::-1] if is_falling else parts  # read it from the smaller side
+    parts = parts[::-1] if is_falling else parts  # read from the smaller side
     strict, weak = (">", r"\geq") if is_falling else ("<", r"\leq")
     terms, signs = parts[::2], parts[1::2]
     if not {*signs} <= {strict, weak}:
@@ -111,7 +111,7 @@ def _from_relation(text: str) -> Stretch | None:
 
 
 def _is_end(text: str) -> bool:
-    """Whether a text has no variable: an end of a stretch."""
+    """Whether a text has no variable, so that it can be an end of a stretch."""
     constants = r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])|(?<![A-Za-z])[e](?![A-Za-z])"
     bare = re.sub(constants, "", text)
     return bool(text) and not re.search(r"[A-Za-z,]", bare)
@@ -119,7 +119,7 @@ def _is_end(text: str) -> bool:
 
 def as_tuples(text: str) -> str | None:
     """Assignments as tuples in the alphabetical order of their names: p=5, q=2; p=7, q=2 is (5,2), (7,2).
-    None for anything but whole groups of assignments to the same two to six names."""
+    None unless the text is complete groups of assignments to the same two to six names."""
     found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
     if len(found) < 2 or len(found) > 60 or None in found:
         return None
@@ -133,7 +133,7 @@ def as_tuples(text: str) -> str | None:
 
 
 def without_names(text: str) -> str | None:
-    """(x, y) = (1, 2) as (1, 2), where the names stand in alphabetical order."""
+    """(x, y) = (1, 2) as (1, 2), if the names are in alphabetical order."""
     match = _NAMES.match(text.strip())
     if match is None or (names := re.split(r"\s*,\s*", match[1])) != sorted(names):
         return None

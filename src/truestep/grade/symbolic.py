@@ -1,10 +1,10 @@
 """The processes that do algebra: ``python -m truestep.grade.symbolic DESCRIPTOR SECONDS MEMORY_MB``.
 
 The first one imports the algebra, says on the socket DESCRIPTOR that it is ready, and forks a worker for each
-socket that it is sent. A worker reads one JSON object a line, {"id", "gold", "found"}, and answers {"id",
-"equal", "note"}. It may be killed at any moment: it keeps nothing. Limits: the CPU time of each comparison
-(so that an orphan ends too), the address space on top of what the libraries take, and no writing to files at
-all.
+socket that it is sent. A worker reads one JSON object per line, {"id", "gold", "found"}, and answers {"id",
+"equal", "note"}. It may be killed at any moment, because it stores nothing. There are limits on the CPU time
+of each comparison (so that an orphan ends too) and on the address space on top of what the libraries take;
+files cannot be written at all.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def main() -> int:
     except ImportError as error:
         _say(control, {"missing": str(error.name)})
         return 3
-    compare(r"\frac{x^2-1}{x-1}", "x+1")  # imports and compiles what is done on first use
+    compare(r"\frac{x^2-1}{x-1}", "x+1")  # does the imports and compilation of a first use
     gc.collect()
-    gc.freeze()  # a collection in a worker then does not copy what is shared
+    gc.freeze()  # a garbage collection in a worker then does not copy shared memory
     _say(control, {"ready": os.getpid()})
     while True:
         line, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)  # one request, of a few bytes
@@ -73,7 +73,7 @@ def _work(channel: socket.socket, compare: Compare, seconds: float, memory_mb: i
             equal, note = compare(request["gold"], request["found"])
         except MemoryError:
             note = OUT_OF_MEMORY
-        # The algebra swallows a MemoryError and answers "different": a peak close to the limit is one.
+        # The algebra swallows a MemoryError and answers "different": a peak close to the limit counts as one.
         if not equal and _memory("VmPeak") > floor:
             note = OUT_OF_MEMORY
         _say(channel, {"id": request["id"], "equal": equal, "note": note})
@@ -87,9 +87,9 @@ def _comparison() -> Compare:
 
     reading = [LatexExtractionConfig(boxed_match_priority=-1)]
 
-    @lru_cache(maxsize=64)  # the gold answer that many completions are compared with
+    @lru_cache(maxsize=64)  # the same gold answer is compared with many completions
     def read(text: str) -> list[Any]:
-        # One formula, all of it or nothing: no hunting for a piece of the text that can be read.
+        # The whole text must be one formula; no readable piece of it is searched for.
         how: dict[str, Any] = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
         return list(parse(f"${text}$", reading, parsing_timeout=None, **how))
 
@@ -106,8 +106,8 @@ def _comparison() -> Compare:
 
 
 def _clearly_different(left: Any, right: Any) -> bool:
-    """Whether two formulas have values far apart, so that no proof of equality is needed: their own, or with
-    each variable set to a different prime, which every assumption on it allows."""
+    """Whether two formulas have values far apart, so that no proof is needed: their own values, or those with
+    each variable set to a different prime, which every assumption on the variables allows."""
     from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
 
     if any(isinstance(s, Symbol) or not isinstance(s, Expr) or s.has(UnevaluatedExpr) for s in (left, right)):
@@ -122,7 +122,7 @@ def _clearly_different(left: Any, right: Any) -> bool:
     try:
         x, y = (complex(side.evalf(20, subs=values) if values else side.evalf(20)) for side in (left, right))
     except (TypeError, ValueError, ArithmeticError, NotImplementedError, AttributeError, RecursionError):
-        return False  # no value to be had: the algebra decides
+        return False  # no value can be computed: the algebra decides
     return abs(x - y) > 1e-4 * max(1.0, abs(x), abs(y))
 
 
@@ -144,12 +144,12 @@ def _limit(kind: int, value: int, *, keep_hard: bool = False) -> None:
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     try:
         resource.setrlimit(kind, (value, hard if keep_hard else value))
-    except (ValueError, OSError):  # a system that does not know this limit: the parent's clock still holds
+    except (ValueError, OSError):  # a system without this limit: the parent's clock limit still applies
         return
 
 
 def _memory(field: str) -> int:
-    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB if the system does not tell."""
+    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB if it is not known."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 2**30)

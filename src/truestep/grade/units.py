@@ -1,4 +1,4 @@
-"""Units, currencies, number words and times of day as they stand in answers."""
+"""Units, currencies, number words and times of day as they occur in answers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _TIME = re.compile(r"(\d{1,2}):(\d{2})\s*(?:([ap])\.?\s?m\.?)?$", re.IGNORECASE 
 
 
 def scale(rest: str) -> tuple[int, str]:
-    """The factor that "million" and the like put behind a number, and what follows it."""
+    """The factor of "million" and the like after a number, and the text that follows it."""
     match = _SCALE.match(rest)
     return (_SCALES[match[1].lower()], rest[match.end() :]) if match else (1, rest)
 
@@ -84,14 +84,15 @@ def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool:
 
 
 def same_unit(left: str, right: str) -> bool:
-    """Whether two units are one, in more or fewer words: "degree" and "degree C", "apple", "red apple"."""
+    """Whether two units mean the same: "degree" and "degree C", "apple", "red
+    apple"."""
     one, other = set(left.split()), set(right.split())
     changes = (one ^ other) & {"per", *_SIZES}  # miles are not miles per hour
     return (one <= other or other <= one) and not changes
 
 
 def spelled_number(text: str) -> int | None:
-    """The number that a few English words are: twelve, forty-two, three hundred; None for anything else."""
+    """The number that a few English words mean: twelve, forty-two, three hundred; None for anything else."""
     total, last = 0, 1000
     for word in text.lower().replace("-", " ").split()[:4]:
         if word in ("hundred", "thousand") and 0 < total < 100:

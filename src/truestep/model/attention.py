@@ -1,6 +1,6 @@
 """Attention without padding: one flat row of tokens, and a ``Layout`` that says which tokens see which.
 
-Every decoder of transformers that looks its attention up in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
+Every decoder of transformers that looks up its attention in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
 arguments through to it. truestep registers one function there that takes a layout: packed training rows (with
 a shared prompt), prefill and decoding are three layouts of the same forward pass.
 
@@ -41,7 +41,7 @@ def attention_forward(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Called by transformers in every attention layer; without a layout plain scaled dot product."""
+    """Called by transformers in every attention layer; without a layout, it calls sdpa."""
     window = kwargs.get("sliding_window")
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -70,8 +70,8 @@ def register() -> None:
             return None
         return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
-    # Not compiled: the layer's number would be a constant, so that every layer is compiled again until the
-    # compiler's limit, and the others run uncompiled.
+    # Not compiled: the layer's number would be a constant, so every layer would be compiled separately, up to
+    # the compiler's limit, and the rest would run uncompiled.
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask)
 
@@ -92,11 +92,11 @@ class _Bucket:
 
 
 class PackedLayout:
-    """Segments that see themselves causally and their whole shared prefix, nothing else. Inside the attention
-    those of similar size run as one padded batch: one kernel call instead of one each."""
+    """Segments that each see themselves causally and their whole shared prefix, and nothing else. In the
+    attention, segments of similar size run as one padded batch, with one kernel call instead of one each."""
 
-    MOST_PADDING = 1.25  # padded work per real work inside a bucket
-    FREE_PAIRS = 1 << 14  # below this much work a kernel call costs more than padding does
+    MOST_PADDING = 1.25  # largest ratio of padded to real work in a bucket
+    FREE_PAIRS = 1 << 14  # below this much work, a kernel call costs more than padding
 
     def __init__(self, segments: Sequence[Segment], position_ids: Tensor) -> None:
         self.segments, self.position_ids = segments, position_ids
@@ -161,7 +161,7 @@ class PackedLayout:
         keys = torch.zeros(len(group), widest, dtype=torch.int64, device=device)
         plain = all(s.prefix_stop == s.prefix_start for s in group) and (window is None or longest <= window)
         mask = torch.zeros(len(group), longest, widest, dtype=torch.bool, device=device)
-        mask[:, :, 0] = True  # a padded query sees one token, or its softmax would be NaN
+        mask[:, :, 0] = True  # a padded query sees one token; otherwise its softmax would be NaN
         for row, s in enumerate(group):
             length, num_keys = s.stop - s.start, _num_keys(s)
             own = torch.arange(s.start, s.stop, device=device)

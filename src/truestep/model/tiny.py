@@ -44,7 +44,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     settings: TinySettings, vocabulary_size: int, context_length: int, seed: int
 ) -> PreTrainedModel:
-    """A freshly initialised Llama; a function of only the seed."""
+    """A freshly initialised Llama, which depends only on the seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""Advantages from the rewards of a group's G members. Pure functions; an unscored one (None) has none."""
+"""Pure functions: advantages from the rewards of a group's G members; an unscored member (None) has none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STD_EPSILON = 1e-6
 @dataclass(frozen=True, kw_only=True)
 class GroupView:
     """A group as gates and advantages see it, one value per member: its reward (None: unscored), whether it
-    solves the problem (None: unscored), and what it is: sampled by the policy, stored, or a demonstration."""
+    solves the problem (None: unscored), and its origin: sampled by the policy, stored, or a demonstration."""
 
     rewards: tuple[float | None, ...]
     solved: tuple[bool | None, ...]
@@ -75,7 +75,7 @@ def group_mean_std(group: GroupView) -> list[float | None]:
 
 
 def _of_own(advantage: Advantage) -> Advantage:
-    """The baseline over own members only; the others are not part of it and have advantage 0."""
+    """The advantage among own members only: the others are not in the baseline and get advantage 0."""
 
     def own(group: GroupView) -> list[float | None]:
         mine = {name: tuple(compress(column, group.is_own)) for name, column in vars(group).items()}

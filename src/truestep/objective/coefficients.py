@@ -3,7 +3,7 @@
 The gradient of nearly every objective in the field has this form; the loss's value does not matter for the
 update. Every input is detached and per token. p is the policy's probability of the token, r its ratio to the
 proximal policy, A the advantage. Shapes: M trained tokens.
-Held by: tests/numerics/test_coefficients.py (each against autograd of the paper's own surrogate).
+Held by: tests/numerics/test_coefficients.py (each is compared with autograd of the paper's surrogate).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def _column(name: str) -> property:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a coefficient may look at: its own token, its own sequence, and statistics of the whole step."""
+    """What a coefficient may use: its own token, its own sequence, and statistics of the whole step."""
 
     policy_logprobs: Tensor  # M, detached
     proximal_logprobs: Tensor  # M
     entropy: Tensor  # M, detached
     batch: TokenBatch
     step: int
-    statistics: Mapping[str, float] = field(default_factory=dict)  # of all tokens on all ranks of the step
+    statistics: Mapping[str, float] = field(default_factory=dict)  # over all tokens of the step on all ranks
 
     @property
     def ratio(self) -> Tensor:
@@ -72,12 +72,12 @@ Options = ParamSpec("Options")
 
 
 def with_options(function: Callable[Concatenate[Context, Options], Tensor]) -> Callable[Options, Coefficient]:
-    """The function without its context: called with its options, it gives a coefficient."""
+    """Separates the options from the context: called with its options, the result returns a coefficient."""
     return lambda *given, **named: lambda context: function(context, *given, **named)
 
 
-# Reductions over a token's own whole sequence, the only ones that a coefficient may make in a micro-batch:
-# sequences are never split. Shapes: [M] → [M].
+# Reductions over the whole sequence of a token. A coefficient may make no other reductions in a micro-batch,
+# since only sequences are never split. Shapes: [M] → [M].
 
 
 def sequence_sum(values: Tensor, batch: TokenBatch) -> Tensor:
@@ -136,13 +136,13 @@ def proximal_likelihood(clip_high: float) -> Coefficient:
 
 @with_options
 def sequence_weighted(context: Context, temperature: float, low: float, high: float) -> Tensor:
-    """C = clamp(exp(τ·mean_t(log π − log π_ref)), low, high), one a sequence: iw-SFT (arXiv:2507.12856)."""
+    """C = clamp(exp(τ·mean_t(log π − log π_ref)), low, high), one per sequence: iw-SFT (arXiv:2507.12856)."""
     gain = sequence_mean(context.policy_logprobs - context.reference_logprobs, context.batch)
     return bounded_exp(temperature * gain).clamp(low, high)
 
 
 def token_weighted(low: float, high: float) -> Coefficient:
-    """C = clamp(π/π_reference, low, high): iw-SFT's form by token (arXiv:2507.12856)."""
+    """C = clamp(π/π_reference, low, high): iw-SFT's form per token (arXiv:2507.12856)."""
     return lambda context: bounded_exp(context.policy_logprobs - context.reference_logprobs).clamp(low, high)
 
 
@@ -168,8 +168,8 @@ def importance(context: Context) -> Tensor:
 def clipped_ratio(context: Context, clip_low: float, clip_high: float, dual_clip: float = 0.0) -> Tensor:
     """C = A·r if the clipped surrogate still has a gradient: r ≤ 1+ε_high if A > 0, r ≥ 1−ε_low if A < 0.
 
-    With ``dual_clip`` c > 0 a token with A < 0 has none above r = c either. The log-ratio is clamped to ±20
-    first, which the surrogate does not do: it matters only for A < 0 and r > e²⁰.
+    With ``dual_clip`` c > 0, a token with A < 0 has no gradient above r = c either. Unlike in the surrogate,
+    the log-ratio is first clamped to ±20, which matters only for A < 0 and r > e²⁰.
     Source: PPO (arXiv:1707.06347), asymmetric as in DAPO (arXiv:2503.14476), dual clip (arXiv:1912.09729)."""
     gain, ratio = context.advantage, context.ratio
     below = ratio >= 1 - clip_low
@@ -187,7 +187,7 @@ def clipped_weight(clip_low: float, clip_high: float) -> Coefficient:
 def clipped_sequence_ratio(context: Context, clip_low: float, clip_high: float) -> Tensor:
     """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)): GSPO (arXiv:2507.18071).
 
-    The 1/|y| of the ratio's own gradient is that of the ``sequences`` normaliser."""
+    The factor 1/|y| in the ratio's gradient comes from the ``sequences`` normaliser."""
     gain = context.advantage
     ratio = bounded_exp(sequence_mean(context.policy_logprobs - context.proximal_logprobs, context.batch))
     return gain * ratio * torch.where(gain > 0, ratio <= 1 + clip_high, ratio >= 1 - clip_low)
@@ -203,8 +203,8 @@ def softly_gated(context: Context, temperature_right: float, temperature_wrong: 
 
 @with_options
 def implicit_negative(context: Context, low: float, high: float) -> Tensor:
-    """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on another, q the group's share of
-    correct ones, clamped: NFT (arXiv:2505.18116). With rewards of 0 and 1 the advantage is R − q."""
+    """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on any other; q is the group's clamped
+    share of correct samples: NFT (arXiv:2505.18116). With rewards of 0 and 1 the advantage is R − q."""
     gain, correct, ratio = context.advantage, context.batch.solved, context.ratio
     share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
     rest = ((1 - share * ratio) / (1 - share)).clamp(min=1.0)
@@ -213,8 +213,8 @@ def implicit_negative(context: Context, low: float, high: float) -> Tensor:
 
 @with_options
 def signed_by_verdict(context: Context, scale: float) -> Tensor:
-    """C = scale·exp(H) on a correct sample, −1 on another, H the mean entropy of the sequence: SRFT's own
-    samples (arXiv:2506.19767)."""
+    """C = scale·exp(H) on a correct sample, −1 on any other; H is the mean entropy of the sequence: SRFT's
+    own samples (arXiv:2506.19767)."""
     weight = scale * torch.exp(sequence_mean(context.entropy, context.batch))
     return torch.where(context.batch.solved, weight, -torch.ones_like(weight))
 
@@ -242,7 +242,7 @@ def shaped_replay(context: Context, beta: float) -> Tensor:
 @with_options
 def mixed_importance(context: Context, exponent: float) -> Tensor:
     """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222), a demonstration's ratio to the mixture of
-    the proximal policy and a behavior policy of ½(p_proximal+1), its advantage greater if p is small."""
+    the proximal policy and a behavior policy of ½(p_proximal+1); its advantage is greater if p is small."""
     p, old = context.probability, context.proximal_logprobs.exp()
     return context.advantage * (1 - p).clamp(min=0) ** exponent * 4 * p / (3 * old + 1)
 

@@ -1,4 +1,4 @@
-"""Controllers: the scalar state of a method, updated once a step by pure functions, in checkpoints."""
+"""Controllers: a method's scalar state, updated once per step by pure functions and saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class Controller:
 
 
 def phases(*, gamma: float, warmup_steps: int) -> Controller:
-    """Value ``imitate``: 1 in the warm-up, then with probability G_sft/(G_sft + γ·G_warmup), else 0. G is the
-    gradient norm of the last step that imitated, and of the last of the warm-up. Source: arXiv:2505.13026."""
+    """The value ``imitate`` is 1 in the warm-up, then 1 with probability G_sft/(G_sft + γ·G_warmup), else 0.
+    G_sft: gradient norm of the last step that imitated; G_warmup: of the last warm-up step. Source:
+    arXiv:2505.13026."""
 
     def decide(state: Scalars, step: int, draw: float) -> Scalars:
         total = state["norm"] + gamma * state["warmup_norm"]
@@ -39,8 +40,9 @@ def phases(*, gamma: float, warmup_steps: int) -> Controller:
 
 
 def learned_weights(*, policy: str, imitation: str, rate: float, least: float) -> Controller:
-    """Values ``policy`` and ``imitation``: e^(−2σ) of two losses, each σ following the gradient of e^(−2σ)·L
-    + σ. ``policy`` and ``imitation`` name the statistics that are L. Source: SuperRL (arXiv:2506.01096)."""
+    """The values ``policy`` and ``imitation`` are weights e^(−2σ) of two losses L; each σ descends the
+    gradient of e^(−2σ)·L + σ. The arguments of the same names are the names of the statistics used as L.
+    Source: SuperRL (arXiv:2506.01096)."""
     losses = {"policy": policy, "imitation": imitation}
 
     def decide(state: Scalars, step: int, draw: float) -> Scalars:
@@ -49,7 +51,7 @@ def learned_weights(*, policy: str, imitation: str, rate: float, least: float) -
     def learn(state: Scalars, step: int, values: Scalars, seen: Scalars) -> Scalars:
         found = dict(state)
         for name, loss in losses.items():
-            if loss in seen:  # a step without such tokens does not change their weight
+            if loss in seen:  # in a step without such tokens, their weight stays the same
                 found[name] = max(least, state[name] - rate * (1 - 2 * values[name] * seen[loss]))
         return found
 

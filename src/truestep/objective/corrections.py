@@ -1,4 +1,4 @@
-"""Changes to a coefficient: another advantage, or a weight for what engine and trainer disagree about."""
+"""Changes to a coefficient: a different advantage, or a weight for the mismatch of engine and trainer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from truestep.records import Origin
 
 @with_options
 def mismatch_weight(context: Context, correction: str, low: float, high: float) -> Tensor:
-    """The weight of a token by ρ = π_proximal/π_engine; 1 if the engine did not sample it.
+    """The weight of a token, from ρ = π_proximal/π_engine; 1 if the engine did not sample the token.
 
-    truncate min(ρ, high) (TIS) · clamp within [low, high] · drop ρ inside [low, high], else 0 (IcePop) · mask
-    1 inside, else 0 (MIS) · sequence min(Πρ, high) · geometric ρ if the sequence's geometric mean of ρ
-    is inside, else 0 (ρ itself is not bounded, as in OpenRLHF's code).
+    truncate: min(ρ, high) (TIS) · clamp: ρ limited to [low, high] · drop: ρ if in [low, high], else 0
+    (IcePop) · mask: 1 if in [low, high], else 0 (MIS) · sequence: min(Πρ, high) · geometric: ρ if the
+    sequence's geometric mean of ρ is in [low, high], else 0 (ρ itself is not bounded, as in OpenRLHF's code).
     Held by: tests/numerics/test_corrections.py"""
     batch = context.batch
     if batch.behavior_logprobs is None:  # no token of this micro-batch was sampled
@@ -54,8 +54,8 @@ def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tens
 
 @with_options
 def kl_in_reward(context: Context, beta: float) -> Tensor:
-    """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1 of itself and of what
-    follows it. With REINFORCE the gradient is that of the reverse KL."""
+    """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1 for itself and for the own
+    tokens after it. With REINFORCE the gradient is that of the reverse KL."""
     own = context.batch.origin == int(Origin.POLICY)
     charge = torch.where(own, context.proximal_logprobs - context.reference_logprobs, 0.0)
     charges = beta * coefficients.to_go(charge, context.batch)
@@ -63,5 +63,5 @@ def kl_in_reward(context: Context, beta: float) -> Tensor:
 
 
 def whitened(mean: str, std: str) -> Callable[[Context], Tensor]:
-    """(A − mean)/(std + 1e-8) by statistics of the step's own tokens (REINFORCE++, arXiv:2501.03262)."""
+    """(A − mean)/(std + 1e-8) with statistics of the step's own tokens (REINFORCE++, arXiv:2501.03262)."""
     return lambda context: (context.advantage - context.statistics[mean]) / (context.statistics[std] + 1e-8)

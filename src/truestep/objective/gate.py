@@ -1,4 +1,4 @@
-"""Gates: pure functions from one prompt's group to which of its members are trained, with which weight, and
+"""Gates: pure functions that decide which members of a prompt's group are trained and with which weight, and
 whether the prompt's demonstration is set aside for later."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from truestep.records import Origin
 
 @dataclass(frozen=True, kw_only=True)
 class GateDecision:
-    """``keep`` and ``weights``: one per member of the group; a dropped member counts in no denominator."""
+    """``keep``, ``weights``: one value per member. A dropped member is not counted in any denominator."""
 
     keep: tuple[bool, ...]
     weights: tuple[float, ...]
@@ -27,25 +27,26 @@ def _kept(keep: tuple[bool, ...], *, push: bool = False) -> GateDecision:
 
 
 def keep_scored(group: GroupView) -> GateDecision:
-    """Every scored member and the demonstration, weight 1. All-equal groups count in the denominator."""
+    """Keep every scored member and the demonstration, weight 1. All-equal groups count in the denominator."""
     pairs = zip(group.rewards, group.origins, strict=True)
     return _kept(tuple(r is not None or origin is Origin.EXPERT for r, origin in pairs))
 
 
 def drop_degenerate(group: GroupView) -> GateDecision:
-    """Nothing of a group whose own rewards are all equal. Source: DAPO (arXiv:2503.14476)."""
+    """``keep_scored``, unless all own rewards are equal: then drop the group. Source: DAPO
+    (arXiv:2503.14476)."""
     if group.is_degenerate:
         return GateDecision(keep=(False,) * len(group.rewards), weights=(0.0,) * len(group.rewards))
     return keep_scored(group)
 
 
 def imitate_where_unsolved(most_correct: int) -> Gate:
-    """Only the demonstration if at most ``most_correct`` own samples solve the problem, else only those.
+    """Only the demonstration if at most ``most_correct`` own samples solve the problem, else only samples.
 
-    −1 never imitates, the number of samples always. Source: arXiv:2509.04419 (HPT), 2506.01096 (SuperRL)."""
+    −1: never imitate; number of samples: always. Source: arXiv:2509.04419 (HPT), 2506.01096 (SuperRL)."""
 
     def gate(group: GroupView) -> GateDecision:
-        if not group.own_solved:  # no own sample has a score: an unscored sample is not a wrong one
+        if not group.own_solved:  # no own sample is scored, and unscored does not mean incorrect
             return _kept((False,) * len(group.origins))
         imitate = sum(group.own_solved) <= most_correct
         pairs = zip(keep_scored(group).keep, group.origins, strict=True)

@@ -1,9 +1,10 @@
 """The chunked head: per-token log-probability and entropy, both differentiable, at the sampling temperature.
 
-The logits of a whole micro-batch never exist at once: each chunk's are made, reduced and dropped, and made
-again in the backward pass. Softmax arithmetic is in ``promote_types(dtype, float32)``: float64 stays float64.
+The logits of a whole micro-batch never exist at once: each chunk is computed, reduced and dropped, and
+computed again in the backward pass. Softmax arithmetic is in ``promote_types(dtype, float32)``: float64 stays
+float64.
 
-Shapes: M trained tokens, C tokens of a chunk, D hidden size, V vocabulary.
+Shapes: M trained tokens, C tokens in a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def chunked_logprobs(
     Held by: tests/numerics/test_chunked_head.py"""
     if hidden.shape[0] == 0:  # an all-masked micro-batch: an exact zero that still has a graph
         zero = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).sum(1)
-        # The graph reaches the head too: FSDP reduces what has a gradient, the same on all ranks.
+        # The graph reaches the head too: what has a gradient, FSDP reduces, so all ranks must agree.
         zero = zero + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
         return zero, zero
     out: tuple[Tensor, Tensor] = _ChunkedHead.apply(hidden, weight, bias, targets, temperature)
@@ -112,7 +113,7 @@ def chunked_logprobs(
 
 
 def logprobs_from_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same from logits [M, V] that exist already: for heads that are more than one matrix product."""
+    """The same from existing logits [M, V], for heads that are more than one matrix product."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     logp = torch.log_softmax(logits.to(wide) / temperature, dim=-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

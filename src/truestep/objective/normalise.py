@@ -1,7 +1,8 @@
 """The one division. A loss is Σ (weighted token values) ÷ a global total, and only this file divides.
 
-Totals are counted over all micro-batches and all ranks before the first forward pass. No other code divides:
-no micro-batch by its own count, no accumulation factor, no wrapper that averages gradients over ranks.
+Totals are counted over all micro-batches and all ranks before the first forward pass. Nothing else divides:
+micro-batches are not divided by their own count, there is no accumulation factor, and no wrapper averages
+gradients over ranks.
 Held by: tests/architecture/test_one_division.py, tests/numerics/test_invariance.py
 """
 
@@ -17,7 +18,7 @@ from truestep.records import TokenBatch
 
 
 class Normaliser(enum.StrEnum):
-    """What Σ over tokens is divided by; all counts are those of one optimizer step over all ranks."""
+    """What the sum over tokens is divided by; all counts are over one optimizer step and all ranks."""
 
     TOKENS = "tokens"  # N_tok: DAPO, SFT, the paper's RL
     SEQUENCES = "sequences"  # 1/|y| within a sequence, then 1/N_seq: GRPO, GSPO
@@ -39,7 +40,7 @@ def normalise(
 ) -> Tensor:
     """Σ_t values_t ÷ (share_t · total): a micro-batch's part of the loss. Shapes: values [M] → scalar.
 
-    Raises ZeroDivisionError for a term without tokens: the step leaves such terms out."""
+    Raises ZeroDivisionError for a term without tokens: the step skips such terms."""
     if total <= 0:
         raise ZeroDivisionError("a term whose global total is 0 has no loss")
     constant = max_length if normaliser is Normaliser.MAX_LENGTH else 1

@@ -1,7 +1,7 @@
-"""Plans: what is sampled for a prompt, round by round, and which of it makes the group.
+"""Plans: what is sampled for a prompt, round by round, and which rounds make up the group.
 
 A plan is a pure function of the results of earlier rounds and of one random number that the caller draws, so
-that it can be replayed after a kill.
+that a killed run can repeat it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class RoundResult:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanState:
-    """What a plan may look at. ``draw`` is uniform in [0, 1), one for each prompt of a step; ``controls`` are
-    the values of the method's controller for this step; ``has_stored`` says that a stored sample of the
-    prompt was chosen."""
+    """What a plan may use. ``draw`` is uniform in [0, 1), one for each prompt of a step; ``controls`` are the
+    values of the method's controller for this step; ``has_stored`` is True if a stored sample of the prompt
+    was chosen."""
 
     step: int
     num_samples: int
@@ -47,7 +47,7 @@ class PlanState:
     has_stored: bool = False
 
 
-# → the rounds to be sampled next, together, or which of those so far make the group.
+# Returns the rounds to be sampled next, together, or which of the rounds so far make up the group.
 NextRounds = Callable[[PlanState], Sequence[Round] | Done]
 
 
@@ -78,13 +78,13 @@ def _own(state: PlanState, without: int = 0) -> Round:
 
 
 own = _once(lambda state: (_own(state),), needs_demonstrations=False)
-"""All samples from the current policy: every on-policy method."""
+"""All samples come from the current policy (every on-policy method)."""
 
 with_demonstration = _once(lambda state: (_own(state, 1), DEMONSTRATION))
 """The demonstration takes the place of one sample (LUFFY)."""
 
 beside_demonstration = _once(lambda state: (_own(state), DEMONSTRATION))
-"""The demonstration joins all samples (SRFT; HPT's gate then chooses between them)."""
+"""The demonstration is added to all samples (SRFT; HPT's gate then chooses between them)."""
 
 with_replay = _once(
     lambda state: (_own(state, 1), Round(num_samples=1, stored=True)) if state.has_stored else (_own(state),),
@@ -94,7 +94,7 @@ with_replay = _once(
 
 
 def one_prefix(low: Schedule, high: float) -> Plan:
-    """One sample continues a prefix of uniform length in [low(step), high], the others none (Prefix-RFT)."""
+    """One sample continues a prefix of uniform length in [low(step), high]; others do not (Prefix-RFT)."""
 
     def rounds(state: PlanState) -> Sequence[Round]:
         start = low(state.step)
@@ -105,7 +105,7 @@ def one_prefix(low: Schedule, high: float) -> Plan:
 
 def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> Plan:
     """All samples continue the same k of ``num_segments`` parts, k ~ Binomial(num_segments,
-    probability(step)); none from ``num_steps`` on (UFT)."""
+    probability(step)); from ``num_steps`` on there is no prefix (UFT)."""
 
     def rounds(state: PlanState) -> Sequence[Round]:
         k = _binomial(state.draw, num_segments, probability(state.step)) if state.step < num_steps else 0
@@ -129,8 +129,8 @@ def _binomial(draw: float, count: int, probability: float) -> int:
 
 
 def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
-    """Micro-groups of ½, ¼, ⅛ and ⅛ of the samples. After each, a share of successes so far below its
-    threshold gives the next one the prefix of that level; otherwise it is not guided (TRAPO)."""
+    """Micro-groups of ½, ¼, ⅛ and ⅛ of the samples. If the share of successes so far is below a level's
+    threshold, the next micro-group gets the prefix of that level; otherwise it gets none (TRAPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples
@@ -139,7 +139,7 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
         sampled = sum(len(o.solved) for o in state.history)
         if sampled == n:
             return Done()
-        # The level belongs to the place in the sequence; small groups have no members at some of them.
+        # The level is the place in the sequence of micro-groups; small groups have no members at some levels.
         level = next(i for i in range(len(sizes)) if sum(sizes[: i + 1]) > sampled)
         solved = sum(o.num_solved for o in state.history)
         if level == 0 or solved >= thresholds[level - 1] * sampled:
@@ -150,8 +150,9 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
 
 
 def anchored(num_episodes: int, low: float, high: float) -> Plan:
-    """Ordinary samples; if none is right, a binary search for the shortest prefix, as context, after which
-    the share of right samples is in [low, high] (BREAD). If there is none, the ordinary samples stay."""
+    """Ordinary samples; if none is correct, a binary search finds the shortest prefix, used as context, after
+    which the share of correct samples is in [low, high] (BREAD). Without such a prefix, the ordinary samples
+    stay."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples
@@ -176,8 +177,8 @@ def anchored(num_episodes: int, low: float, high: float) -> Plan:
 
 
 def hinted(fractions: Sequence[float]) -> Plan:
-    """Ordinary samples; if none is right, all are replaced by samples under a prompt that shows more and
-    more of the solution, until one is right (GHPO)."""
+    """Ordinary samples; if none is correct, all are replaced by samples under a prompt that shows more and
+    more of the solution, until one is correct (GHPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         done = len(state.history)
@@ -191,5 +192,5 @@ def hinted(fractions: Sequence[float]) -> Plan:
 
 
 def one_or_the_other(control: str) -> Plan:
-    """Only the demonstration while the control is 1, only samples while it is 0 (SASR)."""
+    """Only the demonstration if the control is 1, only samples if it is 0 (SASR)."""
     return _once(lambda state: (DEMONSTRATION if state.controls[control] else _own(state),))

@@ -18,7 +18,8 @@ def cosine(start: float, end: float, num_steps: int) -> Schedule:
 
 
 def warmed_cosine(*, valley: float, peak: float, warmup_steps: int, decay_steps: int) -> Schedule:
-    """Linear from 0 to the peak, a cosine down to the valley, then constant: CHORD's μ (arXiv:2508.11408)."""
+    """Linear from 0 to the peak, cosine down to the valley, then constant: CHORD's μ
+    (arXiv:2508.11408)."""
     decay = cosine(peak, valley, decay_steps)
     return lambda step: peak * step / warmup_steps if step < warmup_steps else decay(step - warmup_steps)
 
@@ -26,7 +27,7 @@ def warmed_cosine(*, valley: float, peak: float, warmup_steps: int, decay_steps:
 def learning_rate(
     *, peak: float, kind: str, total_steps: int, warmup_fraction: float, min_ratio: float
 ) -> Schedule:
-    """Linear warm-up over W = ⌈fraction·T⌉ steps from peak/W, then constant, or a cosine to min_ratio·peak.
+    """Linear warm-up over W = ⌈fraction·T⌉ steps from peak/W, then constant or a cosine to min_ratio·peak.
 
     Source: arXiv:2604.23747, app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant)."""
     warmup = math.ceil(warmup_fraction * total_steps)

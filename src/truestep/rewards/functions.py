@@ -21,7 +21,8 @@ def format_reward(
 ) -> list[float]:
     """1 if the completion has the required form, else 0: each tag of ``tags`` opens and closes once, in this
     order, with text inside; text follows the last tag if that is "think". ``opened``: the prompt ends with
-    the first opening tag. ``pattern`` instead: a regular expression for it all ("." matches line breaks)."""
+    the first opening tag. ``pattern`` replaces ``tags``: a regular expression for the whole text ("." matches
+    line breaks)."""
     body = r"\s*".join(rf"<{re.escape(tag)}>.*\S.*</{re.escape(tag)}>" for tag in tags)
     rest = r".*\S\s*" if tags and tags[-1] == "think" else r"\s*"
     try:
@@ -42,7 +43,7 @@ def length_reward(
     correct_only: bool = True,
 ) -> list[float | None]:
     """1 for an empty completion, falling to 0 at ``budget`` tokens (0: the length limit) and beyond. With
-    ``correct_only`` an incorrect one gets 0 (a short wrong one gains nothing), an unscored one None."""
+    ``correct_only`` an incorrect one gets 0 (a short wrong answer gains nothing), an unscored one None."""
     if budget < 0 or shape not in ("linear", "cosine"):
         raise UserError(
             'options: budget or shape is not valid; set budget >= 0, shape = "linear" or "cosine"'
@@ -62,7 +63,7 @@ def overlong_penalty(
     samples: Sequence[RewardInput], *, fraction: float = 0.2, penalty: float = 0.5
 ) -> list[float]:
     """0, falling linearly to −``penalty`` over the last ``fraction`` of the length limit. DAPO subtracts up
-    to 1 from rewards of ±1: ½ of rewards of 0 and 1. Source: DAPO (arXiv 2503.14476), equation 13"""
+    to 1 from rewards of ±1: for rewards of 0 and 1, ½. Source: DAPO (arXiv 2503.14476), equation 13"""
     if not 0 < fraction <= 1:
         raise UserError("options.fraction: must be above 0 and at most 1")
     values = []

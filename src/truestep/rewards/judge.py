@@ -1,8 +1,8 @@
 """A language model behind an OpenAI-compatible endpoint as a reward, with the standard library's HTTP client.
 
-The completion is data between marks that the policy cannot predict, and a score counts only after such a mark
-on the last line of the judge's answer: an echo of the completion is never a score. The mark is a hash of the
-content, so that equal questions are equal requests whose answer can be stored.
+The completion is placed between marks that the policy cannot predict, and a score counts only after such a
+mark on the last line of the judge's answer: an echo of the completion is never a score. The mark is a hash of
+the content, so that the same question makes the same request, whose answer can be stored.
 Held by: tests/rewards/test_llm_judge.py"""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PROMPT = (
 LOOKALIKE = re.compile(r"\[(?:BEGIN|END)\b[^\]\n]*\]|SCORE-[0-9a-f]*:?", re.IGNORECASE)
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 MAX_ANSWER = 1 << 20  # bytes
-HANDLERS = (  # those of urllib that a request over HTTP needs, without the one that follows redirections
+HANDLERS = (  # the handlers of urllib that an HTTP request needs, without the one that follows redirects
     urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
     urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler,
 )  # fmt: skip
@@ -66,8 +66,8 @@ class JudgeSettings(Frozen):
 
 
 def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -> list[Value]:
-    """A judge's score between 0 and 1; unscored without one, a failure if all attempts fail. Answers are
-    stored in ``judge.jsonl`` in the run's folder, by a hash of the question."""
+    """A judge's score between 0 and 1; the sample is unscored if the judge gives none, and failed if all
+    attempts fail. Answers are stored in ``judge.jsonl`` in the run's folder, by a hash of the question."""
     settings = parse(JudgeSettings, options, where="options")
     if settings.key_env and not os.environ.get(settings.key_env):
         raise UserError(f"options.key_env: the environment variable {redact(settings.key_env)} is not set")
@@ -103,7 +103,7 @@ def read_score(text: str, mark: str, scale: float) -> float | Unscored:
 
 @functools.cache
 class Judge:
-    """One endpoint, used by several threads at once; one for equal ``settings``, as JSON, and folder."""
+    """One endpoint, used by several threads at once; the same ``settings`` (as JSON) and folder share it."""
 
     def __init__(self, settings_json: str, folder: str) -> None:
         settings = self.settings = JudgeSettings.model_validate_json(settings_json)
@@ -159,7 +159,7 @@ class Judge:
         time.sleep(max(0.0, at - time.monotonic()))
 
     def _back_off(self, error: Exception, seconds: float) -> None:
-        """Retry-After holds for all threads; without it only this one waits."""
+        """Retry-After applies to all threads; without it only this one waits."""
         asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
         if re.fullmatch(r"\d{1,4}(\.\d+)?", asked or ""):
             with self._lock:
@@ -173,7 +173,7 @@ class Judge:
             self._known[mark] = text
             if self._path:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("ab") as file:  # one write: whole lines also from several processes
+                with self._path.open("ab") as file:  # one write: lines stay whole even with several processes
                     file.write(b"\n" + json.dumps({"key": mark, "answer": text}).encode())
 
     def _cleaned(self, what: object) -> str:

@@ -1,6 +1,6 @@
 """The worker processes of one reward function: start, call, monitor and kill them.
 
-A batch that fails as a whole (an exception, no time, no memory, a dead worker) is repeated sample by sample,
+A batch that fails as a whole (an exception, a timeout, too much memory, a dead worker) is repeated by sample,
 so that one sample does not fail the others.
 """
 
@@ -29,10 +29,10 @@ from truestep.rundir import redact
 from truestep.user_code import Source
 
 POLL_SECONDS = 0.1  # between two measurements of a worker's memory
-START_SECONDS = 600.0  # to load a function and its state
-RETRY_TIME = 3.0  # times timeout_seconds, for the samples of a failed batch together
-MIN_SAMPLES = 20  # a share of fewer samples is noise: steps are counted together until there are as many
-OUTPUT_TAIL = 4000  # bytes of what a worker printed that a failure shows
+START_SECONDS = 600.0  # seconds to load a function and its state
+RETRY_TIME = 3.0  # times timeout_seconds: the time for all samples of a failed batch together
+MIN_SAMPLES = 20  # a share of fewer samples is noise: steps are counted together until there are this many
+OUTPUT_TAIL = 4000  # bytes of a worker's output that a failure shows
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -42,7 +42,7 @@ class WorkerFailed(Exception):
 
 def processes(root: int) -> dict[int, int]:
     """Resident bytes of a worker and each process that it has started, by process id; empty without /proc.
-    Shared pages count for each."""
+    Shared pages count for each process."""
     found: dict[int, tuple[int, int, int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
@@ -70,7 +70,7 @@ class Worker:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
                 pass_fds=(far_end.fileno(),),
-                start_new_session=True,  # one signal ends all that it starts; Ctrl-C is for the parent
+                start_new_session=True,  # one signal ends all its children too; Ctrl-C is for the parent
             )  # fmt: skip
         assert self.process.stdout is not None
         self._output = self.process.stdout
@@ -80,7 +80,7 @@ class Worker:
         self._send(setup, START_SECONDS)
 
     def loaded(self) -> Answer:
-        """Wait until the function is loaded: a failed Answer if it cannot be."""
+        """Wait until the function is loaded; returns a failed Answer if it cannot be loaded."""
         found = self._receive(START_SECONDS)
         return self.failed(**found) if found["failed"] else Answer(**found)
 
@@ -154,7 +154,7 @@ class Worker:
         return WorkerFailed(f"the worker process {how}")
 
     def kill(self) -> None:
-        """Kill it and everything it has started, and wait for their end."""
+        """Kill it and everything it has started, and wait until they have ended."""
         for _ in range(50):
             family = processes(self.process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):  # the only way without /proc

@@ -35,7 +35,7 @@ class Answer:
 
 
 def to_json(value: Any) -> bytes:
-    """One line. Records become tables; what JSON does not have (a date in a column) becomes text."""
+    """One line of JSON. Records become objects; values that JSON lacks (a date in a column) become text."""
     return json.dumps(value, default=_plain).encode("ascii") + b"\n"
 
 

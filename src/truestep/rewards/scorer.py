@@ -71,7 +71,7 @@ class RewardScorer:
             check()
             done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_EXCEPTION)
             for future in done:
-                future.result()  # raises what the thread raised
+                future.result()  # raises the thread's exception
         answers: dict[str, list[Answer]] = {}
         for entry in self._entries:
             if entry.name in self._pools:
@@ -103,7 +103,7 @@ class RewardScorer:
 
 
 def fair_coin(sample: RewardInput) -> float:
-    """0 or 1, a function of only the sample's identity: a control for gains that do not come from the reward.
+    """0 or 1, depending only on the sample's identity: a control for gains that do not come from the reward.
     Held by: tests/rewards/test_scorer.py"""
     item = f"{sample.problem.id}/{sample.sample}"
     return float(generator(sample.seed, Purpose.RANDOM_REWARD, sample.step, item).random() < 0.5)

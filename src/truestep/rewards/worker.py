@@ -37,7 +37,7 @@ def failed(raised: Raised) -> Answer:
 
 
 def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]) -> list[Any]:
-    """One value for each sample. Raises UserError if it returns anything else."""
+    """One value for each sample. Raises UserError if the function returns anything else."""
     output = reward(samples, **options)
     if isinstance(output, str | Mapping) or not hasattr(output, "__iter__"):
         raise UserError(f"returned {_shown(output)}; expected a list with one value for each sample")
@@ -48,7 +48,7 @@ def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequen
 
 
 def answer(value: Any) -> Answer:
-    """One value as an Answer. A mapping's value is its key "reward", or the sum of all."""
+    """One value as an Answer. A mapping's value is that of its key "reward", or the sum of all."""
     if value is None:
         return Answer(reason="the function returned None")
     if isinstance(value, Unscored):
@@ -64,7 +64,7 @@ def answer(value: Any) -> Answer:
 
 
 def _number(value: Any) -> float:
-    number = value.item() if hasattr(value, "item") else value  # of numpy and torch
+    number = value.item() if hasattr(value, "item") else value  # scalars of numpy and torch
     if not isinstance(number, numbers.Real):
         raise UserError(f"returned {_shown(value)}; expected a number, None or a mapping of numbers")
     try:

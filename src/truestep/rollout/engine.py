@@ -1,4 +1,4 @@
-"""The interface of what samples tokens: token ids in, token ids out, never text."""
+"""The interface of an engine that samples tokens: token ids in, token ids out, never text."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class SamplingParameters:
     stop_sequences: tuple[tuple[int, ...], ...] = ()
 
     def ends(self, tokens: Sequence[int]) -> bool:
-        """Whether these tokens, at least one, are a completion that has stopped by itself."""
+        """Whether these tokens (at least one) are a completion that has stopped by itself."""
         ended = any(tuple(tokens[-len(s) :]) == s for s in self.stop_sequences)
         return ended or tokens[-1] in self.stop_token_ids
 
     @property
     def distribution(self) -> Distribution:
-        """The distribution of these samples' behavior log-probabilities."""
+        """The distribution that these samples' behavior log-probabilities refer to."""
         return Distribution(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
 
@@ -69,7 +69,7 @@ def sampled_rollout(
     logprobs: Sequence[float] | None,
     error: str = "",
 ) -> Rollout:
-    """The answer to a request: every token is sampled by one version of the policy."""
+    """The answer to a request: every token was sampled by the same version of the policy."""
     num, stopped = len(tokens), bool(tokens) and sampling.ends(tokens)
     return Rollout(
         problem_id=request.problem_id,
@@ -102,7 +102,7 @@ class Engine(Protocol):
         """Make the given weights the ones that the next ``generate`` samples from."""
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by the engine's weights, to check it."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` under the engine's weights, for checks."""
 
     def take_cost(self) -> Ledger:
-        """The work since the last call: tokens of prompts, of prefill and decoding together, and pairs."""
+        """The work since the last call: prompt tokens, tokens of prefill and decoding, query-key pairs."""

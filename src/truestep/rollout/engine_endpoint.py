@@ -1,7 +1,7 @@
-"""Any OpenAI-compatible endpoint: text in, text out. For models that another server runs; it cannot train.
+"""Any OpenAI-compatible endpoint: text in, text out. Another server runs the model, so it cannot be trained.
 
-The openai client waits, retries with backoff and obeys Retry-After. A request that fails for good is a sample
-with an error, never an empty answer. The key comes only from the environment and is never written.
+The openai client waits, retries with backoff and obeys Retry-After. A request that finally fails gives a
+sample with an error, never an empty answer. The key comes only from the environment and is never written out.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 KEY_NAMES = ("TRUESTEP_API_KEY", "OPENAI_API_KEY")
-CONCURRENT = 16  # requests under way at once
+CONCURRENT = 16  # requests in progress at once
 TIMEOUT_SECONDS = 1800.0  # for one answer; 8192 tokens on a slow server take a while
 RETRIES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """One answer to be written: to chat turns, or as a continuation of ``text`` if it is given."""
+    """A request for one answer: a reply to chat turns, or a continuation of ``text`` if it is given."""
 
     problem_id: str
     sample_index: int
@@ -69,12 +69,12 @@ def text_seed(request: SampleRequest) -> int:
 
 @contextmanager
 def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) -> Iterator[OpenAI]:
-    """A client of the endpoint. Raises UserError if nothing answers or the key is refused."""
+    """A client for the endpoint. Raises UserError if no server answers or the key is refused."""
     try:
         import openai
     except ModuleNotFoundError:
         remedy = 'pip install "truestep[endpoint]"'
-        raise UserError(f'engine = "{url}" needs the package openai; {remedy}') from None
+        raise UserError(f'engine = "{url}" needs the openai package; {remedy}') from None
     base = url.rstrip("/")
     base = base if "/" in base.partition("://")[2] else f"{base}/v1"
     key, shown = _key() or "none", redact(url)
@@ -84,8 +84,8 @@ def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) 
         except (openai.AuthenticationError, openai.PermissionDeniedError):
             raise UserError(f"engine = {shown!r}: the key is refused; set {' or '.join(KEY_NAMES)}") from None
         except openai.APIConnectionError as error:
-            reason = f"nothing answers there ({_reason(error)})"
-            raise UserError(f"engine = {shown!r}: {reason}; start it, or correct the URL") from None
+            reason = f"no server answers ({_reason(error)})"
+            raise UserError(f"engine = {shown!r}: {reason}; start the server, or correct the URL") from None
         except openai.APIError:
             pass  # not every server lists its models
         yield client
@@ -101,8 +101,8 @@ def each(
     limit: int,
     check_stop: Callable[[], None],
 ) -> Iterator[Answer]:
-    """``function`` of every request, at most ``limit`` at once in threads, as they finish. ``check_stop`` is
-    called meanwhile and may raise: requests under way are then dropped."""
+    """Yield ``function(request)`` for every request as they finish; at most ``limit`` run at once, in
+    threads. ``check_stop`` is called meanwhile and may raise; requests in progress are then dropped."""
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=limit)
     waiting = iter(requests)
     running: set[concurrent.futures.Future[Answer]] = set()
@@ -191,6 +191,6 @@ def _failed(request: TextRequest, reason: str) -> TextSample:
 
 
 def _reason(error: Exception) -> str:
-    """One line of what went wrong, without anything that looks like a key."""
+    """One line that says what went wrong, without anything that looks like a key."""
     text, key = " ".join(str(error).split())[:300] or type(error).__name__, _key()
     return redact(text.replace(key, "[redacted]") if key else text)

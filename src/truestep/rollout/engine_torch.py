@@ -1,9 +1,9 @@
-"""The default engine, for any causal model: batched sampling with a KV cache and refill of finished rows.
+"""The default engine, for any causal model: batched sampling with a KV cache; finished rows are refilled.
 
 Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a
 decoding step. A prompt that several waiting samples share is prefilled once, as is the common beginning of
-all prompts of a prefill (worked examples before each problem). Running rows occupy the first slots of the
-cache, so that a decoding step reads a view of it; the slot of a finished row is filled by the last one.
+all prompts in a prefill (worked examples before each problem). Running rows occupy the first slots of the
+cache, so that a decoding step reads a view of it; the slot of a finished row is filled by the last row.
 
 Shapes: R running rows, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
 """
@@ -32,9 +32,9 @@ from truestep.seeding import Purpose
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PREFILL_TOKENS = 2048  # prompt tokens forwarded at once: memory only
-SHARED_TOKENS = 64  # the shortest beginning of all prompts that is worth a separate segment
-ROUND_UP = 32  # cached lengths are read in multiples, so that kernels see few shapes
+PREFILL_TOKENS = 2048  # prompt tokens forwarded at once; affects only memory
+SHARED_TOKENS = 64  # the shortest common beginning of all prompts that is worth a separate segment
+ROUND_UP = 32  # cached lengths are read in multiples of this, so that kernels see few shapes
 
 
 @dataclass
@@ -50,7 +50,7 @@ class _Row:
 
 
 class KvCache:
-    """Keys and values of all slots: one pair of tensors [slots, K, T, D] a layer, made on its first write."""
+    """Keys and values of all slots: one pair of tensors [slots, K, T, D] per layer, made on first write."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
@@ -108,11 +108,12 @@ class _DecodeLayout:
         keys, values = self.cache.of(layer, key)
         keys[self.rows, :, self.position] = key.transpose(0, 1)
         values[self.rows, :, self.position] = value.transpose(0, 1)
-        # The query heads that share a key-value head become rows of one product: no repeated keys. Two plain
-        # products are faster than a fused kernel here: it is made for many queries a row, and there is one.
+        # The query heads that share a key-value head become rows of one product, so keys are not repeated.
+        # Two plain products are faster here than a fused kernel, which is made for many queries per row; here
+        # there is one.
         heads = num_rows * kv_heads
         grouped = (query.transpose(0, 1) * scaling).reshape(heads, -1, query.shape[2])
-        # What the running rows have cached, as one batch of their heads: [R K, T read, D], views.
+        # The cache of the running rows, as one batch of their heads: [R K, T read, D], views.
         keys, values = (slots.flatten(0, 1)[:heads, : self.read] for slots in (keys, values))
         scores = torch.bmm(grouped, keys.transpose(1, 2))
         scores = scores.view(num_rows, kv_heads, -1, self.read) + self._mask(window)
@@ -129,7 +130,7 @@ class _DecodeLayout:
 
 
 class TorchEngine:
-    """Samples with the given model; with ``packs`` False one row at a time through the model's cache."""
+    """Samples from the given model; if ``packs`` is False, one row at a time through the model's cache."""
 
     def __init__(self, model: PreTrainedModel, *, max_running: int = 64, packs: bool = True) -> None:
         self.model, self.max_running, self.packs = model, max_running, packs
@@ -162,7 +163,7 @@ class TorchEngine:
             self.model.train(was_training)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Copy the weights in, unless they are this model's own tensors already."""
+        """Copy the weights in, unless they are already this model's own tensors."""
         own = dict(self.model.named_parameters())
         if set(own) != set(weights):
             different = sorted(set(own) ^ set(weights))[:3]
@@ -175,7 +176,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` by this engine's prefill and decoding."""
+        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` from this engine's prefill and decoding."""
         forced = tuple(token_ids[num_prompt_tokens:])
         sampling = SamplingParameters(temperature=temperature, max_new_tokens=len(forced), stop_token_ids=())
         request = SampleRequest(
@@ -191,7 +192,7 @@ class TorchEngine:
         try:
             list(self._sampled(deque([row]), sampling, lambda: None))
         finally:
-            self._prefilled, self._decoded, self._pairs = cost  # a probe is not work of the run
+            self._prefilled, self._decoded, self._pairs = cost  # a probe is not part of the run's work
         return row.logprobs
 
     def take_cost(self) -> Ledger:
@@ -226,7 +227,7 @@ class TorchEngine:
     def _admit(
         self, waiting: deque[_Row], running: list[_Row], cache: KvCache, sampling: SamplingParameters
     ) -> None:
-        """Prefill waiting rows into the free slots; neighbors with one prompt share its prefill."""
+        """Prefill waiting rows into the free slots; adjacent rows with the same prompt share its prefill."""
         shares: list[list[_Row]] = []
         free = cache.num_slots - len(running)
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
@@ -314,8 +315,8 @@ class TorchEngine:
 
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many first tokens all prompts share, 0 if too few; each keeps at least one of its own."""
-    first, last = min(prompts), max(prompts)  # all prompts in between share what these two share
+    """How many leading tokens all prompts share, 0 if too few; each prompt keeps at least one more token."""
+    first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share too
     most = min(map(len, prompts)) - 1
     same = next((i for i in range(most) if first[i] != last[i]), most)
     return same if first != last and same >= SHARED_TOKENS else 0

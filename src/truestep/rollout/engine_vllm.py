@@ -1,7 +1,8 @@
 """vLLM in a separate environment and process, over HTTP on this machine: token ids in, token ids out.
 
-It evaluates only: weights cannot be published into it. The seed of a request depends on its coordinates, but
-vLLM's random numbers are not truestep's: the same distribution, other samples. Greedy tokens agree.
+It only evaluates: weights cannot be published to it. The seed of a request depends on its coordinates, but
+vLLM's random numbers are not truestep's: the distribution is the same, the samples differ. Greedy tokens
+agree.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SERVED = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class VllmServer:
-    """What is to be served. ``options`` are further arguments of vLLM's command line."""
+    """What to serve. ``options`` are further arguments for vLLM's command line."""
 
     model: str
     dtype: str
@@ -66,7 +67,7 @@ def python_with_vllm() -> str:
 
 @contextmanager
 def serve(server: VllmServer) -> Iterator[VllmEngine]:
-    """Start vLLM, wait until it answers, and end it with all its children.
+    """Start vLLM and wait until it answers; at the end, end it and all its children.
 
     Raises UserError with its last error message if it does not start."""
     python, port = python_with_vllm(), _free_port()
@@ -134,7 +135,7 @@ class VllmEngine:
             yield rollout
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Raises UserError: not possible."""
+        """Raises UserError: weights cannot be published to vLLM."""
         raise UserError('engine = "vllm" evaluates only; train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
@@ -158,7 +159,7 @@ class VllmEngine:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
             "stop_token_ids": list(sampling.stop_token_ids),
-            "ignore_eos": True,  # the stop tokens are the request's own
+            "ignore_eos": True,  # only the request's stop tokens end a completion
             "seed": text_seed(request),
             "logprobs": 0,
             "return_token_ids": True,
@@ -173,7 +174,7 @@ class VllmEngine:
             return answered((), (), f"vllm: {_reason(failure)}")
         if sampling.temperature == 0:
             logprobs = [0.0] * len(tokens)  # the distribution is a point
-        return answered(tokens, logprobs, "" if tokens else "vllm: sent no token")
+        return answered(tokens, logprobs, "" if tokens else "vllm: the server sent no token")
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
         data = json.dumps({"model": SERVED, **body}).encode()
@@ -185,6 +186,6 @@ class VllmEngine:
 
 
 def _reason(error: Exception) -> str:
-    """One line; for an answer with an HTTP status its body."""
+    """The error in one line: the body of an answer with an HTTP error status, otherwise the exception."""
     text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
     return " ".join(text.split())[:300] or type(error).__name__

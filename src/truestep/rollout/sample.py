@@ -11,7 +11,7 @@ from truestep.records import Group, Message, Origin, Prompt, RewardInput, Rollou
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.seeding import Purpose, generator
 
-MAX_SAMPLES = 1 << 20  # of one prompt in one step; numbers of a prompt's second group start here
+MAX_SAMPLES = 1 << 20  # per prompt and step; the sample numbers of a prompt's second group start here
 Decode = Callable[[Sequence[int]], str]
 ScoreMany = Callable[[Sequence[RewardInput]], list[Score]]
 # A prompt and the share of its solution's text to show → the turns and token ids of the hinted prompt.
@@ -20,11 +20,11 @@ Hint = Callable[[Prompt, float], tuple[tuple[Message, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """What turns prompts into groups: given the weights, a function of (seed, step, prompt, sample).
+    """Turns prompts into groups; given the weights, the result depends only on (seed, step, prompt, sample).
 
-    ``demonstrations`` holds the expert's completion (with its stop token) by problem id; ``hinted`` makes a
-    prompt that shows the first part of the problem's solution. A score without a verdict solves its problem
-    from a reward of ``solved_at`` on."""
+    ``demonstrations`` has the expert's completion (with its stop token) by problem id; ``hinted`` makes a
+    prompt that shows the first part of the problem's solution. A sample without a verdict solves its problem
+    if its reward is at least ``solved_at``."""
 
     engine: Engine
     plan: Plan
@@ -50,8 +50,8 @@ class Sampler:
         """One graded group per prompt, in order; rounds are batched over prompts.
 
         ``repeats`` says for each prompt how often it occurs earlier in the batch over all ranks (0 by
-        default): its second group has other sample numbers, and so other random numbers. ``stored`` are
-        stored samples by place in ``prompts``."""
+        default): its second group has different sample numbers, and so different random numbers. ``stored``
+        are stored samples by place in ``prompts``."""
         places = []
         for index, (prompt, count) in enumerate(zip(prompts, repeats or [0] * len(prompts), strict=True)):
             draw = float(generator(self.seed, Purpose.PLAN, step, f"{prompt.problem.id}/{count}").random())
@@ -64,7 +64,7 @@ class Sampler:
             self._sample(asking, step)
 
     def _wants_more(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
-        """Whether the plan has further rounds for this prompt; they are added to the place."""
+        """Whether the plan has further rounds for this prompt; if so, they are added to the place."""
         state = PlanState(
             step=step,
             num_samples=self.samples_per_prompt,
@@ -170,7 +170,7 @@ class _Start:
     is_whole: bool = False
 
     def rollout(self, prompt: Prompt, number: int, sampling: SamplingParameters) -> Rollout:
-        """The sample that needs no generation."""
+        """The sample, if nothing has to be generated."""
         if self.stored is not None:
             return replace(self.stored, sample_index=number, round=self.round)
         num = len(self.tokens)
@@ -203,7 +203,8 @@ class _Start:
 
 @dataclass(kw_only=True)
 class _Place:
-    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers samples."""
+    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers the next
+    sample."""
 
     prompt: Prompt
     next: int
@@ -215,14 +216,14 @@ class _Place:
 
 
 def _of(rollout: Rollout, score: Score) -> Score:
-    """A sample that the engine could not finish is unscored."""
+    """The sample's score; a sample that the engine could not finish is unscored."""
     if rollout.stop is Stop.ERROR:
         return Score(reward=None, verdict=records.Verdict.UNSCORED, reason=f"engine: {rollout.error}")
     return score
 
 
 def num_sampled_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Tokens that the current policy has generated."""
+    """The number of tokens that the current policy has generated."""
     return sum(r.origin.count(Origin.POLICY) for r in rollouts)
 
 

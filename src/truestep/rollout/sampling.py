@@ -16,14 +16,14 @@ BLOCK = 256
 
 
 class NonFiniteLogitsError(ArithmeticError):
-    """The model's logits have NaN or infinity, so that it cannot be sampled from."""
+    """The model's logits contain NaN or infinity, so the model cannot be sampled from."""
 
 
 def sample_tokens(
     logits: Tensor, uniforms: Sequence[float], sampling: SamplingParameters, forced: Sequence[int]
 ) -> tuple[list[int], list[float]]:
-    """Inverse-CDF sampling; ``forced[r]`` ≥ 0 is taken instead of a draw. At temperature 0 the greatest logit
-    wins, with log-probability 0 (the distribution is a point).
+    """Inverse-CDF sampling; ``forced[r]`` ≥ 0 is taken instead of a draw. At temperature 0 the token with the
+    largest logit is taken, with log-probability 0 (the distribution is a point).
 
     Shapes: logits [R, V] → R tokens, R log-probabilities of the distribution after temperature, top-k and
     top-p.
@@ -68,7 +68,7 @@ def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:
 
 
 def _truncate(logits: Tensor, sampling: SamplingParameters) -> Tensor:
-    """Minus infinity outside the top k and outside the smallest set of mass ≥ top_p (one token or more)."""
+    """The logits with −∞ outside the top k and the smallest set of mass ≥ top_p (one token or more)."""
     ordered, order = logits.sort(dim=1, descending=True)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if sampling.top_k:

@@ -1,4 +1,5 @@
-"""A stage's state on disk: saved, restored, the best dev checkpoint, and the batch of a step that failed."""
+"""A stage's state on disk: saving, restoring, the best dev checkpoint, and the batch of a step that
+failed."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The state of a stage after ``step`` steps, besides weights and optimizer. ``ledger`` is the run's on
-    this rank; ``best`` step and score of the best dev checkpoint; ``unlogged`` the last step's log lines."""
+    """The state of a stage after ``step`` steps, without weights and optimizer. ``ledger`` is the run's on
+    this rank, ``best`` the best dev checkpoint's step and score, ``unlogged`` what is still to be logged."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)
@@ -51,7 +52,7 @@ def save(spec: StageSpec, state: TrainState) -> None:
 
 
 def keep_best(spec: StageSpec, state: TrainState, score: float) -> TrainState:
-    """Save the weights if the stage exports the best and these are the best on the dev set so far."""
+    """Save the weights if the stage exports its best weights and these have the best dev score so far."""
     if not spec.settings.dev.select_best or score <= state.best.get("score", float("-inf")):
         return state
     best = {"step": state.step, "score": score}
@@ -79,8 +80,8 @@ def _save(
 
 
 def restore(spec: StageSpec) -> TrainState:
-    """The newest valid checkpoint's state, with its weights and optimizer loaded, or the first state. Log
-    files are cut to its step, so that nothing is written twice."""
+    """Load the newest valid checkpoint and return its state, or the first state if there is none. Log files
+    are truncated to its step, so that nothing is written twice."""
     folder = spec.folder / "checkpoints"
     state = TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger)
     if (found := _newest(spec, folder)) is not None:
@@ -88,11 +89,11 @@ def restore(spec: StageSpec) -> TrainState:
         if header["identity"] != spec.identity:
             identities = f"identity {header['identity']}, now {spec.identity}"
             remedy = "pass a different --out, or delete the folder"
-            raise UserError(f"{folder}: these checkpoints belong to other settings ({identities}); {remedy}")
+            raise UserError(f"{folder}: these checkpoints have different settings ({identities}); {remedy}")
         if (threads := torch.get_num_threads()) != header["threads"]:
             spec.warn(
-                f"the checkpoint was made with {header['threads']} threads, this run has {threads}; the resumed "
-                "run is not bit for bit the uninterrupted one"
+                f"the checkpoint was made with {header['threads']} threads, but this run has {threads}; the resumed "
+                "run is not bit for bit the same as an uninterrupted one"
             )
         load_parameters(spec.policy, found)
         for name, optimizer in spec.updater.optimizers.items():
@@ -122,24 +123,25 @@ def load_best(spec: StageSpec, state: TrainState) -> None:
     best = _newest(spec, spec.folder / "best")
     if best is None or best.step != state.best["step"]:
         raise RecordError(
-            f"{spec.folder / 'best'} does not hold step {state.best['step']}, the best on the dev set"
+            f"{spec.folder / 'best'} does not contain step {state.best['step']}, the best on the dev set"
         )
     load_parameters(spec.policy, best)
 
 
 @torch.no_grad()
 def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's parameters into the policy. Raises UserError if it is another model's."""
+    """Copy a checkpoint's parameters into the policy. Raises UserError if it belongs to a different model."""
     saved, own = checkpoint.tensors["parameters"], dict(policy.named_parameters())
     if set(saved) != set(own):
         different = sorted(set(saved) ^ set(own))[:2]
-        raise UserError(f"the checkpoint holds another model's parameters ({different} ...)")
+        raise UserError(f"the checkpoint contains a different model's parameters ({different} ...)")
     for name, parameter in own.items():
         local(parameter).copy_(saved[name])
 
 
 def rescued(spec: StageSpec, error: NonFiniteError) -> NonFiniteError:
-    """The error with the path of the file that its batches are saved in, so that the cause can be found."""
+    """Save the error's batches, so that the cause can be found; returns the error with the path of the
+    file."""
     from safetensors.torch import save_file
 
     tensors = {

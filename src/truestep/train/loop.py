@@ -32,8 +32,8 @@ DevScore = Callable[[int], float]  # step → score on the dev set
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """One training stage, assembled: what is trained, on what, and how. ``identity`` is the hash of all that
-    its result depends on; a checkpoint of another identity is refused."""
+    """One training stage: what is trained, on which data, and how. ``identity`` is the hash of everything
+    that the result depends on; a checkpoint with a different identity is refused."""
 
     name: str
     folder: Path
@@ -77,7 +77,7 @@ def run_stage(spec: StageSpec) -> TrainState:
 
 
 def train(spec: StageSpec, state: TrainState) -> TrainState:
-    """One step: its data, its optimizer updates, and the new weights to the engine."""
+    """Take one step: get its data, make its optimizer updates, and give the new weights to the engine."""
     began = time.perf_counter()
     data = spec.source.take(state.step, state.memory)
     sampled = time.perf_counter()
@@ -93,7 +93,7 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
 
 
 def finish(spec: StageSpec, state: TrainState) -> TrainState:
-    """The step's dev score, if one is due, and its lines in the logs. Done again if it is interrupted."""
+    """Compute the step's dev score, if one is due, and write its log lines. It is repeated if interrupted."""
     unlogged, began = state.unlogged, time.perf_counter()
     assert unlogged is not None
     metrics, times = dict(unlogged["metrics"]), dict(unlogged["times"])
@@ -117,7 +117,7 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
 
 
 def _stop_together(spec: StageSpec) -> None:
-    """If any rank was asked to stop, all of them stop, between the same two steps."""
+    """If any rank received a signal to stop, all ranks stop between the same two steps."""
     asked = int(spec.ranks.max([float(signals.pending())])[0])
     if asked:
         raise Interrupted(asked)

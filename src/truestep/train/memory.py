@@ -1,7 +1,7 @@
 """What a method remembers from step to step: its controller's state, waiting demonstrations, stored samples.
 
-One immutable record, the same on every rank. A step returns the next one, so that an interrupted step changes
-nothing; a checkpoint holds it as JSON and one group of tensors.
+It is one immutable record, the same on every rank. A step returns the next record, so that an interrupted
+step changes nothing; a checkpoint stores it as JSON and one group of tensors.
 Held by: tests/contract/test_method_resume.py
 """
 
@@ -24,7 +24,7 @@ from truestep.seeding import Purpose, generator
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """How many of a problem's latest own samples were right, and right samples, newest first."""
+    """How many of a problem's latest own samples were correct, and correct samples, newest first."""
 
     num_correct: int
     num_samples: int
@@ -33,8 +33,8 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """``waiting`` names problems whose demonstrations wait, newest first; ``replay`` holds stored samples by
-    problem; ``replay_open`` says that the share of right samples has once reached the method's start."""
+    """``waiting`` names problems whose demonstrations wait, newest first; ``replay`` has the stored samples
+    by problem; ``replay_open`` is True once the share of correct samples has reached the method's start."""
 
     scalars: Mapping[str, float] = field(default_factory=dict)
     waiting: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Memory:
     replay_open: bool = False
 
     def state(self) -> dict[str, Any]:
-        """What JSON holds: everything but the tokens and log-probabilities."""
+        """The part that is stored as JSON: everything except what ``tensors`` returns."""
         stored = []
         for name, s in self.replay.items():
             headers = [[len(r.completion_ids), r.distribution.temperature] for r in s.rollouts]
@@ -51,7 +51,7 @@ class Memory:
         return {**memory, "replay": stored, "replay_open": self.replay_open}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored samples end to end, in the order of ``state``."""
+        """The stored samples, concatenated in the order of ``state``."""
         rollouts = [r for s in self.replay.values() for r in s.rollouts]
         tokens = [t for r in rollouts for t in r.completion_ids]
         versions = [v for r in rollouts for v in r.policy_version]
@@ -77,7 +77,7 @@ class Memory:
 
 
 def first_memory(method: Method) -> Memory:
-    """Before the first step."""
+    """The memory before the first step."""
     controller = method.part(Controller)
     return Memory(scalars={} if controller is None else dict(controller.initial))
 
@@ -85,7 +85,7 @@ def first_memory(method: Method) -> Memory:
 def _stored(
     name: str, tokens: Sequence[int], versions: Sequence[int], logprobs: Sequence[float], temperature: float
 ) -> Rollout:
-    """A stored sample: of the full distribution, finished, by an older policy."""
+    """A stored sample: finished, and sampled by an older policy from the full distribution."""
     return Rollout(
         problem_id=name,
         sample_index=0,
@@ -99,7 +99,7 @@ def _stored(
 
 
 def decide(method: Method, memory: Memory, step: int, seed: int) -> dict[str, float]:
-    """The controller's values of this step by name; none without a controller."""
+    """The controller's values for this step by name; empty without a controller."""
     controller = method.part(Controller)
     if controller is None:
         return {}
@@ -110,7 +110,7 @@ def decide(method: Method, memory: Memory, step: int, seed: int) -> dict[str, fl
 def learn(
     method: Method, memory: Memory, step: int, values: Mapping[str, float], seen: Mapping[str, float]
 ) -> Memory:
-    """The memory after the step. ``seen``: its statistics and the gradient norm of its last update."""
+    """The memory after the step. ``seen``: the step's statistics and its last update's gradient norm."""
     controller = method.part(Controller)
     if controller is None:
         return memory
@@ -118,12 +118,12 @@ def learn(
 
 
 def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ...]:
-    """The newest first; a problem waits once, at its latest place."""
+    """The waiting problems, newest first; a problem that is pushed again moves to the front."""
     return tuple(dict.fromkeys([*reversed(list(pushed)), *waiting]))
 
 
 Sample = tuple[list[int], list[int], list[float], float]  # tokens, versions, log-probabilities, temperature
-Seen = tuple[str, int, int, list[Sample]]  # problem, samples right, samples scored, the right ones (JSON)
+Seen = tuple[str, int, int, list[Sample]]  # problem, number correct, number scored, correct samples (JSON)
 
 
 def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollout]) -> Seen:
@@ -135,7 +135,7 @@ def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollo
 
 
 def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: int) -> dict[str, Stored]:
-    """The store after a step's groups: counts are the latest group's; a wholly solved problem is removed."""
+    """The store after a step's groups. Counts are the latest group's; a fully solved problem is removed."""
     found = dict(replay)
     for name, num_correct, num_samples, right in seen:
         fresh = tuple(_stored(name, *parts) for parts in right)
@@ -149,7 +149,7 @@ def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: in
 def choose_replays(
     replay: Mapping[str, Stored], spec: Replay, count: int, known: Sequence[str], draw: np.random.Generator
 ) -> list[str]:
-    """Up to ``count`` different partly solved problems, with probability ∝ N(k; K/2, σ)."""
+    """Up to ``count`` different, partly solved problems, drawn with probability ∝ N(k; K/2, σ)."""
     names = [n for n in known if n in replay and 0 < replay[n].num_correct < replay[n].num_samples]
     if not names or count == 0:
         return []

@@ -1,9 +1,9 @@
 """Every metric of a training stage: what it is called, how it is reduced, and what it means.
 
 A key is written to ``metrics.jsonl`` as ``STAGE/KEY``. docs/metrics.md and the panels of the report page are
-made from this table; a key that is not in it is an error. What is measured of rollouts and of tokens is worked
-out at the end of this file. torch is not imported here, because the report reads the table too.
-Held by: tests/numerics/test_metrics.py (a group of a few tokens, worked out on paper)
+made from this table; a key that is not in it is an error. The metrics of rollouts and of tokens are computed
+at the end of this file. torch is not imported here, because the report reads the table too.
+Held by: tests/numerics/test_metrics.py (a group with a few tokens, calculated by hand)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Metric:
     """``within`` says how the values of one update are combined over micro-batches and ranks: mean (Σ value ÷
     Σ count), std (of the values, biased), sum, max, or once (the same on every rank). ``across`` says how the
     updates of a step are combined: mean, sum, max or last. ``panel`` is the report's panel and the curve's
-    name in it, ``elsewhere`` the name in TRL and, after a semicolon, in verl."""
+    name in it; ``elsewhere`` is the name in TRL and, after a semicolon, in verl."""
 
     key: str
     within: str
@@ -50,62 +50,62 @@ _ROWS = (
     ("reward_failures", "mean", "mean", "share", "", "", "share of samples that a reward function failed to score"),
     ("solved", "mean", "mean", "share", "", "", "share of scored samples that solve their problem"),
     ("mixed_groups", "mean", "mean", "share", "Groups with mixed rewards: share", "1 − frac_reward_zero_std",
-     "share of groups whose own rewards are not all equal"),
-    ("solved_groups", "mean", "mean", "share", "", "", "share of groups with an own sample that solves the problem"),
+     "share of groups in which the policy's samples do not all have the same reward"),
+    ("solved_groups", "mean", "mean", "share", "", "", "share of groups in which a sample of the policy solves the problem"),
     ("unscored", "mean", "mean", "share", "Unscored samples: share", "", "share of samples without a reward"),
     ("completions/mean_length", "mean", "mean", "tokens", "Completion length: mean",
-     "completions/mean_length; response_length/mean", "length of what was sampled"),
+     "completions/mean_length; response_length/mean", "mean length of the sampled completions"),
     ("completions/truncated", "mean", "mean", "share", "Truncated completions: share",
      "completions/clipped_ratio; response_length/clip_ratio", "share of samples stopped by the length limit"),
     ("demonstrations/correct", "mean", "mean", "share", "", "",
-     "share of demonstrations in groups that the checker accepts"),
+     "share of the groups' demonstrations that the checker accepts"),
     ("dev/score", "once", "mean", "share", "Dev score: score", "", "score on the stage's dev set"),
     ("loss", "sum", "mean", "nats", "Loss: loss", "loss; actor/pg_loss",
-     "value of what is differentiated: for SFT the token-mean NLL; for RL −Σ C·log π / Z, a surrogate of which "
-     "only the gradient counts"),
-    ("loss/{term}", "sum", "mean", "nats", "", "", "one term's part of the loss, if a method has several"),
+     "the value that is differentiated: for SFT, the token-mean NLL; for RL, −Σ C·log π / Z, a surrogate of which "
+     "only the gradient matters"),
+    ("loss/{term}", "sum", "mean", "nats", "", "", "one term's part of the loss, if the method has several terms"),
     ("grad_norm", "once", "mean", "", "Gradient norm: norm", "grad_norm; actor/grad_norm",
      "global norm of the gradient before clipping"),
     ("learning_rate", "once", "last", "", "Learning rate: rate", "learning_rate; actor/lr",
      "learning rate of the step's last update"),
-    ("num_tokens", "once", "sum", "tokens", "", "num_tokens", "trained tokens over all ranks"),
+    ("num_tokens", "once", "sum", "tokens", "", "num_tokens", "number of trained tokens over all ranks"),
     ("entropy", "mean", "mean", "nats", "Entropy: entropy", "entropy; actor/entropy",
-     "entropy of the policy at the tokens that were sampled (at all trained tokens if none were)"),
+     "entropy of the policy at the sampled tokens (at all trained tokens if none was sampled)"),
     ("nll", "mean", "mean", "nats", "", "", "−log π of the same tokens"),
-    ("expert/entropy", "mean", "mean", "nats", "", "", "entropy at the expert's tokens, beside sampled ones"),
-    ("expert/nll", "mean", "mean", "nats", "", "", "−log π of the expert's tokens, beside sampled ones"),
-    ("expert/share", "mean", "mean", "share", "", "", "share of trained tokens that an expert wrote, beside sampled ones"),
+    ("expert/entropy", "mean", "mean", "nats", "", "", "entropy at the expert's tokens, if sampled tokens are trained too"),
+    ("expert/nll", "mean", "mean", "nats", "", "", "−log π of the expert's tokens, if sampled tokens are trained too"),
+    ("expert/share", "mean", "mean", "share", "", "", "share of trained tokens by an expert, if sampled tokens are trained too"),
     ("clip_ratio/low", "mean", "mean", "share", "Clipped tokens: low",
-     "clip_ratio/low_mean; actor/pg_clipfrac_lower", "share of sampled tokens that are clipped, A < 0"),
+     "clip_ratio/low_mean; actor/pg_clipfrac_lower", "share of sampled tokens that are clipped and have A < 0"),
     ("clip_ratio/high", "mean", "mean", "share", "Clipped tokens: high",
-     "clip_ratio/high_mean; actor/pg_clipfrac", "share of sampled tokens that are clipped, A > 0"),
+     "clip_ratio/high_mean; actor/pg_clipfrac", "share of sampled tokens that are clipped and have A > 0"),
     ("correction/dropped", "mean", "mean", "share", "", "; rollout_corr/*",
-     "share of sampled tokens whose correction for the difference of engine and trainer is 0"),
+     "share of sampled tokens whose correction for the difference between engine and trainer is 0"),
     ("approx_kl", "mean", "mean", "nats", "", "; actor/ppo_kl", "k3 estimate of KL(proximal ‖ policy) at sampled tokens"),
     ("sampling/logprob_difference_mean", "mean", "mean", "nats", "Log-prob gap to sampler: mean",
      "sampling/sampling_logp_difference/mean; rollout_corr/*", "|log π_proximal − log π_engine| at sampled tokens"),
     ("sampling/logprob_difference_max", "max", "max", "nats", "Log-prob gap to sampler: max",
-     "sampling/sampling_logp_difference/max; rollout_corr/*", "the largest such difference"),
+     "sampling/sampling_logp_difference/max; rollout_corr/*", "the largest of these differences"),
     ("sampling/kl", "mean", "mean", "nats", "KL to sampler: KL", "; rollout_corr/k3_kl",
      "k3 estimate of KL(engine ‖ proximal) at sampled tokens"),
     ("statistics/{name}", "once", "mean", "", "", "", "a statistic of the whole step that a coefficient reads"),
-    ("control/{name}", "once", "mean", "", "", "", "a value of the method's controller in this step"),
-    ("buffer/waiting", "once", "mean", "problems", "", "", "demonstrations that wait in the buffer"),
+    ("control/{name}", "once", "mean", "", "", "", "a value that the method's controller gives for this step"),
+    ("buffer/waiting", "once", "mean", "problems", "", "", "number of demonstrations waiting in the buffer"),
     ("buffer/loss", "once", "mean", "nats", "", "", "loss of the buffer's separate update"),
     ("buffer/grad_norm", "once", "mean", "", "", "", "gradient norm of the buffer's separate update"),
-    ("replay/problems", "once", "mean", "problems", "", "", "problems with a stored sample"),
+    ("replay/problems", "once", "mean", "problems", "", "", "number of problems with a stored sample"),
     ("publish/probe_difference", "once", "mean", "nats", "", "",
-     "largest difference of engine and trainer on a probe after the weights were sent"),
-    ("work/{kind}", "once", "mean", "count", "", "", "tokens and query-key pairs by kind, cumulative over the run"),
-    ("flops_paper", "once", "mean", "FLOPs", "", "", "cumulative over the run, by the paper's formula"),
-    ("flops_full", "once", "mean", "FLOPs", "", "", "cumulative over the run, with prompts, scoring and attention"),
+     "largest log-probability difference between engine and trainer on a probe, after the weights were sent"),
+    ("work/{kind}", "once", "mean", "count", "", "", "number of tokens or query-key pairs of each kind in the run so far"),
+    ("flops_paper", "once", "mean", "FLOPs", "", "", "FLOPs of the run so far, by the paper's formula"),
+    ("flops_full", "once", "mean", "FLOPs", "", "", "FLOPs of the run so far, including prompts, scoring and attention"),
 )
 # fmt: on
 METRICS = {row[0]: Metric(*row) for row in _ROWS}
 
 
 def metric(key: str) -> Metric:
-    """The entry of a key; that of ``loss/policy`` is ``loss/{term}``. Raises KeyError if there is none."""
+    """The entry for a key; for ``loss/policy`` it is ``loss/{term}``. Raises KeyError if there is none."""
     if key in METRICS:
         return METRICS[key]
     family = key.partition("/")[0]
@@ -116,8 +116,8 @@ def metric(key: str) -> Metric:
 
 
 class Meter:
-    """Collects the metrics of one update, or of one rollout batch, on this rank. ``keys`` are reported even
-    if nothing is ever added (as 0)."""
+    """Collects the metrics of one update, or of one rollout batch, on this rank. ``keys`` are reported as 0
+    if nothing is added for them."""
 
     def __init__(self, *keys: str) -> None:
         self._sums: dict[str, list[float]] = {key: [0.0, 0.0, 0.0] for key in keys if metric(key)}
@@ -150,7 +150,7 @@ class Meter:
 
 
 def combine(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of a step from those of its updates; an update that lacks a key is not counted for it."""
+    """The metrics of a step from those of its updates; an update without a key is left out for it."""
     found = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         values, across = [row[key] for row in rows if key in row], metric(key).across
@@ -162,12 +162,12 @@ def combine(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def checked(row: Mapping[str, float]) -> dict[str, float]:
-    """The row in the order of its keys. Raises KeyError for a key that the table does not have."""
+    """The row, sorted by key. Raises KeyError for a key that is not in the table."""
     return {key: row[key] for key in sorted(row) if metric(key)}
 
 
 def panels(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The report's panels of these keys: title → key → the curve's label."""
+    """The report's panels for these keys: title → key → the curve's label."""
     present = set(keys)
     found: dict[str, dict[str, str]] = {}
     for m in METRICS.values():
@@ -180,7 +180,7 @@ def panels(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def markdown() -> str:
-    """The table as docs/metrics.md holds it."""
+    """The table in the form that docs/metrics.md contains."""
     lines = [
         "| key | unit | within an update | across updates | meaning | TRL; verl |",
         "|---|---|---|---|---|---|",
@@ -200,7 +200,7 @@ OF_GROUPS = (
 
 
 def of_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
-    """Means over samples of the policy alone. An unscored one counts in its own rate only, in no mean."""
+    """Adds means over the policy's samples only. ``reward`` and ``solved`` leave out unscored samples."""
     for group, view in [(g.group, g.view) for g in groups]:
         meter.add("mixed_groups", not view.is_degenerate)
         meter.add("solved_groups", any(view.own_solved))
@@ -223,7 +223,7 @@ def of_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
 
 
 def of_tokens(meter: Meter, context: Context) -> None:
-    """The metrics of a micro-batch's trained tokens. The expert's tokens are measured separately."""
+    """Adds the metrics of a micro-batch's trained tokens. The expert's tokens are measured separately."""
     batch, origin = context.batch, context.batch.origin
     expert, sampled = origin == int(Origin.EXPERT), origin == int(Origin.POLICY)
     for prefix, mask in (("", ~expert), ("expert/", expert)):
@@ -235,7 +235,7 @@ def of_tokens(meter: Meter, context: Context) -> None:
         log_ratio = (context.policy_logprobs - context.proximal_logprobs)[sampled]
         meter.add("approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()), count)
         if batch.behavior_logprobs is not None:
-            # The policy that sampled is the proximal one: the gap of engine and trainer.
+            # The proximal policy sampled these tokens, so this is the gap between engine and trainer.
             gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
             meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
             meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
@@ -243,19 +243,19 @@ def of_tokens(meter: Meter, context: Context) -> None:
 
 
 def of_clipping(meter: Meter, coefficient: Tensor, advantage: Tensor, sampled: Tensor) -> None:
-    """``sampled``: tokens of a clipped surrogate; those with an advantage and yet no gradient are clipped."""
+    """``sampled``: tokens of a clipped surrogate; those with an advantage but no gradient are clipped."""
     count, clipped = float(sampled.sum()), (coefficient == 0) & sampled
     meter.add("clip_ratio/low", float((clipped & (advantage < 0)).sum()), count)
     meter.add("clip_ratio/high", float((clipped & (advantage > 0)).sum()), count)
 
 
 def of_correction(meter: Meter, weight: Tensor, sampled: Tensor) -> None:
-    """``weight``: the correction of each token for the difference of engine and trainer."""
+    """``weight``: the correction of each token for the difference between engine and trainer."""
     meter.add("correction/dropped", float(((weight == 0) & sampled).sum()), float(sampled.sum()))
 
 
 def with_expert(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of an update: those of the expert's tokens have their own keys only beside sampled tokens."""
+    """An update's metrics; the expert's tokens have separate keys only if sampled tokens are trained too."""
     found = {key: value for key, value in metrics.items() if not key.startswith("expert/")}
     expert = {key: value for key, value in metrics.items() if key.startswith("expert/")}
     share = expert.get("expert/share", 0.0)

@@ -19,8 +19,8 @@ class MasterOptimizer:
 
     A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A
     bfloat16 parameter has a float32 master and a float32 gradient that every backward pass is added to, so
-    that small updates are not lost in the master and small gradients not in the sum. ``beside`` another one
-    of the same module, it shares the other's masters and gradient sums and has separate moments.
+    that neither small updates nor small gradients are lost to rounding. An optimizer created with ``beside``
+    shares the masters and gradient sums of that other optimizer of the same module, but has separate moments.
     Held by: tests/numerics/test_optim.py"""
 
     def __init__(
@@ -59,7 +59,7 @@ class MasterOptimizer:
             parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """The accumulated gradient of every parameter; zeros if nothing reached it on this rank."""
+        """The accumulated gradient of every parameter; zeros if it received none on this rank."""
         found = {}
         for name, parameter in self.parameters.items():
             grad = self._wide_grads.get(name) if parameter.dtype in _LOW_PRECISION else parameter.grad
@@ -68,7 +68,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float) -> None:
-        """One update of the masters with these gradients, then the parameters follow."""
+        """Update the masters with these gradients, then copy them to the parameters."""
         for group in self._inner.param_groups:
             group["lr"] = learning_rate
         for name, master in self.masters.items():
@@ -82,7 +82,7 @@ class MasterOptimizer:
         self.zero_grad()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by parameter name ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…")."""
+        """Masters and moments, by parameter name ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…")."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
@@ -103,7 +103,7 @@ class MasterOptimizer:
 
 def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> float:
     """√Σ‖g‖² over all parameters (and all ranks, if they are sharded), accumulated in float64; NaN or
-    infinite if any entry is. Units: of the gradient."""
+    infinite if any entry is. Units: those of the gradient."""
     squares = 0.0
     for grad in gradients:
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -115,7 +115,7 @@ def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> 
 
 @torch.no_grad()
 def clip_(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
-    """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_; not for max_norm 0."""
+    """Scale gradients by min(1, max_norm / (norm + 1e-6)), like torch's clip_grad_norm_; 0 means no clip."""
     factor = max_norm / (norm + 1e-6)
     if max_norm > 0 and factor < 1:
         for grad in gradients:

@@ -1,7 +1,7 @@
-"""Training sequences → packed micro-batches. Memory only: no choice made here changes the update.
+"""Packs training sequences into micro-batches. Packing affects memory only: it never changes the update.
 
-The samples of a group share their prompt: it is forwarded once per micro-batch that holds any of them, as
-their prefix. A token whose hidden state predicts nothing that is trained is not forwarded.
+The samples of a group share their prompt as a prefix: it is forwarded once in each micro-batch that contains
+any of them. A token whose hidden state predicts no trained token is not forwarded.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def pack(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> list[TokenBatch]:
-    """First-fit decreasing into micro-batches of at most ``tokens_per_microbatch`` forwarded tokens.
-    Sequences are numbered from ``first_sequence``: those of one step need different numbers, also over
-    several calls.
+    """Packs by first-fit decreasing into micro-batches of at most ``tokens_per_microbatch`` forwarded tokens.
+    Sequences are numbered from ``first_sequence``; within a step all numbers must differ, even over several
+    calls.
     Raises ValueError if one sequence is longer than a micro-batch."""
     trees = _trees(sequences, tokens_per_microbatch, share_prefix)
     bins: list[list[_Tree]] = []
     space: list[int] = []
-    for tree in sorted(trees, key=lambda t: -t.size):  # sorted is stable: a function of only the sequences
+    for tree in sorted(trees, key=lambda t: -t.size):  # sorted is stable: only the sequences matter
         slot = next((i for i, free in enumerate(space) if free >= tree.size), len(bins))
         if slot == len(bins):
             bins.append([])
@@ -145,7 +145,7 @@ def _spread(value: Sequence[float] | float, count: int) -> Sequence[float]:
 
 
 def dummy_batch(dtype: torch.dtype, device: torch.device | str) -> TokenBatch:
-    """Two tokens and no target, for a rank without work: collectives inside the model still match."""
+    """Two tokens without targets, for a rank without work: collectives inside the model still match."""
     origin = (Origin.CONTEXT, Origin.CONTEXT, Origin.POLICY)
     sequence = TrainSequence(token_ids=(0, 0, 0), origin=origin, num_prefix_tokens=0, group=0)
     (batch,) = pack([sequence], tokens_per_microbatch=2, dtype=dtype, device=device)

@@ -44,13 +44,13 @@ class Ranks:
         return [float(v) for v in tensor]
 
     def sum_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """In place, in the gradients' own (wide) dtype."""
+        """Sum over ranks in place, in the gradients' own (wide) dtype."""
         if self.world_size > 1:
             for gradient in gradients:
                 dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON-able value, in rank order (as JSON: torch's own object collectives pickle)."""
+        """Every rank's JSON-able value, in rank order (as JSON; torch's object collectives use pickle)."""
         if self.world_size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -85,15 +85,15 @@ def leave() -> None:
 
 
 def replicate(module: nn.Module, ranks: Ranks) -> None:
-    """Every rank starts from rank 0's parameters."""
+    """Copy rank 0's parameters to every rank."""
     if ranks.world_size > 1:
         for parameter in module.parameters():
             dist.broadcast(parameter.detach(), src=0)
 
 
 def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.dtype) -> None:
-    """FSDP2 over all ranks: parameters sharded in their (master) dtype, computed in ``compute_dtype``,
-    gradients reduced in at least float32 and never divided."""
+    """Apply FSDP2 over all ranks: parameters are sharded in their (master) dtype, computation is in
+    ``compute_dtype``, and gradients are reduced in at least float32 and never divided."""
     parameter_dtype = next(module.parameters()).dtype
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == parameter_dtype else compute_dtype,
@@ -124,12 +124,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every rank (a collective)."""
+    """The whole tensor on every rank, gathered if it is sharded (a collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(part: Tensor, like: Tensor, key: str) -> Tensor:
-    """This rank's part as a tensor that is sharded the way ``like`` is (scalars such as "step" are not)."""
+    """This rank's part as a tensor that is sharded like ``like`` (scalars such as "step" are not sharded)."""
     if key == "step" or not isinstance(like, DTensor):
         return part
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())

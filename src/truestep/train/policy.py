@@ -55,7 +55,7 @@ class Policy(nn.Module):
             self.notes.append(f"sequences are run one by one, not packed: {reason}")
         self.packs = not reason
         if reason := self._head_differs():
-            self.notes.append(f"logits are made whole, not in chunks: {reason}")
+            self.notes.append(f"logits are made at once, not in chunks: {reason}")
         self.plain_head = not reason
         self.saves_memory = bool(gradient_checkpointing)
         if gradient_checkpointing is True:
@@ -88,7 +88,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _head_differs(self) -> str:
-        """ "" if hidden states times the output matrix are the model's own logits (no soft cap, no scale)."""
+        """Why hidden states times the output matrix are not the model's logits (soft cap, scale), or ""."""
         table = self.model.get_input_embeddings().weight
         ids, positions = torch.arange(3, 12, device=table.device), torch.arange(9, device=table.device)
         ids = ids % table.shape[0]

@@ -19,7 +19,8 @@ from truestep.train.step import levelled, require_finite
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores sequences and packed micro-batches (collectives). ``reference``: the frozen start of a stage."""
+    """Scores sequences and packed micro-batches (collectives). ``reference``: the stage's frozen initial
+    model."""
 
     policy: Policy
     temperature: float
@@ -43,7 +44,7 @@ class Scorer:
         )
 
     def with_proximal(self, batches: Sequence[TokenBatch], step: int) -> list[TokenBatch]:
-        """The batches with the log-probabilities and entropies of the policy as it is now."""
+        """The batches with the log-probabilities and entropies of the current policy."""
         scored = self._passed(self.policy, batches, step, "proximal")
         return [replace(b, proximal_logprobs=logprobs, proximal_entropy=e) for b, logprobs, e in scored]
 
@@ -54,7 +55,7 @@ class Scorer:
         return [replace(batch, reference_logprobs=logprobs) for batch, logprobs, _ in scored]
 
     def entropy(self, sequences: Sequence[TrainSequence], step: int) -> tuple[list[float], Ledger]:
-        """The mean entropy of each sequence's trained tokens under the policy as it is now, and the work."""
+        """The mean entropy of each sequence's trained tokens under the current policy, and the work done."""
         batches = self.with_proximal(self.pack(sequences), step)
         sums = [0.0] * len(sequences)
         for batch in batches:
@@ -81,6 +82,6 @@ class Scorer:
 
 
 def work(kind: str, batches: Sequence[TokenBatch]) -> Ledger:
-    """Passes over these batches: forward ("scored"), or forward and backward ("trained")."""
+    """The work of one pass over these batches: forward ("scored"), or forward and backward ("trained")."""
     tokens, pairs = sum(b.num_tokens for b in batches), sum(count_pairs(b.segments) for b in batches)
     return Ledger(**{f"{kind}_pass_tokens": tokens, f"{kind}_pairs": pairs})

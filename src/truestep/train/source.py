@@ -24,14 +24,14 @@ from truestep.train.scoring import Scorer
 from truestep.train.sequences import GatedGroup, demonstration_sequence
 
 Item = TypeVar("Item")
-STREAM_GROUP = 1 << 30  # groups of demonstrations beside the sampled ones are numbered from here
+STREAM_GROUP = 1 << 30  # demonstrations outside the sampled groups get group numbers from here
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
     """The sequences of one step on this rank, cut into the mini-batches of its optimizer updates.
-    ``buffered`` are those of a further update by the buffer's separate optimizer; ``controls`` the
-    controller's values; ``memory`` what the method remembers once the step is done."""
+    ``buffered`` are those of an additional update by the buffer's separate optimizer, ``controls`` the
+    controller's values, and ``memory`` what the method remembers after the step."""
 
     minibatches: list[list[TrainSequence]]
     buffered: list[TrainSequence] | None = None
@@ -45,8 +45,9 @@ class StepData:
 def window(
     items: Sequence[Item], step: int, size: int, seed: int, limit: int = 0, item: str = ""
 ) -> list[Item]:
-    """Items ``step·size … (step+1)·size`` of the endless sequence of shuffled epochs, which ends at ``limit``
-    if that is not 0. A window may span two epochs: an item is seen at most once more than any other."""
+    """Items ``step·size … (step+1)·size`` of a sequence of shuffled epochs, which is endless if ``limit`` is
+    0 and otherwise ends there. A window may span two epochs; how often two items have been seen never differs
+    by more than one."""
     stop = (step + 1) * size if limit == 0 else min(limit, (step + 1) * size)
     picked: list[Item] = []
     for epoch in range((step * size) // len(items), (stop - 1) // len(items) + 1):
@@ -86,7 +87,7 @@ class DemonstrationSource:
 
 @dataclass
 class RolloutSource:
-    """Prompts sampled, graded, gated and given advantages by a method's row."""
+    """Samples prompts, grades and gates the groups, and gives them advantages, by a method's row."""
 
     prompts: Sequence[Prompt]
     _: KW_ONLY
@@ -101,7 +102,7 @@ class RolloutSource:
         self.ranks, self._by_id = self.scorer.ranks, {p.problem.id: p for p in self.prompts}
 
     def take(self, step: int, memory: Memory) -> StepData:
-        self.sampler.engine.take_cost()  # the work of an interrupted rollout is not this step's
+        self.sampler.engine.take_cost()  # the work of an interrupted rollout does not belong to this step
         controls = decide(self.method, memory, step, self.sampler.seed)
         size = self.prompts_per_step // self.updates_per_step
         chosen, replayed = self._prompts(step, memory)
@@ -124,7 +125,7 @@ class RolloutSource:
         of_groups(meter, everything)
         metrics = meter.reduce(self.ranks)
         parts = [key for key in metrics if key.startswith("reward/")]
-        if len(parts) == 1:  # it is the reward itself
+        if len(parts) == 1:  # the only part is the reward itself
             del metrics[parts[0]]
         memory, buffered = self._remember(memory, everything, metrics["solved"])
         metrics |= {f"control/{name}": value for name, value in controls.items()}
@@ -145,12 +146,12 @@ class RolloutSource:
         )
 
     def _groups(self, prompts: Sequence[Prompt], *place: Any, **given: Any) -> list[GatedGroup]:
-        """Sampled, scored, and gated once."""
+        """Sample and score groups, and gate each of them once."""
         groups = self.sampler.groups(prompts, *place, **given)
         return [seq.gated(group, self.method, self.sampler.solved_at) for group in groups]
 
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
-        """The step's prompts over all ranks, and which of them come from the store of the replay."""
+        """The step's prompts over all ranks, and which of them come from the replay store."""
         chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
         spec, replayed = self.method.part(Replay), [False] * len(chosen)
         if spec is None or not memory.replay_open:
@@ -166,7 +167,7 @@ class RolloutSource:
     def _stored(
         self, prompts: Sequence[Prompt], replayed: Sequence[bool], memory: Memory, step: int
     ) -> tuple[dict[int, Rollout], Ledger]:
-        """By place the stored sample with the lowest entropy under the current policy (a collective)."""
+        """The stored sample with the lowest entropy under the current policy, by place (a collective)."""
         if self.method.part(Replay) is None:
             return {}, Ledger()
         candidates = [
@@ -189,8 +190,8 @@ class RolloutSource:
     def _refill(
         self, cuts: list[list[GatedGroup]], step: int
     ) -> tuple[list[list[GatedGroup]], list[GatedGroup]]:
-        """Replace groups that the gate dropped whole by further prompts, if the method has a ``Refill``. All
-        ranks draw from one order of prompts that none of them has used."""
+        """Replace fully dropped groups with groups of further prompts, if the method has a ``Refill``. All
+        ranks draw from one shuffled order of the prompts that no rank has used in this step."""
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)
         for attempt in range(0 if refill is None else refill.rounds):
@@ -213,7 +214,7 @@ class RolloutSource:
         return cuts, everything
 
     def _stream(self, update: int) -> list[TrainSequence]:
-        """This rank's part of the demonstrations that an update holds beside its groups."""
+        """This rank's part of the demonstrations that an update has in addition to its groups."""
         stream = self.method.part(Stream)
         share = 0.0 if stream is None else stream.share
         if share == 0:
@@ -233,8 +234,8 @@ class RolloutSource:
     def _remember(
         self, memory: Memory, groups: Sequence[GatedGroup], solved: float
     ) -> tuple[Memory, list[TrainSequence] | None]:
-        """The memory after these groups, and the demonstrations that are due. The same on all ranks: what
-        each of them adds is sorted by problem."""
+        """The memory after these groups, the same on all ranks (what each rank adds is sorted by problem),
+        and this rank's part of the demonstrations that are due."""
         buffered = None
         buffer, replay = self.method.part(DemonstrationBuffer), self.method.part(Replay)
         if buffer is not None:
@@ -252,12 +253,13 @@ class RolloutSource:
         return memory, buffered
 
     def _gathered(self, mine: list[Any]) -> list[Any]:
-        """The lists of all ranks as one (a collective)."""
+        """The lists of all ranks joined into one (a collective)."""
         return [part for parts in self.ranks.gather(mine) for part in parts]
 
 
 def _seen(gated_group: GatedGroup) -> Any:
-    """A group's plain own samples for the replay store: how many are right, and the finished ones."""
+    """A group's plain own samples for the replay store: how many are correct, and those that also
+    finished."""
     group = gated_group.group
     triples = zip(group.rollouts, gated_group.view.solved, strict=True)
     own = [(r, solved) for r, solved in triples if r.member is Origin.POLICY and r.round.is_plain]

@@ -13,14 +13,14 @@ from truestep.objective.methods.row import Statistic
 from truestep.records import TokenBatch
 from truestep.train.parallel import Ranks
 
-PARTS = 16  # of a range that is searched at once
+PARTS = 16  # a search range is divided into so many parts at a time
 
 
 def measure(
     statistics: Sequence[Statistic], batches: Sequence[TokenBatch], step: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Every statistic by name, without those that no token on any rank has. The proximal policy, whose values
-    the batches hold, is used as the policy too. Held by: tests/numerics/test_statistics.py"""
+    """Every statistic by name; one without tokens on any rank is left out. The proximal policy, whose values
+    are in the batches, is also used as the policy. Held by: tests/numerics/test_statistics.py"""
     found = {}
     for statistic in statistics:
         parts = [_values(statistic, batch, step) for batch in batches]
@@ -35,7 +35,7 @@ def measure(
             squares = ranks.sum([float(((values - mean) ** 2).sum())])[0]
             found[statistic.name] = math.sqrt(squares / max(1.0, count - 1))
         else:
-            # The smallest value that leaves ⌊level·n⌋ values below it: the share above is rounded up.
+            # The smallest value with ⌊level·n⌋ values below it: the share above is rounded up.
             number = min(int(count) - 1, math.floor(statistic.level * count))
             found[statistic.name] = _ranked(values, number, ranks)
     return found
@@ -52,11 +52,11 @@ def _values(statistic: Statistic, batch: TokenBatch, step: int) -> Tensor:
 
 
 def _ranked(values: Tensor, number: int, ranks: Ranks) -> float:
-    """The value with ``number`` values before it in the order of all ranks together, exactly.
+    """The exact value that has ``number`` values before it when the values of all ranks are sorted.
 
-    A search over the order of float64 numbers by 16 sums of 16 counts; no value moves between ranks."""
+    It searches the ordered float64 numbers with 16 sums of 16 counts; values do not move between ranks."""
     bits = values.contiguous().view(torch.int64)
-    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)  # integers in the order of the numbers
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)  # integers in the same order as the numbers
     low, high = -(1 << 63), (1 << 63) - 1
     while low < high:
         edges = [low + (high - low) * part // PARTS for part in range(PARTS)]

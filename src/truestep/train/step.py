@@ -1,10 +1,10 @@
-"""One optimizer step, exact: totals before the first forward, one division, one clip by the global norm.
+"""One exact optimizer step: totals before the first forward pass, one division, one clip by the global norm.
 
     totals = Σ over all micro-batches and ranks            (count_totals)
     loss_i = Σ_terms w · Σ_t −sg(C_t)·log π_t ÷ total       (microbatch_loss)
     gradient = Σ_i Σ_ranks ∇loss_i                          (accumulated in at least float32, never averaged)
 
-Shapes: M trained tokens of a micro-batch.
+Shapes: M trained tokens in a micro-batch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What one optimizer step needs besides the policy, the optimizer and the data."""
+    """What one optimizer step needs in addition to the policy, the optimizer and the data."""
 
     step: int
     terms: Sequence[Term]
@@ -48,7 +48,7 @@ class StepPlan:
     max_length: int = 1  # L of the max_length normaliser
     ranks: Ranks = field(default_factory=Ranks)
     microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
-    statistics: Mapping[str, float] = field(default_factory=dict)  # of the whole step, for coefficients
+    statistics: Mapping[str, float] = field(default_factory=dict)  # over the whole step, for coefficients
     controls: Mapping[str, float] = field(default_factory=dict)  # the controller's values of this step
 
 
@@ -60,14 +60,14 @@ def train_step(
     check_stop: Callable[[], None] = lambda: None,
 ) -> StepReport:
     """Accumulate every micro-batch, clip once, update once. ``check_stop`` is called before each micro-batch
-    and may raise: nothing of the step is left behind then.
+    and may raise; the step then leaves nothing behind.
 
     Raises NonFiniteError before the optimizer runs, naming the tensor.
     Held by: tests/numerics/test_invariance.py, tests/numerics/test_mutants.py"""
     totals = count_totals(plan.terms, batches, plan.ranks)
     weights = [1.0] * len(batches) if plan.microbatch_weights is None else list(plan.microbatch_weights)
     if len(weights) != len(batches):
-        raise ValueError(f"{len(weights)} microbatch_weights for {len(batches)} micro-batches")
+        raise ValueError(f"got {len(weights)} microbatch_weights for {len(batches)} micro-batches")
     meter = Meter()
     if not any(totals.terms.values()):  # no rank trains a token: momentum must not move the weights
         return _report(plan, totals, meter, 0.0)
@@ -114,13 +114,13 @@ def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ra
 
 
 def _num_sequences(batches: Sequence[TokenBatch]) -> int:
-    """Sequences of the step on this rank. A sequence is never split over micro-batches, so a number that two
-    of them hold names two sequences; a mean over sequences would count them as one."""
+    """Number of the step's sequences on this rank. A sequence is never split over micro-batches, so a number
+    in two of them stands for two sequences, which a mean over sequences would count as one."""
     numbers = [batch.sequence_index.unique() for batch in batches]
     held = torch.cat(numbers) if numbers else torch.zeros(0)
     if held.unique().numel() < held.numel():
         raise RecordError(
-            "two micro-batches of a step hold the same sequence number; pack all sequences of the step in one call, "
+            "two micro-batches of a step contain the same sequence number; pack all sequences of the step in one call, "
             "or pass different first_sequence numbers"
         )
     return held.numel()
@@ -143,16 +143,16 @@ def microbatch_loss(
         step=plan.step,
         statistics=plan.statistics,
     )
-    loss = logprobs.sum() * 0.0  # zero with a graph: a micro-batch without targets still runs backward
+    loss = logprobs.sum() * 0.0  # zero with a graph: backward runs even for a micro-batch without targets
     for term in plan.terms:
         total = totals.of(term.name)
         if total == 0:
-            continue  # absent from the whole step, on every rank
+            continue  # no rank has this term in this step
         selected = term.select(batch)
         if not bool(selected.any()):
             continue  # a column that the coefficient reads may be missing
         if term.coefficient is not None:
-            # On tokens that are not selected a coefficient may be anything, even not a number.
+            # At tokens that are not selected, a coefficient may have any value, even NaN.
             coefficient = torch.where(selected, term.coefficient(context), 0.0)
             sampled = POLICY(batch) & selected
             if term.clips:
@@ -190,7 +190,7 @@ def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> S
 
 
 def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """As many micro-batches as the busiest rank has: collectives inside the model need all ranks."""
+    """The batches, filled up to the busiest rank's number: collectives inside the model need all ranks."""
     most = int(ranks.max([float(len(batches))])[0])
     if len(batches) == most:
         return list(batches)
@@ -200,7 +200,7 @@ def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> lis
 
 
 def require_finite(tensors: Mapping[str, Tensor], batch: TokenBatch, where: str) -> None:
-    """Raises NonFiniteError that names the first tensor with a NaN or an infinity."""
+    """Raises NonFiniteError, naming the first tensor with a NaN or an infinity."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"{where}: {name} is not finite", [batch])

@@ -1,4 +1,4 @@
-"""All optimizer updates of one step: pack, score what has to be scored before the first of them, update."""
+"""All optimizer updates of one step: pack, compute all scores that must precede the first update, update."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_FAULTS = FaultSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class Updates:
-    """What a step's updates reported, their statistics and last ``grad_norm``, and the work they took."""
+    """The metrics of a step's updates, what they give the controller (``seen``), and their work."""
 
     metrics: Mapping[str, float]
     seen: Mapping[str, float]
@@ -43,21 +43,21 @@ class Updater:
     scorer: Scorer
     method: Method
     optimizers: Mapping[str, MasterOptimizer]
-    learning_rate: Schedule  # of the optimizer update, 0-based
+    learning_rate: Schedule  # by optimizer update, 0-based
     updates_per_step: int
     faults: FaultSettings = NO_FAULTS
     max_length: int = 1
 
     def update(self, data: StepData, step: int) -> Updates:
-        """The updates of one step. Statistics and proximal values of all of them are made before the first;
-        the buffer's separate update comes last."""
+        """Make the updates of one step. Statistics and proximal values for all of them are computed before
+        the first; the buffer's separate update comes last."""
         scorer, fault = self.scorer, fault_of(self.faults)
         packed = [self._pack(part, fault) for part in data.minibatches]
         ledger = sum((work("trained", batches) for batches in packed), Ledger())
         if scorer.reference is not None:
             packed = [scorer.with_reference(batches, step) for batches in packed]
             ledger = sum((work("scored", batches) for batches in packed), ledger)
-        # The first update needs no proximal pass: there the policy is the proximal policy.
+        # The first update needs no proximal pass, because the policy is still the proximal policy.
         for index in range(0 if self.method.scores_first else 1, len(packed)):
             packed[index] = scorer.with_proximal(packed[index], step)
             ledger += work("scored", packed[index])
@@ -77,7 +77,7 @@ class Updater:
             self._require_columns(batches)
             rate = self.learning_rate(step * self.updates_per_step + index)
             planned = plan(learning_rate=rate, microbatch_weights=self._weights(fault, batches))
-            # After its first update a step is finished: to stop would leave it half done.
+            # After its first update, a step must be finished: stopping would leave it half done.
             check_stop = scorer.check_stop if index == 0 else lambda: None
             reports.append(train_step(self.policy, optimizer, batches, planned, check_stop))
         metrics = combine([_row(report) for report in reports])
@@ -91,7 +91,8 @@ class Updater:
         return Updates(metrics=metrics, seen=seen, ledger=ledger)
 
     def _pack(self, sequences: Sequence[TrainSequence], fault: WeightsOf | None) -> list[TokenBatch]:
-        """Micro-batches by memory; for an injected fault, which depends on them, by number and in order."""
+        """Pack by memory; for an injected fault, whose weights depend on the micro-batches, pack a fixed
+        number of sequences into each, in data order."""
         if fault is None:
             return self.scorer.pack(sequences)
         size = self.faults.sequences_per_microbatch
@@ -111,12 +112,12 @@ class Updater:
         try:
             weights = [float(w) for w in fault(counts)]
         except ValueError as error:
-            raise UserError(f"faults: {error}; set another faults.sequences_per_microbatch") from None
+            raise UserError(f"faults: {error}; set a different faults.sequences_per_microbatch") from None
         start = sum(len(rank) for rank in counts[: ranks.rank])
         return weights[start : start + len(batches)]
 
     def _require_columns(self, batches: Sequence[TokenBatch]) -> None:
-        """Raises RecordError, naming the row, if a term selects tokens without a column that it needs."""
+        """Raises RecordError, naming the method, if a term selects tokens without a column that it needs."""
         for term in self.method.terms:
             for name in term.needs:
                 if any(getattr(b, name) is None and bool(term.select(b).any()) for b in batches):
@@ -133,7 +134,7 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """The weights of micro-batches with all injected faults; None without. Raises UserError for others."""
+    """The micro-batch weights of all injected faults, or None. Raises UserError for an unknown fault."""
     unknown = [name for name in settings.others if name not in FAULTS]
     if unknown:
         raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")

@@ -1,4 +1,4 @@
-"""New weights to the engine, and a check that it samples from them."""
+"""Gives new weights to the engine, and checks that it samples from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from truestep.train.policy import Policy
 
 NUM_PROBE_TOKENS = 24
 NUM_PROBE_DECODED = 4  # the rest is prefilled: decoding one token costs as much as decoding a batch
-# Ten times the measured noise of two kernels of the same dtype on the same weights. Units: nats.
+# Ten times the measured noise between two kernels of the same dtype on the same weights. Units: nats.
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
 
 
@@ -32,10 +32,10 @@ class _Weights(UserDict[str, Tensor]):
 
 
 def publish(policy: Policy, engine: Engine, version: int) -> float:
-    """Give the engine the policy's weights, and return the largest difference of both's log-probabilities of
-    a probe of random tokens. Units: nats.
+    """Give the engine the policy's weights, and return the largest difference between their log-probabilities
+    for a probe of random tokens. Units: nats.
 
-    Raises StaleWeightsError if they differ by more than two kernels' rounding.
+    Raises StaleWeightsError if they differ by more than the rounding of two kernels.
     Held by: tests/contract/test_publish.py"""
     engine.publish(_Weights(policy.model.named_parameters()), version)
     parameter, vocabulary = next(policy.parameters()), int(policy.model.config.vocab_size)

@@ -3,8 +3,8 @@
 ``build("grpo", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name. A
 row is a function with keyword-only options that returns a Method; ``build`` takes one from user code too.
 
-Evidence of a constant that a paper does not give in plain words: [C] read in the official code, [P] in the
-paper, [S] in a secondary source, [U] not verified.
+The source of a constant that a paper does not state plainly: [C] read in the official code, [P] read in the
+paper, [S] read in a secondary source, [U] not verified.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
 def build(method: str | Row, options: Mapping[str, Any]) -> Method:
-    """A row, named or a user's own, with its options. Raises ValueError naming the known ones."""
+    """The method of a row (a known name or a user's function) with its options. Raises ValueError, naming the
+    known ones."""
     if isinstance(method, str) and method not in METHODS:
         now = f"; it is now called {RENAMED[method]}" if method in RENAMED else ""
         raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}{now}")
@@ -54,7 +55,7 @@ def build(method: str | Row, options: Mapping[str, Any]) -> Method:
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:
-    """The value as its option's type; a whole number with or without a decimal point."""
+    """The value in its option's type; a whole number may be given with or without a decimal point."""
     if kind in (int, float) and type(value) in (int, float) and kind(value) == value:
         return kind(value)
     if type(value) is not kind:

@@ -1,11 +1,11 @@
 """Rows that train on own samples and demonstrations in one run.
 
 Most papers of this family release code with LUFFY's normaliser: Σ_t/L per micro-batch, micro-batches summed,
-ranks averaged. Here every term is divided by a global count. ``legacy_scale`` = W, the GPUs of the official
-run, gives the official gradient's size back: terms over N·L are multiplied by N/W; token means, which that
-code adds up over the micro-batches of a rank, by ``legacy_microbatches``. That last number depends on packing
-and is not a constant of any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to the
-entropy bonus and to the balance of RL and imitation.
+ranks averaged. Here every term is divided by a global count. ``legacy_scale`` = W, the number of GPUs in the
+official run, restores the official gradient's size: terms over N·L are multiplied by N/W, and token means,
+which that code sums over the micro-batches of a rank, by ``legacy_microbatches``. That number depends on
+packing and is not a constant of any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to
+the entropy bonus and to the balance of RL and imitation.
 
 The letters in brackets are explained in ``methods/__init__.py``.
 """
@@ -28,11 +28,11 @@ from truestep.objective.methods.sft import highest_entropy, imitation_term
 from truestep.objective.normalise import Normaliser
 from truestep.records import BatchTotals
 
-CANONICAL_ENTROPY = 1e-4  # the official 0.001 of LUFFY and its family on the scale of a global mean
+CANONICAL_ENTROPY = 1e-4  # the official 0.001 of LUFFY and its family, on the scale of a global mean
 
 
 def _part(name: str, select: row.Select, coefficient: Coefficient, **given: Any) -> Term:
-    """One part of a surrogate whose parts share N·L, all sequences counted."""
+    """One part of a surrogate whose parts share the denominator N·L, which counts all sequences."""
     given |= {"counted": row.ALL, "normaliser": Normaliser.MAX_LENGTH}
     return Term(name=name, select=select, coefficient=coefficient, **given)
 
@@ -42,7 +42,7 @@ OWN_TERM = policy_term(coefficients.importance, Normaliser.MAX_LENGTH)  # the to
 
 
 def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], source: str, **given: Any) -> Method:
-    """A row of LUFFY's family with its entropy bonus; ``legacy``: ranks (0: none) and micro-batches."""
+    """A row of LUFFY's family with its entropy bonus. ``legacy``: ranks (0: off) and micro-batches."""
     ranks, microbatches = legacy
     made = partial(Method, name=name, source=source, **given)
     if ranks == 0:
@@ -67,8 +67,8 @@ def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int
 
 
 def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY's group without the demonstration's advantage: RL on the own samples, with their own baseline,
-    plus ``weight`` times the likelihood of the demonstration (1.0 [C])."""
+    """LUFFY's group without the demonstration's advantage: RL on the own samples, with a baseline only over
+    them, plus ``weight`` times the likelihood of the demonstration (1.0 [C])."""
     terms = (OWN_TERM, imitation_term(weight=weight))
     legacy = (legacy_scale, legacy_microbatches)
     source = "arXiv:2504.14945, RL with SFT loss"
@@ -83,9 +83,9 @@ def relift(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """Dr. GRPO without a clip; problems that no sample solves leave their demonstration in a buffer, and as
-    soon as ``buffer_size`` wait, one update imitates the newest, with a separate AdamW [C]. The official
-    code divides that update by 8 times too much, which AdamW hides; this does not."""
+    """Dr. GRPO without a clip. If no sample solves a problem, its demonstration goes into a buffer; as soon
+    as ``buffer_size`` wait there, one update imitates the newest, with a separate AdamW [C]. The official
+    code divides that update by 8 times too much, which AdamW hides; this row does not."""
     terms = (OWN_TERM, imitation_term())
     legacy = (legacy_scale, legacy_microbatches)
     buffer = DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm)
@@ -124,9 +124,9 @@ def prefix_rft(
     prefix_steps: int = 500,
 ) -> Method:
     """n−1 samples and one continuation of an expert prefix, whose length is uniform between a bound that
-    falls with a cosine and 0.95. All tokens are in the clipped surrogate with the group's advantage; of the
-    prefix only the ``entropy_share`` with the highest entropy over the whole step (the code takes it per
-    micro-batch [C]). Masked tokens still count in the total."""
+    falls as a cosine and 0.95. All tokens are in the clipped surrogate with the group's advantage; but of the
+    prefix, only the ``entropy_share`` with the highest entropy over the whole step (per micro-batch in the
+    code [C]). Masked tokens still count in the total."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     masked = coefficients.where_uncertain(clipped, "prefix_entropy")
     return Method(
@@ -145,9 +145,9 @@ def hpt(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """A switch by problem: with at most ``most_correct`` right samples (0 for Qwen, 2 for Llama [C]) the
-    demonstration is imitated and the samples are dropped, otherwise Dr. GRPO without a clip. Totals count
-    what is kept."""
+    """A switch per problem: with at most ``most_correct`` correct samples (0 for Qwen, 2 for Llama [C]), the
+    demonstration is imitated and the samples are dropped; otherwise it is Dr. GRPO without a clip. Totals
+    count what is kept."""
     terms = (OWN_TERM, imitation_term(weight=imitation_weight))
     legacy = (legacy_scale, legacy_microbatches)
     rounds, gate = plan.beside_demonstration, imitate_where_unsolved(most_correct)
@@ -155,10 +155,10 @@ def hpt(
 
 
 def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """Micro-groups one after another, each guided by an expert prefix if too few samples so far were
-    right: lengths 0.25, 0.5 and 1 below shares 1/2, 2/3 and 1 [C] (the paper has 0.2, 0.5, 1 at 0.5, 0.7,
-    0.9). Expert tokens are imitated by TrSFT with advantage 1. The code leaves one of two guided samples
-    unimitated and ends prefixes with clauses; this does neither."""
+    """Micro-groups one after another, each guided by an expert prefix if too few samples so far were correct:
+    prefix lengths are 0.25, 0.5 and 1, for shares below 1/2, 2/3 and 1 [C] (in the paper 0.2, 0.5 and 1, for
+    0.5, 0.7 and 0.9). Expert tokens are imitated by TrSFT with advantage 1. The code does not imitate one of
+    two guided samples, and it ends prefixes at clauses; this row does neither."""
     terms = (OWN_PART, _part("prefix", EXPERT, coefficients.trusted(alpha)))
     legacy = (legacy_scale, legacy_microbatches)
     guided = plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0))
@@ -175,7 +175,7 @@ def exgrpo(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """Half of the prompts come from a store of problems solved in part, each with one stored own sample in
+    """Half of the prompts come from a store of partly solved problems, each with one stored own sample in
     its group, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds the
     store ([U]: the code keeps all)."""
     shaped, needs = coefficients.shaped_replay(beta), ("behavior_logprobs",)
@@ -186,8 +186,8 @@ def exgrpo(
 
 
 def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY's group with another off-policy part: multiple importance sampling and an advantage that grows
-    with the token's improbability. No std, no clip, as in the code [C]; the paper has a std."""
+    """LUFFY's group with a different off-policy part: multiple importance sampling and an advantage that
+    grows with the token's improbability. No std, no clip, as in the code [C]; the paper divides by a std."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)))
     legacy = (legacy_scale, legacy_microbatches)
     return _family("rl_plus", terms, legacy, "arXiv:2508.00222", plan=plan.with_demonstration)

@@ -23,20 +23,20 @@ def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual
 
 
 def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL. All-equal groups count."""
+    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL; all-equal groups count."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
 
 def grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """Group-normalised advantages, mean over each sequence, then over sequences. The KL term (β = 0.04, k3)
-    is left to the options ``kl`` and ``kl_coef``."""
+    """Group-normalised advantages; the loss is a mean over each sequence, then over sequences. The options
+    ``kl`` and ``kl_coef`` set the KL term (β = 0.04, k3)."""
     term = clipped_term(clip_low, clip_high, Normaliser.SEQUENCES)
     return Method(name="grpo", terms=(term,), advantage=group_mean_std, source="arXiv:2402.03300, eq. 3")
 
 
 def dr_grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """No std, and the constant length limit instead of each sequence's own length."""
+    """Without the std, and divided by the constant length limit instead of each sequence's own length."""
     term = clipped_term(clip_low, clip_high, Normaliser.MAX_LENGTH)
     return Method(name="dr_grpo", terms=(term,), source="arXiv:2503.20783")
 
@@ -64,7 +64,7 @@ def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0
 
 
 def rloo() -> Method:
-    """The mean of the other samples as the baseline, unclipped; sums over a sequence, mean over these."""
+    """The baseline is the other samples' mean; no clip; sum over each sequence, mean over sequences."""
     term = policy_term(coefficients.importance, Normaliser.SEQUENCE_SUMS)
     return Method(name="rloo", terms=(term,), advantage=leave_one_out, source="arXiv:2402.14740")
 
@@ -80,18 +80,18 @@ def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float
 
 
 def reinforce_pp(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """REINFORCE++: the reward, whitened over the batch's tokens, in the clipped surrogate; its KL in the
-    reward is ``kl = "reward"``."""
+    """REINFORCE++: the reward, whitened over the batch's tokens, in the clipped surrogate; ``kl = "reward"``
+    sets its KL in the reward."""
     return _whitened("reinforce_pp", raw_reward, clip_low, clip_high)
 
 
 def reinforce_pp_baseline(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """REINFORCE++-baseline: the group's mean subtracted, then whitened over the batch's tokens."""
+    """REINFORCE++-baseline: reward minus the group's mean, whitened over the batch's tokens."""
     return _whitened("reinforce_pp_baseline", own_mean, clip_low, clip_high)
 
 
 def gspo(*, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Method:
-    """One ratio a sequence, clipped as a whole; sequence mean of token means."""
+    """One ratio per sequence, clipped as a whole; sequence mean of token means."""
     clipped = coefficients.clipped_sequence_ratio(clip_low, clip_high)
     term = policy_term(clipped, Normaliser.SEQUENCES, clips=True)
     return Method(name="gspo", terms=(term,), advantage=group_mean_std, source="arXiv:2507.18071, eq. 5")
@@ -105,10 +105,10 @@ def cispo(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
 
 
 def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
-    """Negative-aware fine-tuning: likelihood of correct samples, and of what wrong ones leave for correct
-    ones, scaled by 1 − q (``normalize`` = 1 in the code [C]); all-equal groups are dropped. With one update
-    per rollout batch it is Dr. GRPO. The code sums over 1,000 tokens a sequence instead of the length limit
-    [C]. For rewards of 0 and 1."""
+    """Negative-aware fine-tuning: the likelihood of correct samples, and of what incorrect samples leave for
+    correct ones, scaled by 1 − q (``normalize`` = 1 in the code [C]); all-equal groups are dropped. With one
+    update per rollout batch it is Dr. GRPO. The code sums over 1,000 tokens per sequence instead of the
+    length limit [C]. For rewards of 0 and 1."""
     term = policy_term(coefficients.implicit_negative(share_low, share_high), Normaliser.MAX_LENGTH)
     return Method(name="nft", terms=(term,), gate=drop_degenerate, source="arXiv:2505.18116")
 

@@ -1,4 +1,4 @@
-"""What a row of the table is made of: terms, statistics, and what a method needs of data and scoring."""
+"""What a row of the table is made of: terms, statistics, and what a method needs from data and scoring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from truestep.objective.plan import Plan
 from truestep.objective.schedule import Schedule
 from truestep.records import OPTIONAL_FIELDS, BatchTotals, Origin, TokenBatch
 
-Select = Callable[[TokenBatch], Tensor]  # → bool [M]: which trained tokens a term is about
+Select = Callable[[TokenBatch], Tensor]  # → bool [M]: which trained tokens a term applies to
 # Differentiable (logprobs [M], entropy [M]) → values [M]: for the few objectives without a coefficient form.
 Value = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,8 +42,8 @@ class Term:
     ``counted`` says which tokens make the total if these are more than the selected ones: parts that one
     surrogate of the paper sums under one denominator. ``needs`` names the optional columns of ``TokenBatch``
     that the coefficient reads. ``clips``: a coefficient of 0 on a token with an advantage means that the
-    token was clipped. ``correction`` is a factor on the coefficient for what engine and trainer disagree
-    about. ``control`` names a value of the method's controller that multiplies the weight, ``scale`` a
+    token was clipped. ``correction`` is a factor on the coefficient that corrects the mismatch of engine and
+    trainer. ``control`` names a value of the method's controller that multiplies the weight, ``scale`` a
     function of the step's global totals (``legacy_scale`` only)."""
 
     name: str
@@ -70,9 +70,9 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """One number of the whole step: over the selected tokens of all its updates on all ranks, by the proximal
-    policy, before the first update. ``reduce`` is mean, std (unbiased) or quantile (``level``; a value that
-    occurs). ``needs`` as in ``Term``."""
+    """One number for the whole step: over the selected tokens of all its updates on all ranks, under the
+    proximal policy, before the first update. ``reduce`` is mean, std (unbiased) or quantile (at ``level``; a
+    value that occurs). ``needs`` as in ``Term``."""
 
     name: str
     select: Select
@@ -84,7 +84,7 @@ class Statistic:
 
 @dataclass(frozen=True, kw_only=True)
 class Refill:
-    """Groups that the gate drops whole are replaced by further prompts, for at most ``rounds`` rounds."""
+    """Groups that the gate drops fully are replaced by further prompts, for at most ``rounds`` rounds."""
 
     rounds: int
 
@@ -106,14 +106,14 @@ class Overlong:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """``share`` of a step's sequences are demonstrations from a stream beside the groups."""
+    """``share`` of a step's sequences are demonstrations from a stream, in addition to the groups."""
 
     share: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationBuffer:
-    """Demonstrations that a gate has set aside; as soon as ``size`` of them wait, the newest make one further
+    """Demonstrations that a gate has set aside; as soon as ``size`` of them wait, the newest make one more
     update after the step's others, with a separate optimizer at ``lr`` and ``max_grad_norm``."""
 
     size: int
@@ -123,9 +123,9 @@ class DemonstrationBuffer:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Own samples that solved their problem are stored by problem. From the first step on whose mean reward
-    reached ``start``, ``share`` of a step's prompts come from the store: partly solved ones, by N(k; K/2, σ)
-    of the number k solved of K the last time, each with its stored sample of the lowest entropy."""
+    """Own samples that solved their problem are stored by problem. Once a step's mean reward has reached
+    ``start``, ``share`` of a step's prompts come from the store: partly solved ones, drawn by N(k; K/2, σ) if
+    k of K were solved the last time, each with its stored sample of the lowest entropy."""
 
     share: float
     start: float
@@ -147,7 +147,7 @@ P = TypeVar("P")
 @dataclass(frozen=True, kw_only=True)
 class Extras:
     """Options of any row that samples: an entropy bonus, a KL term to the stage's start (k1, k2, k3 in the
-    loss, or in the reward), and a correction for the difference of engine and trainer."""
+    loss, or in the reward), and a correction for the difference between engine and trainer."""
 
     entropy_bonus: float = 0.0
     kl: str = "none"
@@ -162,7 +162,7 @@ class Method:
     """A row of the table: plan → gate → advantage → terms, and parts that few methods have.
 
     ``plan`` None: nothing is sampled, only demonstrations are trained on (an SFT stage). ``extras`` are the
-    row's own values for what a recipe may set on any row."""
+    row's own values for the options that a recipe may set on any row."""
 
     name: str
     terms: tuple[Term, ...]
@@ -224,7 +224,7 @@ def complete(row: Method, given: Mapping[str, Any]) -> Method:
 
         def charged(part: Any, field: str) -> Any:
             function, needs = getattr(part, field), (*part.needs, "reference_logprobs")
-            # What only the expert's or stored tokens read is not charged: it may have no reference values.
+            # Parts that select expert or stored tokens are not charged: those may have no reference values.
             if function is None or part.select in (EXPERT, STORED):
                 return part
             return replace(part, **{field: corrections.with_advantage(function, charge)}, needs=needs)

@@ -24,7 +24,7 @@ def imitation_term(
 
 
 def highest_entropy(name: str, share: float) -> Statistic:
-    """The entropy that the ``share`` of the step's expert tokens with the highest entropy reach."""
+    """The entropy reached by the ``share`` of the step's expert tokens that have the highest entropy."""
     return Statistic(
         name=name,
         select=EXPERT,
@@ -36,7 +36,7 @@ def highest_entropy(name: str, share: float) -> Statistic:
 
 
 def sft(*, normaliser: str = "tokens") -> Method:
-    """Negative log-likelihood of demonstrations, one global token mean (or ``normaliser`` = "sequences")."""
+    """Negative log-likelihood of demonstrations: one global token mean (or ``normaliser`` = "sequences")."""
     term = imitation_term(normaliser=Normaliser(normaliser))
     return Method(name="sft", terms=(term,), plan=None, source="arXiv:2604.23747, app. A")
 
@@ -59,8 +59,8 @@ def psft(*, clip_high: float = 0.28, updates_per_refresh: int = 8) -> Method:
 def iw_sft(
     *, level: str = "sequence", temperature: float = 1.0, weight_low: float = -1.0, weight_high: float = -1.0
 ) -> Method:
-    """Importance-weighted SFT: exp(τ·mean(log π − log π_reference)) by sequence, clamped to [0, 16], or by
-    token, clamped to [0.2, 1.8] [C]. The reference is the stage's start. −1: the level's own clamp."""
+    """Importance-weighted SFT: exp(τ·mean(log π − log π_reference)) per sequence, clamped to [0, 16], or per
+    token, clamped to [0.2, 1.8] [C]. The reference is the stage's start. −1 means the level's own clamp."""
     if level not in ("sequence", "token"):
         raise ValueError(f"method_options.level: expected sequence or token, got {level!r}")
     low, high = (0.0, 16.0) if level == "sequence" else (0.2, 1.8)
@@ -80,7 +80,7 @@ def trsft(*, alpha: float = 0.1) -> Method:
 
 
 def power_sft(*, alpha: float = 0.5) -> Method:
-    """The family between the likelihood (α → 0) and DFT (α = 1): the loss (1 − p^α)/α. 0.5 is ours."""
+    """The family between the likelihood (α → 0) and DFT (α = 1): the loss (1 − p^α)/α. 0.5 is our choice."""
     if not 0 < alpha <= 1:
         raise ValueError(f"method_options.alpha: expected more than 0 and at most 1, got {alpha}")
     term = imitation_term(coefficients.powered(alpha))
@@ -89,8 +89,9 @@ def power_sft(*, alpha: float = 0.5) -> Method:
 
 
 def entropy_sft(*, share: float = 0.2) -> Method:
-    """The likelihood of the ``share`` of tokens with the highest entropy over the whole step, by the policy
-    before it; Z counts that share of all tokens. MIFO's ρ is in an appendix not obtained: 0.2 is [U]."""
+    """The likelihood of the ``share`` of tokens with the highest entropy over the whole step, under the
+    policy before the step; Z counts that share of all tokens. MIFO's ρ is in an appendix that we did not
+    obtain, so 0.2 is [U]."""
     if not 0 < share <= 1:
         raise ValueError(f"method_options.share: expected more than 0 and at most 1, got {share}")
     term = imitation_term(coefficients.where_uncertain(coefficients.ones, "entropy"), weight=1 / share)
