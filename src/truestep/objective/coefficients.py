@@ -17,7 +17,7 @@ from torch import Tensor
 
 from truestep.records import RecordError, TokenBatch
 
-MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range; beyond it float32 would overflow
+MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range; exp(89) would overflow float32
 
 
 def _column(name: str) -> property:

@@ -56,7 +56,7 @@ def draw(name: str, ranks: tuple[int, int]) -> Draw:
 
 @dataclass(frozen=True)
 class Fault:
-    """``copies`` mutants, each with its own parameters; ``text`` may quote these: {index}, {rank}, {size}."""
+    """``copies`` mutants, each with its own parameters; ``text`` may quote these: {index}, {rank}."""
 
     code: str
     names: str

@@ -123,8 +123,8 @@ class DemonstrationBuffer:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Own samples that solved their problem are stored by problem. Once a step's mean reward has reached
-    ``start``, ``share`` of a step's prompts come from the store: partly solved ones, drawn by N(k; K/2, σ) if
+    """Own samples that solved their problem are stored by problem. Once a step has solved the share
+    ``start`` of its samples, ``share`` of a step's prompts come from the store: partly solved ones, drawn by N(k; K/2, σ) if
     k of K were solved the last time, each with its stored sample of the lowest entropy."""
 
     share: float
