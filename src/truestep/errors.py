@@ -10,17 +10,17 @@ from pydantic import BaseModel, ValidationError
 
 
 class UserError(ValueError):
-    """Bad settings, data or paths: exit code 2. The message is one line: the fault, then the way out."""
+    """Bad settings, data or paths: exit code 2. The message is one line: the fault, then the remedy."""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean …?", or nothing if no known word is near."""
+    """ "; did you mean …?", or nothing if no known word is similar."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem: its key, what was expected, what was found. ``model`` was validated."""
+    """The first problem: its key, what was expected, what was found. ``model`` is the model that raised."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
@@ -28,7 +28,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _right_key(loc, list(_keys(model)))
     elif first["type"] == "missing":
-        message = "is missing and has no default; set it"
+        message = "the key is missing and has no default; set it"
     elif first["type"] == "union_tag_not_found":
         message = 'each stage needs kind = "sft", "rl" or "rejection"'
     elif first["type"] == "union_tag_invalid":
@@ -40,7 +40,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
-    """The key that may have been meant, with its table if that is another one; else all keys."""
+    """The key that may have been meant, with its table if it is in a different one; otherwise all keys."""
     here = [part for part in loc[:-1] if not part.isdigit()]
 
     def is_here(table: list[str]) -> bool:
@@ -51,7 +51,7 @@ def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
         return hint
     elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
     close = difflib.get_close_matches(loc[-1], elsewhere, n=1, cutoff=0.7)
-    return f'; did you mean "{elsewhere[close[0]]}"?' if close else f": expected one of {', '.join(siblings)}"
+    return f'; did you mean "{elsewhere[close[0]]}"?' if close else f"; expected one of {', '.join(siblings)}"
 
 
 def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:

@@ -33,10 +33,10 @@ class RewardSettings(Frozen):
     name: str = ""  # in metrics and messages; the function's own if it is not set
     options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
     timeout_seconds: float = Field(60.0, gt=0)  # for one batch
-    memory_mb: int = Field(4096, ge=64)  # resident, of a worker and all that it has started
+    memory_mb: int = Field(4096, ge=64)  # resident memory of a worker and all its child processes
     workers: int = Field(1, ge=1)
-    batch_size: int = Field(64, ge=1)  # the most samples of one call
-    max_failure_share: float = Field(0.05, ge=0, le=1)  # of a step's samples; more stops the run
+    batch_size: int = Field(64, ge=1)  # at most so many samples per call
+    max_failure_share: float = Field(0.05, ge=0, le=1)  # of a step's samples; a larger share stops the run
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +63,7 @@ class RewardSettings(Frozen):
 
 
 def reward_entries(reward: str, rewards: Sequence[RewardSettings]) -> tuple[RewardSettings, ...]:
-    """The list in force: ``rewards``, or the one that ``reward`` names. Raises ValueError."""
+    """The rewards in force: ``rewards``, or the single one that ``reward`` names. Raises ValueError."""
     entries = tuple(rewards) or (RewardSettings(function=reward),)
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -71,5 +71,7 @@ def reward_entries(reward: str, rewards: Sequence[RewardSettings]) -> tuple[Rewa
     for entry in entries:
         needs_verdict = entry.function == "length" and entry.options.get("correct_only", True)
         if needs_verdict and "checker" not in [e.function for e in entries]:
-            raise ValueError('length needs the reward "checker" beside it, or options.correct_only = false')
+            raise ValueError(
+                '"length" also needs the reward "checker"; add it, or set options.correct_only = false'
+            )
     return entries

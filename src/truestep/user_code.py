@@ -1,5 +1,5 @@
-"""Code of a recipe: FILE.py:NAME or PACKAGE.MODULE:NAME → the file, its hash and the function. It is run with
-the user's rights; its content hash is part of a run's identity and provenance."""
+"""Code that a recipe names: FILE.py:NAME or PACKAGE.MODULE:NAME → the file, its hash and the function. It runs
+with the user's rights; its content hash is part of a run's identity and provenance."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _module_file(module: str, places: Sequence[str], what: str) -> Path:
 
 
 def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
-    """Import the file and take its function. It can import the files beside it, which come last in the path,
-    so that a file called random.py hides nothing. Raises UserError, and whatever the file raises."""
+    """Import the file and return its function. The file can import files in its folder, which comes last in the
+    path, so that a file called random.py does not hide a module. Raises UserError, and whatever the file raises."""
     for folder in (*path, str(Path(source.path).parent)):
         if folder not in sys.path:
             sys.path.append(folder)
@@ -88,15 +88,15 @@ def _import_file(path: Path) -> ModuleType:
 
 
 class _FromSource(importlib.machinery.SourceFileLoader):
-    """Without byte code: a cached one is chosen by the file's second and size, and would run what stood there
-    before an edit, under the hash of what stands there now."""
+    """Loads without byte code: cached byte code is chosen by the file's time in seconds and its size, so it could
+    be that of the file before an edit, and would run under the hash of the edited file."""
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
         raise OSError
 
 
 def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The keyword arguments of a function, with ``folder`` if it takes it. Raises UserError for others."""
+    """The keyword arguments of a function, with ``folder`` if it takes it. Raises UserError if it does not accept one."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # written in C

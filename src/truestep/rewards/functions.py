@@ -52,7 +52,7 @@ def length_reward(
         used = min(1.0, len(sample.completion_ids) / (budget or sample.limit))
         value = 1.0 - used if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * used))
         if correct_only and sample.verdict is None:
-            raise UserError('length needs the reward "checker" beside it, or correct_only = false')
+            raise UserError('"length" also needs the reward "checker"; add it, or set correct_only = false')
         known = {Verdict.CORRECT: value, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}
         values.append(known[sample.verdict] if correct_only and sample.verdict else value)
     return values
