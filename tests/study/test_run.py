@@ -286,7 +286,7 @@ def test_a_base_of_another_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(
         (tmp_path / "base.toml").read_text().replace("steps = 120", "steps = 121")
     )
-    with pytest.raises(UserError, match=r"was trained by another base\.toml"):
+    with pytest.raises(UserError, match=r"was trained from a different base\.toml"):
         analysed(again)
 
 
@@ -333,7 +333,7 @@ def test_a_failed_trial_is_a_rate_that_is_not_chosen(tmp_path: Path) -> None:
     assert {name for name in table["failures"] if "lr" not in name} == {
         f"{arm}-s{seed}" for arm in ("sft-rl", "coin", "continued") for seed in (1, 2)
     }
-    assert "every one of its learning-rate trials has failed" in table["failures"]["sft-rl-s1"]
+    assert "all its learning-rate trials have failed" in table["failures"]["sft-rl-s1"]
 
 
 def test_every_stage_has_the_rate_that_the_arm_which_ends_there_has_chosen(

@@ -1,5 +1,5 @@
-"""Finished cells → the study's results: arms, contrasts, budgets, and what is not as equal as it should be.
-A pure function of the cells: two sittings that end with the same cells end with the same bytes."""
+"""Finished cells → the study's results: arms, contrasts, budgets, and what should be the same but is not.
+A pure function of the cells: two sessions that end with the same cells write the same bytes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from truestep.study.plan import CONTROLS, Arm, Study, differences, owner_of, sta
 
 Cell = Mapping[str, Any]
 Cells = Mapping[str, Cell]  # by name, or whatever else is known of each
-CLOSE = 0.05  # budgets that differ by less count as equal
+CLOSE = 0.05  # budgets that differ by less count as the same
 
 
 def results(
     study: Study, found: Cells, *, tuning: Cells, failures: Mapping[str, str], base: str = ""
 ) -> dict[str, Any]:
-    """Everything that the report and the exports show. ``found``: finished cells by name; none counts as 0."""
+    """Everything that the report and the exports show. ``found``: finished cells; a missing one is never 0."""
     by_arm = {arm.name: _cells_of(study, found.values(), arm) for arm in study.arms}
     arms = [_arm(study, arm, by_arm, tuning.get(arm.name, {})) for arm in study.arms]
     contrasts = [_contrast(by_arm, a, b, primary=True) for a, b in study.primary]
-    # A contrast that says nothing yet (no cells, one seed) is still one of the family.
+    # A contrast without a result yet (no cells, one seed) still belongs to the family.
     known = {(c["a"], c["b"]): c["all"] for c in contrasts}
     adjusted = analyse.holm({k: m["p_value"] if m and m["seeds_known"] else 1.0 for k, m in known.items()})
     contrasts += [_contrast(by_arm, a, b, primary=False) for a, b in study.secondary]
@@ -99,7 +99,7 @@ def _sample_sd(own: Mapping[int, Cell], tables: Mapping[str, np.ndarray]) -> flo
 
 
 def _path(own: Mapping[int, Cell]) -> list[dict[str, Any]]:
-    """Mean score of each checkpoint on the arm's way, at the mean FLOPs spent by then."""
+    """The mean score of each checkpoint of the arm, at the mean FLOPs spent by then."""
     rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for cell in own.values():
         for point in cell["path"]:
@@ -125,7 +125,7 @@ def _data(own: Mapping[int, Cell]) -> dict[str, Any]:
 def _marks(
     study: Study, row: Mapping[str, Any], own: Mapping[int, Cell], reference: Mapping[int, Cell], arm: Arm
 ) -> list[str]:
-    """What is unequal between the arm and the reference, in the words of the table."""
+    """What differs between the arm and the reference, in the words of the table."""
     marks = []
     if len(own) < len(study.seeds_of(arm)):
         marks.append(f"{len(own)} of {len(study.seeds_of(arm))} seeds")
@@ -154,7 +154,7 @@ def _marks(
 
 
 def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
-    """Hashes of the base model and of every data set, over all cells: several of a name: an unequal study."""
+    """Hashes of the base model and of every data set, over all cells; several mean that cells differ."""
     seen: dict[str, set[str]] = {}
     for cell in found.values():
         for name, value in cell["content"].items():
@@ -163,7 +163,7 @@ def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
 
 
 def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, primary: bool) -> dict[str, Any]:
-    """a − b on the seeds and problems that both have: by benchmark, and their mean."""
+    """a − b on the seeds and problems that both have, for each benchmark and on average."""
     seeds = [s for s in by_arm[a] if s in by_arm[b]]
     found: dict[str, Any] = {"a": a, "b": b, "primary": primary, "seeds": seeds, "all": None, "benchmarks": {},
                              "by_seed": {}, "verdict": "no seed has both arms", "p_adjusted": None}  # fmt: skip
