@@ -1,5 +1,6 @@
-"""The embedded tasks: how a problem is drawn and solved. Short ASCII, one regular line a step, so that a
-character-level model of a million parameters can learn it. ``wN`` writes a digit, ``cN`` carries, ``bN``
+"""The embedded tasks: how a problem is drawn and solved. The text is short ASCII with one regular line per
+step, so that a character-level model of a million parameters can learn it. ``wN`` writes a digit,
+``cN`` carries, ``bN``
 borrows; the last line of every trace is ``#### ANSWER``.
 """
 
@@ -16,7 +17,7 @@ from numpy.random import Generator
 class Drawn:
     """A problem before it has a split."""
 
-    canonical: str  # the same for equal exercises (12+34 and 34+12); its hash decides the split
+    canonical: str  # the same for equivalent exercises (12+34 and 34+12); its hash decides the split
     text: str
     answer: str
     steps: tuple[str, ...]

@@ -64,7 +64,7 @@ def overlong_penalty(
     """0, falling linearly to −``penalty`` over the last ``fraction`` of the length limit. DAPO subtracts up
     to 1 from rewards of ±1: ½ of rewards of 0 and 1. Source: DAPO (arXiv 2503.14476), equation 13"""
     if not 0 < fraction <= 1:
-        raise UserError("options.fraction: must be above 0 and at most 1")
+        raise UserError("options.fraction must be greater than 0 and at most 1")
     values = []
     for sample in samples:
         buffer = fraction * sample.limit
