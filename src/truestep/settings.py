@@ -208,7 +208,7 @@ class RlSettings(StageSettings):
     sampling: SamplingSettings
     reward: str = "checker"  # checker, random (a control: a coin flip per sample) or a reward function
     rewards: tuple[RewardSettings, ...] = ()  # several, with weights
-    solved_at: float = 1.0  # without a checker, the smallest reward of a sample that solves its problem
+    solved_at: float = 1.0  # without a checker, a sample with at least this reward solves its problem
     method: str = "grpo_token_mean"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 

@@ -80,7 +80,7 @@ def test_unknown_content_is_recorded_once_and_held_to(
     ):
         benchmarks.load(made, tmp_path)
     (tmp_path / "home" / "benchmarks.json").write_text("{")
-    with pytest.raises(UserError, match=r"benchmarks.json: is not JSON"):
+    with pytest.raises(UserError, match=r"benchmarks.json is not valid JSON"):
         benchmarks.load(made, tmp_path)
 
 

@@ -366,7 +366,7 @@ def test_a_budget_is_matched_from_what_the_arm_itself_has_spent(tmp_path: Path) 
     table = analysed(runner(tmp_path, Children(), text=with_arm(STUDY, long)))
     arms = {a["name"]: a for a in table["arms"]}
     assert arms["long"]["flops"]["paper"] == arms["sft-rl"]["flops"]["paper"] == 20 * 100 + 5 * 100
-    assert "no arm ends with, and so none tunes: sft" in arms["long"]["marks"]
+    assert "not tuned, because no arm ends with it: sft" in arms["long"]["marks"]
     assert not any("none tunes" in mark for mark in arms["sft-rl"]["marks"])
 
 

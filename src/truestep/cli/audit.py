@@ -14,7 +14,7 @@ Target = Annotated[
     str,
     Argument(
         help="NAME==VERSION[+NAME==VERSION] (installed into a separate environment), FILE.py:FUNCTION (your own "
-        "step(model, optimizer, microbatches)), or models (the loss of every model class of transformers).",
+        "step(model, optimizer, microbatches)), or models (the loss of every model class in transformers).",
         show_default="what --python has installed",
     ),
 ]

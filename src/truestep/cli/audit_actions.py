@@ -264,7 +264,7 @@ def bisect(
         raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
     first, last = releases.parse_range(text)
     between = releases.releases_between(Path(sys.executable), target, first, last)
-    assumed = "assuming that the faulty ones are one contiguous interval"
+    assumed = "assuming that the faulty releases follow each other without a gap"
     say(f"{len(between)} releases from {first} to {last}; {assumed}")
 
     def probe(version: str) -> bool | None:
@@ -279,7 +279,7 @@ def bisect(
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
-        bad = f"first bad {found.first_bad}, last bad {found.last_bad}"
+        bad = f"first faulty release {found.first_bad}, last faulty release {found.last_bad}"
         typer.echo(f"{bad} ({len(found.tried)} releases run)")
     else:
         typer.echo(f"no faulty release found ({len(found.tried)} of {len(between)} run)")

@@ -146,7 +146,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:
     from rich.table import Table
 
     if rows:
-        table = Table(title="what the settings imply")
+        table = Table(title="values that follow from the settings")
         for column in ("", *[str(row["stage"]) for row in rows]):
             table.add_column(column)
         for key in [k for k in rows[0] if k != "stage"]:

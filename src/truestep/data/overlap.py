@@ -29,7 +29,7 @@ def overlap_report(
     """Counts and example ids for every pair of a training and an evaluation set, ready for JSON.
 
     ``exact`` counts evaluation problems with the text of a training problem; ``ngram`` those that share a run
-    of 13 words with one, or have the same text. ``num_short`` have fewer words, so only in ``exact``."""
+    of 13 words with one, or have the same text. ``num_short`` have fewer words: only ``exact``."""
     texts = {name: [problem_text(p) for p in problems] for name, problems in evaluation.items()}
     grams = {name: [ngram_hashes(text) for text in of_set] for name, of_set in texts.items()}
     pairs = []

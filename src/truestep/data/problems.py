@@ -1,4 +1,4 @@
-"""The sources of problems: files, folders, the hub, a program. All rows are checked before any is used."""
+"""Loads problems from files, folders, the hub or a program. All rows are checked before any is used."""
 
 from __future__ import annotations
 

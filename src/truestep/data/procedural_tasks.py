@@ -1,7 +1,6 @@
 """The embedded tasks: how a problem is drawn and solved. The text is short ASCII with one regular line per
-step, so that a character-level model of a million parameters can learn it. ``wN`` writes a digit,
-``cN`` carries, ``bN``
-borrows; the last line of every trace is ``#### ANSWER``.
+step, so that a character-level model of a million parameters can learn it. ``wN`` writes a digit, ``cN``
+carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``.
 """
 
 from __future__ import annotations

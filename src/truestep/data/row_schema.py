@@ -110,7 +110,9 @@ def _solution(row: Row, from_turns: str) -> str:
     if row.get("solution") is not None:
         found["solution"] = _text(row["solution"], "solution")
     target = row.get("target")
-    if isinstance(target, list) and target and isinstance(target[0], dict):  # elsewhere, target is a number
+    if (
+        isinstance(target, list) and target and isinstance(target[0], dict)
+    ):  # in other rows, target is a number
         turns = _messages(target, "target")
         if len(turns) != 1 or turns[0].role != "assistant":
             raise RowError("target", f"expected one assistant turn, got {', '.join(t.role for t in turns)}")

@@ -92,13 +92,13 @@ TABLE: tuple[Benchmark, ...] = (
     replace(
         _AIME24, id="olympiadbench", title="OlympiadBench, English maths, text only", num_rows=675, samples=1,
         content="e0bc53c1c38309682a30262be33ea6b2cbedbef9a11030e2c5acd41bbedfb5f9",
-        hub="Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", mind="others keep 674 of these 675",
+        hub="Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", mind="others use only 674 of these 675 problems",
         published=_figures("55.7±0.6", "62.8±0.6", "57.2", "55.7"),
     ),
     replace(
         _MMLU_PRO, id="arc_challenge", title="ARC-Challenge test", num_rows=1172,
         content="3d4d14f0096be167538c4163dbf27dfad9370285dfdf4634f160c8fc96bac75e",
-        hub="allenai/ai2_arc:ARC-Challenge:test", mind="22 golds are digits, 7 items have 3 or 5 choices",
+        hub="allenai/ai2_arc:ARC-Challenge:test", mind="22 gold answers are digits; 7 items have 3 or 5 choices",
         published=_figures("82.5±0.6", "84.0±0.6", "80.5", "84.0"),
     ),
     replace(
@@ -121,7 +121,7 @@ TABLE: tuple[Benchmark, ...] = (
     replace(
         _GSM8K, id="asdiv", title="ASDiv", num_rows=2215, hub="",
         content="6d3047c4dcff33b2d4a41d457ef0864043cdac7f627668fe99caae2c2c2b23f3",
-        mind="131 golds are not plain numbers; 240 problems are also in MAWPS",
+        mind="131 gold answers are not plain numbers; 240 problems are also in MAWPS",
     ),
     replace(
         _GSM8K, id="mawps", title="MAWPS", num_rows=2065, hub="",
@@ -182,12 +182,12 @@ def _file(benchmark: Benchmark, folder: Path) -> Path:
 
 
 def _first_seen(id: str, found: str) -> str:
-    """The hash recorded when a benchmark of unknown content was first loaded here: this one, if none was."""
+    """The hash recorded at the first load of a benchmark of unknown content; now ``found``, if there is none."""
     path = _record()
     try:
         seen: dict[str, Any] = read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}): correct or remove it") from None
+        raise UserError(f"{path} is not valid JSON ({error}); correct or remove it") from None
     if id not in seen:
         write_json(path, {**seen, id: found})
     return str(seen.get(id, found))
@@ -198,7 +198,7 @@ def _record() -> Path:
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
-    """The problem as it is asked: its options, and the gold with them, shuffled and lettered again."""
+    """The problem as the model sees it: its options are shuffled and lettered again, and the gold with them."""
     text, answer, meta = item.question, item.answer, {}
     if item.choices:
         name = f"options/{benchmark.id}/{item.id}"

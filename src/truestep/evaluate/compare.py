@@ -89,6 +89,8 @@ def sign_flip_p(whole: list[int]) -> float:
     chance = np.zeros(2 * reach + 1)
     chance[reach] = 1.0
     for size in (abs(w) for w in whole if w):
-        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2  # what rolls around the ends is 0
+        chance = (
+            np.roll(chance, size) + np.roll(chance, -size)
+        ) / 2  # the values that wrap around the ends are 0
     observed = abs(sum(whole))
     return min(1.0, float(chance[np.abs(np.arange(-reach, reach + 1)) >= observed].sum()))

@@ -68,7 +68,9 @@ def alpha_of(num_problems: int) -> float:
 def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
     """The ends of {p: P(a tail as unlikely as this one's, or less likely) > alpha}, rounded outwards."""
     ends = []
-    for outside in _beta_ends(float(correct), float(num), alpha, 0.0):  # Blaker's interval lies within
+    for outside in _beta_ends(
+        float(correct), float(num), alpha, 0.0
+    ):  # Blaker's interval is inside these ends
         inside = correct / num
         for num_points in GRID if outside not in (0.0, 1.0) else ():
             points = np.linspace(outside, inside, num_points)

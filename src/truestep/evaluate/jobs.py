@@ -1,4 +1,4 @@
-"""What is to be evaluated: settings → jobs (a benchmark under a template), each with its problems and limits."""
+"""What to evaluate: settings → jobs (a benchmark with a template), each with its problems and limits."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
     """Load and check every benchmark, and pair it with each template. Raises UserError for unpinned rows."""
     evaluate = settings.evaluate
     folder = Path(evaluate.folder).expanduser() if evaluate.folder else None
-    if folder and (base_dir / folder).is_dir():  # relative to the recipe, else to the current folder
+    if folder and (base_dir / folder).is_dir():  # in the recipe's folder, else in the current one
         folder = base_dir / folder
     jobs = []
     for id in dict.fromkeys(evaluate.benchmarks):
@@ -109,7 +109,7 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
         samples = benchmark.samples if wanted == "benchmark" else wanted
         shared: dict[str, Any] = {
             "benchmark": benchmark, "problems": problems, "sampling": sampling, "content": _hash(problems),
-            "samples": samples if sampling.temperature else 1,  # greedy samples are all the same
+            "samples": samples if sampling.temperature else 1,  # all greedy samples of a problem are the same
             "source": _hash(every),
         }  # fmt: skip
         jobs += [Job(template=template, **shared) for template in prompts.chosen(names)]

@@ -53,7 +53,7 @@ class TokenAdapter:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     model_eos: Any
-    open_engine: Callable[[], Engine]  # called for every job: it opens one and keeps it
+    open_engine: Callable[[], Engine]  # called for every job; it opens an engine once and keeps it
     pinned_limit: bool  # the length limit is a benchmark's, and may be reduced to fit the model's context
 
     def ready(self, job: Job, few_shot: int) -> ReadyJob:

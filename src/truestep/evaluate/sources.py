@@ -1,4 +1,4 @@
-"""One row of a benchmark → its question, choices and gold answer, whichever published layout the row has."""
+"""A row of a benchmark, in any published layout → its question, choices and gold answer."""
 
 from __future__ import annotations
 

@@ -118,7 +118,9 @@ def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporte
             if spec.engine is not None:
                 spec.engine.publish(dict(policy.model.named_parameters()), step + 1)
     if moved == 0:
-        raise UserError(f"{spec.updater.method.name}: no step moves a parameter, so nothing can be compared")
+        raise UserError(
+            f"{spec.updater.method.name}: no step changes a parameter, so nothing can be compared"
+        )
     yield from (Relation(name=name, error=error, limit=LIMIT) for name, error in errors.items())
 
 

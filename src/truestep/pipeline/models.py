@@ -50,7 +50,7 @@ class Session:
 
 
 def open_model(session: Session, path: str) -> LoadedModel:
-    """The model of a folder (or the base model) in the run's dtype."""
+    """The model in a folder (or the base model) in the run's dtype."""
     settings = session.prepared.settings
     model, dtype = settings.model.model_copy(update={"path": path}), getattr(torch, settings.compute.dtype)
     return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)

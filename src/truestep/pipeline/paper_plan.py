@@ -106,7 +106,9 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
         sequences = stage.epochs * rows if stage.epochs else stage.steps * stage.sequences_per_step
         return sequence_work(prompt, demonstration).times(sequences)
     if isinstance(stage, RejectionSettings):
-        raise UserError(f"stages.{stage.name}: what a rejection stage keeps cannot be declared")
+        raise UserError(
+            f"stages.{stage.name}: a rejection stage cannot be estimated, because what it keeps cannot be declared"
+        )
     assert isinstance(stage, RlSettings)
     known = declared.stages.get(stage.name, DeclaredStage())
     length = known.rollout_tokens or stage.sampling.max_new_tokens

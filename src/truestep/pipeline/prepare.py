@@ -1,4 +1,4 @@
-"""Before anything expensive: read every row, grade every gold answer, check every length and batch."""
+"""Checks before anything expensive: reads every row, grades every gold answer, checks lengths and batches."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def check_methods(settings: Settings, base_dir: Path) -> None:
 
 
 def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
-    """The prompts of an RL stage: all, or those whose whole demonstration can be trained on."""
+    """The prompts of an RL stage: all, or only those whose complete demonstration can be trained on."""
     prompts = prepared.prompts[stage.data]
     if not prepared.methods[stage.name].needs_demonstrations:
         return prompts

@@ -61,7 +61,7 @@ def _require_identity(stage: Path, identity: str) -> None:
     """Raises UserError if a finished or unfinished stage was made with different settings or data."""
     found = [rundir.read_json(stage / "done.json")["identity"]] if (stage / "done.json").exists() else []
     for checkpoint in list_checkpoints(stage / "checkpoints")[-1:]:
-        # a damaged checkpoint is passed over when loading
+        # loading skips a damaged checkpoint
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             found.append(rundir.read_json(checkpoint / "manifest.json")["state"]["identity"])
     if others := [other for other in found if other != identity]:
@@ -194,7 +194,7 @@ def score_rows(session: Session) -> list[dict[str, Any]]:
 
 
 def comparisons(session: Session) -> list[dict[str, Any]]:
-    """Each checkpoint against the one before it, paired by problem."""
+    """Each checkpoint compared with the one before it, paired by problem."""
     rows = []
     for before, after in pairwise(_checkpoints(session)):
         for name in session.prepared.settings.evaluate.data:

@@ -55,7 +55,7 @@ def page_environment() -> jinja2.Environment:
 
 
 def _shown(value: Any) -> Any:
-    """What a template prints. Markup (our own SVG) is a str too, and passes."""
+    """What a template prints. Markup (our own SVG) is also a str, and is printed unchanged."""
     if value is None:
         return tables.NONE
     return visible(value) if type(value) is str else value

@@ -73,7 +73,7 @@ def duration(seconds: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
-    """One score of a run (checkpoint) or of ``truestep eval`` (prompt); None for what the summary lacks."""
+    """One score of a run (checkpoint) or of ``truestep eval`` (prompt); None for what is not in the summary."""
 
     checkpoint: str = ""
     prompt: str = ""

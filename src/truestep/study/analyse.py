@@ -176,7 +176,7 @@ def verdict(found: Crossed, p_adjusted: float | None) -> str:
     """What can be concluded, in words; a null result says which difference would have been shown."""
     p = found.p_value if p_adjusted is None else p_adjusted
     if not found.seeds_known:
-        return "one seed: nothing can be said of training"
+        return "one seed: nothing can be concluded about training"
     if p < 0.05:
         return "higher" if found.value > 0 else "lower"
     return f"no difference shown (one of {100 * found.detectable:.1f} points would have been)"

@@ -302,7 +302,7 @@ def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
 def _link(source: str, target: str) -> None:
     """Link weights (nothing writes to them), and copy everything else."""
     if source.endswith(".safetensors"):
-        with contextlib.suppress(OSError):  # another file system
+        with contextlib.suppress(OSError):  # a different file system
             os.link(source, target)
             return
     shutil.copy2(source, target)

@@ -159,7 +159,7 @@ class Study(Frozen):
         return self.tuning if self.tuning and arm.stages and not arm.untuned else None
 
 
-Kinds = Sequence[Any]  # of an arm's stages; and whether one of them has the random reward
+Kinds = Sequence[Any]  # of an arm's stages; the flag says whether one of them has the random reward
 _CONTROL: dict[Control, tuple[str, Callable[[Kinds, bool], bool]]] = {
     "base": ("it has no stages", lambda k, _: not k),
     "sft": ("it has only SFT stages, at least one", lambda k, _: set(k) == {"sft"}),

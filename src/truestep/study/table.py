@@ -135,21 +135,21 @@ def _marks(
         marks.append(f"rates whose trials failed: {', '.join(failed)}")
     tables = stage_tables(study, arm) if study.tuning else []
     if loose := [t["name"] for i, t in enumerate(tables[:-1]) if not owner_of(study, tables[: i + 1])]:
-        marks.append(f"no arm ends with, and so none tunes: {', '.join(loose)}")
+        marks.append(f"not tuned, because no arm ends with it: {', '.join(loose)}")
     mine, theirs = (
         {s["data"] for cell in cells.values() for s in cell["stages"]} for cells in (own, reference)
     )
     if extra := sorted(mine - theirs):
         marks.append(f"data that the reference does not see: {', '.join(extra)}")
     if lacking := sorted(theirs - mine) if arm.stages else []:
-        marks.append(f"does not see: {', '.join(lacking)}")
+        marks.append(f"data that only the reference sees: {', '.join(lacking)}")
     goal, spent = _mean(c["flops"]["paper"] for c in reference.values()), row["flops"]["paper"]
     compared = goal and arm.stages and arm.name != study.reference
     ratio = spent / goal if compared and spent is not None else 1.0
     if abs(ratio - 1) > CLOSE:
         marks.append(f"budget {ratio:.2f}x")
     if row["unscored"]:
-        marks.append(f"{row['unscored']} of {row['samples']} samples unscored, counted as not correct")
+        marks.append(f"{row['unscored']} of {row['samples']} samples are unscored and count as not correct")
     return marks
 
 
@@ -166,7 +166,7 @@ def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, prima
     """a − b on the seeds and problems that both have, for each benchmark and on average."""
     seeds = [s for s in by_arm[a] if s in by_arm[b]]
     found: dict[str, Any] = {"a": a, "b": b, "primary": primary, "seeds": seeds, "all": None, "benchmarks": {},
-                             "by_seed": {}, "verdict": "no seed has both arms", "p_adjusted": None}  # fmt: skip
+                             "by_seed": {}, "verdict": "no seed is finished in both arms", "p_adjusted": None}  # fmt: skip
     if not seeds:
         return found
     first, second = _tables(by_arm[a], seeds), _tables(by_arm[b], seeds)
@@ -174,7 +174,7 @@ def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, prima
     for name in first:
         ids = {by_arm[arm][s]["benchmarks"][name]["problems"] for arm in (a, b) for s in seeds}
         if name not in second or len(ids) != 1:
-            found["verdict"] = f"not the same problems on {name}"
+            found["verdict"] = f"the problems of {name} are not the same"
             return found
         differs[name] = first[name] - second[name]
     tables = list(differs.values())
