@@ -14,13 +14,13 @@ class UserError(ValueError):
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean …?", or nothing if no known word is near."""
+    """ "; did you mean …?", or nothing if no known word is similar."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem: its key, what was expected, what was found. ``model`` was validated."""
+    """The first problem: its key, what was expected, what was found. ``model`` is the model that raised."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
@@ -28,7 +28,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         message = "unknown key" + _right_key(loc, list(_keys(model)))
     elif first["type"] == "missing":
-        message = "is missing and has no default; set it"
+        message = "the key is missing and has no default; set it"
     elif first["type"] == "union_tag_not_found":
         message = 'each stage needs kind = "sft", "rl" or "rejection"'
     elif first["type"] == "union_tag_invalid":
@@ -51,7 +51,7 @@ def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
         return hint
     elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
     close = difflib.get_close_matches(loc[-1], elsewhere, n=1, cutoff=0.7)
-    return f'; did you mean "{elsewhere[close[0]]}"?' if close else f": expected one of {', '.join(siblings)}"
+    return f'; did you mean "{elsewhere[close[0]]}"?' if close else f"; expected one of {', '.join(siblings)}"
 
 
 def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:

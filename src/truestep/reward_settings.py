@@ -71,5 +71,7 @@ def reward_entries(reward: str, rewards: Sequence[RewardSettings]) -> tuple[Rewa
     for entry in entries:
         needs_verdict = entry.function == "length" and entry.options.get("correct_only", True)
         if needs_verdict and "checker" not in [e.function for e in entries]:
-            raise ValueError('length needs the reward "checker" beside it, or options.correct_only = false')
+            raise ValueError(
+                '"length" also needs the reward "checker"; add it, or set options.correct_only = false'
+            )
     return entries

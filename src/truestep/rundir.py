@@ -31,12 +31,12 @@ _SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """Blank what looks like a token or a password in a URL, before it is written anywhere."""
+    """Replace what looks like a token, or like a password in a URL, before it is written anywhere."""
     return _SECRET.sub("[redacted]", text)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """A reader, also after a power loss, sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old or the new content, never a part, even after a power loss."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -62,7 +62,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def holds_run(folder: Path, *, resume: bool) -> bool:
-    """Whether there is a run to continue. Raises UserError for a run without ``resume``, or anything else."""
+    """Whether there is a run to continue. Raises UserError for a run without ``resume``, or for other files."""
     if (folder / "resolved.toml").exists():
         if not resume:
             raise UserError(f"{folder} already contains a run; pass --resume to continue it, or {ELSEWHERE}")
@@ -78,7 +78,7 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "resolved.toml", to_toml(settings))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); {ELSEWHERE}") from None
+        raise UserError(f"cannot write to {folder} ({error.strerror}); {ELSEWHERE}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows and flush; a torn last line (killed while writing) is dropped by ``read_jsonl``."""
+    """Append rows and flush; ``read_jsonl`` drops an incomplete last line (killed while writing)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
@@ -107,7 +107,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 rows.append(json.loads(line))
             except (ValueError, UnicodeDecodeError):
-                break  # torn by a kill in the middle of a write: nothing after it can be whole
+                break  # a kill during a write cut this line off; no complete line can follow it
     return rows
 
 
@@ -119,7 +119,7 @@ def truncate_jsonl(path: Path, keep_up_to_step: int) -> None:
 
 
 def cache_folder() -> Path:
-    """For what is made once: $TRUESTEP_CACHE, else $XDG_CACHE_HOME/truestep, else ~/.cache/truestep."""
+    """The folder for what is made once: $TRUESTEP_CACHE, $XDG_CACHE_HOME/truestep or ~/.cache/truestep."""
     if own := os.environ.get("TRUESTEP_CACHE"):
         return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "truestep"
@@ -196,7 +196,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Commit, versions, hardware, command and seed: what a reader needs to do the run again."""
+    """Commit, versions, hardware, command and seed: what is needed to repeat the run."""
     name, *words = sys.argv
     command = ["truestep" if Path(name).name == "__main__.py" else name, *words]
     return {

@@ -1,8 +1,7 @@
 """One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with
-the way out; ``resolved.toml`` in the run directory shows every setting that was in force.
+the remedy; ``resolved.toml`` in the run directory shows every setting that was in force.
 
-Batch sizes are named by what they count; the rest of a batch is derived. One file: the models refer to each
-other."""
+Batch sizes are named by what they count; all others are derived. One file: the models refer to each other."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from truestep.reward_settings import RewardSettings, reward_entries
 
 M = TypeVar("M", bound=Frozen)
 Positive = Annotated[int, Field(ge=1)]
-Pinned = Literal["benchmark"]  # the table of benchmarks says it
+Pinned = Literal["benchmark"]  # the value in the table of benchmarks
 Checker = Literal["math", "exact", "integer", "choice", "countdown"]  # the functions: grade.score.CHECKERS
 CHECKERS: tuple[Checker, ...] = get_args(Checker)
 
@@ -52,7 +51,7 @@ class ModelSettings(Frozen):
 
 
 class ComputeSettings(Frozen):
-    # Results are bit-exact at a fixed number only. auto: the cores that this process may use.
+    # Results are bit-exact only for a fixed number. auto: all cores that this process may use.
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
@@ -65,7 +64,7 @@ class ChatSettings(Frozen):
 
     system: str = ""
     user: str = "{problem}"
-    generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; stripped from a demonstration's start
+    generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; cut off the start of a demonstration
 
     @model_validator(mode="after")
     def _has_problem(self) -> Self:
@@ -77,7 +76,7 @@ class ChatSettings(Frozen):
 class DataSettings(Frozen):
     source: str  # procedural:TASK | reasoning_gym:TASK | hub:org/name | path to .jsonl or .parquet
     split: str = "train"
-    seed: Annotated[int, Field(ge=0)] | Literal["run"] = "run"  # what a program draws its problems with
+    seed: Annotated[int, Field(ge=0)] | Literal["run"] = "run"  # of problems that a program draws
     skip: int = Field(0, ge=0)
     limit: int | Literal["all"] = "all"
     checker: Literal["auto"] | Checker = "auto"
@@ -109,7 +108,7 @@ class OptimizerSettings(Frozen):
 
 
 class DevSettings(Frozen):
-    """Evaluation during a stage, on a set that is neither trained nor tested on."""
+    """Evaluation during a stage, on a set that is used neither for training nor for testing."""
 
     data: str = ""
     every_steps: int = Field(0, ge=0)
@@ -128,7 +127,7 @@ class DevSettings(Frozen):
 
 class FaultSettings(Frozen):
     """Known faults of other frameworks, injected as wrong weights of micro-batches; only for arms of a study.
-    With any of them a micro-batch is ``sequences_per_microbatch`` sequences in the order of the data."""
+    With any fault, a micro-batch contains ``sequences_per_microbatch`` sequences in the order of the data."""
 
     # first_last: as measured; first_only: as the paper's text says
     offload_drop: Literal["none", "first_last", "first_only"] = "none"
@@ -141,7 +140,7 @@ class FaultSettings(Frozen):
     def _one_mean(self) -> Self:
         if self.micro_mean and self.dp_token_mean:
             both = "micro_mean and dp_token_mean"
-            raise ValueError(f"{both} are two ways to take one mean; set only one of them")
+            raise ValueError(f"{both} are two versions of the same mean; set only one of them")
         return self
 
 
@@ -157,7 +156,7 @@ class StageSettings(Frozen):
     faults: FaultSettings = FaultSettings()
 
 
-# Of a stage: memory and files only. They are no part of its identity, and may change when a run is resumed.
+# Keys of a stage that affect only memory and files. They are not part of its identity and may change on resuming.
 OUTSIDE_RESULTS = {"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1}
 
 
@@ -187,7 +186,7 @@ class SamplingSettings(Frozen):
 
 
 class RejectionSettings(StageSettings):
-    """Rejection-sampling SFT: sample from the stage's start, train on what the checker accepts."""
+    """Rejection-sampling SFT: sample from the stage's initial model, train on what the checker accepts."""
 
     kind: Literal["rejection"]
     sampling: SamplingSettings
@@ -205,11 +204,11 @@ class RlSettings(StageSettings):
     steps: int = Field(ge=1)
     prompts_per_step: int = Field(ge=1)  # prompts of one rollout batch
     samples_per_prompt: int = Field(8, ge=2)
-    updates_per_rollout: int = Field(2, ge=1)  # the batch is cut by prompt into that many mini-batches
+    updates_per_rollout: int = Field(2, ge=1)  # the batch is split by prompt into this many mini-batches
     sampling: SamplingSettings
-    reward: str = "checker"  # checker, random (a control: a coin for each sample) or a function of rewards
+    reward: str = "checker"  # checker, random (a control: a coin flip per sample) or a reward function
     rewards: tuple[RewardSettings, ...] = ()  # several, with weights
-    solved_at: float = 1.0  # without a checker, the smallest reward of a sample that solves its problem
+    solved_at: float = 1.0  # without a checker, a sample with at least this reward solves its problem
     method: str = "grpo_token_mean"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
 
@@ -224,11 +223,13 @@ class RlSettings(StageSettings):
         p, u = self.prompts_per_step, self.updates_per_rollout
         if p % u:
             raise ValueError(
-                f"prompts_per_step = {p} cannot be cut into updates_per_rollout = {u} equal mini-batches "
+                f"prompts_per_step = {p} cannot be split into updates_per_rollout = {u} equal mini-batches "
                 f"({p} / {u} = {p / u:g}); set prompts_per_step = {(p // u + 1) * u} or updates_per_rollout = 1"
             )
         if self.sampling.temperature == 0:
-            raise ValueError("rl at temperature 0 makes all samples of a group equal; set temperature = 1.0")
+            raise ValueError(
+                "rl at temperature 0 makes all samples of a group identical; set temperature = 1.0"
+            )
         if self.sampling.top_p < 1 or self.sampling.top_k:
             raise ValueError(
                 "rl with top_p < 1 or top_k > 0 samples from a truncated distribution, whose log-probabilities "
@@ -241,7 +242,7 @@ Stage = Annotated[SftSettings | RlSettings | RejectionSettings, Field(discrimina
 
 
 class EvaluationSampling(Frozen):
-    """Sampling of an evaluation. "benchmark": the value that the table of benchmarks pins."""
+    """Sampling in an evaluation. "benchmark" means the value that the table of benchmarks pins."""
 
     temperature: Annotated[float, Field(ge=0)] | Pinned = "benchmark"
     top_p: float = Field(1.0, gt=0, le=1)
@@ -257,8 +258,8 @@ class EvaluationSampling(Frozen):
 
 
 class EvaluateSettings(Frozen):
-    """A run's checkpoints on its data sets; with ``truestep eval`` any model on pinned ``benchmarks``: then
-    ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
+    """What to evaluate: a run's checkpoints on its data sets, or, with ``truestep eval``, any model on pinned
+    ``benchmarks``, for which ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
 
     data: tuple[str, ...] = ()
     before: bool = True  # also evaluate the base model
@@ -293,15 +294,17 @@ class EvaluateSettings(Frozen):
             if bad := [k for k in self.pass_at if not 1 <= k <= samples]:
                 raise ValueError(f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {samples}")
             if self.sampling.temperature == 0 and samples > 1:
-                raise ValueError("temperature 0 makes all samples equal; set samples_per_problem = 1")
+                raise ValueError("temperature 0 makes all samples identical; set samples_per_problem = 1")
         address = urlsplit(self.engine)
         if address.username or address.password or address.query:
             raise ValueError(
                 "engine: the URL is written to files and must not contain a user name, a password or a query; "
-                "set TRUESTEP_API_KEY, and give only scheme, host, port and path"
+                "set TRUESTEP_API_KEY, and use only scheme, host, port and path"
             )
         if stray := [id for id in self.limits if id not in self.benchmarks]:
-            raise ValueError(f"limits.{stray[0]}: is not in benchmarks; add it there, or remove the limit")
+            raise ValueError(
+                f"limits.{stray[0]} has no entry in benchmarks; add it there, or remove the limit"
+            )
         return self
 
     @property
@@ -310,7 +313,7 @@ class EvaluateSettings(Frozen):
 
     @property
     def data_sampling(self) -> SamplingSettings:
-        """Of the recipe's own data sets."""
+        """The sampling for the recipe's own data sets."""
         return self.sampling.resolved(temperature=1.0, max_new_tokens=256)  # a number: see _consistent
 
     @property
@@ -330,7 +333,7 @@ class Settings(Frozen):
     stages: tuple[Stage, ...] = ()
     evaluate: EvaluateSettings = EvaluateSettings()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    declared: dict[str, Any] = Field(default_factory=dict)  # of weights and data, for a dry run without them
+    declared: dict[str, Any] = Field(default_factory=dict)  # for a dry run without weights and data
 
     @model_validator(mode="before")
     @classmethod
@@ -349,14 +352,15 @@ class Settings(Frozen):
         for name in self.data:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 allowed = "use only letters, digits, '.', '_' and '-'"
-                raise ValueError(f"data.{name}: is used as a file name; {allowed}")
+                raise ValueError(f"data.{name}: the name is used as a file name; {allowed}")
         names = [s.name for s in self.stages]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f'two stages are called "{name}"; set a different name for each')
             if name in ("base", "report") or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
-                    f'stage name "{name}" is reserved, or not only of letters, digits, "-" and "_"'
+                    f'stage name "{name}" is reserved or has other characters than letters, digits, "-" and "_"; '
+                    "set a different name"
                 )
         wanted = [(f"stages.{s.name}.data", s.data) for s in self.stages]
         wanted += [(f"stages.{s.name}.dev.data", s.dev.data) for s in self.stages if s.dev.data]
@@ -364,13 +368,15 @@ class Settings(Frozen):
         for s in self.stages:
             if s.dev.data and s.dev.data in (*self.evaluate.data, *(other.data for other in self.stages)):
                 key = f'stages.{s.name}.dev.data = "{s.dev.data}"'
-                raise ValueError(f"{key} is also trained or tested on; set another data set")
+                raise ValueError(f"{key} is also used for training or testing; set a different data set")
         for where, name in wanted:
             if name not in self.data:
                 known = (", ".join(self.data) or "none") + did_you_mean(name, list(self.data))
                 raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {known}')
         if self.compute.parallel == "fsdp2" and self.compute.compile:
-            raise ValueError("compute.compile with fsdp2 has not been proven equal; set compile = false")
+            raise ValueError(
+                "compute.compile with fsdp2 is not proven to give equal updates; set compile = false"
+            )
         return self
 
 
@@ -379,7 +385,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     Raises UserError with one line naming the file, the key and what was expected."""
     settings = parse_settings(read_recipe(path, overrides), where=str(path))
     model = settings.model.path
-    beside = Path(path).parent / model  # as for data: from the recipe's folder, else from the current one
+    beside = Path(path).parent / model  # as for data: in the recipe's folder, else in the current one
     if beside.exists() and ("/" in model or model.endswith(".gguf")) and not Path(model).is_absolute():
         found = settings.model.model_copy(update={"path": str(beside)})
         settings = settings.model_copy(update={"model": found})
@@ -387,7 +393,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The recipe's table, with the overrides applied. Raises UserError as ``load_settings``."""
+    """The recipe's table, with the overrides applied. Raises UserError like ``load_settings``."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; pass a recipe file, e.g. {path}/run.toml")
@@ -397,7 +403,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         siblings = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such recipe" + did_you_mean(str(path), siblings)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from None
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -406,11 +412,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The table with ``key=value`` items put in, in place."""
+    """Apply ``key=value`` items to the table, in place, and return it."""
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep or not key.strip():
-            raise UserError(f"--set {item}: is not KEY=VALUE; pass for example --set stages.rl.steps=50")
+            raise UserError(f"--set {item} is not KEY=VALUE; pass, for example, --set stages.rl.steps=50")
         try:
             value = tomllib.loads(f"x = {text.strip()}")["x"]
         except tomllib.TOMLDecodeError:
@@ -430,7 +436,7 @@ def parse_settings(raw: dict[str, Any], *, where: str) -> Settings:
 
 
 def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
-    """A table as a settings model. Raises UserError with one line that names the key."""
+    """Validate a table as a settings model. Raises UserError with one line that names the key."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -445,7 +451,7 @@ def _child(node: Any, part: str, item: str) -> Any:
         raise UserError(f'--set {item}: no stage is called "{part}"')
     if isinstance(node, dict):
         return node.setdefault(part, {})
-    raise UserError(f"--set {item}: {part} is inside a value, not a table")
+    raise UserError(f"--set {item}: {part} is a key inside a value, which is not a table")
 
 
 def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:

@@ -264,7 +264,7 @@ def test_links_and_pipes_are_not_followed(folder: Path) -> None:
 
 def test_another_format_is_named_and_not_called_damaged(folder: Path) -> None:
     forge(newest(folder), lambda body: body.update(format=2))
-    with pytest.raises(UserError, match="another version of truestep"):
+    with pytest.raises(UserError, match="a different version of truestep"):
         load_latest(folder, warn=silent)
 
 

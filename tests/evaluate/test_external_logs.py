@@ -189,7 +189,7 @@ def test_texts_of_gpqa_are_not_written_whatever_it_is_called(tmp_path: Path, tas
 def test_nothing_is_paired_or_dropped_in_silence(tmp_path: Path) -> None:
     a = answered(tmp_path / "samples_sums_2026-01-02T03.jsonl", [1.0, 0.0], texts=1)
     other = answered(tmp_path / "samples_sums_2026-02-02T03.jsonl", [1.0, 0.0], texts=1, ids="quark {i}?")
-    with pytest.raises(UserError, match="in the first evaluation and not in the second"):
+    with pytest.raises(UserError, match="in the first evaluation but not in the second"):
         compare_evaluations(a, other)  # the same doc_ids, other questions
     with pytest.raises(UserError, match="is also in"):
         compare_evaluations(tmp_path, a)  # two files of one task in one folder
@@ -274,5 +274,5 @@ def test_a_compression_that_zipfile_does_not_know_is_said(tmp_path: Path, name: 
     for place in (offset + 8, central + 10):  # of the method, in the local and the central header
         raw[place : place + 2] = (99).to_bytes(2, "little")
     path.write_bytes(raw)
-    with pytest.raises(UserError, match=rf"a.eval: {name}: cannot be read .*compression.*convert --to json"):
+    with pytest.raises(UserError, match=rf"a.eval: {name} cannot be read .*compression.*convert --to json"):
         read_evaluations(path)

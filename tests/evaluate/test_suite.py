@@ -223,11 +223,11 @@ def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path:
     assert set(kept) <= set(files(out)["evaluations/plain/sums.samples.jsonl"].splitlines())
     before = files(out) | {"resolved": (out / "resolved.toml").read_bytes()}
     for words, message in (
-        (("--limit", "3"), "not shrink"),
-        (("--set", "max_new_tokens=8"), r"another evaluate.sampling.max_new_tokens"),
-        (("--set", "temperature=0.9"), r"another evaluate.sampling.temperature"),
-        (("--few-shot", "1"), r"another evaluate.few_shot"),
-        (("--engine", "http://127.0.0.1:9/v1"), r"another evaluate.engine"),
+        (("--limit", "3"), "can only grow"),
+        (("--set", "max_new_tokens=8"), r"a different evaluate.sampling.max_new_tokens"),
+        (("--set", "temperature=0.9"), r"a different evaluate.sampling.temperature"),
+        (("--few-shot", "1"), r"a different evaluate.few_shot"),
+        (("--engine", "http://127.0.0.1:9/v1"), r"a different evaluate.engine"),
     ):
         with pytest.raises(UserError, match=message):
             run("--benchmarks", "sums", "--limit", "4", "--out", str(out), "--resume", *words)
@@ -242,7 +242,7 @@ def test_a_samples_file_with_a_foreign_line_is_refused_and_kept(
     path = out / "evaluations" / "plain" / "sums.samples.jsonl"
     path.write_text(path.read_text() + "[1]\n")
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"sums.samples.jsonl: holds a line"):
+    with pytest.raises(UserError, match=r"sums.samples.jsonl contains a line"):
         run("--benchmarks", "sums", "--out", str(out), "--resume")
     assert path.read_bytes() == before
 
@@ -389,7 +389,7 @@ def test_a_recipe_of_short_keys_is_the_long_one() -> None:
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({}, "no benchmarks given"),
+        ({}, "no benchmarks are given"),
         ({"benchmarks": ["gsm9k"]}, 'did you mean "gsm8k"'),
         ({"benchmarks": ["gsm8k"], "prompts": ["qwem"]}, "is not one of"),
         ({"benchmarks": ["gsm8k"], "temprature": 0}, "temprature"),

@@ -82,10 +82,10 @@ def test_a_named_choice_counts_where_the_pair_is_a_choice() -> None:
         ("", "is empty"),
         ('{"gold": "1"}', "row 1: field pred"),
         ('{"gold": "1", "pred": "1"}\n{"gold": null, "pred": "2"}', "row 2: field gold"),
-        ('{"gold": "1", "pred": "1"}\n{"gold": ', "row 2: is no JSON"),
+        ('{"gold": "1", "pred": "1"}\n{"gold": ', "row 2: not valid JSON"),
         ("[1, 2]", "row 1: expected an object"),
         ('{"gold": "A", "pred": "B", "choices": "ab"}', "row 1: field choices"),
-        ("[" * 100_000, "row 1: is no JSON"),
+        ("[" * 100_000, "row 1: not valid JSON"),
     ],
 )
 def test_a_bad_row_is_named(

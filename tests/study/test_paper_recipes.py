@@ -134,9 +134,9 @@ def test_doubling_what_counts_doubles_the_flops() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"rows": {"math500": 500}}, "declared.rows has no 'openr1'"),
+        ({"rows": {"math500": 500}}, "declared.rows has no entry 'openr1'"),
         ({"rows": {"openr1": 100, "math500": 500}}, "prompts_per_step = 128"),
-        ({"max_demonstration_tokens": 16000}, "16384 cannot hold"),
+        ({"max_demonstration_tokens": 16000}, "16384 is less than"),
         ({"config": "models/none.json"}, "none.json"),
         ({"colour": 1}, "declared.colour"),
     ],

@@ -296,7 +296,7 @@ def test_what_does_not_fit_is_left_out_not_cut() -> None:
     kept = encode_demonstrations(tokenizer, problems, ChatSettings(), limit)
     assert [d.problem_id for d in kept] == [p.id for p in problems[0::2]]
     with pytest.raises(
-        UserError, match=rf"none of the 6 .* fits into 5 tokens, the shortest has {min(lengths)}"
+        UserError, match=rf"none of the 6 .* fits into 5 tokens \(the shortest has {min(lengths)}"
     ):
         encode_demonstrations(tokenizer, problems, ChatSettings(), 5)
 
@@ -311,5 +311,5 @@ def test_demonstrations_from_a_file(tmp_path: Path) -> None:
         return encode_demonstrations(byte_level(), problems, ChatSettings(), 99)
 
     assert [d.problem_id for d in load(1)] == ["some-1"]
-    with pytest.raises(UserError, match=r"some\.jsonl:2: solution: expected a worked one, got none"):
+    with pytest.raises(UserError, match=r"some\.jsonl:2: solution: expected a worked solution, got none"):
         load(2)

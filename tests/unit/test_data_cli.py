@@ -104,7 +104,7 @@ def test_check_a_recipe_finds_refused_golds_and_overlap(recipe: Path) -> None:
     text = run("check", recipe)
     assert text.exit_code == 1
     assert "test.jsonl:2: answer 'bad' is incorrect" in text.stdout
-    assert "overlap of train with test: 1 equal, 0 share 13 words, of 2" in text.stdout
+    assert "overlap of train with test: of 2 problems, 1 have the same text, 0 share 13 words" in text.stdout
     unjudged = run("check", recipe, "--no-gold", "--json")
     assert unjudged.exit_code == 0
     assert "gold" not in document(unjudged)["data"]["test"]
@@ -115,7 +115,7 @@ def test_check_names_texts_with_two_answers(tmp_path: Path) -> None:
     path.write_text('{"problem": "1+1=?", "answer": 2}\n{"problem": " 1+1=?", "answer": 3}\n')
     result = run("check", path)
     assert result.exit_code == 0
-    assert f"twice: texts with different answers: 1, e.g. {path}:1 and {path}:2" in result.stdout
+    assert f"twice: problem texts with different answers: 1, e.g. {path}:1 and {path}:2" in result.stdout
 
 
 def test_check_asks_of_a_row_what_the_stages_need(recipe: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_problem_is_a_function_of_its_coordinates() -> None:
 
 
 def test_a_space_that_is_too_small_is_refused() -> None:
-    with pytest.raises(UserError, match=r"about \d+ different train problems .* 1000 are asked for"):
+    with pytest.raises(UserError, match=r"about \d+ different train problems .* 1000 were requested"):
         make_problems("addition", "train", 1000, {"digits": 1}, 0)
     pairs = {(a, b) for a in range(10) for b in range(a, 10) if split_of(f"{a}+{b}") == "train"}
     assert len(make_problems("addition", "train", len(pairs), {"digits": 1}, 0)) == len(pairs)

@@ -38,14 +38,14 @@ BROKEN = {
     "not JSON": (b'{"problem": "x", answer}', "JSON", "expected a JSON object on one line"),
     "cut off": (b'{"problem": "x", "ans', "JSON", "character"),
     "an array": (b'["x", "2"]', "JSON", "expected an object"),
-    "a pretty-printed array": (b"[", "JSON", "write one object a line"),
+    "a pretty-printed array": (b"[", "JSON", "write one object per line"),
     "a bare string": (b'"x"', "JSON", "expected an object"),
     "null": (b"null", "JSON", "got nothing"),
     "bad UTF-8": (b'{"problem": "caf\xe9", "answer": "2"}', "JSON", "0xe9 at byte 17"),
     "UTF-16": ('{"problem": "x"}'.encode("utf-16"), "JSON", "UTF-8"),
     "nested too deeply": (b'{"problem": ' + b"[" * 200_000, "JSON", "too deeply"),
     "an endless number": (b'{"problem": "x", "answer": ' + b"9" * 5000 + b"}", "JSON", "4300 digits"),
-    "a key twice": (b'{"problem": "x", "answer": "2", "answer": "3"}', "answer", "got twice"),
+    "a key twice": (b'{"problem": "x", "answer": "2", "answer": "3"}', "answer", "got it twice"),
     "no prompt": (row(answer="2"), "problem", "got none"),
     "a misspelt prompt": (row(promt="x", answer="2"), "problem", 'did you mean "prompt"'),
     "another name for it": (row(question="x", answer="2"), "problem", 'has "question", did you mean "problem"'),
@@ -137,7 +137,9 @@ def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2**20)
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + row(problem="x" * 3 * 2**20, answer="2") + b"\n" + b"nonsense\n")
-    with pytest.raises(UserError, match=r"data\.jsonl:2: row: expected at most 1 MB.*and 1 more bad row\)"):
+    with pytest.raises(
+        UserError, match=r"data\.jsonl:2: row: expected a row of at most 1 MB.*and 1 more bad row\)"
+    ):
         load(path)
     path.write_bytes(row(problem="x" * 2**19, answer="2") + b"\n" + GOOD)
     assert len(load(path)) == 2

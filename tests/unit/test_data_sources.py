@@ -56,7 +56,7 @@ def test_skip_and_limit(tmp_path: Path) -> None:
         UserError, match=r'd\.limit = 5 .* the 3 rows .* after skip = 2; set limit = 3 or limit = "all'
     ):
         load(path, skip=2, limit=5)
-    with pytest.raises(UserError, match=r"d\.skip = 5 leaves nothing of the 5 rows"):
+    with pytest.raises(UserError, match=r"d\.skip = 5 leaves none of the 5 rows"):
         load(path, skip=5)
 
 
@@ -75,7 +75,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "blank.jsonl").write_bytes(b"\n \n")
     with pytest.raises(UserError, match=r"blank\.jsonl: expected at least one row"):
         load("blank.jsonl", tmp_path)
-    with pytest.raises(UserError, match=r"d\.options: a file has none, got digits"):
+    with pytest.raises(UserError, match=r"d\.options: a file has no options, got digits"):
         load("train.jsonl", tmp_path, options={"digits": 3})
 
 

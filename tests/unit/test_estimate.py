@@ -305,6 +305,6 @@ def test_comparison_coverage_is_nominal() -> None:
 
 def test_different_problems_are_refused() -> None:
     with pytest.raises(
-        UserError, match=r"problem p1 is in the second evaluation and not in the first \(2 such"
+        UserError, match=r"problem p1 is in the second evaluation but not in the first \(2 such"
     ):
         compare(rows_of("c"), rows_of("c", "c", "i"))

@@ -259,5 +259,5 @@ def test_plans_that_cannot_be_run_are_refused(tmp_path: Path) -> None:
         replace(plan, prompts=[])
     with pytest.raises(UserError, match="pass_at = 4 needs samples_per_problem >= 4, got 3"):
         replace(plan, pass_at=(1, 4))
-    with pytest.raises(UserError, match="the name is a file name"):
+    with pytest.raises(UserError, match="the name is used as a file name"):
         replace(plan, name="../test")

@@ -139,7 +139,7 @@ def page_of(run: Path) -> Page:
 def test_the_page_says_what_the_files_say(run: Path) -> None:
     page = page_of(run)
     assert (
-        "After rl, 71.4 % [66.4, 76.4] of test is answered correctly; base had 12.5 % [7.5, 17.5]."
+        "After rl, 71.4 % [66.4, 76.4] of test is answered correctly; base scored 12.5 % [7.5, 17.5]."
         in page.text
     )
     for text in (
@@ -249,7 +249,7 @@ def test_an_interrupted_run_says_so_and_shows_what_it_has(run: Path) -> None:
     with (run / "stages/01-rl/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rl/lo')
     page = page_of(run)
-    assert "This run was interrupted. No checkpoint of it has been evaluated." in page.text
+    assert "This run was interrupted. None of its checkpoints has been evaluated." in page.text
     assert "loss" in page.text.lower()
     assert page.tags.count("svg") == 3
 
@@ -258,7 +258,7 @@ def test_what_is_not_a_run_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run directory \(no resolved.toml\)"):
         write_report(tmp_path)
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"summary.json is not valid JSON"):
         write_report(tmp_path)
 
 

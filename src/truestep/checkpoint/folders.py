@@ -49,7 +49,9 @@ def require_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 2 * num_bytes:
         needed = f"{2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
-        raise OutOfSpace(f"{folder}: {free / 2**30:.2f} GiB are free, {needed}; free disk space and resume")
+        raise OutOfSpace(
+            f"{folder}: {free / 2**30:.2f} GiB are free, but {needed}; free disk space and resume"
+        )
 
 
 @contextlib.contextmanager

@@ -324,7 +324,7 @@ def _verify(path: Path, entry: _File) -> None:
     with _regular_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:
-            raise _Corrupt(f"{path.name} has {size} bytes, {entry.bytes} were written")
+            raise _Corrupt(f"{path.name} has {size} bytes, but {entry.bytes} were written")
         if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
             raise _Corrupt(f"{path.name} is not what was written (SHA-256 differs)")
 
@@ -337,7 +337,7 @@ def _read_manifest(path: Path) -> _Manifest:
         if not isinstance(body, dict) or body.pop("sha256", "") != _digest(body):
             raise _Corrupt("manifest.json is not what was written (SHA-256 differs)")
         if body.get("format") != FORMAT:
-            fault = f"{path} was written by another version of truestep (format {body.get('format')!r})"
+            fault = f"{path} was written by a different version of truestep (format {body.get('format')!r})"
             raise UserError(f"{fault}; use that version")
         manifest = _Manifest.model_validate(body)
     except UserError:

@@ -1,1 +1,1 @@
-"""The command line: one file a verb; parse → build → call."""
+"""The command line: one file per command, which parses, builds and calls."""

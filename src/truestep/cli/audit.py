@@ -14,15 +14,18 @@ Target = Annotated[
     str,
     Argument(
         help="NAME==VERSION[+NAME==VERSION] (installed into a separate environment), FILE.py:FUNCTION (your own "
-        "step(model, optimizer, microbatches)), or models (the loss of every model class of transformers).",
+        "step(model, optimizer, microbatches)), or models (the loss of every model class in transformers).",
         show_default="what --python has installed",
     ),
 ]
 Python = Annotated[
     Path | None,
-    Option(help="Audit the packages of this Python, without changing them.", show_default="the current one"),
+    Option(
+        help="Audit the packages installed in this Python, without changing them.",
+        show_default="the current one",
+    ),
 ]
-Only = Annotated[str, Option(help="Only subjects whose name contains this text.", show_default="all")]
+Only = Annotated[str, Option(help="Audit only subjects whose name contains this text.", show_default="all")]
 Arch = Annotated[
     str,
     Option(
@@ -39,11 +42,13 @@ Bisect = Annotated[
 ]
 Past = Annotated[
     Path | None,
-    Option(help="Check the files of a finished run for known faults; no code is run, no GPU is needed."),
+    Option(help="Check the files of a finished run for known faults; no code is run and no GPU is needed."),
 ]
-Remedy = Annotated[bool, Option("--remedy", help="Search options and releases without the fault.")]
+Remedy = Annotated[bool, Option("--remedy", help="Search for options and releases without the fault.")]
 DryRun = Annotated[bool, Option("--dry-run", help="List the configurations; build and run nothing.")]
-Reproduce = Annotated[Path | None, Option(help="Write and run a short script per fault in this folder.")]
+Reproduce = Annotated[
+    Path | None, Option(help="Write a short script for each fault to this folder, and run it.")
+]
 
 
 def audit(
@@ -67,7 +72,7 @@ def audit(
 ) -> None:
     """Run real optimizer steps on the CPU, and recover the weight of every micro-batch in the update.
 
-    Exit codes: 0 no fault · 1 a fault · 2 wrong usage · 3 nothing could be run · 4 a result is inconclusive ·
+    Exit codes: 0 no fault · 1 a fault · 2 usage error · 3 nothing could be run · 4 a result is inconclusive ·
     130 interrupted.
     """
     from truestep.cli.progress import announce
@@ -93,7 +98,7 @@ def audit(
     if dry_run:
         actions.show_plan(target, python, only=only, arch=arch, config=config, as_json=as_json)
         return
-    # As Ctrl-C: end the children, show what is done.
+    # Same as Ctrl-C: end the child processes and show what is done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
     remedies = target if remedy else None

@@ -36,19 +36,19 @@ def say(text: str) -> None:
 def select(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None, build: bool = True
 ) -> tuple[list[Subject], Path]:
-    """The subjects and the Python to run them with; an environment is built for a requirement, unless without
-    ``build``: then the requirement stands for it. A configuration file chooses one subject and its one
-    configuration. Raises UserError if nothing of it can be audited."""
+    """The subjects and the Python to run them with. An environment is built for a requirement; with
+    ``build=False`` the requirement itself is returned in its place. A configuration file chooses one subject
+    and its only configuration. Raises UserError if there is nothing to audit."""
     if arch and arch not in registry.ARCHS:
         raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
         raise UserError(f"{target} is not FILE.py:FUNCTION; pass your loop in that form")
     if ".py:" in target:
         if config is not None or only:
-            raise UserError(f"{target} has one configuration; remove --config and --only")
+            raise UserError(f"{target} has only one configuration; remove --config and --only")
         return [_own_loop(target, arch)], _program(python)
     if target and python is not None:
-        raise UserError(f"{target} and --python exclude each other; pass only one of them")
+        raise UserError(f"{target} and --python cannot be combined; pass only one of them")
     if config is not None:
         return _as_configured(config, target, python, arch)
     if target:
@@ -66,8 +66,8 @@ def _as_configured(config: Path, target: str, python: Path | None, arch: str) ->
     missing = [n for n in (*subject.needs, *subject.brings) if n not in environment.versions(chosen)]
     if missing:
         raise UserError(
-            f"--config {config}: it configures {subject.name}, and {chosen} has no {missing[0]}; "
-            f"pass --python of an environment that has it, or a requirement such as {environment.EXAMPLE}"
+            f"--config {config} configures {subject.name}, but {missing[0]} is not installed in {chosen}; pass "
+            f"--python with an environment that has it, or a requirement such as {environment.EXAMPLE}"
         )
     for note in notes:
         say(f"{config}: {note}")
@@ -135,8 +135,8 @@ def run(
     remedies_for: str | None = None,
     reproducers: Path | None = None,
 ) -> list[Finding]:
-    """All findings, with progress on stderr. ``remedies_for``: the target, to search remedies;
-    ``reproducers``: a folder for a script per fault. After Ctrl-C or SIGTERM the rest is NOT RUN."""
+    """All findings, with progress on stderr. ``remedies_for``: the target to search for remedies, if any;
+    ``reproducers``: a folder for one script per fault. What Ctrl-C or SIGTERM leaves out is NOT RUN."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []
     began = time.monotonic()
@@ -180,7 +180,7 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
 
 
 def absent(python: Path, only: str) -> list[Finding]:
-    """What this python has not installed: named, so that a missing row is never taken for a right one."""
+    """Findings for what is not installed in this Python, so that no missing row is mistaken for RIGHT."""
     findings, found = [], environment.installed(python)
     for s in registry.TABLE:
         missing = [n for n in (*s.needs, *s.brings) if n not in found]
@@ -229,7 +229,9 @@ def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
     """Sweep the model classes of the installed transformers."""
     chosen = _program(python)
     if "transformers" not in environment.installed(chosen):
-        raise UserError(f"{chosen} has no transformers; pass --python of an environment that has it")
+        raise UserError(
+            f"transformers is not installed in {chosen}; pass --python with an environment that has it"
+        )
     try:
         document = sweep(chosen, timeout=max(timeout, 600.0))
     except SubjectFailed as error:
@@ -257,12 +259,12 @@ def past(folder: Path, *, as_json: bool) -> None:
 def bisect(
     target: str, text: str, *, known_bad: str, only: str, seed: int, timeout: float, as_json: bool
 ) -> None:
-    """Search releases of one package; each is judged by its subject's first configuration."""
+    """Search the releases of one package; each is judged by its subject's first configuration."""
     if not target or "=" in target:
         raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
     first, last = releases.parse_range(text)
     between = releases.releases_between(Path(sys.executable), target, first, last)
-    assumed = "assuming that the faulty ones are one contiguous interval"
+    assumed = "assuming that the faulty releases follow each other without a gap"
     say(f"{len(between)} releases from {first} to {last}; {assumed}")
 
     def probe(version: str) -> bool | None:
@@ -277,7 +279,7 @@ def bisect(
     if as_json:
         typer.echo(json.dumps(document))
     elif found.first_bad:
-        bad = f"first bad {found.first_bad}, last bad {found.last_bad}"
+        bad = f"first faulty release {found.first_bad}, last faulty release {found.last_bad}"
         typer.echo(f"{bad} ({len(found.tried)} releases run)")
     else:
         typer.echo(f"no faulty release found ({len(found.tried)} of {len(between)} run)")

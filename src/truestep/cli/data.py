@@ -12,10 +12,10 @@ app = typer.Typer(help="Check data row by row, or show which tokens are trained.
 
 
 _SOURCE = "A recipe (.toml), a .jsonl or .parquet file, or a folder."
-_GOLD = "Grade every gold answer against itself, and report those that are refused."
+_GOLD = "Grade every gold answer against itself, and report those that the grader refuses."
 Source = Annotated[str, typer.Argument(help=_SOURCE, show_default=False)]
 Recipe = Annotated[str, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
-Num = Annotated[int, typer.Option("--num", min=1, help="Examples of each data set to print.")]
+Num = Annotated[int, typer.Option("--num", min=1, help="How many examples of each data set to print.")]
 Gold = Annotated[bool, typer.Option(help=_GOLD)]
 
 

@@ -37,7 +37,7 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
         report = overlap_report(trained, {name: sets[name] for name in judged})
     else:
         if overrides:
-            raise UserError("--set applies only to a recipe, and a data file is checked; remove it")
+            raise UserError(f"--set applies only to recipes, but {source} is a data file; remove --set")
         name, data = Path(source).stem, DataSettings(source=source)
         sets = {name: load_problems(name, data, seed=0, base_dir=Path(), needs=())}
         report = overlap_report({}, {})
@@ -64,7 +64,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     from truestep.model.load import load_tokenizer
 
     if not recipe.endswith(".toml"):
-        raise UserError(f"{recipe} is not a recipe (.toml), which names the tokenizer; pass a recipe")
+        raise UserError(f"{recipe} is not a recipe (.toml); pass a recipe, which names the tokenizer")
     settings = load_settings(recipe, overrides)
     tokenizer = load_tokenizer(settings.model)
     console = Console(soft_wrap=True)
@@ -97,7 +97,7 @@ def _needs(settings: Settings, name: str) -> set[str]:
 
 
 def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Grade every gold answer by its checker: one that is refused would make right samples wrong."""
+    """Grade every gold answer with its checker: a refused one would make correct samples incorrect."""
     from rich.console import Console
     from rich.progress import track
 
@@ -129,15 +129,15 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
     for name, d in described.items():
         if d["num_contradictory_texts"]:
             rows = " and ".join(d["duplicate_examples"][0])
-            count = f"texts with different answers: {d['num_contradictory_texts']}"
+            count = f"problem texts with different answers: {d['num_contradictory_texts']}"
             console.print(f"{name}: {count}, e.g. {rows}", markup=False)
         for gold in d.get("gold", {}).get("refused", ())[:10]:
             words = f"{gold['verdict']} {gold['reason']}".strip()
             console.print(f"{name}: {gold['row']}: answer {gold['answer']!r} is {words}", markup=False)
     for pair in pairs:
         console.print(
-            f"overlap of {pair['train']} with {pair['evaluation']}: {pair['exact']['num_evaluation']} equal, "
-            f"{pair['ngram']['num_evaluation']} share 13 words, of {pair['num_evaluation']}",
+            f"overlap of {pair['train']} with {pair['evaluation']}: of {pair['num_evaluation']} problems, "
+            f"{pair['exact']['num_evaluation']} have the same text, {pair['ngram']['num_evaluation']} share 13 words",
             markup=False,
         )
 
@@ -145,7 +145,7 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
 def _example(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings
 ) -> tuple[Text, dict[str, Any]]:
-    """One problem as colored text, and as counts and spans (runs of tokens of one kind) for JSON."""
+    """One problem as colored text, and, for JSON, as counts and spans (runs of tokens of one kind)."""
     from rich.text import Text
 
     from truestep.data.chat import encode_demonstration, encode_prompt, prompt_roles

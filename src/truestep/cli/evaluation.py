@@ -22,23 +22,25 @@ def _argument(text: str) -> Any:
 
 
 def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any:
-    """``default`` is what the help says if the value that stands for it says nothing."""
+    """``default`` is what the help shows as the default if the real value would explain nothing."""
     return typer.Option(flag, help=text, show_default=default, **more)
 
 
 _MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
 _IDS = "Comma-separated ids; truestep eval list shows them all."
 _TEMPLATES = "Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd."
-_SHOTS = "Worked examples before each problem."
-_DATA = "Folder with ID.jsonl, .parquet or .csv of each benchmark."
+_SHOTS = "How many worked examples to show before each problem."
+_DATA = "Folder with one file per benchmark: ID.jsonl, ID.parquet or ID.csv."
+_LIMIT = "How many problems of each benchmark to use."
 _ENGINE = "torch, vllm, or the URL of an OpenAI-compatible endpoint."
+_LOGS = "Logs from lm-eval, lighteval or inspect, or folders of such logs."
 _OWN = "each benchmark's"
 _SET = "Change any other setting: --set temperature=0. May be repeated."
-_DRY_RUN = "Check everything, count tokens and memory, and sample nothing."
+_DRY_RUN = "Check everything and count tokens and memory; do not sample."
 _SECOND = "Also grade every answer with math-verify, and count disagreements."
-Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first it has")]
-Folder = Annotated[Path, option("--out", "The folder to write into.", False)]
-Logged = Annotated[Path, _argument("A run directory, a samples file, or a log of another harness.")]
+Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first one")]
+Folder = Annotated[Path, option("--out", "The folder to write to.", False)]
+Logged = Annotated[Path, _argument("A run directory, a samples file, or a log from another harness.")]
 
 
 def words_of(text: str) -> list[str]:
@@ -50,8 +52,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help=_MODEL, metavar="MODEL", show_default=False)],
     benchmarks: Annotated[str, option("--benchmarks", _IDS)] = "",
     data: Annotated[str, option("--data", _DATA, "the Hugging Face hub")] = "",
-    limit: Annotated[int | None, option("--limit", "Problems of each benchmark.", "all", min=1)] = None,
-    samples: Annotated[int | None, option("--samples", "Samples of each problem.", _OWN, min=1)] = None,
+    limit: Annotated[int | None, option("--limit", _LIMIT, "all", min=1)] = None,
+    samples: Annotated[int | None, option("--samples", "Samples per problem.", _OWN, min=1)] = None,
     prompts: Annotated[str, option("--prompts", _TEMPLATES, _OWN)] = "",
     few_shot: Annotated[int | None, option("--few-shot", _SHOTS, "0", min=0)] = None,
     engine: Annotated[str, option("--engine", _ENGINE, "torch")] = "",
@@ -90,15 +92,15 @@ def list_benchmarks(as_json: Json = False) -> None:
 
 
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
-    """Compare two evaluations of the same problems: the paired difference B - A of every common task, with its
-    95 % interval, p-values and the smallest detectable difference."""
+    """Compare two evaluations of the same problems: the paired difference B - A on every task that both have,
+    with its 95 % interval, p-values and the smallest detectable difference."""
     announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.import_compare import compare_evaluations
 
     found = compare_evaluations(a, b, metric)
     lines = [_sentence(row) for row in found["comparisons"]]
     left_over = ((path, found[side]) for side, path in (("only_in_a", a), ("only_in_b", b)))
-    lines += [f"not compared, only in {path}: {', '.join(tasks)}" for path, tasks in left_over if tasks]
+    lines += [f"not compared (only in {path}): {', '.join(tasks)}" for path, tasks in left_over if tasks]
     typer.echo(json.dumps(found) if as_json else "\n".join(lines))
 
 
@@ -117,12 +119,10 @@ def _sentence(row: dict[str, Any]) -> str:
 
 
 def import_logs(
-    files: Annotated[list[Path], _argument("Logs of lm-eval, lighteval or inspect, or folders of them.")],
-    out: Folder,
-    metric: Metric = "",
-    as_json: Json = False,
+    files: Annotated[list[Path], _argument(_LOGS)], out: Folder, metric: Metric = "", as_json: Json = False
 ) -> None:
-    """Import logs of other harnesses as a run directory with a report. Verdicts are kept, not graded again."""
+    """Import logs from other harnesses as a run directory with a report. Verdicts are kept; nothing is graded
+    again."""
     announce(f"truestep eval import: reading {', '.join(map(str, files))}")
     from truestep.evaluate.import_compare import import_evaluations
     from truestep.report.evaluation import write_evaluation_report
@@ -153,22 +153,23 @@ def export(run: Annotated[Path, _argument("A run directory.")], out: Folder, as_
 
 def overlap(
     source: Annotated[str, _argument("Training data: a .jsonl or .parquet file, a folder, or hub:org/name.")],
-    benchmarks: Annotated[str, option("--benchmarks", "Comma-separated ids.", "all that --data holds")] = "",
+    benchmarks: Annotated[str, option("--benchmarks", "Comma-separated ids.", "all in --data")] = "",
     data: Annotated[str, option("--data", "Folder with the benchmarks.", "the Hugging Face hub")] = "",
     as_json: Json = False,
 ) -> None:
-    """Count the problems of each benchmark in a training set: equal texts, and shared runs of 13 words."""
+    """Count how many problems of each benchmark are also in a training set: with the same text, or sharing a
+    run of 13 words."""
     announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.benchmarks import contamination
 
     report = contamination(source, words_of(benchmarks), data)
     lines = [
-        f"{pair['evaluation']:<16} {pair['num_evaluation']:>6} problems: {pair['exact']['num_evaluation']} equal, "
+        f"{pair['evaluation']:<16} {pair['num_evaluation']:>6} problems: {pair['exact']['num_evaluation']} same text, "
         f"{pair['ngram']['num_evaluation']} share {report['ngram_words']} words, "
         f"{pair['ngram']['num_short']} too short"
         for pair in report["pairs"]
     ]
-    lines += [f"{id:<16} not checked: it has no file here" for id in report["missing"]]
+    lines += [f"{id:<16} not checked: it has no file in --data" for id in report["missing"]]
     typer.echo(json.dumps(report) if as_json else "\n".join(lines))
 
 
@@ -178,7 +179,7 @@ def grade(
     second: Annotated[bool, option("--second", _SECOND)] = False,
     as_json: Json = False,
 ) -> None:
-    """Grade every (gold, pred) pair of a file, without a model. Optional fields: id, kind (choice),
+    """Grade every (gold, pred) pair in a file, without a model. Optional fields: id, kind (choice),
     choices."""
     announce(f"truestep eval grade: grading the pairs of {pairs}")
     from truestep.grade.pairs import grade_pairs, read_pairs, table
@@ -202,7 +203,7 @@ def app() -> typer.Typer:
 
 
 def with_default(words: Sequence[str]) -> list[str]:
-    """A command line in which ``eval MODEL`` names its command."""
+    """The command line, in which ``eval MODEL`` is changed to ``eval model MODEL``."""
     if len(words) > 1 and words[0] == "eval" and words[1] not in (*COMMANDS, "--help"):
         return ["eval", DEFAULT, *words[1:]]
     return list(words)

@@ -29,18 +29,18 @@ from truestep.settings import Settings, load_settings, override, read_recipe, se
 
 
 def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path | None, **how: bool) -> None:
-    """``given``: the options that say what is evaluated, as keys of ``[evaluate]``; ``sets``: those of --set.
-    A training recipe that names no benchmarks: its own evaluation sets."""
+    """``given``: the options that say what to evaluate, as keys of ``[evaluate]``; ``sets``: the values of
+    --set. For a training recipe that names no benchmarks, its own evaluation sets are used."""
     is_recipe, path = model.endswith(".toml"), Path(model)
     raw = read_recipe(model, sets) if is_recipe else override({"model": {"path": model}}, sets)
-    table = raw.pop("evaluate", {})  # the options come last: they go before the recipe's keys
+    table = raw.pop("evaluate", {})  # merged below with the options, which override it
     if is_recipe and "benchmarks" not in {*raw, *table, *given}:
         if given:
             own = f"{path} names no benchmarks, so its own data sets are evaluated"
-            raise UserError(f"{next(iter(given))}: {own}: pass --benchmarks, or leave this option out")
+            raise UserError(f"{next(iter(given))}: {own}; pass --benchmarks, or remove this option")
         execute(only_evaluation(load_settings(path, sets), path), path, out, **how)
         return
-    # A recipe's limits are for the benchmarks, and without the limit of the command line.
+    # The limits of a recipe apply only to the benchmarks in use, and only without --limit.
     if limits := raw.pop("limits", None) or table.get("limits"):
         named = given.get("benchmarks", limits)
         table = table | {"limits": {k: v for k, v in limits.items() if k in named and "limit" not in given}}
@@ -56,7 +56,7 @@ def _execute(
     if not dry_run:
         _check_folder(settings, folder, resume=resume)
         if resume and not folder.exists():
-            reporter.say(f"{folder} does not exist yet: starting there")
+            reporter.say(f"nothing to resume in {folder}; starting a new evaluation there")
     jobs = make_jobs(settings, base_dir)
     with opened(settings) as (adapter, content):
         if dry_run:
@@ -84,16 +84,16 @@ def _execute(
 
 
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raises UserError if the run directory is taken by something else. Writes nothing."""
+    """Raises UserError if the folder contains a different run, or something else. Writes nothing."""
     if not rundir.holds_run(folder, resume=resume):
         return
     raw = read_recipe(folder / "resolved.toml")
     if not (raw.get("benchmarks") or raw.get("evaluate", {}).get("benchmarks")):
-        raise UserError(f"{folder} holds a training run, not an evaluation: {rundir.ELSEWHERE}")
+        raise UserError(f"{folder} contains a training run, not an evaluation; {rundir.ELSEWHERE}")
     for key, was, now in changed(evaluation_settings(raw, str(folder)), settings):
-        values = f"{rundir.redact(str(was))}; now {rundir.redact(str(now))}"
-        mixed = f"{folder} was started with another {key} ({values}), and samples of both must not be mixed"
-        raise UserError(f"{mixed}: {rundir.ELSEWHERE}")
+        values = f"{rundir.redact(str(was))}, now {rundir.redact(str(now))}"
+        mixed = f"{folder} was started with a different {key} ({values}), and the samples must not be mixed"
+        raise UserError(f"{mixed}; {rundir.ELSEWHERE}")
 
 
 def _plan_text(plan: dict[str, Any], folder: Path) -> str:
@@ -107,7 +107,7 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
     if "memory_bytes_at_most" in total:
         lines.append(f"memory: at most about {total['memory_bytes_at_most'] / 2**30:.1f} GiB")
     if (hours := total.get("hours_if_all_run_to_the_limit")) is not None:
-        lines.append(f"time: {hours} h if every completion runs to its limit, at this machine's matrix rate")
+        lines.append(f"time: {hours} h if every completion runs to its limit, at this machine's matmul rate")
     return "\n".join([*lines, *plan["notes"], str(folder)])
 
 
@@ -174,7 +174,7 @@ ENGINES: dict[str, Callable[[Settings, int], AbstractContextManager[Engine]]] = 
 
 
 def figures(settings: Settings) -> tuple[int, int, int]:
-    """The number of parameters, and the bytes of one and of a cached token; without loading weights."""
+    """The number of parameters, the bytes per parameter and per cached token; no weights are loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -195,8 +195,8 @@ def figures(settings: Settings) -> tuple[int, int, int]:
 
 
 def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:
-    """For --dry-run: every prompt made and counted, no weights loaded. What the jobs need at most: tokens,
-    memory and arithmetic if the model's shape is known."""
+    """The plan for --dry-run: every prompt is built and counted, but no weights are loaded. It has upper bounds
+    for tokens, and, if the model runs here, for memory and arithmetic."""
     ready = [adapter.ready(job, settings.evaluate.few_shot) for job in jobs]
     rows: list[dict[str, Any]] = [
         {

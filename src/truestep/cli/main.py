@@ -1,4 +1,4 @@
-"""``truestep``: the verbs, and one place where errors become one line and an exit code."""
+"""``truestep``: the commands, and the one place where an error becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _app() -> typer.Typer:
     app = typer.Typer(
         no_args_is_help=True, pretty_exceptions_enable=False,
         rich_markup_mode=None,  # Rich takes "[default: ...]" for markup and drops it
-        help="SFT-then-RL training in which every optimizer step is provably the one that was asked for.",
+        help="SFT-then-RL training in which every optimizer step is provably the one that was requested.",
     )  # fmt: skip
 
     @app.callback()
     def root(version: Version = False) -> None:
-        """Exit codes: 0 done · 2 usage, settings, data · 3 could not run · 5 resources · 130/143 interrupted,
-        saved."""
+        """Exit codes: 0 done · 2 error in usage, settings or data · 3 could not run · 5 not enough resources ·
+        130/143 interrupted, with all finished work saved."""
 
     app.command("run")(verbs.run)
     app.command("sft")(verbs.sft)
@@ -68,11 +68,11 @@ def main() -> None:
         _app()(args=with_default(sys.argv[1:]))
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("truestep"):
-            _fail(f'the package {error.name} is not installed; pip install "truestep[train]"', 3)
+            _fail(f'the {error.name} package is not installed; run pip install "truestep[train]"', 3)
         raise
     except MemoryError:
-        way_out = "lower tokens_per_microbatch or sampling.max_running, which do not change the update"
-        _fail(f"out of memory; {way_out}", 5)
+        remedy = "reduce tokens_per_microbatch or sampling.max_running, which do not change the update"
+        _fail(f"out of memory; {remedy}", 5)
     except Exception as error:
         for module, name, code in FAULTS:
             if isinstance(error, _lazily(f"truestep.{module}", name)):

@@ -1,4 +1,4 @@
-"""``truestep method check | list``: rows of the table, and the user's rows."""
+"""``truestep method check | list``: the built-in rows, and the user's rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Training methods: list the built-in rows, or check a row.")
 _NAMED = "FILE.py:ROW, or the name of a built-in row."
-_OPTION = "An option of the row: clip_high=0.3. May be repeated."
+_OPTION = "Set an option of the row, such as clip_high=0.3. May be repeated."
 Named = Annotated[str, typer.Argument(metavar="METHOD", help=_NAMED, show_default=False)]
 Options = Annotated[list[str] | None, typer.Option("--option", help=_OPTION)]
 Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document.")]
@@ -39,8 +39,8 @@ def list_methods(as_json: Json = False) -> None:
 
 @app.command()
 def check(method: Named, options: Options = None, as_json: Json = False) -> None:
-    """Check that a row's update does not depend on how a step is split, packed, ordered, or dealt to
-    processes.
+    """Check that a row's update does not depend on how a step is split, packed, ordered, or divided
+    between processes.
 
     Exit codes: 0 every relation holds · 1 a relation is violated · 2 the row cannot be built.
     """
@@ -54,7 +54,7 @@ def check(method: Named, options: Options = None, as_json: Json = False) -> None
         given = tomllib.loads("\n".join(options or ()))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--option: {error}; pass NAME=VALUE in TOML syntax, e.g. clip_high=0.3") from None
-    typer.echo(f"{method}: a tiny model in float64, 4 steps", err=True)
+    typer.echo(f"{method}: checking 4 steps of a tiny model in float64", err=True)
     found, quiet = [], ConsoleReporter(quiet=True)
     with tempfile.TemporaryDirectory(prefix="truestep-method-") as folder:
         relations = check_method(method, given, base_dir=Path.cwd(), folder=Path(folder), reporter=quiet)

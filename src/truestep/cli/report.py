@@ -1,4 +1,4 @@
-"""``truestep report RUN``: make the page of a run or a study again from its files."""
+"""``truestep report RUN``: write the page of a run or a study again from its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run directory or a study directory.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Write report.html again from the files of a run or study directory, and print the scores."""
+    """Write report.html again from the files in a run or study directory, and print the scores."""
     from truestep.cli.progress import announce
 
     announce(f"truestep report: reading {run}")

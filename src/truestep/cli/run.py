@@ -25,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to s
 
 
 def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Callable[..., None]:
-    """A command that runs what ``select`` leaves of a recipe; all verbs take the same options."""
+    """A command that runs what ``select`` keeps of a recipe; all these commands have the same options."""
 
     def command(
         recipe: Recipe,
@@ -61,9 +61,11 @@ def only_evaluation(settings: Settings, recipe: Path) -> Settings:
     return settings.model_copy(update={"stages": (), "evaluate": evaluation})
 
 
-run = _verb("Run all stages of a recipe, with an evaluation before, between and after.", lambda s, recipe: s)
+run = _verb("Run all stages of a recipe, and evaluate before, between and after them.", lambda s, recipe: s)
 sft = _verb("Run only the sft stages of a recipe.", lambda s, recipe: only(s, "sft", recipe))
-rl = _verb("Run only the rl stages of a recipe, from model.path.", lambda s, recipe: only(s, "rl", recipe))
+rl = _verb(
+    "Run only the rl stages of a recipe, starting from model.path.", lambda s, recipe: only(s, "rl", recipe)
+)
 
 
 def execute(
@@ -101,7 +103,7 @@ def execute(
         typer.echo(json.dumps(plan) if as_json else str(folder))
         return
     if resume and rank == 0 and not (folder / "resolved.toml").exists():
-        reporter.say(f"nothing to resume in {folder}: starting there")
+        reporter.say(f"nothing to resume in {folder}; starting a new run there")
     open_run_folder(prepared, folder, resume=resume, rank=rank)
     ranks = join()
     try:
@@ -112,7 +114,7 @@ def execute(
         words = [word for word in sys.argv[1:] if word != "--resume"]
         several = ["torchrun", f"--nproc-per-node={world_size}", "-m"] if world_size > 1 else []
         again = shlex.join([*several, "truestep", *words, "--resume"])
-        reporter.say(f"{stop}; everything finished is saved. Continue with: {again}")
+        reporter.say(f"{stop}; all finished work is saved. Continue with: {again}")
         if rank == 0:
             write_report(folder)
         raise typer.Exit(128 + stop.signum) from None
@@ -134,7 +136,7 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
     reporter.say(
         f"{model['path']}: {model['num_parameters']:,} parameters, context {model['context_length']}, RoPE theta "
         f"{model['rope_theta']:g}; {plan['flops_paper_formula']:.3g} FLOPs (fuller count {plan['flops_full']:.3g}) on "
-        f"{plan['num_gpus']} GPUs; as declared, without weights and data"
+        f"{plan['num_gpus']} GPUs; from [declared], without weights and data"
     )
     document = {"recipe": str(recipe), "run_dir": str(folder), **plan}
     typer.echo(json.dumps(document) if as_json else str(folder))
@@ -144,7 +146,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:
     from rich.table import Table
 
     if rows:
-        table = Table(title="what the settings imply")
+        table = Table(title="values that follow from the settings")
         for column in ("", *[str(row["stage"]) for row in rows]):
             table.add_column(column)
         for key in [k for k in rows[0] if k != "stage"]:

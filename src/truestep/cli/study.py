@@ -13,7 +13,7 @@ import typer
 from truestep.cli.evaluation import option
 from truestep.cli.run import Json
 
-_PATHS = "The study, a TOML file; or the word flops and recipes (files or folders) to count."
+_PATHS = "The study, a TOML file; or the word flops, followed by recipes (files or folders) to count."
 _FORM = "STUDY.toml | flops RECIPE..."
 Paths = Annotated[list[str], typer.Argument(metavar=_FORM, help=_PATHS, show_default=False)]
 _KEEP = "Also keep compact results in this folder; cells found there are not run again."
@@ -36,7 +36,7 @@ def study(
     engine: EngineName = "local",
     workers: Workers = None,
 ) -> None:
-    """Train every arm of a study with every seed and compare them (resumable); or count recipes' FLOPs."""
+    """Train every arm of a study with every seed and compare the arms (resumable), or count recipes' FLOPs."""
     if paths[0] == "flops":
         flops([Path(p) for p in paths[1:]], as_json)
         return
@@ -45,7 +45,7 @@ def study(
     from truestep.errors import UserError
 
     if len(paths) != 1:
-        raise UserError(f"study: expected one study file, got {len(paths)}: run them one after the other")
+        raise UserError(f"study: expected one study file, got {len(paths)}; run them one after the other")
     path = Path(paths[0])
     announce(f"truestep study: checking {path} and its data")
     from truestep.study import cell_runner, plan
@@ -56,9 +56,9 @@ def study(
     folder = out or Path("runs") / f"study-{declared.name}"
     for name, place in (("--out", folder), ("--results", results)):
         if place and place.exists() and not place.is_dir():
-            raise UserError(f"{name} {place}: is a file: pass a folder")
+            raise UserError(f"{name} {place} is a file; pass a folder")
     if results and results.resolve() == folder.resolve():
-        raise UserError(f"--results {results} is also --out: pass a different folder")
+        raise UserError(f"--results and --out are the same folder, {results}; pass a different one")
     plan.check_disjoint(declared, path.parent)
     if declared.base:
         cell_runner.base_recipe(path, declared)
@@ -78,7 +78,7 @@ def study(
 def _print_table(
     title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]
 ) -> None:
-    """Cells are plain text; columns are to the right, but for those with a number in ``left``."""
+    """Cells are plain text; columns are right-aligned, except those whose index is in ``left``."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -98,7 +98,7 @@ def flops(paths: list[Path], as_json: bool) -> None:
     from truestep.study.budget import flops_table, sentences
 
     if not paths:
-        raise UserError("study flops: no recipe is given: pass files or folders, for example recipes/paper")
+        raise UserError("study flops: no recipe is given; pass files or folders, for example recipes/paper")
     table = flops_table(paths)
     if as_json:
         typer.echo(json.dumps(table))
@@ -110,7 +110,7 @@ def flops(paths: list[Path], as_json: bool) -> None:
 
 
 def trainer_verdict() -> str:
-    """truestep's own step, audited in this process as any framework's: the verdict, and what was found."""
+    """Audit truestep's own step in this process, like any framework's. Returns the verdict and the findings."""
     import sys
 
     from truestep.audit import subjects as registry
@@ -156,7 +156,7 @@ def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
 
 
 def write_cell(path: Path, cell: dict[str, Any]) -> None:
-    """One short line a key: small, and still a readable difference under version control."""
+    """One short line per key: the file is small, and its diff under version control is readable."""
     from truestep import rundir
 
     texts = {k: json.dumps(v, ensure_ascii=False, allow_nan=False) for k, v in cell.items()}
@@ -171,7 +171,7 @@ def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(plan))
         return
-    heads = ("arm", "stages", "cells", "trials", "FLOPs a cell", "CPU s a cell", "GiB", "")
+    heads = ("arm", "stages", "cells", "trials", "FLOPs per cell", "CPU s per cell", "GiB", "")
     rows = [
         (r["arm"], " ".join(r["stages"]), str(r["cells"]), str(r["trials"]), f"{r['flops_full']:.2e}",
          str(r["cpu_seconds_per_cell"]), f"{r['gib']:.2f}", r["matched"])

@@ -2,7 +2,7 @@
 
 A prompt is the template's text up to the assistant's turn, plus ``chat.generation_suffix``. A demonstration
 is that prompt, the solution's text tokenized separately (as if it had been sampled), and the token with which
-the template ends the assistant's turn. A place, never a token id, says what is trained, so that the
+the template ends the assistant's turn. The position, never the token id, decides what is trained, so the
 padding token may be the stop token. A tokenizer without a chat template (a base model) gets a plain one: the
 turns with an empty line between them, then a newline.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
-_PLACE = "PLACEOFTHESOLUTION"  # stands for the assistant's text while the template is looked at
+_PLACE = "PLACEOFTHESOLUTION"  # takes the place of the assistant's text when the template is examined
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -52,7 +52,7 @@ def encode_demonstration(
     """The prompt, the solution and the stop token; only the solution and the stop token are trained.
 
     A solution that repeats what the prompt ends with (``<think>``, by the template or by
-    ``generation_suffix``) loses that beginning. Raises UserError as ``encode_prompt``, and if there is no
+    ``generation_suffix``) loses that beginning. Raises UserError like ``encode_prompt``, and if there is no
     solution, the template renders an answered prompt differently, or no stop token would be trained."""
     prompt_ids, _ = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
@@ -77,21 +77,21 @@ def encode_demonstration(
 def encode_demonstrations(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], chat: ChatSettings, context_length: int
 ) -> list[Demonstration]:
-    """Those of at most ``context_length`` tokens, in order: what does not fit is left out, never cut. Raises
-    UserError if none fits."""
+    """The demonstrations of at most ``context_length`` tokens, in order; longer ones are left out, never cut.
+    Raises UserError if none fits."""
     made = [encode_demonstration(tokenizer, problem, chat) for problem in problems]
     kept = [d for d in made if len(d.token_ids) <= context_length]
     if made and not kept:
         shortest = min(len(d.token_ids) for d in made)
         raise UserError(
-            f"none of the {len(made)} demonstrations fits into {context_length} tokens, the shortest has "
-            f"{shortest}; raise model.context_length or use shorter ones"
+            f"none of the {len(made)} demonstrations fits into {context_length} tokens (the shortest has "
+            f"{shortest}); increase model.context_length or use shorter demonstrations"
         )
     return kept
 
 
 def prompt_roles(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[Role, ...]:
-    """The writer of each token of the prompt; a token of two turns counts by its first character."""
+    """The role that wrote each token of the prompt; a token in two turns belongs to its first character's."""
     return tuple(_prompt(tokenizer, problem, chat)[1])
 
 
@@ -113,8 +113,8 @@ def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[
 
 
 def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
-    """The owner of every character, from the same turns with a mark for each content: a search for the
-    content itself could find it in the template. Empty for a template that changes the contents."""
+    """The role of every character, from rendering the same turns with a mark for each content: the content
+    itself could also occur in the template. Empty if the template changes the contents."""
     written = [m.content for m in messages]
     for contents in (written, [text.strip() for text in written]):  # some templates strip
         rebuilt, rest, owners = "", outline, []
@@ -140,7 +140,7 @@ def stop_token_ids(tokenizer: Any, model_eos: int | Sequence[int] | None = ()) -
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
-    """A completion as the grader reads it: without special tokens, its spaces as they were."""
+    """A completion as the grader reads it: without special tokens, with its spaces unchanged."""
     text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 
@@ -169,7 +169,7 @@ def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> 
     if not (prompt.startswith(before) or before.startswith(prompt)):
         raise UserError(
             f"{_where(problem)}: messages: the chat template renders these turns differently once they are answered, "
-            "so a demonstration could not start with the prompt that is sampled from; use one that keeps earlier turns"
+            "so a demonstration could not start with the sampled prompt; use a template that keeps earlier turns"
         )
     return prompt[len(before) :], after
 
@@ -199,7 +199,7 @@ def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Se
         if token in text:
             raise UserError(f'{where}: expected plain text, got the special token "{token}"; remove it')
     unknown = tokenizer.unk_token_id
-    # Not only in the template:
+    # The unknown token must come from the text itself, not only from the template.
     if unknown is not None and unknown in ids and unknown in _ids(tokenizer, text):
         found = next((c for c in text if unknown in _ids(tokenizer, c)), text[:60])
         raise UserError(f"{where}: the tokenizer does not know the character {found!r}; replace it")

@@ -1,4 +1,4 @@
-"""Questions of the optional package reasoning-gym, of the tasks whose answers our arithmetic can confirm."""
+"""Questions from the optional reasoning-gym package, of tasks whose answers our arithmetic can confirm."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ TASKS: dict[str, Callable[[str], int]] = {
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
     """``num`` different questions of a split; the text of a question decides its split, whatever the seed.
 
-    Raises UserError for an unknown task or option, a missing package, or an answer that is not ours."""
+    Raises UserError for an unknown task or option, a missing package, or an answer that differs from ours."""
     if task not in TASKS:
         raise UserError(unknown_name("reasoning_gym task", task, TASKS))
     check_split(split)
     try:
         import reasoning_gym
     except ModuleNotFoundError:
-        raise UserError('needs the package reasoning-gym: pip install "truestep[reasoning-gym]"') from None
+        raise UserError(
+            'needs the reasoning-gym package; run pip install "truestep[reasoning-gym]"'
+        ) from None
     tries = 200 * num
     rng = integer(seed, Purpose.PROCEDURAL, item=f"reasoning_gym/{task}") % 2**31
     try:
@@ -74,6 +76,6 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         if len(found) == num:
             return list(found.values())
     raise UserError(
-        f"reasoning_gym:{task} has about {len(found)} different {split} problems, {num} are asked for; lower "
-        "limit (or skip), or choose options with larger numbers"
+        f"reasoning_gym:{task} has only about {len(found)} different {split} problems, but {num} were requested; "
+        "reduce limit (or skip), or choose options with larger numbers"
     )

@@ -1,4 +1,4 @@
-"""Evaluation problems that are also in the training problems: equal texts, and shared runs of 13 words."""
+"""Evaluation problems that are also training problems: with the same text, or sharing a run of 13 words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NGRAM_WORDS = 13
 
 
 def problem_text(problem: Problem) -> str:
-    """The text of the user's turns, in one case and with single spaces."""
+    """The text of the user's turns, case-folded and with single spaces."""
     return " ".join(" ".join(m.content for m in problem.messages if m.role == "user").casefold().split())
 
 
@@ -29,7 +29,7 @@ def overlap_report(
     """Counts and example ids for every pair of a training and an evaluation set, ready for JSON.
 
     ``exact`` counts evaluation problems with the text of a training problem; ``ngram`` those that share a run
-    of 13 words with one, equal texts included. The ``num_short`` ones have fewer words: only exact."""
+    of 13 words with one, or have the same text. ``num_short`` have fewer words: only ``exact``."""
     texts = {name: [problem_text(p) for p in problems] for name, problems in evaluation.items()}
     grams = {name: [ngram_hashes(text) for text in of_set] for name, of_set in texts.items()}
     pairs = []

@@ -1,6 +1,6 @@
-"""The embedded tasks: how a problem is drawn and solved. Short ASCII, one regular line a step, so that a
-character-level model of a million parameters can learn it. ``wN`` writes a digit, ``cN`` carries, ``bN``
-borrows; the last line of every trace is ``#### ANSWER``.
+"""The embedded tasks: how a problem is drawn and solved. The text is short ASCII with one regular line per
+step, so that a character-level model of a million parameters can learn it. ``wN`` writes a digit, ``cN``
+carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.random import Generator
 class Drawn:
     """A problem before it has a split."""
 
-    canonical: str  # the same for equal exercises (12+34 and 34+12); its hash decides the split
+    canonical: str  # the same for equivalent exercises (12+34 and 34+12); its hash decides the split
     text: str
     answer: str
     steps: tuple[str, ...]

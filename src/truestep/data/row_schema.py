@@ -29,9 +29,9 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     messages, solution, given = _turns(row)
     answer, solution = _answer(row), _solution(row, solution)
     if "answer" in needs and not answer:
-        raise RowError("answer", "expected one, got none" + _near(row, "answer"))
+        raise RowError("answer", "expected an answer, got none" + _near(row, "answer"))
     if "solution" in needs and not solution:
-        raise RowError("solution", "expected a worked one, got none" + _near(row, "solution"))
+        raise RowError("solution", "expected a worked solution, got none" + _near(row, "solution"))
     if not answer and not solution and "problem" not in needs:
         hint = _near(row, "answer", "solution")
         raise RowError("answer", "expected an answer or a solution, got neither" + hint)
@@ -76,7 +76,7 @@ def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
         solution = last.content
     if not messages or messages[-1].role != "user":
         found = f"the {messages[-1].role}'s" if messages else "none"
-        end = 'at the end (a worked answer goes into "solution")'
+        end = 'at the end (a worked answer belongs in "solution")'
         place = "before the assistant's solution" if solution else end
         raise RowError(column, f"expected the user's turn {place}, got {found}")
     return tuple(messages), solution, True
@@ -110,13 +110,17 @@ def _solution(row: Row, from_turns: str) -> str:
     if row.get("solution") is not None:
         found["solution"] = _text(row["solution"], "solution")
     target = row.get("target")
-    if isinstance(target, list) and target and isinstance(target[0], dict):  # elsewhere, target is a number
+    if (
+        isinstance(target, list) and target and isinstance(target[0], dict)
+    ):  # in other rows, target is a number
         turns = _messages(target, "target")
         if len(turns) != 1 or turns[0].role != "assistant":
             raise RowError("target", f"expected one assistant turn, got {', '.join(t.role for t in turns)}")
         found["target"] = turns[0].content
     if len(set(found.values())) > 1:
-        raise RowError("solution", f"expected one, got different ones in {' and '.join(found)}; keep one")
+        raise RowError(
+            "solution", f"expected one solution, got different ones in {' and '.join(found)}; keep one"
+        )
     return next(iter(found.values()), "")
 
 

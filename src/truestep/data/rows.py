@@ -1,4 +1,4 @@
-"""Rows of .jsonl and .parquet files: each a dict, or the reason why it cannot be one."""
+"""Reads rows of .jsonl and .parquet files: each is a dict, or the reason why it cannot be one."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
     UserError if the file as a whole cannot be read."""
     try:
         if path.stat().st_size == 0:
-            raise UserError(f"{path}: expected one JSON object a line, got an empty file")
+            raise UserError(f"{path}: expected one JSON object per line, got an empty file")
         yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
@@ -59,7 +59,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
 
 def _too_long() -> RowError:
     size = f"{MAX_ROW_BYTES // 2**20} MB"
-    return RowError("row", f"expected at most {size}, got a longer one; shorten or remove it")
+    return RowError("row", f"expected a row of at most {size}, got a longer one; shorten or remove it")
 
 
 def _parsed(line: bytes) -> Row | RowError:
@@ -72,7 +72,7 @@ def _parsed(line: bytes) -> Row | RowError:
         return RowError("JSON", f"expected UTF-8 text, got {found}; save the file as UTF-8")
     except json.JSONDecodeError as error:
         found = f"{error.msg} at character {error.pos + 1}"
-        hint = "; this is one JSON array, write one object a line" if line.lstrip().startswith(b"[") else ""
+        hint = "; this is a JSON array, write one object per line" if line.lstrip().startswith(b"[") else ""
         return RowError("JSON", f"expected a JSON object on one line, got {found}{hint}")
     except RecursionError:
         return RowError("JSON", "expected a flat JSON object, got one nested too deeply to read")
@@ -89,7 +89,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError(shown(twice).strip('"'), "expected once, got twice in one object; remove one")
+        raise RowError(
+            shown(twice).strip('"'), "expected the key once, got it twice in one object; remove one"
+        )
     return row
 
 
@@ -98,7 +100,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise UserError(f'{path}: reading parquet needs pyarrow: pip install "truestep[train]"') from None
+        raise UserError(
+            f'{path}: reading parquet needs the pyarrow package; run pip install "truestep[train]"'
+        ) from None
     try:
         number = 0
         with pq.ParquetFile(path) as file:

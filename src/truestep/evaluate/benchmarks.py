@@ -1,7 +1,7 @@
-"""The benchmarks, pinned: source, number of rows, hash of their content, and scoring of each.
+"""The pinned benchmarks: the source, number of rows, content hash, and scoring of each.
 
-A hash is of the rows' content (``sources.content_hash``). "unknown": this table has not seen the rows; the
-hash is recorded at the first load, and later loads must match it. Published figures are the paper's (Table 1,
+A hash is of the rows' content (``sources.content_hash``). "unknown" means that the hash is not in this table;
+it is recorded at the first load, and later loads must match it. Published figures are the paper's (Table 1,
 Qwen2.5-Math-7B), in points.
 """
 
@@ -23,7 +23,7 @@ from truestep.settings import DataSettings
 
 UNKNOWN = "unknown"
 SUFFIXES = (".jsonl", ".parquet", ".csv")
-SHUFFLE_SEED = 0  # of the options of multiple choice, and of the order in which a limit takes problems
+SHUFFLE_SEED = 0  # of the order of choices, and of the order in which a limit takes problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,26 +92,26 @@ TABLE: tuple[Benchmark, ...] = (
     replace(
         _AIME24, id="olympiadbench", title="OlympiadBench, English maths, text only", num_rows=675, samples=1,
         content="e0bc53c1c38309682a30262be33ea6b2cbedbef9a11030e2c5acd41bbedfb5f9",
-        hub="Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", mind="others keep 674 of these 675",
+        hub="Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", mind="others use only 674 of these 675 problems",
         published=_figures("55.7±0.6", "62.8±0.6", "57.2", "55.7"),
     ),
     replace(
         _MMLU_PRO, id="arc_challenge", title="ARC-Challenge test", num_rows=1172,
         content="3d4d14f0096be167538c4163dbf27dfad9370285dfdf4634f160c8fc96bac75e",
-        hub="allenai/ai2_arc:ARC-Challenge:test", mind="22 golds are digits, 7 items have 3 or 5 choices",
+        hub="allenai/ai2_arc:ARC-Challenge:test", mind="22 gold answers are digits; 7 items have 3 or 5 choices",
         published=_figures("82.5±0.6", "84.0±0.6", "80.5", "84.0"),
     ),
     replace(
         _MMLU_PRO, id="gpqa_diamond", title="GPQA-Diamond", num_rows=198,
         hub="Idavidrein/gpqa:gpqa_diamond:train", private=True,
-        mind="its authors ask that it is never put in plain text: samples keep ids and verdicts only",
+        mind="its authors ask that its text is not published: samples have only ids and verdicts",
         published=_figures("24.6±2.9", "40.6±1.8", "39.9", "39.1"),
     ),
     _MMLU_PRO,
     replace(
         _MMLU_PRO, id="mmlu_pro_700", title="MMLU-Pro, 50 of each of 14 categories", num_rows=700, hub="",
         average="", content="e9e8e7b28cc9ad2f5e30b50422413586986b47705baaf0eba2481fbcaf3ed22d", published={},
-        mind="a fixed part of mmlu_pro: not comparable with figures on the whole",
+        mind="a fixed part of mmlu_pro; not comparable with figures for all of it",
     ),
     _GSM8K,
     replace(
@@ -121,7 +121,7 @@ TABLE: tuple[Benchmark, ...] = (
     replace(
         _GSM8K, id="asdiv", title="ASDiv", num_rows=2215, hub="",
         content="6d3047c4dcff33b2d4a41d457ef0864043cdac7f627668fe99caae2c2c2b23f3",
-        mind="131 golds are not plain numbers; 240 problems are also in MAWPS",
+        mind="131 gold answers are not plain numbers; 240 problems are also in MAWPS",
     ),
     replace(
         _GSM8K, id="mawps", title="MAWPS", num_rows=2065, hub="",
@@ -133,35 +133,37 @@ BY_ID = {b.id: b for b in TABLE}
 
 
 def find(id: str) -> Benchmark:
-    """The benchmark of that id. Raises UserError with the nearest one."""
+    """The benchmark with that id. Raises UserError with the nearest id."""
     if id not in BY_ID:
         raise UserError(f'benchmarks: "{id}" is not one of {", ".join(BY_ID)}{did_you_mean(id, list(BY_ID))}')
     return BY_ID[id]
 
 
 def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
-    """All problems of a benchmark, its rows counted and their content checked against the table; ``bare``
-    ones have only their question, without options. Raises UserError if they are not the pinned ones."""
+    """All problems of a benchmark, with the number and content of its rows checked against the table. ``bare``
+    problems have only their question, without options. Raises UserError if they are not the pinned ones."""
     if folder is not None:
         items, where = file_items(path := _file(benchmark, folder)), str(path)
     elif benchmark.hub:
         items, where = hub_items(benchmark.id, *benchmark.hub.split(":")), f"hub:{benchmark.hub}"
     else:
-        raise NotThere(f"{benchmark.id}: has no hub source: pass --data FOLDER with {benchmark.id}.jsonl")
+        raise NotThere(f"{benchmark.id} has no hub source; pass --data FOLDER with {benchmark.id}.jsonl")
     if len(items) != benchmark.num_rows:
         expected = f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}"
-        raise UserError(f"{expected}: provide the whole file (--limit takes a part of it)")
+        raise UserError(f"{expected}; provide the whole file (--limit takes a part of it)")
     empty = [n for n, item in enumerate(items, start=1) if not item.choices]
     if benchmark.kind == "choice" and empty:
-        raise UserError(f"{where}:{empty[0]}: choices: expected a list of choices, got none: correct the row")
+        raise UserError(f"{where}:{empty[0]}: choices: expected a list of choices, got none; correct the row")
     found, expected = content_hash(items), benchmark.content
-    pinned = "the pinned ones: provide the original file"
+    pinned = "the pinned ones; provide the original file"
     if expected == UNKNOWN:
         expected = _first_seen(benchmark.id, found)
-        pinned = f"those first loaded here: if these are right, remove {benchmark.id} from {_record()}"
+        pinned = (
+            f"those loaded here the first time; if these are correct, remove {benchmark.id} from {_record()}"
+        )
     if found != expected:
         raise UserError(
-            f"{where}: its rows hash to {found[:16]}…, those of {benchmark.id} to {expected[:16]}…: "
+            f"{where}: its rows hash to {found[:16]}…, but those of {benchmark.id} to {expected[:16]}…, so "
             f"questions or answers differ from {pinned}"
         )
     if bare:
@@ -171,21 +173,21 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
 
 def _file(benchmark: Benchmark, folder: Path) -> Path:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: pass --data with the folder of {benchmark.id}.jsonl")
+        raise UserError(f"{folder}: no such folder; pass --data with the folder of {benchmark.id}.jsonl")
     names = [f"{sub}{benchmark.id}{suffix}" for suffix in SUFFIXES for sub in ("", "benchmarks/")]
     found = [path for name in names if (path := folder / name).is_file()]
     if not found:
-        raise NotThere(f"{folder}: has no {benchmark.id}.jsonl, .parquet or .csv: put the file there")
+        raise NotThere(f"{folder} has no {benchmark.id}.jsonl, .parquet or .csv; put the file there")
     return found[0]
 
 
 def _first_seen(id: str, found: str) -> str:
-    """The hash recorded when a benchmark of unknown content was first loaded here: this one, if none was."""
+    """The hash recorded at the first load of a benchmark of unknown content; now ``found``, if there is none."""
     path = _record()
     try:
         seen: dict[str, Any] = read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}): correct or remove it") from None
+        raise UserError(f"{path} is not valid JSON ({error}); correct or remove it") from None
     if id not in seen:
         write_json(path, {**seen, id: found})
     return str(seen.get(id, found))
@@ -196,7 +198,7 @@ def _record() -> Path:
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
-    """The problem as it is asked: its options, and the gold with them, shuffled and lettered again."""
+    """The problem as the model sees it: its options are shuffled and lettered again, and the gold with them."""
     text, answer, meta = item.question, item.answer, {}
     if item.choices:
         name = f"options/{benchmark.id}/{item.id}"
@@ -211,7 +213,7 @@ def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
 
 
 def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) -> list[Problem]:
-    """The first ``limit`` problems of an order drawn once for each benchmark, so that a greater limit contains
+    """The first ``limit`` problems of an order drawn once for each benchmark, so that a larger limit contains
     a smaller one; in the order of the file."""
     if limit == "all" or limit >= len(problems):
         return list(problems)
@@ -220,7 +222,7 @@ def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) ->
 
 
 def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
-    """The overlap of a training set with each benchmark, by bare question (options would hide equal ones).
+    """The overlap of a training set with each benchmark, by bare question (options would hide matches).
     Without ``ids``, every benchmark in the folder ``data``; the others are listed as missing. Examples are
     only ids, so private benchmarks stay private."""
     folder = Path(data) if data else None

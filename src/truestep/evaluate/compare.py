@@ -19,9 +19,9 @@ from truestep.records import Verdict
 class Comparison:
     """How much better ``b`` is than ``a`` on the same problems. ``difference`` is the mean over problems of
     (share of correct samples of b) - (that of a), with its 95 % interval; ``p_value`` is the paired t test's,
-    ``p_exact`` the sign-flip permutation test's (McNemar's with one sample a problem). ``detectable`` is the
-    smallest true difference that problems like these would show with 80 % power at the 5 % level: None, and
-    the interval [-1, 1], if there is only one problem."""
+    ``p_exact`` the sign-flip permutation test's (McNemar's with one sample per problem). ``detectable`` is
+    the smallest true difference that problems like these would show with 80 % power at the 5 % level. With only
+    one problem it is None, and the interval is [-1, 1]."""
 
     difference: float
     low: float
@@ -42,8 +42,8 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
     counts_a, counts_b = _correct_of(a), _correct_of(b)
     if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):
         have, lack = ("first", "second") if unpaired[0] in counts_a else ("second", "first")
-        where = f"is in the {have} evaluation and not in the {lack} ({len(unpaired)} such problems)"
-        raise UserError(f"problem {unpaired[0]} {where}: evaluate both on the same problems")
+        where = f"is in the {have} evaluation but not in the {lack} ({len(unpaired)} such problems)"
+        raise UserError(f"problem {unpaired[0]} {where}; evaluate both on the same problems")
     scale = math.lcm(*(n for counts in (counts_a, counts_b) for _, n in counts.values()))
     pairs = [(counts_a[p], counts_b[p]) for p in counts_a]
     # Differences in units of 1 / scale: whole numbers, so that the exact test is exact.
@@ -58,14 +58,14 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
 
 
 def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
-    """Correct samples and samples of each problem."""
+    """The numbers of correct samples and of all samples of each problem."""
     return {p: (sum(r["verdict"] == Verdict.CORRECT for r in g), len(g)) for p, g in by_problem(rows).items()}
 
 
 def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, float | None, float | None]:
-    """Mean, interval, p-value and detectable difference of paired differences. If all differences are equal
-    the spread says nothing, and pseudo-observations are added: half of +unit, half of -unit and one of 0
-    (with one sample a problem, the interval of Agresti and Min 2005, doi:10.1002/sim.1781). There is then no
+    """Mean, interval, p-value and detectable difference of paired differences. If all differences are the
+    same, their spread says nothing, so pseudo-observations are added: half of +unit, half of -unit and one of 0
+    (with one sample per problem, the interval of Agresti and Min 2005, doi:10.1002/sim.1781). There is then no
     t statistic, hence no p-value."""
     mean, n = float(values.mean()), len(values)
     if n == 1:
@@ -89,6 +89,8 @@ def sign_flip_p(whole: list[int]) -> float:
     chance = np.zeros(2 * reach + 1)
     chance[reach] = 1.0
     for size in (abs(w) for w in whole if w):
-        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2  # what rolls around the ends is 0
+        chance = (
+            np.roll(chance, size) + np.roll(chance, -size)
+        ) / 2  # the values that wrap around the ends are 0
     observed = abs(sum(whole))
     return min(1.0, float(chance[np.abs(np.arange(-reach, reach + 1)) >= observed].sum()))

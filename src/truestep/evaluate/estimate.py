@@ -1,7 +1,7 @@
 """Scores with intervals: avg@k, the unbiased pass@k and majority@k, clustered by problem.
 
-Problems are the sampled unit: the samples of one problem are alike, so counting them as independent would
-promise more than the data know. Every interval here has a width greater than 0, even if all samples agree.
+Problems are the sampled unit: the samples of one problem are similar, so counting them as independent would
+claim more than the data show. Every interval here has a width greater than 0, even if all samples agree.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a set of samples says about a model. n = correct + incorrect + unscored. ``score`` is the mean
+    """What a set of samples shows about a model. n = correct + incorrect + unscored. ``score`` is the mean
     over problems of the share of correct samples; an unscored sample counts as not correct, and
-    ``score_if_unscored_correct`` says how much that could cost. ``stderr`` is None for one problem."""
+    ``score_if_unscored_correct`` shows how much that could matter. ``stderr`` is None for one problem."""
 
     score: float
     low: float
@@ -39,13 +39,13 @@ class Estimate:
     incorrect: int
     unscored: int
     num_problems: int
-    truncated_rate: float | None  # None, as the next two: the records do not say
+    truncated_rate: float | None  # None, like the next two, if the records do not have it
     extracted_rate: float | None
     mean_tokens: float | None
     pass_at: Mapping[int, Interval]
-    majority_at: Mapping[int, Interval] = field(default_factory=dict)  # empty where answers are not recorded
-    strict_score: float | None = None  # the score of grade.policy's strict and lenient readers; None if the
-    lenient_score: float | None = None  # records do not say
+    majority_at: Mapping[int, Interval] = field(default_factory=dict)  # empty if answers are not recorded
+    strict_score: float | None = None  # the score by grade.policy's strict and lenient policies; None if the
+    lenient_score: float | None = None  # records do not have it
 
     def __post_init__(self) -> None:
         if self.n != self.correct + self.incorrect + self.unscored:
@@ -57,14 +57,14 @@ class Estimate:
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The samples of each problem. Raises UserError if there are none, RecordError if one is there twice."""
+    """The samples of each problem. Raises UserError if there are none, RecordError if one occurs twice."""
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["sample_index"] in groups[row["problem_id"]]:
-            raise RecordError(f"sample {row['problem_id']}/{row['sample_index']} is there twice")
+            raise RecordError(f"sample {row['problem_id']}/{row['sample_index']} occurs twice")
         groups[row["problem_id"]][row["sample_index"]] = row
     if not groups:
-        raise UserError("no samples to score: expected at least one problem, set limit >= 1")
+        raise UserError("no samples to score; set limit >= 1, because at least one problem is needed")
     return {problem: list(samples.values()) for problem, samples in groups.items()}
 
 
@@ -96,7 +96,7 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
 
 
 def _mean(rows: Sequence[Row], field: str, value: Callable[[Any], float]) -> float | None:
-    """The mean over samples of what a field says; None if one of them does not say it."""
+    """The mean over samples of a field's value; None if a sample does not have the field."""
     found = [row.get(field) for row in rows]
     return None if None in found else float(np.mean([value(f) for f in found]))
 
@@ -120,7 +120,7 @@ def pass_interval(num_correct: np.ndarray, sizes: np.ndarray, k: int) -> Interva
 
 
 def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[int, Interval]:
-    """majority@k for each k, if every sample says what it answered."""
+    """majority@k for each k, if every sample has an extracted answer."""
     if not all(isinstance(row.get("extracted"), str) for group in groups.values() for row in group):
         return {}
     votes = [_votes(group) for group in groups.values()]
@@ -129,7 +129,7 @@ def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[
 
 
 def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
-    """Samples with a correct answer (in any form), with each other answer (in any spelling), with none."""
+    """Numbers of samples with a correct answer (any form), with each wrong one (any spelling), with none."""
     right = _count(rows, Verdict.CORRECT)
     others = [row["extracted"] for row in rows if row["verdict"] != Verdict.CORRECT]
     wrong = Counter(ballot(answer) for answer in others if answer)
@@ -138,7 +138,7 @@ def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
 
 def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
     """The chance that the most frequent answer of k samples, drawn without replacement, is the correct one;
-    ties are broken by a fair draw, samples without an answer do not vote. Exact: ``ways[v][t]`` counts the
+    ties are broken by a fair draw, and samples without an answer do not vote. Exact: ``ways[v][t]`` counts the
     ways to draw v samples of the wrong answers such that none has more than j votes and t of them have j."""
     total = 0.0
     for j in range(1, min(right, k) + 1):

@@ -1,7 +1,7 @@
-"""Logs of lm-evaluation-harness, lighteval and inspect as truestep's rows; truestep's rows as lm-eval's.
+"""Reads logs from lm-evaluation-harness, lighteval and inspect as truestep's rows; writes rows as lm-eval's.
 
-Verdicts of other harnesses are kept: nothing is graded again. A sample without one (it failed, or its score
-is neither right nor wrong) is unscored, with the reason.
+Verdicts of other harnesses are kept; nothing is graded again. A sample without a verdict (it failed, or its
+score is neither right nor wrong) is unscored, with the reason.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
         if not files:
-            raise UserError(f"{path}: holds no {', '.join(patterns)}: pass a run directory or a log file")
+            raise UserError(f"{path} contains no {', '.join(patterns)}; pass a run directory or a log file")
         return [evaluation for file in files for evaluation in read_evaluations(file, metric)]
     if not path.is_file():
-        raise UserError(f"{path}: no such file or folder: pass a run directory or a log file")
+        raise UserError(f"{path}: no such file or folder; pass a run directory or a log file")
     if path.suffix in (".eval", ".json"):
         return [_inspect(path, *(_unpacked if path.suffix == ".eval" else _inspect_json)(path), metric)]
     return [_lighteval(path, metric)] if path.suffix == ".parquet" else _jsonl(path, metric)
@@ -62,17 +62,17 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
     rows = []
     for number, row in read_rows(path):
         if isinstance(row, RowError):
-            raise UserError(f"{path}:{number}: {row}: {AS_WRITTEN}")
+            raise UserError(f"{path}:{number}: {row}; {AS_WRITTEN}")
         rows.append(row)
     if not rows:
-        raise UserError(f"{path}: is empty: {AS_WRITTEN}")
+        raise UserError(f"{path} is empty; {AS_WRITTEN}")
     first, own = rows[0], bool(rows[0].get("header"))
     if not (own and "identity" in first) and not {"doc_id", "filter"} <= first.keys():
         raise UserError(f"{path}:1: expected a sample of truestep or lm-eval, got {sorted(first)[:6]}")
     fields = ("problem_id", "sample_index", "verdict") if own else ("doc_id", "filter")
     for number, row in enumerate(rows[own:], start=1 + own):
         if lacking := [field for field in fields if field not in row]:
-            raise UserError(f"{path}:{number}: {lacking[0]}: is missing: {AS_WRITTEN}")
+            raise UserError(f"{path}:{number}: {lacking[0]} is missing; {AS_WRITTEN}")
         if own and row["verdict"] not in set(Verdict):
             raise UserError(f"{path}:{number}: verdict: expected one of {', '.join(Verdict)}")
     if own:
@@ -81,13 +81,13 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
 
 
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
-    """A row. Of scores 1, true and C are right; 0, false, I and N wrong; others are not verdicts."""
+    """A row. The scores 1, true and C mean correct; 0, false, I and N incorrect; others are no verdict."""
     scores: dict[Any, Verdict] = dict.fromkeys((0, "I", "N"), Verdict.INCORRECT)
     scores |= dict.fromkeys((1, "C"), Verdict.CORRECT)
     verdict = scores.get(value if isinstance(value, bool | int | float) else str(value), Verdict.UNSCORED)
     reason = f"its score is {value!r:.60}" if verdict is Verdict.UNSCORED else JUDGED
     row: Row = {"problem_id": str(key[0]), "sample_index": key[1], "prompt": "", "completion": "", "gold": ""}
-    known = {k: v for k, v in more.items() if v is not None}  # what a log does not say is not in the row
+    known = {k: v for k, v in more.items() if v is not None}  # what is not in the log is not in the row
     return {**row, "verdict": verdict.value, "reason": reason, **known}
 
 
@@ -98,8 +98,8 @@ def _is_share(value: Any, num: int) -> bool:
 
 
 def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any, str, str | None]]:
-    """Score, text and reason of each sample behind one score; in a log whose scores are not means, of the
-    first. If c of n answers are right, which ones is not known: none of them gets a text."""
+    """Score, text and reason of each sample behind one score; if the log's scores are not means, only of the
+    first sample. If c of n answers are right, it is not known which ones, so none of them gets a text."""
     num = len(texts)
     if not (averaged and num > 1 and (value in (0, 1) or _is_share(value, num))):
         return [(value, texts[0] if texts else "", None)]
@@ -111,8 +111,8 @@ def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any
 
 
 def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
-    """One evaluation for each filter, judged by the metric that is asked for, else math_verify if it is logged,
-    else the first. For several answers to a document lm-eval logs one score: their mean, or the first's."""
+    """One evaluation for each filter, judged by the requested metric, else math_verify if it is logged, else the
+    first. If a document has several answers, lm-eval logs one score: their mean, or the first one's."""
     task = path.stem.removeprefix("samples_").partition("_20")[0]  # a date follows
     found: dict[str, list[Row]] = {}
     per_filter = Counter((str(row["filter"]), str((row.get("doc") or {}).get("id"))) for row in rows)
@@ -149,15 +149,15 @@ def _replies(row: Row) -> list[str]:
 
 
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
-    """The score to judge by. Raises UserError if the log does not have the one that is wanted."""
+    """The score to judge by. Raises UserError if the log does not have the requested one."""
     if wanted and wanted not in logged:
         known = ", ".join(logged) or "none"
-        raise UserError(f"{path}: has no score {wanted}: pass --metric with one of {known}")
+        raise UserError(f"{path} has no score {wanted}; pass --metric with one of {known}")
     return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
 
 
 def _lighteval(path: Path, metric: str) -> Evaluation:
-    """A details file: one row a document, ``__metric__`` (older: metrics) with one score of each kind."""
+    """A details file: one row per document; ``__metric__`` (older: metrics) has one score of each kind."""
     read: list[tuple[Row, list[str], list[int], Row]] = []  # document, replies, their tokens, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
@@ -190,7 +190,7 @@ def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: is not an inspect log ({error}): {AS_WRITTEN}") from None
+        raise UserError(f"{path} is not an inspect log ({error}); {AS_WRITTEN}") from None
     members = sorted(n for n in archive.namelist() if n.startswith("samples/") and n.endswith(".json"))
     return _object(archive, "header.json", path), (_object(archive, name, path) for name in members)
 
@@ -202,11 +202,11 @@ def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
         found = json.loads(archive.read(name)) if size <= MAX_LOG_BYTES else {}
     except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         hint = f"{AS_WRITTEN}, or the output of inspect log convert --to json"
-        raise UserError(f"{path}: {name}: cannot be read ({error}): {hint}") from None
+        raise UserError(f"{path}: {name} cannot be read ({error}); {hint}") from None
     if size > MAX_LOG_BYTES:
-        raise UserError(f"{path}: {name} unpacks to more than {MAX_LOG_BYTES >> 20} MiB: refused")
+        raise UserError(f"{path}: {name} unpacks to more than {MAX_LOG_BYTES >> 20} MiB and is refused")
     if not isinstance(found, dict):
-        raise UserError(f"{path}: {name}: expected an object: {AS_WRITTEN}")
+        raise UserError(f"{path}: {name}: expected an object; {AS_WRITTEN}")
     return found
 
 
@@ -214,11 +214,11 @@ def _inspect_json(path: Path) -> tuple[Row, Iterator[Row]]:
     try:
         log = read_json(path)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}): {AS_WRITTEN}") from None
+        raise UserError(f"{path} is not valid JSON ({error}); {AS_WRITTEN}") from None
     if not isinstance(log, dict) or "eval" not in log or "samples" not in log:
         results = isinstance(log, dict) and "results" in log
-        hint = "pass the samples_*.jsonl beside it" if results else AS_WRITTEN
-        raise UserError(f"{path}: expected an inspect log with eval and samples: {hint}")
+        hint = "pass the samples_*.jsonl in the same folder" if results else AS_WRITTEN
+        raise UserError(f"{path}: expected an inspect log with eval and samples; {hint}")
     return log, iter(log["samples"] or [])
 
 
@@ -280,18 +280,18 @@ def write_lm_eval(run: Path, out: Path) -> list[Path]:
         write_json(path, _lm_eval_results(found, summary, provenance, folder))
         written.append(path)
     if not written:
-        raise UserError(f"{run}: holds no finished evaluation: pass the folder that truestep eval printed")
+        raise UserError(f"{run} contains no finished evaluation; pass the folder that truestep eval printed")
     return written
 
 
 def _results_of(folder: Path, task: str) -> Row:
     if not samples_file(folder, task).is_file():
-        raise UserError(f"{samples_file(folder, task)}: is missing: pass a complete run directory")
+        raise UserError(f"{samples_file(folder, task)} is missing; pass a complete run directory")
     path = results_file(folder, task)
     try:
         return dict(read_json(path))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: is not a results file ({error}): evaluate again with --resume") from None
+        raise UserError(f"{path} is not a results file ({error}); evaluate again with --resume") from None
 
 
 def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, folder: Path) -> Row:
@@ -314,7 +314,7 @@ def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, fo
 
 
 def _documents(rows: Sequence[Row]) -> Iterator[Row]:
-    """One line a problem, as lm-eval has it; the score is the share of its samples that are correct."""
+    """One line per problem, as in lm-eval; the score is the share of its samples that are correct."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["problem_id"], []).append(row)
@@ -337,6 +337,6 @@ def _sha(text: str) -> str:
 
 
 def is_private(task: str) -> bool:
-    """Whether a benchmark's texts must not be written. Other harnesses name theirs by parts of it, with the
+    """Whether a benchmark's texts must not be written. The names in other harnesses contain the
     first word of truestep's name: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
     return any(b.id.partition("_")[0] in task.lower() for b in BY_ID.values() if b.private)

@@ -1,4 +1,4 @@
-"""Logs of other harnesses imported as a run directory, and any two evaluations compared."""
+"""Imports logs from other harnesses as a run directory, and compares any two evaluations."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
 def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> dict[str, Any]:
     """Write external evaluations as a run directory, once all are read; returns its summary. Raises UserError
-    if the directory is not empty, or an evaluation is there twice."""
+    if the directory is not empty, or an evaluation occurs twice."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder: pass --out with a different path")
+        raise UserError(f"{out} is not an empty folder; pass --out with a different path")
     read = [(e, *_estimated(e)) for path in paths for e in read_evaluations(path, metric)]
     sources: dict[tuple[str, str], str] = {}
     for evaluation, task, _, _ in read:
         if (key := (evaluation.made_by, task)) in sources:
-            also = f"{task} of {evaluation.made_by} is also in {sources[key]}"
-            raise UserError(f"{evaluation.source}: {also}: import them separately")
+            also = f"{task} from {evaluation.made_by} is also in {sources[key]}"
+            raise UserError(f"{evaluation.source}: {also}; import them separately")
         sources[key] = evaluation.source
-    notes = ["imported: verdicts as the other harness gave them, nothing graded again"]
+    notes = ["imported: the verdicts are those of the other harness; nothing was graded again"]
     scores = []
     for evaluation, task, rows, found in read:
         folder = out / "evaluations" / evaluation.made_by
@@ -41,7 +41,7 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
             notes.append(f"{task}: incomplete: {evaluation.missing}")
         if found["unscored"]:
             share = f"{found['unscored']} of {found['n']}"
-            notes.append(f"{task}: {share} samples have no verdict: counted as not correct")
+            notes.append(f"{task}: {share} samples have no verdict and count as not correct")
         size = BY_ID[task].num_rows if task in BY_ID else found["num_problems"]
         results = {
             "schema_version": SCHEMA_VERSION, **task_results(task, found), "estimate": found,
@@ -76,22 +76,22 @@ def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
-    """``comparisons``, b - a for every task that both have, paired by problem: by id if the texts agree, else
-    by the problem's text; ``only_in_a`` and ``only_in_b``, the tasks left over. Raises UserError if no task,
-    or not the same problems, are in both, or one side is unfinished."""
+    """``comparisons``: b - a for every task that both have, paired by problem (by id if the texts agree, else
+    by the problem's text). ``only_in_a`` and ``only_in_b``: the other tasks. Raises UserError if no task is in
+    both, a task has different problems, or one side is unfinished."""
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
-    # Other templates, harnesses or filters are compared if one side has only one.
+    # Different templates, harnesses or filters are compared if one side has only one.
     for task in dict.fromkeys(map(_task, left)):
         own, other = ([k for k in side if _task(k) == task] for side in (left, right))
         if not any(k in right for k in own) and 1 in (len(own), len(other)):
             pairs += [(x, y) for x in own for y in other]
-    if not pairs and len(left) == len(right) == 1:  # one file each: compared, whatever their names
+    if not pairs and len(left) == len(right) == 1:  # one file each: compared whatever their names are
         pairs = [(next(iter(left)), next(iter(right)))]
     if not pairs:
         names = [", ".join(sorted({k[0] for k in side})) for side in (left, right)]
-        both = f"{a} has {names[0]}, {b} has {names[1]}: no task is in both"
-        raise UserError(f"{both}: pass single files to compare them all the same")
+        both = f"{a} has {names[0]}, {b} has {names[1]}, so no task is in both"
+        raise UserError(f"{both}; pass single files to compare them anyway")
     return {
         "comparisons": [_compared(max(x[0], y[0], key=len), left[x], right[y]) for x, y in pairs],
         "only_in_a": sorted({k[0] for k in left} - {x[0] for x, _ in pairs}),
@@ -109,7 +109,7 @@ def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
         key = (evaluation.task, Path(evaluation.source).parent.name if ours else evaluation.made_by)
         if key in found:
             also = f"{key[0]} of {key[1]} is also in {found[key].source}"
-            raise UserError(f"{evaluation.source}: {also}: pass files, or folders with one of each")
+            raise UserError(f"{evaluation.source}: {also}; pass files, or folders that contain it only once")
         found[key] = evaluation
     return found
 
@@ -122,8 +122,10 @@ def _task(key: Key) -> str:
 def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
     for evaluation in (x, y):
         if len(sizes := set(map(len, _grouped(evaluation).values()))) > 1:
-            uneven = f"has {min(sizes)} to {max(sizes)} samples per problem: expected the same number for all"
-            raise UserError(f"{evaluation.source}: {uneven}; finish it with truestep eval … --resume")
+            uneven = (
+                f"has {min(sizes)} to {max(sizes)} samples per problem, but all must have the same number"
+            )
+            raise UserError(f"{evaluation.source} {uneven}; finish it with truestep eval … --resume")
     rows_x, rows_y, paired_by = x.rows, y.rows, "id"
     if not _same_problems(rows_x, rows_y):
         rows_x, rows_y, paired_by = _by_text(rows_x), _by_text(rows_y), "text"
@@ -147,8 +149,8 @@ def _grouped(evaluation: Evaluation) -> dict[str, list[Any]]:
 
 
 def _same_problems(a: Sequence[Row], b: Sequence[Row]) -> bool:
-    """Whether equal ids mean equal problems: some are equal, and if both sides have a text, most texts
-    agree (the one may hold the other: harnesses differ in what they wrap around a question)."""
+    """Whether the same ids mean the same problems: some ids are the same, and if both have texts, most agree
+    (one text may contain the other, because harnesses put different words around a question)."""
     left, right = ({row["problem_id"]: _spaced(row.get("prompt")) for row in rows} for rows in (a, b))
     common = left.keys() & right.keys()
     texts = [(left[id], right[id]) for id in common if left[id] and right[id]]
@@ -156,7 +158,7 @@ def _same_problems(a: Sequence[Row], b: Sequence[Row]) -> bool:
 
 
 def _by_text(rows: Sequence[Row]) -> list[Row]:
-    """The samples under their problem's text; a text that several problems have is numbered."""
+    """The samples with their problem's text as id; if several problems have the same text, it is numbered."""
     ids: dict[str, dict[str, int]] = defaultdict(dict)  # text -> id of a problem -> its number
     found = []
     for row in rows:
@@ -171,7 +173,7 @@ def _spaced(text: Any) -> str:
 
 
 def _seed(evaluation: Evaluation) -> int | None:
-    """The sampling seed, if a results file beside the samples says it."""
+    """The sampling seed, if it is in a results file beside the samples."""
     source = Path(evaluation.source)
     path = results_file(source.parent, source.name.removesuffix(".samples.jsonl"))
     return read_json(path).get("seed") if evaluation.made_by == "truestep" and path.is_file() else None

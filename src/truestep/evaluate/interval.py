@@ -1,7 +1,7 @@
-"""95 % intervals of a mean of values in [0, 1], one value a problem; and the distributions they need.
+"""95 % intervals of a mean of values in [0, 1], one value per problem; and the distributions they need.
 
-One sample a problem is a binomial count, and gets Blaker's exact interval. Several get Clopper and Pearson's
-at an effective number of trials, as in complex surveys. Coverage is measured by
+With one sample per problem the count is binomial, and Blaker's exact interval is used. With several, Clopper
+and Pearson's is used at an effective number of trials, as in complex surveys. Coverage is measured by
 benchmarks/coverage_evaluate.py.
 """
 
@@ -14,12 +14,12 @@ from functools import lru_cache
 
 import numpy as np
 
-BLAKER_UP_TO = 2_000  # trials; above, Clopper and Pearson's interval is hardly wider
+BLAKER_UP_TO = 2_000  # trials; with more, Clopper and Pearson's interval is hardly wider
 GRID = (200, 30)  # points tried for an exact interval's end: between its bounds, then between two of these
-PULL = 0.5  # how strongly a spread that few problems carry is drawn to the largest there can be
+PULL = 0.5  # how strongly a spread that comes from few problems is pulled to the largest possible one
 NORMAL_QUANTILE = 1.959963984540054  # the two-sided 95 % point
 Ends = tuple[float, float]
-INWARD = 0.2  # of one trial: how far the clustered interval is drawn in from Clopper and Pearson's
+INWARD = 0.2  # of one trial: how much narrower the clustered interval is than Clopper and Pearson's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def standard_error(values: np.ndarray) -> float:
 
 def mean_interval(values: np.ndarray, num_trials: float) -> Interval:
     """Mean of per-problem values in [0, 1] with its 95 % interval, which never has width 0. ``num_trials`` is
-    the number of samples behind the values: that of the problems, or more."""
+    the number of samples behind the values: the number of problems, or more."""
     num_problems, mean = len(values), float(values.mean())
     if num_trials <= num_problems or num_problems == 1:
         low, high = binomial_interval(mean * num_problems, num_problems)
@@ -58,8 +58,8 @@ def binomial_interval(correct: float, num: int) -> Ends:
 
 def alpha_of(num_problems: int) -> float:
     """One minus the level at which the ends are computed: 94 % for the smallest sets, tending to 95 %. Ends
-    that hold the truth in no less than 94 % of cases wherever it lies hold it more often than that on
-    average; at a level of 95 % it would be 96.4 % for 30 problems.
+    that contain the true value in at least 94 % of cases, whatever it is, contain it more often on average; at a
+    level of 95 % it would be 96.4 % for 30 problems.
     Equation: alpha = 5 % + min(1 %, 30 % / n)"""
     return 0.05 + min(0.01, 0.3 / num_problems)
 
@@ -68,7 +68,9 @@ def alpha_of(num_problems: int) -> float:
 def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
     """The ends of {p: P(a tail as unlikely as this one's, or less likely) > alpha}, rounded outwards."""
     ends = []
-    for outside in _beta_ends(float(correct), float(num), alpha, 0.0):  # Blaker's interval lies within
+    for outside in _beta_ends(
+        float(correct), float(num), alpha, 0.0
+    ):  # Blaker's interval is inside these ends
         inside = correct / num
         for num_points in GRID if outside not in (0.0, 1.0) else ():
             points = np.linspace(outside, inside, num_points)
@@ -101,16 +103,16 @@ def _log_choose(num: int) -> np.ndarray:
 
 
 def clustered_interval(mean: float, variance: float, num_problems: int, num_trials: float) -> Ends:
-    """Interval of the mean of problem shares that have several samples each. The effective number of trials
-    is the one at which a proportion would have the error that the problems show: between the number of
-    problems (their samples wholly alike) and that of samples (independent), and smaller by the ratio of
-    normal to Student quantile, squared, because the error is an estimate; but never below the number of
-    problems, since no mean of shares spreads more than that of as many verdicts. Where few problems carry the
-    mean their spread is underestimated with it, so it is drawn to the largest there can be, m (1 - m).
+    """Interval of the mean of problem shares with several samples each. The effective number of trials is
+    the one at which a proportion would have the error that the problems show. It is between the number of
+    problems (all samples of a problem agree) and of samples (they are independent), and smaller by the squared
+    ratio of the normal to the Student quantile, because the error is an estimate; but never less than the number
+    of problems, since a mean of shares spreads no more than a mean of as many verdicts. If few problems carry
+    the mean, their spread is underestimated too, so it is pulled to the largest possible one, m (1 - m).
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
     Source for the effective number: Korn and Graubard 1998, Survey Methodology 24:193; the pull is our own"""
     most = mean * (1 - mean)
-    if most == 0:  # all samples agree: nothing is known of the spread
+    if most == 0:  # all samples agree: nothing is known about the spread
         return binomial_interval(mean * num_problems, num_problems)
     pull = PULL / (PULL + (num_problems * most) ** 2)
     spread = (1 - pull) * variance + pull * most
@@ -121,7 +123,7 @@ def clustered_interval(mean: float, variance: float, num_problems: int, num_tria
 
 
 def _beta_ends(correct: float, num: float, alpha: float, inward: float) -> tuple[float, float]:
-    """Clopper and Pearson's ends for a count that need not be whole, drawn in by ``inward`` of a trial."""
+    """Clopper and Pearson's ends for a count that need not be whole, moved inward by ``inward`` of a trial."""
     wrong = num - correct
     low = beta_quantile(alpha / 2, correct + inward, wrong + 1 - inward) if correct > 0 else 0.0
     high = beta_quantile(1 - alpha / 2, correct + 1 - inward, wrong + inward) if wrong > 0 else 1.0

@@ -1,4 +1,4 @@
-"""What is to be evaluated: settings → jobs (a benchmark under a template), each with its problems and limits."""
+"""What to evaluate: settings → jobs (a benchmark with a template), each with its problems and limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from truestep.evaluate import benchmarks, prompts
 from truestep.records import Problem
 from truestep.settings import SamplingSettings, Settings, parse, settings_hash
 
-# Keys of `truestep eval` recipes (and of --set) that stand for a longer one.
+# Short keys of `truestep eval` recipes (and of --set), and the keys that they stand for.
 SHORT = {
     "benchmarks": "evaluate.benchmarks", "prompts": "evaluate.prompts", "few_shot": "evaluate.few_shot",
     "limit": "evaluate.limit", "limits": "evaluate.limits", "engine": "evaluate.engine",
@@ -22,7 +22,7 @@ SHORT = {
     "top_p": "evaluate.sampling.top_p", "max_new_tokens": "evaluate.sampling.max_new_tokens",
     "max_running": "evaluate.sampling.max_running", "dtype": "compute.dtype", "threads": "compute.threads",
 }  # fmt: skip
-# What a sample depends on: samples made with other values must not be mixed.
+# What a sample depends on; samples made with different values must not be mixed.
 FIXED = (
     "model", "seed", "compute.dtype", "evaluate.engine", "evaluate.few_shot", "evaluate.sampling.temperature",
     "evaluate.sampling.top_p", "evaluate.sampling.top_k", "evaluate.sampling.max_new_tokens",
@@ -31,8 +31,8 @@ FIXED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One benchmark under one template. ``content`` hashes the problems taken, ``source`` all of the
-    benchmark's: with a greater limit the samples of a smaller one are kept."""
+    """One benchmark with one template. ``content`` is a hash of the problems used, ``source`` of all problems
+    of the benchmark: if the limit is increased, existing samples are kept."""
 
     benchmark: benchmarks.Benchmark
     template: prompts.Template
@@ -55,7 +55,7 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
         if key == "data" and isinstance(value, str):
             _put(table, "evaluate.folder", value)
         elif key in ("data", "stages", "chat", "trackers", "declared"):
-            continue  # of a training recipe: benchmarks bring their own problems and templates
+            continue  # keys of a training recipe; benchmarks have their own problems and templates
         elif isinstance(value, Mapping) and key != "limits":
             for inner, entry in value.items():
                 if key != "evaluate" or inner not in ("data", "pass_at", "before"):
@@ -63,13 +63,17 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
         else:
             _put(table, SHORT.get(key, key), value)
     if not table.get("evaluate", {}).get("benchmarks"):
-        raise UserError(f"{where}: no benchmarks given: pass --benchmarks (truestep eval list shows them)")
+        raise UserError(
+            f"{where}: no benchmarks are given; pass --benchmarks (truestep eval list shows them)"
+        )
     settings = parse(Settings, table, where=where)
     for id in settings.evaluate.benchmarks:
         benchmarks.find(id)
     prompts.chosen([p for p in settings.evaluate.prompts if p != "benchmark"])
     if settings.compute.dtype == "float64":
-        raise UserError(f"{where}: compute.dtype: an evaluation runs in float32 or bfloat16")
+        raise UserError(
+            f"{where}: compute.dtype: an evaluation runs only in float32 or bfloat16; set one of them"
+        )
     return settings
 
 
@@ -89,10 +93,10 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
-    """Every benchmark loaded and checked, with each template. Raises UserError if rows are not the pinned."""
+    """Load and check every benchmark, and pair it with each template. Raises UserError for unpinned rows."""
     evaluate = settings.evaluate
     folder = Path(evaluate.folder).expanduser() if evaluate.folder else None
-    if folder and (base_dir / folder).is_dir():  # relative to the recipe, else to the current folder
+    if folder and (base_dir / folder).is_dir():  # in the recipe's folder, else in the current one
         folder = base_dir / folder
     jobs = []
     for id in dict.fromkeys(evaluate.benchmarks):
@@ -105,7 +109,7 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
         samples = benchmark.samples if wanted == "benchmark" else wanted
         shared: dict[str, Any] = {
             "benchmark": benchmark, "problems": problems, "sampling": sampling, "content": _hash(problems),
-            "samples": samples if sampling.temperature else 1,  # greedy samples are all the same
+            "samples": samples if sampling.temperature else 1,  # all greedy samples of a problem are the same
             "source": _hash(every),
         }  # fmt: skip
         jobs += [Job(template=template, **shared) for template in prompts.chosen(names)]
@@ -118,12 +122,12 @@ def _hash(problems: Sequence[Problem]) -> str:
 
 
 def engine_kind(settings: Settings) -> str:
-    """torch, vllm or endpoint: an endpoint's address changes no sample."""
+    """torch, vllm or endpoint; the address of an endpoint does not affect samples."""
     return "endpoint" if settings.evaluate.is_endpoint else settings.evaluate.engine
 
 
 def job_identity(settings: Settings, job: Job, model_content: str) -> str:
-    """The hash of all that a sample of this job depends on: not the numbers of problems and samples."""
+    """The hash of everything that a sample of this job depends on, so not of how many there are."""
     t, s = job.template, job.sampling
     asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
     sampling = (s.temperature, s.top_p, s.top_k, s.max_new_tokens, settings.seed, settings.evaluate.few_shot)
@@ -138,8 +142,8 @@ def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
 
 
 def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
-    """What the settings ask for and do not get."""
+    """Notes about settings that are not followed."""
     wanted = settings.evaluate.samples_per_problem
     greedy = dict.fromkeys(j.benchmark.id for j in jobs if wanted != "benchmark" and j.samples < wanted)
-    same = "at temperature 0 all are the same"
-    return [f"{id}: 1 sample per problem instead of {wanted}: {same}" for id in greedy]
+    same = "at temperature 0 all samples are the same"
+    return [f"{id}: 1 sample per problem instead of {wanted}, because {same}" for id in greedy]

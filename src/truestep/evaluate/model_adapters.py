@@ -1,6 +1,6 @@
 """How problems reach a model: as tokens through an engine of truestep, or as turns through an endpoint.
 
-Both make the same of a job: prompts, the longest completion that fits, and notes for the user.
+Both make the same things from a job: prompts, the longest completion that fits, and notes for the user.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from truestep.settings import ChatSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LEAST_ROOM = 8  # tokens that a completion must have beside the longest prompt
+LEAST_ROOM = 8  # tokens that must remain for a completion after the longest prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ def fingerprint(prompts: Sequence[Any]) -> str:
 
 @dataclass(kw_only=True)
 class TokenAdapter:
-    """Through the model's tokenizer and an engine of truestep, opened for the first sample."""
+    """Uses the model's tokenizer and an engine of truestep, which is opened for the first sample."""
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     model_eos: Any
-    open_engine: Callable[[], Engine]  # called for every job: it opens one and keeps it
-    pinned_limit: bool  # the length limit is a benchmark's, and may be lowered to what the model can hold
+    open_engine: Callable[[], Engine]  # called for every job; it opens an engine once and keeps it
+    pinned_limit: bool  # the length limit is a benchmark's, and may be reduced to fit the model's context
 
     def ready(self, job: Job, few_shot: int) -> ReadyJob:
         template, kind = job.template, job.benchmark.kind
@@ -66,14 +66,14 @@ class TokenAdapter:
             used = f"{len(longest.token_ids)} of {self.context_length} tokens"
             raise UserError(
                 f"{job.benchmark.id}: the longest prompt ({longest.problem.id}) has {used}, which leaves "
-                f"{max(0, room)} of max_new_tokens = {limit}: set fewer, or a greater model.context_length"
+                f"{max(0, room)} of max_new_tokens = {limit}; set a smaller number, or a larger model.context_length"
             )
         notes = []
         if room < limit:
             reason = f"the model's context is {self.context_length}"
-            notes.append(f"{job.title}: max_new_tokens is {room}, not {limit}: {reason}")
+            notes.append(f"{job.title}: max_new_tokens is {room}, not {limit}, because {reason}")
         if template.chat and not has_chat_template(self.tokenizer):
-            notes.append(f"{job.title}: the tokenizer has no chat template: turns are sent as plain text")
+            notes.append(f"{job.title}: the tokenizer has no chat template, so turns are sent as plain text")
         ids = [list(p.token_ids) for p in prompts]
         tail = str(self.tokenizer.decode(ids[0][-12:])).rstrip()
         return ReadyJob(
@@ -91,8 +91,8 @@ class TokenAdapter:
         return Prompt(problem=problem, token_ids=made.token_ids)
 
     def _stops(self, template: Template) -> tuple[int, ...]:
-        """The tokens that end a turn. If a line's end or an empty line ends it, also every token that holds
-        one: the text is cut there in any case, this only saves what would follow."""
+        """The tokens that end a turn. If a line's end or an empty line ends it, also every token that has
+        one: the text is cut there in any case; this only saves sampling what would follow."""
         stops = stop_token_ids(self.tokenizer, self.model_eos)
         ends = [text for text in template.stop if not text.strip()]
         if not ends:
@@ -121,7 +121,7 @@ class TokenAdapter:
 
 @dataclass(kw_only=True)
 class EndpointAdapter:
-    """Through an endpoint, which has its own tokenizer and chat template."""
+    """Uses an endpoint, which has its own tokenizer and chat template."""
 
     engine: EndpointEngine
 
@@ -133,7 +133,7 @@ class EndpointAdapter:
             asked: Any = {"messages": messages} if template.chat else {"text": plain_text(messages)}
             prompts.append(TextPrompt(problem=problem, **asked))
         opening = template.suffix.strip()
-        note = f"{job.title}: an endpoint opens the model's turn itself, so it was not begun with {opening}"
+        note = f"{job.title}: an endpoint opens the model's turn itself, so the turn does not begin with {opening}"
         sent = [p.text or [[m.role, m.content] for m in p.messages] for p in prompts]
         characters = sum(len(p.text) + sum(len(m.content) for m in p.messages) for p in prompts)
         return ReadyJob(

@@ -1,7 +1,7 @@
 """Prompt templates, by name: the paper's, Qwen's, a plain one, a bare completion, and deliberately odd ones.
 
-A score that moves between reasonable templates says as much about the template as about the model:
-``--prompts`` asks under several and reports the spread.
+A score that changes between reasonable templates says as much about the template as about the model:
+``--prompts`` evaluates with several and reports the spread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from truestep.errors import UserError
 from truestep.records import Message, Problem
 
-_PAPER = (  # the paper's figure 5, word by word
+_PAPER = (  # the paper's figure 5, word for word
     "Your task is to follow a systematic, thorough reasoning process before providing the final "
     "solution. This involves analyzing, summarizing, exploring, reassessing, and refining your thought "
     "process through multiple iterations. Structure your response into two sections: Thought and "
@@ -29,9 +29,9 @@ _LETTER = " The final answer is the letter of the right choice alone."
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a problem is asked. ``suffix`` opens the model's turn, and is read as the model's own text.
-    ``chat`` False is text to continue, without a chat template; a completion then ends at the first ``stop``.
-    The worked examples of a ``brief`` one have one step and one line."""
+    """How a problem is asked. ``suffix`` opens the model's turn, and is treated as the model's own text. If
+    ``chat`` is False, the prompt is text to continue, without a chat template, and a completion ends at the
+    first ``stop``. If ``brief`` is True, each worked example has one step and one line."""
 
     id: str
     math: str
@@ -145,7 +145,7 @@ def chosen(names: Sequence[str]) -> list[Template]:
 
 
 def messages_of(template: Template, problem: Problem, kind: str, few_shot: int) -> tuple[Message, ...]:
-    """The turns of a prompt: the system's, ``few_shot`` worked examples, the problem's."""
+    """The turns of a prompt: the system turn, ``few_shot`` worked examples, the problem."""
     body, system = template.math, template.system
     shots = _BRIEF_SHOTS if template.brief else _MATH_SHOTS
     if kind == "choice":

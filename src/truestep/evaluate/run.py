@@ -1,7 +1,6 @@
 """Evaluate a model on a set of problems: sampled once, graded once, written sample by sample, resumable.
 
-The one evaluation of truestep: dev scores, a run's checkpoints and ``truestep eval`` all call
-``run_evaluation``.
+All evaluations of truestep (dev scores, a run's checkpoints, ``truestep eval``) call ``run_evaluation``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, read_jsonl, write_atomic, write_json
 from truestep.seeding import Purpose
 
-REFRESH_SECONDS = 1.0  # how often the running interval is computed anew
+REFRESH_SECONDS = 1.0  # how often the running interval is computed again
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 Key = tuple[str, int]  # problem id, sample index
@@ -39,7 +38,7 @@ Answer = Callable[[Sequence[Key]], Iterator[TextSample]]
 
 @dataclass(frozen=True, kw_only=True)
 class TextPrompt:
-    """A problem as turns, or as text to go on with."""
+    """A problem as turns, or as text to continue."""
 
     problem: Problem
     messages: tuple[Message, ...] = ()
@@ -48,8 +47,8 @@ class TextPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """What is evaluated and where it is written. ``identity`` is a hash of all that a sample depends on
-    (model, data, chat, sampling, seed): samples of another identity are never mixed with these."""
+    """What is evaluated and where it is written. ``identity`` is a hash of everything that a sample depends on
+    (model, data, chat, sampling, seed): samples with a different identity are never mixed with these."""
 
     name: str  # the data set's
     prompts: Sequence[Prompt] | Sequence[TextPrompt]
@@ -59,20 +58,22 @@ class EvaluationPlan:
     folder: Path
     identity: str
     pass_at: Sequence[int] = (1,)
-    private: bool = False  # write ids, verdicts and counts, and no text
-    opening: str = ""  # the part of the model's own text that the prompt holds; graded with every completion
+    private: bool = False  # write only ids, verdicts and counts, no text
+    opening: str = ""  # the part of the model's own text that is in the prompt; graded with every completion
     facts: Mapping[str, Any] = field(default_factory=dict)  # further entries of the results file
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise UserError(f"data.{self.name}: the name is a file name: use only letters, digits, . _ -")
+            raise UserError(
+                f"data.{self.name}: the name is used as a file name; use only letters, digits, . _ -"
+            )
         ids = Counter(prompt.problem.id for prompt in self.prompts)
         if not ids:
-            raise UserError(f"{self.name}: no problems: expected at least one, set limit >= 1")
+            raise UserError(f"{self.name} has no problems; set limit >= 1")
         problem_id, times = ids.most_common(1)[0]
         if times > 1:
             rows = [p.problem.row or "?" for p in self.prompts if p.problem.id == problem_id]
-            raise UserError(f"{rows[1]}: id: {problem_id!r} is also the id of {rows[0]}: ids must be unique")
+            raise UserError(f"{rows[1]}: id: {problem_id!r} is also the id of {rows[0]}; ids must be unique")
         num = self.samples_per_problem
         if bad := [k for k in self.pass_at if not 1 <= k <= num]:
             raise UserError(f"pass_at = {bad[0]} needs samples_per_problem >= {bad[0]}, got {num}")
@@ -86,7 +87,7 @@ class EvaluationPlan:
         return results_file(self.folder, self.name)
 
     def sample_keys(self) -> list[Key]:
-        """Every sample that is asked for, in the order of the finished file."""
+        """Every requested sample, in the order of the finished file."""
         return [(p.problem.id, index) for p in self.prompts for index in range(self.samples_per_problem)]
 
 
@@ -94,10 +95,10 @@ def run_evaluation(
     plan: EvaluationPlan, *, answer: Answer, judge: Judge, reporter: Reporter | None = None, title: str = ""
 ) -> dict[str, Any]:
     """Sample, grade and record what is not yet recorded; write and return the results. ``answer`` yields one
-    sample of each key that it is asked for, in any order; it is not called if all samples exist. An exception
-    between two samples leaves the finished ones, which the next call does not repeat. A sample that could not
-    be made is unscored, and the next call asks for it again. Raises RecordError if the answers are not those
-    asked for, or one comes twice, or not at all."""
+    sample of each requested key, in any order; it is not called if all samples exist. After an exception between
+    two samples the finished ones are kept, and the next call does not repeat them. A sample that could not be
+    made is unscored, and the next call requests it again. Raises RecordError if an answer was not requested,
+    comes twice, or is missing."""
     problems = {prompt.problem.id: prompt.problem for prompt in plan.prompts}
     rows, keys = _resume(plan), plan.sample_keys()
     running = RunningScore(rows.values())
@@ -118,7 +119,7 @@ def run_evaluation(
     if open_keys:
         raise RecordError(f"the engine left {len(open_keys)} of {len(asked)} samples unanswered")
     ordered = [rows[key] for key in keys]
-    # In the order asked for, so that a resumed run leaves the same bytes.
+    # In the requested order, so that a resumed run writes the same bytes.
     write_samples(plan.samples_path, plan.name, plan.identity, ordered)
     results = _results(plan, estimate(ordered, plan.pass_at))
     write_json(plan.results_path, results)
@@ -126,7 +127,7 @@ def run_evaluation(
 
 
 class RunningScore:
-    """The score so far with its interval, computed at most once a second, and with the last sample."""
+    """The score so far with its interval, computed at most once a second, and after the last sample."""
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         self._problems: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # correct, samples
@@ -155,7 +156,7 @@ def engine_answers(
     decode: Callable[[Sequence[int]], str],
     check_stop: Callable[[], None] = lambda: None,
 ) -> Answer:
-    """The answers of an engine of tokens, which is opened when the first sample is asked for."""
+    """The answers of an engine that samples tokens, which is opened when the first sample is requested."""
 
     def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
         prompts: dict[str, Any] = {prompt.problem.id: prompt for prompt in plan.prompts}
@@ -171,7 +172,7 @@ def engine_answers(
 
 
 def request_of(plan: EvaluationPlan, key: Key, prompt_ids: tuple[int, ...] = ()) -> SampleRequest:
-    """One step for all: the same draws for every checkpoint, so that comparisons are paired."""
+    """The request for a sample: always the same step, so every checkpoint has the same draws (for pairing)."""
     named: dict[str, Any] = {"problem_id": key[0], "sample_index": key[1], "prompt_ids": prompt_ids}
     return SampleRequest(seed=plan.seed, purpose=Purpose.EVALUATE, step=0, **named)
 
@@ -199,24 +200,26 @@ def _header(name: str, identity: str) -> Row:
 
 
 def check_kept(plan: EvaluationPlan) -> None:
-    """Raises UserError if resuming would lose samples: of other settings, or more than are asked for."""
+    """Raises UserError if resuming would lose samples, made with other settings or no longer requested."""
     path = plan.samples_path
     header = _header(plan.name, plan.identity)
     first, *rows = read_jsonl(path) or [header]
     if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: holds a line that is not a sample: pass --out with a different path")
+        raise UserError(f"{path} contains a line that is not a sample; pass --out with a different path")
     if rows and first != header:
-        made = f"its {len(rows)} samples were made with another model, data, settings or version of truestep"
-        raise UserError(f"{path}: {made}: pass --out with a different path")
+        made = (
+            f"its {len(rows)} samples were made with a different model, data, settings or version of truestep"
+        )
+        raise UserError(f"{path}: {made}; pass --out with a different path")
     wanted = set(plan.sample_keys())
     if extra := [row for row in rows if (row.get("problem_id"), row.get("sample_index")) not in wanted]:
-        more = f"has {len(rows)} samples, {len(extra)} more than are asked for: a run can grow and not shrink"
-        raise UserError(f"{path}: {more}; pass a greater --limit or --samples, or a different --out")
+        more = f"has {len(rows)} samples, {len(extra)} more than requested, and a run can only grow"
+        raise UserError(f"{path} {more}; pass a larger --limit or --samples, or a different --out")
 
 
 def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
-    """The samples already made under the same identity, without the engine's errors, which are asked for
-    again; the file is left whole, ready to be appended to."""
+    """The samples already made with the same identity, without the engine's errors, which are requested again;
+    the file is left complete, ready for appending."""
     first, *rows = read_jsonl(plan.samples_path) or [{}]
     wanted = set(plan.sample_keys()) if first == _header(plan.name, plan.identity) else set()
     keyed = {(row["problem_id"], row["sample_index"]): row for row in rows if row["stop"] != Stop.ERROR}
@@ -226,13 +229,13 @@ def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
 
 
 def write_samples(path: Path, name: str, identity: str, rows: Iterable[Row]) -> None:
-    """A samples file: its header, then one row a sample."""
+    """Write a samples file: its header, then one row per sample."""
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in (_header(name, identity), *rows)]
     write_atomic(path, "\n".join([*lines, ""]))
 
 
 def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
-    """The results file; ``results`` and ``n-samples`` are keyed by task as lm-evaluation-harness has them."""
+    """The results file; ``results`` and ``n-samples`` are keyed by task, as in lm-evaluation-harness."""
     score, sampling = found.to_json(), asdict(plan.sampling)
     sampling |= {key: list(sampling[key]) for key in ("stop_token_ids", "stop_sequences")}
     return {
@@ -243,7 +246,7 @@ def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
 
 
 def task_results(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """An estimate in lm-evaluation-harness's keys."""
+    """An estimate with the keys of lm-evaluation-harness."""
     error = "N/A" if found["stderr"] is None else found["stderr"]
     task: Row = {"alias": name, "exact_match,none": found["score"], "exact_match_stderr,none": error}
     task |= {f"pass@{k},none": interval["value"] for k, interval in found["pass_at"].items()}

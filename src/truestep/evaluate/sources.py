@@ -1,4 +1,4 @@
-"""One row of a benchmark → its question, choices and gold answer, whichever published layout the row has."""
+"""A row of a benchmark, in any published layout → its question, choices and gold answer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LABEL = re.compile(r"^\(?([A-Z]|\d{1,2})[).:]\s*")
 
 
 class NotThere(UserError):
-    """A benchmark that has neither a file nor a source here."""
+    """Raised if a benchmark has neither a local file nor a source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """A question as published. ``choices`` are bare texts (() if the answer is free); ``answer`` is the
-    gold answer, or the position of the right choice as a decimal number."""
+    gold answer, or the position of the correct choice as a decimal number."""
 
     id: str
     question: str
@@ -34,15 +34,15 @@ class Item:
 
 
 def content_hash(items: Iterable[Item]) -> str:
-    """SHA-256 over questions, choices and answers. Neither ids nor the order of the rows enter: the same
-    questions from another place are the same benchmark."""
+    """SHA-256 over questions, choices and answers. Ids and the order of the rows do not count: the same
+    questions from a different source are the same benchmark."""
     lines = sorted(json.dumps([i.question, list(i.choices), i.answer], ensure_ascii=False) for i in items)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def item_of(row: Row, id: str) -> Item:
     """Reads the published layouts and the plain one (problem or question, answer, optional choices). Raises
-    RowError that never quotes the row: some benchmarks must not appear in plain text."""
+    a RowError that never quotes the row, because some benchmarks must not appear in plain text."""
     id = str(row.get("id") or row.get("Record ID") or row.get("question_id") or id)
     question, choices, answer = _parts(row)
     question, answer = question.strip(), answer.strip()
@@ -69,7 +69,7 @@ def _parts(row: Row) -> tuple[str, Sequence[str], str]:
         question, given = found
     if given is not None:
         return question, *_choices(given, labels, answer, key)
-    return question, (), answer.rpartition("####")[2]  # GSM8K ends its solution so
+    return question, (), answer.rpartition("####")[2]  # a GSM8K solution ends with #### ANSWER
 
 
 def _text(row: Row, field: str) -> str:
@@ -91,7 +91,7 @@ def _inline_choices(problem: str) -> tuple[str, list[str]] | None:
 
 
 def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[list[str], str]:
-    """Bare texts of the choices, and the position of the right one."""
+    """Bare texts of the choices, and the position of the correct one."""
     if not isinstance(given, list | tuple) or not all(isinstance(c, str) for c in given):
         raise RowError("choices", "expected a list of texts")
     if not labels:
@@ -114,19 +114,19 @@ def file_items(path: Path) -> list[Item]:
 
 
 def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]:
-    """The items of a data set of the Hugging Face hub; offline (HF_HUB_OFFLINE=1) from its local cache."""
+    """The items of a data set on the Hugging Face hub; offline (HF_HUB_OFFLINE=1), from its local cache."""
     where = f"benchmark {name}: hub:{repository}"
     try:
         import datasets
     except ModuleNotFoundError:
-        hint = f'pip install "truestep[hub]", or pass --data FOLDER with {name}.jsonl'
-        raise NotThere(f"{where} needs the package datasets: {hint}") from None
+        hint = f'run pip install "truestep[hub]", or pass --data FOLDER with {name}.jsonl'
+        raise NotThere(f"{where} needs the datasets package; {hint}") from None
     try:
         table: Any = datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = f"pass --data FOLDER with {name}.jsonl"
-        raise NotThere(f"{where}: cannot be loaded ({reason}): {hint}") from None
+        raise NotThere(f"{where} cannot be loaded ({reason}); {hint}") from None
     return _items(where, name, enumerate((dict(row) for row in table), start=1))
 
 
@@ -138,9 +138,9 @@ def _items(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) ->
                 raise row
             item = item_of(row, f"{stem}-{number - 1}")
             if item.id in items:
-                raise RowError("id", "expected a unique one, got the id of an earlier row")
+                raise RowError("id", "expected a unique id, got the id of an earlier row")
         except RowError as error:
-            raise UserError(f"{label}:{number}: {error}: correct the row") from None
+            raise UserError(f"{label}:{number}: {error}; correct the row") from None
         items[item.id] = item
     return list(items.values())
 
@@ -150,4 +150,4 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from enumerate((dict(row) for row in csv.DictReader(file)), start=1)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV: {type(error).__name__}") from None
+        raise UserError(f"cannot read {path} as CSV: {type(error).__name__}") from None

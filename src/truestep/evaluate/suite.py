@@ -1,4 +1,4 @@
-"""All jobs of an evaluation, one after the other, each resumable; then what they say together."""
+"""Runs all jobs of an evaluation, one after the other, each resumable, and summarizes them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Score = Mapping[str, Any]
 def make_plans(
     settings: Settings, jobs: Sequence[Job], adapter: ModelAdapter, folder: Path, content: str
 ) -> tuple[list[tuple[Job, EvaluationPlan]], list[str]]:
-    """One plan for each job, and notes for the user. Raises UserError if samples that the folder holds would
-    be lost. ``content`` is a hash of the model."""
+    """One plan for each job, and notes for the user. Raises UserError if samples in the folder would be lost.
+    ``content`` is a hash of the model."""
     ready = [(job, adapter.ready(job, settings.evaluate.few_shot)) for job in jobs]
     plans = [(j, _plan(settings, j, made, folder, job_identity(settings, j, content))) for j, made in ready]
     for _, plan in plans:
@@ -66,7 +66,7 @@ def run_suite(
         scores.append(score_row(plan.name, results, prompt=job.template.id))
         if (rate := scores[-1]["extracted_rate"]) < FEW_EXTRACTED:
             few = f"an answer was found in only {rate:.0%} of the samples"
-            notes.append(f"{job.title}: {few}: the score measures the format as much as the model")
+            notes.append(f"{job.title}: {few}, so the score measures the format as much as the model")
         summarize("running")
     return summarize("done")
 
@@ -93,8 +93,8 @@ def _plan(settings: Settings, job: Job, ready: ReadyJob, folder: Path, identity:
 
 
 def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
-    """For each benchmark asked under several templates: the range of its scores, and each template against
-    the first, paired by problem."""
+    """For each benchmark evaluated with several templates: the range of its scores, and each template compared
+    with the first, paired by problem."""
     groups: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
         groups[score["data"]].append(score)
@@ -115,8 +115,8 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
 
 
 def averages(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The paper's plain means, for each template under which all benchmarks of one have been evaluated whole.
-    The distances of the interval's ends are those of the benchmarks, added in quadrature. Source: Zou and
+    """The paper's plain means, for each template with which all benchmarks of a mean were fully evaluated.
+    The distances to the interval's ends are those of the benchmarks, added in quadrature. Source: Zou and
     Donner 2008 (doi:10.1002/sim.3095)"""
     found = []
     for name in ("ID", "OOD"):

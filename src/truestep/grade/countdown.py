@@ -28,7 +28,7 @@ def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
     try:
         value, used = evaluate(expression)
         if equals and evaluate(claimed)[0] != target:
-            return f"claims another target than {target}"
+            return f"claims a different target than {target}"
     except NotArithmetic as error:
         return str(error)
     except ZeroDivisionError:
@@ -56,7 +56,7 @@ def _tokens(text: str) -> list[str]:
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
-            raise NotArithmetic(f"{text[position]!r} is no arithmetic")
+            raise NotArithmetic(f"{text[position]!r} is not arithmetic")
         tokens.append(match[1] or match[2])
         position = match.end()
     return tokens

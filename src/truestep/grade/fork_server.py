@@ -90,8 +90,8 @@ class ForkServer:
         while not self._ready:
             reply = self._hear()
             if "missing" in reply:
-                needed = f'the checker "math" needs the package {reply["missing"]}'
-                raise UserError(f'{needed}: pip install "truestep[train]"')
+                needed = f'the checker "math" needs the {reply["missing"]} package'
+                raise UserError(f'{needed}; run pip install "truestep[train]"')
             self._ready = "ready" in reply
 
     def start(self) -> Worker:

@@ -33,10 +33,12 @@ def read_pairs(path: Path) -> list[Pair]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): give a UTF-8 file of JSON lines") from None
+        raise UserError(f"{path} cannot be read ({error}); pass a UTF-8 file of JSON lines") from None
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise UserError(f'{path}: is empty: write one {{"gold": "1/2", "pred": "0.5"}} on each line')
+        raise UserError(
+            f'{path} is empty; write one object such as {{"gold": "1/2", "pred": "0.5"}} on each line'
+        )
     return [_pair(f"{path}: row {number}", number, line) for number, line in rows]
 
 
@@ -44,16 +46,20 @@ def _pair(where: str, number: int, line: str) -> Pair:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is no JSON ({error}): write one object on a line") from None
+        raise UserError(f"{where}: not valid JSON ({error}); write one object per line") from None
     if not isinstance(row, dict):
-        raise UserError(f'{where}: expected an object: write {{"gold": "1/2", "pred": "0.5"}}')
+        raise UserError(f'{where}: expected an object; write, for example, {{"gold": "1/2", "pred": "0.5"}}')
     for name in ("gold", "pred"):
         if type(row.get(name)) not in (str, int, float):
             was = f"found {row[name]!r:.60}" if name in row else "it is missing"
-            raise UserError(f'{where}: field {name}: expected text or a number, {was}: write "{name}": "1/2"')
+            raise UserError(
+                f'{where}: field {name}: expected text or a number, {was}; write, for example, "{name}": "1/2"'
+            )
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
-        raise UserError(f'{where}: field choices: expected a list of texts: write "choices": ["12", "15"]')
+        raise UserError(
+            f'{where}: field choices: expected a list of texts; write, for example, "choices": ["12", "15"]'
+        )
     known = {k: str(row[k]) for k in ("id", "kind", "gold", "pred") if row.get(k) is not None}
     return Pair(choices=tuple(choices), **{"id": str(number), "kind": "", **known})
 

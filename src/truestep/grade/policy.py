@@ -65,10 +65,10 @@ def objection(gold: str, found: str, how: How) -> str:
         return "strict: a fraction is not in lowest terms"
     ours, theirs = (brackets(text) for text in (gold, found))
     if (ours[0], ours[2]) != (theirs[0], theirs[2]):
-        return "strict: other brackets"
+        return "strict: different brackets"
     pairs = list(zip(elements(ours[1]), elements(theirs[1]), strict=False))
     if len(pairs) > 1 and not ours[0] and any(decide(a, b).equal is False for a, b in pairs):
-        return "strict: another order"
+        return "strict: different order"
     return ""
 
 

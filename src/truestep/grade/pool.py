@@ -168,4 +168,4 @@ class Pool:
                 self._server.close()
                 self._server = None
         hint = "run python -c 'import math_verify' to see why"
-        raise UserError(f"the symbolic grader cannot be started ({reason}): {hint}")
+        raise UserError(f"the symbolic grader cannot be started ({reason}); {hint}")

@@ -77,8 +77,8 @@ def _check_countdown(problem: Problem, found: str) -> Score | Question:
     target: Any = problem.meta.get("target")
     if not isinstance(numbers, list | tuple) or not all(type(n) is int for n in (*numbers, target)):
         raise UserError(
-            f'{problem.row or problem.id}: checker "countdown" expected meta numbers (whole numbers) and target '
-            '(a whole number): write "numbers": [3, 4, 5], "target": 35'
+            f'{problem.row or problem.id}: the checker "countdown" needs numbers (whole numbers) and target '
+            '(a whole number); set, for example, "numbers": [3, 4, 5], "target": 35'
         )
     fault = check_countdown(found, numbers, target)
     return _score(not fault, found, fault or "every number once, and the target is reached")
@@ -154,7 +154,7 @@ class Grader:
     def _check(self, problem: Problem, found: Extraction) -> Score | Question:
         if problem.checker not in CHECKERS:
             unknown = f"{problem.row or problem.id}: unknown checker {problem.checker!r}"
-            raise UserError(f"{unknown}: use one of {', '.join(CHECKERS)}")
+            raise UserError(f"{unknown}; use one of {', '.join(CHECKERS)}")
         if not problem.answer.strip() and problem.checker != "countdown":
             return _score(None, found.answer, "the problem has no gold answer")
         if not found.answer:

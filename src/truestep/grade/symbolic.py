@@ -97,7 +97,7 @@ def _comparison() -> Compare:
         left, right = read(gold), read(found)
         if not left or not right:
             which = "answer" if left else "gold answer"
-            return False, f"the {which} is no formula that could be read: compared as text"
+            return False, f"the {which} is not a readable formula: compared as text"
         if len(left) == len(right) == 1 and _clearly_different(left[0], right[0]):
             return False, "compared by value"
         return bool(verify(left, right, timeout_seconds=None)), "compared by algebra"

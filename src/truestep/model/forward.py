@@ -36,7 +36,9 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     """Last hidden states [N, D] of a packed row. Raises RuntimeError if packed attention has been switched
     off: the layout would be ignored, and rows would see each other."""
     if model.config._attn_implementation != IMPLEMENTATION:
-        raise RuntimeError(f"packed attention is not installed, but {model.config._attn_implementation!r}")
+        raise RuntimeError(
+            f"packed attention is not installed; the model uses {model.config._attn_implementation!r}"
+        )
     rows = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
     return model.base_model(**rows, use_cache=False, layout=layout).last_hidden_state[0]
 

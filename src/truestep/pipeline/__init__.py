@@ -1,1 +1,1 @@
-"""A run: its data checked, its stages in order, each a function from one model folder to the next."""
+"""A run: its data is checked, then its stages run in order, each a function from a model folder to the next."""

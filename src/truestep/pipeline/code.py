@@ -10,7 +10,7 @@ from truestep.user_code import find_source
 
 
 def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
-    """Hashes of the recipe's own code that a stage runs, by what the recipe calls it."""
+    """Hashes of the recipe's own code that a stage runs, by the name in the recipe."""
     found = {}
     method = getattr(stage, "method", "")
     if ":" in method:

@@ -23,8 +23,8 @@ def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -
 def dev_score(
     session: Session, index: int, policy: Policy, engine: Engine | None, folder: Path
 ) -> DevScore | None:
-    """Step → score on the stage's dev set, if it has one; samples are kept in the stage's ``folder``, also
-    those of an interrupted score. ``engine`` samples if there is one, else one on ``policy``."""
+    """A function from step to score on the stage's dev set, if it has one. Samples are kept in the stage's
+    ``folder``, even after an interruption. They come from ``engine``, or, without one, from ``policy``."""
     prepared = session.prepared
     dev, identity = prepared.settings.stages[index].dev, stage_identity(prepared, index)
     if not dev.data:
@@ -39,7 +39,7 @@ def dev_score(
             samples_per_problem=dev.samples_per_problem, folder=folder / f"dev/step_{step:08d}",
             identity=f"{identity}/{step}",
         )  # fmt: skip
-        shared.take_cost()  # evaluation is not training: no ledger counts it
+        shared.take_cost()  # evaluation is not training, so its cost is not counted
         return float(results["estimate"]["score"])
 
     return score
@@ -62,7 +62,7 @@ def evaluate_checkpoint(session: Session, checkpoint: str, path: str, identity: 
 def _evaluate(
     session: Session, engine: Callable[[], Engine], stop: Callable[[], None], title: str = "", **more: Any
 ) -> dict[str, Any]:
-    """Progress is shown only under a title."""
+    """Evaluate on one data set. Progress is shown only if there is a title."""
     prepared, reporter = session.prepared, session.reporter if title else None
     plan = EvaluationPlan(prompts=prepared.prompts[more["name"]], seed=prepared.settings.seed, **more)
     answer = engine_answers(plan, engine, session.decode, stop)

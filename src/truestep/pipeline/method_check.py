@@ -1,8 +1,8 @@
 """``truestep method check``: relations that every row must satisfy, whatever its objective is.
 
-The row trains a tiny model in float64 on generated problems, with the source, updater and loop of any run.
+The row trains a tiny model in float64 on generated problems, with the same source, updater and loop as a run.
 Its update must be the same however a step is split, packed, ordered, or divided between two processes; a
-resumed run must equal an uninterrupted one bit for bit."""
+resumed run must be bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from truestep.train.memory import first_memory, learn
 from truestep.train.parallel import Ranks
 from truestep.train.source import StepData
 
-LIMIT = 1e-9  # relative, in float64: the same update in another order of summation differs by about 1e-13
+LIMIT = 1e-9  # relative, in float64: a different order of summation changes the update by about 1e-13
 STEPS = 4
 TOKENS = 4096
 Change = Callable[[Sequence[TrainSequence]], list[TrainSequence]]
@@ -56,7 +56,7 @@ class Relation:
 
 
 def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict[str, object]:
-    """The row on some 10,000 parameters and solved sums; the reward is a coin, so that groups are mixed."""
+    """The row on about 10,000 parameters and solved sums; the reward is a coin flip, so groups are mixed."""
     stage: dict[str, object] = {
         "kind": "rl" if samples else "sft", "name": "check", "data": "sums", "steps": STEPS,
         "tokens_per_microbatch": TOKENS, "method": method, "method_options": options, "save_every": 1,
@@ -78,7 +78,7 @@ def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict
 def check_method(
     method: str, options: Mapping[str, object], *, base_dir: Path, folder: Path, reporter: Reporter
 ) -> Iterator[Relation]:
-    """Every relation in turn, in an empty ``folder``. Raises UserError if the row cannot be built."""
+    """Check the relations one after the other, in an empty ``folder``. Raises UserError if the row is invalid."""
     samples = find_method(method, options, base_dir).plan is not None
     place, _, name = method.rpartition(":")
     absolute = f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else method
@@ -90,7 +90,7 @@ def check_method(
 
 
 def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Iterator[Relation]:
-    """The update of every step, with other micro-batches, without shared prompts, and in another order."""
+    """The update of every step: with different micro-batches, without shared prompts, in a different order."""
     prepared = prepare(settings, base_dir=base_dir)
     errors = {"micro-batches": 0.0, "shared prompts": 0.0, "order": 0.0, "empty micro-batch": 0.0}
     moved = 0.0
@@ -118,12 +118,14 @@ def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporte
             if spec.engine is not None:
                 spec.engine.publish(dict(policy.model.named_parameters()), step + 1)
     if moved == 0:
-        raise UserError(f"{spec.updater.method.name}: no step moves a parameter, so nothing can be compared")
+        raise UserError(
+            f"{spec.updater.method.name}: no step changes a parameter, so nothing can be compared"
+        )
     yield from (Relation(name=name, error=error, limit=LIMIT) for name, error in errors.items())
 
 
 def _update(spec: StageSpec, data: StepData, step: int, limit: int = TOKENS) -> Tensor:
-    """The difference that the step's updates make to the parameters, which are then restored."""
+    """The change of the parameters by the step's updates; the parameters are restored afterwards."""
     policy, updater = spec.policy, spec.updater
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     scorer = replace(updater.scorer, tokens_per_microbatch=limit)
@@ -142,7 +144,7 @@ def _changed(data: StepData, change: Change) -> StepData:
 
 
 def _with_untrained(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
-    """The sequences and one more of context only."""
+    """The sequences, and one more that has only context tokens."""
     if not sequences:
         return []
     first = sequences[0]
@@ -153,7 +155,7 @@ def _with_untrained(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
 
 
 def _difference(one: Path, other: Path) -> float:
-    """Between the exported weights of two runs, relative."""
+    """The relative difference between the exported weights of two runs."""
     a, b = (load_file(run / "stages/01-check/export/model.safetensors") for run in (one, other))
     return max(float((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-30)) for n in a)
 
@@ -165,7 +167,7 @@ def _run(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter, r
 
 
 def _ranks(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Relation:
-    """A run on two processes (gloo) against one on one."""
+    """Compare a run on two processes (gloo) with a run on one."""
     path = folder / "recipe.toml"
     rundir.write_atomic(path, rundir.to_toml(settings.model_dump(mode="json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -179,7 +181,7 @@ def _ranks(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter)
 
 
 def _resumed(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Relation:
-    """The run of ``_ranks`` again from its second step."""
+    """Resume the one-process run of ``_ranks`` from its second step, and compare the two."""
     again = folder / "again"
     shutil.copytree(folder / "one", again)
     stage = again / "stages" / "01-check"

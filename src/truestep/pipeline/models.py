@@ -1,5 +1,5 @@
-"""What the stages of a run share: its models, as policies and as sampling engines, and hashes of all that a
-result depends on."""
+"""What the stages of a run share: its models, as policies and as sampling engines, and hashes of everything
+that a result depends on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Session:
 
     @property
     def check_stop(self) -> Callable[[], None]:
-        """With several ranks none may leave in the middle of a step."""
+        """The check for a signal. With several ranks it does nothing: none may stop in the middle of a step."""
         return signals.check if self.ranks.world_size == 1 else lambda: None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -50,7 +50,7 @@ class Session:
 
 
 def open_model(session: Session, path: str) -> LoadedModel:
-    """The model of a folder (or the base model) in the run's dtype."""
+    """The model in a folder (or the base model) in the run's dtype."""
     settings = session.prepared.settings
     model, dtype = settings.model.model_copy(update={"path": path}), getattr(torch, settings.compute.dtype)
     return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)
@@ -78,7 +78,7 @@ def make_policy(session: Session, path: str) -> Policy:
 
 
 def make_engine(session: Session, policy: Policy | None, path: str, max_running: int) -> TorchEngine:
-    """An engine on the policy's module; without one, or if it is sharded, on a whole model of its own."""
+    """An engine on the policy's module; without a policy, or if it is sharded, on a separate whole model."""
     sharded = session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2"
     if policy is None or sharded:
         policy = Policy(open_model(session, path))
@@ -102,7 +102,7 @@ def stage_identity(prepared: Prepared, index: int) -> str:
 
 
 def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
-    """The hash of all that an evaluation on the data set ``name`` depends on."""
+    """The hash of everything that an evaluation on the data set ``name`` depends on."""
     settings = prepared.settings
     sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
     sampled = (sampling, settings.evaluate.data_samples, settings.chat, settings.seed)

@@ -1,6 +1,6 @@
-"""A dry run of a recipe without its weights and data: ``[declared]`` gives the facts that it needs of them.
+"""A dry run of a recipe without its weights and data: ``[declared]`` has the facts about them that it needs.
 
-The declaration (numbers of rows, observed mean lengths) is the author's; a real run never reads it. Shapes
+The recipe's author declares them (numbers of rows, observed mean lengths); a real run never reads them. Shapes
 come from a ``config.json`` beside the recipe, through the model's class on the meta device."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 2.0**30
-# bytes a parameter: float32 master, two Adam moments, float32 gradient; and the copy in the compute dtype
+# bytes per parameter: float32 master, two Adam moments, float32 gradient; and the copy in the compute dtype
 STATE_BYTES, DTYPE_BYTES = 16, {"bfloat16": 2, "float32": 0, "float64": 16}
 
 
@@ -64,11 +64,11 @@ def read_config(declared: Declared, base_dir: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: declared.config: cannot be read as a config.json: {error}") from None
+        raise UserError(f"{path}: declared.config cannot be read as a config.json: {error}") from None
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
-    """The shape of a Llama or Qwen2 from its config, only by arithmetic.
+    """The shape of a Llama or Qwen2 model, computed from its config.
 
     Held by: tests/study/test_paper_recipes.py (equal to the model's own class on the meta device)"""
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
@@ -99,14 +99,16 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
-    """The work of a stage at the declared mean lengths (of attention a little less than its mean)."""
+    """The work of a stage at the declared mean lengths (for attention, a little less than the mean work)."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
         rows = declared.rows[stage.data]
         sequences = stage.epochs * rows if stage.epochs else stage.steps * stage.sequences_per_step
         return sequence_work(prompt, demonstration).times(sequences)
     if isinstance(stage, RejectionSettings):
-        raise UserError(f"stages.{stage.name}: what a rejection stage keeps cannot be declared")
+        raise UserError(
+            f"stages.{stage.name}: a rejection stage cannot be estimated, because what it keeps cannot be declared"
+        )
     assert isinstance(stage, RlSettings)
     known = declared.stages.get(stage.name, DeclaredStage())
     length = known.rollout_tokens or stage.sampling.max_new_tokens
@@ -119,7 +121,7 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
 def rl_work(
     stage: RlSettings, prompt: int, own: list[int], demonstration: int = 0, per_prompt: float = 0.0
 ) -> Ledger:
-    """The work of an RL stage with rollouts of lengths ``own``, and demonstrations beside them."""
+    """The work of an RL stage with rollouts of lengths ``own``, and demonstrations in the same groups."""
     everywhere, some = divmod(per_prompt, 1)
     unscored = 1 / stage.updates_per_rollout  # the first update of a rollout batch needs no scoring pass
     total = Ledger()
@@ -155,8 +157,8 @@ def gib_per_gpu(
     layer = (n - 2 * config["vocab_size"] * hidden) / layers * compute
     tokens = stage.tokens_per_microbatch
     inner = int(config["intermediate_size"])
-    width = 8 * hidden + 3 * inner  # values a token that a layer keeps for its backward pass
-    products = 6 * hidden + 2 * inner  # those that selective checkpointing keeps
+    width = 8 * hidden + 3 * inner  # values per token that a layer keeps for its backward pass
+    products = 6 * hidden + 2 * inner  # the values that selective checkpointing keeps
     checkpointing = settings.compute.gradient_checkpointing
     every = {False: width, True: hidden, "selective": products}[checkpointing]
     kept = tokens * compute * (every * layers + (width if checkpointing else 0))
@@ -173,7 +175,7 @@ def gib_per_gpu(
 
 
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
-    """The plan without weights and data. Raises UserError if the declared figures contradict the settings."""
+    """The plan without weights or data. Raises UserError if the declared figures contradict the settings."""
     from truestep.model.load import model_shape
     from truestep.pipeline.prepare import check_methods
 
@@ -185,7 +187,9 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
     rope = getattr(model.config, "rope_parameters", None) or {}
     rows = [_stage_row(settings, declared, config, stage, context) for stage in settings.stages]
     if lost := [name for name in settings.evaluate.data if name not in declared.rows]:
-        raise UserError(f"{where}: declared.rows has no {lost[0]!r} of evaluate.data; set its number of rows")
+        raise UserError(
+            f"{where}: declared.rows has no entry {lost[0]!r}, which is in evaluate.data; set its number of rows"
+        )
     return {
         "name": settings.name,
         "model": {"path": settings.model.path, **vars(model_shape(model)), "context_length": context,
@@ -201,16 +205,18 @@ def _stage_row(
 ) -> dict[str, Any]:
     where = f"stages.{stage.name}"
     if stage.data not in declared.rows:
-        raise UserError(f"{where}.data: declared.rows has no {stage.data!r}; set its number of rows")
+        raise UserError(f"{where}.data: declared.rows has no entry {stage.data!r}; set its number of rows")
     rows, longest = declared.rows[stage.data], declared.max_prompt_tokens
     sampled = stage.sampling.max_new_tokens if isinstance(stage, RlSettings | RejectionSettings) else 0
     longest += max(sampled, declared.max_demonstration_tokens)
     limits = {"model.context_length": context, "tokens_per_microbatch": stage.tokens_per_microbatch}
     for key, limit in limits.items():
         if longest > limit:
-            raise UserError(f"{where}: {key} = {limit} cannot hold {longest} tokens; set {longest} or more")
+            raise UserError(f"{where}: {key} = {limit} is less than {longest} tokens; set {longest} or more")
     if isinstance(stage, RlSettings) and (num := stage.prompts_per_step) > rows:
-        raise UserError(f"{where}.prompts_per_step = {num} is more than {rows} rows; set fewer")
+        raise UserError(
+            f"{where}.prompts_per_step = {num} is more than the {rows} rows; set a smaller number"
+        )
     held = gib_per_gpu(settings, declared, config, stage)
     work, shape = stage_work(stage, declared), shape_of(config)
     steps, per_update, updates, epochs = _arithmetic(stage, rows)
@@ -224,7 +230,7 @@ def _stage_row(
 
 
 def _arithmetic(stage: StageSettings, rows: int) -> tuple[int, int, int, float]:
-    """Steps, sequences of an update, updates, epochs."""
+    """Steps, sequences per update, updates, epochs."""
     if isinstance(stage, RlSettings):
         u = stage.updates_per_rollout
         per_update = stage.prompts_per_step // u * stage.samples_per_prompt

@@ -1,4 +1,4 @@
-"""Before anything expensive: read every row, grade every gold answer, check every length and batch."""
+"""Checks before anything expensive: reads every row, grades every gold answer, checks lengths and batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Prepared:
     """All data of a run, as tokens, after every check."""
 
     settings: Settings
-    base_dir: Path  # of the recipe: files that it names are relative to it
+    base_dir: Path  # the recipe's folder; files that the recipe names are relative to it
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     stop_ids: tuple[int, ...]
@@ -65,13 +65,15 @@ def num_steps(stage: SftSettings | RejectionSettings, available: int) -> int:
 
 
 def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
-    """Load and check everything that a run needs, in seconds and without a model. Raises UserError that names
-    file, row and field, or the setting, and the way out."""
+    """Load and check everything that a run needs, in seconds and without a model. Raises a UserError that names
+    file, row and field, or the setting, and the remedy."""
     if settings.evaluate.benchmarks:
-        raise UserError("evaluate.benchmarks: a run evaluates only evaluate.data; use truestep eval RECIPE")
+        raise UserError(
+            "evaluate.benchmarks is set, but a run evaluates only evaluate.data; use truestep eval RECIPE"
+        )
     if settings.evaluate.engine != "torch":
         raise UserError(
-            "evaluate.engine: evaluate.data is sampled with torch; remove it, or evaluate benchmarks"
+            "evaluate.engine: evaluate.data is always sampled with torch; remove evaluate.engine, or evaluate benchmarks"
         )
     check_methods(settings, base_dir)
     _check_ranks(settings)
@@ -108,7 +110,7 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
 
 
 def _check_rewards(settings: Settings, base_dir: Path) -> None:
-    """Load every reward function once, in its worker: a mistake in one shows before anything is trained."""
+    """Load every reward function once, in its worker, so that mistakes are found before anything is trained."""
     for stage in settings.stages:
         if isinstance(stage, RlSettings) and world()[0] == 0:
             with tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder:
@@ -118,8 +120,8 @@ def _check_rewards(settings: Settings, base_dir: Path) -> None:
 
 
 def _needs(settings: Settings) -> dict[str, set[str]]:
-    """Data set → the columns that it is used for; a set that nothing uses is not loaded. A stage that asks no
-    checker needs no answers."""
+    """Data set → the columns that are needed; a set that is not used is not loaded. A stage without a checker
+    needs no answers."""
     needs: defaultdict[str, set[str]] = defaultdict(set)
     for stage in settings.stages:
         checked = not isinstance(stage, RlSettings) or "checker" in [e.function for e in stage.reward_entries]
@@ -133,13 +135,15 @@ def _needs(settings: Settings) -> dict[str, set[str]]:
 
 
 def _check_ranks(settings: Settings) -> None:
-    """Refuse, before anything is loaded, several processes for what runs only on one."""
+    """Refuse several processes for what runs only on one, before anything is loaded."""
     for stage in settings.stages if world()[1] > 1 else ():
         where = f"stages.{stage.name}"
         if stage.dev.data:
-            raise UserError(f"{where}.dev: evaluation in training needs one process; remove it")
+            raise UserError(
+                f"{where}.dev: evaluation during training needs a single process; remove dev, or start without torchrun"
+            )
         if isinstance(stage, RejectionSettings):
-            raise UserError(f"{where}: a rejection stage needs one process; start without torchrun")
+            raise UserError(f"{where}: a rejection stage needs a single process; start without torchrun")
 
 
 def check_methods(settings: Settings, base_dir: Path) -> None:
@@ -154,13 +158,13 @@ def check_methods(settings: Settings, base_dir: Path) -> None:
             raise UserError(f"stages.{stage.name}.{fault}; set one of {known}")
         if isinstance(stage, SftSettings) and stage.sequences_per_step % row.updates_per_step:
             raise UserError(
-                f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be cut into the "
+                f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be split into the "
                 f'{row.updates_per_step} equal updates of method = "{row.name}"; set a multiple'
             )
 
 
 def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
-    """The prompts of an RL stage: all, or those whose whole demonstration can be trained on."""
+    """The prompts of an RL stage: all, or only those whose complete demonstration can be trained on."""
     prompts = prepared.prompts[stage.data]
     if not prepared.methods[stage.name].needs_demonstrations:
         return prompts
@@ -182,7 +186,7 @@ def method_of(stage: StageSettings, base_dir: Path) -> Method:
 
 
 def find_method(named: str, options: Mapping[str, Any], base_dir: Path, where: str = "") -> Method:
-    """A row of the table, or FILE.py:ROW beside the recipe. Raises UserError."""
+    """A built-in row, or FILE.py:ROW in the recipe's folder. Raises UserError."""
     if ":" in named:
         source = find_source(named, base_dir, what=f"{where}method")
         row = _user(f"{where}method", load, source, [str(base_dir)])
@@ -205,7 +209,7 @@ def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
 
 
 def context_and_eos(settings: Settings) -> tuple[int, Any]:
-    """The model's context length after the override, and its eos ids, only from the config."""
+    """The model's context length (with the recipe's override) and its eos ids, read only from the config."""
     source, override = resolve(settings.model), settings.model.context_length
     if source == "tiny":
         return (TINY_CONTEXT if override == "model" else override), ()
@@ -220,7 +224,7 @@ def model_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path = {source!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.path = {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:
@@ -245,7 +249,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
 def hinted_prompt(
     prepared: Prepared, prompt: Prompt, fraction: float
 ) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """Turns and tokens of the prompt, with the first part of the solution (by characters) in the user's."""
+    """Turns and tokens of the prompt; its last turn also gets the first part of the solution (by characters)."""
     *before, last = prompt.problem.messages
     shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
     turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
@@ -285,7 +289,7 @@ def _check_lengths(prepared: Prepared) -> None:
             longest = max(len(d.token_ids) for d in kept)
             if (size := stage.sequences_per_step) > (num := num_sequences(stage, len(kept))):
                 fault = f"is more than the {num} sequences of the whole stage"
-                raise UserError(f"{where}.sequences_per_step = {size} {fault}; set fewer")
+                raise UserError(f"{where}.sequences_per_step = {size} {fault}; set a smaller number")
         if isinstance(stage, RlSettings | RejectionSettings):
             plan, limit = prepared.methods[stage.name].plan, stage.sampling.max_new_tokens
             shown = plan.most_shown if plan else 0.0
@@ -294,11 +298,11 @@ def _check_lengths(prepared: Prepared) -> None:
             size, num = stage.prompts_per_step, len(prepared.stage_prompts[stage.name])
             if size > num:
                 fault = f"is more than the {num} problems of data.{stage.data} that can be trained on"
-                raise UserError(f"{where}.prompts_per_step = {size} {fault}; set fewer")
+                raise UserError(f"{where}.prompts_per_step = {size} {fault}; set a smaller number")
         if stage.tokens_per_microbatch < longest:
             raise UserError(
-                f"{where}.tokens_per_microbatch = {stage.tokens_per_microbatch} cannot hold the longest "
-                f"sequence of {longest} tokens; set {longest} or more"
+                f"{where}.tokens_per_microbatch = {stage.tokens_per_microbatch} is less than the longest "
+                f"sequence, which has {longest} tokens; set {longest} or more"
             )
     dev = [stage.dev.data for stage in settings.stages if stage.dev.data]
     for name in (*dev, *settings.evaluate.data):
@@ -306,7 +310,7 @@ def _check_lengths(prepared: Prepared) -> None:
 
 
 def _longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown: float = 0.0) -> int:
-    """The most tokens of a prompt, with the shown part of a solution, and its completion, which must fit."""
+    """The most tokens of a prompt, the shown part of a solution, and a completion. Raises UserError if too long."""
     prompts = prepared.prompts[name]
     if shown:
         prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)[1]) for p in prompts]
@@ -315,14 +319,14 @@ def _longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown
     if num + limit > context:
         raise UserError(
             f"{where}.max_new_tokens = {limit} does not fit: the longest prompt of data.{name} "
-            f"({longest.problem.row or longest.problem.id}) has {num} of {context} tokens; "
-            f"set max_new_tokens = {max(1, context - num)} or less, or a greater model.context_length"
+            f"({longest.problem.row or longest.problem.id}) takes {num} of {context} tokens; "
+            f"set max_new_tokens = {max(1, context - num)} or less, or a larger model.context_length"
         )
     return num + limit
 
 
 def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
-    """Everything about batches that the settings imply, one row a stage."""
+    """Everything about batches that follows from the settings, one row per stage."""
     rows: list[Mapping[str, Any]] = []
     columns = ("problems", "steps", "optimizer updates", "sequences per update", "epochs")
     values: tuple[Any, ...]

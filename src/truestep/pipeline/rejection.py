@@ -20,7 +20,7 @@ from truestep.train.policy import Policy
 def rejection_samples(
     session: Session, stage: RejectionSettings, policy: Policy, folder: Path, path: str
 ) -> tuple[list[Demonstration], Ledger]:
-    """Sample from the initial model; keep at most ``keep_per_prompt`` distinct accepted samples a prompt."""
+    """Sample from the initial model; keep at most ``keep_per_prompt`` distinct accepted samples per prompt."""
     prepared = session.prepared
     engine = make_engine(session, policy, path, stage.sampling.max_running)
     prompts = {p.problem.id: p for p in prepared.prompts[stage.data]}
@@ -51,7 +51,7 @@ def rejection_samples(
     if len(kept) < stage.sequences_per_step:
         raise UserError(
             f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were accepted, fewer than "
-            f"sequences_per_step = {stage.sequences_per_step}; sample more, or start from a better model"
+            f"sequences_per_step = {stage.sequences_per_step}; increase samples_per_prompt, or start from a better model"
         )
     return kept, engine.take_cost() + Ledger(rollout_tokens=sum(len(r.completion_ids) for r in rollouts))
 

@@ -1,4 +1,4 @@
-"""``truestep run``: base → stage → stage …, an evaluation after each; what is done already is skipped."""
+"""``truestep run``: base → stage → stage …, with an evaluation after each; finished parts are skipped."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from truestep.train.parallel import Ranks, full, is_sharded
 
 
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raises UserError if the run directory is taken, or with --resume another run's. Writes nothing."""
+    """Raises UserError if the folder is in use, or, with --resume, contains a different run. Writes nothing."""
     held = rundir.holds_run(folder, resume=resume)
     old = load_settings(folder / "resolved.toml").stages if held else ()
     for index, (a, b) in enumerate(zip(settings.stages, old, strict=False)):
         if a.name != b.name:
-            names = f"{b.name!r} there and {a.name!r} here"
+            names = f"{b.name!r} in it but {a.name!r} in the recipe"
             raise UserError(f"{folder}: stage {index + 1} is called {names}; {rundir.ELSEWHERE}")
 
 
 def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
     """Make the run directory, or continue one with --resume. Raises UserError, before anything is written, if
-    it is taken or has stages of other settings or data. Only rank 0 checks: others would see what it made."""
+    it is in use or has stages with other settings or data. Only rank 0 checks: others would see its files."""
     if rank != 0:
         return
     settings = prepared.settings
@@ -58,21 +58,21 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
 
 
 def _require_identity(stage: Path, identity: str) -> None:
-    """Raises UserError if a stage that is done or begun was made with other settings or data."""
+    """Raises UserError if a finished or unfinished stage was made with different settings or data."""
     found = [rundir.read_json(stage / "done.json")["identity"]] if (stage / "done.json").exists() else []
     for checkpoint in list_checkpoints(stage / "checkpoints")[-1:]:
-        # a damaged checkpoint is passed over when loading
+        # loading skips a damaged checkpoint
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             found.append(rundir.read_json(checkpoint / "manifest.json")["state"]["identity"])
     if others := [other for other in found if other != identity]:
         raise UserError(
-            f"{stage}: was made with other settings or data (identity {others[0]}, now {identity}); "
+            f"{stage} was made with different settings or data (identity {others[0]}, now {identity}); "
             f"{rundir.ELSEWHERE}, or delete that folder to train the stage again"
         )
 
 
 def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
-    """Do what is left of a prepared run; its summary (on rank 0). Raises Interrupted with all saved."""
+    """Do the rest of a prepared run and return its summary (on rank 0). Raises Interrupted after saving."""
     settings = prepared.settings
     threads = set_threads(settings.compute.threads)
     make_deterministic()
@@ -116,7 +116,7 @@ def _stages(session: Session) -> None:
 
 
 def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> None:
-    """On rank 0; the others wait."""
+    """Evaluate on rank 0; the other ranks wait."""
     if session.ranks.rank == 0 and session.prepared.settings.evaluate.data:
         evaluate_checkpoint(session, checkpoint, path, identity)
         summarize(session, "running")
@@ -124,13 +124,13 @@ def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> No
 
 
 def _train(session: Session, index: int, path: str, before: Ledger, steps_before: int) -> dict[str, Any]:
-    """Train, export, and write done.json, with which the stage is skipped."""
+    """Train, export, and write done.json, which makes later runs skip the stage."""
     began = time.perf_counter()
     with ExitStack() as stack:
         spec = make_stage(session, index, path, before, steps_before, stack)
         latest = latest_step(spec.folder / "checkpoints")
         if latest:
-            session.reporter.say(f"{spec.name}: resumed at step {latest}/{spec.num_steps}")
+            session.reporter.say(f"{spec.name}: resuming at step {latest}/{spec.num_steps}")
         session.reporter.begin(f"{spec.name} ({spec.settings.kind})", spec.num_steps, latest)
         state = run_stage(spec)
     if state.best:
@@ -194,7 +194,7 @@ def score_rows(session: Session) -> list[dict[str, Any]]:
 
 
 def comparisons(session: Session) -> list[dict[str, Any]]:
-    """Each checkpoint against the one before it, paired by problem."""
+    """Each checkpoint compared with the one before it, paired by problem."""
     rows = []
     for before, after in pairwise(_checkpoints(session)):
         for name in session.prepared.settings.evaluate.data:

@@ -27,14 +27,14 @@ from truestep.train.scoring import Scorer
 from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.update import Updater
 
-# What progress shows of a step.
+# The metrics of a step that progress shows.
 SHOWN = ("reward", "loss", "mixed_groups", "dev/score", "entropy")
 
 
 def make_stage(
     session: Session, index: int, path: str, ledger: Ledger, steps_before: int, stack: ExitStack
 ) -> StageSpec:
-    """Stage ``index``, which starts from the model in ``path``. ``stack`` ends the workers of its rewards."""
+    """Stage ``index``, which starts from the model in ``path``. Closing ``stack`` ends its reward workers."""
     prepared, ranks = session.prepared, session.ranks
     stage, method = prepared.settings.stages[index], prepared.methods[prepared.settings.stages[index].name]
     folder = stage_folder(session.folder, index, stage)

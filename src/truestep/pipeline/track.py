@@ -1,4 +1,4 @@
-"""Metrics to the recipe's ``trackers``: TensorBoard, trackio, or wandb (offline unless WANDB_MODE is set)."""
+"""Sends metrics to the recipe's ``trackers``: TensorBoard, trackio, or wandb (offline unless WANDB_MODE is set)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raises UserError for a tracker whose package is missing, before anything is trained."""
     for name in names:
         if importlib.util.find_spec(MODULES[name]) is None:
-            raise UserError(f'trackers = ["{name}"] needs {MODULES[name]}; pip install "truestep[track]"')
+            raise UserError(
+                f'trackers = ["{name}"] needs the {MODULES[name]} package; run pip install "truestep[track]"'
+            )
 
 
 def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Log]:

@@ -1,1 +1,1 @@
-"""What a run did, for people: reads the files of a run directory and computes no statistic."""
+"""Shows people what a run did: reads the files of a run directory and computes no statistic."""

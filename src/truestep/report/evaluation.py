@@ -15,7 +15,7 @@ from truestep.report.html import page_environment, text_of
 from truestep.report.tables import ScoreRow, interval
 from truestep.rundir import redact, write_atomic
 
-MOST_PROBLEMS = 300  # of one evaluation; unscored and wrong ones come before right ones
+MOST_PROBLEMS = 300  # of one evaluation; unscored and incorrect ones come before correct ones
 _ORDER = ("unscored", "incorrect", "mixed", "correct")
 FILTERS = (("all", "All"), ("incorrect", "Wrong"), ("mixed", "Sometimes right"), ("correct", "Right"),
            ("unscored", "Unscored"), ("truncated", "Cut off"), ("unanswered", "No answer found"))  # fmt: skip
@@ -24,10 +24,10 @@ Row = Mapping[str, Any]
 
 
 def write_evaluation_report(run: Path) -> Path:
-    """Write RUN/report.html. Raises UserError if the folder holds no evaluation."""
+    """Write RUN/report.html. Raises UserError if the folder contains no evaluation."""
     summary = tables.read_summary(run)
     if summary.get("kind") != "evaluation":
-        raise UserError(f"{run}: has no evaluation of benchmarks: pass the folder that truestep eval printed")
+        raise UserError(f"{run} has no evaluation of benchmarks; pass the folder that truestep eval printed")
     rows = tables.score_table(run)
     headings, cells = tables.cells_of(rows, tables.score_columns(rows))
     page = page_environment().get_template("evaluation.html").render(
@@ -65,7 +65,7 @@ def _evaluation(run: Path, number: int, score: ScoreRow) -> dict[str, Any]:
 
 
 def _problem(rows: Sequence[Row]) -> dict[str, Any]:
-    """One problem with the sample that says most about it: the first that is not right, else the first."""
+    """One problem with its most informative sample: the first that is not correct, otherwise the first."""
     verdicts = [row["verdict"] for row in rows]
     correct = verdicts.count("correct")
     some = "correct" if correct == len(rows) else "mixed" if correct else "incorrect"

@@ -1,4 +1,4 @@
-"""Figures as inline SVG in the page's colors; none without matplotlib. The same data give the same bytes."""
+"""Figures as inline SVG in the page's colors; without matplotlib, none. The same data give the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COLOURS = {
 }  # fmt: skip
 INK, MUTED, LINE, BLUE, ORANGE, GREEN, CARD = _COLOURS
 SERIES = (BLUE, ORANGE, GREEN)
-# text.parse_math: a name with two dollar signs is a name
+# text.parse_math: a name with two dollar signs is not a formula
 _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "truestep", "text.parse_math": False,
     "axes.formatter.use_mathtext": False, "font.size": 9, "axes.edgecolor": LINE, "axes.labelcolor": MUTED,
@@ -87,7 +87,7 @@ def curve(
 
 
 def _scale_y(axes: Axes, low: float, high: float, span: float) -> None:
-    """Logarithmic if all values are positive and span more than a factor."""
+    """Use a logarithmic scale if all values are positive and span more than the factor ``span``."""
     if low > 0 and high > span * low:
         from matplotlib.ticker import LogLocator, NullLocator
 
@@ -101,7 +101,7 @@ def _scale_y(axes: Axes, low: float, high: float, span: float) -> None:
 
 
 def label_x(axes: Axes, label: str, highest: float) -> None:
-    """Whole steps, or FLOPs in units of a power of ten that the label names."""
+    """Label the x axis: whole steps, or FLOPs in units of a power of ten that the label names."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=label == "step"))
@@ -113,7 +113,7 @@ def label_x(axes: Axes, label: str, highest: float) -> None:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most about ``limit`` points: the lowest and highest of each stretch, so that no spike is lost."""
+    """At most about ``limit`` points: the lowest and highest of each section, so that no spike is lost."""
     if len(points) <= limit:
         return list(points)
     width = math.ceil(len(points) / (limit // 2))
@@ -127,7 +127,7 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 @styled
 def scores(rows: Sequence[ScoreRow]) -> Markup:
-    """Dot and whisker of each checkpoint, by data set."""
+    """A dot and a whisker for each checkpoint, by data set."""
     rows = [row for row in rows if row.score is not None]
     if not rows:
         return Markup("")
@@ -151,7 +151,7 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
 
 
 def rows_figure(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
-    """A figure with one named row for each value in percent; ``height`` of a row in inches."""
+    """A figure with one named row for each value in percent; ``height`` is that of a row, in inches."""
     left = 0.25 + 0.078 * max(map(len, names))
     figure, axes = new_figure(7.6, 0.5 + height * len(names), left=left, bottom=0.28)
     axes.set_yticks(range(len(names)), names, fontsize=9.5, color=INK)
@@ -171,7 +171,7 @@ def _percents(row: ScoreRow) -> tuple[float, float, float]:
 
 @styled
 def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Markup:
-    """Scores with whiskers against the FLOPs spent up to each checkpoint, a line for each data set."""
+    """Scores with whiskers against the FLOPs spent up to each checkpoint, one line per data set."""
     rows = [(flops, row) for flops, row in rows if row.score is not None]
     if len(rows) < 2:
         return Markup("")
@@ -195,7 +195,7 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
 
 
 def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 0.42) -> tuple[Figure, Axes]:
-    """A figure of one plot with fixed margins, all in inches."""
+    """A figure with one plot and fixed margins, all in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -207,7 +207,7 @@ def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 
 
 
 def to_svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an <svg> element: described, with unique ids and in the look of the page."""
+    """The figure as an <svg> element with a description, unique ids, and the page's colors and font."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with warnings.catch_warnings():

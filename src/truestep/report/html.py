@@ -1,6 +1,6 @@
-"""report.html: one page that holds everything, asks for nothing, and runs nothing.
+"""report.html: one page that contains everything, loads nothing, and runs nothing.
 
-Every text of a run is untrusted (models write it). The environment, not the templates, escapes all of it and
+All text of a run is untrusted (models write it). The environment, not the templates, escapes all of it and
 shows its invisible characters; the templates clip it. The page's policy forbids scripts and requests."""
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from truestep.train.metrics import panels as panels_of
 Row = Mapping[str, Any]
 
 _QUOTA = {"incorrect": 3, "correct": 1, "unscored": 2}  # evaluation samples to show
-_SEARCHED = 20_000  # lines that are searched for them
+_SEARCHED = 20_000  # lines that are searched for samples
 
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html from the files so far. Raises UserError if the folder is not a run directory."""
     if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
-        raise UserError(f"{run}: not a run directory (no resolved.toml): pass the folder that a run printed")
+        raise UserError(
+            f"{run} is not a run directory (no resolved.toml); pass the folder that a run printed"
+        )
     page = page_environment().get_template("report.html").render(_context(run))
     write_atomic(run / "report.html", page)
     return run / "report.html"
@@ -53,14 +55,14 @@ def page_environment() -> jinja2.Environment:
 
 
 def _shown(value: Any) -> Any:
-    """What a template prints. Markup (our own SVG) is a str too, and passes."""
+    """What a template prints. Markup (our own SVG) is also a str, and is printed unchanged."""
     if value is None:
         return tables.NONE
     return visible(value) if type(value) is str else value
 
 
 def _or_none(write: Callable[..., str]) -> Callable[..., str]:
-    """A filter that takes what a file does not have for None."""
+    """A filter that treats a value that is not in the file as None."""
     return lambda value, *more: write(None if isinstance(value, jinja2.Undefined) else value, *more)
 
 
@@ -90,7 +92,7 @@ def text_of(path: Path) -> str:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings or versions as one list of name and text."""
+    """Nested settings or versions as one flat table of names and texts."""
     found: dict[str, str] = {}
     for key, entry in value.items():
         if isinstance(entry, Mapping):
@@ -102,7 +104,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every stage that has a folder or an entry in the summary, in order of the folders."""
+    """Every stage that has a folder or an entry in the summary, in the order of the folders."""
     paths = sorted(path for path in run.glob("stages/[0-9]*-*") if path.is_dir())
     folders = {path.name.partition("-")[2]: path for path in paths}
     entries = {str(entry.get("name")): entry for entry in summary.get("stages") or []}
@@ -165,7 +167,7 @@ def _compute(stages: Sequence[Row], rows: Sequence[ScoreRow]) -> list[dict[str, 
 
 
 def pick_rollouts(rows: Sequence[Row]) -> list[Row]:
-    """Of the first, the middle and the last step one sample of each verdict."""
+    """One sample of each verdict from the first, the middle and the last step."""
     steps = sorted({row["step"] for row in rows})
     wanted = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
     picked: dict[tuple[int, str], Row] = {}
@@ -181,7 +183,7 @@ def _verdict(row: Row) -> str:
 
 
 def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]]:
-    """A few samples of each evaluation, in the order of the score table; then of those that are not in it."""
+    """A few samples of each evaluation: those in the score table, in its order, then the others."""
     listed = {run / row.samples: (row.checkpoint, row.data) for row in rows}
     others = sorted(set(run.glob("evaluations/*/*.samples.jsonl")) - listed.keys())
     listed |= {path: (path.parent.name, path.name.removesuffix(".samples.jsonl")) for path in others}
@@ -191,19 +193,19 @@ def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    """The rows of a file one by one: with many samples a problem it may be larger than memory."""
+    """The rows of a file, one by one: with many samples per problem it may be larger than memory."""
     with path.open("rb") as file:
         for _, line in zip(range(_SEARCHED), file, strict=False):
             try:
                 row = json.loads(line)
             except ValueError:
-                return  # torn by a kill in the middle of a write
+                return  # cut off by a kill during a write
             if isinstance(row, dict) and "verdict" in row:
                 yield row
 
 
 def pick_samples(rows: Iterable[Row]) -> list[Row]:
-    """The first few wrong, correct and unscored samples, at most one of a problem."""
+    """The first few incorrect, correct and unscored samples, at most one per problem."""
     left, picked, seen = dict(_QUOTA), [], set()
     for row in rows:
         verdict = _verdict(row)

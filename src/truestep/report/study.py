@@ -1,4 +1,4 @@
-"""report.html of a study, and its tables as Markdown, CSV and LaTeX. Computes nothing."""
+"""Writes report.html of a study, and its tables as Markdown, CSV and LaTeX. Computes nothing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CURVES = {"reward": "Reward", "completions/mean_length": "Completion length", "e
 
 
 def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
-    """Write FOLDER/report.html and table.{md,csv,tex} from its results (else UserError) and compact cells."""
+    """Write FOLDER/report.html and table.{md,csv,tex} from results and compact cells. Raises UserError."""
     table = read_object(folder / "results.json")
     if "arms" not in table:
-        raise UserError(f"{folder} is not a study directory: pass the folder that truestep study printed")
+        raise UserError(f"{folder} is not a study directory; pass the folder that truestep study printed")
     if cells is None:
         cells = read_cells(folder, table)
     for name, write in (("md", tables.markdown), ("csv", tables.as_csv), ("tex", tables.latex)):
@@ -37,7 +37,7 @@ def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
 
 
 def read_cells(folder: Path, table: Row) -> dict[str, Row]:
-    """The compact cells that the results are made of; others may lie beside them, of another recipe."""
+    """The compact cells that the results come from; the folder may also contain cells of other recipes."""
     listed = {(arm["name"], seed) for arm in table["arms"] for seed in arm["seeds"]}
     cells = {p.stem: read_object(p) for p in sorted(folder.glob("compact/cells/*.json"))}
     return {name: cell for name, cell in cells.items() if (cell.get("arm"), cell.get("seed")) in listed}
@@ -67,7 +67,7 @@ def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, An
 
 
 def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
-    """The last stage's curves of an arm, a line a seed."""
+    """The curves of an arm's last stage, one line per seed."""
     own = {str(cell["seed"]): cell for cell in cells.values() if cell["arm"] == arm}
     stages = [list(cell["dynamics"]) for cell in own.values() if cell["dynamics"]]
     if not stages:
@@ -82,7 +82,7 @@ def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
 
 
 def _machines(cells: Mapping[str, Row]) -> dict[str, int]:
-    """Commits and processors that the cells were run with: name → how many."""
+    """Commits and processors that the cells were run with → how many cells."""
     names = []
     for stamp in (cell["provenance"] for cell in cells.values()):
         changes = " with uncommitted changes" if stamp["uncommitted_changes"] else ""

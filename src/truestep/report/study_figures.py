@@ -1,4 +1,4 @@
-"""The figures of a study: every seed a dot, every interval a whisker."""
+"""The figures of a study, in which every seed is a dot and every interval a whisker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 @styled
 def dots(arms: Sequence[Row], benchmark: str) -> Markup:
-    """One row an arm: seeds as dots, the mean with its interval."""
+    """One row per arm: seeds as dots, the mean with its interval."""
     rows = [(a, a["scores"][benchmark]) for a in arms if benchmark in a["scores"]]
     if not rows:
         return Markup("")
@@ -59,7 +59,7 @@ def bars(arms: Sequence[Row]) -> Markup:
 
 @styled
 def by_flops(arms: Sequence[Row], highlighted: str, benchmark: str) -> Markup:
-    """Score of every checkpoint on the way against FLOPs; one arm stands out of all the others."""
+    """The score of every checkpoint against FLOPs; one arm is highlighted among the others."""
     paths = {}
     for a in arms:
         if path := [(p["flops_paper"], 100 * p["score"]) for p in a["path"] if p["data"] == benchmark]:
@@ -79,7 +79,7 @@ def by_flops(arms: Sequence[Row], highlighted: str, benchmark: str) -> Markup:
 
 @styled
 def seeds_over_steps(name: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
-    """One line a seed."""
+    """One line per seed."""
     curves = {seed: points for seed, points in curves.items() if points}
     if not curves:
         return Markup("")

@@ -34,7 +34,7 @@ def flops(value: float | None) -> str:
 
 
 def method_table(table: Row) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: every arm with its scores, seeds, budget, trials, and what is unequal."""
+    """Heading and rows: every arm with its scores, seeds, budget, trials, and what differs."""
     names = table["benchmarks"]
     mean = ["Mean"] if len(names) > 1 else []
     rows = []
@@ -67,7 +67,7 @@ def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(table: Row) -> str:
-    note = "Score in %, mean over seeds and problems [95 % over both]; differences paired by seed and problem, in points."
+    note = "Scores in % are means over seeds and problems [95 % over both]; differences in points are paired by seed and problem."
     note += "" if table["complete"] else " **Incomplete.**"
     parts = [f"# {_md(table['name'])}", _md(table["question"]), note]
     for head, rows in (method_table(table), contrast_table(table)):
@@ -87,7 +87,7 @@ def _md(text: str) -> str:
 
 
 def as_csv(table: Row) -> str:
-    """One line a score; seed "all" is the mean over seeds."""
+    """One line per score; seed "all" is the mean over seeds."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV)
@@ -108,7 +108,7 @@ def as_csv(table: Row) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula is quoted with an apostrophe."""
+    """Text that a spreadsheet would read as a formula gets an apostrophe in front."""
     text = visible(value) if isinstance(value, str) else value
     return f"'{text}" if isinstance(text, str) and text[:1] in "=+-@\t\r" and text else text
 

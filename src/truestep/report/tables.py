@@ -1,4 +1,4 @@
-"""The numbers of a run as rows, and how they are written: once for the terminal, Markdown and HTML."""
+"""The numbers of a run as rows, and how they are written, the same for the terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def clip(text: str, limit: int = 1600) -> str:
-    """Head and tail of a long text, and how much was left out between them."""
+    """The beginning and end of a long text, with the number of characters left out between them."""
     if len(text) <= limit:
         return text
     head = limit * 2 // 3
@@ -73,7 +73,7 @@ def duration(seconds: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
-    """One score of a run (checkpoint) or of ``truestep eval`` (prompt); None for what the summary lacks."""
+    """One score of a run (checkpoint) or of ``truestep eval`` (prompt); None for what is not in the summary."""
 
     checkpoint: str = ""
     prompt: str = ""
@@ -119,14 +119,16 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}; restore the file or run the stage again") from None
+        raise UserError(
+            f"{path} is not valid JSON ({error}); restore the file or run the stage again"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}; run the stage again")
     return value
 
 
 def score_table(run: Path) -> list[ScoreRow]:
-    """The scores in the summary's order; of a run that has no summary yet, those of its results files."""
+    """The scores in the summary's order; if a run has no summary yet, the scores in its results files."""
     found = [read_score_row(row) for row in read_summary(run).get("scores") or []]
     if not found:
         paths = sorted(run.glob("evaluations/*/*.results.json"), key=lambda p: (p.parent.name != "base", p))
@@ -138,11 +140,11 @@ def score_table(run: Path) -> list[ScoreRow]:
 
 
 def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
-    """What came out, in one sentence of plain words."""
+    """The outcome of a run, in one plain sentence."""
     known = {"interrupted": "This run was interrupted. ", "running": "This run is still going. "}
     lead = known.get(str(summary.get("status")), "")
     if not rows:
-        return lead + "No checkpoint of it has been evaluated."
+        return lead + "None of its checkpoints has been evaluated."
     first = rows[0]
     last = [row for row in rows if row.data == first.data][-1]
     others = len({row.data for row in rows}) - 1
@@ -151,7 +153,7 @@ def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
     if first is last:
         return f"{lead}On {last.data}, {last.checkpoint} answers {score} of {whole(last.n)} samples correctly.{more}"
     start = with_interval(first.score, first.low, first.high)
-    change = f"After {last.checkpoint}, {score} of {first.data} is answered correctly; {first.checkpoint} had {start}."
+    change = f"After {last.checkpoint}, {score} of {first.data} is answered correctly; {first.checkpoint} scored {start}."
     return lead + change + more
 
 
@@ -187,11 +189,11 @@ def interval(found: Interval | None) -> str:
 
 
 def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
-    """Heading and cell of each column that says something about these rows."""
+    """Heading and cell of each column that has a value for at least one of these rows."""
     columns: list[Column] = [
         ("Strict", lambda r: percent(r.strict_score)), ("Lenient", lambda r: percent(r.lenient_score)),
         ("Majority", _majority),
-        ("If unscored were right", lambda r: percent(r.score_if_unscored_correct) if r.unscored else NONE),
+        ("If unscored were correct", lambda r: percent(r.score_if_unscored_correct) if r.unscored else NONE),
         ("Problems × samples", _sizes), ("Correct", lambda r: whole(r.correct)),
         ("Incorrect", lambda r: whole(r.incorrect)), ("Unscored", lambda r: whole(r.unscored)),
         ("Cut off", lambda r: percent(r.truncated_rate)), ("Answer found", lambda r: percent(r.extracted_rate)),
@@ -208,7 +210,7 @@ def _sizes(row: ScoreRow) -> str:
 
 
 def _majority(row: ScoreRow) -> str:
-    """Of all samples of a problem."""
+    """The majority score over all samples of a problem."""
     most = str(max(map(int, row.pass_at), default=0))
     return percent(row.majority_at[most]["value"]) if most in row.majority_at else NONE
 
@@ -227,7 +229,7 @@ def print_scores(rows: Sequence[ScoreRow], title: str = "") -> None:
 
 
 def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = True) -> Table:
-    """What is in brackets has a line of its own, so that no name and no interval is broken."""
+    """Text in brackets goes to a separate line, so that no name or interval is broken."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

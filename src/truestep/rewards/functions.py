@@ -53,7 +53,7 @@ def length_reward(
         used = min(1.0, len(sample.completion_ids) / (budget or sample.limit))
         value = 1.0 - used if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * used))
         if correct_only and sample.verdict is None:
-            raise UserError('length needs the reward "checker" beside it, or correct_only = false')
+            raise UserError('"length" also needs the reward "checker"; add it, or set correct_only = false')
         known = {Verdict.CORRECT: value, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}
         values.append(known[sample.verdict] if correct_only and sample.verdict else value)
     return values
@@ -65,7 +65,7 @@ def overlong_penalty(
     """0, falling linearly to −``penalty`` over the last ``fraction`` of the length limit. DAPO subtracts up
     to 1 from rewards of ±1: for rewards of 0 and 1, ½. Source: DAPO (arXiv 2503.14476), equation 13"""
     if not 0 < fraction <= 1:
-        raise UserError("options.fraction: must be above 0 and at most 1")
+        raise UserError("options.fraction must be greater than 0 and at most 1")
     values = []
     for sample in samples:
         buffer = fraction * sample.limit

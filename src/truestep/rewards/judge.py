@@ -127,7 +127,7 @@ class Judge:
             try:
                 text = self._ask(turns)
             except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-                return RuntimeError(f"the judge cannot be asked: {self._cleaned(error)}")
+                return RuntimeError(f"the request to the judge failed: {self._cleaned(error)}")
             self._keep(mark, text)
         return read_score(self._known[mark], mark, self.settings.scale)
 

@@ -58,7 +58,9 @@ def answer(value: Any) -> Answer:
     if not isinstance(value, Mapping):
         return Answer(value=_number(value))
     if not value or not all(isinstance(key, str) and NAME.fullmatch(key) for key in value):
-        raise UserError(f"returned {_shown(value)}; name its parts by letters, digits, '_', '-' and '.'")
+        raise UserError(
+            f"returned {_shown(value)}; use only letters, digits, '_', '-' and '.' in the names of its parts"
+        )
     parts = {key: _number(part) for key, part in value.items()}
     return Answer(value=parts["reward"] if "reward" in parts else math.fsum(parts.values()), parts=parts)
 

@@ -1,1 +1,1 @@
-"""Many runs against each other: arms × seeds, equal data and budgets, intervals over seeds and problems."""
+"""Compares many runs: arms × seeds, the same data and budgets, intervals over seeds and problems."""

@@ -1,8 +1,8 @@
-"""What a table of scores says: seeds × problems, crossed; the samples of a cell nested in it.
+"""What a table of scores shows: seeds × problems, crossed, with the samples of a cell nested in it.
 
 Every seed of an arm answers the same problems, so a score has two sources of error that do not average out
 together: the training seed and the choice of problems. Both are counted, with the degrees of freedom that few
-seeds leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples, one array a
+seeds leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples, one array per
 benchmark; a paired difference is such a table too.
 """
 
@@ -29,7 +29,7 @@ MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
 class Crossed:
     """A mean over seeds and problems with its 95 % interval and the p-value of the mean being 0, at ``df``
     effective degrees of freedom. ``detectable``: the smallest true value that such a table would show with
-    80 % power at the 5 % level. With one seed ``low`` and ``high`` are over problems: not ``seeds_known``."""
+    80 % power at the 5 % level. With one seed, ``low`` and ``high`` are over problems only."""
 
     value: float
     low: float
@@ -65,7 +65,7 @@ class Parts:
 
 
 def parts(tables: Sequence[np.ndarray]) -> Parts:
-    """Mean over benchmarks of the mean over seeds and problems, and the variance of it by source.
+    """The mean over benchmarks of the mean over seeds and problems, and its variance by source.
 
     Shapes: tables of [..., S, P_b], results of [...]
     Equation: of one benchmark: var_s(row means)/S + var_p(column means)/P - MS_residual/(S P); over
@@ -96,9 +96,9 @@ def parts(tables: Sequence[np.ndarray]) -> Parts:
 def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
     """The variance of the mean and its effective degrees of freedom.
 
-    The difference of mean squares is unbiased, but can fall below either of its parts by chance: it is held
-    above. Satterthwaite's df are too many if a part with few df carries much of the variance (94.0 % at five
-    seeds that carry 90 % of it); seven tenths, and at least those of the seeds, hold 94.9 to 95.6 %.
+    The difference of mean squares is unbiased, but can be less than either of its parts by chance, so it is kept
+    at least as large. Satterthwaite's df are too many if a part with few df has much of the variance (coverage
+    94.0 % if five seeds have 90 % of it); seven tenths of them, but at least the seeds' df, give 94.9 to 95.6 %.
     Equation: V = max(V_s, V_p, V_s + V_p - V_e); df = max(S - 1, 0.7 V² / Σ V_i²/df_i)
     Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py"""
     plain = found.seeds + found.problems - found.residual
@@ -121,7 +121,7 @@ def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0
     variance, df = (float(x) for x in variance_and_df(found))
     value, degenerate = float(found.mean), variance < 1e-30
     if degenerate:
-        # The table shows no error: as if every seed answered one more problem differently.
+        # The table shows no error, so the interval is computed as if every seed answered one more problem differently.
         _, low, high, _, detectable = paired_t(np.full(max(2, num_problems), value), 1.0)
         stderr, p_value = (high - low) / (2 * t_quantile(LEVEL, df)), 1.0 if value == 0 else 0.0
         detectable = detectable or 1.0
@@ -129,7 +129,7 @@ def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0
         stderr = math.sqrt(variance)
         half, p_value = t_quantile(LEVEL, df) * stderr, 2 * t_cdf(-abs(value) / stderr, df)
         if num_seeds == 2 and found.seeds > 0:
-            # No mixture of df covers the one degree of freedom of two seeds (coverage down to 90 %).
+            # No mixture of df is right for the single degree of freedom of two seeds (coverage down to 90 %).
             error = math.sqrt(float(found.seeds))
             half = max(half, t_quantile(LEVEL, 1) * error)
             p_value = max(p_value, 2 * t_cdf(-abs(value) / error, 1))
@@ -149,14 +149,14 @@ def sign_flip(by_seed: np.ndarray) -> float:
     """Exact two-sided p-value of the mean over seeds when each sign is a fair coin: at best 2 / 2^S."""
     size = len(by_seed)
     if size > MOST_FLIPPED:
-        raise UserError(f"an exact test over {size} seeds is out of reach: {MOST_FLIPPED} at most")
+        raise UserError(f"an exact test over {size} seeds is too expensive; use at most {MOST_FLIPPED} seeds")
     signs = np.array(list(itertools.product((1.0, -1.0), repeat=size)))
     sums, seen = np.abs(signs @ by_seed), abs(by_seed.sum())
     return float((sums >= seen - 1e-12).mean())
 
 
 def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
-    """Holm's adjusted p-values: the chance of any false finding among them stays below 5 %.
+    """Holm's adjusted p-values, which keep the chance of any false finding among them at 5 % or less.
 
     Source: Holm 1979. Held by: tests/study/test_analyse.py (statsmodels)"""
     highest, adjusted = 0.0, dict.fromkeys(p_values, 0.0)
@@ -166,17 +166,17 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
 
 
 def sample_sd(correct: Sequence[np.ndarray], samples: Sequence[int]) -> float | None:
-    """Standard deviation of one decoding sample around its cell's chance; None with one sample a problem.
-    More samples make this part smaller, and nothing else. Shapes: correct [S, P_b] counts"""
+    """Standard deviation of one decoding sample around its cell's chance; None with one sample per problem.
+    More samples reduce only this part. Shapes: correct [S, P_b] counts"""
     pooled = [c / k * (1 - c / k) * k / (k - 1) for c, k in zip(correct, samples, strict=True) if k > 1]
     return math.sqrt(float(np.mean(np.concatenate([p.ravel() for p in pooled])))) if pooled else None
 
 
 def verdict(found: Crossed, p_adjusted: float | None) -> str:
-    """What may be said, in words; a null result names what could have been seen."""
+    """What can be concluded, in words; a null result says which difference would have been shown."""
     p = found.p_value if p_adjusted is None else p_adjusted
     if not found.seeds_known:
-        return "one seed: nothing can be said of training"
+        return "one seed: nothing can be concluded about training"
     if p < 0.05:
         return "higher" if found.value > 0 else "lower"
     return f"no difference shown (one of {100 * found.detectable:.1f} points would have been)"

@@ -1,4 +1,4 @@
-"""What recipes would cost, side by side, before anything is run: ``truestep study flops``."""
+"""What recipes would cost, compared before anything is run: ``truestep study flops``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ COUNTS = {"flops_paper_formula": "the paper's formula", "flops_full": "the fulle
 
 
 def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
-    """FLOPs of every recipe in files and folders by both counts; SFT-then-RL compared with the other recipes
-    of its model. Raises UserError if there are none.
+    """FLOPs of every recipe in files and folders by both counts; SFT-then-RL is compared with other recipes
+    for the same model. Raises UserError if there are no recipes.
 
-    Source: arXiv:2604.23747, table 6 (6ND a demonstration token, 8ND a rollout token)
+    Source: arXiv:2604.23747, table 6 (6ND per demonstration token, 8ND per rollout token)
     Held by: tests/study/test_paper_recipes.py"""
     arms: list[dict[str, Any]] = []
     loaded: dict[str, tuple[Settings, Path]] = {}
     files = [file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])]
     if not files:
-        raise UserError(f"{', '.join(map(str, paths))}: no recipe (.toml) there: give a folder or files")
+        raise UserError(
+            f"{', '.join(map(str, paths))}: there is no recipe (.toml); pass a folder with recipes, or recipe files"
+        )
     for path in files:
         settings = load_settings(path)
         if not settings.declared:
-            raise UserError(f"{path}: has no [declared] lengths: add them, or pass other recipes")
+            raise UserError(f"{path} has no [declared] lengths; add them, or pass other recipes")
         loaded[settings.name] = settings, path
         arms.append({
             "name": settings.name, "model": settings.model.path, "kinds": [s.kind for s in settings.stages],
@@ -69,6 +71,6 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
         parts = []
         for found, name in ((claim[key], name) for key, name in COUNTS.items()):
             word, steps = "fewer" if found["fewer"] else "more", f"{found['equal_at_steps']:.0f} RL steps"
-            parts.append(f"{found['ratio']:.2f}x by {name} ({word}; equal at {steps})")
-        lines.append(f"{claim['arm']} against {claim['against']}: " + ", ".join(parts))
+            parts.append(f"{found['ratio']:.2f}x by {name} ({word}; the same at {steps})")
+        lines.append(f"{claim['arm']} compared with {claim['against']}: " + ", ".join(parts))
     return lines

@@ -1,5 +1,5 @@
 """A finished cell as one small file, enough for every table: scores by problem, FLOPs, dynamics, hashes,
-provenance. It can be committed, so that a study goes on another day."""
+provenance. It can be committed, so that a study can be continued another day."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EVALUATED = ("data", "samples_per_problem", "pass_at", "sampling", "before")  # 
 
 
 def cell_name(arm: str, seed: int) -> str:
-    """The name of a cell's files and in messages. Nothing parses it: arm and seed are fields of the cell."""
+    """The name of a cell in files and messages. Nothing parses it: arm and seed are fields of the cell."""
     return f"{arm}-s{seed}"
 
 
 def cell_key(settings: Settings, base: str) -> str:
-    """The identity of a cell: all that its scores depend on, no path or name. ``base``: the pinned base's."""
+    """The identity of a cell: all that its scores depend on, but no paths or names. ``base``: the base's."""
     stages = tuple(stage.model_copy(update=OUTSIDE_RESULTS) for stage in settings.stages)
     own = settings.model_copy(update={"name": "cell", "stages": stages, "trackers": ()})
     payload = own.model_dump(mode="json")
@@ -41,7 +41,7 @@ def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
     """The finished run directory as a cell."""
     summary = read_json(run / "summary.json")
     if summary["status"] != "done":
-        raise UserError(f"{run}: is not finished (its summary says {summary['status']}): run the study again")
+        raise UserError(f"{run} is not finished (its summary says {summary['status']}); run the study again")
     checkpoint = summary["stages"][-1]["name"] if summary["stages"] else "base"
     spent = {kind: sum(float(s[f"flops_{kind}"]) for s in summary["stages"]) for kind in ("paper", "full")}
     folders = sorted((run / "stages").glob("[0-9]*-*")) if summary["stages"] else []
@@ -67,7 +67,7 @@ def _stage(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Score of every checkpoint on the way, against what had been spent by then."""
+    """The score of every checkpoint of the run, and what had been spent by then."""
     total = {"flops_paper": 0.0, "flops_full": 0.0}
     spent = {"base": total}
     for stage in summary["stages"]:
@@ -84,7 +84,7 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         correct[row["problem_id"]] += row["verdict"] == Verdict.CORRECT
         unscored[row["problem_id"]] += row["verdict"] == Verdict.UNSCORED
     if not order or len(samples) % len(order):
-        raise UserError("an evaluation has problems with unequal numbers of samples: run the cell again")
+        raise UserError("an evaluation has problems with different numbers of samples; run the cell again")
     return {
         "problems": settings_hash(*order), "num_problems": len(order), "samples": len(samples) // len(order),
         "correct": " ".join(map(str, correct.values())),
@@ -95,7 +95,7 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def dynamics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """A few curves of a stage: [step, value], at most ``MOST_POINTS`` each, each the mean up to its step."""
+    """A few curves of a stage: at most ``MOST_POINTS`` points [step, mean of the values up to that step]."""
     found: dict[str, list[list[float]]] = {}
     for name in DYNAMICS:
         logged = [(row["step"], v) for row in metrics for k, v in row.items() if k.partition("/")[2] == name]

@@ -1,10 +1,10 @@
-"""What a study is made of, each part once: runs, the pinned base, and what earlier days have left.
+"""What a study is made of, each part once: runs, the pinned base, and results from earlier days.
 
-A task is asked for by name and made by whoever asks first; a run asks for the run that it starts from. Tasks
-are threads that mostly wait; at most ``workers`` of them have a child process. All state is in files:
-cells/KEY/cell.json says that a run is done. A run is one child process, ``truestep run``, on one thread,
-forked from a process that has imported everything: importing takes a sixth of a small cell. It holds a lock
-file: a study that was killed and started again waits for it instead of writing beside it.
+A task is requested by name and done by the first thread that requests it; a run requests the run that it starts
+from. Tasks are threads that mostly wait; at most ``workers`` of them have a child process. All state is in
+files: cells/KEY/cell.json says that a run is done. A run is one child process, ``truestep run``, on one thread,
+forked from a process that has imported everything, because importing takes a sixth of the time of a small cell.
+It holds a lock file: a study that was killed and started again waits for it instead of writing at the same time.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ ONE_THREAD |= {"OMP_WAIT_POLICY": "passive"}
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A recipe to be run to its end. All paths are seen from ``study``, the study directory."""
+    """A recipe to be run to its end. All paths are relative to ``study``, the study directory."""
 
     study: str
     recipe: str
     run: str
 
 
-Launch = Callable[[Order], tuple[int, str]]  # → exit code, last words on stderr
+Launch = Callable[[Order], tuple[int, str]]  # → exit code, last line on stderr
 
 
 IMPORTED = [
@@ -60,7 +60,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 @functools.cache
 def _forks() -> ForkServerContext:
-    """The server that children are forked from; started once, on one thread, with this package's path."""
+    """The server that forks child processes; started once, on one thread, with this package's path."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     mine = dict(os.environ)
@@ -74,7 +74,7 @@ def _forks() -> ForkServerContext:
 
 
 def start(order: Order) -> tuple[int, str]:
-    """Run the child, after whoever still works in its folder."""
+    """Run the child process, after any process that still works in its folder."""
     study = Path(order.study)
     log = study / f"{order.run}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def start(order: Order) -> tuple[int, str]:
             process.start()
         except EOFError:  # Ctrl-C while it was still importing
             return 130, "the process that cells are forked from has ended"
-    # An exit code can be read once, and starting a process reads those of all that have ended.
+    # An exit code can be read only once, and starting a process reads those of all ended processes.
     connection.wait([process.sentinel])
     with ONE_AT_A_TIME:
         process.join()
@@ -93,7 +93,7 @@ def start(order: Order) -> tuple[int, str]:
 
 
 def _child(order: Order) -> None:
-    """``python -m truestep run`` in the study directory, with its words in the log."""
+    """``python -m truestep run`` in the study directory, with its messages in the log."""
     os.chdir(order.study)
     lock = os.open(f"{order.run}.lock", os.O_CREAT | os.O_RDWR, 0o644)  # held to the end of this process
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,18 +106,19 @@ def _child(order: Order) -> None:
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment on one thread, and the same package wherever the child's folder is."""
+    """This process's environment, limited to one thread, with the same package in the child's path."""
     here = str(Path(__file__).resolve().parents[2])
     paths = [here, *[os.path.abspath(p) for p in inherited.get("PYTHONPATH", "").split(os.pathsep) if p]]
     return {**inherited, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def ray(workers: int) -> Launch:
-    """The same children, started by Ray with one processor each; all nodes must share the study directory."""
+    """A launcher that starts the child processes through Ray, with one processor each; all nodes must share
+    the study directory."""
     try:
         import ray as cluster
     except ModuleNotFoundError:
-        raise UserError('--engine ray needs the package ray: pip install "truestep[ray]"') from None
+        raise UserError('--engine ray needs the ray package; run pip install "truestep[ray]"') from None
     if not cluster.is_initialized():
         address: Any = os.environ.get("RAY_ADDRESS")
         mine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 10**8}
@@ -129,17 +130,17 @@ def ray(workers: int) -> Launch:
 
 def engine(name: str, workers: int) -> Launch:
     if name not in ("local", "ray"):
-        raise UserError(f"--engine {name}: is not an engine: pass local or ray")
+        raise UserError(f"--engine {name} is not an engine; pass local or ray")
     return ray(workers) if name == "ray" else start
 
 
 class CellFailed(RuntimeError):
-    """A cell's process ended with an error; the study goes on without it."""
+    """A cell's process ended with an error; the study continues without it."""
 
 
 @dataclass(kw_only=True)
 class Runner:
-    """The state of one sitting. ``results`` is a folder of finished cells from earlier days, or None."""
+    """The state of one session. ``results`` is a folder of finished cells from earlier days, or None."""
 
     study: Study
     where: Path  # the study file
@@ -149,7 +150,9 @@ class Runner:
     results: Path | None = None
     say: Callable[[str], None] = print
     failures: dict[str, str] = field(default_factory=dict)
-    stopped: threading.Event = field(default_factory=threading.Event)  # by Ctrl-C: no child starts any more
+    stopped: threading.Event = field(
+        default_factory=threading.Event
+    )  # by Ctrl-C: no more child processes are started
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     _made: dict[str, Future[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -159,7 +162,7 @@ class Runner:
         self._gate = threading.Semaphore(self.workers)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of a task, made by whoever asks first."""
+        """The result of a task, which the first caller computes."""
         with self._lock:
             future, first = self._made.get(name), name not in self._made
             if future is None:
@@ -174,18 +177,18 @@ class Runner:
 
 
 def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
-    """The compact result of these settings: from the folder of earlier results, else by running them."""
+    """The compact result of these settings: from the folder of earlier results, or by running them."""
     key, name = key_of(runner, settings), cell_results.cell_name(arm, settings.seed)
     for folder in (runner.results / "cells", runner.results / "trials") if runner.results else ():
-        with contextlib.suppress(OSError, ValueError):  # a file that cannot be read is no result
+        with contextlib.suppress(OSError, ValueError):  # a file that cannot be read is not a result
             old = rundir.read_json(folder / f"{name}.json")
             if isinstance(old, dict) and old.get("key") == key:
                 return old
-    return {**node(runner, settings, arm), "arm": arm}  # two arms with equal settings share one run
+    return {**node(runner, settings, arm), "arm": arm}  # two arms with the same settings share one run
 
 
 def node(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
-    """Run these settings, once, in a folder that their identity names; the compact result."""
+    """Run these settings once, in a folder named by their identity, and return the compact result."""
     key = key_of(runner, settings)
     return dict(runner.once(f"node {key}", lambda: _node(runner, settings, arm, key)))
 
@@ -209,7 +212,7 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
         if parent is not None:
             made = runner.out / "cells" / key_of(runner, parent) / "run"
             adopt(made, home / "run", len(parent.stages), settings)
-        # named by its key: which of the arms that share it asks first is chance
+        # named by its key, because which of the arms that share it comes first is chance
         named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
@@ -227,11 +230,11 @@ def child(runner: Runner, folder: str) -> None:
         raise CellFailed(f"{order.run}: not started")
     code, words = runner.launch(order)
     if code != 0:
-        raise CellFailed(f"{order.run}: exit code {code}: {rundir.redact(words)[:300]}")
+        raise CellFailed(f"{order.run}: exit code {code}, {rundir.redact(words)[:300]}")
 
 
 def _parent(runner: Runner, settings: Settings) -> Settings | None:
-    """The settings of the run that this one continues, all stages but the last: it runs first, and once."""
+    """The settings of the run that this one continues: all stages but the last. It runs first, and once."""
     if not settings.stages:
         return None
     before = settings.model_copy(update={"stages": settings.stages[:-1]})
@@ -252,7 +255,7 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
 
 
 def _absolute_code(stage: Stage, base_dir: Path) -> Stage:
-    """The stage with its own code (FILE.py:NAME) found from anywhere."""
+    """The stage with absolute paths to its code (FILE.py:NAME)."""
 
     def found(named: str) -> str:
         place, _, name = named.rpartition(":")
@@ -273,7 +276,7 @@ def local_source(name: str, source: str, base_dir: Path) -> Path | None:
 
 
 def local_model(path: str, base_dir: Path) -> Path | None:
-    """The model's folder or file, if it is one, as ``load_settings`` finds it; not the pinned base."""
+    """The folder or file that ``path`` names, as in ``load_settings``; None for the pinned base or a hub id."""
     if path == BASE_MODEL or not ("/" in path or path.endswith(".gguf")):
         return None
     return next((p for p in (base_dir / path, Path(path)) if p.exists()), None)
@@ -297,9 +300,9 @@ def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Weights are linked (nothing writes into them), everything else is copied."""
+    """Link weights (nothing writes to them), and copy everything else."""
     if source.endswith(".safetensors"):
-        with contextlib.suppress(OSError):  # another file system
+        with contextlib.suppress(OSError):  # a different file system
             os.link(source, target)
             return
     shutil.copy2(source, target)
@@ -309,12 +312,12 @@ def base_recipe(where: Path, study: Study) -> Settings:
     """Raises UserError if it cannot be read or has no stage."""
     settings = load_settings(where.parent / study.base)
     if not settings.stages:
-        raise UserError(f"{where.parent / study.base}: a base recipe needs a stage: add [[stages]]")
+        raise UserError(f"{where.parent / study.base}: a base recipe needs a stage; add [[stages]]")
     return settings
 
 
 def base_identity(runner: Runner) -> str:
-    """Of the base's recipe and of the content of the files that it names."""
+    """The identity of the base's recipe and of the content of the files that it names."""
     if not runner.study.base:
         return ""
     folder = (runner.where.parent / runner.study.base).parent
@@ -323,7 +326,7 @@ def base_identity(runner: Runner) -> str:
 
 
 def given_identity(runner: Runner) -> str:
-    """Identity of what a cell gets beside its settings: the base, and the content of its files."""
+    """The identity of a cell's other inputs: the base, and the content of its files."""
 
     def make() -> str:
         settings = cell_settings(runner.study, runner.study.reference, 0, (), str(runner.where))
@@ -345,13 +348,15 @@ def files_of(settings: Settings, base_dir: Path) -> str:
 
 
 def _base(runner: Runner) -> Path:
-    """The pinned base, trained by its recipe; ./base/model leads to what it exported."""
+    """The pinned base, trained by its recipe; ./base/model links to its export."""
     link, home = runner.out / BASE_MODEL, runner.out / "base"
     settings = base_recipe(runner.where, runner.study)
     identity = home / "identity"
     if link.exists():
         if identity.exists() and identity.read_text(encoding="utf-8").strip() != base_identity(runner):
-            raise UserError(f"{home} was trained by another {runner.study.base}: pass a different --out")
+            raise UserError(
+                f"{home} was trained from a different {runner.study.base}, or from different files; pass a different --out"
+            )
         return link
     made = with_absolute_paths(settings, (runner.where.parent / runner.study.base).parent)
     rundir.write_atomic(home / "recipe.toml", rundir.to_toml(made.model_dump(mode="json")))

@@ -1,4 +1,4 @@
-"""What a study would take, before it is run: cells, FLOPs, memory, time. An estimate, and said to be one."""
+"""Estimates, before a study is run, of what it would take: cells, FLOPs, memory, time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from truestep.pipeline.paper_plan import GIB, STATE_BYTES, rl_work, shape_of
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.study.plan import Study, cell_settings, stage_tables
 
-PROCESS_GIB = 0.7  # an interpreter with torch and transformers, and nothing loaded
+PROCESS_GIB = 0.7  # an interpreter with torch and transformers, but no model
 START_SECONDS = 3.0  # of a forked child: data, tokenizer, evaluation set-up
 TINY_VOCABULARY = 101
 Lengths = dict[str, tuple[int, int]]  # data set → mean tokens of prompt and worked solution
 
 
 def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
-    """Rows by arm and their sum. Rollouts are assumed to be as long as a demonstration, or as the limit if
-    there are none; what a method adds (demonstrations in groups, further rounds) is not counted."""
+    """One row per arm, and the sum. Rollouts are assumed to be as long as a demonstration, or as the limit if
+    there are none; what a method adds (demonstrations in groups, more rounds) is not counted."""
     lengths: Lengths = {}
     rows: list[dict[str, Any]] = []
     for arm in study.arms:
@@ -54,7 +54,7 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
 
 
 def _lengths(settings: Settings, name: str, base_dir: Path, known: Lengths) -> tuple[int, int]:
-    """Mean tokens of prompt and solution (0: none): of 1 character in the built-in model, else of about 4."""
+    """Mean tokens of prompt and solution (0: none): 1 character per token in the built-in model, else 4."""
     if name not in known:
         data, seed = settings.data[name], settings.seed
         problems = load_problems(name, data, seed=seed, base_dir=base_dir, needs=("answer",))
@@ -73,7 +73,7 @@ def _stage(settings: Settings, stage: StageSettings, base_dir: Path, known: Leng
     assert isinstance(stage, SftSettings | RejectionSettings)
     rows = settings.data[stage.data].limit
     if stage.epochs and rows == "all":
-        raise UserError(f"data.{stage.data}.limit: an estimate needs a number of rows: set limit = N")
+        raise UserError(f"data.{stage.data}.limit: an estimate needs a number of rows; set limit = N")
     count = stage.epochs * int(rows) if stage.epochs else stage.steps * stage.sequences_per_step
     return sequence_work(prompt, solution or 64).times(count)
 
@@ -92,7 +92,7 @@ def _evaluation_seconds(study: Study, settings: Settings, base_dir: Path, known:
 
 
 def _shape(settings: Settings) -> ModelShape:
-    """The built-in model's shape, which a pinned base has too (``model.tiny`` of the study says which)."""
+    """The built-in model's shape, set by ``model.tiny`` of the study; a pinned base has it too."""
     tiny = settings.model.tiny
     return shape_of({
         "model_type": "llama", "hidden_size": tiny.hidden_size, "intermediate_size": tiny.intermediate_size,

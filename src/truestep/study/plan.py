@@ -1,7 +1,7 @@
 """A study as one TOML file: arms × seeds, what they share, and how they may differ; all checked first.
 
-An arm is a list of stages out of the study's own. What an arm changes in them (``set``) must be among the
-keys that ``may_differ`` declares; everything else is equal by construction."""
+An arm is a list of the study's stages. What an arm changes in them (``set``) must be among the keys that
+``may_differ`` declares; everything else is the same by construction."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward
 Seed = Annotated[int, Field(ge=0)]
 MOST_SEEDS = 20  # whose sign patterns the exact test counts one by one
 CONTROLS: tuple[Control, ...] = get_args(Control)
-BASE_MODEL = "./base/model"  # where the pinned base lies, seen from the study directory
+BASE_MODEL = "./base/model"  # the pinned base, relative to the study directory
 
 
 class EqualFlops(Frozen):
-    """The steps of an arm's last stage are chosen so that the whole arm spends what arm ``to`` spends; a step
-    is assumed to cost, for each of its sequences, what one of stage ``step_like`` of arm ``to`` costs."""
+    """The steps of an arm's last stage are chosen so that the whole arm spends as much as arm ``to``; each
+    sequence of a step is assumed to cost as much as one of stage ``step_like`` of arm ``to``."""
 
     to: str
     step_like: str
@@ -41,12 +41,12 @@ class Arm(Frozen):
     control: Control | Literal[""] = ""
     set: dict[str, Any] = Field(default_factory=dict)  # "STAGE.key" = value, for this arm only
     equal_flops: EqualFlops | Literal[""] = ""
-    num_seeds: int = Field(0, ge=0)  # the first so many of the study's seeds; 0: all
-    untuned: str = ""  # why it has no learning-rate trials, if the others have
+    num_seeds: int = Field(0, ge=0)  # use only this many of the study's seeds, from the first on; 0: all
+    untuned: str = ""  # why it has no learning-rate trials, if the other arms have some
 
 
 class Tuning(Frozen):
-    """Every arm gets these learning-rate trials of its last stage, on a dev set, with other seeds."""
+    """Learning-rate trials of the last stage of every arm, on a dev set, with separate seeds."""
 
     data: str
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -55,7 +55,7 @@ class Tuning(Frozen):
     @model_validator(mode="after")
     def _has_one(self) -> Self:
         if 1.0 not in self.factors or len(set(self.factors)) != len(self.factors) or min(self.factors) <= 0:
-            raise ValueError("tuning.factors must be different, above 0, and contain 1.0")
+            raise ValueError("tuning.factors must be distinct and greater than 0, and must include 1.0")
         return self
 
 
@@ -66,7 +66,7 @@ class Study(Frozen):
     seeds: tuple[Seed, ...] = Field(min_length=1, max_length=MOST_SEEDS)
     workers: int = Field(2, ge=1)
     flops_per_second: float = Field(2e10, gt=0)  # of one cell; only for the plan's estimate of time
-    base: str = ""  # a recipe whose last stage makes the pinned base, once
+    base: str = ""  # a recipe that is run once; its last stage makes the pinned base
     run: dict[str, Any]  # what all cells share: model, compute, chat, data, evaluate
     stages: dict[str, dict[str, Any]]
     arms: tuple[Arm, ...] = Field(min_length=1)
@@ -81,7 +81,7 @@ class Study(Frozen):
     def _names(self) -> Self:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("two arms, or two seeds, are the same: every name and seed must be unique")
+            raise ValueError("two arms, or two seeds, are the same; every name and seed must be unique")
         for arm in self.arms:
             self._check_arm(arm, names)
         pairs = (*self.primary, *self.secondary)
@@ -89,33 +89,41 @@ class Study(Frozen):
             if name not in names:
                 raise ValueError(f"{name!r} is not an arm; the arms are {', '.join(names)}")
         if same := [a for a, b in pairs if a == b]:
-            raise ValueError(f"{same[0]!r} is compared with itself: name two different arms")
+            raise ValueError(f"{same[0]!r} is compared with itself; name two different arms")
         if self.tuning and set(self.tuning.seeds) & set(self.seeds):
-            raise ValueError("tuning.seeds must not be among the seeds that are compared: use others")
+            raise ValueError("tuning.seeds must not include a seed that is compared; use different seeds")
         return self
 
     def _check_arm(self, arm: Arm, names: Sequence[str]) -> None:
         where, match = f"arms.{arm.name}", arm.equal_flops
         for stage in arm.stages:
             if stage not in self.stages:
-                raise ValueError(f"{where}: no [stages.{stage}]; there are {', '.join(self.stages)}")
+                raise ValueError(
+                    f"{where}: there is no [stages.{stage}]; the stages are {', '.join(self.stages)}"
+                )
         for key in arm.set:
             if key.partition(".")[0] not in arm.stages:
                 known = ", ".join(arm.stages) or "no stages"
-                raise ValueError(f"{where}.set: {key!r} is not of a stage of the arm, which has {known}")
+                raise ValueError(
+                    f"{where}.set: {key!r} does not begin with a stage of the arm, which has {known}"
+                )
         try:
             stage_tables(self, arm)
         except UserError as error:
             raise ValueError(str(error)) from None
         if arm.num_seeds > len(self.seeds):
-            raise ValueError(f"{where}.num_seeds = {arm.num_seeds}: the study has {len(self.seeds)} seeds")
+            raise ValueError(
+                f"{where}.num_seeds = {arm.num_seeds}, but the study has {len(self.seeds)} seeds"
+            )
         if not match:
             return
         if match.to not in names:
             raise ValueError(f"{where}.equal_flops.to = {match.to!r} is not an arm")
         goal = self.arm(match.to)
         if goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm)):
-            raise ValueError(f"{where}.equal_flops.to: expected an arm without equal_flops and as many seeds")
+            raise ValueError(
+                f"{where}.equal_flops.to: expected an arm without equal_flops and with as many seeds"
+            )
         if not arm.stages or match.step_like not in goal.stages:
             raise ValueError(
                 f"{where}.equal_flops.step_like = {match.step_like!r} is not a stage of {goal.name}, "
@@ -129,15 +137,15 @@ class Study(Frozen):
         for control in CONTROLS:
             if there.count(control) + (control in self.controls_off) != 1:
                 raise ValueError(
-                    f'the control {control!r} must be there once: add an arm with control = "{control}", or a '
-                    f'reason: controls_off.{control} = "..."'
+                    f'the control {control!r} must be there once; add an arm with control = "{control}", or set '
+                    f'controls_off.{control} = "..." to the reason why it is left out'
                 )
         for arm in self.arms:
             if arm.control and not _is_control(arm, arm.control, [self.stages[s] for s in arm.stages]):
                 meaning = _CONTROL[arm.control][0]
-                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} means: {meaning}")
+                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} means that {meaning}")
         if any(not reason.strip() for reason in self.controls_off.values()):
-            raise ValueError("controls_off: a reason must say something")
+            raise ValueError("controls_off: a reason must not be empty")
         return self
 
     def arm(self, name: str) -> Arm:
@@ -151,7 +159,7 @@ class Study(Frozen):
         return self.tuning if self.tuning and arm.stages and not arm.untuned else None
 
 
-Kinds = Sequence[Any]  # of an arm's stages; and whether one of them has the random reward
+Kinds = Sequence[Any]  # of an arm's stages; the flag says whether one of them has the random reward
 _CONTROL: dict[Control, tuple[str, Callable[[Kinds, bool], bool]]] = {
     "base": ("it has no stages", lambda k, _: not k),
     "sft": ("it has only SFT stages, at least one", lambda k, _: set(k) == {"sft"}),
@@ -190,7 +198,7 @@ def parse_study(raw: Mapping[str, Any], where: str) -> Study:
 
 
 def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
-    """The arm's stages with its own changes, named as in the study."""
+    """The arm's stages with the arm's changes, named as in the study."""
     tables = []
     for name in arm.stages:
         table: dict[str, Any] = {**deepcopy(study.stages[name]), "name": name}
@@ -209,8 +217,8 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
 
 
 def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
-    """The arm whose trials choose the rate of the last of these stages: the first that consists of them; ""
-    without one. An arm with matched steps has others than the table says."""
+    """The arm whose trials choose the rate of the last of these stages: the first arm with just these stages;
+    "" if there is none. Arms with matched steps do not count: their steps are not those in the table."""
     arms = (a for a in study.arms if not a.equal_flops)
     return next((a.name for a in arms if stage_tables(study, a) == list(tables)), "")
 
@@ -218,8 +226,8 @@ def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
 def cell_settings(
     study: Study, arm: str, seed: int, stages: Sequence[Mapping[str, Any]], where: str
 ) -> Settings:
-    """A run of the given stages: what all cells share, one thread, and the seed. Children run in the study
-    directory, so that no path of this machine is in what identifies a stage."""
+    """The settings of a run of the given stages: what all cells share, one thread, and the seed. Children
+    run in the study directory, so that a stage's identity contains no path of this machine."""
     raw = deepcopy(study.run)
     if study.base:
         raw["model"] = {**raw.get("model", {}), "path": BASE_MODEL}
@@ -239,7 +247,7 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any, Any]]:
     """Settings in which a stage of the arm differs from the reference's stage of its kind: KIND.key →
-    (reference's, own). A stage whose kind the reference does not have is compared with nothing."""
+    (reference's, own). A stage whose kind the reference does not have is not compared."""
     pair = (study.arm(study.reference), arm)
     reference, own = (cell_settings(study, a.name, 0, stage_tables(study, a), where) for a in pair)
     kinds = {s.kind: s for s in reversed(reference.stages)}
@@ -253,42 +261,50 @@ def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any,
 
 
 def check_study(study: Study, where: str) -> None:
-    """Undeclared differences, test sets that tune, test problems drawn anew with every seed: refused."""
+    """Refuse undeclared differences, tuning on test sets, and test problems that change with the seed."""
     for arm in study.arms:
         for key, (theirs, own) in differences(study, arm, where).items():
             if not any(fnmatch.fnmatch(key, pattern) for pattern in study.may_differ):
                 raise UserError(
                     f"{where}: arms.{arm.name}: {key} = {own!r} differs from {theirs!r} of {study.reference} and is "
-                    f'not declared: set may_differ = ["{key}"], or make them equal'
+                    f'not declared; set may_differ = ["{key}"], or use the same value'
                 )
         if arm.untuned and not study.tuning:
-            raise UserError(f"{where}: arms.{arm.name}.untuned: the study has no trials: remove it")
+            raise UserError(
+                f"{where}: arms.{arm.name}.untuned is set, but the study has no trials; remove it"
+            )
     sets = study.run.get("data", {})
     tested = study.run.get("evaluate", {}).get("data", [])
     if not tested:
-        raise UserError(f'{where}: run.evaluate.data: a study compares scores: set evaluate.data = ["..."]')
+        raise UserError(
+            f'{where}: run.evaluate.data is empty, but a study compares scores; set evaluate.data = ["..."]'
+        )
     if study.tuning and study.tuning.data not in sets:
         raise UserError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
     every = every_arm(study, where)
     trained = {stage.data for settings in every for stage in settings.stages}
     chosen = dev_sets(study, every)
-    for used, tables, kind in (("chosen with", chosen, "dev"), ("trained on", trained, "test")):
+    for used, tables, kind in (("selection", chosen, "dev"), ("training", trained, "test")):
         if both := tables & set(tested):
-            raise UserError(f"{where}: {both.pop()!r} is tested on and {used}: use a separate {kind} set")
+            raise UserError(
+                f"{where}: {both.pop()!r} is used both for testing and for {used}; use a separate {kind} set"
+            )
     if study.tuning and study.tuning.data in trained:
-        raise UserError(f"{where}: tuning.data = {study.tuning.data!r} is trained on: use a separate dev set")
+        raise UserError(
+            f"{where}: tuning.data = {study.tuning.data!r} is also used for training; use a separate dev set"
+        )
     check_stages(study, where)
     for name, table in sets.items():
         generated = str(table.get("source", "")).startswith(("procedural:", "reasoning_gym:"))
         if generated and not isinstance(table.get("seed"), int):
             raise UserError(
                 f"{where}: run.data.{name}.seed: seeds and problems are crossed, so the problems must be the same for "
-                f"all seeds: set run.data.{name}.seed = 0"
+                f"all seeds; set run.data.{name}.seed = 0"
             )
 
 
 def check_stages(study: Study, where: str) -> None:
-    """Every arm's methods, options and faults, and its learning rate at every factor of the trials."""
+    """Check every arm's methods, options and faults, and its learning rate at every factor of the trials."""
     from truestep.pipeline.prepare import check_methods
 
     for arm in study.arms:
@@ -315,13 +331,13 @@ def every_arm(study: Study, where: str) -> list[Settings]:
 
 
 def dev_sets(study: Study, every: Sequence[Settings]) -> set[str]:
-    """The data sets that anything is chosen with: learning rates, or checkpoints of any arm."""
+    """The data sets with which learning rates, or checkpoints of any arm, are chosen."""
     found = {stage.dev.data for settings in every for stage in settings.stages if stage.dev.data}
     return found | ({study.tuning.data} if study.tuning else set())
 
 
 def check_disjoint(study: Study, base_dir: Path) -> None:
-    """No problem of a dev set is a test problem. Raises UserError."""
+    """Raises UserError if a problem of a dev set is also a test problem."""
     every = every_arm(study, study.name)
     settings, dev = every[0], dev_sets(study, every)
     texts: dict[str, set[str]] = {}
@@ -330,4 +346,4 @@ def check_disjoint(study: Study, base_dir: Path) -> None:
         texts[name] = {problem.messages[-1].content for problem in problems}
     for a, b in product(dev, settings.evaluate.data):
         if shared := texts[a] & texts[b]:
-            raise UserError(f"data.{a} and data.{b} share {len(shared)} problems: remove them from {a}")
+            raise UserError(f"data.{a} and data.{b} share {len(shared)} problems; remove them from {a}")

@@ -1,8 +1,8 @@
-"""Run a study: every cell once, what cells have in common once, and after a kill only what is missing.
+"""Run a study: every cell once, what cells have in common only once, and after a kill only what is missing.
 
 A cell's settings are known once its learning rates are chosen and its budget is matched: the last stage of an
-arm is tuned by the arm's own trials, a stage before it by those of the arm that ends there. Trials are further
-cells, evaluated on the dev set."""
+arm is tuned by the arm's own trials, an earlier stage by the trials of the arm that ends there. Trials are
+additional cells, evaluated on the dev set."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
 
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
-    """All cells of the study, seed by seed; the finished ones by name. What failed is in ``failures``. After
-    Ctrl-C the children at work, which have got it as well, are waited for: see ``stopped``."""
+    """Run all cells of the study, seed by seed; returns the finished ones by name; ``failures`` has others.
+    After Ctrl-C it waits for the running child processes, which also received it; see ``stopped``."""
     runner.out.mkdir(parents=True, exist_ok=True)
     study = runner.study
     wanted = [(arm, seed) for seed in study.seeds for arm in study.arms if seed in study.seeds_of(arm)]
@@ -40,19 +40,21 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
 
     def stop() -> None:
         runner.stopped.set()
-        runner.say("interrupted: waiting until the running cells are saved (Ctrl-C again: do not wait)")
+        runner.say(
+            "interrupted: waiting until the running cells are saved (press Ctrl-C again to stop at once)"
+        )
 
     if problems := in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop):
         raise problems[0]
     names = [cell_name(arm.name, seed) for arm, seed in wanted]
     for name in names:
         if not (runner.stopped.is_set() or name in found or name in runner.failures):  # its thread has ended
-            runner.failures[name] = "ended without a result: the traceback is on stderr"
+            runner.failures[name] = "ended without a result; the traceback is on stderr"
     return {name: found[name] for name in names if name in found}
 
 
 def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], None]) -> list[BaseException]:
-    """Run all tasks, each in its own thread (they wait most of the time); what they raised."""
+    """Run all tasks, each in its own thread (they wait most of the time). Returns what they raised."""
     raised: list[BaseException] = []
 
     def guarded(task: Callable[[], None]) -> None:
@@ -64,7 +66,7 @@ def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], No
     def join() -> None:
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.2)  # a join without end would not let Ctrl-C through
+                thread.join(0.2)  # a join without a timeout would block Ctrl-C
 
     threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
     for thread in threads:
@@ -78,7 +80,7 @@ def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], No
 
 
 def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
-    """The compact result of one cell, from an earlier day if there is one."""
+    """The compact result of one cell, taken from an earlier day if there is one."""
 
     def make() -> Settings:
         return settled(runner, arm, seed, chosen_factor(runner, arm))
@@ -87,8 +89,8 @@ def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
 
 
 def settled(runner: Runner, arm: str, seed: int, factor: float, *, dev: str = "") -> Settings:
-    """The settings of a cell, or of a trial, which is evaluated only on the ``dev`` set: the last stage's
-    rate times ``factor``, the rates before it as they were chosen, and the steps matched."""
+    """The settings of a cell, or of a trial (evaluated only on the ``dev`` set): the last stage's rate is
+    multiplied by ``factor``, earlier stages have the rates chosen for them, and the steps are matched."""
     tables = tables_of(runner, arm)
     if tables:
         tables[-1] = scaled(tables[-1], factor)
@@ -106,7 +108,7 @@ def settled(runner: Runner, arm: str, seed: int, factor: float, *, dev: str = ""
 
 
 def tables_of(runner: Runner, arm: str) -> list[dict[str, Any]]:
-    """The arm's stages, all but the last with the learning rate that the arm which ends there has chosen."""
+    """The arm's stages; all but the last have the learning rate chosen for the arm that ends there."""
     plain = stage_tables(runner.study, runner.study.arm(arm))
     tables = list(plain)
     for end in range(1, len(tables)):
@@ -122,8 +124,8 @@ def match_flops(
     settings: Callable[[Sequence[Mapping[str, Any]]], Settings],
     other: Callable[[str], Mapping[str, Any]],
 ) -> None:
-    """Set the last stage's steps so that the arm spends what the other has spent; the table shows how well.
-    The cost of the stages before it is the other's if they are the same, else it is measured."""
+    """Set the last stage's steps so that the arm spends what the other arm spent; the table shows how well.
+    The cost of earlier stages is taken from the other arm if they are the same, otherwise it is measured."""
     goal = runner.study.arm(arm).equal_flops
     if not goal:
         return
@@ -141,14 +143,14 @@ def match_flops(
 
 
 def sequences(table: Mapping[str, Any]) -> float:
-    """Sequences of a step."""
+    """Sequences per step."""
     if table["kind"] == "rl":
         return float(table["prompts_per_step"] * table.get("samples_per_prompt", 8))
     return float(table["sequences_per_step"])
 
 
 def chosen_factor(runner: Runner, arm: str) -> float:
-    """The learning-rate factor that did best on the dev set in the trials (1 if there are none)."""
+    """The learning-rate factor with the best dev score in the trials (1 if there are none)."""
     tuning = runner.study.tuning_of(runner.study.arm(arm))
     if tuning is None:
         return 1.0
@@ -156,7 +158,7 @@ def chosen_factor(runner: Runner, arm: str) -> float:
     def choose() -> float:
         scores = {f: _mean(made) for f in tuning.factors if (made := trials(runner, arm, f))}
         if not scores:
-            raise CellFailed(f"{arm}: every one of its learning-rate trials has failed")
+            raise CellFailed(f"{arm}: all its learning-rate trials have failed")
         best = max(scores.values())
         return min((f for f in scores if scores[f] == best), key=lambda f: (abs(f - 1), f))
 
@@ -169,7 +171,7 @@ def _mean(results: Iterable[Mapping[str, Any]]) -> float:
 
 
 def trials(runner: Runner, arm: str, factor: float) -> list[dict[str, Any]]:
-    """The trials of one rate, or none of them if one has failed: such a rate is not chosen."""
+    """The trials of one rate; an empty list if one of them has failed, so that the rate is not chosen."""
     assert runner.study.tuning
     made = []
     for seed in runner.study.tuning.seeds:
@@ -196,8 +198,8 @@ def trial_arm(arm: str, factor: float) -> str:
 
 
 def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
-    """For each arm: its trials' scores, the factor chosen, and the FLOPs of all trials that it profits from
-    (those of its last stage, and those of the arms that have chosen the rates of the stages before it)."""
+    """For each arm: the scores of its trials, the chosen factor, and the FLOPs of all its trials (those
+    of its last stage, and those that chose the rates of its earlier stages)."""
     own = {arm.name: _own_cost(runner, arm) for arm in arms}
     found = {}
     for arm in arms:

@@ -1,5 +1,5 @@
-"""Finished cells → the study's results: arms, contrasts, budgets, and what is not as equal as it should be.
-A pure function of the cells: two sittings that end with the same cells end with the same bytes."""
+"""Finished cells → the study's results: arms, contrasts, budgets, and what should be the same but is not.
+A pure function of the cells: two sessions that end with the same cells write the same bytes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from truestep.study.plan import CONTROLS, Arm, Study, differences, owner_of, sta
 
 Cell = Mapping[str, Any]
 Cells = Mapping[str, Cell]  # by name, or whatever else is known of each
-CLOSE = 0.05  # budgets that differ by less count as equal
+CLOSE = 0.05  # budgets that differ by less count as the same
 
 
 def results(
     study: Study, found: Cells, *, tuning: Cells, failures: Mapping[str, str], base: str = ""
 ) -> dict[str, Any]:
-    """Everything that the report and the exports show. ``found``: finished cells by name; none counts as 0."""
+    """Everything that the report and the exports show. ``found``: finished cells; a missing one is never 0."""
     by_arm = {arm.name: _cells_of(study, found.values(), arm) for arm in study.arms}
     arms = [_arm(study, arm, by_arm, tuning.get(arm.name, {})) for arm in study.arms]
     contrasts = [_contrast(by_arm, a, b, primary=True) for a, b in study.primary]
-    # A contrast that says nothing yet (no cells, one seed) is still one of the family.
+    # A contrast without a result yet (no cells, one seed) still belongs to the family.
     known = {(c["a"], c["b"]): c["all"] for c in contrasts}
     adjusted = analyse.holm({k: m["p_value"] if m and m["seeds_known"] else 1.0 for k, m in known.items()})
     contrasts += [_contrast(by_arm, a, b, primary=False) for a, b in study.secondary]
@@ -99,7 +99,7 @@ def _sample_sd(own: Mapping[int, Cell], tables: Mapping[str, np.ndarray]) -> flo
 
 
 def _path(own: Mapping[int, Cell]) -> list[dict[str, Any]]:
-    """Mean score of each checkpoint on the arm's way, at the mean FLOPs spent by then."""
+    """The mean score of each checkpoint of the arm, at the mean FLOPs spent by then."""
     rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for cell in own.values():
         for point in cell["path"]:
@@ -125,7 +125,7 @@ def _data(own: Mapping[int, Cell]) -> dict[str, Any]:
 def _marks(
     study: Study, row: Mapping[str, Any], own: Mapping[int, Cell], reference: Mapping[int, Cell], arm: Arm
 ) -> list[str]:
-    """What is unequal between the arm and the reference, in the words of the table."""
+    """What differs between the arm and the reference, in the words of the table."""
     marks = []
     if len(own) < len(study.seeds_of(arm)):
         marks.append(f"{len(own)} of {len(study.seeds_of(arm))} seeds")
@@ -135,26 +135,26 @@ def _marks(
         marks.append(f"rates whose trials failed: {', '.join(failed)}")
     tables = stage_tables(study, arm) if study.tuning else []
     if loose := [t["name"] for i, t in enumerate(tables[:-1]) if not owner_of(study, tables[: i + 1])]:
-        marks.append(f"no arm ends with, and so none tunes: {', '.join(loose)}")
+        marks.append(f"not tuned, because no arm ends with it: {', '.join(loose)}")
     mine, theirs = (
         {s["data"] for cell in cells.values() for s in cell["stages"]} for cells in (own, reference)
     )
     if extra := sorted(mine - theirs):
         marks.append(f"data that the reference does not see: {', '.join(extra)}")
     if lacking := sorted(theirs - mine) if arm.stages else []:
-        marks.append(f"does not see: {', '.join(lacking)}")
+        marks.append(f"data that only the reference sees: {', '.join(lacking)}")
     goal, spent = _mean(c["flops"]["paper"] for c in reference.values()), row["flops"]["paper"]
     compared = goal and arm.stages and arm.name != study.reference
     ratio = spent / goal if compared and spent is not None else 1.0
     if abs(ratio - 1) > CLOSE:
         marks.append(f"budget {ratio:.2f}x")
     if row["unscored"]:
-        marks.append(f"{row['unscored']} of {row['samples']} samples unscored, counted as not correct")
+        marks.append(f"{row['unscored']} of {row['samples']} samples are unscored and count as not correct")
     return marks
 
 
 def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
-    """Hashes of the base model and of every data set, over all cells: several of a name: an unequal study."""
+    """Hashes of the base model and of every data set, over all cells; several mean that cells differ."""
     seen: dict[str, set[str]] = {}
     for cell in found.values():
         for name, value in cell["content"].items():
@@ -163,10 +163,10 @@ def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
 
 
 def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, primary: bool) -> dict[str, Any]:
-    """a − b on the seeds and problems that both have: by benchmark, and their mean."""
+    """a − b on the seeds and problems that both have, for each benchmark and on average."""
     seeds = [s for s in by_arm[a] if s in by_arm[b]]
     found: dict[str, Any] = {"a": a, "b": b, "primary": primary, "seeds": seeds, "all": None, "benchmarks": {},
-                             "by_seed": {}, "verdict": "no seed has both arms", "p_adjusted": None}  # fmt: skip
+                             "by_seed": {}, "verdict": "no seed is finished in both arms", "p_adjusted": None}  # fmt: skip
     if not seeds:
         return found
     first, second = _tables(by_arm[a], seeds), _tables(by_arm[b], seeds)
@@ -174,7 +174,7 @@ def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, prima
     for name in first:
         ids = {by_arm[arm][s]["benchmarks"][name]["problems"] for arm in (a, b) for s in seeds}
         if name not in second or len(ids) != 1:
-            found["verdict"] = f"not the same problems on {name}"
+            found["verdict"] = f"the problems of {name} are not the same"
             return found
         differs[name] = first[name] - second[name]
     tables = list(differs.values())
