@@ -82,7 +82,7 @@ def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if any(getattr(config, name, None) is not None for name in _SAMPLING):
-        config.do_sample = True  # if it is missing, transformers refuses to save the values
+        config.do_sample = True  # some published models lack it; transformers then refuses to save the values
     return config
 
 

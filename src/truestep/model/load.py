@@ -149,7 +149,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     """Return the numbers that the FLOPs formulas need."""
     total = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    look_up = 0 if head is embedding else embedding.numel()  # a tied table is also the head
+    look_up = 0 if head is embedding else embedding.numel()  # a tied table is used in a product, as the head
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
