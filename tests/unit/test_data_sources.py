@@ -91,7 +91,7 @@ def test_a_folder_is_its_files_or_those_of_its_split(tmp_path: Path) -> None:
     write(tmp_path / "split" / "test.jsonl", 1, start=7)
     assert answers(load("split", tmp_path)) == ["1", "2"]
     assert answers(load("split", tmp_path, split="test")) == ["7"]
-    with pytest.raises(UserError, match=r'no file of split "dev" .* has test, train'):
+    with pytest.raises(UserError, match=r'no file for split "dev" .* has test, train'):
         load("split", tmp_path, split="dev")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"none: expected \.jsonl or \.parquet files"):

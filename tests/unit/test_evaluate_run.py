@@ -238,8 +238,11 @@ class Liar(FakeEngine):
     ("change", "message"),
     [
         (lambda found: found[:-1], "left 1 of 18 samples unanswered"),
-        (lambda found: [*found, found[0]], "p5/2, which is not open"),
-        (lambda found: [replace(found[0], problem_id="other"), *found[1:]], "other/2, which is not open"),
+        (lambda found: [*found, found[0]], "p5/2 without a request, or twice"),
+        (
+            lambda found: [replace(found[0], problem_id="other"), *found[1:]],
+            "other/2 without a request, or twice",
+        ),
     ],
 )
 def test_an_engine_that_answers_something_else_is_caught(

@@ -138,10 +138,7 @@ def page_of(run: Path) -> Page:
 
 def test_the_page_says_what_the_files_say(run: Path) -> None:
     page = page_of(run)
-    assert (
-        "After rl, 71.4 % [66.4, 76.4] of test is answered correctly; base scored 12.5 % [7.5, 17.5]."
-        in page.text
-    )
+    assert "On test, rl scored 71.4 % [66.4, 76.4]; base scored 12.5 % [7.5, 17.5]." in page.text
     for text in (
         "90.0 % [86.0, 93.0]",
         "3.20 × 10¹⁵",

@@ -1,1 +1,1 @@
-"""What remains after the process: crash-safe checkpoints, and the finished model as a Hugging Face folder."""
+"""What remains after a process: crash-safe checkpoints, and the finished model as a Hugging Face folder."""

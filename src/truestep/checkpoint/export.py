@@ -1,4 +1,4 @@
-"""The finished model as a Hugging Face folder (for transformers, vLLM and lm-eval) with a model card."""
+"""Export of the model as a Hugging Face folder (for transformers, vLLM and lm-eval) with a model card."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from truestep.rundir import fsync_folder
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_MARK = "truestep_export.json"  # only a folder that contains it may be replaced, never a user's other folder
+_MARK = "truestep_export.json"  # a folder without this file is not an export and is never replaced
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
 
-    Replaces an older export. Raises UserError for a folder that is not an export, OutOfSpace on a full
-    disk."""
+    An older export is replaced. Raises UserError if the folder is not an export, OutOfSpace if the disk is
+    full."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         code = error.errno if isinstance(error, OSError) else None
-        # safetensors has the number only in its message.
+        # Safetensors has the error number only in its message.
         if code in NO_SPACE or "(os error 28)" in str(error) or "(os error 27)" in str(error):
             fault = f"{folder}: no space for the exported model"
             raise OutOfSpace(f"{fault}; free disk space and export again") from error
@@ -71,9 +71,9 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's generation config; every token that ends a turn (its own, the tokenizer's) is a stop.
+    """Return the model's generation config; all tokens that end a turn (its own, the tokenizer's) are stops.
 
-    A model trained to stop at ``<|im_end|>`` whose config names only ``<|endoftext|>`` would not stop."""
+    A model trained to stop at ``<|im_end|>`` would not stop if its config named only ``<|endoftext|>``."""
     from transformers import GenerationConfig
 
     config = copy.deepcopy(getattr(model, "generation_config", None)) or GenerationConfig()
@@ -93,10 +93,10 @@ def model_card(
     scores: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any],
 ) -> str:
-    """The README.md of an export: Markdown with YAML front matter.
+    """Return the README.md of an export: Markdown with YAML front matter.
 
-    For a stage it shows name, kind, method, data, seed, steps and flops; for a score it shows data, metric,
-    score, low, high, num_problems and n; "–" stands for a missing value. ``provenance`` is what
+    A stage is shown with name, kind, method, data, seed, steps and flops; a score is shown with data, metric,
+    score, low, high, num_problems and n; "–" means that a value is missing. ``provenance`` is what
     ``rundir.provenance`` returns."""
     columns = ("name", "kind", "method", "data", "seed", "steps")
     rows = [{"seed": provenance.get("seed"), **stage} for stage in stages]
@@ -126,7 +126,7 @@ def _row(record: Mapping[str, Any], *keys: str) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Text that is shown as it is: without HTML or Markdown markup, cell breaks or line breaks."""
+    """Return text that is shown as it is: without HTML or Markdown markup, cell breaks or line breaks."""
     if value is None or value == "":
         return "–"
     text = html.escape(" ".join(str(value).split()), quote=False)

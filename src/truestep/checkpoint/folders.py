@@ -18,14 +18,14 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutOfSpace(RuntimeError):
-    """The disk has no space for what was to be written: exit code 5. What was there before is untouched."""
+    """Error for a full disk (exit code 5). What was there before is unchanged."""
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
     """Replace a folder with a finished one, durably; a kill in between leaves the old one as NAME.aside."""
     aside = final.with_name(f"{final.name}.aside")
     if final.exists():
-        if aside.exists():  # left by an earlier kill; its replacement is whole
+        if aside.exists():  # left by an earlier kill; the folder that replaced it is whole
             discard_folder(aside)
         os.rename(final, aside)
     os.rename(temporary, final)
@@ -45,7 +45,7 @@ def discard_folder(path: Path) -> None:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises OutOfSpace unless twice that many bytes are free: other programs write to the disk as well."""
+    """Raise OutOfSpace unless twice that many bytes are free: other programs also write to the disk."""
     free = shutil.disk_usage(folder).free
     if free < 2 * num_bytes:
         needed = f"{2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
@@ -57,7 +57,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float) -> Iterator[bool]:
     """Hold the folder's lock, which the kernel releases when the process ends. Yields False if locks do not
-    exist (on some clusters). Raises UserError if another process holds it for ``patience`` seconds."""
+    exist (on some clusters). Raises UserError if another process holds the lock for ``patience`` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,15 +1,14 @@
-"""Crash-safe checkpoints: safetensors and JSON only, committed by one rename.
+"""Crash-safe checkpoints of only safetensors and JSON, each committed by one rename.
 
     step_00000012/              committed: every file is named in manifest.json with its size and SHA-256
         GROUP.rank00000-of-00002.safetensors   manifest.json
     step_00000012.tmp-write/    being written: never read, removed by the next save or load
-    step_00000012.tmp-discard/  being deleted: the same
-    step_00000012.aside/        the old version while the same step is replaced: read if there is nothing
-    newer latest                      the newest checkpoint's name, for people; loading does not read it
+    step_00000012.tmp-discard/  being deleted: never read, removed by the next save or load
+    step_00000012.aside/        the old version while the same step is replaced: read if nothing newer exists
+    latest                      the newest checkpoint's name, for people; loading does not read it
 
-Ranks share one file system. Every rank reaches every barrier, even after an error, so that a full disk on one
-rank cannot make the others hang.
-"""
+All ranks share one file system. Every rank reaches every barrier, even after an error, so that a full disk on
+one rank cannot make the others hang."""
 
 from __future__ import annotations
 
@@ -45,13 +44,13 @@ _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHARD = re.compile(rf"({_GROUP.pattern})\.rank(\d{{5}})-of-(\d{{5}})\.safetensors")
 _STEP = re.compile(r"step_(\d{8,15})(\.aside)?")
 _LEFTOVER = re.compile(_STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
-FORMAT = 1  # of manifest.json
-_MANIFEST_LIMIT = 64 << 20  # bytes: limits the memory that reading a damaged file takes
-_PATIENCE = 30.0  # seconds: a reader may hold the lock while it removes leftovers
+FORMAT = 1  # version of manifest.json
+_MANIFEST_LIMIT = 64 << 20  # bytes; limits the memory that reading a damaged file takes
+_PATIENCE = 30.0  # seconds; a reader may hold the lock while it removes leftovers
 
 
 class _Corrupt(Exception):
-    """Why a checkpoint cannot be used."""
+    """Error that says why a checkpoint cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def save_checkpoint(
 ) -> Path:
     """Write and commit a checkpoint, then delete older ones beyond ``keep`` (this one counts).
 
-    Every rank calls it with its own tensors and the same step, state (rank 0's is taken) and group names.
+    Every rank calls this with its own tensors and the same step, state (rank 0's is used) and group names.
 
     Raises OutOfSpace; UserError if another process is saving into the folder; RuntimeError if another rank
     failed; ValueError for what cannot be stored."""
@@ -104,7 +103,7 @@ def save_checkpoint(
             stack.enter_context(exclusive(folder, _PATIENCE))
             remove_leftovers(folder)
             temporary.mkdir()
-            stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # after a failure: free the space
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # frees the space after a failure
 
     def write() -> None:
         num_bytes = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
@@ -145,7 +144,7 @@ def save_checkpoint(
 
 
 def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> dict[str, Any]:
-    """The state in the form in which JSON reads it back. Raises ValueError for what cannot be stored."""
+    """Return the state as JSON reads it back. Raises ValueError for what cannot be stored."""
     if checkpoint.step < 0 or keep < 1 or not 0 <= rank < world_size:
         raise ValueError(f"step {checkpoint.step}, keep {keep}, rank {rank} of {world_size}: out of range")
     for group, tensors in checkpoint.tensors.items():
@@ -164,8 +163,9 @@ def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> d
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces, without a second copy of the model; tensors may be tied or strided."""
-    # The widest first, so that all are aligned.
+    """Yield a safetensors file in pieces, without a second copy of the model. Tensors may be tied or
+    strided."""
+    # The widest tensors come first, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, stop = {}, 0
     for name in order:
@@ -180,7 +180,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write and fsync a new file; size and SHA-256 are those of the pieces, not of what the disk returns."""
+    """Write and fsync a new file. Size and SHA-256 are those of the pieces, not of what the disk returns."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -212,7 +212,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether the committed checkpoint is the one that this rank wrote its part of."""
+    """Return whether the committed checkpoint contains the part that this rank wrote."""
     try:
         files = _read_manifest(final).files
     except (_Corrupt, OSError):
@@ -221,21 +221,22 @@ def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _delete_older(folder: Path, step: int, keep: int) -> None:
-    """Keep ``keep`` − 1 older ones. Later steps, which a load skipped as damaged, stay and do not count."""
+    """Delete all but ``keep`` − 1 older checkpoints. Later steps that a load skipped as damaged stay and do
+    not count."""
     older = [path for path in list_checkpoints(folder) if _step_of(path) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
         discard_folder(path)
 
 
 def latest_step(folder: Path) -> int:
-    """The step that a stage with this ``checkpoints`` folder resumes from (0 if it has none)."""
+    """Return the step that a stage with this ``checkpoints`` folder resumes from (0 if it has none)."""
     pointer = folder / "latest"
     number = pointer.read_text().strip().rpartition("_")[2] if pointer.exists() else ""
     return int(number) if number.isdigit() else 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """All committed checkpoints according to their names, oldest step first."""
+    """Return all folders that have the name of a committed checkpoint, oldest step first."""
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
     real = [p for p in found if p.is_dir() and not p.is_symlink()]
     return sorted(real, key=lambda p: (_step_of(p), not p.suffix))
@@ -248,7 +249,8 @@ def _step_of(path: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove files of killed writers. Requires the folder's lock: files of a live writer look the same."""
+    """Remove the files of killed writers. Requires the folder's lock, because the files of a live writer look
+    the same."""
     for path in [p for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name)] if folder.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -259,12 +261,12 @@ def remove_leftovers(folder: Path) -> None:
 def load_latest(
     folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]
 ) -> Checkpoint | None:
-    """The newest intact checkpoint, loaded on the CPU; None if there is no checkpoint.
+    """Load the newest intact checkpoint on the CPU; returns None if there is no checkpoint.
 
-    Every rank verifies the files of all ranks, so that all choose the same one without communication. A
-    checkpoint that a single process saved is read whole by every rank.
+    Every rank verifies the files of all ranks, so that all choose the same checkpoint without communication.
+    If a single process saved the checkpoint, every rank reads all of it.
 
-    Raises UserError if checkpoints exist and none is intact, or for a different world size or format."""
+    Raises UserError if checkpoints exist but none is intact, or for a different world size or format."""
     if rank == 0 and folder.is_dir():
         # A concurrent writer or a read-only disk is not an error.
         with contextlib.suppress(UserError, OSError), exclusive(folder, patience=0) as locked:
@@ -301,14 +303,14 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
                 loaded = safetensors.torch.load_file(path / name)
             except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
                 raise _Corrupt(f"{name} is not a valid safetensors file: {error}") from None
-            # Copies: the loaded tensors are the mapped file, and the file may be deleted.
+            # Copies, because the loaded tensors are the mapped file, and the file may be deleted.
             tensors[match[1]] = {key: tensor.clone() for key, tensor in loaded.items()}
     return Checkpoint(step=manifest.step, tensors=tensors, state=manifest.state)
 
 
 @contextlib.contextmanager
 def _regular_file(path: Path) -> Iterator[Any]:
-    """Open a regular file for reading; links are not followed, and a pipe is not waited for."""
+    """Open a regular file for reading; links are not followed, and a pipe does not block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:

@@ -1,11 +1,11 @@
-"""Messages ⇄ tokens through the tokenizer's chat template, the same for training, sampling and evaluation.
+"""Converts between messages and tokens with the tokenizer's chat template.
 
-A prompt is the template's text up to the assistant's turn, plus ``chat.generation_suffix``. A demonstration
-is that prompt, the solution's text tokenized separately (as if it had been sampled), and the token with which
-the template ends the assistant's turn. The position, never the token id, decides what is trained, so the
-padding token may be the stop token. A tokenizer without a chat template (a base model) gets a plain one: the
-turns with an empty line between them, then a newline.
-"""
+Training, sampling and evaluation all use this module. A prompt is the template's text up to the assistant's
+turn, plus ``chat.generation_suffix``. A demonstration is that prompt, the solution's text (tokenized
+separately, as if it had been sampled), and the token with which the template ends the assistant's turn. The
+position, never the token id, decides which tokens are trained on, so the padding token may be the stop token.
+A tokenizer without a chat template (a base model) gets a plain one: the turns with an empty line between
+them, then a newline."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
-_PLACE = "PLACEOFTHESOLUTION"  # takes the place of the assistant's text when the template is examined
+_PLACE = "PLACEOFTHESOLUTION"  # replaces the assistant's text when the template is examined
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """False if prompts are rendered with the plain template described above."""
+    """Return whether there is a chat template; if not, the plain template described above is used."""
     return getattr(tokenizer, "chat_template", None) is not None
 
 
 def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]:
-    """The turns of the prompt: ``chat.user`` around bare text, ``chat.system`` if the row has none."""
+    """Return the turns of the prompt. ``chat.user`` wraps bare text; ``chat.system`` is added if the row has
+    no system turn."""
     messages = problem.messages
     if not problem.meta.get("turns_given"):
         *before, last = messages
@@ -41,19 +42,20 @@ def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings) -> Prompt:
-    """The problem as the token ids that every sample of it starts from. Raises UserError if a text contains a
-    special token, or a character that the tokenizer does not know."""
+    """Return the problem as the token ids that every sample starts from. Raises UserError if a text contains
+    a special token, or a character that the tokenizer does not know."""
     return Prompt(problem=problem, token_ids=tuple(_prompt(tokenizer, problem, chat)[0]))
 
 
 def encode_demonstration(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings
 ) -> Demonstration:
-    """The prompt, the solution and the stop token; only the solution and the stop token are trained.
+    """Return the prompt, the solution and the stop token; only the solution and the stop token are trained
+    on.
 
-    A solution that repeats what the prompt ends with (``<think>``, by the template or by
-    ``generation_suffix``) loses that beginning. Raises UserError like ``encode_prompt``, and if there is no
-    solution, the template renders an answered prompt differently, or no stop token would be trained."""
+    If a solution repeats the end of the prompt (``<think>``, from the template or ``generation_suffix``), it
+    loses that beginning. Raises UserError like ``encode_prompt``, and if there is no solution, the template
+    renders an answered prompt differently, or no stop token would be trained on."""
     prompt_ids, _ = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
     opening, after = _answered(tokenizer, problem, messages)
@@ -77,8 +79,8 @@ def encode_demonstration(
 def encode_demonstrations(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], chat: ChatSettings, context_length: int
 ) -> list[Demonstration]:
-    """The demonstrations of at most ``context_length`` tokens, in order; longer ones are left out, never cut.
-    Raises UserError if none fits."""
+    """Return the demonstrations of at most ``context_length`` tokens, in order; longer ones are left out,
+    never cut. Raises UserError if none fits."""
     made = [encode_demonstration(tokenizer, problem, chat) for problem in problems]
     kept = [d for d in made if len(d.token_ids) <= context_length]
     if made and not kept:
@@ -91,12 +93,13 @@ def encode_demonstrations(
 
 
 def prompt_roles(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[Role, ...]:
-    """The role that wrote each token of the prompt; a token in two turns belongs to its first character's."""
+    """Return the role that wrote each token of the prompt. If a token is in two turns, the role is that of
+    its first character."""
     return tuple(_prompt(tokenizer, problem, chat)[1])
 
 
 def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[int], list[Role]]:
-    """Token ids and roles of the prompt."""
+    """Return the token ids and roles of the prompt."""
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is slow and has no offsets; use a model folder with a tokenizer.json")
     messages = prompt_messages(problem, chat)
@@ -113,10 +116,10 @@ def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[
 
 
 def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
-    """The role of every character, from rendering the same turns with a mark for each content: the content
-    itself could also occur in the template. Empty if the template changes the contents."""
+    """Return the role of every character, found by rendering the same turns with a mark for each content,
+    because the content could also occur in the template. Empty if the template changes the contents."""
     written = [m.content for m in messages]
-    for contents in (written, [text.strip() for text in written]):  # some templates strip
+    for contents in (written, [text.strip() for text in written]):  # some templates strip the contents
         rebuilt, rest, owners = "", outline, []
         for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
             before, _, rest = rest.partition(f"{_PLACE}{i}.")
@@ -128,8 +131,8 @@ def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
 
 
 def stop_token_ids(tokenizer: Any, model_eos: int | Sequence[int] | None = ()) -> tuple[int, ...]:
-    """The tokens at which sampling stops: what ends a turn in the chat template, and the eos of the tokenizer
-    and the model. Raises UserError if there is none."""
+    """Return the tokens at which sampling stops: those that end a turn in the chat template, and the eos
+    tokens of the tokenizer and the model. Raises UserError if there is none."""
     problem = Problem(id="stop token", messages=(Message(role="user", content="1+1=?"),), answer="2")
     end = _turn_end(tokenizer, _answered(tokenizer, problem, problem.messages)[1])
     found = [end, tokenizer.eos_token_id, *([model_eos] if isinstance(model_eos, int) else model_eos or ())]
@@ -140,13 +143,13 @@ def stop_token_ids(tokenizer: Any, model_eos: int | Sequence[int] | None = ()) -
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
-    """A completion as the grader reads it: without special tokens, with its spaces unchanged."""
+    """Return a completion as the grader reads it: without special tokens, with its spaces unchanged."""
     text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 
 
 def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answer: str | None = None) -> str:
-    """The text of the turns: open for the assistant, or, given an answer, with that turn closed."""
+    """Return the text of the turns, open for the assistant or, given an answer, with that turn closed."""
     if not has_chat_template(tokenizer):
         text = "\n\n".join(m.content for m in messages) + "\n"
         return text if answer is None else text + answer + (tokenizer.eos_token or "")
@@ -163,7 +166,7 @@ def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answe
 
 
 def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, str]:
-    """What the template puts before the assistant's text in its turn (``<think>``), and after it."""
+    """Return what the template puts before the assistant's text in its turn (``<think>``), and after it."""
     prompt = _render(tokenizer, problem, messages)
     before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
@@ -175,7 +178,7 @@ def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> 
 
 
 def _turn_end(tokenizer: Any, after: str) -> int | None:
-    """The special token that comes right after the assistant's text, if one does."""
+    """Return the special token directly after the assistant's text, or None."""
     ids = _ids(tokenizer, after)
     return ids[0] if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} else None
 
@@ -185,7 +188,8 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _bos(tokenizer: Any) -> list[int]:
-    """A chat template has its own bos; the plain one needs it if the tokenizer starts every text with it."""
+    """Return the bos tokens to prepend. A chat template has its own bos; the plain template needs one if the
+    tokenizer starts every text with it."""
     if has_chat_template(tokenizer) or tokenizer.bos_token_id is None:
         return []
     return [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
@@ -193,7 +197,7 @@ def _bos(tokenizer: Any) -> list[int]:
 
 def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Sequence[int]) -> None:
     """Refuse a special token, which would end a turn inside the text, and an unknown character, which would
-    be trained on as <unk>. ``ids`` are those of the text or of a rendering that contains it."""
+    be trained on as <unk>. ``ids`` are the tokens of the text, or of a rendering that contains the text."""
     where = f"{_where(problem)}: {field}"
     for token in tokenizer.all_special_tokens:
         if token in text:

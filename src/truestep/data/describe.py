@@ -1,4 +1,4 @@
-"""What a set of problems looks like: counts, lengths, and texts that occur more than once."""
+"""Describes a set of problems: counts, lengths, and texts that occur more than once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from truestep.records import Problem
 
 
 def describe(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Counts, lengths in characters, and duplicate texts (contradictory if their answers differ), as JSON."""
+    """Return counts, lengths in characters, and duplicate texts (contradictory if their answers differ),
+    ready for JSON."""
     rows: defaultdict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         rows[problem_text(problem)].append(problem)
@@ -33,7 +34,7 @@ def describe(problems: Sequence[Problem]) -> dict[str, Any]:
 
 
 def _lengths(lengths: Sequence[int]) -> dict[str, float]:
-    """Smallest, median, mean and largest; empty without lengths."""
+    """Return the smallest, median, mean and largest length; empty without lengths."""
     if not lengths:
         return {}
     mean = round(sum(lengths) / len(lengths), 1)

@@ -1,4 +1,4 @@
-"""Questions from the optional reasoning-gym package, of tasks whose answers our arithmetic can confirm."""
+"""Questions from the optional reasoning-gym package, for tasks whose answers our arithmetic can confirm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LIST = re.compile(r"(?<=: )\d+(?:, \d+)+")
 
 
 def _chain(question: str) -> int:
-    """The value of "4 - 1 + 7" or "3 * 5 * 2"; with both kinds of signs, products first."""
+    """Return the value of "4 - 1 + 7" or "3 * 5 * 2"; with both kinds of signs, products come first."""
     words = _EXPRESSION.findall(question)[0].split(" ")
     terms = [int(words[0])]
     for sign, word in zip(words[1::2], words[2::2], strict=True):
@@ -33,7 +33,7 @@ def _numbers(question: str) -> list[int]:
     return [int(word) for word in _LIST.findall(question)[0].split(", ")]
 
 
-# task → our answer to its question
+# task → our function that answers its question
 TASKS: dict[str, Callable[[str], int]] = {
     "chain_sum": _chain,
     "products": _chain,
@@ -43,7 +43,7 @@ TASKS: dict[str, Callable[[str], int]] = {
 
 
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
-    """``num`` different questions of a split; the text of a question decides its split, whatever the seed.
+    """Return ``num`` different questions of a split; a question's text decides its split, whatever the seed.
 
     Raises UserError for an unknown task or option, a missing package, or an answer that differs from ours."""
     if task not in TASKS:

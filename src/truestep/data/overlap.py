@@ -1,4 +1,4 @@
-"""Evaluation problems that are also training problems: with the same text, or sharing a run of 13 words."""
+"""Finds evaluation problems that are also training problems: the same text, or a shared run of 13 words."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ NGRAM_WORDS = 13
 
 
 def problem_text(problem: Problem) -> str:
-    """The text of the user's turns, case-folded and with single spaces."""
+    """Return the text of the user's turns, case-folded and with single spaces."""
     return " ".join(" ".join(m.content for m in problem.messages if m.role == "user").casefold().split())
 
 
 def ngram_hashes(text: str) -> set[bytes]:
-    """8-byte hashes of every run of 13 words; empty for shorter texts."""
+    """Return 8-byte hashes of all runs of 13 words; empty for shorter texts."""
     words = text.split(" ")
     runs = (" ".join(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1))
     return {blake2b(run.encode(), digest_size=8).digest() for run in runs}
@@ -26,10 +26,11 @@ def ngram_hashes(text: str) -> set[bytes]:
 def overlap_report(
     train: Mapping[str, Sequence[Problem]], evaluation: Mapping[str, Sequence[Problem]]
 ) -> dict[str, Any]:
-    """Counts and example ids for every pair of a training and an evaluation set, ready for JSON.
+    """Return counts and example ids for every pair of a training set and an evaluation set, ready for JSON.
 
-    ``exact`` counts evaluation problems with the text of a training problem; ``ngram`` those that share a run
-    of 13 words with one, or have the same text. ``num_short`` have fewer words: only ``exact``."""
+    ``exact`` counts evaluation problems with the text of a training problem. ``ngram`` counts those that
+    share a run of 13 words with a training problem or have the same text. ``num_short`` counts those with
+    fewer than 13 words, to which only ``exact`` applies."""
     texts = {name: [problem_text(p) for p in problems] for name, problems in evaluation.items()}
     grams = {name: [ngram_hashes(text) for text in of_set] for name, of_set in texts.items()}
     pairs = []

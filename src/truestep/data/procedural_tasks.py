@@ -1,7 +1,6 @@
 """The embedded tasks: how a problem is drawn and solved. The text is short ASCII with one regular line per
-step, so that a character-level model of a million parameters can learn it. ``wN`` writes a digit, ``cN``
-carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``.
-"""
+step, so that a character-level model with a million parameters can learn it. ``wN`` writes a digit, ``cN``
+carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from numpy.random import Generator
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A problem before it has a split."""
+    """A problem before it is assigned to a split."""
 
     canonical: str  # the same for equivalent exercises (12+34 and 34+12); its hash decides the split
     text: str
@@ -31,12 +30,12 @@ class Task:
 
 
 def _operand(rng: Generator, digits: int) -> int:
-    """A number of exactly ``digits`` digits (one digit: 0 to 9)."""
+    """Return a number with exactly ``digits`` digits (for one digit: 0 to 9)."""
     return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
 
 
 def _numbers(rng: Generator, options: Mapping[str, int]) -> tuple[int, int]:
-    """Two operands of ``digits`` digits each, or of ``min_digits`` to ``digits`` if that is not 0."""
+    """Return two operands with ``digits`` digits each, or ``min_digits`` to ``digits`` if that is not 0."""
     high = options["digits"]
     if not options["min_digits"]:
         return _operand(rng, high), _operand(rng, high)
@@ -46,13 +45,13 @@ def _numbers(rng: Generator, options: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _digits(number: int, width: int) -> list[int]:
-    """Decimal digits from the right, padded with zeros."""
+    """Return the decimal digits from the right, padded with zeros."""
     return [number // 10**i % 10 for i in range(width)]
 
 
 def column_steps(a: int, b: int, sign: str) -> list[str]:
-    """One line per column from the right: digit + digit (+ carry) = sum, the digit written, the new carry; or
-    a − b with a borrow, a at least b."""
+    """Return one line per column, from the right: digit + digit (+ carry) = sum, the digit written, the new
+    carry; or a − b with a borrow, if a is at least b."""
     width, carry, lines = max(len(str(a)), len(str(b))), 0, []
     for i, (x, y) in enumerate(zip(_digits(a, width), _digits(b, width), strict=True)):
         total = x + y + carry if sign == "+" else x - y - carry
@@ -63,7 +62,7 @@ def column_steps(a: int, b: int, sign: str) -> list[str]:
 
 
 def multiplication_steps(a: int, b: int) -> list[str]:
-    """Each digit of b from the right times a, column by column; the shifted products are added up."""
+    """Return the steps that multiply a by each digit of b from the right, and add up the shifted products."""
     lines: list[str] = []
     total = 0
     for shift, y in enumerate(_digits(b, len(str(b)))):
@@ -82,7 +81,7 @@ def multiplication_steps(a: int, b: int) -> list[str]:
 
 
 def draw_addition(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """a+b, column by column from the right with carries."""
+    """Draw a+b, solved column by column from the right with carries."""
     a, b = _numbers(rng, options)
     low, high = sorted((a, b))
     steps = tuple(column_steps(a, b, "+"))
@@ -90,14 +89,14 @@ def draw_addition(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def draw_subtraction(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """a-b with a >= b, column by column from the right with borrows."""
+    """Draw a-b with a >= b, solved column by column from the right with borrows."""
     b, a = sorted(_numbers(rng, options))
     steps = tuple(column_steps(a, b, "-"))
     return Drawn(canonical=f"{a}-{b}", text=f"{a}-{b}=?", answer=str(a - b), steps=steps)
 
 
 def draw_multiplication(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """a*b, digit by digit with carries, shifted products added up."""
+    """Draw a*b, solved digit by digit with carries; the shifted products are added up."""
     a, b = _operand(rng, options["digits_a"]), _operand(rng, options["digits_b"])
     low, high = sorted((a, b))
     steps = tuple(multiplication_steps(a, b))
@@ -105,7 +104,7 @@ def draw_multiplication(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Terms joined by + - *; no product has more than two factors, so that a small table is enough."""
+    """Draw terms joined by + - *; no product has more than two factors, so that a small table is enough."""
     numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["terms"])]
     signs: list[str] = []
     for _ in numbers[1:]:
@@ -129,10 +128,11 @@ def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Numbers, and a target that all of them can reach: two values at a time are joined until one is left."""
+    """Draw numbers, and a target that all of them can reach. Two values at a time are joined until one is
+    left."""
     while True:
         numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["numbers"])]
-        values = [(n, str(n), "") for n in numbers]  # value, expression, its outermost operation
+        values = [(n, str(n), "") for n in numbers]  # value, expression, outermost operation
         steps: list[str] = []
         while len(values) > 1:
             first, second = (int(i) for i in rng.permutation(len(values))[:2])
@@ -154,13 +154,13 @@ def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def _possible(x: int, y: int) -> str:
-    """The operations that give a positive whole number, and change something."""
+    """Return the operations that give a positive whole number and change something."""
     allowed = {"+": True, "-": x > y, "*": x > 1 and y > 1, "/": y > 1 and x % y == 0}
     return "".join(sign for sign in allowed if allowed[sign])
 
 
 def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tuple[int, str, str]:
-    """The joined value and its expression, with brackets only where the order of operations needs them."""
+    """Return the joined value and its expression, with brackets only if operator precedence needs them."""
     value = {"+": x[0] + y[0], "-": x[0] - y[0], "*": x[0] * y[0], "/": x[0] // y[0]}[sign]
     left = f"({x[1]})" if sign in "*/" and x[2] in ("+", "-") else x[1]
     tight = {"+": (), "-": ("+", "-"), "*": ("+", "-"), "/": ("+", "-", "*", "/")}[sign]
@@ -169,7 +169,8 @@ def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tupl
 
 
 def draw_letters(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Put letters in order, the smallest first; a line shows what is left, what is taken, what remains."""
+    """Draw letters to sort, the smallest first. Each line shows what is left, what is taken and what
+    remains."""
     alphabet = "abcdefghij"[: options["alphabet"]]
     word = "".join(alphabet[int(i)] for i in rng.integers(len(alphabet), size=options["length"]))
     left, steps = word, []

@@ -1,4 +1,4 @@
-"""One row → one Problem: which columns there may be, and what each may contain."""
+"""Reads one row as a Problem: which columns there may be, and what each may contain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from truestep.settings import CHECKERS
 
 PROMPT_COLUMNS = ("problem", "prompt", "messages")
 ROLES = ("system", "user", "assistant")
-# Other names of our columns, for "did you mean"; never read.
+# Other names for our columns, only for "did you mean"; they are never read.
 ALIASES = {
     "question": "problem", "query": "problem", "input": "problem", "instruction": "prompt",
     "conversations": "messages", "conversation": "messages", "from": "role", "value": "content",
@@ -24,8 +24,9 @@ ALIASES = {
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
-    """The problem of a row. ``needs`` names what it must have: "answer", "solution", both, neither
-    ("problem"), or (empty) one of them. Raises RowError with the first fault."""
+    """Return the problem in a row. ``needs`` names what the row must have: "answer", "solution" or both;
+    "problem" means neither, and an empty ``needs`` means one of them. Raises RowError with the first
+    fault."""
     messages, solution, given = _turns(row)
     answer, solution = _answer(row), _solution(row, solution)
     if "answer" in needs and not answer:
@@ -54,12 +55,13 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
 
 def _choices(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
-        raise RowError("choices", f"expected a list of texts, got {shown(value)}")
+        raise RowError("choices", f"expected a list of strings, got {shown(value)}")
     return list(value)
 
 
 def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
-    """The prompt's turns, the solution if they end with one, and whether the row has turns, not bare text."""
+    """Return the prompt's turns, the solution if they end with one, and whether the row has turns instead of
+    bare text."""
     present = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
     expected = "expected one of problem, prompt and messages"
     if not present:
@@ -105,7 +107,7 @@ def _messages(value: Any, column: str) -> list[Message]:
 
 
 def _solution(row: Row, from_turns: str) -> str:
-    """The demonstration: ``solution``, the last turn of ``messages``, or ``target`` as a list of turns."""
+    """Return the demonstration: ``solution``, the last of ``messages``, or ``target`` as a list of turns."""
     found = {"messages": from_turns} if from_turns else {}
     if row.get("solution") is not None:
         found["solution"] = _text(row["solution"], "solution")
@@ -125,7 +127,7 @@ def _solution(row: Row, from_turns: str) -> str:
 
 
 def _answer(row: Row) -> str:
-    """The gold answer as text, from ``answer`` or from verl's ``reward_model``; "" if there is none."""
+    """Return the gold answer as text, from ``answer`` or verl's ``reward_model``; "" if there is none."""
     answer = "" if row.get("answer") is None else _scalar(row["answer"], "answer")
     reward = row.get("reward_model")
     if reward is None:
@@ -148,7 +150,7 @@ def _answer(row: Row) -> str:
 
 
 def _scalar(value: Any, field: str) -> str:
-    """Text, or a number as plain decimal text (1e-05 → 0.00001, 3.0 → 3)."""
+    """Return a text, or a number as plain decimal text (1e-05 → 0.00001, 3.0 → 3)."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise RowError(field, f"expected text or a number, got {shown(value)}")
     if isinstance(value, str):
@@ -187,7 +189,7 @@ def _checker(row: Row) -> str:
 
 
 def _countdown(row: Row) -> dict[str, Any]:
-    """What the countdown checker needs: the numbers to use and the target to reach."""
+    """Return what the countdown checker needs: the numbers to use and the target to reach."""
     numbers, target = row.get("numbers"), row.get("target")
     if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
         raise RowError("numbers", f"expected whole numbers (checker countdown), got {shown(numbers)}")
@@ -197,7 +199,7 @@ def _countdown(row: Row) -> dict[str, Any]:
 
 
 def _near(row: Iterable[str], *wanted: str) -> str:
-    """A hint for a column that looks like a missing one, or is another name for it."""
+    """Return a hint if a column looks like a missing one, or is a different name for it."""
     for key in row:
         for name in wanted:
             like = difflib.get_close_matches(key.lower(), [name], n=1, cutoff=0.7)

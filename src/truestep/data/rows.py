@@ -1,4 +1,4 @@
-"""Reads rows of .jsonl and .parquet files: each is a dict, or the reason why it cannot be one."""
+"""Reads rows from .jsonl and .parquet files: each is a dict, or the reason why it cannot be one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Row = dict[str, Any]
 
 
 class RowError(ValueError):
-    """What is wrong with one row: the field, what was expected there, and what was found."""
+    """Error in one row: the field, what was expected there, and what was found."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: one line, at most 60 characters."""
+    """Return a value as a message quotes it: one line, at most 60 characters."""
     if value is None:
         return "nothing"
     text = value if isinstance(value, str) else repr(value)
@@ -31,7 +31,7 @@ def shown(value: Any) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
-    """Yield (1-based row number, row or its fault) for every row of a file; blank lines are skipped. Raises
+    """Yield (1-based row number, row or fault) for every row in a file; blank lines are skipped. Raises
     UserError if the file as a whole cannot be read."""
     try:
         if path.stat().st_size == 0:
@@ -121,7 +121,7 @@ def _parquet_row(batch: Any, index: int) -> Row | RowError:
     row: Row = {}
     for name, column in zip(batch.schema.names, single.columns, strict=True):
         if name in row:
-            return RowError(shown(name).strip('"'), "expected one column of that name, got two; remove one")
+            return RowError(shown(name).strip('"'), "expected one column with that name, got two; remove one")
         try:
             row[name] = column[0].as_py()
         except UnicodeDecodeError:

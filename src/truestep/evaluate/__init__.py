@@ -1,1 +1,1 @@
-"""How good a model is, with every sample accounted for and an interval around every number."""
+"""Evaluation of a model: every sample is accounted for, and every score has an interval."""

@@ -1,9 +1,8 @@
-"""The pinned benchmarks: the source, number of rows, content hash, and scoring of each.
+"""The pinned benchmarks: the source, number of rows, content hash and scoring of each.
 
-A hash is of the rows' content (``sources.content_hash``). "unknown" means that the hash is not in this table;
-it is recorded at the first load, and later loads must match it. Published figures are the paper's (Table 1,
-Qwen2.5-Math-7B), in points.
-"""
+A hash covers the content of the rows (``sources.content_hash``). "unknown" means that this table does not
+have the hash; it is recorded at the first load, and later loads must match it. Published figures are in
+points and come from the paper (Table 1, Qwen2.5-Math-7B)."""
 
 from __future__ import annotations
 
@@ -23,13 +22,13 @@ from truestep.settings import DataSettings
 
 UNKNOWN = "unknown"
 SUFFIXES = (".jsonl", ".parquet", ".csv")
-SHUFFLE_SEED = 0  # of the order of choices, and of the order in which a limit takes problems
+SHUFFLE_SEED = 0  # for the order of choices, and for the order in which a limit takes problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One row of the table. ``average`` names the paper's average that it enters. A ``private`` benchmark's
-    questions, answers and completions are never written."""
+    """One row of the table. ``average`` names the average in the paper that includes this benchmark. If
+    ``private`` is True, its questions, answers and completions are never written."""
 
     id: str
     title: str
@@ -133,15 +132,16 @@ BY_ID = {b.id: b for b in TABLE}
 
 
 def find(id: str) -> Benchmark:
-    """The benchmark with that id. Raises UserError with the nearest id."""
+    """Return the benchmark with that id. Raises a UserError that suggests the nearest id."""
     if id not in BY_ID:
         raise UserError(f'benchmarks: "{id}" is not one of {", ".join(BY_ID)}{did_you_mean(id, list(BY_ID))}')
     return BY_ID[id]
 
 
 def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
-    """All problems of a benchmark, with the number and content of its rows checked against the table. ``bare``
-    problems have only their question, without options. Raises UserError if they are not the pinned ones."""
+    """Return all problems of a benchmark, after checking the number and content of its rows. ``bare``
+    problems have only their question, without options. Raises UserError if the rows differ from the pinned
+    ones."""
     if folder is not None:
         items, where = file_items(path := _file(benchmark, folder)), str(path)
     elif benchmark.hub:
@@ -159,12 +159,12 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
     if expected == UNKNOWN:
         expected = _first_seen(benchmark.id, found)
         pinned = (
-            f"those loaded here the first time; if these are correct, remove {benchmark.id} from {_record()}"
+            f"those first loaded here; if the new ones are correct, remove {benchmark.id} from {_record()}"
         )
     if found != expected:
         raise UserError(
-            f"{where}: its rows hash to {found[:16]}…, but those of {benchmark.id} to {expected[:16]}…, so "
-            f"questions or answers differ from {pinned}"
+            f"{where}: the rows hash to {found[:16]}…, but {benchmark.id} has {expected[:16]}…, so "
+            f"the questions or answers differ from {pinned}"
         )
     if bare:
         items = [replace(item, choices=()) for item in items]
@@ -182,7 +182,7 @@ def _file(benchmark: Benchmark, folder: Path) -> Path:
 
 
 def _first_seen(id: str, found: str) -> str:
-    """The hash recorded at the first load of a benchmark of unknown content; now ``found``, if there is none."""
+    """Return the recorded hash of a benchmark with unknown content; if there is none, record ``found``."""
     path = _record()
     try:
         seen: dict[str, Any] = read_json(path) if path.is_file() else {}
@@ -198,7 +198,8 @@ def _record() -> Path:
 
 
 def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
-    """The problem as the model sees it: its options are shuffled and lettered again, and the gold with them."""
+    """Return the problem as the model sees it. The options are shuffled and lettered again, and the gold
+    answer is the new letter."""
     text, answer, meta = item.question, item.answer, {}
     if item.choices:
         name = f"options/{benchmark.id}/{item.id}"
@@ -213,8 +214,8 @@ def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
 
 
 def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) -> list[Problem]:
-    """The first ``limit`` problems of an order drawn once for each benchmark, so that a larger limit contains
-    a smaller one; in the order of the file."""
+    """Return the first ``limit`` problems of a fixed random order, so that a larger limit contains a smaller
+    one. They are returned in the order of the file."""
     if limit == "all" or limit >= len(problems):
         return list(problems)
     order = permutation(SHUFFLE_SEED, 0, len(problems), item=f"limit/{name}")
@@ -222,9 +223,9 @@ def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) ->
 
 
 def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
-    """The overlap of a training set with each benchmark, by bare question (options would hide matches).
-    Without ``ids``, every benchmark in the folder ``data``; the others are listed as missing. Examples are
-    only ids, so private benchmarks stay private."""
+    """Return the overlap of a training set with each benchmark, by bare question, because options would hide
+    matches. Without ``ids``, it uses every benchmark in the folder ``data`` and lists the others as missing.
+    Examples are only ids, so private benchmarks stay private."""
     folder = Path(data) if data else None
     tested, missing = {}, []
     for id in ids or BY_ID:

@@ -17,11 +17,11 @@ from truestep.records import Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How much better ``b`` is than ``a`` on the same problems. ``difference`` is the mean over problems of
-    (share of correct samples of b) - (that of a), with its 95 % interval; ``p_value`` is the paired t test's,
-    ``p_exact`` the sign-flip permutation test's (McNemar's with one sample per problem). ``detectable`` is
-    the smallest true difference that problems like these would show with 80 % power at the 5 % level. With only
-    one problem it is None, and the interval is [-1, 1]."""
+    """The comparison of ``b`` with ``a`` on the same problems. ``difference`` is the mean over problems of
+    the share of correct samples of b minus that of a, with its 95 % interval. ``p_value`` is from the paired
+    t test, ``p_exact`` from the sign-flip permutation test (McNemar's with one sample per problem).
+    ``detectable`` is the smallest true difference that such problems would show with 80 % power at the 5 %
+    level. For a single problem it is None, and the interval is [-1, 1]."""
 
     difference: float
     low: float
@@ -38,7 +38,7 @@ class Comparison:
 
 
 def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
-    """The paired difference b - a of per-sample records. Raises UserError if the problems differ."""
+    """Return the paired difference b - a of per-sample records. Raises UserError if the problems differ."""
     counts_a, counts_b = _correct_of(a), _correct_of(b)
     if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):
         have, lack = ("first", "second") if unpaired[0] in counts_a else ("second", "first")
@@ -46,7 +46,7 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
         raise UserError(f"problem {unpaired[0]} {where}; evaluate both on the same problems")
     scale = math.lcm(*(n for counts in (counts_a, counts_b) for _, n in counts.values()))
     pairs = [(counts_a[p], counts_b[p]) for p in counts_a]
-    # Differences in units of 1 / scale: whole numbers, so that the exact test is exact.
+    # Differences in units of 1 / scale are whole numbers, so that the exact test is exact.
     whole = [b * (scale // num_b) - a * (scale // num_a) for (a, num_a), (b, num_b) in pairs]
     difference, low, high, p_value, detectable = paired_t(np.array(whole) / scale, 1 / scale)
     p_exact = sign_flip_p([w // math.gcd(*whole) for w in whole] if any(whole) else [])
@@ -58,15 +58,15 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
 
 
 def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
-    """The numbers of correct samples and of all samples of each problem."""
+    """Return the number of correct samples and the number of all samples of each problem."""
     return {p: (sum(r["verdict"] == Verdict.CORRECT for r in g), len(g)) for p, g in by_problem(rows).items()}
 
 
 def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, float | None, float | None]:
-    """Mean, interval, p-value and detectable difference of paired differences. If all differences are the
-    same, their spread says nothing, so pseudo-observations are added: half of +unit, half of -unit and one of 0
-    (with one sample per problem, the interval of Agresti and Min 2005, doi:10.1002/sim.1781). There is then no
-    t statistic, hence no p-value."""
+    """Return mean, interval, p-value and detectable difference of paired differences. If all differences are
+    the same, their spread is not informative, so pseudo-observations are added: half of +unit, half of -unit
+    and one of 0 (with one sample per problem, this is the interval of Agresti and Min 2005,
+    doi:10.1002/sim.1781). There is then no t statistic, and so no p-value."""
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return mean, -1.0, 1.0, None, None
@@ -83,8 +83,8 @@ def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, floa
 
 
 def sign_flip_p(whole: list[int]) -> float:
-    """Two-sided p-value of the sum of whole-number differences when each sign is a fair coin: the exact
-    distribution, built one difference at a time. ``chance[i]`` is the probability of the sum i - reach."""
+    """Return the exact two-sided p-value of a sum of whole numbers if each sign is a fair coin. The
+    distribution is built one number at a time; ``chance[i]`` is the probability of the sum i - reach."""
     reach = sum(abs(w) for w in whole)
     chance = np.zeros(2 * reach + 1)
     chance[reach] = 1.0

@@ -1,8 +1,7 @@
-"""Scores with intervals: avg@k, the unbiased pass@k and majority@k, clustered by problem.
+"""Scores with intervals: avg@k, unbiased pass@k and majority@k, clustered by problem.
 
-Problems are the sampled unit: the samples of one problem are similar, so counting them as independent would
-claim more than the data show. Every interval here has a width greater than 0, even if all samples agree.
-"""
+Problems are the sampling unit. The samples of one problem are similar, so counting them as independent would
+claim more than the data show. Every interval has a width greater than 0, even if all samples agree."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ from truestep.evaluate.interval import Interval, mean_interval, standard_error
 from truestep.grade.equivalent import ballot
 from truestep.records import RecordError, Stop, Verdict
 
-# One sample: problem_id, sample_index, verdict, and if known stop, extracted, num_tokens.
+# One sample: problem_id, sample_index, verdict, and, if known, stop, extracted, num_tokens.
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a set of samples shows about a model. n = correct + incorrect + unscored. ``score`` is the mean
-    over problems of the share of correct samples; an unscored sample counts as not correct, and
+    """The score of a model, estimated from samples. n = correct + incorrect + unscored. ``score`` is the mean
+    over problems of the share of correct samples. An unscored sample counts as not correct;
     ``score_if_unscored_correct`` shows how much that could matter. ``stderr`` is None for one problem."""
 
     score: float
@@ -39,7 +38,7 @@ class Estimate:
     incorrect: int
     unscored: int
     num_problems: int
-    truncated_rate: float | None  # None, like the next two, if the records do not have it
+    truncated_rate: float | None  # None, like the next two, if the records do not contain it
     extracted_rate: float | None
     mean_tokens: float | None
     pass_at: Mapping[int, Interval]
@@ -57,7 +56,7 @@ class Estimate:
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The samples of each problem. Raises UserError if there are none, RecordError if one occurs twice."""
+    """Group samples by problem. Raises UserError if there are none, RecordError if one occurs twice."""
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["sample_index"] in groups[row["problem_id"]]:
@@ -69,8 +68,8 @@ def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
-    """The score of per-sample records with its interval, pass@k for each k of ``pass_at``, and all counts.
-    Raises UserError if a problem has fewer than k samples."""
+    """Return the score of per-sample records with its interval, pass@k for each k in ``pass_at``, and all
+    counts. Raises UserError if a problem has fewer than k samples."""
     groups = by_problem(rows)
     samples = [row for group in groups.values() for row in group]
     num_correct = np.array([_count(group, Verdict.CORRECT) for group in groups.values()], dtype=float)
@@ -96,7 +95,7 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
 
 
 def _mean(rows: Sequence[Row], field: str, value: Callable[[Any], float]) -> float | None:
-    """The mean over samples of a field's value; None if a sample does not have the field."""
+    """Return the mean over samples of a field's value; None if a sample does not have the field."""
     found = [row.get(field) for row in rows]
     return None if None in found else float(np.mean([value(f) for f in found]))
 
@@ -112,7 +111,7 @@ def _count(rows: Iterable[Row], verdict: Verdict, policy: str = "verdict") -> in
 
 
 def pass_interval(num_correct: np.ndarray, sizes: np.ndarray, k: int) -> Interval:
-    """Unbiased pass@k over problems, with its interval. Source: Chen et al. 2021 (arXiv:2107.03374), eq. 1
+    """Return unbiased pass@k with its interval. Source: Chen et al. 2021 (arXiv:2107.03374), eq. 1
     Equation: mean over problems of 1 - C(n-c, k) / C(n, k)"""
     counts = zip(num_correct.astype(int).tolist(), sizes.astype(int).tolist(), strict=True)
     values = np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) for c, n in counts])
@@ -120,7 +119,7 @@ def pass_interval(num_correct: np.ndarray, sizes: np.ndarray, k: int) -> Interva
 
 
 def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[int, Interval]:
-    """majority@k for each k, if every sample has an extracted answer."""
+    """Return majority@k for each k; empty unless every sample has an extracted answer."""
     if not all(isinstance(row.get("extracted"), str) for group in groups.values() for row in group):
         return {}
     votes = [_votes(group) for group in groups.values()]
@@ -129,7 +128,7 @@ def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[
 
 
 def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
-    """Numbers of samples with a correct answer (any form), with each wrong one (any spelling), with none."""
+    """Count samples with a correct answer (any form), each wrong answer (any spelling), and no answer."""
     right = _count(rows, Verdict.CORRECT)
     others = [row["extracted"] for row in rows if row["verdict"] != Verdict.CORRECT]
     wrong = Counter(ballot(answer) for answer in others if answer)
@@ -137,9 +136,10 @@ def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
 
 
 def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
-    """The chance that the most frequent answer of k samples, drawn without replacement, is the correct one;
-    ties are broken by a fair draw, and samples without an answer do not vote. Exact: ``ways[v][t]`` counts the
-    ways to draw v samples of the wrong answers such that none has more than j votes and t of them have j."""
+    """Return the probability that the most frequent answer of k samples, drawn without replacement, is
+    correct. Ties are broken by a fair draw; samples without an answer do not vote. It is exact:
+    ``ways[v][t]`` counts the ways to draw v samples with wrong answers so that none has more than j votes and
+    t of them have j."""
     total = 0.0
     for j in range(1, min(right, k) + 1):
         ways = {(0, 0): 1}

@@ -1,8 +1,8 @@
-"""Reads logs from lm-evaluation-harness, lighteval and inspect as truestep's rows; writes rows as lm-eval's.
+"""Reads logs from lm-evaluation-harness, lighteval and inspect as rows of truestep; writes rows as lm-eval
+logs.
 
-Verdicts of other harnesses are kept; nothing is graded again. A sample without a verdict (it failed, or its
-score is neither right nor wrong) is unscored, with the reason.
-"""
+The verdicts of other harnesses are kept; nothing is graded again. A sample without a verdict (it failed, or
+its score means neither correct nor incorrect) is unscored, with the reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from truestep.evaluate.files import Row, read_samples, results_file, samples_fil
 from truestep.records import Verdict
 from truestep.rundir import file_sha256, read_json, write_atomic, write_json
 
-MAX_LOG_BYTES = 2**30  # of one unpacked file inside an inspect log
+MAX_LOG_BYTES = 2**30  # for one unpacked file in an inspect log
 _SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", "em", "quasi_exact_match", "pass@1")  # fmt: skip
 JUDGED = "as its harness judged"
 AS_WRITTEN = "pass a log as its harness wrote it"
@@ -31,8 +31,8 @@ AS_WRITTEN = "pass a log as its harness wrote it"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Samples of one task from one file. ``made_by`` is truestep, lm-eval, lighteval or inspect; ``metric``
-    names the score behind the verdicts, ``missing`` says why the log is incomplete."""
+    """The samples of one task in one file. ``made_by`` is truestep, lm-eval, lighteval or inspect; ``metric``
+    names the score that the verdicts come from; ``missing`` says why the log is incomplete."""
 
     task: str
     made_by: str
@@ -43,8 +43,8 @@ class Evaluation:
 
 
 def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
-    """Every evaluation in a file or folder of truestep, lm-eval, lighteval or inspect (else UserError);
-    ``metric`` names the score that counts if a log has several."""
+    """Return every evaluation in a file or folder written by truestep, lm-eval, lighteval or inspect.
+    ``metric`` names the score to use if a log has several. Raises UserError for anything else."""
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
@@ -81,25 +81,25 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
 
 
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
-    """A row. The scores 1, true and C mean correct; 0, false, I and N incorrect; others are no verdict."""
+    """Make a row. Scores 1, true and C mean correct; 0, false, I and N incorrect; others have no verdict."""
     scores: dict[Any, Verdict] = dict.fromkeys((0, "I", "N"), Verdict.INCORRECT)
     scores |= dict.fromkeys((1, "C"), Verdict.CORRECT)
     verdict = scores.get(value if isinstance(value, bool | int | float) else str(value), Verdict.UNSCORED)
     reason = f"its score is {value!r:.60}" if verdict is Verdict.UNSCORED else JUDGED
     row: Row = {"problem_id": str(key[0]), "sample_index": key[1], "prompt": "", "completion": "", "gold": ""}
-    known = {k: v for k, v in more.items() if v is not None}  # what is not in the log is not in the row
+    known = {k: v for k, v in more.items() if v is not None}  # the row contains only what the log contains
     return {**row, "verdict": verdict.value, "reason": reason, **known}
 
 
 def _is_share(value: Any, num: int) -> bool:
-    """Whether a score can only be a mean over several samples: c / n."""
+    """Return whether a score can only be the mean c / n over several samples."""
     share = num > 1 and isinstance(value, float) and 0 < value < 1
     return share and abs(value * num - round(value * num)) < 1e-6
 
 
 def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any, str, str | None]]:
-    """Score, text and reason of each sample behind one score; if the log's scores are not means, only of the
-    first sample. If c of n answers are right, it is not known which ones, so none of them gets a text."""
+    """Return score, text and reason of each sample behind one score; if the scores are not means, only of the
+    first sample. If c of n samples are correct, the log does not say which, so none of them has a text."""
     num = len(texts)
     if not (averaged and num > 1 and (value in (0, 1) or _is_share(value, num))):
         return [(value, texts[0] if texts else "", None)]
@@ -111,8 +111,9 @@ def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any
 
 
 def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
-    """One evaluation for each filter, judged by the requested metric, else math_verify if it is logged, else the
-    first. If a document has several answers, lm-eval logs one score: their mean, or the first one's."""
+    """Return one evaluation per filter, judged by the requested metric, otherwise math_verify if it is
+    logged, otherwise the first. If a document has several answers, lm-eval logs only the mean or the first
+    score."""
     task = path.stem.removeprefix("samples_").partition("_20")[0]  # a date follows
     found: dict[str, list[Row]] = {}
     per_filter = Counter((str(row["filter"]), str((row.get("doc") or {}).get("id"))) for row in rows)
@@ -149,7 +150,7 @@ def _replies(row: Row) -> list[str]:
 
 
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
-    """The score to judge by. Raises UserError if the log does not have the requested one."""
+    """Return the score to judge by. Raises UserError if the log does not have the requested score."""
     if wanted and wanted not in logged:
         known = ", ".join(logged) or "none"
         raise UserError(f"{path} has no score {wanted}; pass --metric with one of {known}")
@@ -157,7 +158,7 @@ def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
 
 
 def _lighteval(path: Path, metric: str) -> Evaluation:
-    """A details file: one row per document; ``__metric__`` (older: metrics) has one score of each kind."""
+    """Read a details file of one row per document; ``__metric__`` (older: metrics) has one score per kind."""
     read: list[tuple[Row, list[str], list[int], Row]] = []  # document, replies, their tokens, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
@@ -186,7 +187,7 @@ def _lighteval(path: Path, metric: str) -> Evaluation:
 
 
 def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
-    """The header and the samples of an inspect log, which is a zip of JSON files."""
+    """Return the header and the samples of an inspect log, which is a zip of JSON files."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -196,7 +197,7 @@ def _unpacked(path: Path) -> tuple[Row, Iterator[Row]]:
 
 
 def _object(archive: zipfile.ZipFile, name: str, path: Path) -> Row:
-    """One JSON object of the zip. Raises UserError if it is missing, cannot be unpacked, or is too large."""
+    """Read one JSON object from the zip. Raises UserError if it is missing, unreadable or too large."""
     try:
         size = archive.getinfo(name).file_size
         found = json.loads(archive.read(name)) if size <= MAX_LOG_BYTES else {}
@@ -253,7 +254,7 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
 
 
 def _said(turns: Any) -> str:
-    """The text of the last turn: plain text, or a list of parts of which some are text."""
+    """Return the text of the last turn, which is plain text or a list of parts, some of which are text."""
     content = turns if isinstance(turns, str) else (turns or [{}])[-1].get("content", "")
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
@@ -261,8 +262,9 @@ def _said(turns: Any) -> str:
 
 
 def write_lm_eval(run: Path, out: Path) -> list[Path]:
-    """A run's evaluations as lm-evaluation-harness writes them: one folder per template or checkpoint, with one
-    results file and the samples of each task. Texts of a private benchmark are left out, as in the run."""
+    """Write a run's evaluations as lm-evaluation-harness does: one folder per template or checkpoint, with
+    one results file and the samples of each task. As in the run, texts of a private benchmark are left
+    out."""
     paths = (run / "provenance.json", run / "summary.json")
     provenance, summary = (read_json(path) if path.is_file() else {} for path in paths)
     written = []
@@ -314,7 +316,7 @@ def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, fo
 
 
 def _documents(rows: Sequence[Row]) -> Iterator[Row]:
-    """One line per problem, as in lm-eval; the score is the share of its samples that are correct."""
+    """Yield one line per problem, as lm-eval does; the score is the share of its samples that are correct."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["problem_id"], []).append(row)
@@ -337,6 +339,6 @@ def _sha(text: str) -> str:
 
 
 def is_private(task: str) -> bool:
-    """Whether a benchmark's texts must not be written. The names in other harnesses contain the
-    first word of truestep's name: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
+    """Return whether a benchmark's texts must not be written. Names in other harnesses contain the first word
+    of truestep's name: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
     return any(b.id.partition("_")[0] in task.lower() for b in BY_ID.values() if b.private)

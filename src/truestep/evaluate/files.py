@@ -9,7 +9,7 @@ from typing import Any
 
 from truestep.rundir import read_jsonl
 
-SCHEMA_VERSION = 2  # 1: rows without a lenient verdict; strict was a second extraction
+SCHEMA_VERSION = 2  # version 1: rows had no lenient verdict, and strict was a second extraction
 Row = dict[str, Any]
 
 
@@ -22,12 +22,12 @@ def results_file(folder: Path, name: str) -> Path:
 
 
 def read_samples(path: Path) -> list[Row]:
-    """The samples of a file, without its header."""
+    """Return the samples in a file, without its header."""
     return [row for row in read_jsonl(path) if "verdict" in row]
 
 
 def score_row(data: str, results: Mapping[str, Any], **group: str) -> Row:
-    """A row of the summary: ``group`` is checkpoint=NAME or prompt=NAME."""
+    """Return a row of the summary; ``group`` is checkpoint=NAME or prompt=NAME."""
     metric = f"avg@{results['samples_per_problem']}"
     known = {"whole": True, "private": False, "published": {}, "metric": metric}
     facts = {key: results.get(key, default) for key, default in known.items()}
@@ -35,10 +35,10 @@ def score_row(data: str, results: Mapping[str, Any], **group: str) -> Row:
 
 
 def read_score_row(row: Mapping[str, Any]) -> Row:
-    """A row of a summary of any version; version 1 calls the data set "benchmark"."""
+    """Read a row of a summary of any version; version 1 calls the data set "benchmark"."""
     return {"data": row.get("benchmark", ""), **row}
 
 
 def samples_of(run: Path, row: Mapping[str, Any]) -> Path:
-    """The samples behind a row of the summary."""
+    """Return the path of the samples behind a row of the summary."""
     return samples_file(run / "evaluations" / str(row.get("checkpoint") or row["prompt"]), str(row["data"]))

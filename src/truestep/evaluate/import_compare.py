@@ -21,8 +21,8 @@ _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
 
 def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> dict[str, Any]:
-    """Write external evaluations as a run directory, once all are read; returns its summary. Raises UserError
-    if the directory is not empty, or an evaluation occurs twice."""
+    """Read all external evaluations, then write them as a run directory; returns its summary. Raises
+    UserError if the directory is not empty, or an evaluation occurs twice."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; pass --out with a different path")
     read = [(e, *_estimated(e)) for path in paths for e in read_evaluations(path, metric)]
@@ -62,7 +62,7 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
 
 
 def _estimated(evaluation: Evaluation) -> tuple[str, list[Any], dict[str, Any]]:
-    """The task's name as a file name, the samples in order of their problems, and the estimate."""
+    """Return the task's name as a file name, the samples in the order of their problems, and the estimate."""
     task = "".join(c if c.isalnum() or c in "._-" else "-" for c in evaluation.task).strip(".-") or "task"
     private = is_private(evaluation.task)
     groups = _grouped(evaluation)
@@ -76,17 +76,17 @@ def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
-    """``comparisons``: b - a for every task that both have, paired by problem (by id if the texts agree, else
-    by the problem's text). ``only_in_a`` and ``only_in_b``: the other tasks. Raises UserError if no task is in
-    both, a task has different problems, or one side is unfinished."""
+    """Compare two evaluations. ``comparisons`` is b - a for each task that both have, paired by problem (by
+    id if the texts agree, otherwise by text); ``only_in_a`` and ``only_in_b`` are the other tasks. Raises
+    UserError if no task is in both, a task has different problems, or one side is unfinished."""
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
-    # Different templates, harnesses or filters are compared if one side has only one.
+    # Different templates, harnesses or filters are compared if at least one side has only one.
     for task in dict.fromkeys(map(_task, left)):
         own, other = ([k for k in side if _task(k) == task] for side in (left, right))
         if not any(k in right for k in own) and 1 in (len(own), len(other)):
             pairs += [(x, y) for x in own for y in other]
-    if not pairs and len(left) == len(right) == 1:  # one file each: compared whatever their names are
+    if not pairs and len(left) == len(right) == 1:  # single files are compared whatever their names are
         pairs = [(next(iter(left)), next(iter(right)))]
     if not pairs:
         names = [", ".join(sorted({k[0] for k in side})) for side in (left, right)]
@@ -99,7 +99,7 @@ def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
     }
 
 
-Key = tuple[str, str]  # task, and the template of a truestep run, or else the harness
+Key = tuple[str, str]  # the task, and the template of a truestep run, or otherwise the harness
 
 
 def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
@@ -115,7 +115,7 @@ def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
 
 
 def _task(key: Key) -> str:
-    """The task without lm-eval's filter."""
+    """Return the task without lm-eval's filter."""
     return key[0].partition(",")[0]
 
 
@@ -149,8 +149,8 @@ def _grouped(evaluation: Evaluation) -> dict[str, list[Any]]:
 
 
 def _same_problems(a: Sequence[Row], b: Sequence[Row]) -> bool:
-    """Whether the same ids mean the same problems: some ids are the same, and if both have texts, most agree
-    (one text may contain the other, because harnesses put different words around a question)."""
+    """Return whether the same ids mean the same problems: some ids are in both, and, if both have texts, most
+    texts agree (one text may contain the other, because harnesses put different words around a question)."""
     left, right = ({row["problem_id"]: _spaced(row.get("prompt")) for row in rows} for rows in (a, b))
     common = left.keys() & right.keys()
     texts = [(left[id], right[id]) for id in common if left[id] and right[id]]
@@ -158,8 +158,8 @@ def _same_problems(a: Sequence[Row], b: Sequence[Row]) -> bool:
 
 
 def _by_text(rows: Sequence[Row]) -> list[Row]:
-    """The samples with their problem's text as id; if several problems have the same text, it is numbered."""
-    ids: dict[str, dict[str, int]] = defaultdict(dict)  # text -> id of a problem -> its number
+    """Return the samples with the problem's text as id. Problems with the same text are numbered."""
+    ids: dict[str, dict[str, int]] = defaultdict(dict)  # text -> id of a problem -> number of that problem
     found = []
     for row in rows:
         text = _spaced(row.get("prompt")) or row["problem_id"]
@@ -173,7 +173,7 @@ def _spaced(text: Any) -> str:
 
 
 def _seed(evaluation: Evaluation) -> int | None:
-    """The sampling seed, if it is in a results file beside the samples."""
+    """Return the sampling seed, if a results file next to the samples contains it."""
     source = Path(evaluation.source)
     path = results_file(source.parent, source.name.removesuffix(".samples.jsonl"))
     return read_json(path).get("seed") if evaluation.made_by == "truestep" and path.is_file() else None

@@ -1,9 +1,8 @@
-"""95 % intervals of a mean of values in [0, 1], one value per problem; and the distributions they need.
+"""95 % intervals of a mean of values in [0, 1], one value per problem, and the distributions that they need.
 
-With one sample per problem the count is binomial, and Blaker's exact interval is used. With several, Clopper
-and Pearson's is used at an effective number of trials, as in complex surveys. Coverage is measured by
-benchmarks/coverage_evaluate.py.
-"""
+With one sample per problem the count is binomial, and Blaker's exact interval is used. With several samples,
+Clopper and Pearson's interval is used with an effective number of trials, as in complex surveys. Coverage is
+measured by benchmarks/coverage_evaluate.py."""
 
 from __future__ import annotations
 
@@ -14,12 +13,12 @@ from functools import lru_cache
 
 import numpy as np
 
-BLAKER_UP_TO = 2_000  # trials; with more, Clopper and Pearson's interval is hardly wider
-GRID = (200, 30)  # points tried for an exact interval's end: between its bounds, then between two of these
+BLAKER_UP_TO = 2_000  # trials; with more trials, Clopper and Pearson's interval is hardly wider
+GRID = (200, 30)  # points tried for an exact interval's end: between its bounds, then between two of them
 PULL = 0.5  # how strongly a spread that comes from few problems is pulled to the largest possible one
 NORMAL_QUANTILE = 1.959963984540054  # the two-sided 95 % point
 Ends = tuple[float, float]
-INWARD = 0.2  # of one trial: how much narrower the clustered interval is than Clopper and Pearson's
+INWARD = 0.2  # in units of one trial: how much narrower the clustered interval is than Clopper and Pearson's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +31,13 @@ class Interval:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of independent values (at least two)."""
+    """Return the standard error of the mean of independent values (at least two)."""
     return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def mean_interval(values: np.ndarray, num_trials: float) -> Interval:
-    """Mean of per-problem values in [0, 1] with its 95 % interval, which never has width 0. ``num_trials`` is
-    the number of samples behind the values: the number of problems, or more."""
+    """Return the mean of per-problem values in [0, 1] with its 95 % interval, which never has width 0.
+    ``num_trials`` is the number of samples behind the values: the number of problems, or more."""
     num_problems, mean = len(values), float(values.mean())
     if num_trials <= num_problems or num_problems == 1:
         low, high = binomial_interval(mean * num_problems, num_problems)
@@ -49,7 +48,7 @@ def mean_interval(values: np.ndarray, num_trials: float) -> Interval:
 
 
 def binomial_interval(correct: float, num: int) -> Ends:
-    """Exact interval of a share: Blaker's up to 2,000 trials, then Clopper and Pearson's.
+    """Return the exact interval of a share: Blaker's for up to 2,000 trials, Clopper and Pearson's for more.
     Source: Blaker 2000 (doi:10.2307/3315916)"""
     if correct != round(correct) or num > BLAKER_UP_TO:
         return _beta_ends(correct, float(num), 0.05, 0.0)
@@ -57,16 +56,16 @@ def binomial_interval(correct: float, num: int) -> Ends:
 
 
 def alpha_of(num_problems: int) -> float:
-    """One minus the level at which the ends are computed: 94 % for the smallest sets, tending to 95 %. Ends
-    that contain the true value in at least 94 % of cases, whatever it is, contain it more often on average; at a
-    level of 95 % it would be 96.4 % for 30 problems.
+    """Return one minus the level at which the ends are computed: 94 % for the smallest sets, tending to 95 %.
+    If the ends contain the true value in at least 94 % of cases, whatever it is, they contain it more often
+    on average. At a level of 95 %, the average would be 96.4 % for 30 problems.
     Equation: alpha = 5 % + min(1 %, 30 % / n)"""
     return 0.05 + min(0.01, 0.3 / num_problems)
 
 
 @lru_cache(maxsize=4096)
 def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
-    """The ends of {p: P(a tail as unlikely as this one's, or less likely) > alpha}, rounded outwards."""
+    """Return the ends of {p: P(a tail at most as likely as that of this count) > alpha}, rounded outwards."""
     ends = []
     for outside in _beta_ends(
         float(correct), float(num), alpha, 0.0
@@ -81,7 +80,7 @@ def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
 
 
 def _acceptability(correct: int, num: int, points: np.ndarray) -> np.ndarray:
-    """Blaker's acceptability of a count at each p: P(the counts whose smaller tail is not greater)."""
+    """Return Blaker's acceptability of a count at each p: P(the counts whose smaller tail is not greater)."""
     counts, log_choose = np.arange(num + 1), _log_choose(num)
     points = np.clip(points, 1e-12, 1 - 1e-12)
     found, step = np.empty(len(points)), max(1, 2_000_000 // (num + 1))
@@ -103,12 +102,13 @@ def _log_choose(num: int) -> np.ndarray:
 
 
 def clustered_interval(mean: float, variance: float, num_problems: int, num_trials: float) -> Ends:
-    """Interval of the mean of problem shares with several samples each. The effective number of trials is
-    the one at which a proportion would have the error that the problems show. It is between the number of
-    problems (all samples of a problem agree) and of samples (they are independent), and smaller by the squared
-    ratio of the normal to the Student quantile, because the error is an estimate; but never less than the number
-    of problems, since a mean of shares spreads no more than a mean of as many verdicts. If few problems carry
-    the mean, their spread is underestimated too, so it is pulled to the largest possible one, m (1 - m).
+    """Return the interval of the mean of problem shares with several samples each. The effective number of
+    trials is the number at which a proportion would have the error that the problems show. It is between the
+    number of problems (all samples of a problem agree) and the number of samples (they are independent). It
+    is reduced by the squared ratio of the normal to the Student quantile, because the error is an estimate,
+    but never below the number of problems, since a mean of shares spreads no more than a mean of as many
+    verdicts. If few problems determine the mean, their spread is also underestimated, so it is pulled towards
+    the largest possible spread, m (1 - m).
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
     Source for the effective number: Korn and Graubard 1998, Survey Methodology 24:193; the pull is our own"""
     most = mean * (1 - mean)
@@ -123,7 +123,7 @@ def clustered_interval(mean: float, variance: float, num_problems: int, num_tria
 
 
 def _beta_ends(correct: float, num: float, alpha: float, inward: float) -> tuple[float, float]:
-    """Clopper and Pearson's ends for a count that need not be whole, moved inward by ``inward`` of a trial."""
+    """Return Clopper and Pearson's ends, moved inward by ``inward`` trials; the count may be fractional."""
     wrong = num - correct
     low = beta_quantile(alpha / 2, correct + inward, wrong + 1 - inward) if correct > 0 else 0.0
     high = beta_quantile(1 - alpha / 2, correct + 1 - inward, wrong + inward) if wrong > 0 else 1.0
@@ -131,7 +131,7 @@ def _beta_ends(correct: float, num: float, alpha: float, inward: float) -> tuple
 
 
 def t_cdf(t: float, df: float) -> float:
-    """Student's distribution function with ``df`` degrees of freedom.
+    """Return Student's distribution function with ``df`` degrees of freedom.
     Equation: tail = I_x(df / 2, 1 / 2) / 2 at x = df / (df + t^2)"""
     tail = 0.5 * _incomplete_beta(df / 2, 0.5, df / (df + t * t), t * t / (df + t * t))
     return tail if t < 0 else 1 - tail
@@ -139,7 +139,7 @@ def t_cdf(t: float, df: float) -> float:
 
 @lru_cache(maxsize=256)
 def t_quantile(probability: float, df: float) -> float:
-    """The t at which ``t_cdf`` reaches a probability in [0.5, 1)."""
+    """Return the t at which ``t_cdf`` reaches a probability in [0.5, 1)."""
     high = 1.0
     while t_cdf(high, df) < probability:
         high *= 2
@@ -148,7 +148,7 @@ def t_quantile(probability: float, df: float) -> float:
 
 @lru_cache(maxsize=4096)
 def beta_quantile(probability: float, a: float, b: float) -> float:
-    """The x at which the beta distribution function I_x(a, b) reaches a probability."""
+    """Return the x at which the beta distribution function I_x(a, b) reaches a probability."""
     return _solve(lambda x: _incomplete_beta(a, b, x, 1 - x), probability, 0.0, 1.0)
 
 
@@ -160,11 +160,12 @@ def _solve(rising: Callable[[float], float], wanted: float, low: float, high: fl
 
 
 def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
-    """Regularised incomplete beta function I_x(a, b) by its continued fraction (modified Lentz). ``y`` is 1 -
-    x, which the caller knows to more digits than a subtraction leaves. Source: NIST DLMF 8.17.22"""
+    """Return the regularized incomplete beta function I_x(a, b) as a continued fraction (modified Lentz).
+    ``y`` is
+    1 - x, which the caller knows more exactly than a subtraction gives it. Source: NIST DLMF 8.17.22"""
     if x <= 0 or y <= 0:
         return float(y <= 0)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side of the mean
+    if x > (a + 1) / (a + b + 2):  # the fraction converges quickly on the other side of the mean
         return 1 - _incomplete_beta(b, a, y, x)
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
     front = math.exp(a * math.log(x) + b * math.log(y) - log_beta) / a

@@ -1,4 +1,4 @@
-"""What to evaluate: settings → jobs (a benchmark with a template), each with its problems and limits."""
+"""The jobs of an evaluation, made from the settings: each is a benchmark with a template and its problems."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from truestep.evaluate import benchmarks, prompts
 from truestep.records import Problem
 from truestep.settings import SamplingSettings, Settings, parse, settings_hash
 
-# Short keys of `truestep eval` recipes (and of --set), and the keys that they stand for.
+# Short keys in `truestep eval` recipes (and in --set), and the keys that they stand for.
 SHORT = {
     "benchmarks": "evaluate.benchmarks", "prompts": "evaluate.prompts", "few_shot": "evaluate.few_shot",
     "limit": "evaluate.limit", "limits": "evaluate.limits", "engine": "evaluate.engine",
@@ -31,8 +31,8 @@ FIXED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One benchmark with one template. ``content`` is a hash of the problems used, ``source`` of all problems
-    of the benchmark: if the limit is increased, existing samples are kept."""
+    """One benchmark with one template. ``content`` is a hash of the problems used, ``source`` a hash of all
+    problems in the benchmark, so that existing samples are kept if the limit is increased."""
 
     benchmark: benchmarks.Benchmark
     template: prompts.Template
@@ -48,8 +48,8 @@ class Job:
 
 
 def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
-    """The settings of ``truestep eval``: a recipe whose evaluation keys may be short ones. Raises UserError
-    if no benchmark is named, or a benchmark, template or setting is unknown."""
+    """Return the settings of ``truestep eval``, from a recipe whose evaluation keys may be short. Raises
+    UserError if no benchmark is named, or if a benchmark, template or setting is unknown."""
     table: dict[str, Any] = {"name": "eval-" + _stem(raw), "data": {}, "stages": []}
     for key, value in raw.items():
         if key == "data" and isinstance(value, str):
@@ -93,10 +93,10 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
-    """Load and check every benchmark, and pair it with each template. Raises UserError for unpinned rows."""
+    """Load and check each benchmark, and pair it with every template. Raises UserError for unpinned rows."""
     evaluate = settings.evaluate
     folder = Path(evaluate.folder).expanduser() if evaluate.folder else None
-    if folder and (base_dir / folder).is_dir():  # in the recipe's folder, else in the current one
+    if folder and (base_dir / folder).is_dir():  # in the recipe's folder, otherwise in the current one
         folder = base_dir / folder
     jobs = []
     for id in dict.fromkeys(evaluate.benchmarks):
@@ -122,12 +122,13 @@ def _hash(problems: Sequence[Problem]) -> str:
 
 
 def engine_kind(settings: Settings) -> str:
-    """torch, vllm or endpoint; the address of an endpoint does not affect samples."""
+    """Return torch, vllm or endpoint; the address of an endpoint does not affect samples."""
     return "endpoint" if settings.evaluate.is_endpoint else settings.evaluate.engine
 
 
 def job_identity(settings: Settings, job: Job, model_content: str) -> str:
-    """The hash of everything that a sample of this job depends on, so not of how many there are."""
+    """Return the hash of everything that a sample of this job depends on; the number of samples is not
+    included."""
     t, s = job.template, job.sampling
     asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
     sampling = (s.temperature, s.top_p, s.top_k, s.max_new_tokens, settings.seed, settings.evaluate.few_shot)
@@ -136,13 +137,13 @@ def job_identity(settings: Settings, job: Job, model_content: str) -> str:
 
 
 def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
-    """The settings of FIXED that differ: key, old value, new value."""
+    """Return the settings in FIXED that differ: key, old value, new value."""
     pairs = ((key, attrgetter(key)(old), attrgetter(key)(new)) for key in FIXED)
     return [(key, a, b) for key, a, b in pairs if a != b]
 
 
 def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
-    """Notes about settings that are not followed."""
+    """Return notes about settings that are not followed."""
     wanted = settings.evaluate.samples_per_problem
     greedy = dict.fromkeys(j.benchmark.id for j in jobs if wanted != "benchmark" and j.samples < wanted)
     same = "at temperature 0 all samples are the same"

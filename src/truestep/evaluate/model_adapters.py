@@ -1,7 +1,7 @@
 """How problems reach a model: as tokens through an engine of truestep, or as turns through an endpoint.
 
-Both make the same things from a job: prompts, the longest completion that fits, and notes for the user.
-"""
+Both adapters make the same things from a job: prompts, the longest completion that fits, and notes for the
+user."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEAST_ROOM = 8  # tokens that must remain for a completion after the longest pro
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyJob:
-    """A job with its prompts. ``fingerprint`` is a hash of them, the same for every engine."""
+    """A job with its prompts. ``fingerprint`` is a hash of them that is the same for every engine."""
 
     prompts: Sequence[Prompt] | Sequence[TextPrompt]
     stop_token_ids: tuple[int, ...] = ()
@@ -48,13 +48,13 @@ def fingerprint(prompts: Sequence[Any]) -> str:
 
 @dataclass(kw_only=True)
 class TokenAdapter:
-    """Uses the model's tokenizer and an engine of truestep, which is opened for the first sample."""
+    """Adapter with the model's tokenizer and an engine of truestep, which is opened for the first sample."""
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     model_eos: Any
     open_engine: Callable[[], Engine]  # called for every job; it opens an engine once and keeps it
-    pinned_limit: bool  # the length limit is a benchmark's, and may be reduced to fit the model's context
+    pinned_limit: bool  # the length limit is from a benchmark, and may be reduced to fit the model's context
 
     def ready(self, job: Job, few_shot: int) -> ReadyJob:
         template, kind = job.template, job.benchmark.kind
@@ -91,8 +91,9 @@ class TokenAdapter:
         return Prompt(problem=problem, token_ids=made.token_ids)
 
     def _stops(self, template: Template) -> tuple[int, ...]:
-        """The tokens that end a turn. If a line's end or an empty line ends it, also every token that has
-        one: the text is cut there in any case; this only saves sampling what would follow."""
+        """Return the tokens that end a turn. If a line break or an empty line ends it, this includes every
+        token that contains one. The text is cut there in any case; this only avoids sampling what would
+        follow."""
         stops = stop_token_ids(self.tokenizer, self.model_eos)
         ends = [text for text in template.stop if not text.strip()]
         if not ends:
@@ -101,7 +102,7 @@ class TokenAdapter:
         return (*stops, *(i for i, t in enumerate(texts) if i not in stops and any(end in t for end in ends)))
 
     def _stop_sequences(self, template: Template) -> tuple[tuple[int, ...], ...]:
-        """The stops as tokens, for a tokenizer that has no token for an empty line."""
+        """Return the stops as tokens, for a tokenizer that has no token for an empty line."""
         tokenizer = self.tokenizer
         made = ((stop, tokenizer(stop, add_special_tokens=False)["input_ids"]) for stop in template.stop)
         return tuple(tuple(ids) for stop, ids in made if len(ids) > 1 and stop in tokenizer.decode(ids))
@@ -121,7 +122,7 @@ class TokenAdapter:
 
 @dataclass(kw_only=True)
 class EndpointAdapter:
-    """Uses an endpoint, which has its own tokenizer and chat template."""
+    """Adapter that uses an endpoint, which has its own tokenizer and chat template."""
 
     engine: EndpointEngine
 
@@ -138,7 +139,7 @@ class EndpointAdapter:
         characters = sum(len(p.text) + sum(len(m.content) for m in p.messages) for p in prompts)
         return ReadyJob(
             prompts=prompts, max_new_tokens=job.sampling.max_new_tokens,
-            num_prompt_tokens=characters // 4,  # only the server can count them
+            num_prompt_tokens=characters // 4,  # only the server can count the tokens
             fingerprint=fingerprint(sent), notes=(note,) if template.suffix else (),
         )  # fmt: skip
 

@@ -1,8 +1,7 @@
-"""Prompt templates, by name: the paper's, Qwen's, a plain one, a bare completion, and deliberately odd ones.
+"""Prompt templates by name: the paper's, Qwen's, a plain one, a bare completion, and deliberately odd ones.
 
-A score that changes between reasonable templates says as much about the template as about the model:
-``--prompts`` evaluates with several and reports the spread.
-"""
+A score that changes between reasonable templates says as much about the template as about the model, so
+``--prompts`` evaluates with several templates and reports the spread."""
 
 from __future__ import annotations
 
@@ -29,9 +28,9 @@ _LETTER = " The final answer is the letter of the right choice alone."
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a problem is asked. ``suffix`` opens the model's turn, and is treated as the model's own text. If
-    ``chat`` is False, the prompt is text to continue, without a chat template, and a completion ends at the
-    first ``stop``. If ``brief`` is True, each worked example has one step and one line."""
+    """How a problem is presented. ``suffix`` opens the model's turn and is treated as the model's own text.
+    If ``chat`` is False, the prompt is text to continue, without a chat template, and a completion ends at
+    the first ``stop``. If ``brief`` is True, each worked example has one step and one line."""
 
     id: str
     math: str
@@ -82,7 +81,7 @@ TEMPLATES: tuple[Template, ...] = (
 )  # fmt: skip
 BY_ID = {t.id: t for t in TEMPLATES}
 
-# Written for this project, so that no benchmark's own rows are shown. (question, worked answer)
+# Written for this project, so that no row of a benchmark is shown (question, worked answer).
 _MATH_SHOTS = (
     ("A baker makes 12 rolls an hour for 4 hours and sells 30 of them. How many rolls are left?",
      "She makes 12 * 4 = 48 rolls. After selling 30, 48 - 30 = 18 are left. The answer is 18"),
@@ -134,7 +133,7 @@ MOST_SHOTS = len(_MATH_SHOTS)
 
 
 def chosen(names: Sequence[str]) -> list[Template]:
-    """The templates of those names, each once; "odd" stands for all odd ones. Raises UserError."""
+    """Return the templates with those names, each once; "odd" means all odd ones. Raises UserError."""
     found: dict[str, Template] = {}
     for name in names:
         group = [t for t in TEMPLATES if t.odd] if name == "odd" else [BY_ID[name]] if name in BY_ID else []
@@ -145,7 +144,7 @@ def chosen(names: Sequence[str]) -> list[Template]:
 
 
 def messages_of(template: Template, problem: Problem, kind: str, few_shot: int) -> tuple[Message, ...]:
-    """The turns of a prompt: the system turn, ``few_shot`` worked examples, the problem."""
+    """Return the turns of a prompt: the system turn, ``few_shot`` worked examples, and the problem."""
     body, system = template.math, template.system
     shots = _BRIEF_SHOTS if template.brief else _MATH_SHOTS
     if kind == "choice":
@@ -162,11 +161,11 @@ def _user(body: str, question: str) -> Message:
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """The turns as text to continue: an answer follows its question after a space; then an empty line."""
+    """Return the turns as text to continue. A space precedes each answer; an empty line follows it."""
     text = "".join((" " if m.role == "assistant" else "\n\n") + m.content for m in messages)
     return text.removeprefix("\n\n")
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of the stops."""
+    """Return the text up to the first of the stops."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

@@ -1,7 +1,6 @@
-"""Evaluate a model on a set of problems: sampled once, graded once, written sample by sample, resumable.
+"""Evaluates a model on a set of problems; the evaluation can be resumed, and every sample is recorded.
 
-All evaluations of truestep (dev scores, a run's checkpoints, ``truestep eval``) call ``run_evaluation``.
-"""
+All evaluations of truestep (dev scores, a run's checkpoints, ``truestep eval``) call ``run_evaluation``."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, read_jsonl, write_atomic, write_json
 from truestep.seeding import Purpose
 
-REFRESH_SECONDS = 1.0  # how often the running interval is computed again
+REFRESH_SECONDS = 1.0  # interval at which the running score is computed again
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 Key = tuple[str, int]  # problem id, sample index
@@ -47,10 +46,10 @@ class TextPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """What is evaluated and where it is written. ``identity`` is a hash of everything that a sample depends on
-    (model, data, chat, sampling, seed): samples with a different identity are never mixed with these."""
+    """What is evaluated, and where it is written. ``identity`` is a hash of everything that a sample depends
+    on (model, data, chat, sampling, seed). Samples with different identities are never mixed."""
 
-    name: str  # the data set's
+    name: str  # the data set's name
     prompts: Sequence[Prompt] | Sequence[TextPrompt]
     sampling: SamplingParameters
     samples_per_problem: int
@@ -58,7 +57,7 @@ class EvaluationPlan:
     folder: Path
     identity: str
     pass_at: Sequence[int] = (1,)
-    private: bool = False  # write only ids, verdicts and counts, no text
+    private: bool = False  # if True, only ids, verdicts and counts are written, and no text
     opening: str = ""  # the part of the model's own text that is in the prompt; graded with every completion
     facts: Mapping[str, Any] = field(default_factory=dict)  # further entries of the results file
 
@@ -87,7 +86,7 @@ class EvaluationPlan:
         return results_file(self.folder, self.name)
 
     def sample_keys(self) -> list[Key]:
-        """Every requested sample, in the order of the finished file."""
+        """Return the key of every requested sample, in the order of the finished file."""
         return [(p.problem.id, index) for p in self.prompts for index in range(self.samples_per_problem)]
 
 
@@ -95,10 +94,10 @@ def run_evaluation(
     plan: EvaluationPlan, *, answer: Answer, judge: Judge, reporter: Reporter | None = None, title: str = ""
 ) -> dict[str, Any]:
     """Sample, grade and record what is not yet recorded; write and return the results. ``answer`` yields one
-    sample of each requested key, in any order; it is not called if all samples exist. After an exception between
-    two samples the finished ones are kept, and the next call does not repeat them. A sample that could not be
-    made is unscored, and the next call requests it again. Raises RecordError if an answer was not requested,
-    comes twice, or is missing."""
+    sample for each requested key, in any order; it is not called if all samples exist. After an exception
+    between two samples, the finished samples are kept, and the next call does not repeat them. A sample that
+    could not be made is unscored, and the next call requests it again. Raises RecordError if an answer was
+    not requested, is repeated, or is missing."""
     problems = {prompt.problem.id: prompt.problem for prompt in plan.prompts}
     rows, keys = _resume(plan), plan.sample_keys()
     running = RunningScore(rows.values())
@@ -109,7 +108,7 @@ def run_evaluation(
     for sample in answer(asked) if asked else ():
         key = (sample.problem_id, sample.sample_index)
         if key not in open_keys:
-            raise RecordError(f"the engine answered {key[0]}/{key[1]}, which is not open")
+            raise RecordError(f"the engine answered {key[0]}/{key[1]} without a request, or twice")
         open_keys.remove(key)
         rows[key] = _row(plan, problems[key[0]], sample, judge)
         append_jsonl(plan.samples_path, [rows[key]])
@@ -119,7 +118,7 @@ def run_evaluation(
     if open_keys:
         raise RecordError(f"the engine left {len(open_keys)} of {len(asked)} samples unanswered")
     ordered = [rows[key] for key in keys]
-    # In the requested order, so that a resumed run writes the same bytes.
+    # The requested order, so that a resumed run writes the same bytes.
     write_samples(plan.samples_path, plan.name, plan.identity, ordered)
     results = _results(plan, estimate(ordered, plan.pass_at))
     write_json(plan.results_path, results)
@@ -127,7 +126,7 @@ def run_evaluation(
 
 
 class RunningScore:
-    """The score so far with its interval, computed at most once a second, and after the last sample."""
+    """The score so far with its interval, computed at most once per second and after the last sample."""
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         self._problems: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # correct, samples
@@ -156,7 +155,7 @@ def engine_answers(
     decode: Callable[[Sequence[int]], str],
     check_stop: Callable[[], None] = lambda: None,
 ) -> Answer:
-    """The answers of an engine that samples tokens, which is opened when the first sample is requested."""
+    """Yield the answers of an engine that samples tokens, opened when the first sample is requested."""
 
     def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
         prompts: dict[str, Any] = {prompt.problem.id: prompt for prompt in plan.prompts}
@@ -172,7 +171,8 @@ def engine_answers(
 
 
 def request_of(plan: EvaluationPlan, key: Key, prompt_ids: tuple[int, ...] = ()) -> SampleRequest:
-    """The request for a sample: always the same step, so every checkpoint has the same draws (for pairing)."""
+    """Return the request for a sample. The step is always the same, so that all checkpoints have the same
+    draws, which allows pairing."""
     named: dict[str, Any] = {"problem_id": key[0], "sample_index": key[1], "prompt_ids": prompt_ids}
     return SampleRequest(seed=plan.seed, purpose=Purpose.EVALUATE, step=0, **named)
 
@@ -200,7 +200,7 @@ def _header(name: str, identity: str) -> Row:
 
 
 def check_kept(plan: EvaluationPlan) -> None:
-    """Raises UserError if resuming would lose samples, made with other settings or no longer requested."""
+    """Raise UserError if resuming would lose samples that have other settings or are not requested now."""
     path = plan.samples_path
     header = _header(plan.name, plan.identity)
     first, *rows = read_jsonl(path) or [header]
@@ -218,8 +218,8 @@ def check_kept(plan: EvaluationPlan) -> None:
 
 
 def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
-    """The samples already made with the same identity, without the engine's errors, which are requested again;
-    the file is left complete, ready for appending."""
+    """Return the samples already made with the same identity, without errors of the engine, which are
+    requested again. The file is left complete, ready for appending."""
     first, *rows = read_jsonl(plan.samples_path) or [{}]
     wanted = set(plan.sample_keys()) if first == _header(plan.name, plan.identity) else set()
     keyed = {(row["problem_id"], row["sample_index"]): row for row in rows if row["stop"] != Stop.ERROR}
@@ -235,7 +235,7 @@ def write_samples(path: Path, name: str, identity: str, rows: Iterable[Row]) -> 
 
 
 def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
-    """The results file; ``results`` and ``n-samples`` are keyed by task, as in lm-evaluation-harness."""
+    """Return the results file's content; ``results`` and ``n-samples`` are keyed by task, as in lm-eval."""
     score, sampling = found.to_json(), asdict(plan.sampling)
     sampling |= {key: list(sampling[key]) for key in ("stop_token_ids", "stop_sequences")}
     return {
@@ -246,7 +246,7 @@ def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:
 
 
 def task_results(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """An estimate with the keys of lm-evaluation-harness."""
+    """Return an estimate with the keys of lm-evaluation-harness."""
     error = "N/A" if found["stderr"] is None else found["stderr"]
     task: Row = {"alias": name, "exact_match,none": found["score"], "exact_match_stderr,none": error}
     task |= {f"pass@{k},none": interval["value"] for k, interval in found["pass_at"].items()}

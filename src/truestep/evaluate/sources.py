@@ -1,4 +1,4 @@
-"""A row of a benchmark, in any published layout → its question, choices and gold answer."""
+"""Reads a row of a benchmark, in any published layout, as its question, choices and gold answer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LABEL = re.compile(r"^\(?([A-Z]|\d{1,2})[).:]\s*")
 
 
 class NotThere(UserError):
-    """Raised if a benchmark has neither a local file nor a source."""
+    """Error for a benchmark that has neither a local file nor a source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A question as published. ``choices`` are bare texts (() if the answer is free); ``answer`` is the
-    gold answer, or the position of the correct choice as a decimal number."""
+    """A question as published. ``choices`` are bare texts (() if the answer is free); ``answer`` is the gold
+    answer, or the position of the correct choice as a decimal number."""
 
     id: str
     question: str
@@ -34,15 +34,15 @@ class Item:
 
 
 def content_hash(items: Iterable[Item]) -> str:
-    """SHA-256 over questions, choices and answers. Ids and the order of the rows do not count: the same
-    questions from a different source are the same benchmark."""
+    """Return the SHA-256 of questions, choices and answers. It does not depend on ids or on the order of the
+    rows, so the same questions from a different source are the same benchmark."""
     lines = sorted(json.dumps([i.question, list(i.choices), i.answer], ensure_ascii=False) for i in items)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def item_of(row: Row, id: str) -> Item:
-    """Reads the published layouts and the plain one (problem or question, answer, optional choices). Raises
-    a RowError that never quotes the row, because some benchmarks must not appear in plain text."""
+    """Read a row in a published layout or the plain one (problem or question, answer, optional choices).
+    Raises a RowError that never quotes the row, because some benchmarks must not appear in plain text."""
     id = str(row.get("id") or row.get("Record ID") or row.get("question_id") or id)
     question, choices, answer = _parts(row)
     question, answer = question.strip(), answer.strip()
@@ -80,7 +80,7 @@ def _text(row: Row, field: str) -> str:
 
 
 def _inline_choices(problem: str) -> tuple[str, list[str]] | None:
-    """The question and its choices, if the problem ends with a block of lines A) …, B) …"""
+    """Return the question and its choices, if the problem ends with a block of lines A) …, B) …"""
     question, _, block = problem.rpartition("\n\n")
     lines = block.split("\n")
     marks = [_LABEL.match(line) for line in lines]
@@ -91,9 +91,9 @@ def _inline_choices(problem: str) -> tuple[str, list[str]] | None:
 
 
 def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[list[str], str]:
-    """Bare texts of the choices, and the position of the correct one."""
+    """Return the bare texts of the choices, and the position of the correct one."""
     if not isinstance(given, list | tuple) or not all(isinstance(c, str) for c in given):
-        raise RowError("choices", "expected a list of texts")
+        raise RowError("choices", "expected a list of strings")
     if not labels:
         marks, letters = [_LABEL.match(c) for c in given], list(LETTERS[: len(given)])
         labels = [m[1] for m in marks if m]
@@ -108,13 +108,13 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
 
 
 def file_items(path: Path) -> list[Item]:
-    """The items of a .jsonl, .parquet or .csv file. Raises UserError with file, row and field."""
+    """Return the items in a .jsonl, .parquet or .csv file. Raises UserError with file, row and field."""
     rows: Iterable[tuple[int, Row | RowError]] = _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
     return _items(str(path), path.stem, rows)
 
 
 def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]:
-    """The items of a data set on the Hugging Face hub; offline (HF_HUB_OFFLINE=1), from its local cache."""
+    """Return the items of a Hugging Face hub data set; offline (HF_HUB_OFFLINE=1), from its local cache."""
     where = f"benchmark {name}: hub:{repository}"
     try:
         import datasets

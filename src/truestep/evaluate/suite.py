@@ -1,4 +1,4 @@
-"""Runs all jobs of an evaluation, one after the other, each resumable, and summarizes them."""
+"""Runs all jobs of an evaluation one after the other, and summarizes them. Each job can be resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from truestep.progress import Reporter
 from truestep.rollout.engine import SamplingParameters
 from truestep.settings import Settings
 
-FEW_EXTRACTED = 0.9  # below this share of samples with an answer, the score says little about the model
+FEW_EXTRACTED = 0.9  # if fewer samples than this share have an answer, the score says little about the model
 
 Score = Mapping[str, Any]
 
@@ -30,8 +30,8 @@ Score = Mapping[str, Any]
 def make_plans(
     settings: Settings, jobs: Sequence[Job], adapter: ModelAdapter, folder: Path, content: str
 ) -> tuple[list[tuple[Job, EvaluationPlan]], list[str]]:
-    """One plan for each job, and notes for the user. Raises UserError if samples in the folder would be lost.
-    ``content`` is a hash of the model."""
+    """Return one plan for each job, and notes for the user. Raises UserError if samples in the folder would
+    be lost. ``content`` is a hash of the model."""
     ready = [(job, adapter.ready(job, settings.evaluate.few_shot)) for job in jobs]
     plans = [(j, _plan(settings, j, made, folder, job_identity(settings, j, content))) for j, made in ready]
     for _, plan in plans:
@@ -93,8 +93,8 @@ def _plan(settings: Settings, job: Job, ready: ReadyJob, folder: Path, identity:
 
 
 def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
-    """For each benchmark evaluated with several templates: the range of its scores, and each template compared
-    with the first, paired by problem."""
+    """Return, for each benchmark evaluated with several templates, the range of its scores and a comparison
+    of each template with the first, paired by problem."""
     groups: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
         groups[score["data"]].append(score)
@@ -115,9 +115,9 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
 
 
 def averages(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The paper's plain means, for each template with which all benchmarks of a mean were fully evaluated.
-    The distances to the interval's ends are those of the benchmarks, added in quadrature. Source: Zou and
-    Donner 2008 (doi:10.1002/sim.3095)"""
+    """Return the paper's plain means, for each template with which all benchmarks of a mean were fully
+    evaluated. The distances to the ends of the interval are those of the benchmarks, added in quadrature.
+    Source: Zou and Donner 2008 (doi:10.1002/sim.3095)"""
     found = []
     for name in ("ID", "OOD"):
         members = {b.id for b in TABLE if b.average == name}

@@ -1,1 +1,1 @@
-"""From a completion to a verdict: find the answer, compare it with the gold one, never hang or guess."""
+"""Grading of a completion: find the answer, compare it with the gold answer, and never hang or guess."""

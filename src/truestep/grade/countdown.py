@@ -1,4 +1,5 @@
-"""Countdown: reach a target with every given number exactly once. A small parser with exact fractions."""
+"""Checker for countdown problems: reach a target with every given number exactly once. It parses expressions
+and computes with exact fractions."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ _TOKEN = re.compile(r"\s*(?:(\d{1,18})(?![\d.])|([-+*/()]))", re.ASCII)
 
 
 class NotArithmetic(ValueError):
-    """The text is not an expression of + - * / ( ) and whole numbers."""
+    """Error for a text that is not an expression of + - * / ( ) and whole numbers."""
 
 
 def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
-    """Why an expression does not solve a countdown problem; "" if it does. It may end with "= target"."""
+    """Return why an expression does not solve a countdown problem; "" if it does. The expression may end with
+    "= target"."""
     for spelling, sign in _SPELLINGS.items():
         answer = answer.replace(spelling, sign)
     expression, equals, claimed = answer.partition("=")
@@ -39,7 +41,8 @@ def check_countdown(answer: str, numbers: Sequence[int], target: int) -> str:
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
-    """The exact value of an expression, and the numbers it uses. Raises NotArithmetic, ZeroDivisionError."""
+    """Return the exact value of an expression and the numbers that it uses. Raises NotArithmetic or
+    ZeroDivisionError."""
     tokens = _tokens(text)
     numbers = [int(token) for token in tokens if token.isdigit()]
     tokens.reverse()  # the last entry is the next token
@@ -63,7 +66,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _chain(tokens: list[str], depth: int, signs: str = "+-") -> Fraction:
-    """A sum of products or, with the signs "*/", a product of factors, evaluated from the left."""
+    """Evaluate from the left a sum of products or, with the signs "*/", a product of factors."""
 
     def part() -> Fraction:
         return _chain(tokens, depth, "*/") if signs == "+-" else _factor(tokens, depth)

@@ -1,8 +1,7 @@
 """Decides without algebra whether two answers are the same; if it cannot, says what algebra may decide.
 
-Three values everywhere: True, False, and None for "not decided here". Both answers come normalised
-(``grade.normal``).
-"""
+The result is True, False, or None for "not decided here". Both answers must be normalized
+(``grade.normal``)."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, s
 from truestep.grade.structure import brackets, elements, matrix
 from truestep.grade.units import same_time, spelled_number
 
-MAX_LENGTH = 2_000  # characters; longer answers are only compared as text
-MAX_DEPTH = 25  # brackets within brackets
-MAX_ELEMENTS = 60  # elements of a list, nested lists included; a longer list is left to algebra
+MAX_LENGTH = 2_000  # characters; longer answers are compared only as text
+MAX_DEPTH = 25  # levels of nested brackets
+MAX_ELEMENTS = 60  # elements of a list, including nested lists; a longer list is left to algebra
 MAX_PROSE = 2  # words next to the mathematics; an answer with more is a sentence and is compared as text
 _LARGEST_FACTORIAL = 5_000
 _LARGEST_POWER = 6  # digits of a numeric exponent
@@ -32,7 +31,7 @@ _ARITHMETIC = re.compile(r"(?:[\d\s.+*/^()-]|\\times|\\cdot|\\div)+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
 _TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
-# a formula that may stand for several values
+# A formula that may stand for several values.
 _EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
 _INDEX_WORD = re.compile(r"_\{?([a-z]{3,8})\}?$")
@@ -41,8 +40,8 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """``equal`` is None without a verdict. ``reason``: how it was decided, or why it was not; ``refused``:
-    why algebra must not be used ("" if it may be)."""
+    """The result of a comparison. ``equal`` is None if there is no verdict; ``reason`` says how it was
+    decided, or why it was not; ``refused`` says why algebra must not be used ("" if it may be)."""
 
     equal: bool | None
     reason: str = ""
@@ -50,7 +49,7 @@ class Decision:
 
 
 def decide(gold: str, found: str) -> Decision:
-    """Compare two normalised answers without algebra."""
+    """Compare two normalized answers without algebra."""
     if gold == found or canonical(gold) == canonical(found):
         return Decision(equal=True, reason="same text")
     if len(found) > MAX_LENGTH or len(gold) > MAX_LENGTH:
@@ -65,26 +64,26 @@ def decide(gold: str, found: str) -> Decision:
 
 
 def ballot(answer: str) -> str:
-    """The key under which an answer counts as a vote: its number if it is one (7, 7.0 and $7 are the same
-    vote; units are ignored), otherwise its canonical text."""
+    """Return the key under which an answer counts as a vote: its number if it is one (7, 7.0 and $7 are the
+    same vote; units are ignored), otherwise its canonical text."""
     number = parse_number(plain(answer)) if len(answer) <= MAX_LENGTH else None
     return str(number.value) if number else canonical(answer)
 
 
 def same_integer(gold: str, found: str) -> bool | None:
-    """Whether two answers are the same number; None if the gold answer is not a number."""
+    """Return whether two answers are the same number; None if the gold answer is not a number."""
     left = parse_number(plain(gold)) or parse_number(gold)
     right = parse_number(found) or parse_number(_right_side(found))
     return None if left is None else right is not None and same_number(left, right)
 
 
 def refusal(texts: Sequence[str]) -> str:
-    """Why algebra must not be used on these texts; "" if it may be."""
+    """Return why algebra must not be used on these texts; "" if it may be."""
     return next(filter(None, map(_refusal, texts)), "")
 
 
 def _refusal(text: str) -> str:
-    """Why a text must not be handed to algebra: it would cost more than any answer is worth."""
+    """Return why a text must not be given to algebra, because it would take too long; "" if it may be."""
     depth = deepest = 0
     for character in text:
         depth += (character in structure.OPEN) - (character in structure.CLOSE)
@@ -128,12 +127,12 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
-    """Whether both are the same part of the line; None if undecided, or if both are relations."""
+    """Return whether both answers are the same part of the line; None if undecided, or for two relations."""
     left, right = structure.region(gold), structure.region(found)
     if left is None or right is None or (left[1] and right[1]):
         return None
     if len(left[0]) != len(right[0]):
-        return None  # two stretches may be one that was cut
+        return None  # two stretches may be the parts of a single one
 
     def same(one: structure.Stretch, other: structure.Stretch) -> bool | None:
         if one[2:] != other[2:]:
@@ -146,8 +145,8 @@ def _same_region(gold: str, found: str, depth: int) -> bool | None:
 
 
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
-    """The pairs that algebra must all find equal for two undecided answers to be equal: the undecided
-    entries of tuples, intervals and matrices, or the whole."""
+    """Return the pairs that algebra must all find equal for two undecided answers to be equal: the undecided
+    entries of tuples, intervals and matrices, or the whole answers."""
     if (stripped := _without_left_side(gold, found)) and depth < MAX_DEPTH:
         return questions(*stripped, depth + 1)
     left, right = brackets(gold), brackets(found)
@@ -164,7 +163,7 @@ def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
 
 
 def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
-    """x = 1, y = 2 against (1, 2): the names are matched to places in alphabetical order."""
+    """Compare x = 1, y = 2 with (1, 2): the names are assigned to places in alphabetical order."""
     sides = [structure.without_names(text) or text for text in (gold, found)]
     if ("=" in sides[0]) != ("=" in sides[1]):
         sides = [structure.as_tuples(side) or side for side in sides]
@@ -173,7 +172,7 @@ def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
-    """Matrices entry by entry; a matrix of one row or column against a tuple; against a list of rows."""
+    """Compare matrices by entry, a matrix of one row or column with a tuple, a matrix with a list of rows."""
     left, right = matrix(gold), matrix(found)
     if left is not None and right is not None:
         if [len(row) for row in left] != [len(row) for row in right]:
@@ -195,7 +194,7 @@ def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_spelled(gold: str, found: str) -> bool | None:
-    """A number against a number in words."""
+    """Compare a number with a number in words."""
     for one, other in ((gold, found), (found, gold)):
         number, word = parse_number(one), spelled_number(plain(other))
         if number is not None and word is not None:
@@ -204,8 +203,8 @@ def _same_spelled(gold: str, found: str) -> bool | None:
 
 
 def _same_european(gold: str, found: str, left: Number | None, right: Number | None) -> bool:
-    """Whether one is the other's number with a decimal comma. A comma in an answer is read as one if the gold
-    answer has the same digits with a point; in a gold answer, only if a list is unlikely."""
+    """Return whether one answer is the other's number with a decimal comma. A comma in an answer is decimal
+    if the gold answer has the same digits with a point; in a gold answer, only if a list is unlikely."""
     if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,\d+", found):
         return gold == found.replace(",", ".")
     ours, theirs = european(gold) or left, european(found) or right
@@ -214,7 +213,7 @@ def _same_european(gold: str, found: str, left: Number | None, right: Number | N
 
 
 def _same_base(gold: str, found: str) -> bool | None:
-    """Numbers with their base as index: 204_5 is 204_5, or 204 if the gold names the base; 7 is 111_2."""
+    """Compare numbers with a base as index: 204_5 is 204_5, or 204 if the gold names the base; 7 is 111_2."""
     left, right = (_BASED.fullmatch(_INDEX_WORD.sub(_index, canonical(text))) for text in (gold, found))
     if left is None or right is None or not (left[2] or right[2]):
         return None
@@ -245,19 +244,19 @@ def _same_words(gold_raw: str, found_raw: str) -> bool | None:
         return None
     is_text = any(re.match(TEXT_COMMAND, raw) for raw in (gold_raw, found_raw))
     longest = max(len(word) for word in f"{gold} {found}".split())
-    if is_text or longest > 3:  # shorter ones may be products of variables
+    if is_text or longest > 3:  # shorter words may be products of variables
         return _word_form(gold) == _word_form(found)
     return None
 
 
 def _word_form(text: str) -> str:
-    """Words without case, and one form for all texts that say there is nothing."""
+    """Return words in lower case, with one form for all texts that say that there is no solution."""
     text = re.sub(r"\s+", " ", text.casefold()).strip()
     return "no solution" if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?", text) else text
 
 
 def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
-    """Both answers without "x =" or "x \\in" if only one of them has it, or both have the same."""
+    r"""Return both answers without "x =" or "x \in" if only one of them has it, or if both have the same."""
     sides = [_split_left(text) for text in (gold, found)]
     if sides[0][0] and sides[1][0]:
         names = [re.sub(r"\([a-z]\)$", "()", canonical(side)) for side, _ in sides]
@@ -281,7 +280,7 @@ def _split_left(text: str) -> tuple[str, str]:
 
 
 def _right_side(text: str) -> str:
-    """The last part of a chain of equalities, if that is a number: 9 + 5 = 14 says 14."""
+    """Return the last part of a chain of equalities if it is a number: 9 + 5 = 14 gives 14."""
     last = re.split(r"(?<![<>!\\])=", text)[-1].strip()
     return last if parse_number(last) is not None else text.strip()
 
@@ -293,7 +292,7 @@ def _same_lists(gold: str, found: str, depth: int) -> bool | None:
         return _same(ours[0], theirs[0], depth + 1) if depth < MAX_DEPTH and left[::2] == right[::2] else None
     kinds = {left[0] + left[2], right[0] + right[2]}
     ordered = bool(kinds & {"()", "[)", "(]"}) or left[0] == "["
-    if not ordered:  # repeating an element adds nothing to a set
+    if not ordered:  # a repeated element does not change a set
         ours, theirs = (list({canonical(part): part for part in parts}.values()) for parts in (ours, theirs))
     if len(ours) != len(theirs):
         return None if _EXPANDING.search(gold + found) else False
@@ -308,7 +307,7 @@ def _same_lists(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _matching(table: list[list[bool | None]]) -> bool | None:
-    """Whether the elements can be matched one to one; None if that depends on undecided pairs."""
+    """Return whether the elements can be matched one to one; None if that depends on undecided pairs."""
     free = set(range(len(table)))
     for row in table:
         partner = next((j for j in sorted(free) if row[j]), None)
@@ -319,7 +318,7 @@ def _matching(table: list[list[bool | None]]) -> bool | None:
 
 
 def symbolic_form(text: str) -> str:
-    """A normalised answer as the LaTeX that algebra reads: one formula, no delimiters inside."""
+    """Return a normalized answer as LaTeX for the algebra: one formula without delimiters inside."""
     joint = rf"{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])"
     text = re.sub(joint, ", ", text.replace("$", ""))
     text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text)

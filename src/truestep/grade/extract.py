@@ -1,4 +1,4 @@
-"""Find the answer in a completion. Linear in the length of the text, whatever the text is."""
+"""Finds the answer in a completion, in time linear in the length of the text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from truestep.grade.units import WORDS
 How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
 STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
 
-MAX_BARE = 200  # most characters of a completion that may be only an answer
+MAX_BARE = 200  # most characters of a completion that may consist only of an answer
 MAX_FORMULA = 1_000
 MAX_TAIL = 10_000  # characters at the end of a completion that are searched for a last number or formula
-MAX_GOLD_WORDS = 8  # a gold text with more is a whole solution
+MAX_GOLD_WORDS = 8  # a gold text with more words is a whole solution
 MAX_CHOICE = 400  # most characters of an answer that may name a choice
-MAX_WORDS = 2  # with more words next to an answer, it is prose
+MAX_WORDS = 2  # text with more words next to an answer is prose
 
 _BRACES = re.compile(r"\\{1,4}(?:(?:begin)?boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(  # between two boxes that are one answer: closing and opening delimiters, a connective, "x ="
@@ -77,7 +77,7 @@ _NO_WORDS = WORDS | {*_FUNCTIONS.split(), "and"}
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """The answer in normalised spelling ("" if none was given) and the rule that found it."""
+    """An answer in normalized spelling ("" if none was given), and the rule that found it."""
 
     answer: str
     how: How
@@ -87,10 +87,10 @@ NOTHING = Extraction(answer="", how="none")
 
 
 def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
-    r"""The answer of a completion: its last ``\boxed{…}``, <answer> tag, "#### …" line or "answer is …";
-    unless ``strict``, also the whole of a short text, or its last formula or number. Only what follows the
-    last </think> counts; an open <think>, or a missing </think> if the model ``thinks``, means that there is
-    no answer."""
+    r"""Return the answer in a completion: its last ``\boxed{…}``, <answer> tag, "#### …" line or
+    "answer is …". Unless ``strict``, it may also be the whole of a short text, or the last formula or number. Only what
+    follows the last </think> counts; if a <think> is open, or </think> is missing although the model
+    ``thinks``, there is no answer."""
     if thinks and "</think>" not in text:
         return NOTHING
     text = _after_thought(text)
@@ -105,9 +105,9 @@ def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> 
 
 
 def extract_choice(text: str, *, strict: bool = False) -> Extraction:
-    """The answer to a question with lettered choices: as ``extract_answer``; if nothing marks an answer and
-    not ``strict``, the one choice that the last line names as a choice: "(B)", "**B**", "option B". A line
-    that denies a choice or names several gives none."""
+    """Return the answer to a question with lettered choices, as ``extract_answer`` does. If nothing marks an
+    answer and ``strict`` is False, it is the choice that the last line names: "(B)", "**B**", "option B". A
+    line that denies a choice or names several gives no answer."""
     found = extract_answer(text, strict=strict)
     if strict or found.how in STRICT or choice_letter(found.answer):
         return found
@@ -119,14 +119,15 @@ def extract_choice(text: str, *, strict: bool = False) -> Extraction:
 
 
 def _after_thought(text: str) -> str:
-    """What follows the last </think>; nothing if a <think> is never closed."""
+    """Return what follows the last </think>; nothing if a <think> is never closed."""
     text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
     return "" if "<think>" in text else text
 
 
 def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
-    r"""(start, end, content) of all balanced, outermost, non-blank ``\boxed{…}``; whether one stayed open."""
-    stack: list[tuple[int, int]] = []  # starts of the token and of its content; -1 for a plain brace
+    r"""Return (start, end, content) of each balanced, outermost, non-blank ``\boxed{…}``, and whether any box
+    is never closed."""
+    stack: list[tuple[int, int]] = []  # starts of the token and of the content; -1 for a plain brace
     found: list[tuple[int, int, str]] = []
     for token in _BRACES.finditer(text):
         if token[0] == "{":
@@ -135,7 +136,7 @@ def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
             start, inside = stack.pop() if stack else (0, -1)
             if inside >= 0:
                 while found and found[-1][0] > start:
-                    found.pop()  # was inside this one
+                    found.pop()  # it was inside this box
                 found.append((start, token.end(), text[inside : token.start()]))
         elif token[0].endswith("{") and len(token[0]) > 2:
             stack.append((token.start(), token.end()))
@@ -143,7 +144,7 @@ def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
 
 
 def _boxed(text: str) -> tuple[str, How] | None:
-    """The last box, with those before it that "and", "or" or a comma joins to it into one answer. If the only
+    """Return the last box, together with earlier ones that "and", "or" or a comma joins to it. If the only
     box is never closed, the answer was cut off, and there is none."""
     if "boxed" not in text and "fbox" not in text:
         return None
@@ -164,8 +165,8 @@ def _boxed(text: str) -> tuple[str, How] | None:
 
 
 def gold_answer(text: str) -> str:
-    """The answer that a gold text is or contains: its boxes, including one that is never closed; the answer
-    that a whole solution ends with; or the text itself."""
+    """Return the answer that a gold text is or contains: its boxes, including one that is never closed; the
+    answer at the end of a whole solution; or the text itself."""
     found, unclosed = scan_boxes(text)
     if found:
         return extract_answer(text, strict=True).answer
@@ -186,7 +187,8 @@ def _marker(text: str) -> tuple[str, How] | None:
 
 
 def _answer_is(text: str) -> tuple[str, How] | None:
-    """What follows the last "answer is" or "answer:", to the end of its formula, bold span or sentence."""
+    """Return what follows the last "answer is" or "answer:", up to the end of its formula, bold span or
+    sentence."""
     ends = [match.end() for match in _ANSWER_IS.finditer(text)]
     if not ends:
         return None
@@ -205,13 +207,13 @@ def _answer_is(text: str) -> tuple[str, How] | None:
 
 
 def _content(formula: re.Match[str]) -> str:
-    """The content of a formula, with the percent sign that may follow it."""
+    """Return the content of a formula, with the percent sign that may follow it."""
     percent = re.match(r"\s?(?:\\?%|percent|pct)", formula.string[formula.end() : formula.end() + 12])
     return next(group for group in formula.groups() if group is not None) + ("%" if percent else "")
 
 
 def _whole(text: str) -> tuple[str, How] | None:
-    """A short text that is only an answer: one line, without words beside its numbers."""
+    """Return a short text that is only an answer: one line, with no words next to its numbers."""
     bare = text.strip()
     if len(bare) <= MAX_BARE and (bold := _BOLD.fullmatch(bare)):
         bare = bold[2] + bold[3]
@@ -223,13 +225,13 @@ def _whole(text: str) -> tuple[str, How] | None:
 
 
 def num_words(text: str) -> int:
-    """How many words of a text are neither mathematics nor a unit."""
+    """Return how many words of a text are neither mathematics nor a unit."""
     text = re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]{0,100}\})?|(?<=\d)(?:or|and)(?=[A-Z(])", " ", text)
     return sum(word.lower() not in _NO_WORDS for word in _WORDS.findall(text))
 
 
 def _last(text: str) -> tuple[str, How] | None:
-    """The last number, or the formula that it is a part of."""
+    """Return the last number, or the formula that contains it."""
     text = typographic(text[-MAX_TAIL:])
     numbers = reversed(list(_NUMBER.finditer(text)))
     number = next((m for m in numbers if not _NEGATION.search(text, max(0, m.start() - 12), m.start())), None)
@@ -240,10 +242,11 @@ def _last(text: str) -> tuple[str, How] | None:
 
 
 def choice_letter(text: str) -> str:
-    """The letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" if none or several."""
+    """Return the letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" if it names none or
+    several."""
     text = plain(text[:MAX_CHOICE])
     if "\\" in text:
-        return ""  # a formula, in which a letter is a variable
+        return ""  # in a formula, a letter is a variable
     text = _NEGATED.sub(" ", _SPEAKER.sub(" ", text))
     letters = set(_CHOICE.findall(text))
     if len(letters) > 1:

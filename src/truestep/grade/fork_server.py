@@ -1,4 +1,5 @@
-"""Child processes that do algebra, forked from one that has imported it: each costs only milliseconds."""
+"""Child processes for symbolic algebra. They are forked from a process that has already imported it, so that
+each starts in milliseconds."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ START_SECONDS = 300.0  # seconds to import the algebra on a busy machine
 
 
 class WorkerDied(Exception):
-    """A child process ended on its own, or was ended by another process."""
+    """Error for a child process that ended on its own, or was ended by another process."""
 
 
 class Worker:
@@ -32,7 +33,8 @@ class Worker:
         return self._channel.fileno()
 
     def is_silent(self) -> bool:
-        """Whether it has sent nothing and has not ended, as is the case for an idle worker that is alive."""
+        """Return whether the worker has sent nothing and has not ended. This is true of an idle worker that
+        is alive."""
         return not select.select([self], [], [], 0)[0]
 
     def send(self, request: dict[str, Any]) -> None:
@@ -42,7 +44,7 @@ class Worker:
             raise WorkerDied("its channel is closed") from None
 
     def receive(self) -> list[dict[str, Any]]:
-        """The complete replies received so far; raises WorkerDied at the end of the channel."""
+        """Return the complete replies received so far. Raises WorkerDied at the end of the channel."""
         try:
             chunk = self._channel.recv(1 << 16)
         except OSError:
@@ -53,18 +55,18 @@ class Worker:
         return [json.loads(line) for line in lines]
 
     def end(self) -> int | None:
-        """Kill it, if it is alive, and wait until it has ended. Returns its exit status, or minus the signal
-        that ended it; None if the fork server, the only process that knows it, has ended before."""
+        """Kill the worker if it is alive, and wait for it to end. Returns its exit status, or minus the
+        signal that ended it; None if the fork server, the only process that knows the status, ended first."""
         self._channel.close()
         try:
-            os.kill(self.pid, signal.SIGKILL)  # the process id stays its own until the fork server reaps it
+            os.kill(self.pid, signal.SIGKILL)  # the process id is not reused before the fork server reaps it
             return int(self._server.ask({"reap": self.pid})["status"])
         except (OSError, WorkerDied):
             return None
 
 
 class ForkServer:
-    """The process that has imported the algebra and forks workers when asked to. It compares nothing."""
+    """The process that has imported the algebra and forks workers on request. It compares nothing."""
 
     def __init__(self, seconds: float, memory_mb: int) -> None:
         root = str(Path(__file__).resolve().parents[2])
@@ -86,7 +88,7 @@ class ForkServer:
         self.pid = self._process.pid
 
     def wait_ready(self) -> None:
-        """Wait until the algebra is imported; this does not count as time of a comparison."""
+        """Wait until the algebra is imported. This does not count towards the time of a comparison."""
         while not self._ready:
             reply = self._hear()
             if "missing" in reply:
@@ -95,7 +97,7 @@ class ForkServer:
             self._ready = "ready" in reply
 
     def start(self) -> Worker:
-        """A new worker. Raises WorkerDied if the fork server has ended."""
+        """Start and return a new worker. Raises WorkerDied if the fork server has ended."""
         self.wait_ready()
         near_end, far_end = socket.socketpair()
         try:
@@ -107,7 +109,7 @@ class ForkServer:
         return Worker(pid, near_end, self)
 
     def ask(self, request: dict[str, Any], *descriptors: int) -> dict[str, Any]:
-        """The reply to a request; a reply to an earlier request that was interrupted is skipped."""
+        """Return the reply to a request. A reply to an earlier, interrupted request is skipped."""
         self._asked += 1
         line = json.dumps({"id": self._asked, **request}).encode() + b"\n"
         try:
@@ -134,7 +136,7 @@ class ForkServer:
         return dict(json.loads(line))
 
     def close(self) -> None:
-        """End it; its workers must be ended first."""
+        """End the fork server; its workers must be ended first."""
         self._control.close()
         self._process.kill()
         self._process.wait()

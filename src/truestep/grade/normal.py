@@ -1,7 +1,6 @@
-"""Normalises typography and LaTeX decoration to one spelling; never changes the meaning.
+"""Normalizes typography and LaTeX decoration to one spelling, without changing the meaning.
 
-Everything here is linear in the length of the text and looks only at text; nothing is evaluated.
-"""
+All functions take time linear in the length of the text and look only at the text; nothing is evaluated."""
 
 from __future__ import annotations
 
@@ -58,13 +57,13 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def typographic(text: str) -> str:
-    """Unicode look-alikes as ASCII: minus signs, full-width digits, spaces; invisible characters dropped."""
+    """Replace Unicode look-alikes of minus signs, digits and spaces by ASCII; drop invisible characters."""
     return text.translate(_TYPOGRAPHY)
 
 
 def normalise(text: str) -> str:
-    r"""An answer in one spelling: typography, LaTeX spacing and fraction forms, no ``$…$`` around it, no
-    final full stop. ``\text{…}`` stays, so that a unit can be told from a variable."""
+    r"""Return an answer in one spelling: typography, LaTeX spacing and fraction forms, no ``$…$`` around it
+    and no final full stop. ``\text{…}`` is kept, so that a unit can be told from a variable."""
     text = typographic(text)
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)
@@ -77,7 +76,7 @@ def normalise(text: str) -> str:
 
 
 def strip_wrappers(text: str) -> str:
-    """Text without the delimiters that only say "this is mathematics" or "this is bold"."""
+    """Remove the delimiters that only mean "this is mathematics" or "this is bold"."""
     for _ in range(8):
         before = text
         text = text.strip()
@@ -92,13 +91,13 @@ def strip_wrappers(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    r"""A normalised answer with the contents of ``\text{…}`` unwrapped, and without any ``$``."""
+    r"""Unwrap the contents of ``\text{…}`` in a normalized answer, and remove every ``$``."""
     text = re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text).replace("$", "")).strip()
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
 def canonical(text: str) -> str:
-    """The form in which two answers that differ only in spacing and braces are the same string."""
+    """Return a form that is the same string for two answers that differ only in spacing and braces."""
     text = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", plain(text))
     text = re.sub(r"([\^_])\{([A-Za-z0-9])\}", r"\1\2", text)
     return re.sub(r"(\\[A-Za-z]+) (?=[^A-Za-z])", r"\1", text)

@@ -1,4 +1,4 @@
-"""Numbers in answers, read exactly: integers, decimals, fractions, mixed numbers, powers, units."""
+"""Reads the numbers in answers exactly: integers, decimals, fractions, mixed numbers, powers, units."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from truestep.grade.normal import TEXT_COMMAND
 from truestep.grade.units import CURRENCIES, LETTERS, PERCENT, WORDS, in_common, same_unit, scale, unit_name
 
 MAX_DIGITS = 1_000  # longer numbers are compared as text
-MAX_POWER_DIGITS = 20_000  # digits of the value of a written power such as 2024^{4046}
-ROUNDED_DIGITS = 6  # a decimal of at least this many digits may stand for a fraction that it rounds
+MAX_POWER_DIGITS = 20_000  # digits of the value of a power such as 2024^{4046}
+ROUNDED_DIGITS = 6  # a decimal with at least this many digits may be the rounded value of a fraction
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _SIGNED = rf"\s*[-+]?\s*{_DECIMAL}\s*"
@@ -25,8 +25,8 @@ _UNIT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """``value`` as written, before its unit. ``places`` counts the digits after the decimal point, None if
-    the number was not written as a decimal; ``digits`` counts the significant ones."""
+    """A number and its unit. ``value`` is the number before its unit. ``places`` counts the digits after the
+    decimal point (None if it was not written as a decimal); ``digits`` counts the significant digits."""
 
     value: Fraction
     places: int | None = None
@@ -90,12 +90,12 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
 
 
 def parse_number(text: str, *, letters: bool = False) -> Number | None:
-    """The number that a normalised answer is, with its unit; None if it is anything else or contains more.
-    With ``letters`` a bare letter may be a unit: 5 m is five metres if the other answer has a unit too."""
+    """Return the number, with its unit, that a normalized answer consists of; None if it is anything else.
+    With ``letters``, a bare letter may be a unit: 5 m is five meters if the other answer has a unit."""
     text, sign, unit = text.strip(), 1, ""
     if len(text) > MAX_DIGITS + 100 or re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return None
-    for _ in range(6):  # signs, currency and brackets around the whole
+    for _ in range(6):  # signs, currency and brackets around the whole number
         if text[:1] in ("-", "+"):
             sign, text = (-sign if text[0] == "-" else sign), text[1:].strip()
             if text[:1] in ("-", "+"):
@@ -119,7 +119,7 @@ def parse_number(text: str, *, letters: bool = False) -> Number | None:
 
 
 def _unit(rest: str, *, letters: bool) -> str | None:
-    """The unit that follows a number ("" for none), or None if what follows is not a unit: 4t is not 4."""
+    """Return the unit that follows a number ("" for none), or None if the rest is not a unit: 4t is not 4."""
     rest = rest.strip()
     if rest.endswith(tuple(CURRENCIES)):
         rest = rest.rstrip(CURRENCIES + " ") or rest[-1]
@@ -144,9 +144,10 @@ def _unit(rest: str, *, letters: bool) -> str | None:
 
 
 def same_number(gold: Number, found: Number) -> bool:
-    """Whether two numbers as written are the same answer. Exact, with three allowances: a decimal of at least
-    six digits may round a fraction; a unit may be left out or be converted, but not replaced by a different
-    one; a percent sign may be left out if the bare number is at least 1 and so cannot be the fraction."""
+    """Return whether two numbers as written are the same answer. The comparison is exact, with three
+    allowances. A decimal of at least six digits may round a fraction. A unit may be left out or converted,
+    but not replaced by a different one. A percent sign may be left out if the bare number is at least 1,
+    because it then cannot be the fraction."""
     left, right = gold.value, found.value
     if PERCENT in (units := {gold.unit, found.unit}):
         if "" in units and not (left == right and abs(left) >= 1):
@@ -159,8 +160,8 @@ def same_number(gold: Number, found: Number) -> bool:
 
 
 def european(text: str) -> Number | None:
-    """A number with a comma for its decimal point or points between its thousands, if the only other reading
-    is a list: 1.234.567, 1.234,56, 0,5, 1,22; not 1,5 and not 1,234."""
+    """Read a number with a decimal comma or with points between its thousands, if the only other reading is a
+    list: 1.234.567, 1.234,56, 0,5, 1,22; not 1,5 and not 1,234."""
     sign, digits = text[: text.startswith("-")], text.removeprefix("-")
     if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", digits, re.ASCII):
         digits = digits.replace(".", "")
@@ -172,7 +173,7 @@ def european(text: str) -> Number | None:
 
 
 def rounds(one: Number, other: Number, digits: int) -> bool:
-    """Whether either is a decimal of at least ``digits`` significant digits that rounds the other."""
+    """Return whether either is a decimal of at least ``digits`` significant digits that rounds the other."""
     return any(
         a.places is not None and a.digits >= digits and a.value == round(b.value, a.places)
         for a, b in ((one, other), (other, one))

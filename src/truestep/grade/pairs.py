@@ -1,4 +1,4 @@
-"""Grading without a model: any file or list of gold and predicted answers."""
+"""Grades a list or file of gold and predicted answers, without a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from truestep.records import Message, Problem, Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A gold answer, and what was answered: a bare answer or a whole completion."""
+    """A gold answer and a prediction, which is a bare answer or a whole completion."""
 
     id: str
     gold: str
@@ -29,7 +29,7 @@ class Pair:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs in a file of JSON lines: gold, pred, id (default: the row number), kind, choices."""
+    """Return the pairs in a file of JSON lines: gold, pred, id (default: the row number), kind, choices."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -67,9 +67,10 @@ def _pair(where: str, number: int, line: str) -> Pair:
 def grade_pairs(
     pairs: Sequence[Pair], *, workers: int = 2, seconds: float = 1.5, second_opinion: bool = False
 ) -> dict[str, Any]:
-    """``samples``, one for each pair in order, and ``counts``; ready for JSON. ``verdict`` is the default
-    policy's; ``strict`` and ``lenient`` are those of ``grade.policy``. With ``second_opinion`` math-verify
-    also grades all answers that our rules decided; ``counts["second_opinion"]`` is how often it differs."""
+    """Grade pairs. Returns ``samples``, one for each pair in order, and ``counts``; ready for JSON.
+    ``verdict`` is from the default policy, ``strict`` and ``lenient`` from ``grade.policy``. With
+    ``second_opinion``, math-verify also grades all answers that our rules decided;
+    ``counts["second_opinion"]`` is the number of differences."""
     with Grader(workers=workers, seconds=seconds) as grader:
         judged = grader.judge_many([(_problem(pair), pair.pred) for pair in pairs])
         samples = [_sample(*each) for each in zip(pairs, judged, strict=True)]
@@ -110,7 +111,7 @@ def _second_opinion(grader: Grader, pairs: Sequence[Pair], samples: list[dict[st
 
 
 def table(result: dict[str, Any]) -> str:
-    """The samples as lines, with the counts below them."""
+    """Return the samples as lines, with the counts below them."""
     width = max(len(s["id"][:24]) for s in result["samples"])
     lines = [f"{'id':<{width}}  verdict    strict     lenient    reason"]
     for s in result["samples"]:
@@ -123,5 +124,5 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _inert(text: str) -> str:
-    """Text without control characters, which a terminal would obey."""
+    """Return text without control characters, because a terminal would interpret them."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,5 +1,5 @@
-"""Strict and lenient grading, defined once for every command: the correct answers that ``strict`` refuses,
-and the incorrect ones that ``lenient`` accepts. The default verdict of ``grade.score`` is between the two."""
+"""Strict and lenient grading, defined once for all commands: which correct answers ``strict`` refuses, and
+which incorrect answers ``lenient`` accepts. The default verdict of ``grade.score`` is between the two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FRACTION = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Judgment:
-    """One completion as the three policies judge it. ``reason`` says why the verdicts are as they are."""
+    """The verdicts of the three policies on one completion. ``reason`` says why."""
 
     score: Score
     strict: Verdict
@@ -34,10 +34,10 @@ class Judgment:
 
 
 def judgment(problem: Problem, answer: Extraction, score: Score) -> Judgment:
-    """A score with the strict and the lenient verdict: ``strict`` can only refuse a correct answer,
-    ``lenient`` only accept an incorrect one. Held by: tests/grade/test_policy.py"""
+    """Return a score with the strict and the lenient verdict. ``strict`` can only refuse a correct answer,
+    and ``lenient`` can only accept an incorrect one. Held by: tests/grade/test_policy.py"""
     gold, verdict = gold_answer(problem.answer), score.verdict or Verdict.UNSCORED
-    by_form = problem.checker in ("math", "choice")  # other checkers do not look at an answer's form
+    by_form = problem.checker in ("math", "choice")  # other checkers do not look at the form of an answer
     strict = lenient = verdict
     note = ""
     if verdict is Verdict.CORRECT:
@@ -50,12 +50,12 @@ def judgment(problem: Problem, answer: Extraction, score: Score) -> Judgment:
 
 
 def unmarked(how: How) -> str:
-    """Why ``strict`` refuses an answer that was found by this rule; "" for a marked answer."""
+    """Return why ``strict`` refuses an answer that was found by this rule; "" for a marked answer."""
     return "" if how in EXPLICIT else "strict: the answer is not marked as one"
 
 
 def objection(gold: str, found: str, how: How) -> str:
-    """Why ``strict`` refuses a correct answer; "" if it accepts it. Both answers are normalized."""
+    """Return why ``strict`` refuses a correct answer; "" if it does not. Both answers must be normalized."""
     if refusal := unmarked(how):
         return refusal
     left, right = parse_number(gold), parse_number(found)
@@ -73,7 +73,8 @@ def objection(gold: str, found: str, how: How) -> str:
 
 
 def nearly(gold: str, found: str) -> bool:
-    """Whether an incorrect answer rounds the gold one, every part to at least three significant digits."""
+    """Return whether an incorrect answer rounds the gold answer, with at least three significant digits in
+    every part."""
     rows = matrix(gold), matrix(found)
     if rows[0] is not None and rows[1] is not None:
         parts = [[entry for row in side for entry in row] for side in rows if side is not None]

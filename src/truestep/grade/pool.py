@@ -1,4 +1,5 @@
-"""Algebra in processes that can be killed: a deadline, quick new workers, and no comparison ever lost."""
+"""Symbolic comparisons in processes that can be killed. Each comparison has a deadline, new workers start
+quickly, and no comparison is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from truestep.grade.fork_server import ForkServer, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY
 
 PATIENCE = 20.0  # the clock time of a comparison is limited to this multiple of its processor time
-ATTEMPTS = 3  # per comparison, if its workers end without having been killed here
+ATTEMPTS = 3  # for each comparison, if its workers end without having been killed here
 TIMED_OUT = "symbolic comparison timed out"
 NO_MEMORY = "symbolic comparison ran out of memory"
 
@@ -29,11 +30,11 @@ class _Job:
     deadline: float
     attempt: int
     begun: float
-    work: float  # processor seconds of the worker when it began
+    work: float  # processor seconds that the worker had used when the comparison began
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time of a process so far; infinite if it is not known: no more time is given."""
+    """Return the processor time of a process so far; infinite if unknown, so that no more time is given."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
@@ -42,7 +43,7 @@ def processor_seconds(pid: int) -> float:
 
 
 class Pool:
-    """Runs comparisons on ``workers`` child processes. Nothing is started before the first comparison."""
+    """A pool of ``workers`` child processes that compare formulas, started with the first comparison."""
 
     def __init__(self, *, workers: int, seconds: float, memory_mb: int) -> None:
         self._num_workers, self.seconds, self._memory_mb = workers, seconds, memory_mb
@@ -52,16 +53,16 @@ class Pool:
 
     @property
     def process_ids(self) -> list[int]:
-        """The child processes that are alive, the one that forks the others last."""
+        """The child processes that are alive; the one that forks the others is last."""
         alive = [worker.pid for worker in (*self._busy, *self._idle)]
         return [*alive, *([self._server.pid] if self._server else [])]
 
     def prepare(self) -> None:
-        """Start the import of the algebra, if that has not been done, without waiting for it."""
+        """Start importing the algebra, unless this was done before, without waiting for it."""
         self._server = self._server or ForkServer(self.seconds, self._memory_mb)
 
     def warm(self) -> None:
-        """Have a worker ready: the next comparison, and one after a kill, need not wait for an import."""
+        """Prepare a worker, so that neither the next comparison nor one after a kill waits for an import."""
         self._idle.append(self._take())
 
     def close(self) -> None:
@@ -72,8 +73,9 @@ class Pool:
         self._busy, self._idle, self._server = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Decision]:
-        """One outcome per (gold, answer), in order; each takes at most ``seconds`` of processor time (and of
-        clock time, if the process has a core): a verdict must not depend on what else the machine does."""
+        """Return one outcome per (gold, answer), in order. Each takes at most ``seconds`` of processor time
+        (and of clock time, if the process has a core): a verdict must not depend on the load of the
+        machine."""
         self._outcomes: dict[int, Decision] = {}
         self._waiting = deque((number, 0) for number in range(len(pairs)))
         try:
@@ -115,7 +117,7 @@ class Pool:
     def _extend(self, worker: Worker, job: _Job) -> bool:
         """Give more time to a comparison that has not yet received its processor time."""
         left = self.seconds - (processor_seconds(worker.pid) - job.work)
-        job.deadline += max(left, 0.05)  # it cannot have used up its time sooner
+        job.deadline += max(left, 0.05)  # it cannot use up its processor time in less clock time
         return left > 0.05 and job.deadline - job.begun <= PATIENCE * self.seconds
 
     def _hear(self, worker: Worker, job: _Job) -> None:
@@ -133,7 +135,8 @@ class Pool:
                 self._idle.append(worker)
 
     def _lose(self, worker: Worker) -> None:
-        """A worker ended without having been killed here: another worker repeats its comparison."""
+        """Repeat the comparison of a worker that ended without having been killed here. After a timeout or
+        the last attempt, record the comparison as undecided."""
         job = self._busy[worker]
         status = self._drop(worker)
         if status != -signal.SIGXCPU and job.attempt + 1 < ATTEMPTS:
@@ -144,14 +147,14 @@ class Pool:
         self._outcomes[job.number] = Decision(equal=None, reason=reason)
 
     def _drop(self, worker: Worker, reason: str = "") -> int | None:
-        """End a worker; with a reason, its comparison stays without a verdict."""
+        """End a worker. If ``reason`` is given, record its comparison as undecided for that reason."""
         job = self._busy.pop(worker)
         if reason:
             self._outcomes[job.number] = Decision(equal=None, reason=reason)
         return worker.end()
 
     def _take(self) -> Worker:
-        """A warm worker: an idle one, or a new one."""
+        """Return a warm worker: an idle one, or a new one."""
         while self._idle:
             worker = self._idle.pop()
             if worker.is_silent():

@@ -1,10 +1,9 @@
 """Exact comparison of rational functions: formulas of +, -, *, /, whole powers and square roots of numbers.
 
-A formula becomes a quotient of polynomials with rational coefficients in its variables, π, and the square
-roots of primes, which are independent over the rationals: two formulas are equal if, after
-cross-multiplication, they have the same coefficients. What is ambiguous (1/2x, a mixed number, f(x)), unknown
-or large is not decided here.
-"""
+A formula becomes a quotient of polynomials with rational coefficients in its variables, π and the square
+roots of primes, which are independent over the rationals. Two formulas are equal if they have the same
+coefficients after cross-multiplication. Formulas that are ambiguous (1/2x, a mixed number, f(x)), unknown or
+large are not decided here."""
 
 from __future__ import annotations
 
@@ -13,10 +12,10 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_LENGTH = 300  # characters of a formula
-MAX_TERMS = 120  # of a polynomial
+MAX_LENGTH = 300  # characters in a formula
+MAX_TERMS = 120  # terms in a polynomial
 MAX_POWER = 24
-MAX_BITS = 2_000  # of a coefficient
+MAX_BITS = 2_000  # bits in a coefficient
 MAX_RADICAND = 10**6
 MAX_DEPTH = 20
 LETTERS = (
@@ -41,12 +40,12 @@ Token = tuple[str, str]  # what it is ("number", "name", "power" or the sign its
 
 
 class _NotRead(Exception):
-    """The formula is not a rational function, is ambiguous, or is too large."""
+    """Error for a formula that is not a rational function, is ambiguous, or is too large."""
 
 
 def same_formula(gold: str, found: str) -> bool | None:
-    """Whether two formulas, or two relations, are equivalent; None if that is not decided here. Relations are
-    the same if one is the other times a number; the solutions of others are not compared."""
+    """Return whether two formulas, or two relations, are equivalent; None if undecided. Relations are the
+    same if one is the other times a number; the solutions of other relations are not compared."""
     if re.fullmatch(r"[A-Za-z\s]*", gold) or re.fullmatch(r"[A-Za-z\s]*", found):  # a word is not a product
         return None
     try:
@@ -63,7 +62,7 @@ def same_formula(gold: str, found: str) -> bool | None:
         return True
     text = gold + found
     names = {name for polynomial in (*left[1], *right[1]) for term in polynomial for name, _ in term}
-    # A rounded value, √-1, and e + π, of which nothing is known.
+    # A rounded value, √-1, or e + π, about which nothing is known.
     is_open = "." in text or "i" in names or {"e", r"\pi"} <= names
     is_name = any(re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\S{1,20})?\s*", side) for side in (gold, found))
     return None if is_open or is_name else False
@@ -119,7 +118,7 @@ def _power(base: Quotient, exponent: int) -> Quotient:
 
 
 def _root(quotient: Quotient) -> Quotient:
-    """The square root of a positive rational number, as a rational one times roots of primes."""
+    """Return the square root of a positive rational number, as a rational number times roots of primes."""
     above, below = quotient
     if above.keys() != {()} or below.keys() != {()}:
         raise _NotRead
@@ -139,7 +138,7 @@ def _root(quotient: Quotient) -> Quotient:
 
 @lru_cache(maxsize=256)
 def _read(text: str) -> Formula:
-    """A formula, or the difference of the two sides of a relation, which is 0, positive, or not negative."""
+    """Read a formula, or a relation as the difference of its sides, which is 0, positive, or not negative."""
     left, sign, right = _RELATION.match(text[: MAX_LENGTH + 1]).groups()  # type: ignore[union-attr]
     if len(text) > MAX_LENGTH:
         raise _NotRead
@@ -159,7 +158,7 @@ def _read_side(text: str) -> Quotient:
             raise _NotRead
         tokens.append((match["sign"] or str(match.lastgroup), match[str(match.lastgroup)]))
         place = match.end()
-    tokens.reverse()  # the next one is the last
+    tokens.reverse()  # the next token is the last entry
     found = _sum(tokens, 0)
     if tokens:
         raise _NotRead
@@ -201,7 +200,7 @@ def _product(tokens: list[Token], depth: int) -> Quotient:
 
 
 def _factor(tokens: list[Token], depth: int) -> tuple[Quotient, str]:
-    """A base with its exponent, and what kind of base it was."""
+    """Read a base with its exponent; also returns what kind of base it was."""
     kind = _next(tokens)
     base = _base(tokens, depth)
     if _next(tokens) != "power":

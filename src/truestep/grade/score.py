@@ -1,6 +1,6 @@
 """The verdict on a completion: correct, incorrect, or unscored with a reason.
 
-A completion never raises an error; only a problem that could not be scored for any completion does."""
+Grading a completion raises an error only if no completion of its problem could be scored."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from truestep.grade.pool import Pool
 from truestep.grade.rational import same_formula
 from truestep.records import Problem, Score, Verdict, judged
 
-MAX_SHOWN = 2_000  # characters of an answer that a score keeps
+MAX_SHOWN = 2_000  # characters of an answer that are kept in a score
 
 
-# What only algebra can answer: is each of these pairs of formulas equal?
+# A question that only algebra can answer: is each of these pairs of formulas equal?
 Question = list[tuple[str, str]]
 
 
 def find_answer(problem: Problem, text: str) -> Extraction:
-    """What a completion answers to a problem, by the rules for its kind."""
+    """Return the answer that a completion gives to a problem, by the rules for the kind of problem."""
     return (extract_choice if problem.checker == "choice" else extract_answer)(text)
 
 
@@ -91,9 +91,9 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 
 
 class Grader:
-    """Scores completions; not for use from several threads. Algebra runs in child processes, started on first
-    use, with ``seconds`` of processor time per comparison and ``memory_mb`` on top of what its libraries
-    take."""
+    """Grader of completions; not for use from several threads. Algebra runs in child processes, which are
+    started on first use. Each has ``seconds`` of processor time per comparison, and ``memory_mb`` on top of
+    what its libraries use."""
 
     def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384) -> None:
         self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
@@ -105,19 +105,19 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """End the child processes. The grader may be used again; it then starts new ones."""
+        """End the child processes. If the grader is used again, it starts new ones."""
         self.pool.close()
 
     def score(self, problem: Problem, completion: str) -> Score:
-        """The verdict on one completion. Raises UserError if the problem could not be scored for any."""
+        """Return the verdict on one completion. Raises UserError if the problem cannot be scored at all."""
         return self.score_many([(problem, completion)])[0]
 
     def score_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
-        """One score per (problem, completion), in order; the same two formulas are compared once."""
+        """Return one score per (problem, completion), in order. A pair of formulas is compared only once."""
         return self.score_answers([(p, find_answer(p, text)) for p, text in pairs])
 
     def judge(self, problem: Problem, completion: str) -> Judgment:
-        """The verdict on one completion, also under ``strict`` and ``lenient`` grading."""
+        """Return the verdict on one completion, also under ``strict`` and ``lenient`` grading."""
         return self.judge_many([(problem, completion)])[0]
 
     def judge_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Judgment]:
@@ -126,7 +126,7 @@ class Grader:
         return [judgment(*answer, score) for answer, score in zip(answers, scores, strict=True)]
 
     def score_answers(self, pairs: Sequence[tuple[Problem, Extraction]]) -> list[Score]:
-        """One score per (problem, answer that was found), in order."""
+        """Return one score per (problem, extracted answer), in order."""
         results: list[Score | Question] = []
         outcomes: dict[tuple[str, str], Decision] = {}
         for problem, found in pairs:
@@ -136,7 +136,7 @@ class Grader:
                     equal = same_formula(*part)
                     outcomes[part] = Decision(equal=equal, reason="compared as rational functions")
                     if equal is None:
-                        self.pool.prepare()  # it gets ready while the remaining samples are looked at
+                        self.pool.prepare()  # the import runs while the remaining samples are graded
         asked = [part for part, outcome in outcomes.items() if outcome.equal is None]
         outcomes |= zip(asked, self.pool.compare_many(asked) if asked else [], strict=True)
         return [
@@ -145,7 +145,7 @@ class Grader:
         ]
 
     def check_gold(self, problem: Problem) -> Score:
-        """The gold answer graded as if it were a completion: if it is not correct, the row of data is bad."""
+        """Grade the gold answer as if it were a completion; if it is not correct, the data row is bad."""
         if problem.checker == "countdown" and problem.answer.strip() == str(problem.meta.get("target")):
             return _score(True, problem.answer, "the row names its target, not a solution")
         gold = Extraction(answer=gold_answer(problem.answer), how="whole")
@@ -163,7 +163,7 @@ class Grader:
 
 
 def _conclude(outcomes: Sequence[Decision], extracted: str) -> Score:
-    """Equal if every part is; different if one is; unscored if that depends on a part without a verdict."""
+    """Return correct if all parts are equal, incorrect if any part is different, and otherwise unscored."""
     nothing = Decision(equal=None, reason="nothing was compared")
     worst = min(outcomes, key=lambda outcome: (False, None, True).index(outcome.equal), default=nothing)
     return _score(worst.equal, extracted, worst.reason)

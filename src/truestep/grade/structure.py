@@ -1,4 +1,4 @@
-"""Answers that have parts: brackets, lists, regions of the line, assignments, matrices; without algebra."""
+"""Parts of answers (brackets, lists, regions of the line, assignments, matrices), read without algebra."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\en
 
 
 def elements(text: str) -> list[str]:
-    """The parts of a text between top-level commas, semicolons, "and" and "or"."""
+    """Split a text at its top-level commas, semicolons, "and" and "or"."""
     text = _JOINING_TEXT.sub(r" \1 ", text)
     if not re.search(r"[,;]|and|or|\\wedge|\\vee", text) or parse_number(text) is not None:
         return [text]
@@ -38,8 +38,8 @@ def elements(text: str) -> list[str]:
 
 
 def brackets(text: str) -> tuple[str, str, str]:
-    r"""The brackets around the whole of a text, and their content; intervals keep the two kinds of brackets.
-    ``\{ \}`` is a set; braces alone only group in LaTeX."""
+    r"""Return the brackets around the whole of a text, and their content. The two brackets of an interval may
+    differ. ``\{ \}`` is a set; braces without backslashes only group in LaTeX."""
     text = text.strip()
     is_set = text.startswith(r"\{") and text.endswith(r"\}")
     bare = "{" + text[2:-2] + "}" if is_set else text
@@ -55,12 +55,13 @@ def brackets(text: str) -> tuple[str, str, str]:
     return bare[0], bare[1:-1], bare[-1]
 
 
-# A stretch of the line: its low and high end as text, and whether it has them.
+# A part of the line: its low and high end as text, and whether each end belongs to it.
 Stretch = tuple[str, str, bool, bool]
 
 
 def region(text: str) -> tuple[list[Stretch], bool] | None:
-    r"""A text (``a < x \leq b``, intervals, ``\mathbb{R}``, unions) as a region; whether it has relations."""
+    r"""Return the region that a text describes (``a < x \leq b``, intervals, ``\mathbb{R}``, unions), and
+    whether the text has relations; None for other texts."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
     set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
     text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
@@ -111,15 +112,15 @@ def _from_relation(text: str) -> Stretch | None:
 
 
 def _is_end(text: str) -> bool:
-    """Whether a text has no variable, so that it can be an end of a stretch."""
+    """Return whether a text has no variable, so that it can be an end of a stretch."""
     constants = r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])|(?<![A-Za-z])[e](?![A-Za-z])"
     bare = re.sub(constants, "", text)
     return bool(text) and not re.search(r"[A-Za-z,]", bare)
 
 
 def as_tuples(text: str) -> str | None:
-    """Assignments as tuples in the alphabetical order of their names: p=5, q=2; p=7, q=2 is (5,2), (7,2).
-    None unless the text is complete groups of assignments to the same two to six names."""
+    """Return assignments as tuples in alphabetical order of names: p=5, q=2; p=7, q=2 is (5,2), (7,2).
+    Returns None unless the text consists of complete groups of assignments to the same two to six names."""
     found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
     if len(found) < 2 or len(found) > 60 or None in found:
         return None
@@ -133,7 +134,7 @@ def as_tuples(text: str) -> str | None:
 
 
 def without_names(text: str) -> str | None:
-    """(x, y) = (1, 2) as (1, 2), if the names are in alphabetical order."""
+    """Return (x, y) = (1, 2) as (1, 2), if the names are in alphabetical order."""
     match = _NAMES.match(text.strip())
     if match is None or (names := re.split(r"\s*,\s*", match[1])) != sorted(names):
         return None
@@ -141,7 +142,7 @@ def without_names(text: str) -> str | None:
 
 
 def matrix(text: str) -> list[list[str]] | None:
-    """The rows of a matrix of plain entries; None for anything else."""
+    """Return the rows of a matrix with plain entries; None for anything else."""
     match = _MATRIX.fullmatch(text.strip().strip("$ "))
     if match is None or r"\begin" in match[2]:
         return None

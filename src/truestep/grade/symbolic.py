@@ -1,11 +1,10 @@
 """The processes that do algebra: ``python -m truestep.grade.symbolic DESCRIPTOR SECONDS MEMORY_MB``.
 
-The first one imports the algebra, says on the socket DESCRIPTOR that it is ready, and forks a worker for each
-socket that it is sent. A worker reads one JSON object per line, {"id", "gold", "found"}, and answers {"id",
-"equal", "note"}. It may be killed at any moment, because it stores nothing. There are limits on the CPU time
-of each comparison (so that an orphan ends too) and on the address space on top of what the libraries take;
-files cannot be written at all.
-"""
+The first process imports the algebra, reports on the socket DESCRIPTOR that it is ready, and forks a worker
+for each socket that is sent to it. A worker reads one JSON object per line, {"id", "gold", "found"}, and
+answers {"id", "equal", "note"}. It may be killed at any moment, because it stores nothing. There are limits
+on the CPU time of each comparison (so that an orphan also ends) and on the address space on top of what the
+libraries use. Files cannot be written at all."""
 
 from __future__ import annotations
 
@@ -35,12 +34,12 @@ def main() -> int:
     except ImportError as error:
         _say(control, {"missing": str(error.name)})
         return 3
-    compare(r"\frac{x^2-1}{x-1}", "x+1")  # does the imports and compilation of a first use
+    compare(r"\frac{x^2-1}{x-1}", "x+1")  # the first use imports and compiles code
     gc.collect()
-    gc.freeze()  # a garbage collection in a worker then does not copy shared memory
+    gc.freeze()  # so that a garbage collection in a worker does not copy shared memory
     _say(control, {"ready": os.getpid()})
     while True:
-        line, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)  # one request, of a few bytes
+        line, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)  # one request of a few bytes
         if not line:
             return 0
         request = json.loads(line)
@@ -73,7 +72,7 @@ def _work(channel: socket.socket, compare: Compare, seconds: float, memory_mb: i
             equal, note = compare(request["gold"], request["found"])
         except MemoryError:
             note = OUT_OF_MEMORY
-        # The algebra swallows a MemoryError and answers "different": a peak close to the limit counts as one.
+        # The algebra turns a MemoryError into "different", so a peak near the limit counts as out of memory.
         if not equal and _memory("VmPeak") > floor:
             note = OUT_OF_MEMORY
         _say(channel, {"id": request["id"], "equal": equal, "note": note})
@@ -89,7 +88,7 @@ def _comparison() -> Compare:
 
     @lru_cache(maxsize=64)  # the same gold answer is compared with many completions
     def read(text: str) -> list[Any]:
-        # The whole text must be one formula; no readable piece of it is searched for.
+        # The whole text must be one formula; it is not searched for a readable part.
         how: dict[str, Any] = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
         return list(parse(f"${text}$", reading, parsing_timeout=None, **how))
 
@@ -106,12 +105,12 @@ def _comparison() -> Compare:
 
 
 def _clearly_different(left: Any, right: Any) -> bool:
-    """Whether two formulas have values far apart, so that no proof is needed: their own values, or those with
-    each variable set to a different prime, which every assumption on the variables allows."""
+    """Return whether the values of two formulas are far apart, so that no proof is needed: their own values,
+    or those with a different prime for each variable, which every assumption on the variables allows."""
     from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
 
     if any(isinstance(s, Symbol) or not isinstance(s, Expr) or s.has(UnevaluatedExpr) for s in (left, right)):
-        return False  # the last one is a percentage, perhaps meant without its sign
+        return False  # an UnevaluatedExpr is a percentage, perhaps meant without its sign
     variables = left.free_symbols | right.free_symbols
     if variables and not (_is_elementary(left) and _is_elementary(right)):
         return False
@@ -122,12 +121,13 @@ def _clearly_different(left: Any, right: Any) -> bool:
     try:
         x, y = (complex(side.evalf(20, subs=values) if values else side.evalf(20)) for side in (left, right))
     except (TypeError, ValueError, ArithmeticError, NotImplementedError, AttributeError, RecursionError):
-        return False  # no value can be computed: the algebra decides
+        return False  # no value can be computed, so the algebra decides
     return abs(x - y) > 1e-4 * max(1.0, abs(x), abs(y))
 
 
 def _is_elementary(formula: Any) -> bool:
-    """Whether it has only numbers, variables, powers and elementary functions: no sum, limit or f(x)."""
+    """Return whether a formula has only numbers, variables, powers and elementary functions, and no sum,
+    limit or f(x)."""
     import sympy
 
     simple = (sympy.Number, sympy.NumberSymbol, sympy.Symbol, sympy.Add, sympy.Mul, sympy.Pow)
@@ -144,12 +144,12 @@ def _limit(kind: int, value: int, *, keep_hard: bool = False) -> None:
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     try:
         resource.setrlimit(kind, (value, hard if keep_hard else value))
-    except (ValueError, OSError):  # a system without this limit: the parent's clock limit still applies
+    except (ValueError, OSError):  # on a system without this limit, the parent's clock limit still applies
         return
 
 
 def _memory(field: str) -> int:
-    """Bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB if it is not known."""
+    """Return the bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB if unknown."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 2**30)

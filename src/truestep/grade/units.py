@@ -9,7 +9,7 @@ from truestep.grade.normal import plain
 
 PERCENT = "%"
 
-# name: (dimension, size in the dimension's first unit); names as ``unit_name`` makes them of the spellings
+# name: (dimension, size in the dimension's first unit); the names are those that ``unit_name`` returns
 _SIZES: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(size))
     for dimension, sizes in {
@@ -56,13 +56,13 @@ _TIME = re.compile(r"(\d{1,2}):(\d{2})\s*(?:([ap])\.?\s?m\.?)?$", re.IGNORECASE 
 
 
 def scale(rest: str) -> tuple[int, str]:
-    """The factor of "million" and the like after a number, and the text that follows it."""
+    """Return the factor of a word such as "million" after a number, and the text that follows the word."""
     match = _SCALE.match(rest)
     return (_SCALES[match[1].lower()], rest[match.end() :]) if match else (1, rest)
 
 
 def unit_name(words: str, power: str = "") -> str:
-    """One name for the spellings of a unit: "square centimeters" and "cm^2" are the same."""
+    """Return one name for all spellings of a unit: "square centimeters" and "cm^2" have the same name."""
     parts = []
     for word in words.lower().split():
         if word in ("square", "sq", "cubic"):
@@ -74,7 +74,7 @@ def unit_name(words: str, power: str = "") -> str:
 
 
 def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool:
-    """Whether two (value, unit) of different units are the same quantity."""
+    """Return whether two (value, unit) pairs with different units are the same quantity."""
     sizes = [_SIZES.get(unit.partition("^")[0]) for _, unit in (left, right)]
     powers = [unit.partition("^")[2] or "1" for _, unit in (left, right)]
     if sizes[0] is None or sizes[1] is None or sizes[0][0] != sizes[1][0] or powers[0] != powers[1]:
@@ -84,15 +84,14 @@ def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool:
 
 
 def same_unit(left: str, right: str) -> bool:
-    """Whether two units mean the same: "degree" and "degree C", "apple", "red
-    apple"."""
+    """Return whether two units mean the same: "degree" and "degree C", "apple" and "red apple"."""
     one, other = set(left.split()), set(right.split())
     changes = (one ^ other) & {"per", *_SIZES}  # miles are not miles per hour
     return (one <= other or other <= one) and not changes
 
 
 def spelled_number(text: str) -> int | None:
-    """The number that a few English words mean: twelve, forty-two, three hundred; None for anything else."""
+    """Return the number that a few English words mean: twelve, forty-two, three hundred; None otherwise."""
     total, last = 0, 1000
     for word in text.lower().replace("-", " ").split()[:4]:
         if word in ("hundred", "thousand") and 0 < total < 100:
@@ -105,7 +104,7 @@ def spelled_number(text: str) -> int | None:
 
 
 def same_time(gold: str, found: str) -> bool | None:
-    """Whether two times of day are the same (am or pm may be left out); None if either is not a time."""
+    """Return whether two times of day agree (am or pm may be left out); None if either is not a time."""
     left, right = _TIME.match(plain(gold)), _TIME.match(plain(found))
     if left is None or right is None or not (left[3] or right[3]):
         return None

@@ -1,1 +1,1 @@
-"""Models: loading, the built-in tiny one, and the packed forward pass."""
+"""Models: loading, the built-in tiny model, and the packed forward pass."""

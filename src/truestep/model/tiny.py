@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A character tokenizer with a chat template; its stop token is ``<|end|>``."""
+    """Return a character tokenizer with a chat template; its stop token is ``<|end|>``."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -44,7 +44,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     settings: TinySettings, vocabulary_size: int, context_length: int, seed: int
 ) -> PreTrainedModel:
-    """A freshly initialised Llama, which depends only on the seed."""
+    """Return a freshly initialized Llama that depends only on the settings, sizes and seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -12,12 +12,13 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
 def loader(templates: Path) -> jinja2.BaseLoader:
-    """Loads the templates of one package, and style.css."""
+    """Return a loader for the templates of one package and for style.css."""
     return jinja2.FileSystemLoader([templates, Path(__file__).parent])
 
 
 def visible(text: object) -> str:
-    """Text with numbers for characters that move the cursor, change the direction, are hidden or break XML."""
+    """Return text in which every character that moves the cursor, changes the direction, is hidden or breaks
+    XML is replaced by its number."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩"
         for c in str(text)

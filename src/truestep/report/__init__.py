@@ -1,1 +1,1 @@
-"""Shows people what a run did: reads the files of a run directory and computes no statistic."""
+"""Shows people what a run did. It reads the files in a run directory and computes no statistic."""

@@ -1,5 +1,5 @@
-"""The page of an evaluation: scores with intervals, the spread over prompts, and every problem that fits,
-filtered without a script. Reads the files of a run directory and computes no statistic."""
+"""The page of an evaluation: scores with intervals, the spread over prompts, and as many problems as fit,
+which can be filtered without a script. It reads the files in a run directory and computes no statistic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from truestep.report.html import page_environment, text_of
 from truestep.report.tables import ScoreRow, interval
 from truestep.rundir import redact, write_atomic
 
-MOST_PROBLEMS = 300  # of one evaluation; unscored and incorrect ones come before correct ones
+MOST_PROBLEMS = 300  # for each evaluation; unscored and incorrect problems come before correct ones
 _ORDER = ("unscored", "incorrect", "mixed", "correct")
 FILTERS = (("all", "All"), ("incorrect", "Wrong"), ("mixed", "Sometimes right"), ("correct", "Right"),
            ("unscored", "Unscored"), ("truncated", "Cut off"), ("unanswered", "No answer found"))  # fmt: skip
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 
 def write_evaluation_report(run: Path) -> Path:
-    """Write RUN/report.html. Raises UserError if the folder contains no evaluation."""
+    """Write RUN/report.html. Raises UserError if the folder does not contain an evaluation."""
     summary = tables.read_summary(run)
     if summary.get("kind") != "evaluation":
         raise UserError(f"{run} has no evaluation of benchmarks; pass the folder that truestep eval printed")
@@ -42,7 +42,7 @@ def write_evaluation_report(run: Path) -> Path:
 
 
 def _curve(score: ScoreRow) -> dict[str, Any] | None:
-    """pass@k and majority@k of one score, at powers of two and at the last k."""
+    """Return pass@k and majority@k of one score, at powers of two and at the last k."""
     ks = sorted(map(int, score.pass_at))
     kept = [k for k in ks if k & (k - 1) == 0 or k == ks[-1]]
     if len(kept) < 2:
@@ -65,7 +65,8 @@ def _evaluation(run: Path, number: int, score: ScoreRow) -> dict[str, Any]:
 
 
 def _problem(rows: Sequence[Row]) -> dict[str, Any]:
-    """One problem with its most informative sample: the first that is not correct, otherwise the first."""
+    """Return one problem with its most informative sample: the first that is not correct, or otherwise the
+    first."""
     verdicts = [row["verdict"] for row in rows]
     correct = verdicts.count("correct")
     some = "correct" if correct == len(rows) else "mixed" if correct else "incorrect"

@@ -1,4 +1,4 @@
-"""Figures as inline SVG in the page's colors; without matplotlib, none. The same data give the same bytes."""
+"""Figures as inline SVG in the page's colors; empty without matplotlib. The same data give the same bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Placeholder colors that occur nowhere else in an SVG; they become the page's own (--ink and so on).
+# Placeholder colors that occur nowhere else in an SVG; they are replaced by the page's own (such as --ink).
 _COLOURS = {
     "#010203": "ink", "#010204": "muted", "#010205": "line", "#010206": "blue", "#010207": "orange",
     "#010208": "green", "#010209": "card",
@@ -48,7 +48,7 @@ def can_draw() -> bool:
 
 
 def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
-    """Draw in truestep's style, or not at all without matplotlib."""
+    """Make a function draw in truestep's style, or return nothing without matplotlib."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **more: P.kwargs) -> Markup:
@@ -66,7 +66,7 @@ def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
 def curve(
     name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False
 ) -> Markup:
-    """Lines over steps (or FLOPs). Empty if no series has a point."""
+    """Draw lines over steps (or FLOPs). Empty if no series has a point."""
     series = {label: thin(points) for label, points in series.items() if points}
     if not series:
         return Markup("")
@@ -113,7 +113,8 @@ def label_x(axes: Axes, label: str, highest: float) -> None:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most about ``limit`` points: the lowest and highest of each section, so that no spike is lost."""
+    """Return at most about ``limit`` points: the lowest and highest of each section, so that no spike is
+    lost."""
     if len(points) <= limit:
         return list(points)
     width = math.ceil(len(points) / (limit // 2))
@@ -127,7 +128,7 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 @styled
 def scores(rows: Sequence[ScoreRow]) -> Markup:
-    """A dot and a whisker for each checkpoint, by data set."""
+    """Draw a dot and a whisker for each checkpoint, by data set."""
     rows = [row for row in rows if row.score is not None]
     if not rows:
         return Markup("")
@@ -151,7 +152,7 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
 
 
 def rows_figure(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
-    """A figure with one named row for each value in percent; ``height`` is that of a row, in inches."""
+    """Return a figure with one named row per value in percent; ``height`` is that of a row, in inches."""
     left = 0.25 + 0.078 * max(map(len, names))
     figure, axes = new_figure(7.6, 0.5 + height * len(names), left=left, bottom=0.28)
     axes.set_yticks(range(len(names)), names, fontsize=9.5, color=INK)
@@ -171,7 +172,7 @@ def _percents(row: ScoreRow) -> tuple[float, float, float]:
 
 @styled
 def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Markup:
-    """Scores with whiskers against the FLOPs spent up to each checkpoint, one line per data set."""
+    """Draw scores with whiskers against the FLOPs spent up to each checkpoint, one line per data set."""
     rows = [(flops, row) for flops, row in rows if row.score is not None]
     if len(rows) < 2:
         return Markup("")
@@ -195,7 +196,7 @@ def scores_by_flops(rows: Sequence[tuple[float, ScoreRow]], x_label: str) -> Mar
 
 
 def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 0.42) -> tuple[Figure, Axes]:
-    """A figure with one plot and fixed margins, all in inches."""
+    """Return a figure with one plot and fixed margins, all in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -207,7 +208,7 @@ def new_figure(width: float, height: float, left: float = 0.56, bottom: float = 
 
 
 def to_svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an <svg> element with a description, unique ids, and the page's colors and font."""
+    """Return the figure as <svg> with a description, unique ids, and the page's colors and font."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with warnings.catch_warnings():

@@ -1,7 +1,8 @@
 """report.html: one page that contains everything, loads nothing, and runs nothing.
 
-All text of a run is untrusted (models write it). The environment, not the templates, escapes all of it and
-shows its invisible characters; the templates clip it. The page's policy forbids scripts and requests."""
+All text in a run is untrusted, because models write it. The environment, not the templates, escapes the text
+and shows its invisible characters; the templates shorten it. The page's policy forbids scripts and
+requests."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from truestep.train.metrics import panels as panels_of
 Row = Mapping[str, Any]
 
 _QUOTA = {"incorrect": 3, "correct": 1, "unscored": 2}  # evaluation samples to show
-_SEARCHED = 20_000  # lines that are searched for samples
+_SEARCHED = 20_000  # lines of a file that are searched for samples
 
 
 def write_report(run: Path) -> Path:
@@ -39,7 +40,7 @@ def write_report(run: Path) -> Path:
 
 
 def page_environment() -> jinja2.Environment:
-    """The environment that renders every page: all text escaped, invisible characters shown."""
+    """Return the environment that renders every page, with text escaped and invisible characters shown."""
     environment = jinja2.Environment(
         autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.ChainableUndefined,  # an interrupted run has fewer values
@@ -55,14 +56,14 @@ def page_environment() -> jinja2.Environment:
 
 
 def _shown(value: Any) -> Any:
-    """What a template prints. Markup (our own SVG) is also a str, and is printed unchanged."""
+    """Return what a template prints. Markup (our own SVG) is also a str, and is printed unchanged."""
     if value is None:
         return tables.NONE
     return visible(value) if type(value) is str else value
 
 
 def _or_none(write: Callable[..., str]) -> Callable[..., str]:
-    """A filter that treats a value that is not in the file as None."""
+    """Return a filter that treats a value that is not in the file as None."""
     return lambda value, *more: write(None if isinstance(value, jinja2.Undefined) else value, *more)
 
 
@@ -92,7 +93,7 @@ def text_of(path: Path) -> str:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings or versions as one flat table of names and texts."""
+    """Return nested settings or versions as one flat table of names and texts."""
     found: dict[str, str] = {}
     for key, entry in value.items():
         if isinstance(entry, Mapping):
@@ -104,7 +105,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every stage that has a folder or an entry in the summary, in the order of the folders."""
+    """Return every stage that has a folder or an entry in the summary, in the order of the folders."""
     paths = sorted(path for path in run.glob("stages/[0-9]*-*") if path.is_dir())
     folders = {path.name.partition("-")[2]: path for path in paths}
     entries = {str(entry.get("name")): entry for entry in summary.get("stages") or []}
@@ -124,7 +125,7 @@ def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def points(metrics: Sequence[Row], stage: str, key: str, x: str = "step") -> list[tuple[float, float]]:
-    """The finite values of one metric of a stage; ``x`` is "step" or another metric."""
+    """Return the finite values of one metric of a stage; ``x`` is "step" or another metric."""
     x_name, y_name = x if x == "step" else f"{stage}/{x}", f"{stage}/{key}"
     pairs = [(row.get(x_name), row.get(y_name)) for row in metrics]
     return [(float(a), float(b)) for a, b in pairs if _finite(a) and _finite(b)]  # type: ignore[arg-type]
@@ -148,7 +149,7 @@ def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _compute(stages: Sequence[Row], rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
-    """Score, reward and dev score against the FLOPs spent so far, by the paper's formula."""
+    """Return figures of score, reward and dev score against FLOPs spent so far, by the paper's formula."""
     metrics = {stage["name"]: stage["metrics"] for stage in stages}
     total = {name: points(m, name, "flops_paper") for name, m in metrics.items()}
     spent = {"base": 0.0} | {name: curve[-1][1] for name, curve in total.items() if curve}
@@ -167,7 +168,7 @@ def _compute(stages: Sequence[Row], rows: Sequence[ScoreRow]) -> list[dict[str, 
 
 
 def pick_rollouts(rows: Sequence[Row]) -> list[Row]:
-    """One sample of each verdict from the first, the middle and the last step."""
+    """Return one sample of each verdict from the first, the middle and the last step."""
     steps = sorted({row["step"] for row in rows})
     wanted = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
     picked: dict[tuple[int, str], Row] = {}
@@ -183,7 +184,7 @@ def _verdict(row: Row) -> str:
 
 
 def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]]:
-    """A few samples of each evaluation: those in the score table, in its order, then the others."""
+    """Yield a few samples of each evaluation: those in the score table, in its order, then the others."""
     listed = {run / row.samples: (row.checkpoint, row.data) for row in rows}
     others = sorted(set(run.glob("evaluations/*/*.samples.jsonl")) - listed.keys())
     listed |= {path: (path.parent.name, path.name.removesuffix(".samples.jsonl")) for path in others}
@@ -193,7 +194,8 @@ def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    """The rows of a file, one by one: with many samples per problem it may be larger than memory."""
+    """Yield the rows of a file one by one, because a file with many samples per problem may be larger than
+    memory."""
     with path.open("rb") as file:
         for _, line in zip(range(_SEARCHED), file, strict=False):
             try:
@@ -205,7 +207,7 @@ def _lines(path: Path) -> Iterator[Row]:
 
 
 def pick_samples(rows: Iterable[Row]) -> list[Row]:
-    """The first few incorrect, correct and unscored samples, at most one per problem."""
+    """Return the first few incorrect, correct and unscored samples, at most one per problem."""
     left, picked, seen = dict(_QUOTA), [], set()
     for row in rows:
         verdict = _verdict(row)

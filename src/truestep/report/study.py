@@ -1,4 +1,4 @@
-"""Writes report.html of a study, and its tables as Markdown, CSV and LaTeX. Computes nothing."""
+"""Writes report.html of a study, and its tables as Markdown, CSV and LaTeX. It computes nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
 
 
 def read_cells(folder: Path, table: Row) -> dict[str, Row]:
-    """The compact cells that the results come from; the folder may also contain cells of other recipes."""
+    """Read the compact cells behind the results; the folder may also contain cells of other recipes."""
     listed = {(arm["name"], seed) for arm in table["arms"] for seed in arm["seeds"]}
     cells = {p.stem: read_object(p) for p in sorted(folder.glob("compact/cells/*.json"))}
     return {name: cell for name, cell in cells.items() if (cell.get("arm"), cell.get("seed")) in listed}
@@ -67,7 +67,7 @@ def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, An
 
 
 def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
-    """The curves of an arm's last stage, one line per seed."""
+    """Return the curves of an arm's last stage, one line per seed."""
     own = {str(cell["seed"]): cell for cell in cells.values() if cell["arm"] == arm}
     stages = [list(cell["dynamics"]) for cell in own.values() if cell["dynamics"]]
     if not stages:
@@ -82,7 +82,7 @@ def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
 
 
 def _machines(cells: Mapping[str, Row]) -> dict[str, int]:
-    """Commits and processors that the cells were run with → how many cells."""
+    """Count the cells for each combination of commit and processor that they were run with."""
     names = []
     for stamp in (cell["provenance"] for cell in cells.values()):
         changes = " with uncommitted changes" if stamp["uncommitted_changes"] else ""

@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 @styled
 def dots(arms: Sequence[Row], benchmark: str) -> Markup:
-    """One row per arm: seeds as dots, the mean with its interval."""
+    """Draw one row per arm: seeds as dots, and the mean with its interval."""
     rows = [(a, a["scores"][benchmark]) for a in arms if benchmark in a["scores"]]
     if not rows:
         return Markup("")
@@ -35,7 +35,7 @@ def dots(arms: Sequence[Row], benchmark: str) -> Markup:
 
 @styled
 def bars(arms: Sequence[Row]) -> Markup:
-    """The staircase: bars in the order in which the arms were declared, with intervals and seeds."""
+    """Draw the staircase: bars in the order in which the arms were declared, with intervals and seeds."""
     rows = [a for a in arms if a["mean"]]
     if len(rows) < 2:
         return Markup("")
@@ -59,7 +59,7 @@ def bars(arms: Sequence[Row]) -> Markup:
 
 @styled
 def by_flops(arms: Sequence[Row], highlighted: str, benchmark: str) -> Markup:
-    """The score of every checkpoint against FLOPs; one arm is highlighted among the others."""
+    """Draw the score of every checkpoint against FLOPs; one arm is highlighted among the others."""
     paths = {}
     for a in arms:
         if path := [(p["flops_paper"], 100 * p["score"]) for p in a["path"] if p["data"] == benchmark]:
@@ -79,7 +79,7 @@ def by_flops(arms: Sequence[Row], highlighted: str, benchmark: str) -> Markup:
 
 @styled
 def seeds_over_steps(name: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
-    """One line per seed."""
+    """Draw one line per seed."""
     curves = {seed: points for seed, points in curves.items() if points}
     if not curves:
         return Markup("")

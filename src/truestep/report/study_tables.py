@@ -22,7 +22,7 @@ _CSV = ("arm", "control", "seed", "benchmark", "score", "low", "high", "flops_pa
 
 
 def points(found: Row | None, sign: str = "") -> str:
-    """E.g. 53.2 [50.1, 56.3], in points."""
+    """Return text such as 53.2 [50.1, 56.3], in points."""
     if found is None:
         return NONE
     value, low, high = (f"{100 * found[key]:{sign}.1f}" for key in ("value", "low", "high"))
@@ -34,7 +34,7 @@ def flops(value: float | None) -> str:
 
 
 def method_table(table: Row) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: every arm with its scores, seeds, budget, trials, and what differs."""
+    """Return heading and rows: every arm with its scores, seeds, budget, trials, and what differs."""
     names = table["benchmarks"]
     mean = ["Mean"] if len(names) > 1 else []
     rows = []
@@ -76,7 +76,7 @@ def markdown(table: Row) -> str:
             parts.append("\n".join("| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines))
     if several := [name for name, hashes in table["content"].items() if len(hashes) > 1]:
         parts.append(f"Not the same in all cells: {_md(', '.join(several))}")
-    parts += [f"Control left out: {_md(c)}: {_md(why)}" for c, why in table["controls_off"].items()]
+    parts += [f"Control {_md(c)} was left out: {_md(why)}" for c, why in table["controls_off"].items()]
     parts += [f"Failed: {_md(cell)}: {_md(why)}" for cell, why in table["failures"].items()]
     return "\n\n".join(parts) + "\n"
 
@@ -87,7 +87,7 @@ def _md(text: str) -> str:
 
 
 def as_csv(table: Row) -> str:
-    """One line per score; seed "all" is the mean over seeds."""
+    """Return one line per score; seed "all" is the mean over seeds."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CSV)
@@ -108,13 +108,13 @@ def as_csv(table: Row) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Text that a spreadsheet would read as a formula gets an apostrophe in front."""
+    """Put an apostrophe in front of text that a spreadsheet would read as a formula."""
     text = visible(value) if isinstance(value, str) else value
     return f"'{text}" if isinstance(text, str) and text[:1] in "=+-@\t\r" and text else text
 
 
 def latex(table: Row) -> str:
-    """Two booktabs tables, every cell escaped."""
+    """Return two booktabs tables, with every cell escaped."""
     parts = ["% needs \\usepackage{booktabs}"]
     for head, rows in (method_table(table), contrast_table(table)):
         columns = "l" + "r" * (len(head) - 2) + "l"

@@ -1,4 +1,4 @@
-"""The numbers of a run as rows, and how they are written, the same for the terminal, Markdown and HTML."""
+"""The numbers of a run as rows of text, written the same way for the terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def clip(text: str, limit: int = 1600) -> str:
-    """The beginning and end of a long text, with the number of characters left out between them."""
+    """Return the beginning and end of a long text, with the number of characters left out between them."""
     if len(text) <= limit:
         return text
     head = limit * 2 // 3
@@ -35,7 +35,7 @@ def percent(value: float | None) -> str:
 
 
 def with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """E.g. 71.4 % [68.0, 74.6]."""
+    """Return text such as 71.4 % [68.0, 74.6]."""
     if value is None or low is None or high is None:
         return percent(value)
     return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
@@ -46,7 +46,7 @@ def whole(value: float | None) -> str:
 
 
 def scientific(value: float | None) -> str:
-    """E.g. 3.20 × 10¹⁵."""
+    """Return text such as 3.20 × 10¹⁵."""
     if value is None or value == 0:
         return NONE if value is None else "0"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -73,7 +73,7 @@ def duration(seconds: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
-    """One score of a run (checkpoint) or of ``truestep eval`` (prompt); None for what is not in the summary."""
+    """One score of a run (checkpoint) or of ``truestep eval`` (prompt); None if the summary lacks a value."""
 
     checkpoint: str = ""
     prompt: str = ""
@@ -100,7 +100,7 @@ class ScoreRow:
 
     @property
     def samples(self) -> str:
-        """Where the samples are, relative to the run."""
+        """The path of the samples, relative to the run."""
         return f"evaluations/{self.checkpoint or self.prompt}/{self.data}.samples.jsonl"
 
     @property
@@ -109,7 +109,7 @@ class ScoreRow:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """summary.json, or {} if there is none. Raises UserError if it is not a JSON object."""
+    """Return summary.json, or {} if there is none. Raises UserError if it is not a JSON object."""
     return read_object(run / "summary.json")
 
 
@@ -128,7 +128,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def score_table(run: Path) -> list[ScoreRow]:
-    """The scores in the summary's order; if a run has no summary yet, the scores in its results files."""
+    """Return the scores in the summary's order; without a summary, the scores in the results files."""
     found = [read_score_row(row) for row in read_summary(run).get("scores") or []]
     if not found:
         paths = sorted(run.glob("evaluations/*/*.results.json"), key=lambda p: (p.parent.name != "base", p))
@@ -140,8 +140,8 @@ def score_table(run: Path) -> list[ScoreRow]:
 
 
 def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
-    """The outcome of a run, in one plain sentence."""
-    known = {"interrupted": "This run was interrupted. ", "running": "This run is still going. "}
+    """Return the outcome of a run, in one plain sentence."""
+    known = {"interrupted": "This run was interrupted. ", "running": "This run is still in progress. "}
     lead = known.get(str(summary.get("status")), "")
     if not rows:
         return lead + "None of its checkpoints has been evaluated."
@@ -153,12 +153,12 @@ def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
     if first is last:
         return f"{lead}On {last.data}, {last.checkpoint} answers {score} of {whole(last.n)} samples correctly.{more}"
     start = with_interval(first.score, first.low, first.high)
-    change = f"After {last.checkpoint}, {score} of {first.data} is answered correctly; {first.checkpoint} scored {start}."
+    change = f"On {first.data}, {last.checkpoint} scored {score}; {first.checkpoint} scored {start}."
     return lead + change + more
 
 
 Column = tuple[str, Callable[[ScoreRow], str]]
-# What a terminal of 80 columns has room for; the page has the rest.
+# What a terminal with 80 columns has room for; the page has the rest.
 _TERMINAL = {
     "checkpoint": ("Score [95 % interval]", "pass@k", "Right/wrong/unscored", "Cut off"),
     "prompt": ("Score [95 % interval]", "Strict", "Problems × samples", "Cut off", "Answer found"),
@@ -175,7 +175,7 @@ def _names(rows: Sequence[ScoreRow]) -> list[Column]:
 
 
 def pass_columns(rows: Sequence[ScoreRow]) -> list[Column]:
-    """Names and pass@k for every k > 1 (pass@1 is the score); [] if there is none."""
+    """Return names and pass@k for every k > 1 (pass@1 is the score); [] if there is none."""
     ks = sorted({k for row in rows for k in row.pass_at if k != "1"}, key=int)
     return [*_names(rows), *((f"pass@{k}", _pass_cell(k)) for k in ks)] if ks else []
 
@@ -189,7 +189,7 @@ def interval(found: Interval | None) -> str:
 
 
 def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
-    """Heading and cell of each column that has a value for at least one of these rows."""
+    """Return heading and cell of each column that has a value for at least one of these rows."""
     columns: list[Column] = [
         ("Strict", lambda r: percent(r.strict_score)), ("Lenient", lambda r: percent(r.lenient_score)),
         ("Majority", _majority),
@@ -210,18 +210,18 @@ def _sizes(row: ScoreRow) -> str:
 
 
 def _majority(row: ScoreRow) -> str:
-    """The majority score over all samples of a problem."""
+    """Return the majority score over all samples of a problem."""
     most = str(max(map(int, row.pass_at), default=0))
     return percent(row.majority_at[most]["value"]) if most in row.majority_at else NONE
 
 
 def cells_of(rows: Sequence[ScoreRow], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and the cells of each row as visible text."""
+    """Return the headings, and the cells of each row as visible text."""
     return [heading for heading, _ in columns], [[visible(cell(row)) for _, cell in columns] for row in rows]
 
 
 def print_scores(rows: Sequence[ScoreRow], title: str = "") -> None:
-    """The scores on a terminal. Cells are plain text: nothing in them is markup or moves the cursor."""
+    """Print the scores on a terminal. Nothing in the cells acts as markup or moves the cursor."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -229,7 +229,8 @@ def print_scores(rows: Sequence[ScoreRow], title: str = "") -> None:
 
 
 def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = True) -> Table:
-    """Text in brackets goes to a separate line, so that no name or interval is broken."""
+    """Return a table for the terminal. Text in brackets goes to a separate line, so that no name or interval
+    is broken."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

@@ -1,1 +1,1 @@
-"""Rewards: the functions of a recipe, run in child processes, and their weighted sum."""
+"""Rewards: the functions of a recipe, which run in child processes, and the weighted sum of their values."""

@@ -1,4 +1,4 @@
-"""Rewards that ship with truestep, as ordinary reward functions: copy one to start another.
+"""Reward functions that ship with truestep. They are ordinary reward functions: copy one to start your own.
 Held by: tests/rewards/test_functions.py"""
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def format_reward(
     opened: bool = False,
     pattern: str = "",
 ) -> list[float]:
-    """1 if the completion has the required form, else 0: each tag of ``tags`` opens and closes once, in this
-    order, with text inside; text follows the last tag if that is "think". ``opened``: the prompt ends with
-    the first opening tag. ``pattern`` replaces ``tags``: a regular expression for the whole text ("." matches
-    line breaks)."""
+    """Return 1 if the completion has the required form, otherwise 0. Each tag in ``tags`` must open and close
+    once, in this order, with text inside, and text must follow the last tag if it is "think". With
+    ``opened``, the prompt ends with the first opening tag. ``pattern`` replaces ``tags``: a regular
+    expression for the whole text ("." matches line breaks)."""
     body = r"\s*".join(rf"<{re.escape(tag)}>.*\S.*</{re.escape(tag)}>" for tag in tags)
     rest = r".*\S\s*" if tags and tags[-1] == "think" else r"\s*"
     try:
@@ -42,11 +42,12 @@ def length_reward(
     shape: Literal["linear", "cosine"] = "linear",
     correct_only: bool = True,
 ) -> list[float | None]:
-    """1 for an empty completion, falling to 0 at ``budget`` tokens (0: the length limit) and beyond. With
-    ``correct_only`` an incorrect one gets 0 (a short wrong answer gains nothing), an unscored one None."""
+    """Return 1 for an empty completion, falling to 0 at ``budget`` tokens (0: the length limit) and beyond.
+    With ``correct_only``, an incorrect completion gets 0 (so that a short wrong answer gains nothing), and an
+    unscored completion gets None."""
     if budget < 0 or shape not in ("linear", "cosine"):
         raise UserError(
-            'options: budget or shape is not valid; set budget >= 0, shape = "linear" or "cosine"'
+            'options: budget or shape is not valid; set budget >= 0 and shape = "linear" or "cosine"'
         )
     values: list[float | None] = []
     for sample in samples:
@@ -62,8 +63,9 @@ def length_reward(
 def overlong_penalty(
     samples: Sequence[RewardInput], *, fraction: float = 0.2, penalty: float = 0.5
 ) -> list[float]:
-    """0, falling linearly to −``penalty`` over the last ``fraction`` of the length limit. DAPO subtracts up
-    to 1 from rewards of ±1: for rewards of 0 and 1, ½. Source: DAPO (arXiv 2503.14476), equation 13"""
+    """Return 0, falling linearly to −``penalty`` over the last ``fraction`` of the length limit. DAPO
+    subtracts up to 1 from rewards of ±1; this corresponds to ½ for rewards of 0 and 1.
+    Source: DAPO (arXiv 2503.14476), equation 13"""
     if not 0 < fraction <= 1:
         raise UserError("options.fraction must be greater than 0 and at most 1")
     values = []

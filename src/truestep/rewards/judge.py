@@ -1,8 +1,9 @@
-"""A language model behind an OpenAI-compatible endpoint as a reward, with the standard library's HTTP client.
+"""A reward from a language model behind an OpenAI-compatible endpoint.
 
-The completion is placed between marks that the policy cannot predict, and a score counts only after such a
-mark on the last line of the judge's answer: an echo of the completion is never a score. The mark is a hash of
-the content, so that the same question makes the same request, whose answer can be stored.
+Requests use the standard library's HTTP client. The completion is placed between marks that the policy cannot
+predict. A score counts only if it follows such a mark on the last line of the judge's answer, so an echo of
+the completion is never a score. The mark is a hash of the content, so that the same question makes the same
+request, and the stored answer can be used again.
 Held by: tests/rewards/test_llm_judge.py"""
 
 from __future__ import annotations
@@ -53,21 +54,21 @@ HANDLERS = (  # the handlers of urllib that an HTTP request needs, without the o
 class JudgeSettings(Frozen):
     """The options of ``judge``."""
 
-    url: str = Field(pattern=r"^https?://")  # up to and with /v1
+    url: str = Field(pattern=r"^https?://")  # the address up to and including /v1
     model: str
-    prompt: str = Field(PROMPT, pattern=r"\{completion\}")  # with {problem}, {answer} or any column
+    prompt: str = Field(PROMPT, pattern=r"\{completion\}")  # may contain {problem}, {answer} or any column
     scale: float = Field(10.0, gt=0)  # the best score; the reward is score / scale
     key_env: str = ""  # the environment variable that holds the API key
     concurrency: int = Field(8, ge=1)
     requests_per_minute: float = Field(0.0, ge=0)  # 0: no limit
     attempts: int = Field(5, ge=1)
     request_seconds: float = Field(60.0, gt=0)
-    body: dict[str, Any] = Field(default_factory=dict)  # more fields of the request, e.g. max_tokens
+    body: dict[str, Any] = Field(default_factory=dict)  # more fields for the request, such as max_tokens
 
 
 def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -> list[Value]:
-    """A judge's score between 0 and 1; the sample is unscored if the judge gives none, and failed if all
-    attempts fail. Answers are stored in ``judge.jsonl`` in the run's folder, by a hash of the question."""
+    """Return a judge's score between 0 and 1. A sample is unscored if the judge gives no score, and failed if
+    all attempts fail. Answers are stored in ``judge.jsonl`` in the run's folder, by hash of the question."""
     settings = parse(JudgeSettings, options, where="options")
     if settings.key_env and not os.environ.get(settings.key_env):
         raise UserError(f"options.key_env: the environment variable {redact(settings.key_env)} is not set")
@@ -76,7 +77,7 @@ def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -
 
 
 def question(sample: RewardInput, settings: JudgeSettings) -> tuple[str, list[dict[str, str]]]:
-    """The mark and the chat turns of the request."""
+    """Return the mark and the chat turns of the request."""
     problem = "\n\n".join(m.content for m in sample.messages if m.role == "user")
     asked = [settings.model_dump(include={"url", "model", "prompt", "scale", "body"}), FRAME, problem]
     asked += [sample.problem.answer, sample.completion, dict(sample.problem.columns)]
@@ -86,14 +87,14 @@ def question(sample: RewardInput, settings: JudgeSettings) -> tuple[str, list[di
         "answer": sample.problem.answer,
         "completion": f"[BEGIN {mark}]\n{LOOKALIKE.sub('', sample.completion)}\n[END {mark}]",
     }
-    # One pass: braces inside a field stay as they are.
+    # Replaced in one pass, so that braces inside a field stay as they are.
     text = re.sub(r"\{(\w+)\}", lambda m: fields.get(m[1], m[0]), settings.prompt)
     frame = FRAME.format(mark=mark, scale=settings.scale)
     return mark, [{"role": "system", "content": frame}, {"role": "user", "content": text}]
 
 
 def read_score(text: str, mark: str, scale: float) -> float | Unscored:
-    """The score on the last line, divided by the scale."""
+    """Return the score on the last line, divided by the scale."""
     found = re.search(rf"(?:^|\n)[ *]*SCORE-{mark}:[ *]*(\d+(?:\.\d+)?)[ *]*\Z", text.strip())
     if found is None:
         return Unscored(f"the judge's answer does not end with a score: {redact(text.strip()[-120:])!r}")
@@ -103,7 +104,8 @@ def read_score(text: str, mark: str, scale: float) -> float | Unscored:
 
 @functools.cache
 class Judge:
-    """One endpoint, used by several threads at once; the same ``settings`` (as JSON) and folder share it."""
+    """Connection to one endpoint, used by several threads at once. All calls with the same ``settings`` (as
+    JSON) and folder share it."""
 
     def __init__(self, settings_json: str, folder: str) -> None:
         settings = self.settings = JudgeSettings.model_validate_json(settings_json)
@@ -119,7 +121,7 @@ class Judge:
                 row = json.loads(line)
                 self._known[row["key"]] = row["answer"]
             except (ValueError, TypeError, LookupError):
-                continue  # torn by a kill in the middle of a write
+                continue  # cut off by a kill during a write
 
     def value(self, sample: RewardInput) -> Value:
         mark, turns = question(sample, self.settings)
@@ -159,7 +161,7 @@ class Judge:
         time.sleep(max(0.0, at - time.monotonic()))
 
     def _back_off(self, error: Exception, seconds: float) -> None:
-        """Retry-After applies to all threads; without it only this one waits."""
+        """Make all threads wait for a Retry-After; without one, only this thread waits."""
         asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
         if re.fullmatch(r"\d{1,4}(\.\d+)?", asked or ""):
             with self._lock:

@@ -1,8 +1,7 @@
-"""The worker processes of one reward function: start, call, monitor and kill them.
+"""The worker processes of one reward function, with the code to start, call, monitor and kill them.
 
-A batch that fails as a whole (an exception, a timeout, too much memory, a dead worker) is repeated by sample,
-so that one sample does not fail the others.
-"""
+A batch that fails as a whole (an exception, a timeout, too much memory, a dead worker) is repeated sample by
+sample, so that one sample does not make the others fail."""
 
 from __future__ import annotations
 
@@ -30,19 +29,19 @@ from truestep.user_code import Source
 
 POLL_SECONDS = 0.1  # between two measurements of a worker's memory
 START_SECONDS = 600.0  # seconds to load a function and its state
-RETRY_TIME = 3.0  # times timeout_seconds: the time for all samples of a failed batch together
-MIN_SAMPLES = 20  # a share of fewer samples is noise: steps are counted together until there are this many
-OUTPUT_TAIL = 4000  # bytes of a worker's output that a failure shows
+RETRY_TIME = 3.0  # in units of timeout_seconds: the time for all samples of a failed batch together
+MIN_SAMPLES = 20  # a share of fewer samples is noise, so steps are counted together until there are this many
+OUTPUT_TAIL = 4000  # bytes of a worker's output that are shown after a failure
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class WorkerFailed(Exception):
-    """A worker gave no reply and was killed."""
+    """Error for a worker that gave no reply and was killed."""
 
 
 def processes(root: int) -> dict[int, int]:
-    """Resident bytes of a worker and each process that it has started, by process id; empty without /proc.
-    Shared pages count for each process."""
+    """Return the resident bytes of a worker and of each process that it has started, by process id; empty
+    without /proc. Shared pages count for each process."""
     found: dict[int, tuple[int, int, int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
@@ -80,19 +79,19 @@ class Worker:
         self._send(setup, START_SECONDS)
 
     def loaded(self) -> Answer:
-        """Wait until the function is loaded; returns a failed Answer if it cannot be loaded."""
+        """Wait until the function is loaded. Returns a failed Answer if it cannot be loaded."""
         found = self._receive(START_SECONDS)
         return self.failed(**found) if found["failed"] else Answer(**found)
 
     def ask(self, samples: Sequence[RewardInput], seconds: float) -> list[Answer] | Answer:
-        """One Answer for each sample, or a failed one for the batch. Raises WorkerFailed."""
+        """Return one Answer for each sample, or a failed Answer for the batch. Raises WorkerFailed."""
         self._printed = b""
         self._send(samples, seconds)
         reply = self._receive(seconds)
         return [Answer(**a) for a in reply] if isinstance(reply, list) else self.failed(**reply)
 
     def failed(self, *, reason: str, detail: str = "", **_: Any) -> Answer:
-        """A failed Answer that also shows what the function has printed last."""
+        """Return a failed Answer that also shows what the function printed last."""
         printed = self._printed.decode("utf-8", "replace").strip()
         detail += f"\nThe function printed:\n{printed}" if printed else ""
         return Answer(reason=redact(reason), failed=True, detail=redact(detail.strip()))
@@ -121,7 +120,7 @@ class Worker:
                     try:
                         return json.loads(line)
                     except ValueError:
-                        raise WorkerFailed("wrote to a channel that is not the function's") from None
+                        raise WorkerFailed("wrote to the channel that only the worker may use") from None
                 if not chunk:
                     raise self._ended()
             elif self.process.poll() is not None:
@@ -154,7 +153,7 @@ class Worker:
         return WorkerFailed(f"the worker process {how}")
 
     def kill(self) -> None:
-        """Kill it and everything it has started, and wait until they have ended."""
+        """Kill the worker and every process that it has started, and wait until they have ended."""
         for _ in range(50):
             family = processes(self.process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):  # the only way without /proc
@@ -174,7 +173,7 @@ class Worker:
 
 
 class FunctionPool:
-    """All workers of one entry. Not for use from several threads."""
+    """All workers of one entry; not for use from several threads."""
 
     def __init__(self, entry: RewardSettings, source: Source, *, base: Path, folder: Path) -> None:
         self.entry, self._idle, self._all, self._closed = entry, list[Worker](), set[Worker](), False
@@ -192,13 +191,13 @@ class FunctionPool:
     def close(self) -> None:
         self._closed = True
         for worker in list(self._all):
-            worker.kill()  # ends the threads that wait for it
+            worker.kill()  # this ends the threads that wait for the worker
         self._threads.shutdown(cancel_futures=True)
         for worker in list(self._all):
             self._drop(worker)
 
     def submit(self, samples: Sequence[RewardInput]) -> list[concurrent.futures.Future[list[Answer]]]:
-        """Start scoring: one future for each batch, in order."""
+        """Start scoring and return one future for each batch, in order."""
         if samples and samples[0].step != self._step and self._samples >= MIN_SAMPLES:
             self._samples, self._failures = 0, []
         self._step = samples[0].step if samples else self._step
@@ -208,7 +207,7 @@ class FunctionPool:
         return [self._threads.submit(self._batch, batch) for batch in batches]
 
     def check_failures(self) -> None:
-        """Raises UserError with the first failure's traceback if more than the declared share has failed."""
+        """Raise UserError with the first failure's traceback if more than the declared share has failed."""
         allowed = self.entry.max_failure_share * self._samples + 1e-9
         if self._samples >= MIN_SAMPLES and len(self._failures) > allowed:
             first = self._failures[0]

@@ -1,4 +1,4 @@
-"""The input and output of a reward function, and their form as JSON on a pipe."""
+"""The input and output of a reward function, and the JSON that represents them on a pipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from truestep.records import Message, Problem, RewardInput, Stop, Verdict
 
 @dataclass(frozen=True)
 class Unscored:
-    """Returned instead of None: the reason why a sample has no reward."""
+    """A value to return instead of None, with the reason why a sample has no reward."""
 
     reason: str
 
@@ -24,8 +24,8 @@ Value = float | None | Unscored | Mapping[str, float] | Exception
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One function's result for one sample. A failure has a ``reason``, and the function's traceback or
-    output as ``detail``."""
+    """One function's result for one sample. A failure has a ``reason``, with the function's traceback or
+    output in ``detail``."""
 
     value: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Answer:
 
 
 def to_json(value: Any) -> bytes:
-    """One line of JSON. Records become objects; values that JSON lacks (a date in a column) become text."""
+    """Return one line of JSON. Records become objects; values that JSON lacks (such as dates) become text."""
     return json.dumps(value, default=_plain).encode("ascii") + b"\n"
 
 
@@ -48,7 +48,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_input(table: Mapping[str, Any]) -> RewardInput:
-    """The record that ``to_json`` wrote."""
+    """Read the record that ``to_json`` wrote."""
 
     def messages(turns: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
         return tuple(Message(**turn) for turn in turns)

@@ -22,8 +22,8 @@ Grade = Callable[[Sequence[tuple[Problem, str]]], Sequence[Score]]
 
 
 def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
-    """The file of each entry's function, by the entry's name; no code is run. Their hashes are part of a
-    stage's identity. Raises UserError if a file is missing."""
+    """Return the file of each entry's function, by the entry's name; no code is run. The files' hashes are
+    part of a stage's identity. Raises UserError if a file is missing."""
     return {
         e.name: find_source(e.function, base, what="reward", shipped=SHIPPED.get(e.function, ""))
         for e in entries
@@ -32,8 +32,8 @@ def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
 
 
 class RewardScorer:
-    """Scores samples. ``base`` is the recipe's folder, ``folder`` one in the run directory for the functions'
-    files. Entering starts one worker for each function, and raises UserError if one cannot be loaded. Not for
+    """Scorer of samples. ``base`` is the recipe's folder, ``folder`` is for the functions' files in the run
+    directory. Entering starts one worker per function, and raises UserError if one cannot be loaded. Not for
     use from several threads. Held by: tests/rewards/test_hostile_rewards.py, tests/rewards/test_scorer.py"""
 
     def __init__(self, entries: Sequence[RewardSettings], *, grade: Grade, base: Path, folder: Path) -> None:
@@ -54,10 +54,10 @@ class RewardScorer:
         self._stack.close()
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
-        """One result per sample, in order. Raises UserError if a function fails on more than its
-        ``max_failure_share`` of this rank's samples of the step."""
+        """Return one result per sample, in order. Raises UserError if a function fails on more than its
+        ``max_failure_share`` of this rank's samples in the step."""
         whole = [sample for sample in inputs if sample.stop is not Stop.ERROR]
-        if len(whole) < len(inputs):  # a sample without a completion is unscored, not a function's failure
+        if len(whole) < len(inputs):  # a sample without a completion is unscored; the function did not fail
             results = iter(self.score(whole))
             lost = Score(reward=None, verdict=Verdict.UNSCORED, reason="the engine failed")
             return [lost if sample.stop is Stop.ERROR else next(results) for sample in inputs]
@@ -103,7 +103,8 @@ class RewardScorer:
 
 
 def fair_coin(sample: RewardInput) -> float:
-    """0 or 1, depending only on the sample's identity: a control for gains that do not come from the reward.
+    """Return 0 or 1, depending only on the sample's identity. This is a control for gains that do not come
+    from the reward.
     Held by: tests/rewards/test_scorer.py"""
     item = f"{sample.problem.id}/{sample.sample}"
     return float(generator(sample.seed, Purpose.RANDOM_REWARD, sample.step, item).random() < 0.5)

@@ -1,8 +1,7 @@
 """A child process that loads one reward function and calls it.
 
-``pool.py`` starts it as ``python -m truestep.rewards.worker DESCRIPTOR``, and kills it if it takes too long
-or too much memory. Requests and replies are lines of JSON on a socket, so that the function may print.
-"""
+``pool.py`` starts it as ``python -m truestep.rewards.worker DESCRIPTOR``, and kills it if it takes too much
+time or memory. Requests and replies are lines of JSON on a socket, so that the function may print."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from truestep.user_code import Raised, Source, attempt, load, raised, with_folde
 
 
 def tried(work: Callable[..., Any], *given: Any) -> Any:
-    """The result of the user's code, or a failed Answer with its traceback."""
+    """Return the result of the user's code, or a failed Answer with its traceback."""
     result = attempt(work, *given)
     return failed(result) if isinstance(result, Raised) else result
 
@@ -37,7 +36,7 @@ def failed(raised: Raised) -> Answer:
 
 
 def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]) -> list[Any]:
-    """One value for each sample. Raises UserError if the function returns anything else."""
+    """Return one value for each sample. Raises UserError if the function returns anything else."""
     output = reward(samples, **options)
     if isinstance(output, str | Mapping) or not hasattr(output, "__iter__"):
         raise UserError(f"returned {_shown(output)}; expected a list with one value for each sample")
@@ -48,7 +47,7 @@ def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequen
 
 
 def answer(value: Any) -> Answer:
-    """One value as an Answer. A mapping's value is that of its key "reward", or the sum of all."""
+    """Return a value as an Answer. The value of a mapping is that of its key "reward", or the sum of all."""
     if value is None:
         return Answer(reason="the function returned None")
     if isinstance(value, Unscored):
@@ -66,7 +65,7 @@ def answer(value: Any) -> Answer:
 
 
 def _number(value: Any) -> float:
-    number = value.item() if hasattr(value, "item") else value  # scalars of numpy and torch
+    number = value.item() if hasattr(value, "item") else value  # for scalars of numpy and torch
     if not isinstance(number, numbers.Real):
         raise UserError(f"returned {_shown(value)}; expected a number, None or a mapping of numbers")
     try:
@@ -97,7 +96,7 @@ def serve(channel: socket.socket) -> None:
     def prepare() -> Callable[..., Any]:
         function = load(Source(**setup["source"]), setup["path"])
         options = with_folder(function, setup["options"], setup["folder"])
-        if not setup["source"]["sha256"]:  # one that ships with truestep checks its options when called
+        if not setup["source"]["sha256"]:  # a function of truestep checks its options when it is called
             function([], **options)
         return partial(call, function, options)
 
@@ -115,7 +114,7 @@ def main() -> None:
     channel.set_inheritable(False)  # programs that the function starts must not keep it open
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     serve(channel)
-    os._exit(0)  # without waiting for threads that the function has started
+    os._exit(0)  # does not wait for threads that the function has started
 
 
 if __name__ == "__main__":
