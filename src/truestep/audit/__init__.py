@@ -1,1 +1,1 @@
-"""Recovers what an optimizer step of an installed framework really did from its parameters, on a CPU."""
+"""Recovers from the parameters what an optimizer step of an installed framework really did, on a CPU."""

@@ -247,7 +247,8 @@ def dropping(share: float) -> Callable[[Replica, int], None]:
 
 
 def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Replica, int], None]:
-    """Start the optimizer (the model too if ``published``) from other values, by rank if ``ranks``."""
+    """Start the optimizer from other values, and the model too if ``published``. The values differ by rank if
+    ``ranks``."""
 
     def prepare(replica: Replica, seed: int) -> None:
         key = integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start")

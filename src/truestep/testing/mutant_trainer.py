@@ -1,4 +1,4 @@
-"""A reference trainer with replaceable parts. It is correct, and faulty only if a part is replaced.
+"""A reference trainer with replaceable parts. It is correct unless a part is replaced.
 
 One process simulates all ranks, each with a model and a recorder. A correct step is plain SGD on the mean
 over all trained tokens of its window. Only the mutants import this module, because it needs torch.

@@ -56,7 +56,8 @@ class Job:
 
 
 def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict[str, str]:
-    """Return a child's variables: the caller's program and library paths, without tokens, caches and home."""
+    """Return the environment variables of a child process. The caller's paths to programs and libraries are
+    kept, but not its tokens, caches and home folder."""
     return {
         **{k: os.environ[k] for k in KEPT if k in os.environ},
         "HOME": str(home),
@@ -77,7 +78,7 @@ def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict
 def audit_one(
     subject: Subject, configuration: Configuration, python: Path, *, seed: int = 0, timeout: float = 120.0
 ) -> Finding:
-    """Run all cases of one subject in one configuration. If it cannot run, the finding says so."""
+    """Run all cases of one subject in one configuration. A subject that cannot run also gets a finding."""
     began, options, ranks = time.monotonic(), configuration.options, configuration.world_size
     size = {"world_size": ranks, "accumulation": int(options.get("accumulation", 4)), "seed": seed}
     built = [cases.build(name, **size) for name in configuration.only]

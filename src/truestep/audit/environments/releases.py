@@ -61,7 +61,8 @@ def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interv
 
 
 def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
-    """Return a faulty release between two correct ones; try the middle, then the middle of each half, …"""
+    """Return a faulty release between two correct ones. The middle is tried first, then the middles of the
+    halves, and so on."""
     gaps = [(0, last)]
     while gaps:
         start, stop = gaps.pop(0)

@@ -146,7 +146,8 @@ Do = Callable[..., None]  # run a command of a build: (command, **extra environm
 
 
 def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[Path, Do], None]) -> Path:
-    """Return the Python of ``cache/name``. One process builds it under a temporary name, then renames it."""
+    """Return the Python of ``cache/name``. It is built under a temporary name and then renamed, by one
+    process at a time."""
     home, temporary, log = cache / name, cache / f"{name}.building", cache / f"{name}.log"
     python = home / "bin" / "python"
     if python.exists():

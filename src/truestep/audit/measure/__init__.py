@@ -1,1 +1,1 @@
-"""Turns what a subject wrote into a verdict: numbers and records, no text. Only the recorder uses torch."""
+"""Turns what a subject wrote into a verdict, as numbers and records. Only the recorder uses torch."""

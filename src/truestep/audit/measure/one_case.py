@@ -146,7 +146,7 @@ def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
 
 
 def resume(run: Observation, limit: float) -> Cause | None:
-    """Return what the checkpoint lost, found from the step before it and the gradients after it."""
+    """Return what the checkpoint lost, found from the step before and the gradients of the step after it."""
     at, momentum = run.asked.resume_after, run.asked.momentum
     if not at or len(run.steps) <= at:
         return None

@@ -1,7 +1,7 @@
 """Judges one step by the pattern of its weights, or else by what the weights do not explain.
 
-A step is judged from its own start. A pattern is kept × normaliser × scale. Causes come from the structure of
-the weights, so that an unknown fault is still described. Shapes: P parameters.
+Each step is judged from the parameters at its start. A pattern is kept × normaliser × scale. Causes come from
+the structure of the weights, so that an unknown fault is still described. Shapes: P parameters.
 """
 
 from __future__ import annotations

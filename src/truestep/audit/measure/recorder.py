@@ -1,6 +1,6 @@
-"""Watches a model during training. A copy of this file runs in the audited environment with only torch.
+"""Watches a model during training. A copy of this file runs in the audited environment and needs only torch.
 
-The recorder writes ``CASE/rank-R.json`` and its tensors, which contain:
+The recorder writes ``CASE/rank-R.json`` and files with tensors. They contain:
 
 * which rows went into which micro-batch, seen by a hook on the model's forward pass;
 * the parameters before and after every optimizer step, seen as changes between two forward passes;
@@ -86,8 +86,9 @@ class Recorder:
         self._observe(model, snapshot)
 
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
-        """Watch a different module, and find a row by a different part of its tokens. Trainers that run the
-        model differently or omit tokens need this. ``ignored`` is the input of idle ranks."""
+        """Watch a different module, and find a row by a different part of its tokens. This is for trainers
+        that run the model differently or omit tokens that predict nothing. ``ignored`` is the input of idle
+        ranks."""
         self._hook.remove()
         self.needles, self.ignored = list(needles), ignored
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)

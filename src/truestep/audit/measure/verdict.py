@@ -106,7 +106,7 @@ def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation])
 
 
 def _unusable(run: Observation, some_moved: bool) -> Causes:
-    """Return why single steps cannot be judged: a fault or a cause without a code, or nothing if they can be.
+    """Return why single steps cannot be judged, as a fault or a cause without a code; empty if they can be.
     ``some_moved`` says whether some case took a step."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)

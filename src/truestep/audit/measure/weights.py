@@ -97,8 +97,7 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
 
 
 def adamw_changes(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
-    """Return each step's Δ [P] under AdamW without weight decay, for a fault's gradients; None if
-    undefined."""
+    """Return each step's Δ [P] under AdamW without weight decay, for faulty gradients; None if undefined."""
     first = second = np.zeros(1)
     changes = []
     for number, step in enumerate(steps, start=1):

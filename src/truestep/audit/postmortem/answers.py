@@ -62,7 +62,8 @@ class Answer:
 
 
 def look_back(folder: Path) -> list[Answer]:
-    """Return one answer per measured fault, ordered as in ``MEASURED``. Raises UserError without a folder."""
+    """Return one answer per measured fault, in the order of ``MEASURED``. Raises UserError if ``folder`` is
+    not a directory."""
     evidence = gather(folder)
     return [answer(measured, evidence) for measured in MEASURED]
 
@@ -91,7 +92,7 @@ def release(version: str) -> tuple[int, ...] | None:
 
 
 def judge_release(measured: Measured, version: str) -> Check:
-    """Check whether this release has the fault, as measured or from the nearest releases on both sides."""
+    """Check whether this release has the fault. If it was not measured, use the releases on both sides."""
     name = {"package": measured.package, "version": version}
     own = release(version)
     if own is None:
@@ -194,7 +195,8 @@ def _trained_by(trainer: str) -> Condition:
 
 
 def _own_tokens(evidence: Evidence) -> Check:
-    """Check that averaging is off. 5.23.0 averages by default; the defaults of others are not known here."""
+    """Check that averaging is off. 5.23.0 averages by default; other releases' defaults are not known
+    here."""
     told = evidence.settings.get("average_tokens")
     if not told and set(evidence.versions.get("transformers", {})) == {"5.23.0"}:
         return check(False, "averages_by_default")
@@ -215,7 +217,8 @@ _SEVERAL_PROCESSES = _setting("processes", lambda count: count >= 2)
 def _measured(
     package: str, finding: str, faulty: str, right: str, weights: str, *met: Condition, **more: bool
 ) -> Measured:
-    """Make a measured fault from lists of releases; ``weights`` are those that their CPU steps had."""
+    """Make a measured fault. ``faulty`` and ``right`` list releases; ``weights`` are those of their CPU
+    steps."""
     source, by = f"recovered weights of the real step on a CPU: {weights}", tuple(faulty.split())
     return Measured(finding, package, by, tuple(right.split()), tuple(met), source, **more)
 

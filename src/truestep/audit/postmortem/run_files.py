@@ -343,7 +343,8 @@ def _commands(text: str, name: str, evidence: Evidence) -> None:
 
 
 def _flags(line: str) -> dict[str, str]:
-    """Return the flags of a command line (--name value, --name=value, --name). The last of several counts."""
+    """Return the flags of a command line (--name value, --name=value, --name); the last value of a flag
+    counts."""
     words = [word.strip("\"'") for word in line.split()]
     flags = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):

@@ -182,7 +182,7 @@ def row_of(finding: Finding) -> Row:
 
 
 def configuration_in_words(configuration: Row) -> str:
-    """Return, e.g., ZeRO-2, offload cpu, accumulation 4, 2 processes; unknown keys are shown unchanged."""
+    """Return text such as "ZeRO-2, offload cpu, 2 processes, float32"; unknown keys are shown unchanged."""
     parts = []
     for key, value in configuration.items():
         name = line(key, 60).replace("_", " ")
@@ -260,7 +260,7 @@ def wrong_models(document: Row) -> list[Row]:
 
 
 def models_in_words(document: Row) -> str:
-    """Return the sweep over model classes as text: the unusual classes, then the counts of each answer."""
+    """Return the sweep over model classes as text: the unusual classes, then how many gave each answer."""
     ran, wrong = [row for row in document["models"] if "not_run" not in row], wrong_models(document)
     count = f"{len(ran)} of {len(document['models'])} classes were run"
     lines = [f"transformers {document['transformers']}: {count}"]

@@ -58,8 +58,8 @@ def run(spec: harness.Spec) -> None:
 
 
 def snapshot(spec: harness.Spec, own: list[Tensor]) -> Any:
-    """Return a snapshot for stage 3, in which each rank has only a shard; None for other stages. Gathering
-    with DeepSpeed would disturb its own tracking."""
+    """Return a snapshot function for stage 3, where each rank has only a shard, or None for other stages.
+    Gathering with DeepSpeed would disturb DeepSpeed's own tracking."""
     if spec.options.get("stage", 2) != 3:
         return None
     return lambda: harness.flat([whole(p, spec.world_size) for p in own])

@@ -79,13 +79,15 @@ class Spec:
         return float(sum(sum(self.rows[row]["trained"][1:]) for batch in batches for row in batch))
 
     def batches(self, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """Return the row numbers of this rank's micro-batches of one epoch, for subjects without a loader."""
+        """Return this rank's micro-batches of one epoch, in order, as row numbers, for subjects without a
+        loader."""
         size, chosen = self.rows_per_microbatch, range(len(self.rows)) if rows is None else rows
         micro = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
         return micro[self.rank :: self.world_size]
 
     def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
-        """Return these micro-batches by step, over all epochs; the last window of an epoch may be short."""
+        """Return this rank's micro-batches by step, over all epochs; the last window of an epoch may be
+        short."""
         mine = self.batches(rows)
         return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
 
@@ -132,14 +134,14 @@ def join_ranks(spec: Spec) -> None:
 
 
 def everywhere(value: float) -> float:
-    """Return the sum over all ranks."""
+    """Return the sum of ``value`` over all ranks."""
     total = torch.tensor(value, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     return float(total)
 
 
 def deepspeed_without_compiler() -> None:
-    """Avoid the two minutes of compiling a shared-memory collective; gloo does the same work."""
+    """Turn off a shared-memory collective that takes two minutes to compile; gloo does the same work."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -106,7 +106,7 @@ def stop_at(step: int) -> transformers.TrainerCallback:
 
 
 def optimizers(spec: harness.Spec, model: torch.nn.Module) -> dict[str, Any]:
-    """Return SGD with momentum, for which the Trainer has no argument; its own scheduler is still used."""
+    """Return SGD with momentum, for which the Trainer has no argument; the scheduler is the Trainer's own."""
     return {"optimizers": (spec.optimizer(model.parameters()), None)} if spec.case["resume_after"] else {}
 
 

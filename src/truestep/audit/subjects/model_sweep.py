@@ -69,7 +69,7 @@ FAILURES = (
 
 
 def build(kind: str, name: str) -> torch.nn.Module:
-    """Make a tiny model of this class. Raises an error that says why there is none."""
+    """Make a tiny model of this class, or raise an error that says why that is not possible."""
     known = CONFIG_MAPPING[kind]
     accepted = {**getattr(known(), "__dict__", {}), **inspect.signature(known.__init__).parameters}
     mapped = getattr(known, "attribute_map", {})

@@ -1,4 +1,4 @@
-"""Audits a user's own ``step(model, optimizer, microbatches)`` from a file, called once per window.
+"""Audits a user's own function ``step(model, optimizer, microbatches)``, which is called once per window.
 
 ``model(input_ids=…)`` returns logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is
 torch's SGD on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``,

@@ -73,7 +73,7 @@ def trained_tokens(
 def frozen_logprobs(
     model: nn.Module, sequences: Sequence[TrainSequence], temperature: float = 1.0
 ) -> list[list[float]]:
-    """Return plain numbers: the proximal log-probabilities of later updates, or those of a KL anchor."""
+    """Return log-probabilities as plain numbers, for the proximal policy of later updates or a KL anchor."""
     with torch.no_grad():
         return [[logprob.item() for logprob in trained_tokens(model, s, temperature)[0]] for s in sequences]
 
@@ -279,7 +279,8 @@ def learning_rate(
 
 
 def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
-    """Return the clipped gradients and their norm before, over all tensors. ``max_norm`` 0 means no clip.
+    """Return clipped gradients and their norm before clipping, over all tensors; ``max_norm`` 0 means no
+    clip.
 
     Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
     """
@@ -319,7 +320,8 @@ def adamw(
 def reference_step(
     parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
 ) -> tuple[dict[str, Tensor], AdamState | None, float]:
-    """Clip, then update. Return the new parameters, the new state (None for sgd), and the norm before."""
+    """Clip, then update. Return new parameters, the new state (None for sgd), and the norm before
+    clipping."""
     clipped, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
     if settings.kind == "sgd":
         return sgd(parameters, clipped, lr), None, norm

@@ -128,7 +128,7 @@ ROWS: dict[str, Row] = {
 
 
 def named_part(name: str) -> Part:
-    """Return the part with the row's name, or the row's first part, for ``loss.reference_loss``."""
+    """Return the part with the row's name, or the row's first part. ``loss.reference_loss`` uses it."""
     parts = ROWS[name].parts
     return next((part for part in parts if part.losses.func.__name__ == name), parts[0])
 

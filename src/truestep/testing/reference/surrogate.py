@@ -147,7 +147,7 @@ def reinforce(scored: ScoredSequence) -> list[Tensor]:
 
 
 def importance(scored: ScoredSequence) -> list[Tensor]:
-    """Return the loss of samples in mixed-policy methods. Equation: −rA, without a clip."""
+    """Return the losses of the policy's samples in mixed-policy methods. Equation: −rA, without a clip."""
     return [-ratio * advantage for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True)]
 
 
@@ -220,7 +220,7 @@ def srft_samples(scored: ScoredSequence, *, scale: float) -> list[Tensor]:
 
 
 def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: float) -> list[Tensor]:
-    """Return the losses of tokens at which the proximal entropy reaches the threshold; 0 elsewhere."""
+    """Return the losses of tokens whose entropy under the proximal policy reaches the threshold; else 0."""
     pairs = zip(losses, scored.proximal_entropies, strict=True)
     return [loss if entropy >= threshold else loss * 0 for loss, entropy in pairs]
 
