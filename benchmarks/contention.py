@@ -39,8 +39,7 @@ NUM_LOADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A stage of the demo and a load. ``bar`` is the smallest allowed ratio of base time to this tree's
-    time."""
+    """A stage of the demo and a load. ``bar`` is the smallest allowed ratio of base time to our time."""
 
     stage: str
     load: str

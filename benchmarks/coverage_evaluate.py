@@ -51,8 +51,7 @@ def masses(kind: Any, k: int, p: float) -> np.ndarray:
 
 
 def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the count and the effective trials of each simulation, as ``clustered_interval`` computes
-    them."""
+    """Return the count and effective trials of each simulation, as ``clustered_interval`` computes them."""
     most = mean * (1 - mean)
     pull = PULL / (PULL + (n * most) ** 2)
     spread = (1 - pull) * variance + pull * most

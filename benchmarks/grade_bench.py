@@ -43,8 +43,7 @@ def theirs(pair: tuple[str, str]) -> bool:
 
 
 def work(children: Iterable[int]) -> float:
-    """Return the processor seconds so far of this process, its ended children, and the given living
-    children."""
+    """Return the processor seconds of this process, its ended children and the given living children."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + ended.ru_utime + ended.ru_stime + sum(map(seconds_of, children))
 

@@ -28,7 +28,7 @@ SMALLEST = 20  # smallest number of tokens of a solution, and of a prompt withou
 
 
 def load_rows(data: str, count: int, seed: int) -> list[Problem]:
-    """Return ``count`` problems with solutions, chosen from a file by seed or generated with similar
+    """Return ``count`` problems with solutions, chosen by seed from a file or generated with similar
     lengths."""
     if not data:
         return _made_up(count, seed)

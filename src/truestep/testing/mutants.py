@@ -44,8 +44,8 @@ class Draw:
 
 
 def draw(name: str, ranks: tuple[int, int]) -> Draw:
-    """Draw 3 … 6 micro-batches, and as many ranks as the fault needs. K and D always differ, because otherwise
-    their factors are the same. The mutant's name is the key, so that a new mutant does not change the others."""
+    """Draw 3 … 6 micro-batches, and as many ranks as the fault needs. K and D always differ; otherwise
+    their factors are the same. The mutant's name is the key, so a new mutant does not change the others."""
     random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
     # More ranks have more rows, which take longer.

@@ -36,7 +36,7 @@ PYTHON_TAG = f"py{sys.version_info.major}.{sys.version_info.minor}"
 FRAMEWORKS = tuple(dict.fromkeys(name for s in TABLE for name in (*s.needs, *s.brings)))
 # setuptools 81 dropped pkg_resources, which older releases import; their archives need wheel to build.
 BASE = ("numpy", "setuptools<81", "wheel")
-# Audited processes write no bytecode: without this, each of them would compile torch again.
+# Audited processes do not write bytecode; without this option, each of them would compile torch again.
 UV_INSTALL = ("pip", "install", "--compile-bytecode")
 EXAMPLE = "deepspeed==0.18.9 or trl==1.16.0+deepspeed==0.18.9"
 _PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([0-9][0-9A-Za-z.]*)")
@@ -220,7 +220,7 @@ def _last_words(log: Path) -> str:
 
 def _fill_base(wanted: Plan, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
-    # Scripts in bin contain the name of the folder at build time: only ``python -m`` is used.
+    # Scripts in bin contain the name of the folder at build time, so only ``python -m`` is used.
     do([sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), home])
     packages = [f"torch=={wanted.torch}", *BASE]
     if uv:

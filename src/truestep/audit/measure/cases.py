@@ -62,7 +62,7 @@ class Case:
 
 
 def make_rows(counts: Sequence[int], *, seed: int = 0, turns: int = 1) -> tuple[Row, ...]:
-    """Return rows of random tokens; ``counts`` of them are trained (0: none), in ``turns`` answers of a
+    """Return rows of random tokens with ``counts`` trained tokens (0: none), in ``turns`` answers of a
     chat."""
     rows = []
     for index, count in enumerate(counts):

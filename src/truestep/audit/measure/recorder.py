@@ -86,9 +86,8 @@ class Recorder:
         self._observe(model, snapshot)
 
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
-        """Watch a different module, and find a row by a different part of its tokens. This is for trainers
-        that run the model differently or omit tokens that predict nothing. ``ignored`` is the input of idle
-        ranks."""
+        """Watch a different module, and find a row by a different part of its tokens, for trainers that run
+        the model differently or omit tokens that predict nothing. ``ignored``: the input of idle ranks."""
         self._hook.remove()
         self.needles, self.ignored = list(needles), ignored
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)

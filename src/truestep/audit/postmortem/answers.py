@@ -195,8 +195,7 @@ def _trained_by(trainer: str) -> Condition:
 
 
 def _own_tokens(evidence: Evidence) -> Check:
-    """Check that averaging is off. 5.23.0 averages by default; other releases' defaults are not known
-    here."""
+    """Check that averaging is off. 5.23.0 averages by default; defaults of other releases are not known."""
     told = evidence.settings.get("average_tokens")
     if not told and set(evidence.versions.get("transformers", {})) == {"5.23.0"}:
         return check(False, "averages_by_default")
@@ -217,8 +216,7 @@ _SEVERAL_PROCESSES = _setting("processes", lambda count: count >= 2)
 def _measured(
     package: str, finding: str, faulty: str, right: str, weights: str, *met: Condition, **more: bool
 ) -> Measured:
-    """Make a measured fault. ``faulty`` and ``right`` list releases; ``weights`` are those of their CPU
-    steps."""
+    """Make a measured fault. ``faulty`` and ``right`` are releases, ``weights`` those of their CPU steps."""
     source, by = f"recovered weights of the real step on a CPU: {weights}", tuple(faulty.split())
     return Measured(finding, package, by, tuple(right.split()), tuple(met), source, **more)
 

@@ -25,7 +25,7 @@ SKIPPED = {".git", "__pycache__", "node_modules", "site-packages", ".venv", "ven
 MOST_FILES, MOST_BYTES = 100_000, 256 << 20
 WHOLE_ENVIRONMENT = 10  # at least this many packages
 LIMITS = {".json": 1 << 20, ".yaml": 1 << 18, ".yml": 1 << 18, "lock": 8 << 20}  # bytes; else 1 MiB
-# A JSON or YAML file without any of these words has nothing to say here, and is not parsed.
+# A JSON or YAML file without any of these words is not relevant here, and is not parsed.
 WORDS = (
     "zero_optimization", "gradient_accumulation_steps", "per_device_train_batch_size", "average_tokens_across_devices",
     "train_micro_batch_size_per_gpu", "train_batch_size", "distributed_type", "deepspeed",
@@ -343,8 +343,7 @@ def _commands(text: str, name: str, evidence: Evidence) -> None:
 
 
 def _flags(line: str) -> dict[str, str]:
-    """Return the flags of a command line (--name value, --name=value, --name); the last value of a flag
-    counts."""
+    """Return flags of a command line (--name value, --name=value, --name); the last value of each counts."""
     words = [word.strip("\"'") for word in line.split()]
     flags = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):

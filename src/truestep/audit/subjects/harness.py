@@ -79,15 +79,14 @@ class Spec:
         return float(sum(sum(self.rows[row]["trained"][1:]) for batch in batches for row in batch))
 
     def batches(self, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """Return this rank's micro-batches of one epoch, in order, as row numbers, for subjects without a
-        loader."""
+        """Return this rank's micro-batches of one epoch, in order, as lists of row numbers. Subjects without
+        a loader use these."""
         size, chosen = self.rows_per_microbatch, range(len(self.rows)) if rows is None else rows
         micro = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
         return micro[self.rank :: self.world_size]
 
     def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
-        """Return this rank's micro-batches by step, over all epochs; the last window of an epoch may be
-        short."""
+        """Return this rank's micro-batches by step, over all epochs; an epoch's last window may be short."""
         mine = self.batches(rows)
         return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
 

@@ -1,5 +1,4 @@
-"""torchtune's full fine-tuning recipe for one device, with its own ``train``, loss step, loss and data
-loader.
+"""torchtune's full fine-tuning recipe for one device, with its own ``train``, loss and data loader.
 
 What its ``setup`` would read from files (weights, tokenizer, logger) is set directly, for a tiny version of
 torchtune's own Llama 3. No checkpoint is written, because the recipe's are weight files of whole epochs.

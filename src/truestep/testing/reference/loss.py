@@ -279,8 +279,7 @@ def learning_rate(
 
 
 def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
-    """Return clipped gradients and their norm before clipping, over all tensors; ``max_norm`` 0 means no
-    clip.
+    """Return clipped gradients and their norm before clipping, over all tensors; ``max_norm`` 0 is no clip.
 
     Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
     """
@@ -320,8 +319,7 @@ def adamw(
 def reference_step(
     parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
 ) -> tuple[dict[str, Tensor], AdamState | None, float]:
-    """Clip, then update. Return new parameters, the new state (None for sgd), and the norm before
-    clipping."""
+    """Clip, then update. Return new parameters, new state (None for sgd), and the norm before clipping."""
     clipped, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
     if settings.kind == "sgd":
         return sgd(parameters, clipped, lr), None, norm
