@@ -199,7 +199,7 @@ def workload_of(section: str, sizes: Sizes, model: str, data: str) -> dict[str, 
 
 
 def fitted(contestant: Contestant, workload: dict[str, Any]) -> Contestant:
-    """Return the contestant with micro-batches that fit the longest sequence, since truestep splits none."""
+    """Return the contestant with micro-batches that fit the longest sequence, which truestep never splits."""
     spec = dict(contestant.spec)
     if "tokens_per_microbatch" in spec:
         least = longest(workload, spec.get("max_new_tokens", 0))

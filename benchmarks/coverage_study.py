@@ -76,7 +76,8 @@ def logistic(x: np.ndarray) -> np.ndarray:
 
 
 def expected(mean: float, s: Setting) -> float:
-    """Return the population's score: the mean logistic function of a normal variable, by quadrature."""
+    """Return the score of the population: the mean of the logistic function of a normal variable, by
+    quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     spread = np.sqrt(s.shared**2 + s.by_problem**2 + s.by_seed**2 + s.both**2)
     return float((weights * logistic(mean + spread * nodes)).sum() / weights.sum())

@@ -64,7 +64,7 @@ def sft_workload(model: str, data: str, count: int, seed: int) -> dict[str, Any]
 
 
 def prompt_workload(model: str, data: str, count: int, per_step: int, seed: int) -> dict[str, Any]:
-    """Return different prompts, in the order of the data and in the order of truestep's steps."""
+    """Return different prompts, in data order and in the order in which truestep's steps use them."""
     tokenizer = load_tokenizer(ModelSettings(path=model))
     problems = load_rows(data, count, seed)
     prompts = [
