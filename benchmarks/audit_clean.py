@@ -36,7 +36,7 @@ TORCH = ("torch loop", "torch DDP", "torch FSDP2")
 
 
 def variants(subject: Subject) -> Iterator[Configuration]:
-    """The table's configurations without documented choices, in more precisions and model classes."""
+    """Return the table's configurations without documented choices, in more precisions and model classes."""
     for configuration in subject.configurations:
         if configuration.documented:
             continue
@@ -50,7 +50,7 @@ def variants(subject: Subject) -> Iterator[Configuration]:
 
 
 def run(subject: Subject, configuration: Configuration, python: Path, seeds: range) -> list[dict[str, Any]]:
-    """One finding per seed, reduced to the fields that are needed here."""
+    """Return one finding per seed, reduced to the fields that are needed here."""
     options = configuration.options
     built = {
         (name, seed): replace(

@@ -1,4 +1,4 @@
-"""Compare speed and memory with TRL, transformers and vLLM, with the same machine, model, data and dtype.
+"""Compare speed and memory with TRL, transformers and vLLM, on the same machine, model, data and dtype.
 
     python benchmarks/bench.py [--only sft,rollout,rl,matmul] [--repetitions 3] [--threads 2] [--data
                                FILE.jsonl] [--dtype float32|bfloat16] [--model PATH] [--quick] [--out
@@ -167,8 +167,8 @@ def rl_contestants(sizes: Sizes) -> list[Contestant]:
 
 
 def matmul_contestants(sizes: Sizes) -> list[Contestant]:
-    """The machine's rate, and truestep's SFT step without and with compiled layers. The compiler's cache is
-    empty in the first repetition and warm after it."""
+    """Return contestants for the machine's rate and for truestep's SFT step without and with compiled layers.
+    The compiler's cache is empty in the first repetition and warm after it."""
     rate = {"what": "rate", "matmul_size": sizes.matmul_size, "seconds": sizes.matmul_seconds}
     eager = dict(sft_contestants(sizes)[0].spec)
     compiled = {**eager, "compile": True, "warmup": 2}
@@ -199,7 +199,7 @@ def workload_of(section: str, sizes: Sizes, model: str, data: str) -> dict[str, 
 
 
 def fitted(contestant: Contestant, workload: dict[str, Any]) -> Contestant:
-    """The contestant with micro-batches that fit the longest sequence, because truestep never splits one."""
+    """Return the contestant with micro-batches that fit the longest sequence, which truestep never splits."""
     spec = dict(contestant.spec)
     if "tokens_per_microbatch" in spec:
         least = longest(workload, spec.get("max_new_tokens", 0))
@@ -210,7 +210,7 @@ def fitted(contestant: Contestant, workload: dict[str, Any]) -> Contestant:
 def run_section(
     section: str, options: argparse.Namespace, sizes: Sizes, model: str, dtype: str
 ) -> dict[str, Any]:
-    """All repetitions of all contestants of a section, interleaved."""
+    """Run all repetitions of all contestants of a section, interleaved."""
     workload = workload_of(section, sizes, model, options.data)
     say(f"{section}: {describe(workload)}")
     contestants = [fitted(contestant, workload) for contestant in CONTESTANTS[section](sizes)]
@@ -260,7 +260,7 @@ def run_section(
 def run_contestant(
     contestant: Contestant, spec: Mapping[str, Any], folder: Path, timeout: int
 ) -> dict[str, Any]:
-    """The figures of one process. Raises NotAvailable with one line if there are none."""
+    """Return the figures of one process. Raises NotAvailable with one line if there are none."""
     python = interpreter(contestant.environment, say)
     path = folder / "specification.json"
     write_json(path, dict(spec))
@@ -302,7 +302,7 @@ def shown(figures: Mapping[str, Any]) -> str:
 
 
 def pick_dtype(wanted: str, threads: int) -> tuple[str, dict[str, float]]:
-    """The wanted dtype, or the one that this processor multiplies faster; and the measured rates."""
+    """Return the wanted dtype, or the one that this processor multiplies faster, and the measured rates."""
     set_threads(threads)
     rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     say("matmul: " + ", ".join(f"{name} {rate / 1e9:.1f} GFLOP/s" for name, rate in rates.items()))
@@ -310,7 +310,7 @@ def pick_dtype(wanted: str, threads: int) -> tuple[str, dict[str, float]]:
 
 
 def quick_model(tokenizer_folder: str) -> str:
-    """A random two-layer model with the real tokenizer, to try everything out."""
+    """Make a random two-layer model with the real tokenizer, to try everything out."""
     target = FOLDER / "models" / "quick"
     if not (target / "config.json").is_file():
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -335,7 +335,8 @@ def quick_model(tokenizer_folder: str) -> str:
 
 
 def default_data() -> str:
-    """The file in TRUESTEP_DATA (a file, or a folder with gsm8k/train.jsonl), or "" if there is none."""
+    """Return the file in TRUESTEP_DATA (a file, or a folder with gsm8k/train.jsonl), or "" if there is
+    none."""
     place = Path(os.environ.get("TRUESTEP_DATA", ""))
     file = place if place.is_file() else place / "gsm8k" / "train.jsonl"
     return str(file) if os.environ.get("TRUESTEP_DATA") and file.is_file() else ""

@@ -39,7 +39,7 @@ NUM_LOADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A stage of the demo and a load. ``bar``: the smallest allowed ratio of base time to this tree's time."""
+    """A stage of the demo and a load. ``bar`` is the smallest allowed ratio of base time to our time."""
 
     stage: str
     load: str
@@ -59,7 +59,7 @@ def say(text: str) -> None:
 
 
 def environment(tree: Path | None) -> dict[str, str]:
-    """The caller's variables without OpenMP's, and with the source tree that is to be imported."""
+    """Return the caller's variables without OpenMP's, and with the source tree that is to be imported."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
     kept.pop("PYTHONPATH", None)
     return kept | ({"PYTHONPATH": str(tree / "src")} if tree else {}) | {"HF_HUB_OFFLINE": "1"}
@@ -93,7 +93,7 @@ def train(tree: Path, stage: str, steps: int, out: Path, model: str = "tiny") ->
 
 
 def step_seconds(tree: Path, stage: str, steps: int, model: str) -> float:
-    """The median time of a step, without the first step, which loads and allocates."""
+    """Return the median time of a step, without the first step, which loads and allocates."""
     with tempfile.TemporaryDirectory(prefix="contention-") as folder:
         made = train(tree, stage, steps + 1, Path(folder) / "run", model)
         rows = [json.loads(line) for line in (made / "timings.jsonl").read_text().splitlines()]
@@ -119,7 +119,7 @@ def measure(name: str, options: argparse.Namespace, sft_model: str) -> dict[str,
 
 
 def summary(ratios: Sequence[float]) -> dict[str, float]:
-    """The geometric mean of the pairs' ratios, and their range."""
+    """Return the geometric mean of the pairs' ratios, and their range."""
     mean = math.exp(statistics.fmean(math.log(r) for r in ratios))
     return {"ratio": mean, "lowest": min(ratios), "highest": max(ratios)}
 

@@ -38,7 +38,7 @@ KINDS: tuple[Any, ...] = ("alike", 20.0, 5.0, 2.0, 0.7, 0.2, "two kinds")
 
 
 def masses(kind: Any, k: int, p: float) -> np.ndarray:
-    """The probabilities of 0 … k correct samples of a problem, with a mean share of p."""
+    """Return the probabilities of 0 … k correct samples of a problem, with a mean share of p."""
     x = np.arange(k + 1)
     if kind == "alike":
         return stats.binom.pmf(x, k, p)
@@ -51,7 +51,7 @@ def masses(kind: Any, k: int, p: float) -> np.ndarray:
 
 
 def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The count and the effective trials of each simulation, as ``clustered_interval`` computes them."""
+    """Return the count and effective trials of each simulation, as ``clustered_interval`` computes them."""
     most = mean * (1 - mean)
     pull = PULL / (PULL + (n * most) ** 2)
     spread = (1 - pull) * variance + pull * most
@@ -63,7 +63,7 @@ def ends(mean: np.ndarray, variance: np.ndarray, n: int, k: int) -> tuple[np.nda
 
 
 def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num: int) -> tuple[float, float]:
-    """The coverage and the median width at one point."""
+    """Return the coverage and the median width at one point."""
     mass = np.maximum(masses(kind, k, p), 0)
     drawn = rng.multinomial(n, mass / mass.sum(), size=num)
     shares = np.arange(k + 1) / k
@@ -90,8 +90,8 @@ def clustered(rng: np.random.Generator, kind: Any, n: int, k: int, p: float, num
 
 
 def single(n: int, p: float) -> tuple[float, float]:
-    """The exact coverage with one sample per problem (no simulation is needed), and the width at the most
-    likely count."""
+    """Return the exact coverage with one sample per problem (no simulation is needed), and the width at the
+    most likely count."""
     chances = stats.binom.pmf(np.arange(n + 1), n, p)
     likely = np.flatnonzero(chances > 1e-7)
     found = {int(c): binomial_interval(int(c), n) for c in likely}

@@ -4,8 +4,8 @@
 
 Each setting draws whole studies. Training seeds and problems are drawn again for each study, because they are
 the population that an interval describes; scores are counts of correct samples from a logistic model, or
-normal. The truth is known, by quadrature or because it is set. Exits with 1 if the coverage of a setting is
-below 93.5 % or the mean coverage is not within 95 ± 1.5 %.
+normal. The true value is known: either the simulation sets it, or it is computed by quadrature. Exits with 1
+if the coverage of a setting is below 93.5 % or the mean coverage is not within 95 ± 1.5 %.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def logistic(x: np.ndarray) -> np.ndarray:
 
 
 def expected(mean: float, s: Setting) -> float:
-    """The score of the population: the mean of the logistic function of a normal variable, by quadrature."""
+    """Return the score of the population: the mean of the logistic function of a normal variable, by
+    quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     spread = np.sqrt(s.shared**2 + s.by_problem**2 + s.by_seed**2 + s.both**2)
     return float((weights * logistic(mean + spread * nodes)).sum() / weights.sum())
@@ -89,7 +90,7 @@ def truth(s: Setting) -> float:
 
 
 def draw(s: Setting, num: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """``num`` studies, as one array [num, S, P] per benchmark."""
+    """Draw ``num`` studies, as one array [num, S, P] per benchmark."""
     arms = {arm: rng.normal(size=(num, s.seeds, 1)) * s.by_seed for arm in (0, 1)}
     tables = []
     for size in s.problems:
@@ -122,7 +123,7 @@ QUANTILES = np.array([t_quantile(0.975, d) for d in GRID])  # between its points
 
 
 def cover(s: Setting, num: int, seed: int) -> dict[str, dict[str, float]]:
-    """For each rule, the share of intervals that contain the truth, and their mean half width."""
+    """Return for each rule the share of intervals that contain the truth, and their mean half width."""
     rng = generator(seed, Purpose.BOOTSTRAP, 0, s.name)
     hits, widths, target = dict.fromkeys(RULES, 0), dict.fromkeys(RULES, 0.0), truth(s)
     for start in range(0, num, BATCH):

@@ -27,7 +27,7 @@ class NotAvailable(RuntimeError):
 
 
 def interpreter(name: str, say: Callable[[str], None]) -> Path:
-    """The Python of our own environment ("") or of a peer's environment. Raises NotAvailable."""
+    """Return the Python of our own environment ("") or of a peer's environment. Raises NotAvailable."""
     if not name:
         return Path(sys.executable)
     install = {"trl": _install_trl, "vllm": _install_vllm}[name]
@@ -49,7 +49,7 @@ def interpreter(name: str, say: Callable[[str], None]) -> Path:
 
 
 def preload(name: str) -> dict[str, str]:
-    """The libraries that vLLM's CPU guide says to preload, if they are installed here."""
+    """Return the libraries that vLLM's CPU guide says to preload, if they are installed here."""
     if name != "vllm":
         return {}
     found = [
@@ -60,7 +60,7 @@ def preload(name: str) -> dict[str, str]:
 
 
 def _transformers() -> str:
-    """The release that truestep itself uses, so that both sides share the model's code."""
+    """Return the requirement for truestep's own release, so that both sides share the model's code."""
     return f"transformers=={importlib.metadata.version('transformers')}"
 
 
@@ -69,8 +69,8 @@ def _install_trl(python: Path) -> None:
 
 
 def _install_vllm(python: Path) -> None:
-    """Uses uv, which, unlike pip, can leave out a dependency. uv does not read pip's settings, so they are
-    passed to it."""
+    """Install vLLM with uv, which, unlike pip, can leave out a dependency. uv does not read pip's settings,
+    so they are passed to it."""
     _run(str(python), "-m", "pip", "install", "-q", "uv")
     overrides = python.parent.parent / "overrides.txt"
     overrides.write_text("".join(f'{name} ; sys_platform == "never"\n' for name in UNWANTED))
@@ -90,7 +90,7 @@ def _install_vllm(python: Path) -> None:
 
 
 def _find_links() -> list[str]:
-    """The folders in which pip is configured to look for wheels."""
+    """Return the folders in which pip is configured to look for wheels."""
     places = os.environ.get("PIP_FIND_LINKS", "").split()
     command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
     known = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,7 +3,7 @@
     python benchmarks/fault_arms.py [--out results/audit-injected/injected.json] [--limit 5e-5]
 
 The framework's real step runs in its audit environment (built on first use) with plain SGD in float32. Then
-truestep starts from the framework's parameters before each step, makes a step with the same micro-batches and
+truestep starts from the framework's parameters before each step, takes a step with the same micro-batches and
 the named fault, and the two updates are compared: ‖injected − real‖ / ‖real‖. The step without a fault is
 also compared, which shows how far the fault itself moves the update. Clean releases are compared with the
 step that has no fault.
@@ -124,8 +124,8 @@ def read(policy: Policy, parameters: tuple[tuple[str, tuple[int, ...]], ...]) ->
 def update_of(
     policy: Policy, case: cases.Case, seen: Observation, step: Step, fault: FaultSettings
 ) -> np.ndarray:
-    """truestep's update from the framework's parameters, with its micro-batches (rank after rank) and the
-    fault."""
+    """Return truestep's update from the framework's parameters, with the framework's micro-batches (rank
+    after rank) and the fault."""
     place(policy, seen.parameters, step.before)
     before = read(policy, seen.parameters)
     batches, first = [], 0

@@ -43,13 +43,13 @@ def theirs(pair: tuple[str, str]) -> bool:
 
 
 def work(children: Iterable[int]) -> float:
-    """Processor seconds so far of this process, its ended children, and the given living children."""
+    """Return the processor seconds of this process, its ended children and the given living children."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + ended.ru_utime + ended.ru_stime + sum(map(seconds_of, children))
 
 
 def seconds_of(pid: int) -> float:
-    """Processor seconds of a process and of its ended children."""
+    """Return the processor seconds of a process and of its ended children."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
@@ -67,7 +67,7 @@ class Clock:
 
 
 def measure_theirs(pairs: list[Pair], processes: int, warm: bool) -> list[tuple[float, float]]:
-    """The laps of one run: the start, if the processes are warmed up first, and the pairs."""
+    """Return the laps of one run: the start, if the processes are warmed up first, and the pairs."""
     laps = []
     with ProcessPoolExecutor(processes) as pool:
         clock = Clock(lambda: list(pool._processes or ()))
@@ -99,8 +99,8 @@ def needs_algebra(pair: Pair) -> bool:
 
 
 def compare(pairs: list[Pair], processes: int, rounds: int) -> dict[str, Any]:
-    """Seconds and ratios for one list of pairs: of the start, of the pairs after it, and of both in a cold
-    run."""
+    """Return seconds and ratios for one list of pairs: of the start, of the pairs after it, and of both in a
+    cold run."""
     ours: list[dict[str, tuple[float, float]]] = []
     other: list[dict[str, tuple[float, float]]] = []
     for number in range(rounds):

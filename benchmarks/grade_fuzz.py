@@ -70,7 +70,7 @@ def verdict(gold: str, answer: str) -> bool | None:
 
 
 def examine(gold: str, answer: str) -> None:
-    """Raises if the grader crashes, is slow, contradicts itself, or changes its verdict after an edit."""
+    """Raise if the grader crashes, is slow, contradicts itself, or changes its verdict after an edit."""
     begin = time.process_time()
     for text in (answer, "\\boxed{" + answer + "}", "The answer is " + answer):
         found = extract_answer(text)
@@ -112,7 +112,7 @@ CHUNK = 2_000
 
 
 def with_hypothesis(cases: int, seed: int) -> None:
-    """Runs in chunks, each with its own seed, so that a stopped run has still shown its progress."""
+    """Run in chunks, each with a separate seed, so that a stopped run has still shown its progress."""
     begin, done = time.monotonic(), 0
     while done < cases:
         done += one_chunk(min(CHUNK, cases - done), seed + done)

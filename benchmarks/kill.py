@@ -97,7 +97,7 @@ def log_of(folder: Path) -> Path:
 
 
 def training_began(folder: Path) -> bool:
-    """Whether the current launch has reached a stage, which it prints on stderr."""
+    """Return whether the current launch has reached a stage, which it prints on stderr."""
     return bool(re.search(rb"^(sft|rl) \((sft|rl)\): ", log_of(folder).read_bytes(), re.MULTILINE))
 
 
@@ -111,7 +111,7 @@ def wait_for_training(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def place(folder: Path) -> tuple[str, str, int]:
-    """What the process was doing when it died, the stage, and the logged steps, from the files that it left."""
+    """Return what the process was doing when it died, the stage, and the logged steps, from its files."""
     said = re.findall(r"^(evaluate|sft \(|rl \()", log_of(folder).read_text(errors="replace"), re.MULTILINE)
     if not said:
         return "start-up", "", 0
@@ -131,8 +131,8 @@ def place(folder: Path) -> tuple[str, str, int]:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of all files that must not depend on the kills. Temporary files of killed writers are also listed,
-    so that they count as differences."""
+    """Return hashes of all files that must not depend on the kills. Temporary files of killed writers are
+    also listed, so that they count as differences."""
     names = [*folder.glob("stages/*/metrics.jsonl"), *folder.glob("stages/*/rollouts.jsonl")]
     names += [
         *folder.glob("stages/*/export/model.safetensors"),
@@ -190,7 +190,7 @@ def killed_run(
 
 
 def begin(folder: Path, reference: Path, stage: str) -> None:
-    """With ``--stage rl``, a run starts with a finished SFT stage, so that only RL is killed."""
+    """For ``--stage rl``, give the new run a finished SFT stage, so that only RL is killed."""
     if stage == "rl":
         folder.mkdir()
         shutil.copy(reference / "resolved.toml", folder)

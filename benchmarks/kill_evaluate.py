@@ -55,7 +55,7 @@ def recorded(out: Path) -> int:
 
 
 def run_and_kill(recipe: Path, out: Path, rng: random.Random, span: float) -> int | None:
-    """The number of samples recorded at the kill, or None if the evaluation finished first."""
+    """Return the number of samples recorded at the kill, or None if the evaluation finished first."""
     before = recorded(out)
     process = subprocess.Popen(command(recipe, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while recorded(out) <= before and process.poll() is None:

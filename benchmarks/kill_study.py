@@ -33,7 +33,8 @@ from truestep.rundir import read_json, to_toml
 
 
 def small(text: str) -> str:
-    """The study with one seed, four arms and no trials: five child processes instead of about thirty."""
+    """Return the study with one seed, four arms and no trials: five child processes instead of about
+    thirty."""
     raw = tomllib.loads(text)
     raw |= {"seeds": [1], "secondary": [["sft-rl", "coin"]]}
     raw.pop("tuning")

@@ -52,7 +52,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
 
 def theirs(python: str, model: str, job: Job, prompts: list[str], folder: Path) -> list[str]:
-    """The output of lm-eval's hf backend for each prompt."""
+    """Return the output of lm-eval's hf backend for each prompt."""
     name, file = f"agreement_{job.benchmark.id}", folder / f"{job.benchmark.id}.jsonl"
     rows = [{"prompt": text, "answer": p.answer} for text, p in zip(prompts, job.problems, strict=True)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,7 +96,7 @@ def ours(job: Job, asked: Any, tokenizer: Any, engine: TorchEngine) -> list[str]
 
 
 def as_text(tokenizer: Any, ids: tuple[int, ...]) -> str:
-    """The text that lm-eval is given: the tokenizer must turn it into exactly these ids again."""
+    """Return the text that lm-eval gets; the tokenizer must turn it into exactly these ids again."""
     text = str(tokenizer.decode(ids))
     if tokenizer(text)["input_ids"] != list(ids):
         raise SystemExit(f"no text gives exactly these tokens: {text!r}")

@@ -49,7 +49,7 @@ class Recorded(LM):
 
 
 def document(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as a document, with the fields that its task reads."""
+    """Return the row as a document, with the fields that its task reads."""
     gold = row["gold"]
     by_task = {
         "gsm8k": {"question": row["id"], "answer": f"#### {gold}"},

@@ -47,7 +47,7 @@ STOPPED = threading.Event()
 
 
 def draw(seed: str, count: int) -> tuple[list[Mutant], int]:
-    """``count`` different mutants of the targets, and the number of mutants to draw from."""
+    """Draw ``count`` different mutants of the targets; also return the number of mutants to draw from."""
     paths = [ROOT / PACKAGE / target for target in TARGETS]
     sources = {str(p.relative_to(ROOT)): p.read_bytes()
                for t in paths for p in (sorted(t.rglob("*.py")) if t.is_dir() else [t])}  # fmt: skip
@@ -58,7 +58,7 @@ def draw(seed: str, count: int) -> tuple[list[Mutant], int]:
 
 
 def copied(folder: Path) -> Path:
-    """Copies the tracked files of the tree, as they are now, to a new folder."""
+    """Copy the tracked files of the tree, as they are now, to a new folder."""
     for name in subprocess.check_output(["git", "-C", str(ROOT), "ls-files", "-z"], text=True).split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def end(child: subprocess.Popen[str]) -> None:
 
 
 def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = "") -> tuple[int | None, str]:
-    """Runs these files' fast tests: exit code (None: out of time) and output. No child process survives."""
+    """Run these files' fast tests; return the exit code (None: out of time) and output. No child survives."""
     how = ["-m", "coverage", "run", f"--rcfile={trace}"] if trace else []
     words = [
         sys.executable,
@@ -113,7 +113,7 @@ def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = ""
 
 
 def reach_of(folder: Path, test: str) -> dict[str, Any]:
-    """The lines that a test file runs, in its own process and in child processes, and its time."""
+    """Return the lines that a test file runs, in its own process and in child processes, and its time."""
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "rc"
         config.write_text(f"[run]\nparallel = true\ndata_file = {scratch}/data\nsource = {folder / PACKAGE}\n"
@@ -133,7 +133,7 @@ def reach_of(folder: Path, test: str) -> dict[str, Any]:
 
 
 def judges(mutant: Mutant, reach: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The test files that run the mutant's lines: the golden runs first, then the others, fastest first."""
+    """Return the test files that run the mutant's lines: the golden runs, then the others, fastest first."""
     first, last = mutant.reach
     found = [
         r for r in reach if r["passes"] and any(first <= n <= last for n in r["lines"].get(mutant.file, ()))
@@ -258,7 +258,7 @@ def main() -> int:
 
 
 def summary(rows: list[dict[str, Any]], reach: list[dict[str, Any]], wanted: int) -> int:
-    """Prints the surviving share with its 95 % interval (Clopper-Pearson), and every survivor."""
+    """Print the surviving share with its 95 % interval (Clopper-Pearson), and every survivor."""
     same = {(e["file"], e["was"], e["now"]): e["reason"] for e in json.loads(EQUIVALENT.read_text())}
     counted = [row for row in rows if (row["file"], changed_lines(row)[0], changed_lines(row)[1]) not in same]
     survivors = [row for row in counted if row["outcome"] == "survived"]
@@ -279,7 +279,7 @@ def summary(rows: list[dict[str, Any]], reach: list[dict[str, Any]], wanted: int
 
 
 def changed_lines(row: dict[str, Any]) -> tuple[str, str]:
-    """The changed line, before and after the change, without its indentation."""
+    """Return the changed line, before and after the change, without its indentation."""
     source = (ROOT / row["file"]).read_bytes()
     first = source.rfind(b"\n", 0, row["start"]) + 1
     tail = source.find(b"\n", row["end"])

@@ -106,7 +106,7 @@ def _weights(finding: Finding) -> str:
 
 
 def audit_output(finding: Finding) -> str:
-    """The output of ``truestep audit deepspeed==0.18.9`` for one finding, 72 columns wide."""
+    """Return the output of ``truestep audit deepspeed==0.18.9`` for one finding, 72 columns wide."""
     shown = {**finding, "remedy": "", "reproducer": ""}  # the results were made with --remedy and --reproduce
     file = io.StringIO()
     Console(file=file, width=72, highlight=False).print(findings_table([shown], width=72))
@@ -130,7 +130,7 @@ STYLE = """
 
 
 def picture(bad: Finding, right: Finding) -> str:
-    """The recovered weights of two releases, side by side."""
+    """Draw the recovered weights of two releases, side by side."""
     title = (
         f"Weights of the four micro-batches of one optimizer step: {_weights(bad)} in DeepSpeed "
         f"{bad['versions']['deepspeed']}, {_weights(right)} in {right['versions']['deepspeed']}"
@@ -188,7 +188,7 @@ the updates of one step are combined.
 
 
 def marked(text: str, name: str, content: str) -> str:
-    """The text with ``content`` between the markers of ``name``."""
+    """Return the text with ``content`` between the markers of ``name``."""
     begin, end = f"<!-- {name}: benchmarks/readme_figures.py -->", f"<!-- /{name} -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
@@ -198,7 +198,7 @@ def marked(text: str, name: str, content: str) -> str:
 
 
 def files() -> dict[Path, str]:
-    """Every file that this script writes, with its content."""
+    """Return every file that this script writes, with its content."""
     documents = {path.stem: read_json(path)["findings"] for path in sorted(AUDIT.glob("*.json"))}
 
     def offload(name: str) -> Finding:

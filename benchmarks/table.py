@@ -1,4 +1,4 @@
-"""The tables of a benchmark: medians, ranges, and ratios to truestep, taken within each repetition."""
+"""Makes the tables of a benchmark: medians, ranges, and ratios to truestep within each repetition."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _comparison(section: str, result: Mapping[str, Any]) -> str:
 
 
 def _matmul(result: Mapping[str, Any]) -> str:
-    """6·N·tokens/s divided by the measured rate, and the work that was really done (the output layer processes
-    only tokens that are trained on, and its logits are computed again in the backward pass)."""
+    """Return 6·N·tokens/s divided by the measured rate, and the work that was really done (the output layer
+    processes only tokens that are trained on, and its logits are computed again in the backward pass)."""
     contestants = result["contestants"]
     rate = values(contestants["matmul rate"], "flops_per_second")
     lines = [f"{name}: not run ({c['failed']})" for name, c in contestants.items() if c["failed"]]
@@ -118,7 +118,7 @@ def _matmul(result: Mapping[str, Any]) -> str:
 
 
 def _spread(ratios: Sequence[float]) -> str:
-    """Median of the paired ratios, with their range if there are several."""
+    """Return the median of the paired ratios, with their range if there are several."""
     middle = f"{statistics.median(ratios):.2f}"
     return middle if len(ratios) < 2 else f"{middle} ({min(ratios):.2f} to {max(ratios):.2f})"
 

@@ -28,7 +28,8 @@ SMALLEST = 20  # smallest number of tokens of a solution, and of a prompt withou
 
 
 def load_rows(data: str, count: int, seed: int) -> list[Problem]:
-    """``count`` problems with solutions: a seeded choice from a file, or generated with similar lengths."""
+    """Return ``count`` problems with solutions, chosen by seed from a file or generated with similar
+    lengths."""
     if not data:
         return _made_up(count, seed)
     found = load_problems(
@@ -56,14 +57,14 @@ def _made_up(count: int, seed: int) -> list[Problem]:
 
 
 def sft_workload(model: str, data: str, count: int, seed: int) -> dict[str, Any]:
-    """Demonstrations as token ids, with the number of ids that are context."""
+    """Return demonstrations as token ids, with the number of ids that are context."""
     tokenizer = load_tokenizer(ModelSettings(path=model))
     made = [encode_demonstration(tokenizer, p, ChatSettings()) for p in load_rows(data, count, seed)]
     return {"rows": [{"ids": list(d.token_ids), "num_prompt": d.num_prompt_tokens} for d in made]}
 
 
 def prompt_workload(model: str, data: str, count: int, per_step: int, seed: int) -> dict[str, Any]:
-    """Different prompts, in the order of the data and in the order in which truestep's steps use them."""
+    """Return different prompts, in data order and in the order in which truestep's steps use them."""
     tokenizer = load_tokenizer(ModelSettings(path=model))
     problems = load_rows(data, count, seed)
     prompts = [
@@ -78,7 +79,7 @@ def prompt_workload(model: str, data: str, count: int, per_step: int, seed: int)
 
 
 def longest(workload: dict[str, Any], max_new_tokens: int) -> int:
-    """Length in tokens of the longest possible sequence of a step: a row, or a prompt with its completion."""
+    """Return the token length of the longest possible sequence: a row, or a prompt with its completion."""
     return max(
         [len(row["ids"]) for row in workload.get("rows", ())]
         + [len(prompt["ids"]) + max_new_tokens for prompt in workload.get("prompts", ())]
@@ -86,7 +87,7 @@ def longest(workload: dict[str, Any], max_new_tokens: int) -> int:
 
 
 def describe(workload: dict[str, Any]) -> str:
-    """The number of sequences and their lengths, in one line."""
+    """Return the number of sequences and their lengths, in one line."""
     key = "rows" if "rows" in workload else "prompts"
     lengths = np.array([len(row["ids"]) for row in workload[key]])
     return f"{len(lengths)} {key}, {lengths.mean():.0f} ± {lengths.std():.0f} tokens ({lengths.min()} to {lengths.max()})"

@@ -19,7 +19,7 @@ from typing import Any
 
 
 def specification() -> dict[str, Any]:
-    """What to run (sizes, model folder, dtype, threads), with the workload that all contestants share."""
+    """Return what to run (sizes, model folder, dtype, threads), with the workload of all contestants."""
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     return {**spec, **json.loads(Path(spec["workload"]).read_text(encoding="utf-8"))}
 
@@ -39,7 +39,7 @@ class StepClock:
         self.tokens[-1] += tokens
 
     def end_step(self) -> int:
-        """Close the current step; returns how many are closed."""
+        """Close the current step; return how many are closed."""
         self.marks.append(time.perf_counter())
         self.tokens.append(0)
         return len(self.marks) - 1
@@ -58,7 +58,7 @@ class StepClock:
 
 
 def generation_figures(lengths: Sequence[int], seconds: float) -> dict[str, Any]:
-    """Generated tokens, up to and including the stop token, per second."""
+    """Return the generated tokens per second, up to and including the stop token."""
     return {
         "tokens_per_second": sum(lengths) / seconds,
         "seconds": seconds,
@@ -70,12 +70,12 @@ def generation_figures(lengths: Sequence[int], seconds: float) -> dict[str, Any]
 
 
 def num_generated(ids: Sequence[int], stops: Sequence[int]) -> int:
-    """Tokens up to and including the first stop token."""
+    """Return the number of tokens up to and including the first stop token."""
     return next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
 
 
 def text_parity(text: str) -> float:
-    """A reward that costs nothing and varies within a group: 1 for an even number of characters."""
+    """Return a reward that costs nothing and varies within a group: 1 for an even number of characters."""
     return float(len(text) % 2 == 0)
 
 
@@ -91,7 +91,7 @@ def report(figures: dict[str, Any], *packages: str) -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set of this process (not of the parent that it was forked from)."""
+    """Return the largest resident set of this process (not of the parent that it was forked from)."""
     status = Path("/proc/self/status")
     if status.exists():
         for row in status.read_text().splitlines():

@@ -1,7 +1,7 @@
 """truestep's side: the stage loop of an ordinary run (``run_stage``), its engine, and the machine's matmul
 rate.
 
-What is timed is what a run does: take data, pack, step, publish and check the weights, compute metrics. Only
+All work of a run is timed: take data, pack, step, publish and check the weights, compute metrics. Only
 evaluation and checkpoints, which are not part of a step, are left out.
 """
 
@@ -58,11 +58,11 @@ LR = 1e-5
 
 
 class _Enough(Exception):
-    """All steps are measured; the stage is left without its final checkpoint."""
+    """Raised when all steps are measured, to leave the stage without its final checkpoint."""
 
 
 class _Rows:
-    """The shared rows in their given order, so that the peers train on the same ones."""
+    """The shared rows in their given order, so that the peers train on the same rows."""
 
     updates_per_step = 1
 

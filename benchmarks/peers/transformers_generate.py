@@ -1,5 +1,5 @@
-"""transformers' ``generate``: one left-padded batch of all prompts, with the cache, until the last row has
-stopped."""
+"""transformers' ``generate`` on one left-padded batch of all prompts, with the cache, until the last row
+stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with transformers generation: the same prompts, samples and length as truestep's RL
+"""TRL's GRPOTrainer with transformers generation, and the prompts, samples and length of truestep's RL
 step."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""TRL's SFTTrainer on the shared rows: the same token ids, labels on the completion only, in the same order.
+"""TRL's SFTTrainer on the shared rows, with the same token ids and order, and labels only on the completion.
 
-With ``trainer = "transformers"`` it is the plain Trainer, whose loss is the model's own, over whole logits:
-the fast kernels of TRL's fused output layer are in Triton, and on a CPU TRL falls back to a layer that also
-scores prompts and padding.
+With ``trainer = "transformers"``, the plain Trainer is used, with the model's own loss over whole logits. On
+a CPU, TRL falls back to a layer that also scores prompts and padding, because the fast kernels of its fused
+output layer are in Triton.
 """
 
 from __future__ import annotations

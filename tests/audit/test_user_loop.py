@@ -265,7 +265,7 @@ def test_from_a_file(tmp_path: Path) -> None:
         (["deepspeed==0.18.9", "--arch", "gpt2", "--dry-run"], "does not apply to"),
         (["models", "--dry-run"], "configurations; remove --dry-run"),
         (["loops.py"], "FILE.py:FUNCTION"),
-        (["deepspeed", "--bisect", "0.19.8..0.15.0"], "the older release comes first"),
+        (["deepspeed", "--bisect", "0.19.8..0.15.0"], "the older release must come first"),
     ],
 )
 def test_bad_words_are_one_line(words: list[str], said: str) -> None:

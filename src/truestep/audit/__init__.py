@@ -1,1 +1,1 @@
-"""What an optimizer step of an installed framework really did, recovered from its parameters on a CPU."""
+"""Recovers from the parameters what an optimizer step of an installed framework really did, on a CPU."""

@@ -19,7 +19,7 @@ Share = Callable[[Window, int, int, int], float]
 
 
 def over(count: Callable[[Window, int, int, int], float]) -> Share:
-    """A row's loss divided by a wrong number of tokens; a number below 1 is taken as 1."""
+    """Divide a row's loss by a wrong number of tokens; a number below 1 is taken as 1."""
     return lambda window, rank, k, row: 1 / max(1.0, count(window, rank, k, row))
 
 
@@ -33,12 +33,12 @@ own_mean = over(lambda w, r, k, row: w.of_rank(r))
 
 
 def one_row(factor: float, drawn: Any) -> Share:
-    """The loss of one row of every step is multiplied by ``factor``."""
+    """Multiply the loss of one row of every step by ``factor``."""
     return lambda w, rank, k, row: (factor if row % drawn.stride == drawn.index else 1.0) / w.total
 
 
 def kept(which: Callable[[int, int, int], bool]) -> Combine:
-    """Only the micro-batches with a true ``which(rank, k, K)`` count."""
+    """Count only the micro-batches for which ``which(rank, k, K)`` is true."""
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         parts = [g for r, rank in enumerate(gradients) for k, g in enumerate(rank) if which(r, k, len(rank))]
@@ -56,7 +56,7 @@ def running_average(gradients: Gradients, index: int) -> list[Tensor]:
 
 
 def unsynced(reduced: Callable[[int, int], bool]) -> Combine:
-    """Each rank uses only its own gradients for the micro-batches that are not ``reduced(k, K)``."""
+    """Use each rank's own gradients for the micro-batches for which ``reduced(k, K)`` is false."""
 
     def combine(gradients: Gradients, index: int) -> list[Tensor]:
         shared = [g for rank in gradients for k, g in enumerate(rank) if reduced(k, len(rank))]
@@ -116,7 +116,7 @@ def decay(strength: float, *, matrices: bool = False) -> Update:
 
 
 def moved(change: Callable[[Tensor, int], Tensor]) -> Update:
-    """A step along a changed gradient; ``change`` also gets the step's number."""
+    """Step along a changed gradient; ``change`` also gets the step's number."""
     return lambda replica, gradient, index: replica.move(change(gradient, index))
 
 
@@ -140,7 +140,7 @@ def from_the_step_before(replica: Replica, gradient: Tensor, index: int) -> None
 
 
 def frozen(number: int) -> Update:
-    """The optimizer was given a different tensor from the one that the model uses."""
+    """Do not move one tensor, as if the optimizer had a different tensor from the one that the model uses."""
 
     def update(replica: Replica, gradient: Tensor, index: int) -> None:
         lost = number % len(replica.parameters)
@@ -151,7 +151,7 @@ def frozen(number: int) -> Update:
 
 
 def tail_carried(num: int, size: int, epochs: int) -> Plan:
-    """The rest of an epoch waits in the buffers for the next epoch's first step."""
+    """Keep the rest of an epoch in the buffers until the next epoch's first step."""
     plan: Plan = []
     carried: list[int] = []
     for window, _ in trainer.aligned(num, size, epochs):
@@ -163,7 +163,7 @@ def tail_carried(num: int, size: int, epochs: int) -> Plan:
 
 
 def counter_off_by_one(num: int, size: int, epochs: int) -> Plan:
-    """A step after the first micro-batch, then after every ``size`` more; the end is run without a step."""
+    """Step after the first micro-batch, then after every ``size`` more; run the end without a step."""
     ends = [*range(1, num * epochs + 1, size), num * epochs]
     places = list(range(num * epochs))
     windows = [places[first:last] for first, last in zip([0, *ends], ends, strict=False) if last > first]
@@ -178,7 +178,7 @@ def prompt_too(weight: float) -> Targets:
 
 
 def beside(shift: int, of: Callable[[float, float], float]) -> Targets:
-    """Every token's weight, from its own and that of the token before or after it (``shift`` -1 or 1)."""
+    """Compute each token's weight from its own and that of the previous or next token (``shift`` -1 or 1)."""
 
     def targets(spec: Any, row: int) -> list[float]:
         mask = trainer.trained(spec, row)
@@ -188,13 +188,13 @@ def beside(shift: int, of: Callable[[float, float], float]) -> Targets:
     return targets
 
 
-one_token_early = beside(1, max)  # the last token of every prompt as well
+one_token_early = beside(1, max)  # the last token of every prompt is trained as well
 no_stop = beside(1, mul)  # the last token of every answer is masked
 no_start = beside(-1, mul)  # the first token of every answer is masked
 
 
 def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], Layout]:
-    """All rows of a micro-batch in one line; if not isolated, each sees those before it."""
+    """Put all rows of a micro-batch in one line. If they are not isolated, each row sees those before it."""
 
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
         lengths = [len(spec.rows[row]["ids"]) for row in rows]
@@ -211,7 +211,7 @@ def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], L
 
 
 def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
-    """Padding comes first and is counted in the positions; if not ``masked``, it is also attended to."""
+    """Pad on the left and count padding in the positions; if not ``masked``, it is also attended to."""
 
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
         right, _ = trainer.pad_right(spec, rows)
@@ -225,7 +225,7 @@ def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
 
 
 def begun_twice(spec: Any, rows: Sequence[int]) -> Layout:
-    """An extra begin token before every row."""
+    """Put an extra begin token before every row."""
     inputs, places = trainer.pad_right(spec, rows)
     front = torch.ones(len(rows), 1, dtype=torch.int64)
     moved_places = [(line, start + 1) for line, start in places]
@@ -233,7 +233,7 @@ def begun_twice(spec: Any, rows: Sequence[int]) -> Layout:
 
 
 def dropping(share: float) -> Callable[[Replica, int], None]:
-    """Dropout after the embedding, only in training."""
+    """Apply dropout after the embedding, only in training."""
 
     def prepare(replica: Replica, seed: int) -> None:
         torch.manual_seed(integer(seed, Purpose.PROBE, replica.spec.rank, "dropout"))
@@ -247,7 +247,8 @@ def dropping(share: float) -> Callable[[Replica, int], None]:
 
 
 def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Replica, int], None]:
-    """The optimizer starts from other values, the model too if ``published``; they differ by rank if ``ranks``."""
+    """Start the optimizer from other values, and the model too if ``published``. The values differ by rank if
+    ``ranks``."""
 
     def prepare(replica: Replica, seed: int) -> None:
         key = integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start")
@@ -265,7 +266,7 @@ def start_in_bfloat16(replica: Replica, seed: int) -> None:
 
 
 def clip_to(factor: float) -> Limit:
-    """The sum is clipped to a different norm from the configured one."""
+    """Clip the sum to a norm other than the configured one."""
     return lambda parts, combine, index, largest: trainer.clip_sum(parts, combine, index, factor * largest)
 
 
@@ -275,7 +276,7 @@ def clip_micro(gradients: Gradients, combine: Combine, index: int, largest: floa
 
 
 def clip_running(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-    """Clip the sum of the gradients so far after every backward."""
+    """Clip the sum of the gradients so far after every backward pass."""
     nothing = torch.zeros_like(gradients[0][0])
     sums = [reduce(lambda buffer, g: trainer.clip(buffer + g, largest), rank, nothing) for rank in gradients]
     return trainer.everywhere(gradients, sums)
@@ -304,7 +305,7 @@ def both_lost(replica: Replica, at: int) -> int:
 
 
 def parameters_lost(replica: Replica, at: int) -> int:
-    """Return to the initial parameters, with the momentum that was saved."""
+    """Return to the initial parameters, but keep the saved momentum."""
     first = trainer.harness.parameters_of(trainer.harness.tiny_model(replica.spec))
     replica.theta = trainer.harness.flat(first).to(replica.theta.dtype)
     replica.publish()
@@ -312,7 +313,7 @@ def parameters_lost(replica: Replica, at: int) -> int:
 
 
 def from_the_first_row(num: int, size: int, epochs: int) -> Plan:
-    """After resuming, the data starts again from the first row."""
+    """Start again from the first row of the data after resuming."""
     windows = trainer.aligned(num, size, epochs)
     half = len(windows) // 2
     return windows[:half] + windows[: len(windows) - half]

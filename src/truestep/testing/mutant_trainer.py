@@ -1,7 +1,7 @@
-"""A reference trainer with replaceable parts: correct as it is, faulty if a part is replaced.
+"""A reference trainer with replaceable parts. It is correct unless a part is replaced.
 
 One process simulates all ranks, each with a model and a recorder. A correct step is plain SGD on the mean
-over all trained tokens of its window. Needs torch, so only the mutants import this.
+over all trained tokens of its window. Only the mutants import this module, because it needs torch.
 
 Shapes: P parameters, K micro-batches of a rank, D ranks.
 """
@@ -64,30 +64,30 @@ class Window:
         return sum(self.of_rank(rank) for rank in range(self.num_ranks))
 
     def slots(self, rank: int, k: int) -> int:
-        """Rows times padded width."""
+        """Return the number of rows times the padded width."""
         return len(self.rows[rank][k]) * max(self.lengths[row] for row in self.rows[rank][k])
 
 
 @dataclass(kw_only=True)
 class Replica:
-    """One rank."""
+    """The model and the optimizer state of one rank."""
 
     spec: Any
     model: nn.Module
     parameters: list[Tensor]
-    theta: Tensor  # P: what the optimizer holds, float32 at least
+    theta: Tensor  # P: the optimizer's parameters, at least float32
     memory: dict[str, Tensor] = field(default_factory=dict)
     rate: float = 1.0  # share of the learning rate
 
     def publish(self) -> None:
-        """Copy what the optimizer holds into the model."""
+        """Copy the optimizer's parameters into the model."""
         with torch.no_grad():
             parts = self.theta.split([p.numel() for p in self.parameters])
             for parameter, part in zip(self.parameters, parts, strict=True):
                 parameter.copy_(part.view_as(parameter))
 
     def move(self, direction: Tensor) -> None:
-        """One step against ``direction``, in the optimizer and in the model."""
+        """Take one step against ``direction``, in the optimizer and in the model."""
         self.theta = self.theta - LEARNING_RATE * self.rate * direction
         self.publish()
 
@@ -102,7 +102,7 @@ Layout = tuple[dict[str, Tensor], list[tuple[int, int]]]
 
 
 def aligned(num: int, size: int, epochs: int) -> Plan:
-    """``num`` micro-batches per epoch in windows of ``size``; the last of an epoch may be shorter."""
+    """Plan ``num`` micro-batches per epoch in windows of ``size``; the last of an epoch may be shorter."""
     starts = [(epoch * num, first) for epoch in range(epochs) for first in range(0, num, size)]
     return [(list(range(at + first, at + min(first + size, num))), True) for at, first in starts]
 
@@ -115,17 +115,17 @@ def pad_right(spec: Any, rows: Sequence[int]) -> Layout:
 
 
 def model_inputs(spec: Any, lines: Tensor, **others: Tensor) -> dict[str, Tensor]:
-    """The arguments of the model's forward pass; ``plain`` takes only tokens."""
+    """Return the arguments of the model's forward pass; ``plain`` takes only tokens."""
     return {"input_ids": lines} if spec.options["arch"] == "plain" else {"input_ids": lines, **others}
 
 
 def trained(spec: Any, row: int) -> list[float]:
-    """Weight of every token as a target: the case's mask. The first token has no prediction."""
+    """Return each token's weight as a target, from the case's mask. The first token is not predicted."""
     return [0.0, *map(float, spec.rows[row]["trained"][1:])]
 
 
 def token_mean(window: Window, rank: int, k: int, row: int) -> float:
-    """Factor of a row's summed loss: 1 / N, N all trained tokens of the window; 0 if there are none."""
+    """Return the factor of a row's summed loss: 1 / N for N trained tokens in the window; 0 if N is 0."""
     return 1 / window.total if window.total else 0.0
 
 
@@ -139,7 +139,7 @@ def add_all(gradients: Gradients, index: int) -> list[Tensor]:
 
 
 def everywhere(gradients: Gradients, parts: Sequence[Tensor]) -> list[Tensor]:
-    """The sum of ``parts`` for every rank."""
+    """Return the sum of ``parts``, once for every rank."""
     return [torch.stack([*parts, torch.zeros_like(gradients[0][0])]).sum(0)] * len(gradients)
 
 
@@ -148,7 +148,7 @@ def clip(gradient: Tensor, largest: float) -> Tensor:
 
 
 def clip_sum(gradients: Gradients, combine: Combine, index: int, largest: float) -> list[Tensor]:
-    """One clip of the whole step's gradient."""
+    """Clip the whole step's gradient once."""
     return [clip(g, largest) for g in combine(gradients, index)]
 
 
@@ -198,7 +198,7 @@ class Mutant:
 
 
 def observe(mutant: Mutant, folder: Path) -> dict[str, Observation]:
-    """Train the mutant on every case and read back what the recorders saw, by the name of the case."""
+    """Train the mutant on every case and return what the recorders saw, by the name of the case."""
     seen = {}
     for name in mutant.cases:
         case = build(name, world_size=mutant.world_size, accumulation=mutant.accumulation, seed=mutant.seed)
@@ -258,7 +258,7 @@ def _windows(trainer: Trainer, specs: list[Any]) -> list[Window]:
 
 
 def _run(trainer: Trainer, replicas: list[Replica], window: Window, index: int) -> tuple[float, list[Tensor]]:
-    """Forward and backward over a window: its loss, and the gradient that each rank's optimizer is given."""
+    """Run a window forward and backward; return its loss and the gradient for each rank's optimizer."""
     loss, gradients = 0.0, []
     for rank, replica in enumerate(replicas):
         pairs = [_backward(trainer, replica, window, rank, k) for k in range(window.num_micro)]
@@ -270,7 +270,7 @@ def _run(trainer: Trainer, replicas: list[Replica], window: Window, index: int) 
 
 
 def _backward(trainer: Trainer, replica: Replica, window: Window, rank: int, k: int) -> tuple[float, Tensor]:
-    """A micro-batch's loss, and its gradient in the optimizer's precision."""
+    """Return a micro-batch's loss, and its gradient in the optimizer's precision."""
     rows = window.rows[rank][k]
     inputs, places = trainer.layout(replica.spec, rows)
     logits, ids = harness.logits_of(replica.model(**inputs)), inputs["input_ids"]

@@ -1,8 +1,8 @@
-"""Faults injected into the reference trainer, with random parameters: an audit must find and name them.
+"""Faults with random parameters for the reference trainer. An audit must find and name them.
 
-A fault has the class of faults that frameworks had (A: how micro-batches and ranks are added up, B: what is
-trained, C: what the model does in training, D: what the optimizer does), or X if there is none. ``CLEAN``
-has configurations without a fault. Needs torch: no other part of the audit imports this.
+Each fault has the class of the framework faults that it resembles (A: how micro-batches and ranks are added
+up, B: what is trained, C: what the model does in training, D: what the optimizer does), or X if it resembles
+none. ``CLEAN`` has configurations without a fault. No part of the audit imports this module; it needs torch.
 
 Shapes: K micro-batches of a rank, D ranks.
 """
@@ -44,8 +44,8 @@ class Draw:
 
 
 def draw(name: str, ranks: tuple[int, int]) -> Draw:
-    """3 … 6 micro-batches, and as many ranks as the fault needs; never K = D, where their factors are the same.
-    Keyed by the mutant's name: a new one does not change the others."""
+    """Draw 3 … 6 micro-batches, and as many ranks as the fault needs. K and D always differ; otherwise
+    their factors are the same. The mutant's name is the key, so a new mutant does not change the others."""
     random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
     # More ranks have more rows, which take longer.
@@ -56,7 +56,7 @@ def draw(name: str, ranks: tuple[int, int]) -> Draw:
 
 @dataclass(frozen=True)
 class Fault:
-    """``copies`` mutants, each with its own parameters; ``text`` may quote these: {index}, {rank}."""
+    """A fault for ``copies`` mutants with different parameters; ``text`` may quote {index} and {rank}."""
 
     code: str
     names: str
@@ -266,7 +266,8 @@ def _mutants() -> tuple[Mutant, ...]:
 
 
 def _clean() -> tuple[Mutant, ...]:
-    """(model, dtype, K, D, seed); the last of each attention model packs its rows, which are isolated."""
+    """Make the correct mutants from (model, dtype, K, D, seed). The last mutant of each attention model packs
+    its rows, which are isolated."""
     table = [
         *(("plain", "float32", k, ranks, 10 * k + ranks) for k in (3, 4, 5, 6) for ranks in (1, 2)),
         *(("plain", "float32", k, 3, k) for k in (3, 4, 5)),

@@ -1,1 +1,1 @@
-"""Where subjects run: virtual environments, child processes, this process; and the search over releases."""
+"""Runs subjects in virtual environments, child processes or this process, and searches over releases."""

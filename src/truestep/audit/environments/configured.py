@@ -1,7 +1,7 @@
-"""Reads a user's own configuration file: the subject that it configures, and the step as configured there.
+"""Reads from a user's own configuration file which subject it configures, and how it configures the step.
 
-Only what affects the optimizer step is used; a tiny model and plain SGD replace the configured ones, and the
-notes name what a CPU cannot do. The file is read, never executed.
+Only what affects the optimizer step is used. A tiny model and plain SGD replace the configured ones, and the
+notes name what cannot be done on a CPU. The file is read, never executed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NOT_TAKEN_OVER = ("optim", "weight_decay", "label_smoothing_factor", "neftune_no
 
 @dataclass(kw_only=True)
 class Configured:
-    """What a file configures; ``notes`` say what was reduced or left out."""
+    """What a file configures. ``notes`` say what was reduced or left out."""
 
     subject: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Configured:
     needs: tuple[str, ...] = ()  # what must be installed in addition to the subject's own needs
 
     def accumulate(self, steps: int | None, total: int | None = None, micro: int | None = None) -> None:
-        """Set the micro-batches per step, as given or from the batch sizes."""
+        """Set the number of micro-batches per step, either as given or from the batch sizes."""
         if steps:
             self.options["accumulation"] = steps
         elif total and micro:
@@ -74,7 +74,7 @@ def _table(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6) -> int | None:
-    """A whole number; None if the file leaves it open (nothing, "auto", a variable)."""
+    """Return a whole number, or None if the file leaves it open (missing, "auto" or a variable)."""
     value = found.get(key)
     number, open_ = whole(value), isinstance(value, str) and re.match(r"auto$|[$<{]", value.strip())
     if value is None or (number is None and open_):
@@ -85,7 +85,7 @@ def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6
 
 
 def read(path: Path) -> tuple[Subject, list[str]]:
-    """The subject with the one configuration that the file describes, and the notes.
+    """Return the subject, with only the configuration that the file describes, and the notes.
 
     Raises UserError if the file is missing, cannot be read or does not configure a known trainer.
     """
@@ -185,7 +185,7 @@ def _openrlhf(found: Mapping[str, Any]) -> Configured:
 
 
 def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
-    """TrainingArguments, TRL's SFTConfig or LLaMA-Factory's YAML, with or without DeepSpeed."""
+    """Read TrainingArguments, TRL's SFTConfig or LLaMA-Factory's YAML, with or without DeepSpeed."""
     inner = found.get("deepspeed")
     if isinstance(inner, str) and inner.strip():
         inner = _beside(inner, path)
@@ -214,13 +214,13 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
 
 
 def _beside(name: str, path: Path) -> Mapping[str, Any]:
-    """A file named in another one, by a path relative to that file or to the current directory."""
+    """Load the file ``name``, whose path is relative to the file ``path`` or to the current directory."""
     near = path.parent / name
     return _load(near if near.is_file() else Path(name))
 
 
 def _reduce(configured: Configured) -> None:
-    """Reduce it to what runs on a CPU in seconds and still shows every pattern."""
+    """Reduce a configuration to what runs on a CPU in seconds and still shows every pattern."""
     asked = configured.options.get("accumulation")
     if not asked:
         configured.options["accumulation"] = 4

@@ -1,6 +1,7 @@
-"""The audit of a step function in this process, for tests: same cases, recorder and judge, no child process.
+"""Audits a step function in this process, for tests, without a child process.
 
-Needs torch. Imported by the pytest plugin only when a test uses it.
+The cases, the recorder and the judge are the usual ones. This module needs torch, and the pytest plugin
+imports it only when a test uses it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _LOADED: dict[str, ModuleType] = {"recorder": recorder}
 
 
 def subject_module(name: str) -> Any:
-    """A module of subjects/, which are scripts that import each other by their bare names.
+    """Import a module of subjects/, which are scripts that import each other by their bare names.
 
-    Neither their folder nor their names stay importable: a caller may have its own ``harness``, and a
-    subject must not hide the framework that it is named after.
+    Neither the folder nor the bare names stay importable, because a caller may have its own ``harness``, and
+    a subject must not hide the framework that it is named after.
     """
     if name not in _LOADED:
         ours = {"recorder", *(path.stem for path in FOLDER.glob("*.py"))}
@@ -55,7 +56,7 @@ def audit_function(
     accumulation: int = 4,
     seed: int = 0,
 ) -> Finding:
-    """Judge ``step(model, optimizer, microbatches)`` (its contract: subjects/user_loop.py) on one process.
+    """Judge ``step(model, optimizer, microbatches)`` on one process; subjects/user_loop.py has its contract.
 
     The caller's random numbers continue as if nothing had been audited.
     """

@@ -1,4 +1,4 @@
-"""Run a subject in a child process, or one per rank, with its own folder, a scrubbed environment and limits.
+"""Runs a subject in one child process per rank, with a separate folder, a scrubbed environment and limits.
 
 A subject that hangs, crashes or uses up the memory is reported as a finding and does not end the audit.
 """
@@ -56,7 +56,8 @@ class Job:
 
 
 def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict[str, str]:
-    """Only the caller's paths to programs and libraries are kept: no tokens, no caches, no home folder."""
+    """Return the environment variables of a child process. The caller's paths to programs and libraries are
+    kept, but not its tokens, caches and home folder."""
     return {
         **{k: os.environ[k] for k in KEPT if k in os.environ},
         "HOME": str(home),
@@ -77,7 +78,7 @@ def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict
 def audit_one(
     subject: Subject, configuration: Configuration, python: Path, *, seed: int = 0, timeout: float = 120.0
 ) -> Finding:
-    """Run all cases of one subject in one configuration. If it cannot run, that is a finding too."""
+    """Run all cases of one subject in one configuration. A subject that cannot run also gets a finding."""
     began, options, ranks = time.monotonic(), configuration.options, configuration.world_size
     size = {"world_size": ranks, "accumulation": int(options.get("accumulation", 4)), "seed": seed}
     built = [cases.build(name, **size) for name in configuration.only]
@@ -95,11 +96,11 @@ def audit_one(
 
 
 def run(job: Job) -> dict[str, Observation]:
-    """Case → what was observed. Raises SubjectFailed, or ObservationError if that cannot be read."""
+    """Run the job and return case → observation. Raises SubjectFailed, and what ``load`` raises."""
     with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
         folder = Path(name)
         (folder / "home").mkdir()
-        (folder / "modules").mkdir()  # all of the audit that adapters can import, with each other
+        (folder / "modules").mkdir()  # adapters can import only this part of the audit, and each other
         shutil.copy(Path(cases.__file__).with_name("recorder.py"), folder / "modules")
         rate, asked = job.learning_rate, [case.to_json() for case in job.cases]
         spec = {"cases": asked, "options": dict(job.options), "learning_rate": rate}
@@ -139,7 +140,7 @@ def _run_ranks(job: Job, folder: Path, home: Path) -> None:
 
 
 def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool | None, str]:
-    """Whether the script shows the difference (None: it did not run), and the line that it printed."""
+    """Return whether the script shows the difference (None if it did not run), and the line it printed."""
     port, command = free_port(), [python, path.absolute()]
     environments = [child_environment(ranks, home, rank, port) for rank in range(ranks)]
     processes = [_start(command, subprocess.PIPE, home, env) for env in environments]
@@ -155,8 +156,8 @@ def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool |
 
 
 def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
-    """How each causal language model class of transformers computes its loss: version, seconds, one row per
-    class. Raises SubjectFailed if the child process wrote nothing."""
+    """Check how each causal language model class of transformers computes its loss. Return the version, the
+    seconds and one row per class. Raises SubjectFailed if the child process wrote nothing."""
     with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
         folder = Path(name)
         command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
@@ -177,7 +178,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def _limit() -> None:
     if _LIBC is not None:
-        # PR_SET_PDEATHSIG: after this process is killed, nothing else would enforce the time limit.
+        # PR_SET_PDEATHSIG: if this process is killed, nothing else enforces the time limit.
         _LIBC.prctl(1, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -190,7 +191,7 @@ def free_port() -> int:
 
 
 def last_line(text: str, error: str = "") -> str:
-    """The last line whose beginning matches ``error`` (a library may print more after it), else the last."""
+    """Return the last line whose beginning matches ``error`` (more may follow it), else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return ([line for line in lines if re.match(error, line)] or lines or ["no output"])[-1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# (package, first release that no longer needs them, what older releases need); pins of the user win.
+# (package, first release that does not need them, what older releases need). The user's pins have priority.
 COMPANIONS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("verl", (0, 7), ("transformers==4.56.1",)),
     ("openrlhf", (0, 11), ("deepspeed==0.18.9", "transformers==5.5.4")),

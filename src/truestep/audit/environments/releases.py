@@ -1,7 +1,7 @@
 """Finds the first and last faulty release in a range, and a remedy; no version is hard-coded here.
 
-If both ends are right, releases between them are tried, the middle one first, until one is faulty. It is
-assumed that the faulty releases are one contiguous interval.
+If both ends are correct, releases between them are tried, the middle one first, until one is faulty. The
+search assumes that the faulty releases form one contiguous interval.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Probe = Callable[[str], bool | None]  # version → whether it is faulty; None i
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """The result of a search. ``before``, ``after``: the nearest right ones, "" at an end of the range."""
+    """The result of a search. ``before`` and ``after`` are the nearest correct releases, or "" if none."""
 
     first_bad: str = ""
     last_bad: str = ""
@@ -35,9 +35,10 @@ class Interval:
 
 
 def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interval:
-    """Search the sorted ``releases``. Raises UserError if ``known_bad`` is not among them."""
+    """Search the sorted ``releases`` for faulty ones. Raises UserError if ``known_bad`` is not in them."""
     if known_bad and known_bad not in releases:
-        raise UserError(f"--known-bad {known_bad}: pass a release from {releases[0]} to {releases[-1]}")
+        wrong = f"--known-bad {known_bad} is not in the range"
+        raise UserError(f"{wrong}; pass a release from {releases[0]} to {releases[-1]}")
     seen: dict[int, bool | None] = {}
 
     def faulty(index: int) -> bool | None:
@@ -60,7 +61,8 @@ def search(releases: Sequence[str], probe: Probe, known_bad: str = "") -> Interv
 
 
 def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
-    """A faulty release between two right ones: middle first, then the middles of the halves, and so on."""
+    """Return a faulty release between two correct ones. The middle is tried first, then the middles of the
+    halves, and so on."""
     gaps = [(0, last)]
     while gaps:
         start, stop = gaps.pop(0)
@@ -73,7 +75,7 @@ def _interior(last: int, faulty: Callable[[int], bool | None]) -> int | None:
 
 
 def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
-    """The outermost faulty release between a faulty and a right one, skipping those that cannot run."""
+    """Return the outermost faulty release between a faulty and a correct one; skip those that cannot run."""
     while abs(right - bad) > 1:
         middle = (bad + right) // 2
         around = sorted(range(min(bad, right) + 1, max(bad, right)), key=lambda i: abs(i - middle))
@@ -85,7 +87,7 @@ def _edge(bad: int, right: int, faulty: Callable[[int], bool | None]) -> int:
 
 
 def parse_range(text: str) -> tuple[str, str]:
-    """``0.15.0..0.19.8`` → the two ends. Raises UserError if it is something else."""
+    """Return the two ends of a range such as ``0.15.0..0.19.8``. Raises UserError if it is not a range."""
     match = re.fullmatch(r"\s*(\d[\w.]*?)\s*\.\.\s*(\d[\w.]*)\s*", text)
     if not match:
         raise UserError(f"--bisect {text!r} is not a range; pass two versions, such as 0.15.0..0.19.8")
@@ -93,9 +95,9 @@ def parse_range(text: str) -> tuple[str, str]:
 
 
 def releases_between(python: Path, package: str, first: str, last: str) -> list[str]:
-    """All final releases of a package from one to another, as its index lists them. Raises UserError."""
+    """Return all final releases between two versions, as listed by the package index. Raises UserError."""
     if _key(first) > _key(last):
-        raise UserError(f"--bisect {first}..{last}: the older release comes first; pass {last}..{first}")
+        raise UserError(f"--bisect {first}..{last}: the older release must come first; pass {last}..{first}")
     found = _releases(python, package)
     inside = sorted((v for v in found if _key(first) <= _key(v) <= _key(last)), key=_key)
     for end in (first, last):
@@ -105,7 +107,7 @@ def releases_between(python: Path, package: str, first: str, last: str) -> list[
 
 
 def newest_release(python: Path, package: str) -> str:
-    """The newest final release. Raises UserError if the index has none or does not answer."""
+    """Return the newest final release. Raises UserError if the index has none or does not answer."""
     found = _releases(python, package)
     if not found:
         raise UserError(f"{package}: the package index lists no final release")
@@ -137,9 +139,9 @@ OPTIONS: tuple[tuple[Mapping[str, Any], str], ...] = (
 def remedy(
     subject: Subject, configuration: Configuration, python: Path, target: str, *, timeout: float
 ) -> str:
-    """The first change that makes this configuration RIGHT, in words; "" if none was found.
+    """Return in words the first change that makes this configuration RIGHT, or "" if none was found.
 
-    ``target`` is the requirement that was audited; "" for a user's own environment: only options are tried.
+    ``target`` is the audited requirement, or "" for a user's own environment, where only options are tried.
     """
     for changes, words in OPTIONS:
         options = configuration.options
@@ -157,7 +159,8 @@ def remedy(
 
 
 def _newer(name: str, pins: Mapping[str, str]) -> tuple[str, Path] | None:
-    """``name==newest`` and a Python that has it with the other pins; None if it is not newer or fails."""
+    """Return ``name==newest`` and a Python with that release and the other pins. Return None if the pinned
+    release is the newest, or if this fails."""
     try:
         newest = newest_release(Path(sys.executable), name)
         if newest == pins[name]:

@@ -1,4 +1,4 @@
-"""Isolated, cached environments for the releases that are audited, and what an existing one contains.
+"""Builds isolated, cached environments for the audited releases, and lists what an environment contains.
 
 One base environment per torch release has the large packages. Each subject has a separate environment with
 only its packages; a ``.pth`` file adds the base after them. A user's environment is never changed.
@@ -34,9 +34,9 @@ TORCH = "2.13.0"
 BUILD_TIMEOUT = 1800.0  # seconds: for one install command, and for waiting for another audit's build
 PYTHON_TAG = f"py{sys.version_info.major}.{sys.version_info.minor}"
 FRAMEWORKS = tuple(dict.fromkeys(name for s in TABLE for name in (*s.needs, *s.brings)))
-# setuptools 81 dropped pkg_resources, which older releases import; their archives build with wheel.
+# setuptools 81 dropped pkg_resources, which older releases import; their archives need wheel to build.
 BASE = ("numpy", "setuptools<81", "wheel")
-# Audited processes write no bytecode: without this, each of them would compile torch again.
+# Audited processes do not write bytecode; without this option, each of them would compile torch again.
 UV_INSTALL = ("pip", "install", "--compile-bytecode")
 EXAMPLE = "deepspeed==0.18.9 or trl==1.16.0+deepspeed==0.18.9"
 _PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([0-9][0-9A-Za-z.]*)")
@@ -59,7 +59,7 @@ class BuildFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an environment contains."""
+    """The contents of an environment."""
 
     pins: Mapping[str, str]  # as requested: package → version
     torch: str
@@ -72,14 +72,14 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """The folder's name: readable, and different whenever anything that is installed differs."""
+        """The folder's name, which is readable and differs whenever anything that is installed differs."""
         contents = json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
         shown = "+".join(f"{k}-{v}" for k, v in sorted(self.pins.items()))
         return f"{shown}-{PYTHON_TAG}-{hashlib.sha256(contents).hexdigest()[:8]}"
 
 
 def parse(text: str) -> dict[str, str]:
-    """Package → version of a text such as ``trl==1.16.0+deepspeed==0.18.9``.
+    """Return package → version from a text such as ``trl==1.16.0+deepspeed==0.18.9``.
 
     Raises: UserError if a part is not an exact version.
     """
@@ -97,7 +97,7 @@ def parse(text: str) -> dict[str, str]:
 
 
 def plan(text: str) -> Plan:
-    """Everything that an environment for ``text`` contains. Raises: UserError as ``parse`` does."""
+    """Return everything that an environment for ``text`` contains. Raises: UserError as ``parse`` does."""
     pins = parse(text)
     wanted = {name: f"{name}=={version}" for name, version in pins.items() if name != "torch"}
     for name, before, companions in COMPANIONS:
@@ -105,7 +105,7 @@ def plan(text: str) -> Plan:
         if exact and tuple(int(n) for n in re.findall(r"\d+", exact)) < before:
             for companion in companions:
                 own = re.split(r"[=<>]", companion)[0]
-                # A bare name requires no version: the companion that fits this release replaces it.
+                # A bare name does not set a version, so the companion that fits this release replaces it.
                 if wanted.get(own, own) == own:
                     wanted[own] = companion
     wanted = {need: need for name in wanted for need in ALONE.get(name, "").split()} | wanted
@@ -115,12 +115,12 @@ def plan(text: str) -> Plan:
 
 
 def cache_folder() -> Path:
-    """Where environments are kept, in truestep's cache."""
+    """Return the folder in truestep's cache where environments are kept."""
     return rundir.cache_folder() / "audit"
 
 
 def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The Python of an environment with ``text``, from the cache or built. ``say`` receives progress.
+    """Return the Python of an environment with ``text``; build it if it is not cached. ``say`` gets progress.
 
     Raises: UserError if ``text`` is not valid; BuildFailed if it cannot be built.
     """
@@ -137,7 +137,7 @@ def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
     return _cached(cache, wanted.name, say, lambda home, do: _fill_overlay(wanted, base, home, do))
 
 
-# What installers and compilers read; none of the caller's tokens reaches a package's own setup code.
+# Variables that installers and compilers read. The caller's tokens must not reach a package's setup code.
 BUILDS_NEED = (
     r"PATH|HOME|LANG|LC_ALL|TZ|TMPDIR|USER|(http|https|no|all|ftp)_proxy|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|"
     r"CURL_CA_BUNDLE|(PIP|UV|XDG)_\w+|CC|CXX|CFLAGS|CXXFLAGS|LDFLAGS|LD_LIBRARY_PATH"
@@ -146,7 +146,8 @@ Do = Callable[..., None]  # run a command of a build: (command, **extra environm
 
 
 def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[Path, Do], None]) -> Path:
-    """The Python of ``cache/name``: built under a temporary name, then renamed, by one process at a time."""
+    """Return the Python of ``cache/name``. It is built under a temporary name and then renamed, by one
+    process at a time."""
     home, temporary, log = cache / name, cache / f"{name}.building", cache / f"{name}.log"
     python = home / "bin" / "python"
     if python.exists():
@@ -155,7 +156,7 @@ def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[
         if python.exists():  # another audit has built it in the meantime
             return python
         say(f"building {name} (once) in {cache}")
-        for leftover in (temporary, home):  # of a build that was killed, or of an interpreter that is gone
+        for leftover in (temporary, home):  # from a killed build, or from an interpreter that is gone
             if leftover.exists():
                 shutil.rmtree(leftover)
         began = time.monotonic()
@@ -168,7 +169,7 @@ def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[
 
 @contextlib.contextmanager
 def _lock(path: Path, name: str, say: Callable[[str], None]) -> Iterator[int]:
-    """Also held by the installers that this process starts: they may outlive a killed audit."""
+    """Lock a build. Its installers inherit the lock, because they may outlive a killed audit."""
     deadline, waiting = time.monotonic() + BUILD_TIMEOUT, False
     with path.open("w") as file:
         while True:
@@ -212,14 +213,14 @@ def _execute(name: str, out: IO[str], lock: int, command: Sequence[str | Path], 
 
 
 def _last_words(log: Path) -> str:
-    """The installer's own error line, else the last one."""
+    """Return the installer's own error line, or else its last line."""
     last = last_line(log.read_text(encoding="utf-8", errors="replace"), r"ERROR:|error:|cause:|[×╰]")
     return rundir.redact(re.sub(r"^(ERROR:|error:|cause:|[×╰─▶ ]+)\s*", "", last))[:240]
 
 
 def _fill_base(wanted: Plan, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
-    # Scripts in bin contain the name of the folder at build time: only ``python -m`` is used.
+    # Scripts in bin contain the name of the folder at build time, so only ``python -m`` is used.
     do([sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), home])
     packages = [f"torch=={wanted.torch}", *BASE]
     if uv:
@@ -232,11 +233,11 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
     uv = shutil.which("uv")
     do([sys.executable, "-m", "venv", "--without-pip", home])
     site = home / "lib" / f"python{PYTHON_TAG[2:]}" / "site-packages"
-    # Relative, so that it stays valid when the folder is renamed; a .pth folder comes after this one.
+    # Relative, so that it stays valid if the folder is renamed; Python searches a .pth folder after this one.
     behind = base.parent.parent / site.relative_to(home)
     (site / "truestep-base.pth").write_text(os.path.relpath(behind, site) + "\n", encoding="utf-8")
     (home / "constraints.txt").write_text(f"torch=={wanted.torch}\n", encoding="utf-8")
-    # uv does not look through a .pth: without this it would install torch again.
+    # uv does not follow a .pth file; without this, it would install torch again.
     (home / "overrides.txt").write_text("torch; python_version < '3'\n", encoding="utf-8")
     python = home / "bin/python"
     if uv:
@@ -255,7 +256,8 @@ def _fill_overlay(wanted: Plan, base: Path, home: Path, do: Do) -> None:
 
 
 def _uv_variables() -> dict[str, str]:
-    """uv does not read pip's configuration: the sources of packages are passed on unless uv has its own."""
+    """Return variables that pass pip's package sources to uv, which does not read pip's configuration. A
+    source that is already set for uv is left out."""
     found: dict[str, str] = {}
     for pip in ([sys.executable, "-m", "pip"], ["pip"]):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -271,12 +273,12 @@ def _uv_variables() -> dict[str, str]:
     names |= {"find-links": "UV_FIND_LINKS"}
     given = {name: found[k].split() for k, name in names.items() if k in found and name not in os.environ}
     told_uv = {name: ("," if name == "UV_FIND_LINKS" else " ").join(parts) for name, parts in given.items()}
-    # pip takes the best version of all indexes; uv by default stops at the first that has the package.
+    # pip takes the best version of all indexes; by default, uv stops at the first that has the package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match", **told_uv} if "UV_INDEX" in told_uv else told_uv
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Framework → version ("unknown": a folder without metadata). Imports none of them and writes nothing.
+    """Return framework → version ("unknown" for a folder without metadata). Nothing is imported or written.
 
     Raises: UserError if this Python cannot be run.
     """
@@ -285,7 +287,8 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
-    """Package → version of all that this Python finds, ``modules`` without metadata too. Raises: UserError."""
+    """Return package → version for all packages that this Python finds. ``modules`` are found even if they
+    have no metadata. Raises: UserError if this Python cannot be run."""
     if not python.is_file():
         inner = python / "bin" / "python"
         hint = str(inner) if inner.is_file() else "the path of an interpreter, such as .venv/bin/python"
@@ -296,7 +299,7 @@ def versions(python: Path, modules: Sequence[str] = ()) -> dict[str, str]:
     how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "timeout": 60, "check": True}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, **how)
-        found = json.loads(done.stdout.splitlines()[-1])  # the last line: a .pth of the environment may print
+        found = json.loads(done.stdout.splitlines()[-1])  # the last line, since a .pth file may print
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         words = rundir.redact(last_line(getattr(error, "stderr", "") or str(error)))[:200]
         message = f"--python {python} does not run as Python 3.8 or later ({words})"

@@ -1,1 +1,1 @@
-"""From what a subject wrote to a verdict: only numbers and records, no text, no torch."""
+"""Turns what a subject wrote into a verdict, as numbers and records. Only the recorder uses torch."""

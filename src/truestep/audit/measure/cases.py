@@ -1,7 +1,7 @@
 """The rows that every subject receives: random tokens, with very different numbers of trained tokens.
 
-Equal lengths hide a mean of means, two accumulation steps hide a dropped micro-batch and one rank hides a
-rank-wise mean, so no case has any of these. Rows are plain integers: nothing here needs torch.
+Equal lengths hide a mean of means, two accumulation steps hide a dropped micro-batch, and one rank hides a
+rank-wise mean, so no case has any of these. Rows are plain integers, so nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from truestep.seeding import Purpose, generator
 
 VOCABULARY = 64
 FIRST_TOKEN = 3  # 0, 1 and 2 are padding, begin and end
-# Trained tokens of consecutive rows: neighbors differ by an order of magnitude, and no two are the same, so
-# that in any order the rows of any window differ from their mean.
+# The numbers of trained tokens of consecutive rows. Neighbors differ by an order of magnitude, and no two are
+# the same, so that the rows of any window, in any order, differ from their mean.
 TRAINED = (2, 27, 3, 17, 40, 5, 22, 9, 33, 4, 14, 30, 6, 19, 36, 11, 25, 7, 44, 13, 1, 29, 8, 38)
 SHORTEST, SHORTEST_PROMPT = 6, 3  # tokens
 CLIPPED_TO = 0.1  # below the norm of every step's gradient, and of most micro-batches'
@@ -26,7 +26,7 @@ CLIPPED_TO = 0.1  # below the norm of every step's gradient, and of most micro-b
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Tokens, and for each of them 1 if it is trained, else 0."""
+    """A row of tokens. ``trained`` is 1 for each trained token, else 0."""
 
     ids: tuple[int, ...]
     trained: tuple[int, ...]
@@ -47,22 +47,23 @@ class Case:
     epochs: int = 1
     steps: int = 3
     vocabulary: int = VOCABULARY
-    max_grad_norm: float = 0.0  # as configured: 0 is none
+    max_grad_norm: float = 0.0  # as configured; 0 means no clip
     decay: bool = False  # the learning rate falls linearly to zero, once per step
     momentum: float = 0.0
     resume_after: int = 0  # steps after which everything is saved, rebuilt and loaded
 
     def rate(self, step: float) -> float:
-        """The share of the learning rate that a step (counted from 0) should have."""
+        """Return the share of the learning rate that a step (counted from 0) should have."""
         return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """The case as it is read back from JSON."""
+        """Return the case as it is read back from JSON."""
         return json.loads(json.dumps(asdict(self)))
 
 
 def make_rows(counts: Sequence[int], *, seed: int = 0, turns: int = 1) -> tuple[Row, ...]:
-    """Rows of random tokens, ``counts`` of them trained (0: all masked), in ``turns`` answers of a chat."""
+    """Return rows of random tokens with ``counts`` trained tokens (0: none), in ``turns`` answers of a
+    chat."""
     rows = []
     for index, count in enumerate(counts):
         draw = generator(seed, Purpose.PROBE, index, "audit")
@@ -85,7 +86,7 @@ RELATIONS: dict[str, dict[str, Any]] = {
 CASES: dict[str, dict[str, Any]] = {
     "ragged": {},  # one row per micro-batch, all with different token counts: the base of all others
     "unsplit": {},  # the same rows, one micro-batch per step: a difference from ragged comes from the split
-    "masked": {},  # a row without any trained token and a row with one, in every step
+    "masked": {},  # in every step, a row without trained tokens and a row with only one
     "window": {"epochs": 2, "steps": 4},  # the number of rows is not a multiple of the accumulation window
     "chat": {},  # several answers per row, each after a prompt that is not trained
     **RELATIONS,
@@ -93,14 +94,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -> Case:
-    """The case with that name. Raises ValueError, which lists the known names."""
+    """Return the case with that name. Raises ValueError with the known names if there is no such case."""
     if name not in CASES:
         raise ValueError(f"unknown case {name!r}; use {', '.join(CASES)}")
     if accumulation < 3 and name not in ("ragged", "unsplit", *RELATIONS):
         raise ValueError(f"accumulation = {accumulation}: the case {name} needs 3 or more")
     asked = {"steps": 3, **CASES[name]}
     if name in ("scheduled", "resumed"):
-        accumulation = min(accumulation, 3)  # else one tick per micro-batch would end it after the first step
+        accumulation = min(accumulation, 3)  # else one tick per micro-batch ends the decay after one step
     num = world_size * (2 * accumulation - 2 if name == "window" else accumulation * asked["steps"])
     counts = [TRAINED[i % len(TRAINED)] + len(TRAINED) * 2 * (i // len(TRAINED)) for i in range(num)]
     if name == "masked":

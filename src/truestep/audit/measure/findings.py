@@ -9,9 +9,10 @@ from typing import Any
 
 
 class Verdict(enum.StrEnum):
-    """FAULT: the update depends on how the same batch is split, sharded, padded or packed, or data is lost.
-    DEFAULT: it does not, but it is not the textbook step (clipping, weight decay, a constant scale).
-    DOCUMENTED CHOICE: the same pattern as a fault, but requested by an option set to a non-default value."""
+    """The verdict on one configuration. FAULT: data is lost, or the update depends on how the same batch is
+    split, sharded, padded or packed. DEFAULT: the update does not depend on these, but it is not the textbook
+    step (clipping, weight decay, a constant scale). DOCUMENTED CHOICE: the same pattern as a fault, but
+    requested by an option set to a non-default value."""
 
     RIGHT = "RIGHT"
     FAULT = "FAULT"
@@ -25,8 +26,8 @@ class Verdict(enum.StrEnum):
 class Cause:
     """One deviation from the configured step, or one reason why something was not observed.
 
-    ``code`` is its family, for programs ("" if it is not a fault); ``kinds`` name its sentence, two if the
-    evidence has two readings; ``values`` are the numbers and names in it.
+    ``code`` is the fault's family, for programs ("" if it is not a fault). ``kinds`` name the sentence,
+    or two if the evidence has two readings. ``values`` are the numbers and names in the sentence.
     """
 
     code: str
@@ -43,7 +44,7 @@ Causes = tuple[Cause, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """How the runs of one case differ from what was configured; empty if they do not."""
+    """The differences between the runs of one case and what was configured; empty if there are none."""
 
     data: Causes = ()  # in the whole run: windows, lost rows, diverging ranks
     steps: tuple[Causes, ...] = ()  # in single steps, each distinct set once
@@ -56,14 +57,14 @@ class Differences:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One subject in one configuration."""
+    """The finding about one subject in one configuration."""
 
     subject: str
     configuration: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict = Verdict.NOT_RUN
     found: Differences = Differences()
     codes: Sequence[str] = ()  # of all cases, the main one first
-    documented: str = ""  # the option that requests it
+    documented: str = ""  # the option that requests the difference
     reasons: Causes = ()  # for NOT RUN and NOT OBSERVABLE, and for anything else that was not observed
     versions: Mapping[str, str] = field(default_factory=dict)
     cases: Mapping[str, Differences] = field(default_factory=dict)
@@ -79,5 +80,5 @@ class Finding:
     logged_loss_could_show_it: bool | None = None
     location: str = ""  # FILE:LINE where the audited code runs the model
     remedy: str = ""  # a change with which a second audit was RIGHT
-    reproducer: str = ""  # a script that was run and shows it
+    reproducer: str = ""  # a script that was run and shows the fault
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Reads what a subject wrote: one ``Step`` per optimizer step, for all ranks together.
+"""Reads what a subject wrote, as one ``Step`` per optimizer step for all ranks together.
 
 Shapes: P parameters, M micro-batches of a step over all ranks (rank after rank).
 """

@@ -1,8 +1,9 @@
-"""All steps of one case: the configured clip, schedule and resuming, and the rows of each step.
+"""Judges the steps of one case together: the clip, the schedule, resuming, and the rows of each step.
 
-A correct step is known exactly (``observations.Step``: clip scale, rate, carried momentum): no second run is
-needed. Rows are counted, not forward passes: how many rows a pass has does not change the step, and a row
-without trained tokens adds nothing. Frameworks shuffle, so only numbers of rows are compared. P: parameters.
+A correct step is known exactly from ``observations.Step`` (clip scale, rate, carried momentum), so no second
+run is needed. Rows are counted, not forward passes, because the number of rows in a pass does not change the
+step. A row without trained tokens adds nothing. Frameworks shuffle, so only the numbers of rows are compared.
+Shapes: P parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ KEPT = {"kept", "micro_mean", "rank_mean", "dp_token_mean"}  # codes of weights 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseSeen:
-    """The steps of one case, and how the case differs."""
+    """The judged steps of one case, and the differences of the case."""
 
     steps: Sequence[Seen]
     differences: Differences
@@ -49,7 +50,7 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
 
 
 def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int, Cause]:
-    """Step → the fault of clip, schedule or resuming, which replaces the constant that it looks like."""
+    """Return step → fault of clip, schedule or resuming. It replaces the constant that it looks like."""
     if found := resume(run, thresholds.RESIDUAL[dtype]):
         return dict.fromkeys(range(run.asked.resume_after, len(steps)), found)
     scales = [s.scale if set(s.codes) <= CONSTANTS | KEPT else None for s in steps]
@@ -64,7 +65,7 @@ def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int
 
 
 def clip(run: Observation, scaled: Sequence[int]) -> Cause | None:
-    """For steps off only by a constant: clipped without being configured, differently, or not at all."""
+    """Judge the clip of steps that are off only by a constant: not configured, different, or missing."""
     lengths = [used_length(run.steps[i]) for i in scaled]
     wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
     asked = run.asked.max_grad_norm
@@ -81,9 +82,9 @@ Parts = Sequence[Sequence[np.ndarray]]  # rank, micro-batch: P
 
 
 def clip_of_parts(step: Step, accumulation: int) -> Cause | None:
-    """Which clip of the step's parts predicts it: of micro-batches, of running sums or of ranks.
+    """Return which clip of the step's parts (micro-batches, running sums, ranks) predicts the step, if any.
 
-    Parts may be divided by the number of steps or ranks only after the clip, so the constant is free.
+    A part may be divided by the number of micro-batches or ranks after the clip, so any constant is allowed.
     """
     used = step.direction - step.carried
     ranks = sorted({m.rank for m in step.microbatches})
@@ -120,7 +121,7 @@ CLIPS = {"clip_of_micro_batches": _each, "clip_of_ranks": _ranks, "clip_after_ev
 
 
 def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
-    """Learning rates that do not follow the configured schedule. ``scales``: each step's constant."""
+    """Judge whether learning rates follow the configured schedule. ``scales`` has each step's constant."""
     asked, until = run.asked, run.asked.resume_after or len(scales)
     rates = [asked.rate(i) * scale for i, scale in enumerate(scales[:until]) if scale is not None]
     if not asked.decay or len(rates) < 2 or len(rates) != min(until, len(scales)):
@@ -145,7 +146,7 @@ def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
 
 
 def resume(run: Observation, limit: float) -> Cause | None:
-    """What the checkpoint lost, found from the gradients of the first step after it and the step before."""
+    """Return what the checkpoint lost, found from the step before and the gradients of the step after it."""
     at, momentum = run.asked.resume_after, run.asked.momentum
     if not at or len(run.steps) <= at:
         return None
@@ -169,7 +170,7 @@ def resume(run: Observation, limit: float) -> Cause | None:
 
 
 def data_coverage(run: Observation) -> Causes:
-    """Rows that were lost, repeated or grouped wrongly: each trained row should count once per epoch."""
+    """Return the faults of lost, repeated or regrouped rows; each trained row counts once per epoch."""
     if any(not np.isfinite(s.after).all() for s in run.steps):
         return ()  # a change of NaN is not a step
     asked = run.asked
@@ -181,8 +182,8 @@ def data_coverage(run: Observation) -> Causes:
     never = sum(not seen[i] for i, row in enumerate(asked.rows) if not row.num_trained)
     found: list[Cause] = []
     lost_whole = False
-    if not any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines):  # packed
-        # On the busiest rank: samplers may give the others rows twice.
+    if not any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines):  # not packed
+        # The busiest rank counts, because samplers may give the other ranks rows twice.
         sizes = [max(Counter(m.rank for m in s.microbatches for _ in m.rows).values()) for s in run.steps]
         filtered = _asked_sizes(run, len(asked.rows) - never)  # left out before rows were put into windows
         whole = _asked_sizes(run, len(asked.rows))
@@ -198,13 +199,13 @@ def data_coverage(run: Observation) -> Causes:
 
 
 def _skipped(sizes: Sequence[int], asked: Sequence[int], untrained: int) -> bool:
-    """Whether the windows are the configured ones, except for skipped rows without trained tokens."""
+    """Return whether the windows are as configured, except for skipped rows without trained tokens."""
     missing = [a - s for a, s in zip(asked, sizes, strict=False)]
     return len(sizes) == len(asked) and min(missing) >= 0 and sum(missing) <= untrained
 
 
 def _asked_sizes(run: Observation, num_rows: int) -> list[int]:
-    """Rows that each step should have on the busiest rank: whole windows, and the rest of an epoch."""
+    """Return each step's number of rows on the busiest rank: whole windows, then the rest of the epoch."""
     size = run.asked.rows_per_microbatch
     mine = min(num_rows, size * math.ceil(math.ceil(num_rows / size) / run.num_ranks))
     window = run.asked.accumulation * size

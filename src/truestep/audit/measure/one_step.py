@@ -1,7 +1,7 @@
-"""Judges one step from its own start: the pattern of its weights, or else what the weights do not explain.
+"""Judges one step by the pattern of its weights, or else by what the weights do not explain.
 
-A pattern is kept × normaliser × scale. Causes come from the structure of the weights, so that an unknown
-fault is still described. Shapes: P parameters.
+Each step is judged from the parameters at its start. A pattern is kept × normaliser × scale. Causes come from
+the structure of the weights, so that an unknown fault is still described. Shapes: P parameters.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Parameters = Sequence[tuple[str, tuple[int, ...]]]
 CONSTANTS = {"scale", "accumulation_factor", "rank_factor", "empty_counted"}
 OTHERS = (faults.rank_mean, faults.micro_mean, faults.dp_token_mean)
 NORMALISERS: dict[str, faults.WeightsOf] = {"global": faults.right, **{f.__name__: f for f in OTHERS}}
-KINDS = {"prompt": "prompt_trained", "stop": "stop_untrained"}  # column → kind; else the same name
+KINDS = {"prompt": "prompt_trained", "stop": "stop_untrained"}  # column → kind, if the names differ
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One judged step; it is right if it has no causes."""
+    """One judged step, which is correct if it has no causes."""
 
     causes: Causes = ()
     recovered: Recovered | None = None
@@ -58,18 +58,18 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
         return Seen(causes=(named,), recovered=found)
     causes = pattern.causes
     if len(causes) > 1 and causes[-1].code in CONSTANTS and reaches_clip(step):
-        # Wrong weights change the norm, and the clip restored it: the constant adds no information.
+        # Wrong weights change the norm and the clip restores it, so the constant adds no information.
         return Seen(causes=causes[:-1], recovered=found)
     return replace(pattern, hidden=not causes and hides_weights(found))
 
 
 def used_length(step: Step) -> float:
-    """Norm of the gradient that the step used."""
+    """Return the norm of the gradient that the step used."""
     return float(np.linalg.norm(step.direction - step.carried))
 
 
 def reaches_clip(step: Step) -> bool:
-    """Whether the used gradient is exactly as long as the configured clip allows."""
+    """Return whether the used gradient is exactly as long as the configured clip allows."""
     limit = step.max_grad_norm
     return bool(limit) and abs(used_length(step) - limit) <= thresholds.CLOSE * limit
 
@@ -83,8 +83,8 @@ def _unknown(kind: str, weights: np.ndarray) -> Cause:
 
 
 def fit_pattern(recovered: Recovered, dtype: str) -> Seen | None:
-    """Which parts of kept × normaliser × scale are wrong, in this order, in the simplest pattern that fits
-    the weights within their errors; None if no pattern fits."""
+    """Return which parts of kept × normaliser × scale are wrong, in this order, for the simplest pattern that
+    fits the weights within their errors. Return None if no pattern fits."""
     weights = recovered.weights
     errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
     seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())
@@ -101,12 +101,12 @@ def fit_pattern(recovered: Recovered, dtype: str) -> Seen | None:
 
 
 def hides_weights(recovered: Recovered) -> bool:
-    """Whether, within the noise, a weight of the step could also be zero."""
+    """Return whether a weight of the step could also be zero, within the noise."""
     return bool((thresholds.STANDARD_ERRORS * recovered.errors >= 1.0).any())
 
 
 def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) -> Seen | None:
-    """kept × the normaliser × the scale that fits best, if the weights match it; else None."""
+    """Return kept × the normaliser × the scale that fits best, or None if the weights do not match it."""
     try:
         predicted = NORMALISERS[name](recovered.counts)
     except ValueError:
@@ -124,7 +124,7 @@ def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) 
 
 
 def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> Cause | None:
-    """The cause of a constant, with two readings if they coincide."""
+    """Return the cause of a constant factor, with two readings if two known factors coincide."""
     if scale == 1.0:
         return None
     counts = recovered.counts
@@ -132,7 +132,7 @@ def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normalise
     total, empty, ranks = sum(flat), len(recovered.empty), len(counts)
     used = max(len(rank) for rank in counts)
     asked = max(len(rank) + sum(r == i for r, _ in recovered.empty) for i, rank in enumerate(counts))
-    # On one process the product is just the accumulation factor, with one micro-batch just that of the ranks.
+    # With one process, the product is the accumulation factor; with one micro-batch, it is the rank factor.
     both = ranks * asked if ranks > 1 < asked else 1
     known = [
         ("accumulation_factor", "accumulation_missing", asked),
@@ -154,7 +154,7 @@ def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normalise
 
 
 def _kept_cause(kept: np.ndarray, recovered: Recovered) -> Cause | None:
-    """Which micro-batches are missing."""
+    """Return the cause that says which micro-batches are missing, or None."""
     if kept.all():
         return None
     by_rank = [part.tolist() for part in by_ranks(kept, recovered.counts)]
@@ -174,10 +174,10 @@ def by_ranks(values: np.ndarray, counts: Sequence[Sequence[int]]) -> list[np.nda
 
 
 def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
-    """A clip, if the weights give the gradients of all micro-batches, or of all ranks, the same norm."""
+    """Return a clip if the weights give the gradients of all micro-batches, or all ranks, the same norm."""
     used = [m for m in step.microbatches if m.num_trained]
     sizes = np.array([np.linalg.norm(m.gradient) for m in used]) * np.abs(found.weights)
-    # A part below the limit is not clipped: the clipped ones all have the largest norm.
+    # A part below the limit is not clipped, and all clipped parts have the largest norm.
     at_limit = np.isclose(sizes, sizes.max(), rtol=thresholds.CLOSE)
     if at_limit.sum() >= max(2, len(sizes) // 2):
         return cause("clip", "clip_of_micro_batches")
@@ -192,14 +192,14 @@ def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
 
 
 def _rest(step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float) -> Cause:
-    """The best explanation of a residual: a single rule or a single added term."""
+    """Return the best explanation of a residual, which is a single rule or a single added term."""
     law = _rows(step, found, limit) or _frozen(step, parameters) or _rounded(step) or _clipped_entries(step)
     added = law or _addition(step, previous, found, parameters)
     return added or cause("unexplained", "unexplained", share=found.residual)
 
 
 def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
-    """Different weights of single rows, if micro-batches contain several rows."""
+    """Explain a residual by different weights of single rows, if micro-batches contain several rows."""
     pairs = [pair for m in step.microbatches for pair in zip(m.row_counts, m.row_gradients, strict=True)]
     rows = [(n, g) for n, g in pairs if n]
     if len(rows) <= len(found.weights):
@@ -213,7 +213,7 @@ def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
 
 
 def _frozen(step: Step, parameters: Parameters) -> Cause | None:
-    """A whole tensor that has a gradient but does not move."""
+    """Find a whole tensor that has a gradient but does not move."""
     change, expected = step.after - step.before, step.expected
     least = thresholds.UNMOVED * np.linalg.norm(expected)
     for name, part in _slices(parameters):
@@ -223,7 +223,7 @@ def _frozen(step: Step, parameters: Parameters) -> Cause | None:
 
 
 def _rounded(step: Step) -> Cause | None:
-    """Float32 parameters whose values are all exact in bfloat16, or small updates that were lost."""
+    """Find float32 parameters whose values are all exact in bfloat16, or small updates that were lost."""
     bits = np.ascontiguousarray(step.after, dtype=np.float32).view(np.uint32)
     if not (bits & 0xFFFF).any() and step.after.any():
         return cause("rounding", "rounded_parameters")

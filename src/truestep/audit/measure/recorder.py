@@ -1,11 +1,11 @@
-"""Watches a model during training. A copy of this file runs in the audited environment; it needs only torch.
+"""Watches a model during training. A copy of this file runs in the audited environment and needs only torch.
 
-It writes ``CASE/rank-R.json`` with tensors:
+The recorder writes ``CASE/rank-R.json`` and files with tensors. They contain:
 
 * which rows went into which micro-batch, seen by a hook on the model's forward pass;
 * the parameters before and after every optimizer step, seen as changes between two forward passes;
-* for every row of a step, its gradient at the step's own parameters, in float64, computed from the logits,
-  with the row unpadded in its own forward pass (sum of the negative log-likelihoods of its trained tokens).
+* for every row of a step, the float64 gradient of the sum of its trained tokens' negative log-likelihoods,
+  computed from the logits at the step's own parameters, with the unpadded row in a separate forward pass.
 
 Nothing in the framework is hooked or patched. Shapes: P parameters, R rows of a step, T tokens of a row.
 """
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 SCHEMA = 1
 Lines = list[list[list[int]]]  # the rows of every line of every forward pass
-EXPLAINED = 1e-4  # relative: what weights of the rows leave unexplained of a correct step
+EXPLAINED = 1e-4  # relative; the part of a correct step that weights of the rows do not explain
 
 
 def logits_of(out: Any) -> Tensor:
@@ -36,7 +36,7 @@ def logits_of(out: Any) -> Tensor:
 
 
 def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
-    """−Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from the logits only; ``shift`` 0 and 2 are wrong."""
+    """Return −Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from logits; ``shift`` 0 and 2 are faults."""
     tokens = torch.tensor([list(ids)])
     logits = logits_of(model(input_ids=tokens))[0]
     logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
@@ -49,15 +49,15 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def parameters_of(model: nn.Module) -> list[Tensor]:
-    """Every parameter once, sorted by name: the order in all vectors of an observation."""
+    """Return every parameter once, sorted by name. All vectors of an observation have this order."""
     return [p for _, p in sorted(model.named_parameters())]
 
 
 class Recorder:
-    """Create it before the framework wraps the model; call ``finish`` at the end.
+    """The recorder of one rank. Create it before the framework wraps the model; call ``finish`` at the end.
 
-    ``snapshot`` returns the parameters as one flat float64 vector in the order of ``parameters_of``: for
-    frameworks that shard or cast them.
+    ``snapshot``, for frameworks that shard or cast the parameters, returns them as one flat float64 vector in
+    the order of ``parameters_of``.
     """
 
     def __init__(self, spec: Any, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
@@ -68,7 +68,7 @@ class Recorder:
         self.microbatches: Lines = []
         self.steps: list[tuple[Tensor, Tensor, Lines]] = []
         self.unmatched = 0
-        self.autocast: torch.dtype | None = None  # that the model was run under
+        self.autocast: torch.dtype | None = None  # the autocast dtype in which the model was run
         self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
         self.stack: list[tuple[str, int]] = []  # (file, line) of the first forward pass, the innermost first
         self._observe(model, snapshot)
@@ -86,8 +86,8 @@ class Recorder:
         self._observe(model, snapshot)
 
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
-        """Watch a different module, and find a row by a different part of its tokens: for trainers that run
-        the model differently or omit tokens that predict nothing. ``ignored``: what idle ranks run."""
+        """Watch a different module, and find a row by a different part of its tokens, for trainers that run
+        the model differently or omit tokens that predict nothing. ``ignored``: the input of idle ranks."""
         self._hook.remove()
         self.needles, self.ignored = list(needles), ignored
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -110,7 +110,7 @@ class Recorder:
         self.stack = self.stack or [(frame.f_code.co_filename, line) for frame, line in frames]
 
     def _rows_in(self, line: bytes) -> list[int]:
-        """The rows in this line, in order. Rows are random: one contains another only if they are the same."""
+        """Return the rows in this line, in order. Rows are random, so only equal rows contain each other."""
         hits = [(line.find(needle), number) for number, needle in enumerate(self.needles)]
         return [number for place, number in sorted(hits) if place >= 0]
 
@@ -122,7 +122,7 @@ class Recorder:
         self.before = now
 
     def finish(self, **versions: str) -> None:
-        """Write what this rank has seen; the reference gradients are computed here."""
+        """Compute the reference gradients, and write them with what this rank has seen."""
         self._close_step()
         trained, started = time.perf_counter(), time.process_time()
         folder, rank = self.spec.folder, self.spec.rank
@@ -146,7 +146,7 @@ class Recorder:
         path.with_suffix(".tmp").replace(path)
 
     def _location(self, versions: Iterable[str]) -> str:
-        """FILE:LINE where the audited package, or the user's own loop, runs the model."""
+        """Return FILE:LINE where the audited package, or the user's own loop, runs the model."""
         own = str(self.spec.options.get("file", ""))
         parts = [f"/site-packages/{package}/" for package in versions]
         found = [f"{file}:{line}" for part in parts for file, line in self.stack if part in file]
@@ -175,8 +175,8 @@ class Recorder:
         }
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
-        """The gradient sum in the subject's own precision or autocast, for its distance from float64.
-        For a clip or a schedule in float32 it is the exact sum, since other cases measure this distance."""
+        """Return the gradient sum in the subject's own precision or autocast, for its distance from float64.
+        For a clip or a schedule in float32, return the exact sum, since other cases measure this distance."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
             return sum((exact[row] for batch in micro for row in batch), total)
@@ -188,8 +188,8 @@ class Recorder:
         return total
 
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
-        """Whether weights of the rows explain this step, so that the extras are not needed. True for NaN,
-        AdamW (no sum of gradients) and relations (named differently); False if other ranks have rows too."""
+        """Return whether weights of the rows explain this step, so that extras are not needed. True for NaN,
+        AdamW (not a sum of gradients) and relations (named differently); False if other ranks have rows."""
         if self.spec.is_relation or self.spec.options.get("optimizer", "sgd") != "sgd":
             return True
         if not bool(torch.isfinite(change).all()):
@@ -201,7 +201,7 @@ class Recorder:
         return bool(rest.norm() <= EXPLAINED * change.norm())
 
     def _extras(self, micro: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """What a wrong mask or a wrong shift would have added to the step's gradient sum."""
+        """Return what a wrong mask or a wrong shift would have added to the step's gradient sum."""
         wrong: dict[str, dict[str, Any]] = {"prompt": {"masked": True}, "shift_0": {"shift": 0}}
         wrong |= {"shift_2": {"shift": 2}, "stop": {"ends": True}}
         nothing, how = torch.zeros_like(flat(parameters_of(self.copy))), wrong.items()
@@ -210,7 +210,8 @@ class Recorder:
     def _gradient(
         self, model: nn.Module, rows: Sequence[int], masked: bool = False, shift: int = 1, ends: bool = False
     ) -> tuple[float, Tensor]:
-        """(Σ of losses, float64 gradient [P]) of rows, one by one; of ``masked`` tokens or only ``ends``."""
+        """Return (Σ of losses, float64 gradient [P]) of the rows, run one by one. ``masked`` takes the tokens
+        that are not trained; ``ends`` takes only the last token of each trained part."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0

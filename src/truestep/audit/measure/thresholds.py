@@ -1,9 +1,9 @@
-"""Every limit that decides a verdict. Held by: tests/audit/test_thresholds.py, each from both sides."""
+"""The limits that decide a verdict. Held by: tests/audit/test_thresholds.py, from both sides."""
 
 NOISE_FLOOR = 1e-6  # relative; below this, the noise is the summation order of a float32 computation
 NOISE_FACTOR = 10.0  # the error of a correct step is at most this many times the measured noise
 RESIDUAL = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.2}  # beyond this the step contains something else
-WEIGHT = {"float64": 1e-6, "float32": 5e-3, "bfloat16": 0.15}  # of a weight; real faults start at 6e-2
+WEIGHT = {"float64": 1e-6, "float32": 5e-3, "bfloat16": 0.15}  # error of a weight; real faults start at 6e-2
 STANDARD_ERRORS = 5.0  # by which a weight may be off
 KNOWN_FACTOR = 0.002  # relative: a constant this close to a known factor is that factor
 CLOSE = 0.01  # relative: two lengths, rates or weights this close are the same
@@ -14,10 +14,10 @@ RANKS_EQUAL = 1e-6  # difference of a parameter between two ranks
 RESTORED = 1e-6  # difference of a parameter before and after a checkpoint
 LOSS = 0.02  # relative: a logged loss this far off could have shown the fault
 EXPLAINED = 20.0  # an added column must shrink the residual by this factor
-CLIPPED_SHARE = 0.01  # of the entries at the largest value: a smooth gradient has one such entry
-UNMOVED = 1e-3  # of the gradient's norm: a tensor above it that does not move is not in the optimizer
-SMALL_UPDATE = 2.0**-7  # of its parameter: so small that bfloat16 may lose it
-VISIBLE_UPDATE = 2.0**-20  # of its parameter: smaller updates are lost in float32 too
-LOST_UPDATES = 0.01  # share of the visible updates: fewer lost ones may be chance
+CLIPPED_SHARE = 0.01  # share of entries at the largest value; a smooth gradient has one such entry
+UNMOVED = 1e-3  # share of the gradient norm; a tensor above this that does not move is not in the optimizer
+SMALL_UPDATE = 2.0**-7  # relative to its parameter; bfloat16 may lose an update this small
+VISIBLE_UPDATE = 2.0**-20  # relative to its parameter; smaller updates are lost in float32 too
+LOST_UPDATES = 0.01  # share of the visible updates; fewer lost updates may be chance
 # Shares: of the lost updates, those that are small; of the small updates, those that are lost.
 LOST_ARE_SMALL, SMALL_ARE_LOST = 0.95, 0.3

@@ -1,4 +1,4 @@
-"""From observations to a verdict and the causes behind it."""
+"""Turns observations into a verdict and the causes behind it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def judge(
     documented: str = "",
     without: Mapping[str, str] = MappingProxyType({}),
 ) -> Finding:
-    """Judge all cases of one configuration. ``documented`` names an option, set to a non-default value, known
-    to change how a step is normalized; ``without`` names the cases that cannot be run, and why."""
+    """Judge all cases of one configuration. ``documented`` names an option that is not at its default and is
+    known to change how a step is normalized. ``without`` names the cases that cannot be run, and why."""
     if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
         configuration = {**configuration, "autocast": autocast}
     nothing = Finding(subject=subject, configuration=configuration)
@@ -83,7 +83,7 @@ def _with_numbers(finding: Finding, seen: Mapping[str, CaseSeen], runs: Mapping[
 
 
 def _layout_code(run: Observation) -> str:
-    """Code of an unexplained rest: packing if a line has several rows, padding if a batch has several."""
+    """Return the code of an unexplained residual, from the layout: packing, padding or unexplained."""
     batches = [m for s in run.steps for m in s.microbatches]
     if any(len(line) > 1 for m in batches for line in m.lines):
         return "packing"
@@ -91,7 +91,7 @@ def _layout_code(run: Observation) -> str:
 
 
 def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> dict[str, CaseSeen]:
-    """Use the layout as the code of an unexplained rest, unless it also occurs in a plain layout."""
+    """Use the layout as the code of an unexplained residual, unless one also occurs in a plain layout."""
     layouts = {name: _layout_code(run) for name, run in runs.items()}
     if any(layouts[n] == "unexplained" and "unexplained" in c.differences.codes for n, c in seen.items()):
         return dict(seen)
@@ -106,7 +106,8 @@ def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation])
 
 
 def _unusable(run: Observation, some_moved: bool) -> Causes:
-    """Why single steps are not judged: a fault or a code-less cause. ``some_moved``: some case took a step."""
+    """Return why single steps cannot be judged, as a fault or a cause without a code; empty if they can be.
+    ``some_moved`` says whether some case took a step."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
     if not run.steps and not run.forwards_without_step:
@@ -124,7 +125,7 @@ def _unusable(run: Observation, some_moved: bool) -> Causes:
     worst = max((condition_of(s) for s in run.steps if s.num_trained), default=1.0)
     if worst <= thresholds.ILL_CONDITIONED:
         return ()
-    # The same row twice in a step has the same gradient.
+    # If a row is in a step twice, both have the same gradient.
     return data_coverage(run) or (cause("", "ill_conditioned", condition=worst),)
 
 
@@ -136,7 +137,7 @@ def _verdict(nothing: Finding, cases: Cases, seen: Mapping[str, CaseSeen], docum
     first = next(iter(wrong.values()))
     codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
     for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale")):
-        # It looks like something simpler if a micro-batch has one row, or if there was no step before.
+        # The fault looks like a simpler one if a micro-batch has one row, or if there was no step before.
         if telling in codes:
             told = next(case for case in wrong.values() if telling in case.codes)
             first = told if implied in first.codes else first
@@ -177,7 +178,7 @@ def _judge_adamw(nothing: Finding, runs: Mapping[str, Observation], broken: Case
 
 
 def loss_shows_it(step: Step) -> bool | None:
-    """Whether the loss that the framework logged for this step is off; None if it logged none."""
+    """Return whether the loss that the framework logged for this step is wrong, or None if it logged none."""
     if step.logged_loss is None or not math.isfinite(step.logged_loss):
         return None
     return abs(step.logged_loss - step.true_loss) > thresholds.LOSS * abs(step.true_loss)

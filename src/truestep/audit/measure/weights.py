@@ -35,19 +35,19 @@ class Recovered:
     residual: float  # share of the observed gradient that no weights explain
     condition: float
     relative_error: float  # of the observed gradient against the correct one
-    noise: float  # relative: that of a correct step
+    noise: float  # relative error of a correct step
     counts: tuple[tuple[int, ...], ...]  # trained tokens, rank after rank, without the empty micro-batches
     empty: tuple[tuple[int, int], ...]  # (rank, index) of micro-batches without trained tokens
 
 
 def observed_gradient(step: Step) -> np.ndarray:
-    """(before − after) / lr without the configured momentum and clip. Units: of the loss per parameter."""
+    """Return (before − after) / lr without the configured momentum and clip. Units: loss per parameter."""
     return np.asarray((step.direction - step.carried) / step.clip_scale)
 
 
 def noise_of(step: Step, dtype: str) -> float:
-    """Relative error of a correct step in this precision: measured on the same rows, plus the rounding of the
-    read-back (each stored parameter is off by up to half a unit in its last place)."""
+    """Return the relative error of a correct step in this precision, measured on the same rows, plus the
+    rounding of the read-back (each stored parameter is off by up to half a unit in its last place)."""
     exact = step.expected * step.num_trained
     size = float(np.linalg.norm(exact))
     if size == 0:
@@ -61,7 +61,7 @@ def noise_of(step: Step, dtype: str) -> float:
 
 
 def condition_of(step: Step) -> float:
-    """Condition number of the micro-batches' gradients, each scaled to unit length."""
+    """Return the condition number of the micro-batches' gradients, each scaled to unit length."""
     used = [m.gradient for m in step.microbatches if m.num_trained]
     unit = np.stack([g / max(1e-300, float(np.linalg.norm(g))) for g in used])
     smallest, largest = np.linalg.eigvalsh(unit @ unit.T)[[0, -1]]
@@ -97,7 +97,7 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
 
 
 def adamw_changes(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
-    """Each step's Δ [P] under AdamW without weight decay, with the fault's gradients; None if undefined."""
+    """Return each step's Δ [P] under AdamW without weight decay, for faulty gradients; None if undefined."""
     first = second = np.zeros(1)
     changes = []
     for number, step in enumerate(steps, start=1):
@@ -117,7 +117,7 @@ def adamw_changes(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
 
 
 def adamw_errors(steps: Sequence[Step]) -> dict[str, float]:
-    """Fault → relative error of its predicted updates over all steps, best first."""
+    """Return fault → relative error of its predicted updates over all steps, smallest first."""
     observed = [s.after - s.before for s in steps]
     size = sum(float(np.linalg.norm(o)) for o in observed)
     found = {}

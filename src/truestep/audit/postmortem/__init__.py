@@ -1,1 +1,1 @@
-"""Was a past run affected? The files that it left answer this; no code is run."""
+"""Tells from the files of a past run whether a measured fault affected it. No code is run."""

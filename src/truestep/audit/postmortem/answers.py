@@ -1,4 +1,4 @@
-"""Was a past run affected? The files that it left answer this for every measured fault; no code is run.
+"""Tells from the files of a past run which of the measured faults affected it. No code is run.
 
 It reads pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed
 configurations (also inside TrainingArguments, accelerate and LLaMA-Factory files), command lines in scripts,
@@ -19,13 +19,13 @@ from truestep.audit.measure.findings import Cause, Causes, cause
 from truestep.audit.postmortem.run_files import Evidence, gather
 
 TRAINER, OPENRLHF_SFT = "transformers Trainer", "OpenRLHF sft"
-MOST_PROBLEMS = 5  # unread files that an answer names
+MOST_PROBLEMS = 5  # the most unread files that an answer names
 Verdict = Literal["affected", "not affected", "unknown"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """Whether one condition of a fault was met: True, False, or None if the files do not say."""
+    """The answer to whether one condition of a fault was met; None if the files do not say."""
 
     met: bool | None
     reason: Cause
@@ -62,13 +62,14 @@ class Answer:
 
 
 def look_back(folder: Path) -> list[Answer]:
-    """One answer per measured fault, in the order of ``MEASURED``. Raises UserError without such a folder."""
+    """Return one answer per measured fault, in the order of ``MEASURED``. Raises UserError if ``folder`` is
+    not a directory."""
     evidence = gather(folder)
     return [answer(measured, evidence) for measured in MEASURED]
 
 
 def answer(measured: Measured, evidence: Evidence) -> Answer:
-    """The conjunction of the release and all conditions."""
+    """Combine the check of the release and the checks of all conditions into one answer."""
     checks = [_release_check(measured, evidence), *(condition(evidence) for condition in measured.conditions)]
     by = {met: [c.reason for c in checks if c.met is met] for met in (True, False, None)}
     verdict: Verdict
@@ -85,13 +86,13 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
 
 
 def release(version: str) -> tuple[int, ...] | None:
-    """The numbers of a release, without trailing zeros; None for a pre-release or if it is not a version."""
+    """Return the numbers of a release, without trailing zeros; None for a pre-release or any other text."""
     found = re.fullmatch(r"v?(\d{1,9}(?:\.\d{1,9}){0,7})(?:\.post\d+)?(?:\+[\w.]+)?", version)
     return tuple(int(n) for n in re.sub(r"(\.0+)+$", "", found[1]).split(".")) if found else None
 
 
 def judge_release(measured: Measured, version: str) -> Check:
-    """Whether this release has the fault: as measured, or between two releases with the same result."""
+    """Check whether this release has the fault. If it was not measured, use the releases on both sides."""
     name = {"package": measured.package, "version": version}
     own = release(version)
     if own is None:
@@ -128,13 +129,13 @@ def _release_check(measured: Measured, evidence: Evidence) -> Check:
 
 
 def _together(answers: Sequence[bool | None], kind: str, **values: Any) -> Check:
-    """The common answer for several values of one setting; None if their answers differ."""
+    """Return the common answer for several values of one setting; it is None if the answers differ."""
     agree = len(set(answers)) == 1
     return check(answers[0] if agree else None, kind, agree=agree, **values)
 
 
 def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Condition:
-    """The condition that a setting passes a test; ``note`` names a sentence that is added if it does not."""
+    """Make the condition that a setting passes a test. ``note`` names a sentence to add if it does not."""
 
     def condition(evidence: Evidence) -> Check:
         found = evidence.settings.get(key, {})
@@ -151,14 +152,14 @@ def _with(checked: Check, **values: str) -> Check:
 
 
 def _micro_batches(evidence: Evidence, least: int) -> Check:
-    """Whether a step has ``least`` or more micro-batches."""
+    """Check whether a step has ``least`` or more micro-batches."""
     if not evidence.settings.get("accumulation"):
         return _arithmetic(evidence)
     return _setting("accumulation", lambda k: k >= least)(evidence)
 
 
 def _three_micro_batches(evidence: Evidence) -> Check:
-    """The offload fault drops the micro-batches that are neither first nor last."""
+    """Check for three micro-batches: the offload fault drops those that are neither first nor last."""
     checked = _micro_batches(evidence, 3)
     if checked.met is False:
         two = 2 in checked.reason.values["found"]
@@ -167,7 +168,7 @@ def _three_micro_batches(evidence: Evidence) -> Check:
 
 
 def _several_micro_batches(evidence: Evidence) -> Check:
-    """A mean of means needs two; without accumulation the mean is certainly right only on one process."""
+    """Check for two micro-batches. With one, the mean is certainly correct only on one process."""
     checked = _micro_batches(evidence, 2)
     if checked.met is False and set(evidence.settings.get("processes", {})) != {1}:
         return replace(_with(checked, note="several_not_measured"), met=None)
@@ -175,7 +176,7 @@ def _several_micro_batches(evidence: Evidence) -> Check:
 
 
 def _arithmetic(evidence: Evidence) -> Check:
-    """Why the accumulation is not known, and what would decide it."""
+    """Say why the accumulation is not known, and what would decide it."""
     batch, micro = evidence.only("batch_size"), evidence.only("micro_batch_size")
     if batch is None or not micro:
         return check(None, "not_said", setting="accumulation")
@@ -194,7 +195,7 @@ def _trained_by(trainer: str) -> Condition:
 
 
 def _own_tokens(evidence: Evidence) -> Check:
-    """5.23.0 averages by default; the defaults of other releases are not known here."""
+    """Check that averaging is off. 5.23.0 averages by default; defaults of other releases are not known."""
     told = evidence.settings.get("average_tokens")
     if not told and set(evidence.versions.get("transformers", {})) == {"5.23.0"}:
         return check(False, "averages_by_default")
@@ -215,7 +216,7 @@ _SEVERAL_PROCESSES = _setting("processes", lambda count: count >= 2)
 def _measured(
     package: str, finding: str, faulty: str, right: str, weights: str, *met: Condition, **more: bool
 ) -> Measured:
-    """``faulty`` and ``right`` list releases; ``weights`` are those that their real steps had on a CPU."""
+    """Make a measured fault. ``faulty`` and ``right`` are releases, ``weights`` those of their CPU steps."""
     source, by = f"recovered weights of the real step on a CPU: {weights}", tuple(faulty.split())
     return Measured(finding, package, by, tuple(right.split()), tuple(met), source, **more)
 

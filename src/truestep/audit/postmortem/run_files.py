@@ -1,4 +1,4 @@
-"""What the files of a past run say about versions and settings, from text, JSON, TOML and plain YAML.
+"""Reads versions and settings from the files of a past run (text, JSON, TOML and plain YAML).
 
 Pickles are not opened and links are not followed; a file that is too large or broken is named, not read.
 """
@@ -25,7 +25,7 @@ SKIPPED = {".git", "__pycache__", "node_modules", "site-packages", ".venv", "ven
 MOST_FILES, MOST_BYTES = 100_000, 256 << 20
 WHOLE_ENVIRONMENT = 10  # at least this many packages
 LIMITS = {".json": 1 << 20, ".yaml": 1 << 18, ".yml": 1 << 18, "lock": 8 << 20}  # bytes; else 1 MiB
-# A JSON or YAML file without any of these words says nothing here, and is not parsed.
+# A JSON or YAML file without any of these words is not relevant here, and is not parsed.
 WORDS = (
     "zero_optimization", "gradient_accumulation_steps", "per_device_train_batch_size", "average_tokens_across_devices",
     "train_micro_batch_size_per_gpu", "train_batch_size", "distributed_type", "deepspeed",
@@ -42,10 +42,10 @@ class Broken(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Values, each with the first file that gives it. Settings: those in ``words.SETTINGS``, batch sizes, trainer."""
+    """Values, each with the first file that gives it. Settings: ``words.SETTINGS``, batch sizes, trainer."""
 
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file
-    ranges: dict[str, str] = field(default_factory=dict)  # package → what requires it, without its version
+    ranges: dict[str, str] = field(default_factory=dict)  # package → the line that requires it, without a pin
     complete: dict[str, int] = field(default_factory=dict)  # file that pins an environment → its packages
     settings: dict[str, dict[Any, str]] = field(default_factory=dict)  # name → value → file
     problems: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Evidence:
             self.settings.setdefault(key, {}).setdefault(value, file)
 
     def only(self, key: str) -> Any:
-        """The value, if there is exactly one."""
+        """Return the value if there is exactly one, else None."""
         found = list(self.settings.get(key, {}))
         return found[0] if len(found) == 1 else None
 
@@ -69,7 +69,7 @@ def gather(folder: Path) -> Evidence:
     evidence = Evidence()
     files = list(_files(folder, evidence))
     states = set()
-    for path, size in sorted(files, key=lambda file: file[0].name == "config.json"):  # these last
+    for path, size in sorted(files, key=lambda file: file[0].name == "config.json"):  # config.json last
         name = str(path.relative_to(folder))
         try:
             if path.name == "trainer_state.json":
@@ -77,7 +77,7 @@ def gather(folder: Path) -> Evidence:
                 states.add(path.parent)
             elif path.name != "config.json":
                 _read(path, size, name, evidence)
-            elif path.parent in states:  # the run wrote it; elsewhere, the author of the model
+            elif path.parent in states:  # written by the run; elsewhere, by the model's author
                 _model(path, name, evidence)
         except (Broken, OSError) as error:
             evidence.problems.append(f"{name}: {getattr(error, 'strerror', error)}")
@@ -87,7 +87,7 @@ def gather(folder: Path) -> Evidence:
 
 
 def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
-    """Regular files with their sizes, sorted by name, as many as can be read in seconds."""
+    """Yield regular files with their sizes, sorted by name, as many as can be read in seconds."""
     count, total, told = 0, 0, evidence.problems
     for root, folders, names in os.walk(folder, onerror=lambda e: told.append(f"{e.filename}: {e.strerror}")):
         folders[:] = sorted(f for f in folders if f not in SKIPPED)
@@ -114,7 +114,7 @@ def _limit(path: Path) -> int:
 
 def _read(path: Path, size: int, name: str, evidence: Evidence) -> None:
     if size > _limit(path):
-        # A tokenizer or a data set is not a configuration: no message, unless it begins like one.
+        # Say nothing about a large tokenizer or data set, unless it begins like a configuration.
         if path.name in LOCKS or any(word in _head(path) for word in WORDS):
             raise Broken(f"larger than {_limit(path) >> 10} KiB, not read")
         return
@@ -136,14 +136,14 @@ def _head(path: Path) -> str:
 
 
 def _state(path: Path, name: str, evidence: Evidence) -> None:
-    """Only the Trainer writes this file, so its existence shows that the Trainer was used."""
+    """Record that the Trainer was used, because only the Trainer writes this file."""
     if '"global_step"' not in _head(path):
         raise Broken("not a trainer state: global_step is missing at its beginning")
     evidence.add("trainer", "transformers Trainer", name)
 
 
 def parse_json(text: str) -> Any:
-    """Raises Broken."""
+    """Parse JSON. Raises Broken."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -153,9 +153,9 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain YAML, if pyyaml is installed. Raises Broken."""
+    """Parse plain YAML, if pyyaml is installed. Raises Broken."""
     try:
-        yaml: Any = importlib.import_module("yaml")  # not needed by anything else here
+        yaml: Any = importlib.import_module("yaml")  # nothing else here needs it
     except ModuleNotFoundError:
         raise Broken("not read: YAML needs the pyyaml package; run pip install pyyaml") from None
     try:
@@ -216,19 +216,19 @@ def _model(path: Path, name: str, evidence: Evidence) -> None:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number as written in a file or a command line; None for auto, a variable or anything else."""
+    """Return a whole number from a file or a command line; None for auto, a variable or anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return int(value) if 0 <= value < 1e9 and value == int(value) else None
     return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip()) else None
 
 
 def truth(value: Any) -> bool | None:
-    """A truth value as written in a file or a command line."""
+    """Return a truth value from a file or a command line, or None for any other value."""
     return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(_word(value))
 
 
 def _word(value: Any) -> str:
-    """A name in lower case; YAML reads an unquoted NO as false."""
+    """Return a name in lower case; a truth value is yes or no, because YAML reads an unquoted NO as false."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return value.lower() if isinstance(value, str) else ""
@@ -249,7 +249,7 @@ def _mapping(found: Any, name: str, evidence: Evidence) -> None:
 
 
 def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
-    """TrainingArguments, or a file that passes them on."""
+    """Read TrainingArguments, or a file that passes them on."""
     if "per_device_train_batch_size" in found:
         evidence.add("trainer", "transformers Trainer", name)
     evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
@@ -258,7 +258,7 @@ def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
 
 
 def _embedded(value: Any, name: str, evidence: Evidence) -> None:
-    """A DeepSpeed configuration inside another file, or the path of one."""
+    """Read a DeepSpeed configuration inside another file, or note the path of one."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = parse_json(value)
     if isinstance(value, Mapping):
@@ -312,7 +312,7 @@ def _choose_deepspeed(evidence: Evidence) -> None:
 
 
 def _work_out_accumulation(evidence: Evidence) -> None:
-    """Compute it from the batch sizes, if only they are given."""
+    """Compute the accumulation from the batch sizes and the processes, if no file gives it."""
     batch, micro, processes = (evidence.only(k) for k in ("batch_size", "micro_batch_size", "processes"))
     if not evidence.settings.get("accumulation") and batch is not None and micro and processes:
         file = f"{batch} / ({micro} × {processes}), {next(iter(evidence.settings['batch_size'].values()))}"
@@ -343,7 +343,7 @@ def _commands(text: str, name: str, evidence: Evidence) -> None:
 
 
 def _flags(line: str) -> dict[str, str]:
-    """--name value, --name=value and --name in a command line; of several the last counts, as in parsers."""
+    """Return flags of a command line (--name value, --name=value, --name); the last value of each counts."""
     words = [word.strip("\"'") for word in line.split()]
     flags = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):
@@ -354,7 +354,7 @@ def _flags(line: str) -> dict[str, str]:
 
 
 def flags_of(text: str) -> dict[str, str]:
-    """The flags of all lines of a script."""
+    """Return the flags of all lines of a script."""
     return {key: value for line in _command_lines(text) for key, value in _flags(line).items()}
 
 

@@ -1,1 +1,1 @@
-"""Findings in words: terminal table, HTML page, JSON, JUnit, SARIF, reproducers."""
+"""Presents findings as a terminal table, an HTML page, JSON, JUnit, SARIF and reproducers."""

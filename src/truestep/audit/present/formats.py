@@ -1,4 +1,4 @@
-"""Findings in files: the JSON document, JUnit XML and SARIF 2.1.0."""
+"""Converts findings into the JSON document, JUnit XML and SARIF 2.1.0."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schem
 
 
 def to_document(rows: Sequence[Row], provenance: Row) -> dict[str, Any]:
-    """The audit as one JSON object. Numbers that JSON lacks become the strings NaN and ±Infinity."""
+    """Return the audit as one JSON object. Numbers that JSON lacks become the strings NaN and ±Infinity."""
     tool = {"name": "truestep", "version": __version__}
     return _plain({"schema": SCHEMA, "tool": tool, "provenance": provenance, "findings": rows})
 
@@ -46,7 +46,7 @@ def _text(text: str) -> str:
 
 
 def to_junit(rows: Sequence[Row]) -> str:
-    """A FAULT is a failure; a finding without an answer is skipped, with the reason; all others pass."""
+    """Return JUnit XML: a FAULT is a failure, a finding without an answer is skipped, and all others pass."""
     suite = ElementTree.Element("testsuite", name="truestep audit", tests=str(len(rows)))
     counts = {"failures": 0, "errors": 0, "skipped": 0}
     for row in rows:
@@ -74,7 +74,7 @@ _LEVELS = {Verdict.FAULT: "error", Verdict.DEFAULT: "note", Verdict.DOCUMENTED_C
 
 
 def to_sarif(rows: Sequence[Row]) -> dict[str, Any]:
-    """One rule for each kind of fault. Findings without an answer become notifications, not results."""
+    """Return SARIF with one rule per kind of fault. Findings without an answer become notifications."""
     told = [row for row in rows if row["verdict"] in _LEVELS]
     rules = sorted({rule_of(row) for row in told})
     unanswered = [row for row in rows if row["verdict"] not in _LEVELS and not is_right(row)]
@@ -90,7 +90,7 @@ def to_sarif(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def rule_of(row: Row) -> str:
-    """The kind of a fault: its main code."""
+    """Return the kind of a fault, which is its main code."""
     code = str((row.get("codes") or ["unnamed"])[0]).lower()
     return "-".join(re.findall(r"[a-z0-9]+", code))[:80] or "unnamed"
 
@@ -122,7 +122,7 @@ def _sarif_result(row: Row, rules: list[str]) -> dict[str, Any]:
 
 
 def location_of(row: Row) -> tuple[str, int] | None:
-    """(URI, line counted from 1) of a finding's ``location``, FILE:LINE or FILE."""
+    """Return (URI, line counted from 1) of a finding's ``location``, which is FILE:LINE or FILE."""
     where = str(row.get("location") or "")
     file, _, at = where.rpartition(":")
     if not re.fullmatch(r"[0-9]{1,9}", at):

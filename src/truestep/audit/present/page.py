@@ -1,6 +1,6 @@
-"""The findings as one self-contained HTML page without scripts.
+"""Renders findings as one self-contained HTML page without scripts.
 
-All text is untrusted: ``words.line`` makes invisible characters visible, and Jinja escapes it.
+All text is untrusted, so ``words.line`` makes invisible characters visible and Jinja escapes markup.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS |= dict.fromkeys((Verdict.DEFAULT, Verdict.DOCUMENTED_CHOICE), "choice")
 
 
 def render_page(rows: Sequence[Row], provenance: Row) -> str:
-    """The whole page as text."""
+    """Return the whole page as text."""
     counts = Counter(row["verdict"] for row in rows)
     how: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     loader = pages.loader(Path(__file__).parent / "templates")
@@ -53,7 +53,7 @@ def _outcome(rows: Sequence[Row]) -> str:
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    """What the template shows about one finding."""
+    """Return what the template shows about one finding."""
     cases: Mapping[str, str] = row.get("cases") or {}
     facts = {"relative_error": "Relative error", "residual": "Residual", "noise": "Noise of a right step"}
     facts |= {"condition": "Condition"}
@@ -74,8 +74,8 @@ def _entry(row: Row) -> dict[str, Any]:
 
 
 def draw(row: Row) -> SimpleNamespace | None:
-    """Positions of the bars, rank labels and lines of weight 0 and 1; None if no weights were recovered.
-    Units: pixels from the left and the top."""
+    """Return the positions of the bars, of the rank labels and of the lines of weight 0 and 1, in pixels from
+    the left and the top. Return None if no weights were recovered."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     flat = [w for rank in weights for w in rank if isinstance(w, int | float) and math.isfinite(w)]
     if not flat:
@@ -108,7 +108,7 @@ def _bar(weight: Any, count: Any, x: float, zero: float, right: bool) -> SimpleN
 
 
 def _flat(value: Row, prefix: str = "") -> dict[str, Any]:
-    """Nested provenance as one flat mapping from name to text."""
+    """Return nested provenance as one flat mapping from name to text."""
     flat: dict[str, Any] = {}
     for key, entry in value.items():
         if isinstance(entry, Mapping):

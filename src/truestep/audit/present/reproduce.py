@@ -1,6 +1,7 @@
-"""A short script that reproduces a fault with only the framework and torch: one step and the weights in it.
+"""Writes a short script that reproduces a fault with only the framework and torch.
 
-It shares no code with the audit, so one page is enough to check a finding or to report it upstream.
+The script takes one step and prints the weights in it. It does not share code with the audit, so one page is
+enough to check a finding or to report it upstream.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from truestep.audit.present.words import row_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it; 1 is correct."""
-TWO_EPOCHS = """Two epochs of six micro-batches, four per step; prints the weights in the second epoch's first step.
-The correct weights are 1 for its own four and 0 for the two left over from the first epoch."""
+TWO_EPOCHS = """Two epochs of six micro-batches, four per step. Prints the weights in the second epoch's first step.
+The correct weights are 1 for the four of this step, and 0 for the two left over from the first epoch."""
 WITHOUT_COMPILER = """import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # then no compiler is needed"""
 TRAINER_CONFIG = (
@@ -27,9 +28,9 @@ TRAINER_CONFIG = (
 
 
 def script(finding: Finding, which: str) -> str:
-    """The script as text; ``which`` names the subject's adapter. "" if there is no template for it.
+    """Return the script as text, or "" if ``which``, the subject's adapter, has no template.
 
-    It reproduces the pattern of weights over one step with four micro-batches per rank, under SGD.
+    The script reproduces the pattern of weights over one step with four micro-batches per rank, under SGD.
     """
     if not (TEMPLATES / f"reproduce_{which}.txt").is_file():
         return ""

@@ -27,7 +27,7 @@ CLOSE = 0.02  # a weight this close to 1 counts as correct
 
 
 def findings_table(rows: Sequence[Row], width: int = 80) -> RenderableType:
-    """One row per finding with its weights below it, then the number of findings with each verdict."""
+    """Return a table with one row per finding and its weights, and the number of findings per verdict."""
     if not rows:
         return Text("nothing was audited")
     table = Table(box=box.HORIZONTALS, show_lines=True, width=width, padding=0)
@@ -36,7 +36,7 @@ def findings_table(rows: Sequence[Row], width: int = 80) -> RenderableType:
     for row in rows:
         if row not in absent:
             table.add_row(_row(row, width - 4))
-    for row in absent:  # one line each: all that is known is that they are not installed
+    for row in absent:  # one line each: it is only known that they are not installed
         table.add_row(Text(f"{line(row['subject'], 60)}: NOT RUN, {line(row['reason'], 120)}", "dim"))
     counts = Counter(r["verdict"] for r in rows)
     total = Text(f"{len(rows)} finding{'s' if len(rows) > 1 else ''}: ")
@@ -82,7 +82,7 @@ def _details(row: Row) -> list[str]:
 
 
 def bar(weight: Any) -> str:
-    """Three columns wide: a full block is a weight of 1, an arrow marks a weight that does not fit."""
+    """Return a bar. Three full blocks are a weight of 1, and an arrow marks a weight that does not fit."""
     if not isinstance(weight, int | float) or not math.isfinite(weight):
         return " ? "
     if abs(weight) < CLOSE:
@@ -95,7 +95,7 @@ def bar(weight: Any) -> str:
 
 
 def bars(row: Row, width: int) -> list[Text]:
-    """Bars, numbers and, if not RIGHT, the tokens of each micro-batch, by rank, within ``width``."""
+    """Return bars, weights and, if not RIGHT, the tokens of each micro-batch, by rank, within ``width``."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     if not any(weights):
         return []
@@ -125,7 +125,7 @@ def bars(row: Row, width: int) -> list[Text]:
 
 
 def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[int, int, int]]]:
-    """Ranges (rank, start, stop) that share a line; only a rank longer than a line is split."""
+    """Return the ranges (rank, start, stop) of each line; only a rank that is longer than a line is split."""
     lines: list[list[tuple[int, int, int]]] = []
     free = 0
     for rank, values in enumerate(weights):
@@ -143,7 +143,7 @@ ANSWER_COLOURS = {"affected": "bold red", "not affected": "green", "unknown": "y
 
 
 def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
-    """Whether a past run was affected: one row per measured finding, with the reasons."""
+    """Return a table with one row per measured finding: whether a past run was affected, and why."""
     table = Table(box=box.HORIZONTALS, show_lines=True, width=width, padding=(0, 2, 0, 0))
     table.add_column("Answer", width=12)
     table.add_column("Measured finding, and why")

@@ -22,13 +22,13 @@ Row = Mapping[str, Any]
 
 
 def line(text: object, limit: int = 400) -> str:
-    """One visible line of at most ``limit`` characters."""
+    """Return one visible line of at most ``limit`` characters."""
     shown = " ".join(visible(redact(str(text))).split())
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def number(value: Any) -> str:
-    """Three significant digits; a value very close to 0 or 1 is shown as 0 or 1."""
+    """Return a number with three significant digits; a value very close to 0 or 1 becomes 0 or 1."""
     if not isinstance(value, int | float):
         return NONE
     if not math.isfinite(value):
@@ -39,7 +39,7 @@ def number(value: Any) -> str:
 
 
 def small(value: Any) -> str:
-    """A relative size of any magnitude: 0.69, 2e-06."""
+    """Return a relative size of any magnitude as text, such as 0.69 or 2e-06."""
     if not isinstance(value, int | float):
         return NONE
     return f"{value:.3g}" if value == 0 or abs(value) >= 1e-2 or not math.isfinite(value) else f"{value:.0e}"
@@ -130,7 +130,7 @@ SENTENCES: dict[str, Form] = {
     # the whole run
     "step_sizes": lambda v: f"steps were taken after {_some(v['rows'])} rows; expected {_some(v['asked'])}",
     "rows_lost": "data is lost: {rows} rows reached no optimizer step",
-    "rows_repeated": "{rows} rows were trained more often than configured",
+    "rows_repeated": "{rows} rows were trained on more often than configured",
     "no_step": "no optimizer step was taken: {microbatches} micro-batches are lost",
     "nothing_moved": "no parameter moved: the optimizer does not have the parameters that the model uses",
     "ranks_diverge": "the ranks hold different parameters (by up to {difference:.1e})",
@@ -142,7 +142,7 @@ SENTENCES: dict[str, Form] = {
     "unknown_lines": "{lines} lines of the model's input contain none of the case's rows",
     "ill_conditioned": "the micro-batches' gradients are nearly parallel (condition {condition:.0e})",
     "hidden_by_rounding": "rounding in {dtype} hides single weights",
-    "no_observation": "the subject ended early and wrote no observation; does its code call exit?",
+    "no_observation": "the subject ended early without writing an observation; does its code call exit?",
     "ranks_missing": "{ranks} of {of} ranks wrote an observation; all {of} are needed, with schema {schema}",
     "ranks_disagree": lambda v: f"ranks saw different numbers of optimizer steps: {v['steps']}",
     "no_row_found": "none of the case's rows was found in the model's input",
@@ -153,7 +153,7 @@ SENTENCES: dict[str, Form] = {
 
 
 def sentence(cause: Cause) -> str:
-    """A cause as text: its readings joined by "or", after the name of the case that it belongs to."""
+    """Return a cause as text: the name of its case, then its readings, joined by "or"."""
     forms, values = [SENTENCES.get(kind) or REASONS[kind] for kind in cause.kinds], cause.values
     readings = [form.format(**values) if isinstance(form, str) else form(values) for form in forms]
     case = f"{values['case']}: " if values.get("case") else ""
@@ -168,7 +168,7 @@ def differences_in_words(found: Differences) -> str:
 
 
 def row_of(finding: Finding) -> Row:
-    """The finding with its texts; its causes are also kept as records."""
+    """Return a finding as a row with texts; the causes are also kept as records."""
     words = differences_in_words(finding.found)
     if finding.verdict is Verdict.DOCUMENTED_CHOICE:
         words += f" ({finding.documented})"
@@ -182,7 +182,7 @@ def row_of(finding: Finding) -> Row:
 
 
 def configuration_in_words(configuration: Row) -> str:
-    """E.g. ZeRO-2, offload cpu, accumulation 4, 2 processes, float32; unknown keys are shown as they are."""
+    """Return text such as "ZeRO-2, offload cpu, 2 processes, float32"; unknown keys are shown unchanged."""
     parts = []
     for key, value in configuration.items():
         name = line(key, 60).replace("_", " ")
@@ -204,14 +204,14 @@ def configuration_in_words(configuration: Row) -> str:
 
 
 def versions_in_words(row: Row) -> str:
-    """The packages that the subject names come first, torch last."""
+    """Return the versions. Packages that the subject names come first, and torch comes last."""
     versions, subject = row.get("versions") or {}, str(row.get("subject")).lower()
     order = sorted(versions, key=lambda name: (name == "torch", name.lower() not in subject))
     return ", ".join(f"{line(n, 40)} {line(versions[n], 40)}" for n in order)
 
 
 def found_in_words(row: Row) -> str:
-    """What was found, or why nothing was."""
+    """Return what was found, or why nothing was found."""
     if is_right(row):
         unseen = f"; not observed: {row['reason']}" if row.get("reason") else ""
         return line(f"every token counts once{unseen}", 600)
@@ -219,10 +219,10 @@ def found_in_words(row: Row) -> str:
 
 
 def loss_in_words(row: Row) -> str:
-    """Whether the logged loss could have shown the fault."""
+    """Say whether the logged loss could have shown the fault."""
     could = row.get("logged_loss_could_show_it")
     if could is None:
-        return "no loss was logged for this step, so it could not have shown it"
+        return "no loss was logged for this step, so the loss could not have shown it"
     losses = (row.get("logged_loss"), row.get("true_loss"))
     logged, true = (f"{v:.4f}" if isinstance(v, int | float) else NONE for v in losses)
     verb = "could" if could else "could not"
@@ -234,12 +234,12 @@ def is_right(row: Row) -> bool:
 
 
 def by_rank(row: Row, key: str) -> list[list[Any]]:
-    """``weights`` or ``tokens`` of each rank; [] if there are none."""
+    """Return the ``weights`` or ``tokens`` of each rank; [] if there are none."""
     return [list(rank) for rank in row.get(key) or []]
 
 
 def as_text(row: Row) -> str:
-    """A finding as a few lines of plain text."""
+    """Return a finding as a few lines of plain text."""
     lines = [found_in_words(row)]
     for key in ("tokens", "weights"):
         ranks = [", ".join(map(number, rank)) for rank in by_rank(row, key)]
@@ -254,13 +254,13 @@ def as_text(row: Row) -> str:
 
 
 def wrong_models(document: Row) -> list[Row]:
-    """Classes whose loss is not the shifted cross-entropy of their logits, or ignores the token count."""
+    """Return the classes whose loss is not the shifted cross-entropy of their logits or ignores the count."""
     ran = [row for row in document["models"] if "not_run" not in row]
     return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]
 
 
 def models_in_words(document: Row) -> str:
-    """The sweep over model classes: the unusual classes, then how many classes gave each answer."""
+    """Return the sweep over model classes as text: the unusual classes, then how many gave each answer."""
     ran, wrong = [row for row in document["models"] if "not_run" not in row], wrong_models(document)
     count = f"{len(ran)} of {len(document['models'])} classes were run"
     lines = [f"transformers {document['transformers']}: {count}"]
@@ -301,9 +301,9 @@ REASONS: dict[str, Form] = {
     "no_release": _NAME + " is not a release, and was not measured",
     "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
     "older_is_faulty": _NAME + " is faulty by inference: it is older than {oldest}, which was measured faulty",
-    "older": _NAME + " is older than {oldest}, the oldest that was measured",
+    "older": _NAME + " is older than {oldest}, the oldest release that was measured",
     "newer": lambda v: f"{v['package']} {v['version']} is newer than {v['newest']} ({_WORD[v['faulty']]}), the newest "
-    "that was measured",
+    "release that was measured",
     "between_alike": lambda v: f"{v['package']} {v['version']} is {_WORD[v['faulty']]} by inference: between {v['low']} and "
     f"{v['high']}, which were both measured {_WORD[v['faulty']]}",
     "between_different": lambda v: f"{v['package']} {v['version']} was not measured; it is between {v['low']} "
@@ -323,6 +323,6 @@ REASONS: dict[str, Form] = {
 
 
 def answer_row(answer: Answer) -> Row:
-    """An answer with its reasons as text. File names and versions come from untrusted files."""
+    """Return an answer with its reasons as text. File names and versions come from untrusted files."""
     reasons = [line(sentence(reason), 500) for reason in answer.reasons]
     return {"finding": answer.finding, "answer": answer.answer, "reasons": reasons, "source": answer.source}

@@ -1,12 +1,12 @@
-"""What is audited: an adapter for each framework, and the table of how each one is audited.
+"""The subjects of an audit: an adapter for each framework, and the table of how each one is audited.
 
-An adapter is one file: a function ``run`` for a child process (adapters import each other by bare names) and a
-literal ``SUBJECTS``. This table is read from these literals, without importing any framework. An entry has
+An adapter is a file with a function ``run`` for a child process and a literal ``SUBJECTS``. Adapters import
+each other by bare names. The table is read from these literals, without importing any framework. An entry has
 
-* name, and needs: the distributions without which the script cannot run; the first one is what is audited;
-* brings: frameworks that come with it whether they are named or not;
+* name, and needs: the distributions without which the script cannot run, with the audited one first;
+* brings: frameworks that are installed with the audited one, whether they are named or not;
 * configurations: options of the script, plus the keys processes (one number or several), cases, without and
-  documented, which the entry itself may set for all of them.
+  documented; the entry itself may set these keys for all its configurations.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 CASES = ("ragged", "unsplit", "masked", "window")
-ENGINE = ("ragged", "unsplit", "masked")  # an engine is fed by a loop: it never sees the end of an epoch
+ENGINE = ("ragged", "unsplit", "masked")  # a loop feeds an engine, which never sees the end of an epoch
 GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed")}
 ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One way to use a framework. ``documented``: the option, not at its default, that changes the step on
-    purpose; ``only``: the cases that make sense here; ``without``: relations that cannot run, and why."""
+    """One way to use a framework. ``documented`` names a non-default option that changes the step on purpose;
+    ``only`` has the cases that make sense here; ``without`` has relations that cannot run, and why."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     world_size: int = 1
@@ -36,7 +36,7 @@ class Configuration:
     without: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """How a finding describes it."""
+        """Return the configuration as a finding describes it."""
         return {**self.options, "processes": self.world_size}
 
 
@@ -52,7 +52,7 @@ class Subject:
 
 
 def read(folder: Path) -> tuple[Subject, ...]:
-    """The subjects of all adapters in a folder."""
+    """Return the subjects of all adapters in a folder."""
     return tuple(s for path in sorted(folder.glob("*.py")) for s in _subjects_of(path))
 
 
@@ -69,7 +69,7 @@ def _subjects_of(path: Path) -> Iterator[Subject]:
 
 
 def _configurations(options: dict[str, Any]) -> Iterator[Configuration]:
-    """One for each number of processes."""
+    """Yield one configuration for each number of processes."""
     processes, cases = options.pop("processes", 1), options.pop("cases", ["CASES"])
     without = options.pop("without", {})
     one = Configuration(
@@ -86,20 +86,20 @@ TABLE = read(FOLDER)
 
 
 def applicable(installed: Mapping[str, str]) -> list[Subject]:
-    """The subjects whose needs are all installed."""
+    """Return the subjects whose needs are all installed."""
     return [s for s in TABLE if all(name in installed for name in (*s.needs, *s.brings))]
 
 
 def meant_by(names: Sequence[str]) -> list[Subject]:
-    """The subjects that a requirement is about: all of the named packages are theirs, one of them is the
-    audited one, and they do not need another framework that was not named."""
+    """Return the subjects that a requirement is about. All named packages must be theirs, one of them the
+    audited one, and they must not need a framework that was not named."""
     frameworks = {s.needs[0] for s in TABLE} - {"torch", "accelerate", "transformers"}
     theirs = [s for s in TABLE if set(names) <= {*s.needs, *s.brings} and s.needs[0] in names]
     return [s for s in theirs if not (set(s.needs) & frameworks) - set(names)]
 
 
 def with_arch(subject: Subject, arch: str) -> Subject:
-    """The same configurations on a different model class; those that then are the same become one.
+    """Return the subject on a different model class; configurations that become the same are merged.
 
     A configuration without a model class runs its own tiny model and is kept.
     """

@@ -1,9 +1,9 @@
-"""accelerate's documented loop: ``accumulate``, ``backward``, the summed loss divided by the window's tokens.
+"""The loop in accelerate's documentation, with the summed loss divided by the window's tokens.
 
-Accelerate itself divides by the accumulation steps and DDP averages over ranks; the guide multiplies by both
-again. Its scheduler ticks once per process in every step, as the guide says, and is made for so many ticks.
-Options: arch, optimizer; ``naive`` passes the mean of each micro-batch to accelerate (as the first
-example in the documentation does: a mean of means).
+The loop calls ``accumulate`` and ``backward``. Accelerate itself divides by the accumulation steps and DDP
+averages over ranks, so the guide multiplies by both. The scheduler ticks once per process in every step, as
+the guide says, and is made for that many ticks. Options: arch, optimizer; ``naive`` passes the mean of each
+micro-batch to accelerate (a mean of means, as in the first example of the documentation).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUBJECTS = [{
 
 
 def prepared(spec: harness.Spec, model: torch.nn.Module) -> tuple[Any, Any, Any, Any]:
-    """Accelerator, model, optimizer and scheduler."""
+    """Return the accelerator, the model, the optimizer and the scheduler."""
     fresh_state()
     accelerator = Accelerator(gradient_accumulation_steps=spec.accumulation, cpu=True)
     optimizer = spec.optimizer(model.parameters())

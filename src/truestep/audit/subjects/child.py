@@ -1,4 +1,4 @@
-"""The child process of an audit: ``child.py FOLDER SUBJECT`` runs a subject on FOLDER/spec.json's cases."""
+"""The child process of an audit. ``child.py FOLDER SUBJECT`` runs a subject on FOLDER/spec.json's cases."""
 
 import importlib
 import sys

@@ -1,7 +1,7 @@
-"""torch DistributedDataParallel as its documentation shows it: ``no_sync`` inside the window, the summed loss
-divided by the tokens of all ranks, times the world size, since DDP averages gradients over ranks.
+"""torch DistributedDataParallel as its documentation shows it, with ``no_sync`` inside the window.
 
-Options: arch, optimizer; ``local_mean`` divides by this rank's tokens instead (common: a rank-wise mean).
+The summed loss is divided by the tokens of all ranks and multiplied by the world size, since DDP averages
+over ranks. Options: arch, optimizer; ``local_mean`` divides by this rank's tokens (common: a rank-wise mean).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SUBJECTS = [{"name": "torch DDP", "needs": ["torch"], "processes": 2, "cases": [
 
 
 def window_tokens(spec: harness.Spec, window: list[list[int]]) -> float:
-    """Trained tokens of this window on all ranks."""
+    """Return the number of trained tokens of this window on all ranks."""
     mine = spec.count(window)
     return mine * spec.world_size if spec.options.get("local_mean") else harness.everywhere(mine)
 

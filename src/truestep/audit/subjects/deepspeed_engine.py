@@ -1,7 +1,7 @@
-"""DeepSpeed's engine with a user's configuration: ZeRO stage, offload, accumulation, boundary by hand.
+"""DeepSpeed's engine with a user's choice of ZeRO stage, offload, accumulation and manual boundary.
 
-The loss is what a careful user writes: summed over the trained tokens, divided once by their number in the
-step, times what DeepSpeed divides by (accumulation steps, ranks). A correct engine gives each a weight of 1.
+The loss is what a careful user writes: the sum over the trained tokens, divided once by their number in the
+step, times what DeepSpeed divides by (accumulation steps, ranks). A correct engine gives each token weight 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SUBJECTS = [{
 
 
 def whole(parameter: Any, ranks: int) -> Tensor:
-    """A parameter of stage 3 put together from the shards of all ranks."""
+    """Return a parameter of stage 3, put together from the shards of all ranks."""
     mine: Tensor = parameter.ds_tensor.detach()
     shards = [torch.empty_like(mine) for _ in range(ranks)]
     torch.distributed.all_gather(shards, mine)
@@ -58,7 +58,8 @@ def run(spec: harness.Spec) -> None:
 
 
 def snapshot(spec: harness.Spec, own: list[Tensor]) -> Any:
-    """With stage 3 each rank has only a shard; gathering with DeepSpeed would disturb its own tracking."""
+    """Return a snapshot function for stage 3, where each rank has only a shard, or None for other stages.
+    Gathering with DeepSpeed would disturb DeepSpeed's own tracking."""
     if spec.options.get("stage", 2) != 3:
         return None
     return lambda: harness.flat([whole(p, spec.world_size) for p in own])
@@ -71,7 +72,7 @@ def engine_of(spec: harness.Spec, model: torch.nn.Module) -> Any:
     accumulation = 1 if spec.options.get("manual", False) else spec.accumulation
     stage = spec.options.get("stage", 2)
     config = harness.deepspeed_settings(spec, stage, spec.rows_per_microbatch, accumulation)
-    if stage == 3:  # else parameters as small as these are never partitioned
+    if stage == 3:  # otherwise parameters this small are never partitioned
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **scheduler)[0]
 
@@ -90,7 +91,7 @@ def train(
                 engine.set_gradient_accumulation_boundary(index == len(window) - 1)
             loss = harness.summed_loss(spec, engine, batch) / total
             engine.backward(loss * divided_by)
-            # Up to 0.18 an all-gather writes into a view, which torch forbids while gradients are tracked.
+            # Up to 0.18, an all-gather writes into a view, which torch forbids while gradients are tracked.
             if not manual or index == len(window) - 1:
                 with torch.no_grad():
                     engine.step()

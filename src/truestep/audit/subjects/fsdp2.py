@@ -1,4 +1,4 @@
-"""torch FSDP2 (``fully_shard``): gradients are averaged over ranks, on the last micro-batch of a window.
+"""torch FSDP2 (``fully_shard``), which averages gradients over ranks on the last micro-batch of a window.
 
 Options: arch, optimizer; ``local_mean`` as in ddp.
 """
@@ -40,6 +40,6 @@ def run(spec: harness.Spec) -> None:
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole parameter, gathered over ranks if it is sharded."""
+    """Return the whole parameter, gathered over ranks if it is sharded."""
     gather = getattr(parameter.detach(), "full_tensor", None)
     return parameter.detach() if gather is None else gather()

@@ -1,7 +1,7 @@
 """Code that all subjects share. It runs in the audited environment, with only the standard library and torch.
 
-A subject is a module with a function ``run(spec)``, which ``child.py`` calls, and a literal ``SUBJECTS``: how
-it is audited. It lets its framework train a tiny model, watched by a ``Recorder``, on the rows of a case.
+A subject is a module with a function ``run(spec)``, which ``child.py`` calls, and a literal ``SUBJECTS`` that
+says how it is audited. ``run`` lets a framework train a tiny model, with a ``Recorder``, on a case's rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from _pickle import UnpicklingError  # only the name of an error that a framework's loading may raise
+from _pickle import UnpicklingError  # the name of an error that a framework may raise
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Spec:
 
     @property
     def max_grad_norm(self) -> float:
-        """The configured clip; 0 is none."""
+        """The configured clip; 0 means no clip."""
         return float(self.case.get("max_grad_norm") or self.options.get("max_grad_norm") or 0.0)
 
     @property
@@ -59,33 +59,34 @@ class Spec:
         return self.decays or bool(self.case.get("max_grad_norm"))
 
     def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
-        """A linear decay to zero over the case's steps, or none, with ``ticks`` calls per step."""
+        """Return a scheduler that is called ``ticks`` times per step: linear decay to zero, or constant."""
         last = self.steps * ticks
         share = (lambda i: max(0.0, 1 - i / last)) if self.decays else (lambda i: 1.0)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
     def parts(self) -> list[list[list[list[int]]]]:
-        """The windows before and after resuming; all of them in one list if the case does not resume."""
+        """Return the windows before and after resuming, or all in one list if the case does not resume."""
         windows, at = self.windows(), self.case.get("resume_after", 0)
         return [windows[:at], windows[at:]] if at else [windows]
 
     def labels(self, row: int) -> list[int]:
-        """The row's tokens, with −100 for those that are not trained."""
+        """Return the row's tokens, with −100 for those that are not trained."""
         tokens = zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
         return [t if on else -100 for t, on in tokens]
 
     def count(self, batches: Sequence[Sequence[int]]) -> float:
-        """Trained tokens of these batches of rows."""
+        """Return the number of trained tokens in these batches of rows."""
         return float(sum(sum(self.rows[row]["trained"][1:]) for batch in batches for row in batch))
 
     def batches(self, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """This rank's micro-batches of one epoch as row numbers, in order: for subjects without a loader."""
+        """Return this rank's micro-batches of one epoch, in order, as lists of row numbers. Subjects without
+        a loader use these."""
         size, chosen = self.rows_per_microbatch, range(len(self.rows)) if rows is None else rows
         micro = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
         return micro[self.rank :: self.world_size]
 
     def windows(self, rows: Sequence[int] | None = None) -> list[list[list[int]]]:
-        """The same, step by step, over all epochs; the last window of an epoch may be short."""
+        """Return this rank's micro-batches by step, over all epochs; an epoch's last window may be short."""
         mine = self.batches(rows)
         return [mine[i : i + self.accumulation] for i in range(0, len(mine), self.accumulation)] * self.epochs
 
@@ -96,7 +97,7 @@ class Spec:
 
 
 def main(run: Callable[[Spec], None]) -> None:
-    """Run the subject on every case in one process: importing a framework takes longest."""
+    """Run the subject on every case in one process, because importing a framework takes longest."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     raw = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
@@ -117,7 +118,7 @@ def main(run: Callable[[Spec], None]) -> None:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Those of the named distributions that are installed."""
+    """Return the versions of those named distributions that are installed."""
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -126,27 +127,27 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def join_ranks(spec: Spec) -> None:
-    """Create a gloo group of all ranks, once; also for one rank, since some frameworks need it."""
+    """Create a gloo group of all ranks, once. One rank gets a group too, since some frameworks need it."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", rank=spec.rank, world_size=spec.world_size)
 
 
 def everywhere(value: float) -> float:
-    """The sum over all ranks."""
+    """Return the sum of ``value`` over all ranks."""
     total = torch.tensor(value, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     return float(total)
 
 
 def deepspeed_without_compiler() -> None:
-    """Compiling its shared-memory collective would take two minutes; gloo does the same work."""
+    """Turn off a shared-memory collective that takes two minutes to compile; gloo does the same work."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def deepspeed_settings(spec: Spec, stage: int, batch: int | str, accumulation: int | str) -> dict[str, Any]:
-    """A user's DeepSpeed configuration with torch's own optimizer: DeepSpeed's CPU Adam needs a compiler."""
+    """Return a user's DeepSpeed settings with torch's optimizer; DeepSpeed's CPU Adam needs a compiler."""
     zero: dict[str, Any] = {"stage": stage}
     if spec.options.get("offload", False):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
@@ -163,13 +164,13 @@ def deepspeed_settings(spec: Spec, stage: int, batch: int | str, accumulation: i
 
 
 def padded(lines: Sequence[Sequence[int]], filler: int) -> Tensor:
-    """The lines as one tensor, filled up on the right."""
+    """Return the lines as one tensor, padded on the right."""
     longest = max(map(len, lines))
     return torch.tensor([[*line, *[filler] * (longest - len(line))] for line in lines])
 
 
 def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
-    """−log p and the mask [R, T − 1] of the trained tokens of a micro-batch, in one padded forward pass."""
+    """Return −log p and the mask [R, T − 1] of a micro-batch's trained tokens, in one padded forward pass."""
     ids = padded([spec.rows[row]["ids"] for row in batch], 0)
     labels = padded([spec.labels(row) for row in batch], -100)[:, 1:]
     logits = logits_of(model(input_ids=ids))[:, :-1]
@@ -178,5 +179,5 @@ def token_losses(spec: Spec, model: nn.Module, batch: list[int]) -> tuple[Tensor
 
 
 def summed_loss(spec: Spec, model: nn.Module, batch: list[int]) -> Tensor:
-    """−Σ log p over the trained tokens of a micro-batch, in one padded forward pass."""
+    """Return −Σ log p over the trained tokens of a micro-batch, from one padded forward pass."""
     return token_losses(spec, model, batch)[0].sum()

@@ -1,6 +1,6 @@
-"""transformers' Trainer, plain or with DeepSpeed: rows in a padding collator, one ``train()`` per case.
+"""transformers' Trainer, plain or with DeepSpeed, with a padding collator and one ``train()`` per case.
 
-Options: arch, optimizer; ``average_tokens_across_devices``; ``zero_stage`` (with ``offload``) runs it on
+Options: arch, optimizer; ``average_tokens_across_devices``; ``zero_stage`` (with ``offload``) selects
 DeepSpeed through the Trainer's own ``deepspeed`` argument.
 """
 
@@ -52,7 +52,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
-    """Arguments for any trainer of this family; only those that this release accepts."""
+    """Return the arguments that this release accepts, for any trainer of this family."""
     stage = spec.options.get("zero_stage")
     wanted: dict[str, Any] = {
         "output_dir": str(spec.folder / "out"),
@@ -86,7 +86,7 @@ def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
 
 
 def fresh_state() -> None:
-    """Accelerate keeps its state for the whole process; reset it, so that every case starts without any."""
+    """Reset Accelerate's state, which lasts for the whole process, so that every case starts without any."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state()
@@ -94,7 +94,7 @@ def fresh_state() -> None:
 
 
 def stop_at(step: int) -> transformers.TrainerCallback:
-    """Saves and ends the training after a step, as a job's time limit does."""
+    """Return a callback that saves and ends the training after a step, as a job's time limit does."""
 
     def on_step_end(args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == step:
@@ -106,12 +106,12 @@ def stop_at(step: int) -> transformers.TrainerCallback:
 
 
 def optimizers(spec: harness.Spec, model: torch.nn.Module) -> dict[str, Any]:
-    """SGD with momentum, for which the Trainer has no argument; its scheduler is still the Trainer's own."""
+    """Return SGD with momentum, for which the Trainer has no argument; the scheduler is the Trainer's own."""
     return {"optimizers": (spec.optimizer(model.parameters()), None)} if spec.case["resume_after"] else {}
 
 
 def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harness.Recorder:
-    """Call ``train()`` on the trainer that ``build`` makes, once or twice: to a checkpoint and from it."""
+    """Call ``train()`` on the trainer that ``build`` makes: once, or to a checkpoint and then from it."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
         harness.deepspeed_without_compiler()

@@ -1,6 +1,6 @@
 """LLaMA-Factory's own CustomSeq2SeqTrainer for SFT, with its own arguments; rows come from hf_trainer.
 
-Only torchaudio is replaced by an empty module: no sound files are used. Options: those of hf_trainer.
+Only torchaudio is replaced by an empty module, since no sound files are used. Options: those of hf_trainer.
 """
 
 from __future__ import annotations

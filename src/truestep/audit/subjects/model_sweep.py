@@ -1,6 +1,6 @@
 """Checks the loss of every causal language model class of the installed transformers, on tiny models.
 
-Four questions per class, each answered only from logits and losses: at which shift the loss is a cross-entropy
+Four questions per class are answered only from logits and losses: at which shift the loss is a cross-entropy
 of the model's logits; whether ``num_items_in_batch`` is honored if it is accepted; whether padding changes the
 logits of real tokens; whether packed rows see each other, with restarted positions and with a mask of ones.
 """
@@ -69,7 +69,7 @@ FAILURES = (
 
 
 def build(kind: str, name: str) -> torch.nn.Module:
-    """A tiny model of this class, or an error that says why there is none."""
+    """Make a tiny model of this class, or raise an error that says why that is not possible."""
     known = CONFIG_MAPPING[kind]
     accepted = {**getattr(known(), "__dict__", {}), **inspect.signature(known.__init__).parameters}
     mapped = getattr(known, "attribute_map", {})
@@ -79,7 +79,7 @@ def build(kind: str, name: str) -> torch.nn.Module:
     with torch.device("meta"):
         size = sum(p.numel() for p in made(config).parameters())
     if size > MOST_PARAMETERS:
-        raise ValueError(f"{size / 1e6:.0f} M parameters at the smallest known settings")
+        raise ValueError(f"too large: {size / 1e6:.0f} M parameters even at the smallest known settings")
     torch.manual_seed(0)
     return made(config).eval()
 

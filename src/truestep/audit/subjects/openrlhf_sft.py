@@ -44,7 +44,7 @@ def without_flash_attention() -> None:
 
 
 def arguments(spec: harness.Spec) -> SimpleNamespace:
-    """What the trainer and the strategy read: the newer nested names and the older flat ones."""
+    """Return what the trainer and the strategy read, under the newer nested names and the older flat ones."""
     batch_size = spec.rows_per_microbatch * spec.accumulation * spec.world_size
     return SimpleNamespace(
         model=SimpleNamespace(aux_loss_coef=0.0),
@@ -63,7 +63,7 @@ def arguments(spec: harness.Spec) -> SimpleNamespace:
 
 
 def strategy_of(spec: harness.Spec) -> Any:
-    """DeepspeedStrategy as ``setup_distributed`` leaves it, on a mesh of CPUs."""
+    """Return a DeepspeedStrategy in the state after ``setup_distributed``, on a mesh of CPUs."""
     from openrlhf.utils.deepspeed import DeepspeedStrategy
 
     args = arguments(spec)
@@ -77,7 +77,7 @@ def strategy_of(spec: harness.Spec) -> Any:
 
 
 def rows_of(spec: harness.Spec) -> list[dict[str, list[int]]]:
-    """1 at t if token t + 1 is trained: OpenRLHF's mask belongs to the token that predicts."""
+    """Return rows with a mask of 1 at t if token t + 1 is trained; OpenRLHF masks the token that predicts."""
     return [{"ids": r["ids"], "mask": [*r["trained"][1:], 0]} for r in spec.rows]
 
 
@@ -114,7 +114,7 @@ def run(spec: harness.Spec) -> None:
     )
     schedule = SimpleNamespace(get_last_lr=lambda: [spec.lr])
     trainer = SFTTrainer(actor, strategy, optimizer, loader, None, schedule, max_epochs=spec.epochs)
-    # Up to DeepSpeed 0.18 an all-gather writes into a view, which torch forbids while gradients are tracked.
+    # Up to DeepSpeed 0.18, an all-gather writes into a view, which torch forbids while gradients are tracked.
     engine.step = torch.no_grad()(engine.step)
     trainer.fit(strategy.args)
     recorder.finish(**harness.versions("openrlhf", "deepspeed", "transformers"))

@@ -1,4 +1,4 @@
-"""The tiny models that subjects train. Runs inside the audited environment."""
+"""The tiny models that subjects train, in the audited environment."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class PlainModel(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, input_ids: Tensor, **ignored: Any) -> Tensor:
-        """Logits. Without attention, a mask and positions have no effect."""
+        """Return the logits. Without attention, a mask and positions have no effect."""
         return self.head(torch.tanh(self.inner(self.embed(input_ids))))
 
 
 def tiny_model(spec: Any) -> nn.Module:
-    """The case's model: ``plain`` needs only torch, all others the installed transformers library."""
+    """Return the case's model. ``plain`` needs only torch; all others need the transformers library."""
     arch = spec.options.get("arch", "plain")
     torch.manual_seed(0)
     if arch == "plain":

@@ -1,4 +1,4 @@
-"""A plain torch loop as in every tutorial, with the loss summed and divided once: the control."""
+"""The control: a plain torch loop as in every tutorial, with the loss summed and divided once."""
 
 from __future__ import annotations
 

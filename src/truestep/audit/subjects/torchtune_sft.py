@@ -1,7 +1,7 @@
-"""torchtune's single-device recipe for full fine-tuning: its own ``train``, loss step, loss and data loader.
+"""torchtune's full fine-tuning recipe for one device, with its own ``train``, loss and data loader.
 
 What its ``setup`` would read from files (weights, tokenizer, logger) is set directly, for a tiny version of
-torchtune's own Llama 3. No checkpoint is written: the recipe's own cover whole epochs, as weight files.
+torchtune's own Llama 3. No checkpoint is written, because the recipe's are weight files of whole epochs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class ByIds(nn.Module):
-    """The decoder with the recorder's name for its input; ``ByTokens`` uses the recipe's name."""
+    """The decoder with the input name that the recorder expects; ``ByTokens`` has the recipe's name."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ByTokens(nn.Module):
 
 
 def recipe_class() -> Any:
-    """Loaded from its file: the recipes are scripts next to the package, not modules in it."""
+    """Load the recipe from its file; recipes are scripts next to the package, not modules in it."""
     path = Path(torchtune.__file__).parent.parent / "recipes" / "full_finetune_single_device.py"
     found = importlib.util.spec_from_file_location("full_finetune_single_device", path)
     assert found is not None

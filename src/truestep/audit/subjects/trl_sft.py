@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: rows as token ids with a mask of the assistant's tokens, plain, packed, or as a chat.
+"""TRL's SFTTrainer on rows of token ids with a mask of the assistant's tokens: plain, packed or as a chat.
 
 Options: those of hf_trainer; ``packing``; ``assistant_only`` passes messages, and TRL makes the mask.
 """
@@ -39,7 +39,7 @@ SUBJECTS = [
 
 
 def tokenizer(spec: harness.Spec) -> Any:
-    """One word per token, so that text and token ids correspond exactly."""
+    """Return a tokenizer with one word per token, so that text and token ids correspond exactly."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {("<pad>", "<s>", "</s>")[i] if i < 3 else f"w{i}": i for i in range(spec.vocabulary)}
@@ -56,7 +56,7 @@ def words(ids: list[int]) -> str:
 
 
 def messages(ids: list[int], trained: list[int]) -> list[dict[str, str]]:
-    """Runs of untrained and of trained tokens, as the turns of user and assistant."""
+    """Return runs of untrained and of trained tokens as the turns of user and assistant."""
     turns: list[tuple[int, list[int]]] = []
     for token, on in zip(ids, trained, strict=True):
         if not turns or turns[-1][0] != on:

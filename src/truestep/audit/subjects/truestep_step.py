@@ -1,6 +1,6 @@
-"""truestep's own optimizer step: packing, global totals, summed gradients, plain SGD.
+"""truestep's own optimizer step, with packing, global totals, summed gradients and plain SGD.
 
-Options: arch; with ``parallel`` fsdp2 the model is sharded over the ranks.
+Options: arch; if ``parallel`` is fsdp2, the model is sharded over the ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUBJECTS = [{
 
 
 def sequences(spec: harness.Spec, rows: list[int]) -> list[TrainSequence]:
-    """The rows that have a trained token; the others have no part in a step."""
+    """Return the rows that have a trained token; the others are not part of a step."""
     made = []
     for row in rows:
         trained = tuple(bool(t) and i > 0 for i, t in enumerate(spec.rows[row]["trained"]))
@@ -51,7 +51,7 @@ def run(spec: harness.Spec) -> None:
     model = harness.tiny_model(spec).to(spec.dtype)
     loaded = LoadedModel(model=model, tokenizer=None, shape=model_shape(model), context_length=256)
     sharded = spec.options.get("parallel") == "fsdp2"
-    # Tokens after the last trained one predict nothing that is trained: the model does not see them.
+    # Tokens after the last trained one predict nothing that is trained, so the model does not see them.
     made = [sequences(spec, [index]) for index in range(len(spec.rows))]
     ends = [last_needed(found[0]) if found else None for found in made]
     needles = [bytes(row["ids"][:end]) for row, end in zip(spec.rows, ends, strict=True)]

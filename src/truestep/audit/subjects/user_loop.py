@@ -1,4 +1,4 @@
-"""A user's own step: a function ``step(model, optimizer, microbatches)`` in a file, called once per window.
+"""Audits a user's own function ``step(model, optimizer, microbatches)``, which is called once per window.
 
 ``model(input_ids=…)`` returns logits [B, T, V] (``--arch plain``) or a transformers output; ``optimizer`` is
 torch's SGD on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``,
@@ -19,7 +19,7 @@ import torch
 
 
 def microbatch(spec: harness.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
-    """One batch of rows, padded on the right."""
+    """Return one batch of rows, padded on the right."""
     ids = [spec.rows[row]["ids"] for row in rows]
     mask = harness.padded([[1] * len(v) for v in ids], 0)
     labels = harness.padded([spec.labels(row) for row in rows], -100)
@@ -30,7 +30,7 @@ def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
     """Pass all windows of a case to the user's function."""
     model = harness.tiny_model(spec)
     recorder = harness.Recorder(spec, model)
-    # A row's last token predicts nothing: a loop may leave it out.
+    # A row's last token predicts nothing, so a loop may leave it out.
     recorder.needles = [ids[:-1] for ids in recorder.needles]
     optimizer = spec.optimizer(model.parameters())
     calls: list[Any] = []
@@ -40,7 +40,7 @@ def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
     for window in spec.windows():
         step(model, optimizer, [microbatch(spec, rows) for rows in window])
     if not calls and not torch.equal(before, recorder.snapshot()):
-        # The update of a different optimizer is not a gradient times this learning rate: it cannot be read.
+        # The update of a different optimizer is not a gradient times this rate, so it cannot be read.
         why = "the step does not use the optimizer that it is given"
         (spec.folder / "not-run.txt").write_text(why, "utf-8")
         return
@@ -48,7 +48,7 @@ def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
 
 
 def load(file: str, name: str) -> Callable[..., Any]:
-    """The function of that name in a file, which can import modules from its own folder."""
+    """Return the function of that name in a file, which can import modules from its own folder."""
     path = Path(file)
     sys.path.insert(0, str(path.parent))
     found = importlib.util.spec_from_file_location(path.stem, path)

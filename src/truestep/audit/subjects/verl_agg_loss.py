@@ -1,7 +1,7 @@
-"""verl's own ``agg_loss``, at function level: its trainers need a cluster of GPUs, its loss does not.
+"""verl's own ``agg_loss``, audited as a function. verl's trainers need a cluster of GPUs; its loss does not.
 
-The loop around it does what verl's actor does with the value: if a release's function takes no counts of the
-whole batch, each micro-batch's mean is divided by the number of micro-batches; else it is given the counts.
+The loop around it uses the value as verl's actor does. If a release's function does not take counts of the
+whole batch, each micro-batch's mean is divided by the number of micro-batches; else the counts are passed.
 Gradients are averaged over ranks, as FSDP does.
 """
 

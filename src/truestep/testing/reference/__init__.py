@@ -1,1 +1,1 @@
-"""A slow reference for the training step: float64, one sequence at a time, textbook optimizers."""
+"""A slow float64 reference for the training step, one sequence at a time, with textbook optimizers."""

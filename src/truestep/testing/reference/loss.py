@@ -1,5 +1,8 @@
-"""The loss of an optimizer step in float64, token by token, each sequence run separately, the batch in one
-graph; and the textbook step on float64 tensors by name: one clip, one update, no hidden state."""
+"""The loss and the textbook update of an optimizer step, in float64.
+
+The loss is computed token by token, with each sequence run separately and the batch in one graph. The update
+takes tensors by name; it consists of one clip and one step, and has no hidden state.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ Tensors = Mapping[str, Tensor]  # by parameter name
 
 
 class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes by inheritance only
-    """Inside, every request for float32 gives float64.
+    """A context in which every request for float32 gives float64.
 
-    Model code casts norms, softmaxes and losses to float32 whatever the type of the weights, so a float64
-    model is otherwise accurate only to 1e-7, and the rounding is not even smooth.
+    Model code casts norms, softmaxes and losses to float32, whatever the type of the weights. Without this
+    context, a float64 model is accurate only to 1e-7, and its rounding is not smooth.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,8 +45,8 @@ class exact_float64(TorchFunctionMode):  # a context manager; torch offers modes
 def trained_tokens(
     model: nn.Module, sequence: TrainSequence, temperature: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probabilities of a sequence's trained tokens, and the entropies of the distributions that they were
-    drawn from, with gradient; run separately, unpadded, without dropout. Raises ValueError if not in float64.
+    """Return log-probabilities of a sequence's trained tokens and entropies of their distributions, with
+    gradient. The sequence is run separately, unpadded, without dropout. Raises ValueError if not in float64.
 
     Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t; −Σ_v p_v log p_v.
     """
@@ -70,7 +73,7 @@ def trained_tokens(
 def frozen_logprobs(
     model: nn.Module, sequences: Sequence[TrainSequence], temperature: float = 1.0
 ) -> list[list[float]]:
-    """Plain numbers: the proximal log-probabilities of later updates, or those of a KL anchor."""
+    """Return log-probabilities as plain numbers, for the proximal policy of later updates or a KL anchor."""
     with torch.no_grad():
         return [[logprob.item() for logprob in trained_tokens(model, s, temperature)[0]] for s in sequences]
 
@@ -78,7 +81,7 @@ def frozen_logprobs(
 def score(
     policy: nn.Module, proximal: nn.Module, reference: nn.Module, sequences: Sequence[TrainSequence]
 ) -> list[ScoredSequence]:
-    """The sequences with the log-probabilities of the three models; those of the policy keep their graph."""
+    """Return the sequences with log-probabilities of three models; those of the policy keep their graph."""
     found = []
     for sequence in sequences:
         logprobs, entropies = trained_tokens(policy, sequence)
@@ -97,7 +100,7 @@ def denominator(
     normaliser: str,
     max_length: int | None = None,
 ) -> float:
-    """What a token of ``sequence`` is divided by; all ``sequences`` of the step count, whatever their weight.
+    """Return the divisor for a token of ``sequence``. All ``sequences`` are counted, whatever their weight.
 
     Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L, L = ``max_length``.
     """
@@ -122,7 +125,7 @@ def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
 
 
 def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
-    """Advantages of the members of one group; 0 for a group of one, which has nothing to compare with.
+    """Return the advantages of a group's members; 0 for a group of one, which has nothing to compare with.
 
     Equation: mean R−mean · mean_std (R−mean)/(std+1e-6), std with n−1 · rloo R − mean of the others.
     """
@@ -139,7 +142,7 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
 
 
 def weigh_microbatches(sequences: Sequence[TrainSequence], microbatches: Microbatches) -> list[TrainSequence]:
-    """The sequences, with weights multiplied by those of their micro-batches; unchanged if there are none.
+    """Return the sequences, with weights multiplied by those of their micro-batches, if there are any.
 
     Raises: ValueError if a sequence is in no micro-batch or in two.
     """
@@ -163,11 +166,11 @@ def reference_loss(
     options: Mapping[str, Any] | None = None,
     microbatches: Microbatches = (),
 ) -> Tensor:
-    """The loss of one optimizer step over the whole batch, with its graph.
+    """Return the loss of one optimizer step over the whole batch, with its graph.
 
-    If a row of ``proximal`` is None, the policy's own is used, detached: the first update after a rollout.
-    ``options`` overrides the method's numbers and its ``normaliser``. Weights of sequences and micro-batches
-    multiply numerators only.
+    If a row of ``proximal`` is None, the policy's own row is used, detached, as in the first update after a
+    rollout. ``options`` overrides the method's numbers and its ``normaliser``. Weights of sequences and
+    micro-batches multiply only numerators.
     Equation: Σ_sequences weight Σ_tokens surrogate / denominator.
     """
     part, numbers = named_part(method), dict(options or {})
@@ -192,7 +195,7 @@ def reference_loss(
 
 
 def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of ``loss`` by parameter name: one backward; zeros for parameters not in it."""
+    """Return the gradient of ``loss`` by parameter name; parameters that are not in ``loss`` get zeros."""
     parameters = dict(model.named_parameters())
     if not loss.requires_grad:  # every sequence was dropped
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -203,7 +206,7 @@ def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def reference_gradient(
     model: nn.Module, sequences: Sequence[TrainSequence], proximal: LogprobRows | None = None, **how: Any
 ) -> dict[str, Tensor]:
-    """Σ_i w_i·g_i, g_i the gradient of micro-batch i's share of ``reference_loss``, which takes ``how``."""
+    """Return Σ_i w_i·g_i, with g_i the gradient of micro-batch i's share of ``reference_loss(**how)``."""
     return gradient(model, reference_loss(model, sequences, proximal, **how))
 
 
@@ -213,9 +216,9 @@ def per_microbatch_gradients(
     indices_per_microbatch: Sequence[Sequence[int]],
     temperature: float = 1.0,
 ) -> tuple[list[dict[str, Tensor]], list[int]]:
-    """For each micro-batch, the gradient SUM of −log π over its trained tokens, and how many these are.
+    """Return for each micro-batch the gradient SUM of −log π over its trained tokens, and their number.
 
-    The correct SFT gradient of the step is the sum of the first divided by the sum of the second.
+    The correct SFT gradient of the step is the sum of these gradients divided by the sum of these numbers.
     """
     sums, counts = [], []
     for indices in indices_per_microbatch:
@@ -238,7 +241,7 @@ class AdamState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step: its loss, norm and gradient before clipping, and the parameters after it."""
+    """The result of one step: loss, norm and gradient before clipping, and the parameters after the step."""
 
     loss: float
     grad_norm: float
@@ -255,7 +258,7 @@ def learning_rate(
     warmup_fraction: float = 0.0,
     min_lr_ratio: float = 0.1,
 ) -> float:
-    """The learning rate of step 0 … total_steps − 1.
+    """Return the learning rate of ``step``, which is 0 … total_steps − 1.
 
     Equation: W = round(warmup_fraction · T). s < W: peak·(s+1)/W. Then constant: peak; or cosine: floor +
     (peak−floor)·½(1+cos(π(s−W)/(T−W))), floor = min_lr_ratio·peak. So step W−1 and step W have the peak, and
@@ -276,7 +279,7 @@ def learning_rate(
 
 
 def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
-    """Clipped gradients, and their norm before: one norm over all tensors. ``max_norm`` 0 means no clip.
+    """Return clipped gradients and their norm before clipping, over all tensors; ``max_norm`` 0 is no clip.
 
     Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
     """
@@ -293,9 +296,9 @@ def sgd(parameters: Tensors, gradients: Tensors, lr: float) -> dict[str, Tensor]
 def adamw(
     parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
 ) -> tuple[dict[str, Tensor], AdamState]:
-    """AdamW, the same for every tensor; ``state`` None is the state before the first step.
+    """Take an AdamW step, which is the same for every tensor. ``state`` is None before the first step.
 
-    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), ^ = /(1−β^t) each.
+    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), ^ divides by 1−β^t.
     Source: arXiv 1711.05101, algorithm 2.
     """
     zeros = {name: torch.zeros_like(theta) for name, theta in parameters.items()}
@@ -316,7 +319,7 @@ def adamw(
 def reference_step(
     parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
 ) -> tuple[dict[str, Tensor], AdamState | None, float]:
-    """Clip, then update: the new parameters, the new state (None for sgd), and the norm before clipping."""
+    """Clip, then update. Return new parameters, new state (None for sgd), and the norm before clipping."""
     clipped, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
     if settings.kind == "sgd":
         return sgd(parameters, clipped, lr), None, norm
@@ -330,9 +333,9 @@ def reference_steps(
     settings: OptimizerSettings,
     total_steps: int,
 ) -> list[StepResult]:
-    """Steps 0, 1, … of a stage of ``total_steps``, on a copy of the model: one loss function per step.
+    """Run steps 0, 1, … of a stage of ``total_steps`` on a copy of the model, one loss function per step.
 
-    Each is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
+    Each function is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
     """
     model = copy.deepcopy(model)
     state: AdamState | None = None

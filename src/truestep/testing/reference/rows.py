@@ -1,7 +1,7 @@
-"""The objectives of the papers, part by part, as a whole optimizer step over sequences of several kinds.
+"""The papers' objectives as whole optimizer steps over sequences of several kinds.
 
-Written from the papers' formulas with the surrogates of ``reference.surrogate``; every part is differentiated
-as it is written and divided by counts of the whole step.
+Each part is written from the papers' formulas with the surrogates of ``reference.surrogate``, differentiated
+as it is written, and divided by counts of the whole step.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def anything(sequence: TrainSequence, i: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Σ over the tokens it is about ÷ a count: tok its tokens, seq |y|·N_seq, sum N_seq, drg N_seq·L, with
-    N_seq the sequences with a ``counted`` token. ``top_share``: only the share with the highest entropy."""
+    """A sum over the tokens that ``about`` selects, divided by a count: tok its tokens, seq |y|·N_seq, sum
+    N_seq, drg N_seq·L, where N_seq counts the sequences with a ``counted`` token. ``top_share`` keeps only
+    that share of tokens, those with the highest entropy."""
 
     about: About
     losses: partial[list[Tensor]]
@@ -56,7 +57,7 @@ class Row:
 
     parts: tuple[Part, ...]
     whiten: bool = False
-    drop_equal_groups: bool = False  # by the gate: ``row_loss`` is given what it keeps
+    drop_equal_groups: bool = False  # done by the gate; ``row_loss`` gets what the gate keeps
 
 
 def _entropy_bonus(scored: ScoredSequence) -> list[Tensor]:
@@ -127,13 +128,13 @@ ROWS: dict[str, Row] = {
 
 
 def named_part(name: str) -> Part:
-    """The part of a row that has the row's name, or its first: the surrogate of ``loss.reference_loss``."""
+    """Return the part with the row's name, or the row's first part. ``loss.reference_loss`` uses it."""
     parts = ROWS[name].parts
     return next((part for part in parts if part.losses.func.__name__ == name), parts[0])
 
 
 def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Tensor:
-    """The loss of one optimizer step. Equation: Σ_parts weight · Σ_tokens (w·surrogate / count)."""
+    """Return the loss of one optimizer step. Equation: Σ_parts weight · Σ_tokens (w·surrogate / count)."""
     if row.whiten:
         scored = _whitened(scored)
     total = torch.zeros((), dtype=torch.float64)
@@ -159,7 +160,7 @@ def row_loss(row: Row, scored: Sequence[ScoredSequence], max_length: int) -> Ten
 
 
 def _threshold(part: Part, scored: Sequence[ScoredSequence]) -> float:
-    """The entropy that the top share of the part's tokens reaches."""
+    """Return the entropy that the top share of the part's tokens reaches."""
     places = [(item, i) for item in scored for i in range(len(item.proximal_entropies))]
     entropies = sorted(s.proximal_entropies[i] for s, i in places if part.about(s.sequence, i))
     at = math.floor((1 - part.top_share) * len(entropies))

@@ -1,4 +1,4 @@
-"""What each trained token contributes to a loss: the surrogates of the papers, as they are written there.
+"""The papers' surrogates: what each trained token contributes to a loss, as the papers write it.
 
 Each is differentiated as written, never as a detached coefficient times a log-probability, so that it can
 disagree with code that uses coefficients. Log-probabilities: ``policy`` of current weights, with gradient;
@@ -127,7 +127,7 @@ def sapo(scored: ScoredSequence, *, tau_positive: float, tau_negative: float) ->
 
 def nft(scored: ScoredSequence, *, low: float, high: float) -> list[Tensor]:
     """Equation: −(1−q) log r on a correct sample; −(1−q) log max((1−qr)/(1−q), 1) on a wrong one, where the
-    maximum replaces the value and lets the gradient through; q = the group's share of correct ones.
+    maximum replaces the value and lets the gradient through; q = the group's share of correct samples.
     Source: arXiv 2505.18116."""
     losses = []
     for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True):
@@ -147,7 +147,7 @@ def reinforce(scored: ScoredSequence) -> list[Tensor]:
 
 
 def importance(scored: ScoredSequence) -> list[Tensor]:
-    """For the policy's samples in mixed-policy methods. Equation: −rA, without a clip."""
+    """Return the losses of the policy's samples in mixed-policy methods. Equation: −rA, without a clip."""
     return [-ratio * advantage for ratio, advantage in zip(scored.ratios, scored.advantages, strict=True)]
 
 
@@ -220,7 +220,7 @@ def srft_samples(scored: ScoredSequence, *, scale: float) -> list[Tensor]:
 
 
 def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: float) -> list[Tensor]:
-    """The losses of tokens at which the proximal policy's entropy reaches the threshold; 0 elsewhere."""
+    """Return the losses of tokens whose entropy under the proximal policy reaches the threshold; else 0."""
     pairs = zip(losses, scored.proximal_entropies, strict=True)
     return [loss if entropy >= threshold else loss * 0 for loss, entropy in pairs]
 
