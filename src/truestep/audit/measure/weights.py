@@ -46,8 +46,8 @@ def observed_gradient(step: Step) -> np.ndarray:
 
 
 def noise_of(step: Step, dtype: str) -> float:
-    """Return the relative error of a correct step in this precision, measured on the same rows, plus the
-    rounding of the read-back (each stored parameter is off by up to half a unit in its last place)."""
+    """Return the relative error of a correct step in this precision: what was measured on the same rows or the
+    rounding of the read-back (half a unit in the last place of each stored parameter), whichever is larger."""
     exact = step.expected * step.num_trained
     size = float(np.linalg.norm(exact))
     if size == 0:
