@@ -1,4 +1,4 @@
-"""Known faults as wrong weight vectors, and how to recover such a vector from a gradient. torch is not used.
+"""Known faults as wrong weight vectors, and recovery of such a vector from a gradient. torch is not used.
 
 The correct gradient of a step is Σ_i g_i / N (g_i is the gradient sum of micro-batch i, N the step's tokens
 over all ranks). A fault is described by weights w: the actual gradient is Σ_i w_i·g_i / N.
@@ -104,12 +104,12 @@ def averaged_over_ranks_twice(counts: Counts) -> Weights:
 
 
 def scale(factor: float) -> WeightsOf:
-    """The fault that multiplies everything by ``factor``."""
+    """Return the fault that multiplies every weight by ``factor``."""
     return lambda counts: factor * right(counts)
 
 
 def combine(*faults: WeightsOf) -> WeightsOf:
-    """Several faults at once: the product of their weights, entry by entry."""
+    """Return the fault that has all of these faults at once: their weights are multiplied entry by entry."""
 
     def combined(counts: Counts) -> Weights:
         weights = right(counts)
@@ -144,12 +144,12 @@ FAULTS: dict[str, tuple[WeightsOf, str]] = {
 
 
 def recover_weights(observed: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[Weights, float, float]:
-    """The weights w for which Σ w_i·parts_i comes closest to ``observed``, as (weights, residual, condition).
+    """Fit the weights w for which Σ w_i·parts_i is closest to ``observed``: (weights, residual, condition).
 
     ``parts`` are flat gradients on the scale of ``observed``: g_i / N for the weights above. ``residual`` is
     what the weights do not explain, relative to ``observed``. ``condition`` is the condition number of the
-    parts at unit length, the factor by which noise grows; it is infinite (the weights then mean nothing) if
-    one part is zero or a linear combination of the others."""
+    parts at unit length, the factor by which noise grows. It is infinite, and the weights then mean nothing,
+    if one part is zero or a linear combination of the others."""
     matrix = np.stack([np.asarray(part, dtype=np.float64).ravel() for part in parts], axis=1)
     target = np.asarray(observed, dtype=np.float64).ravel()
     lengths = np.linalg.norm(matrix, axis=0)
