@@ -20,7 +20,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """Describe the first problem by its key, what was expected and what was found. ``model`` is what raised."""
+    """Describe the first problem by its key, what was expected and what was found. ``model`` raised it."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
@@ -40,7 +40,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
-    """Suggest the key that may have been meant (with its table if that differs), or list the expected keys."""
+    """Suggest the key that may have been meant (with its table if it differs), or list the expected keys."""
     here = [part for part in loc[:-1] if not part.isdigit()]
 
     def is_here(table: list[str]) -> bool:

@@ -23,7 +23,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """The work of a stage, as counts. Units: tokens; for ``*_pairs`` query-key pairs of one layer and head."""
+    """The work of a stage, as counts. Units: tokens; ``*_pairs``: query-key pairs of one layer and head."""
 
     demonstration_tokens: int = 0  # trained tokens of demonstrations
     rollout_tokens: int = 0  # generated tokens

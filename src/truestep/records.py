@@ -74,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens: those of the prompt, then the solution and its stop token (in the loss)."""
+    """A worked solution as tokens: the prompt, then the solution and its stop token (which are in the loss)."""
 
     problem_id: str
     token_ids: tuple[int, ...]
@@ -160,7 +160,7 @@ class Rollout:
 
     @property
     def member(self) -> Origin:
-        """The rollout's role in its group by its last token: sampled (also if it failed), stored or expert."""
+        """The rollout's role in its group by its last token: sampled (or failed), stored or expert."""
         return self.origin[-1] if self.origin else Origin.POLICY
 
 

@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM. The first one saves and stops at the next safe point, the second at once."""
+"""Handles Ctrl-C and SIGTERM. The first one saves and stops at the next safe point, the second at once."""
 
 from __future__ import annotations
 
