@@ -74,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens: the prompt, then the solution and its stop token (which are in the loss)."""
+    """A worked solution as tokens: the prompt, then solution and stop token (both are in the loss)."""
 
     problem_id: str
     token_ids: tuple[int, ...]

@@ -31,8 +31,8 @@ class Source:
 
 
 def find_source(named: str, base: Path, *, what: str, shipped: str = "") -> Source:
-    """Find a function's file without running it. ``base`` is the recipe's folder, ``what`` the word for
-    errors, ``shipped`` the place of a function that ships with truestep. Raises UserError if it is missing."""
+    """Find a function's file without running it. ``base`` is the recipe's folder, ``what`` a word for errors,
+    ``shipped`` the place of a function that ships with truestep. Raises UserError if it is missing."""
     place, _, function = (shipped or named).rpartition(":")
     if place.endswith(".py"):
         module, path = "", (base / Path(place).expanduser()).resolve()

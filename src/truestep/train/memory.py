@@ -33,8 +33,8 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """A method's memory. ``waiting`` names problems whose demonstrations wait, newest first; ``replay`` has the
-    stored samples by problem; ``replay_open`` is True after a step has solved the share ``start``."""
+    """A method's memory. ``waiting`` names problems whose demonstrations wait, newest first; ``replay`` has
+    the stored samples by problem; ``replay_open`` is True after a step has solved the share ``start``."""
 
     scalars: Mapping[str, float] = field(default_factory=dict)
     waiting: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ def first_memory(method: Method) -> Memory:
 def _stored(
     name: str, tokens: Sequence[int], versions: Sequence[int], logprobs: Sequence[float], temperature: float
 ) -> Rollout:
-    """Return a stored sample as a rollout. It is finished, and was sampled by an older policy, untruncated."""
+    """Return a stored sample as a rollout, finished and sampled by an older policy without truncation."""
     return Rollout(
         problem_id=name,
         sample_index=0,

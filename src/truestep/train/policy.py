@@ -88,7 +88,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _head_differs(self) -> str:
-        """Say why the logits are not hidden states times the output matrix (soft cap, scale), or return ""."""
+        """Say why the logits are not hidden states times output matrix (soft cap, scale), or return ""."""
         table = self.model.get_input_embeddings().weight
         ids, positions = torch.arange(3, 12, device=table.device), torch.arange(9, device=table.device)
         ids = ids % table.shape[0]

@@ -81,6 +81,6 @@ class Scorer:
 
 
 def work(kind: str, batches: Sequence[TokenBatch]) -> Ledger:
-    """Count the work of a pass over these batches: forward ("scored"), or forward and backward ("trained")."""
+    """Count the work of a pass over the batches: forward ("scored"), or forward and backward ("trained")."""
     tokens, pairs = sum(b.num_tokens for b in batches), sum(count_pairs(b.segments) for b in batches)
     return Ledger(**{f"{kind}_pass_tokens": tokens, f"{kind}_pairs": pairs})

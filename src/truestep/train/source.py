@@ -87,7 +87,7 @@ class DemonstrationSource:
 
 @dataclass
 class RolloutSource:
-    """A source of rollouts. It samples, grades and gates groups and computes advantages, by a method's row."""
+    """A source of rollouts, which samples, grades and gates groups and computes advantages, by a method."""
 
     prompts: Sequence[Prompt]
     _: KW_ONLY

@@ -114,8 +114,8 @@ def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ra
 
 
 def _num_sequences(batches: Sequence[TokenBatch]) -> int:
-    """Count the step's sequences on this rank. Raises RecordError if two micro-batches contain the same number:
-    no sequence is split, so these are two sequences, which a mean over sequences would count as one."""
+    """Count the step's sequences on this rank. Raises RecordError if two micro-batches contain the same
+    number: no sequence is split, so these are two sequences, which a mean would count as one."""
     numbers = [batch.sequence_index.unique() for batch in batches]
     held = torch.cat(numbers) if numbers else torch.zeros(0)
     if held.unique().numel() < held.numel():

@@ -134,7 +134,7 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """Return the micro-batch weights of all injected faults, if any. Raises UserError for an unknown fault."""
+    """Return the micro-batch weights of all injected faults, or None. Raises UserError for unknown ones."""
     unknown = [name for name in settings.others if name not in FAULTS]
     if unknown:
         raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")
