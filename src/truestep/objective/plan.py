@@ -53,8 +53,8 @@ NextRounds = Callable[[PlanState], Sequence[Round] | Done]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan: the function ``next_rounds`` and what it needs, which are every problem's demonstration, and
-    room in the prompt for at most the share ``most_shown`` of a solution's text."""
+    """A plan: the function ``next_rounds``, whether it needs every problem's demonstration, and the largest
+    share of a solution's text for which the prompt must have room (``most_shown``)."""
 
     next_rounds: NextRounds
     needs_demonstrations: bool = False
@@ -94,7 +94,7 @@ with_replay = _once(
 
 
 def one_prefix(low: Schedule, high: float) -> Plan:
-    """Return a plan in which one sample continues a prefix of uniform length in [low(step), high] (Prefix-RFT)."""
+    """Return a plan: one sample continues a prefix of uniform length in [low(step), high] (Prefix-RFT)."""
 
     def rounds(state: PlanState) -> Sequence[Round]:
         start = low(state.step)

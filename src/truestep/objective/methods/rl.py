@@ -23,7 +23,7 @@ def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual
 
 
 def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: advantage R − group mean, asymmetric clips, token mean, no KL. All-equal groups count."""
+    """The paper's RL: advantage R − group mean, asymmetric clip, token mean, no KL; all-equal groups count."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
@@ -70,7 +70,7 @@ def rloo() -> Method:
 
 
 def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float) -> Method:
-    """Return a row whose advantages are whitened over the step's own tokens: long samples count more (verl [C])."""
+    """Return a row that whitens advantages over the step's own tokens, so long samples count more [C]."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     coefficient = corrections.with_advantage(clipped, corrections.whitened("mean", "std"))
     moment = partial(Statistic, select=POLICY, values=coefficients.advantage)
@@ -114,6 +114,6 @@ def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
 
 
 def sapo(*, temperature_right: float = 1.0, temperature_wrong: float = 1.05) -> Method:
-    """SAPO: instead of a clip, a soft gate around r = 1 that is narrower if A < 0; mean of token means [C]."""
+    """SAPO: instead of a clip, a soft gate at r = 1 that is narrower if A < 0; mean of token means [C]."""
     term = policy_term(coefficients.softly_gated(temperature_right, temperature_wrong), Normaliser.SEQUENCES)
     return Method(name="sapo", terms=(term,), advantage=group_mean_std, source="arXiv:2511.20347")
