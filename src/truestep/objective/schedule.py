@@ -27,8 +27,9 @@ def warmed_cosine(*, valley: float, peak: float, warmup_steps: int, decay_steps:
 def learning_rate(
     *, peak: float, kind: str, total_steps: int, warmup_fraction: float, min_ratio: float
 ) -> Schedule:
-    """Warm up linearly over W = ⌈fraction·T⌉ steps from peak/W; then stay, or follow a cosine to min_ratio·peak.
+    """Return a linear warm-up over W = ⌈fraction·T⌉ steps from peak/W, then a constant or a cosine.
 
+    The cosine falls to min_ratio·peak.
     Source: arXiv:2604.23747, app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant)."""
     warmup = math.ceil(warmup_fraction * total_steps)
 

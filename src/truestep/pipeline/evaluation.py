@@ -23,8 +23,8 @@ def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -
 def dev_score(
     session: Session, index: int, policy: Policy, engine: Engine | None, folder: Path
 ) -> DevScore | None:
-    """Return a function from step to score on the stage's dev set, or None without a dev set. The samples are kept
-    in ``folder``, even after an interruption. They come from ``engine``, or from ``policy`` if it is None."""
+    """Return a function from step to score on the stage's dev set, if there is one. Samples are kept in
+    ``folder``, even after an interruption. They come from ``engine``, or from ``policy`` if it is None."""
     prepared = session.prepared
     dev, identity = prepared.settings.stages[index].dev, stage_identity(prepared, index)
     if not dev.data:

@@ -44,7 +44,7 @@ Change = Callable[[Sequence[TrainSequence]], list[TrainSequence]]
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """A checked relation. ``error`` is the largest relative difference of two updates or two runs' weights."""
+    """A checked relation. ``error``: the largest relative difference of two updates or two runs' weights."""
 
     name: str
     error: float
@@ -79,7 +79,7 @@ def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict
 def check_method(
     method: str, options: Mapping[str, object], *, base_dir: Path, folder: Path, reporter: Reporter
 ) -> Iterator[Relation]:
-    """Check the relations one after the other, in an empty ``folder``. Raises UserError for an invalid row."""
+    """Check the relations one by one, in an empty ``folder``. Raises UserError if the row is invalid."""
     samples = find_method(method, options, base_dir).plan is not None
     place, _, name = method.rpartition(":")
     absolute = f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else method

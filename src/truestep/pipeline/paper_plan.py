@@ -99,7 +99,7 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
-    """Return a stage's work at the declared mean lengths (for attention, slightly less than the mean work)."""
+    """Return a stage's work at the declared mean lengths (for attention, a bit less than the mean work)."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
         rows = declared.rows[stage.data]

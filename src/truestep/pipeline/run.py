@@ -47,7 +47,7 @@ def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
 
 def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
     """Make the run directory, or continue one with --resume. Raises UserError, before anything is written, if
-    it is in use or has stages with other settings or data. Only rank 0 checks."""
+    it is in use or has stages with other settings or data. Only rank 0 checks: others would see its files."""
     if rank != 0:
         return
     settings = prepared.settings

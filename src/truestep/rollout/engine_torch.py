@@ -130,7 +130,7 @@ class _DecodeLayout:
 
 
 class TorchEngine:
-    """Samples from the given model, or, if ``packs`` is False, one row at a time with the model's own cache."""
+    """Samples from the given model; if ``packs`` is False, one row at a time with the model's own cache."""
 
     def __init__(self, model: PreTrainedModel, *, max_running: int = 64, packs: bool = True) -> None:
         self.model, self.max_running, self.packs = model, max_running, packs
