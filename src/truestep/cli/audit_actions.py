@@ -135,7 +135,7 @@ def run(
     remedies_for: str | None = None,
     reproducers: Path | None = None,
 ) -> list[Finding]:
-    """Audit all subjects, with progress on stderr. ``remedies_for`` is the target to search for remedies, if any;
+    """Audit all subjects, with progress on stderr. ``remedies_for`` is a target to search for remedies;
     ``reproducers`` is a folder for one script per fault. What Ctrl-C or SIGTERM leaves out is NOT RUN."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []

@@ -97,7 +97,7 @@ def _needs(settings: Settings, name: str) -> set[str]:
 
 
 def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Grade every gold answer with its checker. If it is refused, correct samples would count as incorrect."""
+    """Grade every gold answer with its checker. If it is refused, correct samples would be incorrect."""
     from rich.console import Console
     from rich.progress import track
 

@@ -22,7 +22,7 @@ def _argument(text: str) -> Any:
 
 
 def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any:
-    """Declare an option. The help shows ``default`` as the default if the real value would explain nothing."""
+    """Declare an option. The help shows ``default`` as its default if the real value explains nothing."""
     return typer.Option(flag, help=text, show_default=default, **more)
 
 

@@ -29,8 +29,8 @@ from truestep.settings import Settings, load_settings, override, read_recipe, se
 
 
 def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path | None, **how: bool) -> None:
-    """Evaluate a model or a recipe. ``given`` has the options that say what to evaluate, as keys of ``[evaluate]``,
-    and ``sets`` the values of --set. A training recipe without benchmarks uses its own evaluation sets."""
+    """Evaluate a model or a recipe. ``given`` has the options that say what to evaluate, as keys of
+    ``[evaluate]``, ``sets`` the values of --set. A training recipe without benchmarks uses its own evaluation sets."""
     is_recipe, path = model.endswith(".toml"), Path(model)
     raw = read_recipe(model, sets) if is_recipe else override({"model": {"path": model}}, sets)
     table = raw.pop("evaluate", {})  # merged below with the options, which override it
@@ -113,7 +113,7 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
-    """Open the adapter that turns jobs into samples. Yield it with a hash of the model ("" for an endpoint)."""
+    """Open the adapter that turns jobs into samples, with a hash of the model ("" for an endpoint)."""
     with ExitStack() as stack:
         if settings.evaluate.is_endpoint:
             client = stack.enter_context(connect(settings.evaluate.engine))
@@ -174,7 +174,7 @@ ENGINES: dict[str, Callable[[Settings, int], AbstractContextManager[Engine]]] = 
 
 
 def figures(settings: Settings) -> tuple[int, int, int]:
-    """Return the number of parameters, and the bytes per parameter and per cached token, without loading weights."""
+    """Return the numbers of parameters, bytes per parameter and bytes per cached token, without loading weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

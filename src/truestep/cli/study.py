@@ -113,7 +113,7 @@ def flops(paths: list[Path], as_json: bool) -> None:
 
 
 def trainer_verdict() -> str:
-    """Audit truestep's own step in this process, like any framework's. Return the verdict and the findings."""
+    """Audit truestep's own step in this process, like any framework's. Return the verdict and findings."""
     import sys
 
     from truestep.audit import subjects as registry

@@ -41,7 +41,7 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
 def _claims(
     arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], loaded: Mapping[str, tuple[Settings, Path]]
 ) -> list[dict[str, Any]]:
-    """Say whether an SFT-then-RL arm spends less than an arm with only RL, and at how many RL steps as much."""
+    """Say whether an SFT-then-RL arm spends less than an RL-only arm, and at how many RL steps as much."""
     if arm["kinds"] != ["sft", "rl"]:
         return []
     settings, path = loaded[arm["name"]]

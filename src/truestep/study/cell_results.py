@@ -23,7 +23,7 @@ EVALUATED = ("data", "samples_per_problem", "pass_at", "sampling", "before")  # 
 
 
 def cell_name(arm: str, seed: int) -> str:
-    """Return a cell's name for files and messages. It is never parsed: arm and seed are fields of the cell."""
+    """Return a cell's name for files and messages. It is not parsed: the cell has fields for arm and seed."""
     return f"{arm}-s{seed}"
 
 

@@ -21,7 +21,7 @@ NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
 
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
-    """Run all cells of the study, seed by seed. Return the finished cells by name; failed ones are in ``failures``.
+    """Run all cells of the study, seed by seed. Return the finished cells by name; ``failures`` has others.
     After Ctrl-C, wait for the running child processes, which also received it, and set ``stopped``."""
     runner.out.mkdir(parents=True, exist_ok=True)
     study = runner.study
@@ -108,7 +108,7 @@ def settled(runner: Runner, arm: str, seed: int, factor: float, *, dev: str = ""
 
 
 def tables_of(runner: Runner, arm: str) -> list[dict[str, Any]]:
-    """Return the arm's stages. All but the last have the rate chosen for the arm that ends with that stage."""
+    """Return the arm's stages. All but the last have the rate chosen for the arm that ends with them."""
     plain = stage_tables(runner.study, runner.study.arm(arm))
     tables = list(plain)
     for end in range(1, len(tables)):
