@@ -28,41 +28,41 @@ def _require_tokens(counts: Counts) -> None:
 
 
 def right(counts: Counts) -> Weights:
-    """Equation: 1."""
+    """Return the weight 1 for every micro-batch."""
     return _per_rank(counts, lambda rank: [1.0] * len(rank))
 
 
 def offload_first_last(counts: Counts) -> Weights:
-    """Equation: 1 for the first and the last micro-batch of a rank, 0 between."""
+    """Return the weight 1 for the first and the last micro-batch of a rank, 0 between."""
     return _per_rank(counts, lambda rank: [float(k in (0, len(rank) - 1)) for k in range(len(rank))])
 
 
 def first_only(counts: Counts) -> Weights:
-    """Equation: 1 for the first micro-batch of a rank, 0 after it."""
+    """Return the weight 1 for the first micro-batch of a rank, 0 after it."""
     return _per_rank(counts, lambda rank: [float(k == 0) for k in range(len(rank))])
 
 
 def last_only(counts: Counts) -> Weights:
-    """Equation: 1 for the last micro-batch of a rank, 0 before it."""
+    """Return the weight 1 for the last micro-batch of a rank, 0 before it."""
     return _per_rank(counts, lambda rank: [float(k == len(rank) - 1) for k in range(len(rank))])
 
 
 def micro_mean(counts: Counts) -> Weights:
-    """Equation: N / (D·K·n_i)."""
+    """Return the weights N / (D·K·n_i)."""
     _require_tokens(counts)
     total = sum(map(sum, counts))
     return _per_rank(counts, lambda rank: [total / (len(counts) * len(rank) * n) for n in rank])
 
 
 def micro_mean_without_1_over_k(counts: Counts) -> Weights:
-    """Equation: N / (D·n_i)."""
+    """Return the weights N / (D·n_i)."""
     _require_tokens(counts)
     total = sum(map(sum, counts))
     return _per_rank(counts, lambda rank: [total / (len(counts) * n) for n in rank])
 
 
 def rank_mean(counts: Counts) -> Weights:
-    """Equation: N / (D·n_rank), n_rank the tokens of the whole rank."""
+    """Return the weights N / (D·n_rank), where n_rank is the number of tokens of the whole rank."""
     total = sum(map(sum, counts))
     if not all(map(sum, counts)):
         raise ValueError("a rank without trained tokens has no mean")
@@ -70,8 +70,8 @@ def rank_mean(counts: Counts) -> Weights:
 
 
 def dp_token_mean(counts: Counts) -> Weights:
-    """Equation: N / (K·n_k), n_k the tokens of micro-step k over all ranks. Source: arXiv 2604.23747,
-    algorithm 2, called once per micro-step under gradient accumulation."""
+    """Return the weights N / (K·n_k), where n_k is the number of tokens of micro-step k over all ranks.
+    Source: arXiv 2604.23747, algorithm 2, called once per micro-step under gradient accumulation."""
     if len({len(rank) for rank in counts}) != 1:
         raise ValueError(
             "ranks with different numbers of micro-batches cannot sum over ranks at each micro-step"
@@ -84,22 +84,22 @@ def dp_token_mean(counts: Counts) -> Weights:
 
 
 def one_over_k_forgotten(counts: Counts) -> Weights:
-    """Equation: K."""
+    """Return the weight K for every micro-batch."""
     return _per_rank(counts, lambda rank: [float(len(rank))] * len(rank))
 
 
 def one_over_k_twice(counts: Counts) -> Weights:
-    """Equation: 1/K."""
+    """Return the weight 1/K for every micro-batch."""
     return _per_rank(counts, lambda rank: [1 / len(rank)] * len(rank))
 
 
 def summed_over_ranks(counts: Counts) -> Weights:
-    """Equation: D."""
+    """Return the weight D for every micro-batch."""
     return scale(float(len(counts)))(counts)
 
 
 def averaged_over_ranks_twice(counts: Counts) -> Weights:
-    """Equation: 1/D."""
+    """Return the weight 1/D for every micro-batch."""
     return scale(1 / len(counts))(counts)
 
 

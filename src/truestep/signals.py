@@ -32,7 +32,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """While active, the first SIGINT or SIGTERM only requests a stop; the second has its usual effect."""
+    """Make the first SIGINT or SIGTERM only request a stop. The second one has its usual effect."""
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if _pending:

@@ -30,7 +30,7 @@ from truestep.settings import Settings, load_settings, override, read_recipe, se
 
 def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path | None, **how: bool) -> None:
     """Evaluate a model or a recipe. ``given`` has the options that say what to evaluate, as keys of
-    ``[evaluate]``, ``sets`` the values of --set. A training recipe without benchmarks uses its own data sets."""
+    ``[evaluate]``, ``sets`` the values of --set. A recipe without benchmarks uses its own data sets."""
     is_recipe, path = model.endswith(".toml"), Path(model)
     raw = read_recipe(model, sets) if is_recipe else override({"model": {"path": model}}, sets)
     table = raw.pop("evaluate", {})  # merged below with the options, which override it

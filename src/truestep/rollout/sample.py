@@ -47,7 +47,7 @@ class Sampler:
         controls: Mapping[str, float] | None = None,
         stored: Mapping[int, Rollout] | None = None,
     ) -> list[Group]:
-        """One graded group per prompt, in order; rounds are batched over prompts.
+        """Return one graded group per prompt, in order. Rounds are batched over prompts.
 
         ``repeats`` says how often each prompt occurs earlier in the batch over all ranks (0 by default). The
         second group of a prompt has different sample numbers, and therefore different random numbers.

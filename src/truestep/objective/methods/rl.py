@@ -23,7 +23,7 @@ def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual
 
 
 def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: advantage R − group mean, asymmetric clip, token mean, no KL. Equal groups count."""
+    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL; all-equal groups are counted."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
