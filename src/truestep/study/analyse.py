@@ -179,4 +179,4 @@ def verdict(found: Crossed, p_adjusted: float | None) -> str:
         return "one seed: nothing can be concluded about training"
     if p < 0.05:
         return "higher" if found.value > 0 else "lower"
-    return f"no difference shown (one of {100 * found.detectable:.1f} points would have been)"
+    return f"no difference shown (a difference of {100 * found.detectable:.1f} points would have been shown)"

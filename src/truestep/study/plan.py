@@ -137,7 +137,7 @@ class Study(Frozen):
         for control in CONTROLS:
             if there.count(control) + (control in self.controls_off) != 1:
                 raise ValueError(
-                    f'the control {control!r} must be there once; add an arm with control = "{control}", or set '
+                    f'the control {control!r} must occur exactly once; add an arm with control = "{control}", or set '
                     f'controls_off.{control} = "..." to the reason why it is left out'
                 )
         for arm in self.arms:
