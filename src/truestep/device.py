@@ -1,4 +1,4 @@
-"""The only file that may name an accelerator: which device a rank computes on, and how its ranks talk."""
+"""The only module that may name an accelerator. It chooses a rank's device and the collective backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _HAS_ONEDNN el
 
 
 def compute_device() -> torch.device:
-    """This rank's accelerator, or the CPU if there is none."""
+    """Return this rank's accelerator, or the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -30,10 +30,10 @@ def collective_backend() -> str:
 
 
 def set_threads(wanted: int | Literal["auto"]) -> int:
-    """Pin the intra-op threads, and return their number; results are bit-exact only for a fixed number.
+    """Set the number of intra-op threads and return it. Results are bit-exact only for a fixed number.
 
-    "auto": OMP_NUM_THREADS if it is set, else the usable cores, divided among the ranks of this machine. With
-    several ranks OMP_NUM_THREADS is ignored, because torchrun sets it to 1."""
+    "auto" means OMP_NUM_THREADS if it is set, otherwise the usable cores divided among the ranks of this
+    machine. With several ranks OMP_NUM_THREADS is ignored, because torchrun sets it to 1."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] if ranks == 1 else ""
     automatic = int(given) if given.isdigit() and int(given) else max(1, usable_cores() // ranks)
@@ -44,15 +44,16 @@ def set_threads(wanted: int | Literal["auto"]) -> int:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: its affinity mask and its cgroup's CPU quota (rounded up)."""
+    """Return how many cores this process may use, by its affinity mask and its CPU quota (rounded up)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, max(1, math.ceil(min(cpu_quota(), cores))))
 
 
 def cpu_quota(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """How many CPUs this process's cgroup and its parents allow; infinity if there is no limit.
+    """Return how many CPUs this process's cgroup and its parents allow, or infinity if there is no limit.
 
-    cgroup v2: ``cpu.max`` contains "QUOTA PERIOD" or "max PERIOD". v1: two files; -1 means unlimited."""
+    In cgroup v2, ``cpu.max`` contains "QUOTA PERIOD" or "max PERIOD". In v1 there are two files, and -1 means
+    unlimited."""
     quota = math.inf
     with contextlib.suppress(OSError):
         for line in membership.read_text().splitlines():
@@ -87,12 +88,12 @@ def make_deterministic() -> None:
 
 
 def world() -> tuple[int, int]:
-    """(rank, world size) as torchrun sets them."""
+    """Return (rank, world size) as torchrun sets them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> float:
-    """Measured matrix-product rate of this process's device. Units: FLOP/s."""
+    """Measure the matrix-product rate of this process's device. Units: FLOP/s."""
     a = torch.ones(size, size, dtype=dtype, device=compute_device())
     float((a @ a).sum())  # the first call compiles or dispatches
     began, count = time.perf_counter(), 0
@@ -103,9 +104,9 @@ def matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> fl
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear``; outside autograd, float32 on a CPU goes through oneDNN instead of MKL.
+    """Compute ``torch.nn.functional.linear``, on a CPU in float32 without autograd by oneDNN instead of MKL.
 
-    Measured on an AMD EPYC at the head's shapes (49,152 columns of 576): 1.3 to 1.6 times as fast.
+    On an AMD EPYC, oneDNN was 1.3 to 1.6 times as fast at the head's shapes (49,152 columns of 576).
     Shapes: input [N, D], weight [V, D], bias [V] or None → [N, V]."""
     on_cpu = input.device.type == "cpu" and input.dtype == torch.float32
     if _ONEDNN is None or not on_cpu or torch.is_grad_enabled():
@@ -114,22 +115,22 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def keep_free_memory() -> None:
-    """Keep freed pages for the next tensor (glibc). Mapping new pages for every large tensor would cost up to
-    a tenth of a training step's processor time."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    """Make glibc keep freed pages for the next tensor. Mapping new pages for every large tensor would cost up
+    to a tenth of a training step's processor time."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_free_memory() -> None:
-    """Return freed pages to the system; glibc keeps those that lie between longer-lived tensors."""
+    """Return freed pages to the system. Otherwise glibc keeps those between longer-lived tensors."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set (CPU) or allocation (accelerator) of this process so far."""
+    """Return the largest resident set (CPU) or allocation (accelerator) of this process so far."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource

@@ -1,4 +1,4 @@
-"""Errors that a user can correct, as the one line that the user reads."""
+"""Errors that a user can correct. The user reads each of them as one line."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pydantic import BaseModel, ValidationError
 
 
 class UserError(ValueError):
-    """Bad settings, data or paths: exit code 2. The message is one line: the fault, then the remedy."""
+    """An error in settings, data or paths (exit code 2). Its message is one line with fault and remedy."""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean …?", or nothing if no known word is similar."""
+    """Return "; did you mean …?", or "" if no known word is similar."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem: its key, what was expected, what was found. ``model`` is the model that raised."""
+    """Describe the first problem by its key, what was expected and what was found. ``model`` raised it."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
@@ -40,7 +40,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
-    """The key that may have been meant, with its table if that is a different one; otherwise all keys."""
+    """Suggest the key that may have been meant (with its table if it differs), or list the expected keys."""
     here = [part for part in loc[:-1] if not part.isdigit()]
 
     def is_here(table: list[str]) -> bool:
@@ -55,7 +55,7 @@ def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
 
 
 def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of a settings model and of the tables in it, with its table: "compute.threads"."""
+    """Yield every key of a settings model and of its nested tables, with the table: "compute.threads"."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             yield prefix + name

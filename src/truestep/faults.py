@@ -1,4 +1,4 @@
-"""Known faults as wrong weight vectors, and how to recover such a vector from a gradient. torch is not used.
+"""Known faults as wrong weight vectors, and recovery of such a vector from a gradient. torch is not used.
 
 The correct gradient of a step is Σ_i g_i / N (g_i is the gradient sum of micro-batch i, N the step's tokens
 over all ranks). A fault is described by weights w: the actual gradient is Σ_i w_i·g_i / N.
@@ -28,41 +28,41 @@ def _require_tokens(counts: Counts) -> None:
 
 
 def right(counts: Counts) -> Weights:
-    """Equation: 1."""
+    """Return the weight 1 for every micro-batch."""
     return _per_rank(counts, lambda rank: [1.0] * len(rank))
 
 
 def offload_first_last(counts: Counts) -> Weights:
-    """Equation: 1 for the first and the last micro-batch of a rank, 0 between."""
+    """Return the weight 1 for the first and the last micro-batch of a rank, 0 between."""
     return _per_rank(counts, lambda rank: [float(k in (0, len(rank) - 1)) for k in range(len(rank))])
 
 
 def first_only(counts: Counts) -> Weights:
-    """Equation: 1 for the first micro-batch of a rank, 0 after it."""
+    """Return the weight 1 for the first micro-batch of a rank, 0 after it."""
     return _per_rank(counts, lambda rank: [float(k == 0) for k in range(len(rank))])
 
 
 def last_only(counts: Counts) -> Weights:
-    """Equation: 1 for the last micro-batch of a rank, 0 before it."""
+    """Return the weight 1 for the last micro-batch of a rank, 0 before it."""
     return _per_rank(counts, lambda rank: [float(k == len(rank) - 1) for k in range(len(rank))])
 
 
 def micro_mean(counts: Counts) -> Weights:
-    """Equation: N / (D·K·n_i)."""
+    """Return the weights N / (D·K·n_i)."""
     _require_tokens(counts)
     total = sum(map(sum, counts))
     return _per_rank(counts, lambda rank: [total / (len(counts) * len(rank) * n) for n in rank])
 
 
 def micro_mean_without_1_over_k(counts: Counts) -> Weights:
-    """Equation: N / (D·n_i)."""
+    """Return the weights N / (D·n_i)."""
     _require_tokens(counts)
     total = sum(map(sum, counts))
     return _per_rank(counts, lambda rank: [total / (len(counts) * n) for n in rank])
 
 
 def rank_mean(counts: Counts) -> Weights:
-    """Equation: N / (D·n_rank), n_rank the tokens of the whole rank."""
+    """Return the weights N / (D·n_rank), where n_rank is the number of tokens of the whole rank."""
     total = sum(map(sum, counts))
     if not all(map(sum, counts)):
         raise ValueError("a rank without trained tokens has no mean")
@@ -70,8 +70,8 @@ def rank_mean(counts: Counts) -> Weights:
 
 
 def dp_token_mean(counts: Counts) -> Weights:
-    """Equation: N / (K·n_k), n_k the tokens of micro-step k over all ranks. Source: arXiv 2604.23747,
-    algorithm 2, called once per micro-step under gradient accumulation."""
+    """Return the weights N / (K·n_k), where n_k is the number of tokens of micro-step k over all ranks.
+    Source: arXiv 2604.23747, algorithm 2, called once per micro-step under gradient accumulation."""
     if len({len(rank) for rank in counts}) != 1:
         raise ValueError(
             "ranks with different numbers of micro-batches cannot sum over ranks at each micro-step"
@@ -84,32 +84,32 @@ def dp_token_mean(counts: Counts) -> Weights:
 
 
 def one_over_k_forgotten(counts: Counts) -> Weights:
-    """Equation: K."""
+    """Return the weight K for every micro-batch."""
     return _per_rank(counts, lambda rank: [float(len(rank))] * len(rank))
 
 
 def one_over_k_twice(counts: Counts) -> Weights:
-    """Equation: 1/K."""
+    """Return the weight 1/K for every micro-batch."""
     return _per_rank(counts, lambda rank: [1 / len(rank)] * len(rank))
 
 
 def summed_over_ranks(counts: Counts) -> Weights:
-    """Equation: D."""
+    """Return the weight D for every micro-batch."""
     return scale(float(len(counts)))(counts)
 
 
 def averaged_over_ranks_twice(counts: Counts) -> Weights:
-    """Equation: 1/D."""
+    """Return the weight 1/D for every micro-batch."""
     return scale(1 / len(counts))(counts)
 
 
 def scale(factor: float) -> WeightsOf:
-    """The fault that multiplies everything by ``factor``."""
+    """Return the fault that multiplies every weight by ``factor``."""
     return lambda counts: factor * right(counts)
 
 
 def combine(*faults: WeightsOf) -> WeightsOf:
-    """Several faults at once: the product of their weights, entry by entry."""
+    """Return the fault that has all of these faults at once: their weights are multiplied entry by entry."""
 
     def combined(counts: Counts) -> Weights:
         weights = right(counts)
@@ -144,12 +144,12 @@ FAULTS: dict[str, tuple[WeightsOf, str]] = {
 
 
 def recover_weights(observed: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[Weights, float, float]:
-    """The weights w for which Σ w_i·parts_i comes closest to ``observed``, as (weights, residual, condition).
+    """Fit the weights w for which Σ w_i·parts_i is closest to ``observed``: (weights, residual, condition).
 
     ``parts`` are flat gradients on the scale of ``observed``: g_i / N for the weights above. ``residual`` is
     what the weights do not explain, relative to ``observed``. ``condition`` is the condition number of the
-    parts at unit length, the factor by which noise grows; it is infinite (the weights then mean nothing) if
-    one part is zero or a linear combination of the others."""
+    parts at unit length, the factor by which noise grows. It is infinite, and the weights then mean nothing,
+    if one part is zero or a linear combination of the others."""
     matrix = np.stack([np.asarray(part, dtype=np.float64).ravel() for part in parts], axis=1)
     target = np.asarray(observed, dtype=np.float64).ravel()
     lengths = np.linalg.norm(matrix, axis=0)

@@ -1,4 +1,4 @@
-"""The FLOPs ledger: tokens by kind → FLOPs, by the paper's formula and by a fuller count.
+"""The FLOPs ledger, which turns token counts into FLOPs by the paper's formula and by a fuller count.
 
 Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens, a forward pass costs 2ND and a
 backward pass 4ND. So an SFT token costs 6N, and an on-policy rollout token 8N (2N to generate it, 6N to train
@@ -16,19 +16,19 @@ from dataclasses import dataclass, fields
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     num_parameters: int
-    num_matmul_parameters: int  # those that a token is multiplied with: the head too, but not the embedding
+    num_matmul_parameters: int  # of all matrix products of a token: the head included, but not the embedding
     num_layers: int
     attention_width: int  # query channels: heads x head size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Work of a stage, as counts. Units: tokens; ``*_pairs``: query-key pairs (of one layer and head)."""
+    """The work of a stage, as counts. Units: tokens; ``*_pairs``: query-key pairs of one layer and head."""
 
     demonstration_tokens: int = 0  # trained tokens of demonstrations
     rollout_tokens: int = 0  # generated tokens
     rollout_trained_tokens: int = 0  # generated tokens that were then trained on
-    prompt_tokens: int = 0  # context tokens forwarded, in any pass
+    prompt_tokens: int = 0  # context tokens in any forward pass
     trained_pass_tokens: int = 0  # tokens through forward + backward, context included
     generated_pass_tokens: int = 0  # tokens through prefill and decoding
     scored_pass_tokens: int = 0  # tokens through forward-only scoring passes
@@ -40,16 +40,16 @@ class Ledger:
         return Ledger(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Ledger)})
 
     def times(self, count: float) -> Ledger:
-        """This work done ``count`` times."""
+        """Return the work of doing this ``count`` times."""
         return Ledger(**{f.name: round(getattr(self, f.name) * count) for f in fields(Ledger)})
 
     def paper_flops(self, shape: ModelShape) -> float:
-        """6N per demonstration token, 2N per generated token, 6N per generated token that is trained on."""
+        """Return 6N per demonstration token and 2N per generated token, plus 6N if it is trained on."""
         n = float(shape.num_parameters)
         return n * (6 * self.demonstration_tokens + 2 * self.rollout_tokens + 6 * self.rollout_trained_tokens)
 
     def full_flops(self, shape: ModelShape) -> float:
-        """FLOPs including prompt tokens, scoring passes and attention, without embedding look-ups."""
+        """Return the FLOPs with prompt tokens, scoring passes and attention, without embedding look-ups."""
         n, attention = float(shape.num_matmul_parameters), 4.0 * shape.num_layers * shape.attention_width
         forward_only = self.generated_pass_tokens + self.scored_pass_tokens
         matmul = n * (6 * self.trained_pass_tokens + 2 * forward_only)
@@ -57,7 +57,7 @@ class Ledger:
 
 
 def sequence_work(prompt: int, completion: int) -> Ledger:
-    """The work of training on one demonstration: the last token predicts nothing and is not forwarded.
+    """Return the work of training on one demonstration. Its last token predicts nothing, so it is left out.
 
     Units: tokens; ``completion`` includes the stop token. Held by: tests/study/test_flops_plan.py"""
     length = prompt + completion - 1
@@ -72,9 +72,9 @@ def sequence_work(prompt: int, completion: int) -> Ledger:
 def group_work(
     prompt: int, own: Sequence[int], demonstrations: Sequence[int] = (), *, scored: bool
 ) -> Ledger:
-    """The work of one prompt in a rollout batch: it is prefilled once, every own sample is decoded, and all
-    are trained on in one tree that forwards the prompt once. ``scored`` adds the pass for the proximal
-    log-probabilities.
+    """Return the work of one prompt in a rollout batch. The prompt is prefilled once, every own sample is
+    decoded, and all sequences are trained on in one tree, in which the prompt is computed once. ``scored``
+    adds the pass for the proximal log-probabilities.
 
     Units: tokens; lengths include the stop token. Held by: tests/study/test_flops_plan.py"""
     members = [n - 1 for n in (*own, *demonstrations)]

@@ -1,4 +1,4 @@
-"""The base of every settings model: it is frozen, and an unknown key is an error."""
+"""The base class of every settings model, which is frozen and rejects unknown keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress protocol of every long piece of work; ``cli.progress`` writes it to stderr."""
+"""The protocol by which long-running work reports its progress; ``cli.progress`` writes it to stderr."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Protocol
 
 class Reporter(Protocol):
     def say(self, text: str) -> None:
-        """One line of information."""
+        """Report one line of information."""
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        """A piece of work of ``total`` units starts; ``done`` of them are already finished."""
+        """Start a piece of work of ``total`` units, of which ``done`` are already finished."""
 
     def advance(self, done: int, note: str = "") -> None:
-        """``done`` units of it are finished."""
+        """Report that ``done`` units of the current work are finished."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RecordError(ValueError):
-    """A record whose parts contradict each other: a bug, never a user's mistake."""
+    """Raised if the parts of a record contradict each other. This is a bug, never a user's mistake."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -44,7 +44,7 @@ class Problem:
     checker: str = "math"  # the function of grade.score that compares a completion with the answer
     solution: str = ""  # a demonstration's text, if there is one
     row: str = ""  # where it came from, "file:line"
-    meta: Mapping[str, Any] = field(default_factory=dict)  # what else its checker needs
+    meta: Mapping[str, Any] = field(default_factory=dict)  # further data for the checker
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row as it was read
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Problem:
 
 
 class Role(enum.IntEnum):
-    """Who wrote a token. Only ASSISTANT tokens of a demonstration are trained."""
+    """The author of a token. Only ASSISTANT tokens of a demonstration are trained on."""
 
     SYSTEM = 0
     USER = 1
@@ -63,7 +63,7 @@ class Role(enum.IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A problem as the token ids that every sample of it starts from."""
+    """A problem as token ids, from which every one of its samples starts."""
 
     problem: Problem
     token_ids: tuple[int, ...]
@@ -74,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens: those of ``Prompt``, then text and stop token, which are in the loss."""
+    """A worked solution as tokens: the prompt, then solution and stop token (both are in the loss)."""
 
     problem_id: str
     token_ids: tuple[int, ...]
@@ -87,12 +87,12 @@ class Demonstration:
 
 
 class Origin(enum.IntEnum):
-    """Where a token comes from. Terms select their tokens by it, and metrics and ledgers count by it."""
+    """The origin of a token. Terms select tokens by their origin, and metrics and ledgers count by origin."""
 
-    CONTEXT = 0  # conditioned on, never trained
+    CONTEXT = 0  # conditioned on, never trained on
     POLICY = 1  # sampled in this rollout batch
     STORED = 2  # sampled in an earlier rollout batch and stored (replay)
-    EXPERT = 3  # a demonstration, or its beginning that a sample continues
+    EXPERT = 3  # part of a demonstration, or of a demonstration's beginning that a sample continues
 
 
 SAMPLED = (Origin.POLICY, Origin.STORED)  # the origins that have a behavior log-probability
@@ -101,7 +101,7 @@ NOT_SAMPLED = -1  # policy_version of a token that no policy has sampled
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """How the policy's distribution was changed before sampling; behavior log-probabilities include that."""
+    """The changes to the policy's distribution before sampling; behavior log-probabilities include them."""
 
     temperature: float
     top_p: float = 1.0
@@ -116,11 +116,11 @@ class Stop(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What a plan requests: ``num_samples`` completions that start the same way."""
+    """A plan's request for ``num_samples`` completions that start the same way."""
 
     num_samples: int
     prefix: float = 0.0  # share of the demonstration's tokens that the completion begins with; 1: all of it
-    prefix_origin: Origin = Origin.EXPERT  # EXPERT: the prefix is trained, CONTEXT: it is not
+    prefix_origin: Origin = Origin.EXPERT  # EXPERT: the prefix is trained on, CONTEXT: it is not
     hint: float = 0.0  # share of the solution's text that the prompt shows
     stored: bool = False  # a stored sample joins the group, and nothing is generated
 
@@ -136,7 +136,7 @@ PLAIN = Round(num_samples=1)
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One completion. Shapes: ``origin``, ``policy_version`` and ``behavior_logprobs`` have one value per
-    completion token. A failed sample has stop ERROR and a reason, and no tokens."""
+    completion token. A failed sample has ``stop`` ERROR, a reason and no tokens."""
 
     problem_id: str
     sample_index: int
@@ -147,7 +147,7 @@ class Rollout:
     distribution: Distribution
     stop: Stop
     error: str = ""
-    prompt_ids: tuple[int, ...] = ()  # the augmented prompt it is trained with; empty: the problem's prompt
+    prompt_ids: tuple[int, ...] = ()  # the hinted prompt, also used in training; empty: the problem's prompt
     round: Round = PLAIN
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class Rollout:
 
     @property
     def member(self) -> Origin:
-        """Its role in the group, by its last token: sampled (also if it failed), stored or expert."""
+        """The rollout's role in its group by its last token: sampled (or failed), stored or expert."""
         return self.origin[-1] if self.origin else Origin.POLICY
 
 
@@ -174,9 +174,9 @@ class Verdict(enum.StrEnum):
 class Score:
     """The score of a completion. ``verdict`` is about truth (None if no checker was used); ``reward`` is what
     RL maximizes (None: unscored). ``parts`` are the reward's parts by name, ``extracted`` the answer that was
-    found ("" if none was). ``reason`` says how the verdict was reached; an unscored sample needs one.
-    ``failed`` marks a sample that a reward function could not score (it raised, hung or returned no valid
-    value)."""
+    found ("" if there is none). ``reason`` says how the verdict was reached; it must be set for an unscored
+    sample. ``failed`` marks a sample that a reward function could not score: the function raised, hung or
+    returned an invalid value."""
 
     reward: float | None
     verdict: Verdict | None
@@ -198,24 +198,24 @@ class Score:
         return "unscored" if self.reward is None else "scored"
 
     def solved(self, threshold: float = 1.0) -> bool | None:
-        """Whether the sample solves its problem: by its verdict if a checker was used, else by a reward of at
-        least ``threshold``; None if it is unscored."""
+        """Return whether the sample solves its problem: by its verdict if a checker was used, otherwise by a
+        reward of at least ``threshold``. Return None if the sample is unscored."""
         if self.verdict is not None:
             return {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNSCORED: None}[self.verdict]
         return None if self.reward is None else self.reward >= threshold
 
 
 def judged(verdict: Verdict, *, extracted: str = "", reason: str = "") -> Score:
-    """A checker's score: reward 1 for correct, 0 for incorrect, None for unscored (a failure is not a 0)."""
+    """Return a checker's score, with reward 1 for correct, 0 for incorrect and None (not 0) for unscored."""
     reward = {Verdict.CORRECT: 1.0, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}[verdict]
     return Score(reward=reward, verdict=verdict, extracted=extracted, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardInput:
-    """What a reward function gets for one sample, which ``seed``, ``step`` and ``sample`` identify."""
+    """The input of a reward function for one sample, which ``seed``, ``step`` and ``sample`` identify."""
 
-    problem: Problem  # its columns are those of the row
+    problem: Problem  # ``columns`` are those of the data row
     messages: tuple[Message, ...]  # the prompt that was sampled from
     completion: str
     completion_ids: tuple[int, ...]
@@ -223,8 +223,8 @@ class RewardInput:
     seed: int
     step: int
     sample: int
-    limit: int  # of tokens
-    verdict: Verdict | None = None  # the checker's, if one is among the rewards
+    limit: int  # the length limit in tokens
+    verdict: Verdict | None = None  # the checker's verdict, if a checker is among the rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +234,7 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
-    num_discarded_tokens: int = 0  # sampled and then replaced by a later round: work without training
+    num_discarded_tokens: int = 0  # sampled, then replaced by a later round, so not trained on
 
     def __post_init__(self) -> None:
         _require(len(self.rollouts) == len(self.scores), "expected one score per rollout")
@@ -245,12 +245,12 @@ class Group:
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
     """One sequence of an optimizer step, before packing. Shapes: ``origin`` is aligned with ``token_ids``;
-    ``advantage``, ``behavior_logprobs`` and ``policy_version`` with the trained tokens, or one number for
-    all."""
+    ``advantage``, ``behavior_logprobs`` and ``policy_version`` are aligned with the trained tokens, or are
+    one number for all of them."""
 
     token_ids: tuple[int, ...]
     origin: tuple[Origin, ...]  # every token that is not CONTEXT is trained
-    num_prefix_tokens: int  # shared with others of the group, and may be computed once for all of them
+    num_prefix_tokens: int  # shared with other sequences of the group; may be computed once for all of these
     group: int
     advantage: tuple[float, ...] | float = 0.0
     behavior_logprobs: tuple[float, ...] | None = None
@@ -277,7 +277,7 @@ class TrainSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of tokens in a packed micro-batch that attends to itself causally and to all tokens of
+    """Adjacent tokens of a packed micro-batch, which attend causally to each other and to all tokens of
     ``prefix_start:prefix_stop`` (empty: no shared prefix). All bounds are flat indices."""
 
     start: int
@@ -286,7 +286,7 @@ class Segment:
     prefix_stop: int = 0
 
 
-# The fields of a TokenBatch with one value per trained token: those always set, and those set once known.
+# The fields of a TokenBatch with one value per trained token: first those always set, then the optional ones.
 TARGET_FIELDS = (
     "target_ids", "source_index", "sequence_index", "sequence_length", "origin", "policy_version",
     "advantage", "weight", "solved",
@@ -298,11 +298,11 @@ OPTIONAL_FIELDS = ("behavior_logprobs", "proximal_logprobs", "proximal_entropy",
 class TokenBatch:
     """One packed micro-batch without padding: N forwarded tokens, M trained (target) tokens of S sequences.
 
-    ``source_index`` is the forwarded token whose hidden state predicts each target: the last token of a
-    shared prompt predicts the first of every completion. ``sequence_index`` numbers the sequences of the
-    whole step on this rank. The optional columns are None until a scoring pass fills them;
-    ``behavior_logprobs`` is None if no token of the batch was sampled, and 0 at the tokens that were not (see
-    ``origin``)."""
+    ``source_index`` gives for each target the forwarded token whose hidden state predicts it: the last token
+    of a shared prompt predicts the first token of every completion. ``sequence_index`` numbers the sequences
+    of the whole step on this rank. The optional columns are None until a scoring pass fills them.
+    ``behavior_logprobs`` is None if no token of the batch was sampled, and 0 at tokens that were not sampled
+    (see ``origin``)."""
 
     input_ids: Tensor  # N int64
     position_ids: Tensor  # N int64
@@ -358,7 +358,7 @@ class BatchTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one optimizer step did."""
+    """A report of what one optimizer step did."""
 
     step: int
     loss: float
@@ -369,7 +369,7 @@ class StepReport:
 
 
 def conserve(scores: Sequence[Score]) -> dict[str, int]:
-    """The counts in a list of scores: n = correct + incorrect + unscored, always."""
+    """Count the correct, incorrect and unscored samples, and check that the counts add up to all scores."""
     counts = {v.value: sum(s.verdict is v for s in scores) for v in Verdict}
     _require(sum(counts.values()) == len(scores), "scores were lost")
     return {"n": len(scores), **counts}

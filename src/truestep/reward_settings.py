@@ -22,7 +22,7 @@ SHIPPED = {
 BUILT_IN = ("checker", "random", *SHIPPED)
 FORM = re.compile(r"(?:[^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-JUDGE_SECONDS = 600.0  # for a batch: a judge waits for a server
+JUDGE_SECONDS = 600.0  # for one batch; long, because a judge waits for a server
 
 
 class RewardSettings(Frozen):
@@ -30,12 +30,12 @@ class RewardSettings(Frozen):
 
     function: str  # one of BUILT_IN, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION
     weight: float = 1.0  # 0: only logged
-    name: str = ""  # in metrics and messages; the function's own if it is not set
+    name: str = ""  # for metrics and messages; by default the function's name
     options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
     timeout_seconds: float = Field(60.0, gt=0)  # for one batch
-    memory_mb: int = Field(4096, ge=64)  # resident memory of a worker and all that it has started
+    memory_mb: int = Field(4096, ge=64)  # resident memory of a worker and all processes that it has started
     workers: int = Field(1, ge=1)
-    batch_size: int = Field(64, ge=1)  # the most samples of one call
+    batch_size: int = Field(64, ge=1)  # the largest number of samples in one call
     max_failure_share: float = Field(0.05, ge=0, le=1)  # of a step's samples; a larger share stops the run
 
     @model_validator(mode="before")
@@ -63,7 +63,7 @@ class RewardSettings(Frozen):
 
 
 def reward_entries(reward: str, rewards: Sequence[RewardSettings]) -> tuple[RewardSettings, ...]:
-    """The rewards in effect: ``rewards``, or the single one that ``reward`` names. Raises ValueError."""
+    """Return the rewards in effect: ``rewards``, or the single one named by ``reward``. Raises ValueError."""
     entries = tuple(rewards) or (RewardSettings(function=reward),)
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):

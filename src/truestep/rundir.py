@@ -1,4 +1,4 @@
-"""The run directory: names, atomic writes and the provenance stamp.
+"""The run directory: its file names, atomic writes and the provenance stamp.
 
 RUN/resolved.toml  provenance.json  report.html  summary.json
     data/overlap.json
@@ -31,12 +31,12 @@ _SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """Replace what looks like a token, or like a password in a URL, before it is written anywhere."""
+    """Replace what looks like an access token, or a password in a URL, with "[redacted]"."""
     return _SECRET.sub("[redacted]", text)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part, even after a power loss."""
+    """Write a file atomically: even after a power loss it has the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -62,7 +62,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 def holds_run(folder: Path, *, resume: bool) -> bool:
-    """Whether there is a run to continue. Raises UserError for a run without ``resume``, or for other files."""
+    """Return whether the folder has a run to continue. Raises UserError if it has one but ``resume`` is not
+    set, or if it contains other files."""
     if (folder / "resolved.toml").exists():
         if not resume:
             raise UserError(f"{folder} already contains a run; pass --resume to continue it, or {ELSEWHERE}")
@@ -73,7 +74,7 @@ def holds_run(folder: Path, *, resume: bool) -> bool:
 
 
 def open_run(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the run directory with its resolved.toml. Raises UserError if it cannot be written."""
+    """Make the run directory and write resolved.toml. Raises UserError if the folder cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "resolved.toml", to_toml(settings))
@@ -90,7 +91,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows and flush; ``read_jsonl`` drops an incomplete last line (killed while writing)."""
+    """Append rows and flush. If a kill cuts off the last line, ``read_jsonl`` drops it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
@@ -98,7 +99,7 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a file that ``append_jsonl`` wrote; [] if there is none."""
+    """Return all complete rows of a file that ``append_jsonl`` wrote, or [] if there is no such file."""
     if not path.exists():
         return []
     rows = []
@@ -112,14 +113,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_jsonl(path: Path, keep_up_to_step: int) -> None:
-    """Drop rows after a step, atomically: a resumed stage writes them again."""
+    """Drop all rows after a step, atomically. A resumed stage writes these rows again."""
     if path.exists():
         rows = [row for row in read_jsonl(path) if row["step"] <= keep_up_to_step]
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def cache_folder() -> Path:
-    """The folder for what is made once: $TRUESTEP_CACHE, $XDG_CACHE_HOME/truestep or ~/.cache/truestep."""
+    """Return the cache folder: $TRUESTEP_CACHE, $XDG_CACHE_HOME/truestep or ~/.cache/truestep."""
     if own := os.environ.get("TRUESTEP_CACHE"):
         return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "truestep"
@@ -131,7 +132,7 @@ def file_sha256(path: Path) -> str:
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """Nested plain values (a dumped settings model) as TOML that reads back to the same table."""
+    """Write nested plain values (a dumped settings model) as TOML that reads back as the same table."""
     lines: list[str] = []
     _emit(table, (), lines)
     return "\n".join(lines).strip() + "\n"
@@ -196,7 +197,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Commit, versions, hardware, command and seed: what is needed to repeat the run."""
+    """Return what is needed to repeat the run: commit, versions, hardware, command and seed."""
     name, *words = sys.argv
     command = ["truestep" if Path(name).name == "__main__.py" else name, *words]
     return {

@@ -1,4 +1,4 @@
-"""Counter-based random generators: the only source of randomness in truestep.
+"""Counter-based random generators, the only source of randomness in truestep.
 
 A generator is a pure function of (run seed, purpose, step, item). It never depends on the rank, the
 micro-batch or the order in which generators are created, so world size and batch composition do not change a
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Purpose(enum.StrEnum):
-    """What a draw is for. A new use gets a new name, so that it cannot change the draws of an old one."""
+    """The purpose of a draw. Every purpose has a different name, so a new one does not change other draws."""
 
     MODEL_INIT = "model-init"
     DATA_ORDER = "data-order"
@@ -28,16 +28,16 @@ class Purpose(enum.StrEnum):
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, item: str | int = 0) -> np.random.Generator:
-    """A Philox generator keyed by SHA-256 of its coordinates, so that neighboring counters are unrelated."""
+    """Return a Philox generator keyed by a SHA-256 of the arguments, so neighboring steps are unrelated."""
     digest = hashlib.sha256(f"{seed}\x1f{purpose.value}\x1f{step}\x1f{item}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def integer(seed: int, purpose: Purpose, step: int = 0, item: str | int = 0) -> int:
-    """A 63-bit seed for libraries that take an integer (torch.manual_seed)."""
+    """Return a 63-bit seed for libraries that take an integer (torch.manual_seed)."""
     return int(generator(seed, purpose, step, item).integers(0, 2**63 - 1))
 
 
 def permutation(seed: int, epoch: int, size: int, item: str = "") -> np.ndarray:
-    """The order in which an epoch visits ``size`` items."""
+    """Return the order in which an epoch visits ``size`` items."""
     return generator(seed, Purpose.DATA_ORDER, epoch, item).permutation(size)

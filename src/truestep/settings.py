@@ -1,5 +1,5 @@
-"""One TOML per run → frozen pydantic models. Unknown keys, duplicate keys and contradictions fail here, with
-the remedy; ``resolved.toml`` in the run directory shows every setting that was in force.
+"""The settings of a run, as frozen pydantic models read from one TOML file. Unknown keys, duplicate keys and
+contradictions fail here with a remedy; ``resolved.toml`` in the run directory has every setting in force.
 
 Batch sizes are named by what they count; all others are derived. One file: the models refer to each other."""
 
@@ -64,7 +64,7 @@ class ChatSettings(Frozen):
 
     system: str = ""
     user: str = "{problem}"
-    generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; cut off the start of a demonstration
+    generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; removed from a demonstration's start
 
     @model_validator(mode="after")
     def _has_problem(self) -> Self:
@@ -76,7 +76,7 @@ class ChatSettings(Frozen):
 class DataSettings(Frozen):
     source: str  # procedural:TASK | reasoning_gym:TASK | hub:org/name | path to .jsonl or .parquet
     split: str = "train"
-    seed: Annotated[int, Field(ge=0)] | Literal["run"] = "run"  # of problems that a program draws
+    seed: Annotated[int, Field(ge=0)] | Literal["run"] = "run"  # for procedural problems
     skip: int = Field(0, ge=0)
     limit: int | Literal["all"] = "all"
     checker: Literal["auto"] | Checker = "auto"
@@ -126,14 +126,14 @@ class DevSettings(Frozen):
 
 
 class FaultSettings(Frozen):
-    """Known faults of other frameworks, injected as wrong weights of micro-batches; only for arms of a study.
-    With any fault, a micro-batch contains ``sequences_per_microbatch`` sequences in the order of the data."""
+    """Known faults of other frameworks, injected as wrong weights of micro-batches, only for arms of a study.
+    With any fault, a micro-batch contains ``sequences_per_microbatch`` sequences, in data order."""
 
-    # first_last: as measured; first_only: as the paper's text says
+    # first_last: as measured; first_only: as described in the paper's text
     offload_drop: Literal["none", "first_last", "first_only"] = "none"
     micro_mean: bool = False  # mean of micro-batch means
     dp_token_mean: bool = False  # tokens counted over ranks, but per micro-step (the paper's algorithm 2)
-    others: tuple[str, ...] = ()  # further names of faults.FAULTS
+    others: tuple[str, ...] = ()  # further names from faults.FAULTS
     sequences_per_microbatch: int = Field(1, ge=1)
 
     @model_validator(mode="after")
@@ -186,7 +186,7 @@ class SamplingSettings(Frozen):
 
 
 class RejectionSettings(StageSettings):
-    """Rejection-sampling SFT: sample from the stage's initial model, train on what the checker accepts."""
+    """A stage that samples from its initial model and does SFT on the samples that the checker accepts."""
 
     kind: Literal["rejection"]
     sampling: SamplingSettings
@@ -207,7 +207,7 @@ class RlSettings(StageSettings):
     updates_per_rollout: int = Field(2, ge=1)  # the batch is split by prompt into this many mini-batches
     sampling: SamplingSettings
     reward: str = "checker"  # checker, random (a control: a coin flip per sample) or a reward function
-    rewards: tuple[RewardSettings, ...] = ()  # several, with weights
+    rewards: tuple[RewardSettings, ...] = ()  # several rewards, with weights
     solved_at: float = 1.0  # without a checker, a sample with at least this reward solves its problem
     method: str = "grpo_token_mean"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
@@ -242,7 +242,7 @@ Stage = Annotated[SftSettings | RlSettings | RejectionSettings, Field(discrimina
 
 
 class EvaluationSampling(Frozen):
-    """Sampling in an evaluation. "benchmark" means the value that the table of benchmarks pins."""
+    """Sampling in an evaluation. "benchmark" means the value pinned in the table of benchmarks."""
 
     temperature: Annotated[float, Field(ge=0)] | Pinned = "benchmark"
     top_p: float = Field(1.0, gt=0, le=1)
@@ -251,23 +251,23 @@ class EvaluationSampling(Frozen):
     max_running: int = Field(64, ge=1)  # rows decoded, or requests sent, at once: memory only
 
     def resolved(self, temperature: float, max_new_tokens: int) -> SamplingSettings:
-        """With these values in place of "benchmark"."""
+        """Return the sampling settings, with these values in place of "benchmark"."""
         pinned = {"temperature": temperature, "max_new_tokens": max_new_tokens}
         given = {key: value for key, value in self.model_dump().items() if value != "benchmark"}
         return SamplingSettings.model_validate(pinned | given)
 
 
 class EvaluateSettings(Frozen):
-    """What to evaluate: a run's checkpoints on its data sets, or, with ``truestep eval``, any model on pinned
+    """Evaluates a run's checkpoints on its data sets, or, with ``truestep eval``, any model on pinned
     ``benchmarks``, for which ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
 
     data: tuple[str, ...] = ()
     before: bool = True  # also evaluate the base model
     samples_per_problem: Positive | Pinned = 1
-    pass_at: tuple[int, ...] = (1,)  # of data sets; a benchmark gets every k
+    pass_at: tuple[int, ...] = (1,)  # for data sets; a benchmark gets every k
     sampling: EvaluationSampling = EvaluationSampling(temperature=0.6, max_new_tokens=256)
     benchmarks: tuple[str, ...] = ()
-    folder: str = ""  # with ID.jsonl, .parquet or .csv of each benchmark; "": the Hugging Face hub
+    folder: str = ""  # contains ID.jsonl, .parquet or .csv for each benchmark; "": the Hugging Face hub
     engine: str = (
         "torch"  # one of cli/evaluation_actions.py's ENGINES, or the URL of an OpenAI-compatible endpoint
     )
@@ -322,7 +322,7 @@ class EvaluateSettings(Frozen):
 
 
 class Settings(Frozen):
-    """A whole run."""
+    """The settings of a whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
@@ -338,7 +338,7 @@ class Settings(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _stage_names(cls, raw: Any) -> Any:
-        """A stage without a name is called after its kind."""
+        """Name every stage that has no name after its kind."""
         listed = raw.get("stages") if isinstance(raw, dict) else None
         if not isinstance(listed, list):
             return raw
@@ -368,14 +368,14 @@ class Settings(Frozen):
         for s in self.stages:
             if s.dev.data and s.dev.data in (*self.evaluate.data, *(other.data for other in self.stages)):
                 key = f'stages.{s.name}.dev.data = "{s.dev.data}"'
-                raise ValueError(f"{key} is also used for training or testing; set a different data set")
+                raise ValueError(f"{key} is also used for training or testing; choose a different data set")
         for where, name in wanted:
             if name not in self.data:
                 known = (", ".join(self.data) or "none") + did_you_mean(name, list(self.data))
                 raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {known}')
         if self.compute.parallel == "fsdp2" and self.compute.compile:
             raise ValueError(
-                "compute.compile with fsdp2 is not proven to give equal updates; set compile = false"
+                "compute.compile with fsdp2 is not proven to give the same updates; set compile = false"
             )
         return self
 
@@ -385,7 +385,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     Raises UserError with one line naming the file, the key and what was expected."""
     settings = parse_settings(read_recipe(path, overrides), where=str(path))
     model = settings.model.path
-    beside = Path(path).parent / model  # as for data: in the recipe's folder, else in the current one
+    beside = Path(path).parent / model  # as for data: in the recipe's folder, otherwise in the current folder
     if beside.exists() and ("/" in model or model.endswith(".gguf")) and not Path(model).is_absolute():
         found = settings.model.model_copy(update={"path": str(beside)})
         settings = settings.model_copy(update={"model": found})
@@ -393,7 +393,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The recipe's table, with the overrides applied. Raises UserError like ``load_settings``."""
+    """Return the recipe's table, with the overrides applied. Raises UserError like ``load_settings``."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; pass a recipe file, e.g. {path}/run.toml")
@@ -455,7 +455,7 @@ def _child(node: Any, part: str, item: str) -> Any:
 
 
 def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:
-    """12 hex digits over the canonical JSON of the given settings: the identity of a stage or a run."""
+    """Return the identity of a stage or a run: 12 hex digits of a hash of its settings as canonical JSON."""
     payload = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
     canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

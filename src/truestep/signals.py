@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first stops a run at the next safe point, fully saved; the second at once."""
+"""Handles Ctrl-C and SIGTERM. The first one saves and stops at the next safe point, the second at once."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _pending: list[int] = []
 
 
 def pending() -> int:
-    """The signal that has requested a stop, 0 if none."""
+    """Return the signal that has requested a stop, or 0 if there is none."""
     return _pending[0] if _pending else 0
 
 
 def check() -> None:
-    """Raise Interrupted if a signal has arrived; called between decoding steps, micro-batches and steps."""
+    """Raise Interrupted if a signal has arrived. Called between decoding steps, micro-batches and steps."""
     if _pending:
         raise Interrupted(_pending[0])
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """While active, the first SIGINT or SIGTERM only requests a stop; the second has its usual effect."""
+    """Make the first SIGINT or SIGTERM only request a stop. The second one has its usual effect."""
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if _pending:

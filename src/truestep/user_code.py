@@ -1,5 +1,5 @@
-"""The code of a recipe: FILE.py:NAME or PACKAGE.MODULE:NAME → the file, its hash and the function. It is run
-with the user's rights; its content hash is part of a run's identity and provenance."""
+"""Finds and runs a recipe's own code, named as FILE.py:NAME or PACKAGE.MODULE:NAME. The code runs with the
+user's rights. The hash of its file is part of a run's identity and provenance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from truestep.rundir import file_sha256
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The file that a function is in."""
+    """A function and the file that contains it."""
 
     path: str
     module: str  # "" for FILE.py:FUNCTION
@@ -31,8 +31,8 @@ class Source:
 
 
 def find_source(named: str, base: Path, *, what: str, shipped: str = "") -> Source:
-    """Find the file without running it. ``base`` is the recipe's folder, ``what`` is the word used in errors,
-    ``shipped`` the place of a function that ships with truestep. Raises UserError if there is none."""
+    """Find a function's file without running it. ``base`` is the recipe's folder, ``what`` a word for errors,
+    ``shipped`` the place of a function that ships with truestep. Raises UserError if it is missing."""
     place, _, function = (shipped or named).rpartition(":")
     if place.endswith(".py"):
         module, path = "", (base / Path(place).expanduser()).resolve()
@@ -46,7 +46,7 @@ def find_source(named: str, base: Path, *, what: str, shipped: str = "") -> Sour
 
 
 def _module_file(module: str, places: Sequence[str], what: str) -> Path:
-    """A module's file, found without importing its packages."""
+    """Find a module's file without importing its packages."""
     name = ""
     for part in module.split("."):
         name = f"{name}.{part}".lstrip(".")
@@ -55,13 +55,13 @@ def _module_file(module: str, places: Sequence[str], what: str) -> Path:
             break
         places = spec.submodule_search_locations or []
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise UserError(f"{what}: module {name} does not exist; install it or put it beside the recipe")
+        raise UserError(f"{what}: module {name} does not exist; install it or put it next to the recipe")
     return Path(spec.origin)
 
 
 def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
-    """Import the file and take its function. It can import the files next to it; they come last in the path,
-    so that a file called random.py does not hide a module. Raises UserError, and whatever the file raises."""
+    """Import the file and return its function. The file can import its neighbors, which come last in the path
+    so that a file called random.py does not hide a module. Raises UserError, and what the file raises."""
     for folder in (*path, str(Path(source.path).parent)):
         if folder not in sys.path:
             sys.path.append(folder)
@@ -88,18 +88,18 @@ def _import_file(path: Path) -> ModuleType:
 
 
 class _FromSource(importlib.machinery.SourceFileLoader):
-    """Loads without byte code: cached byte code is chosen by the file's second and size, so after an edit the
-    old code could run under the hash of the new."""
+    """A loader that ignores cached byte code, which Python chooses by the file's size and time in seconds:
+    after an edit, the old code could run under the hash of the new code."""
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
         raise OSError
 
 
 def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """A function's keyword arguments, with ``folder`` if it takes one. Raises UserError for unknown ones."""
+    """Return a function's keyword arguments, with ``folder`` if it takes one. Raises UserError for others."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # written in C
+    except ValueError:  # a function written in C
         return dict(options)
     given = ({"folder": folder} if "folder" in signature.parameters else {}) | dict(options)
     try:
@@ -116,15 +116,15 @@ MAX_DETAIL = 6000  # kept characters of a traceback
 
 @dataclass(frozen=True, kw_only=True)
 class Raised:
-    """What the user's code raised: one line, and its traceback."""
+    """An exception of the user's code, as one line and a traceback."""
 
     reason: str
     detail: str
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """What the user's code returns, or a ``Raised``: the only place that catches everything, ``sys.exit``
-    included. A process that the code has forked ends when it returns here."""
+    """Call the user's code and return its result, or a ``Raised``. Only this function catches everything,
+    even ``sys.exit``. If the code forks, the child process ends when it returns here."""
     own = os.getpid()
     try:
         result = work(*given)
@@ -136,7 +136,7 @@ def attempt(work: Callable[..., Any], *given: Any) -> Any:
 
 
 def raised(error: BaseException) -> Raised:
-    """An exception of the user's code in words; frames of truestep that called it are left out."""
+    """Describe an exception of the user's code in words, without the frames of truestep."""
     package = str(Path(__file__).parent)
     frames = traceback.extract_tb(error.__traceback__)
     while frames and (frames[0].filename.startswith(package) or "importlib" in frames[0].filename):

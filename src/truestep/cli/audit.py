@@ -1,4 +1,4 @@
-"""``truestep audit``: what the optimizer step of an installed framework really does."""
+"""``truestep audit``, which shows what the optimizer step of an installed framework really does."""
 
 from __future__ import annotations
 

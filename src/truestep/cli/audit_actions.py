@@ -1,4 +1,4 @@
-"""The actions of ``truestep audit``: choose subjects and a Python, run, show."""
+"""The actions of ``truestep audit``: choosing subjects and a Python, running them, showing the findings."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def say(text: str) -> None:
 def select(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None, build: bool = True
 ) -> tuple[list[Subject], Path]:
-    """The subjects and the Python to run them with. An environment is built for a requirement; with
-    ``build=False`` the requirement itself is returned in its place. A configuration file chooses one subject
-    and its only configuration. Raises UserError if there is nothing to audit."""
+    """Choose the subjects and the Python to run them with. An environment is built for a requirement; with
+    ``build=False``, the requirement itself is returned instead. A configuration file chooses one subject with
+    one configuration. Raises UserError if there is nothing to audit."""
     if arch and arch not in registry.ARCHS:
         raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
@@ -75,7 +75,7 @@ def _as_configured(config: Path, target: str, python: Path | None, arch: str) ->
 
 
 def _program(python: Path | None) -> Path:
-    """The Python to audit, by default the current one."""
+    """Return the Python to audit, by default the current one."""
     chosen = shutil.which(str(python or sys.executable))
     if chosen is None:
         raise UserError(f"--python {python} does not exist; pass a virtual environment's bin/python")
@@ -83,7 +83,7 @@ def _program(python: Path | None) -> Path:
 
 
 def _own_loop(target: str, arch: str) -> Subject:
-    """``FILE.py:FUNCTION`` as a subject."""
+    """Make a subject from ``FILE.py:FUNCTION``."""
     file, _, function = target.rpartition(":")
     path = Path(file).absolute()
     if not path.is_file():
@@ -135,8 +135,8 @@ def run(
     remedies_for: str | None = None,
     reproducers: Path | None = None,
 ) -> list[Finding]:
-    """All findings, with progress on stderr. ``remedies_for``: the target to search for remedies, if any;
-    ``reproducers``: a folder for one script per fault. What Ctrl-C or SIGTERM leaves out is NOT RUN."""
+    """Audit all subjects, with progress on stderr. ``remedies_for`` is a target to search for remedies;
+    ``reproducers`` is a folder for one script per fault. What Ctrl-C or SIGTERM leaves out is NOT RUN."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []
     began = time.monotonic()
@@ -162,7 +162,7 @@ def run(
 
 
 def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) -> Finding:
-    """Write the fault's script and run it; the finding says whether the script shows the fault."""
+    """Write the fault's script and run it. The returned finding says whether the script shows the fault."""
     text = reproduce.script(finding, subject.script)
     if not text:
         say("  no reproducer: there is no template for this subject")
@@ -180,7 +180,7 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
 
 
 def absent(python: Path, only: str) -> list[Finding]:
-    """Findings for what is not installed in this Python, so that no missing row is mistaken for RIGHT."""
+    """Return findings for what is not installed in this Python, so that it is not mistaken for RIGHT."""
     findings, found = [], environment.installed(python)
     for s in registry.TABLE:
         missing = [n for n in (*s.needs, *s.brings) if n not in found]
@@ -226,7 +226,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 
 def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
-    """Sweep the model classes of the installed transformers."""
+    """Audit the loss of every model class of the installed transformers."""
     chosen = _program(python)
     if "transformers" not in environment.installed(chosen):
         raise UserError(
@@ -259,7 +259,7 @@ def past(folder: Path, *, as_json: bool) -> None:
 def bisect(
     target: str, text: str, *, known_bad: str, only: str, seed: int, timeout: float, as_json: bool
 ) -> None:
-    """Search the releases of one package; each is judged by its subject's first configuration."""
+    """Search the releases of one package. Each release is judged by its subject's first configuration."""
     if not target or "=" in target:
         raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
     first, last = releases.parse_range(text)

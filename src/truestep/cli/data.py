@@ -1,4 +1,4 @@
-"""``truestep data check`` validates every row; ``truestep data show`` prints which tokens are trained."""
+"""``truestep data check`` validates every row; ``truestep data show`` prints which tokens are trained on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from truestep.cli.run import Json, Set
 
-app = typer.Typer(help="Check data row by row, or show which tokens are trained.", no_args_is_help=True)
+app = typer.Typer(help="Check data row by row, or show which tokens are trained on.", no_args_is_help=True)
 
 
 _SOURCE = "A recipe (.toml), a .jsonl or .parquet file, or a folder."

@@ -90,14 +90,14 @@ def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
 
 
 def _needs(settings: Settings, name: str) -> set[str]:
-    """What every row of a data set needs: a solution for SFT; an answer for RL, rejection and evaluation."""
+    """Return what every row of a data set needs: a solution for SFT, an answer for all other uses."""
     needs = {"solution" if s.kind == "sft" else "answer" for s in settings.stages if s.data == name}
     judged = {*settings.evaluate.data, *(s.dev.data for s in settings.stages)}
     return needs | ({"answer"} if name in judged else set())
 
 
 def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Grade every gold answer with its checker: a refused one would make correct samples incorrect."""
+    """Grade every gold answer with its checker. If it is refused, correct samples would be incorrect."""
     from rich.console import Console
     from rich.progress import track
 
@@ -145,7 +145,7 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
 def _example(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings
 ) -> tuple[Text, dict[str, Any]]:
-    """One problem as colored text, and, for JSON, as counts and spans (runs of tokens of one kind)."""
+    """Return one problem as colored text, and, for JSON, as counts and spans (runs of tokens of one kind)."""
     from rich.text import Text
 
     from truestep.data.chat import encode_demonstration, encode_prompt, prompt_roles

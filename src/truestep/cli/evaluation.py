@@ -1,4 +1,4 @@
-"""``truestep eval``: a model on benchmarks or a recipe's own data sets, and commands that need no model."""
+"""``truestep eval``: evaluates a model on benchmarks or data sets, and has commands that need no model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _argument(text: str) -> Any:
 
 
 def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any:
-    """``default`` is what the help shows as the default if the real value would explain nothing."""
+    """Declare an option. The help shows ``default`` as its default if the real value explains nothing."""
     return typer.Option(flag, help=text, show_default=default, **more)
 
 
@@ -44,7 +44,7 @@ Logged = Annotated[Path, _argument("A run directory, a samples file, or a log fr
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a comma-separated option."""
+    """Split a comma-separated option into words."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
@@ -132,7 +132,7 @@ def import_logs(
 
 
 def show(folder: Path, summary: dict[str, Any], report: Path, as_json: bool) -> None:
-    """What an evaluation prints on stdout."""
+    """Print the result of an evaluation on stdout."""
     if as_json:
         typer.echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
         return
@@ -179,8 +179,8 @@ def grade(
     second: Annotated[bool, option("--second", _SECOND)] = False,
     as_json: Json = False,
 ) -> None:
-    """Grade every (gold, pred) pair in a file, without a model. Optional fields: id, kind (choice),
-    choices."""
+    """Grade every (gold, pred) pair in a file, without a model. Optional fields: id, kind ("choice" for
+    multiple choice), choices."""
     announce(f"truestep eval grade: grading the pairs of {pairs}")
     from truestep.grade.pairs import grade_pairs, read_pairs, table
 
@@ -195,7 +195,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def app() -> typer.Typer:
-    """The group of ``eval`` commands."""
+    """Make the group of ``eval`` commands."""
     group = typer.Typer(help=HELP, no_args_is_help=True)
     for name, function in COMMANDS.items():
         group.command(name)(function)
@@ -203,7 +203,7 @@ def app() -> typer.Typer:
 
 
 def with_default(words: Sequence[str]) -> list[str]:
-    """The command line, in which ``eval MODEL`` is changed to ``eval model MODEL``."""
+    """Return the command line with ``eval MODEL`` changed to ``eval model MODEL``."""
     if len(words) > 1 and words[0] == "eval" and words[1] not in (*COMMANDS, "--help"):
         return ["eval", DEFAULT, *words[1:]]
     return list(words)

@@ -1,4 +1,4 @@
-"""What ``truestep eval MODEL`` and ``truestep eval RECIPE`` do: settings, engine, run."""
+"""The actions of ``truestep eval MODEL`` and ``truestep eval RECIPE``: settings, engine, run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from truestep.settings import Settings, load_settings, override, read_recipe, se
 
 
 def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path | None, **how: bool) -> None:
-    """``given``: the options that say what to evaluate, as keys of ``[evaluate]``; ``sets``: the values of
-    --set. For a training recipe that names no benchmarks, its own evaluation sets are used."""
+    """Evaluate a model or a recipe. ``given`` has the options that say what to evaluate, as keys of
+    ``[evaluate]``, ``sets`` the values of --set. A recipe without benchmarks uses its own data sets."""
     is_recipe, path = model.endswith(".toml"), Path(model)
     raw = read_recipe(model, sets) if is_recipe else override({"model": {"path": model}}, sets)
     table = raw.pop("evaluate", {})  # merged below with the options, which override it
@@ -84,7 +84,7 @@ def _execute(
 
 
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raises UserError if the folder contains a different run, or something else. Writes nothing."""
+    """Raise UserError if the folder contains a different run, or something else. Nothing is written."""
     if not rundir.holds_run(folder, resume=resume):
         return
     raw = read_recipe(folder / "resolved.toml")
@@ -97,7 +97,7 @@ def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
 
 
 def _plan_text(plan: dict[str, Any], folder: Path) -> str:
-    """The dry run as text."""
+    """Return the plan of a dry run as text."""
     lines = [
         f"{j['data']:<16} {j['prompt']:<12} {j['problems']:>6} problems {j['samples']:>7} samples "
         f"{j['prompt_tokens']:>9} prompt tokens, at most {j['generated_tokens_at_most']} generated"
@@ -113,7 +113,7 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
-    """The adapter that turns jobs into samples, and a hash of the model ("" for an endpoint)."""
+    """Open the adapter that turns jobs into samples, with a hash of the model ("" for an endpoint)."""
     with ExitStack() as stack:
         if settings.evaluate.is_endpoint:
             client = stack.enter_context(connect(settings.evaluate.engine))
@@ -174,7 +174,7 @@ ENGINES: dict[str, Callable[[Settings, int], AbstractContextManager[Engine]]] = 
 
 
 def figures(settings: Settings) -> tuple[int, int, int]:
-    """The number of parameters, the bytes per parameter and per cached token; no weights are loaded."""
+    """Return the parameter count and the bytes per parameter and cached token, without loading weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -195,8 +195,8 @@ def figures(settings: Settings) -> tuple[int, int, int]:
 
 
 def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:
-    """The plan for --dry-run: every prompt is built and counted, but no weights are loaded. It has upper bounds
-    for tokens, and, if the model runs here, for memory and arithmetic."""
+    """Make the plan for --dry-run: every prompt is built and counted, but no weights are loaded. The plan has
+    upper bounds for tokens, and, if the model runs here, for memory and arithmetic."""
     ready = [adapter.ready(job, settings.evaluate.few_shot) for job in jobs]
     rows: list[dict[str, Any]] = [
         {

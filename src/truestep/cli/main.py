@@ -1,4 +1,4 @@
-"""``truestep``: the commands, and the one place where an error becomes one line and an exit code."""
+"""The ``truestep`` command, and the only place where an error becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def _app() -> typer.Typer:
 
     app = typer.Typer(
         no_args_is_help=True, pretty_exceptions_enable=False,
-        rich_markup_mode=None,  # Rich takes "[default: ...]" for markup and drops it
-        help="SFT-then-RL training in which every optimizer step is provably the one that was requested.",
+        rich_markup_mode=None,  # Rich would take "[default: ...]" for markup and drop it
+        help="SFT-then-RL training in which every optimizer step is tested to be the one you configured.",
     )  # fmt: skip
 
     @app.callback()
     def root(version: Version = False) -> None:
-        """Exit codes: 0 done · 2 error in usage, settings or data · 3 could not run · 5 not enough resources ·
-        130/143 interrupted, with all finished work saved."""
+        """Exit codes: 0 done · 2 error in usage, settings or data · 3 could not run · 5 not enough resources
+        · 130/143 interrupted, with all finished work saved."""
 
     app.command("run")(verbs.run)
     app.command("sft")(verbs.sft)
@@ -55,13 +55,13 @@ def _app() -> typer.Typer:
 
 
 def _lazily(module: str, name: str) -> Any:
-    """An exception class, or, if its module has not been imported, a class that matches nothing."""
+    """Return an exception class, or, if its module has not been imported, a class that matches nothing."""
     found = sys.modules.get(module)
     return getattr(found, name) if found is not None else type("Absent", (Exception,), {})
 
 
 def main() -> None:
-    """Entry point. A user's error is one line on stderr, never a traceback."""
+    """Run the command line. A user's error is printed as one line on stderr, never as a traceback."""
     try:
         from truestep.cli.evaluation import with_default
 

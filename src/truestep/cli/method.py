@@ -1,4 +1,4 @@
-"""``truestep method check | list``: the built-in rows, and the user's rows."""
+"""``truestep method check | list``, for the built-in rows and the user's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress with the time left on stderr: a live bar on a terminal, otherwise plain lines."""
+"""Shows progress and the time left on stderr: a live bar on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def announce(text: str) -> None:
 
 
 class ConsoleReporter:
-    """A ``progress.Reporter`` on stderr."""
+    """A ``progress.Reporter`` that writes to stderr."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)

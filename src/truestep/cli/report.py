@@ -1,4 +1,4 @@
-"""``truestep report RUN``: write the page of a run or a study again from its files."""
+"""``truestep report RUN``, which writes the page of a run or a study again from its files."""
 
 from __future__ import annotations
 

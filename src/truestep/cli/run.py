@@ -1,4 +1,4 @@
-"""``truestep run | sft | rl | eval RECIPE``."""
+"""The commands ``truestep run | sft | rl | eval RECIPE``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to s
 
 
 def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Callable[..., None]:
-    """A command that runs what ``select`` keeps of a recipe; all these commands have the same options."""
+    """Return a command that runs what ``select`` keeps of a recipe. These commands have the same options."""
 
     def command(
         recipe: Recipe,
@@ -71,7 +71,7 @@ rl = _verb(
 def execute(
     settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Check, print the plan, run, report; the last line of stdout is the run directory."""
+    """Check the recipe, print the plan, run and report. The last line on stdout is the run directory."""
     from truestep.cli.progress import ConsoleReporter, announce
 
     announce(f"truestep {' '.join(sys.argv[1:2])}: loading torch, checking the model and data of {recipe}")
@@ -126,7 +126,7 @@ def execute(
 
 
 def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:
-    """A dry run of a recipe with ``[declared]``, without its weights and data."""
+    """Print the dry run of a recipe with ``[declared]``, without its weights and data."""
     from truestep.pipeline.paper_plan import declared_plan
 
     plan = declared_plan(settings, recipe.parent, str(recipe))

@@ -1,4 +1,4 @@
-"""``truestep study STUDY.toml`` and ``truestep study flops RECIPES``."""
+"""The commands ``truestep study STUDY.toml`` and ``truestep study flops RECIPES``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def study(
     engine: EngineName = "local",
     workers: Workers = None,
 ) -> None:
-    """Train every arm of a study with every seed and compare the arms (resumable), or count recipes' FLOPs."""
+    """Train every arm of a study with every seed and compare the arms, or count the FLOPs of recipes.
+
+    An interrupted study continues if the same command is run again.
+    """
     if paths[0] == "flops":
         flops([Path(p) for p in paths[1:]], as_json)
         return
@@ -78,7 +81,7 @@ def study(
 def _print_table(
     title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]
 ) -> None:
-    """Cells are plain text; columns are right-aligned, except those whose index is in ``left``."""
+    """Print a table of plain text. Columns are right-aligned, except those whose index is in ``left``."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -110,7 +113,7 @@ def flops(paths: list[Path], as_json: bool) -> None:
 
 
 def trainer_verdict() -> str:
-    """Audit truestep's own step in this process, like any framework's. Returns the verdict and the findings."""
+    """Audit truestep's own step in this process, like any framework's. Return the verdict and findings."""
     import sys
 
     from truestep.audit import subjects as registry
@@ -124,7 +127,7 @@ def trainer_verdict() -> str:
 
 
 def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
-    """Run the cells, write everything, and print where it is; exit code 3 if a cell has failed."""
+    """Run the cells, write everything, and print where it is. The exit code is 3 if a cell has failed."""
     from truestep import rundir
     from truestep.report.study import write_study
     from truestep.study.cell_runner import base_identity
@@ -156,7 +159,7 @@ def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
 
 
 def write_cell(path: Path, cell: dict[str, Any]) -> None:
-    """One short line per key: the file is small, and its diff under version control is readable."""
+    """Write a cell with one short line per key, so that its diff under version control is readable."""
     from truestep import rundir
 
     texts = {k: json.dumps(v, ensure_ascii=False, allow_nan=False) for k, v in cell.items()}

@@ -1,1 +1,1 @@
-"""Objectives as pure functions: log-probabilities, detached coefficients, one division, the methods."""
+"""Objectives as pure functions: log-probabilities, detached coefficients, one division, and the methods."""

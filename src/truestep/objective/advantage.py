@@ -1,4 +1,4 @@
-"""Pure functions: advantages from the rewards of a group's G members; an unscored member (None) has none."""
+"""Pure functions from the rewards of a group's G members to advantages (None for an unscored member)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ STD_EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class GroupView:
-    """A group as gates and advantages see it, one value per member: its reward (None: unscored), whether it
-    solves the problem (None: unscored), and its origin: sampled by the policy, stored, or a demonstration."""
+    """A group as seen by gates and advantages, with one value per member: its reward (None: unscored),
+    whether it solves the problem (None: unscored), and its origin (policy, stored, or a demonstration)."""
 
     rewards: tuple[float | None, ...]
     solved: tuple[bool | None, ...]
@@ -47,7 +47,7 @@ class GroupView:
 
     @property
     def is_degenerate(self) -> bool:
-        """True if all own rewards are equal: they do not say which sample was better."""
+        """Whether all own rewards are equal, so that they do not say which sample was better."""
         return len(set(self.own)) < 2
 
 
@@ -55,7 +55,7 @@ Advantage = Callable[[GroupView], list[float | None]]
 
 
 def group_mean(group: GroupView) -> list[float | None]:
-    """A_i = R_i − mean(R) over all members, including a demonstration if the plan added one.
+    """Return A_i = R_i − mean(R) over all members, including a demonstration if the plan added one.
 
     Source: arXiv:2503.20783 (Dr. GRPO), 2604.23747, app. A (the paper's RL), 2504.14945 (LUFFY)."""
     mean = sum(group.scored) / max(1, len(group.scored))
@@ -63,7 +63,7 @@ def group_mean(group: GroupView) -> list[float | None]:
 
 
 def group_mean_std(group: GroupView) -> list[float | None]:
-    """A_i = (R_i − mean(R)) / (std(R) + 1e-6), unbiased std; 0 in a group of one.
+    """Return A_i = (R_i − mean(R)) / (std(R) + 1e-6) with the unbiased std, or 0 in a group of one.
 
     Source: GRPO (arXiv:2402.03300), as verl computes it."""
     centred = group_mean(group)
@@ -75,7 +75,7 @@ def group_mean_std(group: GroupView) -> list[float | None]:
 
 
 def _of_own(advantage: Advantage) -> Advantage:
-    """The advantage among own members only: the others are not in the baseline and get advantage 0."""
+    """Restrict an advantage to own members. The others are not in the baseline and get advantage 0."""
 
     def own(group: GroupView) -> list[float | None]:
         mine = {name: tuple(compress(column, group.is_own)) for name, column in vars(group).items()}
@@ -90,7 +90,7 @@ own_mean_std = _of_own(group_mean_std)
 
 
 def leave_one_out(group: GroupView) -> list[float | None]:
-    """A_i = R_i − mean of the others = K/(K−1)·(R_i − mean(R)). Source: RLOO (arXiv:2402.14740)."""
+    """Return A_i = R_i − mean of the others = K/(K−1)·(R_i − mean(R)). Source: RLOO (arXiv:2402.14740)."""
     num = len(group.scored)
     if num < 2:
         return [None if r is None else 0.0 for r in group.rewards]
@@ -98,5 +98,5 @@ def leave_one_out(group: GroupView) -> list[float | None]:
 
 
 def raw_reward(group: GroupView) -> list[float | None]:
-    """A_i = R_i: the return of REINFORCE, without a baseline."""
+    """Return A_i = R_i, the return of REINFORCE without a baseline."""
     return list(group.rewards)

@@ -1,8 +1,8 @@
-"""One function per closed form: the detached coefficient C_t of −Σ sg(C_t)·log π_t / Z.
+"""The detached coefficients C_t of −Σ sg(C_t)·log π_t / Z, with one function per closed form.
 
-The gradient of nearly every objective in the field has this form; the loss's value does not matter for the
-update. Every input is detached and per token. p is the policy's probability of the token, r its ratio to the
-proximal policy, A the advantage. Shapes: M trained tokens.
+The gradient of nearly every objective in the field has this form; the value of the loss does not matter for
+the update. Every input is detached and per token. p is the policy's probability of the token, r its ratio to
+the proximal policy, A the advantage. Shapes: M trained tokens.
 Held by: tests/numerics/test_coefficients.py (each is compared with autograd of the paper's surrogate).
 """
 
@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range; exp(89) would o
 
 
 def _column(name: str) -> property:
-    """An optional column of the batch. Raises RecordError if the step does not have it."""
+    """Make a property for an optional column of the batch, which raises RecordError if it is missing."""
 
     def read(context: Context) -> Tensor:
         column: Tensor | None = getattr(context.batch, name)
@@ -35,7 +35,7 @@ def _column(name: str) -> property:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a coefficient may use: its own token, its own sequence, and statistics of the whole step."""
+    """The inputs of a coefficient: its own token, its own sequence, and statistics of the whole step."""
 
     policy_logprobs: Tensor  # M, detached
     proximal_logprobs: Tensor  # M
@@ -63,7 +63,7 @@ class Context:
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp of the log-ratio, clamped to ±20 first."""
+    """Return exp of the log-ratio, which is first clamped to ±20."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
@@ -72,28 +72,28 @@ Options = ParamSpec("Options")
 
 
 def with_options(function: Callable[Concatenate[Context, Options], Tensor]) -> Callable[Options, Coefficient]:
-    """Separates the options from the context: called with its options, the result returns a coefficient."""
+    """Separate the options of a function from its context: called with options, it returns a coefficient."""
     return lambda *given, **named: lambda context: function(context, *given, **named)
 
 
-# Reductions over the whole sequence of a token. A coefficient may make no other reductions in a micro-batch,
-# since only sequences are never split. Shapes: [M] → [M].
+# Reductions over the whole sequence of a token. Coefficients must not use other reductions in a micro-batch,
+# because only sequences are never split. Shapes: [M] → [M].
 
 
 def sequence_sum(values: Tensor, batch: TokenBatch) -> Tensor:
-    """Σ over the token's sequence, given to each of its tokens."""
+    """Return for each token the sum over its sequence."""
     names, place = batch.sequence_index.unique(return_inverse=True)
     return values.new_zeros(names.shape[0]).index_add_(0, place, values)[place]
 
 
 def sequence_mean(values: Tensor, batch: TokenBatch) -> Tensor:
-    """The sum over the token's sequence ÷ its number of trained tokens."""
+    """Return for each token the mean over the trained tokens of its sequence."""
     return sequence_sum(values, batch) / batch.sequence_length
 
 
 def to_go(values: Tensor, batch: TokenBatch) -> Tensor:
-    """Σ from the token to the end of its sequence. The tokens of a sequence are adjacent and in order, so one
-    running sum (in float64) serves all sequences."""
+    """Return for each token the sum from it to the end of its sequence. The tokens of a sequence are adjacent
+    and in order, so one running sum (in float64) is enough for all sequences."""
     before = torch.cumsum(values.double(), 0) - values.double()
     first = torch.ones_like(batch.sequence_index, dtype=torch.bool)
     first[1:] = batch.sequence_index[1:] != batch.sequence_index[:-1]
@@ -115,7 +115,7 @@ def probability(context: Context) -> Tensor:
 
 
 def powered(alpha: float) -> Coefficient:
-    """C = p^α, the loss (1 − p^α)/α: α → 0 is the likelihood, α = 1 is DFT."""
+    """C = p^α, for the loss (1 − p^α)/α: α → 0 is the likelihood, α = 1 is DFT."""
     return lambda context: (alpha * context.policy_logprobs).exp()
 
 
@@ -130,7 +130,7 @@ def trusted(alpha: float) -> Coefficient:
 
 
 def proximal_likelihood(clip_high: float) -> Coefficient:
-    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1 (lower clip inert)."""
+    """C = r·1[r ≤ 1+ε]: PSFT (arXiv:2508.17784), the clipped surrogate with A = 1 (no lower clip)."""
     return lambda context: context.ratio * (context.ratio <= 1 + clip_high)
 
 
@@ -147,7 +147,7 @@ def token_weighted(low: float, high: float) -> Coefficient:
 
 
 def entropy_weighted(scale: float, sign: float) -> Coefficient:
-    """C = scale·exp(sign·H), H the mean entropy of the sequence: SRFT's imitation (arXiv:2506.19767)."""
+    """C = scale·exp(sign·H), where H is the sequence's mean entropy: SRFT's imitation (arXiv:2506.19767)."""
     return lambda context: scale * torch.exp(sign * sequence_mean(context.entropy, context.batch))
 
 
@@ -185,7 +185,7 @@ def clipped_weight(clip_low: float, clip_high: float) -> Coefficient:
 
 @with_options
 def clipped_sequence_ratio(context: Context, clip_low: float, clip_high: float) -> Tensor:
-    """C = A·s inside the range, s = exp(mean_t(log π − log π_proximal)): GSPO (arXiv:2507.18071).
+    """C = A·s inside the range, where s = exp(mean_t(log π − log π_proximal)): GSPO (arXiv:2507.18071).
 
     The factor 1/|y| in the ratio's gradient comes from the ``sequences`` normaliser."""
     gain = context.advantage
@@ -203,8 +203,8 @@ def softly_gated(context: Context, temperature_right: float, temperature_wrong: 
 
 @with_options
 def implicit_negative(context: Context, low: float, high: float) -> Tensor:
-    """C = 1 − q on a correct sample, −q·r / max((1 − q·r)/(1 − q), 1) on any other; q is the group's clamped
-    share of correct samples: NFT (arXiv:2505.18116). With rewards of 0 and 1 the advantage is R − q."""
+    """C = 1 − q on a correct sample, else −q·r / max((1 − q·r)/(1 − q), 1): NFT (arXiv:2505.18116).
+    q is the group's clamped share of correct samples. With rewards of 0 and 1, the advantage is R − q."""
     gain, correct, ratio = context.advantage, context.batch.solved, context.ratio
     share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
     rest = ((1 - share * ratio) / (1 - share)).clamp(min=1.0)
@@ -213,8 +213,8 @@ def implicit_negative(context: Context, low: float, high: float) -> Tensor:
 
 @with_options
 def signed_by_verdict(context: Context, scale: float) -> Tensor:
-    """C = scale·exp(H) on a correct sample, −1 on any other; H is the mean entropy of the sequence: SRFT's
-    own samples (arXiv:2506.19767)."""
+    """C = scale·exp(H) on a correct sample and −1 on any other: SRFT's own samples (arXiv:2506.19767).
+    H is the mean entropy of the sequence."""
     weight = scale * torch.exp(sequence_mean(context.entropy, context.batch))
     return torch.where(context.batch.solved, weight, -torch.ones_like(weight))
 
@@ -223,7 +223,7 @@ def signed_by_verdict(context: Context, scale: float) -> Tensor:
 
 
 def unshaped_demonstration(context: Context) -> Tensor:
-    """C = A·p: importance sampling of a demonstration whose behavior probability is taken to be 1 (SRFT)."""
+    """C = A·p: importance sampling of a demonstration with an assumed behavior probability of 1 (SRFT)."""
     return context.advantage * context.probability
 
 
@@ -234,22 +234,22 @@ def shaped_demonstration(gamma: float) -> Coefficient:
 
 @with_options
 def shaped_replay(context: Context, beta: float) -> Tensor:
-    """C = A·βw/(w+β)², w = π/π_behavior of the stored sample: ExGRPO (arXiv:2510.02245)."""
+    """C = A·βw/(w+β)², where w = π/π_behavior of the stored sample: ExGRPO (arXiv:2510.02245)."""
     w = bounded_exp(context.policy_logprobs - context.behavior_logprobs)
     return context.advantage * beta * w / (w + beta) ** 2
 
 
 @with_options
 def mixed_importance(context: Context, exponent: float) -> Tensor:
-    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222), a demonstration's ratio to the mixture of
-    the proximal policy and a behavior policy of ½(p_proximal+1); its advantage is greater if p is small."""
+    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222). This is a demonstration's ratio to the
+    mixture of the proximal policy and a behavior policy ½(p_proximal+1). A small p raises the advantage."""
     p, old = context.probability, context.proximal_logprobs.exp()
     return context.advantage * (1 - p).clamp(min=0) ** exponent * 4 * p / (3 * old + 1)
 
 
 @with_options
 def where_uncertain(context: Context, coefficient: Coefficient, statistic: str) -> Tensor:
-    """The coefficient if the proximal policy's entropy reaches a statistic of the step, otherwise 0.
+    """Return the coefficient if the proximal policy's entropy reaches a statistic of the step, otherwise 0.
 
     Source: Prefix-RFT (arXiv:2507.01679), entropy-masked SFT (arXiv:2510.04454)."""
     threshold = context.statistics.get(statistic)
@@ -271,7 +271,7 @@ def kl_k1(context: Context) -> Tensor:
 
 
 def kl_k2(context: Context) -> Tensor:
-    """C = −d, d = log π − log π_ref: the loss k2 = d²/2, whose expected gradient is that of KL(π‖π_ref)."""
+    """C = −d, where d = log π − log π_ref: the loss k2 = d²/2, with the expected gradient of KL(π‖π_ref)."""
     return -_log_distance(context)
 
 

@@ -1,4 +1,4 @@
-"""Controllers: a method's scalar state, updated once per step by pure functions and saved in checkpoints."""
+"""Controllers update a method's scalar state once per step, by pure functions; checkpoints contain it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Scalars = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """``decide(state, step, draw)`` gives this step's values by name (weights of terms, switches of a plan;
-    the draw is uniform in [0, 1)); ``learn(state, step, values, seen)`` gives the next state from the step's
-    statistics and metrics."""
+    """The two functions of a controller. ``decide(state, step, draw)`` returns this step's values by name
+    (weights of terms, switches of a plan); the draw is uniform in [0, 1). ``learn(state, step, values,
+    seen)`` returns the next state, from the step's statistics and metrics."""
 
     initial: Scalars
     decide: Callable[[Scalars, int, float], Scalars]
@@ -21,9 +21,9 @@ class Controller:
 
 
 def phases(*, gamma: float, warmup_steps: int) -> Controller:
-    """The value ``imitate`` is 1 in the warm-up, then 1 with probability G_sft/(G_sft + γ·G_warmup), else 0.
-    G_sft: gradient norm of the last step that imitated; G_warmup: of the last warm-up step. Source:
-    arXiv:2505.13026."""
+    """Return a controller whose value ``imitate`` is 1 in the warm-up, then 1 with probability
+    G_sft/(G_sft + γ·G_warmup), otherwise 0. G_sft and G_warmup are the gradient norms of the last step that
+    imitated and of the last warm-up step. Source: arXiv:2505.13026."""
 
     def decide(state: Scalars, step: int, draw: float) -> Scalars:
         total = state["norm"] + gamma * state["warmup_norm"]
@@ -40,9 +40,9 @@ def phases(*, gamma: float, warmup_steps: int) -> Controller:
 
 
 def learned_weights(*, policy: str, imitation: str, rate: float, least: float) -> Controller:
-    """The values ``policy`` and ``imitation`` are weights e^(−2σ) of two losses L; each σ descends the
-    gradient of e^(−2σ)·L + σ. The arguments of the same names are the names of the statistics used as L.
-    Source: SuperRL (arXiv:2506.01096)."""
+    """Return a controller whose values ``policy`` and ``imitation`` are weights e^(−2σ) of two losses L. Each
+    σ descends the gradient of e^(−2σ)·L + σ. The arguments ``policy`` and ``imitation`` name the statistics
+    used as L. Source: SuperRL (arXiv:2506.01096)."""
     losses = {"policy": policy, "imitation": imitation}
 
     def decide(state: Scalars, step: int, draw: float) -> Scalars:
@@ -51,7 +51,7 @@ def learned_weights(*, policy: str, imitation: str, rate: float, least: float) -
     def learn(state: Scalars, step: int, values: Scalars, seen: Scalars) -> Scalars:
         found = dict(state)
         for name, loss in losses.items():
-            if loss in seen:  # in a step without such tokens, their weight stays the same
+            if loss in seen:  # in a step without such tokens, the weight does not change
                 found[name] = max(least, state[name] - rate * (1 - 2 * values[name] * seen[loss]))
         return found
 

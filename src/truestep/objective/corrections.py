@@ -1,4 +1,4 @@
-"""Changes to a coefficient: a different advantage, or a weight for the mismatch of engine and trainer."""
+"""Changes to a coefficient: a different advantage, or a weight for the gap between engine and trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from truestep.records import Origin
 
 @with_options
 def mismatch_weight(context: Context, correction: str, low: float, high: float) -> Tensor:
-    """The weight of a token, from ρ = π_proximal/π_engine; 1 if the engine did not sample the token.
+    """Return each token's weight, from ρ = π_proximal/π_engine, or 1 if the engine did not sample the token.
 
     truncate: min(ρ, high) (TIS) · clamp: ρ limited to [low, high] · drop: ρ if in [low, high], else 0
     (IcePop) · mask: 1 if in [low, high], else 0 (MIS) · sequence: min(Πρ, high) · geometric: ρ if the
@@ -48,14 +48,14 @@ CORRECTIONS = ("none", "truncate", "clamp", "drop", "mask", "sequence", "geometr
 
 
 def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tensor]) -> Coefficient:
-    """The coefficient as if the tokens had these advantages."""
+    """Return the coefficient that uses these advantages instead of the batch's."""
     return lambda c: coefficient(replace(c, batch=replace(c.batch, advantage=advantage(c))))
 
 
 @with_options
 def kl_in_reward(context: Context, beta: float) -> Tensor:
-    """A_t − β·Σ_{s≥t} (log π_proximal − log π_ref): each own token is charged k1 for itself and for the own
-    tokens after it. With REINFORCE the gradient is that of the reverse KL."""
+    """Return the advantage A_t − β·Σ_{s≥t} (log π_proximal − log π_ref). Each own token is charged k1 for
+    itself and for the own tokens after it. With REINFORCE, the gradient is that of the reverse KL."""
     own = context.batch.origin == int(Origin.POLICY)
     charge = torch.where(own, context.proximal_logprobs - context.reference_logprobs, 0.0)
     charges = beta * coefficients.to_go(charge, context.batch)
@@ -63,5 +63,5 @@ def kl_in_reward(context: Context, beta: float) -> Tensor:
 
 
 def whitened(mean: str, std: str) -> Callable[[Context], Tensor]:
-    """(A − mean)/(std + 1e-8) with statistics of the step's own tokens (REINFORCE++, arXiv:2501.03262)."""
+    """Return (A − mean)/(std + 1e-8) over the step's own tokens. Source: REINFORCE++ (arXiv:2501.03262)."""
     return lambda context: (context.advantage - context.statistics[mean]) / (context.statistics[std] + 1e-8)

@@ -1,5 +1,5 @@
-"""Gates: pure functions that decide which members of a prompt's group are trained and with which weight, and
-whether the prompt's demonstration is set aside for later."""
+"""Gates: pure functions that decide which members of a prompt's group are trained on and with which weight,
+and whether the prompt's demonstration is set aside for later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from truestep.records import Origin
 
 @dataclass(frozen=True, kw_only=True)
 class GateDecision:
-    """``keep``, ``weights``: one value per member. A dropped member is not counted in any denominator."""
+    """A gate's decision, with one value per member. A dropped member is not counted in any denominator."""
 
     keep: tuple[bool, ...]
     weights: tuple[float, ...]
@@ -27,13 +27,13 @@ def _kept(keep: tuple[bool, ...], *, push: bool = False) -> GateDecision:
 
 
 def keep_scored(group: GroupView) -> GateDecision:
-    """Keep every scored member and the demonstration, weight 1. All-equal groups count in the denominator."""
+    """Keep every scored member and the demonstration with weight 1. Totals also count all-equal groups."""
     pairs = zip(group.rewards, group.origins, strict=True)
     return _kept(tuple(r is not None or origin is Origin.EXPERT for r, origin in pairs))
 
 
 def drop_degenerate(group: GroupView) -> GateDecision:
-    """``keep_scored``, unless all own rewards are equal: then drop the group. Source: DAPO
+    """Drop the group if all own rewards are equal, otherwise do the same as ``keep_scored``. Source: DAPO
     (arXiv:2503.14476)."""
     if group.is_degenerate:
         return GateDecision(keep=(False,) * len(group.rewards), weights=(0.0,) * len(group.rewards))
@@ -41,12 +41,13 @@ def drop_degenerate(group: GroupView) -> GateDecision:
 
 
 def imitate_where_unsolved(most_correct: int) -> Gate:
-    """Only the demonstration if at most ``most_correct`` own samples solve the problem, else only samples.
+    """Keep only the demonstration if at most ``most_correct`` own samples are correct, else only samples.
 
-    −1: never imitate; number of samples: always. Source: arXiv:2509.04419 (HPT), 2506.01096 (SuperRL)."""
+    With −1 it never imitates, and with the number of samples it always imitates.
+    Source: arXiv:2509.04419 (HPT), 2506.01096 (SuperRL)."""
 
     def gate(group: GroupView) -> GateDecision:
-        if not group.own_solved:  # no own sample is scored, and unscored does not mean incorrect
+        if not group.own_solved:  # no own sample is scored, which does not mean that all are incorrect
             return _kept((False,) * len(group.origins))
         imitate = sum(group.own_solved) <= most_correct
         pairs = zip(keep_scored(group).keep, group.origins, strict=True)
@@ -56,6 +57,6 @@ def imitate_where_unsolved(most_correct: int) -> Gate:
 
 
 def push_unsolved(group: GroupView) -> GateDecision:
-    """All scored members are trained; if no scored own sample solves the problem, the demonstration waits in
-    the buffer. Source: ReLIFT (arXiv:2506.07527)."""
+    """Keep all scored members. If no scored own sample solves the problem, push the demonstration into the
+    buffer. Source: ReLIFT (arXiv:2506.07527)."""
     return _kept(keep_scored(group).keep, push=bool(group.own_solved) and not any(group.own_solved))

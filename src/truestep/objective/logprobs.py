@@ -1,8 +1,8 @@
-"""The chunked head: per-token log-probability and entropy, both differentiable, at the sampling temperature.
+"""The chunked head, which computes differentiable log-probabilities and entropies at a temperature.
 
 The logits of a whole micro-batch never exist at once: each chunk is computed, reduced and dropped, and
-computed again in the backward pass. Softmax arithmetic is in ``promote_types(dtype, float32)``: float64 stays
-float64.
+computed again in the backward pass. Softmax arithmetic is in ``promote_types(dtype, float32)``, so float64
+stays float64.
 
 Shapes: M trained tokens, C tokens in a chunk, D hidden size, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from truestep.device import linear
 
-CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MiB in float32
+CHUNK_ELEMENTS = 1 << 23  # logits in memory at once: 32 MiB in float32
 
 
 def _chunks(num_tokens: int, vocabulary: int) -> list[tuple[int, int]]:
@@ -25,7 +25,7 @@ def _chunks(num_tokens: int, vocabulary: int) -> list[tuple[int, int]]:
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Logits [C, V] at a temperature, in at least float32."""
+    """Compute the logits [C, V] at a temperature, in at least float32."""
     logits = linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1.0 else logits.div_(temperature)
@@ -45,7 +45,7 @@ class _ChunkedHead(torch.autograd.Function):
         for a, b in _chunks(hidden.shape[0], weight.shape[0]):
             logits = _scaled_logits(hidden[a:b], weight, bias, temperature)
             at_target = logits.gather(1, targets[a:b, None])[:, 0]
-            # One exponentiation serves the normaliser and the entropy H = log Σe^z − Σ p z.
+            # The normaliser and the entropy H = log Σe^z − Σ p z share one exponentiation.
             top = logits.amax(1, keepdim=True)
             shifted = logits.sub_(top)
             exponent = shifted.exp()
@@ -99,13 +99,13 @@ class _ChunkedHead(torch.autograd.Function):
 def chunked_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [M] of the targets and entropies [M], both differentiable.
+    """Compute the log-probabilities [M] of the targets and the entropies [M], both differentiable.
 
     Shapes: hidden [M, D], weight [V, D], bias [V] or None, targets [M]. Units: nats.
     Held by: tests/numerics/test_chunked_head.py"""
     if hidden.shape[0] == 0:  # an all-masked micro-batch: an exact zero that still has a graph
         zero = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).sum(1)
-        # The graph reaches the head too: what has a gradient, FSDP reduces, so all ranks must agree.
+        # The graph includes the head, because FSDP reduces whatever has a gradient, so all ranks must agree.
         zero = zero + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
         return zero, zero
     out: tuple[Tensor, Tensor] = _ChunkedHead.apply(hidden, weight, bias, targets, temperature)
@@ -113,7 +113,7 @@ def chunked_logprobs(
 
 
 def logprobs_from_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same from existing logits [M, V], for heads that are more than one matrix product."""
+    """Compute the same from existing logits [M, V], for heads that are more than one matrix product."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     logp = torch.log_softmax(logits.to(wide) / temperature, dim=-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

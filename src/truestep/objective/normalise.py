@@ -1,4 +1,4 @@
-"""The one division. A loss is Σ (weighted token values) ÷ a global total, and only this file divides.
+"""The only division: a loss is Σ (weighted token values) ÷ a global total, and only this module divides.
 
 Totals are counted over all micro-batches and all ranks before the first forward pass. Nothing else divides:
 micro-batches are not divided by their own count, there is no accumulation factor, and no wrapper averages
@@ -18,7 +18,7 @@ from truestep.records import TokenBatch
 
 
 class Normaliser(enum.StrEnum):
-    """What the sum over tokens is divided by; all counts are over one optimizer step and all ranks."""
+    """The divisor of the sum over tokens. All counts are over one optimizer step and all ranks."""
 
     TOKENS = "tokens"  # N_tok: DAPO, SFT, the paper's RL
     SEQUENCES = "sequences"  # 1/|y| within a sequence, then 1/N_seq: GRPO, GSPO
@@ -27,8 +27,8 @@ class Normaliser(enum.StrEnum):
 
 
 def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Sequence[TokenBatch]) -> float:
-    """This rank's share of a term's denominator. ``selected`` is a boolean [M] per micro-batch: the tokens
-    counted. A sequence counts if any of its tokens is selected; it is never split over micro-batches."""
+    """Count this rank's share of a term's denominator. ``selected`` has a boolean [M] per micro-batch for the
+    counted tokens. A sequence counts if any of its tokens is selected. Sequences are never split."""
     if normaliser is Normaliser.TOKENS:
         return float(sum(int(s.sum()) for s in selected))
     found = [b.sequence_index[s] for s, b in zip(selected, batches, strict=True)]
@@ -38,9 +38,9 @@ def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Seq
 def normalise(
     values: Tensor, *, normaliser: Normaliser, batch: TokenBatch, total: float, max_length: int
 ) -> Tensor:
-    """Σ_t values_t ÷ (share_t · total): a micro-batch's part of the loss. Shapes: values [M] → scalar.
+    """Return Σ_t values_t ÷ (share_t · total), a micro-batch's part of the loss. Shapes: values [M] → scalar.
 
-    Raises ZeroDivisionError for a term without tokens: the step skips such terms."""
+    Raises ZeroDivisionError for a term without tokens; the step skips such terms."""
     if total <= 0:
         raise ZeroDivisionError("a term whose global total is 0 has no loss")
     constant = max_length if normaliser is Normaliser.MAX_LENGTH else 1

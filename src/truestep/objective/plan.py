@@ -1,4 +1,4 @@
-"""Plans: what is sampled for a prompt, round by round, and which rounds make up the group.
+"""Plans, which say what is sampled for a prompt, round by round, and which rounds make up the group.
 
 A plan is a pure function of the results of earlier rounds and of one random number that the caller draws, so
 that a killed run can repeat it.
@@ -16,7 +16,7 @@ from truestep.records import Origin, Round
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """The prompt is done: the group consists of these rounds (all if none is named)."""
+    """The end of a plan. The group consists of these rounds, or of all rounds if none are named."""
 
     rounds: tuple[int, ...] = ()
 
@@ -35,9 +35,9 @@ class RoundResult:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanState:
-    """What a plan may use. ``draw`` is uniform in [0, 1), one for each prompt of a step; ``controls`` are the
-    values of the method's controller for this step; ``has_stored`` is True if a stored sample of the prompt
-    was chosen."""
+    """The inputs of a plan. ``draw`` is uniform in [0, 1), with one draw for each prompt of a step;
+    ``controls`` are the values of the method's controller for this step; ``has_stored`` is True if a stored
+    sample of the prompt was chosen."""
 
     step: int
     num_samples: int
@@ -47,14 +47,14 @@ class PlanState:
     has_stored: bool = False
 
 
-# Returns the rounds to be sampled next, together, or which of the rounds so far make up the group.
+# Returns the rounds to be sampled next, or which of the finished rounds make up the group.
 NextRounds = Callable[[PlanState], Sequence[Round] | Done]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """``next_rounds`` and what it needs: every problem's demonstration, and room in the prompt for at most
-    the share ``most_shown`` of a solution's text."""
+    """A plan: the function ``next_rounds``, whether it needs every problem's demonstration, and the largest
+    share of a solution's text for which the prompt must have room (``most_shown``)."""
 
     next_rounds: NextRounds
     needs_demonstrations: bool = False
@@ -65,7 +65,7 @@ class Plan:
 
 
 def _once(rounds_of: Callable[[PlanState], Sequence[Round]], *, needs_demonstrations: bool = True) -> Plan:
-    """A plan of one round."""
+    """Return a plan that samples once."""
     rounds: NextRounds = lambda state: Done() if state.history else rounds_of(state)  # noqa: E731
     return Plan(next_rounds=rounds, needs_demonstrations=needs_demonstrations)
 
@@ -94,7 +94,7 @@ with_replay = _once(
 
 
 def one_prefix(low: Schedule, high: float) -> Plan:
-    """One sample continues a prefix of uniform length in [low(step), high]; others do not (Prefix-RFT)."""
+    """Return a plan: one sample continues a prefix of uniform length in [low(step), high] (Prefix-RFT)."""
 
     def rounds(state: PlanState) -> Sequence[Round]:
         start = low(state.step)
@@ -104,8 +104,8 @@ def one_prefix(low: Schedule, high: float) -> Plan:
 
 
 def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> Plan:
-    """All samples continue the same k of ``num_segments`` parts, k ~ Binomial(num_segments,
-    probability(step)); from ``num_steps`` on there is no prefix (UFT)."""
+    """Return a plan in which all samples continue the first k of ``num_segments`` parts, where k ~
+    Binomial(num_segments, probability(step)). From ``num_steps`` on there is no prefix (UFT)."""
 
     def rounds(state: PlanState) -> Sequence[Round]:
         k = _binomial(state.draw, num_segments, probability(state.step)) if state.step < num_steps else 0
@@ -119,7 +119,7 @@ def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> P
 
 
 def _binomial(draw: float, count: int, probability: float) -> int:
-    """The smallest k whose cumulative probability exceeds the draw."""
+    """Return the smallest k whose cumulative probability exceeds the draw."""
     total = 0.0
     for k in range(count):
         total += math.comb(count, k) * probability**k * (1 - probability) ** (count - k)
@@ -129,8 +129,8 @@ def _binomial(draw: float, count: int, probability: float) -> int:
 
 
 def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
-    """Micro-groups of ½, ¼, ⅛ and ⅛ of the samples. If the share of successes so far is below a level's
-    threshold, the next micro-group gets the prefix of that level; otherwise it gets none (TRAPO)."""
+    """Return a plan with micro-groups of ½, ¼, ⅛ and ⅛ of the samples. If the share of successes so far is
+    below a level's threshold, the next micro-group gets that level's prefix, otherwise no prefix (TRAPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples
@@ -139,7 +139,7 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
         sampled = sum(len(o.solved) for o in state.history)
         if sampled == n:
             return Done()
-        # The level is the place in the sequence of micro-groups; small groups have no members at some levels.
+        # The level is the index of the micro-group; in small groups, some levels have no members.
         level = next(i for i in range(len(sizes)) if sum(sizes[: i + 1]) > sampled)
         solved = sum(o.num_solved for o in state.history)
         if level == 0 or solved >= thresholds[level - 1] * sampled:
@@ -150,9 +150,9 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
 
 
 def anchored(num_episodes: int, low: float, high: float) -> Plan:
-    """Ordinary samples; if none is correct, a binary search finds the shortest prefix, used as context, after
-    which the share of correct samples is in [low, high] (BREAD). Without such a prefix, the ordinary samples
-    stay."""
+    """Return a plan with ordinary samples. If none is correct, a binary search finds the shortest prefix,
+    used as context, after which the share of correct samples is in [low, high] (BREAD). If there is no such
+    prefix, the ordinary samples are kept."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples
@@ -177,8 +177,8 @@ def anchored(num_episodes: int, low: float, high: float) -> Plan:
 
 
 def hinted(fractions: Sequence[float]) -> Plan:
-    """Ordinary samples; if none is correct, all are replaced by samples under a prompt that shows more and
-    more of the solution, until one is correct (GHPO)."""
+    """Return a plan with ordinary samples. If none is correct, all are replaced by samples under a prompt
+    that shows more and more of the solution, until a sample is correct (GHPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         done = len(state.history)
@@ -192,5 +192,5 @@ def hinted(fractions: Sequence[float]) -> Plan:
 
 
 def one_or_the_other(control: str) -> Plan:
-    """Only the demonstration if the control is 1, only samples if it is 0 (SASR)."""
+    """Return a plan with only the demonstration if the control is 1, and only samples if it is 0 (SASR)."""
     return _once(lambda state: (DEMONSTRATION if state.controls[control] else _own(state),))

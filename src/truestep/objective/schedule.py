@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step (0-based)."""
+"""Schedules, as pure functions of the step (0-based)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def constant(value: float) -> Schedule:
 
 
 def cosine(start: float, end: float, num_steps: int) -> Schedule:
-    """end + (start − end)·½(1 + cos(π·min(step, T)/T)). Used by Prefix-RFT, UFT, CHORD."""
+    """Return end + (start − end)·½(1 + cos(π·min(step, T)/T)). Used by Prefix-RFT, UFT and CHORD."""
     return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step, num_steps) / num_steps))
 
 
 def warmed_cosine(*, valley: float, peak: float, warmup_steps: int, decay_steps: int) -> Schedule:
-    """Linear from 0 to the peak, cosine down to the valley, then constant: CHORD's μ
-    (arXiv:2508.11408)."""
+    """Return a schedule that rises linearly from 0 to the peak, falls as a cosine to the valley and stays
+    there: CHORD's μ (arXiv:2508.11408)."""
     decay = cosine(peak, valley, decay_steps)
     return lambda step: peak * step / warmup_steps if step < warmup_steps else decay(step - warmup_steps)
 
@@ -27,8 +27,9 @@ def warmed_cosine(*, valley: float, peak: float, warmup_steps: int, decay_steps:
 def learning_rate(
     *, peak: float, kind: str, total_steps: int, warmup_fraction: float, min_ratio: float
 ) -> Schedule:
-    """Linear warm-up over W = ⌈fraction·T⌉ steps from peak/W, then constant or a cosine to min_ratio·peak.
+    """Return a linear warm-up over W = ⌈fraction·T⌉ steps from peak/W, then a constant or a cosine.
 
+    The cosine falls to min_ratio·peak.
     Source: arXiv:2604.23747, app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant)."""
     warmup = math.ceil(warmup_fraction * total_steps)
 

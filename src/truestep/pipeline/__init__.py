@@ -1,1 +1,1 @@
-"""A run: its data is checked, then its stages run in order, each a function from a model folder to the next."""
+"""A run. All data is checked, then the stages run in order, each from one model folder to the next."""

@@ -1,4 +1,4 @@
-"""Hashes of a recipe's own code, without torch, because a study needs them before any run."""
+"""Hashes of a recipe's own code. torch is not imported, because a study needs the hashes before any run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from truestep.user_code import find_source
 
 
 def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
-    """Hashes of the recipe's own code that a stage runs, by the name in the recipe."""
+    """Return the hashes of the recipe's own code that a stage runs, by its name in the recipe."""
     found = {}
     method = getattr(stage, "method", "")
     if ":" in method:

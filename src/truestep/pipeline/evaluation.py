@@ -23,8 +23,8 @@ def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -
 def dev_score(
     session: Session, index: int, policy: Policy, engine: Engine | None, folder: Path
 ) -> DevScore | None:
-    """A function from step to score on the stage's dev set, if it has one. Samples are kept in the stage's
-    ``folder``, even after an interruption. They come from ``engine``, or, without one, from ``policy``."""
+    """Return a function from step to score on the stage's dev set, if there is one. Samples are kept in
+    ``folder``, even after an interruption. They come from ``engine``, or from ``policy`` if it is None."""
     prepared = session.prepared
     dev, identity = prepared.settings.stages[index].dev, stage_identity(prepared, index)
     if not dev.data:
@@ -46,8 +46,8 @@ def dev_score(
 
 
 def evaluate_checkpoint(session: Session, checkpoint: str, path: str, identity: str) -> None:
-    """Evaluate the model in ``path``, with the hash ``identity``, on every test set. Existing samples are
-    kept; the model is loaded only if some are missing."""
+    """Evaluate the model in ``path``, which has the hash ``identity``, on every test set. Existing samples
+    are kept; the model is loaded only if samples are missing."""
     settings, limits = session.prepared.settings.evaluate, session.prepared.settings.evaluate.data_sampling
     engine = cache(lambda: make_engine(session, None, path, limits.max_running))
     for name in settings.data:

@@ -1,4 +1,4 @@
-"""``truestep method check``: relations that every row must satisfy, whatever its objective is.
+"""``truestep method check``, which tests relations that every row must satisfy, whatever its objective.
 
 The row trains a tiny model in float64 on generated problems, with the same source, updater and loop as a run.
 Its update must be the same however a step is split, packed, ordered, or divided between two processes; a
@@ -44,7 +44,7 @@ Change = Callable[[Sequence[TrainSequence]], list[TrainSequence]]
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """``error`` is the largest relative difference of an update or of a run's weights."""
+    """A checked relation. ``error``: the largest relative difference of two updates or two runs' weights."""
 
     name: str
     error: float
@@ -56,7 +56,8 @@ class Relation:
 
 
 def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict[str, object]:
-    """The row on about 10,000 parameters and solved sums; the reward is a coin flip, so groups are mixed."""
+    """Return a recipe that trains the row on solved sums, with about 10,000 parameters. The reward is a coin
+    flip, so that groups have mixed rewards."""
     stage: dict[str, object] = {
         "kind": "rl" if samples else "sft", "name": "check", "data": "sums", "steps": STEPS,
         "tokens_per_microbatch": TOKENS, "method": method, "method_options": options, "save_every": 1,
@@ -78,7 +79,7 @@ def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict
 def check_method(
     method: str, options: Mapping[str, object], *, base_dir: Path, folder: Path, reporter: Reporter
 ) -> Iterator[Relation]:
-    """Check the relations one after the other, in an empty ``folder``. Raises UserError if the row is invalid."""
+    """Check the relations one by one, in an empty ``folder``. Raises UserError if the row is invalid."""
     samples = find_method(method, options, base_dir).plan is not None
     place, _, name = method.rpartition(":")
     absolute = f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else method
@@ -90,7 +91,7 @@ def check_method(
 
 
 def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Iterator[Relation]:
-    """The update of every step: with different micro-batches, without shared prompts, in a different order."""
+    """Compare every step's updates with other micro-batches, without shared prompts, in a different order."""
     prepared = prepare(settings, base_dir=base_dir)
     errors = {"micro-batches": 0.0, "shared prompts": 0.0, "order": 0.0, "empty micro-batch": 0.0}
     moved = 0.0
@@ -125,7 +126,7 @@ def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporte
 
 
 def _update(spec: StageSpec, data: StepData, step: int, limit: int = TOKENS) -> Tensor:
-    """The change of the parameters by the step's updates; the parameters are restored afterwards."""
+    """Return the change of the parameters by the step's updates. The parameters are restored afterwards."""
     policy, updater = spec.policy, spec.updater
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     scorer = replace(updater.scorer, tokens_per_microbatch=limit)
@@ -144,7 +145,7 @@ def _changed(data: StepData, change: Change) -> StepData:
 
 
 def _with_untrained(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
-    """The sequences, and one more that has only context tokens."""
+    """Return the sequences and one more that has only context tokens."""
     if not sequences:
         return []
     first = sequences[0]
@@ -155,7 +156,7 @@ def _with_untrained(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
 
 
 def _difference(one: Path, other: Path) -> float:
-    """The relative difference between the exported weights of two runs."""
+    """Return the relative difference between the exported weights of two runs."""
     a, b = (load_file(run / "stages/01-check/export/model.safetensors") for run in (one, other))
     return max(float((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-30)) for n in a)
 

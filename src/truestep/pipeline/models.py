@@ -1,5 +1,4 @@
-"""What the stages of a run share: its models, as policies and as sampling engines, and hashes of everything
-that a result depends on."""
+"""The models of a run as policies and sampling engines, and hashes of all that a result depends on."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from truestep.train.policy import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all stages of a run share."""
+    """The state that all stages of a run share."""
 
     prepared: Prepared
     folder: Path
@@ -39,7 +38,7 @@ class Session:
 
     @property
     def check_stop(self) -> Callable[[], None]:
-        """The check for a signal. With several ranks it does nothing: none may stop in the middle of a step."""
+        """Return the check for a signal. With several ranks it does nothing: none may stop within a step."""
         return signals.check if self.ranks.world_size == 1 else lambda: None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -50,20 +49,20 @@ class Session:
 
 
 def open_model(session: Session, path: str) -> LoadedModel:
-    """The model in a folder (or the base model) in the run's dtype."""
+    """Load the model in a folder (or the base model) in the run's dtype."""
     settings = session.prepared.settings
     model, dtype = settings.model.model_copy(update={"path": path}), getattr(torch, settings.compute.dtype)
     return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)
 
 
 def make_policy(session: Session, path: str) -> Policy:
-    """A policy from a folder, sharded or replicated over the ranks."""
+    """Make a policy from a folder, sharded or replicated over the ranks."""
     compute = session.prepared.settings.compute
     loaded = open_model(session, path)
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
     for note in policy.notes:
         session.reporter.say(note)
-    if compute.dtype == "bfloat16":  # a processor without AMX or AVX-512 has no fast path for it
+    if compute.dtype == "bfloat16":  # slow on processors without AMX or AVX-512
         rate, plain = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
         if rate <= plain:
             session.reporter.say(
@@ -78,7 +77,7 @@ def make_policy(session: Session, path: str) -> Policy:
 
 
 def make_engine(session: Session, policy: Policy | None, path: str, max_running: int) -> TorchEngine:
-    """An engine on the policy's module; without a policy, or if it is sharded, on a separate whole model."""
+    """Make an engine on the policy's module, or on a separate whole model if policy is None or sharded."""
     sharded = session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2"
     if policy is None or sharded:
         policy = Policy(open_model(session, path))
@@ -86,7 +85,7 @@ def make_engine(session: Session, policy: Policy | None, path: str, max_running:
 
 
 def stage_identity(prepared: Prepared, index: int) -> str:
-    """The hash of a stage's settings, code and data, and of every stage before it."""
+    """Return the hash of a stage's settings, code and data, and of every stage before it."""
     settings = prepared.settings
     parts: list[Any] = [base_identity(prepared), settings.chat]
     for stage in settings.stages[: index + 1]:
@@ -102,7 +101,7 @@ def stage_identity(prepared: Prepared, index: int) -> str:
 
 
 def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
-    """The hash of everything that an evaluation on the data set ``name`` depends on."""
+    """Return the hash of everything that an evaluation on the data set ``name`` depends on."""
     settings = prepared.settings
     sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
     sampled = (sampling, settings.evaluate.data_samples, settings.chat, settings.seed)
@@ -110,7 +109,7 @@ def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> s
 
 
 def base_identity(prepared: Prepared) -> str:
-    """The hash of the base model: its settings and the content of its files."""
+    """Return the hash of the base model: its settings and the content of its files."""
     settings = prepared.settings
     compute = settings.compute.model_copy(update={"threads": 1})
     return settings_hash(settings.model, prepared.model_content, compute, settings.seed)

@@ -1,7 +1,7 @@
-"""A dry run of a recipe without its weights and data: ``[declared]`` has the facts about them that it needs.
+"""A dry run of a recipe without its weights and data. The facts that it needs are declared in ``[declared]``.
 
-The recipe's author declares them (numbers of rows, observed mean lengths); a real run never reads them. Shapes
-come from a ``config.json`` beside the recipe, through the model's class on the meta device."""
+The recipe's author declares these facts (numbers of rows, observed mean lengths); a real run does not read
+them. Shapes come from a ``config.json`` next to the recipe, through the model's class on the meta device."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ STATE_BYTES, DTYPE_BYTES = 16, {"bfloat16": 2, "float32": 0, "float64": 16}
 
 
 class DeclaredStage(Frozen):
-    """Mean lengths and counts of a stage that only a run could observe. Units: tokens."""
+    """A stage's mean lengths and counts, which only a run could observe. Units: tokens."""
 
-    rollout_tokens: int = Field(0, ge=0)  # of a sample
-    own_samples: int = Field(0, ge=0)  # of a prompt; 0: samples_per_prompt
+    rollout_tokens: int = Field(0, ge=0)  # per sample
+    own_samples: int = Field(0, ge=0)  # per prompt; 0: samples_per_prompt
     demonstrations_per_prompt: float = Field(0.0, ge=0)  # a fraction if only some prompts get one
-    demonstration_share: float = Field(1.0, gt=0, le=1)  # how much of a demonstration is trained (prefixes)
-    sft_updates: int = Field(0, ge=0)  # updates only on demonstrations, in between
+    demonstration_share: float = Field(1.0, gt=0, le=1)  # trained share of a demonstration (prefixes)
+    sft_updates: int = Field(0, ge=0)  # updates on only demonstrations, between the others
     sft_sequences_per_update: int = Field(0, ge=0)
 
 
@@ -68,9 +68,9 @@ def read_config(declared: Declared, base_dir: Path) -> dict[str, Any]:
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
-    """The shape of a Llama or Qwen2 model, computed from its config.
+    """Compute the shape of a Llama or Qwen2 model from its config.
 
-    Held by: tests/study/test_paper_recipes.py (equal to the model's own class on the meta device)"""
+    Held by: tests/study/test_paper_recipes.py (the same as the model's own class on the meta device)"""
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     keys, queries = config["num_key_value_heads"] * head, heads * head
@@ -86,7 +86,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
 
 
 def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel:
-    """The model on the meta device, with the recipe's overrides as in a real run."""
+    """Make the model on the meta device, with the recipe's overrides as in a real run."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,7 +99,7 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
-    """The work of a stage at the declared mean lengths (for attention, a little less than the mean work)."""
+    """Return a stage's work at the declared mean lengths (for attention, a bit less than the mean work)."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
         rows = declared.rows[stage.data]
@@ -121,7 +121,7 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
 def rl_work(
     stage: RlSettings, prompt: int, own: list[int], demonstration: int = 0, per_prompt: float = 0.0
 ) -> Ledger:
-    """The work of an RL stage with rollouts of lengths ``own``, and demonstrations in the same groups."""
+    """Return the work of an RL stage with rollouts of lengths ``own`` and demonstrations in their groups."""
     everywhere, some = divmod(per_prompt, 1)
     unscored = 1 / stage.updates_per_rollout  # the first update of a rollout batch needs no scoring pass
     total = Ledger()
@@ -133,7 +133,7 @@ def rl_work(
 
 
 def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]:
-    """The FLOPs of a whole recipe by the paper's formula (with its N) and by the fuller count."""
+    """Return the FLOPs of a whole recipe by the paper's formula (with its N) and by the fuller count."""
     declared = read_declared(settings, where)
     shape = shape_of(read_config(declared, base_dir))
     rounded = replace(shape, num_parameters=int(declared.formula_parameters))
@@ -144,11 +144,11 @@ def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]
 def gib_per_gpu(
     settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings
 ) -> dict[str, float]:
-    """An estimate of a rank's peak memory, by kind. Units: GiB.
+    """Estimate a rank's peak memory, by kind. Units: GiB.
 
-    Sharded: master weights, moments and gradients. Whole: the sampling engine's copy of a sharded policy and
-    its key-value cache; one layer's weights and activations at ``tokens_per_microbatch`` (every layer's if
-    nothing is recomputed), and the logits of one chunk."""
+    Master weights, moments and gradients are sharded. Every rank has the rest: the sampling engine's copy of
+    a sharded policy and its key-value cache; one layer's weights and activations at ``tokens_per_microbatch``
+    (every layer's if nothing is recomputed); and the logits of one chunk."""
     shape, dtype = shape_of(config), settings.compute.dtype
     compute = DTYPE_BYTES[dtype] or 4
     sharded = settings.compute.parallel == "fsdp2"
@@ -175,7 +175,7 @@ def gib_per_gpu(
 
 
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
-    """The plan without weights or data. Raises UserError if the declared figures contradict the settings."""
+    """Make the plan without weights or data. Raises UserError if declared facts contradict the settings."""
     from truestep.model.load import model_shape
     from truestep.pipeline.prepare import check_methods
 
@@ -230,7 +230,7 @@ def _stage_row(
 
 
 def _arithmetic(stage: StageSettings, rows: int) -> tuple[int, int, int, float]:
-    """Steps, sequences per update, updates, epochs."""
+    """Return steps, sequences per update, updates and epochs."""
     if isinstance(stage, RlSettings):
         u = stage.updates_per_rollout
         per_update = stage.prompts_per_step // u * stage.samples_per_prompt

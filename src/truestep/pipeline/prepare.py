@@ -1,4 +1,4 @@
-"""Checks before anything expensive: reads every row, grades every gold answer, checks lengths and batches."""
+"""Checks before anything expensive: every row, every gold answer, lengths and batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HINT = "The beginning of a solution:"
 
 @dataclass(kw_only=True)
 class Prepared:
-    """All data of a run, as tokens, after every check."""
+    """All data of a run as tokens, after all checks."""
 
     settings: Settings
     base_dir: Path  # the recipe's folder; files that the recipe names are relative to it
@@ -56,7 +56,7 @@ class Prepared:
 
 
 def num_sequences(stage: SftSettings | RejectionSettings, available: int) -> int:
-    """How many sequences (with repetition over epochs) the stage trains on."""
+    """Return how many sequences (with repetition over epochs) the stage trains on."""
     return round(stage.epochs * available) if stage.epochs else stage.steps * stage.sequences_per_step
 
 
@@ -65,8 +65,8 @@ def num_steps(stage: SftSettings | RejectionSettings, available: int) -> int:
 
 
 def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
-    """Load and check everything that a run needs, in seconds and without a model. Raises a UserError that names
-    file, row and field, or the setting, and the remedy."""
+    """Load and check everything that a run needs, within seconds and without a model. Raises a UserError that
+    names the file, row and field, or the setting, and the remedy."""
     if settings.evaluate.benchmarks:
         raise UserError(
             "evaluate.benchmarks is set, but a run evaluates only evaluate.data; use truestep eval RECIPE"
@@ -110,7 +110,7 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
 
 
 def _check_rewards(settings: Settings, base_dir: Path) -> None:
-    """Load every reward function once, in its worker, so that mistakes are found before anything is trained."""
+    """Load every reward function once, in its worker, so that mistakes are found before training."""
     for stage in settings.stages:
         if isinstance(stage, RlSettings) and world()[0] == 0:
             with tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder:
@@ -120,8 +120,8 @@ def _check_rewards(settings: Settings, base_dir: Path) -> None:
 
 
 def _needs(settings: Settings) -> dict[str, set[str]]:
-    """Data set → the columns that are needed; a set that is not used is not loaded. A stage without a checker
-    needs no answers."""
+    """Return the needed columns of every data set in use; others are not loaded. A stage without a checker
+    does not need answers."""
     needs: defaultdict[str, set[str]] = defaultdict(set)
     for stage in settings.stages:
         checked = not isinstance(stage, RlSettings) or "checker" in [e.function for e in stage.reward_entries]
@@ -135,7 +135,7 @@ def _needs(settings: Settings) -> dict[str, set[str]]:
 
 
 def _check_ranks(settings: Settings) -> None:
-    """Refuse several processes for what runs only on one, before anything is loaded."""
+    """Raise UserError for several processes if a stage needs a single one, before anything is loaded."""
     for stage in settings.stages if world()[1] > 1 else ():
         where = f"stages.{stage.name}"
         if stage.dev.data:
@@ -164,7 +164,7 @@ def check_methods(settings: Settings, base_dir: Path) -> None:
 
 
 def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
-    """The prompts of an RL stage: all, or only those whose complete demonstration can be trained on."""
+    """Return the prompts of an RL stage: all, or only those whose whole demonstration can be trained on."""
     prompts = prepared.prompts[stage.data]
     if not prepared.methods[stage.name].needs_demonstrations:
         return prompts
@@ -180,13 +180,13 @@ def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
 
 
 def method_of(stage: StageSettings, base_dir: Path) -> Method:
-    """The stage's method. Raises UserError."""
+    """Build the stage's method. Raises UserError."""
     options = getattr(stage, "method_options", {})
     return find_method(getattr(stage, "method", "sft"), options, base_dir, f"stages.{stage.name}.")
 
 
 def find_method(named: str, options: Mapping[str, Any], base_dir: Path, where: str = "") -> Method:
-    """A built-in row, or FILE.py:ROW in the recipe's folder. Raises UserError."""
+    """Find a built-in row, or FILE.py:ROW in the recipe's folder. Raises UserError."""
     if ":" in named:
         source = find_source(named, base_dir, what=f"{where}method")
         row = _user(f"{where}method", load, source, [str(base_dir)])
@@ -201,7 +201,7 @@ def find_method(named: str, options: Mapping[str, Any], base_dir: Path, where: s
 
 
 def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
-    """Call what runs a user's code. Raises UserError with the code's traceback."""
+    """Call a function that runs a user's code. Raises UserError with the code's traceback."""
     result = attempt(work, *given)
     if isinstance(result, Raised):
         raise UserError(f"{where}: {result.reason}\n{result.detail}".rstrip())
@@ -209,7 +209,7 @@ def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
 
 
 def context_and_eos(settings: Settings) -> tuple[int, Any]:
-    """The model's context length (with the recipe's override) and its eos ids, read only from the config."""
+    """Return the model's context length (with the recipe's override) and eos ids, without loading weights."""
     source, override = resolve(settings.model), settings.model.context_length
     if source == "tiny":
         return (TINY_CONTEXT if override == "model" else override), ()
@@ -249,7 +249,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
 def hinted_prompt(
     prepared: Prepared, prompt: Prompt, fraction: float
 ) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """Turns and tokens of the prompt; its last turn also gets the first part of the solution (by characters)."""
+    """Return the prompt's turns and tokens, with the solution's start (by characters) in the last turn."""
     *before, last = prompt.problem.messages
     shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
     turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
@@ -268,7 +268,7 @@ def _content_hash(problems: Sequence[Problem]) -> str:
 
 
 def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
-    """Every gold answer must be accepted by its checker; otherwise no completion can be."""
+    """Raise UserError if a checker refuses a gold answer, since it could not accept a completion either."""
     with Grader() as grader:
         for problem in (problem for name in names for problem in prepared.problems[name]):
             score = grader.check_gold(problem)
@@ -310,7 +310,7 @@ def _check_lengths(prepared: Prepared) -> None:
 
 
 def _longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown: float = 0.0) -> int:
-    """The most tokens of a prompt, the shown part of a solution, and a completion. Raises UserError if too long."""
+    """Return the most tokens of a prompt with hint and completion. Raises UserError if they are too many."""
     prompts = prepared.prompts[name]
     if shown:
         prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)[1]) for p in prompts]
@@ -326,7 +326,7 @@ def _longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown
 
 
 def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
-    """Everything about batches that follows from the settings, one row per stage."""
+    """Return everything about batches that follows from the settings, with one row per stage."""
     rows: list[Mapping[str, Any]] = []
     columns = ("problems", "steps", "optimizer updates", "sequences per update", "epochs")
     values: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""``truestep run``: base → stage → stage …, with an evaluation after each; finished parts are skipped."""
+"""``truestep run``: runs the stages of a recipe in order, evaluates after each, and skips finished parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from truestep.train.parallel import Ranks, full, is_sharded
 
 
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raises UserError if the folder is in use, or, with --resume, contains a different run. Writes nothing."""
+    """Raise UserError if the folder is in use, or, with --resume, has a different run. Nothing is written."""
     held = rundir.holds_run(folder, resume=resume)
     old = load_settings(folder / "resolved.toml").stages if held else ()
     for index, (a, b) in enumerate(zip(settings.stages, old, strict=False)):
@@ -58,7 +58,7 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
 
 
 def _require_identity(stage: Path, identity: str) -> None:
-    """Raises UserError if a finished or unfinished stage was made with different settings or data."""
+    """Raise UserError if a finished or unfinished stage was made with different settings or data."""
     found = [rundir.read_json(stage / "done.json")["identity"]] if (stage / "done.json").exists() else []
     for checkpoint in list_checkpoints(stage / "checkpoints")[-1:]:
         # loading skips a damaged checkpoint
@@ -72,7 +72,7 @@ def _require_identity(stage: Path, identity: str) -> None:
 
 
 def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
-    """Do the rest of a prepared run and return its summary (on rank 0). Raises Interrupted after saving."""
+    """Do the rest of a prepared run, and return its summary (on rank 0). Raises Interrupted after saving."""
     settings = prepared.settings
     threads = set_threads(settings.compute.threads)
     make_deterministic()
@@ -124,7 +124,7 @@ def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> No
 
 
 def _train(session: Session, index: int, path: str, before: Ledger, steps_before: int) -> dict[str, Any]:
-    """Train, export, and write done.json, which makes later runs skip the stage."""
+    """Train and export a stage, and write its done.json, because of which later runs skip the stage."""
     began = time.perf_counter()
     with ExitStack() as stack:
         spec = make_stage(session, index, path, before, steps_before, stack)
@@ -153,7 +153,7 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
 
 @torch.no_grad()
 def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, Any]) -> None:
-    """The stage's model as a Hugging Face folder; a sharded one is gathered in rank 0's memory."""
+    """Export the stage's model as a Hugging Face folder. A sharded model is gathered in rank 0's memory."""
     parameters = spec.policy.named_parameters()
     weights = {name.removeprefix("model."): full(p.detach()).cpu() for name, p in parameters}
     if session.ranks.rank != 0:
@@ -181,20 +181,20 @@ def stage_rows(session: Session, before: int | None = None) -> list[dict[str, An
 
 
 def _checkpoints(session: Session) -> list[Path]:
-    """The folders of the evaluations, in order of the checkpoints."""
+    """Return the folders of the evaluations, in the order of the checkpoints."""
     names = ["base", *(s.name for s in session.prepared.settings.stages)]
     return [session.folder / "evaluations" / name for name in names]
 
 
 def score_rows(session: Session) -> list[dict[str, Any]]:
-    """Every checkpoint on every data set that has results."""
+    """Return the score of every checkpoint on every data set that has results."""
     sets = session.prepared.settings.evaluate.data
     paths = [(c.name, d, results_file(c, d)) for c in _checkpoints(session) for d in sets]
     return [score_row(d, rundir.read_json(path), checkpoint=c) for c, d, path in paths if path.exists()]
 
 
 def comparisons(session: Session) -> list[dict[str, Any]]:
-    """Each checkpoint compared with the one before it, paired by problem."""
+    """Compare each checkpoint with the previous one, paired by problem."""
     rows = []
     for before, after in pairwise(_checkpoints(session)):
         for name in session.prepared.settings.evaluate.data:
@@ -206,7 +206,7 @@ def comparisons(session: Session) -> list[dict[str, Any]]:
 
 
 def summarize(session: Session, status: str) -> dict[str, Any]:
-    """Write and return summary.json: what the run has done so far, as rows for the report and the exports."""
+    """Write and return summary.json, with what the run has done so far as rows for report and exports."""
     prepared, settings = session.prepared, session.prepared.settings
     shapes = [rundir.read_json(p)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
     summary = {

@@ -1,4 +1,4 @@
-"""A stage's specification: settings and a model folder → everything that the loop needs."""
+"""Makes a stage's specification for the training loop, from the settings and a model folder."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from truestep.train.scoring import Scorer
 from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.update import Updater
 
-# The metrics of a step that progress shows.
+# The metrics that are shown as progress at every step.
 SHOWN = ("reward", "loss", "mixed_groups", "dev/score", "entropy")
 
 
 def make_stage(
     session: Session, index: int, path: str, ledger: Ledger, steps_before: int, stack: ExitStack
 ) -> StageSpec:
-    """Stage ``index``, which starts from the model in ``path``. Closing ``stack`` ends its reward workers."""
+    """Make stage ``index``, starting at the model in ``path``. Closing ``stack`` ends its reward workers."""
     prepared, ranks = session.prepared, session.ranks
     stage, method = prepared.settings.stages[index], prepared.methods[prepared.settings.stages[index].name]
     folder = stage_folder(session.folder, index, stage)
@@ -86,7 +86,7 @@ def make_stage(
 
 
 def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> dict[str, MasterOptimizer]:
-    """The stage's optimizer, and the separate one of a method with a buffer."""
+    """Return the stage's optimizer, and a second one for a method with a buffer."""
     main = MasterOptimizer(policy, stage.optimizer)
     buffer = method.part(DemonstrationBuffer)
     if buffer is None:
@@ -96,7 +96,7 @@ def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> dict[
 
 
 def _on_step(session: Session, name: str, before: int) -> Callable[[int, Mapping[str, float], float], None]:
-    """Report progress, and log to the trackers, which count steps over the whole run."""
+    """Return a function that reports progress and logs to trackers, with steps counted over the whole run."""
 
     def on_step(step: int, metrics: Mapping[str, float], seconds: float) -> None:
         labels = {"mixed_groups": "mixed", "dev/score": "dev"}

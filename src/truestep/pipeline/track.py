@@ -1,4 +1,4 @@
-"""Sends metrics to the recipe's ``trackers``: TensorBoard, trackio, or wandb (offline unless WANDB_MODE is set)."""
+"""Sends metrics to the recipe's trackers: TensorBoard, trackio or wandb (offline without WANDB_MODE)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker whose package is missing, before anything is trained."""
+    """Raise UserError for a tracker whose package is missing, before anything is trained."""
     for name in names:
         if importlib.util.find_spec(MODULES[name]) is None:
             raise UserError(
@@ -23,7 +23,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Log]:
-    """One function per tracker; each takes the run's global step and a row of metrics."""
+    """Open the trackers. Return for each a function of the run's global step and a row of metrics."""
     openers = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
     return [openers[name](folder, run_name) for name in names]
 

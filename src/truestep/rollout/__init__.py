@@ -1,1 +1,1 @@
-"""Rollouts: engines that sample, and plans that say what is sampled for a prompt."""
+"""Rollouts: engines that sample, and the sampler that follows a method's plan for each prompt."""

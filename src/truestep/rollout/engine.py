@@ -1,4 +1,4 @@
-"""The interface of an engine that samples tokens: token ids in, token ids out, never text."""
+"""The interface of engines that sample tokens. They take and return token ids, never text."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """One completion to be sampled. Its random numbers depend only on these coordinates, not on the batch or
+    """A request for one completion. Its random numbers depend only on the fields below, not on the batch or
     the rank that decodes it. The last ``num_given`` tokens of ``prompt_ids`` are the beginning of the
-    completion: they count towards its length limit."""
+    completion, so they count toward its length limit."""
 
     problem_id: str
     sample_index: int
@@ -31,17 +31,17 @@ class SampleRequest:
     num_given: int = 0
 
     def uniforms(self, count: int) -> np.ndarray:
-        """``count`` float64 uniforms in [0, 1), one per token."""
+        """Draw ``count`` float64 uniforms in [0, 1), one per token."""
         item = f"{self.problem_id}/{self.sample_index}"
         return generator(self.seed, self.purpose, self.step, item).random(count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
-    """What distribution to sample from, and when to stop. Temperature 0 is greedy.
+    """The distribution to sample from, and when to stop. Temperature 0 is greedy.
 
-    A completion ends with the first of ``stop_token_ids`` or of ``stop_sequences`` (an engine may ignore the
-    latter: they only save tokens that would be cut off)."""
+    A completion ends at the first of ``stop_token_ids`` or ``stop_sequences``. An engine may ignore the
+    latter, because they only save tokens that would be cut off."""
 
     temperature: float
     max_new_tokens: int
@@ -51,13 +51,13 @@ class SamplingParameters:
     stop_sequences: tuple[tuple[int, ...], ...] = ()
 
     def ends(self, tokens: Sequence[int]) -> bool:
-        """Whether these tokens (at least one) are a completion that has stopped by itself."""
+        """Return whether these tokens (at least one) are a completion that stopped by itself."""
         ended = any(tuple(tokens[-len(s) :]) == s for s in self.stop_sequences)
         return ended or tokens[-1] in self.stop_token_ids
 
     @property
     def distribution(self) -> Distribution:
-        """The distribution that these samples' behavior log-probabilities refer to."""
+        """The distribution to which the behavior log-probabilities of the samples refer."""
         return Distribution(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
 
@@ -69,7 +69,7 @@ def sampled_rollout(
     logprobs: Sequence[float] | None,
     error: str = "",
 ) -> Rollout:
-    """The answer to a request: every token was sampled by the same version of the policy."""
+    """Return the rollout for a request whose tokens were all sampled by the same version of the policy."""
     num, stopped = len(tokens), bool(tokens) and sampling.ends(tokens)
     return Rollout(
         problem_id=request.problem_id,
@@ -85,7 +85,7 @@ def sampled_rollout(
 
 
 class Engine(Protocol):
-    """Samples completions with a published set of weights. Implementations: torch, vLLM."""
+    """An engine samples completions from published weights. There are two implementations, torch and vLLM."""
 
     policy_version: int
 
@@ -96,13 +96,13 @@ class Engine(Protocol):
         check_stop: Callable[[], None] = lambda: None,
     ) -> Iterator[Rollout]:
         """Yield one Rollout per request, in the order in which they finish. ``check_stop`` is called between
-        decoding steps and may raise. A request that cannot be sampled yields a Rollout with stop ERROR."""
+        decoding steps and may raise. A failed request yields a Rollout whose ``stop`` is ERROR."""
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Make the given weights the ones that the next ``generate`` samples from."""
+        """Set the weights from which the next ``generate`` samples."""
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` under the engine's weights, for checks."""
+        """Score ``token_ids[num_prompt_tokens:]`` under the engine's weights, for checks."""
 
     def take_cost(self) -> Ledger:
-        """The work since the last call: prompt tokens, tokens of prefill and decoding, query-key pairs."""
+        """Return the work since the last call: prompt, prefill and decoding tokens, and query-key pairs."""

@@ -1,7 +1,7 @@
-"""Any OpenAI-compatible endpoint: text in, text out. Another server runs the model, so it cannot be trained.
+"""Sampling through an OpenAI-compatible endpoint. A server runs the model, so the model cannot be trained.
 
-The openai client waits, retries with backoff and obeys Retry-After. A request that finally fails gives a
-sample with an error, never an empty answer. The key comes only from the environment and is never written out.
+The openai client waits, retries with backoff and obeys Retry-After. A request that fails in the end gives a
+sample with an error, never an empty answer. The key comes only from the environment and is never written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RETRIES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """A request for one answer: a reply to chat turns, or a continuation of ``text`` if it is given."""
+    """A request for one answer: a reply to chat turns, or a continuation of ``text`` if that is given."""
 
     problem_id: str
     sample_index: int
@@ -45,8 +45,8 @@ class TextRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSample:
-    """The answer to a request. ``num_tokens`` is the server's count (0 if it has none). A failed sample has
-    stop ERROR, a reason and no text. ``token_ids`` are known if a truestep engine sampled them."""
+    """The answer to a request. ``num_tokens`` is the server's count, or 0 without one. A failed sample has
+    ``stop`` ERROR, a reason and no text. ``token_ids`` are known if a truestep engine sampled them."""
 
     problem_id: str
     sample_index: int
@@ -62,14 +62,14 @@ class TextSample:
 
 
 def text_seed(request: SampleRequest) -> int:
-    """A 31-bit seed from the request's coordinates, for servers that take an integer."""
+    """Derive a 31-bit seed from the request's coordinates, for servers that take an integer."""
     item = f"{request.problem_id}/{request.sample_index}"
     return integer(request.seed, request.purpose, request.step, item) % 2**31
 
 
 @contextmanager
 def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) -> Iterator[OpenAI]:
-    """A client for the endpoint. Raises UserError if no server answers or the key is refused."""
+    """Connect a client to the endpoint. Raises UserError if no server answers or the key is refused."""
     try:
         import openai
     except ModuleNotFoundError:
@@ -101,8 +101,8 @@ def each(
     limit: int,
     check_stop: Callable[[], None],
 ) -> Iterator[Answer]:
-    """Yield ``function(request)`` for every request as they finish; at most ``limit`` run at once, in
-    threads. ``check_stop`` is called meanwhile and may raise; requests in progress are then dropped."""
+    """Yield ``function(request)`` for every request as it finishes. At most ``limit`` calls run at once, in
+    threads. Meanwhile, ``check_stop`` is called; if it raises, requests in progress are dropped."""
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=limit)
     waiting = iter(requests)
     running: set[concurrent.futures.Future[Answer]] = set()
@@ -119,7 +119,7 @@ def each(
 
 
 class EndpointEngine:
-    """Answers text requests through a connected client; ``model`` is its name on the server."""
+    """Answers text requests through a connected client; ``model`` is the model's name on the server."""
 
     def __init__(self, client: OpenAI, model: str, concurrent: int = CONCURRENT) -> None:
         self.client, self.model, self.concurrent = client, model, concurrent
@@ -141,7 +141,7 @@ class EndpointEngine:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise UserError(f"model {self.model!r} is refused by the endpoint: {_reason(error)}") from None
         except (openai.APIError, ValueError, TypeError, AttributeError, LookupError) as error:
-            return _failed(request, _reason(error))  # the last four: a malformed answer
+            return _failed(request, _reason(error))  # the last four exceptions: a malformed answer
 
     def _options(self, request: TextRequest, sampling: SamplingParameters) -> dict[str, Any]:
         options: dict[str, Any] = {"model": self.model, "seed": request.seed}
@@ -191,6 +191,6 @@ def _failed(request: TextRequest, reason: str) -> TextSample:
 
 
 def _reason(error: Exception) -> str:
-    """One line that says what went wrong, without anything that looks like a key."""
+    """Say in one line what went wrong, without anything that looks like a key."""
     text, key = " ".join(str(error).split())[:300] or type(error).__name__, _key()
     return redact(text.replace(key, "[redacted]") if key else text)

@@ -1,9 +1,9 @@
-"""The default engine, for any causal model: batched sampling with a KV cache; finished rows are refilled.
+"""The default engine, which samples from any causal model in batches, with a KV cache that is refilled.
 
-Every pass is one flat row of tokens: several prompts in a prefill, one token of every running row in a
-decoding step. A prompt that several waiting samples share is prefilled once, as is the common beginning of
-all prompts in a prefill (worked examples before each problem). Running rows occupy the first slots of the
-cache, so that a decoding step reads a view of it; the slot of a finished row is filled by the last row.
+Every forward pass has one flat row of tokens: several prompts in a prefill, or one token of every running row
+in a decoding step. A prompt that several waiting samples share is prefilled once, and so is the common
+beginning of all prompts in a prefill (worked examples before each problem). Running rows occupy the first
+slots of the cache, so that a decoding step reads a view of it; the last row fills the slot of a finished row.
 
 Shapes: R running rows, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
 """
@@ -32,8 +32,8 @@ from truestep.seeding import Purpose
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PREFILL_TOKENS = 2048  # prompt tokens forwarded at once; affects only memory
-SHARED_TOKENS = 64  # the shortest common beginning of all prompts that is worth a separate segment
+PREFILL_TOKENS = 2048  # prompt tokens in one forward pass; affects only memory
+SHARED_TOKENS = 64  # a common beginning of all prompts gets a separate segment from this length on
 ROUND_UP = 32  # cached lengths are read in multiples of this, so that kernels see few shapes
 
 
@@ -50,7 +50,7 @@ class _Row:
 
 
 class KvCache:
-    """Keys and values of all slots: one pair of tensors [slots, K, T, D] per layer, made on first write."""
+    """Keys and values of all slots: a pair of tensors [slots, K, T, D] per layer, made at the first write."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
@@ -69,8 +69,8 @@ class KvCache:
 
 
 class _PrefillLayout(PackedLayout):
-    """Packed prompts whose keys and values, those of a shared beginning first, are written to the cache slots
-    of all their samples (the shared beginning has no slots)."""
+    """Packed prompts, whose keys and values are written to the cache slots of all their samples, after those
+    of a shared beginning (which has no slots of its own)."""
 
     def __init__(
         self, segments: Sequence[Segment], positions: Tensor, cache: KvCache, slots: Sequence[range]
@@ -92,7 +92,7 @@ class _PrefillLayout(PackedLayout):
 
 
 class _DecodeLayout:
-    """One new token of each running row; it sees all cached tokens of its slot and itself."""
+    """One new token of each running row. It attends to all cached tokens of its slot and to itself."""
 
     def __init__(self, cache: KvCache, lengths: Sequence[int], device: torch.device) -> None:
         self.cache = cache
@@ -109,11 +109,11 @@ class _DecodeLayout:
         keys[self.rows, :, self.position] = key.transpose(0, 1)
         values[self.rows, :, self.position] = value.transpose(0, 1)
         # The query heads that share a key-value head become rows of one product, so keys are not repeated.
-        # Two plain products are faster here than a fused kernel, which is made for many queries per row; here
-        # there is one.
+        # Two plain products are faster here than a fused kernel, which is made for many queries per row. Here
+        # each row has one query.
         heads = num_rows * kv_heads
         grouped = (query.transpose(0, 1) * scaling).reshape(heads, -1, query.shape[2])
-        # The cache of the running rows, as one batch of their heads: [R K, T read, D], views.
+        # Views of the cache of the running rows, as one batch of their heads: [R K, T read, D].
         keys, values = (slots.flatten(0, 1)[:heads, : self.read] for slots in (keys, values))
         scores = torch.bmm(grouped, keys.transpose(1, 2))
         scores = scores.view(num_rows, kv_heads, -1, self.read) + self._mask(window)
@@ -130,7 +130,7 @@ class _DecodeLayout:
 
 
 class TorchEngine:
-    """Samples from the given model; if ``packs`` is False, one row at a time through the model's cache."""
+    """Samples from the given model; if ``packs`` is False, one row at a time with the model's own cache."""
 
     def __init__(self, model: PreTrainedModel, *, max_running: int = 64, packs: bool = True) -> None:
         self.model, self.max_running, self.packs = model, max_running, packs
@@ -146,8 +146,8 @@ class TorchEngine:
     ) -> Iterator[Rollout]:
         """Yield one Rollout per request, in the order in which they finish.
 
-        A sample's random numbers do not depend on the batch, but its tokens may, if a kernel's rounding
-        depends on its shape."""
+        A sample's random numbers do not depend on the batch. Its tokens may, if a kernel's rounding depends
+        on the shape of its inputs."""
         count = sampling.max_new_tokens
         rows = deque(_Row(request=r, uniforms=r.uniforms(count), length=0) for r in requests)
         yield from self._sampled(rows, sampling, check_stop)
@@ -163,7 +163,7 @@ class TorchEngine:
             self.model.train(was_training)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Copy the weights in, unless they are already this model's own tensors."""
+        """Copy the weights into the model, unless they are already its own tensors."""
         own = dict(self.model.named_parameters())
         if set(own) != set(weights):
             different = sorted(set(own) ^ set(weights))[:3]
@@ -176,7 +176,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]`` from this engine's prefill and decoding."""
+        """Score ``token_ids[num_prompt_tokens:]`` by this engine's prefill and decoding."""
         forced = tuple(token_ids[num_prompt_tokens:])
         sampling = SamplingParameters(temperature=temperature, max_new_tokens=len(forced), stop_token_ids=())
         request = SampleRequest(
@@ -208,7 +208,7 @@ class TorchEngine:
         num_slots = min(self.max_running, len(waiting))
         cache = KvCache(num_slots, longest + sampling.max_new_tokens)
         running: list[_Row] = []
-        refill_at = max(1, num_slots // 4)  # a prefill for a single free slot would cost a whole pass
+        refill_at = max(1, num_slots // 4)  # a prefill for a single free slot would take a whole pass
         while waiting or running:
             check_stop()
             free = num_slots - len(running)
@@ -227,7 +227,7 @@ class TorchEngine:
     def _admit(
         self, waiting: deque[_Row], running: list[_Row], cache: KvCache, sampling: SamplingParameters
     ) -> None:
-        """Prefill waiting rows into the free slots; adjacent rows with the same prompt share its prefill."""
+        """Prefill waiting rows into the free slots. Adjacent rows with the same prompt share one prefill."""
         shares: list[list[_Row]] = []
         free = cache.num_slots - len(running)
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
@@ -295,7 +295,7 @@ class TorchEngine:
     def _run_alone(
         self, rows: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]
     ) -> Iterator[Rollout]:
-        """For models whose attention cannot be packed: one row at a time through the model's own cache."""
+        """Sample one row at a time with the model's own cache, if its attention cannot be packed."""
         for row in rows:
             ids, past = torch.tensor([row.request.prompt_ids], device=self.model.device), None
             while not row.tokens or not self._finished(row, sampling):
@@ -315,7 +315,7 @@ class TorchEngine:
 
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many leading tokens all prompts share, 0 if too few; each prompt keeps at least one more token."""
+    """Return how many leading tokens all prompts share, or 0 if too few. Each prompt keeps one more token."""
     first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share too
     most = min(map(len, prompts)) - 1
     same = next((i for i in range(most) if first[i] != last[i]), most)

@@ -1,8 +1,8 @@
-"""vLLM in a separate environment and process, over HTTP on this machine: token ids in, token ids out.
+"""An engine that runs vLLM in a separate environment and process, over HTTP on this machine, with token ids.
 
-It only evaluates: weights cannot be published to it. The seed of a request depends on its coordinates, but
-vLLM's random numbers are not truestep's: the distribution is the same, the samples differ. Greedy tokens
-agree.
+This engine is only for evaluation, because weights cannot be published to vLLM. The seed of a request depends
+on its coordinates, but vLLM uses different random numbers: the samples differ from truestep's, but their
+distribution is the same. Greedy tokens agree.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SERVED = "model"
 
 @dataclass(frozen=True, kw_only=True)
 class VllmServer:
-    """What to serve. ``options`` are further arguments for vLLM's command line."""
+    """The model to serve. ``options`` are further arguments for vLLM's command line."""
 
     model: str
     dtype: str
@@ -52,7 +52,7 @@ class VllmServer:
 
 
 def python_with_vllm() -> str:
-    """The interpreter that can import vLLM. Raises UserError if there is none."""
+    """Return the Python interpreter that can import vLLM. Raises UserError if there is none."""
     named = os.environ.get(ENVIRONMENT, "")
     if named:
         if not os.access(named, os.X_OK):
@@ -61,15 +61,15 @@ def python_with_vllm() -> str:
         return named
     if importlib.util.find_spec("vllm") is None:
         remedy = f"make an environment for it and set {ENVIRONMENT} to its Python"
-        raise UserError(f'engine = "vllm" is not installed; {remedy}')
+        raise UserError(f'vLLM (engine = "vllm") is not installed; {remedy}')
     return sys.executable
 
 
 @contextmanager
 def serve(server: VllmServer) -> Iterator[VllmEngine]:
-    """Start vLLM and wait until it answers; at the end, end it and all its children.
+    """Start vLLM and wait until it answers. Finally, stop it and all its child processes.
 
-    Raises UserError with its last error message if it does not start."""
+    Raises UserError with vLLM's last error message if it does not start."""
     python, port = python_with_vllm(), _free_port()
     words = [python, "-m", "vllm.entrypoints.openai.api_server"]
     words += ["--model", server.model, "--served-model-name", SERVED]
@@ -135,11 +135,11 @@ class VllmEngine:
             yield rollout
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Raises UserError: weights cannot be published to vLLM."""
+        """Raise UserError, because weights cannot be published to vLLM."""
         raise UserError('engine = "vllm" evaluates only; train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Log-probabilities of ``token_ids[num_prompt_tokens:]``. Raises UserError if temperature ≠ 1."""
+        """Score ``token_ids[num_prompt_tokens:]``. Raises UserError if temperature ≠ 1."""
         if temperature != 1.0:
             raise UserError('engine = "vllm" scores at temperature 1 only')
         body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
@@ -186,6 +186,6 @@ class VllmEngine:
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line: the body of an answer with an HTTP error status, otherwise the exception."""
+    """Describe the error in one line: the answer's body for an HTTP error status, otherwise the exception."""
     text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
     return " ".join(text.split())[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Prompts → graded groups, through an engine and a method's plan."""
+"""Turns prompts into graded groups, with an engine and a method's plan."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from truestep.seeding import Purpose, generator
 MAX_SAMPLES = 1 << 20  # per prompt and step; the sample numbers of a prompt's second group start here
 Decode = Callable[[Sequence[int]], str]
 ScoreMany = Callable[[Sequence[RewardInput]], list[Score]]
-# A prompt and the share of its solution's text to show → the turns and token ids of the hinted prompt.
+# From a prompt and a share of its solution's text to the turns and token ids of the prompt that shows it.
 Hint = Callable[[Prompt, float], tuple[tuple[Message, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Turns prompts into groups; given the weights, the result depends only on (seed, step, prompt, sample).
+    """Samples graded groups. For given weights, the result depends only on (seed, step, prompt, sample).
 
-    ``demonstrations`` has the expert's completion (with its stop token) by problem id; ``hinted`` makes a
-    prompt that shows the first part of the problem's solution. A sample without a verdict solves its problem
-    if its reward is at least ``solved_at``."""
+    ``demonstrations`` has the expert's completions (with stop token) by problem id. ``hinted`` makes a prompt
+    that shows the first part of the problem's solution. A sample without a verdict solves its problem if its
+    reward is at least ``solved_at``."""
 
     engine: Engine
     plan: Plan
@@ -47,11 +47,11 @@ class Sampler:
         controls: Mapping[str, float] | None = None,
         stored: Mapping[int, Rollout] | None = None,
     ) -> list[Group]:
-        """One graded group per prompt, in order; rounds are batched over prompts.
+        """Return one graded group per prompt, in order. Rounds are batched over prompts.
 
-        ``repeats`` says for each prompt how often it occurs earlier in the batch over all ranks (0 by
-        default): its second group has different sample numbers, and so different random numbers. ``stored``
-        are stored samples by place in ``prompts``."""
+        ``repeats`` says how often each prompt occurs earlier in the batch over all ranks (0 by default). The
+        second group of a prompt has different sample numbers, and therefore different random numbers.
+        ``stored`` has stored samples by place in ``prompts``."""
         places = []
         for index, (prompt, count) in enumerate(zip(prompts, repeats or [0] * len(prompts), strict=True)):
             draw = float(generator(self.seed, Purpose.PLAN, step, f"{prompt.problem.id}/{count}").random())
@@ -64,7 +64,7 @@ class Sampler:
             self._sample(asking, step)
 
     def _wants_more(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
-        """Whether the plan has further rounds for this prompt; if so, they are added to the place."""
+        """Return whether the plan has further rounds for this prompt, and add them to the place."""
         state = PlanState(
             step=step,
             num_samples=self.samples_per_prompt,
@@ -111,7 +111,7 @@ class Sampler:
             asking[index].done.append(([rollouts[index, n] for n in span], [graded[index, n] for n in span]))
 
     def _start(self, place: _Place, round_: Round) -> _Start:
-        """What a sample of this round begins with."""
+        """Return the beginning of a sample of this round."""
         name = place.prompt.problem.id
         if round_.stored:
             if place.stored is None:
@@ -161,7 +161,7 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What a sample begins with: tokens of the demonstration, a hinted prompt, or a whole stored sample."""
+    """The beginning of a sample: demonstration tokens, a hinted prompt, or a whole stored sample."""
 
     round: Round
     tokens: tuple[int, ...] = ()
@@ -170,7 +170,7 @@ class _Start:
     is_whole: bool = False
 
     def rollout(self, prompt: Prompt, number: int, sampling: SamplingParameters) -> Rollout:
-        """The sample, if nothing has to be generated."""
+        """Return the sample if nothing has to be generated."""
         if self.stored is not None:
             return replace(self.stored, sample_index=number, round=self.round)
         num = len(self.tokens)
@@ -187,7 +187,7 @@ class _Start:
         )
 
     def continued(self, sampled: Rollout) -> Rollout:
-        """The start and the engine's continuation as one completion."""
+        """Join the start and the engine's continuation into one completion."""
         num, behavior = len(self.tokens), sampled.behavior_logprobs
         if sampled.stop is Stop.ERROR or num == 0:
             return replace(sampled, round=self.round, prompt_ids=self.prompt_ids)
@@ -203,7 +203,7 @@ class _Start:
 
 @dataclass(kw_only=True)
 class _Place:
-    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` numbers the next
+    """A prompt and its rounds so far. ``done`` is aligned with ``rounds``; ``next`` is the number of the next
     sample."""
 
     prompt: Prompt
@@ -216,19 +216,19 @@ class _Place:
 
 
 def _of(rollout: Rollout, score: Score) -> Score:
-    """The sample's score; a sample that the engine could not finish is unscored."""
+    """Return the sample's score. A sample that the engine could not finish is unscored."""
     if rollout.stop is Stop.ERROR:
         return Score(reward=None, verdict=records.Verdict.UNSCORED, reason=f"engine: {rollout.error}")
     return score
 
 
 def num_sampled_tokens(rollouts: Sequence[Rollout]) -> int:
-    """The number of tokens that the current policy has generated."""
+    """Count the tokens that the current policy generated."""
     return sum(r.origin.count(Origin.POLICY) for r in rollouts)
 
 
 def _merge(place: _Place) -> Group:
-    """The kept rounds as one group; it is empty if the plan has no round."""
+    """Merge the kept rounds into one group, which is empty if the plan has no round."""
     kept = place.kept or ()
     rollouts = tuple(r for n in kept for r in place.done[n][0])
     scores = tuple(s for n in kept for s in place.done[n][1])

@@ -1,4 +1,4 @@
-"""From logits and one uniform number per row to a token and its log-probability.
+"""Sampling of one token per row, with its log-probability, from logits and a uniform random number.
 
 Shapes: R rows, V vocabulary, B blocks.
 """
@@ -16,20 +16,20 @@ BLOCK = 256
 
 
 class NonFiniteLogitsError(ArithmeticError):
-    """The model's logits contain NaN or infinity, so the model cannot be sampled from."""
+    """Raised if the model's logits contain NaN or infinity, so that no token can be sampled."""
 
 
 def sample_tokens(
     logits: Tensor, uniforms: Sequence[float], sampling: SamplingParameters, forced: Sequence[int]
 ) -> tuple[list[int], list[float]]:
-    """Inverse-CDF sampling; ``forced[r]`` ≥ 0 is taken instead of a draw. At temperature 0 the token with the
-    largest logit is taken, with log-probability 0 (the distribution is a point).
+    """Sample by the inverse CDF, except that ``forced[r]`` ≥ 0 replaces a draw. At temperature 0, the token
+    with the largest logit is taken, with log-probability 0 (the distribution is a point).
 
     Shapes: logits [R, V] → R tokens, R log-probabilities of the distribution after temperature, top-k and
     top-p.
     Raises NonFiniteLogitsError if a row has NaN, plus infinity, or no finite logit."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # The largest is NaN if any is NaN; a single logit of minus infinity is a token that the model rules out.
+    # The maximum is NaN if any logit is NaN; a logit of minus infinity is a token that the model rules out.
     if not bool(torch.isfinite(logits.amax(1)).all()):
         raise NonFiniteLogitsError("the model's logits are not finite: a weight is NaN or infinite")
     if sampling.temperature == 0:
@@ -52,23 +52,23 @@ def sample_tokens(
 
 
 def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:
-    """The token at which the cumulative weight first exceeds ``target`` [R]."""
+    """Return the token at which the cumulative weight first exceeds ``target`` [R]."""
     edges = block_sums.cumsum(1)
-    # Rounding may put the target on the last edge or just before a block; both must end at a token with
-    # weight.
+    # Rounding may put the target on the last edge or just before a block; in both cases the result must be a
+    # token with weight.
     target = torch.minimum(target, edges[:, -1].nextafter(torch.zeros_like(target)))
     block = (edges <= target[:, None]).sum(1)
     rows = torch.arange(blocks.shape[0], device=blocks.device)
     inside = blocks[rows, block].double()
     rest = (target - (edges[rows, block] - block_sums[rows, block])).clamp(min=0)
     index = (inside.cumsum(1) <= rest[:, None]).sum(1)
-    # Rounding can also move the search past the last token with weight: take that token then.
+    # Rounding can also move the search past the last token with weight; then that token is taken.
     last = BLOCK - 1 - (inside > 0).flip(1).to(torch.int8).argmax(1)
     return block * BLOCK + torch.minimum(index, last)
 
 
 def _truncate(logits: Tensor, sampling: SamplingParameters) -> Tensor:
-    """The logits with −∞ outside the top k and the smallest set of mass ≥ top_p (one token or more)."""
+    """Set the logits to −∞ outside the top k and the smallest set of mass ≥ top_p (at least one token)."""
     ordered, order = logits.sort(dim=1, descending=True)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if sampling.top_k:

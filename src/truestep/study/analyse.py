@@ -1,4 +1,4 @@
-"""What a table of scores shows: seeds × problems, crossed, with the samples of a cell nested in it.
+"""Analysis of score tables: seeds and problems are crossed, and the samples of a cell are nested in it.
 
 Every seed of an arm answers the same problems, so a score has two sources of error that do not average out
 together: the training seed and the choice of problems. Both are counted, with the degrees of freedom that few
@@ -27,8 +27,8 @@ MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
 
 @dataclass(frozen=True, kw_only=True)
 class Crossed:
-    """A mean over seeds and problems with its 95 % interval and the p-value of the mean being 0, at ``df``
-    effective degrees of freedom. ``detectable``: the smallest true value that such a table would show with
+    """A mean over seeds and problems, with a 95 % interval and a p-value for the mean being 0, at ``df``
+    effective degrees of freedom. ``detectable`` is the smallest true value that such a table would show with
     80 % power at the 5 % level. With one seed, ``low`` and ``high`` are over problems only."""
 
     value: float
@@ -65,12 +65,12 @@ class Parts:
 
 
 def parts(tables: Sequence[np.ndarray]) -> Parts:
-    """The mean over benchmarks of the mean over seeds and problems, and its variance by source.
+    """Compute the mean over benchmarks of the mean over seeds and problems, and its variance by source.
 
     Shapes: tables of [..., S, P_b], results of [...]
-    Equation: of one benchmark: var_s(row means)/S + var_p(column means)/P - MS_residual/(S P); over
-    benchmarks rows are averaged (a seed is the same seed everywhere) and the other two are summed with
-    weights 1/B² (problems are not).
+    Equation: for one benchmark: var_s(row means)/S + var_p(column means)/P - MS_residual/(S P). Over several,
+    rows are averaged first (all benchmarks share the seeds), and the other two parts are summed with weights
+    1/B² (benchmarks do not share problems).
     Source: the two-way random model (Cornfield and Tukey 1956); unbiased for σ²_s/S + σ²_p/P + σ²_e/(SP)"""
     num_seeds, num = tables[0].shape[-2], len(tables)
     rows = sum(t.mean(-1) for t in tables) / num
@@ -94,11 +94,11 @@ def parts(tables: Sequence[np.ndarray]) -> Parts:
 
 
 def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
-    """The variance of the mean and its effective degrees of freedom.
+    """Compute the variance of the mean and its effective degrees of freedom.
 
-    The difference of mean squares is unbiased, but can be less than either of its parts by chance, so it is kept
-    at least as large. Satterthwaite's df are too many if a part with few df has much of the variance (coverage
-    94.0 % if five seeds have 90 % of it); seven tenths of them, but at least the seeds' df, give 94.9 to 95.6 %.
+    The unbiased variance V_s + V_p - V_e can by chance be less than V_s or V_p, so these are lower bounds.
+    Satterthwaite's df are too many if a part with few df has much of the variance (coverage is 94.0 % if five
+    seeds have 90 % of it). Seven tenths of them, but at least the seeds' df, give 94.9 to 95.6 %.
     Equation: V = max(V_s, V_p, V_s + V_p - V_e); df = max(S - 1, 0.7 V² / Σ V_i²/df_i)
     Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py"""
     plain = found.seeds + found.problems - found.residual
@@ -112,8 +112,8 @@ def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0, 1.0)) -> Crossed:
-    """The mean of the tables' means, with its interval. Shapes: [S, P_b] each. Raises UserError if the tables
-    have no common seeds."""
+    """Compute the mean of the tables' means, with its interval. Shapes: [S, P_b] each. Raises UserError if
+    the tables do not have the same seeds."""
     if not tables or len({t.shape[0] for t in tables}) != 1 or min(t.size for t in tables) == 0:
         raise UserError("a comparison needs at least one problem and the same seeds on every benchmark")
     found = parts([t.astype(float) for t in tables])
@@ -129,7 +129,7 @@ def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0
         stderr = math.sqrt(variance)
         half, p_value = t_quantile(LEVEL, df) * stderr, 2 * t_cdf(-abs(value) / stderr, df)
         if num_seeds == 2 and found.seeds > 0:
-            # No mixture of df is right for the single degree of freedom of two seeds (coverage down to 90 %).
+            # No mixture of df is correct for the single degree of freedom of two seeds (coverage down to 90 %).
             error = math.sqrt(float(found.seeds))
             half = max(half, t_quantile(LEVEL, 1) * error)
             p_value = max(p_value, 2 * t_cdf(-abs(value) / error, 1))
@@ -146,7 +146,7 @@ def crossed(tables: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-1.0
 
 
 def sign_flip(by_seed: np.ndarray) -> float:
-    """Exact two-sided p-value of the mean over seeds when each sign is a fair coin: at best 2 / 2^S."""
+    """Return the exact two-sided sign-flip p-value of the mean over seeds, which is at best 2 / 2^S."""
     size = len(by_seed)
     if size > MOST_FLIPPED:
         raise UserError(f"an exact test over {size} seeds is too expensive; use at most {MOST_FLIPPED} seeds")
@@ -156,7 +156,7 @@ def sign_flip(by_seed: np.ndarray) -> float:
 
 
 def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
-    """Holm's adjusted p-values, which keep the chance of any false finding among them at 5 % or less.
+    """Return Holm's adjusted p-values, which limit the chance of any false finding among them to 5 %.
 
     Source: Holm 1979. Held by: tests/study/test_analyse.py (statsmodels)"""
     highest, adjusted = 0.0, dict.fromkeys(p_values, 0.0)
@@ -166,17 +166,17 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
 
 
 def sample_sd(correct: Sequence[np.ndarray], samples: Sequence[int]) -> float | None:
-    """Standard deviation of one decoding sample around its cell's chance; None with one sample per problem.
-    More samples reduce only this part. Shapes: correct [S, P_b] counts"""
+    """Return the standard deviation of one decoding sample around its cell's probability, or None with one
+    sample per problem. More samples reduce only this part. Shapes: correct [S, P_b] counts"""
     pooled = [c / k * (1 - c / k) * k / (k - 1) for c, k in zip(correct, samples, strict=True) if k > 1]
     return math.sqrt(float(np.mean(np.concatenate([p.ravel() for p in pooled])))) if pooled else None
 
 
 def verdict(found: Crossed, p_adjusted: float | None) -> str:
-    """What can be concluded, in words; a null result says which difference would have been shown."""
+    """Say in words what can be concluded. A null result says which difference would have been shown."""
     p = found.p_value if p_adjusted is None else p_adjusted
     if not found.seeds_known:
         return "one seed: nothing can be concluded about training"
     if p < 0.05:
         return "higher" if found.value > 0 else "lower"
-    return f"no difference shown (one of {100 * found.detectable:.1f} points would have been)"
+    return f"no difference shown (a difference of {100 * found.detectable:.1f} points would have been shown)"

@@ -1,4 +1,4 @@
-"""What recipes would cost, compared before anything is run: ``truestep study flops``."""
+"""``truestep study flops``, which compares the FLOPs of recipes before anything is run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COUNTS = {"flops_paper_formula": "the paper's formula", "flops_full": "the fulle
 
 
 def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
-    """FLOPs of every recipe in files and folders by both counts; SFT-then-RL is compared with other recipes
-    for the same model. Raises UserError if there are no recipes.
+    """Count the FLOPs of every recipe in files and folders by both counts, and compare SFT-then-RL with other
+    recipes for the same model. Raises UserError if there are no recipes.
 
     Source: arXiv:2604.23747, table 6 (6ND per demonstration token, 8ND per rollout token)
     Held by: tests/study/test_paper_recipes.py"""
@@ -41,7 +41,7 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
 def _claims(
     arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], loaded: Mapping[str, tuple[Settings, Path]]
 ) -> list[dict[str, Any]]:
-    """Whether an SFT-then-RL arm spends less than an arm with only RL, and at how many RL steps as much."""
+    """Say whether an SFT-then-RL arm spends less than an RL-only arm, and at how many RL steps as much."""
     if arm["kinds"] != ["sft", "rl"]:
         return []
     settings, path = loaded[arm["name"]]
@@ -65,7 +65,7 @@ def _claims(
 
 
 def sentences(table: Mapping[str, Any]) -> list[str]:
-    """The claims in words, one line each."""
+    """Return the claims in words, one line each."""
     lines = []
     for claim in table["claims"]:
         parts = []

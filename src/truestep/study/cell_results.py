@@ -1,5 +1,5 @@
-"""A finished cell as one small file, enough for every table: scores by problem, FLOPs, dynamics, hashes,
-provenance. It can be committed, so that a study can be continued another day."""
+"""A finished cell as one small file with all data for the tables: scores by problem, FLOPs, dynamics, hashes
+and provenance. If the file is committed, the study can be continued on a different day."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EVALUATED = ("data", "samples_per_problem", "pass_at", "sampling", "before")  # 
 
 
 def cell_name(arm: str, seed: int) -> str:
-    """The name of a cell in files and messages. Nothing parses it: arm and seed are fields of the cell."""
+    """Return a cell's name for files and messages. It is not parsed: the cell has fields for arm and seed."""
     return f"{arm}-s{seed}"
 
 
 def cell_key(settings: Settings, base: str) -> str:
-    """The identity of a cell: all that its scores depend on, but no paths or names. ``base``: the base's."""
+    """Hash all that a cell's scores depend on, without paths and names. ``base`` identifies its inputs."""
     stages = tuple(stage.model_copy(update=OUTSIDE_RESULTS) for stage in settings.stages)
     own = settings.model_copy(update={"name": "cell", "stages": stages, "trackers": ()})
     payload = own.model_dump(mode="json")
@@ -38,7 +38,7 @@ def cell_key(settings: Settings, base: str) -> str:
 
 
 def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
-    """The finished run directory as a cell."""
+    """Turn a finished run directory into a cell."""
     summary = read_json(run / "summary.json")
     if summary["status"] != "done":
         raise UserError(f"{run} is not finished (its summary says {summary['status']}); run the study again")
@@ -67,7 +67,7 @@ def _stage(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The score of every checkpoint of the run, and what had been spent by then."""
+    """Return the score of every checkpoint of the run, and the FLOPs spent up to it."""
     total = {"flops_paper": 0.0, "flops_full": 0.0}
     spent = {"base": total}
     for stage in summary["stages"]:
@@ -77,7 +77,7 @@ def _path(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Correct and unscored samples of each problem, in the order of the data."""
+    """Count the correct and unscored samples of each problem, in the order of the data."""
     order = list(dict.fromkeys(row["problem_id"] for row in samples))
     correct, unscored = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
     for row in samples:
@@ -95,7 +95,7 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def dynamics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """A few curves of a stage: at most ``MOST_POINTS`` points [step, mean of the values up to that step]."""
+    """Return a few curves of a stage: at most ``MOST_POINTS`` points [step, mean since the last point]."""
     found: dict[str, list[list[float]]] = {}
     for name in DYNAMICS:
         logged = [(row["step"], v) for row in metrics for k, v in row.items() if k.partition("/")[2] == name]

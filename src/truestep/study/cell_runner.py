@@ -1,10 +1,10 @@
-"""What a study is made of, each part once: runs, the pinned base, and results from earlier days.
+"""Makes the parts of a study, each once: runs, the pinned base, and results from earlier days.
 
-A task is requested by name and done by the first thread that requests it; a run requests the run that it starts
-from. Tasks are threads that mostly wait; at most ``workers`` of them have a child process. All state is in
-files: cells/KEY/cell.json says that a run is done. A run is one child process, ``truestep run``, on one thread,
-forked from a process that has imported everything, because importing takes a sixth of the time of a small cell.
-It holds a lock file: a study that was killed and started again waits for it instead of writing at the same time.
+A task is requested by name and done by the first thread that requests it; a run requests the run that it
+starts from. Tasks are threads that mostly wait; at most ``workers`` of them have a child process. All state
+is in files: cells/KEY/cell.json says that a run is done. A run is one child process, ``truestep run``, on one
+thread. It is forked from a process that has imported everything, because importing takes a sixth of a small
+cell's time. The child holds a lock file, so that a study that was killed and started again waits for it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ONE_THREAD |= {"OMP_WAIT_POLICY": "passive"}
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A recipe to be run to its end. All paths are relative to ``study``, the study directory."""
+    """An order to run a recipe to its end. All paths are relative to ``study``, the study directory."""
 
     study: str
     recipe: str
@@ -60,7 +60,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 @functools.cache
 def _forks() -> ForkServerContext:
-    """The server that forks child processes; started once, on one thread, with this package's path."""
+    """Return the server that forks child processes, started once, on one thread, with this package's path."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     mine = dict(os.environ)
@@ -74,7 +74,7 @@ def _forks() -> ForkServerContext:
 
 
 def start(order: Order) -> tuple[int, str]:
-    """Run the child process, after any process that still works in its folder."""
+    """Run the child process, after any other process that is still working in its folder."""
     study = Path(order.study)
     log = study / f"{order.run}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def start(order: Order) -> tuple[int, str]:
             process.start()
         except EOFError:  # Ctrl-C while it was still importing
             return 130, "the process that cells are forked from has ended"
-    # An exit code can be read only once, and starting a process reads those of all ended processes.
+    # An exit code can be read only once, and starting a process reads the exit codes of all ended processes.
     connection.wait([process.sentinel])
     with ONE_AT_A_TIME:
         process.join()
@@ -93,7 +93,7 @@ def start(order: Order) -> tuple[int, str]:
 
 
 def _child(order: Order) -> None:
-    """``python -m truestep run`` in the study directory, with its messages in the log."""
+    """Do what ``python -m truestep run`` does, in the study directory, with messages in the log."""
     os.chdir(order.study)
     lock = os.open(f"{order.run}.lock", os.O_CREAT | os.O_RDWR, 0o644)  # held to the end of this process
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,15 +106,15 @@ def _child(order: Order) -> None:
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment, limited to one thread, with the same package in the child's path."""
+    """Return this process's environment, limited to one thread, with the same package in the child's path."""
     here = str(Path(__file__).resolve().parents[2])
     paths = [here, *[os.path.abspath(p) for p in inherited.get("PYTHONPATH", "").split(os.pathsep) if p]]
     return {**inherited, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def ray(workers: int) -> Launch:
-    """A launcher that starts the child processes through Ray, with one processor each; all nodes must share
-    the study directory."""
+    """Return a launcher that starts the child processes through Ray, with one processor each. All nodes must
+    share the study directory."""
     try:
         import ray as cluster
     except ModuleNotFoundError:
@@ -135,12 +135,12 @@ def engine(name: str, workers: int) -> Launch:
 
 
 class CellFailed(RuntimeError):
-    """A cell's process ended with an error; the study continues without it."""
+    """Raised if a cell's process ends with an error. The study continues without the cell."""
 
 
 @dataclass(kw_only=True)
 class Runner:
-    """The state of one session. ``results`` is a folder of finished cells from earlier days, or None."""
+    """The state of one call of ``truestep study``. ``results`` is a folder of earlier cells, or None."""
 
     study: Study
     where: Path  # the study file
@@ -152,7 +152,7 @@ class Runner:
     failures: dict[str, str] = field(default_factory=dict)
     stopped: threading.Event = field(
         default_factory=threading.Event
-    )  # by Ctrl-C: no more child processes are started
+    )  # set by Ctrl-C; then no more child processes are started
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     _made: dict[str, Future[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -162,7 +162,7 @@ class Runner:
         self._gate = threading.Semaphore(self.workers)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of a task, which the first caller computes."""
+        """Return the result of a task, which only the first caller computes."""
         with self._lock:
             future, first = self._made.get(name), name not in self._made
             if future is None:
@@ -177,7 +177,7 @@ class Runner:
 
 
 def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
-    """The compact result of these settings: from the folder of earlier results, or by running them."""
+    """Return the compact result of these settings, from the folder of earlier results or by running them."""
     key, name = key_of(runner, settings), cell_results.cell_name(arm, settings.seed)
     for folder in (runner.results / "cells", runner.results / "trials") if runner.results else ():
         with contextlib.suppress(OSError, ValueError):  # a file that cannot be read is not a result
@@ -188,13 +188,13 @@ def result(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
 
 
 def node(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
-    """Run these settings once, in a folder named by their identity, and return the compact result."""
+    """Run these settings once, in a folder named after their identity, and return the compact result."""
     key = key_of(runner, settings)
     return dict(runner.once(f"node {key}", lambda: _node(runner, settings, arm, key)))
 
 
 def key_of(runner: Runner, settings: Settings) -> str:
-    """A cell's identity: its settings, what it is given, and the content of the code that its stages name."""
+    """Return a cell's identity, from its settings, its other inputs and the content of its own code."""
     code = [code_of(stage, runner.where.parent) for stage in settings.stages]
     given = given_identity(runner)
     return cell_results.cell_key(settings, settings_hash(given, str(code)) if any(code) else given)
@@ -212,7 +212,7 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
         if parent is not None:
             made = runner.out / "cells" / key_of(runner, parent) / "run"
             adopt(made, home / "run", len(parent.stages), settings)
-        # named by its key, because which of the arms that share it comes first is chance
+        # named by its key, because it depends on chance which of the arms that share it comes first
         named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
@@ -234,7 +234,7 @@ def child(runner: Runner, folder: str) -> None:
 
 
 def _parent(runner: Runner, settings: Settings) -> Settings | None:
-    """The settings of the run that this one continues: all stages but the last. It runs first, and once."""
+    """Return the settings of the run that this one continues: all stages but the last. It runs first."""
     if not settings.stages:
         return None
     before = settings.model_copy(update={"stages": settings.stages[:-1]})
@@ -243,7 +243,7 @@ def _parent(runner: Runner, settings: Settings) -> Settings | None:
 
 
 def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
-    """Paths relative to the study file or the current folder (data, model, code) made absolute."""
+    """Make paths absolute that are relative to the study file or the current folder (data, model, code)."""
     data, model = dict(settings.data), settings.model
     for name, one in settings.data.items():
         if path := local_source(name, one.source, base_dir):
@@ -255,7 +255,7 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
 
 
 def _absolute_code(stage: Stage, base_dir: Path) -> Stage:
-    """The stage with absolute paths to its code (FILE.py:NAME)."""
+    """Return the stage with absolute paths to its code (FILE.py:NAME)."""
 
     def found(named: str) -> str:
         place, _, name = named.rpartition(":")
@@ -271,19 +271,19 @@ def _absolute_code(stage: Stage, base_dir: Path) -> Stage:
 
 
 def local_source(name: str, source: str, base_dir: Path) -> Path | None:
-    """The file or folder of a data set; None if it is generated or comes from a hub."""
+    """Return the file or folder of a data set, or None if the data is generated or comes from a hub."""
     return None if ":" in source and not (base_dir / source).exists() else find_source(name, source, base_dir)
 
 
 def local_model(path: str, base_dir: Path) -> Path | None:
-    """The folder or file that ``path`` names, as in ``load_settings``; None for the pinned base or a hub id."""
+    """Return the folder or file of ``path``, as in ``load_settings``, or None for the base or a hub id."""
     if path == BASE_MODEL or not ("/" in path or path.endswith(".gguf")):
         return None
     return next((p for p in (base_dir / path, Path(path)) if p.exists()), None)
 
 
 def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
-    """Give a run the stages and evaluations of its parent; ``truestep run`` checks their identities."""
+    """Give a run the stages and evaluations of its parent run. ``truestep run`` checks their identities."""
     if not (run / "resolved.toml").exists():
         rundir.write_atomic(run / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
     names = [s.name for s in settings.stages[:num_stages]]
@@ -300,7 +300,7 @@ def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Link weights (nothing writes to them), and copy everything else."""
+    """Link weights, which are never overwritten, and copy everything else."""
     if source.endswith(".safetensors"):
         with contextlib.suppress(OSError):  # a different file system
             os.link(source, target)
@@ -309,7 +309,7 @@ def _link(source: str, target: str) -> None:
 
 
 def base_recipe(where: Path, study: Study) -> Settings:
-    """Raises UserError if it cannot be read or has no stage."""
+    """Load the recipe of the pinned base. Raises UserError if it cannot be read or has no stage."""
     settings = load_settings(where.parent / study.base)
     if not settings.stages:
         raise UserError(f"{where.parent / study.base}: a base recipe needs a stage; add [[stages]]")
@@ -317,7 +317,7 @@ def base_recipe(where: Path, study: Study) -> Settings:
 
 
 def base_identity(runner: Runner) -> str:
-    """The identity of the base's recipe and of the content of the files that it names."""
+    """Return the identity of the base's recipe and of the content of the files that it names."""
     if not runner.study.base:
         return ""
     folder = (runner.where.parent / runner.study.base).parent
@@ -326,7 +326,7 @@ def base_identity(runner: Runner) -> str:
 
 
 def given_identity(runner: Runner) -> str:
-    """The identity of a cell's other inputs: the base, and the content of its files."""
+    """Return the identity of a cell's other inputs: the base, and the content of the data and model files."""
 
     def make() -> str:
         settings = cell_settings(runner.study, runner.study.reference, 0, (), str(runner.where))
@@ -337,7 +337,7 @@ def given_identity(runner: Runner) -> str:
 
 
 def files_of(settings: Settings, base_dir: Path) -> str:
-    """A hash of the files that data sets and the model are read from; "" if there are none."""
+    """Hash the files from which data sets and the model are read. Return "" if there are none."""
     places = {name: local_source(name, one.source, base_dir) for name, one in settings.data.items()}
     places["model"] = local_model(settings.model.path, base_dir)
     parts: list[str] = []
@@ -348,7 +348,7 @@ def files_of(settings: Settings, base_dir: Path) -> str:
 
 
 def _base(runner: Runner) -> Path:
-    """The pinned base, trained by its recipe; ./base/model links to its export."""
+    """Train the pinned base by its recipe, and return ./base/model, which links to its export."""
     link, home = runner.out / BASE_MODEL, runner.out / "base"
     settings = base_recipe(runner.where, runner.study)
     identity = home / "identity"

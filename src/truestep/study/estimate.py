@@ -1,4 +1,4 @@
-"""Estimates, before a study is run, of what it would take: cells, FLOPs, memory, time."""
+"""Estimates of what a study will take before it is run: cells, FLOPs, memory and time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettin
 from truestep.study.plan import Study, cell_settings, stage_tables
 
 PROCESS_GIB = 0.7  # an interpreter with torch and transformers, but no model
-START_SECONDS = 3.0  # of a forked child: data, tokenizer, evaluation set-up
+START_SECONDS = 3.0  # start of a forked child: data, tokenizer, evaluation set-up
 TINY_VOCABULARY = 101
 Lengths = dict[str, tuple[int, int]]  # data set → mean tokens of prompt and worked solution
 
 
 def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
-    """One row per arm, and the sum. Rollouts are assumed to be as long as a demonstration, or as the limit if
-    there are none; what a method adds (demonstrations in groups, more rounds) is not counted."""
+    """Return one row per arm, and the sum. Rollouts are assumed to be as long as a demonstration, or as the
+    limit if there are none. What a method adds (demonstrations in groups, more rounds) is not counted."""
     lengths: Lengths = {}
     rows: list[dict[str, Any]] = []
     for arm in study.arms:
@@ -54,7 +54,8 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
 
 
 def _lengths(settings: Settings, name: str, base_dir: Path, known: Lengths) -> tuple[int, int]:
-    """Mean tokens of prompt and solution (0: none): 1 character per token in the built-in model, else 4."""
+    """Return the mean tokens of prompt and solution (0: none), with 1 character per token for the built-in
+    model, otherwise 4."""
     if name not in known:
         data, seed = settings.data[name], settings.seed
         problems = load_problems(name, data, seed=seed, base_dir=base_dir, needs=("answer",))
@@ -92,7 +93,7 @@ def _evaluation_seconds(study: Study, settings: Settings, base_dir: Path, known:
 
 
 def _shape(settings: Settings) -> ModelShape:
-    """The built-in model's shape, set by ``model.tiny`` of the study; a pinned base has it too."""
+    """Return the shape of the built-in model (and of a pinned base), as set by the study's ``model.tiny``."""
     tiny = settings.model.tiny
     return shape_of({
         "model_type": "llama", "hidden_size": tiny.hidden_size, "intermediate_size": tiny.intermediate_size,

@@ -1,7 +1,7 @@
-"""A study as one TOML file: arms × seeds, what they share, and how they may differ; all checked first.
+"""The settings of a study, read from one TOML file and checked first: arms, seeds, and how arms may differ.
 
-An arm is a list of the study's stages. What an arm changes in them (``set``) must be among the keys that
-``may_differ`` declares; everything else is the same by construction."""
+An arm is a list of the study's stages. The keys that an arm changes (``set``) must be declared in
+``may_differ``; everything else is the same by construction."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from truestep.settings import Settings, parse_settings
 
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
 Seed = Annotated[int, Field(ge=0)]
-MOST_SEEDS = 20  # whose sign patterns the exact test counts one by one
+MOST_SEEDS = 20  # the exact test counts the sign patterns of at most this many seeds, one by one
 CONTROLS: tuple[Control, ...] = get_args(Control)
 BASE_MODEL = "./base/model"  # the pinned base, relative to the study directory
 
 
 class EqualFlops(Frozen):
-    """The steps of an arm's last stage are chosen so that the whole arm spends as much as arm ``to``; each
-    sequence of a step is assumed to cost as much as one of stage ``step_like`` of arm ``to``."""
+    """Chooses the steps of an arm's last stage so that the whole arm spends as much as arm ``to``. Each
+    sequence of a step is assumed to cost as much as one of stage ``step_like`` in arm ``to``."""
 
     to: str
     step_like: str
@@ -42,7 +42,7 @@ class Arm(Frozen):
     set: dict[str, Any] = Field(default_factory=dict)  # "STAGE.key" = value, for this arm only
     equal_flops: EqualFlops | Literal[""] = ""
     num_seeds: int = Field(0, ge=0)  # use only this many of the study's seeds, from the first on; 0: all
-    untuned: str = ""  # why it has no learning-rate trials, if the other arms have some
+    untuned: str = ""  # why the arm has no learning-rate trials, if the other arms have some
 
 
 class Tuning(Frozen):
@@ -70,8 +70,8 @@ class Study(Frozen):
     run: dict[str, Any]  # what all cells share: model, compute, chat, data, evaluate
     stages: dict[str, dict[str, Any]]
     arms: tuple[Arm, ...] = Field(min_length=1)
-    reference: str  # the arm that settings and budgets are compared with
-    primary: tuple[tuple[str, str], ...] = ()  # a, b: is a - b different from 0
+    reference: str  # the arm with which settings and budgets are compared
+    primary: tuple[tuple[str, str], ...] = ()  # pairs (a, b): tests whether a - b differs from 0
     secondary: tuple[tuple[str, str], ...] = ()
     may_differ: tuple[str, ...] = ()  # patterns of KIND.key
     controls_off: dict[Control, str] = Field(default_factory=dict)
@@ -132,12 +132,12 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _controls(self) -> Self:
-        """A control may be left out only with a declared reason, which the table prints."""
+        """Raise ValueError if a control is left out without a declared reason, which the table prints."""
         there = [arm.control for arm in self.arms if arm.control]
         for control in CONTROLS:
             if there.count(control) + (control in self.controls_off) != 1:
                 raise ValueError(
-                    f'the control {control!r} must be there once; add an arm with control = "{control}", or set '
+                    f'the control {control!r} must occur exactly once; add an arm with control = "{control}", or set '
                     f'controls_off.{control} = "..." to the reason why it is left out'
                 )
         for arm in self.arms:
@@ -155,11 +155,11 @@ class Study(Frozen):
         return self.seeds[: arm.num_seeds or None]
 
     def tuning_of(self, arm: Arm) -> Tuning | None:
-        """The trials of an arm, if it has any."""
+        """Return the trials of an arm, if it has any."""
         return self.tuning if self.tuning and arm.stages and not arm.untuned else None
 
 
-Kinds = Sequence[Any]  # of an arm's stages; the flag says whether one of them has the random reward
+Kinds = Sequence[Any]  # of an arm's stages; the flag says whether a stage has the random reward
 _CONTROL: dict[Control, tuple[str, Callable[[Kinds, bool], bool]]] = {
     "base": ("it has no stages", lambda k, _: not k),
     "sft": ("it has only SFT stages, at least one", lambda k, _: set(k) == {"sft"}),
@@ -176,7 +176,7 @@ def _is_control(arm: Arm, control: Control, stages: Sequence[Mapping[str, Any]])
 
 
 def load_study(path: Path) -> Study:
-    """Raises UserError with one line that names the file and the key."""
+    """Read and check a study file. Raises UserError with one line that names the file and the key."""
     try:
         return parse_study(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
@@ -198,7 +198,7 @@ def parse_study(raw: Mapping[str, Any], where: str) -> Study:
 
 
 def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
-    """The arm's stages with the arm's changes, named as in the study."""
+    """Return the arm's stages with the arm's changes, named as in the study."""
     tables = []
     for name in arm.stages:
         table: dict[str, Any] = {**deepcopy(study.stages[name]), "name": name}
@@ -217,8 +217,8 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
 
 
 def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
-    """The arm whose trials choose the rate of the last of these stages: the first arm with just these stages;
-    "" if there is none. Arms with matched steps do not count: their steps are not those in the table."""
+    """Return the arm whose trials choose the rate of the last of these stages: the first arm with just these
+    stages, or "" if there is none. Arms with matched steps do not count: their steps are not in the file."""
     arms = (a for a in study.arms if not a.equal_flops)
     return next((a.name for a in arms if stage_tables(study, a) == list(tables)), "")
 
@@ -226,8 +226,8 @@ def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
 def cell_settings(
     study: Study, arm: str, seed: int, stages: Sequence[Mapping[str, Any]], where: str
 ) -> Settings:
-    """The settings of a run of the given stages: what all cells share, one thread, and the seed. Children
-    run in the study directory, so that a stage's identity contains no path of this machine."""
+    """Return the settings of a run of the given stages: what all cells share, one thread, and the seed. Child
+    processes run in the study directory, so that a stage's identity contains no path of this machine."""
     raw = deepcopy(study.run)
     if study.base:
         raw["model"] = {**raw.get("model", {}), "path": BASE_MODEL}
@@ -237,7 +237,7 @@ def cell_settings(
 
 
 def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted keys; an empty table has none."""
+    """Yield nested settings as dotted keys. An empty table yields nothing."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from flattened(inner, f"{prefix}.{key}" if prefix else str(key))
@@ -246,8 +246,8 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Settings in which a stage of the arm differs from the reference's stage of its kind: KIND.key →
-    (reference's, own). A stage whose kind the reference does not have is not compared."""
+    """Return the settings in which a stage of the arm differs from the reference's stage of the same kind, as
+    KIND.key → (reference's, own). A stage whose kind the reference does not have is not compared."""
     pair = (study.arm(study.reference), arm)
     reference, own = (cell_settings(study, a.name, 0, stage_tables(study, a), where) for a in pair)
     kinds = {s.kind: s for s in reversed(reference.stages)}
@@ -261,7 +261,7 @@ def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any,
 
 
 def check_study(study: Study, where: str) -> None:
-    """Refuse undeclared differences, tuning on test sets, and test problems that change with the seed."""
+    """Refuse undeclared differences, tuning on test sets, and test problems that depend on the seed."""
     for arm in study.arms:
         for key, (theirs, own) in differences(study, arm, where).items():
             if not any(fnmatch.fnmatch(key, pattern) for pattern in study.may_differ):
@@ -320,24 +320,24 @@ def check_stages(study: Study, where: str) -> None:
 
 
 def scaled(table: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """The stage with its learning rate times a factor."""
+    """Return the stage with its learning rate multiplied by a factor."""
     rate = float(table["optimizer"]["lr"]) * factor
     return {**table, "optimizer": {**table["optimizer"], "lr": float(f"{rate:.6g}")}}
 
 
 def every_arm(study: Study, where: str) -> list[Settings]:
-    """The settings of each arm as the file has them, before rates are chosen and budgets matched."""
+    """Return the settings of each arm as in the file, before rates are chosen and budgets matched."""
     return [cell_settings(study, arm.name, 0, stage_tables(study, arm), where) for arm in study.arms]
 
 
 def dev_sets(study: Study, every: Sequence[Settings]) -> set[str]:
-    """The data sets with which learning rates, or checkpoints of any arm, are chosen."""
+    """Return the data sets with which learning rates, or checkpoints of any arm, are chosen."""
     found = {stage.dev.data for settings in every for stage in settings.stages if stage.dev.data}
     return found | ({study.tuning.data} if study.tuning else set())
 
 
 def check_disjoint(study: Study, base_dir: Path) -> None:
-    """Raises UserError if a problem of a dev set is also a test problem."""
+    """Raise UserError if a problem of a dev set is also a test problem."""
     every = every_arm(study, study.name)
     settings, dev = every[0], dev_sets(study, every)
     texts: dict[str, set[str]] = {}

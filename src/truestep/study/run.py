@@ -1,8 +1,8 @@
-"""Run a study: every cell once, what cells have in common only once, and after a kill only what is missing.
+"""Runs a study. Every cell and every shared stage runs once; after a kill, only what is missing runs.
 
-A cell's settings are known once its learning rates are chosen and its budget is matched: the last stage of an
-arm is tuned by the arm's own trials, an earlier stage by the trials of the arm that ends there. Trials are
-additional cells, evaluated on the dev set."""
+A cell's settings are known once its learning rates are chosen and its budget is matched. The last stage of an
+arm is tuned by the arm's own trials, an earlier stage by the trials of the arm that ends with that stage.
+Trials are additional cells, evaluated on the dev set."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
 
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
-    """Run all cells of the study, seed by seed; returns the finished ones by name; ``failures`` has others.
-    After Ctrl-C it waits for the running child processes, which also received it; see ``stopped``."""
+    """Run all cells of the study, seed by seed. Return the finished cells by name; ``failures`` has others.
+    After Ctrl-C, wait for the running child processes, which also received it, and set ``stopped``."""
     runner.out.mkdir(parents=True, exist_ok=True)
     study = runner.study
     wanted = [(arm, seed) for seed in study.seeds for arm in study.arms if seed in study.seeds_of(arm)]
@@ -54,7 +54,7 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
 
 
 def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], None]) -> list[BaseException]:
-    """Run all tasks, each in its own thread (they wait most of the time). Returns what they raised."""
+    """Run all tasks, each in its own thread (they wait most of the time). Return what they raised."""
     raised: list[BaseException] = []
 
     def guarded(task: Callable[[], None]) -> None:
@@ -80,7 +80,7 @@ def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], No
 
 
 def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
-    """The compact result of one cell, taken from an earlier day if there is one."""
+    """Return the compact result of one cell, which is taken from an earlier day if possible."""
 
     def make() -> Settings:
         return settled(runner, arm, seed, chosen_factor(runner, arm))
@@ -89,8 +89,8 @@ def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
 
 
 def settled(runner: Runner, arm: str, seed: int, factor: float, *, dev: str = "") -> Settings:
-    """The settings of a cell, or of a trial (evaluated only on the ``dev`` set): the last stage's rate is
-    multiplied by ``factor``, earlier stages have the rates chosen for them, and the steps are matched."""
+    """Return the settings of a cell, or of a trial (evaluated only on the ``dev`` set). The last stage's rate
+    is multiplied by ``factor``, earlier stages have the rates chosen for them, and the steps are matched."""
     tables = tables_of(runner, arm)
     if tables:
         tables[-1] = scaled(tables[-1], factor)
@@ -108,7 +108,7 @@ def settled(runner: Runner, arm: str, seed: int, factor: float, *, dev: str = ""
 
 
 def tables_of(runner: Runner, arm: str) -> list[dict[str, Any]]:
-    """The arm's stages; all but the last have the learning rate chosen for the arm that ends there."""
+    """Return the arm's stages. All but the last have the rate chosen for the arm that ends with them."""
     plain = stage_tables(runner.study, runner.study.arm(arm))
     tables = list(plain)
     for end in range(1, len(tables)):
@@ -143,14 +143,14 @@ def match_flops(
 
 
 def sequences(table: Mapping[str, Any]) -> float:
-    """Sequences per step."""
+    """Return the number of sequences per step."""
     if table["kind"] == "rl":
         return float(table["prompts_per_step"] * table.get("samples_per_prompt", 8))
     return float(table["sequences_per_step"])
 
 
 def chosen_factor(runner: Runner, arm: str) -> float:
-    """The learning-rate factor with the best dev score in the trials (1 if there are none)."""
+    """Return the learning-rate factor with the best dev score in the trials, or 1 without trials."""
     tuning = runner.study.tuning_of(runner.study.arm(arm))
     if tuning is None:
         return 1.0
@@ -171,7 +171,7 @@ def _mean(results: Iterable[Mapping[str, Any]]) -> float:
 
 
 def trials(runner: Runner, arm: str, factor: float) -> list[dict[str, Any]]:
-    """The trials of one rate; an empty list if one of them has failed, so that the rate is not chosen."""
+    """Run the trials of one rate. If one has failed, return an empty list, so that the rate is not chosen."""
     assert runner.study.tuning
     made = []
     for seed in runner.study.tuning.seeds:
@@ -185,7 +185,7 @@ def trials(runner: Runner, arm: str, factor: float) -> list[dict[str, Any]]:
 
 
 def trial(runner: Runner, arm: str, factor: float, seed: int) -> dict[str, Any]:
-    """One learning-rate trial: the arm with its last stage's rate scaled, evaluated on the dev set only."""
+    """Run one learning-rate trial: the arm with its last stage's rate scaled, scored only on the dev set."""
     assert runner.study.tuning
     label = trial_arm(arm, factor)
     made = result(runner, settled(runner, arm, seed, factor, dev=runner.study.tuning.data), label)
@@ -198,8 +198,8 @@ def trial_arm(arm: str, factor: float) -> str:
 
 
 def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
-    """For each arm: the scores of its trials, the chosen factor, and the FLOPs of all its trials (those
-    of its last stage, and those that chose the rates of its earlier stages)."""
+    """Return for each arm the scores of its trials, the chosen factor, and the FLOPs of all trials that chose
+    a rate for it, including the rates of its earlier stages."""
     own = {arm.name: _own_cost(runner, arm) for arm in arms}
     found = {}
     for arm in arms:

@@ -1,5 +1,5 @@
-"""Finished cells → the study's results: arms, contrasts, budgets, and what should be the same but is not.
-A pure function of the cells: two sessions that end with the same cells write the same bytes."""
+"""Turns finished cells into a study's results: arms, contrasts, budgets, and what differs but should not.
+The results are a pure function of the cells: the same cells always give the same bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from truestep.study import analyse, cell_results
 from truestep.study.plan import CONTROLS, Arm, Study, differences, owner_of, stage_tables
 
 Cell = Mapping[str, Any]
-Cells = Mapping[str, Cell]  # by name, or whatever else is known of each
+Cells = Mapping[str, Cell]  # by name; also used for other data about each cell
 CLOSE = 0.05  # budgets that differ by less count as the same
 
 
 def results(
     study: Study, found: Cells, *, tuning: Cells, failures: Mapping[str, str], base: str = ""
 ) -> dict[str, Any]:
-    """Everything that the report and the exports show. ``found``: finished cells; a missing one is never 0."""
+    """Compute everything for the report and the exports. ``found`` has the finished cells; a missing cell is
+    never counted as 0."""
     by_arm = {arm.name: _cells_of(study, found.values(), arm) for arm in study.arms}
     arms = [_arm(study, arm, by_arm, tuning.get(arm.name, {})) for arm in study.arms]
     contrasts = [_contrast(by_arm, a, b, primary=True) for a, b in study.primary]
@@ -49,7 +50,7 @@ def _cells_of(study: Study, cells: Iterable[Cell], arm: Arm) -> dict[int, Cell]:
 
 
 def _tables(by_seed: Mapping[int, Cell], seeds: Sequence[int]) -> dict[str, np.ndarray]:
-    """[S, P] shares of correct samples of each benchmark."""
+    """Return for each benchmark the shares of correct samples [S, P]."""
 
     def share(cell: Cell, name: str) -> np.ndarray:
         return cell_results.counts(cell, name) / cell["benchmarks"][name]["samples"]
@@ -99,7 +100,7 @@ def _sample_sd(own: Mapping[int, Cell], tables: Mapping[str, np.ndarray]) -> flo
 
 
 def _path(own: Mapping[int, Cell]) -> list[dict[str, Any]]:
-    """The mean score of each checkpoint of the arm, at the mean FLOPs spent by then."""
+    """Return the mean score of each checkpoint of the arm, at the mean FLOPs spent up to it."""
     rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for cell in own.values():
         for point in cell["path"]:
@@ -112,7 +113,7 @@ def _path(own: Mapping[int, Cell]) -> list[dict[str, Any]]:
 
 
 def _data(own: Mapping[int, Cell]) -> dict[str, Any]:
-    """What the arm has seen: tokens by data set and kind, mean over seeds."""
+    """Count the tokens that the arm has seen, by data set and kind, as means over seeds."""
     seen: dict[str, list[float]] = {}
     for cell in own.values():
         for stage in cell["stages"]:
@@ -125,7 +126,7 @@ def _data(own: Mapping[int, Cell]) -> dict[str, Any]:
 def _marks(
     study: Study, row: Mapping[str, Any], own: Mapping[int, Cell], reference: Mapping[int, Cell], arm: Arm
 ) -> list[str]:
-    """What differs between the arm and the reference, in the words of the table."""
+    """Say what differs between the arm and the reference, in the words of the table."""
     marks = []
     if len(own) < len(study.seeds_of(arm)):
         marks.append(f"{len(own)} of {len(study.seeds_of(arm))} seeds")
@@ -154,7 +155,7 @@ def _marks(
 
 
 def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
-    """Hashes of the base model and of every data set, over all cells; several mean that cells differ."""
+    """Return the hashes of base model and data sets over all cells. Several hashes mean that cells differ."""
     seen: dict[str, set[str]] = {}
     for cell in found.values():
         for name, value in cell["content"].items():
@@ -163,7 +164,7 @@ def _content(found: Mapping[str, Cell]) -> dict[str, list[str]]:
 
 
 def _contrast(by_arm: Mapping[str, Mapping[int, Cell]], a: str, b: str, *, primary: bool) -> dict[str, Any]:
-    """a − b on the seeds and problems that both have, for each benchmark and on average."""
+    """Compute a − b on the seeds and problems that both have, for each benchmark and on average."""
     seeds = [s for s in by_arm[a] if s in by_arm[b]]
     found: dict[str, Any] = {"a": a, "b": b, "primary": primary, "seeds": seeds, "all": None, "benchmarks": {},
                              "by_seed": {}, "verdict": "no seed is finished in both arms", "p_adjusted": None}  # fmt: skip

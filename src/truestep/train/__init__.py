@@ -1,1 +1,1 @@
-"""Training: the loop, the step, and what the step needs."""
+"""Training: the loop, the optimizer step, and everything that the step needs."""

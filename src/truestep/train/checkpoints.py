@@ -1,5 +1,4 @@
-"""A stage's state on disk: saving, restoring, the best dev checkpoint, and the batch of a step that
-failed."""
+"""A stage's state on disk: checkpoints, the best dev checkpoint, and the batch of a failed step."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The state of a stage after ``step`` steps, without weights and optimizer. ``ledger`` is the run's on
-    this rank, ``best`` the best dev checkpoint's step and score, ``unlogged`` what is still to be logged."""
+    """The state of a stage after ``step`` steps, without weights and optimizer. ``ledger`` is the run's work
+    on this rank, ``best`` the step and score of the best dev checkpoint, ``unlogged`` what must be logged."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)
@@ -39,20 +38,20 @@ class TrainState:
 
 
 def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
-    """The work of all ranks (a collective)."""
+    """Sum the work over all ranks (a collective)."""
     total = ranks.sum([float(count) for count in vars(ledger).values()])
     return Ledger(**{kind: int(count) for kind, count in zip(vars(ledger), total, strict=True)})
 
 
 def save(spec: StageSpec, state: TrainState) -> None:
-    """Everything that the stage needs to continue from here."""
+    """Save everything that the stage needs to continue from here."""
     tensors = {name: o.state_tensors() for name, o in spec.updater.optimizers.items()}
     tensors["memory"] = state.memory.tensors()
     _save(spec, state, "checkpoints", tensors, spec.settings.keep_checkpoints)
 
 
 def keep_best(spec: StageSpec, state: TrainState, score: float) -> TrainState:
-    """Save the weights if the stage exports its best weights and these have the best dev score so far."""
+    """Save the weights if the stage exports its best weights and ``score`` is the best dev score so far."""
     if not spec.settings.dev.select_best or score <= state.best.get("score", float("-inf")):
         return state
     best = {"step": state.step, "score": score}
@@ -80,8 +79,8 @@ def _save(
 
 
 def restore(spec: StageSpec) -> TrainState:
-    """Load the newest valid checkpoint and return its state, or the first state if there is none. Log files
-    are truncated to its step, so that nothing is written twice."""
+    """Load the newest valid checkpoint and return its state, or the initial state if there is none. Log files
+    are truncated to the state's step, so that nothing is written twice."""
     folder = spec.folder / "checkpoints"
     state = TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger)
     if (found := _newest(spec, folder)) is not None:
@@ -119,7 +118,7 @@ def _newest(spec: StageSpec, folder: Path) -> Checkpoint | None:
 
 
 def load_best(spec: StageSpec, state: TrainState) -> None:
-    """Put the weights of the best dev checkpoint into the policy."""
+    """Load the weights of the best dev checkpoint into the policy."""
     best = _newest(spec, spec.folder / "best")
     if best is None or best.step != state.best["step"]:
         raise RecordError(
@@ -130,7 +129,7 @@ def load_best(spec: StageSpec, state: TrainState) -> None:
 
 @torch.no_grad()
 def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's parameters into the policy. Raises UserError if it belongs to a different model."""
+    """Copy a checkpoint's parameters into the policy. Raises UserError if it is of a different model."""
     saved, own = checkpoint.tensors["parameters"], dict(policy.named_parameters())
     if set(saved) != set(own):
         different = sorted(set(saved) ^ set(own))[:2]
@@ -140,8 +139,7 @@ def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
 
 
 def rescued(spec: StageSpec, error: NonFiniteError) -> NonFiniteError:
-    """Save the error's batches, so that the cause can be found; returns the error with the path of the
-    file."""
+    """Save the error's batches, so that the cause can be found. Return the error with the file's path."""
     from safetensors.torch import save_file
 
     tensors = {

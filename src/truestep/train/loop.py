@@ -1,6 +1,7 @@
-"""The main path: take data → update → publish → evaluate → log → save, until the stage is done.
+"""The main loop of a stage: take data, update, publish, evaluate, log and save, until the stage is done.
 
-The state is a value: a step takes one and returns the next; saving, stopping and logging happen in between.
+The state is an immutable value. A step takes a state and returns the next one; between steps, the loop saves,
+stops and logs.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ DevScore = Callable[[int], float]  # step → score on the dev set
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """One training stage: what is trained, on which data, and how. ``identity`` is the hash of everything
-    that the result depends on; a checkpoint with a different identity is refused."""
+    """One training stage, with its policy, data and updates. ``identity`` is the hash of everything that the
+    result depends on; a checkpoint with a different identity is refused."""
 
     name: str
     folder: Path
@@ -46,7 +47,7 @@ class StageSpec:
     engine: Engine | None = None
     dev_score: DevScore | None = None
     ranks: Ranks = field(default_factory=Ranks)
-    ledger: Ledger = field(default_factory=Ledger)  # of the run, before this stage
+    ledger: Ledger = field(default_factory=Ledger)  # the run's work before this stage
     on_step: Callable[[int, Mapping[str, float], float], None] = lambda step, metrics, seconds: None
     warn: Callable[[str], None] = print
 
@@ -93,7 +94,7 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
 
 
 def finish(spec: StageSpec, state: TrainState) -> TrainState:
-    """Compute the step's dev score, if one is due, and write its log lines. It is repeated if interrupted."""
+    """Compute the step's dev score, if one is due, and write its log lines. A resumed run repeats this."""
     unlogged, began = state.unlogged, time.perf_counter()
     assert unlogged is not None
     metrics, times = dict(unlogged["metrics"]), dict(unlogged["times"])
@@ -117,7 +118,7 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
 
 
 def _stop_together(spec: StageSpec) -> None:
-    """If any rank received a signal to stop, all ranks stop between the same two steps."""
+    """Raise Interrupted on every rank, between the same two steps, if any rank received a signal to stop."""
     asked = int(spec.ranks.max([float(signals.pending())])[0])
     if asked:
         raise Interrupted(asked)

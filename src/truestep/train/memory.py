@@ -1,7 +1,7 @@
-"""What a method remembers from step to step: its controller's state, waiting demonstrations, stored samples.
+"""A method's memory from step to step: its controller's state, waiting demonstrations and stored samples.
 
-It is one immutable record, the same on every rank. A step returns the next record, so that an interrupted
-step changes nothing; a checkpoint stores it as JSON and one group of tensors.
+The memory is one immutable record, the same on every rank. A step returns the next record, so that an
+interrupted step changes nothing. A checkpoint stores the record as JSON and one group of tensors.
 Held by: tests/contract/test_method_resume.py
 """
 
@@ -24,7 +24,7 @@ from truestep.seeding import Purpose, generator
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """How many of a problem's latest own samples were correct, and correct samples, newest first."""
+    """A problem's correct samples, newest first, and how many samples of its latest group were correct."""
 
     num_correct: int
     num_samples: int
@@ -33,8 +33,8 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """``waiting`` names problems whose demonstrations wait, newest first; ``replay`` has the stored samples
-    by problem; ``replay_open`` is True once the share of correct samples has reached the method's start."""
+    """A method's memory. ``waiting`` names problems whose demonstrations wait, newest first; ``replay`` has
+    the stored samples by problem; ``replay_open`` is True after a step has solved the share ``start``."""
 
     scalars: Mapping[str, float] = field(default_factory=dict)
     waiting: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Memory:
     replay_open: bool = False
 
     def state(self) -> dict[str, Any]:
-        """The part that is stored as JSON: everything except what ``tensors`` returns."""
+        """Return the part that is stored as JSON: everything except what ``tensors`` returns."""
         stored = []
         for name, s in self.replay.items():
             headers = [[len(r.completion_ids), r.distribution.temperature] for r in s.rollouts]
@@ -51,7 +51,7 @@ class Memory:
         return {**memory, "replay": stored, "replay_open": self.replay_open}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored samples, concatenated in the order of ``state``."""
+        """Return the stored samples, concatenated in the order of ``state``."""
         rollouts = [r for s in self.replay.values() for r in s.rollouts]
         tokens = [t for r in rollouts for t in r.completion_ids]
         versions = [v for r in rollouts for v in r.policy_version]
@@ -77,7 +77,7 @@ class Memory:
 
 
 def first_memory(method: Method) -> Memory:
-    """The memory before the first step."""
+    """Return the memory before the first step."""
     controller = method.part(Controller)
     return Memory(scalars={} if controller is None else dict(controller.initial))
 
@@ -85,7 +85,7 @@ def first_memory(method: Method) -> Memory:
 def _stored(
     name: str, tokens: Sequence[int], versions: Sequence[int], logprobs: Sequence[float], temperature: float
 ) -> Rollout:
-    """A stored sample: finished, and sampled by an older policy from the full distribution."""
+    """Return a stored sample as a rollout, finished and sampled by an older policy without truncation."""
     return Rollout(
         problem_id=name,
         sample_index=0,
@@ -99,7 +99,7 @@ def _stored(
 
 
 def decide(method: Method, memory: Memory, step: int, seed: int) -> dict[str, float]:
-    """The controller's values for this step by name; empty without a controller."""
+    """Return the controller's values for this step by name, or {} if the method has no controller."""
     controller = method.part(Controller)
     if controller is None:
         return {}
@@ -110,7 +110,7 @@ def decide(method: Method, memory: Memory, step: int, seed: int) -> dict[str, fl
 def learn(
     method: Method, memory: Memory, step: int, values: Mapping[str, float], seen: Mapping[str, float]
 ) -> Memory:
-    """The memory after the step. ``seen``: the step's statistics and its last update's gradient norm."""
+    """Return the memory after the step. ``seen`` has the statistics and the last update's gradient norm."""
     controller = method.part(Controller)
     if controller is None:
         return memory
@@ -118,7 +118,7 @@ def learn(
 
 
 def with_waiting(waiting: Sequence[str], pushed: Iterable[str]) -> tuple[str, ...]:
-    """The waiting problems, newest first; a problem that is pushed again moves to the front."""
+    """Return the waiting problems, newest first. A problem that is pushed again moves to the front."""
     return tuple(dict.fromkeys([*reversed(list(pushed)), *waiting]))
 
 
@@ -135,7 +135,8 @@ def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollo
 
 
 def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: int) -> dict[str, Stored]:
-    """The store after a step's groups. Counts are the latest group's; a fully solved problem is removed."""
+    """Return the store after a step's groups, with the counts of each problem's latest group. A fully solved
+    problem is removed."""
     found = dict(replay)
     for name, num_correct, num_samples, right in seen:
         fresh = tuple(_stored(name, *parts) for parts in right)
@@ -149,7 +150,8 @@ def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: in
 def choose_replays(
     replay: Mapping[str, Stored], spec: Replay, count: int, known: Sequence[str], draw: np.random.Generator
 ) -> list[str]:
-    """Up to ``count`` different, partly solved problems, drawn with probability ∝ N(k; K/2, σ)."""
+    """Draw up to ``count`` different problems with k of K samples correct (0 < k < K), each with probability
+    ∝ N(k; K/2, σ)."""
     names = [n for n in known if n in replay and 0 < replay[n].num_correct < replay[n].num_samples]
     if not names or count == 0:
         return []

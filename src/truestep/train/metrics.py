@@ -1,8 +1,8 @@
-"""Every metric of a training stage: what it is called, how it is reduced, and what it means.
+"""The metrics of a training stage: the name, reduction and meaning of each.
 
 A key is written to ``metrics.jsonl`` as ``STAGE/KEY``. docs/metrics.md and the panels of the report page are
-made from this table; a key that is not in it is an error. The metrics of rollouts and of tokens are computed
-at the end of this file. torch is not imported here, because the report reads the table too.
+made from the table below; a key that is not in the table is an error. The metrics of rollouts and tokens are
+computed at the end of this file. torch is not imported here, because the report reads the table too.
 Held by: tests/numerics/test_metrics.py (a group with a few tokens, calculated by hand)
 """
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """``within`` says how the values of one update are combined over micro-batches and ranks: mean (Σ value ÷
-    Σ count), std (of the values, biased), sum, max, or once (the same on every rank). ``across`` says how the
-    updates of a step are combined: mean, sum, max or last. ``panel`` is the report's panel and the curve's
-    name in it; ``elsewhere`` is the name in TRL and, after a semicolon, in verl."""
+    """A row of the table. ``within`` says how an update's values are combined over micro-batches and ranks:
+    mean (Σ value ÷ Σ count), std (of the values, biased), sum, max, or once (the same on every rank).
+    ``across`` says how the updates of a step are combined: mean, sum, max or last. ``panel`` is the report's
+    panel and the curve's name in it. ``elsewhere`` is the name in TRL and, after a semicolon, in verl."""
 
     key: str
     within: str
@@ -70,11 +70,14 @@ _ROWS = (
      "learning rate of the step's last update"),
     ("num_tokens", "once", "sum", "tokens", "", "num_tokens", "number of trained tokens over all ranks"),
     ("entropy", "mean", "mean", "nats", "Entropy: entropy", "entropy; actor/entropy",
-     "entropy of the policy at the sampled tokens (at all trained tokens if none was sampled)"),
+     "entropy of the policy at the sampled tokens (at all trained tokens if none were sampled)"),
     ("nll", "mean", "mean", "nats", "", "", "−log π of the same tokens"),
-    ("expert/entropy", "mean", "mean", "nats", "", "", "entropy at the expert's tokens, if sampled tokens are trained too"),
-    ("expert/nll", "mean", "mean", "nats", "", "", "−log π of the expert's tokens, if sampled tokens are trained too"),
-    ("expert/share", "mean", "mean", "share", "", "", "share of trained tokens by an expert, if sampled tokens are trained too"),
+    ("expert/entropy", "mean", "mean", "nats", "", "", 
+     "entropy at the expert's tokens, if sampled tokens are also trained on"),
+    ("expert/nll", "mean", "mean", "nats", "", "", 
+     "−log π of the expert's tokens, if sampled tokens are also trained on"),
+    ("expert/share", "mean", "mean", "share", "", "", 
+     "share of trained tokens that are an expert's, if sampled tokens are also trained on"),
     ("clip_ratio/low", "mean", "mean", "share", "Clipped tokens: low",
      "clip_ratio/low_mean; actor/pg_clipfrac_lower", "share of sampled tokens that are clipped and have A < 0"),
     ("clip_ratio/high", "mean", "mean", "share", "Clipped tokens: high",
@@ -91,8 +94,8 @@ _ROWS = (
     ("statistics/{name}", "once", "mean", "", "", "", "a statistic of the whole step that a coefficient reads"),
     ("control/{name}", "once", "mean", "", "", "", "a value that the method's controller gives for this step"),
     ("buffer/waiting", "once", "mean", "problems", "", "", "number of demonstrations waiting in the buffer"),
-    ("buffer/loss", "once", "mean", "nats", "", "", "loss of the buffer's separate update"),
-    ("buffer/grad_norm", "once", "mean", "", "", "", "gradient norm of the buffer's separate update"),
+    ("buffer/loss", "once", "mean", "nats", "", "", "loss in the buffer's separate update"),
+    ("buffer/grad_norm", "once", "mean", "", "", "", "gradient norm in the buffer's separate update"),
     ("replay/problems", "once", "mean", "problems", "", "", "number of problems with a stored sample"),
     ("publish/probe_difference", "once", "mean", "nats", "", "",
      "largest log-probability difference between engine and trainer on a probe, after the weights were sent"),
@@ -105,7 +108,7 @@ METRICS = {row[0]: Metric(*row) for row in _ROWS}
 
 
 def metric(key: str) -> Metric:
-    """The entry for a key; for ``loss/policy`` it is ``loss/{term}``. Raises KeyError if there is none."""
+    """Return the entry for a key (``loss/{term}`` for ``loss/policy``). Raises KeyError if there is none."""
     if key in METRICS:
         return METRICS[key]
     family = key.partition("/")[0]
@@ -116,14 +119,14 @@ def metric(key: str) -> Metric:
 
 
 class Meter:
-    """Collects the metrics of one update, or of one rollout batch, on this rank. ``keys`` are reported as 0
-    if nothing is added for them."""
+    """Collects the metrics of one update, or of one rollout batch, on this rank. Each of ``keys`` is reported
+    as 0 if nothing is added for it."""
 
     def __init__(self, *keys: str) -> None:
         self._sums: dict[str, list[float]] = {key: [0.0, 0.0, 0.0] for key in keys if metric(key)}
 
     def add(self, key: str, value: float, count: float = 1.0) -> None:
-        """Add a value, or with ``count`` the sum of that many values. Raises KeyError for an unknown key."""
+        """Add a value, or the sum of ``count`` values. Raises KeyError for an unknown key."""
         within, row = metric(key).within, self._sums.setdefault(key, [0.0, 0.0, 0.0])
         if within == "max":
             row[0] = max(row[0], value)
@@ -131,7 +134,7 @@ class Meter:
             row[:] = row[0] + value, row[1] + count, row[2] + value * value
 
     def reduce(self, ranks: Ranks) -> dict[str, float]:
-        """Every metric over all ranks (a collective)."""
+        """Return every metric, combined over all ranks (a collective)."""
         keys = sorted({key for keys in ranks.gather(sorted(self._sums)) for key in keys})
         if not keys:
             return {}
@@ -150,7 +153,7 @@ class Meter:
 
 
 def combine(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of a step from those of its updates; an update without a key is left out for it."""
+    """Combine the metrics of a step's updates. An update that lacks a key is ignored for that key."""
     found = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         values, across = [row[key] for row in rows if key in row], metric(key).across
@@ -162,12 +165,12 @@ def combine(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def checked(row: Mapping[str, float]) -> dict[str, float]:
-    """The row, sorted by key. Raises KeyError for a key that is not in the table."""
+    """Return the row sorted by key. Raises KeyError for a key that is not in the table."""
     return {key: row[key] for key in sorted(row) if metric(key)}
 
 
 def panels(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The report's panels for these keys: title → key → the curve's label."""
+    """Return the report's panels for these keys, as title → key → the curve's label."""
     present = set(keys)
     found: dict[str, dict[str, str]] = {}
     for m in METRICS.values():
@@ -180,7 +183,7 @@ def panels(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def markdown() -> str:
-    """The table in the form that docs/metrics.md contains."""
+    """Return the table as Markdown, for docs/metrics.md."""
     lines = [
         "| key | unit | within an update | across updates | meaning | TRL; verl |",
         "|---|---|---|---|---|---|",
@@ -200,7 +203,7 @@ OF_GROUPS = (
 
 
 def of_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
-    """Adds means over the policy's samples only. ``reward`` and ``solved`` leave out unscored samples."""
+    """Add the means over only the policy's samples. ``reward`` and ``solved`` leave out unscored samples."""
     for group, view in [(g.group, g.view) for g in groups]:
         meter.add("mixed_groups", not view.is_degenerate)
         meter.add("solved_groups", any(view.own_solved))
@@ -223,7 +226,7 @@ def of_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
 
 
 def of_tokens(meter: Meter, context: Context) -> None:
-    """Adds the metrics of a micro-batch's trained tokens. The expert's tokens are measured separately."""
+    """Add the metrics of a micro-batch's trained tokens. The expert's tokens are measured separately."""
     batch, origin = context.batch, context.batch.origin
     expert, sampled = origin == int(Origin.EXPERT), origin == int(Origin.POLICY)
     for prefix, mask in (("", ~expert), ("expert/", expert)):
@@ -243,22 +246,23 @@ def of_tokens(meter: Meter, context: Context) -> None:
 
 
 def of_clipping(meter: Meter, coefficient: Tensor, advantage: Tensor, sampled: Tensor) -> None:
-    """``sampled``: tokens of a clipped surrogate; those with an advantage but no gradient are clipped."""
+    """Add the share of clipped tokens. ``sampled`` are the tokens of a clipped surrogate; those with an
+    advantage but no gradient are clipped."""
     count, clipped = float(sampled.sum()), (coefficient == 0) & sampled
     meter.add("clip_ratio/low", float((clipped & (advantage < 0)).sum()), count)
     meter.add("clip_ratio/high", float((clipped & (advantage > 0)).sum()), count)
 
 
 def of_correction(meter: Meter, weight: Tensor, sampled: Tensor) -> None:
-    """``weight``: the correction of each token for the difference between engine and trainer."""
+    """Add the share of dropped tokens. ``weight`` is each token's correction (see ``mismatch_weight``)."""
     meter.add("correction/dropped", float(((weight == 0) & sampled).sum()), float(sampled.sum()))
 
 
 def with_expert(metrics: Mapping[str, float]) -> dict[str, float]:
-    """An update's metrics; the expert's tokens have separate keys only if sampled tokens are trained too."""
+    """Return an update's metrics, with separate keys for the expert if sampled tokens are also trained on."""
     found = {key: value for key, value in metrics.items() if not key.startswith("expert/")}
     expert = {key: value for key, value in metrics.items() if key.startswith("expert/")}
     share = expert.get("expert/share", 0.0)
-    if share == 1:  # no token was sampled, all are the expert's
+    if share == 1:  # no token was sampled: all are the expert's
         return found | {k.removeprefix("expert/"): v for k, v in expert.items() if k != "expert/share"}
     return found | expert if share > 0 else found

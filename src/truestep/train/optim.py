@@ -1,4 +1,4 @@
-"""The optimizer: float32 masters, gradients accumulated in at least float32, one clip by the global norm."""
+"""The optimizer, with float32 masters, gradient sums in at least float32 and one clip by the global norm."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MasterOptimizer:
             parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """The accumulated gradient of every parameter; zeros if it received none on this rank."""
+        """Return the accumulated gradient of every parameter, or zeros if it received none on this rank."""
         found = {}
         for name, parameter in self.parameters.items():
             grad = self._wide_grads.get(name) if parameter.dtype in _LOW_PRECISION else parameter.grad
@@ -82,7 +82,7 @@ class MasterOptimizer:
         self.zero_grad()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Masters and moments, by parameter name ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…")."""
+        """Return masters and moments by parameter ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…")."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
@@ -102,8 +102,8 @@ class MasterOptimizer:
 
 
 def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> float:
-    """√Σ‖g‖² over all parameters (and all ranks, if they are sharded), accumulated in float64; NaN or
-    infinite if any entry is. Units: those of the gradient."""
+    """Return √Σ‖g‖² over all parameters (and all ranks, if they are sharded), accumulated in float64. The
+    result is NaN or infinite if any entry is. Units: those of the gradient."""
     squares = 0.0
     for grad in gradients:
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -115,7 +115,8 @@ def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> 
 
 @torch.no_grad()
 def clip_(gradients: Iterable[Tensor], norm: float, max_norm: float) -> None:
-    """Scale gradients by min(1, max_norm / (norm + 1e-6)), like torch's clip_grad_norm_; 0 means no clip."""
+    """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does, or not at all if
+    ``max_norm`` is 0."""
     factor = max_norm / (norm + 1e-6)
     if max_norm > 0 and factor < 1:
         for grad in gradients:

@@ -1,7 +1,7 @@
 """Packs training sequences into micro-batches. Packing affects memory only: it never changes the update.
 
-The samples of a group share their prompt as a prefix: it is forwarded once in each micro-batch that contains
-any of them. A token whose hidden state predicts no trained token is not forwarded.
+The samples of a group share their prompt as a prefix, which goes through the model once per micro-batch that
+contains any of them. A token is left out of the forward pass if its hidden state predicts no trained token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INTEGERS["solved"] = torch.bool
 
 @dataclass(frozen=True)
 class _Tree:
-    """Sequences with a common prefix. ``size`` counts the tokens to be forwarded."""
+    """Sequences with a common prefix. ``size`` is the number of tokens in the forward pass."""
 
     prefix: tuple[int, ...]
     members: tuple[int, ...]
@@ -37,10 +37,10 @@ def pack(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> list[TokenBatch]:
-    """Packs by first-fit decreasing into micro-batches of at most ``tokens_per_microbatch`` forwarded tokens.
-    Sequences are numbered from ``first_sequence``; within a step all numbers must differ, even over several
-    calls.
-    Raises ValueError if one sequence is longer than a micro-batch."""
+    """Pack by first-fit decreasing into micro-batches of at most ``tokens_per_microbatch`` tokens each.
+
+    Sequences are numbered from ``first_sequence``. The numbers must be unique within a step, even if a step
+    makes several calls. Raises ValueError if one sequence is longer than a micro-batch."""
     trees = _trees(sequences, tokens_per_microbatch, share_prefix)
     bins: list[list[_Tree]] = []
     space: list[int] = []
@@ -55,7 +55,7 @@ def pack(
 
 
 def last_needed(sequence: TrainSequence) -> int:
-    """How many leading tokens must be forwarded: all before the last trained token."""
+    """Return how many leading tokens the forward pass needs: all before the last trained token."""
     return max(i for i, origin in enumerate(sequence.origin) if origin is not Origin.CONTEXT)
 
 
@@ -64,7 +64,7 @@ def _trees(sequences: Sequence[TrainSequence], limit: int, share_prefix: bool) -
     open_tree: dict[tuple[int, tuple[int, ...]], int] = {}  # (group, prefix) → the tree still being filled
     for index, sequence in enumerate(sequences):
         if not sequence.num_trained:
-            continue  # all masked: it adds nothing to the numerator, and totals never counted it
+            continue  # all tokens are masked, so the sequence is in neither the numerator nor the totals
         prefix = sequence.token_ids[: sequence.num_prefix_tokens] if share_prefix else ()
         size = last_needed(sequence)
         if size > limit:
@@ -140,12 +140,13 @@ def _batch(
 
 
 def _spread(value: Sequence[float] | float, count: int) -> Sequence[float]:
-    """One value per trained token."""
+    """Return one value per trained token."""
     return value if isinstance(value, Sequence) else [value] * count
 
 
 def dummy_batch(dtype: torch.dtype, device: torch.device | str) -> TokenBatch:
-    """Two tokens without targets, for a rank without work: collectives inside the model still match."""
+    """Return a batch of two tokens without targets. A rank without work runs it, so that the collectives
+    inside the model match those of the other ranks."""
     origin = (Origin.CONTEXT, Origin.CONTEXT, Origin.POLICY)
     sequence = TrainSequence(token_ids=(0, 0, 0), origin=origin, num_prefix_tokens=0, group=0)
     (batch,) = pack([sequence], tokens_per_microbatch=2, dtype=dtype, device=device)

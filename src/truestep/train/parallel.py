@@ -1,7 +1,7 @@
-"""Ranks: their collectives, and FSDP2 with its averaging switched off.
+"""The collectives of several ranks, and FSDP2 with its averaging switched off.
 
 Gradients are SUMMED over ranks, here in float32 (ddp) or by FSDP's reduce-scatter with a divide factor of one
-(fsdp2): the loss is already divided by a global total.
+(fsdp2), because the loss is already divided by a global total.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Ranks:
         return [float(v) for v in tensor]
 
     def sum_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """Sum over ranks in place, in the gradients' own (wide) dtype."""
+        """Sum the gradients over ranks in place, in their own (wide) dtype."""
         if self.world_size > 1:
             for gradient in gradients:
                 dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON-able value, in rank order (as JSON; torch's object collectives use pickle)."""
+        """Return every rank's value in rank order, sent as JSON (torch's object collectives use pickle)."""
         if self.world_size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -63,7 +63,7 @@ class Ranks:
         return [json.loads(bytes(t[:n].tolist())) for t, n in zip(found, lengths, strict=True)]
 
     def mine(self, items: list[Item]) -> list[Item]:
-        """This rank's share of a list that is the same on all ranks."""
+        """Return this rank's share of a list that is the same on all ranks."""
         return items[self.rank :: self.world_size]
 
     def barrier(self) -> None:
@@ -92,7 +92,7 @@ def replicate(module: nn.Module, ranks: Ranks) -> None:
 
 
 def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.dtype) -> None:
-    """Apply FSDP2 over all ranks: parameters are sharded in their (master) dtype, computation is in
+    """Apply FSDP2 over all ranks. Parameters are sharded in their (master) dtype, computation is in
     ``compute_dtype``, and gradients are reduced in at least float32 and never divided."""
     parameter_dtype = next(module.parameters()).dtype
     policy = MixedPrecisionPolicy(
@@ -119,17 +119,17 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; the tensor itself otherwise."""
+    """Return this rank's part of a sharded tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor on every rank, gathered if it is sharded (a collective)."""
+    """Return the whole tensor on every rank, gathered if it is sharded (a collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(part: Tensor, like: Tensor, key: str) -> Tensor:
-    """This rank's part as a tensor that is sharded like ``like`` (scalars such as "step" are not sharded)."""
+    """Return this rank's part as a tensor sharded like ``like`` (scalars such as "step" are not sharded)."""
     if key == "step" or not isinstance(like, DTensor):
         return part
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())

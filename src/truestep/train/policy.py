@@ -1,6 +1,6 @@
-"""The trained model as one module: a packed micro-batch in, per-token log-probabilities and entropies out.
+"""The trained model as one module, from a packed micro-batch to per-token log-probabilities and entropies.
 
-FSDP wraps it as the root, so that no hook is bypassed.
+FSDP wraps this module as the root, so that no hook is bypassed.
 Shapes: N forwarded tokens, M trained tokens, D hidden size.
 """
 
@@ -36,9 +36,9 @@ def _keep_products() -> tuple[Any, Any]:
 
 
 class Policy(nn.Module):
-    """``forward(batch, temperature)`` → (logprobs [M], entropy [M]), both differentiable.
+    """``forward(batch, temperature)`` returns (logprobs [M], entropy [M]), both differentiable.
 
-    ``notes`` says which fast path was refused at load, and why."""
+    ``notes`` says which fast paths were refused when the model was loaded, and why."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _head_differs(self) -> str:
-        """Why hidden states times the output matrix are not the model's logits (soft cap, scale), or ""."""
+        """Say why the logits are not hidden states times output matrix (soft cap, scale), or return ""."""
         table = self.model.get_input_embeddings().weight
         ids, positions = torch.arange(3, 12, device=table.device), torch.arange(9, device=table.device)
         ids = ids % table.shape[0]

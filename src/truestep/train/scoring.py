@@ -1,4 +1,4 @@
-"""Forward passes before the first update of a step: the proximal and the reference policy's values."""
+"""Forward passes before a step's first update, for the values of the proximal and the reference policy."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from truestep.train.step import levelled, require_finite
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores sequences and packed micro-batches (collectives). ``reference``: the stage's frozen initial
-    model."""
+    """Scores sequences and packed micro-batches (collectives). ``reference`` is the frozen initial model."""
 
     policy: Policy
     temperature: float
@@ -32,7 +31,7 @@ class Scorer:
     def pack(
         self, sequences: Sequence[TrainSequence], *, first_sequence: int = 0, limit: int | None = None
     ) -> list[TokenBatch]:
-        """Micro-batches of at most ``limit`` tokens (by default what memory allows)."""
+        """Pack sequences into micro-batches of at most ``limit`` tokens (by default what memory allows)."""
         parameter = next(self.policy.parameters())
         return pack(
             sequences,
@@ -44,18 +43,18 @@ class Scorer:
         )
 
     def with_proximal(self, batches: Sequence[TokenBatch], step: int) -> list[TokenBatch]:
-        """The batches with the log-probabilities and entropies of the current policy."""
+        """Return the batches with the log-probabilities and entropies of the current policy."""
         scored = self._passed(self.policy, batches, step, "proximal")
         return [replace(b, proximal_logprobs=logprobs, proximal_entropy=e) for b, logprobs, e in scored]
 
     def with_reference(self, batches: Sequence[TokenBatch], step: int) -> list[TokenBatch]:
-        """The batches with the log-probabilities of the frozen reference policy."""
+        """Return the batches with the log-probabilities of the frozen reference policy."""
         assert self.reference is not None
         scored = self._passed(self.reference, batches, step, "reference")
         return [replace(batch, reference_logprobs=logprobs) for batch, logprobs, _ in scored]
 
     def entropy(self, sequences: Sequence[TrainSequence], step: int) -> tuple[list[float], Ledger]:
-        """The mean entropy of each sequence's trained tokens under the current policy, and the work done."""
+        """Return each sequence's mean entropy (trained tokens, current policy), and the work done."""
         batches = self.with_proximal(self.pack(sequences), step)
         sums = [0.0] * len(sequences)
         for batch in batches:
@@ -82,6 +81,6 @@ class Scorer:
 
 
 def work(kind: str, batches: Sequence[TokenBatch]) -> Ledger:
-    """The work of one pass over these batches: forward ("scored"), or forward and backward ("trained")."""
+    """Count the work of a pass over the batches: forward ("scored"), or forward and backward ("trained")."""
     tokens, pairs = sum(b.num_tokens for b in batches), sum(count_pairs(b.segments) for b in batches)
     return Ledger(**{f"{kind}_pass_tokens": tokens, f"{kind}_pairs": pairs})

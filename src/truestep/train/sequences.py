@@ -1,4 +1,4 @@
-"""Turns groups into training sequences, rows of the report and counts of work."""
+"""Turns groups into training sequences, sample rows for the report and counts of work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_SHOWN = 4  # rollouts per step kept for the report
 
 @dataclass(frozen=True, kw_only=True)
 class GatedGroup:
-    """A group, its view for gates and advantages, and the decision of the method's gate (called once)."""
+    """A group, its view for gates and advantages, and the decision of the method's gate."""
 
     group: Group
     view: GroupView
@@ -27,7 +27,7 @@ class GatedGroup:
 
 
 def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
-    """Apply the method's gate before any length penalty: a penalty does not make a group informative."""
+    """Apply the method's gate before any length penalty, as a penalty does not make a group informative."""
     view = GroupView(
         rewards=tuple(s.reward for s in group.scores),
         solved=tuple(s.solved(solved_at) for s in group.scores),
@@ -37,8 +37,8 @@ def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
 
 
 def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> list[TrainSequence]:
-    """Every member that the gate keeps and that has an advantage, in order. ``limit``: at most this many
-    tokens."""
+    """Return every member that the gate keeps and that has an advantage, in order. ``limit`` is the length
+    limit in tokens, for a length penalty."""
     sequences, overlong = [], method.part(Overlong)
     for number, gated_group in enumerate(groups):
         group, view, decision = gated_group.group, gated_group.view, gated_group.decision
@@ -57,7 +57,7 @@ def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> li
 
 
 def _sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
-    """The rollout with the prompt that it is trained under; the prefix that it shares with others in its
+    """Return the rollout with its training prompt as a sequence. The prefix that it shares with others in its
     group ends before its first trained token."""
     context = rollout.prompt_ids or prompt.token_ids
     trained = [i for i, origin in enumerate(rollout.origin) if origin is not Origin.CONTEXT]
@@ -75,7 +75,7 @@ def _sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
 def demonstration_sequence(
     prompt: Prompt, completion: tuple[int, ...], group: int, origin: Origin = Origin.EXPERT
 ) -> TrainSequence:
-    """A whole completion outside any group of samples: from a stream or a buffer, or only to be scored."""
+    """Return a sequence outside any group of samples: from a stream or a buffer, or only to be scored."""
     num = len(prompt.token_ids)
     return TrainSequence(
         token_ids=prompt.token_ids + completion,
@@ -88,7 +88,7 @@ def demonstration_sequence(
 def sample_rows(
     groups: Sequence[Group], step: int, decode: Decode, decode_prompt: Callable[[Prompt], str]
 ) -> list[Mapping[str, Any]]:
-    """A few samples for the report: the first samples of the first groups."""
+    """Return a few samples for the report: the first samples of the first groups."""
 
     def row(prompt: Prompt, rollout: Rollout, score: Score) -> Mapping[str, Any]:
         return {
@@ -110,7 +110,7 @@ def sample_rows(
 
 
 def group_ledger(groups: Sequence[Group], minibatches: Sequence[Sequence[TrainSequence]]) -> Ledger:
-    """Counts generated tokens (including those of discarded rounds), and trained tokens by who wrote them."""
+    """Count the generated tokens (including those of discarded rounds), and the trained tokens by origin."""
     sequences = [s for part in minibatches for s in part]
     expert = sum(s.origin.count(Origin.EXPERT) for s in sequences)
     return Ledger(

@@ -1,7 +1,7 @@
-"""What a step trains on: demonstrations in a shuffled order, or rollouts graded and gated by a method.
+"""The data that a step trains on: shuffled demonstrations, or rollouts graded and gated by a method.
 
-Both are pure functions of the step and the method's memory: a resumed run needs no cursor, and an interrupted
-rollout is redone from its seeds.
+Both are pure functions of the step and the method's memory, so a resumed run does not need a cursor, and an
+interrupted rollout is sampled again from its seeds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ STREAM_GROUP = 1 << 30  # demonstrations outside the sampled groups get group nu
 @dataclass(frozen=True, kw_only=True)
 class StepData:
     """The sequences of one step on this rank, cut into the mini-batches of its optimizer updates.
-    ``buffered`` are those of an additional update by the buffer's separate optimizer, ``controls`` the
-    controller's values, and ``memory`` what the method remembers after the step."""
+    ``buffered`` are sequences for an additional update by the buffer's separate optimizer, ``controls`` the
+    controller's values, and ``memory`` the method's memory after the step."""
 
     minibatches: list[list[TrainSequence]]
     buffered: list[TrainSequence] | None = None
@@ -45,9 +45,9 @@ class StepData:
 def window(
     items: Sequence[Item], step: int, size: int, seed: int, limit: int = 0, item: str = ""
 ) -> list[Item]:
-    """Items ``step·size … (step+1)·size`` of a sequence of shuffled epochs, which is endless if ``limit`` is
-    0 and otherwise ends there. A window may span two epochs; how often two items have been seen never differs
-    by more than one."""
+    """Return items ``step·size … (step+1)·size`` of a sequence of shuffled epochs, which ends after ``limit``
+    items, or never if ``limit`` is 0. A window may span two epochs. At any time, all items have been seen
+    equally often, or some of them once more."""
     stop = (step + 1) * size if limit == 0 else min(limit, (step + 1) * size)
     picked: list[Item] = []
     for epoch in range((step * size) // len(items), (stop - 1) // len(items) + 1):
@@ -59,7 +59,7 @@ def window(
 
 @dataclass
 class DemonstrationSource:
-    """Shuffled demonstrations, ``sequences_per_step`` at a time, ``num_sequences`` in all."""
+    """A source of shuffled demonstrations: ``sequences_per_step`` at a time, ``num_sequences`` in total."""
 
     demonstrations: Sequence[Demonstration]
     _: KW_ONLY
@@ -87,7 +87,7 @@ class DemonstrationSource:
 
 @dataclass
 class RolloutSource:
-    """Samples prompts, grades and gates the groups, and gives them advantages, by a method's row."""
+    """A source of rollouts, which samples, grades and gates groups and computes advantages, by a method."""
 
     prompts: Sequence[Prompt]
     _: KW_ONLY
@@ -146,17 +146,17 @@ class RolloutSource:
         )
 
     def _groups(self, prompts: Sequence[Prompt], *place: Any, **given: Any) -> list[GatedGroup]:
-        """Sample and score groups, and gate each of them once."""
+        """Sample and score the groups, and apply the gate to each of them once."""
         groups = self.sampler.groups(prompts, *place, **given)
         return [seq.gated(group, self.method, self.sampler.solved_at) for group in groups]
 
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
-        """The step's prompts over all ranks, and which of them come from the replay store."""
+        """Return the step's prompts over all ranks, and which of them come from the replay store."""
         chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
         spec, replayed = self.method.part(Replay), [False] * len(chosen)
         if spec is None or not memory.replay_open:
             return chosen, replayed
-        # Spread over the batch, so that every mini-batch has its share.
+        # Stored problems are spread over the batch, so that every mini-batch has its share of them.
         places = [i for i in range(len(chosen)) if int((i + 1) * spec.share) > int(i * spec.share)]
         draw = seeding.generator(self.sampler.seed, seeding.Purpose.PLAN, step, "replay")
         names = choose_replays(memory.replay, spec, len(places), list(self._by_id), draw)
@@ -167,7 +167,8 @@ class RolloutSource:
     def _stored(
         self, prompts: Sequence[Prompt], replayed: Sequence[bool], memory: Memory, step: int
     ) -> tuple[dict[int, Rollout], Ledger]:
-        """The stored sample with the lowest entropy under the current policy, by place (a collective)."""
+        """Return, by place in ``prompts``, the stored sample with the lowest entropy under the current policy
+        (a collective)."""
         if self.method.part(Replay) is None:
             return {}, Ledger()
         candidates = [
@@ -190,7 +191,7 @@ class RolloutSource:
     def _refill(
         self, cuts: list[list[GatedGroup]], step: int
     ) -> tuple[list[list[GatedGroup]], list[GatedGroup]]:
-        """Replace fully dropped groups with groups of further prompts, if the method has a ``Refill``. All
+        """Replace fully dropped groups with groups of other prompts, if the method has a ``Refill``. All
         ranks draw from one shuffled order of the prompts that no rank has used in this step."""
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)
@@ -214,7 +215,7 @@ class RolloutSource:
         return cuts, everything
 
     def _stream(self, update: int) -> list[TrainSequence]:
-        """This rank's part of the demonstrations that an update has in addition to its groups."""
+        """Return this rank's part of the demonstrations that an update has in addition to its groups."""
         stream = self.method.part(Stream)
         share = 0.0 if stream is None else stream.share
         if share == 0:
@@ -225,7 +226,7 @@ class RolloutSource:
         return self._demonstrations([p.problem.id for p in prompts])
 
     def _demonstrations(self, names: Sequence[str]) -> list[TrainSequence]:
-        """This rank's part of the named problems' demonstrations."""
+        """Return this rank's part of the named problems' demonstrations."""
         return [
             demonstration_sequence(self._by_id[name], self.sampler.demonstrations[name], STREAM_GROUP + i)
             for i, name in self.ranks.mine(list(enumerate(names)))
@@ -234,8 +235,8 @@ class RolloutSource:
     def _remember(
         self, memory: Memory, groups: Sequence[GatedGroup], solved: float
     ) -> tuple[Memory, list[TrainSequence] | None]:
-        """The memory after these groups, the same on all ranks (what each rank adds is sorted by problem),
-        and this rank's part of the demonstrations that are due."""
+        """Return the memory after these groups, and this rank's part of the demonstrations that are due. The
+        memory is the same on all ranks, because what the ranks add is sorted by problem."""
         buffered = None
         buffer, replay = self.method.part(DemonstrationBuffer), self.method.part(Replay)
         if buffer is not None:
@@ -253,13 +254,13 @@ class RolloutSource:
         return memory, buffered
 
     def _gathered(self, mine: list[Any]) -> list[Any]:
-        """The lists of all ranks joined into one (a collective)."""
+        """Join the lists of all ranks into one (a collective)."""
         return [part for parts in self.ranks.gather(mine) for part in parts]
 
 
 def _seen(gated_group: GatedGroup) -> Any:
-    """A group's plain own samples for the replay store: how many are correct, and those that also
-    finished."""
+    """Return for the replay store how many of a group's plain own samples are correct, and those that are
+    correct and finished."""
     group = gated_group.group
     triples = zip(group.rollouts, gated_group.view.solved, strict=True)
     own = [(r, solved) for r, solved in triples if r.member is Origin.POLICY and r.round.is_plain]

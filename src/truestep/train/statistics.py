@@ -1,4 +1,4 @@
-"""Statistics of a whole step: over the tokens of all its updates on all ranks, never over a micro-batch."""
+"""Statistics of a whole step, over the tokens of all its updates on all ranks, never over one micro-batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from truestep.objective.methods.row import Statistic
 from truestep.records import TokenBatch
 from truestep.train.parallel import Ranks
 
-PARTS = 16  # a search range is divided into so many parts at a time
+PARTS = 16  # a search divides its range into this many parts at a time
 
 
 def measure(
     statistics: Sequence[Statistic], batches: Sequence[TokenBatch], step: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Every statistic by name; one without tokens on any rank is left out. The proximal policy, whose values
-    are in the batches, is also used as the policy. Held by: tests/numerics/test_statistics.py"""
+    """Compute every statistic, by name. A statistic that selects no token on any rank is left out. The
+    proximal policy, whose values are in the batches, also serves as the policy.
+    Held by: tests/numerics/test_statistics.py"""
     found = {}
     for statistic in statistics:
         parts = [_values(statistic, batch, step) for batch in batches]
@@ -52,9 +53,9 @@ def _values(statistic: Statistic, batch: TokenBatch, step: int) -> Tensor:
 
 
 def _ranked(values: Tensor, number: int, ranks: Ranks) -> float:
-    """The exact value that has ``number`` values before it when the values of all ranks are sorted.
+    """Return the exact value that has ``number`` values before it when the values of all ranks are sorted.
 
-    It searches the ordered float64 numbers with 16 sums of 16 counts; values do not move between ranks."""
+    The search over the ordered float64 numbers takes 16 sums of 16 counts; no values move between ranks."""
     bits = values.contiguous().view(torch.int64)
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)  # integers in the same order as the numbers
     low, high = -(1 << 63), (1 << 63) - 1

@@ -1,4 +1,4 @@
-"""One exact optimizer step: totals before the first forward pass, one division, one clip by the global norm.
+"""One exact optimizer step, with totals before the first forward pass, one division and one global clip.
 
     totals = Σ over all micro-batches and ranks            (count_totals)
     loss_i = Σ_terms w · Σ_t −sg(C_t)·log π_t ÷ total       (microbatch_loss)
@@ -30,7 +30,7 @@ from truestep.train.policy import Policy
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity: the step was stopped before the optimizer. ``batches`` may have caused it."""
+    """Raised at a NaN or an infinity, before the optimizer runs. ``batches`` may be the cause."""
 
     def __init__(self, message: str, batches: Sequence[TokenBatch] = ()) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What one optimizer step needs in addition to the policy, the optimizer and the data."""
+    """The inputs of one optimizer step other than the policy, the optimizer and the data."""
 
     step: int
     terms: Sequence[Term]
@@ -49,7 +49,7 @@ class StepPlan:
     ranks: Ranks = field(default_factory=Ranks)
     microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
     statistics: Mapping[str, float] = field(default_factory=dict)  # over the whole step, for coefficients
-    controls: Mapping[str, float] = field(default_factory=dict)  # the controller's values of this step
+    controls: Mapping[str, float] = field(default_factory=dict)  # the controller's values for this step
 
 
 def train_step(
@@ -99,7 +99,7 @@ def train_step(
 
 
 def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ranks) -> BatchTotals:
-    """Every term's denominator over all micro-batches and ranks, before the first forward pass."""
+    """Count every term's denominator over all micro-batches and ranks, before the first forward pass."""
     local = [
         local_total(term.normaliser, [(term.counted or term.select)(b) for b in batches], batches)
         for term in terms
@@ -114,8 +114,8 @@ def count_totals(terms: Sequence[Term], batches: Sequence[TokenBatch], ranks: Ra
 
 
 def _num_sequences(batches: Sequence[TokenBatch]) -> int:
-    """Number of the step's sequences on this rank. A sequence is never split over micro-batches, so a number
-    in two of them stands for two sequences, which a mean over sequences would count as one."""
+    """Count the step's sequences on this rank. Raises RecordError if two micro-batches contain the same
+    number: no sequence is split, so these are two sequences, which a mean would count as one."""
     numbers = [batch.sequence_index.unique() for batch in batches]
     held = torch.cat(numbers) if numbers else torch.zeros(0)
     if held.unique().numel() < held.numel():
@@ -129,7 +129,7 @@ def _num_sequences(batches: Sequence[TokenBatch]) -> int:
 def microbatch_loss(
     policy: Policy, batch: TokenBatch, plan: StepPlan, totals: BatchTotals, meter: Meter
 ) -> Tensor:
-    """This micro-batch's part of the globally normalised loss; adds its metrics to ``meter``."""
+    """Return this micro-batch's part of the globally normalised loss, and add its metrics to ``meter``."""
     logprobs, entropy = policy(batch, plan.temperature)
     where = f"step {plan.step}, forward pass"
     require_finite({"policy log-probabilities": logprobs, "entropy": entropy}, batch, where)
@@ -147,7 +147,7 @@ def microbatch_loss(
     for term in plan.terms:
         total = totals.of(term.name)
         if total == 0:
-            continue  # no rank has this term in this step
+            continue  # no rank has tokens of this term in this step
         selected = term.select(batch)
         if not bool(selected.any()):
             continue  # a column that the coefficient reads may be missing
@@ -190,7 +190,7 @@ def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> S
 
 
 def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """The batches, filled up to the busiest rank's number: collectives inside the model need all ranks."""
+    """Add dummy batches until all ranks have the same number, as collectives in the model need all ranks."""
     most = int(ranks.max([float(len(batches))])[0])
     if len(batches) == most:
         return list(batches)
@@ -200,7 +200,7 @@ def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> lis
 
 
 def require_finite(tensors: Mapping[str, Tensor], batch: TokenBatch, where: str) -> None:
-    """Raises NonFiniteError, naming the first tensor with a NaN or an infinity."""
+    """Raise NonFiniteError with the name of the first tensor that has a NaN or an infinity."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"{where}: {name} is not finite", [batch])

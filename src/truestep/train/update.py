@@ -1,4 +1,4 @@
-"""All optimizer updates of one step: pack, compute all scores that must precede the first update, update."""
+"""All optimizer updates of one step: packs, computes the scores needed before the first update, updates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_FAULTS = FaultSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class Updates:
-    """The metrics of a step's updates, what they give the controller (``seen``), and their work."""
+    """The metrics of a step's updates, the values for the controller (``seen``), and the work."""
 
     metrics: Mapping[str, float]
     seen: Mapping[str, float]
@@ -36,7 +36,7 @@ class Updates:
 
 @dataclass(frozen=True, kw_only=True)
 class Updater:
-    """Turns a step's sequences into updates. ``optimizers``: "optimizer" and, for a method with a buffer,
+    """Turns a step's sequences into updates. ``optimizers`` has "optimizer" and, for a method with a buffer,
     "buffer-optimizer" (same parameters, separate moments). ``max_length``: L of the max_length normaliser."""
 
     policy: Policy
@@ -104,7 +104,7 @@ class Updater:
         return found
 
     def _weights(self, fault: WeightsOf | None, batches: Sequence[TokenBatch]) -> list[float] | None:
-        """This rank's part of the fault's weights, from the trained tokens of all ranks' micro-batches."""
+        """Return this rank's fault weights, from the trained tokens of all ranks' micro-batches."""
         if fault is None:
             return None
         ranks = self.scorer.ranks
@@ -117,7 +117,7 @@ class Updater:
         return weights[start : start + len(batches)]
 
     def _require_columns(self, batches: Sequence[TokenBatch]) -> None:
-        """Raises RecordError, naming the method, if a term selects tokens without a column that it needs."""
+        """Raise RecordError, naming the method, if a term selects tokens without a column that it needs."""
         for term in self.method.terms:
             for name in term.needs:
                 if any(getattr(b, name) is None and bool(term.select(b).any()) for b in batches):
@@ -134,7 +134,7 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """The micro-batch weights of all injected faults, or None. Raises UserError for an unknown fault."""
+    """Return the micro-batch weights of all injected faults, or None. Raises UserError for unknown ones."""
     unknown = [name for name in settings.others if name not in FAULTS]
     if unknown:
         raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")

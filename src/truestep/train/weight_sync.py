@@ -15,13 +15,13 @@ from truestep.train.parallel import full, reshard
 from truestep.train.policy import Policy
 
 NUM_PROBE_TOKENS = 24
-NUM_PROBE_DECODED = 4  # the rest is prefilled: decoding one token costs as much as decoding a batch
+NUM_PROBE_DECODED = 4  # the rest is prefilled, because decoding one token costs as much as decoding a batch
 # Ten times the measured noise between two kernels of the same dtype on the same weights. Units: nats.
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
 
 
 class StaleWeightsError(RuntimeError):
-    """The engine does not sample from the weights that it was given."""
+    """Raised if the engine does not sample from the weights that it was given."""
 
 
 class _Weights(UserDict[str, Tensor]):
@@ -32,10 +32,10 @@ class _Weights(UserDict[str, Tensor]):
 
 
 def publish(policy: Policy, engine: Engine, version: int) -> float:
-    """Give the engine the policy's weights, and return the largest difference between their log-probabilities
-    for a probe of random tokens. Units: nats.
+    """Give the engine the policy's weights. Return the largest log-probability difference between engine and
+    policy on a probe of random tokens. Units: nats.
 
-    Raises StaleWeightsError if they differ by more than the rounding of two kernels.
+    Raises StaleWeightsError if the difference is larger than rounding in two kernels explains.
     Held by: tests/contract/test_publish.py"""
     engine.publish(_Weights(policy.model.named_parameters()), version)
     parameter, vocabulary = next(policy.parameters()), int(policy.model.config.vocab_size)

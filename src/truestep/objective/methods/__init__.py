@@ -1,10 +1,10 @@
-"""The table of methods: a method is a row (plan, gate, advantage, terms, parts), not a branch in a trainer.
+"""The table of methods. A method is a row (plan, gate, advantage, terms, parts), not a branch in a trainer.
 
-``build("grpo", {"clip_high": 0.3})`` gives a Method; the training step sees its terms and never its name. A
-row is a function with keyword-only options that returns a Method; ``build`` takes one from user code too.
+``build("grpo", {"clip_high": 0.3})`` returns a Method; the training step uses only its terms, never its name.
+A row is a function with keyword-only options that returns a Method. ``build`` also accepts a user's row.
 
-The source of a constant that a paper does not state plainly: [C] read in the official code, [P] read in the
-paper, [S] read in a secondary source, [U] not verified.
+If a paper does not state a constant plainly, a tag gives its source: [C] read in the official code, [P] read
+in the paper, [S] read in a secondary source, [U] not verified.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
 def build(method: str | Row, options: Mapping[str, Any]) -> Method:
-    """The method of a row (a known name or a user's function) with its options. Raises ValueError, naming the
-    known ones."""
+    """Build the method of a row (a known name or a user's function) with its options. Raises ValueError with
+    the known names."""
     if isinstance(method, str) and method not in METHODS:
         now = f"; it is now called {RENAMED[method]}" if method in RENAMED else ""
         raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}{now}")
@@ -55,7 +55,7 @@ def build(method: str | Row, options: Mapping[str, Any]) -> Method:
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:
-    """The value in its option's type; a whole number may be given with or without a decimal point."""
+    """Convert the value to the option's type. A whole number may also be written with a decimal point."""
     if kind in (int, float) and type(value) in (int, float) and kind(value) == value:
         return kind(value)
     if type(value) is not kind:

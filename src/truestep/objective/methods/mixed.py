@@ -32,7 +32,7 @@ CANONICAL_ENTROPY = 1e-4  # the official 0.001 of LUFFY and its family, on the s
 
 
 def _part(name: str, select: row.Select, coefficient: Coefficient, **given: Any) -> Term:
-    """One part of a surrogate whose parts share the denominator N·L, which counts all sequences."""
+    """Return one part of a surrogate whose parts share the denominator N·L, which counts all sequences."""
     given |= {"counted": row.ALL, "normaliser": Normaliser.MAX_LENGTH}
     return Term(name=name, select=select, coefficient=coefficient, **given)
 
@@ -42,7 +42,7 @@ OWN_TERM = policy_term(coefficients.importance, Normaliser.MAX_LENGTH)  # the to
 
 
 def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], source: str, **given: Any) -> Method:
-    """A row of LUFFY's family with its entropy bonus. ``legacy``: ranks (0: off) and micro-batches."""
+    """Return a row of LUFFY's family with its entropy bonus. ``legacy``: ranks (0: off) and micro-batches."""
     ranks, microbatches = legacy
     made = partial(Method, name=name, source=source, **given)
     if ranks == 0:
@@ -58,17 +58,17 @@ def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], source: s
 
 
 def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """n−1 samples and the demonstration in one group, no std, no clip [C]; the demonstration's importance
-    ratio, with behavior probability 1, is shaped by p/(p+γ). A demonstration that the checker rejects has a
-    negative advantage."""
+    """LUFFY: n−1 samples and the demonstration form one group; there is no std and no clip [C]. The
+    demonstration's importance ratio, with behavior probability 1, is shaped by p/(p+γ). A demonstration that
+    the checker rejects has a negative advantage."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.shaped_demonstration(gamma)))
     legacy = (legacy_scale, legacy_microbatches)
     return _family("luffy", terms, legacy, "arXiv:2504.14945", plan=plan.with_demonstration)
 
 
 def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY's group without the demonstration's advantage: RL on the own samples, with a baseline only over
-    them, plus ``weight`` times the likelihood of the demonstration (1.0 [C])."""
+    """LUFFY's group without the demonstration's advantage: RL on the own samples, with a baseline over only
+    these, plus ``weight`` times the log-likelihood of the demonstration (1.0 [C])."""
     terms = (OWN_TERM, imitation_term(weight=weight))
     legacy = (legacy_scale, legacy_microbatches)
     source = "arXiv:2504.14945, RL with SFT loss"
@@ -83,9 +83,9 @@ def relift(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """Dr. GRPO without a clip. If no sample solves a problem, its demonstration goes into a buffer; as soon
-    as ``buffer_size`` wait there, one update imitates the newest, with a separate AdamW [C]. The official
-    code divides that update by 8 times too much, which AdamW hides; this row does not."""
+    """ReLIFT: Dr. GRPO without a clip. If no sample solves a problem, its demonstration goes into a buffer.
+    As soon as ``buffer_size`` demonstrations wait, one update imitates the newest, with a separate AdamW [C].
+    The official code divides that update by 8 times too much, which AdamW hides; this row does not."""
     terms = (OWN_TERM, imitation_term())
     legacy = (legacy_scale, legacy_microbatches)
     buffer = DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm)
@@ -100,9 +100,9 @@ def srft(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """Three parts at once: the demonstration's likelihood weighted by ½·exp(sign·H), its advantage times p,
-    and the own samples only by their verdict (0.1·exp(H) or −1). H is a sequence's mean entropy, as in HPT's
-    re-implementation [C]; the sign is the paper's (−1 [P]; the official code is reported to have +1 [S])."""
+    """SRFT: the demonstration's likelihood weighted by ½·exp(sign·H), its advantage times p, and the own
+    samples weighted only by verdict (0.1·exp(H) or −1). H is a sequence's mean entropy, as in HPT's
+    re-implementation [C]. The sign is the paper's −1 [P]; the official code is reported to have +1 [S]."""
     terms = (
         imitation_term(coefficients.entropy_weighted(imitation_weight, entropy_sign)),
         _part("demonstration", EXPERT, coefficients.unshaped_demonstration),
@@ -123,10 +123,10 @@ def prefix_rft(
     prefix_high: float = 0.95,
     prefix_steps: int = 500,
 ) -> Method:
-    """n−1 samples and one continuation of an expert prefix, whose length is uniform between a bound that
-    falls as a cosine and 0.95. All tokens are in the clipped surrogate with the group's advantage; but of the
-    prefix, only the ``entropy_share`` with the highest entropy over the whole step (per micro-batch in the
-    code [C]). Masked tokens still count in the total."""
+    """Prefix-RFT: n−1 samples and one continuation of an expert prefix, whose length is uniform between 0.95
+    and a lower bound that falls as a cosine. All tokens are in the clipped surrogate with the group's
+    advantage, except that prefix tokens must be in the ``entropy_share`` with the highest entropy over the
+    whole step (per micro-batch in the official code [C]). Masked tokens still count in the total."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     masked = coefficients.where_uncertain(clipped, "prefix_entropy")
     return Method(
@@ -145,9 +145,9 @@ def hpt(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """A switch per problem: with at most ``most_correct`` correct samples (0 for Qwen, 2 for Llama [C]), the
-    demonstration is imitated and the samples are dropped; otherwise it is Dr. GRPO without a clip. Totals
-    count what is kept."""
+    """HPT switches per problem: with at most ``most_correct`` correct samples (0 for Qwen, 2 for Llama [C]),
+    it imitates the demonstration and drops the samples; otherwise it is Dr. GRPO without a clip. Totals count
+    only what is kept."""
     terms = (OWN_TERM, imitation_term(weight=imitation_weight))
     legacy = (legacy_scale, legacy_microbatches)
     rounds, gate = plan.beside_demonstration, imitate_where_unsolved(most_correct)
@@ -155,10 +155,10 @@ def hpt(
 
 
 def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """Micro-groups one after another, each guided by an expert prefix if too few samples so far were correct:
-    prefix lengths are 0.25, 0.5 and 1, for shares below 1/2, 2/3 and 1 [C] (in the paper 0.2, 0.5 and 1, for
-    0.5, 0.7 and 0.9). Expert tokens are imitated by TrSFT with advantage 1. The code does not imitate one of
-    two guided samples, and it ends prefixes at clauses; this row does neither."""
+    """TRAPO samples micro-groups one after another, each guided by an expert prefix if too few samples so far
+    are correct: prefix lengths are 0.25, 0.5 and 1, for shares below 1/2, 2/3 and 1 [C] (in the paper 0.2,
+    0.5 and 1, for 0.5, 0.7 and 0.9). TrSFT imitates expert tokens with advantage 1. The official code leaves
+    out one of two guided samples, and ends prefixes at clauses; this row does neither."""
     terms = (OWN_PART, _part("prefix", EXPERT, coefficients.trusted(alpha)))
     legacy = (legacy_scale, legacy_microbatches)
     guided = plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0))
@@ -175,9 +175,9 @@ def exgrpo(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """Half of the prompts come from a store of partly solved problems, each with one stored own sample in
-    its group, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds the
-    store ([U]: the code keeps all)."""
+    """ExGRPO: half of the prompts come from a store of partly solved problems. Each of their groups has one
+    stored own sample, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds
+    the store ([U]: the official code keeps all samples)."""
     shaped, needs = coefficients.shaped_replay(beta), ("behavior_logprobs",)
     terms = (OWN_PART, _part("replay", row.STORED, shaped, needs=needs))
     legacy = (legacy_scale, legacy_microbatches)
@@ -186,8 +186,9 @@ def exgrpo(
 
 
 def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY's group with a different off-policy part: multiple importance sampling and an advantage that
-    grows with the token's improbability. No std, no clip, as in the code [C]; the paper divides by a std."""
+    """RL-PLUS: LUFFY's group with a different off-policy part: multiple importance sampling, and an advantage
+    that is larger for improbable tokens. There is no std and no clip, as in the official code [C]; the paper
+    divides by a std."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)))
     legacy = (legacy_scale, legacy_microbatches)
     return _family("rl_plus", terms, legacy, "arXiv:2508.00222", plan=plan.with_demonstration)

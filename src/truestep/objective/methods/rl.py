@@ -18,25 +18,25 @@ def policy_term(coefficient: Coefficient, normaliser: Normaliser, *, clips: bool
 
 
 def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual_clip: float = 0.0) -> Term:
-    """The clipped surrogate over the policy's tokens."""
+    """Return the clipped surrogate over the policy's tokens."""
     return policy_term(coefficients.clipped_ratio(clip_low, clip_high, dual_clip), normaliser, clips=True)
 
 
 def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL; all-equal groups count."""
+    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL; all-equal groups are counted."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
 
 def grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """Group-normalised advantages; the loss is a mean over each sequence, then over sequences. The options
-    ``kl`` and ``kl_coef`` set the KL term (β = 0.04, k3)."""
+    """GRPO: advantages are normalised per group, and the loss is a mean over each sequence, then over
+    sequences. The options ``kl`` and ``kl_coef`` set the KL term (β = 0.04, k3)."""
     term = clipped_term(clip_low, clip_high, Normaliser.SEQUENCES)
     return Method(name="grpo", terms=(term,), advantage=group_mean_std, source="arXiv:2402.03300, eq. 3")
 
 
 def dr_grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """Without the std, and divided by the constant length limit instead of each sequence's own length."""
+    """Dr. GRPO: GRPO without the std, divided by the constant length limit, not by each sequence's length."""
     term = clipped_term(clip_low, clip_high, Normaliser.MAX_LENGTH)
     return Method(name="dr_grpo", terms=(term,), source="arXiv:2503.20783")
 
@@ -44,8 +44,8 @@ def dr_grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
 def dapo(
     *, clip_low: float = 0.2, clip_high: float = 0.28, refill_rounds: int = 3, overlong_fraction: float = 0.2
 ) -> Method:
-    """GRPO's advantages, asymmetric clipping, token mean, dynamic sampling (all-equal groups are dropped and
-    refilled), and a soft penalty inside the last ``overlong_fraction`` of the length limit."""
+    """DAPO: GRPO's advantages, asymmetric clipping, token mean, dynamic sampling (all-equal groups are
+    dropped and refilled), and a soft penalty inside the last ``overlong_fraction`` of the length limit."""
     return Method(
         name="dapo",
         terms=(clipped_term(clip_low, clip_high, Normaliser.TOKENS),),
@@ -57,20 +57,20 @@ def dapo(
 
 
 def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0) -> Method:
-    """PPO's clipped surrogate with the second clip for A < 0 that verl has on by default [C], token mean; no
-    critic: the group's mean is the baseline."""
+    """PPO's clipped surrogate with a token mean, and with the second clip for A < 0 that is verl's default
+    [C]. There is no critic; the group's mean is the baseline."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS, dual_clip)
     return Method(name="ppo", terms=(term,), source="arXiv:1707.06347, eq. 7; arXiv:1912.09729")
 
 
 def rloo() -> Method:
-    """The baseline is the other samples' mean; no clip; sum over each sequence, mean over sequences."""
+    """RLOO: the baseline is the mean of the other samples. No clip; sum per sequence, mean over sequences."""
     term = policy_term(coefficients.importance, Normaliser.SEQUENCE_SUMS)
     return Method(name="rloo", terms=(term,), advantage=leave_one_out, source="arXiv:2402.14740")
 
 
 def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float) -> Method:
-    """Advantages whitened over all own tokens of the step: long samples weigh more (verl [C])."""
+    """Return a row that whitens advantages over the step's own tokens, so long samples count more [C]."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     coefficient = corrections.with_advantage(clipped, corrections.whitened("mean", "std"))
     moment = partial(Statistic, select=POLICY, values=coefficients.advantage)
@@ -80,40 +80,40 @@ def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float
 
 
 def reinforce_pp(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """REINFORCE++: the reward, whitened over the batch's tokens, in the clipped surrogate; ``kl = "reward"``
-    sets its KL in the reward."""
+    """REINFORCE++: the clipped surrogate with the reward, whitened over the batch's tokens, as the advantage.
+    ``kl = "reward"`` sets the KL in the reward."""
     return _whitened("reinforce_pp", raw_reward, clip_low, clip_high)
 
 
 def reinforce_pp_baseline(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """REINFORCE++-baseline: reward minus the group's mean, whitened over the batch's tokens."""
+    """REINFORCE++-baseline: the advantage is R − the group's mean, whitened over the batch's tokens."""
     return _whitened("reinforce_pp_baseline", own_mean, clip_low, clip_high)
 
 
 def gspo(*, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Method:
-    """One ratio per sequence, clipped as a whole; sequence mean of token means."""
+    """GSPO: one ratio per sequence, clipped as a whole; the loss is a mean over sequences of token means."""
     clipped = coefficients.clipped_sequence_ratio(clip_low, clip_high)
     term = policy_term(clipped, Normaliser.SEQUENCES, clips=True)
     return Method(name="gspo", terms=(term,), advantage=group_mean_std, source="arXiv:2507.18071, eq. 5")
 
 
 def cispo(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The clipped ratio as a weight on log π: no token loses its gradient. Both sides are clipped, relative
-    to 1, as in verl [C] (TRL's number is an absolute upper bound)."""
+    """CISPO: the clipped ratio is a weight on log π, so no token loses its gradient. Both sides are clipped,
+    relative to 1, as in verl [C] (TRL's number is an absolute upper bound)."""
     term = policy_term(coefficients.clipped_weight(clip_low, clip_high), Normaliser.TOKENS)
     return Method(name="cispo", terms=(term,), advantage=group_mean_std, source="arXiv:2506.13585, eq. 4")
 
 
 def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
-    """Negative-aware fine-tuning: the likelihood of correct samples, and of what incorrect samples leave for
-    correct ones, scaled by 1 − q (``normalize`` = 1 in the code [C]); all-equal groups are dropped. With one
-    update per rollout batch it is Dr. GRPO. The code sums over 1,000 tokens per sequence instead of the
-    length limit [C]. For rewards of 0 and 1."""
+    """Negative-aware fine-tuning, for rewards of 0 and 1: the likelihood of correct samples, and of what
+    incorrect samples leave for correct ones, scaled by 1 − q (``normalize`` = 1 in the official code [C]).
+    All-equal groups are dropped. With one update per rollout batch, this is Dr. GRPO. The official code sums
+    over 1,000 tokens per sequence instead of the length limit [C]."""
     term = policy_term(coefficients.implicit_negative(share_low, share_high), Normaliser.MAX_LENGTH)
     return Method(name="nft", terms=(term,), gate=drop_degenerate, source="arXiv:2505.18116")
 
 
 def sapo(*, temperature_right: float = 1.0, temperature_wrong: float = 1.05) -> Method:
-    """A soft gate around r = 1 instead of a clip, narrower if A < 0; sequence mean of token means [C]."""
+    """SAPO: instead of a clip, a soft gate at r = 1 that is narrower if A < 0; mean of token means [C]."""
     term = policy_term(coefficients.softly_gated(temperature_right, temperature_wrong), Normaliser.SEQUENCES)
     return Method(name="sapo", terms=(term,), advantage=group_mean_std, source="arXiv:2511.20347")

@@ -1,4 +1,4 @@
-"""What a row of the table is made of: terms, statistics, and what a method needs from data and scoring."""
+"""The parts of a row of the table: terms, statistics, and what a method needs from data and scoring."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALWAYS_ONE = schedule.constant(1.0)
 
 
 def of(origin: Origin) -> Select:
-    """The trained tokens of this origin."""
+    """Return a function that selects the trained tokens of this origin."""
     return lambda batch: batch.origin == int(origin)
 
 
@@ -37,14 +37,14 @@ ALL: Select = lambda batch: batch.origin != int(Origin.CONTEXT)  # noqa: E731
 @dataclass(frozen=True, kw_only=True)
 class Term:
     """One part of a loss: weight(step) · Σ_selected values ÷ total. Exactly one of coefficient and value is
-    given; with a coefficient the values are −sg(C)·log π.
+    given; with a coefficient, the values are −sg(C)·log π.
 
-    ``counted`` says which tokens make the total if these are more than the selected ones: parts that one
-    surrogate of the paper sums under one denominator. ``needs`` names the optional columns of ``TokenBatch``
+    ``counted`` selects the tokens of the total if these are more than the selected ones, for a surrogate that
+    sums several parts over one denominator. ``needs`` names the optional columns of ``TokenBatch``
     that the coefficient reads. ``clips``: a coefficient of 0 on a token with an advantage means that the
-    token was clipped. ``correction`` is a factor on the coefficient that corrects the mismatch of engine and
-    trainer. ``control`` names a value of the method's controller that multiplies the weight, ``scale`` a
-    function of the step's global totals (``legacy_scale`` only)."""
+    token was clipped. ``correction`` is a factor on the coefficient for the mismatch between engine and
+    trainer. ``control`` names a value of the method's controller that multiplies the weight. ``scale`` is a
+    function of the step's global totals (only for ``legacy_scale``)."""
 
     name: str
     select: Select
@@ -70,9 +70,9 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """One number for the whole step: over the selected tokens of all its updates on all ranks, under the
-    proximal policy, before the first update. ``reduce`` is mean, std (unbiased) or quantile (at ``level``; a
-    value that occurs). ``needs`` as in ``Term``."""
+    """One number for the whole step, over the selected tokens of all its updates on all ranks, under the
+    proximal policy, before the first update. ``reduce`` is mean, std (unbiased) or quantile (at ``level``;
+    always a value that occurs). ``needs`` is as in ``Term``."""
 
     name: str
     select: Select
@@ -84,7 +84,7 @@ class Statistic:
 
 @dataclass(frozen=True, kw_only=True)
 class Refill:
-    """Groups that the gate drops fully are replaced by further prompts, for at most ``rounds`` rounds."""
+    """Replaces groups that the gate drops fully by groups of other prompts, for at most ``rounds`` rounds."""
 
     rounds: int
 
@@ -98,7 +98,7 @@ class Overlong:
     fraction: float
 
     def shaped(self, reward: float, num_tokens: int, limit: int) -> float:
-        """The reward after the penalty."""
+        """Return the reward after the penalty."""
         buffer = self.fraction * limit
         over = num_tokens - (limit - buffer)
         return reward if buffer == 0 or over <= 0 else reward - 0.5 * min(1.0, over / buffer)
@@ -106,15 +106,15 @@ class Overlong:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """``share`` of a step's sequences are demonstrations from a stream, in addition to the groups."""
+    """A stream of demonstrations in addition to the groups. ``share`` is its share of a step's sequences."""
 
     share: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationBuffer:
-    """Demonstrations that a gate has set aside; as soon as ``size`` of them wait, the newest make one more
-    update after the step's others, with a separate optimizer at ``lr`` and ``max_grad_norm``."""
+    """A buffer of demonstrations that a gate has set aside. As soon as ``size`` of them wait, the newest make
+    one update after the step's others, with a separate optimizer at ``lr`` and ``max_grad_norm``."""
 
     size: int
     lr: float
@@ -123,19 +123,19 @@ class DemonstrationBuffer:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Own samples that solved their problem are stored by problem. Once a step has solved the share
-    ``start`` of its samples, ``share`` of a step's prompts come from the store: partly solved ones, drawn by N(k; K/2, σ) if
-    k of K were solved the last time, each with its stored sample of the lowest entropy."""
+    """A store of own samples that solved their problem. Once a step has solved the share ``start`` of its
+    samples, ``share`` of each step's prompts come from it. They are partly solved problems, drawn by N(k;
+    K/2, σ) if k of K samples were correct the last time, each with its stored sample of lowest entropy."""
 
     share: float
     start: float
     sigma: float
-    most_stored: int  # of one problem
+    most_stored: int  # samples per problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
-    """An SFT step is cut into ``updates`` updates that share one proximal policy."""
+    """Cuts an SFT step into ``updates`` updates that share one proximal policy."""
 
     updates: int
 
@@ -146,8 +146,8 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """Options of any row that samples: an entropy bonus, a KL term to the stage's start (k1, k2, k3 in the
-    loss, or in the reward), and a correction for the difference between engine and trainer."""
+    """Options of any row that samples: an entropy bonus, a KL term to the policy at the stage's start (k1, k2
+    or k3 in the loss, or in the reward), and a correction for the difference between engine and trainer."""
 
     entropy_bonus: float = 0.0
     kl: str = "none"
@@ -161,8 +161,8 @@ class Extras:
 class Method:
     """A row of the table: plan → gate → advantage → terms, and parts that few methods have.
 
-    ``plan`` None: nothing is sampled, only demonstrations are trained on (an SFT stage). ``extras`` are the
-    row's own values for the options that a recipe may set on any row."""
+    If ``plan`` is None, nothing is sampled, and only demonstrations are trained on (an SFT stage). ``extras``
+    are the row's values for the options that a recipe may set on any row."""
 
     name: str
     terms: tuple[Term, ...]
@@ -175,11 +175,11 @@ class Method:
     source: str = ""
 
     def part(self, kind: type[P]) -> P | None:
-        """The method's part of that kind, if it has one."""
+        """Return the method's part of that kind, if it has one."""
         return next((part for part in self.parts if isinstance(part, kind)), None)
 
     def needs(self, column: str) -> bool:
-        """Whether a term or a statistic reads an optional column of ``TokenBatch``."""
+        """Return whether a term or a statistic reads an optional column of ``TokenBatch``."""
         names = [*(t.needs for t in self.terms), *(s.needs for s in self.statistics)]
         return any(column in needs for needs in names)
 
@@ -199,7 +199,7 @@ class Method:
 
     @property
     def updates_per_step(self) -> int:
-        """Updates of an SFT step."""
+        """The number of updates in an SFT step."""
         refresh = self.part(Refresh)
         return 1 if refresh is None else refresh.updates
 
@@ -208,7 +208,7 @@ KL_TERMS = {"k1": coefficients.kl_k1, "k2": coefficients.kl_k2, "k3": coefficien
 
 
 def complete(row: Method, given: Mapping[str, Any]) -> Method:
-    """The row with its extras, overridden by the recipe's (``given``). Raises ValueError for unknown ones."""
+    """Return the row with its extras, overridden by the recipe's (``given``). Raises ValueError."""
     extras = replace(row.extras, **given)
     for key, known in (("kl", ("none", *KL_TERMS, "reward")), ("correction", corrections.CORRECTIONS)):
         if (value := getattr(extras, key)) not in known:
@@ -224,7 +224,7 @@ def complete(row: Method, given: Mapping[str, Any]) -> Method:
 
         def charged(part: Any, field: str) -> Any:
             function, needs = getattr(part, field), (*part.needs, "reference_logprobs")
-            # Parts that select expert or stored tokens are not charged: those may have no reference values.
+            # Parts that select expert or stored tokens are not charged: they may have no reference values.
             if function is None or part.select in (EXPERT, STORED):
                 return part
             return replace(part, **{field: corrections.with_advantage(function, charge)}, needs=needs)
@@ -240,6 +240,6 @@ def complete(row: Method, given: Mapping[str, Any]) -> Method:
 
 
 def _own_term(name: str, weight: float, **given: Any) -> Term:
-    """A term over the policy's tokens, token mean."""
+    """Return a term over the policy's tokens with a token mean."""
     constant = schedule.constant(weight)
     return Term(name=name, select=POLICY, normaliser=Normaliser.TOKENS, weight=constant, **given)

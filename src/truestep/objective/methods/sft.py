@@ -18,13 +18,13 @@ def imitation_term(
     weight: float = 1.0,
     normaliser: Normaliser = Normaliser.TOKENS,
 ) -> Term:
-    """A term over the expert's tokens."""
+    """Return a term over the expert's tokens."""
     constant = schedule.constant(weight)
     return Term(name="sft", select=EXPERT, coefficient=coefficient, normaliser=normaliser, weight=constant)
 
 
 def highest_entropy(name: str, share: float) -> Statistic:
-    """The entropy reached by the ``share`` of the step's expert tokens that have the highest entropy."""
+    """Return a statistic: the entropy above which the ``share`` of the step's expert tokens lies."""
     return Statistic(
         name=name,
         select=EXPERT,
@@ -36,7 +36,7 @@ def highest_entropy(name: str, share: float) -> Statistic:
 
 
 def sft(*, normaliser: str = "tokens") -> Method:
-    """Negative log-likelihood of demonstrations: one global token mean (or ``normaliser`` = "sequences")."""
+    """Negative log-likelihood of demonstrations: a global token mean, or ``normaliser`` = "sequences"."""
     term = imitation_term(normaliser=Normaliser(normaliser))
     return Method(name="sft", terms=(term,), plan=None, source="arXiv:2604.23747, app. A")
 
@@ -48,9 +48,9 @@ def dft() -> Method:
 
 
 def psft(*, clip_high: float = 0.28, updates_per_refresh: int = 8) -> Method:
-    """Proximal SFT: the clipped surrogate with A = 1 against the policy of the last refresh. A step's
-    sequences are cut into ``updates_per_refresh`` updates, 8 in the released configuration [C] (4 to 16
-    studied)."""
+    """Proximal SFT: the clipped surrogate with A = 1 against the policy at the last refresh. A step's
+    sequences are cut into ``updates_per_refresh`` updates, of which the released configuration has 8 [C] (4
+    to 16 were studied)."""
     term = imitation_term(coefficients.proximal_likelihood(clip_high))
     refresh = Refresh(updates=updates_per_refresh)
     return Method(name="psft", terms=(term,), plan=None, parts=(refresh,), source="arXiv:2508.17784")
@@ -59,8 +59,9 @@ def psft(*, clip_high: float = 0.28, updates_per_refresh: int = 8) -> Method:
 def iw_sft(
     *, level: str = "sequence", temperature: float = 1.0, weight_low: float = -1.0, weight_high: float = -1.0
 ) -> Method:
-    """Importance-weighted SFT: exp(τ·mean(log π − log π_reference)) per sequence, clamped to [0, 16], or per
-    token, clamped to [0.2, 1.8] [C]. The reference is the stage's start. −1 means the level's own clamp."""
+    """Importance-weighted SFT: the weight is exp(τ·mean(log π − log π_reference)) of the sequence, clamped to
+    [0, 16], or π/π_reference of the token, clamped to [0.2, 1.8] [C]. The reference is the policy at the
+    stage's start. −1 means the default clamp of the level."""
     if level not in ("sequence", "token"):
         raise ValueError(f"method_options.level: expected sequence or token, got {level!r}")
     low, high = (0.0, 16.0) if level == "sequence" else (0.2, 1.8)
@@ -80,7 +81,7 @@ def trsft(*, alpha: float = 0.1) -> Method:
 
 
 def power_sft(*, alpha: float = 0.5) -> Method:
-    """The family between the likelihood (α → 0) and DFT (α = 1): the loss (1 − p^α)/α. 0.5 is our choice."""
+    """The loss (1 − p^α)/α, a family between the likelihood (α → 0) and DFT (α = 1). 0.5 is our choice."""
     if not 0 < alpha <= 1:
         raise ValueError(f"method_options.alpha: expected more than 0 and at most 1, got {alpha}")
     term = imitation_term(coefficients.powered(alpha))
@@ -89,9 +90,9 @@ def power_sft(*, alpha: float = 0.5) -> Method:
 
 
 def entropy_sft(*, share: float = 0.2) -> Method:
-    """The likelihood of the ``share`` of tokens with the highest entropy over the whole step, under the
-    policy before the step; Z counts that share of all tokens. MIFO's ρ is in an appendix that we did not
-    obtain, so 0.2 is [U]."""
+    """SFT on the ``share`` of tokens with the highest entropy over the whole step, under the policy before
+    the step. Z counts that share of all tokens. MIFO's ρ is in an appendix that we did not obtain, so 0.2 is
+    [U]."""
     if not 0 < share <= 1:
         raise ValueError(f"method_options.share: expected more than 0 and at most 1, got {share}")
     term = imitation_term(coefficients.where_uncertain(coefficients.ones, "entropy"), weight=1 / share)
