@@ -336,3 +336,22 @@ def test_the_recorder_asks_for_no_other_cause_if_rows_explain_a_step() -> None:
     for size, seen in ((0.7, True), (1.4, False)):
         change = torch.tensor(RIGHT + size * recorder.EXPLAINED * ELSEWHERE)
         assert recorder.Recorder._explained(watcher, change, rows) is seen
+
+
+def kind_of_clip(lengths: tuple[float, float], configured: float) -> tuple[str, ...]:
+    """Of two steps with very different right gradients, used at these lengths; 0 is "as long as it should be"."""
+    short = replace(step(), microbatches=step().microbatches[:1])
+    pairs = zip((short.expected, RIGHT), lengths, strict=True)
+    first, second = (
+        wanted * (length / np.linalg.norm(wanted) if length else 1.0) for wanted, length in pairs
+    )
+    found = clip(run(replace(short, after=-first), step(second), max_grad_norm=configured), [0, 1])
+    return found.kinds if found else ()
+
+
+def test_a_clip_is_told_from_none_and_from_another() -> None:
+    assert kind_of_clip((0, 0), 0.1) == ("clip_missing",)
+    assert kind_of_clip((0, 0), 0.0) == ()
+    assert kind_of_clip((0.5, 0.5), 0.1) == ("clip_to_other",)
+    assert kind_of_clip((0.5, 0.5), 0.0) == ("clip_to",)
+    assert kind_of_clip((0.5, 0.7), 0.0) == ()

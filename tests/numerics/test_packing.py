@@ -41,8 +41,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from truestep.records import TokenBatch
+from truestep.records import TARGET_FIELDS, TokenBatch
 from truestep.testing.reference.loss import exact_float64
+from truestep.train.packing import dummy_batch
 from truestep.train.policy import Policy
 
 SIZES = {
@@ -200,3 +201,11 @@ def test_what_cannot_be_packed_says_so(name: str) -> None:
     assert policy.plain_head == (name != "gemma2")
     if name == "gemma2":
         assert any("logits are made at once" in note for note in policy.notes), "its logits are soft-capped"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dummy_batch_has_the_precision_and_no_targets(dtype: torch.dtype) -> None:
+    batch = dummy_batch(dtype, "cpu")
+    columns = [getattr(batch, name) for name in TARGET_FIELDS]
+    assert batch.num_targets == 0 and {len(column) for column in columns} == {0}
+    assert {column.dtype for column in columns if column.is_floating_point()} == {dtype}
