@@ -207,5 +207,6 @@ def test_what_cannot_be_packed_says_so(name: str) -> None:
 def test_a_dummy_batch_has_the_precision_and_no_targets(dtype: torch.dtype) -> None:
     batch = dummy_batch(dtype, "cpu")
     columns = [getattr(batch, name) for name in TARGET_FIELDS]
-    assert batch.num_targets == 0 and {len(column) for column in columns} == {0}
+    assert batch.num_targets == 0
+    assert {len(column) for column in columns} == {0}
     assert {column.dtype for column in columns if column.is_floating_point()} == {dtype}
