@@ -214,6 +214,8 @@ def main() -> int:
     )
     parser.add_argument("--list", action="store_true", help="only print the drawn mutants")
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also if it was started in the background
+        signal.signal(number, signal.default_int_handler)
     seed = subprocess.check_output(
         ["git", "-C", str(ROOT), "log", "-1", "--format=%H", "--", "tests"], text=True
     ).strip()
