@@ -4,7 +4,7 @@ docs/metrics.md from the table of metrics.
     python benchmarks/readme_figures.py [--check]
 
 With ``--check``, no file is written, and the exit code is 1 if a file is out of date.
-Held by: tests/architecture/test_generated.py
+Held by: tests/unit/test_generated.py
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _solve(rising: Callable[[float], float], wanted: float, low: float, high: fl
 
 def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
     """Return the regularized incomplete beta function I_x(a, b) as a continued fraction (modified Lentz).
-    ``y`` is 1 - x, which the caller knows more exactly than a subtraction gives it. Source: NIST DLMF 8.17.22"""
+    ``y`` is 1 - x, known more exactly than a subtraction would give it. Source: NIST DLMF 8.17.22"""
     if x <= 0 or y <= 0:
         return float(y <= 0)
     if x > (a + 1) / (a + b + 2):  # the fraction converges quickly on the other side of the mean
