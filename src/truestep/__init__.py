@@ -1,4 +1,4 @@
-"""truestep: SFT-then-RL training in which every optimizer step is tested to be the one you configured."""
+"""truestep: SFT-then-RL training, with tests that every optimizer step is the one you configured."""
 
 import os
 

@@ -44,7 +44,8 @@ def set_threads(wanted: int | Literal["auto"]) -> int:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use, by its affinity mask and its CPU quota (rounded up)."""
+    """Return how many cores this process may use according to its affinity mask and its CPU quota (rounded
+    up)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, max(1, math.ceil(min(cpu_quota(), cores))))
 

@@ -58,7 +58,10 @@ class RewardSettings(Frozen):
         if not NAME.fullmatch(self.name):
             raise ValueError(f'name = "{self.name}" is not valid; use only letters, digits, "_", "-" and "."')
         if redact(str(self.options)) != str(self.options):
-            raise ValueError("options contain what looks like a key; set it as an environment variable")
+            raise ValueError(
+                "options contain what looks like an access token or a password; "
+                "put it in an environment variable"
+            )
         return self
 
 

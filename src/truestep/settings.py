@@ -1,7 +1,8 @@
 """The settings of a run, as frozen pydantic models read from one TOML file. Unknown keys, duplicate keys and
 contradictions fail here with a remedy; ``resolved.toml`` in the run directory has every setting in force.
 
-Batch sizes are named by what they count; all others are derived. One file: the models refer to each other."""
+Batch sizes are named after what they count; all others are derived. One file: the models refer to each
+other."""
 
 from __future__ import annotations
 
@@ -359,8 +360,8 @@ class Settings(Frozen):
                 raise ValueError(f'two stages are called "{name}"; set a different name for each')
             if name in ("base", "report") or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
-                    f'stage name "{name}" is reserved or has other characters than letters, digits, "-" and "_"; '
-                    "set a different name"
+                    f'stage name "{name}" is reserved or contains characters other than letters, digits, '
+                    '"-" and "_"; set a different name'
                 )
         wanted = [(f"stages.{s.name}.data", s.data) for s in self.stages]
         wanted += [(f"stages.{s.name}.dev.data", s.dev.data) for s in self.stages if s.dev.data]

@@ -110,7 +110,7 @@ def test_what_cells_share_is_trained_once(tmp_path: Path) -> None:
     table = analysed(runner(tmp_path, children))
     assert table["complete"]
     assert set(children.trained.values()) == {1}
-    assert children.trained["sft-s1-lr0.01"] == 1  # four arms begin with it
+    assert children.trained["sft-s1-lr0.01"] == 1  # four arms start from it
     assert {name for name in children.trained if name.startswith("rl-s1-")} == {
         "rl-s1-lr0.002",
         "rl-s1-lr0.002-coin",

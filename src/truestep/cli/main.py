@@ -34,7 +34,7 @@ def _app() -> typer.Typer:
     app = typer.Typer(
         no_args_is_help=True, pretty_exceptions_enable=False,
         rich_markup_mode=None,  # Rich would take "[default: ...]" for markup and drop it
-        help="SFT-then-RL training in which every optimizer step is tested to be the one you configured.",
+        help="SFT-then-RL training, with tests that every optimizer step is the one you configured.",
     )  # fmt: skip
 
     @app.callback()

@@ -1,4 +1,4 @@
-"""``truestep method check | list``, for the built-in rows and the user's own."""
+"""``truestep method check | list``, for the built-in methods and the user's own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Training methods: list the built-in rows, or check a row.")
-_NAMED = "FILE.py:ROW, or the name of a built-in row."
-_OPTION = "Set an option of the row, such as clip_high=0.3. May be repeated."
+app = typer.Typer(no_args_is_help=True, help="Training methods: list the built-in ones, or check one.")
+_NAMED = "FILE.py:NAME, or the name of a built-in method."
+_OPTION = "Set an option of the method, such as clip_high=0.3. May be repeated."
 Named = Annotated[str, typer.Argument(metavar="METHOD", help=_NAMED, show_default=False)]
 Options = Annotated[list[str] | None, typer.Option("--option", help=_OPTION)]
 Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document.")]
@@ -19,7 +19,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document
 
 @app.command("list")
 def list_methods(as_json: Json = False) -> None:
-    """List the built-in rows: what they train on, and their paper."""
+    """List the built-in methods, with what each trains on and the paper it comes from."""
     from truestep.objective.methods import METHODS
 
     table = []
@@ -39,10 +39,10 @@ def list_methods(as_json: Json = False) -> None:
 
 @app.command()
 def check(method: Named, options: Options = None, as_json: Json = False) -> None:
-    """Check that a row's update does not depend on how a step is split, packed, ordered, or divided
+    """Check that a method's update does not depend on how a step is split, packed, ordered, or divided
     between processes.
 
-    Exit codes: 0 every relation holds · 1 a relation is violated · 2 the row cannot be built.
+    Exit codes: 0 every relation holds · 1 a relation is violated · 2 the method cannot be built.
     """
     import tomllib
 

@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """The score of a model, estimated from samples. n = correct + incorrect + unscored. ``score`` is the mean
-    over problems of the share of correct samples. An unscored sample counts as not correct;
+    over problems of the share of correct samples. An unscored sample counts as incorrect;
     ``score_if_unscored_correct`` shows how much that could matter. ``stderr`` is None for one problem."""
 
     score: float

@@ -41,7 +41,7 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
             notes.append(f"{task}: incomplete: {evaluation.missing}")
         if found["unscored"]:
             share = f"{found['unscored']} of {found['n']}"
-            notes.append(f"{task}: {share} samples have no verdict and count as not correct")
+            notes.append(f"{task}: {share} samples have no verdict and count as incorrect")
         size = BY_ID[task].num_rows if task in BY_ID else found["num_problems"]
         results = {
             "schema_version": SCHEMA_VERSION, **task_results(task, found), "estimate": found,

@@ -200,7 +200,8 @@ def _header(name: str, identity: str) -> Row:
 
 
 def check_kept(plan: EvaluationPlan) -> None:
-    """Raise UserError if resuming would lose samples that have other settings or are not requested now."""
+    """Raise UserError if resuming would lose samples that were made with different settings or are no
+    longer requested."""
     path = plan.samples_path
     header = _header(plan.name, plan.identity)
     first, *rows = read_jsonl(path) or [header]

@@ -172,7 +172,8 @@ def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
-    """Compare matrices by entry, a matrix of one row or column with a tuple, a matrix with a list of rows."""
+    """Compare two matrices entry by entry, a matrix of one row or column with a tuple, or a matrix with a
+    list of rows."""
     left, right = matrix(gold), matrix(found)
     if left is not None and right is not None:
         if [len(row) for row in left] != [len(row) for row in right]:

@@ -51,14 +51,15 @@ def _pair(where: str, number: int, line: str) -> Pair:
         raise UserError(f'{where}: expected an object; write, for example, {{"gold": "1/2", "pred": "0.5"}}')
     for name in ("gold", "pred"):
         if type(row.get(name)) not in (str, int, float):
-            was = f"found {row[name]!r:.60}" if name in row else "it is missing"
+            was = f"but found {row[name]!r:.60}" if name in row else "but it is missing"
             raise UserError(
-                f'{where}: field {name}: expected text or a number, {was}; write, for example, "{name}": "1/2"'
+                f"{where}: field {name}: expected text or a number, {was}; "
+                f'write, for example, "{name}": "1/2"'
             )
     choices = row.get("choices") or ()
     if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
         raise UserError(
-            f'{where}: field choices: expected a list of texts; write, for example, "choices": ["12", "15"]'
+            f'{where}: field choices: expected a list of strings; write, for example, "choices": ["12", "15"]'
         )
     known = {k: str(row[k]) for k in ("id", "kind", "gold", "pred") if row.get(k) is not None}
     return Pair(choices=tuple(choices), **{"id": str(number), "kind": "", **known})

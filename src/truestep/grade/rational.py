@@ -34,7 +34,8 @@ _INDEX_LAST = re.compile(r"([A-Za-z])\^(\d|\{-?\d+\})(_(?:\w|\{\w+\}))", re.ASCI
 Monomial = tuple[tuple[str, int], ...]
 Polynomial = dict[Monomial, Fraction]
 Quotient = tuple[Polynomial, Polynomial]
-Formula = tuple[str, Quotient]  # "" and its value, or a relation and what is so related to 0
+# "" and the value, or a relation sign and the quotient that has this relation to 0
+Formula = tuple[str, Quotient]
 ONE: Polynomial = {(): Fraction(1)}
 Token = tuple[str, str]  # what it is ("number", "name", "power" or the sign itself), and its text
 

@@ -1,6 +1,6 @@
 """The only division: a loss is Σ (weighted token values) ÷ a global total, and only this module divides.
 
-Totals are counted over all micro-batches and all ranks before the first forward pass. Nothing else divides:
+Totals are computed over all micro-batches and all ranks before the first forward pass. Nothing else divides:
 micro-batches are not divided by their own count, there is no accumulation factor, and no wrapper averages
 gradients over ranks.
 Held by: tests/architecture/test_one_division.py, tests/numerics/test_invariance.py

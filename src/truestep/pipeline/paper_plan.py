@@ -133,7 +133,8 @@ def rl_work(
 
 
 def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]:
-    """Return the FLOPs of a whole recipe by the paper's formula (with its N) and by the fuller count."""
+    """Return the FLOPs of a whole recipe by the paper's formula (with the paper's N) and by the fuller
+    count."""
     declared = read_declared(settings, where)
     shape = shape_of(read_config(declared, base_dir))
     rounded = replace(shape, num_parameters=int(declared.formula_parameters))

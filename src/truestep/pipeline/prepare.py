@@ -186,7 +186,7 @@ def method_of(stage: StageSettings, base_dir: Path) -> Method:
 
 
 def find_method(named: str, options: Mapping[str, Any], base_dir: Path, where: str = "") -> Method:
-    """Find a built-in row, or FILE.py:ROW in the recipe's folder. Raises UserError."""
+    """Find a built-in method, or FILE.py:NAME in the recipe's folder. Raises UserError."""
     if ":" in named:
         source = find_source(named, base_dir, what=f"{where}method")
         row = _user(f"{where}method", load, source, [str(base_dir)])

@@ -1,4 +1,4 @@
-"""Writes report.html of a study, and its tables as Markdown, CSV and LaTeX. It computes nothing."""
+"""Writes a study's report.html, and its tables as Markdown, CSV and LaTeX. It computes nothing."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ class _Row:
 
 
 class KvCache:
-    """Keys and values of all slots: a pair of tensors [slots, K, T, D] per layer, made at the first write."""
+    """Keys and values of all slots: a pair of tensors [slots, K, T, D] per layer, created on the first
+    write."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity

@@ -136,7 +136,7 @@ class VllmEngine:
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Raise UserError, because weights cannot be published to vLLM."""
-        raise UserError('engine = "vllm" evaluates only; train with the torch engine')
+        raise UserError('engine = "vllm" can only evaluate; train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         """Score ``token_ids[num_prompt_tokens:]``. Raises UserError if temperature ≠ 1."""

@@ -212,7 +212,7 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
         if parent is not None:
             made = runner.out / "cells" / key_of(runner, parent) / "run"
             adopt(made, home / "run", len(parent.stages), settings)
-        # named by its key, because it depends on chance which of the arms that share it comes first
+        # named after its key, because it depends on chance which of the arms that share it comes first
         named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))

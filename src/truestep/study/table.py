@@ -150,7 +150,7 @@ def _marks(
     if abs(ratio - 1) > CLOSE:
         marks.append(f"budget {ratio:.2f}x")
     if row["unscored"]:
-        marks.append(f"{row['unscored']} of {row['samples']} samples are unscored and count as not correct")
+        marks.append(f"{row['unscored']} of {row['samples']} samples are unscored and count as incorrect")
     return marks
 
 

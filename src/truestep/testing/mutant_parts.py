@@ -1,4 +1,5 @@
-"""Wrong parts for the reference trainer; ``mutants`` injects them. Needs torch. Shapes: as in ``mutants``."""
+"""Faulty parts for the reference trainer; ``mutants`` injects them. Needs torch. Shapes: as in
+``mutants``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows that every subject receives: random tokens, with very different numbers of trained tokens.
+"""The rows that every subject receives: random tokens, whose numbers of trained tokens differ greatly.
 
 Equal lengths hide a mean of means, two accumulation steps hide a dropped micro-batch, and one rank hides a
 rank-wise mean, so by default no case has any of these. Rows are plain integers, so nothing here needs torch.

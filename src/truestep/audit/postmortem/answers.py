@@ -168,7 +168,8 @@ def _three_micro_batches(evidence: Evidence) -> Check:
 
 
 def _several_micro_batches(evidence: Evidence) -> Check:
-    """Check for two micro-batches. With one, the mean is certainly correct only on one process."""
+    """Check for two or more micro-batches. If there is only one, the mean is known to be correct only with a
+    single process."""
     checked = _micro_batches(evidence, 2)
     if checked.met is False and set(evidence.settings.get("processes", {})) != {1}:
         return replace(_with(checked, note="several_not_measured"), met=None)

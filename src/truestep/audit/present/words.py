@@ -143,7 +143,9 @@ SENTENCES: dict[str, Form] = {
     "ill_conditioned": "the micro-batches' gradients are nearly parallel (condition {condition:.0e})",
     "hidden_by_rounding": "rounding in {dtype} hides single weights",
     "no_observation": "the subject ended early without writing an observation; does its code call exit?",
-    "ranks_missing": "{ranks} of {of} ranks wrote an observation; all {of} are needed, with schema {schema}",
+    "ranks_missing": (
+        "{ranks} of {of} ranks wrote an observation; every rank must write one that has schema {schema}"
+    ),
     "ranks_disagree": lambda v: f"ranks saw different numbers of optimizer steps: {v['steps']}",
     "no_row_found": "none of the case's rows was found in the model's input",
     "said": "{text}",
