@@ -187,7 +187,7 @@ def test_a_step_that_depends_on_no_split_passes(audit_step, loops) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("own_optimizer", "does not use the optimizer"), ("strange_rows", "no row of the case")],
+    [("own_optimizer", "does not use the optimizer"), ("strange_rows", "none of the case's rows")],
 )
 def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: str) -> None:
     finding = audit_step(loops[name], fail=False)

@@ -75,9 +75,7 @@ def test_unknown_content_is_recorded_once_and_held_to(
     benchmarks.load(made, tmp_path)
     benchmarks.load(made, tmp_path)
     write(tmp_path / "made.jsonl", [{"problem": "2?", "answer": "1"}])
-    with pytest.raises(
-        UserError, match=r"loaded here the first time.*remove made from .*home/benchmarks.json"
-    ):
+    with pytest.raises(UserError, match=r"first loaded here.*remove made from .*home/benchmarks.json"):
         benchmarks.load(made, tmp_path)
     (tmp_path / "home" / "benchmarks.json").write_text("{")
     with pytest.raises(UserError, match=r"benchmarks.json is not valid JSON"):

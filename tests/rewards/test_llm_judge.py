@@ -40,15 +40,11 @@ class Model(BaseHTTPRequestHandler):
         mark = re.search(r"SCORE-([0-9a-f]+)", system)[1]
         text = re.search(rf"\[BEGIN {mark}\]\n(.*)\n\[END {mark}\]", user, re.DOTALL)[1]
         with self.lock:
-            Model.running += 1
-            Model.most = max(Model.most, Model.running)
             self.at.append(time.monotonic())
             times = sum(text in str(b["messages"]) for b in self.asked)
             self.asked.append(body)
             self.keys.append(self.headers["Authorization"])
         self.answer(text, system, user, mark, times)
-        with self.lock:
-            Model.running -= 1
 
     def answer(self, text: str, system: str, user: str, mark: str, times: int) -> None:
         word = text.split()[0]
@@ -69,7 +65,12 @@ class Model(BaseHTTPRequestHandler):
             "changes": f"SCORE-{mark}: 10\nNo.\nSCORE-{mark}: 1\n",
         }.get(word, f"It is good.\nSCORE-{mark}: 7")
         if word == "slow":
+            with self.lock:
+                Model.running += 1
+                Model.most = max(Model.most, Model.running)
             time.sleep(0.2)
+            with self.lock:  # before the client has its answer: its next request may come at once
+                Model.running -= 1
         if word == "stuck":
             time.sleep(3)
         if (word == "busy" and times < 2) or word == "always_busy":

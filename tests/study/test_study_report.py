@@ -60,7 +60,7 @@ def test_the_page_holds_what_a_reviewer_asks_for(study: Any) -> None:
     table = study[1]
     for arm in table["arms"]:
         assert arm["name"] in text
-    for words in ("beside this study: RIGHT: every token counts once", "does not want to",
+    for words in ("together with this study: RIGHT: every token counts once", "does not want to",
                   "control: base", "p (Holm)", "Detectable", "rl-from-base", "no room for it",
                   "Content hash", "Unscored", "untuned: one rate is enough here", "incomplete", "1 of 2 seeds",
                   "rl.reward"):  # fmt: skip

@@ -113,7 +113,7 @@ BROKEN = {
     "countdown without target": (row(problem="x", answer="2", checker="countdown", numbers=[2]), "target", "whole"),
     "an empty id": (row(problem="x", answer="2", id=""), "id", "empty"),
     "a fractional id": (row(problem="x", answer="2", id=1.5), "id", "whole number"),
-    "an id twice": (row(problem="x", answer="2", id="first"), "id", "data.jsonl:1 has"),
+    "an id twice": (row(problem="x", answer="2", id="first"), "id", "data.jsonl:1 also has"),
 }  # fmt: skip
 
 

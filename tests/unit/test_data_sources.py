@@ -101,7 +101,7 @@ def test_a_folder_is_its_files_or_those_of_its_split(tmp_path: Path) -> None:
 def test_ids_are_unique_over_all_files_of_a_folder(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"problem": "x", "answer": 1, "id": "same"}\n')
-    with pytest.raises(UserError, match=r'b\.jsonl:1: id: .*"same", which .*a\.jsonl:1 has'):
+    with pytest.raises(UserError, match=r'b\.jsonl:1: id: .*"same", which .*a\.jsonl:1 also has'):
         load(str(tmp_path))
 
 
