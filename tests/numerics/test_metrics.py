@@ -505,3 +505,18 @@ def test_the_probe_s_difference_is_the_largest(run: Mapping[str, Any]) -> None:
 
     assert publish(policy, Off(policy.model), 1) == pytest.approx(5e-4, abs=1e-5)
     assert all(0 <= row["publish/probe_difference"] < 1e-4 for row in run["rl"][1])
+
+
+def test_a_token_without_an_advantage_is_not_clipped() -> None:
+    meter = Meter()
+    advantage, sampled = torch.tensor([-1.0, 0.0, 2.0, 3.0]), torch.tensor([True, True, True, False])
+    metrics.of_clipping(meter, torch.zeros(4), advantage, sampled)
+    assert meter.reduce(Ranks()) == pytest.approx({"clip_ratio/low": 1 / 3, "clip_ratio/high": 1 / 3})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_expert_has_keys_of_its_own_only_beside_samples(share: float) -> None:
+    row = {"entropy": 0.5, "nll": 1.5, "expert/entropy": 2.0, "expert/nll": 3.0, "expert/share": share}
+    own = {"entropy": 0.5, "nll": 1.5}
+    wanted = {0.0: own, 0.25: row, 1.0: {"entropy": 2.0, "nll": 3.0}}
+    assert metrics.with_expert(row) == wanted[share]
