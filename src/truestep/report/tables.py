@@ -144,14 +144,14 @@ def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
     known = {"interrupted": "This run was interrupted. ", "running": "This run is still in progress. "}
     lead = known.get(str(summary.get("status")), "")
     if not rows:
-        return lead + "None of its checkpoints has been evaluated."
+        return lead + "None of the run's checkpoints has been evaluated."
     first = rows[0]
     last = [row for row in rows if row.data == first.data][-1]
     others = len({row.data for row in rows}) - 1
     more = f" The table has {others} more data set{'s' if others > 1 else ''}." if others else ""
     score = with_interval(last.score, last.low, last.high)
     if first is last:
-        return f"{lead}On {last.data}, {last.checkpoint} answers {score} of {whole(last.n)} samples correctly.{more}"
+        return f"{lead}On {last.data}, {last.checkpoint} scored {score} ({whole(last.n)} samples).{more}"
     start = with_interval(first.score, first.low, first.high)
     change = f"On {first.data}, {last.checkpoint} scored {score}; {first.checkpoint} scored {start}."
     return lead + change + more
