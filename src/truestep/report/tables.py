@@ -193,7 +193,7 @@ def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
     columns: list[Column] = [
         ("Strict", lambda r: percent(r.strict_score)), ("Lenient", lambda r: percent(r.lenient_score)),
         ("Majority", _majority),
-        ("If unscored were correct", lambda r: percent(r.score_if_unscored_correct) if r.unscored else NONE),
+        ("Unscored as correct", lambda r: percent(r.score_if_unscored_correct) if r.unscored else NONE),
         ("Problems × samples", _sizes), ("Correct", lambda r: whole(r.correct)),
         ("Incorrect", lambda r: whole(r.incorrect)), ("Unscored", lambda r: whole(r.unscored)),
         ("Cut off", lambda r: percent(r.truncated_rate)), ("Answer found", lambda r: percent(r.extracted_rate)),
