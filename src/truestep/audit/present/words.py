@@ -322,8 +322,8 @@ REASONS: dict[str, Form] = {
     "{most} processes",
     "trainer_not_shown": "no file shows whether the {trainer} was used",
     "trained_by": lambda v: f"trained by {_found(v)}",
-    "averages_by_default": "average_tokens_across_devices is not set in any file; transformers 5.23.0 averages "
-    "by default",
+    "averages_by_default": "average_tokens_across_devices is not set in any file; transformers 5.23.0 "
+    "averages by default",
 }  # fmt: skip
 
 
