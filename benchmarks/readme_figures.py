@@ -180,7 +180,7 @@ def _panel(finding: Finding, left: int) -> list[str]:
 METRICS_HEAD = """# Metrics
 
 A stage writes one line per step to `metrics.jsonl`, with the keys `STAGE/KEY`. `python benchmarks/readme_figures.py`
-makes this page from the table in `src/truestep/train/metrics.py`; a key that is not in the table is an error.
+generates this page from the table in `src/truestep/train/metrics.py`; a key that is not in the table is an error.
 "Within an update" says how values are combined over micro-batches and ranks. "Across updates" says how the values of
 the updates of one step are combined.
 

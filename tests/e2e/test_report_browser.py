@@ -305,9 +305,9 @@ def test_the_filters_of_an_evaluation_show_what_they_say(tmp_path: Path) -> None
     dom = browse(page, tmp_path / "profile", "--dump-dom")
     assert dom.partition("<title>")[2].partition("</title>")[0].split("|") == [
         "All5:p3 p1 p2 p4 p0",
-        "Wrong2:p1 p2",
-        "Sometimes right1:p4",
-        "Right1:p0",
+        "Incorrect2:p1 p2",
+        "Sometimes correct1:p4",
+        "Correct1:p0",
         "Unscored1:p3",
         "Cut off1:p2",
         "No answer found1:p2",

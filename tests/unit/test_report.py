@@ -246,7 +246,7 @@ def test_an_interrupted_run_says_so_and_shows_what_it_has(run: Path) -> None:
     with (run / "stages/01-rl/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rl/lo')
     page = page_of(run)
-    assert "This run was interrupted. None of its checkpoints has been evaluated." in page.text
+    assert "This run was interrupted. None of the run's checkpoints has been evaluated." in page.text
     assert "loss" in page.text.lower()
     assert page.tags.count("svg") == 3
 

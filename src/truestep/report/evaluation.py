@@ -1,5 +1,5 @@
-"""The page of an evaluation: scores with intervals, the spread over prompts, and as many problems as fit,
-which can be filtered without a script. It reads the files in a run directory and computes no statistic."""
+"""The page of an evaluation: scores with intervals, the spread over prompts, and as many problems as fit. The
+problems can be filtered without a script. All numbers come from the files in a run directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from truestep.rundir import redact, write_atomic
 
 MOST_PROBLEMS = 300  # for each evaluation; unscored and incorrect problems come before correct ones
 _ORDER = ("unscored", "incorrect", "mixed", "correct")
-FILTERS = (("all", "All"), ("incorrect", "Wrong"), ("mixed", "Sometimes right"), ("correct", "Right"),
+FILTERS = (("all", "All"), ("incorrect", "Incorrect"), ("mixed", "Sometimes correct"), ("correct", "Correct"),
            ("unscored", "Unscored"), ("truncated", "Cut off"), ("unanswered", "No answer found"))  # fmt: skip
 
 Row = Mapping[str, Any]
@@ -65,8 +65,8 @@ def _evaluation(run: Path, number: int, score: ScoreRow) -> dict[str, Any]:
 
 
 def _problem(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return one problem with its most informative sample: the first that is not correct, or otherwise the
-    first."""
+    """Return one problem with one or two samples: the first that is not correct (or otherwise the first), and
+    a correct one."""
     verdicts = [row["verdict"] for row in rows]
     correct = verdicts.count("correct")
     some = "correct" if correct == len(rows) else "mixed" if correct else "incorrect"

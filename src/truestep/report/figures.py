@@ -1,4 +1,4 @@
-"""Figures as inline SVG in the page's colors; empty without matplotlib. The same data give the same bytes."""
+"""Figures as inline SVG in the page's colors. The same data give the same bytes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
 def curve(
     name: str, series: Mapping[str, Sequence[Point]], x_label: str = "step", y_percent: bool = False
 ) -> Markup:
-    """Draw lines over steps (or FLOPs). Empty if no series has a point."""
+    """Draw lines over steps (or FLOPs). Return empty Markup if no series has a point."""
     series = {label: thin(points) for label, points in series.items() if points}
     if not series:
         return Markup("")
@@ -101,7 +101,7 @@ def _scale_y(axes: Axes, low: float, high: float, span: float) -> None:
 
 
 def label_x(axes: Axes, label: str, highest: float) -> None:
-    """Label the x axis: whole steps, or FLOPs in units of a power of ten that the label names."""
+    """Label the x axis with whole steps, or with FLOPs in units of a power of ten that the label names."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=label == "step"))
@@ -113,7 +113,7 @@ def label_x(axes: Axes, label: str, highest: float) -> None:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """Return at most about ``limit`` points: the lowest and highest of each section, so that no spike is
+    """Return at most about ``limit`` points, with the lowest and highest of each section, so that no spike is
     lost."""
     if len(points) <= limit:
         return list(points)
@@ -152,7 +152,7 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
 
 
 def rows_figure(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
-    """Return a figure with one named row per value in percent; ``height`` is that of a row, in inches."""
+    """Return a figure with one named row per value in percent. A row is ``height`` inches high."""
     left = 0.25 + 0.078 * max(map(len, names))
     figure, axes = new_figure(7.6, 0.5 + height * len(names), left=left, bottom=0.28)
     axes.set_yticks(range(len(names)), names, fontsize=9.5, color=INK)

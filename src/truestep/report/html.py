@@ -1,4 +1,4 @@
-"""report.html: one page that contains everything, loads nothing, and runs nothing.
+"""Writes report.html, one page that contains everything, loads nothing, and runs nothing.
 
 All text in a run is untrusted, because models write it. The environment, not the templates, escapes the text
 and shows its invisible characters; the templates shorten it. The page's policy forbids scripts and
@@ -29,7 +29,7 @@ _SEARCHED = 20_000  # lines of a file that are searched for samples
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from the files so far. Raises UserError if the folder is not a run directory."""
+    """Write RUN/report.html from the run's files. Raises UserError if the folder is not a run directory."""
     if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
         raise UserError(
             f"{run} is not a run directory (no resolved.toml); pass the folder that a run printed"
@@ -63,7 +63,7 @@ def _shown(value: Any) -> Any:
 
 
 def _or_none(write: Callable[..., str]) -> Callable[..., str]:
-    """Return a filter that treats a value that is not in the file as None."""
+    """Return a filter that treats a missing value as None."""
     return lambda value, *more: write(None if isinstance(value, jinja2.Undefined) else value, *more)
 
 

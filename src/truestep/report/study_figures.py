@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 @styled
 def dots(arms: Sequence[Row], benchmark: str) -> Markup:
-    """Draw one row per arm: seeds as dots, and the mean with its interval."""
+    """Draw one row per arm, with its seeds as dots and its mean with an interval."""
     rows = [(a, a["scores"][benchmark]) for a in arms if benchmark in a["scores"]]
     if not rows:
         return Markup("")
@@ -35,7 +35,7 @@ def dots(arms: Sequence[Row], benchmark: str) -> Markup:
 
 @styled
 def bars(arms: Sequence[Row]) -> Markup:
-    """Draw the staircase: bars in the order in which the arms were declared, with intervals and seeds."""
+    """Draw one bar per arm, in the order in which the arms were declared, with intervals and seeds."""
     rows = [a for a in arms if a["mean"]]
     if len(rows) < 2:
         return Markup("")

@@ -1,4 +1,4 @@
-"""A study's tables as Markdown, CSV and LaTeX: the same cells, each escaped for its format."""
+"""A study's tables as Markdown, CSV and LaTeX. All have the same cells, escaped for each format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def flops(value: float | None) -> str:
 
 
 def method_table(table: Row) -> tuple[list[str], list[list[str]]]:
-    """Return heading and rows: every arm with its scores, seeds, budget, trials, and what differs."""
+    """Return the headings, and one row per arm with its scores, seeds, budget, trials, and what differs."""
     names = table["benchmarks"]
     mean = ["Mean"] if len(names) > 1 else []
     rows = []
@@ -67,7 +67,8 @@ def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(table: Row) -> str:
-    note = "Scores in % are means over seeds and problems [95 % over both]; differences in points are paired by seed and problem."
+    note = "Scores are in % and are means over seeds and problems, with 95 % intervals over both. "
+    note += "Differences are in points and are paired by seed and problem."
     note += "" if table["complete"] else " **Incomplete.**"
     parts = [f"# {_md(table['name'])}", _md(table["question"]), note]
     for head, rows in (method_table(table), contrast_table(table)):
@@ -75,7 +76,7 @@ def markdown(table: Row) -> str:
             lines = [head, ["---"] * len(head), *rows]
             parts.append("\n".join("| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines))
     if several := [name for name, hashes in table["content"].items() if len(hashes) > 1]:
-        parts.append(f"Not the same in all cells: {_md(', '.join(several))}")
+        parts.append(f"Data sets that are not the same in all cells: {_md(', '.join(several))}")
     parts += [f"Control {_md(c)} was left out: {_md(why)}" for c, why in table["controls_off"].items()]
     parts += [f"Failed: {_md(cell)}: {_md(why)}" for cell, why in table["failures"].items()]
     return "\n\n".join(parts) + "\n"

@@ -144,14 +144,14 @@ def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
     known = {"interrupted": "This run was interrupted. ", "running": "This run is still in progress. "}
     lead = known.get(str(summary.get("status")), "")
     if not rows:
-        return lead + "None of its checkpoints has been evaluated."
+        return lead + "None of the run's checkpoints has been evaluated."
     first = rows[0]
     last = [row for row in rows if row.data == first.data][-1]
     others = len({row.data for row in rows}) - 1
     more = f" The table has {others} more data set{'s' if others > 1 else ''}." if others else ""
     score = with_interval(last.score, last.low, last.high)
     if first is last:
-        return f"{lead}On {last.data}, {last.checkpoint} answers {score} of {whole(last.n)} samples correctly.{more}"
+        return f"{lead}On {last.data}, {last.checkpoint} scored {score} ({whole(last.n)} samples).{more}"
     start = with_interval(first.score, first.low, first.high)
     change = f"On {first.data}, {last.checkpoint} scored {score}; {first.checkpoint} scored {start}."
     return lead + change + more
@@ -193,7 +193,7 @@ def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
     columns: list[Column] = [
         ("Strict", lambda r: percent(r.strict_score)), ("Lenient", lambda r: percent(r.lenient_score)),
         ("Majority", _majority),
-        ("If unscored were correct", lambda r: percent(r.score_if_unscored_correct) if r.unscored else NONE),
+        ("Unscored as correct", lambda r: percent(r.score_if_unscored_correct) if r.unscored else NONE),
         ("Problems × samples", _sizes), ("Correct", lambda r: whole(r.correct)),
         ("Incorrect", lambda r: whole(r.incorrect)), ("Unscored", lambda r: whole(r.unscored)),
         ("Cut off", lambda r: percent(r.truncated_rate)), ("Answer found", lambda r: percent(r.extracted_rate)),

@@ -48,15 +48,15 @@ def _outcome(rows: Sequence[Row]) -> str:
         right = sum(words.is_right(row) for row in rows)
         return f"No fault was found; in {right} of {len(rows)} configurations the step is exactly the configured one."
     silent = sum(row.get("logged_loss_could_show_it") is False for row in faulty)
-    hidden = f" In {silent} of them the logged loss is correct and does not show it." if silent else ""
+    hidden = f" In {silent} of them the logged loss is correct and does not show the fault." if silent else ""
     return f"In {len(faulty)} of {len(rows)} configurations the update is not the configured one.{hidden}"
 
 
 def _entry(row: Row) -> dict[str, Any]:
     """Return what the template shows about one finding."""
     cases: Mapping[str, str] = row.get("cases") or {}
-    facts = {"relative_error": "Relative error", "residual": "Residual", "noise": "Noise of a right step"}
-    facts |= {"condition": "Condition"}
+    facts = {"relative_error": "Relative error", "residual": "Residual", "noise": "Measured noise"}
+    facts |= {"condition": "Condition number"}
     return {
         "subject": line(row["subject"], 160),
         "versions": words.versions_in_words(row),

@@ -16,9 +16,10 @@ from truestep.audit.measure.findings import Finding
 from truestep.audit.present.words import row_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it; 1 is correct."""
-TWO_EPOCHS = """Two epochs of six micro-batches, four per step. Prints the weights in the second epoch's first step.
-The correct weights are 1 for the four of this step, and 0 for the two left over from the first epoch."""
+ONE_STEP = """Takes one SGD step over {} micro-batches and prints their weights. The correct weight is 1."""
+TWO_EPOCHS = """Trains for two epochs of six micro-batches, with four micro-batches per step.
+Prints the weight of each micro-batch in the first step of the second epoch. The correct weight is 1 for the
+four micro-batches of this step, and 0 for the two left over from the first epoch."""
 WITHOUT_COMPILER = """import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # then no compiler is needed"""
 TRAINER_CONFIG = (

@@ -1,4 +1,4 @@
-"""Tables of findings and of answers about past runs, for 80 or more columns; cells contain no markup."""
+"""Tables of findings and of answers about past runs, for terminals with 80 or more columns."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _row(row: Row, width: int) -> RenderableType:
 def _details(row: Row) -> list[str]:
     texts = []
     if row.get("relative_error") is not None:
-        names = {"relative_error": "relative error", "residual": "residual", "noise": "noise of a right step"}
+        names = {"relative_error": "relative error", "residual": "residual", "noise": "measured noise"}
         sizes = [f"{name} {small(row[key])}" for key, name in names.items() if row.get(key) is not None]
         texts = [" · ".join(sizes), words.loss_in_words(row)]
     cases: dict[str, str] = row.get("cases") or {}
@@ -82,7 +82,7 @@ def _details(row: Row) -> list[str]:
 
 
 def bar(weight: Any) -> str:
-    """Return a bar. Three full blocks are a weight of 1, and an arrow marks a weight that does not fit."""
+    """Return a weight as a bar. Three full blocks mean 1, and an arrow marks a weight that does not fit."""
     if not isinstance(weight, int | float) or not math.isfinite(weight):
         return " ? "
     if abs(weight) < CLOSE:
@@ -95,7 +95,7 @@ def bar(weight: Any) -> str:
 
 
 def bars(row: Row, width: int) -> list[Text]:
-    """Return bars, weights and, if not RIGHT, the tokens of each micro-batch, by rank, within ``width``."""
+    """Return lines with each micro-batch's bar, weight and, if the verdict is not RIGHT, trained tokens."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     if not any(weights):
         return []
@@ -125,7 +125,7 @@ def bars(row: Row, width: int) -> list[Text]:
 
 
 def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[int, int, int]]]:
-    """Return the ranges (rank, start, stop) of each line; only a rank that is longer than a line is split."""
+    """Return the ranges (rank, start, stop) of each line. Only a rank that is longer than a line is split."""
     lines: list[list[tuple[int, int, int]]] = []
     free = 0
     for rank, values in enumerate(weights):
@@ -143,7 +143,7 @@ ANSWER_COLOURS = {"affected": "bold red", "not affected": "green", "unknown": "y
 
 
 def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
-    """Return a table with one row per measured finding: whether a past run was affected, and why."""
+    """Return a table that says for each measured finding whether a past run was affected, and why."""
     table = Table(box=box.HORIZONTALS, show_lines=True, width=width, padding=(0, 2, 0, 0))
     table.add_column("Answer", width=12)
     table.add_column("Measured finding, and reasons for the answer")

@@ -1,4 +1,4 @@
-"""Findings as text. A ``Row`` is a finding as in the JSON document; all other formats are made from rows.
+"""Findings as text. A ``Row`` is a finding as in the JSON document. All other formats are made from rows.
 
 Names of subjects, faults and reasons come from audited programs and must not break a format or a terminal.
 """
@@ -39,7 +39,7 @@ def number(value: Any) -> str:
 
 
 def small(value: Any) -> str:
-    """Return a relative size of any magnitude as text, such as 0.69 or 2e-06."""
+    """Return a relative error or other small number as text, such as 0.69 or 2e-06."""
     if not isinstance(value, int | float):
         return NONE
     return f"{value:.3g}" if value == 0 or abs(value) >= 1e-2 or not math.isfinite(value) else f"{value:.0e}"
@@ -64,7 +64,7 @@ _COEFFICIENT = " (coefficient {coefficient:.3g})"
 SENTENCES: dict[str, Form] = {
     # one step: weights
     "kept_first_and_last": "the intermediate micro-batches are dropped",
-    "kept_last": "every backward overwrites the one before: only the last micro-batch counts",
+    "kept_last": "every backward pass overwrites the previous one: only the last micro-batch counts",
     "kept_first": "only the first micro-batch counts",
     "dropped": lambda v: f"micro-batches are dropped ({', '.join(map(str, v['dropped']))} of {v['of']})",
     "dropped_by_rank": _by_rank,
@@ -133,15 +133,15 @@ SENTENCES: dict[str, Form] = {
     "rows_repeated": "{rows} rows were trained on more often than configured",
     "no_step": "no optimizer step was taken: {microbatches} micro-batches are lost",
     "nothing_moved": "no parameter moved: the optimizer does not have the parameters that the model uses",
-    "ranks_diverge": "the ranks hold different parameters (by up to {difference:.1e})",
+    "ranks_diverge": "the ranks have different parameters (by up to {difference:.1e})",
     # what was not seen
     "no_case": "no case was run",
     "case_not_run": "not run ({why})",
     "case_left_out": "{why}",
     "never_trained": "the model was never run in training mode",
-    "unknown_lines": "{lines} lines of the model's input contain none of the case's rows",
-    "ill_conditioned": "the micro-batches' gradients are nearly parallel (condition {condition:.0e})",
-    "hidden_by_rounding": "rounding in {dtype} hides single weights",
+    "unknown_lines": "{lines} sequences of the model's input contain none of the case's rows",
+    "ill_conditioned": "the micro-batches' gradients are nearly parallel (condition number {condition:.0e})",
+    "hidden_by_rounding": "rounding in {dtype} hides the weights of single micro-batches",
     "no_observation": "the subject ended early without writing an observation; does its code call exit?",
     "ranks_missing": (
         "{ranks} of {of} ranks wrote an observation; every rank must write one that has schema {schema}"
@@ -155,7 +155,7 @@ SENTENCES: dict[str, Form] = {
 
 
 def sentence(cause: Cause) -> str:
-    """Return a cause as text: the name of its case, then its readings, joined by "or"."""
+    """Return a cause as text, with the name of its case. Several possible readings are joined by "or"."""
     forms, values = [SENTENCES.get(kind) or REASONS[kind] for kind in cause.kinds], cause.values
     readings = [form.format(**values) if isinstance(form, str) else form(values) for form in forms]
     case = f"{values['case']}: " if values.get("case") else ""
@@ -170,7 +170,7 @@ def differences_in_words(found: Differences) -> str:
 
 
 def row_of(finding: Finding) -> Row:
-    """Return a finding as a row with texts; the causes are also kept as records."""
+    """Return a finding as a row with texts. The row also has the causes as records."""
     words = differences_in_words(finding.found)
     if finding.verdict is Verdict.DOCUMENTED_CHOICE:
         words += f" ({finding.documented})"
@@ -221,14 +221,14 @@ def found_in_words(row: Row) -> str:
 
 
 def loss_in_words(row: Row) -> str:
-    """Say whether the logged loss could have shown the fault."""
+    """Return a sentence that says whether the logged loss could have shown the fault."""
     could = row.get("logged_loss_could_show_it")
     if could is None:
-        return "no loss was logged for this step, so the loss could not have shown it"
+        return "no loss was logged for this step, so the loss could not have shown the fault"
     losses = (row.get("logged_loss"), row.get("true_loss"))
     logged, true = (f"{v:.4f}" if isinstance(v, int | float) else NONE for v in losses)
     verb = "could" if could else "could not"
-    return f"the logged loss is {logged}, the right one {true}: it {verb} have shown it"
+    return f"the logged loss is {logged} (correct: {true}), so it {verb} have shown the fault"
 
 
 def is_right(row: Row) -> bool:
@@ -256,13 +256,14 @@ def as_text(row: Row) -> str:
 
 
 def wrong_models(document: Row) -> list[Row]:
-    """Return the classes whose loss is not the shifted cross-entropy of their logits or ignores the count."""
+    """Return the classes whose loss is not the shifted cross-entropy of their logits, or ignores
+    num_items_in_batch."""
     ran = [row for row in document["models"] if "not_run" not in row]
     return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]
 
 
 def models_in_words(document: Row) -> str:
-    """Return the sweep over model classes as text: the unusual classes, then how many gave each answer."""
+    """Return the sweep over model classes as text: the unusual classes, then the count of each answer."""
     ran, wrong = [row for row in document["models"] if "not_run" not in row], wrong_models(document)
     count = f"{len(ran)} of {len(document['models'])} classes were run"
     lines = [f"transformers {document['transformers']}: {count}"]
@@ -279,11 +280,11 @@ SETTINGS = {
     "processes": "processes", "average_tokens": "average_tokens_across_devices", "architecture": "model class",
 }  # fmt: skip
 NOTES = {
-    "only_stage_2": "; only stage 2 was measured faulty",
+    "only_stage_2": "; only stage 2 was measured to be faulty",
     "cpu_and_none": "; only cpu and none were measured",
     "only_gpt2": "; only GPT-2 was measured",
     "drops_nothing": ": nothing is dropped",
-    "two_drop_nothing": ": with 2 there are only the first and the last, and nothing is dropped",
+    "two_drop_nothing": ": with 2, there are only the first and the last micro-batch, and nothing is dropped",
     "several_not_measured": ": right on one process; several processes without accumulation were not measured",
 }
 _WORD = {True: "faulty", False: "right"}
@@ -302,7 +303,8 @@ REASONS: dict[str, Form] = {
     "more_unread": "and {files} more files could not be read",
     "no_release": _NAME + " is not a release, and was not measured",
     "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
-    "older_is_faulty": _NAME + " is faulty by inference: it is older than {oldest}, which was measured faulty",
+    "older_is_faulty": _NAME + " is faulty by inference: it is older than {oldest}, which was measured to be "
+    "faulty",
     "older": _NAME + " is older than {oldest}, the oldest release that was measured",
     "newer": lambda v: f"{v['package']} {v['version']} is newer than {v['newest']} ({_WORD[v['faulty']]}), the newest "
     "release that was measured",
@@ -320,7 +322,8 @@ REASONS: dict[str, Form] = {
     "{most} processes",
     "trainer_not_shown": "no file shows whether the {trainer} was used",
     "trained_by": lambda v: f"trained by {_found(v)}",
-    "averages_by_default": "average_tokens_across_devices is not set in any file; 5.23.0 averages by default",
+    "averages_by_default": "average_tokens_across_devices is not set in any file; transformers 5.23.0 "
+    "averages by default",
 }  # fmt: skip
 
 
