@@ -1,9 +1,8 @@
-"""The judge against faults whose authors had not read it, against right trainers, and against single laws."""
+"""The judge against single laws; against whole trainers see test_judge_mutants.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,39 +11,11 @@ pytest.importorskip("torch")
 
 from truestep import faults
 from truestep.audit.measure.cases import Case, Row
-from truestep.audit.measure.findings import Verdict
 from truestep.audit.measure.observations import MicroBatch, Observation, Step
 from truestep.audit.measure.one_case import see_case
 from truestep.audit.measure.one_step import fit_pattern, hides_weights
-from truestep.audit.measure.verdict import judge
 from truestep.audit.measure.weights import Recovered
-from truestep.audit.present.words import row_of, sentence
-from truestep.testing.mutants import CLEAN, MUTANTS, observe
-
-# Detected, but named otherwise by the evidence: each with the reason.
-MISNAMED: dict[str, str] = {}
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.id)
-def test_a_fault_is_found_and_named(mutant: object, tmp_path: Path) -> None:
-    finding = judge(mutant.id, {}, observe(mutant, tmp_path))
-    assert finding.verdict in (Verdict.FAULT, Verdict.DEFAULT), finding
-    assert row_of(finding)["fault"]
-    if mutant.id not in MISNAMED:
-        assert finding.codes[0] in mutant.names, (mutant.description, finding.codes, finding.found)
-
-
-@pytest.mark.parametrize("clean", CLEAN, ids=lambda m: m.id)
-def test_a_right_trainer_is_not_accused(clean: object, tmp_path: Path) -> None:
-    dtype = {"dtype": clean.dtype} if hasattr(clean, "dtype") else {}
-    finding = judge(clean.id, dtype, observe(clean, tmp_path))
-    assert finding.verdict == Verdict.RIGHT, finding
-    assert finding.codes == ()
-
-
-def test_at_most_one_fault_in_twenty_is_misnamed() -> None:
-    assert len(MISNAMED) <= len(MUTANTS) / 20
-    assert set(MISNAMED) <= {m.id for m in MUTANTS}
+from truestep.audit.present.words import sentence
 
 
 def recovered(weights: np.ndarray, counts: list[list[int]]) -> Recovered:
