@@ -48,14 +48,14 @@ def _outcome(rows: Sequence[Row]) -> str:
         right = sum(words.is_right(row) for row in rows)
         return f"No fault was found; in {right} of {len(rows)} configurations the step is exactly the configured one."
     silent = sum(row.get("logged_loss_could_show_it") is False for row in faulty)
-    hidden = f" In {silent} of them the logged loss is correct and does not show it." if silent else ""
+    hidden = f" In {silent} of them the logged loss is correct and does not show the fault." if silent else ""
     return f"In {len(faulty)} of {len(rows)} configurations the update is not the configured one.{hidden}"
 
 
 def _entry(row: Row) -> dict[str, Any]:
     """Return what the template shows about one finding."""
     cases: Mapping[str, str] = row.get("cases") or {}
-    facts = {"relative_error": "Relative error", "residual": "Residual", "noise": "Noise of a right step"}
+    facts = {"relative_error": "Relative error", "residual": "Residual", "noise": "Noise of correct steps"}
     facts |= {"condition": "Condition"}
     return {
         "subject": line(row["subject"], 160),
@@ -74,8 +74,8 @@ def _entry(row: Row) -> dict[str, Any]:
 
 
 def draw(row: Row) -> SimpleNamespace | None:
-    """Return the positions of the bars, of the rank labels and of the lines of weight 0 and 1, in pixels from
-    the left and the top. Return None if no weights were recovered."""
+    """Return the positions of the bars, of the rank labels and of the lines for weights 0 and 1, in pixels
+    from the left and the top. Return None if no weights were recovered."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     flat = [w for rank in weights for w in rank if isinstance(w, int | float) and math.isfinite(w)]
     if not flat:

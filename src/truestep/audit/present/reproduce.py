@@ -16,7 +16,7 @@ from truestep.audit.measure.findings import Finding
 from truestep.audit.present.words import row_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-ONE_STEP = """One SGD step over {} micro-batches; prints the weight that each one's tokens had in it; 1 is correct."""
+ONE_STEP = """One SGD step over {} micro-batches. Prints the weight of the tokens of each; 1 is correct."""
 TWO_EPOCHS = """Two epochs of six micro-batches, four per step. Prints the weights in the second epoch's first step.
 The correct weights are 1 for the four of this step, and 0 for the two left over from the first epoch."""
 WITHOUT_COMPILER = """import deepspeed.ops
@@ -28,7 +28,7 @@ TRAINER_CONFIG = (
 
 
 def script(finding: Finding, which: str) -> str:
-    """Return the script as text, or "" if ``which``, the subject's adapter, has no template.
+    """Return the script as text, or "" if there is no template for ``which``, the subject's adapter.
 
     The script reproduces the pattern of weights over one step with four micro-batches per rank, under SGD.
     """

@@ -69,7 +69,8 @@ def _row(row: Row, width: int) -> RenderableType:
 def _details(row: Row) -> list[str]:
     texts = []
     if row.get("relative_error") is not None:
-        names = {"relative_error": "relative error", "residual": "residual", "noise": "noise of a right step"}
+        names = {"relative_error": "relative error", "residual": "residual"}
+        names["noise"] = "noise of correct steps"
         sizes = [f"{name} {small(row[key])}" for key, name in names.items() if row.get(key) is not None]
         texts = [" · ".join(sizes), words.loss_in_words(row)]
     cases: dict[str, str] = row.get("cases") or {}
@@ -82,7 +83,7 @@ def _details(row: Row) -> list[str]:
 
 
 def bar(weight: Any) -> str:
-    """Return a bar. Three full blocks are a weight of 1, and an arrow marks a weight that does not fit."""
+    """Return a weight's bar. A weight of 1 has three full blocks; an arrow marks one that does not fit."""
     if not isinstance(weight, int | float) or not math.isfinite(weight):
         return " ? "
     if abs(weight) < CLOSE:
@@ -95,7 +96,7 @@ def bar(weight: Any) -> str:
 
 
 def bars(row: Row, width: int) -> list[Text]:
-    """Return bars, weights and, if not RIGHT, the tokens of each micro-batch, by rank, within ``width``."""
+    """Return lines of bars and weights by rank, within ``width``. If not RIGHT, lines of tokens are added."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     if not any(weights):
         return []

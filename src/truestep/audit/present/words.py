@@ -64,7 +64,7 @@ _COEFFICIENT = " (coefficient {coefficient:.3g})"
 SENTENCES: dict[str, Form] = {
     # one step: weights
     "kept_first_and_last": "the intermediate micro-batches are dropped",
-    "kept_last": "every backward overwrites the one before: only the last micro-batch counts",
+    "kept_last": "every backward pass overwrites the previous one: only the last micro-batch counts",
     "kept_first": "only the first micro-batch counts",
     "dropped": lambda v: f"micro-batches are dropped ({', '.join(map(str, v['dropped']))} of {v['of']})",
     "dropped_by_rank": _by_rank,
@@ -78,9 +78,9 @@ SENTENCES: dict[str, Form] = {
     "accumulation_twice": "divided by the accumulation steps twice",
     "ranks_summed": "summed over ranks instead of averaged",
     "ranks_twice": "divided by the number of ranks twice",
-    "both_missing": "multiplied by the number of ranks and of accumulation steps",
-    "both_twice": "divided twice by the number of ranks and of accumulation steps",
-    "divided_by_kept": "divided by the number of tokens that were kept",
+    "both_missing": "multiplied by the number of ranks and by the number of accumulation steps",
+    "both_twice": "divided twice by the number of ranks and by the number of accumulation steps",
+    "divided_by_kept": "divided by the number of tokens in the kept micro-batches",
     "empty_is_one_token": "each micro-batch without trained tokens counts as one token",
     "empty_is_zero_mean": "micro-batches without trained tokens count as a mean of zero",
     "unknown_weights": lambda v: f"an unknown pattern of weights [{_few(v['weights'])}]",
@@ -94,10 +94,10 @@ SENTENCES: dict[str, Form] = {
     "rounded_parameters": "parameters are rounded to bfloat16 at every step",
     "small_updates_lost": "small updates are lost ({share:.0%} of the entries)",
     "clip_of_entries": "every entry of the gradient is clipped to {limit:.3g}",
-    "prompt_trained": "tokens outside the mask are trained" + _COEFFICIENT,
+    "prompt_trained": "tokens outside the mask are trained on" + _COEFFICIENT,
     "shift_0": "labels are not shifted" + _COEFFICIENT,
     "shift_2": "labels are shifted twice" + _COEFFICIENT,
-    "stop_untrained": "the last token of each answer is not trained" + _COEFFICIENT,
+    "stop_untrained": "the last token of each answer is not trained on" + _COEFFICIENT,
     "weight_decay": "weight decay" + _COEFFICIENT,
     "weight_decay_of_matrices": "weight decay of matrices" + _COEFFICIENT,
     "momentum": "part of the previous step is applied again" + _COEFFICIENT,
@@ -122,18 +122,18 @@ SENTENCES: dict[str, Form] = {
     "schedule_speed": "the schedule advances by {speed:.3g} steps at each step",
     "resume_parameters": "the parameters after resuming differ from those that were saved",
     "resume_momentum": "after resuming, the optimizer's momentum is lost",
-    "resume_schedule": "after resuming, the schedule starts again",
+    "resume_schedule": "after resuming, the schedule starts over",
     "resume_rate": "after resuming, the learning rate is {rate:.3g} times the configured one",
-    "resume_momentum_schedule": "after resuming, the optimizer's momentum is lost and the schedule starts again",
+    "resume_momentum_schedule": "after resuming, the optimizer's momentum is lost and the schedule starts over",
     "resume_momentum_rate": "after resuming, the optimizer's momentum is lost and the learning rate is {rate:.3g} "
     "times the configured one",
     # the whole run
     "step_sizes": lambda v: f"steps were taken after {_some(v['rows'])} rows; expected {_some(v['asked'])}",
-    "rows_lost": "data is lost: {rows} rows reached no optimizer step",
+    "rows_lost": "data is lost: {rows} rows never reached an optimizer step",
     "rows_repeated": "{rows} rows were trained on more often than configured",
     "no_step": "no optimizer step was taken: {microbatches} micro-batches are lost",
     "nothing_moved": "no parameter moved: the optimizer does not have the parameters that the model uses",
-    "ranks_diverge": "the ranks hold different parameters (by up to {difference:.1e})",
+    "ranks_diverge": "the ranks' parameters differ by up to {difference:.1e}",
     # what was not seen
     "no_case": "no case was run",
     "case_not_run": "not run ({why})",
@@ -141,7 +141,7 @@ SENTENCES: dict[str, Form] = {
     "never_trained": "the model was never run in training mode",
     "unknown_lines": "{lines} lines of the model's input contain none of the case's rows",
     "ill_conditioned": "the micro-batches' gradients are nearly parallel (condition {condition:.0e})",
-    "hidden_by_rounding": "rounding in {dtype} hides single weights",
+    "hidden_by_rounding": "rounding in {dtype} hides individual weights",
     "no_observation": "the subject ended early without writing an observation; does its code call exit?",
     "ranks_missing": (
         "{ranks} of {of} ranks wrote an observation; every rank must write one that has schema {schema}"
@@ -224,11 +224,11 @@ def loss_in_words(row: Row) -> str:
     """Say whether the logged loss could have shown the fault."""
     could = row.get("logged_loss_could_show_it")
     if could is None:
-        return "no loss was logged for this step, so the loss could not have shown it"
+        return "no loss was logged for this step, so the loss could not show the fault"
     losses = (row.get("logged_loss"), row.get("true_loss"))
     logged, true = (f"{v:.4f}" if isinstance(v, int | float) else NONE for v in losses)
     verb = "could" if could else "could not"
-    return f"the logged loss is {logged}, the right one {true}: it {verb} have shown it"
+    return f"the logged loss, {logged} (correct: {true}), {verb} show the fault"
 
 
 def is_right(row: Row) -> bool:
@@ -256,13 +256,13 @@ def as_text(row: Row) -> str:
 
 
 def wrong_models(document: Row) -> list[Row]:
-    """Return the classes whose loss is not the shifted cross-entropy of their logits or ignores the count."""
+    """Return the classes whose loss ignores the count or is not the shifted cross-entropy of their logits."""
     ran = [row for row in document["models"] if "not_run" not in row]
     return [row for row in ran if row["shift"] != 1 or row["count"] == "ignored"]
 
 
 def models_in_words(document: Row) -> str:
-    """Return the sweep over model classes as text: the unusual classes, then how many gave each answer."""
+    """Return the sweep over model classes as text: the unusual classes, then the number of each answer."""
     ran, wrong = [row for row in document["models"] if "not_run" not in row], wrong_models(document)
     count = f"{len(ran)} of {len(document['models'])} classes were run"
     lines = [f"transformers {document['transformers']}: {count}"]
@@ -279,12 +279,12 @@ SETTINGS = {
     "processes": "processes", "average_tokens": "average_tokens_across_devices", "architecture": "model class",
 }  # fmt: skip
 NOTES = {
-    "only_stage_2": "; only stage 2 was measured faulty",
+    "only_stage_2": "; the fault was measured only in stage 2",
     "cpu_and_none": "; only cpu and none were measured",
     "only_gpt2": "; only GPT-2 was measured",
     "drops_nothing": ": nothing is dropped",
     "two_drop_nothing": ": with 2 there are only the first and the last, and nothing is dropped",
-    "several_not_measured": ": right on one process; several processes without accumulation were not measured",
+    "several_not_measured": ": correct on one process; several processes without accumulation were not measured",
 }
 _WORD = {True: "faulty", False: "right"}
 
@@ -300,7 +300,7 @@ def _together(values: Mapping[str, Any], told: str) -> str:
 _NAME = "{package} {version}"
 REASONS: dict[str, Form] = {
     "more_unread": "and {files} more files could not be read",
-    "no_release": _NAME + " is not a release, and was not measured",
+    "no_release": _NAME + " is not a release, so it was not measured",
     "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
     "older_is_faulty": _NAME + " is faulty by inference: it is older than {oldest}, which was measured faulty",
     "older": _NAME + " is older than {oldest}, the oldest release that was measured",
@@ -310,17 +310,17 @@ REASONS: dict[str, Form] = {
     f"{v['high']}, which were both measured {_WORD[v['faulty']]}",
     "between_different": lambda v: f"{v['package']} {v['version']} was not measured; it is between {v['low']} "
     f"({_WORD[v['faulty']]}) and {v['high']} ({_WORD[not v['faulty']]})",
-    "not_in_environment": "{package} is not among the {packages} packages of {file}",
+    "not_in_environment": "{package} is not among the {packages} packages in {file}",
     "not_pinned": lambda v: f"no file pins the version of {v['package']}" + (f" ({v['asked']})" if v["asked"] else ""),
     "releases": lambda v: _together(v, "; ".join(map(sentence, v["reasons"]))),
     "setting": lambda v: _together(v, f"{SETTINGS[v['setting']]} {_found(v)}") + NOTES.get(v.get("note", ""), ""),
     "not_said": lambda v: f"{SETTINGS[v['setting']]} is not given in any file",
     "boundary_not_shown": "no file shows whether the loop calls set_gradient_accumulation_boundary itself",
-    "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}): 3 or more on up to "
-    "{most} processes",
+    "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}), which is 3 or more on "
+    "up to {most} processes",
     "trainer_not_shown": "no file shows whether the {trainer} was used",
     "trained_by": lambda v: f"trained by {_found(v)}",
-    "averages_by_default": "average_tokens_across_devices is not set in any file; 5.23.0 averages by default",
+    "averages_by_default": "average_tokens_across_devices is not set in any file; release 5.23.0 averages by default",
 }  # fmt: skip
 
 
