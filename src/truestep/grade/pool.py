@@ -154,7 +154,7 @@ class Pool:
         return worker.end()
 
     def _take(self) -> Worker:
-        """Return a warm worker: an idle one, or a new one."""
+        """Return a warm worker, either an idle one or a new one."""
         while self._idle:
             worker = self._idle.pop()
             if worker.is_silent():

@@ -1,6 +1,6 @@
 """Audits a step function in this process, for tests, without a child process.
 
-The cases, the recorder and the judge are those of every audit. This module needs torch, and the pytest plugin
+The cases, recorder and judge are the same as in every audit. This module needs torch, and the pytest plugin
 imports it only when a test uses it.
 """
 

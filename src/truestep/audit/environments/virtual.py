@@ -1,7 +1,7 @@
 """Builds isolated, cached environments for the audited releases, and lists what an environment contains.
 
-One base environment per torch release has the large packages. Each subject has a separate environment with
-only its packages; a ``.pth`` file adds the base after them. A user's environment is never changed.
+Each torch release has one base environment with the large packages. Each subject has a separate environment
+with only its packages; a ``.pth`` file adds the base after them. A user's environment is never changed.
 """
 
 from __future__ import annotations

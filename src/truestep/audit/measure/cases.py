@@ -57,7 +57,7 @@ class Case:
         return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the case as it is read back from JSON."""
+        """Return the case in the form in which it is read back from JSON."""
         return json.loads(json.dumps(asdict(self)))
 
 

@@ -50,7 +50,7 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
 
 
 def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int, Cause]:
-    """Return step → fault of clip, schedule or resuming. Each replaces the constant that it looks like."""
+    """Return step → fault of clip, schedule or resuming. A fault replaces the constant that it looks like."""
     if found := resume(run, thresholds.RESIDUAL[dtype]):
         return dict.fromkeys(range(run.asked.resume_after, len(steps)), found)
     scales = [s.scale if set(s.codes) <= CONSTANTS | KEPT else None for s in steps]
@@ -205,7 +205,7 @@ def _skipped(sizes: Sequence[int], asked: Sequence[int], untrained: int) -> bool
 
 
 def _asked_sizes(run: Observation, num_rows: int) -> list[int]:
-    """Return each step's configured number of rows on the busiest rank. An epoch may end with a short step."""
+    """Return each step's configured row count on the busiest rank. An epoch may end with a short step."""
     size = run.asked.rows_per_microbatch
     mine = min(num_rows, size * math.ceil(math.ceil(num_rows / size) / run.num_ranks))
     window = run.asked.accumulation * size

@@ -36,7 +36,7 @@ def logits_of(out: Any) -> Tensor:
 
 
 def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
-    """Return −Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from logits; ``shift`` 0 and 2 are faults."""
+    """Return −Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from logits. Shifts 0 and 2 are faults."""
     tokens = torch.tensor([list(ids)])
     logits = logits_of(model(input_ids=tokens))[0]
     logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)

@@ -161,7 +161,7 @@ def _verdict(nothing: Finding, cases: Cases, seen: Mapping[str, CaseSeen], docum
 
 
 def _judge_adamw(nothing: Finding, runs: Mapping[str, Observation], broken: Cases) -> Finding:
-    """Judge by the known weight vector whose textbook AdamW updates come closest to the observed ones."""
+    """Judge AdamW by the known weight vector whose textbook updates come closest to the observed ones."""
     cases, worst = dict(broken), 0.0
     for name, run in runs.items():
         found = adamw_errors(run.steps)

@@ -2,9 +2,9 @@
 
 It reads pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed
 configurations (also inside TrainingArguments, accelerate and LLaMA-Factory files), command lines in scripts,
-trainer_state.json and the config.json next to it. A fault has several conditions. If one is known not to be
-met, the answer is "not affected"; if all are met, "affected"; otherwise, "unknown". Files that contradict
-each other make the answer "unknown".
+trainer_state.json and the config.json next to it. A fault has several conditions. The answer is "not
+affected" if one is known not to be met, "affected" if all are met, and otherwise "unknown". Files that
+contradict each other make the answer "unknown".
 """
 
 from __future__ import annotations

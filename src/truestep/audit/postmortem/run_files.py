@@ -249,7 +249,7 @@ def _mapping(found: Any, name: str, evidence: Evidence) -> None:
 
 
 def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
-    """Read TrainingArguments, or a file that passes them on."""
+    """Read TrainingArguments, or a file whose settings are passed on to them."""
     if "per_device_train_batch_size" in found:
         evidence.add("trainer", "transformers Trainer", name)
     evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
@@ -343,7 +343,7 @@ def _commands(text: str, name: str, evidence: Evidence) -> None:
 
 
 def _flags(line: str) -> dict[str, str]:
-    """Return flags of a command line (--name value, --name=value, --name). Its last value counts."""
+    """Return a command line's flags (--name value, --name=value, --name). The last value of each counts."""
     words = [word.strip("\"'") for word in line.split()]
     flags = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):

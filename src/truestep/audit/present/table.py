@@ -144,7 +144,7 @@ ANSWER_COLOURS = {"affected": "bold red", "not affected": "green", "unknown": "y
 
 
 def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
-    """Return a table with one row per measured finding: whether a past run was affected, and why."""
+    """Return a table that says for each measured finding whether a past run was affected, and why."""
     table = Table(box=box.HORIZONTALS, show_lines=True, width=width, padding=(0, 2, 0, 0))
     table.add_column("Answer", width=12)
     table.add_column("Measured finding, and reasons for the answer")

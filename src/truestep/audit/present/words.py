@@ -155,7 +155,7 @@ SENTENCES: dict[str, Form] = {
 
 
 def sentence(cause: Cause) -> str:
-    """Return a cause as text: the name of its case, then its readings, joined by "or"."""
+    """Return a cause as text, with the name of its case first and its readings joined by "or"."""
     forms, values = [SENTENCES.get(kind) or REASONS[kind] for kind in cause.kinds], cause.values
     readings = [form.format(**values) if isinstance(form, str) else form(values) for form in forms]
     case = f"{values['case']}: " if values.get("case") else ""
@@ -221,7 +221,7 @@ def found_in_words(row: Row) -> str:
 
 
 def loss_in_words(row: Row) -> str:
-    """Say whether the logged loss could have shown the fault."""
+    """Return a sentence that says whether the logged loss could show the fault."""
     could = row.get("logged_loss_could_show_it")
     if could is None:
         return "no loss was logged for this step, so the loss could not show the fault"
@@ -262,7 +262,7 @@ def wrong_models(document: Row) -> list[Row]:
 
 
 def models_in_words(document: Row) -> str:
-    """Return the sweep over model classes as text: the unusual classes, then the number of each answer."""
+    """Return the sweep over model classes as text, with the unusual classes and the number of each answer."""
     ran, wrong = [row for row in document["models"] if "not_run" not in row], wrong_models(document)
     count = f"{len(ran)} of {len(document['models'])} classes were run"
     lines = [f"transformers {document['transformers']}: {count}"]

@@ -3,10 +3,10 @@
 An adapter is a file with a function ``run`` for a child process and a literal ``SUBJECTS``. Adapters import
 each other by bare names. The table is read from these literals, without importing any framework. An entry has
 
-* name, and needs: the distributions without which the script cannot run, with the audited one first;
-* brings: frameworks that are installed with the audited one, even if they are not named;
-* configurations: options of the script, and the keys processes (one number or several), cases, without and
-  documented. The entry itself may also set these keys, for all its configurations.
+* name, and needs (the distributions without which the script cannot run, with the audited one first);
+* brings (frameworks that are installed with the audited one, even if they are not named);
+* configurations, which have options of the script, and the keys processes (one number or several), cases,
+  without and documented. The entry itself may also set these keys, for all its configurations.
 """
 
 from __future__ import annotations
