@@ -1,1 +1,1 @@
-"""Recovers from the parameters what an optimizer step of an installed framework really did, on a CPU."""
+"""Recovers what an optimizer step of an installed framework did on a CPU, from the changed parameters."""

@@ -19,8 +19,8 @@ from truestep.audit.measure.findings import Finding, Verdict, cause
 
 @pytest.fixture
 def audit_step() -> Callable[..., Finding]:
-    """Judge a step function. Unless ``fail`` is False, the test fails if the verdict is neither RIGHT nor
-    DEFAULT (the update does not depend on how a batch is split), and the step's own errors are raised."""
+    """Return a function that judges a step function. Unless ``fail`` is False, it raises the step's own
+    errors, and the test fails if the update depends on how a batch is split (neither RIGHT nor DEFAULT)."""
 
     def audit(step: Callable[..., Any], *, fail: bool = True, **options: Any) -> Finding:
         from truestep.audit.environments.in_process import audit_function, subject_module

@@ -1,5 +1,5 @@
-"""Checker for countdown problems: reach a target with every given number exactly once. It parses expressions
-and computes with exact fractions."""
+"""Checks answers to countdown problems, which must use every given number exactly once to reach a target. It
+parses expressions and computes with exact fractions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _chain(tokens: list[str], depth: int, signs: str = "+-") -> Fraction:
-    """Evaluate from the left a sum of products or, with the signs "*/", a product of factors."""
+    """Evaluate a sum of products from left to right or, if ``signs`` is "*/", a product of factors."""
 
     def part() -> Fraction:
         return _chain(tokens, depth, "*/") if signs == "+-" else _factor(tokens, depth)

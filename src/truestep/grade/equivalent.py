@@ -1,4 +1,4 @@
-"""Decides without algebra whether two answers are the same; if it cannot, says what algebra may decide.
+"""Decides without algebra whether two answers are the same, or names the pairs that algebra must compare.
 
 The result is True, False, or None for "not decided here". Both answers must be normalized
 (``grade.normal``)."""
@@ -40,8 +40,8 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The result of a comparison. ``equal`` is None if there is no verdict; ``reason`` says how it was
-    decided, or why it was not; ``refused`` says why algebra must not be used ("" if it may be)."""
+    """The result of a comparison. ``equal`` is None if there is no verdict; ``reason`` says how the
+    answer was judged, or why it was not; ``refused`` says why algebra must not be used ("" if it may be)."""
 
     equal: bool | None
     reason: str = ""
@@ -64,8 +64,8 @@ def decide(gold: str, found: str) -> Decision:
 
 
 def ballot(answer: str) -> str:
-    """Return the key under which an answer counts as a vote: its number if it is one (7, 7.0 and $7 are the
-    same vote; units are ignored), otherwise its canonical text."""
+    """Return the key under which an answer counts as a vote. The key of a number has no unit, so that 7, 7.0
+    and $7 are the same vote. The key of any other answer is its canonical text."""
     number = parse_number(plain(answer)) if len(answer) <= MAX_LENGTH else None
     return str(number.value) if number else canonical(answer)
 
@@ -78,12 +78,12 @@ def same_integer(gold: str, found: str) -> bool | None:
 
 
 def refusal(texts: Sequence[str]) -> str:
-    """Return why algebra must not be used on these texts; "" if it may be."""
+    """Return why algebra must not be used on these texts; "" if it may be used."""
     return next(filter(None, map(_refusal, texts)), "")
 
 
 def _refusal(text: str) -> str:
-    """Return why a text must not be given to algebra, because it would take too long; "" if it may be."""
+    """Return why algebra would take too long on a text, so that it must not be used; "" if it may be used."""
     depth = deepest = 0
     for character in text:
         depth += (character in structure.OPEN) - (character in structure.CLOSE)
@@ -127,7 +127,7 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
-    """Return whether both answers are the same part of the line; None if undecided, or for two relations."""
+    """Return whether both are the same part of the number line; None if undecided or for two relations."""
     left, right = structure.region(gold), structure.region(found)
     if left is None or right is None or (left[1] and right[1]):
         return None
@@ -145,8 +145,8 @@ def _same_region(gold: str, found: str, depth: int) -> bool | None:
 
 
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
-    """Return the pairs that algebra must all find equal for two undecided answers to be equal: the undecided
-    entries of tuples, intervals and matrices, or the whole answers."""
+    """Return the pairs that algebra must compare. Two undecided answers are equal if all their pairs are
+    equal. The pairs are the undecided entries of tuples, intervals and matrices, or the whole answers."""
     if (stripped := _without_left_side(gold, found)) and depth < MAX_DEPTH:
         return questions(*stripped, depth + 1)
     left, right = brackets(gold), brackets(found)
@@ -163,7 +163,7 @@ def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
 
 
 def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
-    """Compare x = 1, y = 2 with (1, 2): the names are assigned to places in alphabetical order."""
+    """Compare x = 1, y = 2 with (1, 2). The places of a tuple belong to the names in alphabetical order."""
     sides = [structure.without_names(text) or text for text in (gold, found)]
     if ("=" in sides[0]) != ("=" in sides[1]):
         sides = [structure.as_tuples(side) or side for side in sides]
@@ -204,8 +204,8 @@ def _same_spelled(gold: str, found: str) -> bool | None:
 
 
 def _same_european(gold: str, found: str, left: Number | None, right: Number | None) -> bool:
-    """Return whether one answer is the other's number with a decimal comma. A comma in an answer is decimal
-    if the gold answer has the same digits with a point; in a gold answer, only if a list is unlikely."""
+    """Return whether one answer is the other's number with a decimal comma. The comma counts as decimal if
+    the gold answer has the same digits with a point. Any other comma counts only if a list is unlikely."""
     if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,\d+", found):
         return gold == found.replace(",", ".")
     ours, theirs = european(gold) or left, european(found) or right
@@ -214,7 +214,7 @@ def _same_european(gold: str, found: str, left: Number | None, right: Number | N
 
 
 def _same_base(gold: str, found: str) -> bool | None:
-    """Compare numbers with a base as index: 204_5 is 204_5, or 204 if the gold names the base; 7 is 111_2."""
+    """Compare numbers with their base as index. For a gold 204_5, 204 is the same; for a gold 7, 111_2 is."""
     left, right = (_BASED.fullmatch(_INDEX_WORD.sub(_index, canonical(text))) for text in (gold, found))
     if left is None or right is None or not (left[2] or right[2]):
         return None
@@ -257,7 +257,7 @@ def _word_form(text: str) -> str:
 
 
 def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
-    r"""Return both answers without "x =" or "x \in" if only one of them has it, or if both have the same."""
+    r"""Return both answers without "x =" or "x \in" if only one has it, or if it is the same in both."""
     sides = [_split_left(text) for text in (gold, found)]
     if sides[0][0] and sides[1][0]:
         names = [re.sub(r"\([a-z]\)$", "()", canonical(side)) for side, _ in sides]
@@ -281,7 +281,7 @@ def _split_left(text: str) -> tuple[str, str]:
 
 
 def _right_side(text: str) -> str:
-    """Return the last part of a chain of equalities if it is a number: 9 + 5 = 14 gives 14."""
+    """Return the last part of a chain of equalities if it is a number, such as 14 in 9 + 5 = 14."""
     last = re.split(r"(?<![<>!\\])=", text)[-1].strip()
     return last if parse_number(last) is not None else text.strip()
 
@@ -319,7 +319,7 @@ def _matching(table: list[list[bool | None]]) -> bool | None:
 
 
 def symbolic_form(text: str) -> str:
-    """Return a normalized answer as LaTeX for the algebra: one formula without delimiters inside."""
+    """Return a normalized answer as one LaTeX formula for the algebra, without delimiters inside."""
     joint = rf"{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])"
     text = re.sub(joint, ", ", text.replace("$", ""))
     text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text)

@@ -87,10 +87,10 @@ NOTHING = Extraction(answer="", how="none")
 
 
 def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
-    r"""Return the answer in a completion: its last ``\boxed{…}``, <answer> tag, "#### …" line or
-    "answer is …". Unless ``strict``, it may also be the whole of a short text, or the last formula or number. Only what
-    follows the last </think> counts; if a <think> is open, or </think> is missing although the model
-    ``thinks``, there is no answer."""
+    r"""Return the answer in a completion, which is its last ``\boxed{…}``, <answer> tag, "#### …" line or
+    "answer is …". Unless ``strict`` is True, the answer may also be the whole of a short text, or the last
+    formula or number. Only the text after the last </think> counts. There is no answer if a <think> is never
+    closed, or if the model ``thinks`` and </think> is missing."""
     if thinks and "</think>" not in text:
         return NOTHING
     text = _after_thought(text)
@@ -105,9 +105,9 @@ def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> 
 
 
 def extract_choice(text: str, *, strict: bool = False) -> Extraction:
-    """Return the answer to a question with lettered choices, as ``extract_answer`` does. If nothing marks an
-    answer and ``strict`` is False, it is the choice that the last line names: "(B)", "**B**", "option B". A
-    line that denies a choice or names several gives no answer."""
+    """Return the answer to a question with lettered choices, found by ``extract_answer``. If nothing marks an
+    answer and ``strict`` is False, the answer is the choice that the last line names, such as "(B)", "**B**"
+    or "option B". A last line that denies a choice or names several choices is not used for this."""
     found = extract_answer(text, strict=strict)
     if strict or found.how in STRICT or choice_letter(found.answer):
         return found
@@ -119,7 +119,7 @@ def extract_choice(text: str, *, strict: bool = False) -> Extraction:
 
 
 def _after_thought(text: str) -> str:
-    """Return what follows the last </think>; nothing if a <think> is never closed."""
+    """Return the text after the last </think>, or "" if a <think> is never closed."""
     text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
     return "" if "<think>" in text else text
 
@@ -144,8 +144,8 @@ def scan_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
 
 
 def _boxed(text: str) -> tuple[str, How] | None:
-    """Return the last box, together with earlier ones that "and", "or" or a comma joins to it. If the only
-    box is never closed, the answer was cut off, and there is none."""
+    """Return the last box, together with earlier boxes that "and", "or" or a comma joins to it. Return an
+    empty answer if the only box is never closed, because the answer was cut off."""
     if "boxed" not in text and "fbox" not in text:
         return None
     found, unclosed = scan_boxes(text)
@@ -165,8 +165,8 @@ def _boxed(text: str) -> tuple[str, How] | None:
 
 
 def gold_answer(text: str) -> str:
-    """Return the answer that a gold text is or contains: its boxes, including one that is never closed; the
-    answer at the end of a whole solution; or the text itself."""
+    """Return the answer in a gold text, which is the content of its boxes, even if a box is never closed.
+    Without a box, it is the answer at the end of a whole solution, or the text itself."""
     found, unclosed = scan_boxes(text)
     if found:
         return extract_answer(text, strict=True).answer
@@ -213,7 +213,7 @@ def _content(formula: re.Match[str]) -> str:
 
 
 def _whole(text: str) -> tuple[str, How] | None:
-    """Return a short text that is only an answer: one line, with no words next to its numbers."""
+    """Return the text if it is short and only an answer, in one line without words next to its numbers."""
     bare = text.strip()
     if len(bare) <= MAX_BARE and (bold := _BOLD.fullmatch(bare)):
         bare = bold[2] + bold[3]
@@ -225,7 +225,7 @@ def _whole(text: str) -> tuple[str, How] | None:
 
 
 def num_words(text: str) -> int:
-    """Return how many words of a text are neither mathematics nor a unit."""
+    """Return the number of words in a text that are neither mathematics nor units."""
     text = re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]{0,100}\})?|(?<=\d)(?:or|and)(?=[A-Z(])", " ", text)
     return sum(word.lower() not in _NO_WORDS for word in _WORDS.findall(text))
 

@@ -126,7 +126,7 @@ class ForkServer:
             try:
                 chunk = self._control.recv(1 << 12)
             except TimeoutError:
-                raise WorkerDied(f"no word from it in {START_SECONDS:.0f} s") from None
+                raise WorkerDied(f"it did not answer within {START_SECONDS:.0f} s") from None
             except OSError:
                 chunk = b""
             if not chunk:

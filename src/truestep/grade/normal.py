@@ -57,13 +57,13 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def typographic(text: str) -> str:
-    """Replace Unicode look-alikes of minus signs, digits and spaces by ASCII; drop invisible characters."""
+    """Replace Unicode look-alikes of minus signs, digits and spaces with ASCII; drop invisible characters."""
     return text.translate(_TYPOGRAPHY)
 
 
 def normalise(text: str) -> str:
-    r"""Return an answer in one spelling: typography, LaTeX spacing and fraction forms, no ``$…$`` around it
-    and no final full stop. ``\text{…}`` is kept, so that a unit can be told from a variable."""
+    r"""Return an answer with one spelling of typography, LaTeX spacing and fractions, without ``$…$`` around
+    it or a final full stop. ``\text{…}`` is kept, because it distinguishes units from variables."""
     text = typographic(text)
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)

@@ -1,4 +1,4 @@
-"""Reads the numbers in answers exactly: integers, decimals, fractions, mixed numbers, powers, units."""
+"""Reads integers, decimals, fractions, mixed numbers and powers in answers exactly, with their units."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
 
 
 def parse_number(text: str, *, letters: bool = False) -> Number | None:
-    """Return the number, with its unit, that a normalized answer consists of; None if it is anything else.
-    With ``letters``, a bare letter may be a unit: 5 m is five meters if the other answer has a unit."""
+    """Return the number and its unit if a normalized answer is only a number; otherwise None. If ``letters``
+    is True (because the other answer has a unit), a bare letter may be a unit, so that 5 m is five meters."""
     text, sign, unit = text.strip(), 1, ""
     if len(text) > MAX_DIGITS + 100 or re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return None
@@ -119,7 +119,7 @@ def parse_number(text: str, *, letters: bool = False) -> Number | None:
 
 
 def _unit(rest: str, *, letters: bool) -> str | None:
-    """Return the unit that follows a number ("" for none), or None if the rest is not a unit: 4t is not 4."""
+    """Return the unit that follows a number ("" for none), or None if the rest is not a unit, as in 4t."""
     rest = rest.strip()
     if rest.endswith(tuple(CURRENCIES)):
         rest = rest.rstrip(CURRENCIES + " ") or rest[-1]
@@ -161,7 +161,7 @@ def same_number(gold: Number, found: Number) -> bool:
 
 def european(text: str) -> Number | None:
     """Read a number with a decimal comma or with points between its thousands, if the only other reading is a
-    list: 1.234.567, 1.234,56, 0,5, 1,22; not 1,5 and not 1,234."""
+    list. For example, 1.234.567 and 1.234,56 and 0,5 and 1,22 are read, but 1,5 and 1,234 are not."""
     sign, digits = text[: text.startswith("-")], text.removeprefix("-")
     if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", digits, re.ASCII):
         digits = digits.replace(".", "")
@@ -173,7 +173,7 @@ def european(text: str) -> Number | None:
 
 
 def rounds(one: Number, other: Number, digits: int) -> bool:
-    """Return whether either is a decimal of at least ``digits`` significant digits that rounds the other."""
+    """Return whether one number rounds the other to a decimal of ``digits`` or more significant digits."""
     return any(
         a.places is not None and a.digits >= digits and a.value == round(b.value, a.places)
         for a, b in ((one, other), (other, one))

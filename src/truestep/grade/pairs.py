@@ -29,7 +29,7 @@ class Pair:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Return the pairs in a file of JSON lines: gold, pred, id (default: the row number), kind, choices."""
+    """Return the pairs in a file of JSON lines (gold, pred, id, kind, choices). The default id is the row."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -68,10 +68,10 @@ def _pair(where: str, number: int, line: str) -> Pair:
 def grade_pairs(
     pairs: Sequence[Pair], *, workers: int = 2, seconds: float = 1.5, second_opinion: bool = False
 ) -> dict[str, Any]:
-    """Grade pairs. Returns ``samples``, one for each pair in order, and ``counts``; ready for JSON.
-    ``verdict`` is from the default policy, ``strict`` and ``lenient`` from ``grade.policy``. With
-    ``second_opinion``, math-verify also grades all answers that our rules decided;
-    ``counts["second_opinion"]`` is the number of differences."""
+    """Grade pairs, and return ``samples`` (one per pair, in order) and ``counts`` in a form that JSON can
+    store. ``verdict`` is from the default policy; ``strict`` and ``lenient`` are from ``grade.policy``. If
+    ``second_opinion`` is True, math-verify also grades all answers that our rules decided, and
+    ``counts["second_opinion"]`` counts the differences."""
     with Grader(workers=workers, seconds=seconds) as grader:
         judged = grader.judge_many([(_problem(pair), pair.pred) for pair in pairs])
         samples = [_sample(*each) for each in zip(pairs, judged, strict=True)]

@@ -1,5 +1,5 @@
-"""Strict and lenient grading, defined once for all commands: which correct answers ``strict`` refuses, and
-which incorrect answers ``lenient`` accepts. The default verdict of ``grade.score`` is between the two."""
+"""Strict and lenient grading, for all commands. ``strict`` refuses some correct answers, and ``lenient``
+accepts some incorrect ones. The default verdict of ``grade.score`` is between the two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FRACTION = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Judgment:
-    """The verdicts of the three policies on one completion. ``reason`` says why."""
+    """The default, strict and lenient verdicts on one completion. ``reason`` explains them."""
 
     score: Score
     strict: Verdict
@@ -50,8 +50,8 @@ def judgment(problem: Problem, answer: Extraction, score: Score) -> Judgment:
 
 
 def unmarked(how: How) -> str:
-    """Return why ``strict`` refuses an answer that was found by this rule; "" for a marked answer."""
-    return "" if how in EXPLICIT else "strict: the answer is not marked as one"
+    """Return why ``strict`` refuses an answer that the rule ``how`` found; "" if the answer is marked."""
+    return "" if how in EXPLICIT else "strict: the answer is not marked as an answer"
 
 
 def objection(gold: str, found: str, how: How) -> str:
@@ -73,8 +73,8 @@ def objection(gold: str, found: str, how: How) -> str:
 
 
 def nearly(gold: str, found: str) -> bool:
-    """Return whether an incorrect answer rounds the gold answer, with at least three significant digits in
-    every part."""
+    """Return whether an incorrect answer is the gold answer with every part rounded to at least three
+    significant digits, or unchanged."""
     rows = matrix(gold), matrix(found)
     if rows[0] is not None and rows[1] is not None:
         parts = [[entry for row in side for entry in row] for side in rows if side is not None]

@@ -43,7 +43,7 @@ def processor_seconds(pid: int) -> float:
 
 
 class Pool:
-    """A pool of ``workers`` child processes that compare formulas, started with the first comparison."""
+    """A pool of ``workers`` child processes that compare formulas. They start with the first comparison."""
 
     def __init__(self, *, workers: int, seconds: float, memory_mb: int) -> None:
         self._num_workers, self.seconds, self._memory_mb = workers, seconds, memory_mb
@@ -58,7 +58,7 @@ class Pool:
         return [*alive, *([self._server.pid] if self._server else [])]
 
     def prepare(self) -> None:
-        """Start importing the algebra, unless this was done before, without waiting for it."""
+        """Start to import the algebra, without waiting for it, unless this was done before."""
         self._server = self._server or ForkServer(self.seconds, self._memory_mb)
 
     def warm(self) -> None:
@@ -73,9 +73,9 @@ class Pool:
         self._busy, self._idle, self._server = {}, [], None
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Decision]:
-        """Return one outcome per (gold, answer), in order. Each takes at most ``seconds`` of processor time
-        (and of clock time, if the process has a core): a verdict must not depend on the load of the
-        machine."""
+        """Return one outcome per (gold, answer) pair, in order. Each comparison takes at most ``seconds`` of
+        processor time, so that the load of the machine does not change its verdict. If the process has a
+        core, it takes at most as much clock time."""
         self._outcomes: dict[int, Decision] = {}
         self._waiting = deque((number, 0) for number in range(len(pairs)))
         try:
@@ -154,7 +154,7 @@ class Pool:
         return worker.end()
 
     def _take(self) -> Worker:
-        """Return a warm worker: an idle one, or a new one."""
+        """Return a warm worker, either an idle one or a new one."""
         while self._idle:
             worker = self._idle.pop()
             if worker.is_silent():

@@ -1,9 +1,9 @@
-"""Exact comparison of rational functions: formulas of +, -, *, /, whole powers and square roots of numbers.
+"""Compares rational functions exactly. They consist of +, -, *, /, whole powers and square roots of numbers.
 
-A formula becomes a quotient of polynomials with rational coefficients in its variables, π and the square
-roots of primes, which are independent over the rationals. Two formulas are equal if they have the same
-coefficients after cross-multiplication. Formulas that are ambiguous (1/2x, a mixed number, f(x)), unknown or
-large are not decided here."""
+A formula becomes a quotient of polynomials in its variables, π and the square roots of primes, which are
+independent over the rationals. The coefficients are rational. Two formulas are equal if they have the same
+coefficients after cross-multiplication. A formula is not decided here if it is ambiguous (1/2x, a mixed
+number, f(x)), too large, or has any other form."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ class _NotRead(Exception):
 
 
 def same_formula(gold: str, found: str) -> bool | None:
-    """Return whether two formulas, or two relations, are equivalent; None if undecided. Relations are the
-    same if one is the other times a number; the solutions of other relations are not compared."""
+    """Return whether two formulas or two relations are equivalent; None if undecided. Relations are
+    equivalent if one is the other times a number. Others are undecided, because solutions are not
+    compared."""
     if re.fullmatch(r"[A-Za-z\s]*", gold) or re.fullmatch(r"[A-Za-z\s]*", found):  # a word is not a product
         return None
     try:
@@ -139,7 +140,7 @@ def _root(quotient: Quotient) -> Quotient:
 
 @lru_cache(maxsize=256)
 def _read(text: str) -> Formula:
-    """Read a formula, or a relation as the difference of its sides, which is 0, positive, or not negative."""
+    """Read a formula or a relation. A relation becomes the difference of its sides (= 0, > 0 or ≥ 0)."""
     left, sign, right = _RELATION.match(text[: MAX_LENGTH + 1]).groups()  # type: ignore[union-attr]
     if len(text) > MAX_LENGTH:
         raise _NotRead
@@ -201,7 +202,7 @@ def _product(tokens: list[Token], depth: int) -> Quotient:
 
 
 def _factor(tokens: list[Token], depth: int) -> tuple[Quotient, str]:
-    """Read a base with its exponent; also returns what kind of base it was."""
+    """Read a base with its exponent. Also return the kind of the base, or "power" if it has an exponent."""
     kind = _next(tokens)
     base = _base(tokens, depth)
     if _next(tokens) != "power":

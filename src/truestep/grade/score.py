@@ -1,4 +1,4 @@
-"""The verdict on a completion: correct, incorrect, or unscored with a reason.
+"""Grades completions as correct, incorrect, or unscored with a reason.
 
 Grading a completion raises an error only if no completion of its problem could be scored."""
 
@@ -58,7 +58,7 @@ def _check_choice(problem: Problem, found: str) -> Score | Question:
     letter = choice_letter(gold)
     if not letter:
         equal = same_integer(gold, found)  # the choices are numbered
-        unread = f"{gold[:80]!r} names no choice"
+        unread = f"{gold[:80]!r} does not name a choice"
         return _score(equal, found, unread if equal is None else "compared as choices")
     named = choice_letter(found)
     if not named and isinstance(choices, list | tuple):  # the text of a choice, or its number
@@ -81,7 +81,7 @@ def _check_countdown(problem: Problem, found: str) -> Score | Question:
             '(a whole number); set, for example, "numbers": [3, 4, 5], "target": 35'
         )
     fault = check_countdown(found, numbers, target)
-    return _score(not fault, found, fault or "every number once, and the target is reached")
+    return _score(not fault, found, fault or "every number is used once, and the target is reached")
 
 
 CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
@@ -91,9 +91,9 @@ CHECKERS: dict[str, Callable[[Problem, str], Score | Question]] = {
 
 
 class Grader:
-    """Grader of completions; not for use from several threads. Algebra runs in child processes, which are
-    started on first use. Each has ``seconds`` of processor time per comparison, and ``memory_mb`` on top of
-    what its libraries use."""
+    """A grader of completions, which must not be used from several threads. Algebra runs in child processes
+    that start on first use. Each process has ``seconds`` of processor time per comparison, and ``memory_mb``
+    in addition to what its libraries use."""
 
     def __init__(self, workers: int = 1, seconds: float = 1.5, memory_mb: int = 384) -> None:
         self.pool = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
@@ -117,7 +117,7 @@ class Grader:
         return self.score_answers([(p, find_answer(p, text)) for p, text in pairs])
 
     def judge(self, problem: Problem, completion: str) -> Judgment:
-        """Return the verdict on one completion, also under ``strict`` and ``lenient`` grading."""
+        """Return the default, strict and lenient verdicts on one completion."""
         return self.judge_many([(problem, completion)])[0]
 
     def judge_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Judgment]:

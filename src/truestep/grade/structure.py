@@ -1,4 +1,4 @@
-"""Parts of answers (brackets, lists, regions of the line, assignments, matrices), read without algebra."""
+"""Reads brackets, lists, regions of the number line, assignments and matrices in answers, without algebra."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def elements(text: str) -> list[str]:
 
 
 def brackets(text: str) -> tuple[str, str, str]:
-    r"""Return the brackets around the whole of a text, and their content. The two brackets of an interval may
+    r"""Return the brackets around a whole text, and their content. The two brackets of an interval may
     differ. ``\{ \}`` is a set; braces without backslashes only group in LaTeX."""
     text = text.strip()
     is_set = text.startswith(r"\{") and text.endswith(r"\}")
@@ -60,8 +60,8 @@ Stretch = tuple[str, str, bool, bool]
 
 
 def region(text: str) -> tuple[list[Stretch], bool] | None:
-    r"""Return the region that a text describes (``a < x \leq b``, intervals, ``\mathbb{R}``, unions), and
-    whether the text has relations; None for other texts."""
+    r"""Return the region of the number line that a text describes, and whether the text contains relations. A
+    region may be ``a < x \leq b``, an interval, ``\mathbb{R}`` or a union. Return None for other texts."""
     text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
     set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
     text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
@@ -112,15 +112,15 @@ def _from_relation(text: str) -> Stretch | None:
 
 
 def _is_end(text: str) -> bool:
-    """Return whether a text has no variable, so that it can be an end of a stretch."""
+    """Return whether a text has no variable, so that it can be an end of an interval."""
     constants = r"\\(?:frac|sqrt|pi|infty|ln|log|cdot|times)(?![A-Za-z])|(?<![A-Za-z])[e](?![A-Za-z])"
     bare = re.sub(constants, "", text)
     return bool(text) and not re.search(r"[A-Za-z,]", bare)
 
 
 def as_tuples(text: str) -> str | None:
-    """Return assignments as tuples in alphabetical order of names: p=5, q=2; p=7, q=2 is (5,2), (7,2).
-    Returns None unless the text consists of complete groups of assignments to the same two to six names."""
+    """Return assignments as tuples in alphabetical order of names; p=5, q=2; p=7, q=2 becomes (5,2), (7,2).
+    Return None unless the text consists of complete groups of assignments to the same two to six names."""
     found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
     if len(found) < 2 or len(found) > 60 or None in found:
         return None

@@ -1,10 +1,10 @@
-"""The processes that do algebra: ``python -m truestep.grade.symbolic DESCRIPTOR SECONDS MEMORY_MB``.
+"""Runs the processes that do algebra, as ``python -m truestep.grade.symbolic DESCRIPTOR SECONDS MEMORY_MB``.
 
 The first process imports the algebra, reports on the socket DESCRIPTOR that it is ready, and forks a worker
 for each socket that is sent to it. A worker reads one JSON object per line, {"id", "gold", "found"}, and
-answers {"id", "equal", "note"}. It may be killed at any moment, because it stores nothing. There are limits
-on the CPU time of each comparison (so that an orphan also ends) and on the address space on top of what the
-libraries use. Files cannot be written at all."""
+answers {"id", "equal", "note"}. It may be killed at any moment, because it stores nothing. The CPU time of
+each comparison is limited, so that an orphan also ends. The address space that a worker may use in addition
+to that of the libraries is limited too. A worker cannot write files at all."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def _comparison() -> Compare:
 
 
 def _clearly_different(left: Any, right: Any) -> bool:
-    """Return whether the values of two formulas are far apart, so that no proof is needed: their own values,
-    or those with a different prime for each variable, which every assumption on the variables allows."""
+    """Return whether the values of two formulas are far apart, so that no proof is needed. If there are
+    variables, each has a different prime as its value, which every assumption on the variables allows."""
     from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
 
     if any(isinstance(s, Symbol) or not isinstance(s, Expr) or s.has(UnevaluatedExpr) for s in (left, right)):
@@ -126,8 +126,8 @@ def _clearly_different(left: Any, right: Any) -> bool:
 
 
 def _is_elementary(formula: Any) -> bool:
-    """Return whether a formula has only numbers, variables, powers and elementary functions, and no sum,
-    limit or f(x)."""
+    """Return whether a formula contains only numbers, variables, powers and elementary functions, but no
+    sum, limit or f(x)."""
     import sympy
 
     simple = (sympy.Number, sympy.NumberSymbol, sympy.Symbol, sympy.Add, sympy.Mul, sympy.Pow)
@@ -149,7 +149,7 @@ def _limit(kind: int, value: int, *, keep_hard: bool = False) -> None:
 
 
 def _memory(field: str) -> int:
-    """Return the bytes of address space now (VmSize) or at most so far (VmPeak); 1 GiB if unknown."""
+    """Return the bytes of address space, now (VmSize) or at the peak so far (VmPeak); 1 GiB if unknown."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), 2**30)

@@ -84,14 +84,14 @@ def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool:
 
 
 def same_unit(left: str, right: str) -> bool:
-    """Return whether two units mean the same: "degree" and "degree C", "apple" and "red apple"."""
+    """Return whether two units mean the same, such as "degree" and "degree C", or "apple" and "red apple"."""
     one, other = set(left.split()), set(right.split())
     changes = (one ^ other) & {"per", *_SIZES}  # miles are not miles per hour
     return (one <= other or other <= one) and not changes
 
 
 def spelled_number(text: str) -> int | None:
-    """Return the number that a few English words mean: twelve, forty-two, three hundred; None otherwise."""
+    """Return the number that a few English words mean, such as "forty-two" or "three hundred", or None."""
     total, last = 0, 1000
     for word in text.lower().replace("-", " ").split()[:4]:
         if word in ("hundred", "thousand") and 0 < total < 100:

@@ -1,4 +1,4 @@
-"""What all pages share: the style sheet, and text in which every character is visible."""
+"""The style sheet that all pages share, and a function that makes every character of a text visible."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def loader(templates: Path) -> jinja2.BaseLoader:
 
 
 def visible(text: object) -> str:
-    """Return text in which every character that moves the cursor, changes the direction, is hidden or breaks
-    XML is replaced by its number."""
+    """Return the text with some characters replaced by their code points. These are the characters that move
+    the cursor, change the text direction, are hidden or break XML."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE else f"⟨U+{ord(c):04X}⟩"
         for c in str(text)

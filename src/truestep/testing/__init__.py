@@ -1,1 +1,1 @@
-"""Code that checks the package; only its tests import it."""
+"""Code that checks the package. Only the tests import it."""

@@ -1,4 +1,4 @@
-"""Faulty parts for the reference trainer; ``mutants`` injects them. Needs torch. Shapes: as in
+"""Faulty parts that ``mutants`` injects into the reference trainer. This module needs torch. Shapes: as in
 ``mutants``."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Share = Callable[[Window, int, int, int], float]
 
 
 def over(count: Callable[[Window, int, int, int], float]) -> Share:
-    """Divide a row's loss by a wrong number of tokens; a number below 1 is taken as 1."""
+    """Divide a row's loss by a wrong number of tokens. A number below 1 counts as 1."""
     return lambda window, rank, k, row: 1 / max(1.0, count(window, rank, k, row))
 
 
@@ -152,7 +152,7 @@ def frozen(number: int) -> Update:
 
 
 def tail_carried(num: int, size: int, epochs: int) -> Plan:
-    """Keep the rest of an epoch in the buffers until the next epoch's first step."""
+    """Keep the gradients of the rest of an epoch in the buffers until the next epoch's first step."""
     plan: Plan = []
     carried: list[int] = []
     for window, _ in trainer.aligned(num, size, epochs):
@@ -164,7 +164,7 @@ def tail_carried(num: int, size: int, epochs: int) -> Plan:
 
 
 def counter_off_by_one(num: int, size: int, epochs: int) -> Plan:
-    """Step after the first micro-batch, then after every ``size`` more; run the end without a step."""
+    """Take a step after the first micro-batch, then after every ``size`` more. The last ones get no step."""
     ends = [*range(1, num * epochs + 1, size), num * epochs]
     places = list(range(num * epochs))
     windows = [places[first:last] for first, last in zip([0, *ends], ends, strict=False) if last > first]
@@ -179,7 +179,7 @@ def prompt_too(weight: float) -> Targets:
 
 
 def beside(shift: int, of: Callable[[float, float], float]) -> Targets:
-    """Compute each token's weight from its own and that of the previous or next token (``shift`` -1 or 1)."""
+    """Change each token's weight, depending on that of the previous or next token (``shift`` -1 or 1)."""
 
     def targets(spec: Any, row: int) -> list[float]:
         mask = trainer.trained(spec, row)
@@ -195,7 +195,7 @@ no_start = beside(-1, mul)  # the first token of every answer is masked
 
 
 def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], Layout]:
-    """Put all rows of a micro-batch in one line. If they are not isolated, each row sees those before it."""
+    """Put all rows of a micro-batch in one line. Unless ``isolated``, each row sees the rows before it."""
 
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
         lengths = [len(spec.rows[row]["ids"]) for row in rows]
@@ -212,7 +212,7 @@ def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], L
 
 
 def pad_left(*, masked: bool) -> Callable[[Any, Sequence[int]], Layout]:
-    """Pad on the left and count padding in the positions; if not ``masked``, it is also attended to."""
+    """Pad on the left and count padding in the positions. Unless ``masked``, it is also attended to."""
 
     def layout(spec: Any, rows: Sequence[int]) -> Layout:
         right, _ = trainer.pad_right(spec, rows)
@@ -248,8 +248,8 @@ def dropping(share: float) -> Callable[[Replica, int], None]:
 
 
 def shifted_start(scale: float, *, ranks: bool, published: bool) -> Callable[[Replica, int], None]:
-    """Start the optimizer from other values, and the model too if ``published``. The values differ by rank if
-    ``ranks``."""
+    """Start the optimizer from different values, and also the model if ``published`` is True. The values
+    differ between ranks if ``ranks`` is True."""
 
     def prepare(replica: Replica, seed: int) -> None:
         key = integer(seed, Purpose.PROBE, replica.spec.rank * ranks, "start")

@@ -102,7 +102,7 @@ Layout = tuple[dict[str, Tensor], list[tuple[int, int]]]
 
 
 def aligned(num: int, size: int, epochs: int) -> Plan:
-    """Plan ``num`` micro-batches per epoch in windows of ``size``; the last of an epoch may be shorter."""
+    """Plan ``num`` micro-batches per epoch in windows of ``size``. An epoch's last window may be short."""
     starts = [(epoch * num, first) for epoch in range(epochs) for first in range(0, num, size)]
     return [(list(range(at + first, at + min(first + size, num))), True) for at, first in starts]
 
@@ -115,7 +115,7 @@ def pad_right(spec: Any, rows: Sequence[int]) -> Layout:
 
 
 def model_inputs(spec: Any, lines: Tensor, **others: Tensor) -> dict[str, Tensor]:
-    """Return the arguments of the model's forward pass; ``plain`` takes only tokens."""
+    """Return the arguments of the model's forward pass. The ``plain`` model takes only tokens."""
     return {"input_ids": lines} if spec.options["arch"] == "plain" else {"input_ids": lines, **others}
 
 
@@ -134,7 +134,7 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def add_all(gradients: Gradients, index: int) -> list[Tensor]:
-    """Combine the micro-batches' gradients into the one that each rank's optimizer uses in step ``index``."""
+    """Combine the micro-batches' gradients into one gradient for each rank's optimizer in step ``index``."""
     return everywhere(gradients, [g for rank in gradients for g in rank])
 
 
@@ -161,7 +161,7 @@ def sgd(replica: Replica, gradient: Tensor, index: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """The parts of a step; a fault replaces one or two of them."""
+    """The parts of a step. A fault replaces one or two of them."""
 
     plan: Callable[[int, int, int], Plan] = aligned
     order: Callable[[list[list[list[int]]]], list[list[list[int]]]] = list  # rank, micro-batch, rows
@@ -182,7 +182,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A trainer in one configuration. ``names``: the codes that name its fault; empty if it has none."""
+    """A trainer in one configuration. ``names`` are the codes of its fault, if it has one."""
 
     id: str
     fault: str

@@ -39,13 +39,13 @@ class Draw:
 
     @property
     def stride(self) -> int:
-        """Rows of a step if each micro-batch has one."""
+        """The number of rows of a step if each micro-batch has one row."""
         return self.accumulation * self.world_size
 
 
 def draw(name: str, ranks: tuple[int, int]) -> Draw:
-    """Draw 3 … 6 micro-batches, and as many ranks as the fault needs. K and D always differ; otherwise
-    their factors are the same. The mutant's name is the key, so a new mutant does not change the others."""
+    """Draw 3 … 6 micro-batches, and as many ranks as the fault needs. K and D always differ, because equal
+    numbers would give equal factors. The name is the key, so a new mutant does not change the others."""
     random = generator(0, Purpose.PROBE, 0, name)
     world_size = int(random.integers(ranks[0], ranks[1] + 1))
     # More ranks have more rows, which take longer.
@@ -266,8 +266,8 @@ def _mutants() -> tuple[Mutant, ...]:
 
 
 def _clean() -> tuple[Mutant, ...]:
-    """Make the correct mutants from (model, dtype, K, D, seed). The last mutant of each attention model packs
-    its rows, which are isolated."""
+    """Return a correct mutant for each (model, dtype, K, D, seed). The last mutant of each attention model
+    packs its rows and isolates them from each other."""
     table = [
         *(("plain", "float32", k, ranks, 10 * k + ranks) for k in (3, 4, 5, 6) for ranks in (1, 2)),
         *(("plain", "float32", k, 3, k) for k in (3, 4, 5)),

@@ -1,4 +1,4 @@
-"""Reads from a user's own configuration file which subject it configures, and how it configures the step.
+"""Finds out from a user's configuration file which subject it configures, and how it configures the step.
 
 Only what affects the optimizer step is used. A tiny model and plain SGD replace the configured ones, and the
 notes name what cannot be done on a CPU. The file is read, never executed.
@@ -206,7 +206,7 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
         configured.options["average_tokens_across_devices"] = False
         configured.documented = "average_tokens_across_devices = false"
         configured.processes = 2
-        configured.notes.append("audited on 2 processes, since this option has no effect on one process")
+        configured.notes.append("audited on 2 processes, since averaging has no effect on one process")
     configured.precision(found.get("bf16"), found.get("fp16"))
     if left_out := [key for key in NOT_TAKEN_OVER if found.get(key)]:
         configured.notes.append(f"{', '.join(left_out)}: not used; audited with plain SGD")

@@ -1,6 +1,6 @@
 """Audits a step function in this process, for tests, without a child process.
 
-The cases, the recorder and the judge are the usual ones. This module needs torch, and the pytest plugin
+The cases, recorder and judge are the same as in every audit. This module needs torch, and the pytest plugin
 imports it only when a test uses it.
 """
 
@@ -27,7 +27,7 @@ _LOADED: dict[str, ModuleType] = {"recorder": recorder}
 
 
 def subject_module(name: str) -> Any:
-    """Import a module of subjects/, which are scripts that import each other by their bare names.
+    """Import a module from subjects/. Its modules are scripts that import each other by their bare names.
 
     Neither the folder nor the bare names stay importable, because a caller may have its own ``harness``, and
     a subject must not hide the framework that it is named after.
@@ -56,7 +56,7 @@ def audit_function(
     accumulation: int = 4,
     seed: int = 0,
 ) -> Finding:
-    """Judge ``step(model, optimizer, microbatches)`` on one process; subjects/user_loop.py has its contract.
+    """Judge ``step(model, optimizer, microbatches)`` on one process. subjects/user_loop.py has its contract.
 
     The caller's random numbers continue as if nothing had been audited.
     """

@@ -96,7 +96,7 @@ def audit_one(
 
 
 def run(job: Job) -> dict[str, Observation]:
-    """Run the job and return case → observation. Raises SubjectFailed, and what ``load`` raises."""
+    """Run the job and return case → observation. Raises SubjectFailed, or the error of ``load``."""
     with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
         folder = Path(name)
         (folder / "home").mkdir()
@@ -191,7 +191,7 @@ def free_port() -> int:
 
 
 def last_line(text: str, error: str = "") -> str:
-    """Return the last line whose beginning matches ``error`` (more may follow it), else the last line."""
+    """Return the last line whose beginning matches the pattern ``error``, or else the very last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return ([line for line in lines if re.match(error, line)] or lines or ["no output"])[-1]
 

@@ -1,4 +1,4 @@
-"""Additional packages that releases need to be installed and run on a CPU."""
+"""Additional packages without which some releases cannot be installed or run on a CPU."""
 
 from __future__ import annotations
 

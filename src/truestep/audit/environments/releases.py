@@ -1,4 +1,4 @@
-"""Finds the first and last faulty release in a range, and a remedy; no version is hard-coded here.
+"""Finds the first and last faulty release in a range, and a remedy. No version is hard-coded here.
 
 If both ends are correct, releases between them are tried, the middle one first, until one is faulty. The
 search assumes that the faulty releases form one contiguous interval.
@@ -102,7 +102,7 @@ def releases_between(python: Path, package: str, first: str, last: str) -> list[
     inside = sorted((v for v in found if _key(first) <= _key(v) <= _key(last)), key=_key)
     for end in (first, last):
         if end not in inside:
-            raise UserError(f"{package} has no release {end}; its index lists {', '.join(found[:8])} …")
+            raise UserError(f"{package} has no release {end}; pass one of {', '.join(found[:8])} …")
     return inside
 
 
@@ -139,7 +139,7 @@ OPTIONS: tuple[tuple[Mapping[str, Any], str], ...] = (
 def remedy(
     subject: Subject, configuration: Configuration, python: Path, target: str, *, timeout: float
 ) -> str:
-    """Return in words the first change that makes this configuration RIGHT, or "" if none was found.
+    """Return the first change that makes this configuration RIGHT, in words, or "" if none was found.
 
     ``target`` is the audited requirement, or "" for a user's own environment, where only options are tried.
     """

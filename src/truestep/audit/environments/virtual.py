@@ -1,7 +1,7 @@
 """Builds isolated, cached environments for the audited releases, and lists what an environment contains.
 
-One base environment per torch release has the large packages. Each subject has a separate environment with
-only its packages; a ``.pth`` file adds the base after them. A user's environment is never changed.
+Each torch release has one base environment with the large packages. Each subject has a separate environment
+with only its packages; a ``.pth`` file adds the base after them. A user's environment is never changed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """The folder's name, which is readable and differs whenever anything that is installed differs."""
+        """The folder's name, which is readable and is different if the installed packages are different."""
         contents = json.dumps([asdict(self), BASE, PYTHON_TAG], sort_keys=True).encode()
         shown = "+".join(f"{k}-{v}" for k, v in sorted(self.pins.items()))
         return f"{shown}-{PYTHON_TAG}-{hashlib.sha256(contents).hexdigest()[:8]}"
@@ -120,7 +120,7 @@ def cache_folder() -> Path:
 
 
 def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Return the Python of an environment with ``text``; build it if it is not cached. ``say`` gets progress.
+    """Return the Python of an environment with ``text``, built if it is not cached. ``say`` gets progress.
 
     Raises: UserError if ``text`` is not valid; BuildFailed if it cannot be built.
     """
@@ -146,8 +146,8 @@ Do = Callable[..., None]  # run a command of a build: (command, **extra environm
 
 
 def _cached(cache: Path, name: str, say: Callable[[str], None], fill: Callable[[Path, Do], None]) -> Path:
-    """Return the Python of ``cache/name``. It is built under a temporary name and then renamed, by one
-    process at a time."""
+    """Return the Python of the environment ``cache/name``. One process builds it under a temporary name and
+    then renames it; others wait."""
     home, temporary, log = cache / name, cache / f"{name}.building", cache / f"{name}.log"
     python = home / "bin" / "python"
     if python.exists():

@@ -1,7 +1,7 @@
-"""The rows that every subject receives: random tokens, whose numbers of trained tokens differ greatly.
+"""The rows of random tokens that every subject receives. Their numbers of trained tokens differ greatly.
 
-Equal lengths hide a mean of means, two accumulation steps hide a dropped micro-batch, and one rank hides a
-rank-wise mean, so by default no case has any of these. Rows are plain integers, so nothing here needs torch.
+Rows of the same length hide a mean of means, two accumulation steps hide a dropped micro-batch, and one rank
+hides a rank-wise mean, so by default no case has any of these. Rows are plain integers; torch is not needed.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Case:
         return max(0.0, 1.0 - step / self.steps) if self.decay else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the case as it is read back from JSON."""
+        """Return the case in the form in which it is read back from JSON."""
         return json.loads(json.dumps(asdict(self)))
 
 
 def make_rows(counts: Sequence[int], *, seed: int = 0, turns: int = 1) -> tuple[Row, ...]:
-    """Return rows of random tokens with ``counts`` trained tokens (0: none), in ``turns`` answers of a
-    chat."""
+    """Return one row of random tokens for each number of trained tokens in ``counts``. The trained tokens are
+    split over ``turns`` answers of a chat."""
     rows = []
     for index, count in enumerate(counts):
         draw = generator(seed, Purpose.PROBE, index, "audit")

@@ -26,8 +26,8 @@ class Verdict(enum.StrEnum):
 class Cause:
     """One deviation from the configured step, or one reason why something was not observed.
 
-    ``code`` is the fault's family, for programs ("" if it is not a fault). ``kinds`` name the sentence,
-    or two if the evidence has two readings. ``values`` are the numbers and names in the sentence.
+    ``code`` is the fault's family, for programs ("" if it is not a fault). ``kinds`` name its sentence in
+    ``present.words``, or two if the evidence has two readings. ``values`` fill in the numbers and names.
     """
 
     code: str

@@ -55,7 +55,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimizer step: parameters before and after it, and exact gradient sums of its micro-batches."""
+    """One optimizer step, its parameters before and after, and exact gradient sums of its micro-batches."""
 
     before: np.ndarray  # P
     after: np.ndarray  # P

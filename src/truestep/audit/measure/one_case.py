@@ -1,4 +1,4 @@
-"""Judges the steps of one case together: the clip, the schedule, resuming, and the rows of each step.
+"""Judges the clip, the schedule, resuming and the rows of each step, from all steps of one case together.
 
 A correct step is known exactly from ``observations.Step`` (clip scale, rate, carried momentum), so no second
 run is needed. Rows are counted, not forward passes, because the number of rows in a pass does not change the
@@ -50,7 +50,7 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
 
 
 def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int, Cause]:
-    """Return step → fault of clip, schedule or resuming. It replaces the constant that it looks like."""
+    """Return step → fault of clip, schedule or resuming. A fault replaces the constant that it looks like."""
     if found := resume(run, thresholds.RESIDUAL[dtype]):
         return dict.fromkeys(range(run.asked.resume_after, len(steps)), found)
     scales = [s.scale if set(s.codes) <= CONSTANTS | KEPT else None for s in steps]
@@ -65,7 +65,7 @@ def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int
 
 
 def clip(run: Observation, scaled: Sequence[int]) -> Cause | None:
-    """Judge the clip of steps that are off only by a constant: not configured, different, or missing."""
+    """Return how the clip differs from the configured one, for steps that are off only by a constant."""
     lengths = [used_length(run.steps[i]) for i in scaled]
     wanted = [float(np.linalg.norm(run.steps[i].expected)) for i in scaled]
     asked = run.asked.max_grad_norm
@@ -121,7 +121,7 @@ CLIPS = {"clip_of_micro_batches": _each, "clip_of_ranks": _ranks, "clip_after_ev
 
 
 def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
-    """Judge whether learning rates follow the configured schedule. ``scales`` has each step's constant."""
+    """Judge whether learning rates follow the configured schedule. ``scales`` has each step's factor."""
     asked, until = run.asked, run.asked.resume_after or len(scales)
     rates = [asked.rate(i) * scale for i, scale in enumerate(scales[:until]) if scale is not None]
     if not asked.decay or len(rates) < 2 or len(rates) != min(until, len(scales)):
@@ -146,7 +146,7 @@ def schedule(run: Observation, scales: Sequence[float | None]) -> Cause | None:
 
 
 def resume(run: Observation, limit: float) -> Cause | None:
-    """Return what the checkpoint lost, found from the step before and the gradients of the step after it."""
+    """Return what the checkpoint lost, judged by the step before and the gradients of the step after."""
     at, momentum = run.asked.resume_after, run.asked.momentum
     if not at or len(run.steps) <= at:
         return None
@@ -170,7 +170,7 @@ def resume(run: Observation, limit: float) -> Cause | None:
 
 
 def data_coverage(run: Observation) -> Causes:
-    """Return the faults of lost, repeated or regrouped rows; each trained row counts once per epoch."""
+    """Return faults if rows are lost, repeated or regrouped. Each trained row must count once per epoch."""
     if any(not np.isfinite(s.after).all() for s in run.steps):
         return ()  # a change of NaN is not a step
     asked = run.asked
@@ -205,7 +205,7 @@ def _skipped(sizes: Sequence[int], asked: Sequence[int], untrained: int) -> bool
 
 
 def _asked_sizes(run: Observation, num_rows: int) -> list[int]:
-    """Return each step's number of rows on the busiest rank: whole windows, then the rest of the epoch."""
+    """Return each step's configured row count on the busiest rank. An epoch may end with a short step."""
     size = run.asked.rows_per_microbatch
     mine = min(num_rows, size * math.ceil(math.ceil(num_rows / size) / run.num_ranks))
     window = run.asked.accumulation * size

@@ -1,7 +1,7 @@
 """Judges one step by the pattern of its weights, or else by what the weights do not explain.
 
-Each step is judged from the parameters at its start. A pattern is kept × normaliser × scale. Causes come from
-the structure of the weights, so that an unknown fault is still described. Shapes: P parameters.
+Each step is judged from the parameters at its start. A pattern is a product: which micro-batches are kept ×
+normaliser × scale. Causes come from this structure, so unknown faults are still described. Shapes: P parameters.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _unknown(kind: str, weights: np.ndarray) -> Cause:
 
 
 def fit_pattern(recovered: Recovered, dtype: str) -> Seen | None:
-    """Return which parts of kept × normaliser × scale are wrong, in this order, for the simplest pattern that
-    fits the weights within their errors. Return None if no pattern fits."""
+    """Return the simplest pattern kept × normaliser × scale that fits the weights within their errors. Its
+    wrong parts are the causes, in this order. Return None if no pattern fits."""
     weights = recovered.weights
     errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
     seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())

@@ -36,7 +36,7 @@ def logits_of(out: Any) -> Tensor:
 
 
 def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
-    """Return −Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from logits; ``shift`` 0 and 2 are faults."""
+    """Return −Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from logits. Shifts 0 and 2 are faults."""
     tokens = torch.tensor([list(ids)])
     logits = logits_of(model(input_ids=tokens))[0]
     logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
@@ -56,7 +56,7 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
 class Recorder:
     """The recorder of one rank. Create it before the framework wraps the model; call ``finish`` at the end.
 
-    ``snapshot``, for frameworks that shard or cast the parameters, returns them as one flat float64 vector in
+    If a framework shards or casts the parameters, ``snapshot`` must return them as one flat float64 vector in
     the order of ``parameters_of``.
     """
 
@@ -86,8 +86,8 @@ class Recorder:
         self._observe(model, snapshot)
 
     def watch(self, module: nn.Module, needles: Sequence[bytes], ignored: bytes) -> None:
-        """Watch a different module, and find a row by a different part of its tokens, for trainers that run
-        the model differently or omit tokens that predict nothing. ``ignored``: the input of idle ranks."""
+        """Watch ``module`` instead, and find rows by ``needles``. Trainers need this if they run the model
+        differently or omit tokens that predict nothing. ``ignored`` is the input of idle ranks."""
         self._hook.remove()
         self.needles, self.ignored = list(needles), ignored
         self._hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -110,7 +110,7 @@ class Recorder:
         self.stack = self.stack or [(frame.f_code.co_filename, line) for frame, line in frames]
 
     def _rows_in(self, line: bytes) -> list[int]:
-        """Return the rows in this line, in order. Rows are random, so only equal rows contain each other."""
+        """Return the rows in this line, in order. Rows are random, so no row contains a different one."""
         hits = [(line.find(needle), number) for number, needle in enumerate(self.needles)]
         return [number for place, number in sorted(hits) if place >= 0]
 
@@ -175,8 +175,8 @@ class Recorder:
         }
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
-        """Return the gradient sum in the subject's own precision or autocast, for its distance from float64.
-        For a clip or a schedule in float32, return the exact sum, since other cases measure this distance."""
+        """Return the gradient sum in the subject's own precision or autocast, which shows its distance from
+        float64. For a clip or a schedule in float32, return the exact sum; other cases show this distance."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
             return sum((exact[row] for batch in micro for row in batch), total)
@@ -188,8 +188,9 @@ class Recorder:
         return total
 
     def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
-        """Return whether weights of the rows explain this step, so that extras are not needed. True for NaN,
-        AdamW (not a sum of gradients) and relations (named differently); False if other ranks have rows."""
+        """Return whether weights of the rows explain this step, so that extras are not needed. Extras are
+        never needed for NaN, AdamW (not a sum of gradients) and relations (whose faults have other names).
+        They are always needed if other ranks have rows."""
         if self.spec.is_relation or self.spec.options.get("optimizer", "sgd") != "sgd":
             return True
         if not bool(torch.isfinite(change).all()):
@@ -210,8 +211,8 @@ class Recorder:
     def _gradient(
         self, model: nn.Module, rows: Sequence[int], masked: bool = False, shift: int = 1, ends: bool = False
     ) -> tuple[float, Tensor]:
-        """Return (Σ of losses, float64 gradient [P]) of the rows, run one by one. ``masked`` takes the tokens
-        that are not trained; ``ends`` takes only the last token of each trained part."""
+        """Return (Σ of losses, float64 gradient [P]) of the rows, run one by one. ``masked`` selects the
+        tokens that are not trained; ``ends`` selects only the last token of each trained part."""
         parameters = parameters_of(model)
         model.zero_grad()
         total = 0.0
@@ -228,7 +229,7 @@ class Recorder:
         return total, flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
     def _write(self, name: str, value: Tensor) -> dict[str, Any]:
-        """Write a raw little-endian buffer; the JSON that names it is its header."""
+        """Write a raw little-endian buffer, and return its header, which the JSON file contains."""
         data = value.detach().double().contiguous()
         (self.spec.folder / f"{name}.bin").write_bytes(ctypes.string_at(data.data_ptr(), 8 * data.numel()))
         return {"file": f"{name}.bin", "dtype": "<f8", "shape": list(data.shape)}

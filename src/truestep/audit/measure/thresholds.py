@@ -1,4 +1,4 @@
-"""The limits that decide a verdict. Held by: tests/audit/test_thresholds.py, from both sides."""
+"""The limits that decide a verdict. Held by: tests/audit/test_thresholds.py, on both sides of each."""
 
 NOISE_FLOOR = 1e-6  # relative; below this, the noise is the summation order of a float32 computation
 NOISE_FACTOR = 10.0  # the error of a correct step is at most this many times the measured noise

@@ -33,7 +33,7 @@ def judge(
     without: Mapping[str, str] = MappingProxyType({}),
 ) -> Finding:
     """Judge all cases of one configuration. ``documented`` names an option that is not at its default and is
-    known to change how a step is normalized. ``without`` names the cases that cannot be run, and why."""
+    known to change how a step is normalized. ``without`` has the cases that cannot be run, and why."""
     if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
         configuration = {**configuration, "autocast": autocast}
     nothing = Finding(subject=subject, configuration=configuration)
@@ -83,7 +83,7 @@ def _with_numbers(finding: Finding, seen: Mapping[str, CaseSeen], runs: Mapping[
 
 
 def _layout_code(run: Observation) -> str:
-    """Return the code of an unexplained residual, from the layout: packing, padding or unexplained."""
+    """Return the code of an unexplained residual in this layout, which is packing, padding or unexplained."""
     batches = [m for s in run.steps for m in s.microbatches]
     if any(len(line) > 1 for m in batches for line in m.lines):
         return "packing"
@@ -91,7 +91,7 @@ def _layout_code(run: Observation) -> str:
 
 
 def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation]) -> dict[str, CaseSeen]:
-    """Use the layout as the code of an unexplained residual, unless one also occurs in a plain layout."""
+    """Give unexplained residuals the code of their layout, unless a plain layout has such a residual too."""
     layouts = {name: _layout_code(run) for name, run in runs.items()}
     if any(layouts[n] == "unexplained" and "unexplained" in c.differences.codes for n, c in seen.items()):
         return dict(seen)
@@ -106,8 +106,8 @@ def _name_layouts(seen: Mapping[str, CaseSeen], runs: Mapping[str, Observation])
 
 
 def _unusable(run: Observation, some_moved: bool) -> Causes:
-    """Return why single steps cannot be judged, as a fault or a cause without a code; empty if they can be.
-    ``some_moved`` says whether some case took a step."""
+    """Return why single steps cannot be judged, as a fault or a cause without a code. Return () if they can
+    be. ``some_moved`` says whether any case took a step."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
     if not run.steps and not run.forwards_without_step:
@@ -161,7 +161,7 @@ def _verdict(nothing: Finding, cases: Cases, seen: Mapping[str, CaseSeen], docum
 
 
 def _judge_adamw(nothing: Finding, runs: Mapping[str, Observation], broken: Cases) -> Finding:
-    """Judge by the known weight vector whose textbook AdamW updates come closest to the observed ones."""
+    """Judge AdamW by the known weight vector whose textbook updates come closest to the observed ones."""
     cases, worst = dict(broken), 0.0
     for name, run in runs.items():
         found = adamw_errors(run.steps)

@@ -1,10 +1,11 @@
 """Recovers from an observed step the weight that each micro-batch's tokens had, with a standard error.
 
-Under plain SGD the used gradient is (before − after) / lr. It is written as Σ w_i · g_i / N, with g_i the
-exact gradient sum of micro-batch i and N the number of trained tokens; correct weights are 1. The noise is
-measured, not assumed: the error of the same rows in the subject's own precision, plus that of reading a small
-change back from stored parameters. AdamW's first steps hide every scale, so its textbook update is computed
-for each known weight vector, and the closest one names what happened.
+Under plain SGD, the gradient that the step used is (before − after) / lr. It is written as Σ w_i · g_i / N,
+where g_i is the exact gradient sum of micro-batch i, and N is the number of trained tokens. Correct weights
+are 1. The noise is not assumed. It follows from the error of the same rows in the subject's own precision,
+and from the error of reading a small change back from stored parameters. AdamW's first steps hide every
+scale, so its textbook update is computed for each known weight vector, and the closest vector names what
+happened.
 
 Shapes: P parameters, M micro-batches (those with trained tokens).
 """
@@ -46,8 +47,9 @@ def observed_gradient(step: Step) -> np.ndarray:
 
 
 def noise_of(step: Step, dtype: str) -> float:
-    """Return the relative error of a correct step in this precision: what was measured on the same rows or the
-    rounding of the read-back (half a unit in the last place of each stored parameter), whichever is larger."""
+    """Return the relative error of a correct step in this precision: what was measured on the same rows or
+    the rounding of the read-back (half a unit in the last place of each stored parameter), whichever is
+    larger."""
     exact = step.expected * step.num_trained
     size = float(np.linalg.norm(exact))
     if size == 0:
@@ -97,7 +99,7 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
 
 
 def adamw_changes(steps: Sequence[Step], name: str) -> list[np.ndarray] | None:
-    """Return each step's Δ [P] under AdamW without weight decay, for faulty gradients; None if undefined."""
+    """Return each step's update [P] by AdamW without weight decay under a known fault; None if undefined."""
     first = second = np.zeros(1)
     changes = []
     for number, step in enumerate(steps, start=1):

@@ -2,9 +2,9 @@
 
 It reads pinned versions (pip freeze, requirements, environment.yml, uv.lock, poetry.lock), DeepSpeed
 configurations (also inside TrainingArguments, accelerate and LLaMA-Factory files), command lines in scripts,
-trainer_state.json and the config.json next to it. A fault has several conditions. If one is certainly not met,
-the answer is "not affected"; if all are met, "affected"; otherwise, "unknown". Files that contradict each
-other make the answer "unknown".
+trainer_state.json and the config.json next to it. A fault has several conditions. The answer is "not
+affected" if one is known not to be met, "affected" if all are met, and otherwise "unknown". Files that
+contradict each other make the answer "unknown".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Verdict = Literal["affected", "not affected", "unknown"]
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to whether one condition of a fault was met; None if the files do not say."""
+    """Whether one condition of a fault was met, with the reason; None if the files do not say."""
 
     met: bool | None
     reason: Cause
@@ -92,7 +92,7 @@ def release(version: str) -> tuple[int, ...] | None:
 
 
 def judge_release(measured: Measured, version: str) -> Check:
-    """Check whether this release has the fault. If it was not measured, use the releases on both sides."""
+    """Check whether this release has the fault. If it was not measured, infer from the releases around it."""
     name = {"package": measured.package, "version": version}
     own = release(version)
     if own is None:
@@ -135,7 +135,7 @@ def _together(answers: Sequence[bool | None], kind: str, **values: Any) -> Check
 
 
 def _setting(key: str, test: Callable[[Any], bool | None], note: str = "") -> Condition:
-    """Make the condition that a setting passes a test. ``note`` names a sentence to add if it does not."""
+    """Return the condition that a setting passes ``test``. ``note`` names a sentence to add if it fails."""
 
     def condition(evidence: Evidence) -> Check:
         found = evidence.settings.get(key, {})
@@ -159,7 +159,7 @@ def _micro_batches(evidence: Evidence, least: int) -> Check:
 
 
 def _three_micro_batches(evidence: Evidence) -> Check:
-    """Check for three micro-batches: the offload fault drops those that are neither first nor last."""
+    """Check for three or more micro-batches, because the offload fault keeps only the first and the last."""
     checked = _micro_batches(evidence, 3)
     if checked.met is False:
         two = 2 in checked.reason.values["found"]
@@ -177,7 +177,7 @@ def _several_micro_batches(evidence: Evidence) -> Check:
 
 
 def _arithmetic(evidence: Evidence) -> Check:
-    """Say why the accumulation is not known, and what would decide it."""
+    """Return why the number of accumulation steps is unknown, and what it depends on."""
     batch, micro = evidence.only("batch_size"), evidence.only("micro_batch_size")
     if batch is None or not micro:
         return check(None, "not_said", setting="accumulation")
@@ -196,7 +196,7 @@ def _trained_by(trainer: str) -> Condition:
 
 
 def _own_tokens(evidence: Evidence) -> Check:
-    """Check that averaging is off. 5.23.0 averages by default; defaults of other releases are not known."""
+    """Check that averaging is off. 5.23.0 averages by default; the defaults of other releases are unknown."""
     told = evidence.settings.get("average_tokens")
     if not told and set(evidence.versions.get("transformers", {})) == {"5.23.0"}:
         return check(False, "averages_by_default")
@@ -217,7 +217,7 @@ _SEVERAL_PROCESSES = _setting("processes", lambda count: count >= 2)
 def _measured(
     package: str, finding: str, faulty: str, right: str, weights: str, *met: Condition, **more: bool
 ) -> Measured:
-    """Make a measured fault. ``faulty`` and ``right`` are releases, ``weights`` those of their CPU steps."""
+    """Return a measured fault. ``faulty`` and ``right`` are releases; ``weights`` is from their CPU steps."""
     source, by = f"recovered weights of the real step on a CPU: {weights}", tuple(faulty.split())
     return Measured(finding, package, by, tuple(right.split()), tuple(met), source, **more)
 
@@ -234,12 +234,12 @@ MEASURED: tuple[Measured, ...] = (
         _BY_TRAINER, _several_micro_batches,
     ),
     _measured(
-        "transformers", _TRAINER_STEP + "sums micro-batch means of a model class that takes no loss arguments",
+        "transformers", _TRAINER_STEP + "sums micro-batch means if the model class takes no loss arguments",
         "4.46.3", "5.23.0", "4.46.3 GPT-2, tokens 2, 17, 27, 2: [24, 2.8, 1.8, 24], logged loss correct; 5.23.0: ones",
         _BY_TRAINER, _GPT2, _several_micro_batches,
     ),
     _measured(
-        "transformers", _TRAINER_STEP + "with average_tokens_across_devices off divides by each process's own tokens",
+        "transformers", _TRAINER_STEP + "divides by each process's own tokens if average_tokens_across_devices is off",
         "5.23.0", "", "5.23.0 on 2 processes [.729 ×4, 1.591 ×4]; with the option on: ones",
         _BY_TRAINER, _own_tokens, _SEVERAL_PROCESSES,
     ),

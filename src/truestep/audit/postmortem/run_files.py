@@ -42,7 +42,7 @@ class Broken(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Values, each with the first file that gives it. Settings: ``words.SETTINGS``, batch sizes, trainer."""
+    """Values, each with the first file that gives it, for ``words.SETTINGS``, batch sizes and the trainer."""
 
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # package → version → file
     ranges: dict[str, str] = field(default_factory=dict)  # package → the line that requires it, without a pin
@@ -87,7 +87,7 @@ def gather(folder: Path) -> Evidence:
 
 
 def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
-    """Yield regular files with their sizes, sorted by name, as many as can be read in seconds."""
+    """Yield regular files with their sizes, sorted by name, but not more than can be read in seconds."""
     count, total, told = 0, 0, evidence.problems
     for root, folders, names in os.walk(folder, onerror=lambda e: told.append(f"{e.filename}: {e.strerror}")):
         folders[:] = sorted(f for f in folders if f not in SKIPPED)
@@ -228,7 +228,7 @@ def truth(value: Any) -> bool | None:
 
 
 def _word(value: Any) -> str:
-    """Return a name in lower case; a truth value is yes or no, because YAML reads an unquoted NO as false."""
+    """Return a name in lower case. True and False become yes and no, since YAML reads a bare NO as false."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return value.lower() if isinstance(value, str) else ""
@@ -249,7 +249,7 @@ def _mapping(found: Any, name: str, evidence: Evidence) -> None:
 
 
 def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
-    """Read TrainingArguments, or a file that passes them on."""
+    """Read TrainingArguments, or a file whose settings are passed on to them."""
     if "per_device_train_batch_size" in found:
         evidence.add("trainer", "transformers Trainer", name)
     evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
@@ -343,7 +343,7 @@ def _commands(text: str, name: str, evidence: Evidence) -> None:
 
 
 def _flags(line: str) -> dict[str, str]:
-    """Return flags of a command line (--name value, --name=value, --name); the last value of each counts."""
+    """Return a command line's flags (--name value, --name=value, --name). The last value of each counts."""
     words = [word.strip("\"'") for word in line.split()]
     flags = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):

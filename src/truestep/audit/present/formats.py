@@ -46,7 +46,7 @@ def _text(text: str) -> str:
 
 
 def to_junit(rows: Sequence[Row]) -> str:
-    """Return JUnit XML: a FAULT is a failure, a finding without an answer is skipped, and all others pass."""
+    """Return JUnit XML. A FAULT is a failure, a finding without an answer is skipped, and all others pass."""
     suite = ElementTree.Element("testsuite", name="truestep audit", tests=str(len(rows)))
     counts = {"failures": 0, "errors": 0, "skipped": 0}
     for row in rows:

@@ -74,8 +74,8 @@ def _entry(row: Row) -> dict[str, Any]:
 
 
 def draw(row: Row) -> SimpleNamespace | None:
-    """Return the positions of the bars, of the rank labels and of the lines of weight 0 and 1, in pixels from
-    the left and the top. Return None if no weights were recovered."""
+    """Return the positions of the bars, of the rank labels and of the lines for weights 0 and 1, in pixels
+    from the left and the top. Return None if no weights were recovered."""
     weights, tokens = words.by_rank(row, "weights"), words.by_rank(row, "tokens")
     flat = [w for rank in weights for w in rank if isinstance(w, int | float) and math.isfinite(w)]
     if not flat:

@@ -78,9 +78,9 @@ SENTENCES: dict[str, Form] = {
     "accumulation_twice": "divided by the accumulation steps twice",
     "ranks_summed": "summed over ranks instead of averaged",
     "ranks_twice": "divided by the number of ranks twice",
-    "both_missing": "multiplied by the number of ranks and of accumulation steps",
-    "both_twice": "divided twice by the number of ranks and of accumulation steps",
-    "divided_by_kept": "divided by the number of tokens that were kept",
+    "both_missing": "multiplied by the number of ranks and by the number of accumulation steps",
+    "both_twice": "divided twice by the number of ranks and by the number of accumulation steps",
+    "divided_by_kept": "divided by the number of tokens in the kept micro-batches",
     "empty_is_one_token": "each micro-batch without trained tokens counts as one token",
     "empty_is_zero_mean": "micro-batches without trained tokens count as a mean of zero",
     "unknown_weights": lambda v: f"an unknown pattern of weights [{_few(v['weights'])}]",
@@ -94,10 +94,10 @@ SENTENCES: dict[str, Form] = {
     "rounded_parameters": "parameters are rounded to bfloat16 at every step",
     "small_updates_lost": "small updates are lost ({share:.0%} of the entries)",
     "clip_of_entries": "every entry of the gradient is clipped to {limit:.3g}",
-    "prompt_trained": "tokens outside the mask are trained" + _COEFFICIENT,
+    "prompt_trained": "tokens outside the mask are trained on" + _COEFFICIENT,
     "shift_0": "labels are not shifted" + _COEFFICIENT,
     "shift_2": "labels are shifted twice" + _COEFFICIENT,
-    "stop_untrained": "the last token of each answer is not trained" + _COEFFICIENT,
+    "stop_untrained": "the last token of each answer is not trained on" + _COEFFICIENT,
     "weight_decay": "weight decay" + _COEFFICIENT,
     "weight_decay_of_matrices": "weight decay of matrices" + _COEFFICIENT,
     "momentum": "part of the previous step is applied again" + _COEFFICIENT,
@@ -122,14 +122,14 @@ SENTENCES: dict[str, Form] = {
     "schedule_speed": "the schedule advances by {speed:.3g} steps at each step",
     "resume_parameters": "the parameters after resuming differ from those that were saved",
     "resume_momentum": "after resuming, the optimizer's momentum is lost",
-    "resume_schedule": "after resuming, the schedule starts again",
+    "resume_schedule": "after resuming, the schedule starts over",
     "resume_rate": "after resuming, the learning rate is {rate:.3g} times the configured one",
-    "resume_momentum_schedule": "after resuming, the optimizer's momentum is lost and the schedule starts again",
+    "resume_momentum_schedule": "after resuming, the optimizer's momentum is lost and the schedule starts over",
     "resume_momentum_rate": "after resuming, the optimizer's momentum is lost and the learning rate is {rate:.3g} "
     "times the configured one",
     # the whole run
     "step_sizes": lambda v: f"steps were taken after {_some(v['rows'])} rows; expected {_some(v['asked'])}",
-    "rows_lost": "data is lost: {rows} rows reached no optimizer step",
+    "rows_lost": "data is lost: {rows} rows never reached an optimizer step",
     "rows_repeated": "{rows} rows were trained on more often than configured",
     "no_step": "no optimizer step was taken: {microbatches} micro-batches are lost",
     "nothing_moved": "no parameter moved: the optimizer does not have the parameters that the model uses",
@@ -301,7 +301,7 @@ def _together(values: Mapping[str, Any], told: str) -> str:
 _NAME = "{package} {version}"
 REASONS: dict[str, Form] = {
     "more_unread": "and {files} more files could not be read",
-    "no_release": _NAME + " is not a release, and was not measured",
+    "no_release": _NAME + " is not a release, so it was not measured",
     "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
     "older_is_faulty": _NAME + " is faulty by inference: it is older than {oldest}, which was measured to be "
     "faulty",
@@ -312,14 +312,14 @@ REASONS: dict[str, Form] = {
     f"{v['high']}, which were both measured {_WORD[v['faulty']]}",
     "between_different": lambda v: f"{v['package']} {v['version']} was not measured; it is between {v['low']} "
     f"({_WORD[v['faulty']]}) and {v['high']} ({_WORD[not v['faulty']]})",
-    "not_in_environment": "{package} is not among the {packages} packages of {file}",
+    "not_in_environment": "{package} is not among the {packages} packages in {file}",
     "not_pinned": lambda v: f"no file pins the version of {v['package']}" + (f" ({v['asked']})" if v["asked"] else ""),
     "releases": lambda v: _together(v, "; ".join(map(sentence, v["reasons"]))),
     "setting": lambda v: _together(v, f"{SETTINGS[v['setting']]} {_found(v)}") + NOTES.get(v.get("note", ""), ""),
     "not_said": lambda v: f"{SETTINGS[v['setting']]} is not given in any file",
     "boundary_not_shown": "no file shows whether the loop calls set_gradient_accumulation_boundary itself",
-    "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}): 3 or more on up to "
-    "{most} processes",
+    "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}), which is 3 or more on "
+    "up to {most} processes",
     "trainer_not_shown": "no file shows whether the {trainer} was used",
     "trained_by": lambda v: f"trained by {_found(v)}",
     "averages_by_default": "average_tokens_across_devices is not set in any file; transformers 5.23.0 "

@@ -3,10 +3,10 @@
 An adapter is a file with a function ``run`` for a child process and a literal ``SUBJECTS``. Adapters import
 each other by bare names. The table is read from these literals, without importing any framework. An entry has
 
-* name, and needs: the distributions without which the script cannot run, with the audited one first;
-* brings: frameworks that are installed with the audited one, whether they are named or not;
-* configurations: options of the script, plus the keys processes (one number or several), cases, without and
-  documented; the entry itself may set these keys for all its configurations.
+* name, and needs (the distributions without which the script cannot run, with the audited one first);
+* brings (frameworks that are installed with the audited one, even if they are not named);
+* configurations, which have options of the script, and the keys processes (one number or several), cases,
+  without and documented. The entry itself may also set these keys, for all its configurations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
     """One way to use a framework. ``documented`` names a non-default option that changes the step on purpose;
-    ``only`` has the cases that make sense here; ``without`` has relations that cannot run, and why."""
+    ``only`` has the cases that make sense here; ``without`` has cases that cannot run, with the reason."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     world_size: int = 1
@@ -91,15 +91,15 @@ def applicable(installed: Mapping[str, str]) -> list[Subject]:
 
 
 def meant_by(names: Sequence[str]) -> list[Subject]:
-    """Return the subjects that a requirement is about. All named packages must be theirs, one of them the
-    audited one, and they must not need a framework that was not named."""
+    """Return the subjects that a requirement is about. A subject must use all named packages, audit one of
+    them, and need no framework that was not named."""
     frameworks = {s.needs[0] for s in TABLE} - {"torch", "accelerate", "transformers"}
     theirs = [s for s in TABLE if set(names) <= {*s.needs, *s.brings} and s.needs[0] in names]
     return [s for s in theirs if not (set(s.needs) & frameworks) - set(names)]
 
 
 def with_arch(subject: Subject, arch: str) -> Subject:
-    """Return the subject on a different model class; configurations that become the same are merged.
+    """Return the subject with a different model class. Configurations that become the same are merged.
 
     A configuration without a model class runs its own tiny model and is kept.
     """

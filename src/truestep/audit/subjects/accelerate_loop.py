@@ -1,9 +1,9 @@
 """The loop in accelerate's documentation, with the summed loss divided by the window's tokens.
 
 The loop calls ``accumulate`` and ``backward``. Accelerate itself divides by the accumulation steps and DDP
-averages over ranks, so the guide multiplies by both. The scheduler ticks once per process in every step, as
-the guide says, and is made for that many ticks. Options: arch, optimizer; ``naive`` passes the mean of each
-micro-batch to accelerate (a mean of means, as in the first example of the documentation).
+averages over ranks, so the documentation multiplies by both. The scheduler ticks once per process in every
+step, as the documentation says, and is made for that many ticks. Options: arch, optimizer; ``naive`` passes
+the mean of each micro-batch to accelerate (a mean of means, as in the first example of the documentation).
 """
 
 from __future__ import annotations

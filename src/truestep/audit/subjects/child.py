@@ -1,4 +1,4 @@
-"""The child process of an audit. ``child.py FOLDER SUBJECT`` runs a subject on FOLDER/spec.json's cases."""
+"""An audit's child process. ``child.py FOLDER SUBJECT`` runs a subject on the cases in FOLDER/spec.json."""
 
 import importlib
 import sys

@@ -1,7 +1,7 @@
 """torch DistributedDataParallel as its documentation shows it, with ``no_sync`` inside the window.
 
 The summed loss is divided by the tokens of all ranks and multiplied by the world size, since DDP averages
-over ranks. Options: arch, optimizer; ``local_mean`` divides by this rank's tokens (common: a rank-wise mean).
+over ranks. Options: arch, optimizer; ``local_mean`` divides by this rank's tokens (a common rank-wise mean).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """DeepSpeed's engine with a user's choice of ZeRO stage, offload, accumulation and manual boundary.
 
-The loss is what a careful user writes: the sum over the trained tokens, divided once by their number in the
-step, times what DeepSpeed divides by (accumulation steps, ranks). A correct engine gives each token weight 1.
+The loss is what a careful user writes. It is the sum over the trained tokens, divided once by their number in
+the step, and multiplied by what DeepSpeed divides by (accumulation steps, ranks). A correct engine gives each
+token weight 1.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SUBJECTS = [{
 
 
 def whole(parameter: Any, ranks: int) -> Tensor:
-    """Return a parameter of stage 3, put together from the shards of all ranks."""
+    """Return a whole parameter in ZeRO stage 3, put together from the shards of all ranks."""
     mine: Tensor = parameter.ds_tensor.detach()
     shards = [torch.empty_like(mine) for _ in range(ranks)]
     torch.distributed.all_gather(shards, mine)

@@ -1,6 +1,6 @@
 """torch FSDP2 (``fully_shard``), which averages gradients over ranks on the last micro-batch of a window.
 
-Options: arch, optimizer; ``local_mean`` as in ddp.
+Options: arch, optimizer; ``local_mean``, which is the same as in ddp.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 class Spec:
-    """One case in one configuration, and the folder for what is observed."""
+    """One case in one configuration, and the folder for its observations."""
 
     def __init__(self, folder: Path, case: dict[str, Any], raw: dict[str, Any]) -> None:
         self.folder, self.case = folder, case
@@ -55,11 +55,11 @@ class Spec:
 
     @property
     def is_relation(self) -> bool:
-        """Whether the case tests more than single steps."""
+        """Whether the case tests more than the weights in single steps."""
         return self.decays or bool(self.case.get("max_grad_norm"))
 
     def scheduler(self, optimizer: Any, ticks: int = 1) -> torch.optim.lr_scheduler.LambdaLR:
-        """Return a scheduler that is called ``ticks`` times per step: linear decay to zero, or constant."""
+        """Return a scheduler for ``ticks`` calls per step, which decays linearly to zero or is constant."""
         last = self.steps * ticks
         share = (lambda i: max(0.0, 1 - i / last)) if self.decays else (lambda i: 1.0)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
@@ -70,7 +70,7 @@ class Spec:
         return [windows[:at], windows[at:]] if at else [windows]
 
     def labels(self, row: int) -> list[int]:
-        """Return the row's tokens, with −100 for those that are not trained."""
+        """Return the row's tokens, with −100 in place of those that are not trained."""
         tokens = zip(self.rows[row]["ids"], self.rows[row]["trained"], strict=True)
         return [t if on else -100 for t, on in tokens]
 
@@ -97,7 +97,7 @@ class Spec:
 
 
 def main(run: Callable[[Spec], None]) -> None:
-    """Run the subject on every case in one process, because importing a framework takes longest."""
+    """Run the subject on every case in one process, because importing a framework takes most of the time."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     raw = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
@@ -147,7 +147,7 @@ def deepspeed_without_compiler() -> None:
 
 
 def deepspeed_settings(spec: Spec, stage: int, batch: int | str, accumulation: int | str) -> dict[str, Any]:
-    """Return a user's DeepSpeed settings with torch's optimizer; DeepSpeed's CPU Adam needs a compiler."""
+    """Return a user's DeepSpeed settings for torch's optimizer, as DeepSpeed's CPU Adam needs a compiler."""
     zero: dict[str, Any] = {"stage": stage}
     if spec.options.get("offload", False):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}

@@ -86,7 +86,7 @@ def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
 
 
 def fresh_state() -> None:
-    """Reset Accelerate's state, which lasts for the whole process, so that every case starts without any."""
+    """Reset Accelerate's state, which otherwise lasts for the whole process, before a new case."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state()
@@ -106,12 +106,12 @@ def stop_at(step: int) -> transformers.TrainerCallback:
 
 
 def optimizers(spec: harness.Spec, model: torch.nn.Module) -> dict[str, Any]:
-    """Return SGD with momentum, for which the Trainer has no argument; the scheduler is the Trainer's own."""
+    """Return SGD with momentum, for which the Trainer has no argument. The Trainer makes the scheduler."""
     return {"optimizers": (spec.optimizer(model.parameters()), None)} if spec.case["resume_after"] else {}
 
 
 def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harness.Recorder:
-    """Call ``train()`` on the trainer that ``build`` makes: once, or to a checkpoint and then from it."""
+    """Call ``train()`` on the trainer that ``build`` makes, once, or up to a checkpoint and again from it."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
         harness.deepspeed_without_compiler()

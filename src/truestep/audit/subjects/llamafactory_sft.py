@@ -1,4 +1,4 @@
-"""LLaMA-Factory's own CustomSeq2SeqTrainer for SFT, with its own arguments; rows come from hf_trainer.
+"""LLaMA-Factory's own CustomSeq2SeqTrainer for SFT, with its own arguments. The rows come from hf_trainer.
 
 Only torchaudio is replaced by an empty module, since no sound files are used. Options: those of hf_trainer.
 """

@@ -77,7 +77,7 @@ def strategy_of(spec: harness.Spec) -> Any:
 
 
 def rows_of(spec: harness.Spec) -> list[dict[str, list[int]]]:
-    """Return rows with a mask of 1 at t if token t + 1 is trained; OpenRLHF masks the token that predicts."""
+    """Return rows whose mask is 1 at t if token t + 1 is trained, as OpenRLHF marks predicting tokens."""
     return [{"ids": r["ids"], "mask": [*r["trained"][1:], 0]} for r in spec.rows]
 
 

@@ -1,4 +1,4 @@
-"""The control: a plain torch loop as in every tutorial, with the loss summed and divided once."""
+"""The control, a plain torch loop as in every tutorial. The loss is summed, and divided once."""
 
 from __future__ import annotations
 

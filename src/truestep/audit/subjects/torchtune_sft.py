@@ -1,7 +1,7 @@
 """torchtune's full fine-tuning recipe for one device, with its own ``train``, loss and data loader.
 
 What its ``setup`` would read from files (weights, tokenizer, logger) is set directly, for a tiny version of
-torchtune's own Llama 3. No checkpoint is written, because the recipe's are weight files of whole epochs.
+torchtune's own Llama 3. No checkpoint is written, as the recipe's checkpoints are weights of whole epochs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torchtune.training import DummyProfiler
 
 SUBJECTS = [{
     "name": "torchtune SFT recipe", "needs": ["torchtune", "torch"], "cases": ["CASES", "clipped", "scheduled"],
-    "without": {"resumed": "its checkpoints hold whole epochs and its own weight files"},
+    "without": {"resumed": "its checkpoints cover whole epochs and contain its own weight files"},
 }]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class ByIds(nn.Module):
-    """The decoder with the input name that the recorder expects; ``ByTokens`` has the recipe's name."""
+    """The decoder with the input name that the recorder expects. ``ByTokens`` has the name in the recipe."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on rows of token ids with a mask of the assistant's tokens: plain, packed or as a chat.
+"""TRL's SFTTrainer on token ids with a mask of the assistant's tokens. Rows are plain, packed or a chat.
 
 Options: those of hf_trainer; ``packing``; ``assistant_only`` passes messages, and TRL makes the mask.
 """
@@ -56,7 +56,7 @@ def words(ids: list[int]) -> str:
 
 
 def messages(ids: list[int], trained: list[int]) -> list[dict[str, str]]:
-    """Return runs of untrained and of trained tokens as the turns of user and assistant."""
+    """Return a row as a chat. Untrained tokens are the user's turns, and trained tokens the assistant's."""
     turns: list[tuple[int, list[int]]] = []
     for token, on in zip(ids, trained, strict=True):
         if not turns or turns[-1][0] != on:

@@ -1,8 +1,8 @@
 """verl's own ``agg_loss``, audited as a function. verl's trainers need a cluster of GPUs; its loss does not.
 
 The loop around it uses the value as verl's actor does. If a release's function does not take counts of the
-whole batch, each micro-batch's mean is divided by the number of micro-batches; else the counts are passed.
-Gradients are averaged over ranks, as FSDP does.
+whole batch, each micro-batch's mean is divided by the number of micro-batches. Otherwise, the counts are
+passed. Gradients are averaged over ranks, as FSDP does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from verl.trainer.ppo.core_algos import agg_loss
 
 SUBJECTS = [{
     "name": "verl agg_loss (function level)", "needs": ["verl", "torch"], "processes": [1, 2], "cases": ["ENGINE"],
-    "without": {"clipped, scheduled, resumed": "only the loss is the framework's, not the clip, schedule and checkpoint"},
+    "without": {"clipped, scheduled, resumed": "only the loss is verl's; the clip, schedule and checkpoint are not"},
 }]  # fmt: skip
 
 

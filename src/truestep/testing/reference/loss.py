@@ -46,7 +46,8 @@ def trained_tokens(
     model: nn.Module, sequence: TrainSequence, temperature: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return log-probabilities of a sequence's trained tokens and entropies of their distributions, with
-    gradient. The sequence is run separately, unpadded, without dropout. Raises ValueError if not in float64.
+    gradient. The sequence is run separately, without padding and dropout. Raises ValueError if the model is
+    not in float64.
 
     Equation: log softmax(logits[t-1] / temperature)[token t] for every trained t; −Σ_v p_v log p_v.
     """
@@ -102,7 +103,7 @@ def denominator(
 ) -> float:
     """Return the divisor for a token of ``sequence``. All ``sequences`` are counted, whatever their weight.
 
-    Equation: tok Σ|y| · seq |y|·N_seq · sum N_seq · drg N_seq·L, L = ``max_length``.
+    Equation: Σ|y| (tok); |y|·N_seq (seq); N_seq (sum); N_seq·L with L = ``max_length`` (drg).
     """
     if normaliser == "drg" and max_length is None:
         raise ValueError("the drg normaliser divides by a fixed length; pass max_length")
@@ -127,7 +128,7 @@ def drop_equal_groups(scored: Sequence[ScoredSequence]) -> list[ScoredSequence]:
 def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
     """Return the advantages of a group's members; 0 for a group of one, which has nothing to compare with.
 
-    Equation: mean R−mean · mean_std (R−mean)/(std+1e-6), std with n−1 · rloo R − mean of the others.
+    Equation: R−mean (mean); (R−mean)/(std+1e-6), std with n−1 (mean_std); R − mean of the others (rloo).
     """
     if kind not in ("mean", "mean_std", "rloo"):
         raise ValueError(f"unknown advantage {kind!r}; use mean, mean_std or rloo")
@@ -142,7 +143,7 @@ def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
 
 
 def weigh_microbatches(sequences: Sequence[TrainSequence], microbatches: Microbatches) -> list[TrainSequence]:
-    """Return the sequences, with weights multiplied by those of their micro-batches, if there are any.
+    """Return the sequences. Their weights are multiplied by those of ``microbatches``, if there are any.
 
     Raises: ValueError if a sequence is in no micro-batch or in two.
     """
@@ -150,7 +151,7 @@ def weigh_microbatches(sequences: Sequence[TrainSequence], microbatches: Microba
         return list(sequences)
     listed = sorted(i for indices, _ in microbatches for i in indices)
     if listed != list(range(len(sequences))):
-        raise ValueError(f"micro-batches list sequences {listed}, not each of 0..{len(sequences) - 1} once")
+        raise ValueError(f"micro-batches list sequences {listed}; list each of 0..{len(sequences) - 1} once")
     weight_of = {i: weight for indices, weight in microbatches for i in indices}
     return [replace(s, weight=s.weight * weight_of[i]) for i, s in enumerate(sequences)]
 
@@ -206,7 +207,7 @@ def gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def reference_gradient(
     model: nn.Module, sequences: Sequence[TrainSequence], proximal: LogprobRows | None = None, **how: Any
 ) -> dict[str, Tensor]:
-    """Return Σ_i w_i·g_i, with g_i the gradient of micro-batch i's share of ``reference_loss(**how)``."""
+    """Return Σ_i w_i·g_i, where g_i is the gradient of micro-batch i's share of ``reference_loss(**how)``."""
     return gradient(model, reference_loss(model, sequences, proximal, **how))
 
 
@@ -279,7 +280,7 @@ def learning_rate(
 
 
 def clip_by_global_norm(gradients: Tensors, max_norm: float) -> tuple[dict[str, Tensor], float]:
-    """Return clipped gradients and their norm before clipping, over all tensors; ``max_norm`` 0 is no clip.
+    """Return clipped gradients and the norm of all tensors before clipping. ``max_norm`` 0 means no clip.
 
     Equation: g · min(1, max_norm / (‖g‖ + 1e-6)).
     """
@@ -298,7 +299,7 @@ def adamw(
 ) -> tuple[dict[str, Tensor], AdamState]:
     """Take an AdamW step, which is the same for every tensor. ``state`` is None before the first step.
 
-    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε), ^ divides by 1−β^t.
+    Equation: m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ − lr·wd·θ − lr·m̂/(√v̂+ε); ^ divides by 1−β^t.
     Source: arXiv 1711.05101, algorithm 2.
     """
     zeros = {name: torch.zeros_like(theta) for name, theta in parameters.items()}
@@ -319,7 +320,7 @@ def adamw(
 def reference_step(
     parameters: Tensors, gradients: Tensors, state: AdamState | None, lr: float, settings: OptimizerSettings
 ) -> tuple[dict[str, Tensor], AdamState | None, float]:
-    """Clip, then update. Return new parameters, new state (None for sgd), and the norm before clipping."""
+    """Clip and update. Return the new parameters, new state (None for sgd) and the norm before clipping."""
     clipped, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
     if settings.kind == "sgd":
         return sgd(parameters, clipped, lr), None, norm
@@ -333,7 +334,7 @@ def reference_steps(
     settings: OptimizerSettings,
     total_steps: int,
 ) -> list[StepResult]:
-    """Run steps 0, 1, … of a stage of ``total_steps`` on a copy of the model, one loss function per step.
+    """Run steps 0, 1, … of a stage of ``total_steps`` on a model copy, with one loss function per step.
 
     Each function is called with the copy at that step, e.g. ``lambda m: reference_loss(m, sequences)``.
     """

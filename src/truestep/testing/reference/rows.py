@@ -1,7 +1,7 @@
 """The papers' objectives as whole optimizer steps over sequences of several kinds.
 
-Each part is written from the papers' formulas with the surrogates of ``reference.surrogate``, differentiated
-as it is written, and divided by counts of the whole step.
+Each part follows the papers' formulas and uses the surrogates of ``reference.surrogate``. It is
+differentiated as it is written, and divided by counts of the whole step.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def anything(sequence: TrainSequence, i: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A sum over the tokens that ``about`` selects, divided by a count: tok its tokens, seq |y|·N_seq, sum
-    N_seq, drg N_seq·L, where N_seq counts the sequences with a ``counted`` token. ``top_share`` keeps only
-    that share of tokens, those with the highest entropy."""
+    """A sum over the tokens that ``about`` selects, divided by a count. The count is N_tok for tok, |y|·N_seq
+    for seq, N_seq for sum, and N_seq·L for drg. N_tok counts the ``counted`` tokens, and N_seq the sequences
+    with such a token. ``top_share`` keeps only that share of tokens, with the highest entropy."""
 
     about: About
     losses: partial[list[Tensor]]
@@ -53,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A method's parts; ``whiten`` replaces advantages by (A − mean)/(std + 1e-8) over own tokens."""
+    """A method's parts. ``whiten`` replaces advantages by (A − mean)/(std + 1e-8) over policy tokens."""
 
     parts: tuple[Part, ...]
     whiten: bool = False
@@ -128,7 +128,7 @@ ROWS: dict[str, Row] = {
 
 
 def named_part(name: str) -> Part:
-    """Return the part with the row's name, or the row's first part. ``loss.reference_loss`` uses it."""
+    """Return the part with the method's name, or its first part. ``loss.reference_loss`` uses this part."""
     parts = ROWS[name].parts
     return next((part for part in parts if part.losses.func.__name__ == name), parts[0])
 

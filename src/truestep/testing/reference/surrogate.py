@@ -1,8 +1,9 @@
-"""The papers' surrogates: what each trained token contributes to a loss, as the papers write it.
+"""The papers' surrogates, which are what each trained token contributes to a loss, as the papers write it.
 
 Each is differentiated as written, never as a detached coefficient times a log-probability, so that it can
-disagree with code that uses coefficients. Log-probabilities: ``policy`` of current weights, with gradient;
-``proximal`` frozen at the start of the update; ``behavior`` of the sampler; ``reference`` of the KL anchor.
+disagree with code that uses coefficients. The log-probabilities are ``policy`` (current weights, with
+gradient), ``proximal`` (frozen at the start of the update), ``behavior`` (sampler) and ``reference``
+(anchor).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from truestep.records import Origin, TrainSequence
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredSequence:
-    """A sequence with its log-probabilities and, if a method uses them, the entropies of their distributions;
-    all are aligned with the trained tokens."""
+    """A sequence with its log-probabilities and, if a method uses them, the entropies of their distributions.
+    All are aligned with the trained tokens."""
 
     sequence: TrainSequence
     policy: Sequence[Tensor]
@@ -185,7 +186,8 @@ def rl_plus(scored: ScoredSequence, *, gamma: float) -> list[Tensor]:
 
 
 def unshaped(scored: ScoredSequence) -> list[Tensor]:
-    """Equation: −A π: importance sampling, behavior probability 1. Source: arXiv 2506.19767, demonstrations."""
+    """Equation: −A π: importance sampling, behavior probability 1. Source: arXiv 2506.19767,
+    demonstrations."""
     return [-advantage * torch.exp(x) for x, advantage in zip(scored.policy, scored.advantages, strict=True)]
 
 
@@ -220,7 +222,7 @@ def srft_samples(scored: ScoredSequence, *, scale: float) -> list[Tensor]:
 
 
 def uncertain_only(scored: ScoredSequence, losses: Sequence[Tensor], threshold: float) -> list[Tensor]:
-    """Return the losses of tokens whose entropy under the proximal policy reaches the threshold; else 0."""
+    """Return each token's loss, or 0 if its entropy under the proximal policy is below the threshold."""
     pairs = zip(losses, scored.proximal_entropies, strict=True)
     return [loss if entropy >= threshold else loss * 0 for loss, entropy in pairs]
 
