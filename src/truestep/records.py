@@ -74,8 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens: the prompt, then the solution and the stop token. The last two are in the
-    loss."""
+    """A worked solution as tokens: a prompt, and the solution with its stop token, which are in the loss."""
 
     problem_id: str
     token_ids: tuple[int, ...]

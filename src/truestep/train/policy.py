@@ -1,7 +1,7 @@
-"""The trained model as one module, from a packed micro-batch to per-token log-probabilities and entropies.
+"""The trained model as one module, which maps a micro-batch to per-token log-probabilities and entropies.
 
 FSDP wraps this module as the root, so that no hook is bypassed.
-Shapes: N forwarded tokens, M trained tokens, D hidden size.
+Shapes: N tokens in the forward pass, M trained tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _keep_products() -> tuple[Any, Any]:
 
 
 class Policy(nn.Module):
-    """``forward(batch, temperature)`` returns (logprobs [M], entropy [M]), both differentiable.
+    """A policy, whose ``forward(batch, temperature)`` returns differentiable logprobs [M] and entropies [M].
 
     ``notes`` says which fast paths were refused when the model was loaded, and why."""
 
@@ -88,7 +88,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _head_differs(self) -> str:
-        """Say why the logits are not hidden states times output matrix (soft cap, scale), or return ""."""
+        """Return "" if the logits are hidden states times output matrix, or why not (soft cap, scale)."""
         table = self.model.get_input_embeddings().weight
         ids, positions = torch.arange(3, 12, device=table.device), torch.arange(9, device=table.device)
         ids = ids % table.shape[0]

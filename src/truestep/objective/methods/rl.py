@@ -64,7 +64,7 @@ def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0
 
 
 def rloo() -> Method:
-    """RLOO: the baseline is the mean of the other samples. The loss is a mean of sequence sums, not clipped."""
+    """RLOO: the baseline is the mean of the other samples. The loss is a mean of sequence sums; no clip."""
     term = policy_term(coefficients.importance, Normaliser.SEQUENCE_SUMS)
     return Method(name="rloo", terms=(term,), advantage=leave_one_out, source="arXiv:2402.14740")
 
