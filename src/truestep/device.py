@@ -105,7 +105,7 @@ def matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> fl
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute ``torch.nn.functional.linear``. On a CPU, oneDNN replaces MKL in float32 without autograd.
+    """Compute ``torch.nn.functional.linear``. In float32 on a CPU without autograd, use oneDNN, not MKL.
 
     On an AMD EPYC, oneDNN was 1.3 to 1.6 times as fast for the output layer (49,152 columns of 576).
     Shapes: input [N, D], weight [V, D], bias [V] or None → [N, V]."""
@@ -125,7 +125,7 @@ def keep_free_memory() -> None:
 
 
 def return_free_memory() -> None:
-    """Return freed pages to the system. Otherwise, glibc keeps those between longer-lived tensors."""
+    """Return freed pages to the system. Otherwise, glibc keeps the pages between longer-lived tensors."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -20,7 +20,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """Describe the first problem of a table that ``model`` rejected: key, expected value and given value."""
+    """Describe the first problem in a table that ``model`` rejected, with key, expected and given value."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))

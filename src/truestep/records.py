@@ -63,7 +63,7 @@ class Role(enum.IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A problem as token ids, which its samples continue."""
+    """The prompt of a problem as token ids, which the problem's samples continue."""
 
     problem: Problem
     token_ids: tuple[int, ...]
@@ -136,7 +136,7 @@ PLAIN = Round(num_samples=1)
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One completion. Shapes: ``origin``, ``policy_version`` and ``behavior_logprobs`` have one value per
-    completion token. If it failed, ``stop`` is ERROR, ``error`` has the reason, and there are no tokens."""
+    completion token. If it failed, ``stop`` is ERROR, ``error`` says why, and there are no tokens."""
 
     problem_id: str
     sample_index: int

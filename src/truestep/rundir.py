@@ -36,7 +36,7 @@ def redact(text: str) -> str:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file atomically. Even after a power loss, it has all of the old or all of the new content."""
+    """Write a file atomically. Even after a power loss, it contains all of the old or all of the new data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -28,7 +28,7 @@ class Purpose(enum.StrEnum):
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, item: str | int = 0) -> np.random.Generator:
-    """Return a Philox generator keyed by a SHA-256 of the arguments. Neighboring steps are unrelated."""
+    """Return a Philox generator keyed by a SHA-256 of the arguments, so draws of two steps are unrelated."""
     digest = hashlib.sha256(f"{seed}\x1f{purpose.value}\x1f{step}\x1f{item}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 

@@ -376,7 +376,7 @@ class Settings(Frozen):
                 raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {known}')
         if self.compute.parallel == "fsdp2" and self.compute.compile:
             raise ValueError(
-                "compute.compile with fsdp2 is not proven to give the same updates; set compile = false"
+                "compute.compile with fsdp2 has not been shown to give the same updates; set compile = false"
             )
         return self
 

@@ -26,7 +26,7 @@ def pending() -> int:
 
 
 def check() -> None:
-    """Raise Interrupted if a signal has arrived. Runs between decoding steps, micro-batches and steps."""
+    """Raise Interrupted if a signal has arrived. Used between decoding steps, micro-batches and steps."""
     if _pending:
         raise Interrupted(_pending[0])
 

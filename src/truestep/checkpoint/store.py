@@ -87,12 +87,12 @@ def save_checkpoint(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write and commit a checkpoint, then delete older ones, so that ``keep`` remain with this one.
+    """Write and commit a checkpoint, then delete older ones, so that ``keep`` remain with it.
 
     Every rank calls this with its own tensors and the same step, state (rank 0's is used) and group names.
 
-    Raises OutOfSpace, UserError if another process is saving into the folder, RuntimeError if another rank
-    failed, and ValueError for values that cannot be stored."""
+    Raises OutOfSpace if the disk is full, UserError if another process is saving here, RuntimeError if
+    another rank failed, and ValueError for values that cannot be stored."""
     state = _checked(checkpoint, keep, rank, world_size)
     final = folder / f"step_{checkpoint.step:08d}"
     temporary = final.with_name(f"{final.name}.tmp-write")
@@ -180,7 +180,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write and fsync a new file. The returned size and SHA-256 are those of the pieces; nothing is read."""
+    """Write and fsync a new file. Return size and SHA-256 of the pieces, not of what the disk returns."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -266,7 +266,7 @@ def load_latest(
     Every rank verifies the files of all ranks, so that all choose the same checkpoint without communication.
     If a single process saved the checkpoint, every rank reads all of it.
 
-    Raises UserError if no checkpoint is intact, or if it has a different world size or format."""
+    Raises UserError if none of them is intact, or if one has a different world size or format."""
     if rank == 0 and folder.is_dir():
         # A concurrent writer or a read-only disk is not an error.
         with contextlib.suppress(UserError, OSError), exclusive(folder, patience=0) as locked:

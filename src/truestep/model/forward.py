@@ -23,7 +23,7 @@ PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
-    """Return the model's decoder layers. Raises UserError if they are not in any attribute known here."""
+    """Return the model's decoder layers. Raises UserError if no known attribute contains them."""
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(model.base_model, name, None), torch.nn.ModuleList):
             return list(found)
@@ -57,9 +57,9 @@ def hidden_states_by_segment(
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Switch on packed attention if it does not change the hidden states. Returns "" or why it does.
+    """Switch on packed attention if it does not change the hidden states. Returns "" or why it stays off.
 
-    Three random sequences, of which two share a prefix, are run packed and one by one for this."""
+    To check this, three random sequences, two of them with a shared prefix, are run packed and one by one."""
     plain = model.config._attn_implementation
     table = model.get_input_embeddings().weight
     device = table.device

@@ -61,7 +61,7 @@ def resolve(settings: ModelSettings) -> str:
 
 
 def model_content(settings: ModelSettings) -> str:
-    """Return a hash of the model's files ("" for ``tiny``), which tells models with other weights apart."""
+    """Return a hash of the model's files ("" for ``tiny``), which differs if the weights differ."""
     source = resolve(settings)
     if source == "tiny":
         return ""

@@ -241,8 +241,8 @@ def shaped_replay(context: Context, beta: float) -> Tensor:
 
 @with_options
 def mixed_importance(context: Context, exponent: float) -> Tensor:
-    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222). This is a demonstration's ratio to the
-    mixture of the proximal policy and a behavior policy ½(p_proximal+1). A small p raises the advantage."""
+    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222). The last factor is p divided by
+    the mean of p_proximal and a behavior policy ½(p_proximal+1). A small p raises the advantage."""
     p, old = context.probability, context.proximal_logprobs.exp()
     return context.advantage * (1 - p).clamp(min=0) ** exponent * 4 * p / (3 * old + 1)
 

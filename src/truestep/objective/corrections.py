@@ -54,8 +54,9 @@ def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tens
 
 @with_options
 def kl_in_reward(context: Context, beta: float) -> Tensor:
-    """Return the advantage A_t − β·Σ_{s≥t} (log π_proximal − log π_ref). It changes, and the sum covers, only
-    tokens that the policy sampled. With REINFORCE, the gradient is that of the reverse KL."""
+    """Return the advantage A_t − β·Σ_{s≥t} (log π_proximal − log π_ref). A token that the
+    policy did not sample keeps its advantage and is not in the sum. With REINFORCE, the gradient is that of
+    the reverse KL."""
     own = context.batch.origin == int(Origin.POLICY)
     charge = torch.where(own, context.proximal_logprobs - context.reference_logprobs, 0.0)
     charges = beta * coefficients.to_go(charge, context.batch)

@@ -113,7 +113,7 @@ def chunked_logprobs(
 
 
 def logprobs_from_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Compute the same as ``chunked_logprobs`` from logits [M, V], if these are not one matrix product."""
+    """Compute the same as ``chunked_logprobs``, for logits [M, V] that are more than a matrix product."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     logp = torch.log_softmax(logits.to(wide) / temperature, dim=-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

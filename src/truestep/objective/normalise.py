@@ -27,8 +27,8 @@ class Normaliser(enum.StrEnum):
 
 
 def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Sequence[TokenBatch]) -> float:
-    """Count this rank's share of a term's denominator. ``selected`` has one boolean [M] per
-    micro-batch. A sequence, which is never split, counts if any of its tokens is selected."""
+    """Count this rank's share of a term's denominator. ``selected`` has a boolean tensor [M] for
+    each micro-batch. A sequence, which is never split, counts if any of its tokens is selected."""
     if normaliser is Normaliser.TOKENS:
         return float(sum(int(s.sum()) for s in selected))
     found = [b.sequence_index[s] for s, b in zip(selected, batches, strict=True)]

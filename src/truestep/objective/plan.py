@@ -131,7 +131,7 @@ def _binomial(draw: float, count: int, probability: float) -> int:
 
 def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
     """Return a plan with micro-groups of ½, ¼, ⅛ and ⅛ of the samples. If the share of successes so far is
-    below a level's threshold, the next micro-group has that level's prefix. Otherwise it has none (TRAPO)."""
+    below a level's threshold, the next micro-group continues that level's prefix, otherwise none (TRAPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples
@@ -178,7 +178,7 @@ def anchored(num_episodes: int, low: float, high: float) -> Plan:
 
 
 def hinted(fractions: Sequence[float]) -> Plan:
-    """Return a plan with ordinary samples. If none is correct, all are replaced by samples under a prompt
+    """Return a plan with ordinary samples. If none is correct, all are replaced by samples from a prompt
     that shows more and more of the solution, until a sample is correct (GHPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:

@@ -44,7 +44,7 @@ Change = Callable[[Sequence[TrainSequence]], list[TrainSequence]]
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """A checked relation. ``error`` is the largest relative difference of two updates or two runs."""
+    """A checked relation. ``error`` is the largest relative difference between two updates or two runs."""
 
     name: str
     error: float
@@ -126,7 +126,7 @@ def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporte
 
 
 def _update(spec: StageSpec, data: StepData, step: int, limit: int = TOKENS) -> Tensor:
-    """Return the change of the parameters by the step's updates. The parameters are restored afterwards."""
+    """Return how the step's updates change the parameters. The parameters are restored afterwards."""
     policy, updater = spec.policy, spec.updater
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     scorer = replace(updater.scorer, tokens_per_microbatch=limit)

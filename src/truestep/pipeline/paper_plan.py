@@ -107,7 +107,7 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
         return sequence_work(prompt, demonstration).times(sequences)
     if isinstance(stage, RejectionSettings):
         raise UserError(
-            f"stages.{stage.name}: a rejection stage cannot be estimated, because it is unknown how many samples it keeps"
+            f"stages.{stage.name}: a rejection stage cannot be estimated, as the number of kept samples is unknown"
         )
     assert isinstance(stage, RlSettings)
     known = declared.stages.get(stage.name, DeclaredStage())
@@ -176,7 +176,7 @@ def gib_per_gpu(
 
 
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
-    """Make the plan without weights or data. Raises UserError if declared facts contradict the settings."""
+    """Return the dry run's plan. Raises UserError if the declared facts contradict the settings."""
     from truestep.model.load import model_shape
     from truestep.pipeline.prepare import check_methods
 

@@ -97,7 +97,7 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
             if name not in guided or "solution" not in str(error):
                 raise
             method = prepared.methods[guided[name].name].name
-            reason = f'stages.{guided[name].name}.method = "{method}" trains on it'
+            reason = f'stages.{guided[name].name}.method = "{method}" trains on solutions'
             raise UserError(f"{error} ({reason})") from None
     _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
     rl = [s for s in settings.stages if isinstance(s, RlSettings)]

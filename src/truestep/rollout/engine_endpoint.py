@@ -63,7 +63,7 @@ class TextSample:
 
 
 def text_seed(request: SampleRequest) -> int:
-    """Derive a 31-bit seed from the request's coordinates, for servers that take an integer."""
+    """Derive a 31-bit seed from the fields of the request, for servers that take an integer."""
     item = f"{request.problem_id}/{request.sample_index}"
     return integer(request.seed, request.purpose, request.step, item) % 2**31
 

@@ -93,7 +93,7 @@ class _PrefillLayout(PackedLayout):
 
 
 class _DecodeLayout:
-    """One new token of each running sample. It attends to all cached tokens of its slot and to itself."""
+    """The layout of one new token per running sample, which attends to its slot's cache and to itself."""
 
     def __init__(self, cache: KvCache, lengths: Sequence[int], device: torch.device) -> None:
         self.cache = cache
@@ -316,7 +316,7 @@ class TorchEngine:
 
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Return how many leading tokens all prompts share, or 0 if too few. No prompt is shared as a whole."""
+    """Return how many leading tokens all prompts share, or 0 if too few. No prompt's last token is shared."""
     first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share too
     most = min(map(len, prompts)) - 1
     same = next((i for i in range(most) if first[i] != last[i]), most)

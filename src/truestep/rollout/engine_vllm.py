@@ -139,7 +139,7 @@ class VllmEngine:
         raise UserError('engine = "vllm" can only evaluate; train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Return log-probabilities of ``token_ids[num_prompt_tokens:]``. UserError if temperature ≠ 1."""
+        """Return the log-probabilities of the completion. Raises UserError if temperature ≠ 1."""
         if temperature != 1.0:
             raise UserError('engine = "vllm" scores at temperature 1 only')
         body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}

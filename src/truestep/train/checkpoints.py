@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """The state of a stage after ``step`` steps, without weights and optimizer. ``ledger`` is the run's work
-    on this rank, ``best`` the step and score of the best dev checkpoint, and ``unlogged`` unwritten logs."""
+    on this rank, ``best`` the step and score of the best dev checkpoint, ``unlogged`` what must be logged."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)

@@ -94,7 +94,7 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
 
 
 def finish(spec: StageSpec, state: TrainState) -> TrainState:
-    """Compute the step's dev score, if one is due, and write its log lines. A resumed run does this again."""
+    """Compute the step's dev score, if one is due, and write its log lines. A resumed run does both again."""
     unlogged, began = state.unlogged, time.perf_counter()
     assert unlogged is not None
     metrics, times = dict(unlogged["metrics"]), dict(unlogged["times"])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table. ``within`` says how an update's values are combined over micro-batches and ranks:
+    """A metric. ``within`` says how an update's values are combined over micro-batches and ranks:
     mean (Σ value ÷ Σ count), std (of the values, biased), sum, max, or once (the same on every rank).
     ``across`` says how the updates of a step are combined: mean, sum, max or last. ``panel`` is the report's
     panel and the curve's name in it. ``elsewhere`` is the name in TRL and, after a semicolon, in verl."""

@@ -55,7 +55,7 @@ class Policy(nn.Module):
             self.notes.append(f"sequences are run one by one, not packed: {reason}")
         self.packs = not reason
         if reason := self._head_differs():
-            self.notes.append(f"logits are made at once, not in chunks: {reason}")
+            self.notes.append(f"all logits are computed at once, not in chunks: {reason}")
         self.plain_head = not reason
         self.saves_memory = bool(gradient_checkpointing)
         if gradient_checkpointing is True:
@@ -100,4 +100,4 @@ class Policy(nn.Module):
         expected = self.model(input_ids=ids[None], use_cache=False).logits[0].to(got.dtype)
         difference = float((got - expected).norm() / expected.norm())
         is_equal = difference <= forward.PACKING_TOLERANCE[got.dtype]
-        return "" if is_equal else f"its logits are not hidden·Wᵀ ({difference:.1e})"
+        return "" if is_equal else f"the logits are not hidden·Wᵀ ({difference:.1e})"

@@ -1,4 +1,4 @@
-"""Forward passes before a step's first update, which score it with the proximal and reference policies."""
+"""Forward passes before a step's first update, with the proximal and the reference policy."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class GatedGroup:
 
 
 def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
-    """Apply the method's gate before the length penalty, which does not make a group informative."""
+    """Apply the gate before the length penalty, because a penalty does not make a group informative."""
     view = GroupView(
         rewards=tuple(s.reward for s in group.scores),
         solved=tuple(s.solved(solved_at) for s in group.scores),

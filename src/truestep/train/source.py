@@ -191,7 +191,7 @@ class RolloutSource:
     def _refill(
         self, cuts: list[list[GatedGroup]], step: int
     ) -> tuple[list[list[GatedGroup]], list[GatedGroup]]:
-        """Replace fully dropped groups with groups of other prompts, if the method has a ``Refill``. All
+        """Replace entirely dropped groups with groups of other prompts, if the method has a ``Refill``. All
         ranks draw from one shuffled order of the prompts that no rank has used in this step."""
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)

@@ -37,7 +37,7 @@ class Updates:
 @dataclass(frozen=True, kw_only=True)
 class Updater:
     """Turns a step's sequences into updates. ``optimizers`` has "optimizer" and, for a method with a buffer,
-    "buffer-optimizer" (same parameters, separate moments). ``max_length`` is L of that normaliser."""
+    "buffer-optimizer" (same parameters, separate moments). ``max_length`` is L of Normaliser.MAX_LENGTH."""
 
     policy: Policy
     scorer: Scorer
@@ -134,7 +134,7 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """Return the function that gives the weights of all injected faults, or None. Raises UserError."""
+    """Return a function that gives the weights with all injected faults, or None. Raises UserError."""
     unknown = [name for name in settings.others if name not in FAULTS]
     if unknown:
         raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")

@@ -85,7 +85,7 @@ def relift(
 ) -> Method:
     """ReLIFT: Dr. GRPO without a clip. If no sample solves a problem, its demonstration goes into a buffer.
     As soon as ``buffer_size`` demonstrations wait, one update imitates the newest, with a separate AdamW [C].
-    In the official code, that update is too small by a factor of 8, which AdamW hides; here it is not."""
+    In the official code, that update is too small by a factor of 8, which AdamW hides. Here it is correct."""
     terms = (OWN_TERM, imitation_term())
     legacy = (legacy_scale, legacy_microbatches)
     buffer = DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm)

@@ -105,15 +105,15 @@ def cispo(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
 
 
 def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
-    """Negative-aware fine-tuning, for rewards of 0 and 1. It maximizes log r of correct samples and
-    log((1 − q·r)/(1 − q)) of others, both scaled by 1 − q (``normalize`` = 1 in the official code [C]).
-    All-equal groups are dropped. With one update per rollout batch, this is Dr. GRPO. The official code sums
-    over 1,000 tokens per sequence instead of the length limit [C]."""
+    """Negative-aware fine-tuning, for rewards of 0 and 1. Let q be a group's share of correct samples. NFT
+    maximizes log r of correct samples and log((1 − q·r)/(1 − q)) of others, both scaled by 1 − q
+    (``normalize`` = 1 in the official code [C]). All-equal groups are dropped. With one update per rollout
+    batch, this is Dr. GRPO. The official code has 1,000 tokens in place of the length limit [C]."""
     term = policy_term(coefficients.implicit_negative(share_low, share_high), Normaliser.MAX_LENGTH)
     return Method(name="nft", terms=(term,), gate=drop_degenerate, source="arXiv:2505.18116")
 
 
 def sapo(*, temperature_right: float = 1.0, temperature_wrong: float = 1.05) -> Method:
-    """SAPO: a soft gate at r = 1, narrower if A < 0, replaces the clip; the loss is a mean of means [C]."""
+    """SAPO: a soft gate at r = 1 (narrower if A < 0) replaces the clip; mean of the token means [C]."""
     term = policy_term(coefficients.softly_gated(temperature_right, temperature_wrong), Normaliser.SEQUENCES)
     return Method(name="sapo", terms=(term,), advantage=group_mean_std, source="arXiv:2511.20347")

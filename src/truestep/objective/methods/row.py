@@ -84,7 +84,7 @@ class Statistic:
 
 @dataclass(frozen=True, kw_only=True)
 class Refill:
-    """Replaces groups that the gate drops whole with groups of other prompts, at most ``rounds`` times."""
+    """Replaces groups that the gate drops entirely with groups of other prompts, at most ``rounds`` times."""
 
     rounds: int
 
@@ -161,7 +161,7 @@ class Extras:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A training method: a plan, a gate, an advantage and terms, used in this order, and rarer ``parts``.
+    """A training method: a plan, a gate, an advantage and terms, used in this order, and optional ``parts``.
 
     If ``plan`` is None, nothing is sampled, and only demonstrations are trained on (an SFT stage). ``extras``
     are the method's values for the options that a recipe may set for any method."""

@@ -36,7 +36,7 @@ def highest_entropy(name: str, share: float) -> Statistic:
 
 
 def sft(*, normaliser: str = "tokens") -> Method:
-    """Negative log-likelihood of demonstrations, as a token mean (or ``normaliser`` = "sequences")."""
+    """Negative log-likelihood of demonstrations, by default as a token mean (see ``Normaliser``)."""
     term = imitation_term(normaliser=Normaliser(normaliser))
     return Method(name="sft", terms=(term,), plan=None, source="arXiv:2604.23747, app. A")
 
@@ -48,7 +48,7 @@ def dft() -> Method:
 
 
 def psft(*, clip_high: float = 0.28, updates_per_refresh: int = 8) -> Method:
-    """Proximal SFT: the clipped surrogate with A = 1 against the policy at the last refresh. A step's
+    """Proximal SFT: the clipped surrogate with A = 1, relative to the policy at the last refresh. A step's
     sequences are cut into ``updates_per_refresh`` updates. The released configuration has 8 [C]; 4 to 16 were
     studied."""
     term = imitation_term(coefficients.proximal_likelihood(clip_high))
