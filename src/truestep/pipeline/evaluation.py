@@ -24,7 +24,7 @@ def dev_score(
     session: Session, index: int, policy: Policy, engine: Engine | None, folder: Path
 ) -> DevScore | None:
     """Return a function that gives the score on the stage's dev set at a step, or None without a dev set.
-    Samples are kept in ``folder``. They come from ``engine``, or from ``policy`` if there is no engine."""
+    Samples stay in ``folder`` if interrupted. They come from ``engine`` or, if that is None, ``policy``."""
     prepared = session.prepared
     dev, identity = prepared.settings.stages[index].dev, stage_identity(prepared, index)
     if not dev.data:

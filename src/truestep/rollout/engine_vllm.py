@@ -1,4 +1,4 @@
-"""An engine that runs vLLM in a separate environment and process, and exchanges token ids with it over HTTP.
+"""An engine that sends token ids over local HTTP to vLLM, which runs in a separate environment and process.
 
 This engine is only for evaluation, because weights cannot be published to vLLM. The seed of a request depends
 on its problem, sample number and step, but vLLM uses different random numbers. So the samples differ from
