@@ -1,4 +1,4 @@
-"""The only module that may name an accelerator. It chooses a rank's device and the collective backend."""
+"""Chooses a rank's device and the collective backend. Only this module may name an accelerator."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def matmul_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> fl
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute ``torch.nn.functional.linear``, on a CPU in float32 without autograd by oneDNN instead of MKL.
+    """Compute ``torch.nn.functional.linear``. In float32 on a CPU without autograd, use oneDNN, not MKL.
 
-    On an AMD EPYC, oneDNN was 1.3 to 1.6 times as fast at the head's shapes (49,152 columns of 576).
+    On an AMD EPYC, oneDNN was 1.3 to 1.6 times as fast for the output layer (49,152 columns of 576).
     Shapes: input [N, D], weight [V, D], bias [V] or None → [N, V]."""
     on_cpu = input.device.type == "cpu" and input.dtype == torch.float32
     if _ONEDNN is None or not on_cpu or torch.is_grad_enabled():
@@ -125,7 +125,7 @@ def keep_free_memory() -> None:
 
 
 def return_free_memory() -> None:
-    """Return freed pages to the system. Otherwise glibc keeps those between longer-lived tensors."""
+    """Return freed pages to the system. Otherwise, glibc keeps the pages between longer-lived tensors."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""Errors that a user can correct. The user reads each of them as one line."""
+"""The error type for mistakes that a user can correct. Each is reported in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """Describe the first problem by its key, what was expected and what was found. ``model`` raised it."""
+    """Describe the first problem in a table that ``model`` rejected, with key, expected and given value."""
     first = error.errors(include_url=False)[0]
     loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
     where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
@@ -40,7 +40,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
-    """Suggest the key that may have been meant (with its table if it differs), or list the expected keys."""
+    """Suggest a similar known key (with its table if that is a different one), or list the expected keys."""
     here = [part for part in loc[:-1] if not part.isdigit()]
 
     def is_here(table: list[str]) -> bool:
@@ -55,7 +55,7 @@ def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
 
 
 def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every key of a settings model and of its nested tables, with the table: "compute.threads"."""
+    """Yield every key of a settings model and of its nested tables, with its table ("compute.threads")."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             yield prefix + name

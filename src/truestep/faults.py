@@ -1,9 +1,9 @@
-"""Known faults as wrong weight vectors, and recovery of such a vector from a gradient. torch is not used.
+"""Known faults as wrong weights of micro-batches, and the recovery of weights from a gradient, without torch.
 
-The correct gradient of a step is Σ_i g_i / N (g_i is the gradient sum of micro-batch i, N the step's tokens
-over all ranks). A fault is described by weights w: the actual gradient is Σ_i w_i·g_i / N.
-``counts[rank][k]`` is the number of trained tokens of a rank's k-th micro-batch; vectors are flat, rank after
-rank. D is the number of ranks, K the number of micro-batches per rank.
+The correct gradient of a step is Σ_i g_i / N, where g_i is the gradient sum of micro-batch i, and N is the
+number of the step's tokens over all ranks. A fault has weights w: its gradient is Σ_i w_i·g_i / N.
+``counts[rank][k]`` is the number of trained tokens of a rank's k-th micro-batch. Weights are in one flat
+vector, rank after rank. D is the number of ranks, K the number of micro-batches per rank.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def right(counts: Counts) -> Weights:
 
 
 def offload_first_last(counts: Counts) -> Weights:
-    """Return the weight 1 for the first and the last micro-batch of a rank, 0 between."""
+    """Return the weight 1 for the first and the last micro-batch of a rank, and 0 for those between."""
     return _per_rank(counts, lambda rank: [float(k in (0, len(rank) - 1)) for k in range(len(rank))])
 
 
 def first_only(counts: Counts) -> Weights:
-    """Return the weight 1 for the first micro-batch of a rank, 0 after it."""
+    """Return the weight 1 for the first micro-batch of a rank, and 0 for the others."""
     return _per_rank(counts, lambda rank: [float(k == 0) for k in range(len(rank))])
 
 
 def last_only(counts: Counts) -> Weights:
-    """Return the weight 1 for the last micro-batch of a rank, 0 before it."""
+    """Return the weight 1 for the last micro-batch of a rank, and 0 for the others."""
     return _per_rank(counts, lambda rank: [float(k == len(rank) - 1) for k in range(len(rank))])
 
 
@@ -109,7 +109,7 @@ def scale(factor: float) -> WeightsOf:
 
 
 def combine(*faults: WeightsOf) -> WeightsOf:
-    """Return the fault that has all of these faults at once: their weights are multiplied entry by entry."""
+    """Return a fault that combines these faults. Their weights are multiplied entry by entry."""
 
     def combined(counts: Counts) -> Weights:
         weights = right(counts)
@@ -144,12 +144,12 @@ FAULTS: dict[str, tuple[WeightsOf, str]] = {
 
 
 def recover_weights(observed: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[Weights, float, float]:
-    """Fit the weights w for which Σ w_i·parts_i is closest to ``observed``: (weights, residual, condition).
+    """Fit the weights w that bring Σ w_i·parts_i closest to ``observed``. Returns (w, residual, condition).
 
-    ``parts`` are flat gradients on the scale of ``observed``: g_i / N for the weights above. ``residual`` is
-    what the weights do not explain, relative to ``observed``. ``condition`` is the condition number of the
-    parts at unit length, the factor by which noise grows. It is infinite, and the weights then mean nothing,
-    if one part is zero or a linear combination of the others."""
+    ``parts`` are flat gradients on the scale of ``observed`` (g_i / N for the weights above). ``residual`` is
+    the norm of what the weights do not explain, relative to ``observed``. ``condition`` is the condition
+    number of the parts at unit length, the factor by which noise grows. If one part is zero or a linear
+    combination of the others, ``condition`` is infinite and the weights mean nothing."""
     matrix = np.stack([np.asarray(part, dtype=np.float64).ravel() for part in parts], axis=1)
     target = np.asarray(observed, dtype=np.float64).ravel()
     lengths = np.linalg.norm(matrix, axis=0)

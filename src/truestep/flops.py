@@ -23,7 +23,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """The work of a stage, as counts. Units: tokens; ``*_pairs``: query-key pairs of one layer and head."""
+    """The work of a stage, as counts. Units: tokens (``*_pairs``: query-key pairs of one layer and head)."""
 
     demonstration_tokens: int = 0  # trained tokens of demonstrations
     rollout_tokens: int = 0  # generated tokens
@@ -40,16 +40,16 @@ class Ledger:
         return Ledger(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Ledger)})
 
     def times(self, count: float) -> Ledger:
-        """Return the work of doing this ``count`` times."""
+        """Return this work multiplied by ``count``."""
         return Ledger(**{f.name: round(getattr(self, f.name) * count) for f in fields(Ledger)})
 
     def paper_flops(self, shape: ModelShape) -> float:
-        """Return 6N per demonstration token and 2N per generated token, plus 6N if it is trained on."""
+        """Return 6N per demonstration token, 2N per generated token and 6N more if that is trained on."""
         n = float(shape.num_parameters)
         return n * (6 * self.demonstration_tokens + 2 * self.rollout_tokens + 6 * self.rollout_trained_tokens)
 
     def full_flops(self, shape: ModelShape) -> float:
-        """Return the FLOPs with prompt tokens, scoring passes and attention, without embedding look-ups."""
+        """Return the FLOPs with prompt tokens, scoring passes and attention, but no embedding look-ups."""
         n, attention = float(shape.num_matmul_parameters), 4.0 * shape.num_layers * shape.attention_width
         forward_only = self.generated_pass_tokens + self.scored_pass_tokens
         matmul = n * (6 * self.trained_pass_tokens + 2 * forward_only)
@@ -57,7 +57,7 @@ class Ledger:
 
 
 def sequence_work(prompt: int, completion: int) -> Ledger:
-    """Return the work of training on one demonstration. Its last token predicts nothing, so it is left out.
+    """Return the work of training on one demonstration. Its last token predicts nothing and is left out.
 
     Units: tokens; ``completion`` includes the stop token. Held by: tests/study/test_flops_plan.py"""
     length = prompt + completion - 1
@@ -72,9 +72,9 @@ def sequence_work(prompt: int, completion: int) -> Ledger:
 def group_work(
     prompt: int, own: Sequence[int], demonstrations: Sequence[int] = (), *, scored: bool
 ) -> Ledger:
-    """Return the work of one prompt in a rollout batch. The prompt is prefilled once, every own sample is
-    decoded, and all sequences are trained on in one tree, in which the prompt is computed once. ``scored``
-    adds the pass for the proximal log-probabilities.
+    """Return the work of one prompt in a rollout batch. The prompt is prefilled once, and every sample of the
+    policy (``own`` has the lengths) is decoded. All sequences are trained on in one tree, in which the prompt
+    is computed once. ``scored`` adds the pass for the proximal log-probabilities.
 
     Units: tokens; lengths include the stop token. Held by: tests/study/test_flops_plan.py"""
     members = [n - 1 for n in (*own, *demonstrations)]

@@ -1,8 +1,8 @@
 """The data that flows through truestep, as frozen keyword-only records, checked at construction.
 
-torch is not imported: the audit and the report read these records in environments without it, and the tensors
-of a ``TokenBatch`` are typed only by name. One file: the records refer to each other, and every package
-imports several of them.
+torch is not imported, because the audit and the report read these records in environments without torch. The
+tensors of a ``TokenBatch`` are typed only by name. The records are in one file, because they refer to each
+other and every package imports several of them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Role(enum.IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A problem as token ids, from which every one of its samples starts."""
+    """The prompt of a problem as token ids, which the problem's samples continue."""
 
     problem: Problem
     token_ids: tuple[int, ...]
@@ -74,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens: the prompt, then solution and stop token (both are in the loss)."""
+    """A worked solution as tokens: a prompt, and the solution with its stop token, which are in the loss."""
 
     problem_id: str
     token_ids: tuple[int, ...]
@@ -101,7 +101,7 @@ NOT_SAMPLED = -1  # policy_version of a token that no policy has sampled
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """The changes to the policy's distribution before sampling; behavior log-probabilities include them."""
+    """The changes to the policy's distribution before sampling. Behavior log-probabilities include them."""
 
     temperature: float
     top_p: float = 1.0
@@ -126,7 +126,7 @@ class Round:
 
     @property
     def is_plain(self) -> bool:
-        """Whether everything is sampled by the policy, under the problem's own prompt."""
+        """Whether the policy samples every token, from the problem's unchanged prompt."""
         return not (self.prefix or self.hint or self.stored)
 
 
@@ -136,7 +136,7 @@ PLAIN = Round(num_samples=1)
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One completion. Shapes: ``origin``, ``policy_version`` and ``behavior_logprobs`` have one value per
-    completion token. A failed sample has ``stop`` ERROR, a reason and no tokens."""
+    completion token. If it failed, ``stop`` is ERROR, ``error`` says why, and there are no tokens."""
 
     problem_id: str
     sample_index: int
@@ -160,7 +160,7 @@ class Rollout:
 
     @property
     def member(self) -> Origin:
-        """The rollout's role in its group by its last token: sampled (or failed), stored or expert."""
+        """The rollout's role in its group: the origin of its last token, or POLICY if the sample failed."""
         return self.origin[-1] if self.origin else Origin.POLICY
 
 
@@ -172,11 +172,11 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The score of a completion. ``verdict`` is about truth (None if no checker was used); ``reward`` is what
-    RL maximizes (None: unscored). ``parts`` are the reward's parts by name, ``extracted`` the answer that was
-    found ("" if there is none). ``reason`` says how the verdict was reached; it must be set for an unscored
-    sample. ``failed`` marks a sample that a reward function could not score: the function raised, hung or
-    returned an invalid value."""
+    """The score of a completion. ``verdict`` says whether it is correct (None if no checker was used).
+    ``reward`` is what RL maximizes (None: unscored). ``parts`` are the reward's parts by name, and
+    ``extracted`` is the answer that was found ("" if there is none). ``reason`` says how the verdict was
+    reached; an unscored sample must have a reason. ``failed`` marks a sample that a reward function could not
+    score: the function raised, hung or returned an invalid value."""
 
     reward: float | None
     verdict: Verdict | None
@@ -192,7 +192,7 @@ class Score:
 
     @property
     def label(self) -> str:
-        """The verdict in words; "scored" or "unscored" if no checker was used."""
+        """The verdict as a word. If no checker was used, the word is "scored" or "unscored"."""
         if self.verdict is not None:
             return self.verdict.value
         return "unscored" if self.reward is None else "scored"
@@ -278,7 +278,7 @@ class TrainSequence:
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """Adjacent tokens of a packed micro-batch, which attend causally to each other and to all tokens of
-    ``prefix_start:prefix_stop`` (empty: no shared prefix). All bounds are flat indices."""
+    ``prefix_start:prefix_stop`` (empty if there is no shared prefix). All bounds are flat indices."""
 
     start: int
     stop: int
@@ -296,10 +296,10 @@ OPTIONAL_FIELDS = ("behavior_logprobs", "proximal_logprobs", "proximal_entropy",
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """One packed micro-batch without padding: N forwarded tokens, M trained (target) tokens of S sequences.
+    """One packed micro-batch without padding: N tokens in the forward pass, and M target (trained) tokens.
 
-    ``source_index`` gives for each target the forwarded token whose hidden state predicts it: the last token
-    of a shared prompt predicts the first token of every completion. ``sequence_index`` numbers the sequences
+    ``source_index`` gives for each target the token whose hidden state predicts it. For example, the last
+    token of a shared prompt predicts the first of every completion. ``sequence_index`` numbers the sequences
     of the whole step on this rank. The optional columns are None until a scoring pass fills them.
     ``behavior_logprobs`` is None if no token of the batch was sampled, and 0 at tokens that were not sampled
     (see ``origin``)."""
@@ -343,8 +343,8 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTotals:
-    """The denominators of one optimizer step: for each term, its total over ALL micro-batches and ALL ranks,
-    counted before the first forward pass. No field has a default, so that a loss cannot skip the counting."""
+    """The denominators of one optimizer step: each term's total over ALL micro-batches and ALL ranks, counted
+    before the first forward pass. No field has a default, so that no loss can skip the counting."""
 
     terms: Mapping[str, float]  # by name; a term whose total is 0 is absent from the step on every rank
     num_tokens: int

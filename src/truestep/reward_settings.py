@@ -1,4 +1,4 @@
-"""The rewards of a recipe: ``[[stages.rl.rewards]]``, or ``reward = "NAME"`` for a single one."""
+"""The rewards of a recipe, set as ``[[stages.rl.rewards]]`` or, for a single one, ``reward = "NAME"``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RewardSettings(Frozen):
 
 
 def reward_entries(reward: str, rewards: Sequence[RewardSettings]) -> tuple[RewardSettings, ...]:
-    """Return the rewards in effect: ``rewards``, or the single one named by ``reward``. Raises ValueError."""
+    """Return ``rewards`` or, if empty, the reward named ``reward``. Raises ValueError for a contradiction."""
     entries = tuple(rewards) or (RewardSettings(function=reward),)
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -31,12 +31,12 @@ _SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """Replace what looks like an access token, or a password in a URL, with "[redacted]"."""
+    """Replace everything that looks like an access token, or a password in a URL, with "[redacted]"."""
     return _SECRET.sub("[redacted]", text)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file atomically: even after a power loss it has the old or the new content, never a part."""
+    """Write a file atomically. Even after a power loss, it contains all of the old or all of the new data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -132,7 +132,7 @@ def file_sha256(path: Path) -> str:
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """Write nested plain values (a dumped settings model) as TOML that reads back as the same table."""
+    """Return nested plain values (a dumped settings model) as TOML, which parses back to the same table."""
     lines: list[str] = []
     _emit(table, (), lines)
     return "\n".join(lines).strip() + "\n"

@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Purpose(enum.StrEnum):
-    """The purpose of a draw. Every purpose has a different name, so a new one does not change other draws."""
+    """The purpose of a draw. Each has a different name, so that a new purpose does not change other draws."""
 
     MODEL_INIT = "model-init"
     DATA_ORDER = "data-order"
@@ -28,7 +28,7 @@ class Purpose(enum.StrEnum):
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, item: str | int = 0) -> np.random.Generator:
-    """Return a Philox generator keyed by a SHA-256 of the arguments, so neighboring steps are unrelated."""
+    """Return a Philox generator keyed by a SHA-256 of the arguments, so draws of two steps are unrelated."""
     digest = hashlib.sha256(f"{seed}\x1f{purpose.value}\x1f{step}\x1f{item}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 

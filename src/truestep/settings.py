@@ -1,8 +1,8 @@
-"""The settings of a run, as frozen pydantic models read from one TOML file. Unknown keys, duplicate keys and
-contradictions fail here with a remedy; ``resolved.toml`` in the run directory has every setting in force.
+"""The settings of a run, as frozen pydantic models that are read from one TOML file. Unknown keys, duplicate
+keys and contradictions are errors with a remedy. ``resolved.toml`` in the run directory has every setting.
 
-Batch sizes are named after what they count; all others are derived. One file: the models refer to each
-other."""
+A batch size is named after what it counts. Batch sizes that are not settings are derived from those that are.
+The models are in one file, because they refer to each other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHECKERS: tuple[Checker, ...] = get_args(Checker)
 
 
 class TinySettings(Frozen):
-    """The built-in model: a Llama made from a config, about 1 M parameters, with a character tokenizer."""
+    """The built-in model, a newly initialized Llama of about 1 M parameters with a character tokenizer."""
 
     hidden_size: int = Field(128, ge=8, multiple_of=8)
     num_layers: int = Field(4, ge=1)
@@ -61,7 +61,7 @@ class ComputeSettings(Frozen):
 
 
 class ChatSettings(Frozen):
-    """How a problem becomes a prompt; the same in SFT, RL and evaluation."""
+    """The format in which a problem becomes a prompt. It is the same in SFT, RL and evaluation."""
 
     system: str = ""
     user: str = "{problem}"
@@ -104,7 +104,7 @@ class OptimizerSettings(Frozen):
     @model_validator(mode="after")
     def _sgd_is_plain(self) -> Self:
         if self.kind == "sgd" and self.weight_decay:
-            raise ValueError('kind = "sgd" is the plain update; set weight_decay = 0')
+            raise ValueError('kind = "sgd" does not support weight decay; set weight_decay = 0')
         return self
 
 
@@ -127,8 +127,8 @@ class DevSettings(Frozen):
 
 
 class FaultSettings(Frozen):
-    """Known faults of other frameworks, injected as wrong weights of micro-batches, only for arms of a study.
-    With any fault, a micro-batch contains ``sequences_per_microbatch`` sequences, in data order."""
+    """Known faults of other frameworks, which an arm of a study can inject as wrong micro-batch weights. With
+    any fault, a micro-batch contains ``sequences_per_microbatch`` sequences, in data order."""
 
     # first_last: as measured; first_only: as described in the paper's text
     offload_drop: Literal["none", "first_last", "first_only"] = "none"
@@ -243,7 +243,7 @@ Stage = Annotated[SftSettings | RlSettings | RejectionSettings, Field(discrimina
 
 
 class EvaluationSampling(Frozen):
-    """Sampling in an evaluation. "benchmark" means the value pinned in the table of benchmarks."""
+    """The sampling of an evaluation. "benchmark" stands for the value pinned in the table of benchmarks."""
 
     temperature: Annotated[float, Field(ge=0)] | Pinned = "benchmark"
     top_p: float = Field(1.0, gt=0, le=1)
@@ -259,8 +259,8 @@ class EvaluationSampling(Frozen):
 
 
 class EvaluateSettings(Frozen):
-    """Evaluates a run's checkpoints on its data sets, or, with ``truestep eval``, any model on pinned
-    ``benchmarks``, for which ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
+    """The evaluation of a run's checkpoints on its data sets or, with ``truestep eval``, of any model on
+    pinned ``benchmarks``. For these, ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
 
     data: tuple[str, ...] = ()
     before: bool = True  # also evaluate the base model
@@ -304,7 +304,7 @@ class EvaluateSettings(Frozen):
             )
         if stray := [id for id in self.limits if id not in self.benchmarks]:
             raise ValueError(
-                f"limits.{stray[0]} has no entry in benchmarks; add it there, or remove the limit"
+                f"limits.{stray[0]} is set, but {stray[0]} is not in benchmarks; add it, or remove the limit"
             )
         return self
 
@@ -339,7 +339,7 @@ class Settings(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _stage_names(cls, raw: Any) -> Any:
-        """Name every stage that has no name after its kind."""
+        """Give every unnamed stage the name of its kind."""
         listed = raw.get("stages") if isinstance(raw, dict) else None
         if not isinstance(listed, list):
             return raw
@@ -376,7 +376,7 @@ class Settings(Frozen):
                 raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {known}')
         if self.compute.parallel == "fsdp2" and self.compute.compile:
             raise ValueError(
-                "compute.compile with fsdp2 is not proven to give the same updates; set compile = false"
+                "compute.compile with fsdp2 has not been shown to give the same updates; set compile = false"
             )
         return self
 
@@ -452,11 +452,11 @@ def _child(node: Any, part: str, item: str) -> Any:
         raise UserError(f'--set {item}: no stage is called "{part}"')
     if isinstance(node, dict):
         return node.setdefault(part, {})
-    raise UserError(f"--set {item}: {part} is a key inside a value, which is not a table")
+    raise UserError(f"--set {item}: {part} cannot be set inside a value that is not a table")
 
 
 def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:
-    """Return the identity of a stage or a run: 12 hex digits of a hash of its settings as canonical JSON."""
+    """Return the identity of a stage or a run, 12 hex digits of a hash of its settings in canonical JSON."""
     payload = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
     canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

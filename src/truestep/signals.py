@@ -1,4 +1,5 @@
-"""Handles Ctrl-C and SIGTERM. The first one saves and stops at the next safe point, the second at once."""
+"""Handles Ctrl-C and SIGTERM. After the first one, a run saves its state and stops at the next safe point. A
+second one stops it at once."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def pending() -> int:
 
 
 def check() -> None:
-    """Raise Interrupted if a signal has arrived. Called between decoding steps, micro-batches and steps."""
+    """Raise Interrupted if a signal has arrived. Used between decoding steps, micro-batches and steps."""
     if _pending:
         raise Interrupted(_pending[0])
 

@@ -31,8 +31,9 @@ class Source:
 
 
 def find_source(named: str, base: Path, *, what: str, shipped: str = "") -> Source:
-    """Find a function's file without running it. ``base`` is the recipe's folder, ``what`` a word for errors,
-    ``shipped`` the place of a function that ships with truestep. Raises UserError if it is missing."""
+    """Find a function's file without running it. ``base`` is the recipe's folder. ``what`` names the function
+    in errors. ``shipped`` is MODULE:FUNCTION if the function ships with truestep. Raises UserError
+    if the file does not exist."""
     place, _, function = (shipped or named).rpartition(":")
     if place.endswith(".py"):
         module, path = "", (base / Path(place).expanduser()).resolve()
@@ -60,8 +61,8 @@ def _module_file(module: str, places: Sequence[str], what: str) -> Path:
 
 
 def load(source: Source, path: Sequence[str]) -> Callable[..., Any]:
-    """Import the file and return its function. The file can import its neighbors, which come last in the path
-    so that a file called random.py does not hide a module. Raises UserError, and what the file raises."""
+    """Import the file and return its function. The file can import files next to it. Its folder comes last in
+    the path, so that random.py there does not hide a module. Raises UserError, and what the file raises."""
     for folder in (*path, str(Path(source.path).parent)):
         if folder not in sys.path:
             sys.path.append(folder)
@@ -88,15 +89,15 @@ def _import_file(path: Path) -> ModuleType:
 
 
 class _FromSource(importlib.machinery.SourceFileLoader):
-    """A loader that ignores cached byte code, which Python chooses by the file's size and time in seconds:
-    after an edit, the old code could run under the hash of the new code."""
+    """A loader that ignores cached byte code. Python compares only the file's size and time in seconds, so
+    after an edit the old code could run under the hash of the new code."""
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
         raise OSError
 
 
 def with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Return a function's keyword arguments, with ``folder`` if it takes one. Raises UserError for others."""
+    """Return the options, with ``folder`` if the function takes it. Raises UserError for unknown options."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # a function written in C
@@ -123,8 +124,8 @@ class Raised:
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """Call the user's code and return its result, or a ``Raised``. Only this function catches everything,
-    even ``sys.exit``. If the code forks, the child process ends when it returns here."""
+    """Call the user's code and return its result, or a ``Raised`` if it raises. No other function catches
+    everything, even ``sys.exit``. If the code forks, the child process ends when it returns here."""
     own = os.getpid()
     try:
         result = work(*given)

@@ -225,7 +225,7 @@ def test_a_reward_that_cannot_be_loaded_is_found_before_anything_is_trained(
     [
         ("row.py:wyde", {}, 'wyde does not exist in .*row.py; did you mean "wide"'),
         ("rows.py:wide", {}, "rows.py does not exist; did you mean"),
-        ("row.py:wide", {"hi": 1.0}, "method_options.hi: wide has high"),
+        ("row.py:wide", {"hi": 1.0}, "method_options.hi is unknown; wide has high"),
         ("row.py:broken", {}, r"ZeroDivisionError.*line \d+, in broken"),
         ("row.py:nothing", {}, "NoneType"),
     ],

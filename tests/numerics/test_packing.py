@@ -200,7 +200,9 @@ def test_what_cannot_be_packed_says_so(name: str) -> None:
     assert any("one by one" in note for note in policy.notes)
     assert policy.plain_head == (name != "gemma2")
     if name == "gemma2":
-        assert any("logits are made at once" in note for note in policy.notes), "its logits are soft-capped"
+        assert any("all logits are computed at once" in note for note in policy.notes), (
+            "its logits are soft-capped"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

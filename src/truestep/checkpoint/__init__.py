@@ -1,1 +1,1 @@
-"""What remains after a process: crash-safe checkpoints, and the finished model as a Hugging Face folder."""
+"""Crash-safe checkpoints, and the export of a finished model as a Hugging Face folder."""

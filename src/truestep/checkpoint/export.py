@@ -26,10 +26,10 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
-    """Write model, tokenizer, generation config and README.md; the folder appears whole or not at all.
+    """Write model, tokenizer, generation config and README.md. The folder appears whole or not at all.
 
-    An older export is replaced. Raises UserError if the folder is not an export, OutOfSpace if the disk is
-    full."""
+    An older export is replaced. Raises UserError if the existing folder is not an export, and OutOfSpace if
+    the disk is full."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return the model's generation config; all tokens that end a turn (its own, the tokenizer's) are stops.
+    """Return the model's generation config, to which the tokenizer's stop token is added.
 
     A model trained to stop at ``<|im_end|>`` would not stop if its config named only ``<|endoftext|>``."""
     from transformers import GenerationConfig
@@ -95,8 +95,8 @@ def model_card(
 ) -> str:
     """Return the README.md of an export: Markdown with YAML front matter.
 
-    A stage is shown with name, kind, method, data, seed, steps and flops; a score is shown with data, metric,
-    score, low, high, num_problems and n; "–" means that a value is missing. ``provenance`` is what
+    It shows the name, kind, method, data, seed, steps and flops of each stage, and the data, metric, score,
+    low, high, num_problems and n of each score. A missing value is shown as "–". ``provenance`` is what
     ``rundir.provenance`` returns."""
     columns = ("name", "kind", "method", "data", "seed", "steps")
     rows = [{"seed": provenance.get("seed"), **stage} for stage in stages]
@@ -126,7 +126,7 @@ def _row(record: Mapping[str, Any], *keys: str) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Return text that is shown as it is: without HTML or Markdown markup, cell breaks or line breaks."""
+    """Return the value as one line of text, in which HTML and Markdown markup is escaped."""
     if value is None or value == "":
         return "–"
     text = html.escape(" ".join(str(value).split()), quote=False)

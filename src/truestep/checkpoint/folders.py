@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all, even on a full disk, with one writer at a time."""
+"""Replaces folders so that each exists whole or not at all, and lets only one process write at a time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutOfSpace(RuntimeError):
-    """Error for a full disk (exit code 5). What was there before is unchanged."""
+    """Raised if the disk is full (exit code 5). The files that existed before are unchanged."""
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Replace a folder with a finished one, durably; a kill in between leaves the old one as NAME.aside."""
+    """Replace a folder durably with a finished one. A kill halfway leaves the old folder as NAME.aside."""
     aside = final.with_name(f"{final.name}.aside")
     if final.exists():
         if aside.exists():  # left by an earlier kill; the folder that replaced it is whole
@@ -35,7 +35,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def discard_folder(path: Path) -> None:
-    """Delete a folder; a half-deleted folder never has its valid name."""
+    """Rename a folder and delete it, so that a half-deleted folder never has a valid name."""
     trash = path.with_name(f"{path.name}.tmp-discard")
     if trash.exists():
         shutil.rmtree(trash)
@@ -45,7 +45,7 @@ def discard_folder(path: Path) -> None:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raise OutOfSpace unless twice that many bytes are free: other programs also write to the disk."""
+    """Raise OutOfSpace unless twice that many bytes are free, because other programs also write there."""
     free = shutil.disk_usage(folder).free
     if free < 2 * num_bytes:
         needed = f"{2 * num_bytes / 2**30:.2f} GiB (twice the size) are needed"
@@ -56,8 +56,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float) -> Iterator[bool]:
-    """Hold the folder's lock, which the kernel releases when the process ends. Yields False if locks do not
-    exist (on some clusters). Raises UserError if another process holds the lock for ``patience`` seconds."""
+    """Hold the folder's lock, which the kernel releases when the process ends. Yields False if there are no
+    locks (on some clusters). Raises UserError if another process holds the lock for ``patience`` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,10 +1,10 @@
-"""Crash-safe checkpoints of only safetensors and JSON, each committed by one rename.
+"""Crash-safe checkpoints, which contain only safetensors and JSON. One rename commits each of them.
 
     step_00000012/              committed: every file is named in manifest.json with its size and SHA-256
         GROUP.rank00000-of-00002.safetensors   manifest.json
     step_00000012.tmp-write/    being written: never read, removed by the next save or load
     step_00000012.tmp-discard/  being deleted: never read, removed by the next save or load
-    step_00000012.aside/        the old version while the same step is replaced: read if nothing newer exists
+    step_00000012.aside/        old version while the same step is replaced: read if nothing newer exists
     latest                      the newest checkpoint's name, for people; loading does not read it
 
 All ranks share one file system. Every rank reaches every barrier, even after an error, so that a full disk on
@@ -50,12 +50,12 @@ _PATIENCE = 30.0  # seconds; a reader may hold the lock while it removes leftove
 
 
 class _Corrupt(Exception):
-    """Error that says why a checkpoint cannot be used."""
+    """Raised if a checkpoint cannot be used. The message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The whole state of a stage between two optimizer steps: named groups of tensors, and JSON values."""
+    """The whole state of a stage between two optimizer steps, as named groups of tensors and JSON values."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -87,12 +87,12 @@ def save_checkpoint(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write and commit a checkpoint, then delete older ones beyond ``keep`` (this one counts).
+    """Write and commit a checkpoint, then delete older ones, so that ``keep`` remain with it.
 
     Every rank calls this with its own tensors and the same step, state (rank 0's is used) and group names.
 
-    Raises OutOfSpace; UserError if another process is saving into the folder; RuntimeError if another rank
-    failed; ValueError for what cannot be stored."""
+    Raises OutOfSpace if the disk is full, UserError if another process is saving here, RuntimeError if
+    another rank failed, and ValueError for values that cannot be stored."""
     state = _checked(checkpoint, keep, rank, world_size)
     final = folder / f"step_{checkpoint.step:08d}"
     temporary = final.with_name(f"{final.name}.tmp-write")
@@ -144,7 +144,7 @@ def save_checkpoint(
 
 
 def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> dict[str, Any]:
-    """Return the state as JSON reads it back. Raises ValueError for what cannot be stored."""
+    """Return the state as it will be read from JSON. Raises ValueError for values that cannot be stored."""
     if checkpoint.step < 0 or keep < 1 or not 0 <= rank < world_size:
         raise ValueError(f"step {checkpoint.step}, keep {keep}, rank {rank} of {world_size}: out of range")
     for group, tensors in checkpoint.tensors.items():
@@ -180,7 +180,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write and fsync a new file. Size and SHA-256 are those of the pieces, not of what the disk returns."""
+    """Write and fsync a new file. Return size and SHA-256 of the pieces, not of what the disk returns."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -221,8 +221,8 @@ def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _delete_older(folder: Path, step: int, keep: int) -> None:
-    """Delete all but ``keep`` − 1 older checkpoints. Later steps that a load skipped as damaged stay and do
-    not count."""
+    """Delete all but ``keep`` − 1 older checkpoints. Checkpoints of later steps, which a load skipped as
+    damaged, are not counted and not deleted."""
     older = [path for path in list_checkpoints(folder) if _step_of(path) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
         discard_folder(path)
@@ -261,12 +261,12 @@ def remove_leftovers(folder: Path) -> None:
 def load_latest(
     folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]
 ) -> Checkpoint | None:
-    """Load the newest intact checkpoint on the CPU; returns None if there is no checkpoint.
+    """Load the newest intact checkpoint to the CPU. Returns None if there is no checkpoint.
 
     Every rank verifies the files of all ranks, so that all choose the same checkpoint without communication.
     If a single process saved the checkpoint, every rank reads all of it.
 
-    Raises UserError if checkpoints exist but none is intact, or for a different world size or format."""
+    Raises UserError if none of them is intact, or if one has a different world size or format."""
     if rank == 0 and folder.is_dir():
         # A concurrent writer or a read-only disk is not an error.
         with contextlib.suppress(UserError, OSError), exclusive(folder, patience=0) as locked:
@@ -287,7 +287,7 @@ def load_latest(
 def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
     manifest = _read_manifest(path)
     if (saved := manifest.world_size) not in (1, world_size):
-        remedy = f"launch {saved} processes, or export the model and start from it"
+        remedy = f"launch {saved} processes, or export the model and start from the export"
         fault = f"{path} was saved by {saved} processes and cannot be split for {world_size}"
         raise UserError(f"{fault}; {remedy}")
     for name, entry in manifest.files.items():
@@ -297,7 +297,7 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
         match = _SHARD.fullmatch(name)
         assert match, name
         if int(match[3]) != saved or int(match[2]) >= saved:
-            raise _Corrupt(f"{name} does not belong to a world of {saved}")
+            raise _Corrupt(f"{name} does not belong to a checkpoint of {saved} processes")
         if int(match[2]) == (rank if saved > 1 else 0):
             try:
                 loaded = safetensors.torch.load_file(path / name)
@@ -310,7 +310,7 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
 
 @contextlib.contextmanager
 def _regular_file(path: Path) -> Iterator[Any]:
-    """Open a regular file for reading; links are not followed, and a pipe does not block."""
+    """Open a regular file for reading. Links are not followed, and a pipe does not block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:

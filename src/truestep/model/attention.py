@@ -1,8 +1,8 @@
-"""Attention without padding: a flat row of tokens, and a ``Layout`` that says which tokens see which others.
+"""Attention over one flat row of tokens, without padding. A ``Layout`` says which tokens see which others.
 
-Every decoder in transformers that looks up its attention in ``ALL_ATTENTION_FUNCTIONS`` passes keyword
-arguments on to it. truestep registers one function there that takes a layout. Packed training rows (with a
-shared prompt), prefill and decoding are three layouts of the same forward pass.
+Every decoder in transformers that looks up its attention function in ``ALL_ATTENTION_FUNCTIONS`` passes its
+keyword arguments on to that function. truestep registers one function, which takes a layout. Packed training
+sequences (with a shared prompt), prefill and decoding are three layouts of the same forward pass.
 
 Shapes: N flat tokens, H query heads, K key-value heads, D head size, L tokens of a segment."""
 
@@ -22,7 +22,7 @@ IMPLEMENTATION = "truestep"
 
 
 class Layout(Protocol):
-    """Rule that says which tokens see which others in one forward pass over N flat tokens."""
+    """A rule that says which tokens see which others in one forward pass over N flat tokens."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -40,7 +40,7 @@ def attention_forward(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention for transformers, which calls this in every layer; calls sdpa without a layout."""
+    """Compute attention. transformers calls this function in every layer. Without a layout, it uses sdpa."""
     window = kwargs.get("sliding_window")
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -59,12 +59,12 @@ def attention_forward(
 
 
 def register() -> None:
-    """Register ``attn_implementation="truestep"`` with transformers; further calls have no effect."""
+    """Register ``attn_implementation="truestep"`` with transformers. Further calls have no effect."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        """Return no mask for packed rows (the layout is the mask), and sdpa's mask for a padded batch."""
+        """Return sdpa's mask for a padded batch, and no mask for packed rows, which have a layout instead."""
         if kwargs.get("attention_mask") is None and kwargs.get("q_length") == kwargs.get("kv_length"):
             return None
         return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
@@ -76,7 +76,7 @@ def register() -> None:
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Return the mask [queries, keys]: True if a query sees a key (causal, and inside the window if any)."""
+    """Return the mask [queries, keys], True if a query sees a key (causal, and within the window if any)."""
     distance = query_positions[:, None] - key_positions[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -120,7 +120,7 @@ class PackedLayout:
         return torch.cat(pieces)[order]
 
     def _plan(self, window: int | None) -> tuple[list[_Bucket], Tensor]:
-        """Return the buckets, and each token's place in their joined outputs; the same for all layers."""
+        """Return the buckets, and each token's place in their joined outputs, once for all layers."""
         if window not in self._plans:
             groups, base = self._group(window), 0
             buckets = [self._bucket(group, window) for group in groups]
@@ -134,7 +134,7 @@ class PackedLayout:
         return self._plans[window]
 
     def _group(self, window: int | None) -> list[list[Segment]]:
-        """Group segments by size; a new group starts if padding would cost more than it saves."""
+        """Group segments by size. A new group starts if padding would cost more than it saves."""
 
         def needs_mask(s: Segment) -> bool:
             return s.prefix_stop > s.prefix_start or (window is not None and s.stop - s.start > window)

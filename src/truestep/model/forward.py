@@ -23,7 +23,7 @@ PACKING_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
-    """Return the repeated blocks of the model. Raises UserError if no known name leads to them."""
+    """Return the model's decoder layers. Raises UserError if no known attribute contains them."""
     for name in ("layers", "h", "blocks"):
         if isinstance(found := getattr(model.base_model, name, None), torch.nn.ModuleList):
             return list(found)
@@ -32,8 +32,8 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-    """Return the last hidden states [N, D] of a packed row. Raises RuntimeError if packed attention was
-    switched off, because the layout would be ignored, and rows would see each other."""
+    """Return the last hidden states [N, D] of a packed row. Raises RuntimeError if packed attention is off,
+    because the layout would be ignored, and the sequences in the row would see each other."""
     if model.config._attn_implementation != IMPLEMENTATION:
         raise RuntimeError(
             f"packed attention is not installed; the model uses {model.config._attn_implementation!r}"
@@ -57,9 +57,9 @@ def hidden_states_by_segment(
 
 
 def install_packing(model: PreTrainedModel) -> str:
-    """Switch on packed attention if the model's packed forward equals its plain one; returns "" or why not.
+    """Switch on packed attention if it does not change the hidden states. Returns "" or why it stays off.
 
-    On random tokens, two rows with a shared prefix and a separate third row are run packed and one by one."""
+    To check this, three random sequences, two of them with a shared prefix, are run packed and one by one."""
     plain = model.config._attn_implementation
     table = model.get_input_embeddings().weight
     device = table.device
@@ -81,7 +81,7 @@ def install_packing(model: PreTrainedModel) -> str:
         else:
             difference = float((got - expected).norm() / expected.norm())
             limit = PACKING_TOLERANCE[expected.dtype]
-            fault = f"packed rows differ by {difference:.1e} (limit {limit:.0e})"
+            fault = f"packed sequences differ by {difference:.1e} (limit {limit:.0e})"
             reason = "" if difference <= limit else fault
     if reason:
         model.set_attn_implementation(plain)

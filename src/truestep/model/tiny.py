@@ -1,4 +1,4 @@
-"""The built-in model: a Llama made from a config (about 1 M parameters) with a character tokenizer."""
+"""The built-in model, a newly initialized Llama of about 1 M parameters with a character tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a character tokenizer with a chat template; its stop token is ``<|end|>``."""
+    """Return a character tokenizer with a chat template. The stop token is ``<|end|>``."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

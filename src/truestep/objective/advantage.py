@@ -1,4 +1,4 @@
-"""Pure functions from the rewards of a group's G members to advantages (None for an unscored member)."""
+"""Pure functions that turn the rewards of a group's G members into advantages (None if unscored)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ STD_EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class GroupView:
-    """A group as seen by gates and advantages, with one value per member: its reward (None: unscored),
-    whether it solves the problem (None: unscored), and its origin (policy, stored, or a demonstration)."""
+    """A group as gates and advantages see it. Each field has one value per member: its reward, whether it
+    solves the problem (both None if it is unscored), and its origin (policy, stored or expert)."""
 
     rewards: tuple[float | None, ...]
     solved: tuple[bool | None, ...]
@@ -27,7 +27,7 @@ class GroupView:
 
     @property
     def scored(self) -> list[float]:
-        """Rewards of all scored members."""
+        """The rewards of all scored members."""
         return [r for r in self.rewards if r is not None]
 
     @property
@@ -37,7 +37,7 @@ class GroupView:
 
     @property
     def own(self) -> list[float]:
-        """Rewards of the scored own members."""
+        """The rewards of the scored members that the policy sampled."""
         return [r for r in compress(self.rewards, self.is_own) if r is not None]
 
     @property
@@ -47,7 +47,7 @@ class GroupView:
 
     @property
     def is_degenerate(self) -> bool:
-        """Whether all own rewards are equal, so that they do not say which sample was better."""
+        """Whether the policy's samples all have the same reward, so that none is better than another."""
         return len(set(self.own)) < 2
 
 
@@ -75,7 +75,7 @@ def group_mean_std(group: GroupView) -> list[float | None]:
 
 
 def _of_own(advantage: Advantage) -> Advantage:
-    """Restrict an advantage to own members. The others are not in the baseline and get advantage 0."""
+    """Restrict an advantage to the policy's samples. Others are not in the baseline and get advantage 0."""
 
     def own(group: GroupView) -> list[float | None]:
         mine = {name: tuple(compress(column, group.is_own)) for name, column in vars(group).items()}

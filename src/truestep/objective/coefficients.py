@@ -1,8 +1,8 @@
-"""The detached coefficients C_t of −Σ sg(C_t)·log π_t / Z, with one function per closed form.
+"""The detached coefficients C_t of −Σ sg(C_t)·log π_t / Z. There is one function for each closed form.
 
 The gradient of nearly every objective in the field has this form; the value of the loss does not matter for
-the update. Every input is detached and per token. p is the policy's probability of the token, r its ratio to
-the proximal policy, A the advantage. Shapes: M trained tokens.
+the update. Every input is detached and per token. p is the policy's probability of the token, r is the ratio
+of p to the proximal policy's probability, and A is the advantage. Shapes: M trained tokens.
 Held by: tests/numerics/test_coefficients.py (each is compared with autograd of the paper's surrogate).
 """
 
@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) is far outside every clip range; exp(89) would o
 
 
 def _column(name: str) -> property:
-    """Make a property for an optional column of the batch, which raises RecordError if it is missing."""
+    """Make a property that returns an optional column of the batch, or raises RecordError without it."""
 
     def read(context: Context) -> Tensor:
         column: Tensor | None = getattr(context.batch, name)
@@ -35,7 +35,7 @@ def _column(name: str) -> property:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The inputs of a coefficient: its own token, its own sequence, and statistics of the whole step."""
+    """The inputs of a coefficient, which may depend on the token, its sequence and statistics of the step."""
 
     policy_logprobs: Tensor  # M, detached
     proximal_logprobs: Tensor  # M
@@ -72,7 +72,7 @@ Options = ParamSpec("Options")
 
 
 def with_options(function: Callable[Concatenate[Context, Options], Tensor]) -> Callable[Options, Coefficient]:
-    """Separate the options of a function from its context: called with options, it returns a coefficient."""
+    """Return a function that takes only the options of ``function`` and returns a coefficient."""
     return lambda *given, **named: lambda context: function(context, *given, **named)
 
 
@@ -195,7 +195,7 @@ def clipped_sequence_ratio(context: Context, clip_low: float, clip_high: float) 
 
 @with_options
 def softly_gated(context: Context, temperature_right: float, temperature_wrong: float) -> Tensor:
-    """C = A·r·4σ(x)(1 − σ(x)), x = τ(r − 1), τ by the sign of A: SAPO (arXiv:2511.20347), without a clip."""
+    """C = A·r·4σ(x)(1 − σ(x)), where x = τ(r − 1) and τ depends on the sign of A: SAPO (arXiv:2511.20347)."""
     gain, ratio, moved = context.advantage, context.ratio, context.ratio - 1
     gate = torch.sigmoid(torch.where(gain > 0, temperature_right * moved, temperature_wrong * moved))
     return gain * ratio * 4 * gate * (1 - gate)
@@ -203,7 +203,7 @@ def softly_gated(context: Context, temperature_right: float, temperature_wrong: 
 
 @with_options
 def implicit_negative(context: Context, low: float, high: float) -> Tensor:
-    """C = 1 − q on a correct sample, else −q·r / max((1 − q·r)/(1 − q), 1): NFT (arXiv:2505.18116).
+    """C = 1 − q on a correct sample, otherwise −q·r / max((1 − q·r)/(1 − q), 1): NFT (arXiv:2505.18116).
     q is the group's clamped share of correct samples. With rewards of 0 and 1, the advantage is R − q."""
     gain, correct, ratio = context.advantage, context.batch.solved, context.ratio
     share = torch.where(correct, 1 - gain, -gain).clamp(low, high)
@@ -213,7 +213,7 @@ def implicit_negative(context: Context, low: float, high: float) -> Tensor:
 
 @with_options
 def signed_by_verdict(context: Context, scale: float) -> Tensor:
-    """C = scale·exp(H) on a correct sample and −1 on any other: SRFT's own samples (arXiv:2506.19767).
+    """C = scale·exp(H) on a correct sample and −1 on any other: SRFT's samples (arXiv:2506.19767).
     H is the mean entropy of the sequence."""
     weight = scale * torch.exp(sequence_mean(context.entropy, context.batch))
     return torch.where(context.batch.solved, weight, -torch.ones_like(weight))
@@ -241,8 +241,8 @@ def shaped_replay(context: Context, beta: float) -> Tensor:
 
 @with_options
 def mixed_importance(context: Context, exponent: float) -> Tensor:
-    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222). This is a demonstration's ratio to the
-    mixture of the proximal policy and a behavior policy ½(p_proximal+1). A small p raises the advantage."""
+    """C = A·(1−p)^γ·4p/(3p_proximal+1): RL-PLUS (arXiv:2508.00222). The last factor is p divided by
+    the mean of p_proximal and a behavior policy ½(p_proximal+1). A small p raises the advantage."""
     p, old = context.probability, context.proximal_logprobs.exp()
     return context.advantage * (1 - p).clamp(min=0) ** exponent * 4 * p / (3 * old + 1)
 
@@ -266,7 +266,7 @@ def _log_distance(context: Context) -> Tensor:
 
 
 def kl_k1(context: Context) -> Tensor:
-    """C = −1: the loss k1 = log π − log π_ref, whose expected gradient on own samples is zero."""
+    """C = −1: the loss k1 = log π − log π_ref, whose expected gradient is zero on the policy's samples."""
     return -torch.ones_like(context.policy_logprobs)
 
 

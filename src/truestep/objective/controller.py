@@ -1,4 +1,4 @@
-"""Controllers update a method's scalar state once per step, by pure functions; checkpoints contain it."""
+"""Controllers, which update a method's scalar state once per step. Checkpoints contain this state."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Scalars = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """The two functions of a controller. ``decide(state, step, draw)`` returns this step's values by name
-    (weights of terms, switches of a plan); the draw is uniform in [0, 1). ``learn(state, step, values,
-    seen)`` returns the next state, from the step's statistics and metrics."""
+    """The first state and the two pure functions of a controller. ``decide(state, step, draw)`` returns this
+    step's values by name (weights of terms, switches of a plan); the draw is uniform in [0, 1).
+    ``learn(state, step, values, seen)`` returns the next state, from the step's statistics and metrics."""
 
     initial: Scalars
     decide: Callable[[Scalars, int, float], Scalars]
@@ -21,9 +21,9 @@ class Controller:
 
 
 def phases(*, gamma: float, warmup_steps: int) -> Controller:
-    """Return a controller whose value ``imitate`` is 1 in the warm-up, then 1 with probability
-    G_sft/(G_sft + γ·G_warmup), otherwise 0. G_sft and G_warmup are the gradient norms of the last step that
-    imitated and of the last warm-up step. Source: arXiv:2505.13026."""
+    """Return a controller whose value ``imitate`` is 1 in the warm-up. After that, it is 1 with probability
+    G_sft/(G_sft + γ·G_warmup), and otherwise 0. G_sft is the gradient norm of the last step that imitated,
+    and G_warmup that of the last warm-up step. Source: arXiv:2505.13026."""
 
     def decide(state: Scalars, step: int, draw: float) -> Scalars:
         total = state["norm"] + gamma * state["warmup_norm"]

@@ -1,4 +1,4 @@
-"""Changes to a coefficient: a different advantage, or a weight for the gap between engine and trainer."""
+"""Changes to a coefficient: other advantages, or weights for the difference between engine and trainer."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def with_advantage(coefficient: Coefficient, advantage: Callable[[Context], Tens
 
 @with_options
 def kl_in_reward(context: Context, beta: float) -> Tensor:
-    """Return the advantage A_t − β·Σ_{s≥t} (log π_proximal − log π_ref). Each own token is charged k1 for
-    itself and for the own tokens after it. With REINFORCE, the gradient is that of the reverse KL."""
+    """Return the advantage A_t − β·Σ_{s≥t} (log π_proximal − log π_ref). A token that the
+    policy did not sample keeps its advantage and is not in the sum. With REINFORCE, the gradient is that of
+    the reverse KL."""
     own = context.batch.origin == int(Origin.POLICY)
     charge = torch.where(own, context.proximal_logprobs - context.reference_logprobs, 0.0)
     charges = beta * coefficients.to_go(charge, context.batch)
@@ -63,5 +64,5 @@ def kl_in_reward(context: Context, beta: float) -> Tensor:
 
 
 def whitened(mean: str, std: str) -> Callable[[Context], Tensor]:
-    """Return (A − mean)/(std + 1e-8) over the step's own tokens. Source: REINFORCE++ (arXiv:2501.03262)."""
+    """Return (A − mean)/(std + 1e-8) over a step's sampled tokens. Source: REINFORCE++ (arXiv:2501.03262)."""
     return lambda context: (context.advantage - context.statistics[mean]) / (context.statistics[std] + 1e-8)

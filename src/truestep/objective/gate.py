@@ -1,5 +1,5 @@
-"""Gates: pure functions that decide which members of a prompt's group are trained on and with which weight,
-and whether the prompt's demonstration is set aside for later."""
+"""Gates, which are pure functions. A gate decides which members of a prompt's group are trained on, their
+weights, and whether the prompt's demonstration is set aside for later."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def _kept(keep: tuple[bool, ...], *, push: bool = False) -> GateDecision:
 
 
 def keep_scored(group: GroupView) -> GateDecision:
-    """Keep every scored member and the demonstration with weight 1. Totals also count all-equal groups."""
+    """Keep every scored member and the demonstration, with weight 1, even if all rewards are equal."""
     pairs = zip(group.rewards, group.origins, strict=True)
     return _kept(tuple(r is not None or origin is Origin.EXPERT for r, origin in pairs))
 
 
 def drop_degenerate(group: GroupView) -> GateDecision:
-    """Drop the group if all own rewards are equal, otherwise do the same as ``keep_scored``. Source: DAPO
-    (arXiv:2503.14476)."""
+    """Drop the group if the policy's samples all have the same reward. Otherwise, do the same as
+    ``keep_scored``. Source: DAPO (arXiv:2503.14476)."""
     if group.is_degenerate:
         return GateDecision(keep=(False,) * len(group.rewards), weights=(0.0,) * len(group.rewards))
     return keep_scored(group)
 
 
 def imitate_where_unsolved(most_correct: int) -> Gate:
-    """Keep only the demonstration if at most ``most_correct`` own samples are correct, else only samples.
-
-    With −1 it never imitates, and with the number of samples it always imitates.
+    """Return a gate that keeps only the demonstration if at most ``most_correct`` of the policy's samples are
+    correct, and otherwise only the samples. With −1 it never keeps the demonstration; with the number of
+    samples it always keeps only the demonstration.
     Source: arXiv:2509.04419 (HPT), 2506.01096 (SuperRL)."""
 
     def gate(group: GroupView) -> GateDecision:
@@ -57,6 +57,6 @@ def imitate_where_unsolved(most_correct: int) -> Gate:
 
 
 def push_unsolved(group: GroupView) -> GateDecision:
-    """Keep all scored members. If no scored own sample solves the problem, push the demonstration into the
-    buffer. Source: ReLIFT (arXiv:2506.07527)."""
+    """Keep all scored members. If some of the policy's samples are scored but none solves the problem, push
+    the demonstration into the buffer. Source: ReLIFT (arXiv:2506.07527)."""
     return _kept(keep_scored(group).keep, push=bool(group.own_solved) and not any(group.own_solved))

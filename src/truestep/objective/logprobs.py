@@ -1,6 +1,6 @@
-"""The chunked head, which computes differentiable log-probabilities and entropies at a temperature.
+"""The chunked output layer, which computes differentiable log-probabilities and entropies at a temperature.
 
-The logits of a whole micro-batch never exist at once: each chunk is computed, reduced and dropped, and
+The logits of a whole micro-batch never exist at once. Each chunk is computed, reduced and dropped, and is
 computed again in the backward pass. Softmax arithmetic is in ``promote_types(dtype, float32)``, so float64
 stays float64.
 
@@ -113,7 +113,7 @@ def chunked_logprobs(
 
 
 def logprobs_from_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Compute the same from existing logits [M, V], for heads that are more than one matrix product."""
+    """Compute the same as ``chunked_logprobs``, for logits [M, V] that are more than a matrix product."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     logp = torch.log_softmax(logits.to(wide) / temperature, dim=-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

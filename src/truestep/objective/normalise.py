@@ -1,4 +1,4 @@
-"""The only division: a loss is Σ (weighted token values) ÷ a global total, and only this module divides.
+"""The only module that divides a loss. A loss is Σ (weighted token values) ÷ a global total.
 
 Totals are computed over all micro-batches and all ranks before the first forward pass. Nothing else divides:
 micro-batches are not divided by their own count, there is no accumulation factor, and no wrapper averages
@@ -27,8 +27,8 @@ class Normaliser(enum.StrEnum):
 
 
 def local_total(normaliser: Normaliser, selected: Sequence[Tensor], batches: Sequence[TokenBatch]) -> float:
-    """Count this rank's share of a term's denominator. ``selected`` has a boolean [M] per micro-batch for the
-    counted tokens. A sequence counts if any of its tokens is selected. Sequences are never split."""
+    """Count this rank's share of a term's denominator. ``selected`` has a boolean tensor [M] for
+    each micro-batch. A sequence, which is never split, counts if any of its tokens is selected."""
     if normaliser is Normaliser.TOKENS:
         return float(sum(int(s.sum()) for s in selected))
     found = [b.sequence_index[s] for s, b in zip(selected, batches, strict=True)]

@@ -35,8 +35,8 @@ class RoundResult:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanState:
-    """The inputs of a plan. ``draw`` is uniform in [0, 1), with one draw for each prompt of a step;
-    ``controls`` are the values of the method's controller for this step; ``has_stored`` is True if a stored
+    """The inputs of a plan. ``draw`` is uniform in [0, 1), with one draw for each prompt of a step.
+    ``controls`` are the values of the method's controller for this step. ``has_stored`` is True if a stored
     sample of the prompt was chosen."""
 
     step: int
@@ -53,8 +53,8 @@ NextRounds = Callable[[PlanState], Sequence[Round] | Done]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan: the function ``next_rounds``, whether it needs every problem's demonstration, and the largest
-    share of a solution's text for which the prompt must have room (``most_shown``)."""
+    """A plan. ``next_rounds`` is its function. ``needs_demonstrations`` is True if every problem must have a
+    demonstration. ``most_shown`` is the largest share of a solution's text that a prompt may show."""
 
     next_rounds: NextRounds
     needs_demonstrations: bool = False
@@ -65,7 +65,7 @@ class Plan:
 
 
 def _once(rounds_of: Callable[[PlanState], Sequence[Round]], *, needs_demonstrations: bool = True) -> Plan:
-    """Return a plan that samples once."""
+    """Return a plan that requests rounds only once."""
     rounds: NextRounds = lambda state: Done() if state.history else rounds_of(state)  # noqa: E731
     return Plan(next_rounds=rounds, needs_demonstrations=needs_demonstrations)
 
@@ -84,17 +84,18 @@ with_demonstration = _once(lambda state: (_own(state, 1), DEMONSTRATION))
 """The demonstration takes the place of one sample (LUFFY)."""
 
 beside_demonstration = _once(lambda state: (_own(state), DEMONSTRATION))
-"""The demonstration is added to all samples (SRFT; HPT's gate then chooses between them)."""
+"""The demonstration is added to the full number of samples (SRFT; HPT, whose gate then drops one kind)."""
 
 with_replay = _once(
     lambda state: (_own(state, 1), Round(num_samples=1, stored=True)) if state.has_stored else (_own(state),),
     needs_demonstrations=False,
 )
-"""A stored sample takes the place of one sample if the source has chosen one (ExGRPO)."""
+"""If the source has chosen a stored sample, it takes the place of one sample (ExGRPO)."""
 
 
 def one_prefix(low: Schedule, high: float) -> Plan:
-    """Return a plan: one sample continues a prefix of uniform length in [low(step), high] (Prefix-RFT)."""
+    """Return a plan in which one sample continues a prefix of the demonstration. The length is uniform in
+    [low(step), high] (Prefix-RFT)."""
 
     def rounds(state: PlanState) -> Sequence[Round]:
         start = low(state.step)
@@ -104,8 +105,8 @@ def one_prefix(low: Schedule, high: float) -> Plan:
 
 
 def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> Plan:
-    """Return a plan in which all samples continue the first k of ``num_segments`` parts, where k ~
-    Binomial(num_segments, probability(step)). From ``num_steps`` on there is no prefix (UFT)."""
+    """Return a plan in which all samples continue the first k of ``num_segments`` parts of the demonstration,
+    k ~ Binomial(num_segments, probability(step)). From ``num_steps`` on there is no prefix (UFT)."""
 
     def rounds(state: PlanState) -> Sequence[Round]:
         k = _binomial(state.draw, num_segments, probability(state.step)) if state.step < num_steps else 0
@@ -130,7 +131,7 @@ def _binomial(draw: float, count: int, probability: float) -> int:
 
 def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
     """Return a plan with micro-groups of ½, ¼, ⅛ and ⅛ of the samples. If the share of successes so far is
-    below a level's threshold, the next micro-group gets that level's prefix, otherwise no prefix (TRAPO)."""
+    below a level's threshold, the next micro-group continues that level's prefix, otherwise none (TRAPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:
         n = state.num_samples
@@ -177,7 +178,7 @@ def anchored(num_episodes: int, low: float, high: float) -> Plan:
 
 
 def hinted(fractions: Sequence[float]) -> Plan:
-    """Return a plan with ordinary samples. If none is correct, all are replaced by samples under a prompt
+    """Return a plan with ordinary samples. If none is correct, all are replaced by samples from a prompt
     that shows more and more of the solution, until a sample is correct (GHPO)."""
 
     def plan(state: PlanState) -> Sequence[Round] | Done:

@@ -19,7 +19,7 @@ def cosine(start: float, end: float, num_steps: int) -> Schedule:
 
 def warmed_cosine(*, valley: float, peak: float, warmup_steps: int, decay_steps: int) -> Schedule:
     """Return a schedule that rises linearly from 0 to the peak, falls as a cosine to the valley and stays
-    there: CHORD's μ (arXiv:2508.11408)."""
+    there. Source: CHORD's μ (arXiv:2508.11408)."""
     decay = cosine(peak, valley, decay_steps)
     return lambda step: peak * step / warmup_steps if step < warmup_steps else decay(step - warmup_steps)
 

@@ -1,1 +1,1 @@
-"""A run. All data is checked, then the stages run in order, each from one model folder to the next."""
+"""Runs a recipe: checks all data, then trains the stages in order, each from the previous stage's model."""

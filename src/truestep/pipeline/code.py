@@ -10,7 +10,7 @@ from truestep.user_code import find_source
 
 
 def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
-    """Return the hashes of the recipe's own code that a stage runs, by its name in the recipe."""
+    """Return the hashes of the recipe's own code that a stage runs, by the code's name in the recipe."""
     found = {}
     method = getattr(stage, "method", "")
     if ":" in method:

@@ -1,4 +1,4 @@
-"""A run's own evaluations: dev scores inside a stage, test scores after each stage."""
+"""The evaluations during a run: dev scores within a stage, and test scores after each stage."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -
 def dev_score(
     session: Session, index: int, policy: Policy, engine: Engine | None, folder: Path
 ) -> DevScore | None:
-    """Return a function from step to score on the stage's dev set, if there is one. Samples are kept in
-    ``folder``, even after an interruption. They come from ``engine``, or from ``policy`` if it is None."""
+    """Return a function that gives the score on the stage's dev set at a step, or None without a dev set.
+    Samples stay in ``folder`` if interrupted. They come from ``engine`` or, if that is None, ``policy``."""
     prepared = session.prepared
     dev, identity = prepared.settings.stages[index].dev, stage_identity(prepared, index)
     if not dev.data:

@@ -1,7 +1,7 @@
-"""``truestep method check``, which tests relations that every row must satisfy, whatever its objective.
+"""``truestep method check``, which tests relations that every method must satisfy, whatever its objective.
 
-The row trains a tiny model in float64 on generated problems, with the same source, updater and loop as a run.
-Its update must be the same however a step is split, packed, ordered, or divided between two processes; a
+The method trains a tiny model in float64 on generated problems, with the source, updater and loop of a run.
+The update must be the same however a step is split, packed, ordered, or divided between two processes. A
 resumed run must be bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Change = Callable[[Sequence[TrainSequence]], list[TrainSequence]]
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """A checked relation. ``error``: the largest relative difference of two updates or two runs' weights."""
+    """A checked relation. ``error`` is the largest relative difference between two updates or two runs."""
 
     name: str
     error: float
@@ -56,8 +56,8 @@ class Relation:
 
 
 def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict[str, object]:
-    """Return a recipe that trains the row on solved sums, with about 10,000 parameters. The reward is a coin
-    flip, so that groups have mixed rewards."""
+    """Return a recipe that trains about 10,000 parameters on solved sums, with this method. The reward is a
+    coin flip, so that groups have mixed rewards."""
     stage: dict[str, object] = {
         "kind": "rl" if samples else "sft", "name": "check", "data": "sums", "steps": STEPS,
         "tokens_per_microbatch": TOKENS, "method": method, "method_options": options, "save_every": 1,
@@ -79,7 +79,7 @@ def recipe(method: str, options: Mapping[str, object], *, samples: bool) -> dict
 def check_method(
     method: str, options: Mapping[str, object], *, base_dir: Path, folder: Path, reporter: Reporter
 ) -> Iterator[Relation]:
-    """Check the relations one by one, in an empty ``folder``. Raises UserError if the row is invalid."""
+    """Check the relations one by one, in an empty ``folder``. Raises UserError if the method is invalid."""
     samples = find_method(method, options, base_dir).plan is not None
     place, _, name = method.rpartition(":")
     absolute = f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else method
@@ -91,7 +91,7 @@ def check_method(
 
 
 def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Iterator[Relation]:
-    """Compare every step's updates with other micro-batches, without shared prompts, in a different order."""
+    """Compare every step's updates with those from a different packing, order or set of micro-batches."""
     prepared = prepare(settings, base_dir=base_dir)
     errors = {"micro-batches": 0.0, "shared prompts": 0.0, "order": 0.0, "empty micro-batch": 0.0}
     moved = 0.0
@@ -126,7 +126,7 @@ def _updates(settings: Settings, base_dir: Path, folder: Path, reporter: Reporte
 
 
 def _update(spec: StageSpec, data: StepData, step: int, limit: int = TOKENS) -> Tensor:
-    """Return the change of the parameters by the step's updates. The parameters are restored afterwards."""
+    """Return how the step's updates change the parameters. The parameters are restored afterwards."""
     policy, updater = spec.policy, spec.updater
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     scorer = replace(updater.scorer, tokens_per_microbatch=limit)
@@ -182,7 +182,7 @@ def _ranks(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter)
 
 
 def _resumed(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Relation:
-    """Resume the one-process run of ``_ranks`` from its second step, and compare the two."""
+    """Resume the one-process run of ``_ranks`` from its second step, and compare the two results."""
     again = folder / "again"
     shutil.copytree(folder / "one", again)
     stage = again / "stages" / "01-check"

@@ -1,4 +1,4 @@
-"""The models of a run as policies and sampling engines, and hashes of all that a result depends on."""
+"""Makes a run's policies and sampling engines, and the hashes of everything that a result depends on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Session:
 
     @property
     def check_stop(self) -> Callable[[], None]:
-        """Return the check for a signal. With several ranks it does nothing: none may stop within a step."""
+        """The check for a signal. With several ranks it does nothing, as no rank may stop within a step."""
         return signals.check if self.ranks.world_size == 1 else lambda: None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -77,7 +77,7 @@ def make_policy(session: Session, path: str) -> Policy:
 
 
 def make_engine(session: Session, policy: Policy | None, path: str, max_running: int) -> TorchEngine:
-    """Make an engine on the policy's module, or on a separate whole model if policy is None or sharded."""
+    """Make an engine on the policy's module, or on a separate model if ``policy`` is None or sharded."""
     sharded = session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2"
     if policy is None or sharded:
         policy = Policy(open_model(session, path))
@@ -85,7 +85,7 @@ def make_engine(session: Session, policy: Policy | None, path: str, max_running:
 
 
 def stage_identity(prepared: Prepared, index: int) -> str:
-    """Return the hash of a stage's settings, code and data, and of every stage before it."""
+    """Return the hash of the settings, code and data of a stage and of every stage before it."""
     settings = prepared.settings
     parts: list[Any] = [base_identity(prepared), settings.chat]
     for stage in settings.stages[: index + 1]:

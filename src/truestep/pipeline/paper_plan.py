@@ -1,7 +1,7 @@
 """A dry run of a recipe without its weights and data. The facts that it needs are declared in ``[declared]``.
 
 The recipe's author declares these facts (numbers of rows, observed mean lengths); a real run does not read
-them. Shapes come from a ``config.json`` next to the recipe, through the model's class on the meta device."""
+them. Shapes come from a ``config.json`` next to the recipe, by making its model on the meta device."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def read_config(declared: Declared, base_dir: Path) -> dict[str, Any]:
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """Compute the shape of a Llama or Qwen2 model from its config.
 
-    Held by: tests/study/test_paper_recipes.py (the same as the model's own class on the meta device)"""
+    Held by: tests/study/test_paper_recipes.py (compared with the model's class on the meta device)"""
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     keys, queries = config["num_key_value_heads"] * head, heads * head
@@ -99,7 +99,7 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
-    """Return a stage's work at the declared mean lengths (for attention, a bit less than the mean work)."""
+    """Return a stage's work at the declared mean lengths, which slightly underestimates attention."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
         rows = declared.rows[stage.data]
@@ -107,7 +107,7 @@ def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
         return sequence_work(prompt, demonstration).times(sequences)
     if isinstance(stage, RejectionSettings):
         raise UserError(
-            f"stages.{stage.name}: a rejection stage cannot be estimated, because what it keeps cannot be declared"
+            f"stages.{stage.name}: a rejection stage cannot be estimated, as the number of kept samples is unknown"
         )
     assert isinstance(stage, RlSettings)
     known = declared.stages.get(stage.name, DeclaredStage())
@@ -147,9 +147,9 @@ def gib_per_gpu(
 ) -> dict[str, float]:
     """Estimate a rank's peak memory, by kind. Units: GiB.
 
-    Master weights, moments and gradients are sharded. Every rank has the rest: the sampling engine's copy of
-    a sharded policy and its key-value cache; one layer's weights and activations at ``tokens_per_microbatch``
-    (every layer's if nothing is recomputed); and the logits of one chunk."""
+    With fsdp2, master weights, moments and gradients are sharded. Every rank has the rest: the sampling
+    engine's copy of a sharded policy and its key-value cache; one layer's weights and activations at
+    ``tokens_per_microbatch`` (every layer's if nothing is recomputed); and the logits of one chunk."""
     shape, dtype = shape_of(config), settings.compute.dtype
     compute = DTYPE_BYTES[dtype] or 4
     sharded = settings.compute.parallel == "fsdp2"
@@ -176,7 +176,7 @@ def gib_per_gpu(
 
 
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
-    """Make the plan without weights or data. Raises UserError if declared facts contradict the settings."""
+    """Return the dry run's plan. Raises UserError if the declared facts contradict the settings."""
     from truestep.model.load import model_shape
     from truestep.pipeline.prepare import check_methods
 
@@ -213,7 +213,8 @@ def _stage_row(
     limits = {"model.context_length": context, "tokens_per_microbatch": stage.tokens_per_microbatch}
     for key, limit in limits.items():
         if longest > limit:
-            raise UserError(f"{where}: {key} = {limit} is less than {longest} tokens; set {longest} or more")
+            fault = f"{key} = {limit} is less than the longest sequence, which has {longest} tokens"
+            raise UserError(f"{where}: {fault}; set {longest} or more")
     if isinstance(stage, RlSettings) and (num := stage.prompts_per_step) > rows:
         raise UserError(
             f"{where}.prompts_per_step = {num} is more than the {rows} rows; set a smaller number"

@@ -1,4 +1,4 @@
-"""Checks before anything expensive: every row, every gold answer, lengths and batches."""
+"""Checks a recipe before anything expensive starts: data rows, gold answers, lengths and batches."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
             if name not in guided or "solution" not in str(error):
                 raise
             method = prepared.methods[guided[name].name].name
-            reason = f'stages.{guided[name].name}.method = "{method}" trains on it'
+            reason = f'stages.{guided[name].name}.method = "{method}" trains on solutions'
             raise UserError(f"{error} ({reason})") from None
     _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
     rl = [s for s in settings.stages if isinstance(s, RlSettings)]
@@ -120,8 +120,8 @@ def _check_rewards(settings: Settings, base_dir: Path) -> None:
 
 
 def _needs(settings: Settings) -> dict[str, set[str]]:
-    """Return the needed columns of every data set in use; others are not loaded. A stage without a checker
-    does not need answers."""
+    """Return the needed columns of every data set that is used; other data sets are not loaded. A stage
+    without a checker does not need answers."""
     needs: defaultdict[str, set[str]] = defaultdict(set)
     for stage in settings.stages:
         checked = not isinstance(stage, RlSettings) or "checker" in [e.function for e in stage.reward_entries]
@@ -135,7 +135,7 @@ def _needs(settings: Settings) -> dict[str, set[str]]:
 
 
 def _check_ranks(settings: Settings) -> None:
-    """Raise UserError for several processes if a stage needs a single one, before anything is loaded."""
+    """Raise UserError if there are several processes and a stage needs a single one. Loads nothing."""
     for stage in settings.stages if world()[1] > 1 else ():
         where = f"stages.{stage.name}"
         if stage.dev.data:
@@ -156,10 +156,10 @@ def check_methods(settings: Settings, base_dir: Path) -> None:
             known = ", ".join(name for name in METHODS if (METHODS[name]().plan is None) == is_sft)
             fault = f'method = "{stage.method}" does not fit kind = "{stage.kind}"'
             raise UserError(f"stages.{stage.name}.{fault}; set one of {known}")
-        if isinstance(stage, SftSettings) and stage.sequences_per_step % row.updates_per_step:
+        if isinstance(stage, SftSettings) and stage.sequences_per_step % (num := row.updates_per_step):
             raise UserError(
                 f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be split into the "
-                f'{row.updates_per_step} equal updates of method = "{row.name}"; set a multiple'
+                f'{num} equal updates of method = "{row.name}"; set a multiple of {num}'
             )
 
 
@@ -186,7 +186,7 @@ def method_of(stage: StageSettings, base_dir: Path) -> Method:
 
 
 def find_method(named: str, options: Mapping[str, Any], base_dir: Path, where: str = "") -> Method:
-    """Find a built-in method, or FILE.py:NAME in the recipe's folder. Raises UserError."""
+    """Build a built-in method, or the one of FILE.py:NAME in the recipe's folder. Raises UserError."""
     if ":" in named:
         source = find_source(named, base_dir, what=f"{where}method")
         row = _user(f"{where}method", load, source, [str(base_dir)])
@@ -249,7 +249,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
 def hinted_prompt(
     prepared: Prepared, prompt: Prompt, fraction: float
 ) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """Return the prompt's turns and tokens, with the solution's start (by characters) in the last turn."""
+    """Return the turns and tokens of the prompt if its last turn shows a fraction of the solution's text."""
     *before, last = prompt.problem.messages
     shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
     turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
@@ -310,7 +310,7 @@ def _check_lengths(prepared: Prepared) -> None:
 
 
 def _longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown: float = 0.0) -> int:
-    """Return the most tokens of a prompt with hint and completion. Raises UserError if they are too many."""
+    """Return the largest length of prompt, hint and completion. Raises UserError if it is too large."""
     prompts = prepared.prompts[name]
     if shown:
         prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)[1]) for p in prompts]
@@ -326,7 +326,7 @@ def _longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown
 
 
 def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
-    """Return everything about batches that follows from the settings, with one row per stage."""
+    """Return the batch sizes and numbers of steps that follow from the settings, as one row per stage."""
     rows: list[Mapping[str, Any]] = []
     columns = ("problems", "steps", "optimizer updates", "sequences per update", "epochs")
     values: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""Rejection-sampling SFT, where accepted samples of the stage's initial model become demonstrations."""
+"""Rejection-sampling SFT, in which accepted samples of the initial model become demonstrations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from truestep.train.policy import Policy
 def rejection_samples(
     session: Session, stage: RejectionSettings, policy: Policy, folder: Path, path: str
 ) -> tuple[list[Demonstration], Ledger]:
-    """Sample from the initial model; keep at most ``keep_per_prompt`` unique accepted samples per prompt."""
+    """Sample from the initial model; keep up to ``keep_per_prompt`` different accepted samples per prompt."""
     prepared = session.prepared
     engine = make_engine(session, policy, path, stage.sampling.max_running)
     prompts = {p.problem.id: p for p in prepared.prompts[stage.data]}

@@ -36,18 +36,18 @@ from truestep.train.parallel import Ranks, full, is_sharded
 
 
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raise UserError if the folder is in use, or, with --resume, has a different run. Nothing is written."""
+    """Raise UserError if the folder is in use or, with --resume, has a different run. Writes nothing."""
     held = rundir.holds_run(folder, resume=resume)
     old = load_settings(folder / "resolved.toml").stages if held else ()
     for index, (a, b) in enumerate(zip(settings.stages, old, strict=False)):
         if a.name != b.name:
-            names = f"{b.name!r} in it but {a.name!r} in the recipe"
+            names = f"{b.name!r} in this folder but {a.name!r} in the recipe"
             raise UserError(f"{folder}: stage {index + 1} is called {names}; {rundir.ELSEWHERE}")
 
 
 def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int) -> None:
-    """Make the run directory, or continue one with --resume. Raises UserError, before anything is written, if
-    it is in use or has stages with other settings or data. Only rank 0 checks: others would see its files."""
+    """Make the run directory, or continue one with --resume. Raises UserError, before it writes anything, if
+    the directory is in use or has stages with different settings or data. Only rank 0 checks and writes."""
     if rank != 0:
         return
     settings = prepared.settings
@@ -72,7 +72,7 @@ def _require_identity(stage: Path, identity: str) -> None:
 
 
 def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
-    """Do the rest of a prepared run, and return its summary (on rank 0). Raises Interrupted after saving."""
+    """Run what is left of a prepared run. Return its summary on rank 0. Raises Interrupted after saving."""
     settings = prepared.settings
     threads = set_threads(settings.compute.threads)
     make_deterministic()
@@ -124,7 +124,7 @@ def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> No
 
 
 def _train(session: Session, index: int, path: str, before: Ledger, steps_before: int) -> dict[str, Any]:
-    """Train and export a stage, and write its done.json, because of which later runs skip the stage."""
+    """Train and export a stage, and write its done.json, which makes later runs skip the stage."""
     began = time.perf_counter()
     with ExitStack() as stack:
         spec = make_stage(session, index, path, before, steps_before, stack)
@@ -206,7 +206,7 @@ def comparisons(session: Session) -> list[dict[str, Any]]:
 
 
 def summarize(session: Session, status: str) -> dict[str, Any]:
-    """Write and return summary.json, with what the run has done so far as rows for report and exports."""
+    """Write and return summary.json, which lists what the run has done, for the report and the exports."""
     prepared, settings = session.prepared, session.prepared.settings
     shapes = [rundir.read_json(p)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
     summary = {

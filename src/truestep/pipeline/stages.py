@@ -34,7 +34,7 @@ SHOWN = ("reward", "loss", "mixed_groups", "dev/score", "entropy")
 def make_stage(
     session: Session, index: int, path: str, ledger: Ledger, steps_before: int, stack: ExitStack
 ) -> StageSpec:
-    """Make stage ``index``, starting at the model in ``path``. Closing ``stack`` ends its reward workers."""
+    """Make stage ``index``, which starts from the model in ``path``. Closing ``stack`` ends its workers."""
     prepared, ranks = session.prepared, session.ranks
     stage, method = prepared.settings.stages[index], prepared.methods[prepared.settings.stages[index].name]
     folder = stage_folder(session.folder, index, stage)

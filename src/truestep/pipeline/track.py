@@ -1,4 +1,4 @@
-"""Sends metrics to the recipe's trackers: TensorBoard, trackio or wandb (offline without WANDB_MODE)."""
+"""Sends metrics to the recipe's trackers: TensorBoard, trackio or wandb (by default offline)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], folder: Path, run_name: str) -> list[Log]:
-    """Open the trackers. Return for each a function of the run's global step and a row of metrics."""
+    """Open the trackers. Each returned function takes the run's global step and a row of metrics."""
     openers = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
     return [openers[name](folder, run_name) for name in names]
 

@@ -40,8 +40,8 @@ class SampleRequest:
 class SamplingParameters:
     """The distribution to sample from, and when to stop. Temperature 0 is greedy.
 
-    A completion ends at the first of ``stop_token_ids`` or ``stop_sequences``. An engine may ignore the
-    latter, because they only save tokens that would be cut off."""
+    A completion ends at the first of ``stop_token_ids`` or ``stop_sequences``. An engine may ignore
+    ``stop_sequences``, which only save tokens that would be cut off later."""
 
     temperature: float
     max_new_tokens: int
@@ -102,7 +102,7 @@ class Engine(Protocol):
         """Set the weights from which the next ``generate`` samples."""
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Score ``token_ids[num_prompt_tokens:]`` under the engine's weights, for checks."""
+        """Return the log-probabilities of ``token_ids[num_prompt_tokens:]``, for checks."""
 
     def take_cost(self) -> Ledger:
         """Return the work since the last call: prompt, prefill and decoding tokens, and query-key pairs."""

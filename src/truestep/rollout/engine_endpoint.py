@@ -1,7 +1,7 @@
 """Sampling through an OpenAI-compatible endpoint. A server runs the model, so the model cannot be trained.
 
-The openai client waits, retries with backoff and obeys Retry-After. A request that fails in the end gives a
-sample with an error, never an empty answer. The key comes only from the environment and is never written.
+The openai client retries with backoff and obeys Retry-After. If all retries of a request fail, its sample has
+an error and not an empty answer. The API key comes only from the environment and is never written.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class TextRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSample:
-    """The answer to a request. ``num_tokens`` is the server's count, or 0 without one. A failed sample has
-    ``stop`` ERROR, a reason and no text. ``token_ids`` are known if a truestep engine sampled them."""
+    """The answer to a request. ``num_tokens`` is the server's count, or 0 if it sends none. If the request
+    failed, ``stop`` is ERROR, ``error`` has the reason and there is no text. ``token_ids`` is empty unless a
+    truestep engine sampled the answer."""
 
     problem_id: str
     sample_index: int
@@ -58,11 +59,11 @@ class TextSample:
 
     def __post_init__(self) -> None:
         if (self.stop is Stop.ERROR) != bool(self.error):
-            raise RecordError("an error has a reason, and only an error has one")
+            raise RecordError("a sample must have an error text if, and only if, its stop is ERROR")
 
 
 def text_seed(request: SampleRequest) -> int:
-    """Derive a 31-bit seed from the request's coordinates, for servers that take an integer."""
+    """Derive a 31-bit seed from the fields of the request, for servers that take an integer."""
     item = f"{request.problem_id}/{request.sample_index}"
     return integer(request.seed, request.purpose, request.step, item) % 2**31
 
@@ -73,7 +74,7 @@ def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) 
     try:
         import openai
     except ModuleNotFoundError:
-        remedy = 'pip install "truestep[endpoint]"'
+        remedy = 'run pip install "truestep[endpoint]"'
         raise UserError(f'engine = "{url}" needs the openai package; {remedy}') from None
     base = url.rstrip("/")
     base = base if "/" in base.partition("://")[2] else f"{base}/v1"
@@ -102,7 +103,7 @@ def each(
     check_stop: Callable[[], None],
 ) -> Iterator[Answer]:
     """Yield ``function(request)`` for every request as it finishes. At most ``limit`` calls run at once, in
-    threads. Meanwhile, ``check_stop`` is called; if it raises, requests in progress are dropped."""
+    threads. ``check_stop`` is called while they run; if it raises, requests in progress are dropped."""
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=limit)
     waiting = iter(requests)
     running: set[concurrent.futures.Future[Answer]] = set()
@@ -173,7 +174,7 @@ def _sample(request: TextRequest, text: Any, finish: Any, usage: Any) -> TextSam
     if not isinstance(text, str):
         return _failed(request, "the endpoint sent no text")
     if finish not in ("stop", "length"):
-        return _failed(request, f"the endpoint ended the answer with {finish!s:.40}")
+        return _failed(request, f"the endpoint ended the answer for the reason {finish!s:.40}")
     return TextSample(
         problem_id=request.problem_id,
         sample_index=request.sample_index,

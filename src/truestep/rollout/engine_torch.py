@@ -1,11 +1,11 @@
 """The default engine, which samples from any causal model in batches, with a KV cache that is refilled.
 
-Every forward pass has one flat row of tokens: several prompts in a prefill, or one token of every running row
-in a decoding step. A prompt that several waiting samples share is prefilled once, and so is the common
-beginning of all prompts in a prefill (worked examples before each problem). Running rows occupy the first
-slots of the cache, so that a decoding step reads a view of it; the last row fills the slot of a finished row.
+Every forward pass takes one flat row of tokens: several prompts in a prefill, or one token of every running
+sample in a decoding step. A prompt that several waiting samples share is prefilled once. So is the common
+beginning of all prompts in a prefill (worked examples). Running samples use the first slots of the cache, so
+that a decoding step reads a view of it. When a sample finishes, the last one moves into its slot.
 
-Shapes: R running rows, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
+Shapes: R running samples, H query heads, K key-value heads, D head size, T cached tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class _Row:
 
 
 class KvCache:
-    """Keys and values of all slots: a pair of tensors [slots, K, T, D] per layer, created on the first
-    write."""
+    """The keys and values of all slots. Each layer has a pair of tensors [slots, K, T, D], created on the
+    first write."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots, self.capacity = num_slots, capacity
@@ -70,8 +70,8 @@ class KvCache:
 
 
 class _PrefillLayout(PackedLayout):
-    """Packed prompts, whose keys and values are written to the cache slots of all their samples, after those
-    of a shared beginning (which has no slots of its own)."""
+    """The layout of packed prompts. It writes a prompt's keys and values to the cache slots of all its
+    samples, after those of the shared beginning, which does not have slots itself."""
 
     def __init__(
         self, segments: Sequence[Segment], positions: Tensor, cache: KvCache, slots: Sequence[range]
@@ -93,7 +93,7 @@ class _PrefillLayout(PackedLayout):
 
 
 class _DecodeLayout:
-    """One new token of each running row. It attends to all cached tokens of its slot and to itself."""
+    """The layout of one new token per running sample, which attends to its slot's cache and to itself."""
 
     def __init__(self, cache: KvCache, lengths: Sequence[int], device: torch.device) -> None:
         self.cache = cache
@@ -131,7 +131,7 @@ class _DecodeLayout:
 
 
 class TorchEngine:
-    """Samples from the given model; if ``packs`` is False, one row at a time with the model's own cache."""
+    """Samples from a model, or, if ``packs`` is False, one sample at a time with the model's own cache."""
 
     def __init__(self, model: PreTrainedModel, *, max_running: int = 64, packs: bool = True) -> None:
         self.model, self.max_running, self.packs = model, max_running, packs
@@ -164,7 +164,7 @@ class TorchEngine:
             self.model.train(was_training)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Copy the weights into the model, unless they are already its own tensors."""
+        """Copy the weights into the model, unless they are the model's own tensors."""
         own = dict(self.model.named_parameters())
         if set(own) != set(weights):
             different = sorted(set(own) ^ set(weights))[:3]
@@ -177,7 +177,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Score ``token_ids[num_prompt_tokens:]`` by this engine's prefill and decoding."""
+        """Return the log-probabilities of ``token_ids[num_prompt_tokens:]``, by prefill and decoding."""
         forced = tuple(token_ids[num_prompt_tokens:])
         sampling = SamplingParameters(temperature=temperature, max_new_tokens=len(forced), stop_token_ids=())
         request = SampleRequest(
@@ -228,7 +228,7 @@ class TorchEngine:
     def _admit(
         self, waiting: deque[_Row], running: list[_Row], cache: KvCache, sampling: SamplingParameters
     ) -> None:
-        """Prefill waiting rows into the free slots. Adjacent rows with the same prompt share one prefill."""
+        """Prefill waiting samples into the free slots. Neighbors with the same prompt share one prefill."""
         shares: list[list[_Row]] = []
         free = cache.num_slots - len(running)
         shared = _num_shared([row.request.prompt_ids for row in islice(waiting, free)])
@@ -277,7 +277,7 @@ class TorchEngine:
         self._sample(hidden, running, sampling)
 
     def _sample(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
-        """Append the next token and its log-probability to each row. Shapes: hidden [R, D]."""
+        """Append the next token and its log-probability to each sample. Shapes: hidden [R, D]."""
         head: Any = self.model.get_output_embeddings()
         self._take(linear(hidden, head.weight, head.bias), rows, sampling)
 
@@ -296,7 +296,7 @@ class TorchEngine:
     def _run_alone(
         self, rows: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]
     ) -> Iterator[Rollout]:
-        """Sample one row at a time with the model's own cache, if its attention cannot be packed."""
+        """Sample one at a time with the model's own cache, for a model whose attention cannot be packed."""
         for row in rows:
             ids, past = torch.tensor([row.request.prompt_ids], device=self.model.device), None
             while not row.tokens or not self._finished(row, sampling):
@@ -316,7 +316,7 @@ class TorchEngine:
 
 
 def _num_shared(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Return how many leading tokens all prompts share, or 0 if too few. Each prompt keeps one more token."""
+    """Return how many leading tokens all prompts share, or 0 if too few. No prompt's last token is shared."""
     first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share too
     most = min(map(len, prompts)) - 1
     same = next((i for i in range(most) if first[i] != last[i]), most)

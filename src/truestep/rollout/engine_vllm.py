@@ -1,8 +1,8 @@
-"""An engine that runs vLLM in a separate environment and process, over HTTP on this machine, with token ids.
+"""An engine that sends token ids over local HTTP to vLLM, which runs in a separate environment and process.
 
 This engine is only for evaluation, because weights cannot be published to vLLM. The seed of a request depends
-on its coordinates, but vLLM uses different random numbers: the samples differ from truestep's, but their
-distribution is the same. Greedy tokens agree.
+on its problem, sample number and step, but vLLM uses different random numbers. So the samples differ from
+those of the torch engine, but their distribution is the same. Greedy tokens agree.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def python_with_vllm() -> str:
             raise UserError(f"{ENVIRONMENT} = {named} is not a Python interpreter; {remedy}")
         return named
     if importlib.util.find_spec("vllm") is None:
-        remedy = f"make an environment for it and set {ENVIRONMENT} to its Python"
+        remedy = f"make an environment with vLLM and set {ENVIRONMENT} to its Python interpreter"
         raise UserError(f'vLLM (engine = "vllm") is not installed; {remedy}')
     return sys.executable
 
@@ -98,7 +98,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     while time.monotonic() < until:
         if process.poll() is not None:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            telling = [line for line in lines if "Error" in line] or lines or ["it has no log"]
+            telling = [line for line in lines if "Error" in line] or lines or ["its log is empty"]
             raise UserError(f'engine = "vllm": the server did not start: {telling[-1].strip()[-300:]}')
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
@@ -139,7 +139,7 @@ class VllmEngine:
         raise UserError('engine = "vllm" can only evaluate; train with the torch engine')
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-        """Score ``token_ids[num_prompt_tokens:]``. Raises UserError if temperature ≠ 1."""
+        """Return the log-probabilities of the completion. Raises UserError if temperature ≠ 1."""
         if temperature != 1.0:
             raise UserError('engine = "vllm" scores at temperature 1 only')
         body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}

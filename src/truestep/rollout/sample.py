@@ -1,4 +1,4 @@
-"""Turns prompts into graded groups, with an engine and a method's plan."""
+"""Turns prompts into graded groups of samples, with an engine and a method's plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Hint = Callable[[Prompt, float], tuple[tuple[Message, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Samples graded groups. For given weights, the result depends only on (seed, step, prompt, sample).
+    """Samples graded groups. With given weights, a sample depends only on (seed, step, prompt, number).
 
     ``demonstrations`` has the expert's completions (with stop token) by problem id. ``hinted`` makes a prompt
     that shows the first part of the problem's solution. A sample without a verdict solves its problem if its
@@ -51,7 +51,7 @@ class Sampler:
 
         ``repeats`` says how often each prompt occurs earlier in the batch over all ranks (0 by default). The
         second group of a prompt has different sample numbers, and therefore different random numbers.
-        ``stored`` has stored samples by place in ``prompts``."""
+        ``stored`` maps places in ``prompts`` to stored samples."""
         places = []
         for index, (prompt, count) in enumerate(zip(prompts, repeats or [0] * len(prompts), strict=True)):
             draw = float(generator(self.seed, Purpose.PLAN, step, f"{prompt.problem.id}/{count}").random())
@@ -64,7 +64,7 @@ class Sampler:
             self._sample(asking, step)
 
     def _wants_more(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
-        """Return whether the plan has further rounds for this prompt, and add them to the place."""
+        """Return whether the plan has further rounds for this prompt, which are then added to the place."""
         state = PlanState(
             step=step,
             num_samples=self.samples_per_prompt,
@@ -228,7 +228,7 @@ def num_sampled_tokens(rollouts: Sequence[Rollout]) -> int:
 
 
 def _merge(place: _Place) -> Group:
-    """Merge the kept rounds into one group, which is empty if the plan has no round."""
+    """Merge the kept rounds into one group, which is empty if the plan requested no round."""
     kept = place.kept or ()
     rollouts = tuple(r for n in kept for r in place.done[n][0])
     scores = tuple(s for n in kept for s in place.done[n][1])

@@ -1,4 +1,4 @@
-"""Sampling of one token per row, with its log-probability, from logits and a uniform random number.
+"""Samples one token per row of logits from a uniform random number, and returns its log-probability.
 
 Shapes: R rows, V vocabulary, B blocks.
 """
@@ -68,7 +68,7 @@ def _invert(blocks: Tensor, block_sums: Tensor, target: Tensor) -> Tensor:
 
 
 def _truncate(logits: Tensor, sampling: SamplingParameters) -> Tensor:
-    """Set the logits to −∞ outside the top k and the smallest set of mass ≥ top_p (at least one token)."""
+    """Set the logits to −∞ outside the top k and outside the smallest set with mass ≥ top_p (never empty)."""
     ordered, order = logits.sort(dim=1, descending=True)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if sampling.top_k:

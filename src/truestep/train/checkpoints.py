@@ -92,7 +92,7 @@ def restore(spec: StageSpec) -> TrainState:
         if (threads := torch.get_num_threads()) != header["threads"]:
             spec.warn(
                 f"the checkpoint was made with {header['threads']} threads, but this run has {threads}; the resumed "
-                "run is not bit for bit the same as an uninterrupted one"
+                "run will not be bit-identical to an uninterrupted one"
             )
         load_parameters(spec.policy, found)
         for name, optimizer in spec.updater.optimizers.items():
@@ -129,7 +129,7 @@ def load_best(spec: StageSpec, state: TrainState) -> None:
 
 @torch.no_grad()
 def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's parameters into the policy. Raises UserError if it is of a different model."""
+    """Copy a checkpoint's parameters into the policy. Raises UserError if the models differ."""
     saved, own = checkpoint.tensors["parameters"], dict(policy.named_parameters())
     if set(saved) != set(own):
         different = sorted(set(saved) ^ set(own))[:2]

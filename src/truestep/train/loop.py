@@ -53,7 +53,7 @@ class StageSpec:
 
 
 def run_stage(spec: StageSpec) -> TrainState:
-    """Train until ``num_steps`` are done, from the newest checkpoint if there is one.
+    """Train until ``num_steps`` steps are done, from the newest checkpoint if there is one.
 
     Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py"""
     state = saved = checkpoints.restore(spec)
@@ -94,7 +94,7 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
 
 
 def finish(spec: StageSpec, state: TrainState) -> TrainState:
-    """Compute the step's dev score, if one is due, and write its log lines. A resumed run repeats this."""
+    """Compute the step's dev score, if one is due, and write its log lines. A resumed run does both again."""
     unlogged, began = state.unlogged, time.perf_counter()
     assert unlogged is not None
     metrics, times = dict(unlogged["metrics"]), dict(unlogged["times"])

@@ -1,4 +1,4 @@
-"""A method's memory from step to step: its controller's state, waiting demonstrations and stored samples.
+"""A method's memory between steps: its controller's state, waiting demonstrations and stored samples.
 
 The memory is one immutable record, the same on every rank. A step returns the next record, so that an
 interrupted step changes nothing. A checkpoint stores the record as JSON and one group of tensors.
@@ -33,8 +33,8 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """A method's memory. ``waiting`` names problems whose demonstrations wait, newest first; ``replay`` has
-    the stored samples by problem; ``replay_open`` is True after a step has solved the share ``start``."""
+    """A method's memory. ``waiting`` names problems whose demonstrations wait in the buffer, newest first.
+    ``replay`` has the stored samples by problem. ``replay_open`` is True once they may be used."""
 
     scalars: Mapping[str, float] = field(default_factory=dict)
     waiting: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ def seen_of(name: str, num_correct: int, num_samples: int, right: Iterable[Rollo
 
 
 def remember(replay: Mapping[str, Stored], seen: Iterable[Seen], most_stored: int) -> dict[str, Stored]:
-    """Return the store after a step's groups, with the counts of each problem's latest group. A fully solved
+    """Return the replay store after a step, with the counts of each problem's latest group. A fully solved
     problem is removed."""
     found = dict(replay)
     for name, num_correct, num_samples, right in seen:

@@ -1,4 +1,4 @@
-"""The metrics of a training stage: the name, reduction and meaning of each.
+"""The metrics of a training stage, with the name, reduction and meaning of each.
 
 A key is written to ``metrics.jsonl`` as ``STAGE/KEY``. docs/metrics.md and the panels of the report page are
 made from the table below; a key that is not in the table is an error. The metrics of rollouts and tokens are
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table. ``within`` says how an update's values are combined over micro-batches and ranks:
+    """A metric. ``within`` says how an update's values are combined over micro-batches and ranks:
     mean (Σ value ÷ Σ count), std (of the values, biased), sum, max, or once (the same on every rank).
     ``across`` says how the updates of a step are combined: mean, sum, max or last. ``panel`` is the report's
     panel and the curve's name in it. ``elsewhere`` is the name in TRL and, after a semicolon, in verl."""
@@ -204,7 +204,7 @@ OF_GROUPS = (
 
 
 def of_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
-    """Add the means over only the policy's samples. ``reward`` and ``solved`` leave out unscored samples."""
+    """Add the metrics of the policy's samples. ``reward`` and ``solved`` leave out unscored samples."""
     for group, view in [(g.group, g.view) for g in groups]:
         meter.add("mixed_groups", not view.is_degenerate)
         meter.add("solved_groups", any(view.own_solved))
@@ -247,8 +247,8 @@ def of_tokens(meter: Meter, context: Context) -> None:
 
 
 def of_clipping(meter: Meter, coefficient: Tensor, advantage: Tensor, sampled: Tensor) -> None:
-    """Add the share of clipped tokens. ``sampled`` are the tokens of a clipped surrogate; those with an
-    advantage but no gradient are clipped."""
+    """Add the share of clipped tokens. ``sampled`` are the tokens of a clipped surrogate; a token with an
+    advantage but no gradient was clipped."""
     count, clipped = float(sampled.sum()), (coefficient == 0) & sampled
     meter.add("clip_ratio/low", float((clipped & (advantage < 0)).sum()), count)
     meter.add("clip_ratio/high", float((clipped & (advantage > 0)).sum()), count)

@@ -1,4 +1,4 @@
-"""The optimizer, with float32 masters, gradient sums in at least float32 and one clip by the global norm."""
+"""The optimizer, with float32 masters, gradient sums in at least float32, and clipping by a global norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class MasterOptimizer:
-    """AdamW or SGD over master copies of the parameters.
+    """AdamW or SGD on master copies of the parameters.
 
     A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A
     bfloat16 parameter has a float32 master and a float32 gradient that every backward pass is added to, so

@@ -1,4 +1,4 @@
-"""Packs training sequences into micro-batches. Packing affects memory only: it never changes the update.
+"""Packs training sequences into micro-batches. Packing affects only memory and never changes the update.
 
 The samples of a group share their prompt as a prefix, which goes through the model once per micro-batch that
 contains any of them. A token is left out of the forward pass if its hidden state predicts no trained token.
@@ -55,7 +55,7 @@ def pack(
 
 
 def last_needed(sequence: TrainSequence) -> int:
-    """Return how many leading tokens the forward pass needs: all before the last trained token."""
+    """Return how many tokens the forward pass needs, which are all before the last trained token."""
     return max(i for i, origin in enumerate(sequence.origin) if origin is not Origin.CONTEXT)
 
 

@@ -1,4 +1,4 @@
-"""The collectives of several ranks, and FSDP2 with its averaging switched off.
+"""The collectives of training on several ranks, and FSDP2 with its averaging switched off.
 
 Gradients are SUMMED over ranks, here in float32 (ddp) or by FSDP's reduce-scatter with a divide factor of one
 (fsdp2), because the loss is already divided by a global total.

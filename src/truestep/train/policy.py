@@ -1,7 +1,7 @@
-"""The trained model as one module, from a packed micro-batch to per-token log-probabilities and entropies.
+"""The trained model as one module, which maps a micro-batch to per-token log-probabilities and entropies.
 
 FSDP wraps this module as the root, so that no hook is bypassed.
-Shapes: N forwarded tokens, M trained tokens, D hidden size.
+Shapes: N tokens in the forward pass, M trained tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _keep_products() -> tuple[Any, Any]:
 
 
 class Policy(nn.Module):
-    """``forward(batch, temperature)`` returns (logprobs [M], entropy [M]), both differentiable.
+    """A policy, whose ``forward(batch, temperature)`` returns differentiable logprobs [M] and entropies [M].
 
     ``notes`` says which fast paths were refused when the model was loaded, and why."""
 
@@ -55,7 +55,7 @@ class Policy(nn.Module):
             self.notes.append(f"sequences are run one by one, not packed: {reason}")
         self.packs = not reason
         if reason := self._head_differs():
-            self.notes.append(f"logits are made at once, not in chunks: {reason}")
+            self.notes.append(f"all logits are computed at once, not in chunks: {reason}")
         self.plain_head = not reason
         self.saves_memory = bool(gradient_checkpointing)
         if gradient_checkpointing is True:
@@ -88,7 +88,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _head_differs(self) -> str:
-        """Say why the logits are not hidden states times output matrix (soft cap, scale), or return ""."""
+        """Return "" if the logits are hidden states times output matrix, or why not (soft cap, scale)."""
         table = self.model.get_input_embeddings().weight
         ids, positions = torch.arange(3, 12, device=table.device), torch.arange(9, device=table.device)
         ids = ids % table.shape[0]
@@ -100,4 +100,4 @@ class Policy(nn.Module):
         expected = self.model(input_ids=ids[None], use_cache=False).logits[0].to(got.dtype)
         difference = float((got - expected).norm() / expected.norm())
         is_equal = difference <= forward.PACKING_TOLERANCE[got.dtype]
-        return "" if is_equal else f"its logits are not hidden·Wᵀ ({difference:.1e})"
+        return "" if is_equal else f"the logits are not hidden·Wᵀ ({difference:.1e})"

@@ -1,4 +1,4 @@
-"""Forward passes before a step's first update, for the values of the proximal and the reference policy."""
+"""Forward passes before a step's first update, with the proximal and the reference policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Scorer:
     def pack(
         self, sequences: Sequence[TrainSequence], *, first_sequence: int = 0, limit: int | None = None
     ) -> list[TokenBatch]:
-        """Pack sequences into micro-batches of at most ``limit`` tokens (by default what memory allows)."""
+        """Pack sequences into micro-batches of at most ``limit`` (or ``tokens_per_microbatch``) tokens."""
         parameter = next(self.policy.parameters())
         return pack(
             sequences,
@@ -54,7 +54,7 @@ class Scorer:
         return [replace(batch, reference_logprobs=logprobs) for batch, logprobs, _ in scored]
 
     def entropy(self, sequences: Sequence[TrainSequence], step: int) -> tuple[list[float], Ledger]:
-        """Return each sequence's mean entropy (trained tokens, current policy), and the work done."""
+        """Return each sequence's mean entropy over its trained tokens (current policy), and the work done."""
         batches = self.with_proximal(self.pack(sequences), step)
         sums = [0.0] * len(sequences)
         for batch in batches:

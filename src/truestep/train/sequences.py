@@ -1,4 +1,4 @@
-"""Turns groups into training sequences, sample rows for the report and counts of work."""
+"""Turns groups into training sequences, into sample rows for the report, and into counts of work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GatedGroup:
 
 
 def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:
-    """Apply the method's gate before any length penalty, as a penalty does not make a group informative."""
+    """Apply the gate before the length penalty, because a penalty does not make a group informative."""
     view = GroupView(
         rewards=tuple(s.reward for s in group.scores),
         solved=tuple(s.solved(solved_at) for s in group.scores),

@@ -46,8 +46,8 @@ def window(
     items: Sequence[Item], step: int, size: int, seed: int, limit: int = 0, item: str = ""
 ) -> list[Item]:
     """Return items ``step·size … (step+1)·size`` of a sequence of shuffled epochs, which ends after ``limit``
-    items, or never if ``limit`` is 0. A window may span two epochs. At any time, all items have been seen
-    equally often, or some of them once more."""
+    items, or never if ``limit`` is 0. A window may span two epochs. At any time, some items may have
+    been seen once more than the others."""
     stop = (step + 1) * size if limit == 0 else min(limit, (step + 1) * size)
     picked: list[Item] = []
     for epoch in range((step * size) // len(items), (stop - 1) // len(items) + 1):
@@ -59,7 +59,7 @@ def window(
 
 @dataclass
 class DemonstrationSource:
-    """A source of shuffled demonstrations: ``sequences_per_step`` at a time, ``num_sequences`` in total."""
+    """A source of shuffled demonstrations, ``sequences_per_step`` per step and ``num_sequences`` in total."""
 
     demonstrations: Sequence[Demonstration]
     _: KW_ONLY
@@ -87,7 +87,7 @@ class DemonstrationSource:
 
 @dataclass
 class RolloutSource:
-    """A source of rollouts, which samples, grades and gates groups and computes advantages, by a method."""
+    """A source of rollouts. For a method, it samples, grades and gates groups and computes advantages."""
 
     prompts: Sequence[Prompt]
     _: KW_ONLY
@@ -191,7 +191,7 @@ class RolloutSource:
     def _refill(
         self, cuts: list[list[GatedGroup]], step: int
     ) -> tuple[list[list[GatedGroup]], list[GatedGroup]]:
-        """Replace fully dropped groups with groups of other prompts, if the method has a ``Refill``. All
+        """Replace entirely dropped groups with groups of other prompts, if the method has a ``Refill``. All
         ranks draw from one shuffled order of the prompts that no rank has used in this step."""
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)
@@ -235,8 +235,8 @@ class RolloutSource:
     def _remember(
         self, memory: Memory, groups: Sequence[GatedGroup], solved: float
     ) -> tuple[Memory, list[TrainSequence] | None]:
-        """Return the memory after these groups, and this rank's part of the demonstrations that are due. The
-        memory is the same on all ranks, because what the ranks add is sorted by problem."""
+        """Return the memory after these groups, and this rank's part of the demonstrations for the buffer's
+        update. The memory is the same on all ranks, because what the ranks add is sorted by problem."""
         buffered = None
         buffer, replay = self.method.part(DemonstrationBuffer), self.method.part(Replay)
         if buffer is not None:
@@ -259,8 +259,8 @@ class RolloutSource:
 
 
 def _seen(gated_group: GatedGroup) -> Any:
-    """Return for the replay store how many of a group's plain own samples are correct, and those that are
-    correct and finished."""
+    """Return what the replay store needs: how many plain samples of the policy are correct in this group, and
+    which of them are also finished."""
     group = gated_group.group
     triples = zip(group.rollouts, gated_group.view.solved, strict=True)
     own = [(r, solved) for r, solved in triples if r.member is Origin.POLICY and r.round.is_plain]

@@ -19,8 +19,8 @@ PARTS = 16  # a search divides its range into this many parts at a time
 def measure(
     statistics: Sequence[Statistic], batches: Sequence[TokenBatch], step: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Compute every statistic, by name. A statistic that selects no token on any rank is left out. The
-    proximal policy, whose values are in the batches, also serves as the policy.
+    """Compute every statistic, by name. A statistic that selects no token on any rank is left out.
+    The policy is still the proximal policy, whose values are in the batches.
     Held by: tests/numerics/test_statistics.py"""
     found = {}
     for statistic in statistics:

@@ -30,7 +30,7 @@ from truestep.train.policy import Policy
 
 
 class NonFiniteError(ArithmeticError):
-    """Raised at a NaN or an infinity, before the optimizer runs. ``batches`` may be the cause."""
+    """Raised for a NaN or an infinity, before the optimizer runs. One of ``batches`` may be the cause."""
 
     def __init__(self, message: str, batches: Sequence[TokenBatch] = ()) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ def train_step(
     check_stop: Callable[[], None] = lambda: None,
 ) -> StepReport:
     """Accumulate every micro-batch, clip once, update once. ``check_stop`` is called before each micro-batch
-    and may raise; the step then leaves nothing behind.
+    and may raise; the step then changes nothing.
 
     Raises NonFiniteError before the optimizer runs, naming the tensor.
     Held by: tests/numerics/test_invariance.py, tests/numerics/test_mutants.py"""
@@ -190,7 +190,7 @@ def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> S
 
 
 def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """Add dummy batches until all ranks have the same number, as collectives in the model need all ranks."""
+    """Add dummy batches until all ranks have the same number, because collectives need all ranks."""
     most = int(ranks.max([float(len(batches))])[0])
     if len(batches) == most:
         return list(batches)

@@ -1,4 +1,4 @@
-"""All optimizer updates of one step: packs, computes the scores needed before the first update, updates."""
+"""Makes all optimizer updates of one step, after packing and scoring the step's sequences."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Updates:
 @dataclass(frozen=True, kw_only=True)
 class Updater:
     """Turns a step's sequences into updates. ``optimizers`` has "optimizer" and, for a method with a buffer,
-    "buffer-optimizer" (same parameters, separate moments). ``max_length``: L of the max_length normaliser."""
+    "buffer-optimizer" (same parameters, separate moments). ``max_length`` is L of Normaliser.MAX_LENGTH."""
 
     policy: Policy
     scorer: Scorer
@@ -49,8 +49,8 @@ class Updater:
     max_length: int = 1
 
     def update(self, data: StepData, step: int) -> Updates:
-        """Make the updates of one step. Statistics and proximal values for all of them are computed before
-        the first; the buffer's separate update comes last."""
+        """Make the updates of one step. Statistics and proximal values for all updates are computed before
+        the first one. The buffer's separate update comes last."""
         scorer, fault = self.scorer, fault_of(self.faults)
         packed = [self._pack(part, fault) for part in data.minibatches]
         ledger = sum((work("trained", batches) for batches in packed), Ledger())
@@ -134,7 +134,7 @@ OFFLOAD: Mapping[str, WeightsOf] = {"first_last": faults.offload_first_last, "fi
 
 
 def fault_of(settings: FaultSettings) -> WeightsOf | None:
-    """Return the micro-batch weights of all injected faults, or None. Raises UserError for unknown ones."""
+    """Return a function that gives the weights with all injected faults, or None. Raises UserError."""
     unknown = [name for name in settings.others if name not in FAULTS]
     if unknown:
         raise UserError(f"faults.others: {unknown[0]!r} is not one of {', '.join(FAULTS)}")

@@ -1,4 +1,4 @@
-"""Gives new weights to the engine, and checks that it samples from them."""
+"""Gives new weights to the engine, and checks that the engine samples from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def publish(policy: Policy, engine: Engine, version: int) -> float:
     """Give the engine the policy's weights. Return the largest log-probability difference between engine and
     policy on a probe of random tokens. Units: nats.
 
-    Raises StaleWeightsError if the difference is larger than rounding in two kernels explains.
+    Raises StaleWeightsError if the difference is larger than the rounding of two kernels explains.
     Held by: tests/contract/test_publish.py"""
     engine.publish(_Weights(policy.model.named_parameters()), version)
     parameter, vocabulary = next(policy.parameters()), int(policy.model.config.vocab_size)

@@ -36,8 +36,8 @@ EXTRAS = {f.name: type(f.default) for f in fields(Extras)}
 
 
 def build(method: str | Row, options: Mapping[str, Any]) -> Method:
-    """Build the method of a row (a known name or a user's function) with its options. Raises ValueError with
-    the known names."""
+    """Build a method from a known name or a user's function, with its options. Raises ValueError for an
+    unknown name or option."""
     if isinstance(method, str) and method not in METHODS:
         now = f"; it is now called {RENAMED[method]}" if method in RENAMED else ""
         raise ValueError(f"method = {method!r} is not one of {', '.join(METHODS)}{now}")
@@ -47,7 +47,7 @@ def build(method: str | Row, options: Mapping[str, Any]) -> Method:
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ValueError(
-            f"method_options.{unknown[0]}: {row.__name__} has {', '.join(known) or 'no options'}"
+            f"method_options.{unknown[0]} is unknown; {row.__name__} has {', '.join(known) or 'no options'}"
         )
     typed = {key: _typed(key, value, known[key]) for key, value in options.items()}
     made = row(**{key: value for key, value in typed.items() if key in own})

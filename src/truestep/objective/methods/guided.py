@@ -1,4 +1,4 @@
-"""Rows that mix clipped RL with imitation by a schedule, a switch or a hint.
+"""Methods that mix clipped RL with imitation by a schedule, a switch or a hint.
 
 The letters in brackets are explained in ``methods/__init__.py``.
 """
@@ -19,7 +19,7 @@ from truestep.objective.schedule import Schedule
 
 
 def _chord(name: str, imitated: Coefficient, mu: Schedule, stream_share: float, clip: float) -> Method:
-    """Return (1−μ)·GRPO + μ·imitation of a stream of demonstrations. Each part has a separate total."""
+    """Return (1−μ)·GRPO + μ·imitation of a stream of demonstrations. The two parts have separate totals."""
     return Method(
         name=name,
         terms=(
@@ -41,15 +41,15 @@ def chord_mu(
     stream_share: float = 0.2,
     clip: float = 0.2,
 ) -> Method:
-    """CHORD-μ: the balance falls from 0.9 to 0.05 over 200 steps, and a fifth of the sequences are
-    demonstrations [C]."""
+    """CHORD-μ: the weight μ of imitation falls from 0.9 to 0.05 over 200 steps, and a fifth of the sequences
+    are demonstrations [C]."""
     steps = {"warmup_steps": warmup_steps, "decay_steps": decay_steps}
     mu = schedule.warmed_cosine(valley=mu_valley, peak=mu_peak, **steps)
     return _chord("chord_mu", coefficients.ones, mu, stream_share, clip)
 
 
 def chord_phi(*, mu: float = 0.1, stream_share: float = 0.2, clip: float = 0.2) -> Method:
-    """CHORD-φ: the balance is constant, and the likelihood is weighted by p(1−p) [C]."""
+    """CHORD-φ: the weight μ of imitation is constant, and the likelihood is weighted by p(1−p) [C]."""
     return _chord("chord_phi", coefficients.uncertainty, schedule.constant(mu), stream_share, clip)
 
 
@@ -64,8 +64,8 @@ def uft(
 ) -> Method:
     """UFT: all samples of a problem continue the first k of 5 parts of its demonstration, where k is binomial
     with a probability that falls as a cosine. The parts are imitated with weight 0.001. The continuations are
-    trained by GRPO with a KL (k3) of 0.001 to the policy at the stage's start [C]. Parts have the same number
-    of tokens; they are not whole sentences."""
+    trained by GRPO with a KL term (k3, weight 0.001) to the policy at the stage's start [C]. All parts have
+    the same number of tokens; they are not whole sentences."""
     falling = schedule.cosine(prefix_start, prefix_end, prefix_steps)
     return Method(
         name="uft",
@@ -81,8 +81,9 @@ def super_rl(
     *, clip: float = 0.2, learned_weights: bool = False, sigma_rate: float = 1e-2, sigma_least: float = -2.0
 ) -> Method:
     """SuperRL: if no sample is correct, the demonstration is imitated; otherwise the method is GRPO. With
-    ``learned_weights``, the two losses are weighted by e^(−2σ). Each σ starts at 0 or 1 and stays at −2 or
-    above [S]; its rate is [U]. It learns from the losses under the proximal policy, where the ratio is 1."""
+    ``learned_weights``, the two losses are weighted by e^(−2σ). The σ of RL starts at 0, that of imitation at
+    1, and neither falls below −2 [S]; the learning rate is [U]. They learn from the losses under the proximal
+    policy, where the ratio is 1."""
     policy = clipped_term(clip, clip, Normaliser.TOKENS)
     row = Method(
         name="super_rl",
@@ -105,8 +106,8 @@ def super_rl(
 
 
 def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Method:
-    """SASR: each step is either imitation or GRPO, by a random draw whose probability follows the gradient
-    norm of imitation [S]; γ and the length of the warm-up are [U]. For the KL (k3) to the policy after the
+    """SASR: a random draw decides whether a step is imitation or GRPO. The probability of imitation follows
+    its gradient norm [S]; γ and the length of the warm-up are [U]. For the KL (k3) to the policy after the
     warm-up, make the warm-up a separate stage and set ``kl``."""
     return Method(
         name="sasr",
@@ -122,7 +123,7 @@ def bread(
     *, num_episodes: int = 10, share_low: float = 0.01, share_high: float = 0.99, clip: float = 0.2
 ) -> Method:
     """BREAD: GRPO, but if no sample is correct, all samples branch from the shortest expert prefix after
-    which some but not all are correct. A binary search over 10 parts finds this prefix [S], which is context.
+    which some but not all are correct. A binary search over 10 parts finds it [S], and it is not trained on.
     The limits ``share_low`` and ``share_high`` are [U]. The option ``kl`` sets the KL term."""
     terms = (clipped_term(clip, clip, Normaliser.SEQUENCES),)
     rounds, source = plan.anchored(num_episodes, share_low, share_high), "arXiv:2506.17211"
@@ -130,9 +131,9 @@ def bread(
 
 
 def ghpo(*, clip: float = 0.2) -> Method:
-    """GHPO: GRPO, but if no sample is correct, all are replaced by samples under a prompt that shows the
-    first 25 %, then 50 and 75 % of the solution's characters; they are trained under that prompt [C]. The
-    official code averages per micro-batch; this row divides by all tokens."""
+    """GHPO: GRPO, but if no sample is correct, all are replaced by samples from a prompt that also shows the
+    first 25 % of the solution's characters, then 50 % and 75 %. They are trained with that prompt [C]. The
+    official code averages per micro-batch; this method divides by all tokens."""
     terms = (clipped_term(clip, clip, Normaliser.TOKENS),)
     rounds, source = plan.hinted((0.25, 0.5, 0.75)), "arXiv:2507.10628"
     return Method(name="ghpo", terms=terms, plan=rounds, advantage=group_mean_std, source=source)

@@ -1,11 +1,11 @@
-"""Rows that train on own samples and demonstrations in one run.
+"""Methods that train on the policy's samples and on demonstrations in one run.
 
-Most papers of this family release code with LUFFY's normaliser: Σ_t/L per micro-batch, micro-batches summed,
-ranks averaged. Here every term is divided by a global count. ``legacy_scale`` = W, the number of GPUs in the
-official run, restores the official gradient's size: terms over N·L are multiplied by N/W, and token means,
-which that code sums over the micro-batches of a rank, by ``legacy_microbatches``. That number depends on
-packing and is not a constant of any method; 8 is [U]. With AdamW the scale matters to gradient clipping, to
-the entropy bonus and to the balance of RL and imitation.
+The code of most papers of this family has LUFFY's normaliser: it divides by L per micro-batch, sums over
+micro-batches and averages over ranks. Here every term is divided by a global count. ``legacy_scale`` = W, the
+number of GPUs in the official run, restores the size of the official gradient. Terms over N·L are then
+multiplied by N/W. Token means, which that code sums over the micro-batches of a rank, are multiplied by
+``legacy_microbatches``, which depends on packing and is not a constant of any method; 8 is [U]. With AdamW,
+the scale matters for gradient clipping, the entropy bonus and the balance of RL and imitation.
 
 The letters in brackets are explained in ``methods/__init__.py``.
 """
@@ -42,7 +42,7 @@ OWN_TERM = policy_term(coefficients.importance, Normaliser.MAX_LENGTH)  # the to
 
 
 def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], source: str, **given: Any) -> Method:
-    """Return a row of LUFFY's family with its entropy bonus. ``legacy``: ranks (0: off) and micro-batches."""
+    """Return a method of LUFFY's family, with an entropy bonus. ``legacy``: ranks (0: off), micro-batches."""
     ranks, microbatches = legacy
     made = partial(Method, name=name, source=source, **given)
     if ranks == 0:
@@ -67,8 +67,8 @@ def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int
 
 
 def multi_task(*, weight: float = 1.0, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY's group without the demonstration's advantage: RL on the own samples, with a baseline over only
-    these, plus ``weight`` times the log-likelihood of the demonstration (1.0 [C])."""
+    """RL on the policy's samples plus ``weight`` times the log-likelihood of the demonstration (1.0 [C]). The
+    group is LUFFY's, but the baseline is over only the samples, and the demonstration has no advantage."""
     terms = (OWN_TERM, imitation_term(weight=weight))
     legacy = (legacy_scale, legacy_microbatches)
     source = "arXiv:2504.14945, RL with SFT loss"
@@ -85,7 +85,7 @@ def relift(
 ) -> Method:
     """ReLIFT: Dr. GRPO without a clip. If no sample solves a problem, its demonstration goes into a buffer.
     As soon as ``buffer_size`` demonstrations wait, one update imitates the newest, with a separate AdamW [C].
-    The official code divides that update by 8 times too much, which AdamW hides; this row does not."""
+    In the official code, that update is too small by a factor of 8, which AdamW hides. Here it is correct."""
     terms = (OWN_TERM, imitation_term())
     legacy = (legacy_scale, legacy_microbatches)
     buffer = DemonstrationBuffer(size=buffer_size, lr=buffer_lr, max_grad_norm=buffer_max_grad_norm)
@@ -100,9 +100,10 @@ def srft(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """SRFT: the demonstration's likelihood weighted by ½·exp(sign·H), its advantage times p, and the own
-    samples weighted only by verdict (0.1·exp(H) or −1). H is a sequence's mean entropy, as in HPT's
-    re-implementation [C]. The sign is the paper's −1 [P]; the official code is reported to have +1 [S]."""
+    """SRFT adds three terms: imitation of the demonstration with weight ½·exp(sign·H), the demonstration with
+    its advantage times p, and the policy's samples with a weight that depends only on the verdict (0.1·exp(H)
+    or −1). H is a sequence's mean entropy, as in HPT's re-implementation [C]. The sign is the paper's −1 [P];
+    the official code is reported to have +1 [S]."""
     terms = (
         imitation_term(coefficients.entropy_weighted(imitation_weight, entropy_sign)),
         _part("demonstration", EXPERT, coefficients.unshaped_demonstration),
@@ -123,10 +124,10 @@ def prefix_rft(
     prefix_high: float = 0.95,
     prefix_steps: int = 500,
 ) -> Method:
-    """Prefix-RFT: n−1 samples and one continuation of an expert prefix, whose length is uniform between 0.95
-    and a lower bound that falls as a cosine. All tokens are in the clipped surrogate with the group's
-    advantage, except that prefix tokens must be in the ``entropy_share`` with the highest entropy over the
-    whole step (per micro-batch in the official code [C]). Masked tokens still count in the total."""
+    """Prefix-RFT: n−1 samples, and one sample that continues an expert prefix. The prefix length is uniform
+    between 0.95 and a lower bound that falls as a cosine. The clipped surrogate, with the group's advantage,
+    leaves out prefix tokens that are not in the ``entropy_share`` with the highest entropy in the whole step
+    (per micro-batch in the official code [C]). These tokens still count in the total."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     masked = coefficients.where_uncertain(clipped, "prefix_entropy")
     return Method(
@@ -145,9 +146,9 @@ def hpt(
     legacy_scale: int = 0,
     legacy_microbatches: int = 8,
 ) -> Method:
-    """HPT switches per problem: with at most ``most_correct`` correct samples (0 for Qwen, 2 for Llama [C]),
-    it imitates the demonstration and drops the samples; otherwise it is Dr. GRPO without a clip. Totals count
-    only what is kept."""
+    """HPT decides per problem. If at most ``most_correct`` samples are correct (0 for Qwen, 2 for Llama [C]),
+    the demonstration is imitated and the samples are dropped. Otherwise, the method is Dr. GRPO without a
+    clip. Totals count only what is kept."""
     terms = (OWN_TERM, imitation_term(weight=imitation_weight))
     legacy = (legacy_scale, legacy_microbatches)
     rounds, gate = plan.beside_demonstration, imitate_where_unsolved(most_correct)
@@ -155,10 +156,10 @@ def hpt(
 
 
 def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """TRAPO samples micro-groups one after another, each guided by an expert prefix if too few samples so far
-    are correct: prefix lengths are 0.25, 0.5 and 1, for shares below 1/2, 2/3 and 1 [C] (in the paper 0.2,
-    0.5 and 1, for 0.5, 0.7 and 0.9). TrSFT imitates expert tokens with advantage 1. The official code leaves
-    out one of two guided samples, and ends prefixes at clauses; this row does neither."""
+    """TRAPO samples micro-groups one after another. If too few samples so far are correct, the next group
+    continues an expert prefix: of length 0.25, 0.5 or 1 if the share is below 1/2, 2/3 or 1 [C] (in the paper
+    0.2, 0.5 or 1, if below 0.5, 0.7 or 0.9). TrSFT imitates expert tokens with advantage 1. The official code
+    also leaves out one of two guided samples and ends prefixes at clauses; this method does neither."""
     terms = (OWN_PART, _part("prefix", EXPERT, coefficients.trusted(alpha)))
     legacy = (legacy_scale, legacy_microbatches)
     guided = plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0))
@@ -176,8 +177,8 @@ def exgrpo(
     legacy_microbatches: int = 8,
 ) -> Method:
     """ExGRPO: half of the prompts come from a store of partly solved problems. Each of their groups has one
-    stored own sample, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` bounds
-    the store ([U]: the official code keeps all samples)."""
+    stored sample, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` is the most
+    samples stored per problem ([U]: the official code keeps all samples)."""
     shaped, needs = coefficients.shaped_replay(beta), ("behavior_logprobs",)
     terms = (OWN_PART, _part("replay", row.STORED, shaped, needs=needs))
     legacy = (legacy_scale, legacy_microbatches)
@@ -186,9 +187,9 @@ def exgrpo(
 
 
 def rl_plus(*, exponent: float = 0.5, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """RL-PLUS: LUFFY's group with a different off-policy part: multiple importance sampling, and an advantage
-    that is larger for improbable tokens. There is no std and no clip, as in the official code [C]; the paper
-    divides by a std."""
+    """RL-PLUS: LUFFY's group with a different off-policy part, which uses multiple importance sampling and
+    gives improbable tokens a larger advantage. There is no std and no clip, as in the official code [C]; the
+    paper divides by a std."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.mixed_importance(exponent)))
     legacy = (legacy_scale, legacy_microbatches)
     return _family("rl_plus", terms, legacy, "arXiv:2508.00222", plan=plan.with_demonstration)

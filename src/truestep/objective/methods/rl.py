@@ -1,5 +1,5 @@
-"""Rows that train only on own samples. ``grpo_token_mean`` is the RL of the paper that the project is named
-after."""
+"""Methods that train only on the policy's samples. ``grpo_token_mean`` is the RL of the paper after which the
+project is named."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def clipped_term(clip_low: float, clip_high: float, normaliser: Normaliser, dual
 
 
 def grpo_token_mean(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
-    """The paper's RL: R − group mean, asymmetric clipping, token mean, no KL; all-equal groups are counted."""
+    """The paper's RL: advantage R − group mean, asymmetric clipping, token mean over all groups, no KL."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS)
     return Method(name="grpo_token_mean", terms=(term,), source="arXiv:2604.23747, app. A")
 
 
 def grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
-    """GRPO: advantages are normalised per group, and the loss is a mean over each sequence, then over
-    sequences. The options ``kl`` and ``kl_coef`` set the KL term (β = 0.04, k3)."""
+    """GRPO: advantages are normalised per group, and the loss is a mean over sequences of token means. The
+    options ``kl`` and ``kl_coef`` set the KL term (β = 0.04, k3)."""
     term = clipped_term(clip_low, clip_high, Normaliser.SEQUENCES)
     return Method(name="grpo", terms=(term,), advantage=group_mean_std, source="arXiv:2402.03300, eq. 3")
 
@@ -44,8 +44,8 @@ def dr_grpo(*, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
 def dapo(
     *, clip_low: float = 0.2, clip_high: float = 0.28, refill_rounds: int = 3, overlong_fraction: float = 0.2
 ) -> Method:
-    """DAPO: GRPO's advantages, asymmetric clipping, token mean, dynamic sampling (all-equal groups are
-    dropped and refilled), and a soft penalty inside the last ``overlong_fraction`` of the length limit."""
+    """DAPO: GRPO's advantages, asymmetric clipping, a token mean, dynamic sampling (groups with equal rewards
+    are replaced), and a soft penalty within the last ``overlong_fraction`` of the length limit."""
     return Method(
         name="dapo",
         terms=(clipped_term(clip_low, clip_high, Normaliser.TOKENS),),
@@ -64,13 +64,13 @@ def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0
 
 
 def rloo() -> Method:
-    """RLOO: the baseline is the mean of the other samples. No clip; sum per sequence, mean over sequences."""
+    """RLOO: the baseline is the mean of the other samples. The loss is a mean of sequence sums; no clip."""
     term = policy_term(coefficients.importance, Normaliser.SEQUENCE_SUMS)
     return Method(name="rloo", terms=(term,), advantage=leave_one_out, source="arXiv:2402.14740")
 
 
 def _whitened(name: str, advantage: Advantage, clip_low: float, clip_high: float) -> Method:
-    """Return a row that whitens advantages over the step's own tokens, so long samples count more [C]."""
+    """Return a method that whitens advantages over the step's tokens, so that long samples count more [C]."""
     clipped = coefficients.clipped_ratio(clip_low, clip_high)
     coefficient = corrections.with_advantage(clipped, corrections.whitened("mean", "std"))
     moment = partial(Statistic, select=POLICY, values=coefficients.advantage)
@@ -105,15 +105,15 @@ def cispo(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Method:
 
 
 def nft(*, share_low: float = 0.02, share_high: float = 0.98) -> Method:
-    """Negative-aware fine-tuning, for rewards of 0 and 1: the likelihood of correct samples, and of what
-    incorrect samples leave for correct ones, scaled by 1 − q (``normalize`` = 1 in the official code [C]).
-    All-equal groups are dropped. With one update per rollout batch, this is Dr. GRPO. The official code sums
-    over 1,000 tokens per sequence instead of the length limit [C]."""
+    """Negative-aware fine-tuning, for rewards of 0 and 1. Let q be a group's share of correct samples. NFT
+    maximizes log r of correct samples and log((1 − q·r)/(1 − q)) of others, both scaled by 1 − q
+    (``normalize`` = 1 in the official code [C]). All-equal groups are dropped. With one update per rollout
+    batch, this is Dr. GRPO. The official code has 1,000 tokens in place of the length limit [C]."""
     term = policy_term(coefficients.implicit_negative(share_low, share_high), Normaliser.MAX_LENGTH)
     return Method(name="nft", terms=(term,), gate=drop_degenerate, source="arXiv:2505.18116")
 
 
 def sapo(*, temperature_right: float = 1.0, temperature_wrong: float = 1.05) -> Method:
-    """SAPO: instead of a clip, a soft gate at r = 1 that is narrower if A < 0; mean of token means [C]."""
+    """SAPO: a soft gate at r = 1 (narrower if A < 0) replaces the clip; mean of the token means [C]."""
     term = policy_term(coefficients.softly_gated(temperature_right, temperature_wrong), Normaliser.SEQUENCES)
     return Method(name="sapo", terms=(term,), advantage=group_mean_std, source="arXiv:2511.20347")

@@ -1,4 +1,4 @@
-"""The parts of a row of the table: terms, statistics, and what a method needs from data and scoring."""
+"""The parts of a method: terms, statistics, and what the method needs from data and scoring."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Term:
     """One part of a loss: weight(step) · Σ_selected values ÷ total. Exactly one of coefficient and value is
     given; with a coefficient, the values are −sg(C)·log π.
 
-    ``counted`` selects the tokens of the total if these are more than the selected ones, for a surrogate that
-    sums several parts over one denominator. ``needs`` names the optional columns of ``TokenBatch``
-    that the coefficient reads. ``clips``: a coefficient of 0 on a token with an advantage means that the
+    ``counted`` selects the tokens of the total, if these are more than the selected ones: a surrogate can sum
+    several parts over one denominator. ``needs`` names the optional columns of ``TokenBatch`` that the
+    coefficient reads. If ``clips`` is True, a coefficient of 0 on a token with an advantage means that the
     token was clipped. ``correction`` is a factor on the coefficient for the mismatch between engine and
     trainer. ``control`` names a value of the method's controller that multiplies the weight. ``scale`` is a
-    function of the step's global totals (only for ``legacy_scale``)."""
+    factor that depends on the step's global totals (only for ``legacy_scale``)."""
 
     name: str
     select: Select
@@ -61,18 +61,18 @@ class Term:
 
     def __post_init__(self) -> None:
         if (self.coefficient is None) == (self.value is None):
-            raise ValueError(f"term {self.name}: give either a coefficient or a value")
+            raise ValueError(f"term {self.name} needs either a coefficient or a value, and not both")
         unknown = [name for name in self.needs if name not in OPTIONAL_FIELDS]
         if unknown:
             known = ", ".join(OPTIONAL_FIELDS)
-            raise ValueError(f"term {self.name}: needs {unknown[0]!r} is not one of {known}")
+            raise ValueError(f"term {self.name}: needs has {unknown[0]!r}, which is not one of {known}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """One number for the whole step, over the selected tokens of all its updates on all ranks, under the
-    proximal policy, before the first update. ``reduce`` is mean, std (unbiased) or quantile (at ``level``;
-    always a value that occurs). ``needs`` is as in ``Term``."""
+    """One number for the whole step. It is computed before the first update, with the proximal policy, from
+    the selected tokens of all updates on all ranks. ``reduce`` is mean, std (unbiased) or quantile (at
+    ``level``; always a value that occurs). ``needs`` is as in ``Term``."""
 
     name: str
     select: Select
@@ -84,7 +84,7 @@ class Statistic:
 
 @dataclass(frozen=True, kw_only=True)
 class Refill:
-    """Replaces groups that the gate drops fully by groups of other prompts, for at most ``rounds`` rounds."""
+    """Replaces groups that the gate drops entirely with groups of other prompts, at most ``rounds`` times."""
 
     rounds: int
 
@@ -113,8 +113,9 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationBuffer:
-    """A buffer of demonstrations that a gate has set aside. As soon as ``size`` of them wait, the newest make
-    one update after the step's others, with a separate optimizer at ``lr`` and ``max_grad_norm``."""
+    """A buffer of demonstrations that a gate has set aside. As soon as ``size`` of them wait, the newest are
+    used for one more update at the end of the step, by a separate optimizer with ``lr`` and
+    ``max_grad_norm``."""
 
     size: int
     lr: float
@@ -123,9 +124,10 @@ class DemonstrationBuffer:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """A store of own samples that solved their problem. Once a step has solved the share ``start`` of its
-    samples, ``share`` of each step's prompts come from it. They are partly solved problems, drawn by N(k;
-    K/2, σ) if k of K samples were correct the last time, each with its stored sample of lowest entropy."""
+    """A store of the policy's samples that solved their problem. Once at least the share ``start`` of a
+    step's samples is correct, ``share`` of each later step's prompts come from the store. They are partly
+    solved problems, drawn with probability ∝ N(k; K/2, σ) if k of K samples were correct the last time. Each
+    comes with its stored sample of lowest entropy."""
 
     share: float
     start: float
@@ -146,8 +148,8 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """Options of any row that samples: an entropy bonus, a KL term to the policy at the stage's start (k1, k2
-    or k3 in the loss, or in the reward), and a correction for the difference between engine and trainer."""
+    """Options of any method that samples: an entropy bonus, a KL term to the policy at the stage's start (k1,
+    k2 or k3 in the loss, or in the reward), and a correction for the gap between engine and trainer."""
 
     entropy_bonus: float = 0.0
     kl: str = "none"
@@ -159,10 +161,10 @@ class Extras:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of the table: plan → gate → advantage → terms, and parts that few methods have.
+    """A training method: a plan, a gate, an advantage and terms, used in this order, and optional ``parts``.
 
     If ``plan`` is None, nothing is sampled, and only demonstrations are trained on (an SFT stage). ``extras``
-    are the row's values for the options that a recipe may set on any row."""
+    are the method's values for the options that a recipe may set for any method."""
 
     name: str
     terms: tuple[Term, ...]
@@ -179,7 +181,7 @@ class Method:
         return next((part for part in self.parts if isinstance(part, kind)), None)
 
     def needs(self, column: str) -> bool:
-        """Return whether a term or a statistic reads an optional column of ``TokenBatch``."""
+        """Return whether a term or a statistic reads this optional column of ``TokenBatch``."""
         names = [*(t.needs for t in self.terms), *(s.needs for s in self.statistics)]
         return any(column in needs for needs in names)
 
@@ -208,7 +210,7 @@ KL_TERMS = {"k1": coefficients.kl_k1, "k2": coefficients.kl_k2, "k3": coefficien
 
 
 def complete(row: Method, given: Mapping[str, Any]) -> Method:
-    """Return the row with its extras, overridden by the recipe's (``given``). Raises ValueError."""
+    """Return the method with its extra options applied. ``given`` overrides them. Raises ValueError."""
     extras = replace(row.extras, **given)
     for key, known in (("kl", ("none", *KL_TERMS, "reward")), ("correction", corrections.CORRECTIONS)):
         if (value := getattr(extras, key)) not in known:
