@@ -42,7 +42,7 @@ def test_releases_of_deepspeed(tmp_path: Path, version: str, expected: str, reas
     ("zero", "accumulation", "expected", "reason"),
     [
         (Z2, 3, "affected", "gradient accumulation 3 (ds.json)"),
-        (Z2, 2, "not affected", "with 2 there are only the first and the last"),
+        (Z2, 2, "not affected", "with 2, there are only the first and the last"),
         (Z2, 1, "not affected", "nothing is dropped"),
         ({**Z2, "stage": 1}, 4, "not affected", "ZeRO stage 1 (ds.json)"),
         ({**Z2, "stage": 3}, 4, "not affected", "ZeRO stage 3 (ds.json)"),

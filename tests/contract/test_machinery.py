@@ -281,7 +281,7 @@ sampling = { max_new_tokens = %d, max_running = 8 }
 """
     before = text.partition("[[stages]]")[0]
     recipe.write_text(before + stage % 1)
-    with pytest.raises(UserError, match="only 0 of 96 samples were accepted"):
+    with pytest.raises(UserError, match="only 0 of 96 samples were kept"):
         go(prepared(recipe), tmp_path / "short")
     samples = [r for rollouts in tape.steps.values() for r in rollouts]
     right = rewards_of(tmp_path, model, samples)

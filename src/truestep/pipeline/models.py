@@ -66,7 +66,7 @@ def make_policy(session: Session, path: str) -> Policy:
         rate, plain = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
         if rate <= plain:
             session.reporter.say(
-                f"bfloat16 runs {plain / rate:.0f} times slower than float32 on this processor "
+                f"bfloat16 takes {plain / rate:.1f} times as long as float32 on this processor "
                 f'({rate / 1e9:.1f} against {plain / 1e9:.1f} GFLOP/s); set compute.dtype = "float32"'
             )
     if session.ranks.world_size > 1:

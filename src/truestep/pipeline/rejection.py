@@ -50,7 +50,7 @@ def rejection_samples(
     rundir.write_json(folder / "rejection.json", counts)
     if len(kept) < stage.sequences_per_step:
         raise UserError(
-            f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were accepted, fewer than "
+            f"stages.{stage.name}: only {len(kept)} of {len(rollouts)} samples were kept, fewer than "
             f"sequences_per_step = {stage.sequences_per_step}; increase samples_per_prompt, or start from a better model"
         )
     return kept, engine.take_cost() + Ledger(rollout_tokens=sum(len(r.completion_ids) for r in rollouts))
