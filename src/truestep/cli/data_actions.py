@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -> None:
-    """Validate every row of every data set, and print the results. Exit with 1 if a gold answer is refused."""
+    """Validate every row of every data set and print the results. Exit with 1 if a gold answer is refused."""
     announce(f"truestep data check: reading {source}")
     from rich.console import Console
 

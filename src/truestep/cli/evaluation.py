@@ -77,7 +77,7 @@ def evaluate(
 
 
 def list_benchmarks(as_json: Json = False) -> None:
-    """List the pinned benchmarks, each with its rows, hash, source, template, samples and published scores."""
+    """List the pinned benchmarks, each with its rows, hash, source, template, samples and published score."""
     from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
 
     lines = []

@@ -25,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to s
 
 
 def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Callable[..., None]:
-    """Return a command that runs what ``select`` keeps of a recipe. All these commands have the same options."""
+    """Return a command that runs what ``select`` keeps of a recipe. All these commands share their options."""
 
     def command(
         recipe: Recipe,
@@ -126,7 +126,7 @@ def execute(
 
 
 def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:
-    """Print the plan of a recipe with ``[declared]`` lengths, which needs neither its weights nor its data."""
+    """Print the plan of a recipe with ``[declared]`` lengths, which needs no weights and no data."""
     from truestep.pipeline.paper_plan import declared_plan
 
     plan = declared_plan(settings, recipe.parent, str(recipe))

@@ -214,8 +214,8 @@ def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
 
 
 def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) -> list[Problem]:
-    """Return the first ``limit`` problems in a fixed random order, so that a larger limit includes all problems
-    of a smaller one. The returned problems are in the order of the file."""
+    """Return the first ``limit`` problems in a fixed random order, so that a larger limit includes all
+    problems of a smaller one. The returned problems are in the order of the file."""
     if limit == "all" or limit >= len(problems):
         return list(problems)
     order = permutation(SHUFFLE_SEED, 0, len(problems), item=f"limit/{name}")

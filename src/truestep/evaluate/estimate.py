@@ -56,7 +56,7 @@ class Estimate:
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Group samples by problem. Raises UserError without samples, and RecordError if a sample occurs twice."""
+    """Group samples by problem. Raises UserError without samples, RecordError if a sample occurs twice."""
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["sample_index"] in groups[row["problem_id"]]:
@@ -138,8 +138,8 @@ def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
 def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
     """Return the probability that the most frequent answer of k samples, drawn without replacement, is
     correct. Ties are broken by a fair draw, and samples without an answer do not vote. The result is
-    exact. ``ways[v, t]`` counts the ways to draw v samples with wrong answers so that no wrong answer has more
-    than j votes and t wrong answers have exactly j."""
+    exact. ``ways[v, t]`` counts the ways to draw v samples with wrong answers so that no wrong answer has
+    more than j votes and t wrong answers have exactly j."""
     total = 0.0
     for j in range(1, min(right, k) + 1):
         ways = {(0, 0): 1}

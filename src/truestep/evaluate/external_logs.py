@@ -1,4 +1,4 @@
-"""Reads logs from lm-evaluation-harness, lighteval and inspect, and writes logs as lm-evaluation-harness does.
+"""Reads logs from lm-evaluation-harness, lighteval and inspect as rows, and writes rows as lm-eval logs.
 
 The verdicts of other harnesses are kept; nothing is graded again. A sample without a verdict (it failed, or
 its score means neither correct nor incorrect) is unscored, with the reason."""
@@ -80,7 +80,7 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
 
 
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
-    """Return a row. The scores 1, true and C mean correct, 0, false, I and N incorrect. Others are unscored."""
+    """Return a row. The scores 1, true and C are correct, 0, false, I and N are incorrect, others unscored."""
     scores: dict[Any, Verdict] = dict.fromkeys((0, "I", "N"), Verdict.INCORRECT)
     scores |= dict.fromkeys((1, "C"), Verdict.CORRECT)
     verdict = scores.get(value if isinstance(value, bool | int | float) else str(value), Verdict.UNSCORED)
@@ -314,7 +314,7 @@ def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, fo
 
 
 def _documents(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield one line per problem, as lm-eval does. Its score is the share of the problem's correct samples."""
+    """Yield one line per problem, as lm-eval does. Its score is the share of correct samples."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["problem_id"], []).append(row)
@@ -337,6 +337,6 @@ def _sha(text: str) -> str:
 
 
 def is_private(task: str) -> bool:
-    """Return whether a task's texts must not be written. Other harnesses' names for a private benchmark contain
-    the first word of its id, as in gpqa_diamond_cot_n_shot and lighteval|gpqa:diamond|0."""
+    """Return whether a task's texts must not be written. In other harnesses, the name of a private benchmark
+    contains the first word of its id, as in gpqa_diamond_cot_n_shot and lighteval|gpqa:diamond|0."""
     return any(b.id.partition("_")[0] in task.lower() for b in BY_ID.values() if b.private)

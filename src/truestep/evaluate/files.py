@@ -1,5 +1,5 @@
-"""The files of an evaluation, RUN/evaluations/GROUP/NAME.samples.jsonl and NAME.results.json. RUN/summary.json
-has one row per evaluation. GROUP is a checkpoint of a run, or a prompt template of ``truestep eval``."""
+"""The files of an evaluation: RUN/evaluations/GROUP/NAME.samples.jsonl and NAME.results.json. Its score is
+in a row of RUN/summary.json. GROUP is a checkpoint of a run, or a prompt template of ``truestep eval``."""
 
 from __future__ import annotations
 

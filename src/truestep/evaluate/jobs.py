@@ -1,4 +1,4 @@
-"""The jobs of an evaluation, made from the settings. A job is a benchmark with a template and its problems."""
+"""The jobs of an evaluation, made from the settings. A job is a benchmark with a template and problems."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ FIXED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One benchmark with one template. ``content`` is a hash of the problems used. ``source`` is a hash of all
-    problems in the benchmark. It identifies samples, so they are kept if the limit is increased."""
+    """One benchmark with one template. ``content`` is a hash of the problems used. ``source`` is a hash of
+    all problems in the benchmark. It identifies samples, so they are kept if the limit is increased."""
 
     benchmark: benchmarks.Benchmark
     template: prompts.Template
@@ -93,7 +93,7 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
-    """Load each benchmark and pair it with every template. Raises UserError if rows are not the pinned ones."""
+    """Load each benchmark and pair it with every template. Raises UserError if the rows are not as pinned."""
     evaluate = settings.evaluate
     folder = Path(evaluate.folder).expanduser() if evaluate.folder else None
     if folder and (base_dir / folder).is_dir():  # in the recipe's folder, otherwise in the current one

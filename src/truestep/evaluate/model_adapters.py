@@ -101,7 +101,7 @@ class TokenAdapter:
         return (*stops, *(i for i, t in enumerate(texts) if i not in stops and any(end in t for end in ends)))
 
     def _stop_sequences(self, template: Template) -> tuple[tuple[int, ...], ...]:
-        """Return the template's stops as token sequences, for a tokenizer without a token for an empty line."""
+        """Return the template's stops as token sequences, for tokenizers without an empty-line token."""
         tokenizer = self.tokenizer
         made = ((stop, tokenizer(stop, add_special_tokens=False)["input_ids"]) for stop in template.stop)
         return tuple(tuple(ids) for stop, ids in made if len(ids) > 1 and stop in tokenizer.decode(ids))

@@ -42,7 +42,7 @@ def content_hash(items: Iterable[Item]) -> str:
 
 def item_of(row: Row, id: str) -> Item:
     """Return the item in a row, which has a published or the plain layout (problem or question, answer,
-    optional choices). Raises RowError, which never quotes the row, because some benchmarks must stay private."""
+    optional choices). Raises RowError, without a quotation of the row, as some benchmarks are private."""
     id = str(row.get("id") or row.get("Record ID") or row.get("question_id") or id)
     question, choices, answer = _parts(row)
     question, answer = question.strip(), answer.strip()
@@ -108,7 +108,7 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
 
 
 def file_items(path: Path) -> list[Item]:
-    """Return the items in a .jsonl, .parquet or .csv file. Raises UserError that names file, row and field."""
+    """Return the items in a .jsonl, .parquet or .csv file. Raises UserError with file, row and field."""
     rows: Iterable[tuple[int, Row | RowError]] = _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
     return _items(str(path), path.stem, rows)
 
