@@ -80,7 +80,7 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
 
 
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
-    """Return a row. The scores 1, true and C are correct, 0, false, I and N are incorrect, others unscored."""
+    """Return a row. The scores 1, true and C are correct; 0, false, I and N incorrect; others unscored."""
     scores: dict[Any, Verdict] = dict.fromkeys((0, "I", "N"), Verdict.INCORRECT)
     scores |= dict.fromkeys((1, "C"), Verdict.CORRECT)
     verdict = scores.get(value if isinstance(value, bool | int | float) else str(value), Verdict.UNSCORED)
