@@ -84,7 +84,7 @@ COIN = {"rl.reward": "random"}
         ("controls_off", {}, "rl-from-base"),
         ("controls_off", {"rl-from-base": " "}, "a reason must not be empty"),
         ("controls_off", {"rl-from-base": "x", "base": "y"}, "'base'"),
-        ("tuning/seeds", [1], "must not include a seed that is compared"),
+        ("tuning/seeds", [1], "must not include a seed of the study"),
         ("tuning/factors", [0.5], "must include 1.0"),
         ("tuning/data", "test", "used both for testing and for selection"),
         ("run/evaluate/data", ["dev"], "used both for testing and for selection"),

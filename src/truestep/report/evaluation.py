@@ -1,5 +1,5 @@
 """The page of an evaluation: scores with intervals, the spread over prompts, and as many problems as fit,
-which can be filtered without a script. It reads the files in a run directory and computes no statistic."""
+which can be filtered without a script. It is made from files in a run directory; no statistic is computed."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def _evaluation(run: Path, number: int, score: ScoreRow) -> dict[str, Any]:
 
 
 def _problem(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return one problem with its most informative sample: the first that is not correct, or otherwise the
-    first."""
+    """Return one problem with its most informative sample: the first that is not correct, or the first if
+    all are correct."""
     verdicts = [row["verdict"] for row in rows]
     correct = verdicts.count("correct")
     some = "correct" if correct == len(rows) else "mixed" if correct else "incorrect"

@@ -1,8 +1,7 @@
-"""report.html: one page that contains everything, loads nothing, and runs nothing.
+"""Writes report.html, a single page that contains everything, loads nothing, and runs nothing.
 
-All text in a run is untrusted, because models write it. The environment, not the templates, escapes the text
-and shows its invisible characters; the templates shorten it. The page's policy forbids scripts and
-requests."""
+All text in a run is untrusted, because models write it. The Jinja environment escapes the text and shows its
+invisible characters; the templates only shorten it. The page's policy forbids scripts and requests."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ _SEARCHED = 20_000  # lines of a file that are searched for samples
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from the files so far. Raises UserError if the folder is not a run directory."""
+    """Write RUN/report.html from the files there. Raises UserError if the folder is not a run directory."""
     if not any((run / name).exists() for name in ("resolved.toml", "summary.json", "stages", "evaluations")):
         raise UserError(
             f"{run} is not a run directory (no resolved.toml); pass the folder that a run printed"
@@ -63,7 +62,7 @@ def _shown(value: Any) -> Any:
 
 
 def _or_none(write: Callable[..., str]) -> Callable[..., str]:
-    """Return a filter that treats a value that is not in the file as None."""
+    """Return ``write`` as a filter that treats a value missing from the file as None."""
     return lambda value, *more: write(None if isinstance(value, jinja2.Undefined) else value, *more)
 
 
@@ -149,7 +148,7 @@ def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _compute(stages: Sequence[Row], rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
-    """Return figures of score, reward and dev score against FLOPs spent so far, by the paper's formula."""
+    """Return figures of score, reward and dev score against the FLOPs spent, by the paper's formula."""
     metrics = {stage["name"]: stage["metrics"] for stage in stages}
     total = {name: points(m, name, "flops_paper") for name, m in metrics.items()}
     spent = {"base": 0.0} | {name: curve[-1][1] for name, curve in total.items() if curve}

@@ -34,7 +34,7 @@ def flops(value: float | None) -> str:
 
 
 def method_table(table: Row) -> tuple[list[str], list[list[str]]]:
-    """Return heading and rows: every arm with its scores, seeds, budget, trials, and what differs."""
+    """Return the heading, and a row for each arm: scores, seeds, budget, trials, and what differs."""
     names = table["benchmarks"]
     mean = ["Mean"] if len(names) > 1 else []
     rows = []

@@ -139,7 +139,7 @@ class Worker:
     def _watch_memory(self) -> None:
         resident = sum(processes(self.process.pid).values()) >> 20
         if resident > self._memory_mb:
-            raise WorkerFailed(f"took {resident} MB, more than memory_mb = {self._memory_mb}")
+            raise WorkerFailed(f"used {resident} MB, more than memory_mb = {self._memory_mb}")
 
     def _ended(self) -> WorkerFailed:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -173,7 +173,7 @@ class Worker:
 
 
 class FunctionPool:
-    """All workers of one entry; not for use from several threads."""
+    """All workers of one reward function, for use from one thread."""
 
     def __init__(self, entry: RewardSettings, source: Source, *, base: Path, folder: Path) -> None:
         self.entry, self._idle, self._all, self._closed = entry, list[Worker](), set[Worker](), False
@@ -207,7 +207,7 @@ class FunctionPool:
         return [self._threads.submit(self._batch, batch) for batch in batches]
 
     def check_failures(self) -> None:
-        """Raise UserError with the first failure's traceback if more than the declared share has failed."""
+        """Raise UserError with the first failure's traceback if more than ``max_failure_share`` failed."""
         allowed = self.entry.max_failure_share * self._samples + 1e-9
         if self._samples >= MIN_SAMPLES and len(self._failures) > allowed:
             first = self._failures[0]

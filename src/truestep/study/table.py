@@ -1,4 +1,4 @@
-"""Turns finished cells into a study's results: arms, contrasts, budgets, and what differs but should not.
+"""Computes a study's results from its cells: arms, contrasts, budgets, and what differs but should not.
 The results are a pure function of the cells: the same cells always give the same bytes."""
 
 from __future__ import annotations
