@@ -1,4 +1,4 @@
-"""The actions of ``truestep audit``: choosing subjects and a Python, running them, showing the findings."""
+"""The actions of ``truestep audit``: choose the subjects and a Python, run the subjects, show findings."""
 
 from __future__ import annotations
 

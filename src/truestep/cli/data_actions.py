@@ -145,7 +145,7 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
 def _example(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings
 ) -> tuple[Text, dict[str, Any]]:
-    """Return one problem as colored text, and, for JSON, as counts and spans (runs of tokens of one kind)."""
+    """Return one problem as colored text and, for JSON, as counts and spans of tokens of the same kind."""
     from rich.text import Text
 
     from truestep.data.chat import encode_demonstration, encode_prompt, prompt_roles

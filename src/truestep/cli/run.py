@@ -25,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to s
 
 
 def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Callable[..., None]:
-    """Return a command that runs what ``select`` keeps of a recipe. All of them share their options."""
+    """Return a command that runs what ``select`` keeps of a recipe. Every command has the same options."""
 
     def command(
         recipe: Recipe,

@@ -50,8 +50,8 @@ def _digits(number: int, width: int) -> list[int]:
 
 
 def column_steps(a: int, b: int, sign: str) -> list[str]:
-    """Return one line per column, from the right. For a + b, it is digit + digit (+ carry) = sum, the digit
-    written and the new carry. For a − b, it has borrows, and a must be at least b."""
+    """Return one line per column, from the right. For a + b, a line has digit + digit (+ carry) = sum, the
+    digit written and the new carry. For a − b, it has borrows instead, and a must be at least b."""
     width, carry, lines = max(len(str(a)), len(str(b))), 0, []
     for i, (x, y) in enumerate(zip(_digits(a, width), _digits(b, width), strict=True)):
         total = x + y + carry if sign == "+" else x - y - carry

@@ -128,7 +128,7 @@ def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[
 
 
 def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
-    """Count samples with a correct answer (any form), each wrong answer (any spelling), and no answer."""
+    """Return how many samples have a correct answer, each wrong answer (in any spelling), and no answer."""
     right = _count(rows, Verdict.CORRECT)
     others = [row["extracted"] for row in rows if row["verdict"] != Verdict.CORRECT]
     wrong = Counter(ballot(answer) for answer in others if answer)

@@ -98,7 +98,7 @@ def _is_share(value: Any, num: int) -> bool:
 
 def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any, str, str | None]]:
     """Return the score, text and reason of each sample behind one score, or of only the first sample if the
-    scores are not means. If only some samples are correct, the log does not say which, so none has a text."""
+    scores are not means. If only some samples are correct, the log does not say which, so none gets a text."""
     num = len(texts)
     if not (averaged and num > 1 and (value in (0, 1) or _is_share(value, num))):
         return [(value, texts[0] if texts else "", None)]

@@ -80,7 +80,7 @@ def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
 
 
 def _acceptability(correct: int, num: int, points: np.ndarray) -> np.ndarray:
-    """Return Blaker's acceptability of a count at each p, P(counts whose smaller tail is not greater)."""
+    """Return Blaker's acceptability of a count at each p: P(counts whose smaller tail is not greater)."""
     counts, log_choose = np.arange(num + 1), _log_choose(num)
     points = np.clip(points, 1e-12, 1 - 1e-12)
     found, step = np.empty(len(points)), max(1, 2_000_000 // (num + 1))

@@ -32,7 +32,7 @@ FIXED = (
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One benchmark with one template. ``content`` is a hash of the problems used. ``source`` is a hash of
-    all problems in the benchmark. It identifies samples, so they are kept if the limit is increased."""
+    all problems in the benchmark. It identifies samples, so that a larger limit keeps existing ones."""
 
     benchmark: benchmarks.Benchmark
     template: prompts.Template
@@ -48,7 +48,7 @@ class Job:
 
 
 def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
-    """Return the settings of ``truestep eval``, from a recipe whose evaluation keys may be short. Raises
+    """Return the settings of ``truestep eval``, from a recipe that may use the keys in ``SHORT``. Raises
     UserError if no benchmark is named, or if a benchmark, template or setting is unknown."""
     table: dict[str, Any] = {"name": "eval-" + _stem(raw), "data": {}, "stages": []}
     for key, value in raw.items():

@@ -152,7 +152,7 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
 
 
 def rows_figure(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
-    """Return a figure with one named row per value in percent; ``height`` is that of a row, in inches."""
+    """Return a figure with one row per name, for values in percent. A row is ``height`` inches high."""
     left = 0.25 + 0.078 * max(map(len, names))
     figure, axes = new_figure(7.6, 0.5 + height * len(names), left=left, bottom=0.28)
     axes.set_yticks(range(len(names)), names, fontsize=9.5, color=INK)

@@ -27,7 +27,7 @@ MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
 
 @dataclass(frozen=True, kw_only=True)
 class Crossed:
-    """A mean over seeds and problems, with a 95 % interval and a p-value for the mean being 0, at ``df``
+    """A mean over seeds and problems, with a 95 % interval and a p-value for a true mean of 0, at ``df``
     effective degrees of freedom. ``detectable`` is the smallest true value that such a table would show with
     80 % power at the 5 % level. With one seed, ``low`` and ``high`` are over problems only."""
 

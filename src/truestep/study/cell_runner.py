@@ -60,7 +60,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 @functools.cache
 def _forks() -> ForkServerContext:
-    """Return the server that forks child processes. It is started once, with the variables of ``environment``."""
+    """Return the server that forks child processes. It is started once, with ``environment``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     mine = dict(os.environ)

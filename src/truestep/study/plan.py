@@ -143,7 +143,7 @@ class Study(Frozen):
         for arm in self.arms:
             if arm.control and not _is_control(arm, arm.control, [self.stages[s] for s in arm.stages]):
                 meaning = _CONTROL[arm.control][0]
-                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} means that the arm {meaning}")
+                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} needs an arm that {meaning}")
         if any(not reason.strip() for reason in self.controls_off.values()):
             raise ValueError("controls_off: a reason must not be empty")
         return self

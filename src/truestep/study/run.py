@@ -199,8 +199,8 @@ def trial_arm(arm: str, factor: float) -> str:
 
 
 def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
-    """Return for each arm the scores of its trials, the chosen factor, and the FLOPs of all trials that chose
-    a rate for it, including the rates of its earlier stages."""
+    """Return each arm's trial scores, its chosen factor, and the FLOPs of all trials that chose a rate for
+    it, including the rates of its earlier stages."""
     own = {arm.name: _own_cost(runner, arm) for arm in arms}
     found = {}
     for arm in arms:
