@@ -120,13 +120,13 @@ class Worker:
                     try:
                         return json.loads(line)
                     except ValueError:
-                        raise WorkerFailed("wrote to the channel that only the worker may use") from None
+                        raise WorkerFailed("the function wrote to the worker's own channel") from None
                 if not chunk:
                     raise self._ended()
             elif self.process.poll() is not None:
                 raise self._ended()
             elif left <= 0:
-                raise WorkerFailed(f"took longer than timeout_seconds = {seconds:g}")
+                raise WorkerFailed(f"the worker took longer than timeout_seconds = {seconds:g}")
             elif not ready:
                 self._watch_memory()
 
@@ -139,7 +139,7 @@ class Worker:
     def _watch_memory(self) -> None:
         resident = sum(processes(self.process.pid).values()) >> 20
         if resident > self._memory_mb:
-            raise WorkerFailed(f"used {resident} MB, more than memory_mb = {self._memory_mb}")
+            raise WorkerFailed(f"the worker used {resident} MB, more than memory_mb = {self._memory_mb}")
 
     def _ended(self) -> WorkerFailed:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -254,7 +254,7 @@ class FunctionPool:
         self._all.add(worker)
         try:
             if self._closed:
-                raise WorkerFailed("it was closed")
+                raise WorkerFailed("the pool was closed")
             fault = worker.loaded()
         except WorkerFailed as death:
             fault = worker.failed(reason=str(death))

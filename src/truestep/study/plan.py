@@ -81,7 +81,7 @@ class Study(Frozen):
     def _names(self) -> Self:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("two arms, or two seeds, are the same; every name and seed must be unique")
+            raise ValueError("two arms have the same name, or two seeds are the same; make each unique")
         for arm in self.arms:
             self._check_arm(arm, names)
         pairs = (*self.primary, *self.secondary)
@@ -126,8 +126,8 @@ class Study(Frozen):
             )
         if not arm.stages or match.step_like not in goal.stages:
             raise ValueError(
-                f"{where}.equal_flops.step_like = {match.step_like!r} is not a stage of {goal.name}, "
-                f"which has {', '.join(goal.stages) or 'none'}, or the arm has no stage to match"
+                f"{where}.equal_flops.step_like = {match.step_like!r} is not a stage of {goal.name} "
+                f"(it has {', '.join(goal.stages) or 'none'}), or the arm itself has no stage"
             )
 
     @model_validator(mode="after")
@@ -180,7 +180,7 @@ def load_study(path: Path) -> Study:
     try:
         return parse_study(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such study") from None
+        raise UserError(f"{path}: no such study file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
 
