@@ -138,7 +138,7 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
     result = run("show", recipe, "--num", "1")
     assert result.exit_code == 0, result.exception
     assert "<|user|>1+1=?<|end|><|assistant|>⟦#### 2<|end|>⟧" in result.stdout
-    assert result.stdout.count("tokens trained") == 3
+    assert result.stdout.count("tokens are trained on") == 3
     examples = {e["data"]: e for e in document(run("show", recipe, "--num", "1", "--json"))["examples"]}
     assert examples["train"]["num_trained"] == len("#### 2") + 1
     assert examples["test"]["num_trained"] == 0

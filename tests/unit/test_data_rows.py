@@ -48,7 +48,7 @@ BROKEN = {
     "a key twice": (b'{"problem": "x", "answer": "2", "answer": "3"}', "answer", "got it twice"),
     "no prompt": (row(answer="2"), "problem", "got none"),
     "a misspelt prompt": (row(promt="x", answer="2"), "problem", 'did you mean "prompt"'),
-    "another name for it": (row(question="x", answer="2"), "problem", 'has "question", did you mean "problem"'),
+    "another name for it": (row(question="x", answer="2"), "problem", 'has "question"; did you mean "problem"'),
     "two prompts": (row(problem="x", prompt="y", answer="2"), "prompt", "problem and prompt; keep one"),
     "a null prompt": (row(problem=None, answer="2"), "problem", "got none"),
     "a number as problem": (row(problem=5, answer="2"), "problem", "expected text, got 5"),
@@ -160,7 +160,7 @@ def test_needs_decides_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r":1: answer: "):
         load(path, needs=("solution", "answer"))
     path.write_bytes(row(problem="x", answer="y", soluton="z") + b"\n")
-    with pytest.raises(UserError, match=r':1: solution: .*has "soluton", did you mean "solution"'):
+    with pytest.raises(UserError, match=r':1: solution: .*has "soluton"; did you mean "solution"'):
         load(path, needs=("solution",))
     path.write_bytes(row(problem="x") + b"\n")
     with pytest.raises(UserError, match=r":1: answer: expected an answer or a solution, got neither"):

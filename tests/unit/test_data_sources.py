@@ -123,7 +123,7 @@ def test_hub_rows_are_checked_as_file_rows_are(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [("org/set", "main", "test")]
     with pytest.raises(UserError, match=r"org/absent.*cannot be loaded: offline, and not in the cache$"):
         load("hub:org/absent")
-    with pytest.raises(UserError, match=r"options\.subset: a hub source has only config"):
+    with pytest.raises(UserError, match=r"options\.subset: a hub source has only the option config"):
         load("hub:org/set", options={"subset": "main"})
 
 
@@ -155,7 +155,7 @@ def test_reasoning_gym_golds_are_confirmed_by_our_own_arithmetic(monkeypatch: py
     assert not texts["train"] & texts["test"]
     assert not texts["dev"] & texts["test"]
     first = int(sets["train"][0].answer) - 3
-    with pytest.raises(UserError, match=rf"its answer to .* is {4 + first}, ours is {3 + first}"):
+    with pytest.raises(UserError, match=rf"its answer to .* is {4 + first}, but ours is {3 + first}"):
         load("reasoning_gym:chain_sum", limit=20, options={"wrong": first})
     with pytest.raises(UserError, match=r"reasoning_gym:chain_sum options: .*colour"):
         load("reasoning_gym:chain_sum", limit=20, options={"colour": 1})

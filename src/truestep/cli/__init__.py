@@ -1,1 +1,1 @@
-"""The command line: one file per command, which parses, builds and calls."""
+"""The command line. Each command has a file, which reads the options and calls the rest of the package."""

@@ -14,7 +14,7 @@ Target = Annotated[
     str,
     Argument(
         help="NAME==VERSION[+NAME==VERSION] (installed into a separate environment), FILE.py:FUNCTION (your own "
-        "step(model, optimizer, microbatches)), or models (the loss of every model class in transformers).",
+        "step(model, optimizer, microbatches)), or the word models (the loss of every model class in transformers).",
         show_default="what --python has installed",
     ),
 ]
@@ -30,7 +30,7 @@ Arch = Annotated[
     str,
     Option(
         help="Audit with a tiny model of this architecture: plain, llama, qwen2, gemma3, gpt2, neox or opt.",
-        show_default="each subject's",
+        show_default="each subject's own",
     ),
 ]
 Config = Annotated[
@@ -44,8 +44,8 @@ Past = Annotated[
     Path | None,
     Option(help="Check the files of a finished run for known faults; no code is run and no GPU is needed."),
 ]
-Remedy = Annotated[bool, Option("--remedy", help="Search for options and releases without the fault.")]
-DryRun = Annotated[bool, Option("--dry-run", help="List the configurations; build and run nothing.")]
+Remedy = Annotated[bool, Option("--remedy", help="Search for options and releases that avoid the fault.")]
+DryRun = Annotated[bool, Option("--dry-run", help="List the configurations, but build and run nothing.")]
 Reproduce = Annotated[
     Path | None, Option(help="Write a short script for each fault to this folder, and run it.")
 ]

@@ -1,4 +1,4 @@
-"""The actions of ``truestep audit``: choosing subjects and a Python, running them, showing the findings."""
+"""The actions of ``truestep audit``: choose the subjects and a Python, run the subjects, show findings."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def say(text: str) -> None:
 def select(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None, build: bool = True
 ) -> tuple[list[Subject], Path]:
-    """Choose the subjects and the Python to run them with. An environment is built for a requirement; with
-    ``build=False``, the requirement itself is returned instead. A configuration file chooses one subject with
-    one configuration. Raises UserError if there is nothing to audit."""
+    """Return the subjects to audit and the Python to run them with. If ``target`` is a requirement, a Python
+    environment is built for it; with ``build=False``, the requirement is returned instead. A configuration
+    file selects one subject with one configuration. Raises UserError if there is nothing to audit."""
     if arch and arch not in registry.ARCHS:
         raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
@@ -114,7 +114,7 @@ def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
 def show_plan(
     target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool
 ) -> None:
-    """Print what would be run. Builds no environment."""
+    """Print what would be run. No environment is built."""
     subjects, chosen = select(target, python, only=only, arch=arch, config=config, build=False)
     pairs, where = [(s.name, c) for s in subjects for c in s.configurations], str(chosen)
     if as_json:
@@ -135,8 +135,9 @@ def run(
     remedies_for: str | None = None,
     reproducers: Path | None = None,
 ) -> list[Finding]:
-    """Audit all subjects, with progress on stderr. ``remedies_for`` is a target to search for remedies;
-    ``reproducers`` is a folder for one script per fault. What Ctrl-C or SIGTERM leaves out is NOT RUN."""
+    """Audit all subjects, with progress on stderr. If ``remedies_for`` (the target) is given, search for a
+    remedy for each fault. If ``reproducers`` (a folder) is given, write one script per fault to it. After
+    Ctrl-C or SIGTERM, the remaining configurations get the verdict NOT RUN."""
     pairs = [(s, c) for s in subjects for c in s.configurations]
     findings: list[Finding] = []
     began = time.monotonic()
@@ -155,7 +156,7 @@ def run(
                 finding = _reproduced(finding, subject, python, reproducers)
             findings.append(finding)
     except KeyboardInterrupt:
-        say(f"interrupted: {len(findings)} of {len(pairs)} were audited; the others are shown as NOT RUN")
+        say(f"interrupted after {len(findings)} of {len(pairs)} configurations; the others are NOT RUN")
         for s, c in pairs[len(findings) :]:
             findings.append(Finding(subject=s.name, configuration=c.to_json(), reasons=(INTERRUPTED,)))
     return findings
@@ -180,7 +181,7 @@ def _reproduced(finding: Finding, subject: Subject, python: Path, folder: Path) 
 
 
 def absent(python: Path, only: str) -> list[Finding]:
-    """Return findings for what is not installed in this Python, so that it is not mistaken for RIGHT."""
+    """Return a finding for each subject that is not installed, so that its absence is not taken for RIGHT."""
     findings, found = [], environment.installed(python)
     for s in registry.TABLE:
         missing = [n for n in (*s.needs, *s.brings) if n not in found]
@@ -259,9 +260,9 @@ def past(folder: Path, *, as_json: bool) -> None:
 def bisect(
     target: str, text: str, *, known_bad: str, only: str, seed: int, timeout: float, as_json: bool
 ) -> None:
-    """Search the releases of one package. Each release is judged by its subject's first configuration."""
+    """Find the first and the last faulty release of a package. Only its first configuration is run."""
     if not target or "=" in target:
-        raise UserError(f"--bisect needs only a package name, such as deepspeed, not {target!r}")
+        raise UserError(f"--bisect needs a package name without a version, such as deepspeed, not {target!r}")
     first, last = releases.parse_range(text)
     between = releases.releases_between(Path(sys.executable), target, first, last)
     assumed = "assuming that the faulty releases follow each other without a gap"

@@ -30,7 +30,7 @@ def check(source: Source, overrides: Set = None, gold: Gold = True, as_json: Jso
 
 @app.command()
 def show(recipe: Recipe, num: Num = 2, overrides: Set = None, as_json: Json = False) -> None:
-    """Print examples as the model sees them; trained tokens are bold green, between ⟦ and ⟧."""
+    """Print examples as the model sees them. Tokens that are trained on are bold green, between ⟦ and ⟧."""
     from truestep.cli import data_actions
 
     data_actions.show(recipe, overrides or (), num=num, as_json=as_json)

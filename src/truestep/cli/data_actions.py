@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -> None:
-    """Validate every row of every set and print the findings; exit code 1 if a gold answer is refused."""
+    """Validate every row of every data set and print the results. Exit with 1 if a gold answer is refused."""
     announce(f"truestep data check: reading {source}")
     from rich.console import Console
 
@@ -56,7 +56,7 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
 
 
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
-    """Print the first examples of every set as the model sees them."""
+    """Print the first examples of every data set as the model sees them."""
     announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
     from rich.console import Console
     from rich.text import Text
@@ -74,7 +74,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
             spans, document = _example(tokenizer, problem, settings)
             documents.append({"data": name, **document})
             if not as_json:
-                counts = f"{document['num_trained']} of {document['num_tokens']} tokens trained"
+                counts = f"{document['num_trained']} of {document['num_tokens']} tokens are trained on"
                 title = f"{name} {problem.id} ({problem.row}): {counts}; answer {problem.answer}"
                 console.print(Text(title, "bold"))
                 console.print(spans, end="\n\n")
@@ -97,7 +97,7 @@ def _needs(settings: Settings, name: str) -> set[str]:
 
 
 def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Grade every gold answer with its checker. If it is refused, correct samples would be incorrect."""
+    """Grade every gold answer with its checker. If one is refused, correct samples would get no credit."""
     from rich.console import Console
     from rich.progress import track
 
@@ -137,7 +137,7 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
     for pair in pairs:
         console.print(
             f"overlap of {pair['train']} with {pair['evaluation']}: of {pair['num_evaluation']} problems, "
-            f"{pair['exact']['num_evaluation']} have the same text, {pair['ngram']['num_evaluation']} share 13 words",
+            f"{pair['exact']['num_evaluation']} have the same text, {pair['ngram']['num_evaluation']} share 13 words in a row",
             markup=False,
         )
 
@@ -145,7 +145,7 @@ def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequ
 def _example(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings
 ) -> tuple[Text, dict[str, Any]]:
-    """Return one problem as colored text, and, for JSON, as counts and spans (runs of tokens of one kind)."""
+    """Return one problem as colored text and, for JSON, as counts and spans of tokens of the same kind."""
     from rich.text import Text
 
     from truestep.data.chat import encode_demonstration, encode_prompt, prompt_roles

@@ -1,4 +1,4 @@
-"""``truestep eval``: evaluates a model on benchmarks or data sets, and has commands that need no model."""
+"""``truestep eval``, which evaluates a model on benchmarks or data sets, and its commands without a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _argument(text: str) -> Any:
 
 
 def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any:
-    """Declare an option. The help shows ``default`` as its default if the real value explains nothing."""
+    """Declare an option. If its real default explains nothing, the help shows ``default`` instead."""
     return typer.Option(flag, help=text, show_default=default, **more)
 
 
@@ -34,9 +34,9 @@ _DATA = "Folder with one file per benchmark: ID.jsonl, ID.parquet or ID.csv."
 _LIMIT = "How many problems of each benchmark to use."
 _ENGINE = "torch, vllm, or the URL of an OpenAI-compatible endpoint."
 _LOGS = "Logs from lm-eval, lighteval or inspect, or folders of such logs."
-_OWN = "each benchmark's"
-_SET = "Change any other setting: --set temperature=0. May be repeated."
-_DRY_RUN = "Check everything and count tokens and memory; do not sample."
+_OWN = "each benchmark's own"
+_SET = "Change any other setting, such as --set temperature=0. Can be repeated."
+_DRY_RUN = "Check everything, and print upper bounds for tokens and memory; do not sample."
 _SECOND = "Also grade every answer with math-verify, and count disagreements."
 Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first one")]
 Folder = Annotated[Path, option("--out", "The folder to write to.", False)]
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def list_benchmarks(as_json: Json = False) -> None:
-    """List the pinned benchmarks: rows, content hash, source, template, samples, published figures."""
+    """List the pinned benchmarks, each with its rows, hash, source, template, samples and published score."""
     from truestep.evaluate.benchmarks import SHUFFLE_SEED, TABLE
 
     lines = []
@@ -92,8 +92,8 @@ def list_benchmarks(as_json: Json = False) -> None:
 
 
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
-    """Compare two evaluations of the same problems: the paired difference B - A on every task that both have,
-    with its 95 % interval, p-values and the smallest detectable difference."""
+    """Compare two evaluations of the same problems. Print the paired difference B - A on every task that both
+    have, with its 95 % interval, its p-values and the smallest detectable difference."""
     announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.import_compare import compare_evaluations
 
@@ -121,8 +121,8 @@ def _sentence(row: dict[str, Any]) -> str:
 def import_logs(
     files: Annotated[list[Path], _argument(_LOGS)], out: Folder, metric: Metric = "", as_json: Json = False
 ) -> None:
-    """Import logs from other harnesses as a run directory with a report. Verdicts are kept; nothing is graded
-    again."""
+    """Import logs from other harnesses as a run directory with a report. Verdicts are kept, and nothing is
+    graded again."""
     announce(f"truestep eval import: reading {', '.join(map(str, files))}")
     from truestep.evaluate.import_compare import import_evaluations
     from truestep.report.evaluation import write_evaluation_report
@@ -157,8 +157,8 @@ def overlap(
     data: Annotated[str, option("--data", "Folder with the benchmarks.", "the Hugging Face hub")] = "",
     as_json: Json = False,
 ) -> None:
-    """Count how many problems of each benchmark are also in a training set: with the same text, or sharing a
-    run of 13 words."""
+    """Count how many problems of each benchmark are also in a training set. A problem counts if a training
+    problem has the same text or shares 13 words in a row with it."""
     announce(f"truestep eval overlap: comparing {source} with the benchmarks")
     from truestep.evaluate.benchmarks import contamination
 
@@ -169,7 +169,7 @@ def overlap(
         f"{pair['ngram']['num_short']} too short"
         for pair in report["pairs"]
     ]
-    lines += [f"{id:<16} not checked: it has no file in --data" for id in report["missing"]]
+    lines += [f"{id:<16} not checked, because --data has no file for it" for id in report["missing"]]
     typer.echo(json.dumps(report) if as_json else "\n".join(lines))
 
 
@@ -181,7 +181,7 @@ def grade(
 ) -> None:
     """Grade every (gold, pred) pair in a file, without a model. Optional fields: id, kind ("choice" for
     multiple choice), choices."""
-    announce(f"truestep eval grade: grading the pairs of {pairs}")
+    announce(f"truestep eval grade: grading the pairs in {pairs}")
     from truestep.grade.pairs import grade_pairs, read_pairs, table
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)

@@ -1,4 +1,4 @@
-"""The actions of ``truestep eval MODEL`` and ``truestep eval RECIPE``: settings, engine, run."""
+"""The actions of ``truestep eval MODEL`` and ``truestep eval RECIPE``, from the settings to the report."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from truestep.settings import Settings, load_settings, override, read_recipe, se
 
 
 def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path | None, **how: bool) -> None:
-    """Evaluate a model or a recipe. ``given`` has the options that say what to evaluate, as keys of
-    ``[evaluate]``, ``sets`` the values of --set. A recipe without benchmarks uses its own data sets."""
+    """Evaluate a model or a recipe. ``given`` contains the options that say what to evaluate, as keys of
+    ``[evaluate]``. ``sets`` contains the values of --set. A recipe without benchmarks uses its own data."""
     is_recipe, path = model.endswith(".toml"), Path(model)
     raw = read_recipe(model, sets) if is_recipe else override({"model": {"path": model}}, sets)
     table = raw.pop("evaluate", {})  # merged below with the options, which override it
@@ -84,7 +84,7 @@ def _execute(
 
 
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Raise UserError if the folder contains a different run, or something else. Nothing is written."""
+    """Raise UserError if the folder contains a different run or other files. Nothing is written."""
     if not rundir.holds_run(folder, resume=resume):
         return
     raw = read_recipe(folder / "resolved.toml")
@@ -113,7 +113,7 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
-    """Open the adapter that turns jobs into samples, with a hash of the model ("" for an endpoint)."""
+    """Yield the adapter that turns jobs into samples, and a hash of the model ("" for an endpoint)."""
     with ExitStack() as stack:
         if settings.evaluate.is_endpoint:
             client = stack.enter_context(connect(settings.evaluate.engine))
@@ -174,7 +174,7 @@ ENGINES: dict[str, Callable[[Settings, int], AbstractContextManager[Engine]]] = 
 
 
 def figures(settings: Settings) -> tuple[int, int, int]:
-    """Return the parameter count and the bytes per parameter and cached token, without loading weights."""
+    """Return the number of parameters, bytes per parameter and bytes per cached token. Loads no weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -195,8 +195,8 @@ def figures(settings: Settings) -> tuple[int, int, int]:
 
 
 def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[str, Any]:
-    """Make the plan for --dry-run: every prompt is built and counted, but no weights are loaded. The plan has
-    upper bounds for tokens, and, if the model runs here, for memory and arithmetic."""
+    """Return the plan for --dry-run. Every prompt is built and counted, but no weights are loaded. The plan
+    has upper bounds for tokens and, if the model runs on this machine, for memory and FLOPs."""
     ready = [adapter.ready(job, settings.evaluate.few_shot) for job in jobs]
     rows: list[dict[str, Any]] = [
         {

@@ -61,7 +61,7 @@ def _lazily(module: str, name: str) -> Any:
 
 
 def main() -> None:
-    """Run the command line. A user's error is printed as one line on stderr, never as a traceback."""
+    """Run the command line. Known errors are printed as one line on stderr, without a traceback."""
     try:
         from truestep.cli.evaluation import with_default
 

@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Training methods: list the built-in ones, or check one.")
 _NAMED = "FILE.py:NAME, or the name of a built-in method."
-_OPTION = "Set an option of the method, such as clip_high=0.3. May be repeated."
+_OPTION = "Set an option of the method, such as clip_high=0.3. Can be repeated."
 Named = Annotated[str, typer.Argument(metavar="METHOD", help=_NAMED, show_default=False)]
 Options = Annotated[list[str] | None, typer.Option("--option", help=_OPTION)]
 Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document.")]
@@ -42,7 +42,7 @@ def check(method: Named, options: Options = None, as_json: Json = False) -> None
     """Check that a method's update does not depend on how a step is split, packed, ordered, or divided
     between processes.
 
-    Exit codes: 0 every relation holds · 1 a relation is violated · 2 the method cannot be built.
+    Exit codes: 0 every check passed · 1 a check failed · 2 the method cannot be built.
     """
     import tomllib
 

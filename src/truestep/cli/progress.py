@@ -14,7 +14,7 @@ HEARTBEAT_SECONDS = 15.0
 
 
 def announce(text: str) -> None:
-    """Print a command's first line on stderr, before slow imports, only on rank 0."""
+    """Print a command's first line on stderr, before slow imports. Only rank 0 prints it."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(text, err=True)
 

@@ -25,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to s
 
 
 def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Callable[..., None]:
-    """Return a command that runs what ``select`` keeps of a recipe. These commands have the same options."""
+    """Return a command that runs what ``select`` keeps of a recipe. Every command has the same options."""
 
     def command(
         recipe: Recipe,
@@ -71,7 +71,7 @@ rl = _verb(
 def execute(
     settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Check the recipe, print the plan, run and report. The last line on stdout is the run directory."""
+    """Check the recipe, print its plan, run it and write the report. Stdout ends with the run directory."""
     from truestep.cli.progress import ConsoleReporter, announce
 
     announce(f"truestep {' '.join(sys.argv[1:2])}: loading torch, checking the model and data of {recipe}")
@@ -126,7 +126,7 @@ def execute(
 
 
 def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:
-    """Print the dry run of a recipe with ``[declared]``, without its weights and data."""
+    """Print the plan of a recipe with ``[declared]`` lengths, which needs no weights and no data."""
     from truestep.pipeline.paper_plan import declared_plan
 
     plan = declared_plan(settings, recipe.parent, str(recipe))

@@ -13,10 +13,10 @@ import typer
 from truestep.cli.evaluation import option
 from truestep.cli.run import Json
 
-_PATHS = "The study, a TOML file; or the word flops, followed by recipes (files or folders) to count."
+_PATHS = "A study (TOML file); or the word flops, then the recipes (files or folders) to count FLOPs for."
 _FORM = "STUDY.toml | flops RECIPE..."
 Paths = Annotated[list[str], typer.Argument(metavar=_FORM, help=_PATHS, show_default=False)]
-_KEEP = "Also keep compact results in this folder; cells found there are not run again."
+_KEEP = "Also keep compact results in this folder. Cells (an arm with a seed) found there are not run again."
 _WORKERS = "How many cells run at the same time."
 _ENGINE = "What runs the cells: local (child processes) or ray (a Ray cluster)."
 _DRY_RUN = "Check the study and print its plan with estimates; run nothing."
@@ -113,7 +113,7 @@ def flops(paths: list[Path], as_json: bool) -> None:
 
 
 def trainer_verdict() -> str:
-    """Audit truestep's own step in this process, like any framework's. Return the verdict and findings."""
+    """Return the verdict of an audit of truestep's own step, which is audited like any framework's."""
     import sys
 
     from truestep.audit import subjects as registry
@@ -127,7 +127,7 @@ def trainer_verdict() -> str:
 
 
 def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
-    """Run the cells, write everything, and print where it is. The exit code is 3 if a cell has failed."""
+    """Run the cells, write all results, and print their folder. The exit code is 3 if a cell has failed."""
     from truestep import rundir
     from truestep.report.study import write_study
     from truestep.study.cell_runner import base_identity

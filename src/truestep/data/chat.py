@@ -50,12 +50,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: Ch
 def encode_demonstration(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings
 ) -> Demonstration:
-    """Return the prompt, the solution and the stop token; only the solution and the stop token are trained
-    on.
+    """Return the prompt, the solution and the stop token. Only the last two are trained on.
 
-    If a solution repeats the end of the prompt (``<think>``, from the template or ``generation_suffix``), it
-    loses that beginning. Raises UserError like ``encode_prompt``, and if there is no solution, the template
-    renders an answered prompt differently, or no stop token would be trained on."""
+    If the solution begins with the end of the prompt (such as ``<think>``, from the template or
+    ``generation_suffix``), this beginning is removed. Raises UserError as ``encode_prompt`` does, and also if
+    there is no solution, if the template renders an answered prompt differently, or if no stop token would be
+    trained on."""
     prompt_ids, _ = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
     opening, after = _answered(tokenizer, problem, messages)
@@ -63,7 +63,7 @@ def encode_demonstration(
     if stop_id is None:
         raise UserError(
             f"the chat template ends the assistant's turn with {after[:20]!r}, not with a special token, so no "
-            "stop token would be trained; end it with the eos token, e.g. {{ message['content'] + eos_token }}"
+            "stop token is trained on; end the turn with the eos token, e.g. {{ message['content'] + eos_token }}"
         )
     solution = problem.solution.removeprefix(opening + chat.generation_suffix)
     if solution == problem.solution:
@@ -79,7 +79,7 @@ def encode_demonstration(
 def encode_demonstrations(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], chat: ChatSettings, context_length: int
 ) -> list[Demonstration]:
-    """Return the demonstrations of at most ``context_length`` tokens, in order; longer ones are left out,
+    """Return the demonstrations of at most ``context_length`` tokens, in order. Longer ones are left out and
     never cut. Raises UserError if none fits."""
     made = [encode_demonstration(tokenizer, problem, chat) for problem in problems]
     kept = [d for d in made if len(d.token_ids) <= context_length]
@@ -116,8 +116,8 @@ def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[
 
 
 def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
-    """Return the role of every character, found by rendering the same turns with a mark for each content,
-    because the content could also occur in the template. Empty if the template changes the contents."""
+    """Return the role of every character, or [] if the template changes the contents. The turns are rendered
+    again with marks in place of their contents, because a content could also occur in the template."""
     written = [m.content for m in messages]
     for contents in (written, [text.strip() for text in written]):  # some templates strip the contents
         rebuilt, rest, owners = "", outline, []
@@ -149,7 +149,7 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]
 
 
 def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answer: str | None = None) -> str:
-    """Return the text of the turns, open for the assistant or, given an answer, with that turn closed."""
+    """Return the text of the turns, then of an open assistant turn or, given ``answer``, of a closed one."""
     if not has_chat_template(tokenizer):
         text = "\n\n".join(m.content for m in messages) + "\n"
         return text if answer is None else text + answer + (tokenizer.eos_token or "")
@@ -166,7 +166,7 @@ def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answe
 
 
 def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, str]:
-    """Return what the template puts before the assistant's text in its turn (``<think>``), and after it."""
+    """Return what the template puts before the assistant's text (such as ``<think>``) and after it."""
     prompt = _render(tokenizer, problem, messages)
     before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
@@ -196,8 +196,8 @@ def _bos(tokenizer: Any) -> list[int]:
 
 
 def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Sequence[int]) -> None:
-    """Refuse a special token, which would end a turn inside the text, and an unknown character, which would
-    be trained on as <unk>. ``ids`` are the tokens of the text, or of a rendering that contains the text."""
+    """Raise UserError for a special token, which would end the turn, or an unknown character, which would be
+    trained on as <unk>. ``ids`` are the tokens of the text, or of a rendering that contains the text."""
     where = f"{_where(problem)}: {field}"
     for token in tokenizer.all_special_tokens:
         if token in text:

@@ -18,7 +18,7 @@ _LIST = re.compile(r"(?<=: )\d+(?:, \d+)+")
 
 
 def _chain(question: str) -> int:
-    """Return the value of "4 - 1 + 7" or "3 * 5 * 2"; with both kinds of signs, products come first."""
+    """Return the value of an expression such as "4 - 1 + 7" or "3 * 5 * 2". Products come first."""
     words = _EXPRESSION.findall(question)[0].split(" ")
     terms = [int(words[0])]
     for sign, word in zip(words[1::2], words[2::2], strict=True):
@@ -43,7 +43,7 @@ TASKS: dict[str, Callable[[str], int]] = {
 
 
 def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], seed: int) -> list[Problem]:
-    """Return ``num`` different questions of a split; a question's text decides its split, whatever the seed.
+    """Return ``num`` different questions of a split. A question's text decides its split, whatever the seed.
 
     Raises UserError for an unknown task or option, a missing package, or an answer that differs from ours."""
     if task not in TASKS:
@@ -53,7 +53,7 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         import reasoning_gym
     except ModuleNotFoundError:
         raise UserError(
-            'needs the reasoning-gym package; run pip install "truestep[reasoning-gym]"'
+            'reasoning_gym data needs the reasoning-gym package; run pip install "truestep[reasoning-gym]"'
         ) from None
     tries = 200 * num
     rng = integer(seed, Purpose.PROCEDURAL, item=f"reasoning_gym/{task}") % 2**31
@@ -68,7 +68,7 @@ def make_problems(task: str, split: str, num: int, options: Mapping[str, Any], s
         if split_of(text) != split or text in found:
             continue
         if str(ours := TASKS[task](text)) != gold:
-            raise UserError(f"reasoning_gym:{task}: its answer to {text!r} is {gold}, ours is {ours}")
+            raise UserError(f"reasoning_gym:{task}: its answer to {text!r} is {gold}, but ours is {ours}")
         where = f"reasoning_gym:{task}[{split}]:{len(found) + 1}"
         turns = (Message(role="user", content=text),)
         name = f"{task}-{sha256(text.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Finds evaluation problems that are also training problems: the same text, or a shared run of 13 words."""
+"""Finds evaluation problems that have the same text as a training problem, or share 13 words in a row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def problem_text(problem: Problem) -> str:
 
 
 def ngram_hashes(text: str) -> set[bytes]:
-    """Return 8-byte hashes of all runs of 13 words; empty for shorter texts."""
+    """Return 8-byte hashes of all runs of 13 words; there are none in shorter texts."""
     words = text.split(" ")
     runs = (" ".join(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1))
     return {blake2b(run.encode(), digest_size=8).digest() for run in runs}
@@ -28,7 +28,7 @@ def overlap_report(
 ) -> dict[str, Any]:
     """Return counts and example ids for every pair of a training set and an evaluation set, ready for JSON.
 
-    ``exact`` counts evaluation problems with the text of a training problem. ``ngram`` counts those that
+    ``exact`` counts evaluation problems with the same text as a training problem. ``ngram`` counts those that
     share a run of 13 words with a training problem or have the same text. ``num_short`` counts those with
     fewer than 13 words, to which only ``exact`` applies."""
     texts = {name: [problem_text(p) for p in problems] for name, problems in evaluation.items()}

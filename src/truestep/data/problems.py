@@ -25,7 +25,7 @@ def load_problems(
     """Return the problems of ``[data.NAME]``: at most ``limit``, without the first ``skip``.
 
     ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), or both; if it is
-    empty, one of them is enough. Raises UserError with file, row (1-based) and field, or the setting."""
+    empty, one of them is enough. Raises UserError that names file, row (1-based) and field, or setting."""
     scheme, _, rest = settings.source.partition(":")
     if scheme in ("procedural", "reasoning_gym"):
         return _generated(name, scheme, rest, settings, seed, needs)
@@ -47,7 +47,7 @@ def load_problems(
 def _generated(
     name: str, scheme: str, task: str, settings: DataSettings, seed: int, needs: Collection[str]
 ) -> list[Problem]:
-    """Generate problems with a program. It could make any number, so the number must be given."""
+    """Return problems that a program generates. It could make any number, so ``limit`` must be set."""
     where = f"data.{name}"
     if settings.limit == "all":
         raise UserError(
@@ -119,7 +119,7 @@ def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings)
 
 
 def find_source(name: str, source: str, base_dir: Path) -> Path:
-    """Return the file or folder, relative to the recipe's folder or otherwise to the current one."""
+    """Return the path of a file or folder, looked up in the recipe's folder and then in the current one."""
     wanted = Path(source).expanduser()
     candidates = [wanted] if wanted.is_absolute() else [base_dir / wanted, wanted]
     for path in candidates:
@@ -137,7 +137,7 @@ def find_source(name: str, source: str, base_dir: Path) -> Path:
 
 
 def _files(name: str, path: Path, split: str) -> list[Path]:
-    """Return the files of a source; from a folder with files named after splits, only those of ``split``."""
+    """Return the files of a source. If a folder has files named after splits, return those of ``split``."""
     if not path.is_dir():
         if path.suffix not in SUFFIXES:
             found = path.suffix or "no extension"
@@ -158,11 +158,11 @@ def _files(name: str, path: Path, split: str) -> list[Path]:
 
 
 def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a Hugging Face hub data set; offline (HF_HUB_OFFLINE=1), from the local cache."""
+    """Yield the rows of a Hugging Face hub data set, from its local cache if HF_HUB_OFFLINE=1 is set."""
     where = f'data.{name}.source = "hub:{repository}"'
     for key in settings.options:
         if key != "config":
-            raise UserError(f"data.{name}.options.{key}: a hub source has only config (the subset)")
+            raise UserError(f"data.{name}.options.{key}: a hub source has only the option config (a subset)")
     try:
         import datasets
     except ModuleNotFoundError:

@@ -1,6 +1,6 @@
-"""The embedded tasks: how a problem is drawn and solved. The text is short ASCII with one regular line per
-step, so that a character-level model with a million parameters can learn it. ``wN`` writes a digit, ``cN``
-carries, ``bN`` borrows; the last line of every trace is ``#### ANSWER``."""
+"""The built-in tasks, and how their problems are drawn and solved. The text is short ASCII with one regular
+line per step, so that a character-level model with a million parameters can learn it. In a trace, ``wN``
+writes the digit N, ``cN`` carries N and ``bN`` borrows N. The last line is ``#### ANSWER``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _operand(rng: Generator, digits: int) -> int:
 
 
 def _numbers(rng: Generator, options: Mapping[str, int]) -> tuple[int, int]:
-    """Return two operands with ``digits`` digits each, or ``min_digits`` to ``digits`` if that is not 0."""
+    """Return two operands of ``digits`` digits, or of ``min_digits`` to ``digits`` if ``min_digits`` > 0."""
     high = options["digits"]
     if not options["min_digits"]:
         return _operand(rng, high), _operand(rng, high)
@@ -50,8 +50,8 @@ def _digits(number: int, width: int) -> list[int]:
 
 
 def column_steps(a: int, b: int, sign: str) -> list[str]:
-    """Return one line per column, from the right: digit + digit (+ carry) = sum, the digit written, the new
-    carry; or a − b with a borrow, if a is at least b."""
+    """Return one line per column, from the right. For a + b, a line has digit + digit (+ carry) = sum, the
+    digit written and the new carry. For a − b, it has borrows instead, and a must be at least b."""
     width, carry, lines = max(len(str(a)), len(str(b))), 0, []
     for i, (x, y) in enumerate(zip(_digits(a, width), _digits(b, width), strict=True)):
         total = x + y + carry if sign == "+" else x - y - carry
@@ -104,7 +104,7 @@ def draw_multiplication(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Draw terms joined by + - *; no product has more than two factors, so that a small table is enough."""
+    """Draw terms joined by +, - and *. Products have only two factors, so a small times table is enough."""
     numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["terms"])]
     signs: list[str] = []
     for _ in numbers[1:]:
@@ -128,8 +128,8 @@ def draw_chain(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Draw numbers, and a target that all of them can reach. Two values at a time are joined until one is
-    left."""
+    """Draw numbers, and a target that can be reached by using all of them. Each step combines two values,
+    until one is left."""
     while True:
         numbers = [int(n) for n in rng.integers(1, options["max_number"] + 1, size=options["numbers"])]
         values = [(n, str(n), "") for n in numbers]  # value, expression, outermost operation
@@ -154,7 +154,7 @@ def draw_countdown(rng: Generator, options: Mapping[str, int]) -> Drawn:
 
 
 def _possible(x: int, y: int) -> str:
-    """Return the operations that give a positive whole number and change something."""
+    """Return the operations with a positive whole result, except multiplication and division by 1."""
     allowed = {"+": True, "-": x > y, "*": x > 1 and y > 1, "/": y > 1 and x % y == 0}
     return "".join(sign for sign in allowed if allowed[sign])
 
@@ -169,8 +169,8 @@ def _joined(x: tuple[int, str, str], sign: str, y: tuple[int, str, str]) -> tupl
 
 
 def draw_letters(rng: Generator, options: Mapping[str, int]) -> Drawn:
-    """Draw letters to sort, the smallest first. Each line shows what is left, what is taken and what
-    remains."""
+    """Draw letters to be sorted in ascending order. Each line shows the letters that are left, the letter
+    that is taken and the letters that remain."""
     alphabet = "abcdefghij"[: options["alphabet"]]
     word = "".join(alphabet[int(i)] for i in rng.integers(len(alphabet), size=options["length"]))
     left, steps = word, []

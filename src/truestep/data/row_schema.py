@@ -1,4 +1,4 @@
-"""Reads one row as a Problem: which columns there may be, and what each may contain."""
+"""Reads a row as a Problem, and defines which columns a row may have and what each may contain."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ALIASES = {
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
-    """Return the problem in a row. ``needs`` names what the row must have: "answer", "solution" or both;
-    "problem" means neither, and an empty ``needs`` means one of them. Raises RowError with the first
-    fault."""
+    """Return the problem in a row. ``needs`` names what the row must have: "answer", "solution" or both.
+    With "problem", neither is needed; if ``needs`` is empty, one of them is enough. Raises RowError with the
+    first fault."""
     messages, solution, given = _turns(row)
     answer, solution = _answer(row), _solution(row, solution)
     if "answer" in needs and not answer:
@@ -107,7 +107,7 @@ def _messages(value: Any, column: str) -> list[Message]:
 
 
 def _solution(row: Row, from_turns: str) -> str:
-    """Return the demonstration: ``solution``, the last of ``messages``, or ``target`` as a list of turns."""
+    """Return the demonstration, from ``solution``, the last of ``messages``, or ``target`` (a list)."""
     found = {"messages": from_turns} if from_turns else {}
     if row.get("solution") is not None:
         found["solution"] = _text(row["solution"], "solution")
@@ -150,7 +150,7 @@ def _answer(row: Row) -> str:
 
 
 def _scalar(value: Any, field: str) -> str:
-    """Return a text, or a number as plain decimal text (1e-05 → 0.00001, 3.0 → 3)."""
+    """Return a value as text. A number becomes plain decimal text (1e-05 → 0.00001, 3.0 → 3)."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise RowError(field, f"expected text or a number, got {shown(value)}")
     if isinstance(value, str):
@@ -199,12 +199,12 @@ def _countdown(row: Row) -> dict[str, Any]:
 
 
 def _near(row: Iterable[str], *wanted: str) -> str:
-    """Return a hint if a column looks like a missing one, or is a different name for it."""
+    """Return a hint if a column's name resembles a wanted name, or is a known alias of it."""
     for key in row:
         for name in wanted:
             like = difflib.get_close_matches(key.lower(), [name], n=1, cutoff=0.7)
             if key != name and (like or ALIASES.get(key.lower()) == name):
-                return f'; the row has {shown(key)}, did you mean "{name}"?'
+                return f'; the row has {shown(key)}; did you mean "{name}"?'
     return ""
 
 

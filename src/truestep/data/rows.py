@@ -1,4 +1,4 @@
-"""Reads rows from .jsonl and .parquet files: each is a dict, or the reason why it cannot be one."""
+"""Reads rows from .jsonl and .parquet files. Each row is a dict, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RowError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message quotes it: one line, at most 60 characters."""
+    """Return a value as messages quote it, in one line of at most 60 characters."""
     if value is None:
         return "nothing"
     text = value if isinstance(value, str) else repr(value)

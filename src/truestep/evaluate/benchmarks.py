@@ -1,8 +1,8 @@
-"""The pinned benchmarks: the source, number of rows, content hash and scoring of each.
+"""The pinned benchmarks, with the source, number of rows, content hash and scoring of each.
 
 A hash covers the content of the rows (``sources.content_hash``). "unknown" means that this table does not
-have the hash; it is recorded at the first load, and later loads must match it. Published figures are in
-points and come from the paper (Table 1, Qwen2.5-Math-7B)."""
+have the hash. Then the hash is recorded at the first load, and later loads must match it. Published scores
+are in points and come from the paper (Table 1, Qwen2.5-Math-7B)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SHUFFLE_SEED = 0  # for the order of choices, and for the order in which a limit
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One row of the table. ``average`` names the average in the paper that includes this benchmark. If
-    ``private`` is True, its questions, answers and completions are never written."""
+    """A pinned benchmark. ``average`` names the average in the paper that includes this benchmark. If
+    ``private`` is True, the questions, answers and completions are never written to a file."""
 
     id: str
     title: str
@@ -103,14 +103,14 @@ TABLE: tuple[Benchmark, ...] = (
     replace(
         _MMLU_PRO, id="gpqa_diamond", title="GPQA-Diamond", num_rows=198,
         hub="Idavidrein/gpqa:gpqa_diamond:train", private=True,
-        mind="its authors ask that its text is not published: samples have only ids and verdicts",
+        mind="its authors ask that its text not be published, so samples have only ids and verdicts",
         published=_figures("24.6±2.9", "40.6±1.8", "39.9", "39.1"),
     ),
     _MMLU_PRO,
     replace(
         _MMLU_PRO, id="mmlu_pro_700", title="MMLU-Pro, 50 of each of 14 categories", num_rows=700, hub="",
         average="", content="e9e8e7b28cc9ad2f5e30b50422413586986b47705baaf0eba2481fbcaf3ed22d", published={},
-        mind="a fixed part of mmlu_pro; not comparable with figures for all of it",
+        mind="a fixed subset of mmlu_pro; scores are not comparable with those for all of mmlu_pro",
     ),
     _GSM8K,
     replace(
@@ -139,9 +139,9 @@ def find(id: str) -> Benchmark:
 
 
 def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> list[Problem]:
-    """Return all problems of a benchmark, after checking the number and content of its rows. ``bare``
-    problems have only their question, without options. Raises UserError if the rows differ from the pinned
-    ones."""
+    """Return all problems of a benchmark, after checking the number and content of its rows. With
+    ``bare``, a problem is only its question, without the options. Raises UserError if the rows differ from
+    the pinned ones."""
     if folder is not None:
         items, where = file_items(path := _file(benchmark, folder)), str(path)
     elif benchmark.hub:
@@ -150,7 +150,7 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
         raise NotThere(f"{benchmark.id} has no hub source; pass --data FOLDER with {benchmark.id}.jsonl")
     if len(items) != benchmark.num_rows:
         expected = f"{where}: expected the {benchmark.num_rows} rows of {benchmark.id}, got {len(items)}"
-        raise UserError(f"{expected}; provide the whole file (--limit takes a part of it)")
+        raise UserError(f"{expected}; provide the whole file (--limit can select a part of it)")
     empty = [n for n, item in enumerate(items, start=1) if not item.choices]
     if benchmark.kind == "choice" and empty:
         raise UserError(f"{where}:{empty[0]}: choices: expected a list of choices, got none; correct the row")
@@ -173,7 +173,7 @@ def load(benchmark: Benchmark, folder: Path | None, *, bare: bool = False) -> li
 
 def _file(benchmark: Benchmark, folder: Path) -> Path:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; pass --data with the folder of {benchmark.id}.jsonl")
+        raise UserError(f"{folder}: no such folder; pass --data with the folder for {benchmark.id}.jsonl")
     names = [f"{sub}{benchmark.id}{suffix}" for suffix in SUFFIXES for sub in ("", "benchmarks/")]
     found = [path for name in names if (path := folder / name).is_file()]
     if not found:
@@ -214,8 +214,8 @@ def problem_of(benchmark: Benchmark, item: Item, where: str) -> Problem:
 
 
 def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) -> list[Problem]:
-    """Return the first ``limit`` problems of a fixed random order, so that a larger limit contains a smaller
-    one. They are returned in the order of the file."""
+    """Return the first ``limit`` problems in a fixed random order, so that a larger limit includes all
+    problems of a smaller one. The returned problems are in the order of the file."""
     if limit == "all" or limit >= len(problems):
         return list(problems)
     order = permutation(SHUFFLE_SEED, 0, len(problems), item=f"limit/{name}")
@@ -223,9 +223,9 @@ def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) ->
 
 
 def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
-    """Return the overlap of a training set with each benchmark, by bare question, because options would hide
-    matches. Without ``ids``, it uses every benchmark in the folder ``data`` and lists the others as missing.
-    Examples are only ids, so private benchmarks stay private."""
+    """Return the overlap of a training set with each benchmark. Only the bare questions are compared, because
+    options would hide matches. Without ``ids``, every benchmark in the folder ``data`` is compared, and the
+    others are listed as missing. Examples are only ids, so private benchmarks stay private."""
     folder = Path(data) if data else None
     tested, missing = {}, []
     for id in ids or BY_ID:

@@ -17,11 +17,11 @@ from truestep.records import Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The comparison of ``b`` with ``a`` on the same problems. ``difference`` is the mean over problems of
-    the share of correct samples of b minus that of a, with its 95 % interval. ``p_value`` is from the paired
-    t test, ``p_exact`` from the sign-flip permutation test (McNemar's with one sample per problem).
-    ``detectable`` is the smallest true difference that such problems would show with 80 % power at the 5 %
-    level. For a single problem it is None, and the interval is [-1, 1]."""
+    """The comparison of ``b`` with ``a`` on the same problems. ``difference`` is the share of correct samples
+    of b minus that of a, averaged over problems, with its 95 % interval. ``p_value`` is from the paired t
+    test, and ``p_exact`` from the sign-flip permutation test (McNemar's test if there is one sample per
+    problem). ``detectable`` is the smallest true difference that such problems would show with 80 % power at
+    the 5 % level. For a single problem, ``detectable`` is None and the interval is [-1, 1]."""
 
     difference: float
     low: float
@@ -38,7 +38,7 @@ class Comparison:
 
 
 def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
-    """Return the paired difference b - a of per-sample records. Raises UserError if the problems differ."""
+    """Return the comparison of b with a, from per-sample records. Raises UserError if the problems differ."""
     counts_a, counts_b = _correct_of(a), _correct_of(b)
     if unpaired := sorted(counts_a.keys() ^ counts_b.keys()):
         have, lack = ("first", "second") if unpaired[0] in counts_a else ("second", "first")
@@ -63,10 +63,10 @@ def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 
 
 def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, float | None, float | None]:
-    """Return mean, interval, p-value and detectable difference of paired differences. If all differences are
-    the same, their spread is not informative, so pseudo-observations are added: half of +unit, half of -unit
-    and one of 0 (with one sample per problem, this is the interval of Agresti and Min 2005,
-    doi:10.1002/sim.1781). There is then no t statistic, and so no p-value."""
+    """Return the mean, interval, p-value and detectable difference of paired differences. If all differences
+    are the same, their spread is not informative, so pseudo-observations are added: half an observation of
+    +unit, half of -unit, and one of 0. (With one sample per problem, this is the interval of Agresti and Min
+    2005, doi:10.1002/sim.1781.) There is then no t statistic, and so no p-value."""
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return mean, -1.0, 1.0, None, None
@@ -83,8 +83,8 @@ def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, floa
 
 
 def sign_flip_p(whole: list[int]) -> float:
-    """Return the exact two-sided p-value of a sum of whole numbers if each sign is a fair coin. The
-    distribution is built one number at a time; ``chance[i]`` is the probability of the sum i - reach."""
+    """Return the exact two-sided p-value of a sum of whole numbers if a fair coin decides each sign. The
+    distribution is built one number at a time. ``chance[i]`` is the probability of the sum i - reach."""
     reach = sum(abs(w) for w in whole)
     chance = np.zeros(2 * reach + 1)
     chance[reach] = 1.0

@@ -56,7 +56,7 @@ class Estimate:
 
 
 def by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Group samples by problem. Raises UserError if there are none, RecordError if one occurs twice."""
+    """Group samples by problem. Raises UserError without samples, RecordError if a sample occurs twice."""
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if row["sample_index"] in groups[row["problem_id"]]:
@@ -119,7 +119,7 @@ def pass_interval(num_correct: np.ndarray, sizes: np.ndarray, k: int) -> Interva
 
 
 def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[int, Interval]:
-    """Return majority@k for each k; empty unless every sample has an extracted answer."""
+    """Return majority@k for each k, or nothing unless the extracted answer of every sample is recorded."""
     if not all(isinstance(row.get("extracted"), str) for group in groups.values() for row in group):
         return {}
     votes = [_votes(group) for group in groups.values()]
@@ -128,7 +128,7 @@ def _majorities(groups: Mapping[str, Sequence[Row]], ks: Sequence[int]) -> dict[
 
 
 def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
-    """Count samples with a correct answer (any form), each wrong answer (any spelling), and no answer."""
+    """Return how many samples have a correct answer, each wrong answer (in any spelling), and no answer."""
     right = _count(rows, Verdict.CORRECT)
     others = [row["extracted"] for row in rows if row["verdict"] != Verdict.CORRECT]
     wrong = Counter(ballot(answer) for answer in others if answer)
@@ -137,9 +137,9 @@ def _votes(rows: Sequence[Row]) -> tuple[int, list[int], int]:
 
 def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
     """Return the probability that the most frequent answer of k samples, drawn without replacement, is
-    correct. Ties are broken by a fair draw; samples without an answer do not vote. It is exact:
-    ``ways[v][t]`` counts the ways to draw v samples with wrong answers so that none has more than j votes and
-    t of them have j."""
+    correct. Ties are broken by a fair draw, and samples without an answer do not vote. The result is
+    exact. ``ways[v, t]`` counts the ways to draw v samples with wrong answers so that no wrong answer has
+    more than j votes and t wrong answers have exactly j."""
     total = 0.0
     for j in range(1, min(right, k) + 1):
         ways = {(0, 0): 1}

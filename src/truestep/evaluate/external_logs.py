@@ -1,5 +1,4 @@
-"""Reads logs from lm-evaluation-harness, lighteval and inspect as rows of truestep; writes rows as lm-eval
-logs.
+"""Reads logs from lm-evaluation-harness, lighteval and inspect as rows, and writes rows as lm-eval logs.
 
 The verdicts of other harnesses are kept; nothing is graded again. A sample without a verdict (it failed, or
 its score means neither correct nor incorrect) is unscored, with the reason."""
@@ -25,7 +24,7 @@ from truestep.rundir import file_sha256, read_json, write_atomic, write_json
 
 MAX_LOG_BYTES = 2**30  # for one unpacked file in an inspect log
 _SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", "em", "quasi_exact_match", "pass@1")  # fmt: skip
-JUDGED = "as its harness judged"
+JUDGED = "as judged by its harness"
 AS_WRITTEN = "pass a log as its harness wrote it"
 
 
@@ -68,7 +67,7 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
         raise UserError(f"{path} is empty; {AS_WRITTEN}")
     first, own = rows[0], bool(rows[0].get("header"))
     if not (own and "identity" in first) and not {"doc_id", "filter"} <= first.keys():
-        raise UserError(f"{path}:1: expected a sample of truestep or lm-eval, got {sorted(first)[:6]}")
+        raise UserError(f"{path}:1: expected a sample from truestep or lm-eval, got {sorted(first)[:6]}")
     fields = ("problem_id", "sample_index", "verdict") if own else ("doc_id", "filter")
     for number, row in enumerate(rows[own:], start=1 + own):
         if lacking := [field for field in fields if field not in row]:
@@ -81,7 +80,7 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
 
 
 def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
-    """Make a row. Scores 1, true and C mean correct; 0, false, I and N incorrect; others have no verdict."""
+    """Return a row. The scores 1, true and C are correct; 0, false, I and N incorrect; others unscored."""
     scores: dict[Any, Verdict] = dict.fromkeys((0, "I", "N"), Verdict.INCORRECT)
     scores |= dict.fromkeys((1, "C"), Verdict.CORRECT)
     verdict = scores.get(value if isinstance(value, bool | int | float) else str(value), Verdict.UNSCORED)
@@ -98,22 +97,22 @@ def _is_share(value: Any, num: int) -> bool:
 
 
 def _samples(value: Any, texts: Sequence[str], averaged: bool) -> list[tuple[Any, str, str | None]]:
-    """Return score, text and reason of each sample behind one score; if the scores are not means, only of the
-    first sample. If c of n samples are correct, the log does not say which, so none of them has a text."""
+    """Return the score, text and reason of each sample behind one score, or of only the first sample if the
+    scores are not means. If only some samples are correct, the log does not say which, so none gets a text."""
     num = len(texts)
     if not (averaged and num > 1 and (value in (0, 1) or _is_share(value, num))):
         return [(value, texts[0] if texts else "", None)]
     right = round(value * num)
     if right in (0, num):
         return [(value, text, None) for text in texts]
-    reason = f"{right} of {num} right, {JUDGED}; which they are is not recorded"
+    reason = f"{right} of {num} samples are correct, {JUDGED}; the log does not say which"
     return [(int(i < right), "", reason) for i in range(num)]
 
 
 def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
-    """Return one evaluation per filter, judged by the requested metric, otherwise math_verify if it is
-    logged, otherwise the first. If a document has several answers, lm-eval logs only the mean or the first
-    score."""
+    """Return one evaluation per filter. The verdicts come from the requested metric, otherwise from
+    math_verify if it is logged, otherwise from the first metric. If a document has several answers, lm-eval
+    logs only the mean score or the first score."""
     task = path.stem.removeprefix("samples_").partition("_20")[0]  # a date follows
     found: dict[str, list[Row]] = {}
     per_filter = Counter((str(row["filter"]), str((row.get("doc") or {}).get("id"))) for row in rows)
@@ -150,7 +149,7 @@ def _replies(row: Row) -> list[str]:
 
 
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
-    """Return the score to judge by. Raises UserError if the log does not have the requested score."""
+    """Return the name of the score to use. Raises UserError if the log does not have the requested score."""
     if wanted and wanted not in logged:
         known = ", ".join(logged) or "none"
         raise UserError(f"{path} has no score {wanted}; pass --metric with one of {known}")
@@ -158,11 +157,11 @@ def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
 
 
 def _lighteval(path: Path, metric: str) -> Evaluation:
-    """Read a details file of one row per document; ``__metric__`` (older: metrics) has one score per kind."""
+    """Read a details file, which has one row per document. ``__metric__`` (older: metrics) has the scores."""
     read: list[tuple[Row, list[str], list[int], Row]] = []  # document, replies, their tokens, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
-            raise UserError(f"{path}:{number}: expected lighteval's details with __doc__ and __metric__")
+            raise UserError(f"{path}:{number}: expected lighteval details with __doc__ and __metric__")
         reply = row.get("__model_response__") or row.get("model_response") or {}
         texts = [str(text) for text in reply.get("text") or [""]]
         tokens = [len(ids) for ids in reply.get("output_tokens") or []]
@@ -262,9 +261,8 @@ def _said(turns: Any) -> str:
 
 
 def write_lm_eval(run: Path, out: Path) -> list[Path]:
-    """Write a run's evaluations as lm-evaluation-harness does: one folder per template or checkpoint, with
-    one results file and the samples of each task. As in the run, texts of a private benchmark are left
-    out."""
+    """Write a run's evaluations as lm-evaluation-harness does. Each template or checkpoint has a folder with
+    one results file and a samples file per task. As in the run, texts of a private benchmark are left out."""
     paths = (run / "provenance.json", run / "summary.json")
     provenance, summary = (read_json(path) if path.is_file() else {} for path in paths)
     written = []
@@ -316,7 +314,7 @@ def _lm_eval_results(found: Mapping[str, Row], summary: Row, provenance: Row, fo
 
 
 def _documents(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield one line per problem, as lm-eval does; the score is the share of its samples that are correct."""
+    """Yield one line per problem, as lm-eval does. Its score is the share of correct samples."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["problem_id"], []).append(row)
@@ -339,6 +337,6 @@ def _sha(text: str) -> str:
 
 
 def is_private(task: str) -> bool:
-    """Return whether a benchmark's texts must not be written. Names in other harnesses contain the first word
-    of truestep's name: gpqa_diamond_cot_n_shot, lighteval|gpqa:diamond|0."""
+    """Return whether a task's texts must not be written. In other harnesses, the name of a private benchmark
+    contains the first word of its id, as in gpqa_diamond_cot_n_shot and lighteval|gpqa:diamond|0."""
     return any(b.id.partition("_")[0] in task.lower() for b in BY_ID.values() if b.private)

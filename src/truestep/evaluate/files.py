@@ -1,5 +1,5 @@
-"""The layout of every evaluation: RUN/evaluations/GROUP/NAME.samples.jsonl and NAME.results.json, with a row
-for each in RUN/summary.json. GROUP is a checkpoint of a run, or a prompt template of ``truestep eval``."""
+"""The files of an evaluation: RUN/evaluations/GROUP/NAME.samples.jsonl and NAME.results.json. Its score is
+in a row of RUN/summary.json. GROUP is a checkpoint of a run, or a prompt template of ``truestep eval``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def score_row(data: str, results: Mapping[str, Any], **group: str) -> Row:
 
 
 def read_score_row(row: Mapping[str, Any]) -> Row:
-    """Read a row of a summary of any version; version 1 calls the data set "benchmark"."""
+    """Return a row from a summary of any version. Version 1 calls the data set "benchmark"."""
     return {"data": row.get("benchmark", ""), **row}
 
 

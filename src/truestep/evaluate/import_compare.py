@@ -21,8 +21,8 @@ _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
 
 def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> dict[str, Any]:
-    """Read all external evaluations, then write them as a run directory; returns its summary. Raises
-    UserError if the directory is not empty, or an evaluation occurs twice."""
+    """Read all external evaluations, write them as a run directory, and return its summary. Raises UserError
+    if the directory is not empty, or if an evaluation occurs twice."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; pass --out with a different path")
     read = [(e, *_estimated(e)) for path in paths for e in read_evaluations(path, metric)]
@@ -38,7 +38,7 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
         folder = out / "evaluations" / evaluation.made_by
         write_samples(samples_file(folder, task), task, f"{evaluation.made_by}:{evaluation.source}", rows)
         if evaluation.missing:
-            notes.append(f"{task}: incomplete: {evaluation.missing}")
+            notes.append(f"{task} is incomplete ({evaluation.missing})")
         if found["unscored"]:
             share = f"{found['unscored']} of {found['n']}"
             notes.append(f"{task}: {share} samples have no verdict and count as incorrect")
@@ -76,9 +76,9 @@ def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
-    """Compare two evaluations. ``comparisons`` is b - a for each task that both have, paired by problem (by
-    id if the texts agree, otherwise by text); ``only_in_a`` and ``only_in_b`` are the other tasks. Raises
-    UserError if no task is in both, a task has different problems, or one side is unfinished."""
+    """Compare two evaluations. ``comparisons`` has b - a for each task that both have, paired by problem (by
+    id if the texts agree, otherwise by text). ``only_in_a`` and ``only_in_b`` list the other tasks. Raises
+    UserError if no task is in both, if a task has different problems, or if an evaluation is unfinished."""
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
     # Different templates, harnesses or filters are compared if at least one side has only one.
@@ -123,7 +123,7 @@ def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
     for evaluation in (x, y):
         if len(sizes := set(map(len, _grouped(evaluation).values()))) > 1:
             uneven = (
-                f"has {min(sizes)} to {max(sizes)} samples per problem, but all must have the same number"
+                f"has {min(sizes)} to {max(sizes)} samples per problem, but all problems need the same number"
             )
             raise UserError(f"{evaluation.source} {uneven}; finish it with truestep eval … --resume")
     rows_x, rows_y, paired_by = x.rows, y.rows, "id"

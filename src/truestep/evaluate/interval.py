@@ -1,6 +1,6 @@
-"""95 % intervals of a mean of values in [0, 1], one value per problem, and the distributions that they need.
+"""95 % intervals of a mean of values in [0, 1], one value per problem, and the distributions needed for them.
 
-With one sample per problem the count is binomial, and Blaker's exact interval is used. With several samples,
+With one sample per problem, the count is binomial, and Blaker's exact interval is used. With several samples,
 Clopper and Pearson's interval is used with an effective number of trials, as in complex surveys. Coverage is
 measured by benchmarks/coverage_evaluate.py."""
 
@@ -37,7 +37,7 @@ def standard_error(values: np.ndarray) -> float:
 
 def mean_interval(values: np.ndarray, num_trials: float) -> Interval:
     """Return the mean of per-problem values in [0, 1] with its 95 % interval, which never has width 0.
-    ``num_trials`` is the number of samples behind the values: the number of problems, or more."""
+    ``num_trials`` is the number of samples behind the values, which is at least the number of problems."""
     num_problems, mean = len(values), float(values.mean())
     if num_trials <= num_problems or num_problems == 1:
         low, high = binomial_interval(mean * num_problems, num_problems)
@@ -56,9 +56,9 @@ def binomial_interval(correct: float, num: int) -> Ends:
 
 
 def alpha_of(num_problems: int) -> float:
-    """Return one minus the level at which the ends are computed: 94 % for the smallest sets, tending to 95 %.
-    If the ends contain the true value in at least 94 % of cases, whatever it is, they contain it more often
-    on average. At a level of 95 %, the average would be 96.4 % for 30 problems.
+    """Return one minus the level at which the ends are computed. The level is 94 % for the smallest sets, and
+    tends to 95 %. If the ends contain the true value in at least 94 % of cases, whatever that value is, then
+    they contain it more often on average. At a level of 95 %, the average would be 96.4 % for 30 problems.
     Equation: alpha = 5 % + min(1 %, 30 % / n)"""
     return 0.05 + min(0.01, 0.3 / num_problems)
 
@@ -80,7 +80,7 @@ def _blaker(correct: int, num: int, alpha: float) -> tuple[float, float]:
 
 
 def _acceptability(correct: int, num: int, points: np.ndarray) -> np.ndarray:
-    """Return Blaker's acceptability of a count at each p: P(the counts whose smaller tail is not greater)."""
+    """Return Blaker's acceptability of a count at each p: P(counts whose smaller tail is not greater)."""
     counts, log_choose = np.arange(num + 1), _log_choose(num)
     points = np.clip(points, 1e-12, 1 - 1e-12)
     found, step = np.empty(len(points)), max(1, 2_000_000 // (num + 1))
@@ -102,13 +102,13 @@ def _log_choose(num: int) -> np.ndarray:
 
 
 def clustered_interval(mean: float, variance: float, num_problems: int, num_trials: float) -> Ends:
-    """Return the interval of the mean of problem shares with several samples each. The effective number of
-    trials is the number at which a proportion would have the error that the problems show. It is between the
-    number of problems (all samples of a problem agree) and the number of samples (they are independent). It
-    is reduced by the squared ratio of the normal to the Student quantile, because the error is an estimate,
-    but never below the number of problems, since a mean of shares spreads no more than a mean of as many
-    verdicts. If few problems determine the mean, their spread is also underestimated, so it is pulled towards
-    the largest possible spread, m (1 - m).
+    """Return the interval of a mean of per-problem shares, if each problem has several samples. The effective
+    number of trials is the number at which a proportion would have the error that the problems show. This
+    number is between the number of problems (if all samples of a problem agree) and the number of samples (if
+    they are independent). Because the error is an estimate, the number is reduced by the squared ratio of the
+    normal to the Student quantile. It is never less than the number of problems, since a mean of shares
+    varies no more than a mean of as many verdicts. If few problems determine the mean, their spread is
+    underestimated too, so the spread is pulled towards the largest possible spread, m (1 - m).
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
     Source for the effective number: Korn and Graubard 1998, Survey Methodology 24:193; the pull is our own"""
     most = mean * (1 - mean)
@@ -161,7 +161,7 @@ def _solve(rising: Callable[[float], float], wanted: float, low: float, high: fl
 
 def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
     """Return the regularized incomplete beta function I_x(a, b) as a continued fraction (modified Lentz).
-    ``y`` is 1 - x, known more exactly than a subtraction would give it. Source: NIST DLMF 8.17.22"""
+    ``y`` is 1 - x, which is passed because a subtraction would be less exact. Source: NIST DLMF 8.17.22"""
     if x <= 0 or y <= 0:
         return float(y <= 0)
     if x > (a + 1) / (a + b + 2):  # the fraction converges quickly on the other side of the mean

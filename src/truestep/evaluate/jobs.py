@@ -1,4 +1,4 @@
-"""The jobs of an evaluation, made from the settings: each is a benchmark with a template and its problems."""
+"""The jobs of an evaluation, made from the settings. A job is a benchmark with a template and problems."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ FIXED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One benchmark with one template. ``content`` is a hash of the problems used, ``source`` a hash of all
-    problems in the benchmark, so that existing samples are kept if the limit is increased."""
+    """One benchmark with one template. ``content`` is a hash of the problems used. ``source`` is a hash of
+    all problems in the benchmark. It identifies samples, so that a larger limit keeps existing ones."""
 
     benchmark: benchmarks.Benchmark
     template: prompts.Template
@@ -48,7 +48,7 @@ class Job:
 
 
 def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
-    """Return the settings of ``truestep eval``, from a recipe whose evaluation keys may be short. Raises
+    """Return the settings of ``truestep eval``, from a recipe that may use the keys in ``SHORT``. Raises
     UserError if no benchmark is named, or if a benchmark, template or setting is unknown."""
     table: dict[str, Any] = {"name": "eval-" + _stem(raw), "data": {}, "stages": []}
     for key, value in raw.items():
@@ -93,7 +93,7 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
-    """Load and check each benchmark, and pair it with every template. Raises UserError for unpinned rows."""
+    """Load each benchmark and pair it with every template. Raises UserError if the rows are not as pinned."""
     evaluate = settings.evaluate
     folder = Path(evaluate.folder).expanduser() if evaluate.folder else None
     if folder and (base_dir / folder).is_dir():  # in the recipe's folder, otherwise in the current one
@@ -122,12 +122,12 @@ def _hash(problems: Sequence[Problem]) -> str:
 
 
 def engine_kind(settings: Settings) -> str:
-    """Return torch, vllm or endpoint; the address of an endpoint does not affect samples."""
+    """Return torch, vllm or endpoint, without an endpoint's address, which does not affect samples."""
     return "endpoint" if settings.evaluate.is_endpoint else settings.evaluate.engine
 
 
 def job_identity(settings: Settings, job: Job, model_content: str) -> str:
-    """Return the hash of everything that a sample of this job depends on; the number of samples is not
+    """Return a hash of everything that a sample of this job depends on. The number of samples is not
     included."""
     t, s = job.template, job.sampling
     asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
@@ -137,13 +137,13 @@ def job_identity(settings: Settings, job: Job, model_content: str) -> str:
 
 
 def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
-    """Return the settings in FIXED that differ: key, old value, new value."""
+    """Return the key, old value and new value of each setting in FIXED that differs."""
     pairs = ((key, attrgetter(key)(old), attrgetter(key)(new)) for key in FIXED)
     return [(key, a, b) for key, a, b in pairs if a != b]
 
 
 def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
-    """Return notes about settings that are not followed."""
+    """Return notes for the user about settings that are not followed."""
     wanted = settings.evaluate.samples_per_problem
     greedy = dict.fromkeys(j.benchmark.id for j in jobs if wanted != "benchmark" and j.samples < wanted)
     same = "at temperature 0 all samples are the same"

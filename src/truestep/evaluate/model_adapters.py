@@ -1,7 +1,6 @@
-"""How problems reach a model: as tokens through an engine of truestep, or as turns through an endpoint.
+"""Adapters that pass problems to a model: as tokens to one of truestep's engines, or as turns to an endpoint.
 
-Both adapters make the same things from a job: prompts, the longest completion that fits, and notes for the
-user."""
+Both adapters turn a job into prompts, a length limit for completions, and notes for the user."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ LEAST_ROOM = 8  # tokens that must remain for a completion after the longest pro
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyJob:
-    """A job with its prompts. ``fingerprint`` is a hash of them that is the same for every engine."""
+    """A job with its prompts. ``fingerprint`` is a hash of the prompts that is the same for every engine."""
 
     prompts: Sequence[Prompt] | Sequence[TextPrompt]
     stop_token_ids: tuple[int, ...] = ()
@@ -48,7 +47,7 @@ def fingerprint(prompts: Sequence[Any]) -> str:
 
 @dataclass(kw_only=True)
 class TokenAdapter:
-    """Adapter with the model's tokenizer and an engine of truestep, which is opened for the first sample."""
+    """Adapter that uses the model's tokenizer and one of truestep's engines, opened for the first sample."""
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
@@ -63,10 +62,10 @@ class TokenAdapter:
         room = self.context_length - len(longest.token_ids)
         limit = job.sampling.max_new_tokens
         if room < (LEAST_ROOM if self.pinned_limit else limit):
-            used = f"{len(longest.token_ids)} of {self.context_length} tokens"
+            used = f"takes {len(longest.token_ids)} of {self.context_length} tokens"
             raise UserError(
-                f"{job.benchmark.id}: the longest prompt ({longest.problem.id}) has {used}, which leaves "
-                f"{max(0, room)} of max_new_tokens = {limit}; set a smaller number, or a larger model.context_length"
+                f"{job.benchmark.id}: the longest prompt ({longest.problem.id}) {used} and leaves only "
+                f"{max(0, room)} for max_new_tokens = {limit}; set a smaller one, or a larger model.context_length"
             )
         notes = []
         if room < limit:
@@ -91,9 +90,9 @@ class TokenAdapter:
         return Prompt(problem=problem, token_ids=made.token_ids)
 
     def _stops(self, template: Template) -> tuple[int, ...]:
-        """Return the tokens that end a turn. If a line break or an empty line ends it, this includes every
-        token that contains one. The text is cut there in any case; this only avoids sampling what would
-        follow."""
+        """Return the tokens that end a turn. If a line break or an empty line ends the turn, these include
+        every token that contains one. The text is cut there in any case. Stopping at these tokens only avoids
+        sampling what would follow."""
         stops = stop_token_ids(self.tokenizer, self.model_eos)
         ends = [text for text in template.stop if not text.strip()]
         if not ends:
@@ -102,7 +101,7 @@ class TokenAdapter:
         return (*stops, *(i for i, t in enumerate(texts) if i not in stops and any(end in t for end in ends)))
 
     def _stop_sequences(self, template: Template) -> tuple[tuple[int, ...], ...]:
-        """Return the stops as tokens, for a tokenizer that has no token for an empty line."""
+        """Return the template's stops as token sequences, for tokenizers without an empty-line token."""
         tokenizer = self.tokenizer
         made = ((stop, tokenizer(stop, add_special_tokens=False)["input_ids"]) for stop in template.stop)
         return tuple(tuple(ids) for stop, ids in made if len(ids) > 1 and stop in tokenizer.decode(ids))

@@ -28,7 +28,7 @@ _LETTER = " The final answer is the letter of the right choice alone."
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a problem is presented. ``suffix`` opens the model's turn and is treated as the model's own text.
+    """A way to present a problem. ``suffix`` opens the model's turn and is treated as the model's own text.
     If ``chat`` is False, the prompt is text to continue, without a chat template, and a completion ends at
     the first ``stop``. If ``brief`` is True, each worked example has one step and one line."""
 
@@ -133,7 +133,7 @@ MOST_SHOTS = len(_MATH_SHOTS)
 
 
 def chosen(names: Sequence[str]) -> list[Template]:
-    """Return the templates with those names, each once; "odd" means all odd ones. Raises UserError."""
+    """Return the named templates, each once; "odd" means all odd ones. Raises UserError for other names."""
     found: dict[str, Template] = {}
     for name in names:
         group = [t for t in TEMPLATES if t.odd] if name == "odd" else [BY_ID[name]] if name in BY_ID else []
@@ -161,11 +161,11 @@ def _user(body: str, question: str) -> Message:
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """Return the turns as text to continue. A space precedes each answer; an empty line follows it."""
+    """Return the turns as text to continue. Each answer follows a space and is followed by an empty line."""
     text = "".join((" " if m.role == "assistant" else "\n\n") + m.content for m in messages)
     return text.removeprefix("\n\n")
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """Return the text up to the first of the stops."""
+    """Return the text before the first stop that it contains."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

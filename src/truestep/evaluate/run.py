@@ -1,4 +1,4 @@
-"""Evaluates a model on a set of problems; the evaluation can be resumed, and every sample is recorded.
+"""Evaluates a model on a set of problems. Every sample is recorded, so that an evaluation can be resumed.
 
 All evaluations of truestep (dev scores, a run's checkpoints, ``truestep eval``) call ``run_evaluation``."""
 
@@ -93,8 +93,8 @@ class EvaluationPlan:
 def run_evaluation(
     plan: EvaluationPlan, *, answer: Answer, judge: Judge, reporter: Reporter | None = None, title: str = ""
 ) -> dict[str, Any]:
-    """Sample, grade and record what is not yet recorded; write and return the results. ``answer`` yields one
-    sample for each requested key, in any order; it is not called if all samples exist. After an exception
+    """Make, grade and record the missing samples, then write and return the results. ``answer`` yields one
+    sample for each requested key, in any order. It is not called if all samples exist. After an exception
     between two samples, the finished samples are kept, and the next call does not repeat them. A sample that
     could not be made is unscored, and the next call requests it again. Raises RecordError if an answer was
     not requested, is repeated, or is missing."""
@@ -155,7 +155,7 @@ def engine_answers(
     decode: Callable[[Sequence[int]], str],
     check_stop: Callable[[], None] = lambda: None,
 ) -> Answer:
-    """Yield the answers of an engine that samples tokens, opened when the first sample is requested."""
+    """Return a function that yields an engine's samples and opens the engine for the first sample."""
 
     def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
         prompts: dict[str, Any] = {prompt.problem.id: prompt for prompt in plan.prompts}
@@ -172,7 +172,7 @@ def engine_answers(
 
 def request_of(plan: EvaluationPlan, key: Key, prompt_ids: tuple[int, ...] = ()) -> SampleRequest:
     """Return the request for a sample. The step is always the same, so that all checkpoints have the same
-    draws, which allows pairing."""
+    random draws and can be compared in pairs."""
     named: dict[str, Any] = {"problem_id": key[0], "sample_index": key[1], "prompt_ids": prompt_ids}
     return SampleRequest(seed=plan.seed, purpose=Purpose.EVALUATE, step=0, **named)
 
@@ -219,8 +219,8 @@ def check_kept(plan: EvaluationPlan) -> None:
 
 
 def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
-    """Return the samples already made with the same identity, without errors of the engine, which are
-    requested again. The file is left complete, ready for appending."""
+    """Return the samples already made with the same identity. Samples that the engine failed to make are left
+    out, so that they are requested again. The file is left complete and ready for appending."""
     first, *rows = read_jsonl(plan.samples_path) or [{}]
     wanted = set(plan.sample_keys()) if first == _header(plan.name, plan.identity) else set()
     keyed = {(row["problem_id"], row["sample_index"]): row for row in rows if row["stop"] != Stop.ERROR}

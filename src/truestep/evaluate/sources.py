@@ -25,7 +25,7 @@ class NotThere(UserError):
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """A question as published. ``choices`` are bare texts (() if the answer is free); ``answer`` is the gold
-    answer, or the position of the correct choice as a decimal number."""
+    answer or, with choices, the position of the correct one, written as a decimal number."""
 
     id: str
     question: str
@@ -41,8 +41,8 @@ def content_hash(items: Iterable[Item]) -> str:
 
 
 def item_of(row: Row, id: str) -> Item:
-    """Read a row in a published layout or the plain one (problem or question, answer, optional choices).
-    Raises a RowError that never quotes the row, because some benchmarks must not appear in plain text."""
+    """Return the item in a row, which has a published or the plain layout (problem or question, answer,
+    optional choices). Raises RowError, without a quotation of the row, as some benchmarks are private."""
     id = str(row.get("id") or row.get("Record ID") or row.get("question_id") or id)
     question, choices, answer = _parts(row)
     question, answer = question.strip(), answer.strip()
@@ -114,7 +114,7 @@ def file_items(path: Path) -> list[Item]:
 
 
 def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]:
-    """Return the items of a Hugging Face hub data set; offline (HF_HUB_OFFLINE=1), from its local cache."""
+    """Return the items of a Hugging Face hub data set, from its local cache if HF_HUB_OFFLINE=1 is set."""
     where = f"benchmark {name}: hub:{repository}"
     try:
         import datasets

@@ -43,7 +43,7 @@ def run_suite(
     settings: Settings, plans: Sequence[tuple[Job, EvaluationPlan]], notes: list[str], *,
     adapter: ModelAdapter, judge: Judge, folder: Path, reporter: Reporter, check_stop: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate what is not yet evaluated; write and return the summary."""
+    """Evaluate all jobs that are not yet finished, then write and return the summary."""
     for note in notes:
         reporter.say(note)
     scores: list[dict[str, Any]] = []
@@ -93,8 +93,8 @@ def _plan(settings: Settings, job: Job, ready: ReadyJob, folder: Path, identity:
 
 
 def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
-    """Return, for each benchmark evaluated with several templates, the range of its scores and a comparison
-    of each template with the first, paired by problem."""
+    """Return the range of scores of each benchmark that was evaluated with several templates. Each template
+    is also compared with the first one, paired by problem."""
     groups: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
         groups[score["data"]].append(score)
@@ -115,8 +115,9 @@ def spread(scores: Sequence[Score], folder: Path) -> list[dict[str, Any]]:
 
 
 def averages(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Return the paper's plain means, for each template with which all benchmarks of a mean were fully
-    evaluated. The distances to the ends of the interval are those of the benchmarks, added in quadrature.
+    """Return the paper's averages (plain means), for each template with which all benchmarks of an average
+    were fully evaluated. The distances to the ends of the interval are those of the benchmarks, added in
+    quadrature.
     Source: Zou and Donner 2008 (doi:10.1002/sim.3095)"""
     found = []
     for name in ("ID", "OOD"):

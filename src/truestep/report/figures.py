@@ -48,7 +48,7 @@ def can_draw() -> bool:
 
 
 def styled(draw: Callable[P, Markup]) -> Callable[P, Markup]:
-    """Make a function draw in truestep's style, or return nothing without matplotlib."""
+    """Decorate a function that draws, so that it uses truestep's style and is skipped without matplotlib."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **more: P.kwargs) -> Markup:

@@ -1,8 +1,7 @@
 """Writes report.html, one page that contains everything, loads nothing, and runs nothing.
 
-All text in a run is untrusted, because models write it. The environment, not the templates, escapes the text
-and shows its invisible characters; the templates shorten it. The page's policy forbids scripts and
-requests."""
+All text in a run is untrusted, because models write it. The Jinja environment escapes the text and shows its
+invisible characters; the templates only shorten it. The page's policy forbids scripts and requests."""
 
 from __future__ import annotations
 
@@ -149,7 +148,7 @@ def _panels(stage: str, metrics: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _compute(stages: Sequence[Row], rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
-    """Return figures of score, reward and dev score against FLOPs spent so far, by the paper's formula."""
+    """Return figures of score, reward and dev score against the FLOPs spent, by the paper's formula."""
     metrics = {stage["name"]: stage["metrics"] for stage in stages}
     total = {name: points(m, name, "flops_paper") for name, m in metrics.items()}
     spent = {"base": 0.0} | {name: curve[-1][1] for name, curve in total.items() if curve}

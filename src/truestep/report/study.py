@@ -37,7 +37,7 @@ def write_study(folder: Path, cells: Mapping[str, Row] | None = None) -> Path:
 
 
 def read_cells(folder: Path, table: Row) -> dict[str, Row]:
-    """Read the compact cells behind the results; the folder may also contain cells of other recipes."""
+    """Return the compact cells behind the results. The folder may also contain cells of other recipes."""
     listed = {(arm["name"], seed) for arm in table["arms"] for seed in arm["seeds"]}
     cells = {p.stem: read_object(p) for p in sorted(folder.glob("compact/cells/*.json"))}
     return {name: cell for name, cell in cells.items() if (cell.get("arm"), cell.get("seed")) in listed}

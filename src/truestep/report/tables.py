@@ -73,7 +73,7 @@ def duration(seconds: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
-    """One score of a run (checkpoint) or of ``truestep eval`` (prompt); None if the summary lacks a value."""
+    """A score of a run's checkpoint or of a ``truestep eval`` prompt. Values not in the summary are None."""
 
     checkpoint: str = ""
     prompt: str = ""
@@ -128,7 +128,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def score_table(run: Path) -> list[ScoreRow]:
-    """Return the scores in the summary's order; without a summary, the scores in the results files."""
+    """Return the scores in the summary's order or, without a summary, the scores in the results files."""
     found = [read_score_row(row) for row in read_summary(run).get("scores") or []]
     if not found:
         paths = sorted(run.glob("evaluations/*/*.results.json"), key=lambda p: (p.parent.name != "base", p))
@@ -175,7 +175,7 @@ def _names(rows: Sequence[ScoreRow]) -> list[Column]:
 
 
 def pass_columns(rows: Sequence[ScoreRow]) -> list[Column]:
-    """Return names and pass@k for every k > 1 (pass@1 is the score); [] if there is none."""
+    """Return the name columns and a pass@k column for every k > 1 (pass@1 is the score); [] without any."""
     ks = sorted({k for row in rows for k in row.pass_at if k != "1"}, key=int)
     return [*_names(rows), *((f"pass@{k}", _pass_cell(k)) for k in ks)] if ks else []
 
@@ -189,7 +189,7 @@ def interval(found: Interval | None) -> str:
 
 
 def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
-    """Return heading and cell of each column that has a value for at least one of these rows."""
+    """Return the name and score columns, and every other column with a value in at least one of the rows."""
     columns: list[Column] = [
         ("Strict", lambda r: percent(r.strict_score)), ("Lenient", lambda r: percent(r.lenient_score)),
         ("Majority", _majority),
@@ -229,8 +229,8 @@ def print_scores(rows: Sequence[ScoreRow], title: str = "") -> None:
 
 
 def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = True) -> Table:
-    """Return a table for the terminal. Text in brackets goes to a separate line, so that no name or interval
-    is broken."""
+    """Return a table for the terminal. Text in brackets starts a new line, so that no name or interval is
+    broken."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

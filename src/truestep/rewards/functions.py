@@ -1,4 +1,4 @@
-"""Reward functions that ship with truestep. They are ordinary reward functions: copy one to start your own.
+"""Reward functions that ship with truestep. They are ordinary functions, which you can copy and change.
 Held by: tests/rewards/test_functions.py"""
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def format_reward(
     pattern: str = "",
 ) -> list[float]:
     """Return 1 if the completion has the required form, otherwise 0. Each tag in ``tags`` must open and close
-    once, in this order, with text inside, and text must follow the last tag if it is "think". With
-    ``opened``, the prompt ends with the first opening tag. ``pattern`` replaces ``tags``: a regular
-    expression for the whole text ("." matches line breaks)."""
+    once, in this order, with text inside. If the last tag is "think", text must follow it. ``opened`` says
+    that the first opening tag is at the end of the prompt. ``pattern``, a regular expression for the whole
+    text ("." matches line breaks), is used instead of ``tags`` if it is given."""
     body = r"\s*".join(rf"<{re.escape(tag)}>.*\S.*</{re.escape(tag)}>" for tag in tags)
     rest = r".*\S\s*" if tags and tags[-1] == "think" else r"\s*"
     try:
@@ -42,8 +42,8 @@ def length_reward(
     shape: Literal["linear", "cosine"] = "linear",
     correct_only: bool = True,
 ) -> list[float | None]:
-    """Return 1 for an empty completion, falling to 0 at ``budget`` tokens (0: the length limit) and beyond.
-    With ``correct_only``, an incorrect completion gets 0 (so that a short wrong answer gains nothing), and an
+    """Return a reward that falls from 1 for no tokens to 0 at ``budget`` tokens (0: the limit) or more.
+    With ``correct_only``, an incorrect completion gets 0, so that a short wrong answer gains nothing, and an
     unscored completion gets None."""
     if budget < 0 or shape not in ("linear", "cosine"):
         raise UserError(
@@ -63,8 +63,8 @@ def length_reward(
 def overlong_penalty(
     samples: Sequence[RewardInput], *, fraction: float = 0.2, penalty: float = 0.5
 ) -> list[float]:
-    """Return 0, falling linearly to −``penalty`` over the last ``fraction`` of the length limit. DAPO
-    subtracts up to 1 from rewards of ±1; this corresponds to ½ for rewards of 0 and 1.
+    """Return a penalty that falls linearly from 0 to −``penalty`` over the last ``fraction`` of the length
+    limit. DAPO subtracts up to 1 from rewards of ±1, which corresponds to ½ for rewards of 0 and 1.
     Source: DAPO (arXiv 2503.14476), equation 13"""
     if not 0 < fraction <= 1:
         raise UserError("options.fraction must be greater than 0 and at most 1")

@@ -2,8 +2,8 @@
 
 Requests use the standard library's HTTP client. The completion is placed between marks that the policy cannot
 predict. A score counts only if it follows such a mark on the last line of the judge's answer, so an echo of
-the completion is never a score. The mark is a hash of the content, so that the same question makes the same
-request, and the stored answer can be used again.
+the completion never counts as a score. The mark is a hash of the content, so that the same question makes the
+same request, and the stored answer can be used again.
 Held by: tests/rewards/test_llm_judge.py"""
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class JudgeSettings(Frozen):
 
 
 def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -> list[Value]:
-    """Return a judge's score between 0 and 1. A sample is unscored if the judge gives no score, and failed if
+    """Return the judge's scores, from 0 to 1. A sample is unscored if the judge gives no score, and failed if
     all attempts fail. Answers are stored in ``judge.jsonl`` in the run's folder, by hash of the question."""
     settings = parse(JudgeSettings, options, where="options")
     if settings.key_env and not os.environ.get(settings.key_env):
@@ -161,7 +161,7 @@ class Judge:
         time.sleep(max(0.0, at - time.monotonic()))
 
     def _back_off(self, error: Exception, seconds: float) -> None:
-        """Make all threads wait for a Retry-After; without one, only this thread waits."""
+        """Make all threads wait as long as a Retry-After header says. Without one, only this thread waits."""
         asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
         if re.fullmatch(r"\d{1,4}(\.\d+)?", asked or ""):
             with self._lock:

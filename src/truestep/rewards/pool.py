@@ -120,13 +120,13 @@ class Worker:
                     try:
                         return json.loads(line)
                     except ValueError:
-                        raise WorkerFailed("wrote to the channel that only the worker may use") from None
+                        raise WorkerFailed("the function wrote to the worker's own channel") from None
                 if not chunk:
                     raise self._ended()
             elif self.process.poll() is not None:
                 raise self._ended()
             elif left <= 0:
-                raise WorkerFailed(f"took longer than timeout_seconds = {seconds:g}")
+                raise WorkerFailed(f"the worker took longer than timeout_seconds = {seconds:g}")
             elif not ready:
                 self._watch_memory()
 
@@ -139,7 +139,7 @@ class Worker:
     def _watch_memory(self) -> None:
         resident = sum(processes(self.process.pid).values()) >> 20
         if resident > self._memory_mb:
-            raise WorkerFailed(f"took {resident} MB, more than memory_mb = {self._memory_mb}")
+            raise WorkerFailed(f"the worker used {resident} MB, more than memory_mb = {self._memory_mb}")
 
     def _ended(self) -> WorkerFailed:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -173,7 +173,7 @@ class Worker:
 
 
 class FunctionPool:
-    """All workers of one entry; not for use from several threads."""
+    """All workers of one reward function, for use from one thread."""
 
     def __init__(self, entry: RewardSettings, source: Source, *, base: Path, folder: Path) -> None:
         self.entry, self._idle, self._all, self._closed = entry, list[Worker](), set[Worker](), False
@@ -207,7 +207,7 @@ class FunctionPool:
         return [self._threads.submit(self._batch, batch) for batch in batches]
 
     def check_failures(self) -> None:
-        """Raise UserError with the first failure's traceback if more than the declared share has failed."""
+        """Raise UserError with the first failure's traceback if more than ``max_failure_share`` failed."""
         allowed = self.entry.max_failure_share * self._samples + 1e-9
         if self._samples >= MIN_SAMPLES and len(self._failures) > allowed:
             first = self._failures[0]
@@ -254,7 +254,7 @@ class FunctionPool:
         self._all.add(worker)
         try:
             if self._closed:
-                raise WorkerFailed("it was closed")
+                raise WorkerFailed("the pool was closed")
             fault = worker.loaded()
         except WorkerFailed as death:
             fault = worker.failed(reason=str(death))

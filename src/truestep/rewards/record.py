@@ -12,7 +12,7 @@ from truestep.records import Message, Problem, RewardInput, Stop, Verdict
 
 @dataclass(frozen=True)
 class Unscored:
-    """A value to return instead of None, with the reason why a sample has no reward."""
+    """A value that a function can return instead of None, with the reason why a sample has no reward."""
 
     reason: str
 
@@ -24,8 +24,8 @@ Value = float | None | Unscored | Mapping[str, float] | Exception
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One function's result for one sample. A failure has a ``reason``, with the function's traceback or
-    output in ``detail``."""
+    """One function's result for one sample. A failure has a ``reason``, and the function's traceback or
+    output is in ``detail``."""
 
     value: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Answer:
 
 
 def to_json(value: Any) -> bytes:
-    """Return one line of JSON. Records become objects; values that JSON lacks (such as dates) become text."""
+    """Return one line of JSON. Records become objects; other types, such as dates, become text."""
     return json.dumps(value, default=_plain).encode("ascii") + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""All rewards of a stage for the samples of a step: checker, coin and functions, weighted and summed."""
+"""Scores the samples of a step with a stage's rewards: the weighted sum of checker, coin and functions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Grade = Callable[[Sequence[tuple[Problem, str]]], Sequence[Score]]
 
 
 def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
-    """Return the file of each entry's function, by the entry's name; no code is run. The files' hashes are
-    part of a stage's identity. Raises UserError if a file is missing."""
+    """Return the file of each entry's function, by the entry's name. No code is run. The hashes of the files
+    are part of a stage's identity. Raises UserError if a file is missing."""
     return {
         e.name: find_source(e.function, base, what="reward", shipped=SHIPPED.get(e.function, ""))
         for e in entries
@@ -32,9 +32,10 @@ def sources(entries: Sequence[RewardSettings], base: Path) -> dict[str, Source]:
 
 
 class RewardScorer:
-    """Scorer of samples. ``base`` is the recipe's folder, ``folder`` is for the functions' files in the run
-    directory. Entering starts one worker per function, and raises UserError if one cannot be loaded. Not for
-    use from several threads. Held by: tests/rewards/test_hostile_rewards.py, tests/rewards/test_scorer.py"""
+    """Scorer of samples, for use from one thread. ``base`` is the recipe's folder. ``folder``, in
+    the run directory, is for the functions' files. Entering the context starts one worker per function, and
+    raises UserError if a function cannot be loaded.
+    Held by: tests/rewards/test_hostile_rewards.py, tests/rewards/test_scorer.py"""
 
     def __init__(self, entries: Sequence[RewardSettings], *, grade: Grade, base: Path, folder: Path) -> None:
         self._entries, self._grade, self._stack = tuple(entries), grade, ExitStack()
@@ -103,8 +104,8 @@ class RewardScorer:
 
 
 def fair_coin(sample: RewardInput) -> float:
-    """Return 0 or 1, depending only on the sample's identity. This is a control for gains that do not come
-    from the reward.
+    """Return 0 or 1, depending only on the sample's identity. This reward is a control, for gains that do not
+    come from the reward.
     Held by: tests/rewards/test_scorer.py"""
     item = f"{sample.problem.id}/{sample.sample}"
     return float(generator(sample.seed, Purpose.RANDOM_REWARD, sample.step, item).random() < 0.5)

@@ -26,7 +26,7 @@ from truestep.user_code import Raised, Source, attempt, load, raised, with_folde
 
 
 def tried(work: Callable[..., Any], *given: Any) -> Any:
-    """Return the result of the user's code, or a failed Answer with its traceback."""
+    """Return the result of the user's code, or a failed Answer with the traceback."""
     result = attempt(work, *given)
     return failed(result) if isinstance(result, Raised) else result
 
@@ -47,7 +47,7 @@ def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequen
 
 
 def answer(value: Any) -> Answer:
-    """Return a value as an Answer. The value of a mapping is that of its key "reward", or the sum of all."""
+    """Return a value as an Answer. The value of a mapping is its entry "reward", or else the sum of all."""
     if value is None:
         return Answer(reason="the function returned None")
     if isinstance(value, Unscored):

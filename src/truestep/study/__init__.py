@@ -1,1 +1,1 @@
-"""Compares many runs (arms × seeds) with the same data and budgets, and intervals over seeds and problems."""
+"""Compares many runs (arms × seeds) on the same data and budgets, with intervals over seeds and problems."""

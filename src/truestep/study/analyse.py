@@ -1,4 +1,4 @@
-"""Analysis of score tables: seeds and problems are crossed, and the samples of a cell are nested in it.
+"""Analysis of score tables, in which seeds and problems are crossed, and samples are nested in cells.
 
 Every seed of an arm answers the same problems, so a score has two sources of error that do not average out
 together: the training seed and the choice of problems. Both are counted, with the degrees of freedom that few
@@ -27,7 +27,7 @@ MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
 
 @dataclass(frozen=True, kw_only=True)
 class Crossed:
-    """A mean over seeds and problems, with a 95 % interval and a p-value for the mean being 0, at ``df``
+    """A mean over seeds and problems, with a 95 % interval and a p-value for a true mean of 0, at ``df``
     effective degrees of freedom. ``detectable`` is the smallest true value that such a table would show with
     80 % power at the 5 % level. With one seed, ``low`` and ``high`` are over problems only."""
 
@@ -96,9 +96,10 @@ def parts(tables: Sequence[np.ndarray]) -> Parts:
 def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
     """Compute the variance of the mean and its effective degrees of freedom.
 
-    The unbiased variance V_s + V_p - V_e can by chance be less than V_s or V_p, so these are lower bounds.
-    Satterthwaite's df are too many if a part with few df has much of the variance (coverage is 94.0 % if five
-    seeds have 90 % of it). Seven tenths of them, but at least the seeds' df, give 94.9 to 95.6 %.
+    The unbiased variance V_s + V_p - V_e can by chance be less than V_s or V_p, so V_s and V_p are used as
+    lower bounds. Satterthwaite's df are too large if a source with few df has much of the variance: coverage
+    is 94.0 % if five seeds have 90 % of it. With seven tenths of these df, but at least the df of the seeds,
+    coverage is 94.9 to 95.6 %.
     Equation: V = max(V_s, V_p, V_s + V_p - V_e); df = max(S - 1, 0.7 V² / Σ V_i²/df_i)
     Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py"""
     plain = found.seeds + found.problems - found.residual
@@ -166,8 +167,8 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
 
 
 def sample_sd(correct: Sequence[np.ndarray], samples: Sequence[int]) -> float | None:
-    """Return the standard deviation of one decoding sample around its cell's probability, or None with one
-    sample per problem. More samples reduce only this part. Shapes: correct [S, P_b] counts"""
+    """Return the standard deviation of one sample around its chance of being correct, or None with one sample
+    per problem. More samples reduce only this part of the error. Shapes: correct [S, P_b] counts"""
     pooled = [c / k * (1 - c / k) * k / (k - 1) for c, k in zip(correct, samples, strict=True) if k > 1]
     return math.sqrt(float(np.mean(np.concatenate([p.ravel() for p in pooled])))) if pooled else None
 

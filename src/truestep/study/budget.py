@@ -14,8 +14,8 @@ COUNTS = {"flops_paper_formula": "the paper's formula", "flops_full": "the fulle
 
 
 def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
-    """Count the FLOPs of every recipe in files and folders by both counts, and compare SFT-then-RL with other
-    recipes for the same model. Raises UserError if there are no recipes.
+    """Return the FLOPs of every recipe in these files and folders, by both counts, and compare SFT-then-RL
+    with RL-only recipes for the same model. Raises UserError if there are no recipes.
 
     Source: arXiv:2604.23747, table 6 (6ND per demonstration token, 8ND per rollout token)
     Held by: tests/study/test_paper_recipes.py"""
@@ -41,7 +41,7 @@ def flops_table(paths: Sequence[Path]) -> dict[str, Any]:
 def _claims(
     arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], loaded: Mapping[str, tuple[Settings, Path]]
 ) -> list[dict[str, Any]]:
-    """Say whether an SFT-then-RL arm spends less than an RL-only arm, and at how many RL steps as much."""
+    """Compare an SFT-then-RL arm's FLOPs with each RL-only arm's, and find the RL steps where they match."""
     if arm["kinds"] != ["sft", "rl"]:
         return []
     settings, path = loaded[arm["name"]]

@@ -1,5 +1,5 @@
-"""A finished cell as one small file with all data for the tables: scores by problem, FLOPs, dynamics, hashes
-and provenance. If the file is committed, the study can be continued on a different day."""
+"""A finished cell as one small file, with scores by problem, FLOPs, curves, hashes and provenance. The tables
+need nothing else. If the files are committed, a study can be continued later."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EVALUATED = ("data", "samples_per_problem", "pass_at", "sampling", "before")  # 
 
 
 def cell_name(arm: str, seed: int) -> str:
-    """Return a cell's name for files and messages. It is not parsed: the cell has fields for arm and seed."""
+    """Return a cell's name, for files and messages. It is never parsed, because arm and seed are fields."""
     return f"{arm}-s{seed}"
 
 
 def cell_key(settings: Settings, base: str) -> str:
-    """Hash all that a cell's scores depend on, without paths and names. ``base`` identifies its inputs."""
+    """Hash all that a cell's scores depend on, without paths and names. ``base`` identifies the inputs."""
     stages = tuple(stage.model_copy(update=OUTSIDE_RESULTS) for stage in settings.stages)
     own = settings.model_copy(update={"name": "cell", "stages": stages, "trackers": ()})
     payload = own.model_dump(mode="json")
@@ -38,7 +38,7 @@ def cell_key(settings: Settings, base: str) -> str:
 
 
 def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
-    """Turn a finished run directory into a cell."""
+    """Return a finished run directory as a cell."""
     summary = read_json(run / "summary.json")
     if summary["status"] != "done":
         raise UserError(f"{run} is not finished (its summary says {summary['status']}); run the study again")
@@ -95,7 +95,7 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def dynamics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """Return a few curves of a stage: at most ``MOST_POINTS`` points [step, mean since the last point]."""
+    """Return a few curves of a stage, each of at most ``MOST_POINTS`` points [step, mean since the last]."""
     found: dict[str, list[list[float]]] = {}
     for name in DYNAMICS:
         logged = [(row["step"], v) for row in metrics for k, v in row.items() if k.partition("/")[2] == name]

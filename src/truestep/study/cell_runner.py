@@ -1,10 +1,10 @@
-"""Makes the parts of a study, each once: runs, the pinned base, and results from earlier days.
+"""Makes the parts of a study, each only once: its runs and its pinned base. Reuses earlier results.
 
-A task is requested by name and done by the first thread that requests it; a run requests the run that it
-starts from. Tasks are threads that mostly wait; at most ``workers`` of them have a child process. All state
-is in files: cells/KEY/cell.json says that a run is done. A run is one child process, ``truestep run``, on one
-thread. It is forked from a process that has imported everything, because importing takes a sixth of a small
-cell's time. The child holds a lock file, so that a study that was killed and started again waits for it.
+A task is requested by name, and the first thread that requests it does it. A run requests the run that it
+starts from. Most threads wait; at most ``workers`` of them have a child process. All state is in files: a run
+is done if cells/KEY/cell.json exists. Each run is a child process, ``truestep run``, with one thread. It is
+forked from a process that has imported everything, because importing takes a sixth of a small cell's time.
+The child holds a lock file, so that a study that is killed and started again waits for the child to end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ONE_THREAD |= {"OMP_WAIT_POLICY": "passive"}
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """An order to run a recipe to its end. All paths are relative to ``study``, the study directory."""
+    """A request to run a recipe to its end. The paths are relative to ``study``, the study directory."""
 
     study: str
     recipe: str
@@ -60,7 +60,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 @functools.cache
 def _forks() -> ForkServerContext:
-    """Return the server that forks child processes, started once, on one thread, with this package's path."""
+    """Return the server that forks child processes. It is started once, with ``environment``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     mine = dict(os.environ)
@@ -74,7 +74,7 @@ def _forks() -> ForkServerContext:
 
 
 def start(order: Order) -> tuple[int, str]:
-    """Run the child process, after any other process that is still working in its folder."""
+    """Run a child process, which first waits for any other process that is working in its folder."""
     study = Path(order.study)
     log = study / f"{order.run}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def start(order: Order) -> tuple[int, str]:
 
 
 def _child(order: Order) -> None:
-    """Do what ``python -m truestep run`` does, in the study directory, with messages in the log."""
+    """Do what ``python -m truestep run`` does, in the study directory. Messages go to the log."""
     os.chdir(order.study)
     lock = os.open(f"{order.run}.lock", os.O_CREAT | os.O_RDWR, 0o644)  # held to the end of this process
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,7 +106,7 @@ def _child(order: Order) -> None:
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment, limited to one thread, with the same package in the child's path."""
+    """Return the environment of a child process, with one thread and the path of this package."""
     here = str(Path(__file__).resolve().parents[2])
     paths = [here, *[os.path.abspath(p) for p in inherited.get("PYTHONPATH", "").split(os.pathsep) if p]]
     return {**inherited, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
@@ -194,7 +194,7 @@ def node(runner: Runner, settings: Settings, arm: str) -> dict[str, Any]:
 
 
 def key_of(runner: Runner, settings: Settings) -> str:
-    """Return a cell's identity, from its settings, its other inputs and the content of its own code."""
+    """Return a cell's identity: a hash of its settings, its other inputs and the recipe's own code."""
     code = [code_of(stage, runner.where.parent) for stage in settings.stages]
     given = given_identity(runner)
     return cell_results.cell_key(settings, settings_hash(given, str(code)) if any(code) else given)
@@ -224,7 +224,7 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
 
 
 def child(runner: Runner, folder: str) -> None:
-    """Run FOLDER/recipe.toml in FOLDER/run. Raises CellFailed."""
+    """Run FOLDER/recipe.toml in FOLDER/run. Raises CellFailed if that fails."""
     order = Order(study=str(runner.out.resolve()), recipe=f"{folder}/recipe.toml", run=f"{folder}/run")
     if runner.stopped.is_set():
         raise CellFailed(f"{order.run}: not started")
@@ -234,7 +234,7 @@ def child(runner: Runner, folder: str) -> None:
 
 
 def _parent(runner: Runner, settings: Settings) -> Settings | None:
-    """Return the settings of the run that this one continues: all stages but the last. It runs first."""
+    """Return the settings of the run that this one continues (all stages but the last), after running it."""
     if not settings.stages:
         return None
     before = settings.model_copy(update={"stages": settings.stages[:-1]})
@@ -243,7 +243,7 @@ def _parent(runner: Runner, settings: Settings) -> Settings | None:
 
 
 def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
-    """Make paths absolute that are relative to the study file or the current folder (data, model, code)."""
+    """Make paths of data, model and code absolute. They are relative to the study file or current folder."""
     data, model = dict(settings.data), settings.model
     for name, one in settings.data.items():
         if path := local_source(name, one.source, base_dir):
@@ -276,14 +276,14 @@ def local_source(name: str, source: str, base_dir: Path) -> Path | None:
 
 
 def local_model(path: str, base_dir: Path) -> Path | None:
-    """Return the folder or file of ``path``, as in ``load_settings``, or None for the base or a hub id."""
+    """Return the folder or file that ``path`` names in ``load_settings``; None for the base or a hub id."""
     if path == BASE_MODEL or not ("/" in path or path.endswith(".gguf")):
         return None
     return next((p for p in (base_dir / path, Path(path)) if p.exists()), None)
 
 
 def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
-    """Give a run the stages and evaluations of its parent run. ``truestep run`` checks their identities."""
+    """Copy the stages and evaluations of a parent run to a run. ``truestep run`` checks their identities."""
     if not (run / "resolved.toml").exists():
         rundir.write_atomic(run / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
     names = [s.name for s in settings.stages[:num_stages]]
@@ -300,7 +300,7 @@ def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Link weights, which are never overwritten, and copy everything else."""
+    """Link a file of weights, which is never overwritten, and copy any other file."""
     if source.endswith(".safetensors"):
         with contextlib.suppress(OSError):  # a different file system
             os.link(source, target)
@@ -348,7 +348,7 @@ def files_of(settings: Settings, base_dir: Path) -> str:
 
 
 def _base(runner: Runner) -> Path:
-    """Train the pinned base by its recipe, and return ./base/model, which links to its export."""
+    """Train the pinned base with its recipe, and return the link ./base/model to the exported model."""
     link, home = runner.out / BASE_MODEL, runner.out / "base"
     settings = base_recipe(runner.where, runner.study)
     identity = home / "identity"

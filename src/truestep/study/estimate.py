@@ -1,4 +1,4 @@
-"""Estimates of what a study will take before it is run: cells, FLOPs, memory and time."""
+"""Estimates the cells, FLOPs, memory and time of a study before it is run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Lengths = dict[str, tuple[int, int]]  # data set → mean tokens of prompt and w
 
 
 def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
-    """Return one row per arm, and the sum. Rollouts are assumed to be as long as a demonstration, or as the
-    limit if there are none. What a method adds (demonstrations in groups, more rounds) is not counted."""
+    """Return one row per arm, and totals. A rollout is assumed to be as long as a demonstration, or as the
+    length limit without demonstrations. What a method adds (demonstrations, more rounds) is not counted."""
     lengths: Lengths = {}
     rows: list[dict[str, Any]] = []
     for arm in study.arms:
@@ -40,7 +40,7 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
             "flops_paper": per_seed.paper_flops(shape), "flops_full": per_seed.full_flops(shape),
             "flops_own_stage": own, "gib": round(_gib(settings), 2), "cpu_seconds": round(seconds),
             "cpu_seconds_per_cell": round(seconds / new_cells),
-            "matched": f"steps of {arm.stages[-1]} as {goal.to} has spent" if goal else "",
+            "matched": f"steps of {arm.stages[-1]} set to match {goal.to}" if goal else "",
         })  # fmt: skip
     total = sum(row["cpu_seconds"] for row in rows)
     return {
@@ -54,8 +54,8 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
 
 
 def _lengths(settings: Settings, name: str, base_dir: Path, known: Lengths) -> tuple[int, int]:
-    """Return the mean tokens of prompt and solution (0: none), with 1 character per token for the built-in
-    model, otherwise 4."""
+    """Return the mean number of tokens of a prompt and of a solution (0: none). A token is assumed to have 1
+    character for the built-in model, and otherwise 4."""
     if name not in known:
         data, seed = settings.data[name], settings.seed
         problems = load_problems(name, data, seed=seed, base_dir=base_dir, needs=("answer",))

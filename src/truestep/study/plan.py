@@ -1,7 +1,7 @@
-"""The settings of a study, read from one TOML file and checked first: arms, seeds, and how arms may differ.
+"""The settings of a study (arms, seeds and allowed differences), read from a TOML file and checked first.
 
 An arm is a list of the study's stages. The keys that an arm changes (``set``) must be declared in
-``may_differ``; everything else is the same by construction."""
+``may_differ``. All other settings are the same in every arm by construction."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ BASE_MODEL = "./base/model"  # the pinned base, relative to the study directory
 
 
 class EqualFlops(Frozen):
-    """Chooses the steps of an arm's last stage so that the whole arm spends as much as arm ``to``. Each
-    sequence of a step is assumed to cost as much as one of stage ``step_like`` in arm ``to``."""
+    """Setting that chooses how many steps an arm's last stage has, so that the arm spends as many FLOPs as
+    arm ``to``. A sequence is assumed to cost as much as one in stage ``step_like`` of arm ``to``."""
 
     to: str
     step_like: str
@@ -81,7 +81,7 @@ class Study(Frozen):
     def _names(self) -> Self:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("two arms, or two seeds, are the same; every name and seed must be unique")
+            raise ValueError("two arms have the same name, or two seeds are the same; make each unique")
         for arm in self.arms:
             self._check_arm(arm, names)
         pairs = (*self.primary, *self.secondary)
@@ -91,7 +91,7 @@ class Study(Frozen):
         if same := [a for a, b in pairs if a == b]:
             raise ValueError(f"{same[0]!r} is compared with itself; name two different arms")
         if self.tuning and set(self.tuning.seeds) & set(self.seeds):
-            raise ValueError("tuning.seeds must not include a seed that is compared; use different seeds")
+            raise ValueError("tuning.seeds must not include a seed of the study; use different seeds")
         return self
 
     def _check_arm(self, arm: Arm, names: Sequence[str]) -> None:
@@ -122,12 +122,12 @@ class Study(Frozen):
         goal = self.arm(match.to)
         if goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm)):
             raise ValueError(
-                f"{where}.equal_flops.to: expected an arm without equal_flops and with as many seeds"
+                f"{where}.equal_flops.to: expected an arm without equal_flops and with at least as many seeds"
             )
         if not arm.stages or match.step_like not in goal.stages:
             raise ValueError(
-                f"{where}.equal_flops.step_like = {match.step_like!r} is not a stage of {goal.name}, "
-                f"which has {', '.join(goal.stages) or 'none'}, or the arm has no stage to match"
+                f"{where}.equal_flops.step_like = {match.step_like!r} is not a stage of {goal.name} "
+                f"(it has {', '.join(goal.stages) or 'none'}), or the arm itself has no stage"
             )
 
     @model_validator(mode="after")
@@ -143,7 +143,7 @@ class Study(Frozen):
         for arm in self.arms:
             if arm.control and not _is_control(arm, arm.control, [self.stages[s] for s in arm.stages]):
                 meaning = _CONTROL[arm.control][0]
-                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} means that {meaning}")
+                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} needs an arm that {meaning}")
         if any(not reason.strip() for reason in self.controls_off.values()):
             raise ValueError("controls_off: a reason must not be empty")
         return self
@@ -155,18 +155,18 @@ class Study(Frozen):
         return self.seeds[: arm.num_seeds or None]
 
     def tuning_of(self, arm: Arm) -> Tuning | None:
-        """Return the trials of an arm, if it has any."""
+        """Return the settings of an arm's learning-rate trials, or None if it has no trials."""
         return self.tuning if self.tuning and arm.stages and not arm.untuned else None
 
 
 Kinds = Sequence[Any]  # of an arm's stages; the flag says whether a stage has the random reward
 _CONTROL: dict[Control, tuple[str, Callable[[Kinds, bool], bool]]] = {
-    "base": ("it has no stages", lambda k, _: not k),
-    "sft": ("it has only SFT stages, at least one", lambda k, _: set(k) == {"sft"}),
-    "sft-continued": ("it has only SFT stages, at least two", lambda k, _: len(k) > 1 and set(k) == {"sft"}),
-    "rl-from-base": ("its first stage is RL", lambda k, _: k[:1] == ["rl"]),
-    "random-reward": ('it sets the reward of an RL stage to "random"', lambda _, random: random),
-    "rejection": ("it has a rejection stage", lambda k, _: "rejection" in k),
+    "base": ("has no stages", lambda k, _: not k),
+    "sft": ("has only SFT stages, at least one", lambda k, _: set(k) == {"sft"}),
+    "sft-continued": ("has only SFT stages, at least two", lambda k, _: len(k) > 1 and set(k) == {"sft"}),
+    "rl-from-base": ("starts with an RL stage", lambda k, _: k[:1] == ["rl"]),
+    "random-reward": ('sets the reward of an RL stage to "random"', lambda _, random: random),
+    "rejection": ("has a rejection stage", lambda k, _: "rejection" in k),
 }
 
 
@@ -180,7 +180,7 @@ def load_study(path: Path) -> Study:
     try:
         return parse_study(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such study") from None
+        raise UserError(f"{path}: no such study file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
 
@@ -217,8 +217,8 @@ def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
 
 
 def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
-    """Return the arm whose trials choose the rate of the last of these stages: the first arm with just these
-    stages, or "" if there is none. Arms with matched steps do not count: their steps are not in the file."""
+    """Return the arm whose trials choose the learning rate of the last of these stages, or "" without one. It
+    is the first arm with exactly these stages. Arms whose steps are matched later are skipped."""
     arms = (a for a in study.arms if not a.equal_flops)
     return next((a.name for a in arms if stage_tables(study, a) == list(tables)), "")
 
@@ -226,7 +226,7 @@ def owner_of(study: Study, tables: Sequence[Mapping[str, Any]]) -> str:
 def cell_settings(
     study: Study, arm: str, seed: int, stages: Sequence[Mapping[str, Any]], where: str
 ) -> Settings:
-    """Return the settings of a run of the given stages: what all cells share, one thread, and the seed. Child
+    """Return the settings of a run: the given stages and seed, one thread, and what all cells share. Child
     processes run in the study directory, so that a stage's identity contains no path of this machine."""
     raw = deepcopy(study.run)
     if study.base:
@@ -247,7 +247,7 @@ def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any, Any]]:
     """Return the settings in which a stage of the arm differs from the reference's stage of the same kind, as
-    KIND.key → (reference's, own). A stage whose kind the reference does not have is not compared."""
+    KIND.key → (reference's value, arm's value). A stage of a kind that the reference lacks is skipped."""
     pair = (study.arm(study.reference), arm)
     reference, own = (cell_settings(study, a.name, 0, stage_tables(study, a), where) for a in pair)
     kinds = {s.kind: s for s in reversed(reference.stages)}
@@ -261,12 +261,12 @@ def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any,
 
 
 def check_study(study: Study, where: str) -> None:
-    """Refuse undeclared differences, tuning on test sets, and test problems that depend on the seed."""
+    """Raise UserError for undeclared differences, tuning on test sets, and problems that vary by seed."""
     for arm in study.arms:
         for key, (theirs, own) in differences(study, arm, where).items():
             if not any(fnmatch.fnmatch(key, pattern) for pattern in study.may_differ):
                 raise UserError(
-                    f"{where}: arms.{arm.name}: {key} = {own!r} differs from {theirs!r} of {study.reference} and is "
+                    f"{where}: arms.{arm.name}: {key} = {own!r} differs from {theirs!r} in {study.reference} and is "
                     f'not declared; set may_differ = ["{key}"], or use the same value'
                 )
         if arm.untuned and not study.tuning:
@@ -326,12 +326,12 @@ def scaled(table: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 
 def every_arm(study: Study, where: str) -> list[Settings]:
-    """Return the settings of each arm as in the file, before rates are chosen and budgets matched."""
+    """Return the settings of each arm as in the file, before rates are chosen and budgets are matched."""
     return [cell_settings(study, arm.name, 0, stage_tables(study, arm), where) for arm in study.arms]
 
 
 def dev_sets(study: Study, every: Sequence[Settings]) -> set[str]:
-    """Return the data sets with which learning rates, or checkpoints of any arm, are chosen."""
+    """Return the data sets that are used to choose learning rates or checkpoints."""
     found = {stage.dev.data for settings in every for stage in settings.stages if stage.dev.data}
     return found | ({study.tuning.data} if study.tuning else set())
 

@@ -21,8 +21,8 @@ NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
 
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
-    """Run all cells of the study, seed by seed. Return the finished cells by name; ``failures`` has others.
-    After Ctrl-C, wait for the running child processes, which also received it, and set ``stopped``."""
+    """Run all cells of the study, seed by seed. Return the finished cells by name; the others are in
+    ``failures``. After Ctrl-C, set ``stopped`` and wait for the child processes, which also received it."""
     runner.out.mkdir(parents=True, exist_ok=True)
     study = runner.study
     wanted = [(arm, seed) for seed in study.seeds for arm in study.arms if seed in study.seeds_of(arm)]
@@ -54,7 +54,7 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
 
 
 def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], None]) -> list[BaseException]:
-    """Run all tasks, each in its own thread (they wait most of the time). Return what they raised."""
+    """Run each task in a thread, as tasks wait most of the time. Return the exceptions that they raised."""
     raised: list[BaseException] = []
 
     def guarded(task: Callable[[], None]) -> None:
@@ -80,7 +80,7 @@ def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], No
 
 
 def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
-    """Return the compact result of one cell, which is taken from an earlier day if possible."""
+    """Return the compact result of one cell. An earlier result is used if there is one."""
 
     def make() -> Settings:
         return settled(runner, arm, seed, chosen_factor(runner, arm))
@@ -89,8 +89,9 @@ def cell(runner: Runner, arm: str, seed: int) -> dict[str, Any]:
 
 
 def settled(runner: Runner, arm: str, seed: int, factor: float, *, dev: str = "") -> Settings:
-    """Return the settings of a cell, or of a trial (evaluated only on the ``dev`` set). The last stage's rate
-    is multiplied by ``factor``, earlier stages have the rates chosen for them, and the steps are matched."""
+    """Return the settings of a cell, or of a trial (evaluated only on the ``dev`` set). The learning rate
+    of the last stage is multiplied by ``factor``. Earlier stages have the learning rates that were chosen
+    for them. The steps are matched."""
     tables = tables_of(runner, arm)
     if tables:
         tables[-1] = scaled(tables[-1], factor)
@@ -108,7 +109,7 @@ def settled(runner: Runner, arm: str, seed: int, factor: float, *, dev: str = ""
 
 
 def tables_of(runner: Runner, arm: str) -> list[dict[str, Any]]:
-    """Return the arm's stages. All but the last have the rate chosen for the arm that ends with them."""
+    """Return the arm's stages. Each but the last has the rate chosen for the arm that ends with it."""
     plain = stage_tables(runner.study, runner.study.arm(arm))
     tables = list(plain)
     for end in range(1, len(tables)):
@@ -124,8 +125,8 @@ def match_flops(
     settings: Callable[[Sequence[Mapping[str, Any]]], Settings],
     other: Callable[[str], Mapping[str, Any]],
 ) -> None:
-    """Set the last stage's steps so that the arm spends what the other arm spent; the table shows how well.
-    The cost of earlier stages is taken from the other arm if they are the same, otherwise it is measured."""
+    """Set the steps of the last stage so that the arm spends about as much as the other arm did. The cost of
+    earlier stages is taken from the other arm if they are the same, and is otherwise measured."""
     goal = runner.study.arm(arm).equal_flops
     if not goal:
         return
@@ -171,7 +172,7 @@ def _mean(results: Iterable[Mapping[str, Any]]) -> float:
 
 
 def trials(runner: Runner, arm: str, factor: float) -> list[dict[str, Any]]:
-    """Run the trials of one rate. If one has failed, return an empty list, so that the rate is not chosen."""
+    """Run the trials of one rate. If a trial fails, return an empty list, so that the rate is not chosen."""
     assert runner.study.tuning
     made = []
     for seed in runner.study.tuning.seeds:
@@ -198,8 +199,8 @@ def trial_arm(arm: str, factor: float) -> str:
 
 
 def tuning_cost(runner: Runner, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
-    """Return for each arm the scores of its trials, the chosen factor, and the FLOPs of all trials that chose
-    a rate for it, including the rates of its earlier stages."""
+    """Return each arm's trial scores, its chosen factor, and the FLOPs of all trials that chose a rate for
+    it, including the rates of its earlier stages."""
     own = {arm.name: _own_cost(runner, arm) for arm in arms}
     found = {}
     for arm in arms:

@@ -1,4 +1,4 @@
-"""Turns finished cells into a study's results: arms, contrasts, budgets, and what differs but should not.
+"""Computes a study's results from its cells: arms, contrasts, budgets, and what differs but should not.
 The results are a pure function of the cells: the same cells always give the same bytes."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _cells_of(study: Study, cells: Iterable[Cell], arm: Arm) -> dict[int, Cell]:
 
 
 def _tables(by_seed: Mapping[int, Cell], seeds: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return for each benchmark the shares of correct samples [S, P]."""
+    """Return the shares of correct samples [S, P] of each benchmark."""
 
     def share(cell: Cell, name: str) -> np.ndarray:
         return cell_results.counts(cell, name) / cell["benchmarks"][name]["samples"]
