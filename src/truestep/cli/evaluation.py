@@ -38,7 +38,8 @@ _OWN = "each benchmark's own"
 _SET = "Change any other setting, such as --set temperature=0. Can be repeated."
 _DRY_RUN = "Check everything, and print upper bounds for tokens and memory; do not sample."
 _SECOND = "Also grade every answer with math-verify, and count disagreements."
-Metric = Annotated[str, option("--metric", "The score to use if a log has several.", "the first one")]
+_SCORE = "The score to use if a log has several."
+Metric = Annotated[str, option("--metric", _SCORE, "math_verify if logged, otherwise the first")]
 Folder = Annotated[Path, option("--out", "The folder to write to.", False)]
 Logged = Annotated[Path, _argument("A run directory, a samples file, or a log from another harness.")]
 
@@ -109,11 +110,11 @@ def _sentence(row: dict[str, Any]) -> str:
         made_by = s["made_by"] if s["seed"] is None else f"{s['made_by']}, seed {s['seed']}"
         return f"{100 * s['score']:.1f} % [{100 * s['low']:.1f}, {100 * s['high']:.1f}] ({made_by})"
 
-    least = "unknown" if row["detectable"] is None else f"{100 * row['detectable']:.1f}"
+    least = "unknown" if row["detectable"] is None else f"{100 * row['detectable']:.1f} points"
     return (
         f"{row['task']}: {side(row['a'])} → {side(row['b'])}: {100 * row['difference']:+.1f} points "
         f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}], p = {row['p_value']:.3g} (exact {row['p_exact']:.3g}), "
-        f"detectable with 80 % power: {least} points; {row['num_problems']} problems, {row['num_better']} better, "
+        f"detectable with 80 % power: {least}; {row['num_problems']} problems, {row['num_better']} better, "
         f"{row['num_worse']} worse, paired by {row['paired_by']}"
     )
 

@@ -151,13 +151,13 @@ def _replies(row: Row) -> list[str]:
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
     """Return the name of the score to use. Raises UserError if the log does not have the requested score."""
     if wanted and wanted not in logged:
-        known = ", ".join(logged) or "none"
-        raise UserError(f"{path} has no score {wanted}; pass --metric with one of {known}")
+        remedy = f"pass --metric with one of {', '.join(logged)}" if logged else "it has no scores at all"
+        raise UserError(f"{path} has no score {wanted}; {remedy}")
     return wanted or next((m for m in ("math_verify", *logged) if m in logged), "")
 
 
 def _lighteval(path: Path, metric: str) -> Evaluation:
-    """Read a details file, which has one row per document. ``__metric__`` (older: metrics) has the scores."""
+    """Read a details file, which has one row per document. ``__metric__`` (older: metric) has the scores."""
     read: list[tuple[Row, list[str], list[int], Row]] = []  # document, replies, their tokens, scores
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
