@@ -50,11 +50,11 @@ class RewardSettings(Frozen):
     def _consistent(self) -> Self:
         if self.function not in BUILT_IN and not FORM.fullmatch(self.function):
             raise ValueError(
-                f'"{self.function}" is not a reward; set {", ".join(BUILT_IN)}, FILE.py:FUNCTION or '
-                "PACKAGE.MODULE:FUNCTION" + did_you_mean(self.function, BUILT_IN)
+                f'"{self.function}" is not a reward; use one of {", ".join(BUILT_IN)}, or name a function as '
+                "FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION" + did_you_mean(self.function, BUILT_IN)
             )
         if self.function in ("checker", "random") and self.options:
-            raise ValueError(f'"{self.function}" has no options; remove them')
+            raise ValueError(f'"{self.function}" takes no options; remove the options that are set')
         if not NAME.fullmatch(self.name):
             raise ValueError(f'name = "{self.name}" is not valid; use only letters, digits, "_", "-" and "."')
         if redact(str(self.options)) != str(self.options):

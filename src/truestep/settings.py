@@ -233,8 +233,8 @@ class RlSettings(StageSettings):
             )
         if self.sampling.top_p < 1 or self.sampling.top_k:
             raise ValueError(
-                "rl with top_p < 1 or top_k > 0 samples from a truncated distribution, whose log-probabilities "
-                "are not the policy's; set top_p = 1.0 and top_k = 0"
+                "with top_p < 1 or top_k > 0, rl samples from a truncated distribution, whose "
+                "log-probabilities are not the policy's; set top_p = 1.0 and top_k = 0"
             )
         return self
 

@@ -21,12 +21,12 @@ from truestep.audit.postmortem.run_files import truth, whole
         ("0.15.2", "affected", "was measured: faulty"),
         ("0.18.9", "affected", "was measured: faulty"),
         ("0.18.9+cu124", "affected", "was measured: faulty"),
-        ("0.16.4", "affected", "by inference: between 0.15.2 and 0.18.9"),
-        ("0.15.1", "not affected", "was measured: right"),
-        ("0.19.0", "not affected", "was measured: right"),
-        ("0.19", "not affected", "was measured: right"),
-        ("0.19.3", "not affected", "by inference: between 0.19.0 and 0.19.8"),
-        ("0.19.8", "not affected", "was measured: right"),
+        ("0.16.4", "affected", "inferred to be faulty: it is between 0.15.2 and 0.18.9"),
+        ("0.15.1", "not affected", "was measured: correct"),
+        ("0.19.0", "not affected", "was measured: correct"),
+        ("0.19", "not affected", "was measured: correct"),
+        ("0.19.3", "not affected", "inferred to be correct: it is between 0.19.0 and 0.19.8"),
+        ("0.19.8", "not affected", "was measured: correct"),
         ("0.14.5", "unknown", "older than 0.15.1"),
         ("0.20.0", "unknown", "newer than 0.19.8"),
         ("0.16.0rc1", "unknown", "is not a release"),
@@ -161,7 +161,7 @@ def test_an_accumulation_that_depends_on_the_processes_says_so(tmp_path: Path) -
     )
     found = offload(write(tmp_path, freeze__txt="deepspeed==0.18.9\n", run__sh=command + "--adam_offload\n"))
     assert found.answer == "unknown"
-    assert "128 / (2 × processes) (run.sh), which is 3 or more on up to 21 processes" in " ".join(
+    assert "128 / (2 × processes) (run.sh), so it is 3 or more if there are at most 21 processes" in " ".join(
         found.reasons
     )
     assert offload(write(tmp_path, run__sh=command + "\n")).answer == "not affected"
@@ -277,7 +277,7 @@ def test_openrlhf(tmp_path: Path, version: str, kind: str, expected: str) -> Non
     found = look_back(write(tmp_path, freeze__txt=f"OpenRLHF=={version}\n", run__sh=command))
     assert found[OPENRLHF].answer == expected, found[OPENRLHF].reasons
     if version == "0.9.1":
-        assert "by inference" in " ".join(found[OPENRLHF].reasons)
+        assert "is inferred to be faulty" in " ".join(found[OPENRLHF].reasons)
 
 
 # -------------------------------------------------------------------------------------------------- the table

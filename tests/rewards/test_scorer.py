@@ -187,7 +187,7 @@ def test_each_coordinate_of_the_identity_changes_the_coin() -> None:
     ({"function": "reward.py"}, "FILE.py:FUNCTION"),
     ({"function": "reward.py:a.b"}, "FILE.py:FUNCTION"),
     ({"function": "my reward:f"}, "is not a reward"),
-    ({"function": "checker", "options": {"a": 1}}, "has no options"),
+    ({"function": "checker", "options": {"a": 1}}, "takes no options"),
     ({"function": "checker", "name": "a/b"}, "letters"),
     ({"function": "checker", "weight": float("nan")}, "finite"),
     ({"function": "format", "max_failure_share": 1.5}, "less than or equal to 1"),

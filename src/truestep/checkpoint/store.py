@@ -222,7 +222,7 @@ def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def _delete_older(folder: Path, step: int, keep: int) -> None:
     """Delete all but ``keep`` − 1 older checkpoints. Checkpoints of later steps, which a load skipped as
-    damaged, are not counted and not deleted."""
+    damaged, are neither counted nor deleted."""
     older = [path for path in list_checkpoints(folder) if _step_of(path) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
         discard_folder(path)

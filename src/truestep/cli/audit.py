@@ -14,7 +14,8 @@ Target = Annotated[
     str,
     Argument(
         help="NAME==VERSION[+NAME==VERSION] (installed into a separate environment), FILE.py:FUNCTION (your own "
-        "step(model, optimizer, microbatches)), or the word models (the loss of every model class in transformers).",
+        'step(model, optimizer, microbatches)), or "models" (checks the loss of every model class in '
+        "transformers).",
         show_default="what --python has installed",
     ),
 ]
@@ -35,7 +36,7 @@ Arch = Annotated[
 ]
 Config = Annotated[
     Path | None,
-    Option(help="Audit the step of this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF configuration."),
+    Option(help="Audit the step that this DeepSpeed, Trainer, TRL, accelerate or OpenRLHF file configures."),
 ]
 Bisect = Annotated[
     str, Option(metavar="FIRST..LAST", help="Find the first and last faulty release of NAME in this range.")
@@ -62,7 +63,7 @@ def audit(
     past: Past = None,
     remedy: Remedy = False,
     reproduce: Reproduce = None,
-    seed: Annotated[int, Option(min=0, help="Seed of the random training rows.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed for the random training rows.")] = 0,
     timeout: Annotated[float, Option(min=1, help="Stop a configuration after this many seconds.")] = 180.0,
     as_json: Json = False,
     junit: Annotated[Path | None, Option(help="Also write the findings to this file as JUnit XML.")] = None,

@@ -66,8 +66,9 @@ def _as_configured(config: Path, target: str, python: Path | None, arch: str) ->
     missing = [n for n in (*subject.needs, *subject.brings) if n not in environment.versions(chosen)]
     if missing:
         raise UserError(
-            f"--config {config} configures {subject.name}, but {missing[0]} is not installed in {chosen}; pass "
-            f"--python with an environment that has it, or a requirement such as {environment.EXAMPLE}"
+            f"--config {config} configures {subject.name}, but {missing[0]} is not installed in {chosen}; "
+            "either pass --python with an environment that has it, or give a requirement to install (such as "
+            f"{environment.EXAMPLE}) as the argument"
         )
     for note in notes:
         say(f"{config}: {note}")

@@ -1,4 +1,4 @@
-"""``truestep eval``, which evaluates a model on benchmarks or data sets, and its commands without a model."""
+"""``truestep eval``, which evaluates a model on benchmarks or data sets; its other commands need no model."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import typer
 from truestep.cli.evaluation import option
 from truestep.cli.run import Json
 
-_PATHS = "A study (TOML file); or the word flops, then the recipes (files or folders) to count FLOPs for."
+_PATHS = 'A study (TOML file); or "flops", then the recipes (files or folders) to count FLOPs for.'
 _FORM = "STUDY.toml | flops RECIPE..."
 Paths = Annotated[list[str], typer.Argument(metavar=_FORM, help=_PATHS, show_default=False)]
 _KEEP = "Also keep compact results in this folder. Cells (an arm with a seed) found there are not run again."

@@ -59,7 +59,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
 
 def _too_long() -> RowError:
     size = f"{MAX_ROW_BYTES // 2**20} MB"
-    return RowError("row", f"expected a row of at most {size}, got a longer one; shorten or remove it")
+    return RowError("row", f"expected a row of at most {size}, got a larger one; shorten or remove it")
 
 
 def _parsed(line: bytes) -> Row | RowError:

@@ -20,8 +20,8 @@ class Comparison:
     """The comparison of ``b`` with ``a`` on the same problems. ``difference`` is the share of correct samples
     of b minus that of a, averaged over problems, with its 95 % interval. ``p_value`` is from the paired t
     test, and ``p_exact`` from the sign-flip permutation test (McNemar's test if there is one sample per
-    problem). ``detectable`` is the smallest true difference that such problems would show with 80 % power at
-    the 5 % level. For a single problem, ``detectable`` is None and the interval is [-1, 1]."""
+    problem). ``detectable`` is the smallest true difference that such problems would detect with 80 % power
+    at the 5 % level. For a single problem, ``detectable`` is None and the interval is [-1, 1]."""
 
     difference: float
     low: float

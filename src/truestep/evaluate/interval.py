@@ -103,12 +103,12 @@ def _log_choose(num: int) -> np.ndarray:
 
 def clustered_interval(mean: float, variance: float, num_problems: int, num_trials: float) -> Ends:
     """Return the interval of a mean of per-problem shares, if each problem has several samples. The effective
-    number of trials is the number at which a proportion would have the error that the problems show. This
-    number is between the number of problems (if all samples of a problem agree) and the number of samples (if
-    they are independent). Because the error is an estimate, the number is reduced by the squared ratio of the
-    normal to the Student quantile. It is never less than the number of problems, since a mean of shares
-    varies no more than a mean of as many verdicts. If few problems determine the mean, their spread is
-    underestimated too, so the spread is pulled towards the largest possible spread, m (1 - m).
+    number of trials is the number for which a simple proportion would have the standard error observed across
+    the problems. It is between the number of problems (if all samples of a problem agree) and that of samples
+    (if they are independent). Because the error is an estimate, the number is multiplied by the squared ratio
+    of the normal quantile to the Student quantile, which makes it smaller. It is never less than the number
+    of problems, since the mean of n shares varies no more than the mean of n verdicts. If few problems decide
+    the mean, their spread is underestimated too, so it is pulled towards the largest possible one, m (1 - m).
     Equation: v' = (1 - w) v + w m (1 - m), w = PULL / (PULL + (n m (1 - m))^2), n_eff = n m (1 - m) / v'
     Source for the effective number: Korn and Graubard 1998, Survey Methodology 24:193; the pull is our own"""
     most = mean * (1 - mean)

@@ -1,4 +1,4 @@
-"""Normalizes typography and LaTeX decoration to one spelling, without changing the meaning.
+"""Rewrites Unicode look-alikes and LaTeX decoration in a uniform spelling, without changing the meaning.
 
 All functions take time linear in the length of the text and look only at the text; nothing is evaluated."""
 
@@ -62,8 +62,8 @@ def typographic(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    r"""Return an answer with one spelling of typography, LaTeX spacing and fractions, without ``$…$`` around
-    it or a final full stop. ``\text{…}`` is kept, because it distinguishes units from variables."""
+    r"""Return an answer in a uniform spelling (Unicode look-alikes, LaTeX spacing, fractions), with any
+    surrounding ``$…$`` and any final period removed. ``\text{…}`` is kept, to tell units from variables."""
     text = typographic(text)
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)

@@ -43,7 +43,7 @@ def processor_seconds(pid: int) -> float:
 
 
 class Pool:
-    """A pool of ``workers`` child processes that compare formulas. They start with the first comparison."""
+    """A pool of child processes that compare formulas. They are started when the first comparison is made."""
 
     def __init__(self, *, workers: int, seconds: float, memory_mb: int) -> None:
         self._num_workers, self.seconds, self._memory_mb = workers, seconds, memory_mb
@@ -58,7 +58,7 @@ class Pool:
         return [*alive, *([self._server.pid] if self._server else [])]
 
     def prepare(self) -> None:
-        """Start to import the algebra, without waiting for it, unless this was done before."""
+        """Start importing the symbolic-algebra library in the background, unless that was already done."""
         self._server = self._server or ForkServer(self.seconds, self._memory_mb)
 
     def warm(self) -> None:
@@ -75,7 +75,7 @@ class Pool:
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[Decision]:
         """Return one outcome per (gold, answer) pair, in order. Each comparison takes at most ``seconds`` of
         processor time, so that the load of the machine does not change its verdict. If the process has a
-        core, it takes at most as much clock time."""
+        core to itself, it takes at most that much wall-clock time too."""
         self._outcomes: dict[int, Decision] = {}
         self._waiting = deque((number, 0) for number in range(len(pairs)))
         try:

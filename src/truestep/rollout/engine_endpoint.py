@@ -45,9 +45,8 @@ class TextRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSample:
-    """The answer to a request. ``num_tokens`` is the server's count, or 0 if it sends none. If the request
-    failed, ``stop`` is ERROR, ``error`` has the reason and there is no text. ``token_ids`` is empty unless a
-    truestep engine sampled the answer."""
+    """The answer to a request. ``num_tokens`` is the server's count, or 0 if unknown. After a failure,
+    ``stop`` is ERROR, ``error`` has the reason and ``text`` is "". Only truestep's engines set token_ids."""
 
     problem_id: str
     sample_index: int
@@ -59,7 +58,7 @@ class TextSample:
 
     def __post_init__(self) -> None:
         if (self.stop is Stop.ERROR) != bool(self.error):
-            raise RecordError("a sample must have an error text if, and only if, its stop is ERROR")
+            raise RecordError("a sample must have an error message if, and only if, its stop is ERROR")
 
 
 def text_seed(request: SampleRequest) -> int:
@@ -70,7 +69,7 @@ def text_seed(request: SampleRequest) -> int:
 
 @contextmanager
 def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) -> Iterator[OpenAI]:
-    """Connect a client to the endpoint. Raises UserError if no server answers or the key is refused."""
+    """Connect a client to the endpoint. Raises UserError if no server answers or the key is rejected."""
     try:
         import openai
     except ModuleNotFoundError:
@@ -78,15 +77,15 @@ def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) 
         raise UserError(f'engine = "{url}" needs the openai package; {remedy}') from None
     base = url.rstrip("/")
     base = base if "/" in base.partition("://")[2] else f"{base}/v1"
-    key, shown = _key() or "none", redact(url)
+    key, where = _key() or "none", f"engine = {redact(url)!r}"
     with openai.OpenAI(base_url=base, api_key=key, timeout=timeout, max_retries=retries) as client:
         try:
             client.with_options(timeout=min(timeout, 30.0), max_retries=1).models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError):
-            raise UserError(f"engine = {shown!r}: the key is refused; set {' or '.join(KEY_NAMES)}") from None
+            raise UserError(f"{where}: the key was rejected; set {' or '.join(KEY_NAMES)}") from None
         except openai.APIConnectionError as error:
             reason = f"no server answers ({_reason(error)})"
-            raise UserError(f"engine = {shown!r}: {reason}; start the server, or correct the URL") from None
+            raise UserError(f"{where}: {reason}; start the server, or correct the URL") from None
         except openai.APIError:
             pass  # not every server lists its models
         yield client
@@ -140,7 +139,7 @@ class EndpointEngine:
         try:
             return self._chat(request, sampling) if request.messages else self._completion(request, sampling)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise UserError(f"model {self.model!r} is refused by the endpoint: {_reason(error)}") from None
+            raise UserError(f"model {self.model!r} was rejected by the endpoint: {_reason(error)}") from None
         except (openai.APIError, ValueError, TypeError, AttributeError, LookupError) as error:
             return _failed(request, _reason(error))  # the last four exceptions: a malformed answer
 

@@ -296,7 +296,7 @@ class TorchEngine:
     def _run_alone(
         self, rows: deque[_Row], sampling: SamplingParameters, check_stop: Callable[[], None]
     ) -> Iterator[Rollout]:
-        """Sample one at a time with the model's own cache, for a model whose attention cannot be packed."""
+        """Sample the rows one at a time with the cache of a model whose attention cannot be packed."""
         for row in rows:
             ids, past = torch.tensor([row.request.prompt_ids], device=self.model.device), None
             while not row.tokens or not self._finished(row, sampling):

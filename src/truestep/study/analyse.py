@@ -1,9 +1,8 @@
 """Analysis of score tables, in which seeds and problems are crossed, and samples are nested in cells.
 
 Every seed of an arm answers the same problems, so a score has two sources of error that do not average out
-together: the training seed and the choice of problems. Both are counted, with the degrees of freedom that few
-seeds leave. Tables are arrays [..., S seeds, P problems] of the share of correct samples, one array per
-benchmark; a paired difference is such a table too.
+together: the training seed and the choice of problems. Both are counted. Tables are arrays [..., S seeds, P
+problems] of the share of correct samples, one per benchmark; a paired difference is such a table too.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ MOST_FLIPPED = 20  # seeds whose sign patterns are counted one by one
 @dataclass(frozen=True, kw_only=True)
 class Crossed:
     """A mean over seeds and problems, with a 95 % interval and a p-value for a true mean of 0, at ``df``
-    effective degrees of freedom. ``detectable`` is the smallest true value that such a table would show with
-    80 % power at the 5 % level. With one seed, ``low`` and ``high`` are over problems only."""
+    effective degrees of freedom. ``detectable`` is the smallest true value that such a table would detect
+    with 80 % power at the 5 % level. With one seed, ``low`` and ``high`` are over problems only."""
 
     value: float
     low: float
@@ -52,7 +51,7 @@ class Crossed:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The variance of a mean by source; ``seeds`` and ``problems`` each include the residual once."""
+    """The variance of a mean, split by source; ``seeds`` and ``problems`` each include the residual once."""
 
     mean: np.ndarray
     seeds: np.ndarray
@@ -65,7 +64,7 @@ class Parts:
 
 
 def parts(tables: Sequence[np.ndarray]) -> Parts:
-    """Compute the mean over benchmarks of the mean over seeds and problems, and its variance by source.
+    """Return the mean over benchmarks of the mean over seeds and problems, with its variance split by source.
 
     Shapes: tables of [..., S, P_b], results of [...]
     Equation: for one benchmark: var_s(row means)/S + var_p(column means)/P - MS_residual/(S P). Over several,
@@ -97,9 +96,8 @@ def variance_and_df(found: Parts) -> tuple[np.ndarray, np.ndarray]:
     """Compute the variance of the mean and its effective degrees of freedom.
 
     The unbiased variance V_s + V_p - V_e can by chance be less than V_s or V_p, so V_s and V_p are used as
-    lower bounds. Satterthwaite's df are too large if a source with few df has much of the variance: coverage
-    is 94.0 % if five seeds have 90 % of it. With seven tenths of these df, but at least the df of the seeds,
-    coverage is 94.9 to 95.6 %.
+    lower bounds. Satterthwaite's df are too large if a source with few df has much of the variance: if five
+    seeds have 90 % of it, coverage is 94.0 %, but 94.9 to 95.6 % with 0.7 of these df (at least the seeds').
     Equation: V = max(V_s, V_p, V_s + V_p - V_e); df = max(S - 1, 0.7 V² / Σ V_i²/df_i)
     Source: Satterthwaite 1946. Held by: benchmarks/coverage_study.py, tests/study/test_coverage.py"""
     plain = found.seeds + found.problems - found.residual
@@ -174,10 +172,11 @@ def sample_sd(correct: Sequence[np.ndarray], samples: Sequence[int]) -> float | 
 
 
 def verdict(found: Crossed, p_adjusted: float | None) -> str:
-    """Say in words what can be concluded. A null result says which difference would have been shown."""
+    """Say in words what can be concluded. A null result says which difference would have been detected."""
     p = found.p_value if p_adjusted is None else p_adjusted
     if not found.seeds_known:
         return "one seed: nothing can be concluded about training"
     if p < 0.05:
         return "higher" if found.value > 0 else "lower"
-    return f"no difference shown (a difference of {100 * found.detectable:.1f} points would have been shown)"
+    points = f"{100 * found.detectable:.1f} points"
+    return f"no difference shown (a difference of {points} would have been detected)"

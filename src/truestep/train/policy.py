@@ -36,7 +36,7 @@ def _keep_products() -> tuple[Any, Any]:
 
 
 class Policy(nn.Module):
-    """A policy, whose ``forward(batch, temperature)`` returns differentiable logprobs [M] and entropies [M].
+    """A policy whose ``forward(batch, temperature)`` returns differentiable logprobs [M] and entropies [M].
 
     ``notes`` says which fast paths were refused when the model was loaded, and why."""
 

@@ -19,8 +19,8 @@ PARTS = 16  # a search divides its range into this many parts at a time
 def measure(
     statistics: Sequence[Statistic], batches: Sequence[TokenBatch], step: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Compute every statistic, by name. A statistic that selects no token on any rank is left out.
-    The policy is still the proximal policy, whose values are in the batches.
+    """Compute every statistic by name, except those that select no token on any rank. It is called before the
+    first update, when the policy is still the proximal policy, so its log-probabilities are in the batches.
     Held by: tests/numerics/test_statistics.py"""
     found = {}
     for statistic in statistics:

@@ -86,7 +86,7 @@ SENTENCES: dict[str, Form] = {
     "unknown_weights": lambda v: f"an unknown pattern of weights [{_few(v['weights'])}]",
     "unknown_row_weights": lambda v: f"rows of one micro-batch have different weights [{_few(v['weights'])}]",
     # one step: what the weights do not explain
-    "unexplained": "{share:.1%} of the gradient is not explained by any weights of the micro-batches",
+    "unexplained": "no choice of micro-batch weights explains {share:.1%} of the gradient",
     "no_trained_token": "a step was taken without any trained token",
     "not_finite": "the parameters are no longer finite",
     "not_finite_after_empty": "the parameters are no longer finite after a micro-batch without trained tokens",
@@ -111,8 +111,8 @@ SENTENCES: dict[str, Form] = {
     "clip_to": "the gradient is clipped to a norm of {norm:.3g}",
     "clip_to_other": "the gradient is clipped to a norm of {norm:.3g}; the configured norm is {asked:.3g}",
     "schedule_ahead": "the schedule is one step ahead",
-    "schedule_rates": lambda v: f"the learning rates are {_few(v['rates'])} times the first configured "
-    f"one; expected {_few(v['asked'])}",
+    "schedule_rates": lambda v: "relative to the first configured learning rate, the learning rates are "
+    f"{_few(v['rates'])}; expected {_few(v['asked'])}",
     "schedule_still": "the learning rate does not change: the schedule is never stepped",
     "schedule_by_micro_batch": "the schedule is stepped at every micro-batch",
     "schedule_by_process": "the schedule is stepped once per process",
@@ -280,14 +280,14 @@ SETTINGS = {
     "processes": "processes", "average_tokens": "average_tokens_across_devices", "architecture": "model class",
 }  # fmt: skip
 NOTES = {
-    "only_stage_2": "; only stage 2 was measured to be faulty",
+    "only_stage_2": "; only stage 2 was found faulty when measured",
     "cpu_and_none": "; only cpu and none were measured",
     "only_gpt2": "; only GPT-2 was measured",
     "drops_nothing": ": nothing is dropped",
     "two_drop_nothing": ": with 2, there are only the first and the last micro-batch, and nothing is dropped",
-    "several_not_measured": ": right on one process; several processes without accumulation were not measured",
+    "several_not_measured": ": correct on one process; more processes without accumulation were not measured",
 }
-_WORD = {True: "faulty", False: "right"}
+_WORD = {True: "faulty", False: "correct"}
 
 
 def _found(values: Mapping[str, Any]) -> str:
@@ -303,13 +303,13 @@ REASONS: dict[str, Form] = {
     "more_unread": "and {files} more files could not be read",
     "no_release": _NAME + " is not a release, so it was not measured",
     "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
-    "older_is_faulty": _NAME + " is faulty by inference: it is older than {oldest}, which was measured to be "
-    "faulty",
+    "older_is_faulty": _NAME + " is inferred to be faulty: it is older than {oldest}, which was found faulty "
+    "when measured",
     "older": _NAME + " is older than {oldest}, the oldest release that was measured",
     "newer": lambda v: f"{v['package']} {v['version']} is newer than {v['newest']} ({_WORD[v['faulty']]}), the newest "
     "release that was measured",
-    "between_alike": lambda v: f"{v['package']} {v['version']} is {_WORD[v['faulty']]} by inference: between {v['low']} and "
-    f"{v['high']}, which were both measured {_WORD[v['faulty']]}",
+    "between_alike": lambda v: f"{v['package']} {v['version']} is inferred to be {_WORD[v['faulty']]}: it is "
+    f"between {v['low']} and {v['high']}, which were both found {_WORD[v['faulty']]} when measured",
     "between_different": lambda v: f"{v['package']} {v['version']} was not measured; it is between {v['low']} "
     f"({_WORD[v['faulty']]}) and {v['high']} ({_WORD[not v['faulty']]})",
     "not_in_environment": "{package} is not among the {packages} packages in {file}",
@@ -318,8 +318,8 @@ REASONS: dict[str, Form] = {
     "setting": lambda v: _together(v, f"{SETTINGS[v['setting']]} {_found(v)}") + NOTES.get(v.get("note", ""), ""),
     "not_said": lambda v: f"{SETTINGS[v['setting']]} is not given in any file",
     "boundary_not_shown": "no file shows whether the loop calls set_gradient_accumulation_boundary itself",
-    "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}), which is 3 or more on "
-    "up to {most} processes",
+    "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}), so it is "
+    "3 or more if there are at most {most} processes",
     "trainer_not_shown": "no file shows whether the {trainer} was used",
     "trained_by": lambda v: f"trained by {_found(v)}",
     "averages_by_default": "average_tokens_across_devices is not set in any file; transformers 5.23.0 "

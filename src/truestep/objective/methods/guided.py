@@ -82,8 +82,8 @@ def super_rl(
 ) -> Method:
     """SuperRL: if no sample is correct, the demonstration is imitated; otherwise the method is GRPO. With
     ``learned_weights``, the two losses are weighted by e^(−2σ). The σ of RL starts at 0, that of imitation at
-    1, and neither falls below −2 [S]; the learning rate is [U]. They learn from the losses under the proximal
-    policy, where the ratio is 1."""
+    1, and neither falls below −2 [S]; the learning rate is not verified [U]. Both σ are trained on the losses
+    computed under the proximal policy, for which the ratio is 1."""
     policy = clipped_term(clip, clip, Normaliser.TOKENS)
     row = Method(
         name="super_rl",
@@ -107,8 +107,8 @@ def super_rl(
 
 def sasr(*, gamma: float = 1.0, warmup_steps: int = 20, clip: float = 0.2) -> Method:
     """SASR: a random draw decides whether a step is imitation or GRPO. The probability of imitation follows
-    its gradient norm [S]; γ and the length of the warm-up are [U]. For the KL (k3) to the policy after the
-    warm-up, make the warm-up a separate stage and set ``kl``."""
+    its gradient norm [S]; γ and the length of the warm-up are not verified [U]. For the KL (k3) to the policy
+    after the warm-up, make the warm-up a separate stage and set ``kl``."""
     return Method(
         name="sasr",
         terms=(clipped_term(clip, clip, Normaliser.TOKENS), imitation_term()),
@@ -124,7 +124,7 @@ def bread(
 ) -> Method:
     """BREAD: GRPO, but if no sample is correct, all samples branch from the shortest expert prefix after
     which some but not all are correct. A binary search over 10 parts finds it [S], and it is not trained on.
-    The limits ``share_low`` and ``share_high`` are [U]. The option ``kl`` sets the KL term."""
+    The limits ``share_low`` and ``share_high`` are not verified [U]. The option ``kl`` sets the KL term."""
     terms = (clipped_term(clip, clip, Normaliser.SEQUENCES),)
     rounds, source = plan.anchored(num_episodes, share_low, share_high), "arXiv:2506.17211"
     return Method(name="bread", terms=terms, plan=rounds, advantage=group_mean_std, source=source)

@@ -4,8 +4,8 @@ The code of most papers of this family has LUFFY's normaliser: it divides by L p
 micro-batches and averages over ranks. Here every term is divided by a global count. ``legacy_scale`` = W, the
 number of GPUs in the official run, restores the size of the official gradient. Terms over N·L are then
 multiplied by N/W. Token means, which that code sums over the micro-batches of a rank, are multiplied by
-``legacy_microbatches``, which depends on packing and is not a constant of any method; 8 is [U]. With AdamW,
-the scale matters for gradient clipping, the entropy bonus and the balance of RL and imitation.
+``legacy_microbatches``, which depends on packing and is not a constant of any method; 8 is not verified
+[U]. With AdamW, the scale matters for clipping, the entropy bonus and the balance of RL and imitation.
 
 The letters in brackets are explained in ``methods/__init__.py``.
 """
@@ -103,7 +103,7 @@ def srft(
     """SRFT adds three terms: imitation of the demonstration with weight ½·exp(sign·H), the demonstration with
     its advantage times p, and the policy's samples with a weight that depends only on the verdict (0.1·exp(H)
     or −1). H is a sequence's mean entropy, as in HPT's re-implementation [C]. The sign is the paper's −1 [P];
-    the official code is reported to have +1 [S]."""
+    the official code is reported to use +1 [S]."""
     terms = (
         imitation_term(coefficients.entropy_weighted(imitation_weight, entropy_sign)),
         _part("demonstration", EXPERT, coefficients.unshaped_demonstration),
@@ -156,10 +156,10 @@ def hpt(
 
 
 def trapo(*, alpha: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """TRAPO samples micro-groups one after another. If too few samples so far are correct, the next group
-    continues an expert prefix: of length 0.25, 0.5 or 1 if the share is below 1/2, 2/3 or 1 [C] (in the paper
-    0.2, 0.5 or 1, if below 0.5, 0.7 or 0.9). TrSFT imitates expert tokens with advantage 1. The official code
-    also leaves out one of two guided samples and ends prefixes at clauses; this method does neither."""
+    """TRAPO samples micro-groups one after another. If too few samples have been correct so far, the next
+    group continues an expert prefix, of length 0.25, 0.5 or 1 if the share is below 1/2, 2/3 or 1 [C] (in the
+    paper 0.2, 0.5 or 1 if below 0.5, 0.7 or 0.9). TrSFT imitates expert tokens with advantage 1. The official
+    code also leaves out one of two guided samples and ends prefixes at clauses; this method does neither."""
     terms = (OWN_PART, _part("prefix", EXPERT, coefficients.trusted(alpha)))
     legacy = (legacy_scale, legacy_microbatches)
     guided = plan.guided((0.25, 0.5, 1.0), (1 / 2, 2 / 3, 1.0))
@@ -178,7 +178,7 @@ def exgrpo(
 ) -> Method:
     """ExGRPO: half of the prompts come from a store of partly solved problems. Each of their groups has one
     stored sample, weighted by its shaped ratio to the policy that sampled it [C]. ``most_stored`` is the most
-    samples stored per problem ([U]: the official code keeps all samples)."""
+    samples stored per problem (not verified [U]: the official code keeps all samples)."""
     shaped, needs = coefficients.shaped_replay(beta), ("behavior_logprobs",)
     terms = (OWN_PART, _part("replay", row.STORED, shaped, needs=needs))
     legacy = (legacy_scale, legacy_microbatches)

@@ -92,7 +92,7 @@ def power_sft(*, alpha: float = 0.5) -> Method:
 def entropy_sft(*, share: float = 0.2) -> Method:
     """SFT on the ``share`` of the step's tokens that have the highest entropy under the policy before the
     step. Z counts that share of all tokens. MIFO's ρ is in an appendix that we did not obtain, so 0.2 is
-    [U]."""
+    not verified [U]."""
     if not 0 < share <= 1:
         raise ValueError(f"method_options.share: expected more than 0 and at most 1, got {share}")
     term = imitation_term(coefficients.where_uncertain(coefficients.ones, "entropy"), weight=1 / share)

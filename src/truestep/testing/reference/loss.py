@@ -261,9 +261,9 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of ``step``, which is 0 … total_steps − 1.
 
-    Equation: W = round(warmup_fraction · T). s < W: peak·(s+1)/W. Then constant: peak; or cosine: floor +
-    (peak−floor)·½(1+cos(π(s−W)/(T−W))), floor = min_lr_ratio·peak. So step W−1 and step W have the peak, and
-    the floor would be reached at step T, one after the last.
+    Equation: W = round(warmup_fraction · T). If s < W, the rate is peak·(s+1)/W; otherwise, it is peak if
+    the schedule is constant, and floor + (peak−floor)·½(1+cos(π(s−W)/(T−W))) if it is cosine, where floor is
+    min_lr_ratio·peak. Steps W−1 and W have the peak rate; only step T, one after the last, would have floor.
     """
     if not 0 <= step < total_steps:
         raise ValueError(f"step {step} is not one of 0..{total_steps - 1}")

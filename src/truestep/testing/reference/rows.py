@@ -1,7 +1,7 @@
 """The papers' objectives as whole optimizer steps over sequences of several kinds.
 
-Each part follows the papers' formulas and uses the surrogates of ``reference.surrogate``. It is
-differentiated as it is written, and divided by counts of the whole step.
+Each part follows the papers' formulas and uses the surrogates of ``reference.surrogate``. Each
+part is differentiated exactly as written, and divided by counts taken over the whole step.
 """
 
 from __future__ import annotations
