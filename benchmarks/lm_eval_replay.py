@@ -35,7 +35,8 @@ def task_of(row: dict[str, Any]) -> str:
 
 
 def theirs(python: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return, by id and for each metric of the row's task, the score and the answer that was extracted."""
+    """Return a mapping from row id to metric to the score and the extracted answer, for every metric of each
+    row's task."""
     with tempfile.TemporaryDirectory() as folder:
         given = [{key: row[key] for key in ("id", "gold", "pred")} | {"task": task_of(row)} for row in rows]
         (Path(folder) / "rows.json").write_text(json.dumps(given))
