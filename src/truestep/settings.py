@@ -2,7 +2,7 @@
 keys and contradictions are errors with a remedy. ``resolved.toml`` in the run directory has every setting.
 
 A batch size is named after what it counts. Batch sizes that are not settings are derived from those that are.
-The models are in one file, because they refer to each other."""
+One file: the models refer to each other."""
 
 from __future__ import annotations
 

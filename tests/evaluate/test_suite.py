@@ -311,12 +311,12 @@ def test_templates_hold_the_problem_once_and_shots_come_before_it(run: Callable[
 
 
 def test_worked_examples_are_right() -> None:
-    for question, answer in (*prompts._MATH_SHOTS, *prompts._BRIEF_SHOTS):
+    for question, answer in (*prompts.WORKED["math"], *prompts.WORKED["brief"]):
         for left, operation, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", answer):
             by_hand = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
             assert by_hand[operation](int(left), int(right)) == int(result), question
         assert answer.endswith(f"The answer is {re.findall(r'= ([0-9]+)', answer)[-1]}")
-    assert {len(shots) for shots in (prompts._MATH_SHOTS, prompts._BRIEF_SHOTS, prompts._CHOICE_SHOTS)} == {8}
+    assert {len(shots) for shots in prompts.WORKED.values()} == {8}
 
 
 def test_what_a_prompt_stops_at_is_tokens_that_spell_it() -> None:

@@ -4,6 +4,9 @@ from truestep.grade.score import Grader
 from truestep.records import Message, Problem, Score
 
 
+def problem(gold: str) -> Problem:
+    return Problem(id="pair", messages=(Message(role="user", content=""),), answer=gold)
+
+
 def grade_pair(gold: str, text: str, grader: Grader) -> Score:
-    message = Message(role="user", content="")
-    return grader.score(Problem(id="pair", messages=(message,), answer=gold), text)
+    return grader.score(problem(gold), text)

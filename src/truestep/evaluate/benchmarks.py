@@ -1,11 +1,9 @@
-"""The pinned benchmarks, with the source, number of rows, content hash and scoring of each.
-
-A hash covers the content of the rows (``sources.content_hash``). "unknown" means that this table does not
-have the hash. Then the hash is recorded at the first load, and later loads must match it. Published scores
-are in points and come from the paper (Table 1, Qwen2.5-Math-7B)."""
+"""The pinned benchmarks, with the source, number of rows, content hash and scoring of each. The table is
+benchmarks.toml."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,87 +45,14 @@ class Benchmark:
     published: Mapping[str, str] = field(default_factory=dict)
 
 
-def _figures(sft: str, rl: str, luffy: str, prefix: str) -> dict[str, str]:
-    return {"SFT": sft, "SFT→RL": rl, "LUFFY (reported)": luffy, "Prefix-RFT (reported)": prefix}
+def _table() -> tuple[Benchmark, ...]:
+    rows = tomllib.loads(Path(__file__).with_name("benchmarks.toml").read_text(encoding="utf-8"))["benchmark"]
+    sources = ("SFT", "SFT→RL", "LUFFY (reported)", "Prefix-RFT (reported)")
+    published = [dict(zip(sources, row.pop("published", ()), strict=False)) for row in rows]
+    return tuple(Benchmark(**row, published=scores) for row, scores in zip(rows, published, strict=True))
 
 
-_AIME24 = Benchmark(
-    id="aime24", title="AIME 2024", num_rows=30, samples=32, average="ID",
-    content="f808535a799b12041091c3c32386bf34db6f00ec0d0b8db3850242587c343ce4",
-    hub="HuggingFaceH4/aime_2024::train", published=_figures("33.6±1.4", "40.4±0.3", "29.4", "31.8"),
-)  # fmt: skip
-_GSM8K = Benchmark(
-    id="gsm8k", title="GSM8K test", num_rows=1319, prompt="qwen",
-    content="840e254a49f8e3956eb37315d3f8eb38738636ba502f7fba9a858b172f39be04", hub="openai/gsm8k:main:test",
-)  # fmt: skip
-_MMLU_PRO = Benchmark(
-    id="mmlu_pro", title="MMLU-Pro", num_rows=12032, content=UNKNOWN, hub="TIGER-Lab/MMLU-Pro::test",
-    kind="choice", scorer="exact", average="OOD", published=_figures("50.2±0.3", "55.1±0.6", "53.0", "52.1"),
-)  # fmt: skip
-
-TABLE: tuple[Benchmark, ...] = (
-    _AIME24,
-    replace(
-        _AIME24, id="aime25", title="AIME 2025", hub="math-ai/aime25::test",
-        content="f0862c189a6391b726b2fe2ddd14f182d9d0fda87b927542d30263d3f24dc2b8",
-        published=_figures("28.2±0.7", "29.8±0.7", "23.1", "26.4"),
-    ),
-    replace(
-        _AIME24, id="amc22_23", title="AMC 12 2022 and 2023", num_rows=83,
-        hub="AI-MO/aimo-validation-amc::train",
-        content="e532865b8d0cb90e870cb611e437717a0f028e12161468f9aa9a4ed47e08be2b",
-        published=_figures("65.4±0.9", "73.2±1.2", "65.6", "68.2"),
-    ),
-    replace(
-        _AIME24, id="math500", title="MATH-500", num_rows=500, samples=1, hub="HuggingFaceH4/MATH-500::test",
-        content="51b16a7fa25a6494436a60c09de15ba4b86b2e848bbd653aa422eb6a9f7b6cb2",
-        published=_figures("90.0±0.9", "92.0±0.2", "87.6", "88.4"),
-    ),
-    replace(
-        _AIME24, id="minerva", title="Minerva Math", num_rows=272, samples=1, hub="math-ai/minervamath::test",
-        content="ba5b401ab6206a62dc478ad9cd09440a98063fa15c1b21903af987d60ee26c57",
-        published=_figures("40.6±0.6", "43.9±0.6", "37.5", "40.3"),
-    ),
-    replace(
-        _AIME24, id="olympiadbench", title="OlympiadBench, English maths, text only", num_rows=675, samples=1,
-        content="e0bc53c1c38309682a30262be33ea6b2cbedbef9a11030e2c5acd41bbedfb5f9",
-        hub="Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", mind="others use only 674 of these 675 problems",
-        published=_figures("55.7±0.6", "62.8±0.6", "57.2", "55.7"),
-    ),
-    replace(
-        _MMLU_PRO, id="arc_challenge", title="ARC-Challenge test", num_rows=1172,
-        content="3d4d14f0096be167538c4163dbf27dfad9370285dfdf4634f160c8fc96bac75e",
-        hub="allenai/ai2_arc:ARC-Challenge:test", mind="22 gold answers are digits; 7 items have 3 or 5 choices",
-        published=_figures("82.5±0.6", "84.0±0.6", "80.5", "84.0"),
-    ),
-    replace(
-        _MMLU_PRO, id="gpqa_diamond", title="GPQA-Diamond", num_rows=198,
-        hub="Idavidrein/gpqa:gpqa_diamond:train", private=True,
-        mind="its authors ask that its text not be published, so samples have only ids and verdicts",
-        published=_figures("24.6±2.9", "40.6±1.8", "39.9", "39.1"),
-    ),
-    _MMLU_PRO,
-    replace(
-        _MMLU_PRO, id="mmlu_pro_700", title="MMLU-Pro, 50 of each of 14 categories", num_rows=700, hub="",
-        average="", content="e9e8e7b28cc9ad2f5e30b50422413586986b47705baaf0eba2481fbcaf3ed22d", published={},
-        mind="a fixed subset of mmlu_pro; scores are not comparable with those for all of mmlu_pro",
-    ),
-    _GSM8K,
-    replace(
-        _GSM8K, id="svamp", title="SVAMP", num_rows=1000, hub="ChilleD/SVAMP::test+train",
-        content="63a8b9afe66dda79372d2490d86dda23d1a43e4461e787b7e2e9c26bf280e127",
-    ),
-    replace(
-        _GSM8K, id="asdiv", title="ASDiv", num_rows=2215, hub="",
-        content="6d3047c4dcff33b2d4a41d457ef0864043cdac7f627668fe99caae2c2c2b23f3",
-        mind="131 gold answers are not plain numbers; 240 problems are also in MAWPS",
-    ),
-    replace(
-        _GSM8K, id="mawps", title="MAWPS", num_rows=2065, hub="",
-        content="89b61a245b9ca464ff8aa6f3493f2dfcf1d4e528ea5a4a3d870461f5b28833db",
-        mind="200 of its problems are repeated; 240 are also in ASDiv",
-    ),
-)  # fmt: skip
+TABLE = _table()
 BY_ID = {b.id: b for b in TABLE}
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from truestep.grade import structure
 from truestep.grade.extract import choice_letter, num_words
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
-from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number
+from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number, split_unit
 from truestep.grade.structure import brackets, elements, matrix
-from truestep.grade.units import same_time, spelled_number
+from truestep.grade.units import conversion, same_time, same_unit, spelled_number
 
 MAX_LENGTH = 2_000  # characters; longer answers are compared only as text
 MAX_DEPTH = 25  # levels of nested brackets
@@ -25,9 +25,12 @@ _LARGEST_FACTORIAL = 5_000
 _LARGEST_POWER = 6  # digits of a numeric exponent
 
 _LEFT_SIDE = re.compile(
-    r"(?:\\angle )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([A-Za-z_, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
+    r"(?:\\angle )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
 )
-_ARITHMETIC = re.compile(r"(?:[\d\s.+*/^()-]|\\times|\\cdot|\\div)+$", re.ASCII)
+_POINTS = re.compile(  # a length or a ratio of named points, areas or volumes: |AB|, V_1:V_2, \frac{NO}{BO}
+    r"(?:\\(?:frac|overline|angle|triangle|colon)(?![A-Za-z])|[A-Z]+(?:_\{?\w+\}?)?'?|[|{}:/\s])+$"
+)
+_ARITHMETIC = re.compile(r"(?:[\d\s.+*/^(){}$-]|\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z]))+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
 _TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
@@ -121,7 +124,7 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
     for reshape in (_same_region, _same_assignments, _same_matrix):
         if (equal := reshape(gold, found, depth)) is not None:
             return equal
-    if stripped := _without_left_side(gold, found):
+    if stripped := _without_left_side(gold, found) or _without_units(gold, found):
         return _same(*stripped, depth + 1)
     return _same_european(gold, found, left, right) or _same_lists(gold, found, depth)
 
@@ -147,7 +150,8 @@ def _same_region(gold: str, found: str, depth: int) -> bool | None:
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
     """Return the pairs that algebra must compare. Two undecided answers are equal if all their pairs are
     equal. The pairs are the undecided entries of tuples, intervals and matrices, or the whole answers."""
-    if (stripped := _without_left_side(gold, found)) and depth < MAX_DEPTH:
+    stripped = _without_left_side(gold, found) or _without_units(gold, found)
+    if stripped and depth < MAX_DEPTH:
         return questions(*stripped, depth + 1)
     left, right = brackets(gold), brackets(found)
     ours, theirs = elements(left[1]), elements(right[1])
@@ -245,9 +249,16 @@ def _same_words(gold_raw: str, found_raw: str) -> bool | None:
         return None
     is_text = any(re.match(TEXT_COMMAND, raw) for raw in (gold_raw, found_raw))
     longest = max(len(word) for word in f"{gold} {found}".split())
-    if is_text or longest > 3:  # shorter words may be products of variables
+    if is_text or longest > 3 or (_is_word(gold) and _is_word(found)):
         return _word_form(gold) == _word_form(found)
     return None
+
+
+def _is_word(text: str) -> bool:
+    """Return whether two or three letters are a word (no, red) and not a product of variables (AB, xyz)."""
+    low = text.lower()
+    is_run = low in "abcdefghijklmnopqrstuvwxyz"
+    return low == "no" or (len(low) == 3 and bool(re.search("[aeiouy]", low)) and not is_run)
 
 
 def _word_form(text: str) -> str:
@@ -268,15 +279,38 @@ def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
     return (sides[0][1], sides[1][1]) if has_one else None
 
 
+def _without_units(gold: str, found: str) -> tuple[str, str] | None:
+    """Return two formulas without their units, the first converted to the unit of the second; None if neither
+    has a unit, or if the units do not measure the same."""
+    (left, one), (right, other) = split_unit(gold), split_unit(found)
+    if not (one or other):
+        return None
+    if not (one and other) or same_unit(one, other):
+        return left, right
+    factor = conversion(one, other)
+    return (
+        None
+        if factor is None
+        else (rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({left})", right)
+    )
+
+
 def _split_left(text: str) -> tuple[str, str]:
     opening, inside, _ = brackets(text)
     if opening == "(" and "=" in inside and len(elements(inside)) == 1:
         text = inside
     for relation in (r"\in ", "=", r"\approx "):
         left, _, right = text.partition(relation)
-        has_sides = right.strip() and (_LEFT_SIDE.match(left.strip()) or _ARITHMETIC.match(left))
-        if has_sides and len(elements(text)) == 1:
-            return left.strip(), _right_side(right)
+        left, right = left.strip(), _right_side(right)
+        if not left or not right or len(elements(text)) > 1:
+            continue
+        middle = text.split("=")[-2:-1]  # 9 + 5 = 14, m + n = 9 + 5 = 14
+        is_step = middle and (_ARITHMETIC.match(middle[0]) or _LEFT_SIDE.match(middle[0].strip()))
+        is_sum = is_step and parse_number(right) is not None
+        if is_sum or _LEFT_SIDE.match(left) or _POINTS.match(left):
+            return left, right
+        if relation == "=" and _LEFT_SIDE.match(right):
+            return right, left
     return "", text
 
 

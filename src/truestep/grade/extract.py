@@ -57,6 +57,19 @@ _ARTICLE = re.compile(r"\b[AI](?= (?!or\b|and\b)[a-z])")
 _DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
 _DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
+# What gives a number before or after it a different value, in prose: not "18 because it is more than 5".
+_REASON = re.compile(
+    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|for|when|where|if|given|thus)\b"
+)
+_CHANGED = re.compile(
+    r"\b(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|up to|"
+    r"no (?:more|less|fewer)|or (?:more|less|fewer|greater|higher|lower|above|below|over|under|so)|(?:above|below|"
+    r"under|over|beyond|between|within|exceeds?|exceeding|almost|nearly|hardly) (?=\d|zero)|half of|quarter of|"
+    r"third of|twice|thrice|double|triple|squared|cubed|(?:square|cube)s? (?:root|of)|factorial|to the power|minus|"
+    r"plus|negative|times|divided|multiplied|modulo)\b|\d\s*(?:over|to|by|out of)\s*\d|"
+    r"\d\s*(?:(?:dozen|hundred|thousand|million|billion|trillion)s?\b|[kKMB]\b)",
+    re.IGNORECASE,
+)
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
 _MATH = re.compile(  # a lone dollar is money: a formula after it has no space at either end, or one at both
     r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
@@ -198,6 +211,11 @@ def _answer_is(text: str) -> tuple[str, How] | None:
     sentence = re.split(r"\n|\.(?=\s|$)|\*\*", tail, maxsplit=1)[0].strip()
     if letter := _LETTER.match(sentence):
         return letter[1], "answer_is"
+    head = _REASON.split(typographic(sentence), maxsplit=1)[0]
+    if re.search(r"\d", head):
+        if _CHANGED.search(head):
+            return head, "answer_is"  # as a whole: the number in it is not the answer
+        sentence = head
     if (leading := _LEADING.match(typographic(sentence))) and num_words(leading[2]):
         return leading[1], "answer_is"
     if num_words(sentence) == 0 or (num_words(sentence) <= MAX_WORDS and not re.search(r"\d", sentence)):

@@ -19,10 +19,11 @@ _SYMBOLS = {
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "≤": r"\leq ", "≥": r"\geq ",
     "≠": r"\neq ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
-    "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "…": r"\ldots ",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "…": r"\ldots ",
     "∅": r"\emptyset ",
 }  # fmt: skip
 
+_SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "_": "₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ"}
 _WRAPPERS = ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
 TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm)\s*"
 _TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
@@ -48,7 +49,9 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(frac|sqrt)\s+(?=[{\[])", r"\\\1"),
         (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
         (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-        (r"(?<![\d}.])(?<![\d}.] )\\(?:mathrm|mathit|mathbf|text)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
+        (r"(?<![\d}.])(?<![\d}.] )\\(?:mathrm|mathit|mathbf|text)\s*\{\s*([dei])\s*\}", r" \1"),
+        (r"(?<![\w}.)])(?<![\w}.)] )\\(?:mathrm|mathit|mathbf|text)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
+        (r"(\\(?:mathrm|text)\{\s*[A-Za-z]+)\s+([A-Za-z]+)\^\{?-1\}?\s*\}", r"\1/\2}"),
         (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"(?<![\w.^_])1i(?![A-Za-z])", "i"),
         (r"\s+", " "),
@@ -67,6 +70,10 @@ def normalise(text: str) -> str:
     text = typographic(text)
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)
+    for sign, small in _SMALL.items():  # adjacent digits are one exponent: x²³ is x^{23}
+        text = re.sub(f"[{small}]+", sign + r"{\g<0>}", text).translate(
+            str.maketrans(small, "0123456789+-ni")
+        )
     for symbol, command in _SYMBOLS.items():
         if symbol in text:
             text = text.replace(symbol, command)

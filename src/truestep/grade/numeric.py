@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from truestep.grade.normal import TEXT_COMMAND
-from truestep.grade.units import CURRENCIES, LETTERS, PERCENT, WORDS, in_common, same_unit, scale, unit_name
+from truestep.grade.units import CURRENCIES, PERCENT, conversion, is_unit, same_unit, scale, unit_name
 
 MAX_DIGITS = 1_000  # longer numbers are compared as text
 MAX_POWER_DIGITS = 20_000  # digits of the value of a power such as 2024^{4046}
@@ -21,6 +21,7 @@ _EXPONENT = r"(?:\{\s*([-+]?\d{1,5})\s*\}|([-+]?\d{1,5}))"
 _UNIT = re.compile(
     rf"\s*(?:{TEXT_COMMAND}\{{([^{{}}]*)\}}|([A-Za-z][A-Za-z ./]*))(\^\{{?[0-9]\}}?)?\s*$", re.ASCII
 )
+_TEXT_UNIT = re.compile(rf"([^,;=<>]+?)\s*({TEXT_COMMAND}\{{[^{{}}]*\}}(?:\^\{{?[0-9]\}}?)?)\s*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,14 +134,18 @@ def _unit(rest: str, *, letters: bool) -> str | None:
     if match is None:
         return None
     words = (match[1] if match[1] is not None else match[2]).strip()
-    if re.search(r"\b(?:and|or|not)\b", words.lower()):
-        return None
-    is_known = all(word.lower() in WORDS for word in re.split(r"[ ./]+", words) if word)
-    if match[1] is None and not is_known and not (letters and words in LETTERS):
+    if not is_unit(words, is_text=match[1] is not None, letters=letters):
         return None
     if words.lower() in ("percent", "pct", "percentage", "%"):
         return PERCENT
     return unit_name(words, re.sub(r"[{}]", "", match[3] or ""))
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""Return a formula and the unit in ``\text{…}`` after it ("" if there is none): 2\sqrt{3} and cm."""
+    match = _TEXT_UNIT.fullmatch(text)
+    unit = _unit(match[2], letters=False) if match and re.search(r"[\w})]$", match[1].strip()) else None
+    return (match[1].strip(), unit) if match and unit else (text, "")
 
 
 def same_number(gold: Number, found: Number) -> bool:
@@ -154,7 +159,8 @@ def same_number(gold: Number, found: Number) -> bool:
             left, right = (n.value / (100 if n.unit == PERCENT else 1) for n in (gold, found))
         return units <= {PERCENT, ""} and left == right
     if gold.unit and found.unit and not same_unit(gold.unit, found.unit):
-        return in_common((left, gold.unit), (right, found.unit))
+        factor = conversion(gold.unit, found.unit)
+        return factor is not None and left * factor == right
     has_exact = gold.places is None or found.places is None
     return left == right or (has_exact and rounds(gold, found, ROUNDED_DIGITS))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from truestep.grade.equivalent import decide
 from truestep.grade.extract import Extraction, How, gold_answer
 from truestep.grade.normal import canonical
-from truestep.grade.numeric import parse_number, rounds
+from truestep.grade.numeric import parse_number, rounds, split_unit
 from truestep.grade.structure import brackets, elements, matrix
+from truestep.grade.units import PERCENT
 from truestep.records import Problem, Score, Verdict
 
 EXPLICIT: tuple[How, ...] = ("boxed", "marker", "answer_is", "whole")
@@ -59,7 +60,8 @@ def objection(gold: str, found: str, how: How) -> str:
     if refusal := unmarked(how):
         return refusal
     left, right = parse_number(gold), parse_number(found)
-    if left is not None and right is not None and left.unit != right.unit:
+    units = [n.unit if n else split_unit(text)[1] for n, text in ((left, gold), (right, found))]
+    if (left is None) == (right is None) and units[0] != units[1]:
         return "strict: the units are not the same"
     if _is_reducible(found) and not _is_reducible(gold):
         return "strict: a fraction is not in lowest terms"
@@ -77,6 +79,8 @@ def nearly(gold: str, found: str) -> bool:
     significant digits, or unchanged."""
     rows = matrix(gold), matrix(found)
     if rows[0] is not None and rows[1] is not None:
+        if [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
+            return False
         parts = [[entry for row in side for entry in row] for side in rows if side is not None]
     else:
         ours, theirs = brackets(gold), brackets(found)
@@ -92,6 +96,10 @@ def _near(gold: str, found: str) -> bool:
     left, right = parse_number(gold), parse_number(found)
     if left is None or right is None or (left.unit and right.unit and left.unit != right.unit):
         return False
+    if (left.unit == PERCENT) != (right.unit == PERCENT):
+        left, right = (
+            replace(n, value=n.value / 100, places=None) if n.unit == PERCENT else n for n in (left, right)
+        )
     return left.value == right.value or rounds(left, right, ROUNDED_DIGITS)
 
 

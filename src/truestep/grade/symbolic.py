@@ -13,16 +13,25 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import socket
 import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 OUT_OF_MEMORY = "memory"
+DIGITS = 50  # digits that two equal constants have in common
+ROUNDED_DIGITS = 6  # as in grade.numeric, which is not imported into the processes
 PRIMES = (3, 5, 2, 7, 11, 13, 17, 19)
+# Names that the parser reads as √-1, as e, or as the small letter.
+_CAPITAL = re.compile(
+    r"(?<![A-Za-z\\_{])([IE])(?![A-Za-z_])|\\(Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega)(?![A-Za-z])"
+)
+_DECIMAL = re.compile(r"-?\d*\.(\d+)", re.ASCII)
 Compare = Callable[[str, str], tuple[bool, str]]
 
 
@@ -82,23 +91,43 @@ def _work(channel: socket.socket, compare: Compare, seconds: float, memory_mb: i
 
 def _comparison() -> Compare:
     logging.disable(logging.CRITICAL)
-    from math_verify import LatexExtractionConfig, parse, verify
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+    from math_verify import verify
+    from math_verify.grader import should_treat_as_complex
+    from sympy import Expr, simplify  # type: ignore[import-untyped]
 
-    reading = [LatexExtractionConfig(boxed_match_priority=-1)]
+    # Units are our own rules' business, and letters of different case are different variables.
+    cleaned = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="all")
+    cased = ConversionConfig(lowercase_symbols=False)
 
     @lru_cache(maxsize=64)  # the same gold answer is compared with many completions
-    def read(text: str) -> list[Any]:
-        # The whole text must be one formula; it is not searched for a readable part.
-        how: dict[str, Any] = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
-        return list(parse(f"${text}$", reading, parsing_timeout=None, **how))
+    def read(text: str) -> Any:
+        text = normalize_latex(_CAPITAL.sub(lambda m: f"x_{{{m[1] or m[2]}}}", text), cleaned)
+        is_real = not should_treat_as_complex(text)
+        try:
+            return latex2sympy(text, is_real=is_real, normalization_config=None, conversion_config=cased)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 (the parser raises it for text that it cannot read)
+            return None
 
     def compare(gold: str, found: str) -> tuple[bool, str]:
         left, right = read(gold), read(found)
-        if not left or not right:
-            which = "answer" if left else "gold answer"
+        if left is None or right is None:
+            which = "gold answer" if left is None else "answer"
             return False, f"the {which} is not a readable formula: compared as text"
-        if len(left) == len(right) == 1 and _clearly_different(left[0], right[0]):
+        if _is_equation(left) != _is_equation(right) and (isinstance(left, Expr) or isinstance(right, Expr)):
+            return False, "an equation is not compared with a formula"
+        for rounded, text, other in ((right, found, left), (left, gold, right)):
+            if getattr(rounded, "is_Float", False) and (decimal := _DECIMAL.fullmatch(text)):
+                return _rounds(Fraction(text), len(decimal[1]), other), "compared with the decimal"
+        if (equal := _same_constant(left, right)) is not None:
+            return equal, "compared by value"
+        if _clearly_different(left, right):
             return False, "compared by value"
+        if isinstance(left, Expr) and isinstance(right, Expr) and (left.is_Symbol or right.is_Symbol):
+            return bool(simplify(left - right) == 0), "compared by algebra"
         return bool(verify(left, right, timeout_seconds=None)), "compared by algebra"
 
     return compare
@@ -107,22 +136,65 @@ def _comparison() -> Compare:
 def _clearly_different(left: Any, right: Any) -> bool:
     """Return whether the values of two formulas are far apart, so that no proof is needed. If there are
     variables, each has a different prime as its value, which every assumption on the variables allows."""
-    from sympy import Expr, Symbol, UnevaluatedExpr  # type: ignore[import-untyped]
+    from sympy import Expr, Symbol, UnevaluatedExpr
 
     if any(isinstance(s, Symbol) or not isinstance(s, Expr) or s.has(UnevaluatedExpr) for s in (left, right)):
         return False  # an UnevaluatedExpr is a percentage, perhaps meant without its sign
-    variables = left.free_symbols | right.free_symbols
-    if variables and not (_is_elementary(left) and _is_elementary(right)):
+    variables = sorted(left.free_symbols | right.free_symbols, key=str)
+    if len(variables) > len(PRIMES) or not (_is_elementary(left) and _is_elementary(right)):
         return False
-    names = sorted({variable.name for variable in variables})
-    if len(names) > len(PRIMES):
+    values = dict(zip(variables, PRIMES, strict=False))
+    x, y = (_constant(side.subs(values)) for side in (left, right))
+    return x is not None and y is not None and bool(abs(x - y) > 1e-4 * max(1.0, abs(x), abs(y)))
+
+
+def _is_equation(formula: Any) -> bool:
+    return any(base.__name__ in ("Equality", "And") for base in type(formula).__mro__)
+
+
+def _rounds(decimal: Fraction, places: int, exact: Any) -> bool:
+    """Return whether a decimal is a constant, or agrees with it in all its digits, of which it has at least six
+    significant ones; the last may be rounded or cut off."""
+    value = _constant(exact)
+    if value is None or not value.is_real:
         return False
-    values = {variable: PRIMES[names.index(variable.name)] for variable in variables}
+    digits = abs(decimal.numerator * 10**places // decimal.denominator)
+    off = (abs(value) - abs(decimal)) * 10**places
+    is_close = -0.5 <= off < 1 if len(str(digits)) >= ROUNDED_DIGITS else abs(off) < 10**-DIGITS
+    return bool(is_close and (value < 0) == (decimal < 0))
+
+
+def _same_constant(left: Any, right: Any) -> bool | None:
+    """Return whether two formulas without variables have the same value, in 50 digits; None for others. A
+    decimal in a formula is exact."""
+    x, y = _constant(left), _constant(right)
+    if x is None or y is None:
+        return None
+    if x.is_Rational and y.is_Rational:
+        return bool(x == y)
+    return bool(abs(x - y) <= 10**-DIGITS * max(abs(x), abs(y)))
+
+
+def _constant(formula: Any) -> Any:
+    """Return the value of a formula without variables, exactly if it is rational, otherwise with 60 digits;
+    None if it has no value."""
+    from sympy import Expr, Float, I, Rational, UnevaluatedExpr, zoo
+    from sympy.core.relational import Relational  # type: ignore[import-untyped]
+
+    if not isinstance(formula, Expr) or formula.has(UnevaluatedExpr) or isinstance(formula, Relational):
+        return None  # an UnevaluatedExpr is a percentage, perhaps meant without its sign
+    exact = formula.xreplace({f: Rational(str(f)) for f in formula.atoms(Float)})
+    if any(symbol.name != "i" for symbol in exact.free_symbols):
+        return None
     try:
-        x, y = (complex(side.evalf(20, subs=values) if values else side.evalf(20)) for side in (left, right))
+        exact = exact.xreplace(dict.fromkeys(exact.free_symbols, I)).doit()
+        if exact.is_Rational:
+            return exact
+        value = exact.evalf(DIGITS + 10, maxn=4 * DIGITS)
     except (TypeError, ValueError, ArithmeticError, NotImplementedError, AttributeError, RecursionError):
-        return False  # no value can be computed, so the algebra decides
-    return abs(x - y) > 1e-4 * max(1.0, abs(x), abs(y))
+        return None
+    is_number = value.is_number and value.is_finite and not value.has(zoo)
+    return value if is_number and all(part.is_Number for part in value.as_real_imag()) else None
 
 
 def _is_elementary(formula: Any) -> bool:

@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from fractions import Fraction
+from pathlib import Path
 
 from truestep.grade.normal import plain
 
 PERCENT = "%"
 
+_DATA = tomllib.loads(Path(__file__).with_name("units.toml").read_text(encoding="utf-8"))
 # name: (dimension, size in the dimension's first unit); the names are those that ``unit_name`` returns
-_SIZES: dict[str, tuple[str, Fraction]] = {
-    name: (dimension, Fraction(size))
-    for dimension, sizes in {
-        "length": {"m": "1", "km": "1000", "cm": "1/100", "mm": "1/1000", "nm": "1/1000000000"},
-        "imperial length": {"in": "1", "ft": "12", "yd": "36", "mi": "63360"},
-        "mass": {"g": "1", "kg": "1000", "mg": "1/1000"},
-        "imperial mass": {"lb": "16", "oz": "1"},
-        "time": {"s": "1", "min": "60", "h": "3600", "day": "86400", "week": "604800"},
-        "volume": {"l": "1", "ml": "1/1000"},
-        "money": {"$": "1", "cent": "1/100"},
-    }.items()
-    for name, size in sizes.items()
-}
+_SIZES = {name: (dimension, Fraction(size))
+          for dimension, sizes in _DATA["sizes"].items() for name, size in sizes.items()}  # fmt: skip
 _SPELLINGS = {
-    spelling: name
-    for name, spellings in {
-        "m": "meter metre", "km": "kilometer kilometre kms", "cm": "centimeter centimetre cms",
-        "mm": "millimeter", "in": "inch inches", "ft": "foot feet", "yd": "yard yds", "mi": "mile",
-        "g": "gram gm", "kg": "kilogram kgs", "mg": "milligram", "lb": "pound lbs", "oz": "ounce",
-        "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "l": "liter litre",
-        "ml": "milliliter millilitre", "$": "dollar usd bucks buck", "cent": "¢", "€": "euro eur",
-        "£": "gbp", "degree": "deg degrees", "rad": "radian",
-    }.items()
-    for spelling in spellings.split()
-}  # fmt: skip
-_MORE = (
-    "dollars cents cent euros percent pct unit units ft mph kph km cm mm nm kg mg ml min days day weeks week "
-    "months month years year people students square cubic sq per in yuan yen"
-)
-WORDS = frozenset({*_SPELLINGS, *(name + "s" for name in _SPELLINGS), *_MORE.split()})
+    spelling: name for name, spellings in _DATA["spellings"].items() for spelling in spellings.split()
+}
+WORDS = frozenset({*_SPELLINGS, *(name + "s" for name in _SPELLINGS), *_DATA["words"].split()})
 WORDS -= {"¢", "gm", "buck", "bucks", "deg"}
+NOT_UNITS = frozenset(_DATA["not_units"].split())
 LETTERS = frozenset("mgshlLNJWVAKC")  # units that a formula would read as variables
 CURRENCIES = "$€£¥"
 
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES: dict[str, int] = _DATA["scales"]
 _SCALE = re.compile(rf"\s*(?:\\text\s*\{{\s*)?({'|'.join(_SCALES)})s?(?![A-Za-z])\s*\}}?", re.IGNORECASE)
 _SMALL = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -61,6 +41,16 @@ def scale(rest: str) -> tuple[int, str]:
     return (_SCALES[match[1].lower()], rest[match.end() :]) if match else (1, rest)
 
 
+def is_unit(words: str, *, is_text: bool, letters: bool) -> bool:
+    r"""Return whether words after a number can be its unit: any noun in ``\text{…}``, otherwise only known units."""
+    parts = re.findall(r"[^ ./]+", words)
+    if NOT_UNITS.intersection(part.lower() for part in parts) or re.search(r"\d", words):
+        return False
+    if len(words) == 1:
+        return (words in LETTERS and (is_text or letters)) or (is_text and words.isupper())
+    return is_text or all(part.lower() in WORDS for part in parts)
+
+
 def unit_name(words: str, power: str = "") -> str:
     """Return one name for all spellings of a unit: "square centimeters" and "cm^2" have the same name."""
     parts = []
@@ -73,20 +63,19 @@ def unit_name(words: str, power: str = "") -> str:
     return " ".join(parts) + power
 
 
-def in_common(left: tuple[Fraction, str], right: tuple[Fraction, str]) -> bool:
-    """Return whether two (value, unit) pairs with different units are the same quantity."""
-    sizes = [_SIZES.get(unit.partition("^")[0]) for _, unit in (left, right)]
-    powers = [unit.partition("^")[2] or "1" for _, unit in (left, right)]
+def conversion(unit: str, other: str) -> Fraction | None:
+    """Return how many of the other unit one unit is; None if they are not units of the same dimension."""
+    sizes = [_SIZES.get(name.partition("^")[0]) for name in (unit, other)]
+    powers = [name.partition("^")[2] or "1" for name in (unit, other)]
     if sizes[0] is None or sizes[1] is None or sizes[0][0] != sizes[1][0] or powers[0] != powers[1]:
-        return False
-    power = int(powers[0])
-    return left[0] * sizes[0][1] ** power == right[0] * sizes[1][1] ** power
+        return None
+    return (sizes[0][1] / sizes[1][1]) ** int(powers[0])
 
 
 def same_unit(left: str, right: str) -> bool:
     """Return whether two units mean the same, such as "degree" and "degree C", or "apple" and "red apple"."""
     one, other = set(left.split()), set(right.split())
-    changes = (one ^ other) & {"per", *_SIZES}  # miles are not miles per hour
+    changes = (one ^ other) & {"per", "c", "f", *_SIZES}  # miles are not miles per hour, 30° are not 30 °C
     return (one <= other or other <= one) and not changes
 
 
