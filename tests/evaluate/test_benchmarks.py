@@ -158,3 +158,9 @@ def test_contamination_is_of_bare_questions_and_says_what_it_has_not_seen(
     write(tmp_path / "benchmarks" / "absent.jsonl", rows[:2])
     with pytest.raises(UserError, match="expected the 3 rows"):  # there, but damaged: not passed over
         contamination(str(train), [], str(tmp_path / "benchmarks"))
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_a_row_without_a_question_or_an_answer_names_the_field(field: str) -> None:
+    with pytest.raises(RowError, match=rf"^{field}: expected text, got nothing"):
+        item_of({"question": "q?", "answer": "4", field: " "}, "0")

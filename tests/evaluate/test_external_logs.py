@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from truestep.errors import UserError
+from truestep.evaluate import external_logs
 from truestep.evaluate.external_logs import read_evaluations
 from truestep.evaluate.import_compare import compare_evaluations, import_evaluations
 
@@ -79,6 +81,7 @@ def test_lighteval_details(tmp_path: Path) -> None:
     parquet.write_table(arrow.Table.from_pylist(rows), path)
     (found,) = read_evaluations(path)
     assert found.task == "custom|sums|0"
+    assert [(r["completion"], r["prompt"]) for r in found.rows] == [("it is 4", "q0?"), ("it is 4", "q1?")]
     assert [(r["verdict"], r["gold"], r["num_tokens"]) for r in found.rows] == [
         ("correct", "4", 3),
         ("incorrect", "4", 3),
@@ -276,3 +279,72 @@ def test_a_compression_that_zipfile_does_not_know_is_said(tmp_path: Path, name: 
     path.write_bytes(raw)
     with pytest.raises(UserError, match=rf"a.eval: {name} cannot be read .*compression.*convert --to json"):
         read_evaluations(path)
+
+
+def test_an_export_has_exactly_the_fields_of_lm_eval() -> None:
+    rows = [
+        {
+            "problem_id": "a",
+            "prompt": "q?",
+            "gold": "4",
+            "completion": "it is 4",
+            "extracted": "4",
+            "verdict": "correct",
+        },
+        {
+            "problem_id": "a",
+            "prompt": "q?",
+            "gold": "4",
+            "completion": "no",
+            "extracted": "",
+            "verdict": "incorrect",
+        },
+    ]
+    sha = {text: hashlib.sha256(text.encode()).hexdigest() for text in ("aq?4", "q?", "4")}
+    assert list(external_logs._documents(rows)) == [
+        {
+            "doc_id": 0, "doc": {"id": "a", "problem": "q?", "answer": "4"}, "target": "4",
+            "arguments": {"gen_args_0": {"arg_0": "q?", "arg_1": {}}}, "resps": [["it is 4", "no"]],
+            "filtered_resps": ["4", "[invalid]"], "filter": "none", "metrics": ["exact_match"],
+            "doc_hash": sha["aq?4"], "prompt_hash": sha["q?"], "target_hash": sha["4"], "exact_match": 0.5,
+            "truestep": {"verdicts": ["correct", "incorrect"]},
+        }
+    ]  # fmt: skip
+
+
+def test_exported_results_have_exactly_the_fields_of_lm_eval(tmp_path: Path) -> None:
+    path = external_logs.samples_file(tmp_path, "sums")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}\n")
+    task = {"results": {"sums": {"exact_match,none": 0.5}}, "n-samples": {"sums": {"original": 2, "effective": 2}},
+            "samples_per_problem": 2, "prompt": {"few_shot": 3}, "benchmark": {"content": "0123456789abcdef99"}}  # fmt: skip
+    found = external_logs._lm_eval_results({"sums": task}, {"model": "m"}, {"commit": "c"}, tmp_path)
+    assert found == {
+        "results": {"sums": {"exact_match,none": 0.5}},
+        "group_subtasks": {"sums": []},
+        "configs": {"sums": {"task": "sums", "repeats": 2, "metadata": {"prompt": {"few_shot": 3}}}},
+        "versions": {"sums": "0123456789abcdef"},
+        "n-shot": {"sums": 3},
+        "higher_is_better": {"sums": {"exact_match": True}},
+        "n-samples": {"sums": {"original": 2, "effective": 2}},
+        "config": {"model": "truestep", "model_args": {"pretrained": "m"}},
+        "git_hash": "c",
+        "task_hashes": {"sums": hashlib.sha256(b"{}\n").hexdigest()},
+        "model_name": "m",
+    }
+
+
+def test_an_imported_run_has_exactly_the_fields_of_a_run(tmp_path: Path) -> None:
+    log = lm_eval(tmp_path / "samples_sums_2026-01-02T03-04-05.6.jsonl", [1.0, 0.0])
+    summary = import_evaluations([log], tmp_path / "out")
+    assert {k: v for k, v in summary.items() if k != "scores"} == {
+        "schema_version": 1, "kind": "evaluation", "name": "out", "status": "done", "model": "as in the logs",
+        "engine": "imported", "seeds": {}, "spread": [], "averages": [],
+        "notes": ["imported: the verdicts are those of the other harness; nothing was graded again"],
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
+    (results,) = (
+        r for p in (tmp_path / "out").rglob("*.json") if "whole" in (r := json.loads(p.read_text()))
+    )
+    assert (results["source"], results["metric"]) == (str(log), "exact_match")
+    assert (results["private"], results["whole"], results["samples_per_problem"]) == (False, True, 1)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 
 from truestep.errors import UserError
 from truestep.rollout.engine import SampleRequest, SamplingParameters
-from truestep.rollout.engine_vllm import ENVIRONMENT, VllmServer, python_with_vllm, serve
+from truestep.rollout.engine_endpoint import text_seed
+from truestep.rollout.engine_vllm import ENVIRONMENT, VllmEngine, VllmServer, python_with_vllm, serve
 from truestep.seeding import Purpose
 from truestep.settings import ModelSettings
 
@@ -52,3 +59,84 @@ def test_greedy_tokens_and_logprobs_agree_with_torch(monkeypatch: pytest.MonkeyP
     assert {n: r.completion_ids for n, r in theirs.items()} == {n: r.completion_ids for n, r in ours.items()}
     scored = own.score((*asked[0].prompt_ids, *sampled.completion_ids), 4, 1.0)
     assert sampled.behavior_logprobs == pytest.approx(scored, abs=1e-3)
+
+
+class Completions(BaseHTTPRequestHandler):
+    """Answers as vLLM's /v1/completions does, and keeps what it was asked."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        scores = [None, *({str(t): {"logprob": -t / 8}} for t in body["prompt"][1:])]
+        choice = {
+            "token_ids": [7, 2],
+            "logprobs": {"token_logprobs": [-0.5, -0.25]},
+            "prompt_logprobs": scores,
+        }
+        data = json.dumps({"choices": [choice]} if body["prompt"] != [9] else {"choices": []}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def request(*prompt: int) -> SampleRequest:
+    return SampleRequest(
+        problem_id="p", sample_index=0, prompt_ids=prompt, seed=0, purpose=Purpose.EVALUATE, step=0
+    )
+
+
+@pytest.fixture
+def engine() -> Iterator[VllmEngine]:
+    Completions.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield VllmEngine(f"http://127.0.0.1:{server.server_port}", 2)
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_request_and_its_answer_in_vllms_protocol(engine: VllmEngine) -> None:
+    sampling = SamplingParameters(temperature=0.5, max_new_tokens=5, stop_token_ids=(2,), top_p=0.9, top_k=0)
+    (rollout,) = engine.generate([request(3, 4)], sampling)
+    assert (rollout.completion_ids, rollout.behavior_logprobs) == ((7, 2), (-0.5, -0.25))
+    (body,) = Completions.asked
+    assert body.pop("seed") == text_seed(request(3, 4))
+    assert body == {
+        "model": "model", "prompt": [3, 4], "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": -1,
+        "stop_token_ids": [2], "ignore_eos": True, "logprobs": 0, "return_token_ids": True,
+        "skip_special_tokens": False,
+    }  # fmt: skip
+    assert engine.take_cost().generated_pass_tokens == 2
+    assert engine.take_cost().generated_pass_tokens == 0
+    (greedy,) = engine.generate([request(3, 4)], replace(sampling, temperature=0))
+    assert greedy.behavior_logprobs == (0.0, 0.0)
+
+
+def test_an_answer_without_a_choice_is_a_failed_sample(engine: VllmEngine) -> None:
+    sampling = SamplingParameters(temperature=1.0, max_new_tokens=5, stop_token_ids=(2,))
+    made = engine.generate([request(9), request(3)], sampling)
+    failed, fine = sorted(made, key=lambda r: len(r.completion_ids))
+    assert failed.error.startswith("vllm: ")
+    assert fine.error == ""
+
+
+def test_scores_are_those_of_the_completion(engine: VllmEngine) -> None:
+    assert engine.score([3, 4, 7, 2], 2, 1.0) == [-7 / 8, -2 / 8]
+    (body,) = Completions.asked
+    assert body == {
+        "model": "model",
+        "prompt": [3, 4, 7, 2],
+        "max_tokens": 1,
+        "prompt_logprobs": 0,
+        "temperature": 0.0,
+    }
+    with pytest.raises(UserError, match="temperature 1 only"):
+        engine.score([3, 4], 1, 0.5)
+    with pytest.raises(UserError, match="can only evaluate"):
+        engine.publish({}, 1)

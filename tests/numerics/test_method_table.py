@@ -4,6 +4,7 @@ dealt to ranks. A row that is added to the table is tested here without a line."
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,14 @@ def whole(name: str) -> dict[str, Tensor]:
 
 def test_every_row_has_a_reference() -> None:
     assert ROWS.keys() == METHODS.keys()
+
+
+@rows
+def test_a_source_is_a_paper_that_the_docs_name(name: str) -> None:
+    papers = re.findall(r"(?<!\w)arXiv:(\d{4}\.\d{5})", build(name, {}).source)
+    docs = (Path(__file__).parents[2] / "docs/objective.md").read_text(encoding="utf-8")
+    assert papers
+    assert [paper for paper in papers if paper not in docs] == []
 
 
 @rows

@@ -212,3 +212,12 @@ def test_a_dummy_batch_has_the_precision_and_no_targets(dtype: torch.dtype) -> N
     assert batch.num_targets == 0
     assert {len(column) for column in columns} == {0}
     assert {column.dtype for column in columns if column.is_floating_point()} == {dtype}
+
+
+def test_columns_of_integers_and_truths_keep_their_type() -> None:
+    batch = dummy_batch(torch.float64, "cpu")
+    kinds = {name: getattr(batch, name).dtype for name in TARGET_FIELDS if getattr(batch, name) is not None}
+    assert {name: kind for name, kind in kinds.items() if not kind.is_floating_point} == {
+        "target_ids": torch.int64, "source_index": torch.int64, "sequence_index": torch.int64,
+        "sequence_length": torch.int64, "origin": torch.int8, "policy_version": torch.int32, "solved": torch.bool,
+    }  # fmt: skip
