@@ -266,6 +266,21 @@ def test_replays_are_drawn_from_what_is_half_solved() -> None:
     assert choose_replays({}, spec, 3, names, np.random.default_rng(0)) == []
 
 
+def test_the_store_does_not_depend_on_which_rank_had_a_problem() -> None:
+    class Reversed(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [value[::-1]]
+
+    stores = []
+    for ranks in (Ranks(), Reversed()):
+        engine = ScriptedEngine(lambda r: 7 if r.sample_index == 0 else 8)
+        made = source("exgrpo", engine, {"replay_start": 0.0}, per_step=8)  # two problems occur twice
+        made.scorer = Entropies(ranks=ranks)  # type: ignore[assignment]
+        stores.append(list(made.take(0, Memory()).memory.replay.items()))
+    assert len(stores[0]) == 6
+    assert stores[0] == stores[1]
+
+
 def test_exgrpo_replays_the_sample_of_the_lowest_entropy() -> None:
     made = source("exgrpo", ScriptedEngine(lambda r: 7 if r.sample_index == 0 else 8), {"replay_start": 0.0})
     memory = made.take(0, Memory()).memory
