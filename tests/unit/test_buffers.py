@@ -275,7 +275,7 @@ def test_the_store_does_not_depend_on_which_rank_had_a_problem() -> None:
     for ranks in (Ranks(), Reversed()):
         engine = ScriptedEngine(lambda r: 7 if r.sample_index == 0 else 8)
         made = source("exgrpo", engine, {"replay_start": 0.0}, per_step=8)  # two problems occur twice
-        made.scorer = Entropies(ranks=ranks)  # type: ignore[assignment]
+        made.ranks = ranks
         stores.append(list(made.take(0, Memory()).memory.replay.items()))
     assert len(stores[0]) == 6
     assert stores[0] == stores[1]
