@@ -163,7 +163,7 @@ KINDS: dict[str, list[str]] = {
     "Unicode": [
         box("7\u202e8"),
         box("8\u202e7"),
-        box("\u0667"),
+        box("\u0668"),
         box("7\ufe0f\u20e3"),
         box("\U0001d7d5 8"),
         box("\u2166"),

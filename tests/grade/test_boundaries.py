@@ -72,6 +72,19 @@ def test_a_phrase_around_a_number_is_not_the_number(grader: Grader) -> None:
     assert accepted(grader, pairs) == []
 
 
+def test_a_phrase_around_the_last_number_is_not_the_number(grader: Grader) -> None:
+    phrases = [f"{word} 18" for word in BEFORE if not word.startswith("between")] + [
+        f"18 {word}" for word in AFTER
+    ]
+    assert accepted(grader, [("18", f"So we get {phrase}") for phrase in phrases]) == []
+    assert (
+        refused(
+            grader, [("18", "There are 5 or more steps, so we get 18"), ("18000000", "So we get 18 million.")]
+        )
+        == []
+    )
+
+
 def test_a_reason_or_a_noun_after_a_number_does_not_change_it(grader: Grader) -> None:
     pairs = [(n, f"The answer is {form.replace('{}', n)}") for form, n in product(HARMLESS, NUMBERS)]
     assert refused(grader, pairs) == []
@@ -194,3 +207,104 @@ def test_lenient_accepts_neither_a_percent_for_a_fraction_nor_a_row_for_a_column
             answer,
         )
     assert grader.judge(problem(r"\frac{1}{3}"), r"\boxed{0.333}").lenient is Verdict.CORRECT
+
+
+HEDGES = (
+    "about {}",
+    "approximately {}",
+    "approx. {}",
+    r"\approx {}",
+    "≈ {}",
+    r"\text{approximately } {}",
+    "exactly {}",
+    "={}",
+)
+TOKENS = (
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<eos>",
+    "<end_of_turn>",
+    "<｜end▁of▁sentence｜>",
+    "<|im_end|>\n<|endoftext|>",
+)
+ZEROS = {"Arabic-Indic": "٠", "Persian": "۰", "Devanagari": "०", "full-width": "０", "bold": "𝟎"}
+
+
+def test_a_word_of_approximation_leaves_the_number_and_no_other(grader: Grader) -> None:
+    numbers = {"18": "19", "-5": "5", r"\frac{1}{2}": r"\frac{1}{3}"}
+    pairs = [(n, other, form) for n, other in numbers.items() for form in HEDGES]
+    assert refused(grader, [boxed(n, form.replace("{}", n)) for n, _, form in pairs]) == []
+    assert accepted(grader, [boxed(n, form.replace("{}", other)) for n, other, form in pairs]) == []
+
+
+def test_the_text_of_the_gold_answer_is_correct(grader: Grader) -> None:
+    golds = (
+        "12 widgets per box",
+        "5 kPa",
+        "Gate 7",
+        "12 or more people",
+        "f(x)=x for all x>0",
+        "March 6",
+        "The set is open.",
+    )
+    assert refused(grader, [(gold, gold) for gold in golds]) == []
+    assert accepted(grader, list(combinations(golds, 2))) == []
+
+
+def test_control_tokens_after_an_answer_are_not_part_of_it(grader: Grader) -> None:
+    answers = (("5", "The answer is 5."), ("Yes", "Yes"), ("5", "#### 5"), ("5", "5"), ("5", r"\boxed{5}"))
+    pairs = [(gold, text + token) for gold, text in answers for token in TOKENS]
+    assert refused(grader, pairs) == []
+    assert accepted(grader, [("6" if gold == "5" else "No", text) for gold, text in pairs]) == []
+
+
+def test_digits_of_other_scripts_are_digits(grader: Grader) -> None:
+    pairs = {
+        (str(n), "".join(chr(ord(zero) + int(d)) for d in str(n)))
+        for n in (5, 12, 1907)
+        for zero in ZEROS.values()
+    }
+    assert refused(grader, [boxed(*pair) for pair in pairs]) == []
+    assert accepted(grader, [boxed(str(int(n) + 1), text) for n, text in pairs]) == []
+    more = [
+        ("1234567.89", "١٢٣٤٥٦٧٫٨٩"),
+        ("1234567.89", "١٬٢٣٤٬٥٦٧٫٨٩"),
+        (r"\frac{1}{3}", "⅓"),
+        ("3:4", "3∶4"),
+        ("6", "2✕3"),
+    ]
+    assert refused(grader, [boxed(*pair) for pair in more]) == []
+
+
+def test_separators_of_thousands_in_prose(grader: Grader) -> None:
+    forms = ("70,000", "70{,}000", r"70\,000", "70 000", r"\$70{,}000", r"**\$70{,}000**", r"70,\!000")
+    assert refused(grader, [("70000", f"So the profit was {form}.") for form in forms]) == []
+    assert accepted(grader, [("0", f"So the profit was {form}.") for form in forms]) == []
+    assert refused(grader, [("205", "We add 1000 205"), ("1234567", r"It is 1\,234\,567.")]) == []
+
+
+def test_a_noun_after_a_number_is_its_unit_and_a_variable_is_not(grader: Grader) -> None:
+    nouns = ("eggs", "red balls", "ways", "trees", "kPa", "MB", "N", "h", "kWh", "ppm", "solutions")
+    assert refused(grader, [boxed("18", f"18 {noun}") for noun in nouns]) == []
+    assert refused(grader, [("18", f"#### 18 {noun}") for noun in nouns]) == []
+    not_nouns = (
+        "x",
+        "xyz",
+        "sin x",
+        "or more",
+        "point five",
+        "factorial",
+        "choose two",
+        "t",
+        "abc",
+        "squared",
+        "million",
+    )
+    assert accepted(grader, [boxed("18", f"18 {word}") for word in not_nouns]) == []
+    assert (
+        accepted(
+            grader, [boxed(f"18 {a}", f"18 {b}") for a, b in combinations(("eggs", "trees", "kPa", "MB"), 2)]
+        )
+        == []
+    )

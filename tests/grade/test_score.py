@@ -141,7 +141,7 @@ HOSTILE = {
     "zero bytes": "\x00" * 1000,
     "surrogates": "\\boxed{\ud800\udfff}",
     "emoji": "\\boxed{7️⃣}",
-    "other digits": "\\boxed{٧}",
+    "other digits": "\\boxed{٨}",
     "direction": "\\boxed{8\u202e7}",
     "megabyte of digits": r"\boxed{" + "1" * 10**6 + "}",
     "megabyte of sum": r"\boxed{" + "x+" * 500_000 + "1}",

@@ -112,7 +112,7 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
     if depth >= MAX_DEPTH:
         return None
     left, right = parse_number(gold), parse_number(found)
-    if (left and left.unit and right is None) or (right and right.unit and left is None):
+    if (left is None) != (right is None):
         left, right = parse_number(gold, letters=True), parse_number(found, letters=True)
     if left is not None and right is not None:
         return same_number(left, right) or _same_european(gold, found, left, right)

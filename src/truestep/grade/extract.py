@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from truestep.grade.normal import normalise, plain, typographic
-from truestep.grade.units import WORDS
+from truestep.grade.units import FUNCTIONS, WORDS
 
 How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
 STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
@@ -25,6 +25,8 @@ _JOINT = re.compile(  # between two boxes that are one answer: closing and openi
     r"(?:and|or|,|;|&)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
     r"(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
 )
+_END_TOKENS = re.compile(r"(?:\s{0,9}(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<eos>|<pad>|<end_of_turn>))+\s*$")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|(?<![\d.,]\d{4}) )(?=\d{3}(?!\d))")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _ANSWER_IS = re.compile(
     r"\banswer\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}is\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])"
@@ -61,15 +63,18 @@ _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _REASON = re.compile(
     r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|for|when|where|if|given|thus)\b"
 )
-_CHANGED = re.compile(
-    r"\b(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|up to|"
-    r"no (?:more|less|fewer)|or (?:more|less|fewer|greater|higher|lower|above|below|over|under|so)|(?:above|below|"
-    r"under|over|beyond|between|within|exceeds?|exceeding|almost|nearly|hardly) (?=\d|zero)|half of|quarter of|"
-    r"third of|twice|thrice|double|triple|squared|cubed|(?:square|cube)s? (?:root|of)|factorial|to the power|minus|"
-    r"plus|negative|times|divided|multiplied|modulo)\b|\d\s*(?:over|to|by|out of)\s*\d|"
-    r"\d\s*(?:(?:dozen|hundred|thousand|million|billion|trillion)s?\b|[kKMB]\b)",
-    re.IGNORECASE,
+_BEFORE = (
+    r"(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|up to|no (?:more|less|"
+    r"fewer)|above|below|under|over|beyond|between|within|exceeds?|exceeding|almost|nearly|hardly|half of|quarter of|"
+    r"third of|twice|thrice|double|triple|(?:square|cube)s? (?:root )?of|factorial of|minus|negative)"
 )
+_AFTER = (
+    r"(?:\s*(?:[kKMB]|(?:dozen|hundred|thousand|million|billion|trillion)s?)|\s+(?:or (?:more|less|fewer|greater|"
+    r"higher|lower|above|below|over|under|so)|at (?:least|most)|squared|cubed|factorial|to the power|(?:over|to|by|out "
+    r"of) \d+|(?:times|plus|minus|divided by|multiplied by|modulo) \S+))\b"
+)
+_CHANGED = re.compile(rf"\b{_BEFORE} (?=[\d$-]|zero)|\d{_AFTER}", re.IGNORECASE)
+_BEFORE_END, _AFTER_START = re.compile(rf"\b{_BEFORE} $", re.IGNORECASE), re.compile(_AFTER, re.IGNORECASE)
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
 _MATH = re.compile(  # a lone dollar is money: a formula after it has no space at either end, or one at both
     r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
@@ -84,8 +89,7 @@ _NUMBER = re.compile(
 _WORDS = re.compile(
     r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff]|^[A-Z]:\s"
 )
-_FUNCTIONS = "sin cos tan cot sec csc log exp sqrt arcsin arccos arctan det lim min max mod"
-_NO_WORDS = WORDS | {*_FUNCTIONS.split(), "and"}
+_NO_WORDS = WORDS | FUNCTIONS | {"and"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,7 @@ def extract_choice(text: str, *, strict: bool = False) -> Extraction:
 
 def _after_thought(text: str) -> str:
     """Return the text after the last </think>, or "" if a <think> is never closed."""
+    text = text[:-400] + _END_TOKENS.sub("", text[-400:])
     text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
     return "" if "<think>" in text else text
 
@@ -250,13 +255,19 @@ def num_words(text: str) -> int:
 
 def _last(text: str) -> tuple[str, How] | None:
     """Return the last number, or the formula that contains it."""
-    text = typographic(text[-MAX_TAIL:])
+    text = _THOUSANDS.sub(",", typographic(text[-MAX_TAIL:]))
     numbers = reversed(list(_NUMBER.finditer(text)))
     number = next((m for m in numbers if not _NEGATION.search(text, max(0, m.start() - 12), m.start())), None)
     *_, formula = None, *_MATH.finditer(text)
     if formula and (number is None or formula.start() < number.start() < formula.end()):
         return _content(formula), "last_formula"
-    return (number[0], "last_number") if number else None
+    if number is None:
+        return None
+    before = _BEFORE_END.search(text, max(0, number.start() - 30), number.start())
+    end = number.start() + len(number[0].rstrip())
+    after = _AFTER_START.match(text, end)  # 18 million is not 18
+    phrase = text[before.start() if before else number.start() : after.end() if after else end]
+    return phrase, "last_number"
 
 
 def choice_letter(text: str) -> str:

@@ -5,6 +5,7 @@ All functions take time linear in the length of the text and look only at the te
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _WIDE = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width forms of the printable ASCII characters
 _SPACES = dict.fromkeys([*range(0x2000, 0x200B), 0x00A0, 0x1680, 0x202F, 0x205F, 0x3000], " ")
@@ -13,20 +14,28 @@ _INVISIBLE = dict.fromkeys(
 )
 _BROKEN = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # a lone surrogate cannot be written to a UTF-8 file
 _SIGNS = {ord(a): b for a, b in zip("−‐‑–—﹣’‘“”。，", "------''\"\".,", strict=True)}
-_TYPOGRAPHY = {**_WIDE, **_SPACES, **_INVISIBLE, **_BROKEN, **_SIGNS}
+# Digits of all scripts, among them mathematical bold ones.
+_DIGITS = {i: str(unicodedata.decimal(chr(i))) for i in (*range(0x0660, 0xAC00), *range(0x1D7CE, 0x1D800))
+           if unicodedata.category(chr(i)) == "Nd"}  # fmt: skip
+_TYPOGRAPHY = {**_WIDE, **_SPACES, **_INVISIBLE, **_BROKEN, **_SIGNS, **_DIGITS, 0x066B: ".", 0x066C: ","}
 
 _SYMBOLS = {
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "≤": r"\leq ", "≥": r"\geq ",
     "≠": r"\neq ", "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "…": r"\ldots ",
-    "∅": r"\emptyset ",
-}  # fmt: skip
+    "∅": r"\emptyset ", "✕": r"\times ", "•": r"\cdot ", "∙": r"\cdot ", "≈": r"\approx ", "∑": r"\sum ",
+    "⊥": r"\perp ", "∶": ":",
+} | {c: r"\frac{" + unicodedata.normalize("NFKC", c).replace("⁄", "}{") + "}" for c in "⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}  # fmt: skip
 
 _SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "_": "₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ"}
 _WRAPPERS = ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
 TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm)\s*"
 _TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
+_HEDGE = re.compile(  # in front of a number or a formula
+    r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|around|roughly|exactly|\\approx|\\sim(?![a-z])|=)\s*\}?\s*"
+    r"(?=[-\d.\\$])", re.IGNORECASE,
+)  # fmt: skip
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
@@ -79,7 +88,7 @@ def normalise(text: str) -> str:
             text = text.replace(symbol, command)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return strip_wrappers(text)
+    return _HEDGE.sub("", strip_wrappers(text))
 
 
 def strip_wrappers(text: str) -> str:

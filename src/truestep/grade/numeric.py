@@ -121,7 +121,7 @@ def parse_number(text: str, *, letters: bool = False) -> Number | None:
 
 def _unit(rest: str, *, letters: bool) -> str | None:
     """Return the unit that follows a number ("" for none), or None if the rest is not a unit, as in 4t."""
-    rest = rest.strip()
+    is_spaced, rest = rest[:1].isspace(), rest.strip()
     if rest.endswith(tuple(CURRENCIES)):
         rest = rest.rstrip(CURRENCIES + " ") or rest[-1]
     if not rest or rest in CURRENCIES:
@@ -134,7 +134,7 @@ def _unit(rest: str, *, letters: bool) -> str | None:
     if match is None:
         return None
     words = (match[1] if match[1] is not None else match[2]).strip()
-    if not is_unit(words, is_text=match[1] is not None, letters=letters):
+    if not is_unit(words, is_text=match[1] is not None, is_spaced=is_spaced, letters=letters and is_spaced):
         return None
     if words.lower() in ("percent", "pct", "percentage", "%"):
         return PERCENT

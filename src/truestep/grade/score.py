@@ -26,7 +26,11 @@ Question = list[tuple[str, str]]
 
 
 def find_answer(problem: Problem, text: str) -> Extraction:
-    """Return the answer that a completion gives to a problem, by the rules for the kind of problem."""
+    """Return the answer that a completion gives to a problem, by the rules for the kind of problem. A completion
+    that is the gold answer is the answer."""
+    whole = normalise(text) if len(text) <= MAX_SHOWN else ""
+    if whole and canonical(whole) == canonical(gold_answer(problem.answer)):
+        return Extraction(answer=whole, how="whole")
     return (extract_choice if problem.checker == "choice" else extract_answer)(text)
 
 

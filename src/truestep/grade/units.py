@@ -18,11 +18,13 @@ _SIZES = {name: (dimension, Fraction(size))
 _SPELLINGS = {
     spelling: name for name, spellings in _DATA["spellings"].items() for spelling in spellings.split()
 }
-WORDS = frozenset({*_SPELLINGS, *(name + "s" for name in _SPELLINGS), *_DATA["words"].split()})
+WORDS = frozenset({*_SPELLINGS, *(name + "s" for name in _SPELLINGS), *_DATA["words"].lower().split()})
 WORDS -= {"¢", "gm", "buck", "bucks", "deg"}
 NOT_UNITS = frozenset(_DATA["not_units"].split())
+FUNCTIONS = frozenset(_DATA["functions"].split())
 LETTERS = frozenset("mgshlLNJWVAKC")  # units that a formula would read as variables
 CURRENCIES = "$€£¥"
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 _SCALES: dict[str, int] = _DATA["scales"]
 _SCALE = re.compile(rf"\s*(?:\\text\s*\{{\s*)?({'|'.join(_SCALES)})s?(?![A-Za-z])\s*\}}?", re.IGNORECASE)
@@ -41,14 +43,21 @@ def scale(rest: str) -> tuple[int, str]:
     return (_SCALES[match[1].lower()], rest[match.end() :]) if match else (1, rest)
 
 
-def is_unit(words: str, *, is_text: bool, letters: bool) -> bool:
-    r"""Return whether words after a number can be its unit: any noun in ``\text{…}``, otherwise only known units."""
+def is_unit(words: str, *, is_text: bool, is_spaced: bool, letters: bool) -> bool:
+    r"""Return whether words after a number can be its unit: any text in ``\text{…}`` that
+    does not change the number; otherwise known units, and after a space nouns."""
     parts = re.findall(r"[^ ./]+", words)
     if NOT_UNITS.intersection(part.lower() for part in parts) or re.search(r"\d", words):
         return False
     if len(words) == 1:
         return (words in LETTERS and (is_text or letters)) or (is_text and words.isupper())
-    return is_text or all(part.lower() in WORDS for part in parts)
+    is_noun = is_spaced and len(parts) <= 3 and all(map(_is_noun, parts))
+    return is_text or is_noun or all(part.lower() in WORDS for part in parts)
+
+
+def _is_noun(word: str) -> bool:
+    is_word = len(word) >= 3 and word[1:].islower() and re.search("[aeiouy]", word) and word not in _ALPHABET
+    return bool(is_word) and word not in FUNCTIONS and word.lower() not in _VALUES
 
 
 def unit_name(words: str, power: str = "") -> str:
