@@ -12,6 +12,9 @@ pytest.importorskip("math_verify")
 
 from grade_one import problem
 
+from truestep.grade.equivalent import decide
+from truestep.grade.extract import extract_answer
+from truestep.grade.normal import normalise
 from truestep.grade.score import Grader
 from truestep.records import Verdict
 
@@ -129,6 +132,26 @@ def test_one_side_of_an_equation_is_not_the_equation(grader: Grader) -> None:
     assert accepted(grader, [boxed("3=x", "x"), boxed("x=5", "x")]) == []
     chain = ("293", "The answer is m+n = 256+37 = 293")
     assert refused(grader, [chain, boxed("14", "9+5=14")]) == []
+
+
+@pytest.mark.timeout(20)
+def test_long_names_and_units_are_read_in_linear_time() -> None:
+    """A pattern that could split a name in several ways would not end within a lifetime."""
+    long = (
+        "A" * 900,
+        "A_B" * 400,
+        "A_{B}" * 300,
+        "A'" * 500,
+        "|A|" * 400,
+        "A_1B_" * 300,
+        " " * 900,
+        "1 + " * 300,
+    )
+    for name in (*long, "x " * 700, "V:" * 400):
+        for text in (f"{name}! = 5", rf"{name}\text{{ cm}}!", rf"2\sqrt{{3}}{name}\text{{ cm}}"):
+            for gold in ("5", "x+y", r"2\sqrt{3}\text{ cm}"):
+                assert decide(normalise(gold), normalise(text)).equal is not True
+        extract_answer("The answer is " + name + " or so 5" + "</s>" * 900 + "!")
 
 
 def test_tiny_and_close_values_are_told_apart(grader: Grader) -> None:

@@ -28,7 +28,7 @@ _LEFT_SIDE = re.compile(
     r"(?:\\angle )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
 )
 _POINTS = re.compile(  # a length or a ratio of named points, areas or volumes: |AB|, V_1:V_2, \frac{NO}{BO}
-    r"(?:\\(?:frac|overline|angle|triangle|colon)(?![A-Za-z])|[A-Z]+(?:_\{?\w+\}?)?'?|[|{}:/\s])+$"
+    r"(?:\\(?:frac|overline|angle|triangle|colon)(?![A-Za-z])|[A-Z](?:_(?:\w|\{\w{1,20}\}))?'?|[|{}:/\s])+$"
 )
 _ARITHMETIC = re.compile(r"(?:[\d\s.+*/^(){}$-]|\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z]))+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
