@@ -3,10 +3,10 @@
     python benchmarks/mutate.py [--mutants 200] [--minutes 300] [--jobs 2] [--list] [--only TEXT]
 
 The mutants are drawn once from all that the operators can make, with the last commit that touched tests/ as
-the seed. Each is applied in a copy of the tree and tested with the test files that run its line, in one
-pytest process per mutant, which stops at the first failure. Results are lines in runs/mutate/SEED.jsonl;
-after Ctrl-C, the same command continues. Exits with 1 if more than 8 % survive.
-benchmarks/mutate_equivalent.json is a list, made by hand, of mutants that change nothing.
+the seed. Each is applied in a copy of the tree and tested with the tests that run its line (whole files, if an
+import, a fixture or a child process runs it), in one pytest process, which stops at the first failure.
+Results are lines in runs/mutate/SEED.jsonl; after Ctrl-C, the same command continues. Exits with 1 if more
+than 8 % survive. benchmarks/mutate_equivalent.json is a list, made by hand, of mutants that change nothing.
 """
 
 from __future__ import annotations
@@ -113,11 +113,12 @@ def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = ""
 
 
 def reach_of(folder: Path, test: str) -> dict[str, Any]:
-    """Return the lines that a test file runs, in its own process and in child processes, and its time."""
+    """Return the lines that a test file runs, with the test functions that run each, and its time. A line that an
+    import or a child process runs belongs to no function: "" stands for the whole file."""
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "rc"
         config.write_text(f"[run]\nparallel = true\ndata_file = {scratch}/data\nsource = {folder / PACKAGE}\n"
-                          "patch = subprocess\nsigterm = true\n")  # fmt: skip
+                          "patch = subprocess\nsigterm = true\ndynamic_context = test_function\n")  # fmt: skip
         began = time.monotonic()
         code, _ = pytest_in(folder, [test], 1800, trace=str(config))
         seconds = time.monotonic() - began
@@ -125,20 +126,31 @@ def reach_of(folder: Path, test: str) -> dict[str, Any]:
         made.combine(strict=False)
         data = made.get_data()
         wanted = tuple(str(folder / PACKAGE / target) for target in TARGETS)
-        lines = {
-            str(Path(file).relative_to(folder)): sorted(data.lines(file) or [])
-            for file in data.measured_files() if file.startswith(wanted)
-        }  # fmt: skip
+        lines: dict[str, dict[int, list[str]]] = {}
+        for file in data.measured_files():
+            if file.startswith(wanted):
+                found = data.contexts_by_lineno(file)
+                lines[str(Path(file).relative_to(folder))] = {
+                    line: sorted({name.rpartition(".")[2] for name in names}) for line, names in found.items()
+                }
     return {"test": test, "passes": code == 0, "seconds": seconds, "lines": lines}
 
 
 def judges(mutant: Mutant, reach: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the test files that run the mutant's lines: the golden runs, then the others, fastest first."""
+    """Return the test files that run the mutant's lines, each with the functions that do (none: the whole file):
+    the golden runs, then the others, fastest first."""
     first, last = mutant.reach
-    found = [
-        r for r in reach if r["passes"] and any(first <= n <= last for n in r["lines"].get(mutant.file, ()))
-    ]
+    found = []
+    for row in reach:
+        lines = row["lines"].get(mutant.file, {})
+        names = {name for n, functions in lines.items() if first <= int(n) <= last for name in functions}
+        if row["passes"] and names:
+            found.append({**row, "functions": [] if "" in names else sorted(names)})
     return sorted(found, key=lambda r: (r["test"] != FIRST, r["seconds"]))
+
+
+def words_of(judge: dict[str, Any]) -> list[str]:
+    return [f"{judge['test']}::{name}" for name in judge["functions"]] or [judge["test"]]
 
 
 def judge(mutant: Mutant, folder: Path, reach: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,9 +162,10 @@ def judge(mutant: Mutant, folder: Path, reach: list[dict[str, Any]]) -> dict[str
         source = path.read_bytes()
         path.write_bytes(mutated(source, mutant))
         try:
-            code, text = pytest_in(
-                folder, [r["test"] for r in chosen], 120 + 3 * sum(r["seconds"] for r in chosen)
-            )
+            seconds = 120 + 3 * sum(r["seconds"] for r in chosen)
+            code, text = pytest_in(folder, [word for r in chosen for word in words_of(r)], seconds)
+            if code in (4, 5):  # a function that is not a test of its own: run the whole files
+                code, text = pytest_in(folder, [r["test"] for r in chosen], seconds)
         finally:
             path.write_bytes(source)
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
