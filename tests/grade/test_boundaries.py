@@ -275,6 +275,18 @@ def test_the_text_of_the_gold_answer_is_correct(grader: Grader) -> None:
     assert accepted(grader, list(combinations(golds, 2))) == []
 
 
+def test_a_marked_gold_answer_is_read_from_a_text_of_any_length(grader: Grader) -> None:
+    golds = (
+        "#### 7",
+        "3 + 4 = <<3+4=7>>7\n#### 7",
+        "She has 7.\n#### 7",
+        "<answer>7</answer>",
+        "So <answer> 7 </answer>",
+    )
+    assert refused(grader, [boxed(gold, "7") for gold in golds]) == []
+    assert accepted(grader, [boxed(gold, other) for gold in golds for other in ("3", "4", "77")]) == []
+
+
 def test_control_tokens_after_an_answer_are_not_part_of_it(grader: Grader) -> None:
     answers = (("5", "The answer is 5."), ("Yes", "Yes"), ("5", "#### 5"), ("5", "5"), ("5", r"\boxed{5}"))
     pairs = [(gold, text + token) for gold, text in answers for token in TOKENS]

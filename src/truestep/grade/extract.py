@@ -190,7 +190,7 @@ def gold_answer(text: str) -> str:
         return extract_answer(text, strict=True).answer
     if unclosed:
         return normalise(re.split(r"\\{1,4}(?:boxed|fbox)\s*\{", text)[-1])
-    if num_words(text) > MAX_GOLD_WORDS:
+    if "####" in text or "</answer>" in text or num_words(text) > MAX_GOLD_WORDS:
         return extract_answer(text).answer or normalise(text)
     return normalise(text)
 
