@@ -164,7 +164,7 @@ def judge(mutant: Mutant, folder: Path, reach: list[dict[str, Any]]) -> dict[str
         try:
             seconds = 120 + 3 * sum(r["seconds"] for r in chosen)
             code, text = pytest_in(folder, [word for r in chosen for word in words_of(r)], seconds)
-            if code in (4, 5):  # a function that is not a test of its own: run the whole files
+            if code in (4, 5):  # pytest does not know one of the functions: run the whole files
                 code, text = pytest_in(folder, [r["test"] for r in chosen], seconds)
         finally:
             path.write_bytes(source)

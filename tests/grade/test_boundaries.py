@@ -171,7 +171,8 @@ def test_tiny_and_close_values_are_told_apart(grader: Grader) -> None:
         accepted(grader, [boxed(a, b) for values in (tiny, close) for a, b in combinations(values, 2)]) == []
     )
     same = [(r"\frac{1}{2^{55}}", r"2^{-55}"), (r"\frac{\pi}{2^{70}}", r"\frac{2\pi}{2^{71}}"), ("i^4", "1"),
-            (r"\sqrt{2}e^{i\pi/4}", "1+i"), (r"\frac{25}{3-4i}", "3+4i"), (r"\frac{20!}{18!}", "380")]  # fmt: skip
+            (r"\sqrt{2}e^{i\pi/4}", "1+i"), ("x+1", "x-i^2"), ("2x^2+2", "2(x+i)(x-i)"),
+            (r"\frac{25}{3-4i}", "3+4i"), (r"\frac{20!}{18!}", "380")]  # fmt: skip
     assert refused(grader, [boxed(*p) for a, b in same for p in ((a, b), (b, a))]) == []
 
 

@@ -95,25 +95,26 @@ def _comparison() -> Compare:
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
     from math_verify import verify
     from math_verify.grader import should_treat_as_complex
-    from sympy import Expr, simplify  # type: ignore[import-untyped]
+    from sympy import Expr, I, simplify  # type: ignore[import-untyped]
 
     # Units are our own rules' business, and letters of different case are different variables.
     cleaned = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="all")
     cased = ConversionConfig(lowercase_symbols=False)
 
     @lru_cache(maxsize=64)  # the same gold answer is compared with many completions
-    def read(text: str) -> Any:
+    def read(text: str, is_real: bool) -> Any:
         text = normalize_latex(_CAPITAL.sub(lambda m: f"x_{{{m[1] or m[2]}}}", text), cleaned)
-        is_real = not should_treat_as_complex(text)
         try:
-            return latex2sympy(text, is_real=is_real, normalization_config=None, conversion_config=cased)
+            made = latex2sympy(text, is_real=is_real, normalization_config=None, conversion_config=cased)
+            return made.xreplace({s: I for s in made.free_symbols if s.name == "i"})
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 (the parser raises it for text that it cannot read)
             return None
 
     def compare(gold: str, found: str) -> tuple[bool, str]:
-        left, right = read(gold), read(found)
+        is_real = not (should_treat_as_complex(gold) or should_treat_as_complex(found))
+        left, right = read(gold, is_real), read(found, is_real)  # else x would be two different symbols
         if left is None or right is None:
             which = "gold answer" if left is None else "answer"
             return False, f"the {which} is not a readable formula: compared as text"
@@ -178,16 +179,16 @@ def _same_constant(left: Any, right: Any) -> bool | None:
 def _constant(formula: Any) -> Any:
     """Return the value of a formula without variables, exactly if it is rational, otherwise with 60 digits;
     None if it has no value."""
-    from sympy import Expr, Float, I, Rational, UnevaluatedExpr, zoo
+    from sympy import Expr, Float, Rational, UnevaluatedExpr, zoo
     from sympy.core.relational import Relational  # type: ignore[import-untyped]
 
     if not isinstance(formula, Expr) or formula.has(UnevaluatedExpr) or isinstance(formula, Relational):
         return None  # an UnevaluatedExpr is a percentage, perhaps meant without its sign
     exact = formula.xreplace({f: Rational(str(f)) for f in formula.atoms(Float)})
-    if any(symbol.name != "i" for symbol in exact.free_symbols):
+    if exact.free_symbols:
         return None
     try:
-        exact = exact.xreplace(dict.fromkeys(exact.free_symbols, I)).doit()
+        exact = exact.doit()
         if exact.is_Rational:
             return exact
         value = exact.evalf(DIGITS + 10, maxn=4 * DIGITS)
