@@ -33,7 +33,7 @@ HARMLESS = (
 )  # fmt: skip
 NOT_UNITS = ("or more", "below zero", "minus 3", "x", "k", "i", "e", "squared", "of 20")
 NOUNS = ("eggs", "red balls", "ways", "dollars", "cm", "m", "students")
-SYMBOLS = ("x", "v", "n", "k", "ab", "kt", "mm", r"\delta", r"\sigma", r"\phi", r"\omega")
+SYMBOLS = ("x", "v", "n", "k", "ab", "ax", "kt", "mm", "xyz", r"\delta", r"\sigma", r"\phi", r"\omega")
 VALUES = ("2\\sqrt{3}", "12\\pi", r"\frac{\sqrt{2}}{2}")
 UNITS = ("cm", "m", "cm}^2{", "dollars", "euros", "inches", "g", "seconds")
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

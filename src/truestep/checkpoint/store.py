@@ -261,7 +261,7 @@ def remove_leftovers(folder: Path) -> None:
 def load_latest(
     folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]
 ) -> Checkpoint | None:
-    """Load the newest intact checkpoint to the CPU. Returns None if there is no checkpoint.
+    """Load the newest intact checkpoint to the CPU. Returns None if the folder has no checkpoint.
 
     Every rank verifies the files of all ranks, so that all choose the same checkpoint without communication.
     If a single process saved the checkpoint, every rank reads all of it.

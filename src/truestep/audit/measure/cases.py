@@ -94,7 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -> Case:
-    """Return the case with that name. Raises ValueError with the known names if there is no such case."""
+    """Return the case with this name. Raises ValueError, which lists the known names, for any other name."""
     if name not in CASES:
         raise ValueError(f"unknown case {name!r}; use {', '.join(CASES)}")
     if accumulation < 3 and name not in ("ragged", "unsplit", *RELATIONS):

@@ -29,7 +29,7 @@ TRAINER_CONFIG = (
 
 
 def script(finding: Finding, which: str) -> str:
-    """Return the script as text, or "" if there is no template for ``which``, the subject's adapter.
+    """Return the script as text, or "" if the subject's adapter ``which`` has no template.
 
     The script reproduces the pattern of weights over one step with four micro-batches per rank, under SGD.
     """
