@@ -25,8 +25,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from truestep.grade.equivalent import decide, questions, symbolic_form
+from truestep.grade.equivalent import decide, questions
 from truestep.grade.extract import extract_answer, gold_answer
+from truestep.grade.formula import symbolic_form
 from truestep.grade.pairs import Pair, read_pairs
 from truestep.grade.rational import same_formula
 from truestep.grade.score import Grader
@@ -92,7 +93,7 @@ def measure_ours(pairs: list[Pair], processes: int, warm: bool) -> list[tuple[fl
 def needs_algebra(pair: Pair) -> bool:
     found = extract_answer(pair.pred).answer
     decision = decide(gold_answer(pair.gold), found)
-    if not found or decision.equal is not None or decision.refused:
+    if not found or decision.equal is not None or decision.reason:
         return False
     parts = questions(gold_answer(pair.gold), found)
     return any(same_formula(symbolic_form(a), symbolic_form(b)) is None for a, b in parts)

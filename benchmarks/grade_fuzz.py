@@ -18,8 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from truestep.grade.equivalent import decide, questions, symbolic_form
+from truestep.grade.equivalent import decide, questions
 from truestep.grade.extract import choice_letter, extract_answer, extract_choice, gold_answer
+from truestep.grade.formula import symbolic_form
 from truestep.grade.policy import nearly, objection
 from truestep.grade.rational import same_formula
 
@@ -63,7 +64,7 @@ def verdict(gold: str, answer: str) -> bool | None:
     if not truth:
         return None  # an empty gold answer is never graded
     decision = decide(truth, found)
-    if decision.equal is not None or decision.refused or not found:
+    if decision.equal is not None or decision.reason or not found:
         return decision.equal
     parts = [same_formula(symbolic_form(a), symbolic_form(b)) for a, b in questions(truth, found)]
     return False if False in parts else True if parts and all(parts) else None
@@ -78,7 +79,7 @@ def examine(gold: str, answer: str) -> None:
         decision = decide(gold_answer(gold), found.answer)
         symbolic_form(found.answer), choice_letter(found.answer), nearly(gold, found.answer)
         objection(gold, found.answer, found.how)
-        if decision.equal is None and not decision.refused:
+        if decision.equal is None and not decision.reason:
             for part in questions(gold_answer(gold), found.answer):
                 same = same_formula(symbolic_form(part[0]), symbolic_form(part[1]))
                 assert same_formula(symbolic_form(part[1]), symbolic_form(part[0])) is same, (

@@ -175,7 +175,8 @@ class Score:
     """The score of a completion. ``verdict`` says whether it is correct (None if no checker was used).
     ``reward`` is what RL maximizes (None: unscored). ``parts`` are the reward's parts by name, and
     ``extracted`` is the answer that was found ("" if there is none). ``reason`` says how the verdict was
-    reached; an unscored sample must have a reason. ``failed`` marks a sample that a reward function could not
+    reached; an unscored sample must have a reason. ``unreadable`` marks an answer that is incorrect because it
+    could not be read. ``failed`` marks a sample that a reward function could not
     score: the function raised, hung or returned an invalid value."""
 
     reward: float | None
@@ -183,6 +184,7 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict)
     extracted: str = ""
     reason: str = ""
+    unreadable: bool = False
     failed: bool = False
 
     def __post_init__(self) -> None:
@@ -205,10 +207,10 @@ class Score:
         return None if self.reward is None else self.reward >= threshold
 
 
-def judged(verdict: Verdict, *, extracted: str = "", reason: str = "") -> Score:
+def judged(verdict: Verdict, *, extracted: str = "", reason: str = "", unreadable: bool = False) -> Score:
     """Return a checker's score, with reward 1 for correct, 0 for incorrect and None (not 0) for unscored."""
     reward = {Verdict.CORRECT: 1.0, Verdict.INCORRECT: 0.0, Verdict.UNSCORED: None}[verdict]
-    return Score(reward=reward, verdict=verdict, extracted=extracted, reason=reason)
+    return Score(reward=reward, verdict=verdict, extracted=extracted, reason=reason, unreadable=unreadable)
 
 
 @dataclass(frozen=True, kw_only=True)

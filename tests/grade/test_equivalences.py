@@ -14,7 +14,7 @@ from truestep.grade.equivalent import decide
 from truestep.grade.extract import choice_letter, extract_answer, gold_answer
 from truestep.grade.normal import normalise
 from truestep.grade.policy import nearly, objection
-from truestep.grade.units import spelled_number
+from truestep.grade.words import spelled_number
 
 quick = settings(
     max_examples=60, deadline=None, database=None, derandomize=True

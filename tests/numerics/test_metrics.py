@@ -225,7 +225,7 @@ FAILED = Score(reward=None, verdict=None, parts={"short": 0.75}, reason="length:
 GROUPS = (
     (
         (sampled(2), worth(1.0, Verdict.CORRECT, short=0.5)),
-        (sampled(3), worth(0.0, Verdict.INCORRECT, short=0.25)),
+        (sampled(3), replace(worth(0.0, Verdict.INCORRECT, short=0.25), unreadable=True)),
         (sampled(0, stop=Stop.ERROR), FAILED),
         (sampled(9, origin=Origin.EXPERT), worth(7.0, Verdict.CORRECT, short=9.0)),
     ),
@@ -258,6 +258,7 @@ OF_GROUPS = {
     "mixed_groups": 1 / 2,
     "solved_groups": 1 / 2,
     "unscored": 1 / 5,
+    "unreadable": 1 / 5,
     "completions/mean_length": (2 + 3 + 0 + 5 + 4) / 5,
     "completions/truncated": 1 / 5,
     "demonstrations/correct": 1 / 2,

@@ -38,8 +38,9 @@ class Estimate:
     incorrect: int
     unscored: int
     num_problems: int
-    truncated_rate: float | None  # None, like the next two, if the records do not contain it
+    truncated_rate: float | None  # None, like the next three, if the records do not contain it
     extracted_rate: float | None
+    unreadable_rate: float | None
     mean_tokens: float | None
     pass_at: Mapping[int, Interval]
     majority_at: Mapping[int, Interval] = field(default_factory=dict)  # empty if answers are not recorded
@@ -87,7 +88,8 @@ def estimate(rows: Iterable[Row], pass_at: Sequence[int] = (1,)) -> Estimate:
         n=len(samples), correct=int(num_correct.sum()), incorrect=_count(samples, Verdict.INCORRECT),
         unscored=int(num_unscored.sum()), num_problems=len(groups),
         truncated_rate=_mean(samples, "stop", lambda stop: stop == Stop.LENGTH),
-        extracted_rate=_mean(samples, "extracted", bool), mean_tokens=_mean(samples, "num_tokens", float),
+        extracted_rate=_mean(samples, "extracted", bool), unreadable_rate=_mean(samples, "unreadable", bool),
+        mean_tokens=_mean(samples, "num_tokens", float),
         pass_at={k: pass_interval(num_correct, sizes, k) for k in pass_at},
         majority_at=_majorities(groups, [k for k in pass_at if k > 1]),
         strict_score=_score_by(groups, "strict"), lenient_score=_score_by(groups, "lenient"),

@@ -189,9 +189,13 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
             "gold": problem.answer, "reason": judged.reason if judged else f"engine: {sample.error}",
         }  # fmt: skip
     if judged:
-        row |= {"verdict": judged.score.label, "strict": judged.strict.value, "lenient": judged.lenient.value}
+        row |= {"verdict": judged.score.label, "strict": judged.strict.value, "lenient": judged.lenient.value,
+                "unreadable": judged.score.unreadable}  # fmt: skip
     else:
-        row |= dict.fromkeys(("verdict", "strict", "lenient"), Verdict.UNSCORED.value)
+        row |= {
+            "unreadable": False,
+            **dict.fromkeys(("verdict", "strict", "lenient"), Verdict.UNSCORED.value),
+        }
     return row | {"stop": sample.stop.value, "num_tokens": sample.num_tokens}
 
 

@@ -5,50 +5,57 @@ The result is True, False, or None for "not decided here". Both answers must be 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from truestep.grade import structure
 from truestep.grade.extract import choice_letter, num_words
+from truestep.grade.formula import MAX_DEPTH, refusal
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
-from truestep.grade.numeric import MAX_DIGITS, Number, european, parse_number, same_number, split_unit
+from truestep.grade.numeric import Number, european, parse_number, same_number, split_unit
+from truestep.grade.quantity import same_quantity, with_digits
 from truestep.grade.structure import brackets, elements, matrix
-from truestep.grade.units import conversion, same_time, same_unit, spelled_number
+from truestep.grade.units import conversion, same_unit
+from truestep.grade.words import same_date, same_time, spelled_number
 
 MAX_LENGTH = 2_000  # characters; longer answers are compared only as text
-MAX_DEPTH = 25  # levels of nested brackets
 MAX_ELEMENTS = 60  # elements of a list, including nested lists; a longer list is left to algebra
 MAX_PROSE = 2  # words next to the mathematics; an answer with more is a sentence and is compared as text
-_LARGEST_FACTORIAL = 5_000
-_LARGEST_POWER = 6  # digits of a numeric exponent
-
 _LEFT_SIDE = re.compile(
     r"(?:\\angle )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
 )
 _POINTS = re.compile(  # a length or a ratio of named points, areas or volumes: |AB|, V_1:V_2, \frac{NO}{BO}
     r"(?:\\(?:frac|overline|angle|triangle|colon)(?![A-Za-z])|[A-Z](?:_(?:\w|\{\w{1,20}\}))?'?|[|{}:/\s])+$"
 )
+_LABEL = re.compile(rf"(?:{TEXT_COMMAND}\{{\s*)?(?:\(([A-J])\)|([A-J])[:)])\s*(?:\}}\s*)?(?=[^\s}}])")
 _ARITHMETIC = re.compile(r"(?:[\d\s.+*/^(){}$-]|\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z]))+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
-_TOWER = re.compile(r"(\d+)[\s)}]*\^[\s({]*(\d+)[\s)}!]*\^[\s({]*(\d+)")
+_NOTHING = [  # phrases that are one answer
+    (
+        "no solution",
+        re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?(?:empty|null) set|\\emptyset"),
+    ),
+    ("does not exist", re.compile(r"(?:the limit )?(?:does not|doesn't) exist|dne|d\.n\.e")),
+]
 # A formula that may stand for several values.
 _EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
+_PREFIXED = re.compile(
+    r"^(?:0([bBoOxX])([0-9A-Fa-f]+)$|\((\w{1,200})\)_(?=\d|\{))", re.ASCII
+)  # 0b101, (101)_2
 _INDEX_WORD = re.compile(r"_\{?([a-z]{3,8})\}?$")
-_FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The result of a comparison. ``equal`` is None if there is no verdict; ``reason`` says how the
-    answer was judged, or why it was not; ``refused`` says why algebra must not be used ("" if it may be)."""
+    """The result of a comparison. ``equal`` is None if there is no verdict yet, or if the comparison failed;
+    ``reason`` says how the answer was judged, or why it was not. ``unreadable`` marks an answer that is different
+    because it could not be read."""
 
     equal: bool | None
     reason: str = ""
-    refused: str = ""
+    unreadable: bool = False
 
 
 def decide(gold: str, found: str) -> Decision:
@@ -56,9 +63,12 @@ def decide(gold: str, found: str) -> Decision:
     if gold == found or canonical(gold) == canonical(found):
         return Decision(equal=True, reason="same text")
     if len(found) > MAX_LENGTH or len(gold) > MAX_LENGTH:
-        return Decision(equal=False, reason=f"over {MAX_LENGTH:,} characters: compared as text")
-    if refused := refusal((gold, found)):
-        return Decision(equal=None, refused=refused)
+        reason = f"over {MAX_LENGTH:,} characters: compared as text"
+        return Decision(equal=False, reason=reason, unreadable=len(found) > MAX_LENGTH)
+    if refused := refusal(gold):
+        return Decision(equal=None, reason=f"not compared: in the gold answer, {refused}")
+    if refused := refusal(found):
+        return Decision(equal=False, reason=f"unreadable: {refused}", unreadable=True)
     if (equal := _same(gold, found, depth=0)) is not None:
         return Decision(equal=equal, reason="compared as numbers, words or lists")
     if num_words(re.sub(r"\b(?:and|or)\b", " ", plain(found))) > MAX_PROSE:
@@ -80,32 +90,6 @@ def same_integer(gold: str, found: str) -> bool | None:
     return None if left is None else right is not None and same_number(left, right)
 
 
-def refusal(texts: Sequence[str]) -> str:
-    """Return why algebra must not be used on these texts; "" if it may be used."""
-    return next(filter(None, map(_refusal, texts)), "")
-
-
-def _refusal(text: str) -> str:
-    """Return why algebra would take too long on a text, so that it must not be used; "" if it may be used."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in structure.OPEN) - (character in structure.CLOSE)
-        deepest = max(deepest, depth)
-    if deepest > MAX_DEPTH:
-        return f"nested deeper than {MAX_DEPTH} brackets"
-    if re.search(rf"\d{{{MAX_DIGITS}}}", text):
-        return f"a number of more than {MAX_DIGITS:,} digits"
-    is_large = any(len(n) > 5 or int(n) > _LARGEST_FACTORIAL for n in _FACTORIAL.findall(text))
-    if is_large or re.search(r"!\s*[)}]*\s*!", text):
-        return "a factorial too large to compute"
-    for _, base, exponent in _TOWER.findall(text):
-        if len(exponent) > 4 or int(exponent) * math.log10(max(int(base), 2)) > _LARGEST_POWER:
-            return "a tower of powers too large to compute"
-    if re.search(r"\^[\s({]*\d{7}", text) or len(re.findall(r"\)\s*\^[\s({]*\d{3}", text)) > 1:
-        return "a power or a range too large to compute"
-    return ""
-
-
 def _same(gold: str, found: str, depth: int) -> bool | None:
     if canonical(gold) == canonical(found):
         return True
@@ -116,12 +100,12 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
         left, right = parse_number(gold, letters=True), parse_number(found, letters=True)
     if left is not None and right is not None:
         return same_number(left, right) or _same_european(gold, found, left, right)
-    for rule in (_same_base, same_time, _same_words, _same_spelled):
+    for rule in (_same_base, _same_time, _same_words, _same_spelled, same_quantity, _same_ratio):
         if (equal := rule(gold, found)) is not None:
             return equal
     if left is not None and _WORDS_ONLY.match(plain(found)):
         return False
-    for reshape in (_same_region, _same_assignments, _same_matrix):
+    for reshape in (_same_region, _same_assignments, _same_matrix, _same_labelled):
         if (equal := reshape(gold, found, depth)) is not None:
             return equal
     if stripped := _without_left_side(gold, found) or _without_units(gold, found):
@@ -130,9 +114,10 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
-    """Return whether both are the same part of the number line; None if undecided or for two relations."""
+    """Return whether both are the same part of the number line; None if undecided. Two relations must have the
+    same variable, and are never different here."""
     left, right = structure.region(gold), structure.region(found)
-    if left is None or right is None or (left[1] and right[1]):
+    if left is None or right is None or (left[1] and right[1] and left[1] != right[1]):
         return None
     if len(left[0]) != len(right[0]):
         return None  # two stretches may be the parts of a single one
@@ -144,7 +129,7 @@ def _same_region(gold: str, found: str, depth: int) -> bool | None:
         return False if False in ends else True if all(ends) else None
 
     equal = _matching([[same(one, other) for other in right[0]] for one in left[0]])
-    return equal or (False if len(left[0]) == 1 else None)
+    return equal or (False if len(left[0]) == 1 and not (left[1] and right[1]) else None)
 
 
 def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
@@ -168,6 +153,9 @@ def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
 
 def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
     """Compare x = 1, y = 2 with (1, 2). The places of a tuple belong to the names in alphabetical order."""
+    roots = [structure.roots(text) for text in (gold, found)]
+    if roots[0] is not None and roots[1] is not None:
+        return _same(roots[0], roots[1], depth + 1)
     sides = [structure.without_names(text) or text for text in (gold, found)]
     if ("=" in sides[0]) != ("=" in sides[1]):
         sides = [structure.as_tuples(side) or side for side in sides]
@@ -199,12 +187,42 @@ def _same_matrix(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _same_spelled(gold: str, found: str) -> bool | None:
-    """Compare a number with a number in words."""
-    for one, other in ((gold, found), (found, gold)):
-        number, word = parse_number(one), spelled_number(plain(other))
-        if number is not None and word is not None:
-            return number.value == word
-    return None
+    """Compare a number with a number in words, perhaps with a unit: twenty percent, 五万."""
+    texts = plain(gold), plain(found)
+    numbers = [parse_number(text) for text in texts]
+    if (numbers[0] is None) == (numbers[1] is None):
+        return None
+    left, right = (n or parse_number(with_digits(text)) for n, text in zip(numbers, texts, strict=True))
+    return None if left is None or right is None else same_number(left, right)
+
+
+def _same_time(gold: str, found: str) -> bool | None:
+    texts = plain(gold), plain(found)
+    return equal if (equal := same_time(*texts)) is not None else same_date(*texts)
+
+
+def _same_ratio(gold: str, found: str) -> bool | None:
+    """Compare ratios such as 3:4, 3 to 4 and 6 : 8; None for other texts."""
+    ratios = [re.split(r"\s*:\s*|\s+to\s+|\\colon\s*", plain(text)) for text in (gold, found)]
+    left, right = ([parse_number(part) for part in parts] for parts in ratios)
+    are_times = all(re.fullmatch(r"\d{1,2}:\d\d", plain(text)) for text in (gold, found))
+    if are_times or len(left) < 2 or len(left) != len(right):
+        return None
+    ours, theirs = ([n.value for n in numbers if n is not None and n.value] for numbers in (left, right))
+    if len(ours) < len(left) or len(theirs) < len(right):
+        return None
+    return all(a * theirs[0] == b * ours[0] for a, b in zip(ours, theirs, strict=True))
+
+
+def _same_labelled(gold: str, found: str, depth: int) -> bool | None:
+    """Compare 42 with (B) 42, the label and the text of a choice."""
+    labels = [_LABEL.match(text) for text in (gold, found)]
+    if (labels[0] is None) == (labels[1] is None):
+        return None
+    gold, found = (
+        text[label.end() :] if label else text for text, label in zip((gold, found), labels, strict=True)
+    )
+    return _same(gold, found, depth + 1)
 
 
 def _same_european(gold: str, found: str, left: Number | None, right: Number | None) -> bool:
@@ -219,13 +237,24 @@ def _same_european(gold: str, found: str, left: Number | None, right: Number | N
 
 def _same_base(gold: str, found: str) -> bool | None:
     """Compare numbers with their base as index. For a gold 204_5, 204 is the same; for a gold 7, 111_2 is."""
-    left, right = (_BASED.fullmatch(_INDEX_WORD.sub(_index, canonical(text))) for text in (gold, found))
+    left, right = (
+        _BASED.fullmatch(_PREFIXED.sub(_index_of, _INDEX_WORD.sub(_index, canonical(text))))
+        for text in (gold, found)
+    )
     if left is None or right is None or not (left[2] or right[2]):
         return None
     if not right[2] or left[2] == right[2]:
-        return left[1].lstrip("0") == right[1].lstrip("0")
+        return left[1].lstrip("0").lower() == right[1].lstrip("0").lower()
     values = [_value_in_base(match[1], int(match[2] or 10)) for match in (left, right)]
     return not left[2] and values[0] is not None and values[0] == values[1]
+
+
+def _index_of(prefixed: re.Match[str]) -> str:
+    return (
+        f"{prefixed[2]}_{ {'b': 2, 'o': 8, 'x': 16}[prefixed[1].lower()] }"
+        if prefixed[1]
+        else f"{prefixed[3]}_"
+    )
 
 
 def _index(match: re.Match[str]) -> str:
@@ -239,6 +268,9 @@ def _value_in_base(digits: str, base: int) -> int | None:
 
 def _same_words(gold_raw: str, found_raw: str) -> bool | None:
     gold, found = plain(gold_raw), plain(found_raw)
+    forms = _word_form(gold), _word_form(found)
+    if all(any(form == name for name, _ in _NOTHING) for form in forms):
+        return forms[0] == forms[1]
     if choice := _CHOICE.match(gold):
         letter = next(filter(None, choice.groups()))
         if named := choice_letter(found):
@@ -250,7 +282,7 @@ def _same_words(gold_raw: str, found_raw: str) -> bool | None:
     is_text = any(re.match(TEXT_COMMAND, raw) for raw in (gold_raw, found_raw))
     longest = max(len(word) for word in f"{gold} {found}".split())
     if is_text or longest > 3 or (_is_word(gold) and _is_word(found)):
-        return _word_form(gold) == _word_form(found)
+        return forms[0] == forms[1]
     return None
 
 
@@ -262,9 +294,9 @@ def _is_word(text: str) -> bool:
 
 
 def _word_form(text: str) -> str:
-    """Return words in lower case, with one form for all texts that say that there is no solution."""
-    text = re.sub(r"\s+", " ", text.casefold()).strip()
-    return "no solution" if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?", text) else text
+    """Return words in lower case, with one form for all texts that say that there is no solution, or no limit."""
+    text = re.sub(r"\s+", " ", text.casefold()).strip(" .!")
+    return next((name for name, spelling in _NOTHING if spelling.fullmatch(text)), text)
 
 
 def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
@@ -302,7 +334,7 @@ def _split_left(text: str) -> tuple[str, str]:
     for relation in (r"\in ", "=", r"\approx "):
         left, _, right = text.partition(relation)
         left, right = left.strip(), _right_side(right)
-        if not left or not right or len(elements(text)) > 1:
+        if not left or not right or len(elements(text)) > 1 or left.count("{") != left.count("}"):
             continue
         middle = text.split("=")[-2:-1]  # 9 + 5 = 14, m + n = 9 + 5 = 14
         is_step = middle and (_ARITHMETIC.match(middle[0]) or _LEFT_SIDE.match(middle[0].strip()))
@@ -350,16 +382,3 @@ def _matching(table: list[list[bool | None]]) -> bool | None:
             return None if None in row else False
         free.discard(partner)
     return True
-
-
-def symbolic_form(text: str) -> str:
-    """Return a normalized answer as one LaTeX formula for the algebra, without delimiters inside."""
-    joint = rf"{TEXT_COMMAND}\{{\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:,\s*)?(?:and|or)(?![A-Za-z])"
-    text = re.sub(joint, ", ", text.replace("$", ""))
-    text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 ", text)
-    # An angle in degrees becomes radians inside a function.
-    in_degrees = r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*([\d.]{1,8})\s*\^\{\\circ\}\s*[)}]?"
-    text = re.sub(in_degrees, r"\\\1(\\frac{\2 \\pi}{180})", text)
-    text = re.sub(r"\\sqrt \(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
-    return re.sub(r"\s*\*\s*", r" \\cdot ", text).strip(" .,;")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,14 +26,15 @@ _JOINT = re.compile(  # between two boxes that are one answer: closing and openi
     r"(?:and|or|,|;|&)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
     r"(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
 )
+_GAP = re.compile(r"[ $]*(?:\\q?quad|\n)?[ $]*")  # two boxes in one formula, or on adjacent lines
 _END_TOKENS = re.compile(r"(?:\s{0,9}(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<eos>|<pad>|<end_of_turn>))+\s*$")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|(?<![\d.,]\d{4}) )(?=\d{3}(?!\d))")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _ANSWER_IS = re.compile(
     r"\banswer\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}is\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])"
     r"\s{0,3}[*_]{0,3}:?|"
-    r"\b(?:réponse|reponse|respuesta|resposta|risposta|antwort|lösung|ответ|odpowiedź|cevap|svar|antwoord)\b[*_]{0,3}"
-    r"(?:(?:\s{1,3}\w{1,15}){0,4}?\s{1,3}(?:est|es|é|è|ist|lautet|jest|är|is)\b|\s{0,3}[:：=])\s{0,3}[*_]{0,3}[:：]?|"
+    r"\b(?:réponse|reponse|respuesta|resposta|risposta|antwort|lösung|ответ|odpowiedź|cevap|svar|antwoord|đáp án)\b[*_]{0,3}"
+    r"(?:(?:\s{1,3}\w{1,15}){0,4}?\s{1,3}(?:est|es|é|è|ist|lautet|jest|är|is|là)\b|\s{0,3}[:：=])\s{0,3}[*_]{0,3}[:：]?|"
     r"(?:答案|答え|答|정답|उत्तर|الجواب|الإجابة)\s{0,3}(?:应该|應該)?(?:是|为|為|は|은|는|है|هي|هو|[:：])\s{0,3}[*_]{0,3}[:：]?",
     re.IGNORECASE,
 )
@@ -44,10 +46,12 @@ _LETTER = re.compile(
 )
 _SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A word**, the choice I made
     r"(?<!\w)\(([A-J])\)|\*\*\(?([A-J])(?=[).:,]|\*\*|$)|"
-    r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))"
+    r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))|"
+    r"\b(?:pick|choose|select|is|so|thus|therefore|hence)\s{1,3}([B-HJ](?![\w'(])|[AI](?![\w'(]|\s[a-z]))|"
+    r"(?<![\w'])([A-J]) (?:is (?:the )?(?:correct|right|best|better|true)|remains)\b|は([A-J])(?=です|。|$)"
 )
 _NEGATED = re.compile(
-    r"(?:\b(?:not|non|nicht|no|pas|nor|isn't)\b|不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])|"
+    r"(?:\b(?:[Nn]ot|non|nicht|no|pas|nor|isn't)\b|不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])|"
     r"\(?(?<![A-Za-z0-9])[A-J]\)? (?:is|was|seems|looks|(?:must|would|could|can|may) be) (?:[a-z]{2,9} )?"
     r"(?:incorrect|wrong|false|not)\b"
 )
@@ -56,12 +60,19 @@ _CHOICE = re.compile(
 )
 _SPEAKER = re.compile(r"\bI(?= (?:choose|pick|select|think|believe|guess|say|would|will|can|am|go)\b)")
 _ARTICLE = re.compile(r"\b[AI](?= (?!or\b|and\b)[a-z])")
+_TRUTH = re.compile(
+    r"\W{0,4}(?:(?:so|thus|therefore|hence)\b,?\s{0,3}|answer:\s{0,3}){0,2}\W{0,4}(yes|no|true|false)\b"
+    r"(?=[*\"')]{0,3}\s{0,3}(?:$|[.,;:!—–\n-]|(?:because|since|as|it|this|that)\b))(?!,?\s{0,3}(?:or|and)\b)",
+    re.IGNORECASE,
+)
+_IS_TRUTH = re.compile(r"\bis (?:therefore |thus |indeed )?(true|false)\W{0,4}$", re.IGNORECASE)
 _DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
 _DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 # What gives a number before or after it a different value, in prose: not "18 because it is more than 5".
 _REASON = re.compile(
-    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|for|when|where|if|given|thus)\b"
+    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|for|when|where|if|given|thus|in base (?:10|ten))\b|"
+    r"\s*(?:\(mod \d+\)|\[\^\w{1,9}\])"
 )
 _BEFORE = (
     r"(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|up to|no (?:more|less|"
@@ -121,23 +132,52 @@ def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> 
     return NOTHING
 
 
-def extract_choice(text: str, *, strict: bool = False) -> Extraction:
+def extract_choice(text: str, choices: Sequence[str] = (), *, strict: bool = False) -> Extraction:
     """Return the answer to a question with lettered choices, found by ``extract_answer``. If nothing marks an
-    answer and ``strict`` is False, the answer is the choice that the last line names, such as "(B)", "**B**"
-    or "option B". A last line that denies a choice or names several choices is not used for this."""
+    answer and ``strict`` is False, the answer is the choice that the last line names by its letter ("(B)",
+    "**B**", "option B", "B is correct") or, in a sentence, by its text; otherwise the letter that the first line
+    consists of. A last line that denies a choice or names several choices is not used for this."""
     found = extract_answer(text, strict=strict)
-    if strict or found.how in STRICT or choice_letter(found.answer):
+    if strict or found.how in STRICT or choice_letter(found.answer) or "boxed" in text:
         return found
-    lines = _after_thought(text)[-MAX_TAIL:].rstrip().rsplit("\n", 1)
-    named = {next(filter(None, groups)) for groups in _SAID_CHOICE.findall(lines[-1])}
-    if len(named) != 1 or "boxed" in text or _DENIAL.search(lines[-1]):
+    lines = _after_thought(text)[-MAX_TAIL:].strip().split("\n")
+    last = _NEGATED.sub(" ", lines[-1])
+    named = {next(filter(None, groups)) for groups in _SAID_CHOICE.findall(last)}
+    if not named and (first := re.fullmatch(r"\W{0,3}([A-J])\W{0,3}", lines[0])):
+        named = {first[1]}
+    elif not named and found.how not in ("whole", "none"):
+        return found
+    if not named and found.how != "whole":
+        named = {
+            c for c in choices[:26] if c and re.search(rf"(?<!\w){re.escape(c)}(?!\w)", last, re.IGNORECASE)
+        }
+    if len(named) != 1 or _DENIAL.search(last):
         return found
     return Extraction(answer=named.pop(), how="last_choice")
 
 
+def extract_truth(text: str) -> Extraction:
+    """Return the answer to a question whose gold answer is yes, no, true or false, even if a reason follows it:
+    "No, because 3 > 2." The answer is looked for in the marked answer if there is one, otherwise at the start of
+    the text ("whole") and in a last sentence such as "The statement is false." ("last_choice")."""
+    found = extract_answer(text)
+    after = _after_thought(text)
+    marks = [match.end() for match in _ANSWER_IS.finditer(after)]
+    if found.how == "boxed" or found.how == "marker":
+        said = _TRUTH.match(plain(found.answer))
+    elif marks:
+        said, found = _TRUTH.match(after, marks[-1]), Extraction(answer=found.answer, how="answer_is")
+    elif said := _TRUTH.match(after):
+        found = Extraction(answer="", how="whole")
+    elif said := _IS_TRUTH.search(after[-MAX_BARE:]):
+        found = Extraction(answer="", how="last_choice")
+    return Extraction(answer=said[1], how=found.how) if said else found
+
+
 def _after_thought(text: str) -> str:
-    """Return the text after the last </think>, or "" if a <think> is never closed."""
+    """Return the text after the last </think> (or </reasoning>, </thought>), or "" if a <think> is never closed."""
     text = text[:-400] + _END_TOKENS.sub("", text[-400:])
+    text = re.split(r"</(?:reasoning|thought|thinking)>", text)[-1]
     text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
     return "" if "<think>" in text else text
 
@@ -175,7 +215,7 @@ def _boxed(text: str) -> tuple[str, How] | None:
     parts = [found[-1]]
     for box in reversed(found[-32:-1]):
         between = text[box[1] : parts[0][0]]
-        if len(between) > 60 or not (between.strip(" $") == "" or _JOINT.fullmatch(between)):
+        if len(between) > 60 or not (_GAP.fullmatch(between) or _JOINT.fullmatch(between)):
             break
         parts.insert(0, box)
     contents = [re.sub(r"\\{1,4}(?:boxed|fbox)\s*(?=\{)", "", content) for _, _, content in parts]
@@ -190,7 +230,8 @@ def gold_answer(text: str) -> str:
         return extract_answer(text, strict=True).answer
     if unclosed:
         return normalise(re.split(r"\\{1,4}(?:boxed|fbox)\s*\{", text)[-1])
-    if "####" in text or "</answer>" in text or num_words(text) > MAX_GOLD_WORDS:
+    is_marked = "####" in text or "</answer>" in text or _ANSWER_IS.search(text)
+    if is_marked or num_words(text) > MAX_GOLD_WORDS:
         return extract_answer(text).answer or normalise(text)
     return normalise(text)
 
@@ -268,6 +309,15 @@ def _last(text: str) -> tuple[str, How] | None:
     after = _AFTER_START.match(text, end)  # 18 million is not 18
     phrase = text[before.start() if before else number.start() : after.end() if after else end]
     return phrase, "last_number"
+
+
+def choice_letters(text: str) -> str:
+    """Return the letters, in order, if an answer is nothing but several choices: "A, C", "AC", "(A) and (C)"."""
+    if not re.fullmatch(
+        r"[(\[{]?[A-J][)\]]?(?:(?:\s?(?:,|;|/|&|and)){0,2}\s?[(\[]?[A-J][)\]}]?){1,9}", text := plain(text)
+    ):
+        return ""
+    return "".join(sorted({*re.findall("[A-J]", text)}))
 
 
 def choice_letter(text: str) -> str:

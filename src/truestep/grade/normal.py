@@ -13,7 +13,7 @@ _INVISIBLE = dict.fromkeys(
     [0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF]
 )
 _BROKEN = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # a lone surrogate cannot be written to a UTF-8 file
-_SIGNS = {ord(a): b for a, b in zip("−‐‑–—﹣’‘“”。，", "------''\"\".,", strict=True)}
+_SIGNS = {ord(a): b for a, b in zip("−‐‑–—﹣’‘“”′″。，", "------''\"\"'\".,", strict=True)}
 # Digits of all scripts, among them mathematical bold ones.
 _DIGITS = {i: str(unicodedata.decimal(chr(i))) for i in (*range(0x0660, 0xAC00), *range(0x1D7CE, 0x1D800))
            if unicodedata.category(chr(i)) == "Nd"}  # fmt: skip
@@ -25,7 +25,8 @@ _SYMBOLS = {
     "∈": r"\in ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "…": r"\ldots ",
     "∅": r"\emptyset ", "✕": r"\times ", "•": r"\cdot ", "∙": r"\cdot ", "≈": r"\approx ", "∑": r"\sum ",
-    "⊥": r"\perp ", "∶": ":",
+    "⊥": r"\perp ", "∶": ":", "ℝ": r"\mathbb{R}", "∖": r"\setminus ", "⟨": r"\langle ", "⟩": r"\rangle ", "Ω": r"\Omega ",
+    "∉": r"\notin ", "∧": r"\land ", "∨": r"\lor ",
 } | {c: r"\frac{" + unicodedata.normalize("NFKC", c).replace("⁄", "}{") + "}" for c in "⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}  # fmt: skip
 
 _SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "_": "₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ"}
@@ -36,12 +37,31 @@ _HEDGE = re.compile(  # in front of a number or a formula
     r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|around|roughly|exactly|\\approx|\\sim(?![a-z])|=)\s*\}?\s*"
     r"(?=[-\d.\\$])", re.IGNORECASE,
 )  # fmt: skip
+_THEREFORE = re.compile(r"^(?:therefore|thus|hence|so|finally),?[ \t]+", re.IGNORECASE)
+_MINUS = re.compile(
+    r"^(?:(?:\\text\s*\{\s*)?(?:minus|negative)\s*\}?\s+(?=[\\\d.A-Za-z$])|负)", re.IGNORECASE
+)
+_SYSTEM = re.compile(
+    r"(?:\\\{)?\s*\\begin\{(cases|array|aligned?|gathered|split)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}\s*\.?",
+    re.DOTALL,
+)
+_EQUATION = re.compile(r"[^=<>,]+=[^=<>,]+")
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|nolimits)(?![a-zA-Z])", ""),
         (r"\{,\}|,\\!\s*(?=\d{3})", ","),  # the separators of thousands
+        (r"(?<=\d)(?:\{\s*\\[,;: ]\s*\}|\\thinspace(?![a-zA-Z]))\s*(?=\d{3})", " "),
+        (r"\\textcolor\s*\{[^{}]*\}\s*(?=\{)|\\color\s*\{[^{}]*\}", ""),
+        (r"\\langle(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])", ")"),
+        (
+            r"(?<![A-Za-z\\])(?:\\(?:text|mathrm)\s*\{\s*)?(?:[Ii]nfinity|inf)(?![A-Za-z])(?:\s*\})?",
+            r"\\infty ",
+        ),
+        (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"√\s*\(([^()]*)\)|\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1\2}"),
         (r"(?<!\\)\\!|\\hspace\{[^{}]*\}", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"(?<!\\)\\([%$])", r"\1"),
@@ -61,6 +81,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![\d}.])(?<![\d}.] )\\(?:mathrm|mathit|mathbf|text)\s*\{\s*([dei])\s*\}", r" \1"),
         (r"(?<![\w}.)])(?<![\w}.)] )\\(?:mathrm|mathit|mathbf|text)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (r"(\\(?:mathrm|text)\{\s*[A-Za-z]+)\s+([A-Za-z]+)\^\{?-1\}?\s*\}", r"\1/\2}"),
+        (r"\\(?:text|mathrm|mathbf|textbf)\s*\{\s*(-?\d[\d.,]*)\s*\}", r"\1"),
         (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"(?<![\w.^_])1i(?![A-Za-z])", "i"),
         (r"\s+", " "),
@@ -76,7 +97,7 @@ def typographic(text: str) -> str:
 def normalise(text: str) -> str:
     r"""Return an answer in a uniform spelling (Unicode look-alikes, LaTeX spacing, fractions), with any
     surrounding ``$…$`` and any final period removed. ``\text{…}`` is kept, to tell units from variables."""
-    text = typographic(text)
+    text = _THEREFORE.sub("", typographic(text).strip())
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)
     for sign, small in _SMALL.items():  # adjacent digits are one exponent: x²³ is x^{23}
@@ -88,7 +109,21 @@ def normalise(text: str) -> str:
             text = text.replace(symbol, command)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return _HEDGE.sub("", strip_wrappers(text))
+    return _MINUS.sub("-", _listed(_HEDGE.sub("", strip_wrappers(text))))
+
+
+def _listed(text: str) -> str:
+    r"""Return the equations of a system in ``cases``, ``array`` or ``aligned`` as a list: x=1, y=2; and ``\pmatrix{…}``
+    as an environment."""
+    text = re.sub(r"\\([pbvBV]?matrix)\s*\{(.*)\}", r"\\begin{\1}\2\\end{\1}", text)
+    system = _SYSTEM.fullmatch(text)
+    rows = (
+        [row.replace("&", "").strip(" ,;") for row in re.split(r"\\\\|\\cr(?![a-z])", system[2])]
+        if system
+        else []
+    )
+    rows = [row for row in rows if row]
+    return ", ".join(rows) if rows and all(_EQUATION.fullmatch(row) for row in rows) else text
 
 
 def strip_wrappers(text: str) -> str:

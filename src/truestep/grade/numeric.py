@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from truestep.grade.normal import TEXT_COMMAND
-from truestep.grade.units import CURRENCIES, PERCENT, conversion, is_unit, same_unit, scale, unit_name
+from truestep.grade.units import (
+    CURRENCIES,
+    NOT_COUNTERS,
+    PERCENT,
+    conversion,
+    is_unit,
+    same_unit,
+    scale,
+    unit_name,
+)
 
 MAX_DIGITS = 1_000  # longer numbers are compared as text
 MAX_POWER_DIGITS = 20_000  # digits of the value of a power such as 2024^{4046}
@@ -19,8 +28,9 @@ _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:
 _SIGNED = rf"\s*[-+]?\s*{_DECIMAL}\s*"
 _EXPONENT = r"(?:\{\s*([-+]?\d{1,5})\s*\}|([-+]?\d{1,5}))"
 _UNIT = re.compile(
-    rf"\s*(?:{TEXT_COMMAND}\{{([^{{}}]*)\}}|([A-Za-z][A-Za-z ./]*))(\^\{{?[0-9]\}}?)?\s*$", re.ASCII
+    rf"\s*(?:{TEXT_COMMAND}\{{([^{{}}]*)\}}|([A-Za-z][A-Za-z ./]*))(\^\{{?-?[0-9]\}}?)?\s*$", re.ASCII
 )
+_COUNTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]{1,4}")
 _TEXT_UNIT = re.compile(rf"([^,;=<>]+?)\s*({TEXT_COMMAND}\{{[^{{}}]*\}}(?:\^\{{?[0-9]\}}?)?)\s*", re.ASCII)
 
 
@@ -84,6 +94,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Number | None]], 
         (rf"(\d+)\s*\^\s*{_EXPONENT}", lambda m: _scaled(Fraction(1), int(m[1]), int(m[2] or m[3]))),
         (r"(\d*)\.(\d*)(?:\\overline|\\bar|\\dot)\s*\{?(\d+)\}?", _repeating),
         (r"(\d*)\.(\d*)\\dot\s*\{?(\d\}?\d*\\dot\s*\{?\d)\}?", _repeating),
+        (r"(\d*)\.(\d*)\((\d+)\)", _repeating),
         (rf"(\d*)\.(\d{{0,6}}?)(\d{{1,6}}?)\3{{2,}}\s*{_DOTS}", _repeating),
         (rf"({_DECIMAL})", lambda match: _decimal(match[1])),
     )
@@ -132,7 +143,8 @@ def _unit(rest: str, *, letters: bool) -> str | None:
         return f"degree {degrees[1].lower()}"
     match = _UNIT.match(rest)
     if match is None:
-        return None
+        is_counter = _COUNTER.fullmatch(rest) and not NOT_COUNTERS.intersection(rest)
+        return unit_name(rest) if is_counter else None
     words = (match[1] if match[1] is not None else match[2]).strip()
     if not is_unit(words, is_text=match[1] is not None, is_spaced=is_spaced, letters=letters and is_spaced):
         return None
@@ -169,6 +181,7 @@ def european(text: str) -> Number | None:
     """Read a number with a decimal comma or with points between its thousands, if the only other reading is a
     list. For example, 1.234.567 and 1.234,56 and 0,5 and 1,22 are read, but 1,5 and 1,234 are not."""
     sign, digits = text[: text.startswith("-")], text.removeprefix("-")
+    digits = re.sub(r"(?<=\d) (?=\d{3}(?:[ ,]|$))", ".", digits)
     if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", digits, re.ASCII):
         digits = digits.replace(".", "")
     elif re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d+|0,\d+|\d+,(?:\d\d|\d{4,})", digits, re.ASCII):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from truestep.errors import UserError
-from truestep.grade.equivalent import refusal, symbolic_form
 from truestep.grade.extract import gold_answer
+from truestep.grade.formula import refusal, symbolic_form
 from truestep.grade.policy import Judgment
 from truestep.grade.score import Grader
 from truestep.records import Message, Problem, Verdict
@@ -102,7 +102,7 @@ def _second_opinion(grader: Grader, pairs: Sequence[Pair], samples: list[dict[st
     both = zip(pairs, samples, strict=True)
     asked = [(p, s) for p, s in both if s["extracted"] and "algebra" not in s["reason"]]
     texts = [(symbolic_form(gold_answer(p.gold)), symbolic_form(s["extracted"])) for p, s in asked]
-    safe = [i for i, pair in enumerate(texts) if not refusal(pair)]
+    safe = [i for i, pair in enumerate(texts) if not any(map(refusal, pair))]
     outcomes = grader.pool.compare_many([texts[i] for i in safe]) if safe else []
     for i, outcome in zip(safe, outcomes, strict=True):
         asked[i][1]["second"] = {True: "correct", False: "incorrect", None: "unscored"}[outcome.equal]

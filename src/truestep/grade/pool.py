@@ -16,7 +16,7 @@ from pathlib import Path
 from truestep.errors import UserError
 from truestep.grade.equivalent import Decision
 from truestep.grade.fork_server import ForkServer, Worker, WorkerDied
-from truestep.grade.symbolic import OUT_OF_MEMORY
+from truestep.grade.symbolic import OUT_OF_MEMORY, UNREADABLE
 
 PATIENCE = 20.0  # the clock time of a comparison is limited to this multiple of its processor time
 ATTEMPTS = 3  # for each comparison, if its workers end without having been killed here
@@ -130,7 +130,10 @@ class Pool:
             if reply["note"] == OUT_OF_MEMORY:
                 self._drop(worker, NO_MEMORY)
             else:
-                self._outcomes[job.number] = Decision(equal=reply["equal"], reason=reply["note"])
+                note, unreadable = reply["note"], reply["note"] == UNREADABLE
+                self._outcomes[job.number] = Decision(
+                    equal=reply["equal"], reason=note, unreadable=unreadable
+                )
                 del self._busy[worker]
                 self._idle.append(worker)
 

@@ -10,9 +10,18 @@ from typing import Any, Self
 
 from truestep.errors import UserError
 from truestep.grade.countdown import check_countdown
-from truestep.grade.equivalent import Decision, decide, questions, same_integer, symbolic_form
-from truestep.grade.extract import Extraction, choice_letter, extract_answer, extract_choice, gold_answer
-from truestep.grade.normal import canonical, normalise
+from truestep.grade.equivalent import Decision, decide, questions, same_integer
+from truestep.grade.extract import (
+    Extraction,
+    choice_letter,
+    choice_letters,
+    extract_answer,
+    extract_choice,
+    extract_truth,
+    gold_answer,
+)  # fmt: skip
+from truestep.grade.formula import symbolic_form
+from truestep.grade.normal import canonical, normalise, plain
 from truestep.grade.policy import Judgment, judgment
 from truestep.grade.pool import Pool
 from truestep.grade.rational import same_formula
@@ -31,20 +40,29 @@ def find_answer(problem: Problem, text: str) -> Extraction:
     whole = normalise(text) if len(text) <= MAX_SHOWN else ""
     if whole and canonical(whole) == canonical(gold_answer(problem.answer)):
         return Extraction(answer=whole, how="whole")
-    return (extract_choice if problem.checker == "choice" else extract_answer)(text)
+    if problem.checker == "choice":
+        return extract_choice(text, _choices(problem))
+    if plain(gold_answer(problem.answer)).casefold() in ("yes", "no", "true", "false"):
+        return extract_truth(text)
+    return extract_answer(text)
 
 
-def _score(equal: bool | None, extracted: str, reason: str) -> Score:
+def _choices(problem: Problem) -> list[str]:
+    choices = problem.meta.get("choices")
+    return [str(choice) for choice in choices] if isinstance(choices, list | tuple) else []
+
+
+def _score(equal: bool | None, extracted: str, reason: str, *, unreadable: bool = False) -> Score:
     verdict = {True: Verdict.CORRECT, False: Verdict.INCORRECT, None: Verdict.UNSCORED}[equal]
-    return judged(verdict, extracted=extracted[:MAX_SHOWN], reason=reason)
+    return judged(verdict, extracted=extracted[:MAX_SHOWN], reason=reason, unreadable=unreadable)
 
 
 def _check_math(problem: Problem, found: str) -> Score | Question:
     gold = gold_answer(problem.answer)
     decision = decide(gold, found)
-    if decision.equal is None and not decision.refused:
+    if decision.equal is None and not decision.reason:
         return [(symbolic_form(a), symbolic_form(b)) for a, b in questions(gold, found)]
-    return _score(decision.equal, found, decision.reason or f"not compared: {decision.refused}")
+    return _score(decision.equal, found, decision.reason, unreadable=decision.unreadable)
 
 
 def _check_exact(problem: Problem, found: str) -> Score | Question:
@@ -58,22 +76,27 @@ def _check_integer(problem: Problem, found: str) -> Score | Question:
 
 
 def _check_choice(problem: Problem, found: str) -> Score | Question:
-    gold, choices = gold_answer(problem.answer), problem.meta.get("choices")
-    letter = choice_letter(gold)
+    gold, texts = gold_answer(problem.answer), [normalise(choice) for choice in _choices(problem)]
+    if several := choice_letters(gold):
+        return _score(choice_letters(found) == several, found, "compared as choices")
+    letter = _lettered(gold)
     if not letter:
         equal = same_integer(gold, found)  # the choices are numbered
         unread = f"{gold[:80]!r} does not name a choice"
         return _score(equal, found, unread if equal is None else "compared as choices")
     named = choice_letter(found)
-    if not named and isinstance(choices, list | tuple):  # the text of a choice, or its number
-        texts = [canonical(normalise(str(choice))) for choice in choices]
-        place = texts.index(canonical(found)) if texts.count(canonical(found)) == 1 else None
-        if place is None and re.fullmatch(r"[1-9]", found) and int(found) <= len(texts):
-            place = int(found) - 1
-        named = "" if place is None else chr(ord("A") + place)
-    if not named and (small := re.fullmatch(r"\(?([a-j])\)?", found)):
-        named = small[1].upper()
+    if not named:  # the text of a choice, or its number
+        same = [place for place, text in enumerate(texts) if decide(text, found).equal]
+        if not same and re.fullmatch(r"[1-9]", found) and int(found) <= len(texts):
+            same = [int(found) - 1]
+        named = chr(ord("A") + same[0]) if len(same) == 1 else _lettered(found)
     return _score(named == letter, found, "compared as choices")
+
+
+def _lettered(text: str) -> str:
+    """Return the letter of "(b)", "[b]" or "b) 42" as a capital, or what ``choice_letter`` finds."""
+    small = re.fullmatch(r"[(\[]?([a-j])(?:[)\]]?|[).:]\s.*)", text)
+    return small[1].upper() if small else choice_letter(text)
 
 
 def _check_countdown(problem: Problem, found: str) -> Score | Question:
@@ -170,4 +193,4 @@ def _conclude(outcomes: Sequence[Decision], extracted: str) -> Score:
     """Return correct if all parts are equal, incorrect if any part is different, and otherwise unscored."""
     nothing = Decision(equal=None, reason="nothing was compared")
     worst = min(outcomes, key=lambda outcome: (False, None, True).index(outcome.equal), default=nothing)
-    return _score(worst.equal, extracted, worst.reason)
+    return _score(worst.equal, extracted, worst.reason, unreadable=worst.unreadable)

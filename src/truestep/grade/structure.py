@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
-from truestep.grade.normal import TEXT_COMMAND, canonical
+from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import parse_number
 
 OPEN, CLOSE = {"(": ")", "[": "]", "{": "}"}, ")]}"
@@ -57,22 +58,118 @@ def brackets(text: str) -> tuple[str, str, str]:
 
 # A part of the line: its low and high end as text, and whether each end belongs to it.
 Stretch = tuple[str, str, bool, bool]
+Region = list[Stretch]
+LINE: Stretch = (r"-\infty", r"\infty", False, False)
+_REALS = r"(?:\\(?:mathbb|mathbf|Bbb)\s*\{?\s*R\s*\}?|ℝ|(?:all )?real numbers|all reals?)"
+_BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*" + _REALS + r"\s*)?(?:\\mid|\||:)(.*)\\\}")
+_UNION = (
+    rf"\\(?:big)?cup(?![A-Za-z])|(?<=[)\]\[])\s*U\s*(?=[(\[\]])|{TEXT_COMMAND}\{{\s*or\s*\}}|"
+    r"(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])"
+)
+_BOTH = re.compile(
+    rf"\\(?:cap|land|wedge)(?![A-Za-z])|{TEXT_COMMAND}\{{\s*and\s*\}}|(?<![A-Za-z\\])and(?![A-Za-z])"
+)
+_MINUS = re.compile(rf"{_REALS}\s*(?:\\(?:setminus|backslash)(?![A-Za-z])|∖|-|\\(?=\\\{{))\s*(.+)")
+_NOT = re.compile(rf"({_VARIABLE.pattern})\s*\\(?:neq|notin|not\s*\\in)(?![A-Za-z])\s*(.+)")
+_NAME = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?:_\{?\w\}?)?(?![A-Za-z])|\\(?:theta|alpha|beta|lambda|mu|phi)")
+_REGION = re.compile(
+    r"[<>|\[\](]|\\(?:[lg]eq|neq|notin|in|mathbb|mathbf|Bbb)(?![A-Za-z])|\breals?\b", re.IGNORECASE
+)
+_ABSOLUTE = re.compile(
+    r"(?:\||\\vert\s)\s*([A-Za-z])\s*(?:\||\\vert\s)\s*(<|>|\\leq(?![A-Za-z])|\\geq(?![A-Za-z]))\s*(.+)"
+)
 
 
-def region(text: str) -> tuple[list[Stretch], bool] | None:
-    r"""Return the region of the number line that a text describes, and whether the text contains relations. A
-    region may be ``a < x \leq b``, an interval, ``\mathbb{R}`` or a union. Return None for other texts."""
-    text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text.strip())
-    set_builder = r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}"
-    text = builder[2] if (builder := re.fullmatch(set_builder, text)) else text
-    if re.fullmatch(r"\\(?:mathbb|mathbf|Bbb)\s*\{?\s*R\s*\}?", text.strip()):
-        return [_stretch(r"-\infty", r"\infty")], False
-    is_relation = bool(_RELATION.search(text))
-    joint = rf"\\cup(?![A-Za-z])|{TEXT_COMMAND}\{{\s*or\s*\}}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])"
-    parts = re.split(joint if is_relation else r"\\cup(?![A-Za-z])", text)
-    found = [_from_relation(part) if is_relation else _from_interval(part) for part in parts[:20]]
+def region(text: str) -> tuple[Region, str] | None:
+    r"""Return the region of the number line that a text describes, and the variable of its relations ("" if it
+    has none). A region may be ``a < x \leq b``, ``|x| < a``, ``x \neq a``, an interval (also ``]a, b[``),
+    ``\mathbb{R}``, a complement, a union or an intersection. Return None for other texts."""
+    text = text.strip()
+    if not _REGION.search(text):
+        return None
+    text = builder[2] if (builder := _BUILDER.fullmatch(text)) else text
+    text = re.sub(r"^\s*\\?[A-Za-z]+\s*\\in(?![A-Za-z])\s*", "", text)
+    names = {*_NAME.findall(text)} - {"e", "R", "U"} if _RELATION.search(text) or _NOT.search(text) else set()
+    parts = [_part(part.strip()) for part in re.split(_UNION, text)[:20]]
+    if len(names) > 1 or any(part is None for part in parts):
+        return None
+    return [stretch for part in parts if part for stretch in part], next(iter(names), "")
+
+
+def _part(text: str) -> Region | None:
+    """Return the region of a text without a union."""
+    if re.fullmatch(_REALS, plain(text), re.IGNORECASE):
+        return [LINE]
+    if without := _MINUS.fullmatch(text) or _NOT.fullmatch(text):
+        return _complement(without[without.lastindex or 1])
+    if around := _ABSOLUTE.fullmatch(text):
+        end, closed = around[3].strip(), around[2] in (r"\leq", r"\geq")
+        if not _is_end(end) or end.startswith("-"):
+            return None
+        inside = around[2] in ("<", r"\leq")
+        return (
+            [("-" + end, end, closed, closed)]
+            if inside
+            else [(LINE[0], "-" + end, False, closed), (end, LINE[1], closed, False)]
+        )
+    if _BOTH.search(text):
+        return _common([_part(part.strip()) for part in _BOTH.split(text)])
+    if not _RELATION.search(text):
+        stretch = _from_interval(text)
+        return None if stretch is None else [stretch]
+    found = [_from_relation(part) for part in elements(text)]
     stretches = [part for part in found if part is not None]
-    return (stretches, is_relation) if len(stretches) == len(parts) else None
+    if len(stretches) != len(found):
+        return None
+    return (_common([[part] for part in stretches]) or stretches) if len(found) > 1 else stretches
+
+
+def _complement(text: str) -> Region | None:
+    opening, inside, _ = brackets(text)
+    if opening in ("(", "[") and (stretch := _from_interval(text)):
+        low, high, has_low, has_high = stretch
+        return [(LINE[0], low, False, not has_low), (high, LINE[1], not has_high, False)]
+    points = elements(inside)
+    if not all(_is_end(point) for point in points) or (opening and opening != "{"):
+        return None
+    numbers = [parse_number(point) for point in points]
+    if len(points) > 1:
+        if None in numbers:
+            return None
+        points = [point for _, point in sorted(zip((n.value for n in numbers if n), points, strict=True))]
+    ends = [LINE[0], *points, LINE[1]]
+    return [(low, high, False, False) for low, high in pairwise(ends)]
+
+
+def _common(parts: list[Region | None]) -> Region | None:
+    """Return the intersection of single stretches; None if it is empty or cannot be found without algebra."""
+    low, high, has_low, has_high = LINE
+    for part in parts:
+        if part is None or len(part) != 1:
+            return None
+        bounds = [
+            _tighter((low, has_low), (part[0][0], part[0][2]), 1),
+            _tighter((high, has_high), (part[0][1], part[0][3]), -1),
+        ]
+        if bounds[0] is None or bounds[1] is None:
+            return None
+        (low, has_low), (high, has_high) = bounds  # type: ignore[misc]
+    ends = parse_number(low), parse_number(high)
+    if ends[0] and ends[1] and ends[0].value >= ends[1].value:
+        return None
+    return [(low, high, has_low, has_high)]
+
+
+def _tighter(one: tuple[str, bool], other: tuple[str, bool], sign: int) -> tuple[str, bool] | None:
+    """Return the greater of two low ends (sign 1), or the smaller of two high ends (sign -1)."""
+    if "infty" in one[0] or "infty" in other[0]:
+        return other if "infty" in one[0] else one
+    left, right = parse_number(one[0]), parse_number(other[0])
+    if left is None or right is None:
+        return one if one == other else None
+    if left.value == right.value:
+        return one[0], one[1] and other[1]
+    return one if (left.value > right.value) == (sign > 0) else other
 
 
 def _stretch(low: str, high: str, has_low: bool = False, has_high: bool = False) -> Stretch:
@@ -81,9 +178,24 @@ def _stretch(low: str, high: str, has_low: bool = False, has_high: bool = False)
 
 
 def _from_interval(text: str) -> Stretch | None:
-    left, inside, right = brackets(text)
+    if (
+        len(text) > 2
+        and text[0] in "[]("
+        and text[-1] in "[])"
+        and "]" not in text[1:-1]
+        and "[" not in text[1:-1]
+    ):
+        left, inside, right = text[0], text[1:-1], text[-1]  # also ]a, b[
+    else:
+        left, inside, right = brackets(text)
     ends = elements(inside)
-    if left not in ("(", "[") or right not in (")", "]") or len(ends) != 2 or brackets(inside)[0]:
+    if (
+        left not in ("(", "[", "]")
+        or not right
+        or right not in ")]["
+        or len(ends) != 2
+        or brackets(inside)[0]
+    ):
         return None
     return _stretch(ends[0], ends[1], left == "[", right == "]")
 
@@ -131,6 +243,18 @@ def as_tuples(text: str) -> str | None:
     if not 2 <= size <= 6 or any(sorted(group) != sorted(names) for group in groups):
         return None
     return ", ".join("(" + ", ".join(group[name] for name in sorted(names)) + ")" for group in groups)
+
+
+def roots(text: str) -> str | None:
+    """Return the values of x_1=1, x_2=2 or x=1, x=2 as a list; None for other texts."""
+    found = [_ASSIGNMENT.fullmatch(part) for part in elements(text)]
+    if not 2 <= len(found) <= 60 or None in found:
+        return None
+    names = [canonical(match[1]) for match in found if match is not None]
+    is_numbered = names == [f"{names[0][0]}_{i}" for i in range(1, len(names) + 1)]
+    if not is_numbered and len({*names}) > 1:
+        return None
+    return ", ".join(match[2].strip() for match in found if match is not None)
 
 
 def without_names(text: str) -> str | None:

@@ -21,9 +21,12 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 OUT_OF_MEMORY = "memory"
+UNREADABLE = "unreadable: the answer is not a formula"
+UNREADABLE_GOLD = "the gold answer is not a readable formula: compared as text"
 DIGITS = 50  # digits that two equal constants have in common
 ROUNDED_DIGITS = 6  # as in grade.numeric, which is not imported into the processes
 PRIMES = (3, 5, 2, 7, 11, 13, 17, 19)
@@ -116,8 +119,7 @@ def _comparison() -> Compare:
         is_real = not (should_treat_as_complex(gold) or should_treat_as_complex(found))
         left, right = read(gold, is_real), read(found, is_real)  # else x would be two different symbols
         if left is None or right is None:
-            which = "gold answer" if left is None else "answer"
-            return False, f"the {which} is not a readable formula: compared as text"
+            return False, UNREADABLE_GOLD if left is None else UNREADABLE
         if _is_equation(left) != _is_equation(right) and (isinstance(left, Expr) or isinstance(right, Expr)):
             return False, "an equation is not compared with a formula"
         for rounded, text, other in ((right, found, left), (left, gold, right)):
@@ -129,7 +131,8 @@ def _comparison() -> Compare:
             return False, "compared by value"
         if isinstance(left, Expr) and isinstance(right, Expr) and (left.is_Symbol or right.is_Symbol):
             return bool(simplify(left - right) == 0), "compared by algebra"
-        return bool(verify(left, right, timeout_seconds=None)), "compared by algebra"
+        equal = bool(verify(left, right, timeout_seconds=None)) or _same_where_real(left, right)
+        return equal and not _are_unsolvable(left, right), "compared by algebra"
 
     return compare
 
@@ -147,6 +150,43 @@ def _clearly_different(left: Any, right: Any) -> bool:
     values = dict(zip(variables, PRIMES, strict=False))
     x, y = (_constant(side.subs(values)) for side in (left, right))
     return x is not None and y is not None and bool(abs(x - y) > 1e-4 * max(1.0, abs(x), abs(y)))
+
+
+def _same_where_real(left: Any, right: Any) -> bool:
+    """Return whether two formulas with roots or logarithms are equal for all values of the variables for which both
+    are real, such as ln(xy) and ln x + ln y, but not √(x²) and x. It is proved for positive variables, and tried
+    for the other signs."""
+    from sympy import Expr, Pow, Symbol, expand_log, log, simplify
+
+    if any(isinstance(side, Symbol) or not isinstance(side, Expr) for side in (left, right)):
+        return False
+    variables = sorted(left.free_symbols | right.free_symbols, key=str)
+    if not 1 <= len(variables) <= 4 or not (_is_elementary(left) and _is_elementary(right)):
+        return False
+    if not (left + right).has(log) and all(p.exp.is_integer for p in (left + right).atoms(Pow)):
+        return False
+    positive = {v: Symbol(v.name, positive=True) for v in variables}
+    if simplify(expand_log((left - right).xreplace(positive).doit())) != 0:
+        return False
+    for signs in product((1, -1), repeat=len(variables)):
+        values = {v: sign * prime for v, sign, prime in zip(variables, signs, PRIMES, strict=False)}
+        x, y = (_constant(side.subs(values)) for side in (left, right))
+        if x is not None and y is not None and x.is_real and y.is_real and abs(x - y) > 1e-9 * max(1, abs(x)):
+            return False
+    return True
+
+
+def _are_unsolvable(left: Any, right: Any) -> bool:
+    """Return whether two relations are only equal because neither has a solution, such as sin x = 5 and 2^x = 0."""
+    from sympy import simplify, solve
+    from sympy.core.relational import Relational  # type: ignore[import-untyped]
+
+    if not (isinstance(left, Relational) and isinstance(right, Relational)) or solve(
+        left, *left.free_symbols
+    ):
+        return False
+    differences = [side.lhs - side.rhs for side in (left, right)]
+    return not any(simplify(differences[0] - sign * differences[1]) == 0 for sign in (1, -1))
 
 
 def _is_equation(formula: Any) -> bool:
@@ -180,7 +220,7 @@ def _constant(formula: Any) -> Any:
     """Return the value of a formula without variables, exactly if it is rational, otherwise with 60 digits;
     None if it has no value."""
     from sympy import Expr, Float, Rational, UnevaluatedExpr, zoo
-    from sympy.core.relational import Relational  # type: ignore[import-untyped]
+    from sympy.core.relational import Relational
 
     if not isinstance(formula, Expr) or formula.has(UnevaluatedExpr) or isinstance(formula, Relational):
         return None  # an UnevaluatedExpr is a percentage, perhaps meant without its sign

@@ -1,4 +1,4 @@
-"""Units, currencies, number words and times of day as they occur in answers."""
+"""Units and currencies as they occur in answers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import tomllib
 from fractions import Fraction
 from pathlib import Path
 
-from truestep.grade.normal import plain
+from truestep.grade.words import VALUES
 
 PERCENT = "%"
 
 _DATA = tomllib.loads(Path(__file__).with_name("units.toml").read_text(encoding="utf-8"))
-# name: (dimension, size in the dimension's first unit); the names are those that ``unit_name`` returns
-_SIZES = {name: (dimension, Fraction(size))
-          for dimension, sizes in _DATA["sizes"].items() for name, size in sizes.items()}  # fmt: skip
 _SPELLINGS = {
     spelling: name for name, spellings in _DATA["spellings"].items() for spelling in spellings.split()
 }
 WORDS = frozenset({*_SPELLINGS, *(name + "s" for name in _SPELLINGS), *_DATA["words"].lower().split()})
 WORDS -= {"¢", "gm", "buck", "bucks", "deg"}
 NOT_UNITS = frozenset(_DATA["not_units"].split())
+NOT_COUNTERS = frozenset(
+    "零一二三四五六七八九十百千万亿半多倍分之以上下左右余折成几约度"
+)  # they change a number
 FUNCTIONS = frozenset(_DATA["functions"].split())
 LETTERS = frozenset("mgshlLNJWVAKC")  # units that a formula would read as variables
 CURRENCIES = "$€£¥"
@@ -28,13 +28,27 @@ _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 _SCALES: dict[str, int] = _DATA["scales"]
 _SCALE = re.compile(rf"\s*(?:\\text\s*\{{\s*)?({'|'.join(_SCALES)})s?(?![A-Za-z])\s*\}}?", re.IGNORECASE)
-_SMALL = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-)  # fmt: skip
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_VALUES = {word: i for i, word in enumerate(_SMALL)} | {word: 10 * i for i, word in enumerate(_TENS, start=2)}
-_TIME = re.compile(r"(\d{1,2}):(\d{2})\s*(?:([ap])\.?\s?m\.?)?$", re.IGNORECASE | re.ASCII)
+
+Dimensions = tuple[tuple[str, int], ...]  # such as length 1, time -1
+Measure = tuple[Fraction, Dimensions]
+_FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_TERM = re.compile(
+    r"(?P<per>/|per\s)?\s*(?:(?P<squared>square|sq|cubic)\s)?\s*(?P<name>[^\W\d_]+|[$€£¥¢])\s*"
+    r"(?:\^\{?\s*(?P<power>-?\d)\s*\}?)?\s*(?:[.*·]|\\cdot)?\s*"
+)
+
+
+def _dimensions(text: str) -> Dimensions:
+    terms = re.findall(r"(/?)(\w+)(?:\^(\d))?", text)
+    return tuple((name, (-1 if per else 1) * int(power or 1)) for per, name, power in terms)
+
+
+# name: (size in the first units of its dimensions, the dimensions)
+_SIZES: dict[str, Measure] = {
+    name: (Fraction(size), _dimensions(key))
+    for key, sizes in _DATA["sizes"].items()
+    for name, size in sizes.items()
+}
 
 
 def scale(rest: str) -> tuple[int, str]:
@@ -57,61 +71,50 @@ def is_unit(words: str, *, is_text: bool, is_spaced: bool, letters: bool) -> boo
 
 def _is_noun(word: str) -> bool:
     is_word = len(word) >= 3 and word[1:].islower() and re.search("[aeiouy]", word) and word not in _ALPHABET
-    return bool(is_word) and word not in FUNCTIONS and word.lower() not in _VALUES
+    return bool(is_word) and word not in FUNCTIONS and word.lower() not in VALUES
 
 
 def unit_name(words: str, power: str = "") -> str:
     """Return one name for all spellings of a unit: "square centimeters" and "cm^2" have the same name."""
     parts = []
-    for word in words.lower().split():
-        if word in ("square", "sq", "cubic"):
-            power = "^3" if word == "cubic" else "^2"
+    for word in words.replace("/", " per ").split():
+        if (low := word.lower()) in ("square", "sq", "cubic"):
+            power = "^3" if low == "cubic" else "^2"
             continue
-        singular = word[:-1] if word.endswith("s") and len(word) > 1 else word
-        parts.append(_SPELLINGS.get(word) or _SPELLINGS.get(singular) or singular)
+        singular = low[:-1] if low.endswith("s") and len(low) > 1 else low
+        parts.append(word if word in _SIZES else _SPELLINGS.get(low) or _SPELLINGS.get(singular) or singular)
     return " ".join(parts) + power
 
 
+def measure(unit: str) -> Measure | None:
+    r"""Return the size of a unit, such as km/h, square feet, m s^{-2} or \frac{m}{s}, in the first units of its
+    dimensions, and the power of each dimension; None if a part of it is not known."""
+    unit = _FRACTION.sub(r"\1/\2", unit[:80].strip()).replace(r"^{\circ}", "degree").replace(r"\Omega", "ohm")
+    size, powers, place = Fraction(1), dict[str, int](), 0
+    while place < len(unit):
+        term = _TERM.match(unit, place)
+        known = _SIZES.get(unit_name(term["name"])) if term else None
+        if term is None or known is None:
+            return None
+        power = int(term["power"] or {"": 1, "cubic": 3}.get(term["squared"] or "", 2))
+        power = -power if term["per"] else power
+        size *= known[0] ** power
+        for dimension, exponent in known[1]:
+            powers[dimension] = powers.get(dimension, 0) + exponent * power
+        place = term.end()
+    return (size, tuple(sorted((d, p) for d, p in powers.items() if p))) if powers else None
+
+
 def conversion(unit: str, other: str) -> Fraction | None:
-    """Return how many of the other unit one unit is; None if they are not units of the same dimension."""
-    sizes = [_SIZES.get(name.partition("^")[0]) for name in (unit, other)]
-    powers = [name.partition("^")[2] or "1" for name in (unit, other)]
-    if sizes[0] is None or sizes[1] is None or sizes[0][0] != sizes[1][0] or powers[0] != powers[1]:
-        return None
-    return (sizes[0][1] / sizes[1][1]) ** int(powers[0])
+    """Return how many of the other unit one unit is; None if they are not known units of the same dimension."""
+    left, right = measure(unit), measure(other)
+    return left[0] / right[0] if left and right and left[1] == right[1] else None
 
 
 def same_unit(left: str, right: str) -> bool:
     """Return whether two units mean the same, such as "degree" and "degree C", or "apple" and "red apple"."""
+    if (known := measure(left)) is not None and known == measure(right):
+        return True
     one, other = set(left.split()), set(right.split())
     changes = (one ^ other) & {"per", "c", "f", *_SIZES}  # miles are not miles per hour, 30° are not 30 °C
     return (one <= other or other <= one) and not changes
-
-
-def spelled_number(text: str) -> int | None:
-    """Return the number that a few English words mean, such as "forty-two" or "three hundred", or None."""
-    total, last = 0, 1000
-    for word in text.lower().replace("-", " ").split()[:4]:
-        if word in ("hundred", "thousand") and 0 < total < 100:
-            total, last = total * _SCALES[word], _SCALES[word]
-        elif word in _VALUES and (value := _VALUES[word]) < last:
-            total, last = total + value, 10 if value >= 20 else 0
-        else:
-            return None
-    return total if text.split() and len(text.split()) <= 4 else None
-
-
-def same_time(gold: str, found: str) -> bool | None:
-    """Return whether two times of day agree (am or pm may be left out); None if either is not a time."""
-    left, right = _TIME.match(plain(gold)), _TIME.match(plain(found))
-    if left is None or right is None or not (left[3] or right[3]):
-        return None
-    if _minutes(left) == _minutes(right):
-        return True
-    has_bare = not (left[3] and right[3])
-    return has_bare and left.group(1, 2) == right.group(1, 2) and int(left[1]) <= 12
-
-
-def _minutes(match: re.Match[str]) -> int:
-    hour = int(match[1]) % 12 + (12 if match[3].lower() == "p" else 0) if match[3] else int(match[1])
-    return 60 * hour + int(match[2])

@@ -91,6 +91,7 @@ class ScoreRow:
     score_if_unscored_correct: float | None = None
     truncated_rate: float | None = None
     extracted_rate: float | None = None
+    unreadable_rate: float | None = None
     mean_tokens: float | None = None
     pass_at: Mapping[str, Interval] = field(default_factory=dict)
     majority_at: Mapping[str, Interval] = field(default_factory=dict)
@@ -197,6 +198,7 @@ def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
         ("Problems × samples", _sizes), ("Correct", lambda r: whole(r.correct)),
         ("Incorrect", lambda r: whole(r.incorrect)), ("Unscored", lambda r: whole(r.unscored)),
         ("Cut off", lambda r: percent(r.truncated_rate)), ("Answer found", lambda r: percent(r.extracted_rate)),
+        ("Unreadable", lambda r: percent(r.unreadable_rate)),
         ("Mean tokens", lambda r: whole(r.mean_tokens)), (_PUBLISHED, lambda r: f"{r.published.get('SFT→RL', NONE)}"),
     ]  # fmt: skip
     score: Column = ("Score [95 % interval]", lambda r: with_interval(r.score, r.low, r.high))

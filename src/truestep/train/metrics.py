@@ -54,6 +54,8 @@ _ROWS = (
     ("solved_groups", "mean", "mean", "share", "", "",
      "share of groups in which at least one sample of the policy solves the problem"),
     ("unscored", "mean", "mean", "share", "Unscored samples: share", "", "share of samples without a reward"),
+    ("unreadable", "mean", "mean", "share", "Unreadable answers: share", "",
+     "share of samples whose answer is incorrect because it could not be read"),
     ("completions/mean_length", "mean", "mean", "tokens", "Completion length: mean",
      "completions/mean_length; response_length/mean", "mean length of the sampled completions"),
     ("completions/truncated", "mean", "mean", "share", "Truncated completions: share",
@@ -198,7 +200,7 @@ def markdown() -> str:
 
 # Reported in every step with samples.
 OF_GROUPS = (
-    "reward", "reward_std", "reward_failures", "solved", "mixed_groups", "solved_groups", "unscored",
+    "reward", "reward_std", "reward_failures", "solved", "mixed_groups", "solved_groups", "unscored", "unreadable",
     "completions/mean_length", "completions/truncated",
 )  # fmt: skip
 
@@ -214,6 +216,7 @@ def of_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
             if rollout.member is not Origin.POLICY:
                 continue
             meter.add("unscored", score.reward is None)
+            meter.add("unreadable", score.unreadable)
             meter.add("completions/mean_length", len(rollout.completion_ids))
             meter.add("completions/truncated", rollout.stop is Stop.LENGTH)
             if score.reward is not None:
