@@ -43,8 +43,8 @@ def test_a_file_of_pairs(
     result = json.loads(capsys.readouterr().out)
     samples = result["samples"]
     assert [sample["id"] for sample in samples] == ["1", "b", "5", "7", "9", "11", "13", "15", "17"]
-    right, wrong, neither = "correct", "incorrect", "unscored"
-    verdicts = [right, right, right, wrong, right, right, right, neither, wrong]
+    right, wrong = "correct", "incorrect"
+    verdicts = [right, right, right, wrong, right, right, right, wrong, wrong]
     assert [sample["verdict"] for sample in samples] == verdicts
     assert [sample["strict"] for sample in samples] == [
         right,
@@ -54,7 +54,7 @@ def test_a_file_of_pairs(
         right,
         right,
         right,
-        neither,
+        wrong,
         wrong,
     ]
     assert [sample["lenient"] for sample in samples] == [*verdicts[:3], right, *verdicts[4:]]

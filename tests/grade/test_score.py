@@ -253,13 +253,14 @@ def test_order_and_counts_are_kept_over_workers() -> None:
         "incorrect",
         "correct",
         "incorrect",
-        "unscored",
+        "incorrect",
         "incorrect",
         "correct",
         "incorrect",
         "incorrect",
     ]
     assert verdicts == expected * 3
+    assert [score.unreadable for score in scores] == [index % 9 == 4 for index in range(27)]
     counts = conserve(scores)
     assert counts["n"] == len(pairs) == counts["correct"] + counts["incorrect"] + counts["unscored"]
 
