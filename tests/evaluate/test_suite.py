@@ -177,7 +177,17 @@ def test_a_private_benchmark_is_written_nowhere(run: Callable[..., Any], tmp_pat
     ]
     assert {frozenset(row) for row in rows} == {
         frozenset(
-            {"problem_id", "sample_index", "verdict", "strict", "lenient", "extracted", "stop", "num_tokens"}
+            {
+                "problem_id",
+                "sample_index",
+                "verdict",
+                "strict",
+                "lenient",
+                "unreadable",
+                "extracted",
+                "stop",
+                "num_tokens",
+            }
         )
     }
     assert all(isinstance(row["extracted"], bool) for row in rows)
