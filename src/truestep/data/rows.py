@@ -73,6 +73,7 @@ def _parsed(line: bytes) -> Row | RowError:
     except json.JSONDecodeError as error:
         found = f"{error.msg} at character {error.pos + 1}"
         hint = "; this is a JSON array; write one object per line" if line.lstrip().startswith(b"[") else ""
+        hint = r"; write \\ for every \ of a text" if "escape" in error.msg else hint
         return RowError("JSON", f"expected a JSON object on one line, got {found}{hint}")
     except RecursionError:
         return RowError("JSON", "expected a flat JSON object, got one nested too deeply to read")
