@@ -66,6 +66,13 @@ class ChatSettings(Frozen):
     system: str = ""
     user: str = "{problem}"
     generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; removed from a demonstration's start
+    date: str = "2024-07-26"  # the date that a chat template may write; today's would change every day
+
+    @model_validator(mode="after")
+    def _is_date(self) -> Self:
+        if not re.fullmatch(r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])", self.date):
+            raise ValueError("date must be written as YYYY-MM-DD")
+        return self
 
     @model_validator(mode="after")
     def _has_problem(self) -> Self:
