@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -83,19 +83,24 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     )  # fmt: skip
 
 
-def unused_columns(row: Row, checker: str) -> Iterator[str]:
-    """Yield the columns of an accepted row, and the keys of its turns, that are not read."""
-    used = {*PROMPT_COLUMNS, "answer", "solution", "reward_model", "checker", "id"}
+def unused_columns(row: Mapping[str, Any], checker: str, needs: Collection[str]) -> Iterator[str]:
+    """Yield the columns of an accepted row, and the parts of its turns, that are not used if only ``needs`` are
+    needed; if it is empty, answers and solutions are both used."""
+    used = {*PROMPT_COLUMNS, "checker", "id"}
+    used |= {"answer", "reward_model"} if not needs or "answer" in needs else set()
+    with_solution = not needs or "solution" in needs
+    used |= {"solution"} if with_solution else set()
     used |= {"choice": {"choices"}, "countdown": {"numbers", "target"}}.get(checker, set())
     for name, value in row.items():
         turns = value if isinstance(value, list) and value and isinstance(value[0], dict) else []
-        is_read = name in used or (name == "target" and turns)
+        is_read = name in used or (name == "target" and turns and with_solution)
         if not is_read and value is not None:
             yield name
         for turn in turns if is_read else []:
-            yield from (
-                f"{name}[].{key}" for key in turn if key not in ("role", "content") and turn[key] not in _BARE
-            )
+            for key in turn.keys() - {"role", "content"}:
+                yield from (f"{name}[].{key}",) if turn[key] not in _BARE else ()
+        if name == "messages" and not with_solution and turns and turns[-1].get("role") == "assistant":
+            yield "messages[-1]"
 
 
 def _check_characters(row: Row) -> None:
