@@ -65,10 +65,12 @@ class _SetCheck:
         announce(f"{self.name}: rows read in {reading:.1f} s, gold answers graded in {self.grading:.1f} s")
 
     def _grade(self, problems: Sequence[Problem]) -> None:
+        if not self.grader or not problems:
+            return
         from truestep.pipeline.golds import grade_golds
 
         began = time.monotonic()
-        for gold in grade_golds(self.grader, problems) if self.grader else ():
+        for gold in grade_golds(self.grader, problems):
             problem, score = gold.problem, gold.score
             self.verdicts[score.verdict or Verdict.UNSCORED] += 1
             if score.verdict is not Verdict.CORRECT:

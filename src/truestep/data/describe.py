@@ -26,10 +26,14 @@ class Description:
         self.places, self.numbers = array("q"), array("q")  # the file and the number of each row
         self.checkers: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
+        self.shapes: dict[
+            tuple[str, ...], tuple[int, list[str]]
+        ] = {}  # rows with the same columns, and those not used
         self.num_context_turns = 0
 
     def add(self, problem: Problem) -> None:
-        self.problem_lengths.append(sum(len(m.content) for m in problem.messages))
+        turns, row = problem.messages, problem.columns
+        self.problem_lengths.append(sum([len(m.content) for m in turns]))
         if problem.solution:
             self.solution_lengths.append(len(problem.solution))
         self.texts.append(hash(text_key(problem_text(problem))))
@@ -39,14 +43,24 @@ class Description:
         self.places.append(self.files.setdefault(file if is_row else problem.row, len(self.files)))
         self.numbers.append(int(number) if is_row else -1)
         self.checkers[problem.checker] += 1
-        self.unused.update(unused_columns(problem.columns, problem.checker, self.needs))
-        self.num_context_turns += any(m.role == "assistant" for m in problem.messages)
+        self.num_context_turns += len(turns) > 1 and any(m.role == "assistant" for m in turns)
+        if None in row.values() or list in map(type, map(row.get, ("messages", "prompt", "target"))):
+            self.unused.update(unused_columns(row, problem.checker, self.needs))
+        else:  # the row has no turns, so only the names of its columns matter
+            shape = (problem.checker, *row)
+            if shape not in self.shapes:
+                self.shapes[shape] = 0, list(unused_columns(row, problem.checker, self.needs))
+            num, names = self.shapes[shape]
+            self.shapes[shape] = num + 1, names
 
     def result(self) -> dict[str, Any]:
         """Return counts, lengths in characters, and duplicate texts (contradictory if their answers differ),
         ready for JSON."""
         answers = np.frombuffer(self.answers, dtype=np.int64)
         repeated = self._repeated()
+        unused = Counter(self.unused)
+        for num, names in self.shapes.values():
+            unused.update(dict.fromkeys(names, num))
         contradictory = [same for same in repeated if len({*answers[same].tolist()} - {0}) > 1]
         return {
             "num_problems": len(self.texts),
@@ -60,7 +74,7 @@ class Description:
             "duplicate_examples": [
                 [self._row(i) for i in same[:2].tolist()] for same in (contradictory or repeated)[:3]
             ],
-            "unused_columns": dict(self.unused.most_common()),
+            "unused_columns": dict(unused.most_common()),
             "num_context_turns": self.num_context_turns,
         }
 

@@ -23,13 +23,16 @@ _REWRITES = tuple(
         (r"\\([lgn]e)q(?![A-Za-z])", r"\\\1"),
     )
 )
-_BESIDE_A_SIGN = re.compile(r" ?([^\w\s]) ?")
+_BESIDE_A_SIGN = re.compile(r" (?:\B|(?<=\B ))")  # a space with a sign before or after it
 
 
 def problem_text(problem: Problem) -> str:
     r"""Return the text of the user's turns in one spelling: case-folded, with single spaces, ASCII quotation
     marks and dashes, and without the delimiters of formulas, so that \(x\) is $x$."""
-    text = " ".join(m.content for m in problem.messages if m.role == "user")
+    if len(problem.messages) == 1:
+        text = problem.messages[0].content
+    else:
+        text = " ".join(m.content for m in problem.messages if m.role == "user")
     if not text.isascii():
         text = text.translate(_TYPOGRAPHY)
     if "$" in text or "\\" in text or "~" in text:
@@ -40,7 +43,7 @@ def problem_text(problem: Problem) -> str:
 
 def text_key(text: str) -> str:
     """Return the key of a ``problem_text``. Two texts with the same key differ only in spaces next to signs."""
-    return _BESIDE_A_SIGN.sub(r"\1", text)
+    return _BESIDE_A_SIGN.sub("", text)
 
 
 def ngram_hashes(text: str) -> set[bytes]:

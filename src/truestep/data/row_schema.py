@@ -36,10 +36,8 @@ _UNSUPPORTED_IN_TURNS = (
 _UNSUPPORTED_ROW = frozenset(UNSUPPORTED)
 _BARE: tuple[Any, ...] = (None, "", [], {})  # parquet writes None for a key that only other rows have
 # The rest of a LaTeX command whose backslash and first letter JSON has read as a control character.
-_EATEN = (
-    r"\t(?:ext|frac|imes|heta|herefore|riangle|ilde|anh)|\r(?:ight|ho\b|angle|ceil|floor|brace|vert)|"
-    r"\n(?:eq\b|abla|otin|ewline|oindent|onumber)"
-)
+_EATEN_LINE = re.compile(r"\n(?:eq\b|abla|otin|ewline|oindent|onumber)")
+_EATEN = r"\t(?:ext|frac|imes|heta|herefore|riangle|ilde|anh)|\r(?:ight|ho\b|angle|ceil|floor|brace|vert)"
 _UNPRINTABLE = re.compile(rf"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|{_EATEN}")
 _ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
 # A letter with which an answer names a choice: (C), C. Cecile, c
@@ -79,7 +77,7 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
         id = _text(str(given_id), "id")
     return Problem(
         id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta,
-        columns=dict(row),
+        columns=row,
     )  # fmt: skip
 
 
@@ -105,16 +103,28 @@ def unused_columns(row: Mapping[str, Any], checker: str, needs: Collection[str])
 
 def _check_characters(row: Row) -> None:
     """Raise RowError for a control character or a lone surrogate in any text of a row."""
-    left: list[tuple[str, Any]] = list(row.items())
-    while left:  # not recursive, because a row may be nested deeply
+    left: list[tuple[str, Any]] = []
+    parts: Iterable[tuple[str, Any]] = row.items()
+    while True:  # not recursive, because a row may be nested deeply
+        for field, value in parts:
+            if isinstance(value, str):
+                if not value.isprintable() and (found := _control_character(value)):
+                    raise RowError(field, _unprintable(value, found))
+            elif isinstance(value, dict | list):
+                left.append((field, value))
+        if not left:
+            return
         field, value = left.pop()
-        if isinstance(value, str):
-            if not value.isprintable() and (found := _UNPRINTABLE.search(value)):
-                raise RowError(field, _unprintable(value, found))
-        elif isinstance(value, dict):
-            left += [(f"{field}.{key}", part) for key, part in value.items()]
-        elif isinstance(value, list):
-            left += [(f"{field}[{i}]", part) for i, part in enumerate(value)]
+        named = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = [
+            (f"{field}.{key}" if isinstance(value, dict) else f"{field}[{key}]", part) for key, part in named
+        ]
+
+
+def _control_character(text: str) -> re.Match[str] | None:
+    """Return the first control character or lone surrogate that is not an ordinary tab or line break."""
+    found = None if text.replace("\n", "").isprintable() else _UNPRINTABLE.search(text)
+    return found or _EATEN_LINE.search(text)
 
 
 def _unprintable(text: str, found: re.Match[str]) -> str:
