@@ -28,7 +28,7 @@ from truestep.data.problems import load_problems
 from truestep.data.procedural import make_problem
 from truestep.errors import UserError
 from truestep.records import Message, Problem, Role
-from truestep.settings import ChatSettings, DataSettings
+from truestep.settings import ChatSettings, DataSettings, settings_hash
 
 MARKED = (
     "{{ bos_token or '' }}{% for m in messages %}"
@@ -208,6 +208,7 @@ def test_the_date_is_the_recipes_and_not_todays() -> None:
         assert decoded(tokenizer, encode_prompt(tokenizer, problem(), chat).token_ids).startswith(
             words + "<|user|>"
         )
+    assert settings_hash(ChatSettings(date="2023-02-01")) != settings_hash(ChatSettings())
     for date in ("today", "2024-13-01", "26 Jul 2024"):
         with pytest.raises(ValueError, match="YYYY-MM-DD"):
             ChatSettings(date=date)
