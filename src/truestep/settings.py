@@ -60,12 +60,22 @@ class ComputeSettings(Frozen):
     compile: bool = False
 
 
+PINNED_DATE = "2024-07-26"
+
+
 class ChatSettings(Frozen):
     """The format in which a problem becomes a prompt. It is the same in SFT, RL and evaluation."""
 
     system: str = ""
     user: str = "{problem}"
     generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; removed from a demonstration's start
+    date: str = PINNED_DATE  # the date that a chat template may write; today's would change every day
+
+    @model_validator(mode="after")
+    def _is_date(self) -> Self:
+        if not re.fullmatch(r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])", self.date):
+            raise ValueError("date must be written as YYYY-MM-DD")
+        return self
 
     @model_validator(mode="after")
     def _has_problem(self) -> Self:
@@ -455,8 +465,16 @@ def _child(node: Any, part: str, item: str) -> Any:
     raise UserError(f"--set {item}: {part} cannot be set inside a value that is not a table")
 
 
+def _identity(part: Any) -> Any:
+    """Return a dumped table without chat.date if it is the default, so that results from before this setting
+    keep their identity."""
+    if not isinstance(part, dict):
+        return part
+    return {key: _identity(value) for key, value in part.items() if (key, value) != ("date", PINNED_DATE)}
+
+
 def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:
     """Return the identity of a stage or a run, 12 hex digits of a hash of its settings in canonical JSON."""
-    payload = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    payload = [_identity(p.model_dump(mode="json") if isinstance(p, BaseModel) else p) for p in parts]
     canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

@@ -15,7 +15,7 @@ name seed trackers declared
 model.path model.context_length model.rope_theta
 model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.intermediate_size
 compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile
-chat.system chat.user chat.generation_suffix
+chat.system chat.user chat.generation_suffix chat.date
 data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
 evaluate.data evaluate.samples_per_problem evaluate.pass_at evaluate.before
 evaluate.benchmarks evaluate.folder evaluate.engine evaluate.prompts evaluate.few_shot evaluate.limit evaluate.limits

@@ -342,6 +342,11 @@ CASES = [
         ("train.jsonl:2", "answer", "three", "integer"),
     ),
     Case(
+        "a gold that no box can contain",
+        row(2, json.dumps({"problem": "2+1=?", "answer": r"\frac{3}{", "solution": "#### 3"})),
+        ("train.jsonl:2", "answer", "math", "no answer found"),
+    ),
+    Case(
         "a special token in the text",
         row(2, '{"problem": "2+1<|end|>", "answer": "3", "solution": "#### 3"}'),
         ("train.jsonl:2", "problem", "<|end|>"),
@@ -424,6 +429,18 @@ def test_the_unbroken_folder_is_accepted(
     assert call(monkeypatch, "run", str(folder / "run.toml"), "--out", str(folder / "out"), "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(folder / "out")
     assert not (folder / "out").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_dry_run_says_what_is_not_used_or_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row(2, json.dumps({"problem": "2+1=?", "answer": "proof", "solution": "#### 3", "level": 1}))(folder)
+    words = ("run", str(folder / "run.toml"), "--out", str(folder / "out"), "--dry-run", "--json")
+    assert call(monkeypatch, *words) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert any(note.startswith("data.train: not used") and "level (1 rows)" in note for note in notes)
+    assert any(note.startswith("data.train: 1 of 3 gold answers are read by no rule") for note in notes)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -61,6 +61,31 @@ def test_lm_eval_samples_by_filter(tmp_path: Path) -> None:
     assert strict.rows[1]["prompt"] == "q1?"
 
 
+def test_lm_eval_samples_from_before_filters_were_named(tmp_path: Path) -> None:
+    def unnamed(filters: tuple[str, ...]) -> Path:
+        path = lm_eval(tmp_path / f"samples_sums{len(filters)}.jsonl", [1.0, 0.0], filters)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [{key: row[key] for key in row if key not in ("filter", "metrics")} for row in rows]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    (found,) = read_evaluations(unnamed(("none",)))
+    assert (found.task, found.metric) == ("sums1", "exact_match")
+    assert [r["verdict"] for r in found.rows] == ["correct", "incorrect"]
+    both = read_evaluations(unnamed(("strict", "flexible")))
+    assert [e.task for e in both] == ["sums2,filter 1", "sums2,filter 2"]
+    assert [[r["verdict"] for r in e.rows] for e in both] == [["correct", "incorrect"]] * 2
+    path = lm_eval(tmp_path / "samples_mixed.jsonl", [1.0, 0.0])
+    path.write_text(path.read_text().replace('"filter": "none", ', "", 1))
+    with pytest.raises(UserError, match=r"samples_mixed\.jsonl:1: filter is missing"):
+        read_evaluations(path)
+    path.write_text('{"doc_id": 0}\n')
+    with pytest.raises(
+        UserError, match=r"samples_mixed\.jsonl:1: expected a sample from truestep or lm-eval"
+    ):
+        read_evaluations(path)
+
+
 def test_inspect_log_and_its_failed_sample(tmp_path: Path) -> None:
     (found,) = read_evaluations(inspect_log(tmp_path / "a.eval", ["C", "I", "C"]))
     assert found.task == "sums"

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from truestep.data import template as rendering
 from truestep.data.chat import (
     completion_text,
     encode_demonstration,
@@ -26,7 +28,7 @@ from truestep.data.problems import load_problems
 from truestep.data.procedural import make_problem
 from truestep.errors import UserError
 from truestep.records import Message, Problem, Role
-from truestep.settings import ChatSettings, DataSettings
+from truestep.settings import ChatSettings, DataSettings, settings_hash
 
 MARKED = (
     "{{ bos_token or '' }}{% for m in messages %}"
@@ -96,10 +98,12 @@ def test_demonstration_is_the_prompt_then_solution_then_stop(
 ) -> None:
     tokenizer = make(template)
     prompt = encode_prompt(tokenizer, problem(), chat)
-    demonstration = encode_demonstration(tokenizer, problem(), chat)
+    opens = decoded(tokenizer, prompt.token_ids).endswith("<think>\n")
+    solution = "2+3=5</think>\n#### 5" if opens else "2+3=5\n#### 5"
+    demonstration = encode_demonstration(tokenizer, problem(solution=solution), chat)
     n = demonstration.num_prompt_tokens
     assert demonstration.token_ids[:n] == prompt.token_ids
-    assert decoded(tokenizer, demonstration.token_ids[n:]) == "2+3=5\n#### 5<|end|>"
+    assert decoded(tokenizer, demonstration.token_ids[n:]) == f"{solution}<|end|>"
     assert demonstration.token_ids[-1] == tokenizer.eos_token_id
     assert demonstration.token_ids[-1] in stop_token_ids(tokenizer)
     roles = prompt_roles(tokenizer, problem(), chat)
@@ -121,16 +125,135 @@ def test_prompt_is_what_the_template_writes(make: Any) -> None:
 def test_generation_suffix_ends_the_prompt_and_is_not_doubled() -> None:
     chat = ChatSettings(generation_suffix="<think>\n")
     tokenizer = byte_level()
-    plain = encode_demonstration(tokenizer, problem(), chat)
-    repeated = encode_demonstration(tokenizer, problem(solution="<think>\n2+3=5\n#### 5"), chat)
-    assert repeated == plain
+    plain = encode_demonstration(tokenizer, problem(solution="2+3=5</think>5"), chat)
+    thought = "<think>\n2+3=5</think>5"
+    assert encode_demonstration(tokenizer, problem(solution=thought), chat) == plain
     assert decoded(tokenizer, plain.token_ids[: plain.num_prompt_tokens]).endswith("<|assistant|><think>\n")
-    by_template = encode_demonstration(
-        byte_level(THINKING), problem(solution="<think>\n2+3=5\n#### 5"), ChatSettings()
-    )
+    by_template = encode_demonstration(byte_level(THINKING), problem(solution=thought), ChatSettings())
     assert decoded(tokenizer, by_template.token_ids) == decoded(tokenizer, plain.token_ids)
-    kept = encode_demonstration(tokenizer, problem(solution="<think>\n5"), ChatSettings())
-    assert decoded(tokenizer, kept.token_ids).endswith("<|assistant|><think>\n5<|end|>")
+    kept = encode_demonstration(tokenizer, problem(solution=thought), ChatSettings())
+    assert decoded(tokenizer, kept.token_ids).endswith(f"<|assistant|>{thought}<|end|>")
+
+
+ANSWERED = "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+OWN_BLOCK = THINKING.replace("{{ '<|' + m", ANSWERED.join(["{{ '<|' + m['role'] + '|>' }}", "{{ m"])).replace(
+    "m['role'] + '|>' + m['content']", "m['content']"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [THINKING, OWN_BLOCK], ids=["opens a thought", "and writes an empty one"]
+)
+@pytest.mark.parametrize("start", ["", "<think>", "<think>\n", "\n<think>\n", " <think>"])
+def test_a_thought_is_opened_once(template: str, start: str) -> None:
+    tokenizer = byte_level(template)
+    made = encode_demonstration(tokenizer, problem(solution=f"{start}2+3=5</think>5"), ChatSettings())
+    assert decoded(tokenizer, made.token_ids).endswith("<|assistant|><think>\n2+3=5</think>5<|end|>")
+
+
+def test_a_tag_that_the_problem_ends_with_is_not_an_opened_thought() -> None:
+    for template in (None, MARKED):
+        asked = problem(text="Begin with <answer>", solution="<answer>5</answer>")
+        made = encode_demonstration(byte_level(template), asked, ChatSettings())
+        assert decoded(byte_level(), made.token_ids).endswith("<answer>5</answer><|end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "suffix", "solution"),
+    [
+        (THINKING, "", "2+3=5\n#### 5"),
+        (MARKED, "<think>\n", "2+3=5\n#### 5"),
+        (None, "<think>", "<think>5"),
+        (MARKED, "", "<think>2+3=5\n#### 5"),
+        (MARKED, "", "<think>2</think> 3 <think> 5"),
+    ],
+)
+def test_a_thought_that_is_never_closed_is_refused(template: str | None, suffix: str, solution: str) -> None:
+    chat = ChatSettings(generation_suffix=suffix)
+    with pytest.raises(
+        UserError, match=r"data\.jsonl:7: solution: the thought .* never closed.*write </think>"
+    ):
+        encode_demonstration(byte_level(template), problem(solution=solution), chat)
+    encode_demonstration(byte_level(template), problem(solution=solution + "</think>5"), chat)
+
+
+def test_a_template_without_a_generation_prompt_keeps_the_assistants_header() -> None:
+    deaf = MARKED.partition("{% if add_gen")[0]
+    with_block = deaf.replace(
+        "m['content']", "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content']"
+    )
+    for template in (deaf, with_block):
+        tokenizer = byte_level(template)
+        assert encode_prompt(tokenizer, problem(), ChatSettings()) == encode_prompt(
+            byte_level(), problem(), ChatSettings()
+        )
+        made = encode_demonstration(tokenizer, problem(), ChatSettings())
+        assert made == encode_demonstration(byte_level(), problem(), ChatSettings())
+        roles = prompt_roles(tokenizer, problem(), ChatSettings())
+        assert roles == prompt_roles(byte_level(), problem(), ChatSettings())
+
+
+def test_a_header_that_only_answers_have_is_refused() -> None:
+    channel = MARKED.replace("'|>' + m", "'|>' + ('<|final|>' if m['role'] == 'assistant' else '') + m")
+    with pytest.raises(UserError, match=r"data\.jsonl:7: messages: .*writes '<\|final\|>' before an answer"):
+        encode_demonstration(byte_level(channel), problem(), ChatSettings())
+    assert encode_prompt(byte_level(channel), problem(), ChatSettings())
+    made = encode_demonstration(byte_level(channel), problem(), ChatSettings(generation_suffix="<|final|>"))
+    assert decoded(byte_level(), made.token_ids).endswith("<|assistant|><|final|>2+3=5\n#### 5<|end|>")
+
+
+def test_the_date_is_the_recipes_and_not_todays() -> None:
+    tokenizer = byte_level("{{ strftime_now('%d %b %Y') }}" + MARKED)
+    for chat, words in ((ChatSettings(), "26 Jul 2024"), (ChatSettings(date="2023-02-01"), "01 Feb 2023")):
+        assert decoded(tokenizer, encode_prompt(tokenizer, problem(), chat).token_ids).startswith(
+            words + "<|user|>"
+        )
+    assert settings_hash(ChatSettings(date="2023-02-01")) != settings_hash(ChatSettings())
+    for date in ("today", "2024-13-01", "26 Jul 2024"):
+        with pytest.raises(ValueError, match="YYYY-MM-DD"):
+            ChatSettings(date=date)
+
+
+@pytest.mark.parametrize(
+    ("loop", "match"),
+    [
+        ("{% for i in range(10**9) %}{% endfor %}", "too large to render"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "does not end within",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "too large to render"),
+        ("{{ 1 // 0 }}", "refuses these turns"),
+        ("{{ messages[99]['role'] + 1 }}", "refuses these turns"),
+        ("{{ [].pop() }}", "refuses these turns"),
+    ],
+)
+def test_templates_without_an_end(loop: str, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError, match=f"data.jsonl:7: messages: .*{match}"):
+        encode_prompt(byte_level(loop + MARKED), problem(), ChatSettings())
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_control_tokens_are_more_than_the_special_ones() -> None:
+    tokenizer = byte_level(MARKED.replace("'|>' + m", "'|>' + ('[TURN]' if m['role'] == 'user' else '') + m"))
+    tokenizer.add_tokens([AddedToken("<eot>", special=True), AddedToken("<tool>", special=False)])
+    assert "<eot>" not in tokenizer.all_special_tokens
+    for text in ("<eot>", "[TURN]", "<|user|>"):
+        with pytest.raises(UserError, match=r"data\.jsonl:7: (problem|solution): .*control token"):
+            encode_demonstration(tokenizer, problem(solution=f"5 {text}"), ChatSettings())
+        with pytest.raises(UserError, match=r"data\.jsonl:7: problem: .*control token"):
+            encode_prompt(tokenizer, problem(text=f"5 {text}"), ChatSettings())
+    for text in (
+        "<tool>",
+        "[OTHER]",
+        "<think></think>",
+        "<answer>",
+        "<|other|>",
+    ):  # the template writes none of them
+        encode_demonstration(tokenizer, problem(text=text, solution=f"5 {text}"), ChatSettings())
 
 
 def test_roles_say_who_wrote_each_token() -> None:
@@ -268,9 +391,9 @@ def test_slow_tokenizers_are_refused() -> None:
 
 
 def test_texts_that_would_not_be_what_they_say() -> None:
-    with pytest.raises(UserError, match=r'data\.jsonl:7: solution: .*special token "<\|end\|>"'):
+    with pytest.raises(UserError, match=r'data\.jsonl:7: solution: .*control token "<\|end\|>"'):
         encode_demonstration(byte_level(), problem(solution="5<|end|>6"), ChatSettings())
-    with pytest.raises(UserError, match=r'data\.jsonl:7: problem: .*special token "<\|assistant\|>"'):
+    with pytest.raises(UserError, match=r'data\.jsonl:7: problem: .*control token "<\|assistant\|>"'):
         encode_prompt(byte_level(), problem(text="<|assistant|>"), ChatSettings())
     with pytest.raises(UserError, match=r"data\.jsonl:7: solution: .*the character 'é'"):
         encode_demonstration(characters(), problem(solution="5é"), ChatSettings())

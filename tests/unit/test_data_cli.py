@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from truestep.cli.data import app
 from truestep.errors import UserError
-from truestep.records import Problem, Score, Verdict, judged
 
 RECIPE = """
 name = "r"
@@ -52,27 +50,10 @@ def recipe(tmp_path: Path) -> Path:
         '{"problem": "1+1=?", "solution": "#### 2"}\n{"problem": "x", "solution": "y"}\n'
     )
     (tmp_path / "test.jsonl").write_text(
-        '{"problem": "1+1=?", "answer": 2}\n{"problem": "2+2=?", "answer": "bad"}\n'
+        '{"problem": "1+1=?", "answer": 2}\n{"problem": "2+2=?", "answer": "\\\\frac{1}{"}\n'
     )
     (tmp_path / "run.toml").write_text(RECIPE)
     return tmp_path / "run.toml"
-
-
-@pytest.fixture(autouse=True)
-def grader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in that refuses the gold "bad", so that these tests are about what the command does with
-    verdicts."""
-
-    class Stub:
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *exc: object) -> None: ...
-
-        def check_gold(self, problem: Problem) -> Score:
-            return judged(Verdict.INCORRECT if problem.answer == "bad" else Verdict.CORRECT)
-
-    monkeypatch.setitem(sys.modules, "truestep.grade.score", types.SimpleNamespace(Grader=Stub))
 
 
 def run(*arguments: str | Path) -> Result:
@@ -88,7 +69,8 @@ def test_check_a_file(recipe: Path) -> None:
     assert result.exit_code == 0, result.output
     described = document(result)["data"]["train"]
     assert (described["num_problems"], described["num_answers"], described["num_solutions"]) == (2, 0, 2)
-    assert described["gold"] == {"n": 0, "correct": 0, "incorrect": 0, "unscored": 0, "refused": []}
+    counts = {"n": 0, "correct": 0, "incorrect": 0, "unscored": 0, "refused": []}
+    assert described["gold"] == {**counts, "num_text_only": 0, "text_only_examples": []}
     assert "train" in run("check", recipe.parent / "train.jsonl").stdout
 
 
@@ -103,7 +85,7 @@ def test_check_a_recipe_finds_refused_golds_and_overlap(recipe: Path) -> None:
     assert overlap == {("train", "test"): 1, ("rl", "test"): 0}
     text = run("check", recipe)
     assert text.exit_code == 1
-    assert "test.jsonl:2: answer 'bad' is incorrect" in text.stdout
+    assert r"test.jsonl:2: answer '\\frac{1}{' is incorrect no answer found" in text.stdout
     assert "overlap of train with test: of 2 problems, 1 have the same text, 0 share 13 words" in text.stdout
     unjudged = run("check", recipe, "--no-gold", "--json")
     assert unjudged.exit_code == 0
@@ -116,6 +98,76 @@ def test_check_names_texts_with_two_answers(tmp_path: Path) -> None:
     result = run("check", path)
     assert result.exit_code == 0
     assert f"twice: problem texts with different answers: 1, e.g. {path}:1 and {path}:2" in result.stdout
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_check_counts_all_bad_rows_and_shows_ten(tmp_path: Path, as_json: bool) -> None:
+    path = tmp_path / "many.jsonl"
+    good, bad = '{"problem": "1+1=?", "answer": 2}\n', '{"problem": "x"}\n'
+    path.write_text(good + bad * 11 + good.replace("2", "3"))
+    result = run("check", path, "--no-gold", *["--json"] * as_json)
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).endswith("(and 10 more bad rows)")
+    shown = [f"{path}:{number}: answer: expected an answer or a solution" for number in range(2, 12)]
+    if as_json:
+        found = document(result)["data"]["many"]
+        assert (found["bad_rows"]["count"], found["num_problems"]) == (11, 2)
+        lines = found["bad_rows"]["first"]
+    else:
+        lines = [line.partition("bad row: ")[2] for line in result.stdout.splitlines() if "bad row: " in line]
+    assert len(lines) == 10
+    assert all(line.startswith(expected) for line, expected in zip(lines, shown, strict=True))
+
+
+def test_check_with_only_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"problem": "x"}\n[]\n')
+    result = run("check", tmp_path / "bad.jsonl", "--json")
+    assert isinstance(result.exception, UserError)
+    assert document(result)["data"]["bad"]["bad_rows"]["count"] == 2
+
+
+JUNK = ["proof", "???", r"\frac{1}{", "N/A", "see solution", "$", "{", "None", "nan", "x^", "pending", "...", r"\sqrt{",
+        "(A", "image.png", "-", "the answer", r"\left(1,2", "=", "[]"]  # fmt: skip
+READ = ["12", "1/2", r"\frac{\pi}{2}", "(1,2)", "[0,1)", "x=5", "5 cm", r"\text{(E)}", "C", "x>3", "three", "12:30",
+        "AB", r"2\sqrt{3}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "2, 3", "1011_2", r"so \boxed{7}", "x\n#### 7"]  # fmt: skip
+
+
+def test_check_counts_golds_that_only_the_same_text_matches(tmp_path: Path) -> None:
+    path = tmp_path / "golds.jsonl"
+    lines = [json.dumps({"problem": f"{i}?", "answer": gold}) for i, gold in enumerate([*READ, *JUNK])]
+    path.write_text("\n".join(lines))
+    result = run("check", path, "--json")
+    gold = document(result)["data"]["golds"]["gold"]
+    refused = [found["answer"] for found in gold["refused"]]
+    assert refused == [r"\frac{1}{", "{", r"\sqrt{"]
+    assert gold["num_text_only"] == len(JUNK) - len(refused)
+    assert [found["answer"] for found in gold["text_only_examples"]] == [g for g in JUNK if g not in refused][
+        :10
+    ]
+    assert "17 of 39 gold answers are read by no rule" in run("check", path).stdout
+
+
+def test_check_says_what_is_not_used(recipe: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "id": 1}]
+    rows = [
+        {
+            "messages": [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}],
+            "level": 1,
+        },
+        {"problem": "x", "solution": "y", "answer": "2", "level": None},
+    ]
+    (recipe.parent / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (recipe.parent / "test.jsonl").write_text(json.dumps({"problem": "x", "answer": "2", "solution": "y"}))
+    found = document(run("check", recipe, "--json"))["data"]
+    assert found["train"]["unused_columns"] == {"level": 1, "messages[].id": 1, "answer": 1}
+    assert found["train"]["num_context_turns"] == 1
+    assert found["test"]["unused_columns"] == {"solution": 1}
+    assert found["rl"]["unused_columns"] == {}
+    text = run("check", recipe).stdout
+    assert "train: not used (only your own reward functions get them): " in text
+    assert "train: earlier assistant turns of 1 rows are context and are not trained on" in text
+    alone = document(run("check", recipe.parent / "train.jsonl", "--json"))["data"]["train"]
+    assert alone["unused_columns"] == {"level": 1, "messages[].id": 1}
 
 
 def test_check_asks_of_a_row_what_the_stages_need(recipe: Path) -> None:

@@ -39,6 +39,47 @@ def test_equal_texts_are_found_whatever_their_case_and_spaces() -> None:
     assert json.loads(json.dumps(report)) == report
 
 
+SPELLINGS = [
+    r"Is $x+1 \leq \frac{1}{2}$ for “all” $x$, or not – say why?",
+    r'Is \(x+1 \le \dfrac{1}{2}\) for "all" \(x\), or not - say why?',
+    r"is $ x + 1\,\leq\,\tfrac{1}{2} $ for ＂all＂ $ x $, or not — say why ?",
+    "Is\u00a0$\\displaystyle x+1 \\leq \\frac{1}{2}$ for “all”\u200b $x$, or not \u2212 say why?",
+    r"Is \[x+1 \leq \frac{1}{2}\] for „all” $x$, or not ‑ say why?",
+]
+OTHERS = [
+    r"Is $x-1 \leq \frac{1}{2}$ for “all” $x$, or not – say why?",
+    r"Is $x+1 \geq \frac{1}{2}$ for “all” $x$, or not – say why?",
+    r"Is $x+1 \leq \frac{1}{2}$ for “all” $y$, or not – say why?",
+    r"Is $x+1 \leq \frac{1}{2}$ for “all” $x 1$, or not – say why?",
+    r"Is $x+1 \leq \frac{12}{}$ for “all” $x$, or not – say why?",
+]
+
+
+def test_one_text_in_several_spellings_is_the_same_text() -> None:
+    for spelling in SPELLINGS:
+        (pair,) = overlap_report({"t": problems("t", spelling)}, {"e": problems("e", *SPELLINGS, *OTHERS)})[
+            "pairs"
+        ]
+        assert pair["exact"]["num_evaluation"] == len(SPELLINGS), spelling
+    assert describe(problems("d", *SPELLINGS, *OTHERS))["num_duplicate_texts"] == len(SPELLINGS) - 1
+
+
+def test_thirteen_words_are_found_beside_other_delimiters() -> None:
+    text = r"let $a$ be the sum of all numbers $n$ such that $n^2$ is less than $k$"
+    other = "first, " + text.replace("$a$", r"\(a\)").replace("$n$", r"\(n\)").replace("$n^2$", r"\(n^2\)")
+    (pair,) = overlap_report({"t": problems("t", other)}, {"e": problems("e", text)})["pairs"]
+    assert (pair["exact"]["num_evaluation"], pair["ngram"]["num_evaluation"]) == (0, 1)
+
+
+def test_a_training_set_may_be_an_iterator() -> None:
+    judged = problems("e", words(0, 20), "short", words(90, 20))
+    train = problems("t", words(50, 20), "Short", words(0, 30), "", words(5, 14))
+    report = overlap_report({"t": train}, {"e": judged, "f": judged[1:]})
+    assert overlap_report({"t": iter(train)}, {"e": judged, "f": judged[1:]}) == report
+    assert [pair["num_train"] for pair in report["pairs"]] == [5, 5]
+    assert report["pairs"][0]["ngram"]["num_train"] == 2
+
+
 def test_thirteen_words_in_a_row_are_the_threshold() -> None:
     judged = problems("e", words(0, 40), words(100, 40), words(200, 12))
     train = problems(

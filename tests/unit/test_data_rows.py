@@ -56,6 +56,51 @@ BROKEN = {
     "an empty problem": (row(problem=" \n", answer="2"), "problem", "empty"),
     "a NUL": (row(problem="a\0b", answer="2"), "problem", "NUL character at character 2"),
     "a lone surrogate": (b'{"problem": "a\\ud800", "answer": "2"}', "problem", "surrogate U+D800 at character 2"),
+    "a LaTeX command that is no escape": (rb'{"problem": "\alpha", "answer": "2"}', "JSON", r"write \\ for every \ "),
+    "a form feed in an answer": (rb'{"problem": "x", "answer": "\frac{1}{2}"}', "answer", r"\frac as \f and text; write \\frac"),
+    "a backspace in a problem": (rb'{"problem": "in \boxed{}", "answer": "2"}', "problem", r"U+0008 at character 4: JSON"),
+    "a tab in a solution": (
+        rb'{"problem": "x", "answer": "6", "solution": "2\times 3"}', "solution", r"write \\times",
+    ),
+    "a line break in a solution": (
+        rb'{"problem": "x", "answer": "6", "solution": "2\neq 3"}', "solution", r"write \\neq",
+    ),
+    "a carriage return in a turn": (
+        rb'{"messages": [{"role": "user", "content": "\left( \right)"}], "answer": "6"}', "JSON", r"write \\",
+    ),
+    "a carriage return": (
+        rb'{"messages": [{"role": "user", "content": "( \right)"}], "answer": "6"}',
+        "messages[0].content", r"write \\right",
+    ),
+    "a form feed in a column of no use": (
+        rb'{"problem": "x", "answer": "6", "extra": {"a": ["\frac"]}}', "extra.a[0]", r"write \\frac",
+    ),
+    "a delete": (row(problem="x\x7f", answer="2"), "problem", "U+007F at character 2; remove it"),
+    "a dash of another encoding": (row(problem="x \x80\x94 y", answer="2"), "problem", "U+0080 at character 3; remove"),
+    "a thought beside the content": (
+        row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "reasoning_content": "z"}]),
+        "messages[1].reasoning_content", "not supported",
+    ),
+    "a turn's weight": (
+        row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "weight": 0}]),
+        "messages[1].weight", "not supported",
+    ),
+    "a tool call": (
+        row(messages=[*turns(("user", "x")), {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]),
+        "messages[1].tool_calls", "not supported",
+    ),
+    "a thought beside the solution": (row(problem="x", answer="2", reasoning_content="y"), "reasoning_content", "lost"),
+    "tools": (row(problem="x", answer="2", tools=[{"name": "f"}]), "tools", "lost"),
+    "choices without a checker": (row(problem="x", answer="A", choices=["1", "2"]), "choices", "no checker; set"),
+    "a letter beyond the choices": (
+        row(problem="x", answer="C", choices=["1", "2"], checker="choice"), "answer", "2 choices, got",
+    ),
+    "a marked letter beyond the choices": (
+        row(problem="x", answer="(d) d", choices=["1", "2", "3"], checker="choice"), "answer", "3 choices, got",
+    ),
+    "a number beyond the choices": (
+        row(problem="x", answer=0, choices=["1", "2"], checker="choice"), "answer", "from 1",
+    ),
     "no answer": (row(problem="x"), "answer", "got none"),
     "a misspelt answer": (row(problem="x", anwser="2"), "answer", 'did you mean "answer"'),
     "an empty answer": (row(problem="x", answer=""), "answer", "empty"),
@@ -131,6 +176,28 @@ def test_broken_row_is_named(kind: str, tmp_path: Path) -> None:
     assert "\n" not in message
     assert "more bad row" not in message
     assert len(message) < len(str(path)) + 400
+
+
+UNBROKEN = {
+    "tabs and line breaks": row(problem="a\tb\r\nnot c\n\tnext", answer="2", solution="so\n\ttext: 2\r\nright"),
+    "letters of other scripts": row(problem="é日本\u00a0\u2028x", answer="2"),
+    "keys that say nothing": row(
+        messages=[{"role": "user", "content": "x", "weight": None, "tool_calls": [], "reasoning_content": ""}],
+        answer="2", tools=None,
+    ),
+    "the last choice": row(problem="x", answer="(B)", choices=["1", "2"], checker="choice"),
+    "the number of a choice": row(problem="x", answer=2, choices=["1", "2"], checker="choice"),
+    "the text of a choice": row(problem="x", answer="a dog", choices=["a cat", "a dog"], checker="choice"),
+    "choices, but another checker": row(problem="x", answer="2", choices=["1", "2"], checker="math"),
+    "empty choices": row(problem="x", answer="2", choices=[]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNBROKEN)
+def test_similar_rows_are_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(UNBROKEN[kind] + b"\n" + GOOD)
+    assert len(load(path)) == 2
 
 
 def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -11,48 +14,131 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from truestep.cli.progress import announce
-from truestep.data.describe import describe
+from truestep.cli.progress import HEARTBEAT_SECONDS, announce
+from truestep.data.describe import Description, not_used
 from truestep.data.overlap import overlap_report
-from truestep.data.problems import load_problems
+from truestep.data.problems import SHOWN_FAULTS, BadRows, load_problems, stream_problems
 from truestep.errors import UserError
-from truestep.records import Problem, Verdict, conserve
+from truestep.records import Problem, Verdict
 from truestep.settings import DataSettings, Settings, load_settings
 
 if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
+    from truestep.grade.score import Grader
+    from truestep.pipeline.golds import Gold
+
+CHUNK = 2_000  # gold answers that are graded at once
+
+
+class _SetCheck:
+    """The checks of one data set, made while its rows are read, so that the set need not fit into memory."""
+
+    def __init__(
+        self, name: str, source: Iterator[Problem], needs: Collection[str], grader: Grader | None
+    ) -> None:
+        self.name, self.source, self.grader = name, source, grader
+        self.description = Description(needs)
+        self.bad: BadRows | None = None
+        self.verdicts: Counter[Verdict] = Counter()
+        self.refused: list[dict[str, Any]] = []
+        self.unread: list[Gold] = []
+        self.num_unread, self.grading = 0, 0.0
+        self.began = self.spoke = time.monotonic()
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield the problems while they are checked; bad rows are counted and left out."""
+        waiting: list[Problem] = []
+        try:
+            for problem in self.source:
+                self.description.add(problem)
+                waiting += [problem] if problem.answer and self.grader else []
+                if len(waiting) == CHUNK:
+                    self._grade(waiting)
+                    waiting = []
+                yield problem
+        except BadRows as error:
+            self.bad = error
+        self._grade(waiting)
+        reading = time.monotonic() - self.began - self.grading
+        announce(f"{self.name}: rows read in {reading:.1f} s, gold answers graded in {self.grading:.1f} s")
+
+    def _grade(self, problems: Sequence[Problem]) -> None:
+        if not self.grader or not problems:
+            return
+        from truestep.pipeline.golds import grade_golds
+
+        began = time.monotonic()
+        for gold in grade_golds(self.grader, problems):
+            problem, score = gold.problem, gold.score
+            self.verdicts[score.verdict or Verdict.UNSCORED] += 1
+            if score.verdict is not Verdict.CORRECT:
+                fault = {"verdict": score.label, "reason": score.reason}
+                self.refused.append({"id": problem.id, "row": problem.row, "answer": problem.answer, **fault})
+            elif gold.text_only:
+                self.num_unread += 1
+                self.unread += [gold] if len(self.unread) < SHOWN_FAULTS else []
+        self.grading += time.monotonic() - began
+        if time.monotonic() - self.spoke > HEARTBEAT_SECONDS:
+            self.spoke = time.monotonic()
+            announce(f"{self.name}: {self.verdicts.total()} gold answers graded in {self.grading:.0f} s")
+
+    def result(self) -> dict[str, Any]:
+        """Return the description, the bad rows and the gold answers, ready for JSON."""
+        bad = {"count": self.bad.count, "first": self.bad.first} if self.bad else {"count": 0, "first": []}
+        found = {**self.description.result(), "bad_rows": bad}
+        if self.grader:
+            examples = [{"row": gold.problem.row, "answer": gold.problem.answer} for gold in self.unread]
+            counts = {"n": self.verdicts.total(), **{v.value: self.verdicts[v] for v in Verdict}}
+            unread = {"num_text_only": self.num_unread, "text_only_examples": examples}
+            found["gold"] = {**counts, "refused": self.refused, **unread}
+        return found
+
 
 def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -> None:
-    """Validate every row of every data set and print the results. Exit with 1 if a gold answer is refused."""
+    """Validate every row of every data set and print the results. Exit with 1 if a gold answer is refused.
+    Raises BadRows, after the results have been printed, if there are bad rows."""
     announce(f"truestep data check: reading {source}")
     from rich.console import Console
 
-    if source.endswith(".toml"):
-        settings = load_settings(source, overrides)
-        sets = _load_sets(settings, Path(source).parent)
-        judged = [*settings.evaluate.data, *(s.dev.data for s in settings.stages if s.dev.data)]
-        trained = {s.data: sets[s.data] for s in settings.stages}
-        report = overlap_report(trained, {name: sets[name] for name in judged})
-    else:
-        if overrides:
-            raise UserError(f"--set applies only to recipes, but {source} is a data file; remove --set")
-        name, data = Path(source).stem, DataSettings(source=source)
-        sets = {name: load_problems(name, data, seed=0, base_dir=Path(), needs=())}
-        report = overlap_report({}, {})
-    described = {name: describe(problems) for name, problems in sets.items()}
-    if gold:
-        for name, problems in sets.items():
-            described[name]["gold"] = _judge_golds(problems)
-    num_refused = sum(len(d.get("gold", {}).get("refused", ())) for d in described.values())
+    from truestep.grade.score import Grader
+
+    with ExitStack() as stack:
+        grader = stack.enter_context(Grader()) if gold else None
+        if source.endswith(".toml"):
+            settings = load_settings(source, overrides)
+            checks = {name: _set_check(settings, name, Path(source).parent, grader) for name in settings.data}
+            used = [*settings.evaluate.data, *(s.dev.data for s in settings.stages if s.dev.data)]
+            judged = {name: list(checks[name].problems()) for name in dict.fromkeys(used)}
+            others = {n: judged[n] if n in judged else made.problems() for n, made in checks.items()}
+            trained = {s.data: others.pop(s.data) for s in settings.stages if s.data in others}
+            pairs = overlap_report(trained, judged)["pairs"]
+        else:
+            if overrides:
+                raise UserError(f"--set applies only to recipes, but {source} is a data file; remove --set")
+            name, data = Path(source).stem, DataSettings(source=source)
+            rows = stream_problems(name, data, seed=0, base_dir=Path(), needs=())
+            checks, pairs = {name: _SetCheck(name, rows, (), grader)}, []
+            others = {name: checks[name].problems()}
+        for problems in others.values():
+            deque(problems, maxlen=0)
+    described = {name: made.result() for name, made in checks.items()}
+    num_refused = sum(len(made.refused) for made in checks.values())
     if as_json:
-        document = {"data": described, "overlap": report["pairs"], "num_refused_golds": num_refused}
-        typer.echo(json.dumps(document))
+        typer.echo(json.dumps({"data": described, "overlap": pairs, "num_refused_golds": num_refused}))
     else:
-        _print_check(Console(soft_wrap=True), described, report["pairs"])
+        _print_check(Console(soft_wrap=True), checks, described, pairs)
+    if bad := [made.bad for made in checks.values() if made.bad]:
+        raise BadRows(sum(error.count for error in bad), bad[0].first)
     if num_refused:
         raise typer.Exit(1)
+
+
+def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | None) -> _SetCheck:
+    needs = _needs(settings, name)
+    rows = stream_problems(name, settings.data[name], seed=settings.seed, base_dir=base_dir, needs=needs)
+    return _SetCheck(name, rows, needs, grader)
 
 
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
@@ -96,37 +182,36 @@ def _needs(settings: Settings, name: str) -> set[str]:
     return needs | ({"answer"} if name in judged else set())
 
 
-def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Grade every gold answer with its checker. If one is refused, correct samples would get no credit."""
-    from rich.console import Console
-    from rich.progress import track
-
-    from truestep.grade.score import Grader
-
-    answered = [p for p in problems if p.answer]
-    with Grader() as grader:
-        progress = track(answered, "golds", console=Console(stderr=True), transient=True)
-        scores = [grader.check_gold(problem) for problem in progress]
-    refused = [
-        {"id": p.id, "row": p.row, "answer": p.answer, "verdict": s.label, "reason": s.reason}
-        for p, s in zip(answered, scores, strict=True)
-        if s.verdict is not Verdict.CORRECT
-    ]
-    return {**conserve(scores), "refused": refused}
-
-
-def _print_check(console: Any, described: dict[str, dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> None:
+def _print_check(
+    console: Any,
+    checks: Mapping[str, _SetCheck],
+    described: Mapping[str, dict[str, Any]],
+    pairs: Sequence[dict[str, Any]],
+) -> None:
     from rich.table import Table
 
-    table = Table("data", "rows", "answers", "solutions", "repeated", "characters", "refused", box=None)
+    from truestep.pipeline.golds import said_of
+
+    table = Table(
+        "data", "rows", "answers", "solutions", "repeated", "characters", "refused", "bad rows", box=None
+    )
     for name, d in described.items():
         lengths = [d[key] for key in ("problem_characters", "solution_characters") if d[key]]
         refused = str(len(d["gold"]["refused"])) if "gold" in d else "not judged"
         counts = [str(d[f"num_{key}"]) for key in ("problems", "answers", "solutions", "duplicate_texts")]
         characters = " + ".join(f"{found['min']}-{found['max']}" for found in lengths)
-        table.add_row(name, *counts, characters, refused)
+        table.add_row(name, *counts, characters, refused, str(d["bad_rows"]["count"]))
     console.print(table)
     for name, d in described.items():
+        for fault in d["bad_rows"]["first"]:
+            console.print(f"{name}: bad row: {fault}", markup=False)
+        for said in not_used(d):
+            console.print(f"{name}: {said}", markup=False)
+        if d.get("gold", {}).get("num_text_only"):
+            console.print(
+                f"{name}: {said_of(checks[name].unread, checks[name].num_unread, d['gold']['n'])}",
+                markup=False,
+            )
         if d["num_contradictory_texts"]:
             rows = " and ".join(d["duplicate_examples"][0])
             count = f"problem texts with different answers: {d['num_contradictory_texts']}"

@@ -99,7 +99,7 @@ def execute(
         for note in prepared.notes:
             reporter.say(note)
     if dry_run:
-        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows}
+        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows, "notes": prepared.notes}
         typer.echo(json.dumps(plan) if as_json else str(folder))
         return
     if resume and rank == 0 and not (folder / "resolved.toml").exists():

@@ -3,16 +3,16 @@
 Training, sampling and evaluation all use this module. A prompt is the template's text up to the assistant's
 turn, plus ``chat.generation_suffix``. A demonstration is that prompt, the solution's text (tokenized
 separately, as if it had been sampled), and the token with which the template ends the assistant's turn. The
-position, never the token id, decides which tokens are trained on, so the padding token may be the stop token.
-A tokenizer without a chat template (a base model) gets a plain one: the turns with an empty line between
-them, then a newline."""
+position, never the token id, decides which tokens are trained on, so the padding token may be the stop token."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from truestep.data.template import PLACE, control_tokens, has_chat_template, prompt_text, render
 from truestep.errors import UserError
 from truestep.records import Demonstration, Message, Problem, Prompt, Role
 from truestep.settings import ChatSettings
@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
-_PLACE = "PLACEOFTHESOLUTION"  # replaces the assistant's text when the template is examined
-
-
-def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether there is a chat template; if not, the plain template described above is used."""
-    return getattr(tokenizer, "chat_template", None) is not None
+_MARK = "PLACEOFTURN"  # replaces the text of the prompt's turns
+_THOUGHT = re.compile(r"(<\w[\w:-]*>|\[[A-Z_]+\])(\s*)$")  # at the end of a prompt that opens a thought
 
 
 def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]:
@@ -54,20 +50,21 @@ def encode_demonstration(
 
     If the solution begins with the end of the prompt (such as ``<think>``, from the template or
     ``generation_suffix``), this beginning is removed. Raises UserError as ``encode_prompt`` does, and also if
-    there is no solution, if the template renders an answered prompt differently, or if no stop token would be
-    trained on."""
+    there is no solution, if a thought is never closed, if the template renders an answered prompt
+    differently, or if no stop token would be trained on."""
     prompt_ids, _ = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
-    opening, after = _answered(tokenizer, problem, messages)
+    prompt, before, after = _answered(tokenizer, problem, messages, chat)
+    suffix = chat.generation_suffix
+    _check_header(problem, before[len(prompt) :].removeprefix(suffix))
     stop_id = _turn_end(tokenizer, after)
     if stop_id is None:
         raise UserError(
             f"the chat template ends the assistant's turn with {after[:20]!r}, not with a special token, so no "
             "stop token is trained on; end the turn with the eos token, e.g. {{ message['content'] + eos_token }}"
         )
-    solution = problem.solution.removeprefix(opening + chat.generation_suffix)
-    if solution == problem.solution:
-        solution = solution.removeprefix(chat.generation_suffix)
+    end = prompt.rpartition(messages[-1].content.strip())[2] + suffix
+    solution = _continued(problem, end, (prompt[len(before) :] + suffix, suffix))
     if not solution.strip():
         raise UserError(f"{_where(problem)}: solution: expected a worked solution to train on, got none")
     solution_ids = _ids(tokenizer, solution)
@@ -103,12 +100,13 @@ def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is slow and has no offsets; use a model folder with a tokenizer.json")
     messages = prompt_messages(problem, chat)
-    text = _render(tokenizer, problem, messages)
+    asked: dict[str, Any] = {"where": _where(problem), "today": chat.date}
+    text = prompt_text(tokenizer, messages, **asked)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for message in messages:
         _check_text(tokenizer, problem, "problem", message.content, encoding["input_ids"])
-    marked = [Message(role=m.role, content=f"{_PLACE}{i}.") for i, m in enumerate(messages)]
-    owners = _owners(text, _render(tokenizer, problem, marked), messages) or [Role.TEMPLATE] * len(text)
+    marked = [Message(role=m.role, content=f"{_MARK}{i}.") for i, m in enumerate(messages)]
+    owners = _owners(text, prompt_text(tokenizer, marked, **asked), messages) or [Role.TEMPLATE] * len(text)
     roles = [owners[start] if start < end else Role.TEMPLATE for start, end in encoding["offset_mapping"]]
     bos, suffix = _bos(tokenizer), _ids(tokenizer, chat.generation_suffix)
     ids = [*bos, *encoding["input_ids"], *suffix]
@@ -122,7 +120,7 @@ def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
     for contents in (written, [text.strip() for text in written]):  # some templates strip the contents
         rebuilt, rest, owners = "", outline, []
         for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
-            before, _, rest = rest.partition(f"{_PLACE}{i}.")
+            before, _, rest = rest.partition(f"{_MARK}{i}.")
             rebuilt += before + content
             owners += [Role.TEMPLATE] * len(before) + [_ROLES[message.role]] * len(content)
         if rebuilt + rest == text:
@@ -130,11 +128,38 @@ def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
     return []
 
 
+def _check_header(problem: Problem, written: str) -> None:
+    """Raise UserError if the template writes text before an answer that the prompt does not end with. An empty
+    thought is no such text, because the solution contains the thought."""
+    if re.sub(r"</?think>", "", written).strip():
+        raise UserError(
+            f"{_where(problem)}: messages: the chat template writes {written[:60]!r} before an answer, but not at the end "
+            "of a prompt, so a demonstration would not contain it; use a template that writes the same in both"
+        )
+
+
+def _continued(problem: Problem, end: str, beginnings: Sequence[str]) -> str:
+    """Return the solution without the beginning that is already at the ``end`` of the prompt. Raises UserError
+    if a thought is never closed, because the grader finds no answer in such a completion."""
+    solution = problem.solution
+    if beginning := next((b for b in beginnings if b and solution.startswith(b)), ""):
+        solution = solution.removeprefix(beginning)
+    elif (opened := _THOUGHT.search(end)) and solution.lstrip().startswith(opened[1]):
+        solution = solution.lstrip().removeprefix(opened[1]).removeprefix(opened[2])
+    thought = "<think>" if end.rstrip().endswith("<think>") else ""
+    if solution.strip() and "<think>" in (thought + solution).rpartition("</think>")[2]:
+        raise UserError(
+            f"{_where(problem)}: solution: the thought that <think> opens is never closed, so the grader would find no "
+            "answer in it; write </think> before the answer"
+        )
+    return solution
+
+
 def stop_token_ids(tokenizer: Any, model_eos: int | Sequence[int] | None = ()) -> tuple[int, ...]:
     """Return the tokens at which sampling stops: those that end a turn in the chat template, and the eos
     tokens of the tokenizer and the model. Raises UserError if there is none."""
     problem = Problem(id="stop token", messages=(Message(role="user", content="1+1=?"),), answer="2")
-    end = _turn_end(tokenizer, _answered(tokenizer, problem, problem.messages)[1])
+    end = _turn_end(tokenizer, _answered(tokenizer, problem, problem.messages, ChatSettings())[2])
     found = [end, tokenizer.eos_token_id, *([model_eos] if isinstance(model_eos, int) else model_eos or ())]
     stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
     if not stops:
@@ -148,33 +173,19 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]
     return str(text)
 
 
-def _render(tokenizer: Any, problem: Problem, messages: Sequence[Message], answer: str | None = None) -> str:
-    """Return the text of the turns, then of an open assistant turn or, given ``answer``, of a closed one."""
-    if not has_chat_template(tokenizer):
-        text = "\n\n".join(m.content for m in messages) + "\n"
-        return text if answer is None else text + answer + (tokenizer.eos_token or "")
-    from jinja2 import TemplateError
-
-    turns = [{"role": m.role, "content": m.content} for m in messages]
-    turns += [] if answer is None else [{"role": "assistant", "content": answer}]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
-    except (TemplateError, ValueError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        where = _where(problem)
-        raise UserError(f"{where}: messages: the chat template refuses these turns: {reason}") from None
-
-
-def _answered(tokenizer: Any, problem: Problem, messages: Sequence[Message]) -> tuple[str, str]:
-    """Return what the template puts before the assistant's text (such as ``<think>``) and after it."""
-    prompt = _render(tokenizer, problem, messages)
-    before, _, after = _render(tokenizer, problem, messages, _PLACE).partition(_PLACE)
+def _answered(
+    tokenizer: Any, problem: Problem, messages: Sequence[Message], chat: ChatSettings
+) -> tuple[str, str, str]:
+    """Return the prompt, and what the template writes before and after the assistant's text."""
+    asked: dict[str, Any] = {"where": _where(problem), "today": chat.date}
+    prompt = prompt_text(tokenizer, messages, **asked)
+    before, _, after = render(tokenizer, messages, answer=PLACE, **asked).partition(PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
         raise UserError(
             f"{_where(problem)}: messages: the chat template renders these turns differently once they are answered, "
             "so a demonstration could not start with the sampled prompt; use a template that keeps earlier turns"
         )
-    return prompt[len(before) :], after
+    return prompt, before, after
 
 
 def _turn_end(tokenizer: Any, after: str) -> int | None:
@@ -196,12 +207,11 @@ def _bos(tokenizer: Any) -> list[int]:
 
 
 def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Sequence[int]) -> None:
-    """Raise UserError for a special token, which would end the turn, or an unknown character, which would be
+    """Raise UserError for a control token, which would end the turn, or an unknown character, which would be
     trained on as <unk>. ``ids`` are the tokens of the text, or of a rendering that contains the text."""
     where = f"{_where(problem)}: {field}"
-    for token in tokenizer.all_special_tokens:
-        if token in text:
-            raise UserError(f'{where}: expected plain text, got the special token "{token}"; remove it')
+    if token := control_tokens(tokenizer, str(getattr(tokenizer, "chat_template", None))).search(text):
+        raise UserError(f'{where}: expected plain text, got the control token "{token[0]}"; remove it')
     unknown = tokenizer.unk_token_id
     # The unknown token must come from the text itself, not only from the template.
     if unknown is not None and unknown in ids and unknown in _ids(tokenizer, text):

@@ -1,41 +1,123 @@
-"""Describes a set of problems: counts, lengths, and texts that occur more than once."""
+"""Describes a set of problems: counts, lengths, texts that occur more than once, and what is not used."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from statistics import median
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from truestep.data.overlap import problem_text
+import numpy as np
+
+from truestep.data.overlap import problem_text, text_key
+from truestep.data.row_schema import unused_columns
 from truestep.records import Problem
 
 
-def describe(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Return counts, lengths in characters, and duplicate texts (contradictory if their answers differ),
-    ready for JSON."""
-    rows: defaultdict[str, list[Problem]] = defaultdict(list)
+class Description:
+    """A description of the problems that are added one by one. It keeps about 50 bytes of each, so that a
+    set need not fit into memory. Texts are compared by 64-bit hashes."""
+
+    def __init__(self, needs: Collection[str] = ()) -> None:
+        self.needs = needs  # what the rows are used for, as in ``load_problems``
+        self.problem_lengths, self.solution_lengths = array("q"), array("q")
+        self.texts, self.answers = array("q"), array("q")  # hashes; an answer's is 0 if there is none
+        self.files: dict[str, int] = {}
+        self.places, self.numbers = array("q"), array("q")  # the file and the number of each row
+        self.checkers: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self.shapes: dict[
+            tuple[str, ...], tuple[int, list[str]]
+        ] = {}  # rows with the same columns, and those not used
+        self.num_context_turns = 0
+
+    def add(self, problem: Problem) -> None:
+        turns, row = problem.messages, problem.columns
+        self.problem_lengths.append(sum([len(m.content) for m in turns]))
+        if problem.solution:
+            self.solution_lengths.append(len(problem.solution))
+        self.texts.append(hash(text_key(problem_text(problem))))
+        self.answers.append(hash(problem.answer) or 1 if problem.answer else 0)
+        file, _, number = problem.row.rpartition(":")
+        is_row = number.isdecimal()
+        self.places.append(self.files.setdefault(file if is_row else problem.row, len(self.files)))
+        self.numbers.append(int(number) if is_row else -1)
+        self.checkers[problem.checker] += 1
+        self.num_context_turns += len(turns) > 1 and any(m.role == "assistant" for m in turns)
+        if None in row.values() or list in map(type, map(row.get, ("messages", "prompt", "target"))):
+            self.unused.update(unused_columns(row, problem.checker, self.needs))
+        else:  # the row has no turns, so only the names of its columns matter
+            shape = (problem.checker, *row)
+            if shape not in self.shapes:
+                self.shapes[shape] = 0, list(unused_columns(row, problem.checker, self.needs))
+            num, names = self.shapes[shape]
+            self.shapes[shape] = num + 1, names
+
+    def result(self) -> dict[str, Any]:
+        """Return counts, lengths in characters, and duplicate texts (contradictory if their answers differ),
+        ready for JSON."""
+        answers = np.frombuffer(self.answers, dtype=np.int64)
+        repeated = self._repeated()
+        unused = Counter(self.unused)
+        for num, names in self.shapes.values():
+            unused.update(dict.fromkeys(names, num))
+        contradictory = [same for same in repeated if len({*answers[same].tolist()} - {0}) > 1]
+        return {
+            "num_problems": len(self.texts),
+            "num_answers": int(np.count_nonzero(answers)),
+            "num_solutions": len(self.solution_lengths),
+            "checkers": dict(sorted(self.checkers.items())),
+            "problem_characters": _lengths(self.problem_lengths),
+            "solution_characters": _lengths(self.solution_lengths),
+            "num_duplicate_texts": sum(len(same) - 1 for same in repeated),
+            "num_contradictory_texts": len(contradictory),
+            "duplicate_examples": [
+                [self._row(i) for i in same[:2].tolist()] for same in (contradictory or repeated)[:3]
+            ],
+            "unused_columns": dict(unused.most_common()),
+            "num_context_turns": self.num_context_turns,
+        }
+
+    def _repeated(self) -> list[Any]:
+        """Return the places of the problems with each text that occurs more than once, in order."""
+        texts = np.frombuffer(self.texts, dtype=np.int64)
+        order = np.argsort(texts, kind="stable")
+        ends = np.flatnonzero(np.diff(texts[order])) + 1
+        groups = [same for same in np.split(order, ends) if len(same) > 1]
+        return sorted(groups, key=lambda same: int(same[0]))
+
+    def _row(self, index: int) -> str:
+        file, number = list(self.files)[self.places[index]], self.numbers[index]
+        return file if number < 0 else f"{file}:{number}"
+
+
+def describe(problems: Iterable[Problem], needs: Collection[str] = ()) -> dict[str, Any]:
+    """Return the result of a ``Description`` of all problems."""
+    description = Description(needs)
     for problem in problems:
-        rows[problem_text(problem)].append(problem)
-    repeated = [same for same in rows.values() if len(same) > 1]
-    contradictory = [same for same in repeated if len({p.answer for p in same if p.answer}) > 1]
-    solutions = [p.solution for p in problems if p.solution]
-    return {
-        "num_problems": len(problems),
-        "num_answers": sum(bool(p.answer) for p in problems),
-        "num_solutions": len(solutions),
-        "checkers": dict(sorted(Counter(p.checker for p in problems).items())),
-        "problem_characters": _lengths([sum(len(m.content) for m in p.messages) for p in problems]),
-        "solution_characters": _lengths([len(text) for text in solutions]),
-        "num_duplicate_texts": sum(len(same) - 1 for same in repeated),
-        "num_contradictory_texts": len(contradictory),
-        "duplicate_examples": [[p.row for p in same[:2]] for same in (contradictory or repeated)[:3]],
-    }
+        description.add(problem)
+    return description.result()
 
 
-def _lengths(lengths: Sequence[int]) -> dict[str, float]:
+def not_used(described: Mapping[str, Any]) -> list[str]:
+    """Return sentences about the columns and turns that are not trained on or graded with."""
+    found = []
+    if columns := described["unused_columns"]:
+        names = ", ".join(f"{name} ({count} rows)" for name, count in list(columns.items())[:10])
+        more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
+        found.append(f"not used (only your own reward functions get them): {names}{more}")
+    if num := described["num_context_turns"]:
+        found.append(f"earlier assistant turns of {num} rows are context and are not trained on")
+    return found
+
+
+def _lengths(values: array[int]) -> dict[str, float]:
     """Return the smallest, median, mean and largest length; empty without lengths."""
-    if not lengths:
+    if not values:
         return {}
-    mean = round(sum(lengths) / len(lengths), 1)
-    return {"min": min(lengths), "median": median(lengths), "mean": mean, "max": max(lengths)}
+    lengths = np.frombuffer(values, dtype=np.int64)
+    middle = float(np.median(lengths))
+    return {
+        "min": int(lengths.min()), "median": int(middle) if middle.is_integer() else middle,
+        "mean": round(float(lengths.mean()), 1), "max": int(lengths.max()),
+    }  # fmt: skip

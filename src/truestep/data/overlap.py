@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
 from truestep.records import Problem
 
 NGRAM_WORDS = 13
+_TYPOGRAPHY = str.maketrans(
+    {**dict(zip("‘’′“”„‐‑–—−…", ["'"] * 3 + ['"'] * 3 + ["-"] * 5 + ["..."], strict=True)),
+     **{0xFF01 + i: 0x21 + i for i in range(94)}, **dict.fromkeys([0xAD, *range(0x200B, 0x2010), 0x2060, 0xFEFF])}
+)  # fmt: skip
+_REWRITES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\[()]|(?<!\$)\$(?!\$)|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
+        (r"\\[][,;:! ]|~|\$\$|\\q?quad(?![A-Za-z])", " "),
+        (r"\\[dtc](?=frac)", r"\\"),
+        (r"\\([lgn]e)q(?![A-Za-z])", r"\\\1"),
+    )
+)
+_BESIDE_A_SIGN = re.compile(r" (?:\B|(?<=\B ))")  # a space with a sign before or after it
 
 
 def problem_text(problem: Problem) -> str:
-    """Return the text of the user's turns, case-folded and with single spaces."""
-    return " ".join(" ".join(m.content for m in problem.messages if m.role == "user").casefold().split())
+    r"""Return the text of the user's turns in one spelling: case-folded, with single spaces, ASCII quotation
+    marks and dashes, and without the delimiters of formulas, so that \(x\) is $x$."""
+    if len(problem.messages) == 1:
+        text = problem.messages[0].content
+    else:
+        text = " ".join(m.content for m in problem.messages if m.role == "user")
+    if not text.isascii():
+        text = text.translate(_TYPOGRAPHY)
+    if "$" in text or "\\" in text or "~" in text:
+        for pattern, replacement in _REWRITES:
+            text = pattern.sub(replacement, text)
+    return " ".join(text.casefold().split())
+
+
+def text_key(text: str) -> str:
+    """Return the key of a ``problem_text``. Two texts with the same key differ only in spaces next to signs."""
+    return _BESIDE_A_SIGN.sub("", text)
 
 
 def ngram_hashes(text: str) -> set[bytes]:
@@ -24,42 +54,51 @@ def ngram_hashes(text: str) -> set[bytes]:
 
 
 def overlap_report(
-    train: Mapping[str, Sequence[Problem]], evaluation: Mapping[str, Sequence[Problem]]
+    train: Mapping[str, Iterable[Problem]], evaluation: Mapping[str, Sequence[Problem]]
 ) -> dict[str, Any]:
     """Return counts and example ids for every pair of a training set and an evaluation set, ready for JSON.
+    A training set is read only once and not kept, so it may be an iterator.
 
     ``exact`` counts evaluation problems with the same text as a training problem. ``ngram`` counts those that
     share a run of 13 words with a training problem or have the same text. ``num_short`` counts those with
     fewer than 13 words, to which only ``exact`` applies."""
-    texts = {name: [problem_text(p) for p in problems] for name, problems in evaluation.items()}
-    grams = {name: [ngram_hashes(text) for text in of_set] for name, of_set in texts.items()}
+    spelled = {name: [problem_text(p) for p in problems] for name, problems in evaluation.items()}
+    texts = {name: [text_key(text) for text in of_set] for name, of_set in spelled.items()}
+    grams = {name: [ngram_hashes(text) for text in of_set] for name, of_set in spelled.items()}
+    wanted = {name: set().union(*of_set) for name, of_set in grams.items()}
+    all_texts: set[str] = set().union(*texts.values())
+    all_grams: set[bytes] = set().union(*wanted.values())
     pairs = []
     for train_name, problems in train.items():
         first_text: dict[str, str] = {}
         first_gram: dict[bytes, str] = {}
-        train_grams = []
-        for problem in problems:
+        num_train, num_sharing = 0, dict.fromkeys(evaluation, 0)
+        for num_train, problem in enumerate(problems, start=1):  # noqa: B007 (the last value is the number)
+            if not evaluation:
+                continue
             text = problem_text(problem)
-            first_text.setdefault(text, problem.id)
-            train_grams.append(ngram_hashes(text))
-            for gram in train_grams[-1]:
+            if (key := text_key(text)) in all_texts:
+                first_text.setdefault(key, problem.id)
+            own = ngram_hashes(text) & all_grams
+            for gram in own:
                 first_gram.setdefault(gram, problem.id)
+            for name in evaluation if own else ():
+                num_sharing[name] += not own.isdisjoint(wanted[name])
         for name, judged in evaluation.items():
             pairs_of_text = zip(judged, texts[name], strict=True)
             exact = [(p.id, first_text[text]) for p, text in pairs_of_text if text in first_text]
             holders = [{first_gram[gram] for gram in own if gram in first_gram} for own in grams[name]]
             shared = [(p.id, min(ids)) for p, ids in zip(judged, holders, strict=True) if ids]
-            wanted = set().union(*grams[name])
             pairs.append(
                 {
                     "train": train_name,
                     "evaluation": name,
-                    "num_train": len(problems),
+                    "num_train": num_train,
                     "num_evaluation": len(judged),
                     "exact": {"num_evaluation": len(exact), "examples": _examples(exact)},
                     "ngram": {
                         "num_evaluation": len(shared),
-                        "num_train": sum(not own.isdisjoint(wanted) for own in train_grams),
+                        "num_train": num_sharing[name],
                         "num_short": sum(not own for own in grams[name]),
                         "examples": _examples(shared),
                     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,19 @@ from truestep.errors import UserError
 from truestep.records import Problem
 from truestep.settings import DataSettings
 
+SHOWN_FAULTS = 10  # bad rows that are shown; all are counted
 SCHEMES = ("procedural", "reasoning_gym", "hub")
 # File names of splits. From a folder that has such files, only those of the split are read.
 SPLIT_NAMES = ("train", "test", "dev", "val", "valid", "validation", "eval", "evaluation")
+
+
+class BadRows(UserError):
+    """Error for rows that cannot be used. ``count`` is their number, and ``first`` has the first faults."""
+
+    def __init__(self, count: int, first: Sequence[str]) -> None:
+        more = f" (and {count - 1} more bad row{'s' if count > 2 else ''})" if count > 1 else ""
+        super().__init__(first[0] + more)
+        self.count, self.first = count, list(first)
 
 
 def load_problems(
@@ -26,9 +36,17 @@ def load_problems(
 
     ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), or both; if it is
     empty, one of them is enough. Raises UserError that names file, row (1-based) and field, or setting."""
+    return list(stream_problems(name, settings, seed=seed, base_dir=base_dir, needs=needs))
+
+
+def stream_problems(
+    name: str, settings: DataSettings, *, seed: int, base_dir: Path, needs: Collection[str] = ("answer",)
+) -> Iterator[Problem]:
+    """Yield what ``load_problems`` returns. A fault is raised at the end, when all rows have been checked."""
     scheme, _, rest = settings.source.partition(":")
     if scheme in ("procedural", "reasoning_gym"):
-        return _generated(name, scheme, rest, settings, seed, needs)
+        yield from _generated(name, scheme, rest, settings, seed, needs)
+        return
     if scheme == "hub":
         label = f"hub:{rest}[{settings.split}]"
         rows = _hub_rows(name, rest, settings)
@@ -41,7 +59,7 @@ def load_problems(
         files = _files(name, path, settings.split)
         problems = _validated([(str(file), read_rows(file)) for file in files], "", settings, needs)
         label = str(path)
-    return _cut(name, label, problems, settings)
+    yield from _cut(name, label, problems, settings)
 
 
 def _generated(
@@ -73,14 +91,16 @@ def _validated(
     stem: str,
     settings: DataSettings,
     needs: Collection[str],
-) -> list[Problem]:
-    """Return every row of every (label, rows) pair as a problem. Raises one UserError that names the first
-    bad row and counts the others."""
-    problems: list[Problem] = []
-    used: dict[str, str] = {}
-    first, num_bad = "", 0
+) -> Iterator[Problem]:
+    """Yield every good row of every (label, rows) pair as a problem. Raises BadRows at the end if there are
+    bad rows. Ids are compared by 64-bit hashes."""
+    used: dict[int, int] = {}  # hash of an id → its row: 2**20 × the row's number + the file's
+    labels: list[str] = []
+    first: list[str] = []
+    num_bad = 0
     for label, rows in sources:
         prefix = stem or Path(label).stem
+        labels.append(label)
         for number, row in rows:
             where = f"{label}:{number}"
             try:
@@ -88,26 +108,30 @@ def _validated(
                     raise row
                 id = f"{prefix}-{number}"
                 problem = problem_of(row, id=id, where=where, checker=settings.checker, needs=needs)
-                if holder := used.get(problem.id):
+                place = (number << 20) + len(labels) - 1
+                if (other := used.setdefault(hash(problem.id), place)) != place:
+                    holder = f"{labels[other % 2**20]}:{other >> 20}"
                     raise RowError("id", f'expected a unique id, got "{problem.id}", which {holder} also has')
             except RowError as error:
-                first = first or f"{where}: {error}"
                 num_bad += 1
+                if num_bad <= SHOWN_FAULTS:
+                    first.append(f"{where}: {error}")
             else:
-                used[problem.id] = where
-                problems.append(problem)
+                yield problem
     if num_bad:
-        more = f" (and {num_bad - 1} more bad row{'s' if num_bad > 2 else ''})" if num_bad > 1 else ""
-        raise UserError(first + more)
-    return problems
+        raise BadRows(num_bad, first)
 
 
-def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings) -> list[Problem]:
-    if not problems:
+def _cut(name: str, label: str, problems: Iterable[Problem], settings: DataSettings) -> Iterator[Problem]:
+    num = 0
+    for num, problem in enumerate(problems, start=1):
+        if settings.skip < num and (settings.limit == "all" or num <= settings.skip + settings.limit):
+            yield problem
+    if not num:
         raise UserError(f"{label}: expected at least one row, got none")
-    available = len(problems) - settings.skip
+    available = num - settings.skip
     if available <= 0:
-        rows = f"{len(problems)} rows of {label}"
+        rows = f"{num} rows of {label}"
         raise UserError(f"data.{name}.skip = {settings.skip} leaves none of the {rows}; set a smaller skip")
     if settings.limit != "all" and settings.limit > available:
         after = f" after skip = {settings.skip}" if settings.skip else ""
@@ -115,7 +139,6 @@ def _cut(name: str, label: str, problems: list[Problem], settings: DataSettings)
             f"data.{name}.limit = {settings.limit} is more than the {available} rows that {label} has{after}; "
             f'set limit = {available} or limit = "all"'
         )
-    return problems[settings.skip :][: None if settings.limit == "all" else settings.limit]
 
 
 def find_source(name: str, source: str, base_dir: Path) -> Path:

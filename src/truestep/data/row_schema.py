@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -21,12 +22,35 @@ ALIASES = {
     "text": "content", "label": "answer", "gold": "answer", "ground_truth": "answer", "final_answer": "answer",
     "response": "solution", "output": "solution", "completion": "solution", "rationale": "solution",
 }  # fmt: skip
+# Columns and keys of turns that would change what is trained on. Not supported, so never dropped silently.
+UNSUPPORTED = ("reasoning_content", "weight", "tools", "tool_calls", "functions", "function_call")
+_UNSUPPORTED_IN_TURNS = (
+    *UNSUPPORTED,
+    "reasoning",
+    "thinking",
+    "tool_call_id",
+    "tool_responses",
+    "train",
+    "loss",
+)
+_UNSUPPORTED_ROW = frozenset(UNSUPPORTED)
+_BARE: tuple[Any, ...] = (None, "", [], {})  # parquet writes None for a key that only other rows have
+# The rest of a LaTeX command whose backslash and first letter JSON has read as a control character.
+_EATEN_LINE = re.compile(r"\n(?:eq\b|abla|otin|ewline|oindent|onumber)")
+_EATEN = r"\t(?:ext|frac|imes|heta|herefore|riangle|ilde|anh)|\r(?:ight|ho\b|angle|ceil|floor|brace|vert)"
+_UNPRINTABLE = re.compile(rf"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|{_EATEN}")
+_ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
+# A letter with which an answer names a choice: (C), C. Cecile, c
+_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[).:])(?:\s.*)?$|([A-Za-z])$", re.DOTALL)
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
     """Return the problem in a row. ``needs`` names what the row must have: "answer", "solution" or both.
     With "problem", neither is needed; if ``needs`` is empty, one of them is enough. Raises RowError with the
     first fault."""
+    _check_characters(row)
+    if not _UNSUPPORTED_ROW.isdisjoint(row):
+        _refuse(row, UNSUPPORTED, "")
     messages, solution, given = _turns(row)
     answer, solution = _answer(row), _solution(row, solution)
     if "answer" in needs and not answer:
@@ -36,12 +60,16 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     if not answer and not solution and "problem" not in needs:
         hint = _near(row, "answer", "solution")
         raise RowError("answer", "expected an answer or a solution, got neither" + hint)
-    checker = _checker(row) if checker == "auto" else checker
+    if checker == "auto":
+        if answer and row.get("checker") is None and row.get("choices") not in _BARE:
+            remedy = 'set "checker": "choice", or checker = "choice" for the data set, or remove the choices'
+            raise RowError("choices", f"the row has choices, but no checker; {remedy}")
+        checker = _checker(row)
     meta: dict[str, Any] = {"turns_given": True} if given else {}
     if checker == "countdown":
         meta |= _countdown(row)
     if checker == "choice" and row.get("choices") is not None:
-        meta |= {"choices": _choices(row["choices"])}
+        meta |= {"choices": _choices(row["choices"], answer)}
     given_id = row.get("id")
     if given_id is not None:
         if isinstance(given_id, bool) or not isinstance(given_id, str | int):
@@ -49,13 +77,94 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
         id = _text(str(given_id), "id")
     return Problem(
         id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta,
-        columns=dict(row),
+        columns=row,
     )  # fmt: skip
 
 
-def _choices(value: Any) -> list[str]:
+def unused_columns(row: Mapping[str, Any], checker: str, needs: Collection[str]) -> Iterator[str]:
+    """Yield the columns of an accepted row, and the parts of its turns, that are not used if only ``needs`` are
+    needed; if it is empty, answers and solutions are both used."""
+    used = {*PROMPT_COLUMNS, "checker", "id"}
+    used |= {"answer", "reward_model"} if not needs or "answer" in needs else set()
+    with_solution = not needs or "solution" in needs
+    used |= {"solution"} if with_solution else set()
+    used |= {"choice": {"choices"}, "countdown": {"numbers", "target"}}.get(checker, set())
+    for name, value in row.items():
+        turns = value if isinstance(value, list) and value and isinstance(value[0], dict) else []
+        is_read = name in used or (name == "target" and turns and with_solution)
+        if not is_read and value is not None:
+            yield name
+        for turn in turns if is_read else []:
+            for key in turn.keys() - {"role", "content"}:
+                yield from (f"{name}[].{key}",) if turn[key] not in _BARE else ()
+        if name == "messages" and not with_solution and turns and turns[-1].get("role") == "assistant":
+            yield "messages[-1]"
+
+
+def _check_characters(row: Row) -> None:
+    """Raise RowError for a control character or a lone surrogate in any text of a row."""
+    left: list[tuple[str, Any]] = []
+    parts: Iterable[tuple[str, Any]] = row.items()
+    while True:  # not recursive, because a row may be nested deeply
+        for field, value in parts:
+            if isinstance(value, str):
+                if not value.isprintable() and (found := _control_character(value)):
+                    raise RowError(field, _unprintable(value, found))
+            elif isinstance(value, dict | list):
+                left.append((field, value))
+        if not left:
+            return
+        field, value = left.pop()
+        named = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = [
+            (f"{field}.{key}" if isinstance(value, dict) else f"{field}[{key}]", part) for key, part in named
+        ]
+
+
+def _control_character(text: str) -> re.Match[str] | None:
+    """Return the first control character or lone surrogate that is not an ordinary tab or line break."""
+    found = None if text.replace("\n", "").isprintable() else _UNPRINTABLE.search(text)
+    return found or _EATEN_LINE.search(text)
+
+
+def _unprintable(text: str, found: re.Match[str]) -> str:
+    at, code = found.start(), ord(found[0][0])
+    if 0xD800 <= code < 0xE000:
+        return f"expected text, got the lone surrogate U+{code:04X} at character {at + 1}"
+    name = "a NUL character" if code == 0 else f"the control character U+{code:04X}"
+    fault = f"expected text, got {name} at character {at + 1}"
+    escape, rest = _ESCAPES.get(text[at], ""), re.match(r"[A-Za-z]+", text[at + 1 :])
+    if not escape or not rest:
+        return f"{fault}; remove it"
+    command = f"{escape}{rest[0][:20]}"
+    return rf"{fault}: JSON has read {command} as {escape} and text; write \{command}, or write the file with a JSON library"
+
+
+def _refuse(keys: Row, names: Iterable[str], prefix: str) -> None:
+    """Raise RowError if a row or a turn has a key that is not supported."""
+    for name in names:
+        if keys.get(name) not in _BARE:
+            remedy = (
+                "remove it, or rename a column that only a reward function reads"
+                if not prefix
+                else "remove it"
+            )
+            raise RowError(f"{prefix}{name}", f"is not supported and would be lost; {remedy}")
+
+
+def _choices(value: Any, answer: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
         raise RowError("choices", f"expected a list of strings, got {shown(value)}")
+    letter, place = _LETTER.match(answer.strip()), 0
+    if letter:
+        place = ord(letter[letter.lastindex or 0].upper()) - ord("A") + 1
+    elif re.fullmatch(r"\s*-?\d{1,9}\s*", answer):
+        place = int(answer)
+    else:
+        return list(value)
+    if not 1 <= place <= len(value):
+        expected = f"expected a letter or a number (from 1) of one of the {len(value)} choices"
+        raise RowError("answer", f"{expected}, got {shown(answer)}")
     return list(value)
 
 
@@ -94,6 +203,7 @@ def _messages(value: Any, column: str) -> list[Message]:
         field = f"{column}[{i}]"
         if not isinstance(turn, dict):
             raise RowError(field, f'expected {{"role": ..., "content": ...}}, got {shown(turn)}')
+        _refuse(turn, _UNSUPPORTED_IN_TURNS, f"{field}.")
         for key in ("role", "content"):
             if turn.get(key) is None:
                 raise RowError(f"{field}.{key}", "expected text, got nothing" + _near(turn, key))
@@ -167,14 +277,6 @@ def _text(value: Any, field: str) -> str:
         raise RowError(field, f"expected text, got {shown(value)}")
     if not value.strip():
         raise RowError(field, "expected text, got an empty string")
-    if "\0" in value:
-        at = value.index("\0") + 1
-        raise RowError(field, f"expected text, got a NUL character at character {at}; remove it")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        found = f"the lone surrogate U+{ord(value[error.start]):04X} at character {error.start + 1}"
-        raise RowError(field, f"expected text, got {found}") from None
     return value
 
 

@@ -64,7 +64,7 @@ def _too_long() -> RowError:
 
 def _parsed(line: bytes) -> Row | RowError:
     try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        value = _DECODER.decode(line.decode("utf-8"))
     except RowError as error:
         return error
     except UnicodeDecodeError as error:
@@ -73,6 +73,7 @@ def _parsed(line: bytes) -> Row | RowError:
     except json.JSONDecodeError as error:
         found = f"{error.msg} at character {error.pos + 1}"
         hint = "; this is a JSON array; write one object per line" if line.lstrip().startswith(b"[") else ""
+        hint = r"; write \\ for every \ of a text" if "escape" in error.msg else hint
         return RowError("JSON", f"expected a JSON object on one line, got {found}{hint}")
     except RecursionError:
         return RowError("JSON", "expected a flat JSON object, got one nested too deeply to read")
@@ -93,6 +94,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
             shown(twice).strip('"'), "expected the key once, got it twice in one object; remove one"
         )
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:

@@ -24,6 +24,7 @@ from truestep.rundir import file_sha256, read_json, write_atomic, write_json
 
 MAX_LOG_BYTES = 2**30  # for one unpacked file in an inspect log
 _SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", "em", "quasi_exact_match", "pass@1")  # fmt: skip
+_OF_LM_EVAL = {"filter", "resps", "filtered_resps"}  # logs before lm-eval 0.4.3 have no filter
 JUDGED = "as judged by its harness"
 AS_WRITTEN = "pass a log as its harness wrote it"
 
@@ -66,9 +67,10 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
     if not rows:
         raise UserError(f"{path} is empty; {AS_WRITTEN}")
     first, own = rows[0], bool(rows[0].get("header"))
-    if not (own and "identity" in first) and not {"doc_id", "filter"} <= first.keys():
+    if not (own and "identity" in first) and not ("doc_id" in first and first.keys() & _OF_LM_EVAL):
         raise UserError(f"{path}:1: expected a sample from truestep or lm-eval, got {sorted(first)[:6]}")
-    fields = ("problem_id", "sample_index", "verdict") if own else ("doc_id", "filter")
+    fields: tuple[str, ...] = ("problem_id", "sample_index", "verdict") if own else ("doc_id",)
+    fields += ("filter",) if not own and any("filter" in row for row in rows) else ()
     for number, row in enumerate(rows[own:], start=1 + own):
         if lacking := [field for field in fields if field not in row]:
             raise UserError(f"{path}:{number}: {lacking[0]} is missing; {AS_WRITTEN}")
@@ -114,6 +116,8 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
     math_verify if it is logged, otherwise from the first metric. If a document has several answers, lm-eval
     logs only the mean score or the first score."""
     task = path.stem.removeprefix("samples_").partition("_20")[0]  # a date follows
+    if "filter" not in rows[0]:
+        rows = _with_filters(rows)
     found: dict[str, list[Row]] = {}
     per_filter = Counter((str(row["filter"]), str((row.get("doc") or {}).get("id"))) for row in rows)
     has_ids = all(isinstance(row.get("doc"), dict) and "id" in row["doc"] for row in rows)
@@ -141,6 +145,20 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
     shared: dict[str, Any] = {"made_by": "lm-eval", "source": str(path), "metric": judge}
     names = {name: f"{task},{name}" if len(found) > 1 else task for name in found}
     return [Evaluation(task=names[name], rows=own, **shared) for name, own in found.items()]
+
+
+def _with_filters(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of a log from before lm-eval named the filter. If there were several filters, every
+    document is in the log once for each, and the filters are numbered."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for row in rows:
+        seen[str(row["doc_id"])] += 1
+        numbers.append(seen[str(row["doc_id"])])
+    several = max(numbers) > 1
+    return [
+        {**row, "filter": f"filter {n}" if several else "none"} for row, n in zip(rows, numbers, strict=True)
+    ]
 
 
 def _replies(row: Row) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truestep.data.chat import encode_demonstrations, encode_prompt, stop_token_ids
+from truestep.data.describe import describe, not_used
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
 from truestep.device import world
@@ -21,6 +22,7 @@ from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
 from truestep.objective.methods import METHODS, Method, build
 from truestep.pipeline.code import code_of
+from truestep.pipeline.golds import grade_golds, said_of
 from truestep.pipeline.track import require_trackers
 from truestep.records import Demonstration, Message, Problem, Prompt, Verdict
 from truestep.rewards.scorer import RewardScorer
@@ -233,6 +235,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
     problems = load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=sorted(wanted))
     prepared.problems[name] = problems
     prepared.content[name] = _content_hash(problems)
+    prepared.notes += [f"data.{name}: {said}" for said in not_used(describe(problems, wanted))]
     if wanted & {"answer", "problem"}:
         prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
     if "solution" in wanted:
@@ -270,13 +273,16 @@ def _content_hash(problems: Sequence[Problem]) -> str:
 def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
     """Raise UserError if a checker refuses a gold answer, since it could not accept a completion either."""
     with Grader() as grader:
-        for problem in (problem for name in names for problem in prepared.problems[name]):
-            score = grader.check_gold(problem)
-            if score.verdict is not Verdict.CORRECT:
-                raise UserError(
-                    f"{problem.row or problem.id}: answer: the checker {problem.checker!r} does not accept the gold answer "
-                    f"{problem.answer[:60]!r} ({score.reason or score.label}); correct or remove the row"
-                )
+        for name in names:
+            golds = grade_golds(grader, prepared.problems[name])
+            for problem, score in ((gold.problem, gold.score) for gold in golds):
+                if score.verdict is not Verdict.CORRECT:
+                    raise UserError(
+                        f"{problem.row or problem.id}: answer: the checker {problem.checker!r} does not accept the gold answer "
+                        f"{problem.answer[:60]!r} ({score.reason or score.label}); correct or remove the row"
+                    )
+            if unread := [gold for gold in golds if gold.text_only]:
+                prepared.notes.append(f"data.{name}: {said_of(unread, len(unread), len(golds))}")
 
 
 def _check_lengths(prepared: Prepared) -> None:

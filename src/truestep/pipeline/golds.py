@@ -1,0 +1,76 @@
+"""Grades gold answers in the form in which a model writes them, before anything is trained or evaluated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from truestep.grade.extract import Extraction, gold_answer, num_words
+from truestep.grade.normal import plain
+from truestep.grade.numeric import parse_number
+from truestep.grade.units import spelled_number
+from truestep.records import Problem, Score, Verdict
+
+if TYPE_CHECKING:
+    from truestep.grade.score import Grader
+
+_OTHER = Extraction(answer="7919", how="boxed")  # an answer that differs from the gold answer in its text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gold:
+    r"""A gold answer with its score as \boxed{…}. If it is not correct, no completion can be. ``text_only``
+    says that the grader cannot read the gold answer, so that only the same text is correct."""
+
+    problem: Problem
+    score: Score
+    text_only: bool
+
+
+def grade_golds(grader: Grader, problems: Sequence[Problem]) -> list[Gold]:
+    """Grade the gold answer of every problem that has one, in order."""
+    answered = [p for p in problems if p.answer]
+    boxed = [(p, rf"\boxed{{{gold_answer(p.answer)}}}") for p in answered]
+    scores = grader.score_many(boxed)
+    for i, problem in enumerate(answered):
+        if problem.checker == "countdown":  # the answer may be the target, without a solution
+            scores[i] = grader.check_gold(problem)
+    asked = {p.answer: p for p in answered if p.checker == "math" and not _is_plain(p.answer)}
+    read = dict.fromkeys(asked, True)
+    others = grader.score_answers([(problem, _OTHER) for problem in asked.values()])
+    for answer, score in zip(asked, others, strict=True):
+        text = plain(gold_answer(answer))
+        is_formula = re.search(r"[\w\\∞]", text) and not re.fullmatch("n/a", text, re.IGNORECASE)
+        read[answer] = bool(is_formula) and not num_words(text) and _was_read(score)
+    return [
+        Gold(problem=p, score=s, text_only=p.checker == "math" and not read.get(p.answer, True))
+        for p, s in zip(answered, scores, strict=True)
+    ]
+
+
+def said_of(unread: Sequence[Gold], num_unread: int, num: int) -> str:
+    """Return a sentence about the gold answers that only the same text can match."""
+    first = unread[0].problem
+    example = f"e.g. {first.row or first.id}: {first.answer[:60]!r}"
+    return (
+        f"{num_unread} of {num} gold answers are read by no rule, so only the same text is correct, {example}"
+    )
+
+
+def _is_plain(answer: str) -> bool:
+    gold = gold_answer(answer)
+    text = plain(gold)
+    is_choice = re.fullmatch(r"\([A-Z]\)|[A-Z]", text)
+    is_word = bool(re.match("[A-Za-z]", text)) and spelled_number(text) is not None
+    return bool(is_choice or parse_number(gold)) or is_word
+
+
+def _was_read(score: Score) -> bool:
+    if "needs math-verify" in score.reason:
+        return True  # unknown
+    compared_as_text = ("gold answer is not a readable formula", "compared as text")
+    return score.verdict is not Verdict.UNSCORED and not any(
+        words in score.reason for words in compared_as_text
+    )
