@@ -186,7 +186,7 @@ def figures(settings: Settings) -> tuple[int, int, int]:
         model: Any = load_model(settings.model, dtype=torch.float32, device=cpu, seed=settings.seed).model
     else:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config(source))
+            model = AutoModelForCausalLM.from_config(model_config(source), trust_remote_code=False)
     config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
