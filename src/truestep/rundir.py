@@ -23,16 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from truestep.errors import UserError
+from truestep.redaction import redact as redact
+from truestep.redaction import redact_command
 
 ELSEWHERE = "pass --out with a different path"
-_SECRET = re.compile(
-    r"(hf_|sk-|ghp_|github_pat_|xox[bap]-|AKIA|glpat-|npm_|pypi-)[A-Za-z0-9_\-]{8,}|://[^/\s:@]+:[^/\s@]+@"
-)
-
-
-def redact(text: str) -> str:
-    """Replace everything that looks like an access token, or a password in a URL, with "[redacted]"."""
-    return _SECRET.sub("[redacted]", text)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -202,6 +196,6 @@ def provenance(seed: int) -> dict[str, Any]:
     command = ["truestep" if Path(name).name == "__main__.py" else name, *words]
     return {
         "commit": _git("rev-parse", "HEAD"), "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "command": [redact(word) for word in command], "seed": seed, "python": platform.python_version(),
+        "command": redact_command(command), "seed": seed, "python": platform.python_version(),
         "platform": platform.platform(), "versions": _versions(), "hardware": _hardware(),
     }  # fmt: skip

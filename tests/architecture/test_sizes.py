@@ -96,6 +96,20 @@ def _is_false(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
 
+def test_only_one_module_prints() -> None:
+    """It makes control characters visible and hides secrets."""
+    guilty = []
+    for path in modules("cli"):
+        for node in ast.walk(tree(path)):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if (
+                name in ("print", "typer.echo", "typer.secho", "Console", "rich.print")
+                and short(path) != "cli/output.py"
+            ):
+                guilty.append(f"{short(path)}:{node.lineno} {name}")
+    assert guilty == []
+
+
 def test_nobody_catches_everything() -> None:
     """Except if a user's function is called, or the parser of formulas, which raises plain exceptions. A clean-up
     that raises again does not count."""
@@ -138,7 +152,7 @@ def test_inheritance_is_rare() -> None:
         "ValueError", "RuntimeError", "ArithmeticError", "OSError", "UserError",
         "enum.Enum", "enum.IntEnum", "enum.StrEnum", "torch.autograd.Function", "PackedLayout", "TorchFunctionMode",
         "torch.utils.data.Dataset", "importlib.machinery.SourceFileLoader", "io.RawIOBase",
-        "urllib.request.AbstractHTTPHandler", "BadAnswer",
+        "urllib.request.AbstractHTTPHandler", "BadAnswer", "Console",
     }  # fmt: skip
     found = {
         f"{short(p)}:{node.name}({ast.unparse(base)})"

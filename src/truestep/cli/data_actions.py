@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from truestep.cli.output import PlainConsole, echo
 from truestep.cli.progress import announce
 from truestep.data.describe import describe
 from truestep.data.overlap import overlap_report
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -> None:
     """Validate every row of every data set and print the results. Exit with 1 if a gold answer is refused."""
     announce(f"truestep data check: reading {source}")
-    from rich.console import Console
 
     if source.endswith(".toml"):
         settings = load_settings(source, overrides)
@@ -48,9 +48,9 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
     num_refused = sum(len(d.get("gold", {}).get("refused", ())) for d in described.values())
     if as_json:
         document = {"data": described, "overlap": report["pairs"], "num_refused_golds": num_refused}
-        typer.echo(json.dumps(document))
+        echo(json.dumps(document))
     else:
-        _print_check(Console(soft_wrap=True), described, report["pairs"])
+        _print_check(PlainConsole(soft_wrap=True), described, report["pairs"])
     if num_refused:
         raise typer.Exit(1)
 
@@ -58,7 +58,6 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
     """Print the first examples of every data set as the model sees them."""
     announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
-    from rich.console import Console
     from rich.text import Text
 
     from truestep.model.load import load_tokenizer
@@ -67,7 +66,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
         raise UserError(f"{recipe} is not a recipe (.toml); pass a recipe, which names the tokenizer")
     settings = load_settings(recipe, overrides)
     tokenizer = load_tokenizer(settings.model)
-    console = Console(soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     documents = []
     for name, problems in _load_sets(settings, Path(recipe).parent).items():
         for problem in problems[:num]:
@@ -79,7 +78,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
                 console.print(Text(title, "bold"))
                 console.print(spans, end="\n\n")
     if as_json:
-        typer.echo(json.dumps({"examples": documents}))
+        echo(json.dumps({"examples": documents}))
 
 
 def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
@@ -98,14 +97,13 @@ def _needs(settings: Settings, name: str) -> set[str]:
 
 def _judge_golds(problems: Sequence[Problem]) -> dict[str, Any]:
     """Grade every gold answer with its checker. If one is refused, correct samples would get no credit."""
-    from rich.console import Console
     from rich.progress import track
 
     from truestep.grade.score import Grader
 
     answered = [p for p in problems if p.answer]
     with Grader() as grader:
-        progress = track(answered, "golds", console=Console(stderr=True), transient=True)
+        progress = track(answered, "golds", console=PlainConsole(stderr=True), transient=True)
         scores = [grader.check_gold(problem) for problem in progress]
     refused = [
         {"id": p.id, "row": p.row, "answer": p.answer, "verdict": s.label, "reason": s.reason}

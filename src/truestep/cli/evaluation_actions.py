@@ -15,6 +15,7 @@ import typer
 
 from truestep import rundir, signals
 from truestep.cli.evaluation import show
+from truestep.cli.output import echo
 from truestep.cli.progress import ConsoleReporter
 from truestep.cli.run import execute, only_evaluation
 from truestep.errors import UserError
@@ -61,7 +62,7 @@ def _execute(
     with opened(settings) as (adapter, content):
         if dry_run:
             plan = plan_of(settings, jobs, adapter)
-            typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
+            echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
             return
         plans, notes = make_plans(settings, jobs, adapter, folder, content)
         rundir.open_run(folder, settings.model_dump(mode="json"))
