@@ -191,7 +191,7 @@ def from_hub(auto_class: Any, source: str, **options: Any) -> Any:
 
 def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:
     identity = hashlib.sha256(f"{num_bytes}:{sha256}".encode()).hexdigest()[:16]
-    return cache_folder() / "models" / f"{stem}-{identity}"
+    return cache_folder("models") / f"{stem}-{identity}"
 
 
 def _converted(gguf: Path) -> Path:
