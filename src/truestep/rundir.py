@@ -121,7 +121,7 @@ def cache_folder(part: str = "") -> Path:
     shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "truestep"
     cache = Path(os.environ.get("TRUESTEP_CACHE") or shared).expanduser().absolute()
     for folder in (cache, cache / part):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it does not exist yet, or cannot be used at all
             status = folder.stat()
             remedy = "set TRUESTEP_CACHE to a folder of your own"
             if status.st_uid not in (os.geteuid(), 0):
