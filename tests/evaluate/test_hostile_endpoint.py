@@ -24,7 +24,7 @@ from truestep.rollout.engine_endpoint import EndpointEngine, TextRequest, TextSa
 from truestep.rundir import append_jsonl, read_jsonl
 
 SAMPLING = SamplingParameters(temperature=0.0, max_new_tokens=8, stop_token_ids=())
-SECONDS, SIZE = 1.0, 1 << 16
+SECONDS, SIZE, KEY = 1.0, 1 << 16, "horse battery"
 ENDLESS = 1 << 24  # bytes: far more than the client may read
 
 
@@ -61,6 +61,7 @@ GOOD = completion().encode()
 FINE = {
     "plain": (http(GOOD), "fine"),
     "chunks": (chunked((f"{len(GOOD):x}", GOOD), ("0", b"")), "fine"),
+    "the key": (http(says(f'"it is {KEY}!"')), "it is [redacted]!"),
     "half a pair": (http(says(r'"a\ud800b\udc00"')), "a\ufffdb\ufffd"),
     "a pair": (http(says(r'"\ud83d\ude00\\ud800"')), "\U0001f600\\ud800"),
     "bytes of no encoding": (http(GOOD.replace(b"fine", b"a\xffb")), "a\ufffdb"),
@@ -184,7 +185,7 @@ def turns(mode: str) -> tuple[Message, ...]:
 
 
 def answers(url: str, modes: list[str]) -> dict[str, TextSample]:
-    client = Client(base=url, seconds=SECONDS, max_bytes=SIZE, retries=1)
+    client = Client(base=url, key=KEY, seconds=SECONDS, max_bytes=SIZE, retries=1)
     engine = EndpointEngine(client, "m", concurrent=64)
     (first,) = engine.answer(
         [TextRequest(problem_id="plain", sample_index=0, seed=1, messages=turns("plain"))], SAMPLING
@@ -213,17 +214,23 @@ def test_a_bad_answer_is_one_unscored_sample(url: str, tmp_path: Path) -> None:
 
 
 def test_a_bad_judge_fails_one_sample(url: str) -> None:
-    settings = JudgeSettings(url=url, model="m", attempts=1, request_seconds=SECONDS, prompt="{completion}")
+    assert not [mode for mode in (*FINE, *BAD) if isinstance(value(url, mode, 1), float | int)], (
+        "no score is made up"
+    )
+    assert "HTTP 429" in str(value(url, "wait an hour", 3))
+
+
+def value(url: str, mode: str, attempts: int) -> object:
+    settings = JudgeSettings(
+        url=url, model="m", attempts=attempts, request_seconds=SECONDS, prompt="{completion}"
+    )
     judge = Judge(settings.model_dump_json(), "")
-
-    def value(mode: str) -> object:
-        problem = Problem(id=mode, messages=turns(mode), answer="1")
-        return judge.value(RewardInput(
-            problem=problem, messages=turns(mode), completion=f"mode: {mode}.", completion_ids=(1,),
-            stop=Stop.STOP_TOKEN, seed=0, step=0, sample=0, limit=9,
-        ))  # fmt: skip
-
-    assert not [mode for mode in (*FINE, *BAD) if isinstance(value(mode), float | int)], "no score is made up"
+    problem = Problem(id=mode, messages=turns(mode), answer="1")
+    asked = RewardInput(
+        problem=problem, messages=turns(mode), completion=f"mode: {mode}.", completion_ids=(1,),
+        stop=Stop.STOP_TOKEN, seed=0, step=0, sample=0, limit=9,
+    )  # fmt: skip
+    return judge.value(asked)
 
 
 def test_a_rejected_key_or_model_stops_at_once_only_before_the_first_answer(url: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from truestep.errors import UserError
 from truestep.http_client import BadAnswer, Client, Rejected
 from truestep.records import Message, RecordError, Stop
+from truestep.redaction import HIDDEN
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rundir import redact
 from truestep.seeding import integer
@@ -138,6 +139,8 @@ class EndpointEngine:
         try:
             found = self.client.ask(path, self._body(request, sampling))
             sample = _sample(request, found["choices"][0], found.get("usage"))
+            if len(key := self.client.key) >= 8:  # a server may send everything back
+                sample = replace(sample, text=sample.text.replace(key, HIDDEN))
         except Rejected as error:
             if error.status in (401, 403, 404) and not self._has_answered:
                 rejected = f"model {self.model!r} was rejected by the endpoint"
