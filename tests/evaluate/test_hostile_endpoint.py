@@ -202,6 +202,8 @@ def test_a_bad_answer_is_one_unscored_sample(url: str, tmp_path: Path) -> None:
     found = answers(url, MODES)
     assert {m: found[m].text for m in FINE} == {m: text for m, (_, text) in FINE.items()}
     assert all(found[m].stop is Stop.ERROR for m in (*BAD, *SLOW))
+    uncounted = {m for m in FINE if m.endswith("tokens") or m == "list of usage"}
+    assert {m: found[m].num_tokens for m in FINE} == {m: 0 if m in uncounted else 3 for m in FINE}
     assert all(0 < len(s.error) <= 400 and "\n" not in s.error for s in found.values() if s.error)
     assert "3600 s" in found["wait an hour"].error
     assert "too large" in found["endless body"].error
