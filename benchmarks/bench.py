@@ -315,7 +315,7 @@ def quick_model(tokenizer_folder: str) -> str:
     if not (target / "config.json").is_file():
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,

@@ -15,7 +15,9 @@ def main() -> None:
     spec = specification()
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(spec["seed"])
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["model"], dtype=getattr(torch, spec["dtype"]), trust_remote_code=False
+    )
     model.eval()
     stops = spec["stop_token_ids"]
     prompts = [p["ids"] for p in spec["prompts"]]

@@ -27,8 +27,8 @@ class _Clock(TrainerCallback):
 def main() -> None:
     spec = specification()
     torch.set_num_threads(spec["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"], trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32, trust_remote_code=False)
     texts = [tokenizer.decode(p["ids"]) for p in spec["prompts_in_order"]]
     changed = sum(
         ids != p["ids"]

@@ -57,8 +57,8 @@ class _Plain(_Count, Trainer):
 def main() -> None:
     spec = specification()
     torch.set_num_threads(spec["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"], trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32, trust_remote_code=False)
     rows = [
         {"input_ids": r["ids"], "labels": [-100] * r["num_prompt"] + r["ids"][r["num_prompt"] :]}
         for r in spec["rows"]

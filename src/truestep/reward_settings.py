@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from truestep.errors import did_you_mean
 from truestep.frozen import Frozen
-from truestep.rundir import redact
+from truestep.redaction import INSTEAD, find_secret
 
 # Functions that ship with the package; "checker" and "random" need no child process.
 SHIPPED = {
@@ -57,11 +57,8 @@ class RewardSettings(Frozen):
             raise ValueError(f'"{self.function}" takes no options; remove the options that are set')
         if not NAME.fullmatch(self.name):
             raise ValueError(f'name = "{self.name}" is not valid; use only letters, digits, "_", "-" and "."')
-        if redact(str(self.options)) != str(self.options):
-            raise ValueError(
-                "options contain what looks like an access token or a password; "
-                "put it in an environment variable"
-            )
+        if (key := find_secret(self.options, "options")) is not None:
+            raise ValueError(f"{key} looks like a secret, and settings are written to files; {INSTEAD}")
         return self
 
 

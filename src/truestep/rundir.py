@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,16 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from truestep.errors import UserError
+from truestep.redaction import redact as redact
+from truestep.redaction import redact_command
 
 ELSEWHERE = "pass --out with a different path"
-_SECRET = re.compile(
-    r"(hf_|sk-|ghp_|github_pat_|xox[bap]-|AKIA|glpat-|npm_|pypi-)[A-Za-z0-9_\-]{8,}|://[^/\s:@]+:[^/\s@]+@"
-)
-
-
-def redact(text: str) -> str:
-    """Replace everything that looks like an access token, or a password in a URL, with "[redacted]"."""
-    return _SECRET.sub("[redacted]", text)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -41,7 +36,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            # In JSON, an escaped lone surrogate is read back as it was.
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -93,7 +89,7 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows and flush. If a kill cuts off the last line, ``read_jsonl`` drops it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
         file.flush()
 
@@ -119,11 +115,20 @@ def truncate_jsonl(path: Path, keep_up_to_step: int) -> None:
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def cache_folder() -> Path:
-    """Return the cache folder: $TRUESTEP_CACHE, $XDG_CACHE_HOME/truestep or ~/.cache/truestep."""
-    if own := os.environ.get("TRUESTEP_CACHE"):
-        return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "truestep"
+def cache_folder(part: str = "") -> Path:
+    """Return a part of the cache folder, which is $TRUESTEP_CACHE, $XDG_CACHE_HOME/truestep or
+    ~/.cache/truestep. Raises UserError if another user could change what it contains."""
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "truestep"
+    cache = Path(os.environ.get("TRUESTEP_CACHE") or shared).expanduser().absolute()
+    for folder in (cache, cache / part):
+        with contextlib.suppress(OSError):  # it does not exist yet, or cannot be used at all
+            status = folder.stat()
+            remedy = "set TRUESTEP_CACHE to a folder of your own"
+            if status.st_uid not in (os.geteuid(), 0):
+                raise UserError(f"the cache {folder} belongs to another user (uid {status.st_uid}); {remedy}")
+            if status.st_mode & stat.S_IWOTH:
+                raise UserError(f"every user can write to the cache {folder}; run chmod o-w, or {remedy}")
+    return cache / part
 
 
 def file_sha256(path: Path) -> str:
@@ -202,6 +207,6 @@ def provenance(seed: int) -> dict[str, Any]:
     command = ["truestep" if Path(name).name == "__main__.py" else name, *words]
     return {
         "commit": _git("rev-parse", "HEAD"), "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "command": [redact(word) for word in command], "seed": seed, "python": platform.python_version(),
+        "command": redact_command(command), "seed": seed, "python": platform.python_version(),
         "platform": platform.platform(), "versions": _versions(), "hardware": _hardware(),
     }  # fmt: skip

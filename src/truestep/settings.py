@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from truestep.errors import UserError, did_you_mean, one_line
 from truestep.frozen import Frozen
+from truestep.redaction import INSTEAD, find_secret
 from truestep.reward_settings import RewardSettings, reward_entries
 
 M = TypeVar("M", bound=Frozen)
@@ -345,6 +346,16 @@ class Settings(Frozen):
     evaluate: EvaluateSettings = EvaluateSettings()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     declared: dict[str, Any] = Field(default_factory=dict)  # for a dry run without weights and data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, raw: Any) -> Any:
+        if (key := find_secret(raw)) is not None:
+            raise ValueError(
+                f"{key} looks like a secret, and settings are written to files; {INSTEAD}; the hub's token is "
+                "HF_TOKEN, and an endpoint's key is TRUESTEP_API_KEY"
+            )
+        return raw
 
     @model_validator(mode="before")
     @classmethod

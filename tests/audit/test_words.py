@@ -50,7 +50,14 @@ def test_every_kind_has_its_sentence_and_every_sentence_its_kind() -> None:
     command = (AUDIT.parent / "cli" / "audit_actions.py").read_text(encoding="utf-8")
     resumes = {kind for kind in SENTENCES if kind.startswith("resume_")}  # put together from their parts
     unused = {kind for kind in SENTENCES if kind not in measured and f'"{kind}"' not in command} - resumes
-    assert unused <= {"no_observation", "ranks_missing", "ranks_disagree", "no_row_found", "said"}
+    assert unused <= {
+        "no_observation",
+        "unreadable",
+        "ranks_missing",
+        "ranks_disagree",
+        "no_row_found",
+        "said",
+    }
     assert {kind for kind in (*REASONS, *NOTES, *SETTINGS) if kind not in looked_back} == set()
 
 

@@ -21,7 +21,6 @@ from truestep.records import Message, Stop
 from truestep.rollout.engine import SamplingParameters
 from truestep.rollout.engine_endpoint import EndpointEngine, TextRequest, connect
 
-pytest.importorskip("openai")
 SAMPLING = SamplingParameters(temperature=0.0, max_new_tokens=8, stop_token_ids=())
 SECRET = "sk-verysecretkey12345"
 
@@ -66,7 +65,7 @@ class Flaky(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("retry-after-ms", "10")
+        self.send_header("Retry-After", "0.01")
         self.end_headers()
         self.wfile.write(data)
 

@@ -78,7 +78,6 @@ def command(*words: str) -> Any:
 def test_both_commands_give_the_same_three_verdicts(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("openai")
     pairs = tmp_path / "pairs.jsonl"
     lines = [{"id": name, "gold": gold, "pred": text} for name, (gold, text, *_) in CASES.items()]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -191,7 +191,7 @@ def test_each_coordinate_of_the_identity_changes_the_coin() -> None:
     ({"function": "checker", "name": "a/b"}, "letters"),
     ({"function": "checker", "weight": float("nan")}, "finite"),
     ({"function": "format", "max_failure_share": 1.5}, "less than or equal to 1"),
-    ({"function": "judge", "options": {"key_env": "sk-abcdefgh12345678"}}, "looks like an access token"),
+    ({"function": "judge", "options": {"key_env": "sk-abcdefgh12345678"}}, r"options\.key_env looks like a secret.*\$\{NAME\}"),
     ({"function": "format", "time": 3}, "Extra inputs"),
 ])  # fmt: skip
 def test_settings_that_are_refused(entry: dict[str, Any], words: str) -> None:

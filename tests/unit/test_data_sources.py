@@ -111,7 +111,9 @@ def test_hub_rows_are_checked_as_file_rows_are(monkeypatch: pytest.MonkeyPatch) 
         load("hub:org/set")
     asked = []
 
-    def load_dataset(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
+    def load_dataset(
+        path: str, config: str | None, split: str, trust_remote_code: bool
+    ) -> list[dict[str, Any]]:
         asked.append((path, config, split))
         if path == "org/absent":
             raise FileNotFoundError("offline, and not in the cache\nmore")

@@ -23,6 +23,7 @@ from truestep.audit.environments.launch import SubjectFailed, audit_one, run_scr
 from truestep.audit.measure.findings import Finding, Verdict, cause
 from truestep.audit.present import formats, reproduce, words
 from truestep.audit.subjects import Subject
+from truestep.cli.output import PlainConsole, echo
 from truestep.errors import UserError
 from truestep.rundir import provenance, write_atomic
 
@@ -30,7 +31,7 @@ INTERRUPTED = cause("", "interrupted")
 
 
 def say(text: str) -> None:
-    typer.echo(text, err=True)
+    echo(text, err=True)
 
 
 def select(
@@ -120,11 +121,11 @@ def show_plan(
     pairs, where = [(s.name, c) for s in subjects for c in s.configurations], str(chosen)
     if as_json:
         rows = [{"subject": name, "configuration": c.to_json(), "cases": c.only} for name, c in pairs]
-        typer.echo(json.dumps({"schema": 1, "python": where, "planned": rows}))
+        echo(json.dumps({"schema": 1, "python": where, "planned": rows}))
         return
-    typer.echo(f"{'python' if os.sep in where else 'environment'}: {where}")
+    echo(f"{'python' if os.sep in where else 'environment'}: {where}")
     for name, c in pairs:
-        typer.echo(f"{name}: {words.configuration_in_words(c.to_json())} ({', '.join(c.only)})")
+        echo(f"{name}: {words.configuration_in_words(c.to_json())} ({', '.join(c.only)})")
 
 
 def run(
@@ -202,7 +203,7 @@ def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path
 
         write_atomic(html, render_page(rows, stamp))
     if as_json:
-        typer.echo(json.dumps(formats.to_document(rows, stamp), allow_nan=False))
+        echo(json.dumps(formats.to_document(rows, stamp), allow_nan=False))
         return
     from truestep.audit.present.table import findings_table
 
@@ -210,9 +211,8 @@ def show(findings: Sequence[Finding], *, as_json: bool, files: Mapping[str, Path
 
 
 def _print(table: Callable[[int], Any]) -> None:
-    from rich.console import Console
 
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(table(min(console.width, 120)))
 
 
@@ -239,7 +239,7 @@ def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
     except SubjectFailed as error:
         say(f"error: {error}")
         raise typer.Exit(3) from None
-    typer.echo(json.dumps(document) if as_json else words.models_in_words(document))
+    echo(json.dumps(document) if as_json else words.models_in_words(document))
     raise typer.Exit(1 if words.wrong_models(document) else 0)
 
 
@@ -249,7 +249,7 @@ def past(folder: Path, *, as_json: bool) -> None:
     answers = look_back(folder)
     if as_json:
         rows = [words.answer_row(a) for a in answers]
-        typer.echo(json.dumps({"schema": 1, "folder": str(folder), "answers": rows}))
+        echo(json.dumps({"schema": 1, "folder": str(folder), "answers": rows}))
     else:
         from truestep.audit.present.table import answers_table
 
@@ -279,10 +279,10 @@ def bisect(
     found = releases.search(between, probe, known_bad)
     document: dict[str, Any] = {"schema": 1, "package": target, "releases": len(between), **vars(found)}
     if as_json:
-        typer.echo(json.dumps(document))
+        echo(json.dumps(document))
     elif found.first_bad:
         bad = f"first faulty release {found.first_bad}, last faulty release {found.last_bad}"
-        typer.echo(f"{bad} ({len(found.tried)} releases run)")
+        echo(f"{bad} ({len(found.tried)} releases run)")
     else:
-        typer.echo(f"no faulty release found ({len(found.tried)} of {len(between)} run)")
+        echo(f"no faulty release found ({len(found.tried)} of {len(between)} run)")
     raise typer.Exit(1 if found.first_bad else 0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from truestep.cli.output import PlainConsole, echo
 from truestep.cli.progress import HEARTBEAT_SECONDS, announce
 from truestep.data.describe import Description, not_used
 from truestep.data.overlap import overlap_report
@@ -100,7 +101,6 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
     """Validate every row of every data set and print the results. Exit with 1 if a gold answer is refused.
     Raises BadRows, after the results have been printed, if there are bad rows."""
     announce(f"truestep data check: reading {source}")
-    from rich.console import Console
 
     from truestep.grade.score import Grader
 
@@ -126,9 +126,9 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
     described = {name: made.result() for name, made in checks.items()}
     num_refused = sum(len(made.refused) for made in checks.values())
     if as_json:
-        typer.echo(json.dumps({"data": described, "overlap": pairs, "num_refused_golds": num_refused}))
+        echo(json.dumps({"data": described, "overlap": pairs, "num_refused_golds": num_refused}))
     else:
-        _print_check(Console(soft_wrap=True), checks, described, pairs)
+        _print_check(PlainConsole(soft_wrap=True), checks, described, pairs)
     if bad := [made.bad for made in checks.values() if made.bad]:
         raise BadRows(sum(error.count for error in bad), bad[0].first)
     if num_refused:
@@ -144,7 +144,6 @@ def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | N
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
     """Print the first examples of every data set as the model sees them."""
     announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
-    from rich.console import Console
     from rich.text import Text
 
     from truestep.model.load import load_tokenizer
@@ -153,7 +152,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
         raise UserError(f"{recipe} is not a recipe (.toml); pass a recipe, which names the tokenizer")
     settings = load_settings(recipe, overrides)
     tokenizer = load_tokenizer(settings.model)
-    console = Console(soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     documents = []
     for name, problems in _load_sets(settings, Path(recipe).parent).items():
         for problem in problems[:num]:
@@ -165,7 +164,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
                 console.print(Text(title, "bold"))
                 console.print(spans, end="\n\n")
     if as_json:
-        typer.echo(json.dumps({"examples": documents}))
+        echo(json.dumps({"examples": documents}))
 
 
 def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:

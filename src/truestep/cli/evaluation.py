@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from truestep.cli.output import echo
 from truestep.cli.progress import announce
 from truestep.cli.run import Json, Resume
 
@@ -89,7 +90,7 @@ def list_benchmarks(as_json: Json = False) -> None:
         line = f"{b.id:<14} {b.num_rows:>6} rows {b.content[:12]:<12} avg@{b.samples:<2} {b.prompt:<5}"
         lines.append(f"{line} {source}{published}{note}")
     document = {"shuffle_seed": SHUFFLE_SEED, "benchmarks": [asdict(b) for b in TABLE]}
-    typer.echo(json.dumps(document) if as_json else "\n".join(lines))
+    echo(json.dumps(document) if as_json else "\n".join(lines))
 
 
 def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
@@ -102,7 +103,7 @@ def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) ->
     lines = [_sentence(row) for row in found["comparisons"]]
     left_over = ((path, found[side]) for side, path in (("only_in_a", a), ("only_in_b", b)))
     lines += [f"not compared (only in {path}): {', '.join(tasks)}" for path, tasks in left_over if tasks]
-    typer.echo(json.dumps(found) if as_json else "\n".join(lines))
+    echo(json.dumps(found) if as_json else "\n".join(lines))
 
 
 def _sentence(row: dict[str, Any]) -> str:
@@ -135,13 +136,13 @@ def import_logs(
 def show(folder: Path, summary: dict[str, Any], report: Path, as_json: bool) -> None:
     """Print the result of an evaluation on stdout."""
     if as_json:
-        typer.echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
+        echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
         return
     from truestep.report.tables import print_scores, score_table
 
     print_scores(score_table(folder), title=folder.name)
-    typer.echo(f"report: {report}")
-    typer.echo(str(folder))
+    echo(f"report: {report}")
+    echo(str(folder))
 
 
 def export(run: Annotated[Path, _argument("A run directory.")], out: Folder, as_json: Json = False) -> None:
@@ -149,7 +150,7 @@ def export(run: Annotated[Path, _argument("A run directory.")], out: Folder, as_
     from truestep.evaluate.external_logs import write_lm_eval
 
     written = [str(path) for path in write_lm_eval(run, out)]
-    typer.echo(json.dumps({"files": written}) if as_json else "\n".join(written))
+    echo(json.dumps({"files": written}) if as_json else "\n".join(written))
 
 
 def overlap(
@@ -171,7 +172,7 @@ def overlap(
         for pair in report["pairs"]
     ]
     lines += [f"{id:<16} not checked, because --data has no file for it" for id in report["missing"]]
-    typer.echo(json.dumps(report) if as_json else "\n".join(lines))
+    echo(json.dumps(report) if as_json else "\n".join(lines))
 
 
 def grade(
@@ -186,7 +187,7 @@ def grade(
     from truestep.grade.pairs import grade_pairs, read_pairs, table
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)
-    typer.echo(json.dumps(result) if as_json else table(result))
+    echo(json.dumps(result) if as_json else table(result))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -15,6 +15,7 @@ import typer
 
 from truestep import rundir, signals
 from truestep.cli.evaluation import show
+from truestep.cli.output import echo
 from truestep.cli.progress import ConsoleReporter
 from truestep.cli.run import execute, only_evaluation
 from truestep.errors import UserError
@@ -61,7 +62,7 @@ def _execute(
     with opened(settings) as (adapter, content):
         if dry_run:
             plan = plan_of(settings, jobs, adapter)
-            typer.echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
+            echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
             return
         plans, notes = make_plans(settings, jobs, adapter, folder, content)
         rundir.open_run(folder, settings.model_dump(mode="json"))
@@ -186,7 +187,7 @@ def figures(settings: Settings) -> tuple[int, int, int]:
         model: Any = load_model(settings.model, dtype=torch.float32, device=cpu, seed=settings.seed).model
     else:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config(source))
+            model = AutoModelForCausalLM.from_config(model_config(source), trust_remote_code=False)
     config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from truestep import __version__
+from truestep.cli.output import echo
 
 # Exceptions that end a command with one line: module, class, exit code.
 FAULTS = (
@@ -19,7 +20,7 @@ FAULTS = (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"truestep {__version__}")
+        echo(f"truestep {__version__}")
         raise typer.Exit
 
 
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"error: {message}", err=True)
+    echo(f"error: {message}", err=True)
     raise SystemExit(code)
 
 

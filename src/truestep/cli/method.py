@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from truestep.cli.output import echo
+
 app = typer.Typer(no_args_is_help=True, help="Training methods: list the built-in ones, or check one.")
 _NAMED = "FILE.py:NAME, or the name of a built-in method."
 _OPTION = "Set an option of the method, such as clip_high=0.3. Can be repeated."
@@ -32,9 +34,9 @@ def list_methods(as_json: Json = False) -> None:
         })  # fmt: skip
         if not as_json:
             uses += ", demonstrations" if also else ""
-            typer.echo(f"{row.name:<22} {kind:<4} {uses:<24} {row.source}")
+            echo(f"{row.name:<22} {kind:<4} {uses:<24} {row.source}")
     if as_json:
-        typer.echo(json.dumps(table, indent=1))
+        echo(json.dumps(table, indent=1))
 
 
 @app.command()
@@ -54,7 +56,7 @@ def check(method: Named, options: Options = None, as_json: Json = False) -> None
         given = tomllib.loads("\n".join(options or ()))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--option: {error}; pass NAME=VALUE in TOML syntax, e.g. clip_high=0.3") from None
-    typer.echo(f"{method}: checking 4 steps of a tiny model in float64", err=True)
+    echo(f"{method}: checking 4 steps of a tiny model in float64", err=True)
     found, quiet = [], ConsoleReporter(quiet=True)
     with tempfile.TemporaryDirectory(prefix="truestep-method-") as folder:
         relations = check_method(method, given, base_dir=Path.cwd(), folder=Path(folder), reporter=quiet)
@@ -62,8 +64,8 @@ def check(method: Named, options: Options = None, as_json: Json = False) -> None
             found.append(relation)
             if not as_json:
                 verdict = f"{relation.name:<20} {'holds' if relation.holds else 'VIOLATED':<9}"
-                typer.echo(f"{verdict} {relation.error:.1e} (at most {relation.limit:.0e})")
+                echo(f"{verdict} {relation.error:.1e} (at most {relation.limit:.0e})")
     if as_json:
         rows = [{"relation": r.name, "holds": r.holds, "error": r.error, "limit": r.limit} for r in found]
-        typer.echo(json.dumps({"method": method, "relations": rows}, indent=1))
+        echo(json.dumps({"method": method, "relations": rows}, indent=1))
     raise typer.Exit(0 if all(r.holds for r in found) else 1)

@@ -6,9 +6,9 @@ import os
 import sys
 import time
 
-import typer
 from rich import progress as bars
-from rich.console import Console
+
+from truestep.cli.output import PlainConsole, echo, plain
 
 HEARTBEAT_SECONDS = 15.0
 
@@ -16,14 +16,14 @@ HEARTBEAT_SECONDS = 15.0
 def announce(text: str) -> None:
     """Print a command's first line on stderr, before slow imports. Only rank 0 prints it."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(text, err=True)
+        echo(text, err=True)
 
 
 class ConsoleReporter:
     """A ``progress.Reporter`` that writes to stderr."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = PlainConsole(stderr=True)
         self.quiet = quiet
         self.live: bars.Progress | None = None
         self.task: bars.TaskID | None = None
@@ -31,7 +31,9 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            (self.live.console if self.live else self.console).print(text, markup=False, soft_wrap=True)
+            (self.live.console if self.live else self.console).print(
+                plain(text), markup=False, soft_wrap=True
+            )
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         self.close()
@@ -42,15 +44,15 @@ class ConsoleReporter:
         if sys.stderr.isatty():
             counts = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
             columns = (
-                "{task.description}",
+                bars.TextColumn("{task.description}", markup=False),
                 *counts,
                 "left",
                 bars.TimeRemainingColumn(),
-                "{task.fields[note]}",
+                bars.TextColumn("{task.fields[note]}", markup=False),
             )
             self.live = bars.Progress(*columns, console=self.console)
             self.live.start()
-            self.task = self.live.add_task(what, total=total, completed=done, note="")
+            self.task = self.live.add_task(plain(what), total=total, completed=done, note="")
         else:
             self.say(f"{what}: {done}/{total}")
 
@@ -58,7 +60,7 @@ class ConsoleReporter:
         if self.quiet:
             return
         if self.live and self.task is not None:
-            self.live.update(self.task, completed=done, note=note)
+            self.live.update(self.task, completed=done, note=plain(note))
             return
         now = time.monotonic()
         if done == self.total or now - self.spoke >= HEARTBEAT_SECONDS:

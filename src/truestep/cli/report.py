@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from truestep.cli.output import echo
 from truestep.cli.run import Json
 
 
@@ -30,7 +31,7 @@ def report(
 
         page = write_study(run)
         document = json.dumps({"study_dir": str(run), "report": str(page)})
-        typer.echo(document if as_json else f"report: {page}\n{run}")
+        echo(document if as_json else f"report: {page}\n{run}")
         return
     if not (run / "resolved.toml").is_file():
         fault = f"{run} is not a run directory (no resolved.toml)"
@@ -38,7 +39,7 @@ def report(
     evaluation = read_summary(run).get("kind") == "evaluation"
     path = write_evaluation_report(run) if evaluation else write_report(run)
     if as_json:
-        typer.echo(json.dumps({"run_dir": str(run), "report": str(path), **read_summary(run)}))
+        echo(json.dumps({"run_dir": str(run), "report": str(path), **read_summary(run)}))
         return
     print_scores(score_table(run), title=run.name)
-    typer.echo(f"report: {path}\n{run}")
+    echo(f"report: {path}\n{run}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from truestep.cli.output import PlainConsole, echo
+
 if TYPE_CHECKING:
     from truestep.settings import Settings
 
@@ -100,7 +102,7 @@ def execute(
             reporter.say(note)
     if dry_run:
         plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows, "notes": prepared.notes}
-        typer.echo(json.dumps(plan) if as_json else str(folder))
+        echo(json.dumps(plan) if as_json else str(folder))
         return
     if resume and rank == 0 and not (folder / "resolved.toml").exists():
         reporter.say(f"nothing to resume in {folder}; starting a new run there")
@@ -139,7 +141,7 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
         f"{plan['num_gpus']} GPUs; from [declared], without weights and data"
     )
     document = {"recipe": str(recipe), "run_dir": str(folder), **plan}
-    typer.echo(json.dumps(document) if as_json else str(folder))
+    echo(json.dumps(document) if as_json else str(folder))
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:
@@ -156,12 +158,11 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:
 
 def show(folder: Path, summary: Any, report: Path, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
+        echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
         return
-    from rich.console import Console
 
     from truestep.report.tables import score_table, terminal_table
 
     if rows := score_table(folder):
-        Console(highlight=False).print(terminal_table(rows, title=summary["name"]))
-    typer.echo(f"report: {report}\n{folder}")
+        PlainConsole().print(terminal_table(rows, title=summary["name"]))
+    echo(f"report: {report}\n{folder}")

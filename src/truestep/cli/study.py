@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from truestep.cli.evaluation import option
+from truestep.cli.output import PlainConsole, echo
 from truestep.cli.run import Json
 
 _PATHS = 'A study (TOML file); or "flops", then the recipes (files or folders) to count FLOPs for.'
@@ -82,7 +83,6 @@ def _print_table(
     title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]
 ) -> None:
     """Print a table of plain text. Columns are right-aligned, except those whose index is in ``left``."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -93,7 +93,7 @@ def _print_table(
         table.add_column(Text(head), justify="left" if i in left else "right")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
-    Console(highlight=False).print(table)
+    PlainConsole().print(table)
 
 
 def flops(paths: list[Path], as_json: bool) -> None:
@@ -104,12 +104,12 @@ def flops(paths: list[Path], as_json: bool) -> None:
         raise UserError("study flops: no recipe is given; pass files or folders, for example recipes/paper")
     table = flops_table(paths)
     if as_json:
-        typer.echo(json.dumps(table))
+        echo(json.dumps(table))
         return
     rows = [(a["name"], f"{a['flops_paper_formula']:.3g}", f"{a['flops_full']:.3g}") for a in table["arms"]]
     _print_table("", ("recipe", "FLOPs, the paper's formula", "FLOPs, fuller count"), rows, left=(0,))
     for line in sentences(table):
-        typer.echo(line)
+        echo(line)
 
 
 def trainer_verdict() -> str:
@@ -172,7 +172,7 @@ def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
 
     plan = {**estimate(study, path.parent), "study": str(path), "study_dir": str(folder)}
     if as_json:
-        typer.echo(json.dumps(plan))
+        echo(json.dumps(plan))
         return
     heads = ("arm", "stages", "cells", "trials", "FLOPs per cell", "CPU s per cell", "GiB", "")
     rows = [
@@ -182,26 +182,25 @@ def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
     ]  # fmt: skip
     _print_table(f"{study.name}: estimated cost", heads, rows, left=(0, 1, 7))
     for control, reason in plan["controls_off"].items():
-        typer.echo(f"control {control} is off: {reason}")
-    typer.echo(f"{plan['cells']} cells and {plan['trials']} trials, {plan['flops_full']:.2e} FLOPs, "
+        echo(f"control {control} is off: {reason}")
+    echo(f"{plan['cells']} cells and {plan['trials']} trials, {plan['flops_full']:.2e} FLOPs, "
                f"{plan['cpu_hours']:.1f} CPU hours, {plan['hours']:.1f} hours with {study.workers} workers, "
                f"{plan['gib']:.1f} GiB")  # fmt: skip
-    typer.echo(str(folder))
+    echo(str(folder))
 
 
 def show(folder: Path, table: dict[str, Any], page: Path, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"study_dir": str(folder), "report": str(page), **table}))
+        echo(json.dumps({"study_dir": str(folder), "report": str(page), **table}))
         return
     from truestep.report.study_tables import contrast_table, method_table
-    from truestep.report.tables import visible
 
     head, rows = method_table(table)
     kept = [i for i, h in enumerate(head) if h not in ("FLOPs (fuller)", "Trials: FLOPs", "Checkpoint")]
     shown = [[row[i] for i in kept] for row in rows]
     _print_table(table["name"], [head[i] for i in kept], shown, left=(0, len(kept) - 1))
     for row in contrast_table(table)[1]:
-        typer.echo(visible(f"{row[0]}: {row[1]} points, p {row[3]}, Holm {row[4]}: {row[-1]}"))
+        echo(f"{row[0]}: {row[1]} points, p {row[3]}, Holm {row[4]}: {row[-1]}")
     for cell, why in table["failures"].items():
-        typer.echo(visible(f"failed: {cell}: {why}"))
-    typer.echo(f"report: {page}\n{folder}")
+        echo(f"failed: {cell}: {why}")
+    echo(f"report: {page}\n{folder}")

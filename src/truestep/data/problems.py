@@ -191,7 +191,8 @@ def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tu
     except ModuleNotFoundError:
         raise UserError(f'{where} needs the datasets package; run pip install "truestep[hub]"') from None
     try:
-        table: Any = datasets.load_dataset(repository, settings.options.get("config"), split=settings.split)
+        config, split = settings.options.get("config"), settings.split
+        table: Any = datasets.load_dataset(repository, config, split=split, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where} cannot be loaded: {reason}") from None

@@ -122,7 +122,7 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
         hint = f'run pip install "truestep[hub]", or pass --data FOLDER with {name}.jsonl'
         raise NotThere(f"{where} needs the datasets package; {hint}") from None
     try:
-        table: Any = datasets.load_dataset(repository, config or None, split=split)
+        table: Any = datasets.load_dataset(repository, config or None, split=split, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = f"pass --data FOLDER with {name}.jsonl"

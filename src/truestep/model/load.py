@@ -68,7 +68,7 @@ def model_content(settings: ModelSettings) -> str:
     if not Path(source).is_dir():
         from transformers import AutoConfig
 
-        return str(getattr(_from_hub(AutoConfig, source), "_commit_hash", "") or "")
+        return str(getattr(from_hub(AutoConfig, source), "_commit_hash", "") or "")
     digest = hashlib.sha256()
     for file in sorted(Path(source).iterdir()):
         if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt") and file.is_file():
@@ -82,7 +82,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         return tiny_tokenizer()
     from transformers import AutoTokenizer
 
-    return _from_hub(AutoTokenizer, source)
+    return from_hub(AutoTokenizer, source)
 
 
 def load_model(
@@ -103,9 +103,9 @@ def load_model(
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = _from_hub(AutoConfig, source)
+        config = from_hub(AutoConfig, source)
         override(config, settings)
-        model = _from_hub(AutoModelForCausalLM, source, config=config, dtype=dtype)
+        model = from_hub(AutoModelForCausalLM, source, config=config, dtype=dtype)
     prepare(model, device)
     context = int(getattr(model.config, "max_position_embeddings", 0) or 2**20)
     return LoadedModel(model=model, tokenizer=tokenizer, shape=model_shape(model), context_length=context)
@@ -175,17 +175,23 @@ def override(config: Any, settings: ModelSettings) -> None:
         config.rope_parameters = {**parameters, "rope_theta": settings.rope_theta}
 
 
-def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
+def from_hub(auto_class: Any, source: str, **options: Any) -> Any:
+    """Open a folder or hub id with a class of transformers. Python files in the folder are never run. Raises
+    UserError if the model needs them, or cannot be loaded."""
     try:
-        return auto_class.from_pretrained(source, **options)
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "custom code" in first:  # transformers' words then say how to run it
+            first = (
+                "it needs Python code of its folder, which is never run; use a model of transformers' classes"
+            )
         raise UserError(f"model.path = {source!r} cannot be loaded: {first}") from None
 
 
 def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:
     identity = hashlib.sha256(f"{num_bytes}:{sha256}".encode()).hexdigest()[:16]
-    return cache_folder() / "models" / f"{stem}-{identity}"
+    return cache_folder("models") / f"{stem}-{identity}"
 
 
 def _converted(gguf: Path) -> Path:
@@ -199,12 +205,14 @@ def _converted(gguf: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(gguf.parent), gguf.name
-    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+    )
     if hasattr(source.config, "quantization_config"):
         del source.config.quantization_config
-    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(source.state_dict(), strict=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     if source.generation_config is not None:
         model.generation_config = source.generation_config
     target.parent.mkdir(parents=True, exist_ok=True)

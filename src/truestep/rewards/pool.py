@@ -22,9 +22,9 @@ from typing import Any
 
 from truestep.errors import UserError
 from truestep.records import RewardInput
+from truestep.redaction import from_environment, redact
 from truestep.reward_settings import RewardSettings
 from truestep.rewards.record import Answer, to_json
-from truestep.rundir import redact
 from truestep.user_code import Source
 
 POLL_SECONDS = 0.1  # between two measurements of a worker's memory
@@ -88,7 +88,9 @@ class Worker:
         self._printed = b""
         self._send(samples, seconds)
         reply = self._receive(seconds)
-        return [Answer(**a) for a in reply] if isinstance(reply, list) else self.failed(**reply)
+        if not isinstance(reply, list):
+            return self.failed(**reply)
+        return [Answer(**a | {k: redact(a[k]) for k in ("reason", "detail") if a.get(k)}) for a in reply]
 
     def failed(self, *, reason: str, detail: str = "", **_: Any) -> Answer:
         """Return a failed Answer that also shows what the function printed last."""
@@ -177,6 +179,7 @@ class FunctionPool:
 
     def __init__(self, entry: RewardSettings, source: Source, *, base: Path, folder: Path) -> None:
         self.entry, self._idle, self._all, self._closed = entry, list[Worker](), set[Worker](), False
+        from_environment(entry.options, f'reward "{entry.name}": options')  # an unset variable is found here
         self._setup = {
             "source": asdict(source), "options": entry.options, "path": [*sys.path, str(base.resolve())],
             "folder": str(folder.resolve()),

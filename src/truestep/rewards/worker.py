@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from truestep.errors import UserError
 from truestep.records import RewardInput
+from truestep.redaction import from_environment
 from truestep.reward_settings import NAME
 from truestep.rewards.record import Answer, Unscored, read_input, to_json
 from truestep.user_code import Raised, Source, attempt, load, raised, with_folder
@@ -95,7 +96,8 @@ def serve(channel: socket.socket) -> None:
 
     def prepare() -> Callable[..., Any]:
         function = load(Source(**setup["source"]), setup["path"])
-        options = with_folder(function, setup["options"], setup["folder"])
+        given = from_environment(setup["options"], "options")
+        options = with_folder(function, given, setup["folder"])
         if not setup["source"]["sha256"]:  # a function of truestep checks its options when it is called
             function([], **options)
         return partial(call, function, options)

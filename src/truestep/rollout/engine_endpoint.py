@@ -1,7 +1,7 @@
 """Sampling through an OpenAI-compatible endpoint. A server runs the model, so the model cannot be trained.
 
-The openai client retries with backoff and obeys Retry-After. If all retries of a request fail, its sample has
-an error and not an empty answer. The API key comes only from the environment and is never written.
+If all retries of a request fail, or the answer is not usable, its sample has an error and not an empty answer.
+The API key comes only from the environment and is never written.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import concurrent.futures
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from truestep.errors import UserError
+from truestep.http_client import BadAnswer, Client, Rejected
 from truestep.records import Message, RecordError, Stop
+from truestep.redaction import HIDDEN
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rundir import redact
 from truestep.seeding import integer
-
-if TYPE_CHECKING:
-    from openai import OpenAI
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 KEY_NAMES = ("TRUESTEP_API_KEY", "OPENAI_API_KEY")
 CONCURRENT = 16  # requests in progress at once
-TIMEOUT_SECONDS = 1800.0  # for one answer; 8192 tokens on a slow server take a while
+ANSWER_SECONDS = 1800.0  # for one answer with its retries; 8192 tokens on a slow server take a while
 RETRIES = 6
+MOST_TOKENS = 10**9  # a larger count of an answer's tokens is not true
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +68,26 @@ def text_seed(request: SampleRequest) -> int:
 
 
 @contextmanager
-def connect(url: str, timeout: float = TIMEOUT_SECONDS, retries: int = RETRIES) -> Iterator[OpenAI]:
+def connect(url: str, seconds: float = ANSWER_SECONDS, retries: int = RETRIES) -> Iterator[Client]:
     """Connect a client to the endpoint. Raises UserError if no server answers or the key is rejected."""
-    try:
-        import openai
-    except ModuleNotFoundError:
-        remedy = 'run pip install "truestep[endpoint]"'
-        raise UserError(f'engine = "{url}" needs the openai package; {remedy}') from None
     base = url.rstrip("/")
     base = base if "/" in base.partition("://")[2] else f"{base}/v1"
-    key, where = _key() or "none", f"engine = {redact(url)!r}"
-    with openai.OpenAI(base_url=base, api_key=key, timeout=timeout, max_retries=retries) as client:
-        try:
-            client.with_options(timeout=min(timeout, 30.0), max_retries=1).models.list()
-        except (openai.AuthenticationError, openai.PermissionDeniedError):
+    key, where = _key(), f"engine = {redact(url)!r}"
+    client = Client(base=base, key=key, seconds=seconds, retries=retries)
+    try:
+        replace(client, seconds=min(seconds, 30.0), retries=min(retries, 1)).ask("/models")
+    except Rejected as error:  # not every server lists its models
+        if error.status in (401, 403):
             raise UserError(f"{where}: the key was rejected; set {' or '.join(KEY_NAMES)}") from None
-        except openai.APIConnectionError as error:
-            reason = f"no server answers ({_reason(error)})"
-            raise UserError(f"{where}: {reason}; start the server, or correct the URL") from None
-        except openai.APIError:
-            pass  # not every server lists its models
+    except OSError as error:
+        reason = f"no server answers ({_reason(error)})"
+        raise UserError(f"{where}: {reason}; start the server, or correct the URL") from None
+    except BadAnswer:
+        pass
+    try:
         yield client
+    finally:
+        client.close()
 
 
 def _key() -> str:
@@ -121,8 +120,9 @@ def each(
 class EndpointEngine:
     """Answers text requests through a connected client; ``model`` is the model's name on the server."""
 
-    def __init__(self, client: OpenAI, model: str, concurrent: int = CONCURRENT) -> None:
+    def __init__(self, client: Client, model: str, concurrent: int = CONCURRENT) -> None:
         self.client, self.model, self.concurrent = client, model, concurrent
+        self._has_answered = False
 
     def answer(
         self,
@@ -130,56 +130,59 @@ class EndpointEngine:
         sampling: SamplingParameters,
         check_stop: Callable[[], None] = lambda: None,
     ) -> Iterator[TextSample]:
-        """Yield one sample per request, in the order in which they finish."""
+        """Yield one sample per request, in the order in which they finish. Raises UserError if the server
+        rejects the key or the model before it has answered any request."""
         yield from each(lambda r: self._answer(r, sampling), requests, self.concurrent, check_stop)
 
     def _answer(self, request: TextRequest, sampling: SamplingParameters) -> TextSample:
-        import openai
-
+        path = "/chat/completions" if request.messages else "/completions"
         try:
-            return self._chat(request, sampling) if request.messages else self._completion(request, sampling)
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise UserError(f"model {self.model!r} was rejected by the endpoint: {_reason(error)}") from None
-        except (openai.APIError, ValueError, TypeError, AttributeError, LookupError) as error:
-            return _failed(request, _reason(error))  # the last four exceptions: a malformed answer
+            found = self.client.ask(path, self._body(request, sampling))
+            sample = _sample(request, found["choices"][0], found.get("usage"))
+            if len(key := self.client.key) >= 8:  # a server may send everything back
+                sample = replace(sample, text=sample.text.replace(key, HIDDEN))
+        except Rejected as error:
+            if error.status in (401, 403, 404) and not self._has_answered:
+                rejected = f"model {self.model!r} was rejected by the endpoint"
+                raise UserError(f"{rejected}: {_reason(error)}") from None
+            return _failed(request, _reason(error))
+        except (OSError, BadAnswer) as error:
+            return _failed(request, _reason(error))
+        except (TypeError, AttributeError, LookupError):
+            return _failed(request, "the endpoint's answer is not a completion")
+        self._has_answered = True
+        return sample
 
-    def _options(self, request: TextRequest, sampling: SamplingParameters) -> dict[str, Any]:
-        options: dict[str, Any] = {"model": self.model, "seed": request.seed}
-        options |= {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+    def _body(self, request: TextRequest, sampling: SamplingParameters) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self.model, "seed": request.seed}
+        body |= {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.top_p < 1:
-            options["top_p"] = sampling.top_p
+            body["top_p"] = sampling.top_p
         if sampling.top_k:
-            options["extra_body"] = {"top_k": sampling.top_k}
+            body["top_k"] = sampling.top_k
         if request.stop:
-            options["stop"] = list(request.stop)
-        return options
-
-    def _chat(self, request: TextRequest, sampling: SamplingParameters) -> TextSample:
-        turns: Any = [{"role": m.role, "content": m.content} for m in request.messages]
-        found: Any = self.client.chat.completions.create(messages=turns, **self._options(request, sampling))
-        choice = found.choices[0]
-        message, text = choice.message, choice.message.content
-        thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-        if thought:
-            text = f"<think>\n{thought}\n</think>\n{text or ''}" if text else f"<think>\n{thought}"
-        return _sample(request, text, choice.finish_reason, found.usage)
-
-    def _completion(self, request: TextRequest, sampling: SamplingParameters) -> TextSample:
-        found: Any = self.client.completions.create(prompt=request.text, **self._options(request, sampling))
-        return _sample(request, found.choices[0].text, found.choices[0].finish_reason, found.usage)
+            body["stop"] = list(request.stop)
+        turns = [{"role": m.role, "content": m.content} for m in request.messages]
+        return body | ({"messages": turns} if turns else {"prompt": request.text})
 
 
-def _sample(request: TextRequest, text: Any, finish: Any, usage: Any) -> TextSample:
+def _sample(request: TextRequest, choice: dict[str, Any], usage: Any) -> TextSample:
+    message = choice["message"] if request.messages else {"content": choice["text"]}
+    text, finish = message.get("content"), choice.get("finish_reason")
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thought, str) and (text is None or isinstance(text, str)):
+        text = f"<think>\n{thought}\n</think>\n{text}" if text else f"<think>\n{thought}"
     if not isinstance(text, str):
         return _failed(request, "the endpoint sent no text")
     if finish not in ("stop", "length"):
         return _failed(request, f"the endpoint ended the answer for the reason {finish!s:.40}")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return TextSample(
         problem_id=request.problem_id,
         sample_index=request.sample_index,
         text=text,
         stop=Stop.LENGTH if finish == "length" else Stop.STOP_TOKEN,
-        num_tokens=int(getattr(usage, "completion_tokens", 0) or 0),
+        num_tokens=int(count) if isinstance(count, int | float) and 0 < count <= MOST_TOKENS else 0,
     )
 
 

@@ -8,7 +8,6 @@ those of the torch engine, but their distribution is the same. Greedy tokens agr
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import socket
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
 from truestep.flops import Ledger
+from truestep.http_client import Client
 from truestep.records import Rollout
 from truestep.rollout.engine import SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.engine_endpoint import each, text_seed
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = "TRUESTEP_VLLM_PYTHON"  # the Python of an environment that has vLLM
 START_SECONDS = 900.0
 ANSWER_SECONDS = 3600.0
+MAX_BYTES = 256 << 20  # an answer has the log-probability of every token
 SERVED = "model"
 
 
@@ -171,21 +171,12 @@ class VllmEngine:
             tokens = [int(t) for t in choice["token_ids"]]
             logprobs = [float(v) for v in choice["logprobs"]["token_logprobs"]]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as failure:
-            return answered((), (), f"vllm: {_reason(failure)}")
+            return answered((), (), f"vllm: {failure or type(failure).__name__}")
         if sampling.temperature == 0:
             logprobs = [0.0] * len(tokens)  # the distribution is a point
         return answered(tokens, logprobs, "" if tokens else "vllm: the server sent no token")
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        data = json.dumps({"model": SERVED, **body}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/v1/completions", data=data, headers=headers)
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
-            found: dict[str, Any] = json.loads(answer.read())
-            return found
-
-
-def _reason(error: Exception) -> str:
-    """Describe the error in one line: the answer's body for an HTTP error status, otherwise the exception."""
-    text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
+        client = Client(base=self.url, seconds=ANSWER_SECONDS, max_bytes=MAX_BYTES)
+        found: dict[str, Any] = client.ask("/v1/completions", {"model": SERVED, **body})
+        return found

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from truestep.data.problems import load_problems
 from truestep.errors import UserError
 from truestep.frozen import Frozen
+from truestep.redaction import INSTEAD, find_secret
 from truestep.settings import Settings, parse_settings
 
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
@@ -186,6 +187,8 @@ def load_study(path: Path) -> Study:
 
 
 def parse_study(raw: Mapping[str, Any], where: str) -> Study:
+    if (key := find_secret(raw)) is not None:
+        raise UserError(f"{where}: {key} looks like a secret, and a study is written to files; {INSTEAD}")
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:

@@ -26,7 +26,7 @@ from typing import Any
 from truestep.audit.measure import cases
 from truestep.audit.measure.cases import Case
 from truestep.audit.measure.findings import Finding, Verdict, cause
-from truestep.audit.measure.observations import Observation, ObservationError, load
+from truestep.audit.measure.observations import Observation, ObservationError, load, read_plain
 from truestep.audit.measure.verdict import judge
 from truestep.audit.subjects import FOLDER, Configuration, Subject
 from truestep.rundir import redact
@@ -35,6 +35,8 @@ from truestep.rundir import redact
 LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-2}
 SCRIPT_TIMEOUT = 180.0  # seconds for a reproducer
 MEMORY = 12 << 30  # bytes of address space that a rank may map; torch alone maps several GiB
+MOST_WRITTEN = 1 << 30  # bytes, of one file and of all files of an audit together
+TAIL = 1 << 16  # bytes of the output that are kept
 KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ", "SSL_CERT_FILE", "TORCH_EXTENSIONS_DIR")
 
 
@@ -109,68 +111,123 @@ def run(job: Job) -> dict[str, Observation]:
         return {case.name: load(folder / case.name, case, learning_rate=rate) for case in job.cases}
 
 
-def _start(command: Sequence[object], out: Any, home: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
-    words = [str(part) for part in command]
-    return subprocess.Popen(words, env=env, cwd=home, start_new_session=True, preexec_fn=_limit, **streams)
+def _run_all(
+    command: Sequence[object],
+    environments: Sequence[dict[str, str]],
+    folder: Path,
+    *,
+    timeout: float,
+    every: bool,
+) -> list[tuple[int | None, str]]:
+    """Run the command once for each environment in its home folder, which is inside ``folder``. Return the exit
+    codes and what was printed last. Ends when one has failed, or, with ``every``, when all have ended. Then no
+    process is left, even outside the group. Raises SubjectFailed if they take too long or write too much."""
+    words, processes = [str(part) for part in command], list[subprocess.Popen[bytes]]()
+    deadline, looked = time.monotonic() + timeout, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        # Files without a name, which the subject cannot replace.
+        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in environments]
+        stack.callback(_end, processes, environments[0]["HOME"])
+        for env, log in zip(environments, logs, strict=True):
+            streams: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": log,
+                "stderr": subprocess.STDOUT,
+            }
+            how: dict[str, Any] = {"env": env, "cwd": env["HOME"], "start_new_session": True}
+            processes.append(subprocess.Popen(words, preexec_fn=_limit, **how, **streams))
+        while None in (codes := [p.poll() for p in processes]) and (every or not any(codes)):
+            if time.monotonic() > deadline:
+                raise SubjectFailed(f"no result within {timeout:.0f} s; {last_words(_tail(logs[0]))}")
+            if time.monotonic() > looked + 0.5:
+                looked = time.monotonic()
+                written = _written(folder) + sum(os.fstat(log.fileno()).st_size for log in logs)
+                if written > MOST_WRITTEN:
+                    raise SubjectFailed(f"it wrote more than {MOST_WRITTEN >> 20} MiB")
+            time.sleep(0.02)
+        return [(code, _tail(log)) for code, log in zip(codes, logs, strict=True)]
+
+
+def _written(folder: Path) -> int:
+    """Return the bytes of all files in a folder. Links are not followed."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+def _tail(log: Any) -> str:
+    """Return the last part of what a process has printed."""
+    size = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), TAIL, max(0, size - TAIL)).decode("utf-8", "replace")
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], home: str) -> None:
+    """Kill the processes, all that they have started, and those that have left their group: a process keeps
+    the home folder in its environment."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for _ in range(100):  # one of them may be starting others
+        strays = [pid for pid in _pids() if f"HOME={home}".encode() in _environment(pid)]
+        for pid in strays:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if not strays:
+            return
+        time.sleep(0.01)
+
+
+def _pids() -> list[int]:
+    return (
+        [int(name) for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc/self") else []
+    )
+
+
+def _environment(pid: int) -> list[bytes]:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return []
 
 
 def _run_ranks(job: Job, folder: Path, home: Path) -> None:
-    command = [job.python, FOLDER / "child.py", folder, job.script]
-    port, deadline = free_port(), time.monotonic() + job.timeout
-    processes: list[subprocess.Popen[bytes]] = []
-    logs = [folder / f"rank-{rank}.log" for rank in range(job.world_size)]
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("wb") as out:
-                env = child_environment(job.world_size, home, rank, port)
-                processes.append(_start(command, out, home, env | {"PYTHONPATH": str(folder / "modules")}))
-        while None in (codes := [p.poll() for p in processes]) and not any(codes):
-            if time.monotonic() > deadline:
-                raise SubjectFailed(f"no result within {job.timeout:.0f} s; {_last_words(logs[0])}")
-            time.sleep(0.02)
-        for code, log in zip(codes, logs, strict=True):
-            if code:
-                raise SubjectFailed(f"exit code {code}: {_last_words(log)}")
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own children too
-            process.wait()
+    command, port = [job.python, FOLDER / "child.py", folder, job.script], free_port()
+    path = {"PYTHONPATH": str(folder / "modules")}
+    environments = [child_environment(job.world_size, home, r, port) | path for r in range(job.world_size)]
+    for code, said in _run_all(command, environments, folder, timeout=job.timeout, every=False):
+        if code:
+            raise SubjectFailed(f"exit code {code}: {last_words(said)}")
 
 
 def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool | None, str]:
     """Return whether the script shows the difference (None if it did not run), and the line it printed."""
     port, command = free_port(), [python, path.absolute()]
     environments = [child_environment(ranks, home, rank, port) for rank in range(ranks)]
-    processes = [_start(command, subprocess.PIPE, home, env) for env in environments]
     try:
-        said = [process.communicate(timeout=SCRIPT_TIMEOUT)[0].decode() for process in processes]
-    except subprocess.TimeoutExpired:
-        return None, f"did not end within {SCRIPT_TIMEOUT:.0f} s"
-    finally:
-        for process in processes:
-            process.kill()
-    shown = last_line(said[0], r"weights \[")
-    return (processes[0].returncode == 1, shown) if shown.startswith("weights [") else (None, shown[:200])
+        code, said = _run_all(command, environments, home, timeout=SCRIPT_TIMEOUT, every=True)[0]
+    except SubjectFailed as error:
+        return None, str(error)
+    shown = last_line(said, r"weights \[")
+    return (code == 1, shown) if shown.startswith("weights [") else (None, shown[:200])
 
 
 def sweep(python: Path, *, timeout: float) -> dict[str, Any]:
     """Check how each causal language model class of transformers computes its loss. Return the version, the
-    seconds and one row per class. Raises SubjectFailed if the child process wrote nothing."""
+    seconds and one row per class. Raises SubjectFailed if the child process wrote nothing usable."""
     with tempfile.TemporaryDirectory(prefix="truestep-models-") as name:
         folder = Path(name)
-        command = [str(python), str(FOLDER / "model_sweep.py"), str(folder)]
-        env, quiet = child_environment(1, folder, 0, free_port()), subprocess.DEVNULL
-        how: dict[str, Any] = {"env": env, "cwd": folder, "stdin": quiet, "timeout": timeout}
+        command, env = (
+            [python, FOLDER / "model_sweep.py", folder],
+            child_environment(1, folder, 0, free_port()),
+        )
+        ((code, said),) = _run_all(command, [env], folder, timeout=timeout, every=True)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, **how)
-        except subprocess.TimeoutExpired:
-            raise SubjectFailed(f"no result within {timeout:.0f} s; pass a larger --timeout") from None
-        file = folder / "models.json"
-        if not file.is_file():
-            raise SubjectFailed(f"exit code {done.returncode}: {redact(last_line(done.stderr))[:200]}")
-        return {"schema": 1, **json.loads(file.read_text(encoding="utf-8"))}
+            return {"schema": 1, **json.loads(read_plain(folder / "models.json"))}
+        except (OSError, ValueError, TypeError, RecursionError):
+            raise SubjectFailed(f"exit code {code}: {redact(last_line(said))[:200]}") from None
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -182,6 +239,7 @@ def _limit() -> None:
         _LIBC.prctl(1, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_WRITTEN, MOST_WRITTEN))
 
 
 def free_port() -> int:
@@ -196,6 +254,7 @@ def last_line(text: str, error: str = "") -> str:
     return ([line for line in lines if re.match(error, line)] or lines or ["no output"])[-1]
 
 
-def _last_words(log: Path) -> str:
+def last_words(said: str) -> str:
+    """Return the line of an error, or else the last line."""
     raised = r"(?:\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt|Exit)\b"
-    return redact(last_line(log.read_text(errors="replace"), raised))[:300]
+    return redact(last_line(said, raised))[:300]

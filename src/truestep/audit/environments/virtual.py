@@ -116,7 +116,7 @@ def plan(text: str) -> Plan:
 
 def cache_folder() -> Path:
     """Return the folder in truestep's cache where environments are kept."""
-    return rundir.cache_folder() / "audit"
+    return rundir.cache_folder("audit")
 
 
 def build(text: str, *, say: Callable[[str], None] = lambda line: None) -> Path:

@@ -6,6 +6,8 @@ Shapes: P parameters, M micro-batches of a step over all ranks (rank after rank)
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +20,7 @@ from truestep.audit.measure.cases import Case
 from truestep.audit.measure.findings import cause
 
 SCHEMA = 1
+MOST_BYTES = 256 << 20  # of one file; the largest ones of our subjects have a few MiB
 
 
 class ObservationError(ValueError):
@@ -119,14 +122,43 @@ class Observation:
         return 1 + max(m.rank for s in self.steps for m in s.microbatches)
 
 
+def read_plain(path: Path) -> bytes:
+    """Return the content of a file that an audited program wrote. Raises OSError if it is a link, a device or
+    a pipe, which could be endless, or is too large."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            raise OSError(f"{path.name} is not a plain file of at most {MOST_BYTES >> 20} MiB")
+        return file.read(MOST_BYTES)
+
+
 def load(folder: Path, case: Case, *, learning_rate: float) -> Observation:
-    """Read all ranks' files. Raises ObservationError if a rank is missing or ranks disagree on the steps."""
-    if (refused := folder / "not-run.txt").exists():
-        return Observation(asked=case, not_run=refused.read_text(encoding="utf-8"))
+    """Read all ranks' files. Raises ObservationError if a rank is missing, ranks disagree on the steps, or a
+    file cannot be read. The files come from the audited program, so anything can be in them."""
+    try:
+        return _load(folder, case, learning_rate)
+    except ObservationError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise ObservationError("unreadable", error=f"{type(error).__name__}: {error}"[:200]) from None
+
+
+def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
+    if (refused := folder / "not-run.txt").is_symlink() or refused.exists():
+        return Observation(asked=case, not_run=read_plain(refused)[:1000].decode("utf-8", "replace"))
     paths = sorted(folder.glob("rank-*.json"), key=lambda p: int(p.stem.split("-")[1]))
     if not paths:
         raise ObservationError("no_observation")
-    ranks = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
+    ranks = [json.loads(read_plain(p)) for p in paths]
     if any(r["schema"] != SCHEMA for r in ranks) or len(ranks) != ranks[0]["world_size"]:
         raise ObservationError("ranks_missing", ranks=len(ranks), of=ranks[0]["world_size"], schema=SCHEMA)
     num_steps = {len(r["steps"]) for r in ranks}
@@ -155,6 +187,9 @@ def load(folder: Path, case: Case, *, learning_rate: float) -> Observation:
             extras={k: np.sum(values, axis=0) for k, values in extras.items()},
             logged_loss=_at(logged["loss"], index),
         )
+        vectors = (step.after, step.control, *step.extras.values(), *(m.gradient for m in micro))
+        if step.before.ndim != 1 or any(v.shape != step.before.shape for v in vectors):
+            raise ValueError("the parameters and gradients of a step have different shapes")
         steps.append(step)
     return Observation(
         asked=case,
@@ -172,8 +207,10 @@ def _at(values: list[float | None], index: int) -> float | None:
 
 
 def _read(folder: Path, header: dict[str, Any]) -> np.ndarray:
-    values = np.fromfile(folder / header["file"], dtype=header["dtype"])
-    return values.reshape(header["shape"]).astype(np.float64)
+    name = str(header["file"])
+    if Path(name).name != name or header["dtype"] != "<f8":
+        raise ValueError(f"{name} is not a file of this case, or has another dtype")
+    return np.frombuffer(read_plain(folder / name), dtype="<f8").reshape(header["shape"])
 
 
 def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> Iterator[MicroBatch]:

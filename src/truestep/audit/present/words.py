@@ -143,6 +143,7 @@ SENTENCES: dict[str, Form] = {
     "ill_conditioned": "the micro-batches' gradients are nearly parallel (condition number {condition:.0e})",
     "hidden_by_rounding": "rounding in {dtype} hides the weights of single micro-batches",
     "no_observation": "the subject ended early without writing an observation; does its code call exit?",
+    "unreadable": "what the subject wrote cannot be read: {error}",
     "ranks_missing": (
         "{ranks} of {of} ranks wrote an observation; every rank must write one that has schema {schema}"
     ),
