@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from truestep.grade.extract import Extraction, gold_answer, num_words
 from truestep.grade.normal import plain
 from truestep.grade.numeric import parse_number
-from truestep.grade.units import spelled_number
+from truestep.grade.words import spelled_number
 from truestep.records import Problem, Score, Verdict
 
 if TYPE_CHECKING:
