@@ -13,6 +13,10 @@ class UserError(ValueError):
     """An error in settings, data or paths (exit code 2). Its message is one line with fault and remedy."""
 
 
+class OutOfSpace(RuntimeError):
+    """Raised if the disk is full (exit code 5). The files that existed before are unchanged."""
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return "; did you mean …?", or "" if no known word is similar."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)

@@ -1,4 +1,4 @@
-"""The run directory: its file names, atomic writes and the provenance stamp.
+"""The run directory: its file names, its lock, atomic and verified files, and the provenance stamp.
 
 RUN/resolved.toml  provenance.json  report.html  summary.json
     data/overlap.json
@@ -9,17 +9,21 @@ RUN/resolved.toml  provenance.json  report.html  summary.json
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shutil
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +32,18 @@ from truestep.redaction import redact as redact
 from truestep.redaction import redact_command
 
 ELSEWHERE = "pass --out with a different path"
+AGAIN = "restore it, or delete it and run the same command again with --resume"
+EXPORT_MARK = "truestep_export.json"  # names the files of an exported model with their hashes
+LOCK = ".lock"
+UNFINISHED = (".tmp-write", ".tmp-discard")  # ends of the names of what a killed writer leaves
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SETTINGS_MARK = "# sha256 "
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file atomically. Even after a power loss, it contains all of the old or all of the new data."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED[0])
     try:
         with os.fdopen(handle, "wb") as file:
             # In JSON, an escaped lone surrogate is read back as it was.
@@ -57,6 +67,58 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked(folder: Path, *, apart: str = "") -> Iterator[None]:
+    """Hold a run directory, which is created, and remove what killed writers left there, except in folders
+    called ``apart``. The kernel releases the lock when the process ends, and no child process inherits it.
+    Raises UserError that names the holder if another process has the lock, or if the folder is not writable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read(500).strip() or "another process"
+            raise UserError(
+                f"{folder} is in use by {holder}; wait for it or stop it, or {ELSEWHERE}"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        words = redact(" ".join(["truestep", *sys.argv[1:]]))
+        file.write(f"process {os.getpid()} on {platform.node()}, started {started}: {words[:300]}\n")
+        file.flush()
+        try:
+            remove_leftovers(folder, apart)
+            yield
+        finally:
+            file.truncate(0)
+
+
+def remove_leftovers(folder: Path, apart: str = "") -> None:
+    """Remove the unfinished files and folders of killed writers. Requires the folder's lock."""
+    for root, folders, names in os.walk(folder):
+        for name in [n for n in folders if n.endswith(UNFINISHED)]:
+            shutil.rmtree(Path(root, name), ignore_errors=True)
+        folders[:] = [n for n in folders if n != apart and not n.endswith(UNFINISHED)]
+        for name in [n for n in names if n.endswith(UNFINISHED)]:
+            Path(root, name).unlink(missing_ok=True)
+
+
+def unwritable(folder: Path, error: OSError) -> Exception:
+    """Return the error of a folder that cannot be written to. A full disk keeps its own exit code."""
+    return (
+        error
+        if error.errno in NO_SPACE
+        else UserError(f"cannot write to {folder} ({error.strerror}); {ELSEWHERE}")
+    )
+
+
 def holds_run(folder: Path, *, resume: bool) -> bool:
     """Return whether the folder has a run to continue. Raises UserError if it has one but ``resume`` is not
     set, or if it contains other files."""
@@ -64,55 +126,153 @@ def holds_run(folder: Path, *, resume: bool) -> bool:
         if not resume:
             raise UserError(f"{folder} already contains a run; pass --resume to continue it, or {ELSEWHERE}")
         return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_unused(folder):
         raise UserError(f"{folder} is not a truestep run directory; {ELSEWHERE}")
     return False
+
+
+def is_unused(folder: Path) -> bool:
+    """Return whether the folder does not exist or contains only what a killed process left of its start."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.name == LOCK or path.name.endswith(UNFINISHED) for path in folder.iterdir())
 
 
 def open_run(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the run directory and write resolved.toml. Raises UserError if the folder cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "resolved.toml", to_toml(settings))
+        body = to_toml(settings)
+        write_atomic(folder / "resolved.toml", f"{_SETTINGS_MARK}{_sha256(body)}\n{body}")
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); {ELSEWHERE}") from None
+        raise unwritable(folder, error) from None
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def read_settings_text(folder: Path) -> str:
+    """Return resolved.toml without its hash, "" if there is none. Raises UserError if it is damaged."""
+    path = folder / "resolved.toml"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    head, _, body = text.partition("\n")
+    if not head.startswith(_SETTINGS_MARK):
+        return text
+    if _sha256(body) != head.removeprefix(_SETTINGS_MARK):
+        raise UserError(f"{path} is not what was written (SHA-256 differs); {AGAIN}")
+    return body
+
+
+def write_json(path: Path, value: Any) -> Any:
+    """Write a value atomically, and return what was written. The first entry of an object is its hash, which
+    ``read_json`` checks."""
+    written = stamped(value)
+    write_atomic(path, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    return written
+
+
+def stamped(value: Any) -> Any:
+    """Return the value as it will be read from JSON, and an object with its hash as the first entry."""
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    return {"sha256": _digest(plain), **plain} if isinstance(plain, dict) else plain
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return a JSON value. Raises UserError if it cannot be read or is not what ``write_json`` wrote."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {AGAIN}") from None
+    if not isinstance(value, dict) or not value:
+        return value
+    key, found = next(iter(value.items()))
+    # Other files have no hash. If the key itself is damaged, its value still looks like one.
+    if key != "sha256" and not (isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found)):
+        return value
+    del value[key]
+    if key != "sha256" or found != _digest(value):
+        raise UserError(f"{path} is not what was written (SHA-256 differs); {AGAIN}")
+    return value
+
+
+def _digest(value: Any) -> str:
+    return _sha256(json.dumps(value, sort_keys=True))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows and flush. If a kill cuts off the last line, ``read_jsonl`` drops it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+        file.write(jsonl(rows))
         file.flush()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return all complete rows of a file that ``append_jsonl`` wrote, or [] if there is no such file."""
-    if not path.exists():
-        return []
+    """Return all rows of a file that ``append_jsonl`` wrote, or [] if there is no such file. Raises UserError
+    for a damaged line; only the last line may be cut off, by a kill during a write."""
     rows = []
-    for line in path.read_bytes().split(b"\n"):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, UnicodeDecodeError):
-                break  # a kill during a write cut this line off; no complete line can follow it
+    for number, row in jsonl_lines(path):
+        if row is None:
+            raise UserError(f"{path}:{number}: the line is damaged; restore the file from a backup")
+        rows.append(row)
     return rows
 
 
-def truncate_jsonl(path: Path, keep_up_to_step: int) -> None:
-    """Drop all rows after a step, atomically. A resumed stage writes these rows again."""
-    if path.exists():
-        rows = [row for row in read_jsonl(path) if row["step"] <= keep_up_to_step]
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def jsonl_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield every line's number and its row, or None if it is not a JSON object. A last line without a line
+    end was cut off by a kill and is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield number, row if isinstance(row, dict) else None
+
+
+def record_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return the size and hash of files, by their paths in ``folder``."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in paths
+    }
+
+
+def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: str = AGAIN) -> None:
+    """Raise UserError if one of these files is missing or not what was written."""
+    for name, entry in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise UserError(f"{path} is missing; {remedy}")
+        if size != entry["bytes"]:
+            raise UserError(f"{path} has {size} bytes, but {entry['bytes']} were written; {remedy}")
+        if file_sha256(path) != entry["sha256"]:
+            raise UserError(f"{path} is not what was written (SHA-256 differs); {remedy}")
+
+
+def mark_export(folder: Path) -> None:
+    """Write the mark of an exported model, with the hashes of its files, into its folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+    write_json(folder / EXPORT_MARK, {"format": 2, "files": record_files(folder, files)})
+
+
+def verify_export(folder: Path) -> None:
+    """Raise UserError if a model that truestep exported has changed. Other folders are not checked."""
+    if (mark := folder / EXPORT_MARK).is_file():
+        remedy = f"restore it or export again; if you changed it on purpose, delete {mark}"
+        verify_files(folder, read_json(mark).get("files", {}), remedy)
 
 
 def cache_folder(part: str = "") -> Path:

@@ -14,26 +14,29 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from truestep.checkpoint.folders import NO_SPACE, OutOfSpace, replace_folder, require_space
-from truestep.errors import UserError
-from truestep.rundir import fsync_folder
+from truestep.checkpoint.folders import replace_folder, require_space
+from truestep.errors import OutOfSpace, UserError
+from truestep.rundir import EXPORT_MARK, NO_SPACE, fsync_folder, mark_export
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_MARK = "truestep_export.json"  # a folder without this file is not an export and is never replaced
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
     """Write model, tokenizer, generation config and README.md. The folder appears whole or not at all.
 
-    An older export is replaced. Raises UserError if the existing folder is not an export, and OutOfSpace if
-    the disk is full."""
+    An older export, which contains EXPORT_MARK, is replaced. Raises UserError if the existing folder is not an
+    export, and OutOfSpace if the disk is full."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not (folder / _MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        folder.exists()
+        and not (folder / EXPORT_MARK).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise UserError(
             f"{folder} exists and is not a truestep export; pass a folder that does not exist yet"
         )
@@ -64,7 +67,7 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         model.generation_config = own
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / _MARK).write_text(json.dumps({"format": 1}) + "\n", encoding="utf-8")
+    mark_export(folder)
     for path in folder.rglob("*"):
         fsync_folder(path)  # this call also syncs a file
     fsync_folder(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -11,14 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from truestep.errors import UserError
+from truestep.errors import OutOfSpace, UserError
 from truestep.rundir import fsync_folder
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class OutOfSpace(RuntimeError):
-    """Raised if the disk is full (exit code 5). The files that existed before are unchanged."""
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

@@ -5,7 +5,7 @@
     step_00000012.tmp-write/    being written: never read, removed by the next save or load
     step_00000012.tmp-discard/  being deleted: never read, removed by the next save or load
     step_00000012.aside/        old version while the same step is replaced: read if nothing newer exists
-    latest                      the newest checkpoint's name, for people; loading does not read it
+    latest                      the newest checkpoint's name, for people; no code reads it
 
 All ranks share one file system. Every rank reaches every barrier, even after an error, so that a full disk on
 one rank cannot make the others hang."""
@@ -18,39 +18,42 @@ import json
 import os
 import re
 import shutil
-import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from safetensors import SafetensorError
 from torch import Tensor
 
 from truestep.checkpoint import folders
-from truestep.checkpoint.folders import NO_SPACE, OutOfSpace, discard_folder, exclusive
-from truestep.errors import UserError
-from truestep.rundir import fsync_folder, write_atomic
+from truestep.checkpoint.folders import discard_folder, exclusive
+from truestep.checkpoint.manifest import (
+    FORMAT,
+    GROUP,
+    MANIFEST_LIMIT,
+    SHARD,
+    STEP,
+    Corrupt,
+    File,
+    list_checkpoints,
+    read_manifest,
+    regular_file,
+    step_of,
+)  # fmt: skip
+from truestep.checkpoint.manifest import digest as _digest
+from truestep.errors import OutOfSpace, UserError
+from truestep.rundir import NO_SPACE, fsync_folder, write_atomic
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_SHARD = re.compile(rf"({_GROUP.pattern})\.rank(\d{{5}})-of-(\d{{5}})\.safetensors")
-_STEP = re.compile(r"step_(\d{8,15})(\.aside)?")
-_LEFTOVER = re.compile(_STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
-FORMAT = 1  # version of manifest.json
-_MANIFEST_LIMIT = 64 << 20  # bytes; limits the memory that reading a damaged file takes
+_LEFTOVER = re.compile(STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
 _PATIENCE = 30.0  # seconds; a reader may hold the lock while it removes leftovers
-
-
-class _Corrupt(Exception):
-    """Raised if a checkpoint cannot be used. The message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +63,6 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    bytes: int = Field(ge=0)
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _Manifest(BaseModel):
-    # A matching name has no slash and starts with a letter or digit, so it cannot point outside its folder.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    format: int
-    step: int = Field(ge=0)
-    world_size: int = Field(ge=1)
-    files: dict[Annotated[str, StringConstraints(pattern=f"^{_SHARD.pattern}$")], _File]
-    state: dict[str, Any]
 
 
 def save_checkpoint(
@@ -148,7 +135,7 @@ def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> d
     if checkpoint.step < 0 or keep < 1 or not 0 <= rank < world_size:
         raise ValueError(f"step {checkpoint.step}, keep {keep}, rank {rank} of {world_size}: out of range")
     for group, tensors in checkpoint.tensors.items():
-        if not _GROUP.fullmatch(group):
+        if not GROUP.fullmatch(group):
             raise ValueError(
                 f"{group!r} cannot name a group of tensors; use only letters, digits, '.', '_', '-'"
             )
@@ -157,7 +144,7 @@ def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> d
             if not is_plain or name == "__metadata__":
                 raise ValueError(f"{group}: {name!r} ({t.dtype}, {t.layout}, {t.device}) cannot be stored")
     text = json.dumps(dict(checkpoint.state), indent=1, allow_nan=False)
-    if len(text) > _MANIFEST_LIMIT // 4:
+    if len(text) > MANIFEST_LIMIT // 4:
         raise ValueError(f"the state has {len(text)} characters; put large values into a tensor group")
     return json.loads(text)
 
@@ -207,15 +194,11 @@ def _gather_parts(temporary: Path, world_size: int) -> dict[str, Any]:
     return files
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
 def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether the committed checkpoint contains the part that this rank wrote."""
     try:
-        files = _read_manifest(final).files
-    except (_Corrupt, OSError):
+        files = read_manifest(final).files
+    except (Corrupt, OSError):
         return False
     return all(name in files and files[name].model_dump() == entry for name, entry in part.items())
 
@@ -223,29 +206,14 @@ def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
 def _delete_older(folder: Path, step: int, keep: int) -> None:
     """Delete all but ``keep`` − 1 older checkpoints. Checkpoints of later steps, which a load skipped as
     damaged, are neither counted nor deleted."""
-    older = [path for path in list_checkpoints(folder) if _step_of(path) < step]
+    older = [path for path in list_checkpoints(folder) if step_of(path) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
         discard_folder(path)
 
 
 def latest_step(folder: Path) -> int:
     """Return the step that a stage with this ``checkpoints`` folder resumes from (0 if it has none)."""
-    pointer = folder / "latest"
-    number = pointer.read_text().strip().rpartition("_")[2] if pointer.exists() else ""
-    return int(number) if number.isdigit() else 0
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return all folders that have the name of a committed checkpoint, oldest step first."""
-    found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
-    real = [p for p in found if p.is_dir() and not p.is_symlink()]
-    return sorted(real, key=lambda p: (_step_of(p), not p.suffix))
-
-
-def _step_of(path: Path) -> int:
-    match = _STEP.fullmatch(path.name)
-    assert match, path
-    return int(match[1])
+    return step_of(found[-1]) if (found := list_checkpoints(folder)) else 0
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -276,7 +244,7 @@ def load_latest(
     for path in reversed(candidates):
         try:
             return _load(path, rank, world_size)
-        except (_Corrupt, OSError) as error:
+        except (Corrupt, OSError) as error:
             warn(f"{path} is damaged and was skipped: {error}")
     if candidates:
         remedy = "restore one from a backup, or delete the folder to begin the stage again"
@@ -285,7 +253,7 @@ def load_latest(
 
 
 def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if (saved := manifest.world_size) not in (1, world_size):
         remedy = f"launch {saved} processes, or export the model and start from the export"
         fault = f"{path} was saved by {saved} processes and cannot be split for {world_size}"
@@ -294,58 +262,24 @@ def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
         _verify(path / name, entry)
     tensors = {}
     for name in manifest.files:
-        match = _SHARD.fullmatch(name)
+        match = SHARD.fullmatch(name)
         assert match, name
         if int(match[3]) != saved or int(match[2]) >= saved:
-            raise _Corrupt(f"{name} does not belong to a checkpoint of {saved} processes")
+            raise Corrupt(f"{name} does not belong to a checkpoint of {saved} processes")
         if int(match[2]) == (rank if saved > 1 else 0):
             try:
                 loaded = safetensors.torch.load_file(path / name)
             except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-                raise _Corrupt(f"{name} is not a valid safetensors file: {error}") from None
+                raise Corrupt(f"{name} is not a valid safetensors file: {error}") from None
             # Copies, because the loaded tensors are the mapped file, and the file may be deleted.
             tensors[match[1]] = {key: tensor.clone() for key, tensor in loaded.items()}
     return Checkpoint(step=manifest.step, tensors=tensors, state=manifest.state)
 
 
-@contextlib.contextmanager
-def _regular_file(path: Path) -> Iterator[Any]:
-    """Open a regular file for reading. Links are not followed, and a pipe does not block."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise _Corrupt(f"{path.name} cannot be opened: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _Corrupt(f"{path.name} is not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        yield file
-
-
-def _verify(path: Path, entry: _File) -> None:
-    with _regular_file(path) as file:
+def _verify(path: Path, entry: File) -> None:
+    with regular_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:
-            raise _Corrupt(f"{path.name} has {size} bytes, but {entry.bytes} were written")
+            raise Corrupt(f"{path.name} has {size} bytes, but {entry.bytes} were written")
         if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-            raise _Corrupt(f"{path.name} is not what was written (SHA-256 differs)")
-
-
-def _read_manifest(path: Path) -> _Manifest:
-    with _regular_file(path / "manifest.json") as file:
-        raw = file.read(_MANIFEST_LIMIT + 1)
-    try:
-        body = json.loads(raw) if len(raw) <= _MANIFEST_LIMIT else None
-        if not isinstance(body, dict) or body.pop("sha256", "") != _digest(body):
-            raise _Corrupt("manifest.json is not what was written (SHA-256 differs)")
-        if body.get("format") != FORMAT:
-            fault = f"{path} was written by a different version of truestep (format {body.get('format')!r})"
-            raise UserError(f"{fault}; use that version")
-        manifest = _Manifest.model_validate(body)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _Corrupt(f"manifest.json cannot be read: {str(error).splitlines()[0]}") from None
-    if manifest.step != _step_of(path):
-        raise _Corrupt(f"manifest.json is that of step {manifest.step}")
-    return manifest
+            raise Corrupt(f"{path.name} is not what was written (SHA-256 differs)")

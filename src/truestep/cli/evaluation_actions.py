@@ -59,16 +59,19 @@ def _execute(
         if resume and not folder.exists():
             reporter.say(f"nothing to resume in {folder}; starting a new evaluation there")
     jobs = make_jobs(settings, base_dir)
-    with opened(settings) as (adapter, content):
+    with ExitStack() as stack:
+        adapter, content = stack.enter_context(opened(settings))
         if dry_run:
             plan = plan_of(settings, jobs, adapter)
             echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
             return
+        stack.enter_context(rundir.locked(folder))
+        _check_folder(settings, folder, resume=resume)  # another process may have used it in the meantime
         plans, notes = make_plans(settings, jobs, adapter, folder, content)
-        rundir.open_run(folder, settings.model_dump(mode="json"))
-        rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
         try:
             with signals.deferred(), Grader() as grader:
+                rundir.open_run(folder, settings.model_dump(mode="json"))
+                rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
                 summary = run_suite(
                     settings, plans, notes, adapter=adapter, judge=grader.judge, folder=folder,
                     reporter=reporter, check_stop=signals.check,
@@ -81,7 +84,8 @@ def _execute(
             raise typer.Exit(128 + stop.signum) from None
         finally:
             reporter.close()
-    show(folder, summary, write_evaluation_report(folder), as_json)
+        report = write_evaluation_report(folder)
+    show(folder, summary, report, as_json)
 
 
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
@@ -179,15 +183,14 @@ def figures(settings: Settings) -> tuple[int, int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from truestep.model.load import load_model, resolve
-    from truestep.pipeline.prepare import model_config
+    from truestep.model.load import load_model, read_config, resolve
 
     if (source := resolve(settings.model)) == "tiny":
         cpu = torch.device("cpu")
         model: Any = load_model(settings.model, dtype=torch.float32, device=cpu, seed=settings.seed).model
     else:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config(source), trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(read_config(source), trust_remote_code=False)
     config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

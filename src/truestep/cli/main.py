@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ from truestep.cli.output import echo
 
 # Exceptions that end a command with one line: module, class, exit code.
 FAULTS = (
-    ("errors", "UserError", 2), ("checkpoint.store", "OutOfSpace", 5), ("train.step", "NonFiniteError", 3),
+    ("errors", "UserError", 2), ("errors", "OutOfSpace", 5), ("train.step", "NonFiniteError", 3),
     ("train.weight_sync", "StaleWeightsError", 3), ("rollout.sampling", "NonFiniteLogitsError", 3),
     ("audit.environments.virtual", "BuildFailed", 3),
 )  # fmt: skip
@@ -66,7 +68,11 @@ def main() -> None:
     try:
         from truestep.cli.evaluation import with_default
 
-        _app()(args=with_default(sys.argv[1:]))
+        try:
+            _app()(args=with_default(sys.argv[1:]))
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.flush()
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("truestep"):
             _fail(f'the {error.name} package is not installed; run pip install "truestep[train]"', 3)
@@ -78,7 +84,24 @@ def main() -> None:
         for module, name, code in FAULTS:
             if isinstance(error, _lazily(f"truestep.{module}", name)):
                 _fail(str(error), code)
+        if _is_out_of_space(error):
+            name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            remedy = "free disk space and run the same command again, with --resume if it was a run"
+            _fail(f"{name}no space left on the disk; {remedy}", 5)
         raise
+
+
+def _is_out_of_space(error: Exception) -> bool:
+    from truestep.rundir import NO_SPACE
+
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        try:
+            sys.stdout.flush()
+        except OSError:  # stdout is on the full disk, and Python would report that again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    # safetensors has the error number only in its message
+    return any(f"(os error {number})" in str(error) for number in NO_SPACE)
 
 
 def _fail(message: str, code: int) -> None:

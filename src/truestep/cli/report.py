@@ -22,6 +22,19 @@ def report(
     announce(f"truestep report: reading {run}")
 
     from truestep.errors import UserError
+
+    try:
+        _report(run, as_json)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{run} has files that this version of truestep cannot show ({reason}); "
+                        "use the version that wrote them, or run it again") from error  # fmt: skip
+
+
+def _report(run: Path, as_json: bool) -> None:
+    from truestep.errors import UserError
     from truestep.report.evaluation import write_evaluation_report
     from truestep.report.html import write_report
     from truestep.report.tables import print_scores, read_summary, score_table

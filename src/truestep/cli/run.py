@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -14,6 +15,8 @@ import typer
 from truestep.cli.output import PlainConsole, echo
 
 if TYPE_CHECKING:
+    from truestep.cli.progress import ConsoleReporter
+    from truestep.pipeline.prepare import Prepared
     from truestep.settings import Settings
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
@@ -77,14 +80,12 @@ def execute(
     from truestep.cli.progress import ConsoleReporter, announce
 
     announce(f"truestep {' '.join(sys.argv[1:2])}: loading torch, checking the model and data of {recipe}")
-    from truestep import signals
     from truestep.device import world
     from truestep.pipeline.prepare import batch_table, prepare
     from truestep.pipeline.run import check_run_folder, open_run_folder
-    from truestep.pipeline.run import run as run_pipeline
     from truestep.report.html import write_report
+    from truestep.rundir import locked
     from truestep.settings import settings_hash
-    from truestep.train.parallel import join, leave
 
     rank, world_size = world()
     folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
@@ -106,25 +107,36 @@ def execute(
         return
     if resume and rank == 0 and not (folder / "resolved.toml").exists():
         reporter.say(f"nothing to resume in {folder}; starting a new run there")
-    open_run_folder(prepared, folder, resume=resume, rank=rank)
+    with locked(folder) if rank == 0 else contextlib.nullcontext():
+        open_run_folder(prepared, folder, resume=resume, rank=rank)
+        summary = _go(prepared, folder, reporter, world_size)
+        if rank == 0:
+            show(folder, summary, write_report(folder), as_json)
+
+
+def _go(prepared: Prepared, folder: Path, reporter: ConsoleReporter, world_size: int) -> dict[str, Any]:
+    """Run a prepared run and return its summary. After a signal, say how to continue and exit."""
+    from truestep import signals
+    from truestep.pipeline.run import run as run_pipeline
+    from truestep.report.html import write_report
+    from truestep.train.parallel import join, leave
+
     ranks = join()
     try:
         with signals.deferred():
-            summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
+            return run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
     except signals.Interrupted as stop:
         reporter.close()
         words = [word for word in sys.argv[1:] if word != "--resume"]
         several = ["torchrun", f"--nproc-per-node={world_size}", "-m"] if world_size > 1 else []
         again = shlex.join([*several, "truestep", *words, "--resume"])
         reporter.say(f"{stop}; all finished work is saved. Continue with: {again}")
-        if rank == 0:
+        if ranks.rank == 0:
             write_report(folder)
         raise typer.Exit(128 + stop.signum) from None
     finally:
         reporter.close()
         leave()
-    if rank == 0:
-        show(folder, summary, write_report(folder), as_json)
 
 
 def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:

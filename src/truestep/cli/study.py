@@ -74,9 +74,10 @@ def study(
         study=declared, where=path, out=folder, launch=launched, workers=declared.workers, results=results,
         say=ConsoleReporter().say,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(path, folder / "study.toml")
-    finish(runner, as_json, {**rundir.provenance(declared.seeds[0]), "trainer_audit": trainer_verdict()})
+    # A run's own process removes what was left in its directory; an earlier one may still be at work there.
+    with rundir.locked(folder, apart="run"):
+        shutil.copy(path, folder / "study.toml")
+        finish(runner, as_json, {**rundir.provenance(declared.seeds[0]), "trainer_audit": trainer_verdict()})
 
 
 def _print_table(
@@ -144,7 +145,7 @@ def finish(runner: Any, as_json: bool, stamp: dict[str, Any]) -> None:
     if runner.stopped.is_set():
         saved = f"interrupted: {len(found)} cells are finished and saved"
         runner.say(f"{saved}. To continue, run the same command again.")
-        raise typer.Exit(130)
+        raise typer.Exit(128 + runner.signum)
     tuning, base = tuning_cost(runner, runner.study.arms), base_identity(runner)
     table = tabulate(runner.study, found, tuning=tuning, failures=runner.failures, base=base)
     for folder in places:
@@ -162,9 +163,9 @@ def write_cell(path: Path, cell: dict[str, Any]) -> None:
     """Write a cell with one short line per key, so that its diff under version control is readable."""
     from truestep import rundir
 
-    texts = {k: json.dumps(v, ensure_ascii=False, allow_nan=False) for k, v in cell.items()}
+    texts = {k: json.dumps(v, ensure_ascii=False) for k, v in rundir.stamped(cell).items()}
     lines = ",\n".join(f" {json.dumps(k)}: {text}" for k, text in texts.items())
-    rundir.write_atomic(path, f"{{\n{lines}\n}}\n")
+    rundir.write_atomic(path, f"{{{lines}\n}}\n")
 
 
 def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:

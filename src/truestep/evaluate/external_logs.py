@@ -20,7 +20,7 @@ from truestep.errors import UserError
 from truestep.evaluate.benchmarks import BY_ID
 from truestep.evaluate.files import Row, read_samples, results_file, samples_file
 from truestep.records import Verdict
-from truestep.rundir import file_sha256, read_json, write_atomic, write_json
+from truestep.rundir import file_sha256, read_json, write_atomic
 
 MAX_LOG_BYTES = 2**30  # for one unpacked file in an inspect log
 _SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", "em", "quasi_exact_match", "pass@1")  # fmt: skip
@@ -77,7 +77,8 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
         if own and row["verdict"] not in set(Verdict):
             raise UserError(f"{path}:{number}: verdict: expected one of {', '.join(Verdict)}")
     if own:
-        return [Evaluation(task=str(first["name"]), made_by="truestep", source=str(path), rows=rows[1:])]
+        task = str(first.get("name", path.stem))
+        return [Evaluation(task=task, made_by="truestep", source=str(path), rows=read_samples(path))]
     return _lm_eval(path, rows, metric)
 
 
@@ -295,7 +296,8 @@ def write_lm_eval(run: Path, out: Path) -> list[Path]:
             write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             written.append(path)
         path = out / folder.name / "results.json"
-        write_json(path, _lm_eval_results(found, summary, provenance, folder))
+        results = _lm_eval_results(found, summary, provenance, folder)
+        write_atomic(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         written.append(path)
     if not written:
         raise UserError(f"{run} contains no finished evaluation; pass the folder that truestep eval printed")

@@ -3,13 +3,18 @@ in a row of RUN/summary.json. GROUP is a checkpoint of a run, or a prompt templa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from truestep.rundir import read_jsonl
+from truestep.errors import UserError
+from truestep.rundir import jsonl_lines, read_json
 
 SCHEMA_VERSION = 2  # version 1: rows had no lenient verdict, and strict was a second extraction
+MAKE_AGAIN = "run the same command again with --resume, which makes what is missing"
 Row = dict[str, Any]
 
 
@@ -21,9 +26,51 @@ def results_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.results.json"
 
 
+def header_of(name: str, identity: str) -> Row:
+    return {"header": True, "schema_version": SCHEMA_VERSION, "name": name, "identity": identity}
+
+
+def sealed(row: Row, identity: str) -> Row:
+    """Return the row as it is written, with a checksum of its content and of the evaluation's identity."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False) + identity
+    return {**row, "checksum": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]}
+
+
+def opened(row: Row, identity: str) -> Row | None:
+    """Return a written row without its checksum, or None if it is not what was written. Older versions wrote no
+    checksum. If its key is damaged, the value at the end still looks like one."""
+    key, value = next(reversed(row.items()), ("", ""))
+    if key != "checksum" and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value)):
+        return row if "verdict" in row else None
+    plain = {k: v for k, v in row.items() if k != key}
+    return plain if sealed(plain, identity) == row else None
+
+
+def samples_in(path: Path) -> Iterator[tuple[int, Row | None]]:
+    """Yield the line number and the sample of every line after the header, or None if the line is damaged."""
+    identity = ""
+    for number, row in jsonl_lines(path):
+        if row is None:
+            yield number, None
+        elif row.get("header"):
+            identity = str(row.get("identity", ""))
+        else:
+            yield number, opened(row, identity)
+
+
 def read_samples(path: Path) -> list[Row]:
-    """Return the samples in a file, without its header."""
-    return [row for row in read_jsonl(path) if "verdict" in row]
+    """Return the samples in a file, without its header. Raises UserError if a line is damaged, or if fewer
+    samples are left than the results next to the file were computed from."""
+    rows = []
+    for number, row in samples_in(path):
+        if row is None:
+            raise UserError(f"{path}:{number}: the sample is damaged; {MAKE_AGAIN}")
+        rows.append(row)
+    results = results_file(path.parent, path.name.removesuffix(".samples.jsonl"))
+    num = read_json(results).get("estimate", {}).get("n", 0) if results.is_file() else 0
+    if len(rows) < num:
+        raise UserError(f"{path} has {len(rows)} samples, but {num} were made; {MAKE_AGAIN}")
+    return rows
 
 
 def score_row(data: str, results: Mapping[str, Any], **group: str) -> Row:

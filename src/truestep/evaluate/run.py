@@ -4,7 +4,6 @@ All evaluations of truestep (dev scores, a run's checkpoints, ``truestep eval``)
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter, defaultdict
@@ -17,14 +16,23 @@ import numpy as np
 
 from truestep.errors import UserError
 from truestep.evaluate.estimate import Estimate, estimate
-from truestep.evaluate.files import SCHEMA_VERSION, Row, results_file, samples_file
+from truestep.evaluate.files import (
+    SCHEMA_VERSION,
+    Row,
+    header_of,
+    opened,
+    results_file,
+    samples_file,
+    samples_in,
+    sealed,
+)  # fmt: skip
 from truestep.evaluate.interval import mean_interval
 from truestep.grade.policy import Judgment
 from truestep.progress import Reporter
 from truestep.records import Message, Problem, Prompt, RecordError, Stop, Verdict
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import TextSample
-from truestep.rundir import append_jsonl, read_jsonl, write_atomic, write_json
+from truestep.rundir import append_jsonl, jsonl, jsonl_lines, write_atomic, write_json
 from truestep.seeding import Purpose
 
 REFRESH_SECONDS = 1.0  # interval at which the running score is computed again
@@ -111,7 +119,7 @@ def run_evaluation(
             raise RecordError(f"the engine answered {key[0]}/{key[1]} without a request, or twice")
         open_keys.remove(key)
         rows[key] = _row(plan, problems[key[0]], sample, judge)
-        append_jsonl(plan.samples_path, [rows[key]])
+        append_jsonl(plan.samples_path, [sealed(rows[key], plan.identity)])
         running.add(rows[key])
         if reporter:
             reporter.advance(len(rows), running.text(last=len(rows) == len(keys)))
@@ -120,9 +128,7 @@ def run_evaluation(
     ordered = [rows[key] for key in keys]
     # The requested order, so that a resumed run writes the same bytes.
     write_samples(plan.samples_path, plan.name, plan.identity, ordered)
-    results = _results(plan, estimate(ordered, plan.pass_at))
-    write_json(plan.results_path, results)
-    return results
+    return write_json(plan.results_path, _results(plan, estimate(ordered, plan.pass_at)))
 
 
 class RunningScore:
@@ -199,44 +205,42 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
     return row | {"stop": sample.stop.value, "num_tokens": sample.num_tokens}
 
 
-def _header(name: str, identity: str) -> Row:
-    return {"header": True, "schema_version": SCHEMA_VERSION, "name": name, "identity": identity}
-
-
 def check_kept(plan: EvaluationPlan) -> None:
     """Raise UserError if resuming would lose samples that were made with different settings or are no
     longer requested."""
     path = plan.samples_path
-    header = _header(plan.name, plan.identity)
-    first, *rows = read_jsonl(path) or [header]
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} contains a line that is not a sample; pass --out with a different path")
-    if rows and first != header:
-        made = (
-            f"its {len(rows)} samples were made with a different model, data, settings or version of truestep"
-        )
+    rows = _kept(plan)
+    if not rows and (num := sum(row is not None for _, row in samples_in(path))):
+        made = f"its {num} samples were made with a different model, data, settings or version of truestep"
         raise UserError(f"{path}: {made}; pass --out with a different path")
     wanted = set(plan.sample_keys())
-    if extra := [row for row in rows if (row.get("problem_id"), row.get("sample_index")) not in wanted]:
+    if extra := [key for key in rows if key not in wanted]:
         more = f"has {len(rows)} samples, {len(extra)} more than requested, and a run can only grow"
         raise UserError(f"{path} {more}; pass a larger --limit or --samples, or a different --out")
 
 
+def _kept(plan: EvaluationPlan) -> dict[Key, Row]:
+    """Return the intact samples with the same identity. The checksum shows both, whatever the header says."""
+    header, *read = [row or {} for _, row in jsonl_lines(plan.samples_path)] or [{}]
+    if header == header_of(plan.name, plan.identity):
+        rows = [row for row in (opened(row, plan.identity) for row in read) if row]
+    else:
+        rows = [row for row in (opened(row, plan.identity) for row in read if "checksum" in row) if row]
+    return {(row["problem_id"], row["sample_index"]): row for row in rows}
+
+
 def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
-    """Return the samples already made with the same identity. Samples that the engine failed to make are left
-    out, so that they are requested again. The file is left complete and ready for appending."""
-    first, *rows = read_jsonl(plan.samples_path) or [{}]
-    wanted = set(plan.sample_keys()) if first == _header(plan.name, plan.identity) else set()
-    keyed = {(row["problem_id"], row["sample_index"]): row for row in rows if row["stop"] != Stop.ERROR}
-    done = {key: row for key, row in keyed.items() if key in wanted}
+    """Return the samples already made with the same identity. Samples that the engine failed to make or whose
+    line is damaged are left out, so that they are requested again. The file is left ready for appending."""
+    wanted = set(plan.sample_keys())
+    done = {key: row for key, row in _kept(plan).items() if key in wanted and row["stop"] != Stop.ERROR}
     write_samples(plan.samples_path, plan.name, plan.identity, done.values())
     return done
 
 
 def write_samples(path: Path, name: str, identity: str, rows: Iterable[Row]) -> None:
     """Write a samples file: its header, then one row per sample."""
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in (_header(name, identity), *rows)]
-    write_atomic(path, "\n".join([*lines, ""]))
+    write_atomic(path, jsonl([header_of(name, identity), *(sealed(row, identity) for row in rows)]))
 
 
 def _results(plan: EvaluationPlan, found: Estimate) -> dict[str, Any]:

@@ -80,7 +80,10 @@ def ballot(answer: str) -> str:
     """Return the key under which an answer counts as a vote. The key of a number has no unit, so that 7, 7.0
     and $7 are the same vote. The key of any other answer is its canonical text."""
     number = parse_number(plain(answer)) if len(answer) <= MAX_LENGTH else None
-    return str(number.value) if number else canonical(answer)
+    if number is None:
+        return canonical(answer)
+    # Hexadecimal, because Python refuses to write numbers of more than 4,300 decimal digits.
+    return f"\0{number.value.numerator:x}/{number.value.denominator:x}"
 
 
 def same_integer(gold: str, found: str) -> bool | None:

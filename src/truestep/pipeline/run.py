@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,7 +14,8 @@ import torch
 
 from truestep import rundir
 from truestep.checkpoint.export import export_hf, model_card
-from truestep.checkpoint.store import latest_step, list_checkpoints
+from truestep.checkpoint.manifest import newest_state
+from truestep.checkpoint.store import latest_step
 from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.errors import UserError
 from truestep.evaluate.compare import compare
@@ -33,6 +33,12 @@ from truestep.signals import Interrupted
 from truestep.train.checkpoints import load_best, summed
 from truestep.train.loop import StageSpec, run_stage
 from truestep.train.parallel import Ranks, full, is_sharded
+
+# What is read again of done.json, with its type.
+DONE: dict[str, Any] = {
+    "identity": str, "name": str, "kind": str, "method": str, "steps": int, "seconds": int | float, "data": str,
+    "tokens": dict, "flops_paper": int | float, "flops_full": int | float, "ledger_after": dict, "shape": dict, "best": dict,
+}  # fmt: skip
 
 
 def check_run_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
@@ -59,16 +65,25 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
 
 def _require_identity(stage: Path, identity: str) -> None:
     """Raise UserError if a finished or unfinished stage was made with different settings or data."""
-    found = [rundir.read_json(stage / "done.json")["identity"]] if (stage / "done.json").exists() else []
-    for checkpoint in list_checkpoints(stage / "checkpoints")[-1:]:
-        # loading skips a damaged checkpoint
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-            found.append(rundir.read_json(checkpoint / "manifest.json")["state"]["identity"])
+    found = [read_done(stage)["identity"]] if (stage / "done.json").exists() else []
+    if state := newest_state(stage / "checkpoints"):
+        found.append(state["identity"])
     if others := [other for other in found if other != identity]:
         raise UserError(
             f"{stage} was made with different settings or data (identity {others[0]}, now {identity}); "
             f"{rundir.ELSEWHERE}, or delete that folder to train the stage again"
         )
+
+
+def read_done(stage: Path) -> dict[str, Any]:
+    """Return a finished stage's done.json. Raises UserError if it is damaged or not one."""
+    done = rundir.read_json(stage / "done.json")
+    if not isinstance(done, dict) or (
+        lacking := [key for key in DONE if not isinstance(done.get(key), DONE[key])]
+    ):
+        what = f"has no valid {lacking[0]}" if isinstance(done, dict) else "is not a JSON object"
+        raise UserError(f"{stage / 'done.json'} {what}; {rundir.AGAIN}")
+    return done
 
 
 def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
@@ -104,7 +119,10 @@ def _stages(session: Session) -> None:
         folder, identity = stage_folder(session.folder, index, stage), stage_identity(prepared, index)
         _require_identity(folder, identity)
         if (folder / "done.json").exists():
-            done = rundir.read_json(folder / "done.json")
+            done = read_done(folder)
+            rundir.verify_files(
+                folder, {n: e for n, e in done.get("files", {}).items() if n.startswith("export/")}
+            )
             session.reporter.say(f"{stage.name}: already done, skipped")
         else:
             done = _train(session, index, path, ledger, steps_before)
@@ -119,6 +137,7 @@ def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> No
     """Evaluate on rank 0; the other ranks wait."""
     if session.ranks.rank == 0 and session.prepared.settings.evaluate.data:
         evaluate_checkpoint(session, checkpoint, path, identity)
+        session.evaluated.append(checkpoint)
         summarize(session, "running")
     session.ranks.barrier()
 
@@ -147,6 +166,8 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
     }  # fmt: skip
     _export(session, index, spec, done)
     if session.ranks.rank == 0:
+        mark = rundir.record_files(spec.folder, [spec.folder / "export" / rundir.EXPORT_MARK])
+        done["files"] = {**spec.logs.seal(), **mark}
         rundir.write_json(spec.folder / "done.json", done)
     return done
 
@@ -176,14 +197,13 @@ def stage_row(session: Session, done: Mapping[str, Any]) -> dict[str, Any]:
 
 def stage_rows(session: Session, before: int | None = None) -> list[dict[str, Any]]:
     stages = session.prepared.settings.stages[:before]
-    paths = [stage_folder(session.folder, index, stage) / "done.json" for index, stage in enumerate(stages)]
-    return [stage_row(session, rundir.read_json(path)) for path in paths if path.exists()]
+    folders = [stage_folder(session.folder, index, stage) for index, stage in enumerate(stages)]
+    return [stage_row(session, read_done(path)) for path in folders if (path / "done.json").exists()]
 
 
 def _checkpoints(session: Session) -> list[Path]:
     """Return the folders of the evaluations, in the order of the checkpoints."""
-    names = ["base", *(s.name for s in session.prepared.settings.stages)]
-    return [session.folder / "evaluations" / name for name in names]
+    return [session.folder / "evaluations" / name for name in session.evaluated]
 
 
 def score_rows(session: Session) -> list[dict[str, Any]]:
@@ -208,7 +228,7 @@ def comparisons(session: Session) -> list[dict[str, Any]]:
 def summarize(session: Session, status: str) -> dict[str, Any]:
     """Write and return summary.json, which lists what the run has done, for the report and the exports."""
     prepared, settings = session.prepared, session.prepared.settings
-    shapes = [rundir.read_json(p)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
+    shapes = [read_done(p.parent)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
     summary = {
         "name": settings.name, "seed": settings.seed, "status": status,
         "model": {"path": rundir.redact(settings.model.path), **(shapes[0] if shapes else {})},

@@ -11,9 +11,9 @@ from typing import Any
 from truestep.errors import UserError
 from truestep.evaluate.files import read_samples
 from truestep.report import tables
-from truestep.report.html import page_environment, text_of
+from truestep.report.html import page_environment
 from truestep.report.tables import ScoreRow, interval
-from truestep.rundir import redact, write_atomic
+from truestep.rundir import read_settings_text, redact, write_atomic
 
 MOST_PROBLEMS = 300  # for each evaluation; unscored and incorrect problems come before correct ones
 _ORDER = ("unscored", "incorrect", "mixed", "correct")
@@ -35,7 +35,7 @@ def write_evaluation_report(run: Path) -> Path:
         curves=[curve for row in rows if (curve := _curve(row))], filters=FILTERS,
         evaluations=[_evaluation(run, number, row) for number, row in enumerate(rows)],
         provenance={k: redact(str(v)) for k, v in tables.read_object(run / "provenance.json").items()},
-        settings=redact(text_of(run / "resolved.toml")),
+        settings=redact(read_settings_text(run)),
     )  # fmt: skip
     write_atomic(run / "report.html", page)
     return run / "report.html"

@@ -15,9 +15,11 @@ import jinja2
 
 from truestep import pages
 from truestep.errors import UserError
+from truestep.evaluate.files import MAKE_AGAIN, samples_in
 from truestep.report import figures, tables
 from truestep.report.tables import ScoreRow, clip, duration, percent, scientific, visible, whole
-from truestep.rundir import read_jsonl, redact, write_atomic
+from truestep.rundir import read_settings_text, redact, write_atomic
+from truestep.train.logs import read_log
 from truestep.train.metrics import metric
 from truestep.train.metrics import panels as panels_of
 
@@ -82,13 +84,9 @@ def _context(run: Path) -> dict[str, Any]:
         "score_figure": figures.scores(rows), "can_draw": figures.can_draw(),
         "compute": _compute(stages, rows), "stages": stages, "evaluations": list(_evaluations(run, rows)),
         "overlap": summary.get("overlap") or tables.read_object(run / "data" / "overlap.json"),
-        "settings": redact(text_of(run / "resolved.toml")),
+        "settings": redact(read_settings_text(run)),
         "provenance": flat(tables.read_object(run / "provenance.json")),
     }  # fmt: skip
-
-
-def text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -111,8 +109,8 @@ def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for name in dict.fromkeys([*folders, *entries]):
         folder, entry = folders.get(name), entries.get(name, {})
-        metrics = read_jsonl(folder / "metrics.jsonl") if folder else []
-        rollouts = read_jsonl(folder / "rollouts.jsonl") if folder else []
+        metrics = read_log(folder, "metrics.jsonl") if folder else []
+        rollouts = read_log(folder, "rollouts.jsonl") if folder else []
         tokens = {k: v for k, v in (entry.get("tokens") or {}).items() if k.endswith("tokens")}
         found.append({
             "name": name, **{key: entry.get(key) for key in ("kind", "seconds", "flops_paper", "flops_full")},
@@ -195,14 +193,10 @@ def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]
 def _lines(path: Path) -> Iterator[Row]:
     """Yield the rows of a file one by one, because a file with many samples per problem may be larger than
     memory."""
-    with path.open("rb") as file:
-        for _, line in zip(range(_SEARCHED), file, strict=False):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                return  # cut off by a kill during a write
-            if isinstance(row, dict) and "verdict" in row:
-                yield row
+    for _, (number, row) in zip(range(_SEARCHED), samples_in(path), strict=False):
+        if row is None:
+            raise UserError(f"{path}:{number}: the sample is damaged; {MAKE_AGAIN}")
+        yield row
 
 
 def pick_samples(rows: Iterable[Row]) -> list[Row]:

@@ -13,8 +13,9 @@ import numpy as np
 from truestep.errors import UserError
 from truestep.evaluate.files import read_samples
 from truestep.records import Stop, Verdict
-from truestep.rundir import read_json, read_jsonl
+from truestep.rundir import read_json
 from truestep.settings import OUTSIDE_RESULTS, Settings, settings_hash
+from truestep.train.logs import read_log
 
 SCHEMA = 1
 DYNAMICS = ("reward", "completions/mean_length", "entropy", "grad_norm", "loss", "dev/score", "flops_paper")
@@ -53,7 +54,7 @@ def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
         },
         "path": _path(summary), "flops": spent, "stages": [_stage(s) for s in summary["stages"]],
         "best": {p.name.partition("-")[2]: read_json(p / "done.json")["best"] for p in folders},
-        "dynamics": {p.name.partition("-")[2]: dynamics(read_jsonl(p / "metrics.jsonl")) for p in folders},
+        "dynamics": {p.name.partition("-")[2]: dynamics(read_log(p, "metrics.jsonl")) for p in folders},
         **{k: summary[k] for k in ("content", "overlap", "notes")},
         "seconds": {s["name"]: round(float(s["seconds"]), 1) for s in summary["stages"]},
         "provenance": {k: v for k, v in read_json(run / "provenance.json").items() if k != "command"},

@@ -56,6 +56,7 @@ IMPORTED = [
     "torch.distributed.tensor", "matplotlib.backends.backend_svg", "matplotlib.figure",
 ]  # fmt: skip
 ONE_AT_A_TIME = threading.Lock()
+_RUNNING: set[Any] = set()  # processes that have not been told to end
 
 
 @functools.cache
@@ -84,12 +85,22 @@ def start(order: Order) -> tuple[int, str]:
             process.start()
         except EOFError:  # Ctrl-C while it was still importing
             return 130, "the process that cells are forked from has ended"
+        _RUNNING.add(process)
     # An exit code can be read only once, and starting a process reads the exit codes of all ended processes.
     connection.wait([process.sentinel])
     with ONE_AT_A_TIME:
         process.join()
+        _RUNNING.discard(process)
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return process.exitcode or 0, said[-1] if said else ""
+
+
+def terminate_children() -> None:
+    """Send SIGTERM once to every child process that runs, so that it saves its work and ends."""
+    with ONE_AT_A_TIME:
+        for process in _RUNNING:
+            process.terminate()
+        _RUNNING.clear()
 
 
 def _child(order: Order) -> None:
@@ -150,9 +161,9 @@ class Runner:
     results: Path | None = None
     say: Callable[[str], None] = print
     failures: dict[str, str] = field(default_factory=dict)
-    stopped: threading.Event = field(
-        default_factory=threading.Event
-    )  # set by Ctrl-C; then no more child processes are started
+    # Set after a signal, with its number; then no more child processes are started.
+    stopped: threading.Event = field(default_factory=threading.Event)
+    signum: int = 0
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     _made: dict[str, Future[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -204,7 +215,10 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
     home = runner.out / "cells" / key
     done = home / "cell.json"
     if done.exists():
-        return dict(rundir.read_json(done))
+        try:
+            return dict(rundir.read_json(done))
+        except UserError as error:
+            runner.say(f"{error.args[0].partition(';')[0]}; it is made again from the run")
     parent = _parent(runner, settings)
     if runner.study.base:
         runner.once("base", lambda: _base(runner))
@@ -291,7 +305,7 @@ def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
     for folder in (*stages, *(parent / "evaluations" / name for name in ("base", *names))):
         target = run / folder.relative_to(parent)
         if folder.exists() and not target.exists():
-            aside = target.with_name(f".{target.name}.{os.getpid()}")
+            aside = target.with_name(f".{target.name}{rundir.UNFINISHED[0]}")
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)
             left_out = shutil.ignore_patterns("checkpoints", "best")

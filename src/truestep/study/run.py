@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from signal import Signals
 from typing import Any
 
+from truestep import signals
 from truestep.errors import UserError
 from truestep.settings import Settings
 from truestep.study.cell_results import cell_name, score
-from truestep.study.cell_runner import CellFailed, Runner, node, result
+from truestep.study.cell_runner import CellFailed, Runner, node, result, terminate_children
 from truestep.study.plan import Arm, cell_settings, owner_of, scaled, stage_tables
 
 NO_FLOPS = {"paper": 0.0, "full": 0.0}
@@ -22,7 +24,7 @@ NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
 def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
     """Run all cells of the study, seed by seed. Return the finished cells by name; the others are in
-    ``failures``. After Ctrl-C, set ``stopped`` and wait for the child processes, which also received it."""
+    ``failures``. After SIGINT or SIGTERM, set ``stopped`` and wait until the child processes have saved."""
     runner.out.mkdir(parents=True, exist_ok=True)
     study = runner.study
     wanted = [(arm, seed) for seed in study.seeds for arm in study.arms if seed in study.seeds_of(arm)]
@@ -38,13 +40,18 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
                 runner.failures[name] = str(error)
                 runner.say(f"{name}: FAILED: {error}")
 
-    def stop() -> None:
-        runner.stopped.set()
-        runner.say(
-            "interrupted: waiting until the running cells are saved (press Ctrl-C again to stop at once)"
-        )
+    def stop(signum: int) -> None:
+        if not runner.stopped.is_set():
+            runner.signum = signum
+            runner.stopped.set()
+            what = f"interrupted by {Signals(signum).name}: waiting until the running cells are saved"
+            runner.say(f"{what} (a second signal stops at once)")
+        if signum == Signals.SIGTERM:  # a terminal sends Ctrl-C to the child processes too
+            terminate_children()
 
-    if problems := in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop):
+    with signals.deferred():
+        problems = in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop)
+    if problems:
         raise problems[0]
     names = [cell_name(arm.name, seed) for arm, seed in wanted]
     for name in names:
@@ -53,8 +60,11 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in names if name in found}
 
 
-def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], None]) -> list[BaseException]:
-    """Run each task in a thread, as tasks wait most of the time. Return the exceptions that they raised."""
+def in_threads(
+    tasks: Iterable[Callable[[], None]], interrupted: Callable[[int], None]
+) -> list[BaseException]:
+    """Run each task in a thread, as tasks wait most of the time. Return the exceptions that they raised. After
+    a signal, ``interrupted`` is called again and again with it until the threads have ended."""
     raised: list[BaseException] = []
 
     def guarded(task: Callable[[], None]) -> None:
@@ -63,19 +73,14 @@ def in_threads(tasks: Iterable[Callable[[], None]], interrupted: Callable[[], No
         except (UserError, OSError, RuntimeError) as error:
             raised.append(error)
 
-    def join() -> None:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)  # a join without a timeout would block Ctrl-C
-
     threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
-    try:
-        join()
-    except KeyboardInterrupt:
-        interrupted()
-        join()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)  # a join without a timeout would block Ctrl-C
+            if signum := signals.pending():
+                interrupted(signum)
     return raised
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from truestep import rundir
 from truestep.checkpoint.store import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from truestep.errors import UserError
 from truestep.flops import Ledger
@@ -71,6 +70,7 @@ def _save(
         "best": dict(state.best),
         "unlogged": state.unlogged,
         "threads": torch.get_num_threads(),
+        "logs": spec.logs.seal() if spec.ranks.rank == 0 else {},
     }
     ranks, tensors = spec.ranks, {"parameters": parameters, **tensors}
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
@@ -80,7 +80,7 @@ def _save(
 
 def restore(spec: StageSpec) -> TrainState:
     """Load the newest valid checkpoint and return its state, or the initial state if there is none. Log files
-    are truncated to the state's step, so that nothing is written twice."""
+    are cut to what they contained then, so that nothing is written twice. Raises UserError if they have changed."""
     folder = spec.folder / "checkpoints"
     state = TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger)
     if (found := _newest(spec, folder)) is not None:
@@ -89,6 +89,10 @@ def restore(spec: StageSpec) -> TrainState:
             identities = f"identity {header['identity']}, now {spec.identity}"
             remedy = "pass a different --out, or delete the folder"
             raise UserError(f"{folder}: these checkpoints have different settings ({identities}); {remedy}")
+        if "logs" not in header:
+            raise UserError(
+                f"{folder}: the checkpoints are from an older version of truestep; use that version"
+            )
         if (threads := torch.get_num_threads()) != header["threads"]:
             spec.warn(
                 f"the checkpoint was made with {header['threads']} threads, but this run has {threads}; the resumed "
@@ -108,8 +112,7 @@ def restore(spec: StageSpec) -> TrainState:
         best = list_checkpoints(spec.folder / "best")
         if best and best[-1].name != f"step_{int(state.best.get('step', -1)):08d}":
             shutil.rmtree(spec.folder / "best")  # made by steps that are about to be redone
-        for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
-            rundir.truncate_jsonl(spec.folder / name, state.step - (state.unlogged is not None))
+        spec.logs.restore({} if found is None else found.state["logs"])
     return state
 
 

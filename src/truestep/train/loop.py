@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from truestep import rundir, signals
+from truestep import signals
 from truestep.device import peak_memory_bytes
 from truestep.flops import Ledger
 from truestep.rollout.engine import Engine
@@ -19,6 +20,7 @@ from truestep.settings import StageSettings
 from truestep.signals import Interrupted
 from truestep.train import checkpoints
 from truestep.train.checkpoints import TrainState, summed
+from truestep.train.logs import StageLogs
 from truestep.train.memory import learn
 from truestep.train.metrics import checked
 from truestep.train.parallel import Ranks
@@ -50,6 +52,10 @@ class StageSpec:
     ledger: Ledger = field(default_factory=Ledger)  # the run's work before this stage
     on_step: Callable[[int, Mapping[str, float], float], None] = lambda step, metrics, seconds: None
     warn: Callable[[str], None] = print
+
+    @cached_property
+    def logs(self) -> StageLogs:
+        return StageLogs(self.folder)
 
 
 def run_stage(spec: StageSpec) -> TrainState:
@@ -110,9 +116,9 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
     if spec.ranks.rank == 0:
         named = {f"{spec.name}/{key}": value for key, value in metrics.items()}
         timings = {"seconds": seconds, **times, "peak_memory_bytes": peak_memory_bytes()}
-        rundir.append_jsonl(spec.folder / "metrics.jsonl", [{"step": state.step, **named}])
-        rundir.append_jsonl(spec.folder / "rollouts.jsonl", unlogged["rows"])
-        rundir.append_jsonl(spec.folder / "timings.jsonl", [{"step": state.step, **timings}])
+        spec.logs.append("metrics.jsonl", [{"step": state.step, **named}])
+        spec.logs.append("rollouts.jsonl", unlogged["rows"])
+        spec.logs.append("timings.jsonl", [{"step": state.step, **timings}])
     spec.on_step(state.step, metrics, seconds)
     return replace(state, unlogged=None)
 
