@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from truestep.errors import UserError
-from truestep.model.load import load_model, load_tokenizer, model_content
-from truestep.pipeline.prepare import model_config
+from truestep.model.load import load_model, load_tokenizer, model_content, read_config
 from truestep.settings import ModelSettings
 
 CODE = """
@@ -37,7 +36,7 @@ def load(settings: ModelSettings) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["own", "llama"])
-@pytest.mark.parametrize("opened", [load, load_tokenizer, model_content, lambda s: model_config(s.path)])
+@pytest.mark.parametrize("opened", [load, load_tokenizer, model_content, lambda s: read_config(s.path)])
 def test_a_folders_code_never_runs(
     opened: Callable[[ModelSettings], Any], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
