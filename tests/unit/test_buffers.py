@@ -253,13 +253,13 @@ def test_the_store_keeps_the_newest_and_retires_what_is_solved() -> None:
 
 def test_replays_are_drawn_from_what_is_half_solved() -> None:
     store = {f"p{k}": Stored(num_correct=k, num_samples=8, rollouts=(rollout("p0", 7),)) for k in range(9)}
-    spec = Replay(share=0.5, start=0.0, sigma=1.0, most_stored=8)
+    spec = Replay(share=0.5, start=0.0, sigma=1.5, most_stored=8)
     names = [f"p{k}" for k in range(9)]
     counts = Counter(
         name for i in range(3000) for name in choose_replays(store, spec, 1, names, np.random.default_rng(i))
     )
     assert counts["p0"] == counts["p8"] == 0
-    weights = {k: np.exp(-0.5 * (k - 4) ** 2) for k in range(1, 8)}
+    weights = {k: np.exp(-0.5 * ((k - 4) / 1.5) ** 2) for k in range(1, 8)}
     for k, weight in weights.items():
         assert counts[f"p{k}"] / 3000 == pytest.approx(weight / sum(weights.values()), abs=0.04)
     assert len(choose_replays(store, spec, 99, names, np.random.default_rng(0))) == 7

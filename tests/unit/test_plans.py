@@ -97,6 +97,14 @@ def test_trapo_guides_where_too_few_were_right() -> None:
     ]
     two = shape(play(made, lambda r, i: r.num_samples == 4 and i < 2)[0])  # 2 of 4, then none
     assert two == [("own", 4, 0.0), ("own", 2, 0.0), ("prefix", 1, 0.5), ("prefix", 1, 1.0)]
+    for level, (sampled, least) in enumerate(
+        ((12, 6), (18, 12), (21, 21)), start=1
+    ):  # 1/2, 2/3 and all of 24
+        for solved, prefix in ((least, 0.0), (least - 1, (0.25, 0.5, 1.0)[level - 1])):
+            left = iter([True] * solved + [False] * 24)
+            rounds, _ = play(made, lambda r, i, left=left: next(left), samples=24)
+            assert sum(r.num_samples for r in rounds[:level]) == sampled
+            assert rounds[level].prefix == prefix, (level, solved)
     for samples in range(2, 20):
         rounds, kept = play(made, never, samples=samples)
         assert sum(r.num_samples for r in rounds) == samples
